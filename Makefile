@@ -1,0 +1,48 @@
+# make quickstart   the first hour: environment, demo clips, train a LoRA, verify, sample
+# make test         the fast test suite (no network, no GPU)
+# make lint         ruff and mypy --strict
+# make docs         regenerate what is generated (docs/config.md, configs/)
+# make test-gpu     what needs a CUDA device
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+
+# Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
+TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: install quickstart test test-gpu lint format docs clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=python3.12, say")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+quickstart: install
+	$(BIN)/finetune quickstart
+
+test: install
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu -s
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: install
+	$(BIN)/python scripts/make_config_docs.py
+	$(BIN)/python scripts/make_configs.py
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,164 @@
+"""``RunConfig``: which sections a run has. Every field is declared, documented and given its default where it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, Field, PrivateAttr, field_validator
+
+from finetune.cogvideox import ModelConfig
+from finetune.config.document import Dumper
+from finetune.datasets.cache import CacheConfig
+from finetune.datasets.sources import CaptionConfig, SourceConfig
+from finetune.diffusion import DropoutConfig
+from finetune.files import digest_of
+from finetune.geometry import ClipConfig
+from finetune.memory import MemoryConfig
+from finetune.schedule import Constant, HoldoutConfig, LRScheduleConfig, TrainConfig
+from finetune.section import Strict
+from finetune.trainers.checkpoint import CheckpointConfig
+from finetune.trainers.method import LoraMethod, MethodConfig
+from finetune.trainers.optim import AdamW8bit, OptimizerConfig
+from finetune.trainers.tracking import TrackingConfig
+from finetune.trainers.validation import ValidationConfig
+
+
+class DataConfig(HoldoutConfig, DropoutConfig, CaptionConfig, ClipConfig):
+    """What to train on: where the clips are, how they are cut, and what is done to their captions."""
+
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    """Where clips and captions come from. Several sources are read one after the other; ``repeats`` weighs them."""
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a configuration was written. No part of what it says, so it never makes two configurations differ."""
+
+    base: Path = field(default_factory=Path.cwd, compare=False)
+    """The folder that relative paths started at."""
+    file: str = field(default="", compare=False)
+    """The file as it was named, or empty."""
+    places: Mapping[str, str] = field(default=MappingProxyType({}), compare=False)
+    """Dotted path -> ``run.yaml:12:3`` or ``--set train.steps=5``."""
+
+
+class RunConfig(Strict):
+    """Everything about one run. Relative paths start at the configuration file's folder; ``~`` is the home folder."""
+
+    model: ModelConfig
+    """The base model."""
+    data: DataConfig
+    """The clips and captions."""
+    cache: CacheConfig = CacheConfig()
+    """The store of VAE latents and text embeddings that training reads."""
+    method: MethodConfig = LoraMethod()
+    """What is trained: an adapter (``lora``, where ``kind`` is left out) or the whole transformer (``full``)."""
+    optimizer: OptimizerConfig = AdamW8bit()
+    """How weights are updated (``adamw8bit`` where ``kind`` is left out)."""
+    lr_schedule: LRScheduleConfig = Constant()
+    """How the learning rate moves (``constant`` where ``kind`` is left out)."""
+    train: TrainConfig
+    """How long, and on how much at once."""
+    memory: MemoryConfig = MemoryConfig()
+    """What is traded for GPU memory."""
+    validation: ValidationConfig = ValidationConfig()
+    """What is measured and sampled along the way."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What is saved, and what a run continues from."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Where metrics go."""
+    output_dir: Path
+    """The run's folder: resolved configuration, checkpoints, metrics, samples, exports."""
+
+    _provenance: Provenance = PrivateAttr(default_factory=Provenance)
+
+    @field_validator("method", "optimizer", "lr_schedule", mode="before")
+    @classmethod
+    def _default_kind(cls, value: Any, info: Any) -> Any:
+        # So that `optimizer: {lr: 2e-4}` and `--set method.rank=64` mean what they say.
+        if isinstance(value, Mapping) and "kind" not in value:
+            return {"kind": cls.model_fields[info.field_name].default.kind, **value}
+        return value
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], *, base: Path | None = None) -> RunConfig:
+        """Build a configuration in code, checked as strictly as a file.
+
+        Args:
+            values: what the YAML file would hold.
+            base: the folder that relative paths start at; the working folder if None.
+
+        Raises:
+            ConfigError: naming every fault by its dotted path.
+        """
+        from finetune.config.document import Document
+        from finetune.config.load import build  # `load` builds on this module
+
+        return build(Document.of(values), base=base or Path.cwd())
+
+    @property
+    def base(self) -> Path:
+        """The folder that relative paths of the configuration started at; its own paths are absolute already."""
+        return self._provenance.base
+
+    def where(self, path: str) -> str:
+        """Where a dotted path such as ``data.buckets.0`` was written, or its nearest written parent, for messages."""
+        parts = path.split(".")
+        for end in range(len(parts), 0, -1):
+            if place := self._provenance.places.get(".".join(parts[:end])):
+                return f"{place} ({path})"
+        return f"{self._provenance.file} ({path})" if self._provenance.file else path
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every value, defaults included, as JSON types."""
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        """Every value, defaults included, as YAML that ``load_config`` reads back as an equal configuration."""
+        return yaml.dump(self.to_dict(), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+    @property
+    def digest(self) -> str:
+        """A digest of every value; equal configurations have equal digests, wherever they were written."""
+        return digest_of(self.to_dict())
+
+
+def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
+    """The same configuration with every path absolute: ``~`` expanded, relative ones started at ``base``."""
+    resolved = _absolute(config, base)
+    model, checkpoint = resolved.model, resolved.checkpoint
+    # Two fields are words or paths, so their type cannot say that they are paths.
+    local = _resolve(Path(model.pretrained), base)
+    if model.pretrained.startswith((".", "~", "/")) or local.is_dir():
+        model = model.model_copy(update={"pretrained": str(local)})
+    if checkpoint.resume not in ("latest", "none"):
+        checkpoint = checkpoint.model_copy(update={"resume": str(_resolve(Path(checkpoint.resume), base))})
+    return resolved.model_copy(update={"model": model, "checkpoint": checkpoint})
+
+
+def _absolute(value: Any, base: Path) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_copy(update={name: _absolute(getattr(value, name), base) for name in type(value).model_fields})
+    if isinstance(value, tuple | list):
+        return type(value)(_absolute(item, base) for item in value)
+    return _resolve(value, base) if isinstance(value, Path) else value
+
+
+def _resolve(path: Path, base: Path) -> Path:
+    # Not Path.resolve(): a symbolic link stays the link that the user named.
+    joined = base / path.expanduser()
+    return Path(*_without_dots(joined.absolute().parts))
+
+
+def _without_dots(parts: tuple[str, ...]) -> list[str]:
+    return [part for part in parts if part != "."]
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a run configuration, for editors and for ``docs/config.md``."""
+    return RunConfig.model_json_schema()

@@ -1,0 +1,87 @@
+"""Errors that tell a person what is wrong, where, and how to mend it.
+
+A ``FinetuneError`` is the user's to mend: the command line prints it without a traceback and exits with 2.
+Anything else that reaches the command line is a bug in this package: traceback, exit 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class FinetuneError(Exception):
+    """Something a user can mend: what is wrong, where it stands, and the fix.
+
+    Args:
+        what: the fault, as one sentence without a full stop.
+        where: the file, line, field or step it was seen at; empty when the message says it already.
+        fix: what to change; empty only when nothing better than ``what`` can be said.
+    """
+
+    def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
+        self.what = what
+        self.where = where
+        self.fix = fix
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        if self.where:
+            lines.append(f"  where: {self.where}")
+        if self.fix:
+            lines.append(f"  fix:   {self.fix}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments do not survive the default pickling
+        return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+def _rebuild(kind: type[FinetuneError], what: str, where: str, fix: str) -> FinetuneError:
+    return kind(what, where=where, fix=fix)
+
+
+class ConfigError(FinetuneError):
+    """The run configuration does not say something this package can do."""
+
+
+class DataError(FinetuneError):
+    """A dataset row, a media file or a caption is unusable."""
+
+
+class CacheError(FinetuneError):
+    """The latent cache is missing, incomplete, stale or damaged."""
+
+
+class CheckpointError(FinetuneError):
+    """A checkpoint is missing, incomplete, damaged or belongs to another run."""
+
+
+class ModelError(FinetuneError):
+    """The base model's folder or its JSON is not a CogVideoX this package understands."""
+
+
+class TrainingError(FinetuneError):
+    """Training had to stop: a non-finite loss, or a guarantee that no longer holds."""
+
+
+class ExportError(FinetuneError):
+    """An export could not be written, or did not reproduce the trained model."""
+
+
+def raise_all(kind: type[FinetuneError], errors: Sequence[FinetuneError], *, what: str, limit: int = 20) -> None:
+    """Raise one error that lists many; return when there are none; raise a single one as it is.
+
+    Args:
+        kind: the class to raise.
+        errors: what was collected.
+        what: a headline such as ``"3 dataset rows cannot be used"``; ``{n}`` in it becomes the count.
+        limit: how many are spelled out; the rest are counted.
+    """
+    if not errors:
+        return
+    if len(errors) == 1:
+        raise errors[0]
+    body = "\n".join("- " + str(error).replace("\n", "\n  ") for error in errors[:limit])
+    rest = len(errors) - limit
+    more = f"\n- and {rest} more" if rest > 0 else ""
+    raise kind(f"{what.format(n=len(errors))}\n{body}{more}")

@@ -1,0 +1,1 @@
+"""Memory techniques: one file each, each proven to leave loss and gradients unchanged."""

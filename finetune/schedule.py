@@ -1,0 +1,260 @@
+"""What happens at which optimizer step, as pure functions of the step: sample order, learning rate, what is due.
+
+One *step* is one optimizer step of ``micro_batches = accumulation x processes`` micro-batches. An epoch is cut into
+micro-batches of one bucket each; the micro-batches of all epochs form one endless sequence, and step ``s`` takes the next
+``micro_batches`` of it. So no sample is dropped at the end of an epoch, a process joins or leaves without changing what a
+step trains on, and "where were we" is the step number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from finetune.section import Strict
+from finetune.streams import address, stream
+from finetune.types import Bucket
+
+
+class TrainConfig(Strict):
+    """How long to train, and on how much at once."""
+
+    steps: int | None = Field(None, ge=1)
+    """Optimizer steps in all. Give this or ``epochs``."""
+    epochs: float | None = Field(None, gt=0)
+    """Passes over the training clips, repeats included; may be a fraction."""
+    batch_size: int = Field(1, ge=1)
+    """Clips per micro-batch and process."""
+    accumulation: int = Field(1, ge=1)
+    """Micro-batches per process that are summed into one optimizer step."""
+    max_grad_norm: float | None = Field(1.0, gt=0)
+    """Global L2 norm to which the gradient of a whole step is clipped; null for no clipping."""
+    seed: int = Field(42, ge=0)
+    """Everything random in the run follows from this number."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the trainable weights, such as 0.999; null for none. Validation and export
+    then use the average."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of train.steps and train.epochs")
+        return self
+
+
+class HoldoutConfig(Strict):
+    """Which clips are kept out of training, to measure on."""
+
+    holdout: float = Field(0, ge=0)
+    """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All clips of
+    one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
+
+    @model_validator(mode="after")
+    def _fraction_or_count(self) -> HoldoutConfig:
+        if self.holdout >= 1 and not float(self.holdout).is_integer():
+            raise ValueError(f"data.holdout is {self.holdout}: give a fraction below 1 or a whole number of videos")
+        return self
+
+
+def choose_holdout(videos: Sequence[str], holdout: float) -> frozenset[str]:
+    """Pick the held-out videos by the digest of their identity, so that adding a clip moves as few others as possible.
+
+    Args:
+        videos: one identity per video (its content digest); repeats count once.
+        holdout: ``HoldoutConfig.holdout``.
+
+    Returns:
+        The identities held out; never all of them, because training needs one.
+    """
+    unique = sorted(set(videos), key=lambda video: address(0, "holdout", video))
+    count = round(holdout * len(unique)) if holdout < 1 else int(holdout)
+    if 0 < holdout < 1 and len(unique) > 1:
+        count = max(1, count)
+    return frozenset(unique[: min(count, max(len(unique) - 1, 0))])
+
+
+# ----------------------------------------------------------------------------------------------------- sample order
+
+
+@dataclass(frozen=True)
+class Item:
+    """What the order needs to know of one training clip."""
+
+    bucket: Bucket
+    repeats: float
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Which clips (indices into the items) one micro-batch holds, and their slots in the step."""
+
+    items: tuple[int, ...]
+    slots: tuple[int, ...]
+
+
+def epoch_items(items: Sequence[Item], seed: int, epoch: int) -> dict[Bucket, list[int]]:
+    """The clips of one epoch by bucket, each bucket in a fresh random order.
+
+    A clip with repeats 3 stands three times. Of the clips that share a bucket and a fractional repeats such as 2.25, every
+    one stands twice and a quarter of them once more, another quarter in the next epoch: the subset moves on through a
+    fixed random order, so that over the epochs each clip gets its share. The count per bucket is the same in every epoch.
+    """
+    groups: dict[tuple[Bucket, float], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((item.bucket, item.repeats), []).append(index)
+    chosen: dict[Bucket, list[int]] = {}
+    for (bucket, repeats), members in groups.items():
+        whole = math.floor(repeats)
+        extra = round((repeats - whole) * len(members))
+        ring = _permuted(members, seed, "extra", str(bucket), repr(repeats))
+        first = epoch * extra
+        picked = members * whole + [ring[(first + k) % len(ring)] for k in range(extra)]
+        chosen.setdefault(bucket, []).extend(picked)
+    return {bucket: _permuted(picked, seed, "order", str(bucket), epoch) for bucket, picked in chosen.items() if picked}
+
+
+def _permuted(members: Sequence[int], seed: int, *path: int | str) -> list[int]:
+    order = torch.randperm(len(members), generator=stream(seed, *path))
+    return [members[int(position)] for position in order]
+
+
+@dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, so that the epoch cache is cheap
+class StepPlan:
+    """The order of a whole run: which micro-batches make up each optimizer step.
+
+    Args:
+        items: the training clips.
+        seed: the run's seed.
+        batch_size: clips per micro-batch; the last micro-batch of a bucket in an epoch may be smaller.
+        micro_batches: ``accumulation x processes``.
+    """
+
+    items: tuple[Item, ...]
+    seed: int
+    batch_size: int
+    micro_batches: int
+
+    def __post_init__(self) -> None:
+        if not self.per_epoch:
+            raise ValueError("the training set is empty: no clip has repeats large enough to stand in an epoch")
+
+    @property
+    def samples_per_epoch(self) -> int:
+        """Clips in one epoch, repeats counted."""
+        return sum(len(batch) for batch in _epoch(self, 0))
+
+    @property
+    def per_epoch(self) -> int:
+        """Micro-batches in one epoch; the same in every epoch."""
+        return len(_epoch(self, 0))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps in one epoch; a step may begin in one epoch and end in the next."""
+        return self.per_epoch / self.micro_batches
+
+    def steps_for_epochs(self, epochs: float) -> int:
+        """The fewest steps that cover ``epochs`` passes."""
+        return max(1, math.ceil(epochs * self.per_epoch / self.micro_batches - 1e-9))
+
+    def step(self, step: int) -> tuple[MicroBatch, ...]:
+        """All micro-batches of one optimizer step, of all processes, in slot order."""
+        return tuple(
+            MicroBatch(
+                items=self._nth(step * self.micro_batches + j),
+                slots=tuple(
+                    range(j * self.batch_size, j * self.batch_size + len(self._nth(step * self.micro_batches + j)))
+                ),
+            )
+            for j in range(self.micro_batches)
+        )
+
+    def _nth(self, n: int) -> tuple[int, ...]:
+        epoch, position = divmod(n, self.per_epoch)
+        return _epoch(self, epoch)[position]
+
+    def for_rank(self, step: int, rank: int, processes: int) -> tuple[MicroBatch, ...]:
+        """The micro-batches of one step that fall to one process, in the order it runs them."""
+        return self.step(step)[rank::processes]
+
+
+@lru_cache(maxsize=4)
+def _epoch(plan: StepPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
+    batches: list[tuple[int, ...]] = []
+    for members in epoch_items(plan.items, plan.seed, epoch).values():
+        batches += [tuple(members[i : i + plan.batch_size]) for i in range(0, len(members), plan.batch_size)]
+    order = torch.randperm(len(batches), generator=stream(plan.seed, "batches", epoch))
+    return tuple(batches[int(position)] for position in order)
+
+
+# ---------------------------------------------------------------------------------------------------- learning rate
+
+
+class _Warmup(Strict):
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from (nearly) zero."""
+
+
+class Constant(_Warmup):
+    """The optimizer's learning rate throughout."""
+
+    kind: Literal["constant"] = "constant"
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate after warm-up."""
+        return 1.0
+
+
+class Linear(_Warmup):
+    """A straight line down to ``final`` at the last step."""
+
+    kind: Literal["linear"] = "linear"
+    final: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step, as a fraction of the optimizer's."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate after warm-up."""
+        return 1 - (1 - self.final) * _progress(step, self.warmup_steps, total_steps)
+
+
+class Cosine(_Warmup):
+    """Half a cosine down to ``final`` at the last step."""
+
+    kind: Literal["cosine"] = "cosine"
+    final: float = Field(0.0, ge=0, le=1)
+    """Learning rate at the last step, as a fraction of the optimizer's."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate after warm-up."""
+        wave = (1 + math.cos(math.pi * _progress(step, self.warmup_steps, total_steps))) / 2
+        return self.final + (1 - self.final) * wave
+
+
+def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
+    return min(1.0, max(0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+
+
+LRScheduleConfig = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]
+
+
+def lr_at(step: int, base_lr: float, schedule: Constant | Linear | Cosine, total_steps: int) -> float:
+    """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
+
+    During warm-up step s trains at (s + 1) / (warmup_steps + 1) of the base rate: no step trains at zero.
+    """
+    if step < schedule.warmup_steps:
+        return base_lr * (step + 1) / (schedule.warmup_steps + 1)
+    return base_lr * schedule.factor(step, total_steps)
+
+
+def is_due(step: int, every: int | None, *, last: int | None = None) -> bool:
+    """Whether something done ``every`` so many completed steps falls on ``step``; always at ``last``, never when None."""
+    if every is None:
+        return False
+    return step == last or (step > 0 and step % every == 0)

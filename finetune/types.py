@@ -1,0 +1,125 @@
+"""The hand-over types: what one part of the package gives to the next. Frozen, without behaviour.
+
+Shape legend, used in every docstring of the package:
+``B`` batch, ``C`` channels, ``F`` frames (pixel or latent), ``H`` height, ``W`` width, ``L`` text tokens, ``D`` text
+width, ``K`` noise-augmented draws of an image condition. Video and latents are always ``[..., C, F, H, W]``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a dataset: a video, its caption, and where the row was written (for messages)."""
+
+    video: Path
+    caption: str
+    image: Path | None
+    where: str
+    """Such as ``metadata.jsonl:17``: the file and line (or row) a person can open."""
+    repeats: float = 1.0
+    """How often per epoch: 3 = three times, 0.5 = in every other epoch on average (see ``schedule.epoch_items``)."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape that every clip in one micro-batch shares."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class VideoProbe:
+    """What a container's header says of its video stream, after rotation metadata is applied."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    frame_times_s: tuple[float, ...]
+    """Presentation time of every frame in seconds from the first, ascending; its length is ``frames``."""
+    rotation: int
+    """Clockwise degrees (0, 90, 180, 270) that the decoder must turn frames by; height and width are after it."""
+    decoder: str
+    """``decord`` or ``pyav``: what opened this file and will decode it."""
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """How one clip is cut out of one video. Two equal plans on equal bytes give equal pixels."""
+
+    frame_indices: tuple[int, ...]
+    """Source frame numbers in presentation order; the last one is repeated where ``short_clips: pad`` pads."""
+    resize_hw: tuple[int, int]
+    crop_yx: tuple[int, int]
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded pixels: uint8 RGB, [3, F, H, W]."""
+
+    pixels: Tensor
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What the cache holds for one clip and its caption; all tensors on the CPU.
+
+    ``latents_mean`` and ``latents_std`` are the VAE posterior before any scaling factor, [C, F, H, W];
+    ``image_latents`` are K posterior samples of the noise-augmented first frame, before any scaling, [K, C, 1, H, W].
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+    prompt_embeds: Tensor
+    image_latents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch with every random choice already made on the CPU (``schedule``, ``diffusion.draw``).
+
+    ``latents`` and ``noise`` are float32 [B, C, F, H, W]: posterior samples in model space (scaled, and padded in front
+    where the model has a temporal patch). ``image_latents`` are scaled the way the stock pipeline scales them and
+    zeroed where image dropout fell, [B, C, 1, H, W], or None for text-to-video.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompt_embeds: Tensor
+    image_latents: Tensor | None
+    slots: tuple[int, ...]
+    """Each sample's global index inside its optimizer step."""
+    clips: tuple[str, ...]
+    """Names of the clips, for messages."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """The diffused input and its target: ``noisy_latents``, ``velocity`` float32 [B, C, F, H, W]."""
+
+    noisy_latents: Tensor
+    velocity: Tensor
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Beside the tensors, the whole of "resume"."""
+
+    step: int
+    config_digest: str
+    cache_digest: str
+    best_heldout_loss: float | None = None
+    best_step: int | None = None
