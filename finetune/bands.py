@@ -1,12 +1,13 @@
 """Timestep bands: the same cut of the noise schedule for the training loss, the held-out loss and every chart.
 
-The loss at a low timestep (little noise, fine detail) and at a high one (almost pure noise, layout) differ several-fold, so
-one mean over random timesteps is mostly the luck of the draw. By band, a curve says what is being learnt.
+The loss at a low timestep (little noise, fine detail) and at a high one (almost pure noise, layout) differ
+several-fold, so one mean over random timesteps is mostly the luck of the draw. By band, a curve says what is learnt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 
 BANDS = 4
 """How many bands the schedule is cut into."""
@@ -41,8 +42,5 @@ def loss_by_band(
     grouped: dict[str, list[float]] = {}
     for loss, timestep in zip(losses, timesteps, strict=True):
         grouped.setdefault(band_of(timestep, num_train_timesteps, bands), []).append(loss)
-    return _means(grouped)
-
-
-def _means(grouped: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    return {band: sum(members) / len(members) for band, members in sorted(grouped.items())}
+    # fsum is exact, so neither the order of samples nor their split over processes moves the last digit.
+    return {band: math.fsum(members) / len(members) for band, members in sorted(grouped.items())}

@@ -187,7 +187,9 @@ def _h264(frames: Frames) -> bytes:
         stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "10", "threads": "1"})
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for image in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            # Converted here: when the encoder converts, the same clip gives different bytes from one run to the next.
+            picture = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+            container.mux(stream.encode(picture))
         container.mux(stream.encode())
     return content.getvalue()
 

@@ -40,7 +40,9 @@ def parse_bucket(value: Any) -> Bucket:
     """
     if isinstance(value, Bucket):
         return value
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", value)):
+    if isinstance(value, str) and (
+        match := re.fullmatch(r"\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*[xX×]\s*(\d{1,9})\s*", value)
+    ):
         numbers = [int(group) for group in match.groups()]
     elif isinstance(value, list | tuple) and len(value) == 3 and all(type(number) is int for number in value):
         numbers = list(value)
@@ -78,10 +80,11 @@ class ClipConfig(Strict):
     """Shapes that clips are cut to, each ``frames x height x width`` as in ``49x480x720``. A video goes to the bucket
     of the nearest aspect ratio, then the most frames that fit it, then the largest area that needs no enlarging."""
     fps: float | None = Field(None, gt=0, le=1000)
-    """Frames per second of the training clips. Left out: the rate the model was made for (8 for CogVideoX, 16 for 1.5)."""
+    """Frames per second of the training clips. Left out: the model's own rate (8 for CogVideoX, 16 for 1.5)."""
     span: Span = "head"
-    """Which part of a video: ``head`` from its start, ``center`` its middle, ``all`` as many clips as fit without sharing
-    a frame, ``uniform`` frames spread evenly from the first to the last (this ignores ``fps`` and so changes the speed)."""
+    """Which part of a video: ``head`` from its start, ``center`` its middle, ``all`` as many clips as fit without
+    sharing a frame, ``uniform`` frames spread evenly from the first to the last (this ignores ``fps`` and so changes
+    the speed)."""
     short_clips: Literal["error", "skip", "pad"] = "error"
     """What happens to a video too short for every bucket of its shape: stop, leave it out and count it, or repeat its
     last frame."""
@@ -92,25 +95,189 @@ class ClipConfig(Strict):
 def frame_indices(
     frame_times_s: Sequence[float], frames: int, fps: float, span: Span, *, pad: bool = False
 ) -> list[tuple[int, ...]]:
-    """Choose source frames for clips of ``frames`` frames at ``fps``. See the implementation below."""
-    raise NotImplementedError
+    """Choose the source frames of every clip that one video gives.
+
+    For ``head``, ``center`` and ``all`` frame ``i`` of a clip that starts at ``t0`` is the source frame shown nearest
+    to ``t0 + i / fps``; of two equally near (to ``TIE_S``) the earlier. A source slower than ``fps`` repeats frames,
+    which keeps its speed. A clip fits if the video's last frame is at most half a target interval before the clip's
+    last target time. ``uniform`` divides the time from the first to the last frame evenly, whatever ``fps`` is: 49
+    frames of a 97-frame video are 0, 2, ... 96. It fits if the video has at least ``frames`` frames.
+
+    Args:
+        frame_times_s: presentation time of every source frame in seconds, strictly ascending.
+        frames: frames per clip.
+        fps: frames per second of the clip.
+        span: see ``ClipConfig.span``.
+        pad: give a video too short for one clip a clip all the same: at the target rate as far as it goes (``uniform``:
+            every frame once), then its last frame repeated.
+
+    Returns:
+        One tuple of ``frames`` source indices per clip, ascending; none for a short video without ``pad``. Two clips of
+        ``all`` share no source frame.
+
+    Raises:
+        ValueError: for an empty video, or ``frames`` or ``fps`` that are not positive.
+    """
+    if not frame_times_s or frames < 1 or not fps > 0:
+        raise ValueError(f"need source frames, frames >= 1 and fps > 0; got {len(frame_times_s)}, {frames}, {fps}")
+    times = frame_times_s
+    first, last = times[0], times[-1]
+    if span == "uniform":
+        if len(times) < frames:
+            return [_padded(tuple(range(len(times))), frames)] if pad else []
+        interval = (last - first) / max(frames - 1, 1)
+        return [tuple(_nearest(times, first + i * interval) for i in range(frames))]
+
+    def fits(start: float) -> bool:
+        return _fitting(last - start, fps) >= frames
+
+    def clip_from(start: float) -> tuple[int, ...]:
+        return tuple(_nearest(times, start + i / fps) for i in range(frames))
+
+    if not fits(first):
+        if not pad:
+            return []
+        reached = range(_fitting(last - first, fps))
+        return [_padded(tuple(_nearest(times, first + i / fps) for i in reached), frames)]
+    if span == "head":
+        return [clip_from(first)]
+    if span == "center":
+        slack = max(0.0, last - first - (frames - 1) / fps)
+        # Starting at a source frame, not between two, keeps the frames of a source at the target rate consecutive.
+        return [clip_from(times[_nearest(times, first + slack / 2)])]
+    clips: list[tuple[int, ...]] = []
+    unused = 0  # the first source frame that no clip holds
+    while unused < len(times):
+        # Starts stay on the grid of whole clips, so that rounding to source frames never adds up to a lost clip.
+        begin = max(unused, _nearest(times, first + len(clips) * frames / fps))
+        if not fits(times[begin]):
+            break
+        clips.append(clip_from(times[begin]))
+        unused = clips[-1][-1] + 1
+    return clips
+
+
+def _fitting(length_s: float, fps: float) -> int:
+    """How many frames at ``fps`` a stretch of time gives; the last may lie half an interval behind its end."""
+    # The millionth forgives the rounding of times that a container stores as fractions.
+    return math.floor(length_s * fps + 0.5 + 1e-6) + 1
+
+
+def _nearest(times: Sequence[float], target: float) -> int:
+    """Index of the time nearest to ``target``; the earlier of a tie."""
+    after = bisect_left(times, target)
+    if after == 0:
+        return 0
+    if after == len(times):
+        return after - 1
+    return after - 1 if target - times[after - 1] <= times[after] - target + TIE_S else after
+
+
+def _padded(indices: tuple[int, ...], frames: int) -> tuple[int, ...]:
+    return (indices + indices[-1:] * (frames - len(indices)))[:frames]
 
 
 def choose_bucket(probe: VideoProbe, buckets: Sequence[Bucket], fps: float, span: Span) -> Bucket:
-    """The bucket a video is cut to."""
-    raise NotImplementedError
+    """The bucket that a video is cut to: a pure function of its header.
+
+    1. The nearest aspect ratio: the smallest ``|log(video aspect / bucket aspect)|``, so that twice too wide and twice
+       too high are equally far. Shape comes first: a landscape clip is never cropped to portrait to gain frames.
+    2. Of those, the most frames that fit; if none fits, the fewest (``short_clips`` then decides).
+    3. Of those, the largest area that needs no enlarging; if all enlarge, the smallest.
+    4. Of those, the first in the configuration.
+    """
+
+    def rank(bucket: Bucket) -> tuple[float, int, float]:
+        distance = abs(math.log((probe.width / probe.height) / (bucket.width / bucket.height)))
+        fits = bool(frame_indices(probe.frame_times_s, bucket.frames, fps, "uniform" if span == "uniform" else "head"))
+        area = bucket.height * bucket.width
+        enlarges = bucket.height > probe.height or bucket.width > probe.width
+        # Rounded, because equal ratios such as 480/720 and 960/1440 may differ in the last bit of a logarithm.
+        return round(distance, 9), -bucket.frames if fits else bucket.frames, area if enlarges else -area
+
+    return min(buckets, key=rank)
 
 
 def resize_and_crop(source_hw: tuple[int, int], bucket: Bucket) -> tuple[tuple[int, int], tuple[int, int]]:
-    """``(resize_hw, crop_yx)``: the smallest size of the source's shape that covers the bucket, and its centre crop."""
-    raise NotImplementedError
+    """The smallest size of the source's shape that covers the bucket, and where the bucket is cut from its centre.
+
+    Args:
+        source_hw: height and width of the upright source in pixels.
+        bucket: the shape to fill.
+
+    Returns:
+        ``(resize_hw, crop_yx)``. One side of ``resize_hw`` equals the bucket's, the other is rounded to the nearest
+        integer (half up) and never smaller; ``crop_yx`` is the top left corner of the crop, rounded down.
+    """
+    height, width = source_hw
+    if bucket.height * width >= bucket.width * height:  # the source is the wider of the two: its height decides
+        resize_hw = bucket.height, (2 * width * bucket.height + height) // (2 * height)
+    else:
+        resize_hw = (2 * height * bucket.width + width) // (2 * width), bucket.width
+    return resize_hw, ((resize_hw[0] - bucket.height) // 2, (resize_hw[1] - bucket.width) // 2)
 
 
 def plan_clips(probe: VideoProbe, clip: ClipConfig, fps: float, where: str) -> list[ClipPlan]:
-    """Plan every clip of one video; empty where ``short_clips: skip`` leaves it out."""
-    raise NotImplementedError
+    """Plan every clip of one video.
+
+    Args:
+        probe: the video's header.
+        clip: buckets, span and policies.
+        fps: the rate of the clips: ``clip.fps``, or the model's native rate where that is None.
+        where: the file and the row that names it, for messages.
+
+    Returns:
+        The plans in order of time; none if the video is short and ``short_clips`` is ``skip`` (the caller counts it).
+
+    Raises:
+        DataError: if the video is short and ``short_clips`` is ``error``, or if less than 1/``MAX_ASPECT_MISMATCH`` of
+            its picture would remain.
+    """
+    bucket = choose_bucket(probe, clip.buckets, fps, clip.span)
+    resize_hw, crop_yx = resize_and_crop((probe.height, probe.width), bucket)
+    kept = bucket.height * bucket.width / (resize_hw[0] * resize_hw[1])
+    if kept * MAX_ASPECT_MISMATCH < 1:
+        raise DataError(
+            f"the nearest bucket, {bucket}, would keep {kept:.1%} of a picture of {probe.height}x{probe.width}",
+            where=where,
+            fix="add a bucket nearer to its shape, or leave the file out",
+        )
+    clips = frame_indices(probe.frame_times_s, bucket.frames, fps, clip.span, pad=clip.short_clips == "pad")
+    if not clips and clip.short_clips == "error":
+        raise _short(probe, bucket, fps, clip.span, where)
+    return [ClipPlan(indices, resize_hw, crop_yx, bucket) for indices in clips]
+
+
+def _short(probe: VideoProbe, bucket: Bucket, fps: float, span: Span, where: str) -> DataError:
+    length_s = probe.frame_times_s[-1] - probe.frame_times_s[0]
+    has = probe.frames if span == "uniform" else _fitting(length_s, fps)
+    rate = "" if span == "uniform" else f" at {fps:g} fps ({probe.frames} at its own {probe.fps:.4g} fps)"
+    return DataError(
+        f"clip has {has} frames{rate}; the smallest bucket of its shape, {bucket}, needs {bucket.frames}",
+        where=where,
+        fix=f"add a bucket of at most {has} frames, or set data.short_clips: skip (or pad)",
+    )
 
 
 def plan_notes(probe: VideoProbe, plan: ClipPlan, fps: float, span: Span) -> tuple[str, ...]:
-    """Advice on one plan: repeated frames, padding, enlargement, changed speed. Empty when there is nothing to say."""
-    raise NotImplementedError
+    """Advice on one plan of ``plan_clips``; empty when there is nothing to say.
+
+    It tells of frames that are repeated (a source slower than ``fps``, or padding), of a picture that is enlarged, and
+    of a speed that ``uniform`` changes by more than a tenth.
+    """
+    notes = []
+    repeated = len(plan.frame_indices) - len(set(plan.frame_indices))
+    if repeated:
+        cause = (
+            "the clip is short" if plan.frame_indices[-1] == probe.frames - 1 else f"the video has {probe.fps:.4g} fps"
+        )
+        notes.append(f"{repeated} of {plan.bucket.frames} frames repeat another: {cause}, {fps:g} fps are wanted")
+    scale = max(plan.resize_hw[0] / probe.height, plan.resize_hw[1] / probe.width)
+    if scale > 1.001:
+        notes.append(f"enlarged {scale:.2f} times from {probe.width}x{probe.height}: detail is lost to training")
+    if span == "uniform" and plan.bucket.frames > 1:
+        covered_s = probe.frame_times_s[plan.frame_indices[-1]] - probe.frame_times_s[plan.frame_indices[0]]
+        speed = covered_s * fps / (plan.bucket.frames - 1)
+        if not 0.9 <= speed <= 1.1:
+            notes.append(f"plays {speed:.2g} times as fast as filmed, because span is uniform")
+    return tuple(notes)

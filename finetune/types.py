@@ -121,5 +121,6 @@ class RunState:
     step: int
     config_digest: str
     cache_digest: str
+    samples_seen: int = 0
     best_heldout_loss: float | None = None
     best_step: int | None = None

@@ -1,8 +1,8 @@
 """One YAML file, strict, composed of the sections that other modules declare.
 
-``schema`` composes ``RunConfig`` and holds no default of its own beyond which section stands where; ``document`` reads YAML
-with the line of every key and applies ``--set``; ``messages`` turns what does not validate into errors with a line and a
-suggestion; ``rules`` checks what no section can see alone, against the facts of the model.
+``schema`` composes ``RunConfig`` and holds no default of its own beyond which section stands where; ``document`` reads
+YAML with the line of every key and applies ``--set``; ``messages`` turns what does not validate into errors with a line
+and a suggestion; ``rules`` checks what no section can see alone, against the facts of the model.
 """
 
 from finetune.config.load import load_config

@@ -1,7 +1,8 @@
-"""``RunConfig``: which sections a run has. Every field is declared, documented and given its default where it is read."""
+"""``RunConfig``: which sections a run has. A field is declared, documented and given its default where it is read."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,8 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from finetune.cogvideox import ModelConfig
-from finetune.config.document import Dumper
+from finetune.config.document import Document, Dumper
+from finetune.config.messages import validate
 from finetune.datasets.cache import CacheConfig
 from finetune.datasets.sources import CaptionConfig, SourceConfig
 from finetune.diffusion import DropoutConfig
@@ -96,9 +98,6 @@ class RunConfig(Strict):
         Raises:
             ConfigError: naming every fault by its dotted path.
         """
-        from finetune.config.document import Document
-        from finetune.config.load import build  # `load` builds on this module
-
         return build(Document.of(values), base=base or Path.cwd())
 
     @property
@@ -128,6 +127,18 @@ class RunConfig(Strict):
         return digest_of(self.to_dict())
 
 
+def build(document: Document, *, base: Path) -> RunConfig:
+    """Validate a document, make its paths absolute and remember where everything was written.
+
+    Raises:
+        ConfigError: one for all faults.
+    """
+    config = with_absolute_paths(validate(RunConfig, document), base)
+    places = {".".join(map(str, path)): place for path, place in document.places.items() if path}
+    config._provenance = Provenance(base, document.name, places)
+    return config
+
+
 def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     """The same configuration with every path absolute: ``~`` expanded, relative ones started at ``base``."""
     resolved = _absolute(config, base)
@@ -143,20 +154,19 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
 
 def _absolute(value: Any, base: Path) -> Any:
     if isinstance(value, BaseModel):
-        return value.model_copy(update={name: _absolute(getattr(value, name), base) for name in type(value).model_fields})
+        return value.model_copy(
+            update={name: _absolute(getattr(value, name), base) for name in type(value).model_fields}
+        )
     if isinstance(value, tuple | list):
         return type(value)(_absolute(item, base) for item in value)
     return _resolve(value, base) if isinstance(value, Path) else value
 
 
 def _resolve(path: Path, base: Path) -> Path:
-    # Not Path.resolve(): a symbolic link stays the link that the user named.
-    joined = base / path.expanduser()
-    return Path(*_without_dots(joined.absolute().parts))
-
-
-def _without_dots(parts: tuple[str, ...]) -> list[str]:
-    return [part for part in parts if part != "."]
+    joined = (base / path.expanduser()).absolute()
+    # Collapse ".." only where that means the same folder (behind a symbolic link it may not); links stay as named.
+    collapsed = Path(os.path.normpath(joined))
+    return collapsed if collapsed.resolve() == joined.resolve() else joined
 
 
 def json_schema() -> dict[str, Any]:

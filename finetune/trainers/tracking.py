@@ -1,12 +1,33 @@
-"""Metrics to TensorBoard (through accelerate) and to the console."""
+"""Metrics to TensorBoard (through accelerate) and to the console; on the main process only.
+
+Names in use: ``train/loss`` (mean over processes and micro-batches), ``train/loss/t000-249`` ... (by timestep band),
+``train/grad_norm`` (before clipping), ``train/lr``, ``train/samples_seen``, ``perf/s_per_step``, ``perf/data_wait_s``
+(time the device waited for a batch), ``perf/peak_gib``; ``heldout/loss``, ``heldout/loss/t000-249`` ...,
+``trainsubset/loss`` and ``heldout/gap`` (held-out minus training subset: it grows when the run memorises). Steps are
+completed optimizer steps.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+import math
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
+from finetune.bands import loss_by_band
 from finetune.section import Strict
+from finetune.videos import Frames, gif_bytes
+
+_log = logging.getLogger(__name__)
+
+RUN_NAME = "tensorboard"
+"""Folder of the event files inside the run's folder."""
 
 
 class TrackingConfig(Strict):
@@ -18,3 +39,261 @@ class TrackingConfig(Strict):
     """Optimizer steps between two records of the training metrics. Held-out losses and videos are always recorded."""
     console_interval_s: float = Field(10.0, gt=0)
     """Seconds between two progress lines where the output is no terminal (a terminal's line follows every step)."""
+
+    def accelerator_options(self, run_dir: Path) -> dict[str, Any]:
+        """Arguments that ``Accelerator(...)`` needs for a ``Tracker`` of this section to write to ``run_dir``."""
+        return {"log_with": None if self.kind == "none" else self.kind, "project_dir": str(run_dir)}
+
+
+def step_metrics(
+    *,
+    losses: Sequence[float],
+    timesteps: Sequence[int],
+    num_train_timesteps: int,
+    grad_norm: float | None,
+    lr: float,
+    samples_seen: int,
+    s_per_step: float,
+    data_wait_s: float,
+    peak_gib: float | None,
+) -> dict[str, float]:
+    """The metrics of one optimizer step, under the names of this module.
+
+    Args:
+        losses: one per sample of the step, of all processes and micro-batches.
+        timesteps: one per sample, in the same order.
+        num_train_timesteps: length of the schedule.
+        grad_norm: global L2 norm before clipping; None leaves it out.
+        lr: learning rate of the step.
+        samples_seen: samples since step 0, this step included.
+        s_per_step: wall time of the step in seconds.
+        data_wait_s: the part of it spent waiting for batches.
+        peak_gib: largest allocation so far in GiB; None (no such counter on a CPU) leaves it out.
+    """
+    metrics = {
+        "train/loss": math.fsum(losses) / len(losses),
+        **_prefixed("train/loss", loss_by_band(losses, timesteps, num_train_timesteps)),
+        "train/lr": lr,
+        "train/samples_seen": float(samples_seen),
+        "perf/s_per_step": s_per_step,
+        "perf/data_wait_s": data_wait_s,
+    }
+    if grad_norm is not None:
+        metrics["train/grad_norm"] = grad_norm
+    if peak_gib is not None:
+        metrics["perf/peak_gib"] = peak_gib
+    return metrics
+
+
+def heldout_metrics(
+    heldout: float | None, by_band: Mapping[str, float] | None = None, *, train_subset: float | None = None
+) -> dict[str, float]:
+    """The metrics of one validation: held-out loss, the same on training clips, and their difference; what is known."""
+    metrics: dict[str, float] = {}
+    if heldout is not None:
+        metrics |= {"heldout/loss": heldout, **_prefixed("heldout/loss", by_band or {})}
+    if train_subset is not None:
+        metrics["trainsubset/loss"] = train_subset
+    if heldout is not None and train_subset is not None:
+        metrics["heldout/gap"] = heldout - train_subset
+    return metrics
+
+
+def _prefixed(prefix: str, by_band: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}/{band}": loss for band, loss in by_band.items()}
+
+
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    """A nested configuration as ``{"optimizer.lr": 1e-4}``.
+
+    TensorBoard's hparams take only text, numbers and booleans and crash the run on anything else, such as a path or a
+    list; those become text here.
+    """
+    flat: dict[str, str | int | float | bool] = {}
+    for key, value in settings.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten_settings(value, f"{name}.")
+        elif isinstance(value, str | int | float):
+            flat[name] = value
+        elif isinstance(value, list | tuple):
+            flat[name] = ", ".join(str(member) for member in value)
+        else:
+            flat[name] = "null" if value is None else str(value)
+    return flat
+
+
+class Tracker:
+    """Writes metrics and videos of one run to TensorBoard; does nothing on other processes, or with ``kind: none``.
+
+    A full disk or a lost network drive must not end a run of days: the first ``OSError`` from the event writer is
+    printed as a warning, and from then on nothing more is tracked. Anything else is a bug and is raised.
+
+    Args:
+        config: the section.
+        accelerator: made with ``config.accelerator_options(run_dir)``.
+        settings: the resolved configuration, recorded once, at the start of a new run.
+        resumed_step: completed steps of the checkpoint that this run continues; 0 for a new run. What an interrupted
+            run logged after it is then hidden by TensorBoard, so that no step shows twice.
+
+    Raises:
+        ValueError: if the accelerator was made without the options.
+    """
+
+    def __init__(
+        self, config: TrackingConfig, accelerator: Any, *, settings: Mapping[str, Any], resumed_step: int = 0
+    ) -> None:
+        self._every = config.every
+        self._accelerator = accelerator
+        self._active = config.kind != "none" and bool(accelerator.is_main_process)
+        if not self._active:
+            return
+        if config.kind not in {str(backend) for backend in accelerator.log_with}:
+            raise ValueError("make the Accelerator with TrackingConfig.accelerator_options()")
+        self._guarded(lambda: self._start(settings, resumed_step))
+
+    def _start(self, settings: Mapping[str, Any], resumed_step: int) -> None:
+        self._accelerator.init_trackers(
+            RUN_NAME,
+            # Once per run: each record of hparams is a run of its own in TensorBoard's list.
+            config=flatten_settings(settings) if resumed_step == 0 else None,
+            init_kwargs={"tensorboard": {"purge_step": resumed_step + 1}},
+        )
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record metrics at ``step`` (completed optimizer steps)."""
+        if self._active and metrics:
+            self._guarded(lambda: self._accelerator.log(dict(metrics), step=step))
+
+    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """``log`` for the metrics of every step: thinned out to one step in ``every``."""
+        if step % self._every == 0:
+            self.log(step, metrics)
+
+    def log_video(self, tag: str, frames: Frames, step: int, fps: float) -> None:
+        """Record a video, uint8 [F, H, W, 3], as an animated GIF, which the Images tab plays.
+
+        TensorBoard's own ``add_video`` does the same through moviepy, a dependency that this avoids.
+        """
+        if not self._active:
+            return
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        image = Summary.Image(
+            height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif_bytes(frames, fps)
+        )
+        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
+
+        def write() -> None:
+            writer.file_writer.add_summary(summary, step)
+            writer.flush()
+
+        self._guarded(write)
+
+    def close(self) -> None:
+        """Flush and close the event file; safe to call twice."""
+        if self._active:
+            self._guarded(lambda: self._accelerator.get_tracker("tensorboard", unwrap=True).close())
+
+    def _guarded(self, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except OSError as error:
+            self._active = False
+            _log.warning("metrics are no longer written to TensorBoard; training goes on: %s", error)
+
+
+class Console:
+    """One progress line: rewritten after every step on a terminal, printed at intervals elsewhere.
+
+    Args:
+        total_steps: optimizer steps of the whole run.
+        first_step: steps completed before this process began.
+        interval_s: least seconds between two lines where ``stream`` is no terminal.
+        stream: where to print; None is standard output.
+        enabled: False on every process but the main one.
+        clock: seconds from any origin.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int = 0,
+        interval_s: float = 10.0,
+        stream: TextIO | None = None,
+        enabled: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total = total_steps
+        self._first = first_step
+        self._interval_s = interval_s
+        self._stream = stream or sys.stdout
+        self._enabled = enabled
+        self._clock = clock
+        self._terminal = self._stream.isatty()
+        self._origin: tuple[int, float] | None = None
+        self._last_line_s: float | None = None
+        self._open_line = False
+
+    def progress(self, step: int, *, loss: float, lr: float, s_per_step: float, peak_gib: float | None = None) -> None:
+        """Show that ``step`` optimizer steps are complete."""
+        now = self._clock()
+        if self._origin is None:
+            # The first step is slow (allocator, kernel selection), so the estimate starts after it.
+            self._origin = (step, now)
+        if not self._enabled or not self._is_due(step, now):
+            return
+        parts = [f"step {step:>{len(str(self._total))}}/{self._total}", f"loss {loss:.4f}", f"lr {lr:.2e}"]
+        parts.append(f"{s_per_step:.2f} s/step")
+        if peak_gib is not None:
+            parts.append(f"peak {peak_gib:.2f} GiB")
+        if (left_s := self._left_s(step, now)) is not None:
+            parts.append(f"ETA {duration(left_s)}")
+        self._write("  ".join(parts))
+        self._last_line_s = now
+
+    def _is_due(self, step: int, now: float) -> bool:
+        if self._terminal or self._last_line_s is None or step >= self._total:
+            return True
+        return now - self._last_line_s >= self._interval_s
+
+    def _left_s(self, step: int, now: float) -> float | None:
+        if self._origin is None or step <= self._origin[0] or step >= self._total:
+            return None
+        return (now - self._origin[1]) / (step - self._origin[0]) * (self._total - step)
+
+    def _write(self, line: str) -> None:
+        if self._terminal:
+            # A line wider than the terminal wraps, and a wrapped line cannot be rewritten.
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r{line[:width]}\x1b[K")
+            self._open_line = True
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def note(self, text: str) -> None:
+        """Print whole lines without tearing the progress line."""
+        if self._enabled:
+            self.close()
+            self._stream.write(text + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """End a progress line that is still open."""
+        if self._open_line:
+            self._stream.write("\n")
+            self._stream.flush()
+            self._open_line = False
+
+
+def duration(seconds: float) -> str:
+    """``45s``, ``7m 38s`` or ``3h 02m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"

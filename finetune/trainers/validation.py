@@ -1,18 +1,19 @@
 """Held-out loss at fixed clips, timesteps and noise, measured without touching a bit of the training state.
 
-Nothing here draws a random number: the loop hands in ready batches, so two evaluations of the same weights give the same
-number, and a difference between two numbers is a difference between weights.
+Nothing here draws a random number: the loop hands in ready batches, so two evaluations of the same weights give the
+same number, and a difference between two numbers is a difference between weights.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from finetune.bands import loss_by_band
@@ -36,7 +37,7 @@ class ValidationConfig(Strict):
     """What is measured and sampled while training, and how often."""
 
     every: int | None = Field(100, ge=1)
-    """Optimizer steps between two measurements of the held-out loss; null for none."""
+    """Optimizer steps between two measurements of the held-out loss, and one after the last step; null for none."""
     at_start: bool = True
     """Measure, and sample, before the first step as well: what the base model does is what the run is compared with."""
     clips: int = Field(16, ge=1)
@@ -46,8 +47,8 @@ class ValidationConfig(Strict):
     """Each clip is measured at this many timesteps, spread evenly over the noise schedule."""
     samples: tuple[SamplePrompt, ...] = ()
     """Videos to sample, each from its prompt (and image) and seed."""
-    sample_every: int | None = Field(None, ge=1)
-    """Optimizer steps between two rounds of sampling; null for a round at the start and one at the end."""
+    sample_every: int | None = Field(500, ge=1)
+    """Optimizer steps between two rounds of sampling, and one after the last step; null for none."""
     num_inference_steps: int = Field(50, ge=1, le=1000)
     """Denoising steps per sampled video."""
     guidance_scale: float = Field(6.0, ge=1)
@@ -56,3 +57,88 @@ class ValidationConfig(Strict):
     """Let the guidance grow with the denoising steps, as CogVideoX's demo does with the DPM scheduler."""
     bucket: BucketField | None = None
     """Frames x height x width of the sampled videos; left out: the first of ``data.buckets``."""
+
+
+Pair = tuple[float, int]
+"""Loss and timestep of one sample."""
+
+
+@dataclass(frozen=True)
+class HeldoutLoss:
+    """One evaluation: the mean over every (clip, timestep) pair, and by timestep band."""
+
+    mean: float
+    by_band: dict[str, float]
+    count: int
+    """(clip, timestep) pairs measured."""
+
+
+def fixed_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
+    """``count`` timesteps at the midpoints of equal parts of the schedule, ascending: 4 of 1000 are 125, 375, 625, 875.
+
+    Midpoints, so that the mean over them estimates the mean over all timesteps, which is what training minimises.
+
+    Raises:
+        ValueError: if more are wanted than there are.
+    """
+    if not 1 <= count <= num_train_timesteps:
+        raise ValueError(f"{count} of {num_train_timesteps} timesteps")
+    return tuple((2 * part + 1) * num_train_timesteps // (2 * count) for part in range(count))
+
+
+def evaluate(
+    loss_of: Callable[[Batch], Tensor],
+    batches: Iterable[Batch],
+    num_train_timesteps: int,
+    *,
+    gather: Callable[[list[Pair]], list[Pair]] | None = None,
+) -> HeldoutLoss:
+    """Mean loss over ready batches, summed exactly, so that neither their order nor their size matters.
+
+    Args:
+        loss_of: per-sample losses [B] of a batch; call ``evaluate`` inside ``training_state_untouched``.
+        batches: fixed clips at fixed timesteps with fixed noise; an iterable, so that they need not be in memory at
+            once. With several processes, this one's share, which may be empty.
+        num_train_timesteps: length of the schedule, for the bands.
+        gather: joins the (loss, timestep) lists of all processes; None for one process.
+
+    Raises:
+        ValueError: if no process has anything to measure, or a loss is not [B].
+    """
+    pairs: list[Pair] = []
+    for batch in batches:
+        losses = loss_of(batch)
+        if losses.shape != batch.timesteps.shape:
+            raise ValueError(f"loss_of gave {tuple(losses.shape)} for {len(batch.timesteps)} samples")
+        pairs += zip(losses.detach().to("cpu", torch.float64).tolist(), batch.timesteps.tolist(), strict=True)
+    if gather is not None:
+        pairs = gather(pairs)
+    if not pairs:
+        raise ValueError("there is no batch to measure")
+    every_loss = [loss for loss, _ in pairs]
+    return HeldoutLoss(
+        mean=math.fsum(every_loss) / len(every_loss),
+        by_band=loss_by_band(every_loss, [timestep for _, timestep in pairs], num_train_timesteps),
+        count=len(pairs),
+    )
+
+
+@contextmanager
+def training_state_untouched(*modules: nn.Module) -> Iterator[None]:
+    """Measure or sample inside; on leaving, also through an exception, training goes on as if nothing had happened.
+
+    Inside, ``modules`` are in eval mode (LoRA dropout off) and no gradient is recorded. Afterwards the train/eval flag
+    of every submodule is what it was, and so is the state of the global random generators of the CPU and of every CUDA
+    device. Parameters, buffers and gradients are not copied: what runs inside must not write to them.
+    """
+    flags = {module: module.training for root in modules for module in root.modules()}
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        try:
+            for root in modules:
+                root.eval()
+            yield
+        finally:
+            # Flag by flag: `train()` on the root would also wake a submodule that was in eval mode on purpose.
+            for module, training in flags.items():
+                module.training = training

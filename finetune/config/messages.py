@@ -1,0 +1,222 @@
+"""What does not validate, as errors that name the line, the nearest valid word and the fix."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from finetune.config.document import Document, Keys
+from finetune.errors import ConfigError, raise_all
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def validate(kind: type[M], document: Document) -> M:
+    """Validate a document as a ``kind``.
+
+    Raises:
+        ConfigError: one for all faults, each with its place in the file.
+    """
+    headline = "{n} faults in " + (document.name or "the configuration")
+    try:
+        model = kind.model_validate(document.values)
+    except ValidationError as error:
+        raise_all(ConfigError, explain(kind, error, document), what=headline, limit=1000)
+        raise
+    raise_all(ConfigError, list(_odd_numbers(model, document, ())), what=headline, limit=1000)
+    return model
+
+
+def explain(kind: type[BaseModel], error: ValidationError, document: Document) -> list[ConfigError]:
+    """Every fault of a pydantic error as a ``ConfigError``, in the order of the file where it is known."""
+    faults: dict[Keys, ConfigError] = {}
+    alternatives: dict[Keys, list[ErrorDetails]] = {}
+    for details in error.errors(include_url=False):
+        spot = _locate(kind, details["loc"])
+        if spot.alternative:  # one value, refused once by every member of a plain union
+            alternatives.setdefault(spot.path, []).append(details)
+        else:
+            path = (*spot.path, "kind") if details["type"].startswith("union_tag") else spot.path
+            faults[path] = _fault(kind, spot, details, document.place(path))
+    for path, refused in alternatives.items():
+        wants = "; or ".join(dict.fromkeys(_wants(details) for details in refused))
+        shown = document.value(path)
+        faults[path] = ConfigError(f"{_dotted(path)} is {shown!r}: {wants}", where=document.place(path))
+    order = {path: index for index, path in enumerate(document.places)}
+    return [faults[path] for path in sorted(faults, key=lambda path: order.get(path, len(order)))]
+
+
+@dataclass(frozen=True)
+class _Spot:
+    path: Keys
+    """Where in the document."""
+    holder: type[BaseModel] | None
+    """The section that the last part of the path is, or should be, a field of."""
+    union: tuple[type[BaseModel], ...] = ()
+    """The section's fellow members, where it is one of a union."""
+    alternative: bool = False
+    """Whether the error came from one branch of a plain union such as ``int | list[int]``."""
+
+
+def _locate(kind: type[BaseModel], loc: tuple[int | str, ...]) -> _Spot:
+    """Turn pydantic's location, which also names union members, into a path of the document."""
+    annotation: Any = kind
+    path: list[str | int] = []
+    holder: type[BaseModel] | None = None
+    union: tuple[type[BaseModel], ...] = ()
+    for part in loc:
+        annotation = _bare(annotation)
+        if _is_model(annotation):
+            if holder is None or annotation not in union:
+                union = union if annotation in union else ()
+            holder = annotation
+            path.append(part)
+            info = annotation.model_fields.get(str(part))
+            annotation = info.annotation if info else None
+        elif _is_union(annotation):
+            members = tuple(member for member in map(_bare, get_args(annotation)) if _is_model(member))
+            chosen = [member for member in members if part in _kinds(member)]
+            if not chosen:
+                return _Spot(tuple(path), holder, alternative=True)
+            annotation, union = chosen[0], members
+        else:
+            arguments = get_args(annotation)
+            path.append(part)
+            annotation = arguments[-1] if get_origin(annotation) is dict else (arguments or (None,))[0]
+    return _Spot(tuple(path), holder, union)
+
+
+def _bare(annotation: Any) -> Any:
+    """Without ``Annotated`` and without ``| None``."""
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    if _is_union(annotation):
+        members = [member for member in get_args(annotation) if member is not type(None)]
+        if len(members) == 1:
+            return _bare(members[0])
+    return annotation
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _is_model(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _kinds(member: type[BaseModel]) -> tuple[Any, ...]:
+    info = member.model_fields.get("kind")
+    return get_args(info.annotation) if info and get_origin(info.annotation) is Literal else ()
+
+
+# ------------------------------------------------------------------------------------------------------ the sentences
+
+
+def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str) -> ConfigError:
+    name = str(spot.path[-1]) if spot.path else ""
+    match details["type"]:
+        case "extra_forbidden":
+            return _unknown(root, spot, name, where)
+        case "missing":
+            info = spot.holder.model_fields[name] if spot.holder else None
+            return ConfigError(
+                f"'{name}' is missing", where=where, fix=_first_sentence(info.description if info else "")
+            )
+        case "union_tag_not_found":
+            return ConfigError(f"{_dotted(spot.path)} needs a field 'kind'", where=where, fix=_wants(details))
+        case "union_tag_invalid":
+            tag, expected = str(details["ctx"]["tag"]), str(details["ctx"]["expected_tags"])
+            known = [word.strip(" '") for word in expected.split(",")]
+            return ConfigError(
+                f"unknown kind '{tag}'{did_you_mean(tag, known)}", where=where, fix=f"use one of {', '.join(known)}"
+            )
+        case "literal_error":
+            expected = str(details["ctx"]["expected"])
+            known = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
+            guess = did_you_mean(str(details["input"]), known)
+            return ConfigError(
+                f"'{name}' is {details['input']!r}{guess}", where=where, fix=f"use one of {', '.join(known)}"
+            )
+        case "string_type" if isinstance(details["input"], int | float):
+            return ConfigError(
+                f"'{name}' is the number or truth value {details['input']!r}, and text is wanted",
+                where=where,
+                fix=f'put it in quotes: {name}: "{details["input"]}"',
+            )
+        case "value_error" | "assertion_error":
+            return ConfigError(str(details["ctx"]["error"]), where=where)
+    given = details["input"]
+    shown = type(given).__name__ if isinstance(given, Mapping | list | BaseModel) else repr(given)
+    return ConfigError(f"'{name}' is {'empty' if given is None else shown}: {_wants(details)}", where=where)
+
+
+def _wants(details: ErrorDetails) -> str:
+    message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        message = "should be a mapping of fields"
+    return message[0].lower() + message[1:]
+
+
+def _unknown(root: type[BaseModel], spot: _Spot, name: str, where: str) -> ConfigError:
+    fields = list(spot.holder.model_fields) if spot.holder else []
+    what = f"unknown field '{name}'{did_you_mean(name, fields)}"
+    fellows = [kind for member in spot.union if name in member.model_fields for kind in _kinds(member)]
+    elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
+    if fellows:
+        fix = f"'{name}' belongs to kind {' and '.join(dict.fromkeys(fellows))}"
+    elif elsewhere:
+        fix = f"'{name}' is written as {' or '.join(dict.fromkeys(elsewhere))}"
+    else:
+        fix = f"the fields here are {', '.join(fields)}"
+    return ConfigError(what, where=where, fix=fix)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'seed'?``, or nothing where no known word is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def field_paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted paths of all fields below a section; items of lists are not entered."""
+    for name, info in kind.model_fields.items():
+        yield prefix + name
+        annotation = _bare(info.annotation)
+        for member in map(_bare, get_args(annotation) if _is_union(annotation) else [annotation]):
+            if _is_model(member):
+                yield from field_paths(member, f"{prefix}{name}.")
+
+
+def _first_sentence(text: str | None) -> str:
+    return " ".join((text or "").split()).split(". ")[0].rstrip(".")
+
+
+def _dotted(path: Keys) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def _odd_numbers(value: Any, document: Document, path: Keys) -> Iterator[ConfigError]:
+    """Numbers that pydantic accepts and nobody means: infinities, NaN, and ``true`` where a number is wanted."""
+    if isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _odd_numbers(getattr(value, name), document, (*path, name))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _odd_numbers(item, document, (*path, index))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _odd_numbers(item, document, (*path, key))
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield ConfigError(f"{_dotted(path)} is {value}, and a finite number is wanted", where=document.place(path))
+    elif isinstance(value, int | float) and type(value) is not bool and isinstance(document.value(path), bool):
+        yield ConfigError(
+            f"{_dotted(path)} is {document.value(path)}, and a number is wanted", where=document.place(path)
+        )

@@ -1,0 +1,138 @@
+"""``train(config)``: assemble a run, then the loop.
+
+Accelerate does what it is best at: devices, gradient synchronisation, accumulation, launch, trackers. The order of samples,
+the learning rate and every random number are pure functions of the step (``schedule``, ``streams``), so there is no state to
+restore but tensors and one integer.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.cogvideox import denoise
+from finetune.config import RunConfig
+from finetune.diffusion import noise_batch, v_mse
+from finetune.schedule import is_due, lr_at
+from finetune.streams import address
+from finetune.trainers.assemble import Run, assemble
+from finetune.trainers.meter import Meter, StepRecord, require_finite
+from finetune.trainers.optim import set_lr
+from finetune.trainers.stopping import StopRequest
+from finetune.trainers.validator import Validator
+from finetune.types import Batch
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What a call of ``train`` did."""
+
+    run_dir: Path
+    step: int
+    """Optimizer steps the run has completed."""
+    total_steps: int
+    checkpoint: Path | None
+    """The checkpoint that holds the last step."""
+    heldout_before: float | None
+    """Held-out loss before the first step; None where it was not measured."""
+    heldout_after: float | None
+    """Held-out loss at the last measurement."""
+    stopped_by: str
+    """The signal that ended the run early, or empty."""
+
+
+def train(config: RunConfig) -> TrainReport:
+    """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.
+
+    Raises:
+        ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
+        TrainingError: a loss or gradient was not finite, or gradient checkpointing did not recompute.
+    """
+    with StopRequest() as stop, ExitStack() as cleanup:
+        run = assemble(config, cleanup)
+        return _loop(run, stop)
+
+
+def batch_losses(run: Run, batch: Batch) -> Tensor:
+    """Velocity loss per sample of one micro-batch, float32 [B]."""
+    noised = noise_batch(batch, run.alpha_bar)
+    prediction = denoise(
+        run.transformer, run.facts, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents
+    )
+    return v_mse(prediction, noised.velocity)
+
+
+def _loop(run: Run, stop: StopRequest) -> TrainReport:
+    config, accelerator = run.config, run.accelerator
+    validator = Validator(run, lambda batch: batch_losses(run, batch))
+    meter = Meter(config.train.accumulation * config.train.batch_size, accelerator.gather)
+    state = run.state
+    saved = run.resumed_from
+    record: StepRecord | None = None
+
+    if state.step == 0 and config.validation.at_start:
+        run.console.note("measuring the base model")
+        validator.measure(0)
+        validator.sample(0)
+
+    for step in range(state.step, run.total_steps):
+        begun, waited = time.perf_counter(), run.loader.waited_s
+        lr = lr_at(step, config.optimizer.lr, config.lr_schedule, run.total_steps)
+        set_lr(run.optimizer, lr)
+        samples = sum(len(micro.items) for micro in run.plan.step(step))
+        grad_norm = math.nan
+        with run.recompute_guard(step == run.first_step):
+            for batch in run.loader.step(step):
+                # LoRA dropout draws from the global generator: give that an address too.
+                torch.manual_seed(address(config.train.seed, "model", step, batch.slots[0]))
+                with accelerator.accumulate(run.transformer):
+                    losses = batch_losses(run, batch)
+                    # Accelerate divides by the accumulation and averages over processes; together with this weight the
+                    # gradient is the mean over the step's samples, also where a bucket's last micro-batch is smaller.
+                    weight = run.plan.micro_batches / samples
+                    accelerator.backward(losses.sum() * weight * run.loss_scale)
+                    meter.add(losses, batch.timesteps, batch.clips)
+                    if accelerator.sync_gradients:
+                        run.unscale_gradients()
+                        limit = config.train.max_grad_norm
+                        norm = accelerator.clip_grad_norm_(run.parameters, math.inf if limit is None else limit)
+                        record = meter.exchange(stop.requested)
+                        grad_norm = float(norm)
+                        require_finite(record, grad_norm, meter, step, run.gather_words)
+                    run.optimizer.step()
+                    run.optimizer.zero_grad()
+        # Below runs once per optimizer step because of the nesting: no flag can get it wrong.
+        assert record is not None  # every step has a micro-batch with gradients synchronised: see StepPlan
+        meter.reset()
+        run.ema_step()
+        state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(record.losses))
+        run.log_step(state, record, grad_norm, lr, time.perf_counter() - begun, run.loader.waited_s - waited)
+
+        finished = state.step == run.total_steps
+        best = False
+        if not record.stop or finished:  # who asks for a stop has seconds to give, not minutes: save, and no more
+            if is_due(state.step, config.validation.every, last=run.total_steps):
+                state, best = validator.judge(state)
+            if is_due(state.step, config.validation.sample_every) or finished:
+                validator.sample(state.step)
+        if is_due(state.step, config.checkpoint.every) or best or finished or record.stop:
+            saved = run.save(state)
+        if record.stop:
+            break
+
+    return TrainReport(
+        run_dir=config.output_dir,
+        step=state.step,
+        total_steps=run.total_steps,
+        checkpoint=saved,
+        heldout_before=validator.before,
+        heldout_after=validator.latest,
+        stopped_by=stop.by if state.step < run.total_steps else "",
+    )

@@ -1,0 +1,162 @@
+"""Measuring and sampling while training: held-out loss, its gap to the training clips, and videos.
+
+Everything it reads is fixed (clips, timesteps, noise, prompts, seeds) and everything it touches is put back, so a run with
+validation is bit for bit the run without.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.cogvideox import load_scheduler, load_vae
+from finetune.datasets.loader import BatchMaker, to_device
+from finetune.generate import SampleRequest, sample_videos
+from finetune.streams import address
+from finetune.trainers.assemble import Run
+from finetune.trainers.validation import HeldoutLoss, evaluate, fixed_timesteps, training_state_untouched
+from finetune.types import Batch, RunState
+from finetune.videos import write_mp4
+
+HISTORY = "heldout.jsonl"
+"""In the run's folder: one JSON line per measurement (step, heldout, trainsubset, gap, bands)."""
+
+
+class Validator:
+    """Measures a run on its held-out clips and samples its prompts.
+
+    Args:
+        run: the assembled run.
+        losses: per-sample loss of a batch on the device, as training computes it.
+    """
+
+    def __init__(self, run: Run, losses: Callable[[Batch], Tensor]) -> None:
+        self._run = run
+        self._losses = losses
+        config = run.config.validation
+        self._heldout = _subset(run.heldout, config.clips)
+        self._trainsubset = _subset(run.training, config.clips)
+        self._timesteps = fixed_timesteps(config.timesteps, run.facts.num_train_timesteps)
+        self._history = _read_history(run.config.output_dir / HISTORY, before=run.state.step)
+        self.latest: float | None = self._history[-1]["heldout"] if self._history else None
+
+    @property
+    def before(self) -> float | None:
+        """Held-out loss at step 0; None where it was not measured."""
+        return self._history[0]["heldout"] if self._history and self._history[0]["step"] == 0 else None
+
+    def judge(self, state: RunState) -> tuple[RunState, bool]:
+        """Measure after a step; returns the state with the best loss so far, and whether this is it."""
+        loss = self.measure(state.step)
+        if loss is None or not self._run.config.checkpoint.keep_best:
+            return state, False
+        if state.best_heldout_loss is not None and loss >= state.best_heldout_loss:
+            return state, False
+        return replace(state, best_heldout_loss=loss, best_step=state.step), True
+
+    def measure(self, step: int) -> float | None:
+        """Held-out loss and the training subset's, logged; None where no clip is held out."""
+        if not self._heldout:
+            return None
+        with self._run.averaged_weights(), training_state_untouched(self._run.transformer):
+            heldout = self._evaluate(self._heldout)
+            trainsubset = self._evaluate(self._trainsubset)
+        gap = heldout.mean - trainsubset.mean
+        self._run.tracker.log(
+            step,
+            {
+                "heldout/loss": heldout.mean,
+                **{f"heldout/loss/{band}": loss for band, loss in heldout.by_band.items()},
+                "trainsubset/loss": trainsubset.mean,
+                "heldout/gap": gap,
+            },
+        )
+        self._run.console.note(
+            f"step {step}: held-out loss {heldout.mean:.4f}, same on training clips {trainsubset.mean:.4f} (gap {gap:+.4f})"
+        )
+        self._remember(
+            {"step": step, "heldout": heldout.mean, "trainsubset": trainsubset.mean, "by_band": dict(heldout.by_band)}
+        )
+        self.latest = heldout.mean
+        return heldout.mean
+
+    def _evaluate(self, makers: Sequence[tuple[BatchMaker, int]]) -> HeldoutLoss:
+        """Evaluate clips at the fixed timesteps, shared out over the processes and put together again."""
+        run, size = self._run, self._run.config.train.batch_size
+        jobs = [
+            (maker, index, self._timesteps[first : first + size])
+            for maker, index in makers
+            for first in range(0, len(self._timesteps), size)
+        ]
+        mine = jobs[run.accelerator.process_index :: run.accelerator.num_processes]
+        batches = (to_device(maker.fixed(index, steps), run.device) for maker, index, steps in mine)
+        return evaluate(self._losses, batches, run.facts.num_train_timesteps, gather=run.gather_pairs)
+
+    def _remember(self, row: dict[str, object]) -> None:
+        self._history.append(row)
+        if self._run.accelerator.is_main_process:
+            path = self._run.config.output_dir / HISTORY
+            path.write_text("".join(json.dumps(line) + "\n" for line in self._history), encoding="utf-8")
+
+    def sample(self, step: int) -> None:
+        """Sample every configured prompt with the weights of this step, to files and to the tracker."""
+        run, config = self._run, self._run.config.validation
+        if not config.samples:
+            return
+        mine = list(enumerate(config.samples))[run.accelerator.process_index :: run.accelerator.num_processes]
+        bucket = config.bucket or run.config.data.buckets[0]
+        empty = run.cache.read_prompt(run.manifest.empty_prompt_key)
+        folder = run.config.output_dir / "samples" / f"step-{step:08d}"
+        requests = [
+            SampleRequest(
+                prompt_embeds=run.cache.read_prompt(run.manifest.prompts[sample.prompt]),
+                negative_embeds=empty if run.config.data.unconditional_text == "empty" else torch.zeros_like(empty),
+                image=sample.image,
+                seed=sample.seed,
+                bucket=bucket,
+            )
+            for _, sample in mine
+        ]
+        fps = run.config.data.fps or run.facts.native_fps
+        if requests:
+            vae = load_vae(run.config.model, device=run.device, dtype=run.dtype)
+            module = run.module
+            with run.averaged_weights(), training_state_untouched(module):
+                videos = sample_videos(
+                    run.facts,
+                    transformer=module,
+                    vae=vae,
+                    scheduler=load_scheduler(run.config.model),
+                    requests=requests,
+                    num_inference_steps=config.num_inference_steps,
+                    guidance_scale=config.guidance_scale,
+                    dynamic_cfg=config.dynamic_cfg,
+                )
+            del vae
+            for (number, sample), frames in zip(mine, videos, strict=True):
+                write_mp4(folder / f"{number:02d}-seed{sample.seed}.mp4", frames, fps)
+        else:
+            videos = []
+        shown = run.gather_objects([(number, frames) for (number, _), frames in zip(mine, videos, strict=True)])
+        for number, frames in sorted(shown, key=lambda pair: pair[0]):
+            run.tracker.log_video(f"samples/{number:02d} {config.samples[number].prompt[:60]}", frames, step, fps)
+        run.console.note(f"step {step}: sampled {len(config.samples)} videos to {folder}")
+
+
+def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:
+    """At most ``count`` clips, the same ones for the same dataset, chosen by their content."""
+    order = sorted(range(len(maker.items)), key=lambda index: address(0, "subset", maker.items[index].latents_key))
+    return [(maker, index) for index in order[:count]]
+
+
+def _read_history(path: Path, *, before: int) -> list[dict[str, object]]:
+    """Measurements up to the step a run resumes at; those of a run that began anew are dropped."""
+    if before == 0 or not path.is_file():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [row for row in rows if row["step"] <= before]
