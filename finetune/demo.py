@@ -1,4 +1,4 @@
-"""The demo world: short clips of one coloured shape that moves, and a CogVideoX that was really trained on them.
+"""The demo world: short clips of one coloured shape that moves, and a CogVideoX really trained on them.
 
 A clip is 9 frames of 64x64 pixels at 8 fps. The shipped base model (``scripts/train_demo_world.py`` made it) knows circles,
 squares and triangles in four colours; it has never seen a ring. Teaching it the ring from a dozen clips is the
@@ -40,9 +40,9 @@ COLOURS = {"red": (225, 45, 45), "green": (50, 190, 70), "blue": (60, 90, 240), 
 MOTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Name -> unit step (x, y) in image coordinates: y grows downwards."""
 
-_RADIUS = 12.0
+_RADIUS = 14.0
 """Pixels from a shape's centre to its furthest part, roughly: the four shapes look equally large."""
-_TRAVEL = 20.0
+_TRAVEL = 18.0
 """Pixels from the first frame to the last."""
 _MARGIN = 2.0
 _NOTHING = 0.6
@@ -102,7 +102,7 @@ def render(scene: Scene) -> Frames:
         x, y = start + step * index / (FRAMES - 1)
         cover = _coverage(scene.shape, x, y)[..., None]
         clip[index] = background * (1 - cover) + np.array(COLOURS[scene.colour]) * cover
-    return clip.round().astype(np.uint8)
+    return clip.round().clip(0, 255).astype(np.uint8)
 
 
 def _background(draw: np.random.Generator) -> NDArray[np.float64]:
@@ -183,13 +183,13 @@ def _h264(frames: Frames) -> bytes:
 
     content = io.BytesIO()
     with av.open(content, "w", format="mp4") as container:
-        # One thread: x264 splits frames among threads, and the split shows in the bytes.
-        stream = container.add_stream("libx264", rate=Fraction(FPS), options={"crf": "10", "threads": "1"})
+        # x264's adaptive quantisation and macroblock tree give the same frames different bytes from one run to the next
+        # (measured with 2 of 24 clips); so does a split of the frames among threads.
+        options = {"crf": "10", "threads": "1", "x264-params": "aq-mode=0:mbtree=0"}
+        stream = container.add_stream("libx264", rate=Fraction(FPS), options=options)
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         for image in frames:
-            # Converted here: when the encoder converts, the same clip gives different bytes from one run to the next.
-            picture = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
-            container.mux(stream.encode(picture))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
     return content.getvalue()
 
@@ -212,17 +212,17 @@ def classify(clip: Frames) -> Reading:
             f"a demo clip is uint8 [F, {SIZE}, {SIZE}, 3] with F >= 2; this one is {clip.dtype} {clip.shape}"
         )
     templates, plane, centres = _templates()
-    pixels = _halved(clip.astype(np.float64) / 255).reshape(len(clip), -1, 3)
-    foreground = pixels - plane @ (plane.T @ pixels)
-    energy = np.square(foreground).sum((1, 2))  # [F]
+    pixels = _halved(clip / 255).reshape(len(clip), -1, 3)
+    foreground = pixels - plane @ (plane.T @ pixels)  # [F, P, 3]
+    columns = foreground.transpose(1, 0, 2).reshape(-1, len(clip) * 3)  # one matrix product per shape
+    energy = np.square(foreground).sum()
+    # A standard deviation under one grey level: no foreground to explain.
+    visible = energy > foreground.size / 255**2
     distances, tracks = {}, {}
     for shape in SHAPES:
-        explained = np.square(np.einsum("np,fpc->fnc", templates[shape], foreground)).sum(2)  # [F, N]
-        best = explained.argmax(1)
-        # Under one grey level per pixel there is no foreground to explain.
-        visible = energy.sum() > clip[..., 0].size / 4 * 3 / 255**2
-        distances[shape] = float(1 - explained.max(1).sum() / energy.sum()) if visible else 1.0
-        tracks[shape] = centres[best]
+        explained = np.square(templates[shape] @ columns).reshape(len(centres), len(clip), 3).sum(2)  # [N, F]
+        distances[shape] = float(1 - explained.max(0).sum() / energy) if visible else 1.0
+        tracks[shape] = centres[explained.argmax(0)]
     nearest = min(SHAPES, key=distances.__getitem__)
     track = tracks[nearest]
     inside = [frame[_coverage(nearest, *centre) > 0.9].mean(0) for frame, centre in zip(clip, track, strict=True)]
@@ -254,7 +254,7 @@ def _templates() -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64], N
     """Outlines per shape [N, P], free of the plane and of unit length; the plane's basis [P, 3]; centres [N, (x, y)]."""
     y, x = np.mgrid[-1 : 1 : SIZE // 2 * 1j, -1 : 1 : SIZE // 2 * 1j]
     plane = np.linalg.qr(np.stack([np.ones_like(x), x, y], -1).reshape(-1, 3))[0]
-    centres = np.array(list(product(range(12, SIZE - 11), repeat=2)), dtype=np.float64)
+    centres = np.array(list(product(range(14, SIZE - 13), repeat=2)), dtype=np.float64)
     templates = {}
     for shape in SHAPES:
         outlines = np.stack([_halved(_coverage(shape, *centre)[..., None]).ravel() for centre in centres])
@@ -263,11 +263,15 @@ def _templates() -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64], N
     return templates, plane, centres
 
 
-def install_demo_model(folder: Path) -> Path:
+def install_demo_model(folder: Path, *, shipped: Path | None = None) -> Path:
     """Write the shipped base model as a diffusers pipeline folder with float32 weights.
 
     They are shipped as float16. Widening them here keeps the loaders' own ideas of a default dtype out of it:
     diffusers would widen them, transformers 5 would not.
+
+    Args:
+        folder: where to write; an earlier model is replaced.
+        shipped: another set of weights in the layout that ``scripts/train_demo_world.py`` writes.
 
     Returns:
         ``folder``.
@@ -285,9 +289,10 @@ def install_demo_model(folder: Path) -> Path:
         )
 
     def fill(partial: Path) -> None:
-        with as_file(files("finetune") / "assets" / "demo") as shipped:
-            for source in sorted(path for path in shipped.rglob("*") if path.is_file()):
-                target = partial / source.relative_to(shipped)
+        with as_file(files("finetune") / "assets" / "demo") as packaged:
+            root = shipped or packaged
+            for source in sorted(path for path in root.rglob("*") if path.is_file()):
+                target = partial / source.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if source.suffix == ".safetensors":
                     widened = {name: tensor.float() for name, tensor in load_file(source).items()}

@@ -149,8 +149,9 @@ def frame_indices(
     unused = 0  # the first source frame that no clip holds
     while unused < len(times):
         # Starts stay on the grid of whole clips, so that rounding to source frames never adds up to a lost clip.
-        begin = max(unused, _nearest(times, first + len(clips) * frames / fps))
-        if not fits(times[begin]):
+        due = first + len(clips) * frames / fps
+        begin = max(unused, _nearest(times, due))
+        if not fits(max(due, times[begin])):
             break
         clips.append(clip_from(times[begin]))
         unused = clips[-1][-1] + 1
@@ -274,7 +275,7 @@ def plan_notes(probe: VideoProbe, plan: ClipPlan, fps: float, span: Span) -> tup
         notes.append(f"{repeated} of {plan.bucket.frames} frames repeat another: {cause}, {fps:g} fps are wanted")
     scale = max(plan.resize_hw[0] / probe.height, plan.resize_hw[1] / probe.width)
     if scale > 1.001:
-        notes.append(f"enlarged {scale:.2f} times from {probe.width}x{probe.height}: detail is lost to training")
+        notes.append(f"enlarged {scale:.2f} times from {probe.height}x{probe.width}: detail is lost to training")
     if span == "uniform" and plan.bucket.frames > 1:
         covered_s = probe.frame_times_s[plan.frame_indices[-1]] - probe.frame_times_s[plan.frame_indices[0]]
         speed = covered_s * fps / (plan.bucket.frames - 1)

@@ -106,7 +106,7 @@ class Document:
         dotted = ".".join(str(part) for part in path)
         for end in range(len(path), -1, -1):
             if place := self.places.get(path[:end]):
-                return f"{place} ({dotted})" if dotted else place
+                return f"{place} ({dotted})" if dotted and not place.startswith("--set") else place
         return f"{self.name} ({dotted})" if self.name and dotted else self.name or dotted
 
     def value(self, path: Keys) -> Any:
@@ -146,29 +146,27 @@ class Document:
         holder: Any = self.values
         path: list[str | int] = []
         for depth, part in enumerate(parts):
-            key: str | int = part
+            outer = ".".join(parts[:depth])
             if isinstance(holder, list):
                 if not part.isdecimal() or int(part) > len(holder):
                     raise ConfigError(
-                        f"'{part}' is no index into '{'.'.join(parts[:depth])}', which has {len(holder)} items",
+                        f"'{part}' is no index into '{outer}', which has {len(holder)} items",
                         where=where,
                         fix=f"use 0 to {len(holder) - 1}, or {len(holder)} to append",
                     )
-                key = int(part)
-                if key == len(holder):
-                    holder.append(None)
-            elif not isinstance(holder, dict):
-                raise ConfigError(
-                    f"'{'.'.join(parts[:depth])}' is {holder!r} in the file and has no field '{part}'", where=where
-                )
-            path.append(key)
+                path.append(int(part))
+                holder.extend([None] if int(part) == len(holder) else [])
+            elif isinstance(holder, dict):
+                path.append(part)
+                holder.setdefault(part, None)
+            else:
+                raise ConfigError(f"'{outer}' is {holder!r} in the file and has no field '{part}'", where=where)
+            key = path[-1]
             if depth == len(parts) - 1:
                 holder[key] = value
-                break
-            known = holder[key] if isinstance(holder, list) else holder.get(key)
-            if known is None:
-                known = holder[key] = [] if parts[depth + 1] == "0" else {}
-            holder = known
+            elif holder[key] is None:
+                holder[key] = [] if parts[depth + 1] == "0" else {}
+            holder = holder[key]
         return tuple(path)
 
 

@@ -36,21 +36,29 @@ def validate(kind: type[M], document: Document) -> M:
 
 def explain(kind: type[BaseModel], error: ValidationError, document: Document) -> list[ConfigError]:
     """Every fault of a pydantic error as a ``ConfigError``, in the order of the file where it is known."""
-    faults: dict[Keys, ConfigError] = {}
+    faults: list[tuple[Keys, ConfigError]] = []
     alternatives: dict[Keys, list[ErrorDetails]] = {}
-    for details in error.errors(include_url=False):
+    all_details = error.errors(include_url=False)
+    for details in all_details:
         spot = _locate(kind, details["loc"])
+        # pydantic counts a list's valid items only: "too short" beside faults of the items is their echo.
+        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in all_details):
+            continue
         if spot.alternative:  # one value, refused once by every member of a plain union
             alternatives.setdefault(spot.path, []).append(details)
         else:
             path = (*spot.path, "kind") if details["type"].startswith("union_tag") else spot.path
-            faults[path] = _fault(kind, spot, details, document.place(path))
+            faults.append((path, _fault(kind, spot, details, document.place(path))))
     for path, refused in alternatives.items():
         wants = "; or ".join(dict.fromkeys(_wants(details) for details in refused))
         shown = document.value(path)
-        faults[path] = ConfigError(f"{_dotted(path)} is {shown!r}: {wants}", where=document.place(path))
+        faults.append((path, ConfigError(f"{_dotted(path)} is {shown!r}: {wants}", where=document.place(path))))
     order = {path: index for index, path in enumerate(document.places)}
-    return [faults[path] for path in sorted(faults, key=lambda path: order.get(path, len(order)))]
+    return [fault for _, fault in sorted(faults, key=lambda item: order.get(item[0], len(order)))]
+
+
+def _is_inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
+    return len(loc) > len(outer) and loc[: len(outer)] == outer
 
 
 @dataclass(frozen=True)
@@ -126,10 +134,9 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
         case "extra_forbidden":
             return _unknown(root, spot, name, where)
         case "missing":
-            info = spot.holder.model_fields[name] if spot.holder else None
-            return ConfigError(
-                f"'{name}' is missing", where=where, fix=_first_sentence(info.description if info else "")
-            )
+            info = spot.holder.model_fields.get(name) if spot.holder else None
+            meaning = _first_sentence(info.description if info else "")
+            return ConfigError(f"'{name}' is missing", where=where, fix=f"add it: {meaning}" if meaning else "add it")
         case "union_tag_not_found":
             return ConfigError(f"{_dotted(spot.path)} needs a field 'kind'", where=where, fix=_wants(details))
         case "union_tag_invalid":
@@ -141,10 +148,8 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
         case "literal_error":
             expected = str(details["ctx"]["expected"])
             known = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
-            guess = did_you_mean(str(details["input"]), known)
-            return ConfigError(
-                f"'{name}' is {details['input']!r}{guess}", where=where, fix=f"use one of {', '.join(known)}"
-            )
+            what = f"'{name}' is {details['input']!r}{did_you_mean(str(details['input']), known)}"
+            return ConfigError(what, where=where, fix=f"use one of {', '.join(known)}")
         case "string_type" if isinstance(details["input"], int | float):
             return ConfigError(
                 f"'{name}' is the number or truth value {details['input']!r}, and text is wanted",

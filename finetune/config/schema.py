@@ -6,8 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
@@ -29,6 +28,12 @@ from finetune.trainers.optim import AdamW8bit, OptimizerConfig
 from finetune.trainers.tracking import TrackingConfig
 from finetune.trainers.validation import ValidationConfig
 
+_Section = TypeVar("_Section", bound=Strict)
+
+
+def _defaults(section: type[_Section]) -> _Section:
+    return section.model_validate({})
+
 
 class DataConfig(HoldoutConfig, DropoutConfig, CaptionConfig, ClipConfig):
     """What to train on: where the clips are, how they are cut, and what is done to their captions."""
@@ -45,7 +50,7 @@ class Provenance:
     """The folder that relative paths started at."""
     file: str = field(default="", compare=False)
     """The file as it was named, or empty."""
-    places: Mapping[str, str] = field(default=MappingProxyType({}), compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)
     """Dotted path -> ``run.yaml:12:3`` or ``--set train.steps=5``."""
 
 
@@ -56,23 +61,23 @@ class RunConfig(Strict):
     """The base model."""
     data: DataConfig
     """The clips and captions."""
-    cache: CacheConfig = CacheConfig()
+    cache: CacheConfig = _defaults(CacheConfig)
     """The store of VAE latents and text embeddings that training reads."""
-    method: MethodConfig = LoraMethod()
+    method: MethodConfig = _defaults(LoraMethod)
     """What is trained: an adapter (``lora``, where ``kind`` is left out) or the whole transformer (``full``)."""
-    optimizer: OptimizerConfig = AdamW8bit()
+    optimizer: OptimizerConfig = _defaults(AdamW8bit)
     """How weights are updated (``adamw8bit`` where ``kind`` is left out)."""
-    lr_schedule: LRScheduleConfig = Constant()
+    lr_schedule: LRScheduleConfig = _defaults(Constant)
     """How the learning rate moves (``constant`` where ``kind`` is left out)."""
     train: TrainConfig
     """How long, and on how much at once."""
-    memory: MemoryConfig = MemoryConfig()
+    memory: MemoryConfig = _defaults(MemoryConfig)
     """What is traded for GPU memory."""
-    validation: ValidationConfig = ValidationConfig()
+    validation: ValidationConfig = _defaults(ValidationConfig)
     """What is measured and sampled along the way."""
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: CheckpointConfig = _defaults(CheckpointConfig)
     """What is saved, and what a run continues from."""
-    tracking: TrackingConfig = TrackingConfig()
+    tracking: TrackingConfig = _defaults(TrackingConfig)
     """Where metrics go."""
     output_dir: Path
     """The run's folder: resolved configuration, checkpoints, metrics, samples, exports."""
@@ -114,8 +119,9 @@ class RunConfig(Strict):
         return f"{self._provenance.file} ({path})" if self._provenance.file else path
 
     def to_dict(self) -> dict[str, Any]:
-        """Every value, defaults included, as JSON types."""
-        return self.model_dump(mode="json")
+        """Every value, defaults included, as JSON types; what decides the rest of a section comes first in it."""
+        values: dict[str, Any] = _leaders_first(self.model_dump(mode="json"))
+        return values
 
     def to_yaml(self) -> str:
         """Every value, defaults included, as YAML that ``load_config`` reads back as an equal configuration."""
@@ -125,6 +131,16 @@ class RunConfig(Strict):
     def digest(self) -> str:
         """A digest of every value; equal configurations have equal digests, wherever they were written."""
         return digest_of(self.to_dict())
+
+
+_LEADERS = ("kind", "path", "sources")
+
+
+def _leaders_first(value: Any) -> Any:
+    if isinstance(value, dict):
+        ordered = sorted(value.items(), key=lambda item: item[0] not in _LEADERS)
+        return {name: _leaders_first(item) for name, item in ordered}
+    return [_leaders_first(item) for item in value] if isinstance(value, list) else value
 
 
 def build(document: Document, *, base: Path) -> RunConfig:
@@ -141,15 +157,13 @@ def build(document: Document, *, base: Path) -> RunConfig:
 
 def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     """The same configuration with every path absolute: ``~`` expanded, relative ones started at ``base``."""
-    resolved = _absolute(config, base)
-    model, checkpoint = resolved.model, resolved.checkpoint
-    # Two fields are words or paths, so their type cannot say that they are paths.
+    resolved: RunConfig = _absolute(config, base)
+    model = resolved.model
+    # A hub id or a folder: the type cannot say which, the disk can.
     local = _resolve(Path(model.pretrained), base)
     if model.pretrained.startswith((".", "~", "/")) or local.is_dir():
         model = model.model_copy(update={"pretrained": str(local)})
-    if checkpoint.resume not in ("latest", "none"):
-        checkpoint = checkpoint.model_copy(update={"resume": str(_resolve(Path(checkpoint.resume), base))})
-    return resolved.model_copy(update={"model": model, "checkpoint": checkpoint})
+    return resolved.model_copy(update={"model": model})
 
 
 def _absolute(value: Any, base: Path) -> Any:

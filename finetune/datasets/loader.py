@@ -64,7 +64,13 @@ class BatchMaker:
         return _collate(rows, tuple(range(len(rows))), [item.clip] * len(rows))
 
     def _row(
-        self, item: ManifestItem, purpose: str, step: int, slot: int, dropout: DropoutConfig, timestep: int | None = None
+        self,
+        item: ManifestItem,
+        purpose: str,
+        step: int,
+        slot: int,
+        dropout: DropoutConfig,
+        timestep: int | None = None,
     ) -> _Row:
         entry = self.cache.read(item)
         frames = entry.latents_mean.shape[1]

@@ -1,92 +1,54 @@
-"""Dataset formats: rows of files in, ``Sample`` out, every bad row reported at once.  (SIGNATURES; being filled in)"""
+"""From the sources of a dataset to its samples, with every bad row reported at once, before anything is decoded."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag
+from pydantic import field_validator
 
+from finetune.datasets.layouts import SourceConfig as SourceConfig
+from finetune.datasets.layouts import Split
+from finetune.datasets.rows import IMAGE_SUFFIXES, VIDEO_SUFFIXES, RawRow, Reading, check_caption, check_file, text_fault
+from finetune.errors import DataError, raise_all
 from finetune.section import Strict
 from finetune.types import Sample
-
-Split = Literal["train", "holdout"]
 
 
 class CaptionConfig(Strict):
     """What is added to every caption when it is read."""
 
     trigger: str = ""
-    """Trigger word: put first, followed by a space, unless the caption already holds it as a whole word."""
+    """Trigger word, such as ``zkx``: put before everything else with a space after it, unless prefix, caption and suffix
+    together hold it already as a word of its own, in the same case."""
     caption_prefix: str = ""
-    """Put before every caption as written: end it with a space where one is wanted."""
+    """Put before every caption exactly as written: end it with a space where one is wanted (and quote it in YAML)."""
     caption_suffix: str = ""
-    """Put after every caption as written."""
+    """Put after every caption exactly as written."""
 
+    @field_validator("trigger", "caption_prefix", "caption_suffix")
+    @classmethod
+    def _plain_text(cls, text: str) -> str:
+        if (fault := text_fault(text)) or len(text.splitlines()) > 1:
+            raise ValueError(fault or "must be one line")
+        return text
 
-class _Source(Strict):
-    path: Path
-    """File or folder; a relative path starts at the configuration file's folder."""
-    repeats: float = Field(1.0, gt=0, le=10_000)
-    """How often each clip is seen per epoch: 3 = three times, 0.5 = in every other epoch on average."""
-    split: Split = "train"
-    """``train``, or ``holdout`` for clips that are only ever validated on."""
-
-
-class AutoSource(_Source):
-    """A path whose format is recognised."""
-
-    kind: Literal["auto"] = "auto"
-
-
-class MetadataSource(_Source):
-    """A ``jsonl``, ``csv`` or ``parquet`` file with a row per clip."""
-
-    kind: Literal["metadata"] = "metadata"
-    root: Path | None = None
-    video_column: str | None = None
-    caption_column: str | None = None
-    image_column: str | None = None
-
-
-class PromptsSource(_Source):
-    """CogVideo's layout: ``prompts.txt``, ``videos.txt`` and optionally ``images.txt``."""
-
-    kind: Literal["prompts"] = "prompts"
-
-
-class CogKitSource(_Source):
-    """CogKit's layout."""
-
-    kind: Literal["cogkit"] = "cogkit"
-
-
-class FolderSource(_Source):
-    """Clips with a text file of the same stem beside each."""
-
-    kind: Literal["folder"] = "folder"
-
-
-def _kind(value: Any) -> str:
-    return str(value.get("kind", "auto") if isinstance(value, dict) else value.kind)
-
-
-SourceConfig = Annotated[
-    Annotated[AutoSource, Tag("auto")]
-    | Annotated[MetadataSource, Tag("metadata")]
-    | Annotated[PromptsSource, Tag("prompts")]
-    | Annotated[CogKitSource, Tag("cogkit")]
-    | Annotated[FolderSource, Tag("folder")],
-    Discriminator(_kind),
-]
-"""One entry of ``data.sources``."""
+    def apply(self, caption: str) -> str:
+        """The caption that is trained on: white space joined to single spaces, then prefix, suffix and trigger."""
+        # T5's tokenizer joins white space too, so this changes no token; it makes equal captions share a cache entry.
+        text = f"{self.caption_prefix}{' '.join(caption.split())}{self.caption_suffix}"
+        trigger = self.trigger.strip()
+        if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
+            return text
+        return f"{trigger} {text}"
 
 
 @dataclass(frozen=True)
 class SourceRead:
-    """All samples of a dataset, in the order of the configuration and of the files."""
+    """All samples of a dataset, in the order of the sources and of their rows."""
 
     train: tuple[Sample, ...]
     holdout: tuple[Sample, ...]
@@ -97,10 +59,58 @@ class SourceRead:
 def read_samples(
     sources: Sequence[SourceConfig], captions: CaptionConfig, *, image_to_video: bool, base: Path
 ) -> SourceRead:
-    """Read every source; all bad rows are raised together as one ``DataError``."""
-    raise NotImplementedError
+    """Read and check every row of every source; no video is opened.
+
+    Args:
+        sources: where to read.
+        captions: what is added to every caption.
+        image_to_video: read first-frame images where a source names them; a row without one gets ``image=None``, which
+            means the video's own first frame. False: images are neither read nor checked.
+        base: folder that relative paths start at.
+
+    Raises:
+        DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
+            read, a video in both splits, or no training clip at all.
+    """
+    errors: list[DataError] = []
+    notes: list[str] = []
+    split: dict[str, list[Sample]] = {"train": [], "holdout": []}
+    for source in sources:
+        reading = Reading()
+        try:
+            source.read(base, reading)
+        except DataError as error:
+            errors.append(error)
+        errors += reading.errors
+        notes += reading.notes
+        for row in reading.rows:
+            found = list(_check(row, captions, image_to_video, source.repeats, base))
+            errors += [each for each in found if isinstance(each, DataError)]
+            split[source.split] += [each for each in found if isinstance(each, Sample)]
+    errors += _leaks(split["train"], split["holdout"])
+    if not errors and not split["train"]:
+        errors.append(DataError("the sources hold no training clip", where="data.sources", fix="add one of split: train"))
+    raise_all(DataError, errors, what="{n} things are wrong with the dataset")
+    notes += _duplicates([*split["train"], *split["holdout"]])
+    return SourceRead(tuple(split["train"]), tuple(split["holdout"]), tuple(notes))
 
 
 def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
-    """Metadata files (whose content matters) and folders (whose listing matters) that decide what is read."""
-    raise NotImplementedError
+    """What decides which rows ``read_samples`` finds: files by their content, folders by their listing.
+
+    Whoever keeps the result of reading can tell from these, without reading again, whether it still holds. Videos and
+    images are not among them. Raises DataError if a source's layout cannot be told.
+    """
+    return list(dict.fromkeys(file for source in sources for file in source.files(base)))
+
+
+def _check(row: RawRow, captions: CaptionConfig, image_to_video: bool, base: Path) -> Iterator[DataError | Sample]:
+    """The sample a row gives, or everything that is wrong with it."""
+    video: Path | None = None
+    image: Path | None = None
+    caption: str | None = None
+    sound = True
+    try:
+        video = check_file(row.video, row.root, VIDEO_SUFFIXES, "video", row.where)
+    except DataError as error:
+        yield error

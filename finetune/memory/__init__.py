@@ -1,1 +1,27 @@
 """Memory techniques: one file each, each proven to leave loss and gradients unchanged."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+from torch import nn
+
+from finetune.memory import checkpointing
+from finetune.section import Strict
+
+
+class MemoryConfig(Strict):
+    """What is done to fit the run into memory. Nothing here changes what is computed."""
+
+    checkpointing: checkpointing.Checkpointing = "full"
+    """Gradient checkpointing: ``full`` keeps only the blocks' inputs and runs each block again in the backward pass;
+    ``none`` keeps all activations, for small models and large cards."""
+
+    def apply(self, transformer: nn.Module) -> None:
+        """Set up ``transformer`` in place."""
+        checkpointing.apply(transformer, self.checkpointing)
+
+
+def assert_recompute(transformer: nn.Module, config: MemoryConfig) -> AbstractContextManager[None]:
+    """A guard around one training step; see ``checkpointing.assert_recompute`` for what it raises."""
+    return checkpointing.assert_recompute(transformer, config.checkpointing)

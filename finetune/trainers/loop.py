@@ -22,9 +22,10 @@ from finetune.config import RunConfig
 from finetune.diffusion import noise_batch, v_mse
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
-from finetune.trainers.assemble import Run, assemble
+from finetune.trainers.assemble import assemble
 from finetune.trainers.meter import Meter, StepRecord, require_finite
 from finetune.trainers.optim import set_lr
+from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
 from finetune.trainers.validator import Validator
 from finetune.types import Batch
@@ -102,7 +103,7 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
                     if accelerator.sync_gradients:
                         run.unscale_gradients()
                         limit = config.train.max_grad_norm
-                        norm = accelerator.clip_grad_norm_(run.parameters, math.inf if limit is None else limit)
+                        norm = accelerator.clip_grad_norm_(run.parameters.values(), math.inf if limit is None else limit)
                         record = meter.exchange(stop.requested)
                         grad_norm = float(norm)
                         require_finite(record, grad_norm, meter, step, run.gather_words)

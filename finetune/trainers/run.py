@@ -18,13 +18,13 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
 from finetune.facts import Facts
-from finetune.memory import assert_recompute
 from finetune.schedule import StepPlan
 from finetune.trainers.checkpoint import save_checkpoint
 from finetune.trainers.ema import Ema
 from finetune.trainers.meter import StepRecord
 from finetune.trainers.optim import optimizer_state
 from finetune.trainers.tracking import Console, Tracker
+from finetune.trainers.validation import Pair
 from finetune.types import RunState
 
 FP16_LOSS_SCALE = 1024.0
@@ -87,7 +87,7 @@ class Run:
 
     def recompute_guard(self, first: bool) -> AbstractContextManager[object]:
         """Around the first step: raises unless gradient checkpointing does recompute."""
-        return assert_recompute(self.module, self.config.memory) if first else nullcontext()
+        return self.config.memory.assert_active(self.module) if first else nullcontext()
 
     def ema_step(self) -> None:
         """Take the weights of a finished step into the average, if one is kept."""
@@ -100,21 +100,18 @@ class Run:
 
     def save(self, state: RunState) -> Path:
         """Save a checkpoint from the main process; every process returns its path."""
-        path = None
-        if self.accelerator.is_main_process:
-            path = save_checkpoint(
-                self.config.output_dir,
-                state,
-                trainable=self.config.method.state(self.module),
-                optimizer=optimizer_state(self.optimizer, self.parameters),
-                ema=None if self.ema is None else self.ema.state(),
-                config=self.config.to_dict(),
-                policy=self.config.checkpoint,
-            )
-            self.console.note(f"step {state.step}: saved {path}")
+        path = save_checkpoint(
+            self.config.output_dir,
+            state,
+            trainable=self.config.method.state(self.module),
+            optimizer=optimizer_state(self.optimizer, self.parameters),
+            ema=None if self.ema is None else self.ema.state(),
+            config=self.config.to_dict(),
+            policy=self.config.checkpoint,
+        )
+        self.console.note(f"step {state.step}: saved {path}")
         self.accelerator.wait_for_everyone()
-        found: Path = self.gather_objects([path])[0]
-        return found
+        return path
 
     def log_step(
         self, state: RunState, record: StepRecord, grad_norm: float, lr: float, took_s: float, waited_s: float
@@ -157,4 +154,8 @@ class Run:
     def gather_words(self, mine: list[str]) -> list[str]:
         """``gather_objects`` for strings."""
         return [str(word) for word in self.gather_objects(mine)]
+
+    def gather_pairs(self, mine: list[Pair]) -> list[Pair]:
+        """``gather_objects`` for (loss, timestep) pairs."""
+        return [(float(loss), int(timestep)) for loss, timestep in self.gather_objects(mine)]
 

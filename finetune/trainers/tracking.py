@@ -10,17 +10,15 @@ completed optimizer steps.
 from __future__ import annotations
 
 import logging
-import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
-from finetune.bands import loss_by_band
 from finetune.section import Strict
 from finetune.videos import Frames, gif_bytes
 
@@ -43,64 +41,6 @@ class TrackingConfig(Strict):
     def accelerator_options(self, run_dir: Path) -> dict[str, Any]:
         """Arguments that ``Accelerator(...)`` needs for a ``Tracker`` of this section to write to ``run_dir``."""
         return {"log_with": None if self.kind == "none" else self.kind, "project_dir": str(run_dir)}
-
-
-def step_metrics(
-    *,
-    losses: Sequence[float],
-    timesteps: Sequence[int],
-    num_train_timesteps: int,
-    grad_norm: float | None,
-    lr: float,
-    samples_seen: int,
-    s_per_step: float,
-    data_wait_s: float,
-    peak_gib: float | None,
-) -> dict[str, float]:
-    """The metrics of one optimizer step, under the names of this module.
-
-    Args:
-        losses: one per sample of the step, of all processes and micro-batches.
-        timesteps: one per sample, in the same order.
-        num_train_timesteps: length of the schedule.
-        grad_norm: global L2 norm before clipping; None leaves it out.
-        lr: learning rate of the step.
-        samples_seen: samples since step 0, this step included.
-        s_per_step: wall time of the step in seconds.
-        data_wait_s: the part of it spent waiting for batches.
-        peak_gib: largest allocation so far in GiB; None (no such counter on a CPU) leaves it out.
-    """
-    metrics = {
-        "train/loss": math.fsum(losses) / len(losses),
-        **_prefixed("train/loss", loss_by_band(losses, timesteps, num_train_timesteps)),
-        "train/lr": lr,
-        "train/samples_seen": float(samples_seen),
-        "perf/s_per_step": s_per_step,
-        "perf/data_wait_s": data_wait_s,
-    }
-    if grad_norm is not None:
-        metrics["train/grad_norm"] = grad_norm
-    if peak_gib is not None:
-        metrics["perf/peak_gib"] = peak_gib
-    return metrics
-
-
-def heldout_metrics(
-    heldout: float | None, by_band: Mapping[str, float] | None = None, *, train_subset: float | None = None
-) -> dict[str, float]:
-    """The metrics of one validation: held-out loss, the same on training clips, and their difference; what is known."""
-    metrics: dict[str, float] = {}
-    if heldout is not None:
-        metrics |= {"heldout/loss": heldout, **_prefixed("heldout/loss", by_band or {})}
-    if train_subset is not None:
-        metrics["trainsubset/loss"] = train_subset
-    if heldout is not None and train_subset is not None:
-        metrics["heldout/gap"] = heldout - train_subset
-    return metrics
-
-
-def _prefixed(prefix: str, by_band: Mapping[str, float]) -> dict[str, float]:
-    return {f"{prefix}/{band}": loss for band, loss in by_band.items()}
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
@@ -143,7 +83,6 @@ class Tracker:
     def __init__(
         self, config: TrackingConfig, accelerator: Any, *, settings: Mapping[str, Any], resumed_step: int = 0
     ) -> None:
-        self._every = config.every
         self._accelerator = accelerator
         self._active = config.kind != "none" and bool(accelerator.is_main_process)
         if not self._active:
@@ -157,18 +96,14 @@ class Tracker:
             RUN_NAME,
             # Once per run: each record of hparams is a run of its own in TensorBoard's list.
             config=flatten_settings(settings) if resumed_step == 0 else None,
-            init_kwargs={"tensorboard": {"purge_step": resumed_step + 1}},
+            # TensorBoard then hides what earlier event files in this folder say of later steps.
+            init_kwargs={"tensorboard": {"purge_step": resumed_step + 1 if resumed_step else 0}},
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at ``step`` (completed optimizer steps)."""
         if self._active and metrics:
             self._guarded(lambda: self._accelerator.log(dict(metrics), step=step))
-
-    def log_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """``log`` for the metrics of every step: thinned out to one step in ``every``."""
-        if step % self._every == 0:
-            self.log(step, metrics)
 
     def log_video(self, tag: str, frames: Frames, step: int, fps: float) -> None:
         """Record a video, uint8 [F, H, W, 3], as an animated GIF, which the Images tab plays.
@@ -237,7 +172,7 @@ class Console:
         self._last_line_s: float | None = None
         self._open_line = False
 
-    def progress(self, step: int, *, loss: float, lr: float, s_per_step: float, peak_gib: float | None = None) -> None:
+    def step(self, step: int, *, loss: float, lr: float, s_per_step: float, peak_gib: float | None = None) -> None:
         """Show that ``step`` optimizer steps are complete."""
         now = self._clock()
         if self._origin is None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from finetune.cogvideox import load_scheduler, load_vae
 from finetune.datasets.loader import BatchMaker, to_device
-from finetune.generate import SampleRequest, sample_videos
+from finetune.sampling import SampleRequest, sample_videos
 from finetune.streams import address
-from finetune.trainers.assemble import Run
+from finetune.trainers.run import Run
 from finetune.trainers.validation import HeldoutLoss, evaluate, fixed_timesteps, training_state_untouched
 from finetune.types import Batch, RunState
 from finetune.videos import write_mp4
@@ -116,7 +116,7 @@ class Validator:
             SampleRequest(
                 prompt_embeds=run.cache.read_prompt(run.manifest.prompts[sample.prompt]),
                 negative_embeds=empty if run.config.data.unconditional_text == "empty" else torch.zeros_like(empty),
-                image=sample.image,
+                image=None if sample.image is None else run.cache.read_image(run.manifest.images[str(sample.image)]),
                 seed=sample.seed,
                 bucket=bucket,
             )

@@ -1,0 +1,8 @@
+"""``python -m finetune`` is the ``finetune`` command."""
+
+import sys
+
+from finetune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

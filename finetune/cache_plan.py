@@ -1,0 +1,243 @@
+"""From a dataset to what the cache must hold for it: the manifest, and the entries that are missing.
+
+Every row and every video's header is read and every file digested; no weight is loaded and no clip is decoded.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.cache_request import Fingerprints, full_fingerprints, make_request, sample_bucket
+from finetune.config import RunConfig
+from finetune.dataset_report import UNREADABLE, PlannedClip, check_dataset, named
+from finetune.datasets.cache import Cache, FileStamp, Manifest, ManifestItem
+from finetune.datasets.entries import DTYPES, LatentsDtype, image_address, latents_address, prompt_address
+from finetune.datasets.manifest import KINDS, Kind, portable
+from finetune.datasets.sources import source_files
+from finetune.datasets.video import PIXEL_RULE
+from finetune.encoding import LatentsJob, PromptJob
+from finetune.errors import CacheError, DataError, raise_all
+from finetune.facts import Facts
+from finetune.files import digest_of
+from finetune.schedule import choose_holdout
+from finetune.types import Bucket
+
+GIB = 2**30
+_HASHING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class ImageJob:
+    """One validation image whose pixels are missing."""
+
+    address: Mapping[str, Any]
+    image: Path
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a dataset needs and what of it is missing."""
+
+    manifest: Manifest
+    latents: tuple[LatentsJob, ...]
+    prompts: tuple[PromptJob, ...]
+    images: tuple[ImageJob, ...]
+    needed_bytes: int
+    """Disk space that the missing entries will take."""
+
+    @property
+    def missing(self) -> dict[Kind, int]:
+        """How many entries are missing, by kind."""
+        return {"latents": len(self.latents), "prompts": len(self.prompts), "images": len(self.images)}
+
+
+def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool) -> CachePlan:
+    """Read the dataset, digest its files and list the entries it needs.
+
+    Raises:
+        DataError: listing every row and file that cannot be used.
+        ModelError: if an encoder cannot be found.
+    """
+    # Digested before they are read: a file that changes in between is then seen as changed, not missed.
+    inputs = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
+    report = check_dataset(config, facts, progress=progress)
+    encoders = full_fingerprints(config.model, cache)
+    samples = config.validation.samples
+    images = {sample.image for sample in samples if sample.image and facts.image_to_video}
+    conditions = {clip.sample.image for clip in report.clips if clip.sample.image and facts.image_to_video}
+    left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
+    media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
+    inputs |= stamp_files(media | conditions | images, cache, progress)
+
+    needs = _Needs(config, facts, encoders, inputs)
+    heldout = _held_out(report.clips, inputs, config.data.holdout)
+    manifest = Manifest(
+        items=tuple(
+            ManifestItem(
+                clip=clip.name,
+                where=clip.sample.where,
+                caption=clip.sample.caption,
+                bucket=clip.plan.bucket,
+                repeats=clip.sample.repeats,
+                holdout=clip.holdout or inputs[clip.sample.video].digest in heldout,
+                latents_key=needs.clip(clip),
+                prompt_key=needs.prompt(clip.sample.caption),
+                media_digest=inputs[clip.sample.video].digest,
+            )
+            for clip in report.clips
+        ),
+        empty_prompt_key=needs.prompt(""),
+        request=portable(make_request(config, facts, encoders), config.base),
+        inputs={str(path): stamp for path, stamp in inputs.items()},
+        prompts={sample.prompt: needs.prompt(sample.prompt) for sample in samples},
+        images={str(path): needs.image(path) for path in sorted(images)},
+        skipped={reason: len(names) for reason, names in report.skipped.items()},
+        notes=(*report.notes, *_both_sides(report.clips, inputs)),
+    )
+    return needs.missing(manifest, cache)
+
+
+class _Needs:
+    """Collects the entries that a dataset needs, each once however often it is asked for."""
+
+    def __init__(
+        self, config: RunConfig, facts: Facts, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
+    ) -> None:
+        self._config, self._facts, self._encoders, self._stamps = config, facts, encoders, stamps
+        self._latents: dict[str, LatentsJob] = {}
+        self._prompts: dict[str, PromptJob] = {}
+        self._images: dict[str, ImageJob] = {}
+
+    def clip(self, clip: PlannedClip) -> str:
+        """The key of a clip's latents."""
+        image = clip.sample.image if self._facts.image_to_video else None
+        stamp = self._stamps[clip.sample.video]
+        address = latents_address(
+            media_digest=stamp.digest,
+            image_digest=self._stamps[image].digest if image else None,
+            plan=clip.plan,
+            pixel_rule=PIXEL_RULE,
+            vae=self._encoders.vae,
+            vae_dtype=self._encoders.dtype,
+            latents_dtype=self._config.cache.latents_dtype,
+            image_draws=self._config.cache.image_draws if self._facts.image_to_video else None,
+        )
+        # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
+        probe = replace(clip.probe, frame_times_s=())
+        job = LatentsJob(address, clip.where, clip.sample.video, stamp, probe, clip.plan, image)
+        key = job.key
+        self._latents.setdefault(key, job)
+        return key
+
+    def prompt(self, text: str) -> str:
+        """The key of a caption's embedding."""
+        job = PromptJob(
+            prompt_address(
+                text=text,
+                text_encoder=self._encoders.text_encoder,
+                max_length=self._facts.max_text_seq_length,
+                dtype=self._encoders.dtype,
+            )
+        )
+        key = digest_of(job.address)
+        self._prompts.setdefault(key, job)
+        return key
+
+    def image(self, image: Path) -> str:
+        """The key of a validation image's pixels."""
+        bucket = sample_bucket(self._config)
+        address = image_address(image_digest=self._stamps[image].digest, bucket=bucket, pixel_rule=PIXEL_RULE)
+        key = digest_of(address)
+        self._images.setdefault(key, ImageJob(address, image, bucket))
+        return key
+
+    def missing(self, manifest: Manifest, cache: Cache) -> CachePlan:
+        """What of it all the cache does not hold."""
+        there = {kind: cache.keys(kind) for kind in KINDS}
+        latents = tuple(job for key, job in self._latents.items() if key not in there["latents"])
+        prompts = tuple(job for key, job in self._prompts.items() if key not in there["prompts"])
+        images = tuple(job for key, job in self._images.items() if key not in there["images"])
+        needed = sum(latents_bytes(job, self._facts) for job in latents)
+        needed += len(prompts) * prompt_bytes(self._facts, DTYPES[self._encoders.dtype])
+        needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
+        return CachePlan(manifest, latents, prompts, images, needed)
+
+
+def latents_bytes(job: LatentsJob, facts: Facts) -> int:
+    """Size of one clip's tensors: mean and deviation, and for image-to-video K single frames."""
+    channels, frames, height, width = facts.latent_shape(job.plan.bucket)
+    draws = job.address["image_draws"] or 0
+    dtype: LatentsDtype = job.address["dtype"]
+    return (2 * frames + draws) * channels * height * width * DTYPES[dtype].itemsize
+
+
+def prompt_bytes(facts: Facts, dtype: torch.dtype) -> int:
+    """Size of one caption's embedding."""
+    return facts.max_text_seq_length * facts.text_embed_dim * dtype.itemsize
+
+
+def require_space(plan: CachePlan, root: Path) -> None:
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        CacheError: with what is needed and what is free.
+    """
+    folder = next(path for path in (root, *root.parents) if path.exists())
+    free = shutil.disk_usage(folder).free
+    if plan.needed_bytes > free:
+        raise CacheError(
+            f"the cache needs {plan.needed_bytes / GIB:.2f} GiB more and the disk has {free / GIB:.2f} GiB free",
+            where=str(root),
+            fix="make room (`finetune cache gc`), or set cache.dir to a larger disk",
+        )
+
+
+def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[Path, FileStamp]:
+    """Digest many files at once; hashing leaves Python to other threads.
+
+    Raises:
+        DataError: listing every file that cannot be read.
+    """
+    from tqdm import tqdm
+
+    def stamp(path: Path) -> FileStamp | DataError:
+        try:
+            return cache.stamp(path)
+        except DataError as error:
+            return error
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        found = pool.map(stamp, ordered)
+        bar = tqdm(found, total=len(ordered), desc="digests", unit=" files", disable=not progress, leave=False)
+        stamps = dict(zip(ordered, bar, strict=True))
+    errors = [one for one in stamps.values() if isinstance(one, DataError)]
+    raise_all(DataError, errors, what="{n} files cannot be read")
+    return {path: one for path, one in stamps.items() if isinstance(one, FileStamp)}
+
+
+def _held_out(clips: Iterable[PlannedClip], stamps: Mapping[Path, FileStamp], holdout: float) -> frozenset[str]:
+    """Digests of the videos of training sources that ``data.holdout`` keeps out of training."""
+    return choose_holdout([stamps[clip.sample.video].digest for clip in clips if not clip.holdout], holdout)
+
+
+def _both_sides(clips: Iterable[PlannedClip], stamps: Mapping[Path, FileStamp]) -> list[str]:
+    """A note on videos that a training source and a held-out source share."""
+    sides: dict[bool, set[str]] = {True: set(), False: set()}
+    names: dict[str, str] = {}
+    for clip in clips:
+        digest = stamps[clip.sample.video].digest
+        sides[clip.holdout].add(digest)
+        names[digest] = clip.name
+    both = sorted(names[digest] for digest in sides[True] & sides[False])
+    if not both:
+        return []
+    return [f"videos stand in a training source and in a held-out one, which flatters the held-out loss: {named(both)}"]

@@ -1,0 +1,203 @@
+"""The ``finetune`` command: one thin sub-command per verb.
+
+Nothing heavy is imported before a verb runs, so ``--help`` is instant. Exit codes: 0 done, 2 something the user can
+mend (printed without a traceback), 1 a bug in this package (with one), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+from finetune import __version__
+from finetune.arguments import build_parser
+from finetune.errors import FinetuneError
+
+OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
+    """Run one command line and return its exit code.
+
+    Args:
+        argv: the words after the program's name; None takes the process's own.
+        verb: the sub-command, where the program is named for one (``train.py``).
+
+    Raises:
+        SystemExit: from argparse, for ``--help`` (0) and for words it cannot parse (2).
+    """
+    args = build_parser(verb).parse_args(argv)
+    try:
+        code = _VERBS[args.verb](args)
+        sys.stdout.flush()
+        return code or OK
+    except FinetuneError as error:
+        print(f"{_rank()}error: {error}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{_rank()}interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of `finetune ... | head` has seen enough. Without this the flush at exit would fail once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+    except Exception:
+        traceback.print_exc()
+        print(f"\n{_rank()}{_bug_note()}", file=sys.stderr)
+        return BUG
+
+
+def _rank() -> str:
+    """Which process speaks, where several do."""
+    return f"[rank {os.environ.get('RANK', '0')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def _bug_note() -> str:
+    torch_version = getattr(sys.modules.get("torch"), "__version__", "not loaded")
+    return (
+        "This is a bug in finetune, not in your configuration. Please report it in the project's issue tracker, with\n"
+        f"the lines above and: finetune {__version__}, Python {platform.python_version()}, torch {torch_version}, "
+        f"{platform.system()} {platform.machine()}"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the verbs
+
+
+def _init(args: argparse.Namespace) -> None:
+    from finetune.starter import write_starter
+
+    method = {"lora": "lora", "full": "full"}[args.method]
+    notes = write_starter(
+        model=args.model,
+        method=method,  # type: ignore[arg-type]  # one of the two
+        card_gib=args.card,
+        clips=args.data,
+        output=args.output,
+        force=args.force,
+    )
+    print(f"wrote {args.output}")
+    _print_notes(notes)
+    print(f"next: finetune check --config {args.output}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    from finetune.config import load_config, require_valid
+    from finetune.facts import read_facts
+    from finetune.precompute import check_dataset
+
+    config = load_config(args.config, args.set)
+    facts = read_facts(config.model.pretrained, config.model.revision)
+    warnings = require_valid(config, facts)
+    print(check_dataset(config, facts))
+    _print_notes(warnings)
+
+
+def _precompute(args: argparse.Namespace) -> None:
+    from finetune.config import load_config, require_valid
+    from finetune.facts import read_facts
+    from finetune.precompute import precompute
+
+    config = load_config(args.config, args.set)
+    facts = read_facts(config.model.pretrained, config.model.revision)
+    _print_notes(require_valid(config, facts))
+    report = precompute(config, facts=facts)
+    if os.environ.get("RANK", "0") == "0":
+        print(report)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from finetune.config import load_config
+    from finetune.trainers.loop import train
+
+    train(load_config(args.config, args.set))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from finetune.export import export
+
+    print(
+        export(
+            args.source,
+            args.output,
+            checkpoint=args.checkpoint,
+            full_pipeline=args.full_pipeline,
+            weights=args.weights,
+        )
+    )
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from finetune.generate import GenerateRequest, SamplePrompt, generate, parse_adapter, read_prompts
+    from finetune.geometry import parse_bucket
+
+    prompts = [] if args.prompts is None else list(read_prompts(args.prompts, seed=args.seed))
+    prompts += [
+        SamplePrompt(prompt=prompt, image=args.image, seed=args.seed + index)
+        for index, prompt in enumerate(args.prompt)
+    ]
+    print(
+        generate(
+            GenerateRequest(
+                base=args.model,
+                revision=args.revision,
+                transformer=args.transformer,
+                adapters=tuple(parse_adapter(text) for text in args.adapter),
+                prompts=tuple(prompts),
+                out=args.output,
+                bucket=None if args.bucket is None else parse_bucket(args.bucket),
+                fps=args.fps,
+                negative_prompt=args.negative_prompt,
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance_scale,
+                dynamic_cfg=args.dynamic_cfg,
+                dtype=args.dtype,
+                offload=args.offload,
+                device=args.device,
+            )
+        )
+    )
+
+
+def _cache(args: argparse.Namespace) -> int:
+    from finetune.datasets.cache import Cache
+
+    if args.dir is None:
+        from finetune.config import load_config
+
+        cache = Cache(load_config(args.config, args.set).cache.dir)
+    else:
+        cache = Cache(args.dir.expanduser())
+    if args.action == "verify":
+        verified = cache.verify(delete=args.delete, progress=sys.stderr.isatty())
+        print(verified)
+        return OK if verified.ok else USER_ERROR
+    print(cache.gc(delete=args.delete, unused_days=args.unused_days) if args.action == "gc" else cache.stats())
+    return OK
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from finetune.quickstart import main as quickstart
+
+    quickstart(args.output)
+
+
+def _print_notes(notes: Sequence[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "init": _init,
+    "check": _check,
+    "precompute": _precompute,
+    "train": _train,
+    "export": _export,
+    "generate": _generate,
+    "cache": _cache,
+    "quickstart": _quickstart,
+}

@@ -1,0 +1,39 @@
+"""The only place that knows diffusers' CogVideoX: loading, encoding, one denoising call, and the stock pipeline.
+
+Everything outside works on ``[..., C, F, H, W]`` tensors and a ``Facts``.
+"""
+
+from finetune.cogvideox.denoise import denoise, rotary_table
+from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
+from finetune.cogvideox.latents import alpha_bar, condition_latents, model_latents
+from finetune.cogvideox.load import (
+    ModelConfig,
+    fingerprint,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+    save_transformer,
+)
+from finetune.cogvideox.pipeline import build_pipeline, pipeline_class
+
+__all__ = [
+    "ModelConfig",
+    "alpha_bar",
+    "build_pipeline",
+    "condition_latents",
+    "count_tokens",
+    "denoise",
+    "encode_image",
+    "encode_prompts",
+    "encode_video",
+    "fingerprint",
+    "load_scheduler",
+    "load_text",
+    "load_transformer",
+    "load_vae",
+    "model_latents",
+    "pipeline_class",
+    "rotary_table",
+    "save_transformer",
+]

@@ -1,0 +1,109 @@
+"""One call of the transformer, given what the stock pipelines give it. ``[B, F, C, H, W]`` exists only in here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.facts import Facts
+
+OFS = 2.0
+"""The offset that a model with an offset embedding is given; the stock pipeline knows no other."""
+
+
+def denoise(
+    transformer: nn.Module,
+    facts: Facts,
+    noisy_latents: Tensor,
+    prompt_embeds: Tensor,
+    timesteps: Tensor,
+    image_latents: Tensor | None,
+) -> Tensor:
+    """Predict the velocity of a micro-batch. All tensors are on the transformer's device, in any floating dtype.
+
+    Args:
+        transformer: a ``CogVideoXTransformer3DModel``, or what wraps one (DDP, FSDP, ``torch.compile``); the wrapper is
+            what is called, because it is the one that synchronises gradients.
+        facts: of the model; nothing is read off the transformer but its dtype.
+        noisy_latents: [B, C, F, H, W], F after front padding.
+        prompt_embeds: [B, L, D], L = ``facts.max_text_seq_length``.
+        timesteps: [B], int64.
+        image_latents: scaled (``condition_latents``), [B, C, 1, H, W]; None for a text-to-video model.
+
+    Returns:
+        float32 [B, C, F, H, W], whatever the dtype of the transformer.
+
+    Raises:
+        ValueError: if ``image_latents`` is given to a text-to-video model or missing for an image-to-video one.
+    """
+    if (image_latents is not None) != facts.image_to_video:
+        raise ValueError(
+            f"the model is {'image' if facts.image_to_video else 'text'}-to-video, "
+            f"but image_latents is {'missing' if image_latents is None else 'given'}"
+        )
+    dtype = _dtype_of(transformer)
+    hidden_states = noisy_latents.to(dtype).transpose(1, 2)
+    frames, _, height, width = hidden_states.shape[1:]
+    if image_latents is not None:
+        # The condition stands at the first frame the transformer sees, also where that one is padding: the stock
+        # pipeline rounds the frame count up before it lays out the image, so it never gets to copy the image.
+        condition = torch.zeros_like(hidden_states)
+        condition[:, :1] = image_latents.to(dtype).transpose(1, 2)
+        hidden_states = torch.cat([hidden_states, condition], dim=2)
+    positions = rotary_table(facts, frames, height, width, device=noisy_latents.device) if facts.use_rotary else None
+    (velocity,) = transformer(
+        hidden_states=hidden_states,
+        encoder_hidden_states=prompt_embeds.to(dtype),
+        timestep=timesteps,
+        ofs=None if facts.ofs_embed_dim is None else hidden_states.new_full((1,), OFS),
+        image_rotary_emb=positions,
+        return_dict=False,
+    )
+    prediction: Tensor = velocity.float().transpose(1, 2)
+    return prediction
+
+
+def _dtype_of(transformer: nn.Module) -> torch.dtype:
+    # The first parameter is the patch embedding's, whoever wraps the module: LoRA weights (float32) and quantised
+    # weights (integers) come later, and layer-wise casting to float8 leaves the patch embedding alone.
+    return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
+
+
+def rotary_table(facts: Facts, frames: int, height: int, width: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the rotary positions, as the stock pipelines lay them out.
+
+    Not memoised: it is a few dozen small kernels beside a forward pass of seconds, and a kept table would outlive the
+    inference or fake-tensor mode it was made in.
+
+    Args:
+        facts: of a model with ``use_rotary``.
+        frames: latent frames after front padding.
+        height: of the latents, in cells.
+        width: of the latents, in cells.
+        device: where the table is wanted.
+
+    Returns:
+        Two float32 tensors [video tokens, attention_head_dim].
+    """
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+    grid = (height // facts.patch_size, width // facts.patch_size)
+    native_height, native_width = facts.sample_height // facts.patch_size, facts.sample_width // facts.patch_size
+    layout: dict[str, Any]
+    if facts.patch_size_t is None:
+        # First generation: the grid is stretched over the native one, keeping its aspect.
+        region = get_resize_crop_region_for_grid(grid, native_width, native_height)
+        layout = {"crops_coords": region, "temporal_size": frames}
+    else:
+        # Second generation: the grid is the corner of a table for the largest size, at the table's own pitch.
+        layout = {
+            "crops_coords": None,
+            "temporal_size": frames // facts.patch_size_t,
+            "grid_type": "slice",
+            "max_size": (native_height, native_width),
+        }
+    cos, sin = get_3d_rotary_pos_embed(embed_dim=facts.attention_head_dim, grid_size=grid, device=device, **layout)
+    return cos, sin

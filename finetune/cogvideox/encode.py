@@ -1,0 +1,128 @@
+"""Pixels and captions to what the cache stores. Encoders are used as they are given: dtype, device, tiling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finetune.facts import Facts
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLCogVideoX
+    from transformers import T5EncoderModel, T5Tokenizer
+
+IMAGE_NOISE_LOG_MEAN = -3.0
+IMAGE_NOISE_LOG_STD = 0.5
+"""Pixel noise on an image condition has sigma = exp(N(-3, 0.5)), on pixels in [-1, 1]: CogVideoX's own training."""
+
+
+@torch.no_grad()
+def encode_video(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the VAE's posterior, before any scaling factor.
+
+    Args:
+        vae: whether it tiles or slices is the caller's choice (``vae.enable_tiling()``).
+        pixels: uint8 RGB [B, 3, F, H, W], on any device.
+
+    Returns:
+        Two float32 tensors [B, C, F', H', W'] on the VAE's device.
+
+    Raises:
+        TypeError: if ``pixels`` is not uint8.
+    """
+    return _posterior(vae, _to_unit_range(pixels.to(vae.device)))
+
+
+@torch.no_grad()
+def encode_image(
+    vae: AutoencoderKLCogVideoX,
+    image: Tensor,
+    draws: int,
+    generators: Sequence[torch.Generator],
+    *,
+    noise: bool = True,
+) -> Tensor:
+    """Posterior samples of an image condition, before any scaling factor, each of a freshly noised image.
+
+    In training the noise goes onto the pixels, so it has to be drawn before the VAE; a cache therefore holds several
+    draws for the trainer to choose from.
+
+    Args:
+        vae: as for ``encode_video``.
+        image: uint8 RGB [3, H, W].
+        draws: K.
+        generators: K CPU generators, one per draw: everything random about a draw comes from its own, so that a draw
+            depends neither on the device nor on how many are made.
+        noise: False encodes the image as it is, as sampling does; the posterior is still sampled.
+
+    Returns:
+        float32 [K, C, 1, H', W'] on the VAE's device.
+
+    Raises:
+        TypeError: if ``image`` is not uint8.
+        ValueError: if there is not one generator per draw.
+    """
+    if len(generators) != draws:
+        raise ValueError(f"{draws} draws need as many generators, not {len(generators)}")
+    clean = _to_unit_range(image.cpu())[None, :, None]
+    samples = []
+    # One at a time: a batched convolution may round otherwise, and a draw must not depend on its neighbours.
+    for generator in generators:
+        pixels = clean
+        if noise:
+            log_sigma = IMAGE_NOISE_LOG_MEAN + IMAGE_NOISE_LOG_STD * torch.randn((), generator=generator)
+            pixels = clean + log_sigma.exp() * torch.randn(clean.shape, generator=generator)
+        mean, std = _posterior(vae, pixels.to(vae.device))
+        samples.append(mean + std * torch.randn(mean.shape, generator=generator).to(mean.device))
+    return torch.cat(samples)
+
+
+def _to_unit_range(pixels: Tensor) -> Tensor:
+    """Uint8 to float32 in [-1, 1], in the two roundings that diffusers' ``VideoProcessor`` makes."""
+    if pixels.dtype != torch.uint8:
+        raise TypeError(f"pixels are {pixels.dtype}; the encoders take uint8 RGB, 0 to 255")
+    return pixels.float() / 255 * 2 - 1
+
+
+def _posterior(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    # The deviation is formed from the logarithm in float32: an exponential taken in bfloat16 would round once more.
+    return posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())
+
+
+@torch.no_grad()
+def encode_prompts(tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], facts: Facts) -> Tensor:
+    """T5 embeddings of captions, as the stock pipeline makes them.
+
+    Captions are padded and cut to ``max_text_seq_length``. There is no attention mask, neither in T5 nor later:
+    CogVideoX was trained to attend to the padding, so its embeddings are part of the input.
+
+    Args:
+        tokenizer: the checkpoint's.
+        encoder: the checkpoint's.
+        captions: B of them, at least one; the empty caption is the unconditional text.
+        facts: of the model.
+
+    Returns:
+        [B, L, D] in the encoder's dtype, on its device. ``count_tokens`` tells what was cut off.
+    """
+    tokens = tokenizer(
+        list(captions),
+        padding="max_length",
+        max_length=facts.max_text_seq_length,
+        truncation=True,
+        add_special_tokens=True,
+        return_tensors="pt",
+    )
+    embeds: Tensor = encoder(tokens.input_ids.to(encoder.device))[0]
+    return embeds
+
+
+def count_tokens(tokenizer: T5Tokenizer, captions: Sequence[str]) -> list[int]:
+    """How many tokens each caption has, the closing one included; over ``max_text_seq_length``, the rest is cut off."""
+    # Not verbose, because the tokenizer would warn of its own maximum and not of CogVideoX's.
+    encoded: Any = tokenizer(list(captions), add_special_tokens=True, verbose=False)
+    return [len(ids) for ids in encoded.input_ids]

@@ -1,0 +1,144 @@
+"""What is in a dataset, and how it would be cut: every row and every video's header, no pixel and no weight."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.config import RunConfig
+from finetune.datasets.manifest import portable
+from finetune.datasets.sources import read_samples
+from finetune.datasets.video import DecodePool
+from finetune.errors import DataError, raise_all
+from finetune.facts import Facts
+from finetune.geometry import plan_clips, plan_notes
+from finetune.types import ClipPlan, Sample, VideoProbe
+
+TOO_SHORT = "too short"
+UNREADABLE = "unreadable"
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip that training would see."""
+
+    name: str
+    """The video relative to the configuration's folder, and ``#2`` for the second clip cut from it."""
+    sample: Sample
+    probe: VideoProbe
+    plan: ClipPlan
+    holdout: bool
+    """Whether its source is held out; ``data.holdout`` may hold out more."""
+
+    @property
+    def where(self) -> str:
+        """For messages: the clip and the row that names it."""
+        return f"{self.name} ({self.sample.where})"
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """Every clip of a dataset and what there is to say about it; its text is a table."""
+
+    clips: tuple[PlannedClip, ...]
+    skipped: Mapping[str, tuple[str, ...]]
+    """Videos that are left out, by reason (``too short``, ``unreadable``)."""
+    notes: tuple[str, ...]
+    fps: float
+    """Of the clips."""
+
+    def __str__(self) -> str:
+        videos = len({clip.sample.video for clip in self.clips})
+        captions = len({clip.sample.caption for clip in self.clips})
+        lines = [f"{len(self.clips)} clips from {videos} videos, {captions} distinct captions, at {self.fps:g} fps"]
+        counts = Counter((clip.plan.bucket, clip.holdout) for clip in self.clips)
+        for bucket in sorted({bucket for bucket, _ in counts}, key=str):
+            seconds = bucket.frames / self.fps
+            held = counts[bucket, True]
+            also = f", {held} of them from held-out sources" if held else ""
+            lines.append(f"  bucket {bucket}: {counts[bucket, False] + held} clips of {seconds:.1f} s{also}")
+        for reason, names in self.skipped.items():
+            lines.append(f"  left out, {reason}: {named(names)}")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> DatasetReport:
+    """Read every source and every video's header, and plan the clips. No weights are loaded.
+
+    Args:
+        config: the run's configuration.
+        facts: of its model.
+        progress: draw a bar.
+
+    Raises:
+        DataError: one that lists every row and file that cannot be used, or says that no clip is left.
+    """
+    read = read_samples(config.data.sources, config.data, image_to_video=facts.image_to_video, base=config.base)
+    fps = config.data.fps or facts.native_fps
+    probes = _probe(config, {sample.video for sample in (*read.train, *read.holdout)}, progress)
+    clips: list[PlannedClip] = []
+    skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
+    errors: list[DataError] = []
+    advice: Counter[str] = Counter()
+    rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
+    for sample, holdout in rows:
+        name = portable(sample.video, config.base)
+        probe = probes[sample.video]
+        if isinstance(probe, DataError):
+            if config.data.unreadable_clips == "skip":
+                skipped[UNREADABLE].append(name)
+            else:
+                errors.append(DataError(probe.what, where=f"{name} ({sample.where})", fix=probe.fix))
+            continue
+        try:
+            plans = plan_clips(probe, config.data, fps, f"{name} ({sample.where})")
+        except DataError as error:
+            errors.append(error)
+            continue
+        if not plans:
+            skipped[TOO_SHORT].append(name)
+        for number, plan in enumerate(plans, start=1):
+            label = name if len(plans) == 1 else f"{name}#{number}"
+            clips.append(PlannedClip(label, sample, probe, plan, holdout))
+            advice.update(plan_notes(probe, plan, fps, config.data.span))
+    raise_all(DataError, errors, what="{n} videos cannot be used")
+    if not any(not clip.holdout for clip in clips):
+        reasons = "; ".join(f"{len(names)} videos {why}" for why, names in skipped.items() if names)
+        raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
+    left_out = {why: tuple(names) for why, names in skipped.items() if names}
+    notes = [*read.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
+    return DatasetReport(tuple(clips), left_out, tuple(notes), fps)
+
+
+def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
+    from tqdm import tqdm
+
+    paths = sorted(videos)
+    with DecodePool(workers_for(config, len(paths))) as pool:
+        found = pool.probe_many(paths)
+        return dict(tqdm(found, total=len(paths), desc="headers", unit=" videos", disable=not progress, leave=False))
+
+
+def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:
+    """How many decode processes to start for ``jobs`` files, where ``processes`` of a launch share the machine."""
+    wanted = config.cache.decode_workers
+    if wanted is None:
+        wanted = max(1, min(4, cpu_cores() // (2 * processes)))
+    return min(wanted, jobs)
+
+
+def cpu_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def named(names: Iterable[str]) -> str:
+    """A count and the first few names, for messages."""
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return f"{len(listed)} ({', '.join(listed[:_NAMED])}{more})"

@@ -1,0 +1,207 @@
+"""What one dataset needs from the cache: which entries, in which order, made from which files, for which request.
+
+A manifest is the answer to one *request* (everything in a configuration and a model that decides what is encoded). It
+is trusted as long as its request and its input files are what they were, so that training can start from it without
+opening a video, a dataset file or an encoder. Entries do not know of manifests; many manifests may share an entry.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from finetune.errors import CacheError
+from finetune.files import canonical_json, digest_of
+from finetune.geometry import parse_bucket
+from finetune.types import Bucket
+
+FORMAT = 1
+"""Of entries and manifests. Part of every content address: a new number re-encodes everything."""
+
+UNKNOWN = "unknown"
+"""In a request: a fingerprint that cannot be taken here, because the component's files are not on this machine. It
+matches whatever a manifest recorded."""
+
+Kind = Literal["latents", "prompts", "images"]
+KINDS: tuple[Kind, ...] = ("latents", "prompts", "images")
+"""``latents`` of clips, embeddings of ``prompts``, and ``images`` that validation videos start from."""
+
+
+@dataclass(frozen=True)
+class ManifestItem:
+    """One clip of the dataset with its caption: where both are in the cache, and how it takes part in training."""
+
+    clip: str
+    """A name for messages, such as ``videos/a.mp4#2``."""
+    where: str
+    """The row it came from, such as ``metadata.jsonl:17``."""
+    caption: str
+    """As it was encoded: prefix, suffix and trigger word included."""
+    bucket: Bucket
+    repeats: float
+    holdout: bool
+    """Whether it is only ever validated on."""
+    latents_key: str
+    prompt_key: str
+    media_digest: str
+    """Digest of the video file's bytes: the identity of the video, whatever its name."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What a file looked like when it was read."""
+
+    size: int
+    mtime_ns: int
+    """-1 where the file was too young for its time to tell two versions apart: such a stamp is compared by digest."""
+    digest: str
+    """Of a file's bytes, or of the names in a folder."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """See the module. Paths are absolute here; in its file, those inside the configuration's folder are relative."""
+
+    items: tuple[ManifestItem, ...]
+    empty_prompt_key: str
+    request: Mapping[str, Any]
+    """What was asked for, JSON types only; ``differences`` names what changed between two of them."""
+    inputs: Mapping[str, FileStamp]
+    """Every file and folder that decided the items, media files included."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Further captions (validation prompts) and the keys of their embeddings."""
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Further images (validation images), by absolute path, and the keys of their pixels."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Why clips of the dataset are not among the items, and how many."""
+    notes: tuple[str, ...] = ()
+    """Advice that was given when it was made, such as captions that are cut."""
+    complete: bool = True
+    """False while its entries are being encoded: it then only keeps them from being collected as garbage."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the training data: every entry in its order, and how it takes part."""
+        rows = [[item.latents_key, item.prompt_key, item.repeats, item.holdout] for item in self.items]
+        return digest_of([FORMAT, rows, self.empty_prompt_key])
+
+    @property
+    def name(self) -> str:
+        """Digest of the request, under which it is filed."""
+        return digest_of(self.request)
+
+    def keys(self, kind: Kind) -> set[str]:
+        """The entries of one kind that it refers to."""
+        if kind == "latents":
+            return {item.latents_key for item in self.items}
+        if kind == "images":
+            return set(self.images.values())
+        return {item.prompt_key for item in self.items} | {self.empty_prompt_key} | set(self.prompts.values())
+
+    def to_json(self, base: Path) -> str:
+        """One JSON document, with paths in ``base`` written relative to it."""
+        content = {
+            "format": FORMAT,
+            "complete": self.complete,
+            "base": str(base),
+            "request": self.request,
+            "digest": self.digest,
+            "items": [{**asdict(item), "bucket": str(item.bucket)} for item in self.items],
+            "empty_prompt_key": self.empty_prompt_key,
+            "prompts": self.prompts,
+            "images": {portable(Path(path), base): key for path, key in self.images.items()},
+            "inputs": {
+                portable(Path(path), base): [stamp.size, stamp.mtime_ns, stamp.digest]
+                for path, stamp in self.inputs.items()
+            },
+            "skipped": self.skipped,
+            "notes": self.notes,
+        }
+        return json.dumps(content, ensure_ascii=False, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, base: Path) -> Manifest:
+        """Read what ``to_json`` wrote; relative paths start at ``base``.
+
+        Raises:
+            ValueError, KeyError, TypeError: if it is not a manifest of this format.
+        """
+        content = json.loads(text)
+        if content["format"] != FORMAT:
+            raise ValueError(f"manifest format {content['format']}; this version reads {FORMAT}")
+        return cls(
+            items=tuple(ManifestItem(**{**item, "bucket": parse_bucket(item["bucket"])}) for item in content["items"]),
+            empty_prompt_key=content["empty_prompt_key"],
+            request=content["request"],
+            inputs={str(base / path): FileStamp(*stamp) for path, stamp in content["inputs"].items()},
+            prompts=content["prompts"],
+            images={str(base / path): key for path, key in content["images"].items()},
+            skipped=content["skipped"],
+            notes=tuple(content["notes"]),
+            complete=content["complete"],
+        )
+
+    def pending(self) -> Manifest:
+        """The same, marked as not encoded yet."""
+        return replace(self, complete=False)
+
+
+def portable(value: Any, base: Path) -> Any:
+    """``value`` in JSON types: paths inside ``base`` become relative to it, so that a folder can move as a whole."""
+    if isinstance(value, Path):
+        return (value.relative_to(base) if value.is_relative_to(base) else value).as_posix()
+    if isinstance(value, Mapping):
+        return {str(key): portable(entry, base) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [portable(entry, base) for entry in value]
+    return value
+
+
+_ABSENT = object()
+
+
+def differences(recorded: Any, asked: Any, at: str = "") -> list[str]:
+    """What changed between two requests, field by field: ``["data.fps: 8 -> 16"]``; empty if they ask for the same."""
+    if asked == UNKNOWN or recorded == asked:
+        return []
+    if isinstance(recorded, Mapping) and isinstance(asked, Mapping):
+        names = sorted(set(recorded) | set(asked))
+        pairs = [
+            (f"{at}.{name}" if at else name, recorded.get(name, _ABSENT), asked.get(name, _ABSENT)) for name in names
+        ]
+    elif _is_list(recorded) and _is_list(asked) and len(recorded) == len(asked):
+        pairs = [(f"{at}[{i}]", old, new) for i, (old, new) in enumerate(zip(recorded, asked, strict=True))]
+    else:
+        return [f"{at}: {_shown(recorded)} -> {_shown(asked)}"]
+    return [line for name, old, new in pairs for line in differences(old, new, name)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "(nothing)"
+    text = canonical_json(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def check_format(content: Mapping[str, Any], path: Path) -> bool:
+    """Whether a manifest file is of this format; an older one can never be used again.
+
+    Raises:
+        CacheError: if it is of a newer format, whose entries this version must not touch.
+    """
+    number = content.get("format")
+    if isinstance(number, int) and number > FORMAT:
+        raise CacheError(
+            f"this cache was written by a newer version of this package (format {number}; this one knows {FORMAT})",
+            where=str(path),
+            fix="use that version, or another cache.dir",
+        )
+    return number == FORMAT

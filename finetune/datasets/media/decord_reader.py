@@ -1,0 +1,95 @@
+"""Video frames through decord 0.6, where it can be relied on.
+
+decord gives *wrong* frames without an error after a seek into an open group of pictures (x265's default), in transport
+streams, and where an edit list hides frames; ``media.frames`` keeps it from those. Everything it raises becomes
+``DecordError``, upon which the caller turns to PyAV.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frame = NDArray[np.uint8]
+
+_CHUNK_BYTES = 64 * 2**20
+_TIME_TOLERANCE_S = 1e-3
+
+
+class DecordError(Exception):
+    """decord cannot do it: it is missing, or cannot open the file, or failed at a frame."""
+
+
+def agrees(path: Path, frame_times_s: Sequence[float], size_hw: tuple[int, int]) -> bool:
+    """Whether decord opens the file and lists the same frames: as many, at the same times, of the same upright size."""
+    try:
+        reader = _opened(path)
+        if len(reader) != len(frame_times_s) or tuple(reader[0].shape[:2]) != size_hw:
+            return False
+        starts_s = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0].astype(np.float64)
+    except DecordError:
+        return False
+    except _failures():
+        return False
+    # decord's times are float32: past two hours their step is itself half a millisecond.
+    tolerance_s = _TIME_TOLERANCE_S + 1e-6 * frame_times_s[-1]
+    return bool(np.all(np.abs(starts_s - starts_s[0] - np.asarray(frame_times_s)) <= tolerance_s))
+
+
+def read_frames(path: Path, frame_indices: Sequence[int], frame_bytes: int) -> Iterator[tuple[int, Frame]]:
+    """Decode the named frames upright (decord turns them itself), a few at a time.
+
+    Args:
+        path: a video that ``agrees`` accepted.
+        frame_indices: ascending frame numbers; repeated ones are given once.
+        frame_bytes: size of one decoded frame, which decides how many are held at a time.
+
+    Yields:
+        The frame's number and its RGB pixels, uint8 [H, W, 3].
+
+    Raises:
+        DecordError: if decord cannot.
+    """
+    wanted = sorted(set(frame_indices))
+    step = max(1, _CHUNK_BYTES // frame_bytes)
+    try:
+        reader = _opened(path)
+        for start in range(0, len(wanted), step):
+            chunk = wanted[start : start + step]
+            yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)
+    except DecordError:
+        raise
+    except _failures() as error:
+        _open_reader.cache_clear()  # a reader that failed once is not asked again
+        raise DecordError(str(error)) from error
+
+
+def _opened(path: Path) -> Any:
+    status = path.stat()
+    return _open_reader(path, (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _open_reader(path: Path, stamp: tuple[int, int]) -> Any:
+    """A reader; the last one is kept, because opening reads the whole file and one video may give many clips."""
+    try:
+        import decord
+    except (ImportError, OSError) as error:  # there is no wheel for Arm
+        raise DecordError(f"decord is not installed: {error}") from error
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=2)
+    except _failures() as error:
+        raise DecordError(str(error)) from error
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What decord raises: its own class, but also RuntimeError for a file and AssertionError for a frame count."""
+    import decord
+
+    return decord.DECORDError, RuntimeError, AssertionError, IndexError, OSError

@@ -1,0 +1,248 @@
+"""The two passes that fill the cache: clips through the VAE, then captions through T5, one encoder in memory at a time.
+
+Every item is written as soon as it is encoded, so a process that is killed loses the one in hand and no more.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from finetune.cogvideox import ModelConfig, count_tokens, encode_image, encode_prompts, encode_video
+from finetune.datasets.cache import Cache, CacheConfig, FileStamp
+from finetune.datasets.video import DecodeJob, DecodePool, fit_image, load_image
+from finetune.errors import CacheError, DataError
+from finetune.facts import Facts
+from finetune.files import digest_of
+from finetune.streams import stream
+from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
+
+NOISE_SEED = 0
+"""Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""
+
+UNTILED_BYTES_PER_PIXEL = 30_000
+"""Free GPU memory, per pixel of a frame and at two bytes per activation, that encoding without tiles is given. The VAE
+takes nine frames at a time, and their activations were computed (not measured) to be 6.1 GiB at 480x720 and 22.3 GiB at
+768x1360, 19 to 23 kB per pixel; the rest is margin. So 480x720 is tiled below 9.7 GiB free, 768x1360 below 29.2 GiB."""
+
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class LatentsJob:
+    """One clip whose latents are missing."""
+
+    address: Mapping[str, Any]
+    where: str
+    """The clip and its row, for messages."""
+    video: Path
+    stamp: FileStamp
+    probe: VideoProbe
+    plan: ClipPlan
+    image: Path | None
+    """The file that stands for the first frame; None where the first frame itself does."""
+
+    @property
+    def key(self) -> str:
+        """Of the entry."""
+        return digest_of(self.address)
+
+
+@dataclass(frozen=True)
+class PromptJob:
+    """One caption whose embedding is missing."""
+
+    address: Mapping[str, Any]
+
+    @property
+    def text(self) -> str:
+        """The caption."""
+        return str(self.address["text"])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A clip that could not be encoded."""
+
+    key: str
+    error: DataError
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What one process did in one pass."""
+
+    encoded: int
+    bytes: int
+    failures: tuple[Failure, ...] = ()
+
+
+def encode_clips(
+    jobs: Sequence[LatentsJob],
+    cache: Cache,
+    model: ModelConfig,
+    settings: CacheConfig,
+    *,
+    device: torch.device,
+    workers: int,
+    progress: bool,
+) -> Passed:
+    """Decode clips in worker processes, encode them one by one and store them.
+
+    Args:
+        jobs: what is missing; nothing is loaded where there is none.
+        cache: where entries go.
+        model: whose VAE encodes, in the model's dtype.
+        settings: ``image_draws``, ``vae_tiling``.
+        device: where the VAE runs.
+        workers: decode processes.
+        progress: draw a bar.
+
+    Returns:
+        Counts, and a failure for every clip that could not be decoded; the others are stored.
+
+    Raises:
+        CacheError: if an entry cannot be written or the GPU's memory does not suffice.
+    """
+    if not jobs:
+        return Passed(0, 0)
+    from finetune.cogvideox import load_vae
+
+    encoded, size, failures = 0, 0, []
+    # The workers start before the VAE is loaded, so that the first clips are decoded meanwhile.
+    with DecodePool(min(workers, len(jobs))) as pool:
+        decoded = pool.decode_many(DecodeJob(number, job.video, job.probe, job.plan) for number, job in enumerate(jobs))
+        vae = load_vae(model, device=device)
+        for found, clip in _tracked(decoded, len(jobs), "clips", progress):
+            job = jobs[found.key]
+            try:
+                if isinstance(clip, DataError):
+                    raise clip
+                size += _encode_clip(job, clip, vae, cache, settings.vae_tiling)
+                encoded += 1
+            except DataError as error:
+                where = f"{job.where}: {error.where}" if error.where else job.where
+                failures.append(Failure(job.key, DataError(error.what, where=where, fix=error.fix)))
+    del vae
+    release_memory()
+    return Passed(encoded, size, tuple(failures))
+
+
+def _encode_clip(job: LatentsJob, clip: Clip, vae: Any, cache: Cache, tiling: Literal["auto", "on", "off"]) -> int:
+    bucket = job.plan.bucket
+    tiled = set_tiling(vae, tiling, bucket)
+    draws = job.address["image_draws"]
+    image_latents = None
+    try:
+        mean, std = encode_video(vae, clip.pixels[None])
+        if draws is not None:
+            image = clip.pixels[:, 0] if job.image is None else fit_image(load_image(job.image), bucket)
+            image_latents = encode_image(vae, image, draws, image_noise(job.address, draws))
+    except torch.OutOfMemoryError as error:
+        raise CacheError(
+            f"the GPU's memory does not hold the VAE's work on {bucket}",
+            where=job.where,
+            fix="set cache.vae_tiling: on, free GPU memory, or use smaller buckets",
+        ) from error
+    # Only now is it certain which bytes were decoded: those that the address was made from, or others.
+    if not cache.is_unchanged(job.video, job.stamp):
+        raise DataError("the file changed while it was being encoded", fix="run precompute again")
+    return cache.write_latents(
+        job.address, mean[0], std[0], image_latents, made_with={"decoder": job.probe.decoder, "tiled": tiled}
+    )
+
+
+def image_noise(address: Mapping[str, Any], draws: int) -> list[torch.Generator]:
+    """One generator per draw of a clip's noise-augmented image: a function of content, not of order or process."""
+    content = digest_of([address["media"], address["image"], address["plan"]])
+    return [stream(NOISE_SEED, "image-noise", content, k) for k in range(draws)]
+
+
+def set_tiling(vae: Any, setting: Literal["auto", "on", "off"], bucket: Bucket) -> bool:
+    """Switch tiling as the setting says, and return whether frames of ``bucket`` will be tiled."""
+    wanted = setting == "on" or (setting == "auto" and needs_tiling(vae.device, vae.dtype, bucket))
+    if wanted:
+        vae.enable_tiling()
+    else:
+        vae.disable_tiling()
+    # The VAE leaves frames whole that fit one tile.
+    return wanted and (bucket.height > vae.tile_sample_min_height or bucket.width > vae.tile_sample_min_width)
+
+
+def needs_tiling(device: torch.device, dtype: torch.dtype, bucket: Bucket) -> bool:
+    """Whether a frame's activations may not fit the GPU's free memory; False on a CPU. See UNTILED_BYTES_PER_PIXEL."""
+    if device.type != "cuda":
+        return False
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch has reserved and does not use is free to us too.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free < untiled_bytes(dtype, bucket)
+
+
+def untiled_bytes(dtype: torch.dtype, bucket: Bucket) -> int:
+    """Free memory that encoding frames of ``bucket`` in one piece is given."""
+    return UNTILED_BYTES_PER_PIXEL * bucket.height * bucket.width * dtype.itemsize // 2
+
+
+def encode_captions(
+    jobs: Sequence[PromptJob],
+    cache: Cache,
+    model: ModelConfig,
+    facts: Facts,
+    *,
+    batch_size: int,
+    device: torch.device,
+    progress: bool,
+) -> Passed:
+    """Encode captions in batches with T5 and store each. Arguments and errors as for ``encode_clips``."""
+    if not jobs:
+        return Passed(0, 0)
+    from finetune.cogvideox import load_text
+
+    size = 0
+    tokenizer, encoder = load_text(model, device=device)
+    with _bar(len(jobs), "captions", progress) as bar:
+        for first in range(0, len(jobs), batch_size):
+            batch = jobs[first : first + batch_size]
+            texts = [job.text for job in batch]
+            try:
+                embeds = encode_prompts(tokenizer, encoder, texts, facts).cpu()
+            except torch.OutOfMemoryError as error:
+                raise CacheError(
+                    f"the GPU's memory does not hold T5's work on {len(batch)} captions",
+                    fix="lower cache.text_batch_size, or free GPU memory",
+                ) from error
+            for job, tokens, embed in zip(batch, count_tokens(tokenizer, texts), embeds, strict=True):
+                size += cache.write_prompt(job.address, embed, tokens=tokens)
+            bar.update(len(batch))
+    del tokenizer, encoder
+    release_memory()
+    return Passed(len(jobs), size)
+
+
+def release_memory() -> None:
+    """Give the memory of an encoder that nothing refers to any more back to the device, before the next is loaded."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+
+
+def _bar(total: int, unit: str, progress: bool) -> Any:
+    from tqdm import tqdm
+
+    # A log file gets a line every ten seconds instead of ten a second.
+    interval_s = 0.1 if sys.stderr.isatty() else 10.0
+    return tqdm(total=total, desc=f"encoding {unit}", unit=f" {unit}", disable=not progress, mininterval=interval_s)
+
+
+def _tracked(items: Iterable[_Item], total: int, unit: str, progress: bool) -> Iterator[_Item]:
+    with _bar(total, unit, progress) as bar:
+        for item in items:
+            yield item
+            bar.update(1)

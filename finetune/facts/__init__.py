@@ -1,0 +1,19 @@
+"""What a checkpoint says of itself: the numbers that training needs, read from its JSON and from nothing else.
+
+No code here or above asks for a model's name. Two checkpoints with the same numbers are treated alike, so that a new
+CogVideoX variant, or a tiny look-alike of a published one, costs no code. Reading needs neither weights nor diffusers.
+"""
+
+from finetune.facts.locate import KNOWN_MODELS, known_model, resolve_pretrained
+from finetune.facts.model import Facts
+from finetune.facts.read import CONFIG_FILES, SchedulerClass, read_facts
+
+__all__ = [
+    "CONFIG_FILES",
+    "KNOWN_MODELS",
+    "Facts",
+    "SchedulerClass",
+    "known_model",
+    "read_facts",
+    "resolve_pretrained",
+]

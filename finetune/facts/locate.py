@@ -1,0 +1,101 @@
+"""Where a checkpoint's files are: a folder, the hub's cache, or the JSON that ships with this package."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.errors import ModelError
+
+MODEL_INDEX = "model_index.json"
+"""The file that makes a folder a diffusers pipeline."""
+COMPLETE_CHECKPOINT = "give model.pretrained a complete CogVideoX checkpoint in diffusers format"
+KNOWN_MODELS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
+"""Published checkpoints whose JSON ships with this package (``known_model``)."""
+
+_COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+def resolve_pretrained(pretrained: str, revision: str | None = None, *, components: Sequence[str]) -> Path:
+    """The local folder that holds these components of a checkpoint, downloaded from the hub if it lives there.
+
+    Args:
+        pretrained: as for ``read_facts``.
+        revision: as for ``read_facts``.
+        components: sub-folders that are needed, such as ``["vae"]``; nothing else is downloaded.
+
+    Raises:
+        ModelError: if the checkpoint or one of the components cannot be found.
+    """
+    patterns = [MODEL_INDEX, *(f"{component}/{pattern}" for component in components for pattern in _COMPONENT_FILES)]
+    folder = locate(pretrained, revision, patterns=patterns)
+    for component in components:
+        if not (folder / component).is_dir():
+            raise ModelError(
+                f"the checkpoint has no {component}", where=str(folder / component), fix=COMPLETE_CHECKPOINT
+            )
+    return folder
+
+
+def locate(pretrained: str, revision: str | None, *, patterns: list[str]) -> Path:
+    """The local folder of a checkpoint: itself, or the hub's snapshot after the files of ``patterns`` are fetched.
+
+    Raises:
+        ModelError: if there is no such folder and no such model on the hub.
+    """
+    folder = Path(pretrained).expanduser()
+    if folder.is_dir():
+        if revision is not None:
+            raise ModelError(
+                f"revision {revision!r} is given for a folder; only the hub has revisions",
+                where=str(folder),
+                fix="remove model.revision",
+            )
+        return folder
+    looks_like_path = pretrained.startswith((".", "~", os.sep)) or pretrained.count("/") != 1
+    if looks_like_path:
+        raise ModelError(
+            "there is no such model folder",
+            where=pretrained,
+            fix="give model.pretrained a folder that exists, or a hub id such as THUDM/CogVideoX-5b",
+        )
+    return _from_hub(pretrained, revision, patterns)
+
+
+def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    where = f"{repo} on the Hugging Face hub" + (f", revision {revision}" if revision else "")
+    # The hub's client changes its HTTP library from one major version to the next; the bases of its own error are what
+    # every version's connection errors are made of.
+    bases = errors.HfHubHTTPError.__bases__
+    connection: tuple[type[Exception], ...] = (OSError, *(base for base in bases if issubclass(base, Exception)))
+    try:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except errors.GatedRepoError:
+        what, fix = "the model asks for its licence to be accepted", "accept it on its page, then run `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        what, fix = "there is no such model", "check the id; for a private model run `hf auth login` first"
+    except errors.RevisionNotFoundError:
+        what, fix = "the model has no such revision", "check model.revision, or leave it out"
+    except (errors.HFValidationError, errors.BadRequestError) as error:
+        what, fix = f"this is not a hub id: {error}", "write it as organisation/name"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        what = "there is no such folder; as a hub id it is not in the local cache, and the hub cannot be reached"
+        fix = "download it where there is a network (`hf download`), or give model.pretrained a local folder"
+    except connection as error:
+        what, fix = f"the hub did not answer: {error}", "try again, or give model.pretrained a local folder"
+    raise ModelError(what, where=where, fix=fix) from None
+
+
+def known_model(variant: str) -> Path:
+    """The folder with a published checkpoint's JSON, without weights: for examples, tests and memory planning.
+
+    Raises:
+        ModelError: if ``variant`` is not one of ``KNOWN_MODELS``.
+    """
+    if variant not in KNOWN_MODELS:
+        raise ModelError(f"no shipped model is called {variant!r}", fix=f"choose one of {', '.join(KNOWN_MODELS)}")
+    return Path(__file__).parents[1] / "assets" / "models" / variant

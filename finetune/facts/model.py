@@ -1,0 +1,173 @@
+"""A checkpoint in numbers, and the arithmetic of shapes that follows from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from finetune.types import Bucket
+
+_LONGEST_S = 10
+"""Seconds that the second generation was made for: it states 16N+1 frames with N <= 10, and no file of it says so."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A CogVideoX checkpoint in numbers; the names are those of its JSON wherever it has one."""
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    in_channels: int
+    """Of the transformer: the latent channels, or twice as many where an image condition is concatenated."""
+    out_channels: int
+    patch_size: int
+    """Latent cells per token, each way."""
+    patch_size_t: int | None
+    """Latent frames per token; None in the first generation, whose tokens span one frame."""
+    sample_height: int
+    """Latent cells. The native height of the first generation; of the second, the reach of its position table."""
+    sample_width: int
+    """As ``sample_height``."""
+    sample_frames: int
+    """Pixel frames, unlike the two above; diffusers keeps it so for compatibility."""
+    use_rotary: bool
+    use_learned_positions: bool
+    ofs_embed_dim: int | None
+    """Width of the offset embedding; a model that has one is always given the offset 2.0."""
+    text_embed_dim: int
+    max_text_seq_length: int
+    """Text tokens, padding included: CogVideoX attends to all of them."""
+    latent_channels: int
+    scaling_factor: float
+    """Latents are multiplied by it before the transformer sees them."""
+    invert_scale_latents: bool
+    """Whether the latents of an *image condition* are divided by the scaling factor instead."""
+    vae_spatial: int
+    """Pixels per latent cell, each way."""
+    vae_temporal: int
+    """Pixel frames per latent frame, after the first."""
+    num_train_timesteps: int
+    beta_start: float
+    beta_end: float
+    beta_schedule: str
+    snr_shift_scale: float
+    rescale_betas_zero_snr: bool
+    prediction_type: str
+
+    @property
+    def image_to_video(self) -> bool:
+        """Whether the model is conditioned on a first frame, concatenated on channels."""
+        return self.in_channels == 2 * self.latent_channels
+
+    @property
+    def native_fps(self) -> int:
+        """Frames per second of the videos it was trained on.
+
+        The one number that no file states: the first generation was trained at 8, the second at 16, and only the
+        second has a temporal patch.
+        """
+        return 8 if self.patch_size_t is None else 16
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this: one token's side."""
+        return self.vae_spatial * self.patch_size
+
+    @property
+    def frames_step(self) -> int:
+        """A clip has this many frames times N, plus 1; see ``check_bucket``."""
+        if self.patch_size_t is None:
+            return math.lcm(self.vae_temporal, self.native_fps)
+        return self.vae_temporal
+
+    def latent_frames(self, frames: int) -> int:
+        """Latent frames of a clip of ``frames`` pixel frames, before front padding."""
+        return (frames - 1) // self.vae_temporal + 1
+
+    def padded_latent_frames(self, frames: int) -> int:
+        """Latent frames as the transformer sees them: padded in front to whole temporal patches."""
+        latent_frames = self.latent_frames(frames)
+        return latent_frames + self.front_padding(latent_frames)
+
+    def front_padding(self, latent_frames: int) -> int:
+        """How many copies of the first latent frame go before ``latent_frames`` frames: ``(p - F' mod p) mod p``."""
+        return -latent_frames % (self.patch_size_t or 1)
+
+    def latent_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
+        """(C, F', H', W') of a clip's latents, before front padding."""
+        return (
+            self.latent_channels,
+            self.latent_frames(bucket.frames),
+            bucket.height // self.vae_spatial,
+            bucket.width // self.vae_spatial,
+        )
+
+    def tokens(self, bucket: Bucket) -> int:
+        """Length of the sequence the transformer attends over: video tokens and text tokens."""
+        frames = self.padded_latent_frames(bucket.frames) // (self.patch_size_t or 1)
+        return (
+            frames * (bucket.height // self.size_multiple) * (bucket.width // self.size_multiple)
+            + self.max_text_seq_length
+        )
+
+    def check_bucket(self, bucket: Bucket) -> list[str]:
+        """What makes ``bucket`` impossible for this model, in words with the nearest legal values; empty if nothing.
+
+        - Learned positions are one table, for the native height, width and frame count. diffusers refuses another
+          size, and silently puts a sine table in its place at another frame count.
+        - The VAE takes 4N+1 frames. The first generation was made for whole seconds, 8N+1 up to its ``sample_frames``.
+          The second asks for 16N+1, but its front padding takes any 4N+1: see ``advise_bucket``.
+        - A token is ``size_multiple`` pixels wide and high.
+        - The second generation cuts its rotary positions out of a table of ``sample_height`` x ``sample_width``.
+          The first stretches them, and sine positions are computed for any size.
+        """
+        native = Bucket(self.sample_frames, self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial)
+        if self.use_learned_positions:
+            fixed = f"its learned positions fix it to {native} (frames x height x width)"
+            return [] if bucket == native else [f"{bucket} is not possible for this model: {fixed}"]
+        problems = []
+        longest = self.sample_frames if self.patch_size_t is None else None
+        if bucket.frames % self.frames_step != 1 % self.frames_step or (longest and bucket.frames > longest):
+            rule = f"{self.frames_step}N+1 frames" + (f", at most {longest}" if longest else "")
+            legal = _nearest(bucket.frames, self.frames_step, offset=1, largest=longest)
+            problems.append(f"{bucket.frames} frames are not possible: this model takes {rule}; nearest: {legal}")
+        for side, pixels, native_pixels in (
+            ("height", bucket.height, native.height),
+            ("width", bucket.width, native.width),
+        ):
+            largest = native_pixels if self.use_rotary and self.patch_size_t is not None else None
+            if pixels % self.size_multiple or (largest and pixels > largest):
+                rule = f"a multiple of {self.size_multiple}" + (f", at most {largest}" if largest else "")
+                legal = _nearest(pixels, self.size_multiple, offset=0, largest=largest)
+                problems.append(f"{side} {pixels} is not possible: it must be {rule}; nearest: {legal}")
+        return problems
+
+    def advise_bucket(self, bucket: Bucket) -> list[str]:
+        """What is possible but not what the model was made for, in words; empty if nothing. For legal buckets."""
+        advice = []
+        if self.patch_size_t is not None:
+            step, longest = self.native_fps, self.native_fps * _LONGEST_S + 1
+            if bucket.frames % step != 1 or bucket.frames > longest:
+                legal = _nearest(bucket.frames, step, offset=1, largest=longest)
+                advice.append(
+                    f"{bucket.frames} frames: the model was made for {step}N+1 frames, at most {longest}; "
+                    f"nearest: {legal} (others train, with a padded first frame where needed)"
+                )
+        elif (native := (self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial)) != (
+            bucket.height,
+            bucket.width,
+        ):
+            advice.append(
+                f"{bucket.height}x{bucket.width}: the model was made for {native[0]}x{native[1]} (height x width); "
+                "other sizes are possible, but its positions are then stretched or new to it"
+            )
+        return advice
+
+
+def _nearest(value: int, step: int, *, offset: int, largest: int | None) -> str:
+    """The legal values ``step * N + offset`` around ``value``, as text."""
+    below = max((value - offset) // step * step + offset, offset or step)
+    if largest is not None and below + step > largest:
+        return str(min(below, (largest - offset) // step * step + offset))
+    return f"{below} or {below + step}" if below < value else str(below)

@@ -1,0 +1,259 @@
+"""Filling the cache, and trusting it.
+
+``precompute`` encodes whatever of a dataset the cache lacks: clips with the VAE, then captions with T5. ``ensure_cache``
+is what training calls: where a recorded manifest still answers the configuration, no video and no encoder is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from finetune.cache_plan import GIB, CachePlan, ImageJob, plan_cache, require_space
+from finetune.cache_request import Answer, find_manifest
+from finetune.config import RunConfig
+from finetune.dataset_report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
+from finetune.datasets.cache import Cache, Manifest
+from finetune.datasets.manifest import KINDS, Kind
+from finetune.datasets.video import fit_image, load_image
+from finetune.encoding import Failure, Passed, encode_captions, encode_clips
+from finetune.errors import CacheError, DataError, raise_all
+from finetune.facts import Facts, read_facts
+from finetune.ranks import Ranks
+
+__all__ = ["DatasetReport", "PlannedClip", "PrecomputeReport", "check_dataset", "ensure_cache", "precompute"]
+
+_TITLES: Mapping[Kind, str] = {"latents": "clips", "prompts": "captions", "images": "images"}
+
+
+@dataclass(frozen=True)
+class PrecomputeReport:
+    """What one call of ``precompute`` did; its text is a table."""
+
+    manifest: Manifest
+    cache_dir: Path
+    encoded: Mapping[Kind, int]
+    """Entries written, over all processes."""
+    reused: Mapping[Kind, int]
+    """Entries that were there already."""
+    skipped: Mapping[str, int]
+    """Clips left out, by reason."""
+    bytes: int
+    """On disk, of every entry that the dataset needs."""
+    written_bytes: int
+    seconds: float
+
+    @property
+    def gib(self) -> float:
+        """Size of the dataset's entries in GiB."""
+        return self.bytes / GIB
+
+    def __str__(self) -> str:
+        lines = [f"cache {self.cache_dir}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
+        lines += [
+            f"{_TITLES[kind]:<10}{self.encoded[kind]:>10}{self.reused[kind]:>10}"
+            for kind in KINDS
+            if self.encoded[kind] or self.reused[kind]
+        ]
+        lines += [f"left out  {count:>10}  {reason}" for reason, count in self.skipped.items()]
+        lines.append(f"{self.gib:.3f} GiB, {self.written_bytes / GIB:.3f} GiB of it new; {self.seconds:.1f} s")
+        return "\n".join([*lines, *(f"note: {note}" for note in self.manifest.notes)])
+
+
+def precompute(
+    config: RunConfig, *, facts: Facts | None = None, distributed: Ranks | None = None, progress: bool = True
+) -> PrecomputeReport:
+    """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
+
+    What is encoded stays, whatever happens: killed at any moment, the next call goes on where this one stopped.
+
+    Args:
+        config: the run's configuration.
+        facts: of its model; read from it if None.
+        distributed: the processes that take part; those of the launch if None.
+        progress: draw progress bars, on the main process.
+
+    Raises:
+        DataError: listing every row and file that cannot be used, before anything is encoded; or every clip whose
+            pixels could not be decoded, after all others are encoded.
+        CacheError: if the disk or the GPU is too small, or another process of the launch failed.
+        ModelError: if an encoder cannot be found or loaded.
+    """
+    begun = time.perf_counter()
+    facts = facts or read_facts(config.model.pretrained, config.model.revision)
+    ranks = distributed or Ranks.current()
+    cache = Cache(config.cache.dir)
+    shown = progress and ranks.is_main
+    known = facts
+
+    def prepare() -> CachePlan:
+        plan = plan_cache(config, known, cache, progress=shown)
+        require_space(plan, cache.root)
+        if any(plan.missing.values()):  # from here on `gc` in another process knows what is wanted
+            cache.save_manifest(plan.manifest.pending(), config.base)
+        return plan
+
+    plan = ranks.first(prepare)
+    mine = slice(ranks.rank, None, ranks.world)
+    passed: dict[Kind, list[Passed]] = {
+        # First, because it takes no time and a damaged image should not be found after hours.
+        "images": ranks.all(lambda: _store_images(plan.images[mine], cache)),
+        "latents": ranks.all(
+            lambda: encode_clips(
+                plan.latents[mine],
+                cache,
+                config.model,
+                config.cache,
+                device=ranks.device,
+                workers=workers_for(config, len(plan.latents), ranks.world),
+                progress=shown,
+            )
+        ),
+        "prompts": ranks.all(
+            lambda: encode_captions(
+                plan.prompts[mine],
+                cache,
+                config.model,
+                known,
+                batch_size=config.cache.text_batch_size,
+                device=ranks.device,
+                progress=shown,
+            )
+        ),
+    }
+    return ranks.first(lambda: _finish(config, known, cache, plan, passed, time.perf_counter() - begun))
+
+
+def _store_images(jobs: Sequence[ImageJob], cache: Cache) -> Passed:
+    """Store validation images as the pixels that sampling starts from; the VAE that decodes the video encodes them."""
+    size = sum(cache.write_image(job.address, fit_image(load_image(job.image), job.bucket)) for job in jobs)
+    return Passed(len(jobs), size)
+
+
+def _finish(
+    config: RunConfig,
+    facts: Facts,
+    cache: Cache,
+    plan: CachePlan,
+    passed: Mapping[Kind, Sequence[Passed]],
+    seconds: float,
+) -> PrecomputeReport:
+    """Settle what could not be decoded, file the manifest and count."""
+    failures = [failure for one in passed["latents"] for failure in one.failures]
+    if failures and config.data.unreadable_clips == "error":
+        raise_all(DataError, [failure.error for failure in failures], what=_FAILED)
+    manifest = _without(plan.manifest, failures)
+    if all(item.holdout for item in manifest.items):
+        raise_all(DataError, [failure.error for failure in failures], what="no clip is left to train on; {n} failed")
+    manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, facts)))
+    cache.save_manifest(manifest, config.base)
+    encoded: dict[Kind, int] = {kind: sum(one.encoded for one in passed[kind]) for kind in KINDS}
+    sizes = [cache.path(kind, key).stat().st_size for kind in KINDS for key in manifest.keys(kind)]
+    return PrecomputeReport(
+        manifest=manifest,
+        cache_dir=cache.root,
+        encoded=encoded,
+        reused={kind: len(plan.manifest.keys(kind)) - plan.missing[kind] for kind in KINDS},
+        skipped=manifest.skipped,
+        bytes=sum(sizes),
+        written_bytes=sum(one.bytes for kind in KINDS for one in passed[kind]),
+        seconds=seconds,
+    )
+
+
+_FAILED = (
+    "{n} clips could not be encoded; all others are in the cache\n"
+    "(re-encode these files, take them out, or set data.unreadable_clips: skip)"
+)
+
+
+def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
+    """The manifest without the clips that failed, counted as unreadable."""
+    failed = {failure.key for failure in failures}
+    items = tuple(item for item in manifest.items if item.latents_key not in failed)
+    lost = len(manifest.items) - len(items)
+    if not lost:
+        return manifest
+    skipped = {**manifest.skipped, UNREADABLE: manifest.skipped.get(UNREADABLE, 0) + lost}
+    notes = (*manifest.notes, *(f"left out: {str(failure.error).splitlines()[0]}" for failure in failures))
+    return replace(manifest, items=items, skipped=skipped, notes=notes)
+
+
+def _cut_captions(manifest: Manifest, cache: Cache, facts: Facts) -> list[str]:
+    """A note on captions longer than the model reads."""
+    captions = {item.prompt_key: item.caption for item in manifest.items}
+    captions |= {key: prompt for prompt, key in manifest.prompts.items()}
+    cut = [text for key, text in captions.items() if cache.prompt_tokens(key) > facts.max_text_seq_length]
+    if not cut:
+        return []
+    shown = named(repr(text if len(text) <= 60 else text[:57] + "...") for text in cut)
+    return [f"captions are longer than the {facts.max_text_seq_length} tokens the model reads, and are cut: {shown}"]
+
+
+def ensure_cache(
+    config: RunConfig, facts: Facts, *, distributed: Ranks | None = None, progress: bool = True
+) -> Manifest:
+    """The manifest that training reads from, every entry of it in the cache.
+
+    A recorded manifest is trusted when the configuration, the encoders and every source file are what they were. If
+    there is none, ``cache.mode: auto`` precomputes and ``require`` raises; ``require`` also accepts that source files are
+    not on this machine. What is done is printed on the main process.
+
+    Raises:
+        CacheError: in mode ``require``, naming what differs; or as ``precompute`` does.
+        DataError, ModelError: as ``precompute`` does.
+    """
+    ranks = distributed or Ranks.current()
+    cache = Cache(config.cache.dir)
+
+    def decide() -> Manifest | None:
+        answer = find_manifest(config, facts, cache)
+        return _trusted(config, answer, cache)
+
+    manifest = ranks.first(decide)
+    if manifest is not None:
+        return manifest
+    report = precompute(config, facts=facts, distributed=ranks, progress=progress)
+    if ranks.is_main:
+        print(report, flush=True)
+    return report.manifest
+
+
+def _trusted(config: RunConfig, answer: Answer, cache: Cache) -> Manifest | None:
+    """The manifest if it can be used as it is, None if something has to be encoded or planned first."""
+    require = config.cache.mode == "require"
+    if answer.faults:
+        if require:
+            raise CacheError(
+                "the cache does not hold what this run needs, and cache.mode is require\n" + _listed(answer.faults),
+                where=str(cache.root),
+                fix="run `finetune precompute` where the videos and the encoders are, or set cache.mode: auto",
+            )
+        print(f"cache {cache.root} has to be brought up to date:\n{_listed(answer.faults)}", flush=True)
+        return None
+    manifest = answer.manifest
+    assert manifest is not None  # an answer without faults has one
+    if answer.absent and not require:
+        raise CacheError(
+            f"files that the cache was made from are not on this machine: {named(answer.absent)}",
+            where=str(cache.root),
+            fix="bring them back, or set cache.mode: require to train from the cache alone",
+        )
+    with suppress(OSError):  # `gc --unused-days` goes by this time; a cache may be read-only
+        os.utime(cache.root / "manifests" / f"{manifest.name}.json")
+    held = sum(item.holdout for item in manifest.items)
+    print(f"cache {cache.root}: complete, {len(manifest.items)} clips ({held} held out), nothing to encode", flush=True)
+    if answer.absent:
+        print(f"note: source files are not on this machine and were not compared: {named(answer.absent)}", flush=True)
+    if answer.unknown:
+        print(f"note: not on this machine and not compared: {', '.join(answer.unknown)}", flush=True)
+    return manifest
+
+
+def _listed(lines: Sequence[str], limit: int = 12) -> str:
+    more = [f"  and {len(lines) - limit} more"] if len(lines) > limit else []
+    return "\n".join([*(f"  {line}" for line in lines[:limit]), *more])

@@ -1,0 +1,230 @@
+"""A user's first configuration: what ``finetune init`` writes, and every file in ``configs/``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from finetune.errors import ConfigError
+from finetune.facts import Facts, known_model, read_facts
+from finetune.files import atomic_write_text
+from finetune.starter_text import body, header
+from finetune.types import Bucket
+
+Method = Literal["lora", "full"]
+
+HUB_IDS: Mapping[str, str] = {
+    "2b": "THUDM/CogVideoX-2b",
+    "5b": "THUDM/CogVideoX-5b",
+    "5b-i2v": "THUDM/CogVideoX-5b-I2V",
+    "1.5-5b": "THUDM/CogVideoX1.5-5B",
+    "1.5-5b-i2v": "THUDM/CogVideoX1.5-5B-I2V",
+}
+"""Where the published checkpoints are; the keys are ``facts.KNOWN_MODELS``."""
+
+PARAMETERS: Mapping[str, float] = {
+    "2b": 1.694e9,
+    "5b": 5.570e9,
+    "5b-i2v": 5.570e9,
+    "1.5-5b": 5.571e9,
+    "1.5-5b-i2v": 5.572e9,
+}
+"""Weights of the transformer, counted on the diffusers model."""
+
+LORA_PEAK_GIB: Mapping[str, float] = {"2b": 7.2, "5b": 18.5, "5b-i2v": 18.5, "1.5-5b": 28.5, "1.5-5b-i2v": 28.5}
+"""Predicted peak of a LoRA of rank 128 at the native bucket, batch size 1, full gradient checkpointing: GiB that torch
+allocates. A 5B image-to-video model has the blocks and tokens of its text-to-video twin."""
+
+OVERHEAD_GIB = 1.2
+"""What a CUDA context and fragmentation take beside what torch allocates."""
+
+FULL_BYTES_PER_WEIGHT = 2 + 2 + 4 + 2
+"""Full fine-tuning in bf16: the weight, its gradient, the float32 master copy and two 8-bit Adam moments."""
+
+LONGEST_NATIVE = Bucket(81, 768, 1360)
+"""Of the second generation, whose JSON states how far its position table reaches and not what it was trained at."""
+
+EXAMPLE_CARDS_GIB: Mapping[tuple[str, Method], int] = {
+    ("2b", "lora"): 12,
+    ("5b", "lora"): 24,
+    ("5b-i2v", "lora"): 24,
+    ("1.5-5b", "lora"): 32,
+    ("1.5-5b-i2v", "lora"): 32,
+    ("2b", "full"): 24,
+    ("5b", "full"): 80,
+    ("5b-i2v", "full"): 80,
+    ("1.5-5b", "full"): 80,
+    ("1.5-5b-i2v", "full"): 80,
+}
+"""The examples in ``configs/``, and the card each is for."""
+
+Peak = tuple[float, bool]
+"""GiB, and whether it is the whole peak (else only the part that can be counted)."""
+
+
+@dataclass(frozen=True)
+class Starter:
+    """What a starting configuration is made for."""
+
+    pretrained: str
+    """As it will stand in ``model.pretrained``."""
+    facts: Facts
+    method: Method
+    known: str | None
+    """Which published model it is, for the memory figures; None for another checkpoint."""
+    card_gib: float | None
+    clips: str
+    cache_dir: str
+    output_dir: str
+    command: str
+    """What wrote it."""
+
+    @property
+    def bucket(self) -> Bucket:
+        """Frames, height and width that the model was made for."""
+        facts = self.facts
+        height, width = facts.sample_height * facts.vae_spatial, facts.sample_width * facts.vae_spatial
+        if facts.patch_size_t is not None:
+            height, width = min(height, LONGEST_NATIVE.height), min(width, LONGEST_NATIVE.width)
+        multiple = facts.size_multiple
+        return Bucket(facts.sample_frames, height // multiple * multiple, width // multiple * multiple)
+
+    @property
+    def peak(self) -> Peak | None:
+        """Predicted memory; None where there is no figure for the model."""
+        if self.known is None:
+            return None
+        if self.method == "lora":
+            return LORA_PEAK_GIB[self.known], True
+        return PARAMETERS[self.known] * FULL_BYTES_PER_WEIGHT / 2**30, False
+
+    def notes(self) -> list[str]:
+        """Whether it fits the card, in words; empty if nothing is to be said."""
+        if self.card_gib is None or self.peak is None:
+            return []
+        gib, whole = self.peak
+        if gib + OVERHEAD_GIB <= self.card_gib:
+            return []
+        need = f"{'about' if whole else 'more than'} {gib + OVERHEAD_GIB:.1f} GiB"
+        advice = "a smaller model, a smaller bucket" if whole else "method lora, a smaller model"
+        return [
+            f"this is predicted to need {need}, and the card has {self.card_gib:g}: choose {advice} or a larger card"
+        ]
+
+    def text(self, file: str, *, export_from: str | None = None) -> str:
+        """The commented configuration.
+
+        Args:
+            file: how the commands in its header call it.
+            export_from: how they call the run's folder; None for ``output_dir`` as it stands.
+        """
+        method = "LoRA" if self.method == "lora" else "full fine-tuning"
+        card = "" if self.card_gib is None else f", for a card of {self.card_gib:g} GiB"
+        return header(
+            f"{self.pretrained}: {method}{card}.",
+            self._memory,
+            self.notes(),
+            self.command,
+            file,
+            export_from or self.output_dir,
+        ) + body(
+            pretrained=self.pretrained,
+            clips=self.clips,
+            bucket=str(self.bucket),
+            fps=self.facts.native_fps,
+            image_to_video=self.facts.image_to_video,
+            cache_dir=self.cache_dir,
+            lora=self.method == "lora",
+            output_dir=self.output_dir,
+        )
+
+    @property
+    def _memory(self) -> str:
+        at = f"at {self.bucket} (frames x height x width) and batch size 1"
+        if self.peak is None:
+            return f"Peak memory: there is no figure for this model {at}."
+        gib, whole = self.peak
+        if whole:
+            return (
+                f"Peak memory {at}: {gib:.1f} GiB, predicted, not measured; about {OVERHEAD_GIB} GiB more for the CUDA "
+                "context and fragmentation."
+            )
+        return (
+            f"Peak memory {at}: not predicted, not measured. Weights, gradients, float32 master copies and 8-bit "
+            f"moments are {gib:.1f} GiB ({FULL_BYTES_PER_WEIGHT} bytes per weight); activations come on top."
+        )
+
+
+def write_starter(
+    *,
+    model: str,
+    method: Method,
+    card_gib: float | None,
+    clips: Path | None,
+    output: Path,
+    force: bool = False,
+    command: str = "finetune init",
+) -> list[str]:
+    """Write a commented configuration.
+
+    Args:
+        model: one of ``HUB_IDS``, another hub id, or a model folder.
+        method: what to train.
+        card_gib: the GPU's memory, to say whether the run is predicted to fit; None says nothing of it.
+        clips: file or folder with clips and captions; None leaves a placeholder.
+        output: the file to write. Paths in it are relative to its folder where they were given relative.
+        force: replace an existing file.
+        command: what the file's header says it was written by.
+
+    Returns:
+        Advice for the user.
+
+    Raises:
+        ConfigError: if the file exists.
+        ModelError: if the model cannot be found, or is none.
+    """
+    if output.exists() and not force:
+        raise ConfigError("the file exists already", where=str(output), fix="choose another --output, or pass --force")
+    known = model.lower() if model.lower() in HUB_IDS else next((k for k, v in HUB_IDS.items() if v == model), None)
+    folder = Path(model).expanduser()
+    starter = Starter(
+        pretrained=HUB_IDS[known] if known else _from_folder_of(output, folder) if folder.is_dir() else model,
+        facts=read_facts(str(known_model(known) if known else model)),
+        method=method,
+        known=known,
+        card_gib=card_gib,
+        clips="clips" if clips is None else _from_folder_of(output, clips),
+        cache_dir="cache",
+        output_dir=f"runs/{output.stem}",
+        command=command,
+    )
+    atomic_write_text(output, starter.text(output.name))
+    missing = [] if clips is None or clips.expanduser().exists() else [f"there is nothing at {clips} yet"]
+    placeholder = ["put the path of your clips into data.sources"] if clips is None else []
+    return [*starter.notes(), *missing, *placeholder]
+
+
+def _from_folder_of(output: Path, path: Path) -> str:
+    """``path`` as it has to stand in a file at ``output``."""
+    path = path.expanduser()
+    return str(path) if path.is_absolute() else os.path.relpath(path.absolute(), output.absolute().parent)
+
+
+def example(known: str, method: Method) -> tuple[str, str]:
+    """Name and text of one file of ``configs/``."""
+    name = f"cogvideox-{known}-{method}.yaml"
+    starter = Starter(
+        pretrained=HUB_IDS[known],
+        facts=read_facts(str(known_model(known))),
+        method=method,
+        known=known,
+        card_gib=EXAMPLE_CARDS_GIB[known, method],
+        clips="../clips",
+        cache_dir="../cache",
+        output_dir=f"../runs/cogvideox-{known}-{method}",
+        command="scripts/make_configs.py",
+    )
+    return name, starter.text(f"configs/{name}", export_from=f"runs/cogvideox-{known}-{method}")

@@ -1,0 +1,37 @@
+"""Full fine-tuning: every weight of the transformer trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor, nn
+
+from finetune.section import Strict
+from finetune.trainers.method.tensors import count_lines, load_strictly
+
+
+class FullMethod(Strict):
+    """Train every weight of the transformer, in the model's dtype; the optimizer keeps fp32 copies of narrower ones."""
+
+    kind: Literal["full"] = "full"
+
+    def apply(self, transformer: nn.Module, *, seed: int) -> None:
+        """Make every parameter trainable, in place. Nothing is drawn; every method takes a ``seed``."""
+        transformer.requires_grad_(True)
+
+    def trainable(self, transformer: nn.Module) -> dict[str, nn.Parameter]:
+        """All parameters by their diffusers names, in the model's order."""
+        return dict(transformer.named_parameters())
+
+    def state(self, transformer: nn.Module) -> dict[str, Tensor]:
+        """The trainable tensors (not copies), named as in ``trainable``."""
+        return {name: parameter.detach() for name, parameter in self.trainable(transformer).items()}
+
+    def load_state(self, transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors`` into the model; see ``load_strictly``."""
+        load_strictly(self.trainable(transformer), tensors)
+
+    def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
+        """What trains, as lines of (label, value)."""
+        return [("method", "full fine-tuning"), *count_lines(transformer)]

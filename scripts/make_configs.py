@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""Write the example configurations in ``configs/``; with ``--check``, say whether they are up to date."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from finetune.files import atomic_write_text  # noqa: E402 (the repository need not be installed)
+from finetune.starter import EXAMPLE_CARDS_GIB, example  # noqa: E402
+
+
+def main() -> int:
+    """Write or compare every example; 1 if one is stale."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
+    check = parser.parse_args().check
+    stale = []
+    for known, method in EXAMPLE_CARDS_GIB:
+        name, text = example(known, method)
+        path = ROOT / "configs" / name
+        if path.is_file() and path.read_text(encoding="utf-8") == text:
+            continue
+        stale.append(name)
+        if not check:
+            atomic_write_text(path, text)
+    print(f"{'stale' if check else 'written'}: {', '.join(stale) or 'none'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What many tests share: tiny models of every variant and a small world of clips, each made once per worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests need a GPU; slow ones run when asked for by ``-m slow``."""
+    asked = config.getoption("-m")
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+        if "slow" in item.keywords and "slow" not in asked:
+            item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_model("5b-i2v")``: the folder of a tiny look-alike, built on first use."""
+    from finetune.tiny import build_tiny
+
+    root, built = tmp_path_factory.mktemp("models"), {}
+
+    def build(variant: str = "5b", **options: object) -> Path:
+        name = "-".join([variant, *(f"{key}{value}" for key, value in sorted(options.items()))])
+        if name not in built:
+            built[name] = build_tiny(root / name, variant, **options)  # type: ignore[arg-type]
+        return built[name]
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four demo clips (9x64x64, 8 fps) with ``metadata.jsonl``."""
+    from finetune.demo import Scene, write_clips
+
+    folder = tmp_path_factory.mktemp("clips")
+    scenes = [
+        Scene("circle", "red", "left"),
+        Scene("square", "blue", "up"),
+        Scene("triangle", "green", "right"),
+        Scene("ring", "yellow", "down"),
+    ]
+    write_clips(folder, scenes)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_clips() -> Path:
+    """The folder of real clips, from FINETUNE_REAL_CLIPS; the test skips where there is none."""
+    folder = os.environ.get("FINETUNE_REAL_CLIPS")
+    if not folder:
+        pytest.skip("FINETUNE_REAL_CLIPS names no folder of real clips")
+    return Path(folder)

@@ -1,0 +1,705 @@
+"""What we hand to the transformer, the VAE and T5 against what the stock diffusers pipelines hand to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from finetune.cogvideox import (
+    ModelConfig,
+    alpha_bar,
+    build_pipeline,
+    condition_latents,
+    count_tokens,
+    denoise,
+    encode_image,
+    encode_prompts,
+    encode_video,
+    fingerprint,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+    model_latents,
+    pipeline_class,
+    rotary_table,
+    save_transformer,
+)
+from finetune.diffusion import add_noise, velocity
+from finetune.errors import ModelError
+from finetune.facts import CONFIG_FILES, KNOWN_MODELS, Facts, known_model, read_facts
+from finetune.files import digest_file
+from finetune.types import Bucket
+
+CAPTIONS = ["a red circle moving left", ""]
+
+# (variant, native pixels of its tiny look-alike, bucket). Learned positions allow one size; the second generation's
+# table must be at least as large as the bucket, and 9, 5 and 1 frames need a padded front where 13 do not.
+CASES = [
+    ("2b", (64, 64), Bucket(9, 64, 64)),
+    ("2b", (64, 64), Bucket(9, 32, 96)),
+    ("2b", (64, 64), Bucket(1, 80, 48)),
+    ("5b", (64, 64), Bucket(9, 64, 64)),
+    ("5b", (48, 80), Bucket(9, 96, 32)),
+    ("5b", (48, 80), Bucket(1, 80, 80)),
+    ("5b-i2v", (48, 80), Bucket(9, 48, 80)),
+    ("5b-i2v", (64, 64), Bucket(9, 64, 64)),
+    ("1.5-5b", (128, 128), Bucket(9, 64, 64)),
+    ("1.5-5b", (128, 128), Bucket(13, 48, 96)),
+    ("1.5-5b", (128, 128), Bucket(5, 128, 32)),
+    ("1.5-5b-i2v", (128, 128), Bucket(9, 64, 64)),
+    ("1.5-5b-i2v", (128, 128), Bucket(13, 48, 96)),
+    ("1.5-5b-i2v", (128, 128), Bucket(1, 32, 112)),
+]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A look-alike, loaded once with our own functions, and the stock pipeline around the same modules."""
+
+    folder: Path
+    facts: Facts
+    transformer: Any
+    vae: Any
+    tokenizer: Any
+    encoder: Any
+    pipeline: Any
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Callable[..., Path]) -> Callable[..., Tiny]:
+    loaded: dict[Any, Tiny] = {}
+
+    def load(variant: str, native: tuple[int, int] = (64, 64)) -> Tiny:
+        if (variant, native) not in loaded:
+            folder = tiny_model(variant, height=native[0], width=native[1])
+            model = ModelConfig(pretrained=str(folder))
+            facts, transformer, vae = read_facts(str(folder)), load_transformer(model), load_vae(model)
+            tokenizer, encoder = load_text(model)
+            pipeline = build_pipeline(
+                facts,
+                transformer=transformer,
+                vae=vae,
+                scheduler=load_scheduler(model),
+                tokenizer=tokenizer,
+                text_encoder=encoder,
+            )
+            pipeline.set_progress_bar_config(disable=True)
+            loaded[variant, native] = Tiny(folder, facts, transformer, vae, tokenizer, encoder, pipeline)
+        return loaded[variant, native]
+
+    return load
+
+
+@contextmanager
+def recorded(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Every keyword argument that ``module`` is called with, and what it returned, call by call."""
+    calls: list[dict[str, Any]] = []
+    hook = module.register_forward_hook(
+        lambda _, args, kwargs, output: calls.append({"args": args, **kwargs, "output": output[0]}), with_kwargs=True
+    )
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_pixels(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+
+
+def noisy_latents(facts: Facts, bucket: Bucket, batch: int = 2) -> Tensor:
+    channels, _, height, width = facts.latent_shape(bucket)
+    return seeded(batch, channels, facts.padded_latent_frames(bucket.frames), height, width)
+
+
+# The transformer's inputs and output
+
+
+@pytest.mark.parametrize(("variant", "native", "bucket"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_denoise_gives_the_transformer_what_the_stock_pipeline_gives_it(
+    tiny: Callable[..., Tiny], variant: str, native: tuple[int, int], bucket: Bucket
+) -> None:
+    model = tiny(variant, native)
+    facts = model.facts
+    assert facts.check_bucket(bucket) == []
+    noise, images = noisy_latents(facts, bucket), random_pixels(2, 3, bucket.height, bucket.width)
+    options: dict[str, Any] = {}
+    if facts.image_to_video:
+        options["image"] = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+    with recorded(model.transformer) as theirs:
+        model.pipeline(
+            prompt=CAPTIONS,
+            num_frames=bucket.frames,
+            height=bucket.height,
+            width=bucket.width,
+            latents=noise.transpose(1, 2),
+            num_inference_steps=3,
+            guidance_scale=1.0,
+            max_sequence_length=facts.max_text_seq_length,
+            generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
+            output_type="latent",
+            **options,
+        )
+    assert len(theirs) == 3 and theirs[0]["timestep"].tolist() == [999, 999]
+
+    prompt_embeds = encode_prompts(model.tokenizer, model.encoder, CAPTIONS, facts)
+    image_latents = None
+    if facts.image_to_video:
+        draws = [
+            encode_image(model.vae, image, 1, [torch.Generator().manual_seed(seed)], noise=False)
+            for image, seed in zip(images, (7, 8), strict=True)
+        ]
+        image_latents = condition_latents(facts, torch.cat(draws))
+    for call in theirs:
+        # The first call starts from our noise; the later ones from wherever the stock sampler went.
+        latents = call["hidden_states"][:, :, : facts.latent_channels].transpose(1, 2)
+        with torch.no_grad(), recorded(model.transformer) as ours:
+            prediction = denoise(model.transformer, facts, latents, prompt_embeds, call["timestep"], image_latents)
+        assert len(ours) == 1
+        assert_same(ours[0], call)
+        assert torch.equal(prediction, call["output"].transpose(1, 2))
+    assert torch.equal(theirs[0]["hidden_states"][:, :, : facts.latent_channels], noise.transpose(1, 2))
+
+
+def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+    compared = ("hidden_states", "encoder_hidden_states", "timestep", "ofs", "image_rotary_emb")
+    # Nothing that either side passes is left uncompared.
+    passed = {name for call in (ours, theirs) for name, value in call.items() if value is not None}
+    assert passed <= {*compared, "args", "output", "return_dict"} and ours["args"] == theirs["args"] == ()
+    for name in compared:
+        mine, stock = ours[name], theirs[name]
+        assert (mine is None) == (stock is None), name
+        for a, b in zip(mine, stock, strict=True) if isinstance(mine, tuple) else [(mine, stock)]:
+            if a is not None:
+                assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b), name
+
+
+def test_the_comparison_notices_a_wrong_condition(tiny: Callable[..., Tiny]) -> None:
+    # A canary for the test above: an image condition of the other scale, or one frame late, must not pass.
+    model = tiny("1.5-5b-i2v", (128, 128))
+    bucket = Bucket(9, 64, 64)
+    noise, image = noisy_latents(model.facts, bucket, 1), seeded(1, 4, 1, 8, 8, seed=3)
+    embeds, timesteps = seeded(1, 14, 32), torch.tensor([500])
+
+    def call(image_latents: Tensor) -> dict[str, Any]:
+        with torch.no_grad(), recorded(model.transformer) as calls:
+            denoise(model.transformer, model.facts, noise, embeds, timesteps, image_latents)
+        return calls[0]
+
+    right = call(condition_latents(model.facts, image))
+    assert_same(right, right)
+    with pytest.raises(AssertionError, match="hidden_states"):
+        assert_same(call(image * model.facts.scaling_factor), right)
+    late = {**right, "hidden_states": right["hidden_states"].roll(1, dims=1)}
+    with pytest.raises(AssertionError, match="hidden_states"):
+        assert_same(late, right)
+
+
+@pytest.mark.parametrize(
+    ("name", "bucket"),
+    [
+        *[("5b", Bucket(49, *size)) for size in ((480, 720), (720, 480), (320, 512), (480, 480), (256, 768))],
+        *[("1.5-5b", Bucket(81, *size)) for size in ((768, 1360), (1360, 768), (480, 848))],
+        ("1.5-5b-i2v", Bucket(9, 768, 768)),
+    ],
+    ids=str,
+)
+def test_rotary_table_of_the_published_sizes(name: str, bucket: Bucket) -> None:
+    facts = read_facts(str(known_model(name)))
+    frames = facts.padded_latent_frames(bucket.frames)
+    config = SimpleNamespace(**json.loads((known_model(name) / CONFIG_FILES["transformer"]).read_text()))
+    stock = SimpleNamespace(vae_scale_factor_spatial=8, transformer=SimpleNamespace(config=config))
+    theirs = pipeline_class(facts)._prepare_rotary_positional_embeddings(
+        stock, bucket.height, bucket.width, frames, torch.device("cpu")
+    )
+    ours = rotary_table(facts, frames, bucket.height // 8, bucket.width // 8, device=torch.device("cpu"))
+    assert ours[0].shape == (facts.tokens(bucket) - facts.max_text_seq_length, 64)
+    for mine, stock_table in zip(ours, theirs, strict=True):
+        assert mine.dtype == stock_table.dtype == torch.float32 and torch.equal(mine, stock_table)
+
+
+def test_the_two_generations_lay_positions_out_differently() -> None:
+    # Canary for the test above: sliced positions equal stretched ones at the native size only.
+    facts = read_facts(str(known_model("5b")))
+
+    def sliced(height: int, width: int) -> Tensor:
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+
+        cos, _ = get_3d_rotary_pos_embed(64, None, (height // 2, width // 2), 3, grid_type="slice", max_size=(99, 99))
+        return cos
+
+    def difference(height: int, width: int) -> float:
+        cos, _ = rotary_table(facts, 3, height, width, device=torch.device("cpu"))
+        return float((cos - sliced(height, width)).abs().max())
+
+    assert difference(60, 90) < 1e-4
+    assert difference(40, 64) > 1.0
+
+
+def test_learned_positions_allow_nothing_but_their_size(tiny: Callable[..., Tiny]) -> None:
+    # Why check_bucket is strict: another size is refused by diffusers, another length silently loses what was learned.
+    model = tiny("5b-i2v")
+
+    def predict(bucket: Bucket) -> Tensor:
+        noise = noisy_latents(model.facts, bucket, 1)
+        image = seeded(1, *noise.shape[1:2], 1, *noise.shape[3:])
+        with torch.no_grad():
+            return denoise(model.transformer, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), image)
+
+    table = model.transformer.patch_embed.pos_embedding
+    original = table.clone()
+    native, shorter = predict(Bucket(9, 64, 64)), predict(Bucket(5, 64, 64))
+    try:
+        table.add_(1.0)
+        assert not torch.equal(predict(Bucket(9, 64, 64)), native)
+        assert torch.equal(predict(Bucket(5, 64, 64)), shorter)
+    finally:
+        table.copy_(original)
+    with pytest.raises(ValueError, match="different resolution"):
+        predict(Bucket(9, 64, 80))
+    assert all(model.facts.check_bucket(bucket) for bucket in (Bucket(5, 64, 64), Bucket(9, 64, 80)))
+
+
+def test_a_size_beyond_the_position_table_fails_in_diffusers(tiny: Callable[..., Tiny]) -> None:
+    model = tiny("1.5-5b", (128, 128))
+    bucket = Bucket(9, 144, 64)
+    assert model.facts.check_bucket(bucket)
+    with pytest.raises(RuntimeError):
+        model.pipeline._prepare_rotary_positional_embeddings(bucket.height, bucket.width, 4, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("variant", ["5b", "5b-i2v"])
+def test_an_image_for_the_wrong_kind_of_model_is_refused(tiny: Callable[..., Tiny], variant: str) -> None:
+    model = tiny(variant)
+    noise = noisy_latents(model.facts, Bucket(9, 64, 64), 1)
+    wrong = None if model.facts.image_to_video else noise[:, :, :1]
+    with pytest.raises(ValueError, match="image_latents is"):
+        denoise(model.transformer, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), wrong)
+
+
+# Wrappers, dtypes and modes
+
+
+def test_a_wrapper_is_called_and_gradients_flow(tiny: Callable[..., Tiny]) -> None:
+    model = tiny("5b")
+
+    class Wrapper(nn.Module):  # like DDP: no dtype, no config, and it counts only if it is called itself
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module, self.calls = module, 0
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return self.module(*args, **kwargs)
+
+    wrapper = Wrapper(model.transformer)
+    noise = noisy_latents(model.facts, Bucket(9, 64, 64), 1).requires_grad_()
+    prediction = denoise(wrapper, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), None)
+    (gradient,) = torch.autograd.grad(prediction.sum(), noise)
+    assert wrapper.calls == 1 and gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
+def test_bf16_weights_and_fp32_adapters_give_float32(tiny: Callable[..., Tiny]) -> None:
+    from peft import LoraConfig
+
+    model = tiny("5b")
+    transformer = load_transformer(ModelConfig(pretrained=str(model.folder)), dtype=torch.bfloat16)
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "patch_embed.proj"]))
+    for name, parameter in transformer.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    noise = noisy_latents(model.facts, Bucket(9, 64, 64), 1)
+    with torch.no_grad(), recorded(transformer) as calls:
+        prediction = denoise(transformer, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), None)
+    assert calls[0]["hidden_states"].dtype == calls[0]["encoder_hidden_states"].dtype == torch.bfloat16
+    assert calls[0]["timestep"].dtype == torch.int64  # bfloat16 cannot count to 1000
+    assert calls[0]["image_rotary_emb"][0].dtype == prediction.dtype == torch.float32
+    with pytest.raises(ValueError, match="adapters"):
+        save_transformer(transformer, model.folder / "never")
+
+
+def test_denoise_runs_on_fake_tensors_after_real_ones(tiny: Callable[..., Tiny]) -> None:
+    # Memory planning runs a step of the real model on fake tensors, then training runs on real ones.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = tiny("5b")
+    noise, embeds = noisy_latents(model.facts, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
+
+    def run(transformer: nn.Module, *tensors: Tensor) -> Tensor:
+        return denoise(transformer, model.facts, tensors[0], tensors[1], tensors[2], None)
+
+    with torch.no_grad():
+        before = run(model.transformer, noise, embeds, torch.tensor([9]))
+        with FakeTensorMode():
+            fake_transformer = type(model.transformer).from_config(model.transformer.config)
+            fake = run(fake_transformer, torch.empty(noise.shape), torch.empty(embeds.shape), torch.zeros(1).long())
+        assert fake.shape == before.shape
+        with torch.inference_mode():
+            run(model.transformer, noise, embeds, torch.tensor([9]))
+        assert torch.equal(run(model.transformer, noise, embeds, torch.tensor([9])), before)
+
+
+# The noise schedule
+
+
+@pytest.mark.parametrize("name", KNOWN_MODELS)
+@pytest.mark.parametrize("scheduler_class", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_schedule_noise_and_velocity_equal_the_schedulers(name: str, scheduler_class: str) -> None:
+    import diffusers
+
+    theirs = getattr(diffusers, scheduler_class).from_pretrained(known_model(name) / "scheduler")
+    ours = alpha_bar(read_facts(str(known_model(name))))
+    assert ours.dtype == theirs.alphas_cumprod.dtype == torch.float64
+    torch.testing.assert_close(ours, theirs.alphas_cumprod, rtol=1e-12, atol=1e-15)
+    assert ours[-1] == 0 and (ours.diff() < 0).all()
+
+    timesteps = torch.arange(1000)
+    x0, eps = seeded(1000, 2, 3, 2, 2, dtype=torch.float64), seeded(1000, 2, 3, 2, 2, seed=1, dtype=torch.float64)
+    level = ours[timesteps]
+    torch.testing.assert_close(add_noise(x0, eps, level), theirs.add_noise(x0, eps, timesteps), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(velocity(x0, eps, level), theirs.get_velocity(x0, eps, timesteps), rtol=1e-9, atol=1e-12)
+
+
+def test_schedule_without_rescaling_keeps_its_last_signal() -> None:
+    from dataclasses import replace
+
+    from diffusers import CogVideoXDDIMScheduler
+
+    facts = replace(read_facts(str(known_model("2b"))), rescale_betas_zero_snr=False, snr_shift_scale=2.0)
+    theirs = CogVideoXDDIMScheduler(rescale_betas_zero_snr=False, snr_shift_scale=2.0).alphas_cumprod
+    torch.testing.assert_close(alpha_bar(facts), theirs, rtol=1e-12, atol=0)
+    assert alpha_bar(facts)[-1] > 0
+
+
+# Encoding
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+def test_encode_video_equals_the_vae_on_preprocessed_frames(tiny: Callable[..., Tiny], frames: int) -> None:
+    model = tiny("5b")
+    pixels = random_pixels(2, 3, frames, 32, 48)
+    videos = [[Image.fromarray(np.asarray(frame.permute(1, 2, 0))) for frame in clip.unbind(1)] for clip in pixels]
+    before = torch.random.get_rng_state()
+    mean, std = encode_video(model.vae, pixels)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    with torch.no_grad():
+        theirs = model.vae.encode(model.pipeline.video_processor.preprocess_video(videos)).latent_dist
+    assert mean.shape == (2, 4, model.facts.latent_frames(frames), 4, 6) and mean.dtype == std.dtype == torch.float32
+    assert not mean.requires_grad
+    torch.testing.assert_close(mean, theirs.mean, rtol=0, atol=0)
+    torch.testing.assert_close(std, theirs.std, rtol=0, atol=0)
+
+
+def test_encoding_in_bf16_returns_float32(tiny: Callable[..., Tiny]) -> None:
+    vae = load_vae(ModelConfig(pretrained=str(tiny("5b").folder), dtype="bf16"))
+    assert vae.dtype == torch.bfloat16 and not any(parameter.requires_grad for parameter in vae.parameters())
+    mean, std = encode_video(vae, random_pixels(1, 3, 9, 32, 32))
+    image = encode_image(vae, random_pixels(3, 32, 32), 1, [torch.Generator()])
+    assert mean.dtype == std.dtype == image.dtype == torch.float32
+
+
+def test_pixels_that_are_already_floats_are_refused(tiny: Callable[..., Tiny]) -> None:
+    vae = tiny("5b").vae
+    with pytest.raises(TypeError, match="uint8"):
+        encode_video(vae, torch.zeros(1, 3, 9, 32, 32))
+    with pytest.raises(TypeError, match="uint8"):
+        encode_image(vae, torch.zeros(3, 32, 32), 1, [torch.Generator()])
+
+
+def test_image_draws_depend_on_their_own_generator_only(tiny: Callable[..., Tiny]) -> None:
+    vae, image = tiny("5b-i2v").vae, random_pixels(3, 32, 48)
+
+    def draw(*seeds: int, noise: bool = True) -> Tensor:
+        return encode_image(
+            vae, image, len(seeds), [torch.Generator().manual_seed(seed) for seed in seeds], noise=noise
+        )
+
+    torch.manual_seed(0)
+    two = draw(1, 2)
+    torch.manual_seed(99)
+    assert two.shape == (2, 4, 1, 4, 6)
+    assert torch.equal(draw(2)[0], two[1]) and torch.equal(draw(1)[0], two[0])
+    assert not torch.equal(two[0], two[1])
+    assert not torch.equal(draw(1, noise=False), draw(1))
+    with pytest.raises(ValueError, match="3 draws need as many generators, not 1"):
+        encode_image(vae, image, 3, [torch.Generator()])
+
+
+def test_image_noise_has_one_log_normal_sigma_per_draw() -> None:
+    class Identity:  # a VAE that hands its input back, without any spread
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def encode(self, pixels: Tensor) -> Any:
+            spread = torch.full_like(pixels, -torch.inf)
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels, logvar=spread))
+
+    image, vae = random_pixels(3, 32, 32), Identity()
+    generators = [torch.Generator().manual_seed(seed) for seed in range(400)]
+    noise = encode_image(vae, image, 400, generators) - encode_image(vae, image, 1, [torch.Generator()], noise=False)
+    log_sigma = noise.flatten(1).std(dim=1).log()
+    assert abs(float(log_sigma.mean()) + 3.0) < 0.1 and abs(float(log_sigma.std()) - 0.5) < 0.06
+    clean = encode_image(vae, image, 1, [torch.Generator()], noise=False)
+    assert clean.amin() == -1 and clean.amax() == 1
+    torch.testing.assert_close(clean[0, :, 0], image.float() / 127.5 - 1)
+
+
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b"])
+def test_prompts_equal_the_stock_pipelines(tiny: Callable[..., Tiny], variant: str) -> None:
+    model = tiny(variant)
+    length = model.facts.max_text_seq_length
+    captions = [*CAPTIONS, "a blue square moving right " * 20]
+    theirs = model.pipeline._get_t5_prompt_embeds(captions, max_sequence_length=length)
+    ours = encode_prompts(model.tokenizer, model.encoder, captions, model.facts)
+    assert ours.shape == (3, length, model.facts.text_embed_dim) and not ours.requires_grad
+    assert torch.equal(ours, theirs)
+    # T5 pads without a mask, so a caption's embedding does not depend on what it is batched with.
+    torch.testing.assert_close(encode_prompts(model.tokenizer, model.encoder, captions[:1], model.facts), ours[:1])
+
+
+def test_tokens_are_counted_before_cutting(tiny: Callable[..., Tiny]) -> None:
+    model = tiny("5b")
+    counts = count_tokens(model.tokenizer, ["a red circle", "", "red " * 40])
+    assert counts == [4, 1, 41]  # words and the closing token
+    assert [count > model.facts.max_text_seq_length for count in counts] == [False, False, True]
+
+
+# From the cache to model space, and back through the stock pipeline
+
+
+@pytest.mark.parametrize(("variant", "native", "bucket"), CASES, ids=lambda value: str(value).replace(" ", ""))
+def test_the_stock_pipeline_decodes_our_latents_to_the_posterior_sample(
+    tiny: Callable[..., Tiny], variant: str, native: tuple[int, int], bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A sampler that lands exactly on our x0 must hand the VAE the posterior sample: same scale, same frames dropped.
+    model = tiny(variant, native)
+    facts = model.facts
+    mean, eps = (seeded(1, *facts.latent_shape(bucket), seed=seed) for seed in (1, 2))
+    std = seeded(1, *facts.latent_shape(bucket), seed=3).abs()
+    x0 = model_latents(facts, mean, std, eps)
+    assert x0.shape[2] == facts.padded_latent_frames(bucket.frames) and x0.dtype == torch.float32
+    padding = x0.shape[2] - mean.shape[2]
+    assert all(torch.equal(x0[:, :, frame], x0[:, :, padding]) for frame in range(padding))
+
+    decoded: list[Tensor] = []
+    monkeypatch.setattr(
+        model.vae, "decode", lambda z: decoded.append(z) or SimpleNamespace(sample=torch.zeros(1, 3, 1, 8, 8))
+    )
+    landed = x0.transpose(1, 2)
+    result = (landed, landed) if "DPM" in type(model.pipeline.scheduler).__name__ else (landed,)
+    monkeypatch.setattr(type(model.pipeline.scheduler), "step", lambda *_, **__: result)
+    options = {"image": torch.zeros(1, 3, bucket.height, bucket.width)} if facts.image_to_video else {}
+    model.pipeline(
+        prompt_embeds=seeded(1, facts.max_text_seq_length, 32),
+        num_frames=bucket.frames,
+        height=bucket.height,
+        width=bucket.width,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        output_type="pt",
+        **options,
+    )
+    torch.testing.assert_close(decoded[0], mean + std * eps, rtol=1e-6, atol=1e-6)
+
+
+def test_latents_stored_in_half_precision_are_scaled_in_float32(tiny: Callable[..., Tiny]) -> None:
+    facts = tiny("5b").facts
+    mean, std, eps = (
+        seeded(1, 4, 3, 2, 2).half(),
+        seeded(1, 4, 3, 2, 2, seed=1).abs().half(),
+        seeded(1, 4, 3, 2, 2, seed=2),
+    )
+    theirs = (mean.double() + std.double() * eps.double()) * 0.7
+    ours = model_latents(facts, mean, std, eps)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_front_padding_follows_the_temporal_patch() -> None:
+    from dataclasses import replace
+
+    facts = replace(read_facts(str(known_model("1.5-5b"))), patch_size_t=4, scaling_factor=1.0)
+    latents = torch.arange(5.0).reshape(1, 1, 5, 1, 1)
+    padded = model_latents(facts, latents, torch.zeros_like(latents), torch.zeros_like(latents))
+    assert padded.flatten().tolist() == [0, 0, 0, 0, 1, 2, 3, 4]  # 5 -> 8: (4 - 5 mod 4) mod 4 = 3 copies
+
+
+# Loading and saving
+
+
+def test_auto_dtype_follows_the_stored_weights(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    # Learned positions are stored in float64 beside float32 weights: the majority decides, not the first.
+    assert ModelConfig(pretrained=str(tiny_model("5b-i2v"))).torch_dtype() == torch.float32
+    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+    weights = folder / "transformer/diffusion_pytorch_model.safetensors"
+    for stored in (torch.bfloat16, torch.float16):
+        save_file({name: tensor.to(stored) for name, tensor in load_file(weights).items()}, weights)
+        assert ModelConfig(pretrained=str(folder)).torch_dtype() == torch.bfloat16
+        assert ModelConfig(pretrained=str(folder), dtype="fp32").torch_dtype() == torch.float32
+    weights.unlink()
+    assert ModelConfig(pretrained=str(folder)).torch_dtype() == torch.bfloat16
+    weights.write_bytes(struct.pack("<Q", 10) + b"not json!!")
+    with pytest.raises(ModelError, match="transformer cannot be loaded"):
+        ModelConfig(pretrained=str(folder)).torch_dtype()
+
+
+@pytest.mark.parametrize("variant", KNOWN_MODELS)
+def test_everything_is_in_the_dtype_that_was_asked_for(tiny_model: Callable[..., Path], variant: str) -> None:
+    model = ModelConfig(pretrained=str(tiny_model(variant)), dtype="bf16")
+    tokenizer, encoder = load_text(model)
+    for module in (load_transformer(model), load_vae(model), encoder):
+        tensors = [*module.parameters(), *module.buffers()]  # 2B's table of positions is a buffer, built in float64
+        assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
+        assert not module.training
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    assert tokenizer("").input_ids == [1]
+
+
+def test_casting_positions_once_changes_no_value(tiny: Callable[..., Tiny]) -> None:
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = tiny("2b")
+    theirs = CogVideoXTransformer3DModel.from_pretrained(model.folder / "transformer", torch_dtype=torch.bfloat16)
+    ours = load_transformer(ModelConfig(pretrained=str(model.folder), dtype="bf16"))
+    assert theirs.patch_embed.pos_embedding.dtype == torch.float64  # what the cast is for
+    noise, embeds = noisy_latents(model.facts, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
+    with torch.no_grad():
+        a, b = (denoise(module, model.facts, noise, embeds, torch.tensor([9]), None) for module in (ours, theirs))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "truncated", "absent"])
+def test_a_damaged_transformer_is_refused(tiny_model: Callable[..., Path], tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+    path = folder / "transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    if damage == "missing":
+        del weights["proj_out.weight"]
+    elif damage == "unknown":
+        weights["stray.weight"] = torch.zeros(2)
+    elif damage == "shape":
+        weights["proj_out.weight"] = torch.zeros(3, 3)
+    save_file(weights, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "absent":
+        path.unlink()
+    with pytest.raises(ModelError, match="the transformer cannot be loaded") as raised:
+        load_transformer(ModelConfig(pretrained=str(folder)))
+    assert raised.value.where == str(folder / "transformer") and raised.value.fix
+    name = {"missing": "proj_out.weight", "unknown": "stray.weight", "shape": "proj_out.weight"}.get(damage, "")
+    assert name in str(raised.value)
+
+
+def test_damaged_text_and_scheduler_are_refused(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+    path = folder / "text_encoder/model.safetensors"
+    weights = load_file(path)
+    del weights["encoder.block.0.layer.0.SelfAttention.q.weight"]
+    save_file({**weights, "decoder.stray.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match="1 weights are missing, such as encoder.block.0.layer.0.SelfAttention.q.weight"
+    ):
+        load_text(ModelConfig(pretrained=str(folder)))
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_text(ModelConfig(pretrained=str(folder)))
+    (folder / CONFIG_FILES["scheduler"]).write_text('{"_class_name": "EulerDiscreteScheduler"}')
+    with pytest.raises(ModelError, match="EulerDiscreteScheduler"):
+        load_scheduler(ModelConfig(pretrained=str(folder)))
+
+
+def test_a_whole_t5_loads_as_an_encoder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+    path = folder / "text_encoder/model.safetensors"
+    save_file({**load_file(path), "decoder.stray.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+    assert load_text(ModelConfig(pretrained=str(folder)))[1].config.d_model == 32
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
+def test_a_saved_transformer_is_what_diffusers_loads(tiny: Callable[..., Tiny], variant: str, tmp_path: Path) -> None:
+    from diffusers import CogVideoXTransformer3DModel
+
+    model = tiny(variant)
+    save_transformer(model.transformer, tmp_path / "transformer", max_shard_size="100KB")
+    shards = sorted((tmp_path / "transformer").glob("diffusion_pytorch_model-*.safetensors"))
+    assert len(shards) >= 2
+    config = json.loads((tmp_path / "transformer/config.json").read_text())
+    assert config["_class_name"] == "CogVideoXTransformer3DModel" and "_name_or_path" not in config
+    again = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")
+    assert again.state_dict().keys() == model.transformer.state_dict().keys()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.transformer.state_dict()[name]), name
+
+
+def test_pipelines_can_be_built_without_encoders(tiny: Callable[..., Tiny]) -> None:
+    model = tiny("5b")
+    pipeline = build_pipeline(model.facts, transformer=model.transformer, scheduler=model.pipeline.scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {
+        "prompt_embeds": seeded(1, 16, 32),
+        "latents": noisy_latents(model.facts, Bucket(9, 64, 64), 1).transpose(1, 2),
+        "num_frames": 9,
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+    }
+    ours, theirs = (p(**options).frames for p in (pipeline, model.pipeline))
+    assert torch.equal(ours, theirs)
+
+
+# Fingerprints
+
+
+def test_fingerprints_change_with_what_an_encoder_is_made_of(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+
+    def both() -> tuple[str, str]:
+        return fingerprint(folder, "vae"), fingerprint(folder, "text_encoder")
+
+    vae, text = both()
+    assert both() == (vae, text) and vae != text
+    assert fingerprint(tiny_model("5b"), "vae") == vae  # the folder's place does not matter
+    (folder / "vae/README.md").write_text("nothing that loading reads")
+    assert both() == (vae, text)
+    (folder / "vae/config.json").write_text((folder / "vae/config.json").read_text() + "\n")
+    assert both()[0] != vae and both()[1] == text
+    for file in ("tokenizer/tokenizer.json", "text_encoder/model.safetensors"):
+        before = both()
+        with (folder / file).open("ab") as stream:
+            stream.write(b" ")
+        assert both()[0] == before[0] and both()[1] != before[1], file
+    shutil.rmtree(folder / "text_encoder")
+    with pytest.raises(ModelError, match="the text_encoder has no weights"):
+        fingerprint(folder, "text_encoder")
+
+
+def test_fingerprints_digest_files_through_the_callers_memo(tiny_model: Callable[..., Path]) -> None:
+    asked: list[Path] = []
+
+    def memo(path: Path) -> str:
+        asked.append(path)
+        return digest_file(path)
+
+    folder = tiny_model("5b")
+    assert fingerprint(folder, "vae", digest_file=memo) == fingerprint(folder, "vae")
+    assert {path.name for path in asked} == {"config.json", "diffusion_pytorch_model.safetensors"}

@@ -1,0 +1,423 @@
+"""Sampling: equal to the stock pipeline, without traces on the modules, and every mistake named before loading."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune import generate as generate_module
+from finetune import generate_inputs
+from finetune.cogvideox import (
+    ModelConfig,
+    encode_prompts,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+    pipeline_class,
+)
+from finetune.errors import ConfigError
+from finetune.facts import KNOWN_MODELS, known_model, read_facts
+from finetune.generate_inputs import (
+    ADAPTER_FILE,
+    TRAINING_RECORD,
+    Adapter,
+    GenerateRequest,
+    native_bucket,
+    parse_adapter,
+    prompts_with_seeds,
+    read_prompts,
+    transformer_root,
+)
+from finetune.sampling import SampleRequest, sample_videos
+from finetune.tiny import build_tiny
+from finetune.trainers.method import LoraMethod
+from finetune.trainers.validation import SamplePrompt
+from finetune.types import Bucket
+
+SMALL = Bucket(9, 32, 48)
+PROMPT = "a red circle moving left"
+
+
+def bucket_of(facts) -> Bucket:
+    return native_bucket(facts) if facts.use_learned_positions else SMALL
+
+
+def parts(folder):
+    model = ModelConfig(pretrained=str(folder))
+    facts = read_facts(str(folder))
+    tokenizer, encoder = load_text(model)
+    empty, prompt = encode_prompts(tokenizer, encoder, ["", PROMPT], facts)
+    picture = None
+    if facts.image_to_video:
+        generator = torch.Generator().manual_seed(3)
+        bucket = bucket_of(facts)
+        picture = torch.randint(0, 255, (3, bucket.height, bucket.width), generator=generator, dtype=torch.uint8)
+    return facts, load_transformer(model), load_scheduler(model), load_vae(model), prompt, empty, picture
+
+
+def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
+    """A LoRA with random weights, saved by diffusers for the base model at ``base``."""
+    method = LoraMethod(rank=2, alpha=4, **options)
+    transformer = load_transformer(ModelConfig(pretrained=str(base)))
+    method.apply(transformer, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in method.trainable(transformer).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
+    pipeline_class(read_facts(str(base))).save_lora_weights(
+        folder,
+        transformer_lora_layers=method.peft_state(transformer),
+        transformer_lora_adapter_metadata=method.lora_metadata(transformer),
+    )
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b", "5b-i2v", "1.5-5b-i2v"])
+def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
+    folder = tiny_model(variant)
+    facts, transformer, scheduler, vae, prompt, empty, picture = parts(folder)
+    bucket = bucket_of(facts)
+    (ours,) = sample_videos(
+        facts,
+        transformer,
+        scheduler,
+        vae,
+        [SampleRequest(prompt, empty, seed=7, bucket=bucket, image=picture)],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+    )
+    stock = pipeline_class(facts).from_pretrained(folder)
+    stock.set_progress_bar_config(disable=True)
+    extra = {} if picture is None else {"image": Image.fromarray(picture.permute(1, 2, 0).numpy())}
+    theirs = stock(
+        prompt=PROMPT,
+        num_frames=bucket.frames,
+        height=bucket.height,
+        width=bucket.width,
+        num_inference_steps=2,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(7),
+        output_type="np",
+        max_sequence_length=facts.max_text_seq_length,
+        **extra,
+    ).frames[0]
+    assert ours.dtype == np.uint8 and ours.shape == (bucket.frames, bucket.height, bucket.width, 3)
+    assert np.abs(ours.astype(float) - theirs * 255).max() <= 0.5 + 1e-4
+    assert ours.std() > 1
+
+
+def test_sampling_leaves_the_modules_and_the_random_state_as_they_were(tiny_model):
+    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    LoraMethod(rank=2, alpha=4, dropout=0.5).apply(transformer, seed=0)
+    transformer.train()
+    scheduler.set_timesteps(10)
+
+    def everything():
+        modules = [*transformer.named_modules(), *vae.named_modules()]
+        hooks = [name for name, m in modules if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook")]
+        own = sorted(set(vars(transformer)) | set(vars(vae)))
+        flags = [(name, module.training) for name, module in modules]
+        forms = [(name, p.dtype, p.device, p.requires_grad) for name, p in transformer.named_parameters()]
+        return hooks, own, flags, forms, scheduler.timesteps.tolist(), torch.get_rng_state().tolist()
+
+    weights = {name: p.clone() for name, p in transformer.named_parameters()}
+    before = everything()
+    request = SampleRequest(prompt, empty, seed=7, bucket=SMALL)
+    first = sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    torch.rand(3)
+    state = torch.get_rng_state()
+    second = sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    assert np.array_equal(first[0], second[0])  # also: LoRA dropout is off, and nothing depends on the global state
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.set_rng_state(torch.tensor(before[-1], dtype=torch.uint8))
+    assert everything() == before
+    assert all(torch.equal(p, weights[name]) for name, p in transformer.named_parameters())
+
+
+def test_a_bare_pipeline_call_leaves_a_trace(tiny_model):
+    """The canary of the test above: what diffusers leaves when nobody cleans up."""
+    folder = tiny_model("5b")
+    stock = pipeline_class(read_facts(str(folder))).from_pretrained(folder)
+    before = set(vars(stock.transformer))
+    stock("a", num_frames=9, height=32, width=32, num_inference_steps=1, guidance_scale=1, max_sequence_length=16)
+    assert set(vars(stock.transformer)) - before == {"_diffusers_hook"}
+
+
+def test_a_video_depends_on_its_seed_and_not_on_its_neighbours(tiny_model):
+    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    requests = [SampleRequest(prompt, empty, seed=seed, bucket=SMALL) for seed in (1, 2)]
+
+    def sample(chosen):
+        return sample_videos(facts, transformer, scheduler, vae, chosen, num_inference_steps=1, guidance_scale=2.0)
+
+    together = sample(requests)
+    (alone,) = sample(requests[1:])
+    assert np.array_equal(together[1], alone)
+    assert not np.array_equal(together[0], together[1])
+
+
+def test_values_that_are_not_numbers_are_shown_black_and_said(tiny_model, caplog):
+    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    request = SampleRequest(prompt * float("nan"), empty, seed=1, bucket=SMALL)
+    (frames,) = sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    assert frames.max() == 0
+    assert "seed 1 holds values that are not numbers" in caplog.text
+
+
+def test_images_must_fit_the_model(tiny_model):
+    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    request = SampleRequest(prompt, empty, seed=1, bucket=SMALL, image=torch.zeros(3, 32, 48, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="text-to-video, but an image is given"):
+        sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    with pytest.raises(ValueError, match=r"VAE is torch.bfloat16"):
+        sample_videos(facts, transformer, scheduler, vae.bfloat16(), [], num_inference_steps=1, guidance_scale=1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
+
+
+def request_for(folder, out, **changes) -> GenerateRequest:
+    defaults = {
+        "base": str(folder),
+        "prompts": (SamplePrompt(prompt=PROMPT, seed=5),),
+        "out": out,
+        "bucket": SMALL,
+        "num_inference_steps": 1,
+        "guidance_scale": 2.0,
+    }
+    return GenerateRequest(**{**defaults, **changes})
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """What ``generate`` hands to the mp4 writer: frames before compression, by file name."""
+    written = {}
+    theirs = generate_module.write_mp4
+
+    def spy(path, frames, fps):
+        written[path.name] = (frames, fps)
+        return theirs(path, frames, fps)
+
+    monkeypatch.setattr(generate_module, "write_mp4", spy)
+    return written
+
+
+def frames_of(sampled, request) -> np.ndarray:
+    sampled.clear()
+    generate_module.generate(request)
+    ((frames, _),) = sampled.values()
+    return frames
+
+
+def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, sampled):
+    prompts = prompts_with_seeds([PROMPT, "a Blue/square..  moving"], [], seed=5)
+    report = generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", prompts=prompts))
+    assert [path.name for path in report.videos] == [
+        "000-a-red-circle-moving-left-seed5.mp4",
+        "001-a-blue-square-moving-seed6.mp4",
+    ]
+    assert all(path.stat().st_size > 0 for path in report.videos)
+    assert Image.open(report.sheet).size[0] > 0 and str(report.sheet) in str(report)
+    assert {fps for _, fps in sampled.values()} == {8}
+
+
+def test_adapters_act_by_their_strength(tiny_model, tmp_path, sampled):
+    base = tiny_model("5b")
+    one, two = save_adapter(tmp_path / "one", base), save_adapter(tmp_path / "two", base, seed=1, use_rslora=True)
+
+    def frames(*adapters):
+        return frames_of(sampled, request_for(base, tmp_path / "out", adapters=adapters))
+
+    plain = frames()
+    assert np.array_equal(frames(Adapter(one, 0.0)), plain)
+    full, half = frames(Adapter(one)), frames(Adapter(one / ADAPTER_FILE, 0.5))
+    both = frames(Adapter(one), Adapter(two, -0.5))
+    different = [plain, full, half, both]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
+
+
+def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, sampled):
+    base = tiny_model("1.5-5b")
+    adapter = save_adapter(tmp_path / "one", base)
+    request = request_for(base, tmp_path / "out", adapters=(Adapter(adapter),), bucket=None)
+    assert frames_of(sampled, request).shape == (9, 64, 64, 3)
+    assert next(iter(sampled.values()))[1] == 16
+    (adapter / TRAINING_RECORD).write_text(json.dumps({"buckets": ["5x48x32"], "fps": 12}))
+    assert frames_of(sampled, request).shape == (5, 48, 32, 3)
+    assert next(iter(sampled.values()))[1] == 12
+
+
+def test_image_to_video_from_a_file_of_another_size(tiny_model, tmp_path, sampled):
+    picture = tmp_path / "first.png"
+    Image.new("RGB", (100, 90), (200, 30, 30)).save(picture)
+    prompts = prompts_with_seeds([PROMPT], [picture])
+    frames = frames_of(sampled, request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
+    assert frames.shape == (9, 32, 48, 3)
+    prompts = (SamplePrompt(prompt=PROMPT, image=tmp_path / "other.png"),)
+    Image.new("RGB", (100, 90), (30, 30, 200)).save(tmp_path / "other.png")
+    other = frames_of(sampled, request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
+    assert not np.array_equal(frames, other)
+
+
+def test_a_full_fine_tuning_replaces_the_transformer(tiny_model, tmp_path, sampled):
+    base = tiny_model("5b")
+    tuned = load_transformer(ModelConfig(pretrained=str(base)))
+    with torch.no_grad():
+        tuned.proj_out.bias.add_(1.0)
+    tuned.save_pretrained(tmp_path / "tuned" / "transformer")
+    plain = frames_of(sampled, request_for(base, tmp_path / "out"))
+    ours = [
+        frames_of(sampled, request_for(base, tmp_path / "out", transformer=folder))
+        for folder in (tmp_path / "tuned", tmp_path / "tuned" / "transformer")
+    ]
+    assert np.array_equal(ours[0], ours[1]) and not np.array_equal(ours[0], plain)
+    with pytest.raises(ConfigError, match="no fine-tuned transformer"):
+        transformer_root(tmp_path)
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_path, monkeypatch):
+    encoders = []
+    load_text_ = generate_module.load_text
+
+    def spy_text(*args, **options):
+        loaded = load_text_(*args, **options)
+        encoders.append(weakref.ref(loaded[1]))
+        return loaded
+
+    def spy_transformer(*args, **options):
+        gc.collect()
+        assert [encoder() for encoder in encoders] == [None]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate_module, "load_text", spy_text)
+    monkeypatch.setattr(generate_module, "load_transformer", spy_transformer)
+    with pytest.raises(KeyboardInterrupt):
+        generate_module.generate(request_for(tiny_model("5b"), tmp_path))
+
+
+# --------------------------------------------------------------------------------------------------------- bad requests
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails the test if a weight is loaded."""
+    for name in ("load_text", "load_transformer", "load_vae"):
+        monkeypatch.setattr(generate_module, name, lambda *a, **k: pytest.fail("a weight was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": ()}, "there is no prompt"),
+        ({"bucket": Bucket(10, 32, 48)}, "10 frames are not possible"),
+        ({"adapters": (Adapter(generate_inputs.Path("nowhere")),)}, "no such file or folder"),
+        ({"adapters": (Adapter(generate_inputs.Path("."), float("nan")),)}, "strength nan is not a number"),
+        ({"num_inference_steps": 0}, "0 denoising steps"),
+        ({"guidance_scale": 0.5}, "guidance scale 0.5"),
+        ({"fps": -1.0}, "frames per second"),
+        ({"prompts": prompts_with_seeds(["a"], [generate_inputs.Path("x.png")])}, "takes no image"),
+        ({"device": "cuda:99"}, "device cannot be used"),
+        ({"device": "cpu", "offload": True}, "no GPU to offload from"),
+    ],
+)
+def test_bad_requests_are_refused_before_any_loading(tiny_model, tmp_path, no_weights, changes, message):
+    with pytest.raises(ConfigError) as caught:
+        generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", **changes))
+    assert message in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_mistakes_are_told_at_once(tiny_model, tmp_path, no_weights):
+    request = request_for(
+        tiny_model("1.5-5b-i2v"),
+        tmp_path / "out",
+        prompts=(SamplePrompt(prompt="a"), SamplePrompt(prompt="b", image=tmp_path / "x.png")),
+        guidance_scale=0.0,
+        bucket=Bucket(9, 33, 48),
+    )
+    with pytest.raises(ConfigError) as caught:
+        generate_module.generate(request)
+    for message in ("4 things", "needs a first frame", "no such image", "height 33", "guidance scale 0.0"):
+        assert message in str(caught.value)
+
+
+def test_a_file_that_diffusers_would_silently_ignore_is_refused(tiny_model, tmp_path, no_weights):
+    from safetensors.torch import save_file
+
+    save_file({"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 64)}, tmp_path / "bare.safetensors")
+    (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
+    for name, message in (("bare", "holds no LoRA for a diffusers transformer"), ("broken", "cannot be read")):
+        adapter = Adapter(tmp_path / f"{name}.safetensors")
+        with pytest.raises(ConfigError, match=message):
+            generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
+
+
+@pytest.mark.parametrize("change", [{"attention_head_dim": 32}, {"num_layers": 3}], ids=["wider", "deeper"])
+def test_an_adapter_of_another_base_is_refused(tiny_model, tmp_path, change):
+    other = build_tiny(tmp_path / "other", "5b", **change)
+    adapter = Adapter(save_adapter(tmp_path / "adapter", other))
+    with pytest.raises(ConfigError, match="does not fit the base model"):
+        generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
+
+
+def test_parse_adapter(tmp_path):
+    assert parse_adapter("my/lora") == Adapter(generate_inputs.Path("my/lora"), 1.0)
+    assert parse_adapter("my/lora:-0.5") == Adapter(generate_inputs.Path("my/lora"), -0.5)
+    odd = tmp_path / "a:0.5"
+    odd.mkdir()
+    assert parse_adapter(str(odd)) == Adapter(odd)
+    with pytest.raises(ConfigError, match="'much' is not a number"):
+        parse_adapter("my/lora:much")
+
+
+def test_read_prompts(tmp_path):
+    text = tmp_path / "prompts.txt"
+    text.write_text("a red ring\n\n  a blue ring \n", encoding="utf-8")
+    assert [(p.prompt, p.seed) for p in read_prompts(text, seed=3)] == [("a red ring", 3), ("a blue ring", 4)]
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "a", "image": "x.png"}\n{"prompt": "b", "seed": 9}\n', encoding="utf-8")
+    assert read_prompts(rows) == (
+        SamplePrompt(prompt="a", image=tmp_path / "x.png", seed=0),
+        SamplePrompt(prompt="b", seed=9),
+    )
+
+
+def test_bad_prompt_lines_are_told_together(tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text('{"prompt": "a"}\n{"promt": "b"}\n\n[1]\n{"prompt": \n', encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        read_prompts(rows)
+    for message in ("3 prompts", ":2", "promt", ":4", "expected an object", ":5"):
+        assert message in str(caught.value)
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ConfigError, match="no prompt in the file"):
+        read_prompts(tmp_path / "empty.txt")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+
+
+def test_images_pair_with_prompts():
+    x, y = generate_inputs.Path("x"), generate_inputs.Path("y")
+    assert [p.image for p in prompts_with_seeds(["a", "b"], [x])] == [x, x]
+    assert [p.image for p in prompts_with_seeds(["a", "b"], [x, y])] == [x, y]
+    assert [p.image for p in prompts_with_seeds(["a", "b"], [])] == [None, None]
+    with pytest.raises(ConfigError, match="2 images for 3 prompts"):
+        prompts_with_seeds(["a", "b", "c"], [x, y])
+
+
+def test_the_native_size_of_every_published_model_is_legal():
+    sizes = {name: native_bucket(read_facts(str(known_model(name)))) for name in KNOWN_MODELS}
+    assert len(sizes) == 5
+    for name, size in sizes.items():
+        assert read_facts(str(known_model(name))).check_bucket(size) == []
+        assert size == (Bucket(81, 768, 1360) if name.startswith("1.5") else Bucket(49, 480, 720))

@@ -1,0 +1,368 @@
+"""Optimizers: every member of the union by one body each, against torch's own arithmetic where there is one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file
+from torch import nn
+
+from finetune.errors import CheckpointError, ConfigError
+from finetune.files import atomic_save_tensors
+from finetune.trainers.optim import (
+    AdamW,
+    AdamW8bit,
+    CustomOptimizer,
+    MasterWeights,
+    OptimizerConfig,
+    PagedAdamW8bit,
+    load_optimizer_state,
+    optimizer_state,
+    precise_weights,
+    set_lr,
+)
+
+UNION = get_args(get_args(OptimizerConfig)[0])
+CUSTOM = [
+    {"name": "torch.optim.Adafactor"},
+    {"name": "torch.optim.NAdam", "kwargs": {"betas": [0.9, 0.95], "decoupled_weight_decay": True}},
+    {"name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}},
+    {"name": "torch.optim.Adagrad"},  # has state before its first step
+    {"name": "torch.optim.Rprop"},  # knows no weight decay
+]
+EVERY = [pytest.param({"kind": kind.model_fields["kind"].default}, id=kind.__name__) for kind in UNION]
+EVERY = [member for member in EVERY if member.values[0]["kind"] != "custom"]
+EVERY += [pytest.param({"kind": "custom", **values}, id=values["name"]) for values in CUSTOM]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def config_of(values: dict[str, Any]) -> Any:
+    return TypeAdapter(OptimizerConfig).validate_python({"lr": 1e-2, **values})
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch):
+    """Build any member; a paged one as if there were a GPU (on the CPU bitsandbytes then keeps plain buffers)."""
+
+    def made(values: dict[str, Any], parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        if values["kind"] == "torchao_adamw8bit":
+            pytest.importorskip("torchao", reason="the extra 'torchao' is not installed")
+        if values["kind"] == "paged_adamw8bit":
+            monkeypatch.setattr("finetune.trainers.optim.sections.torch.cuda.is_available", lambda: True)
+        optimizer = config_of(values).build(parameters.items())
+        monkeypatch.undo()
+        return optimizer
+
+    return made
+
+
+def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, nn.Parameter]:
+    """A matrix large enough for 8-bit state, one too small for it, and a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"block.0.weight": (64, 128), "block.0.bias": (64,), "out.weight": (8, 16)}
+    return {
+        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes.items()
+    }
+
+
+def train(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:
+    for step in steps:
+        generator = torch.Generator().manual_seed(1000 + step)
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in parameters.values())
+
+
+def on_disk(folder: Path, saved: tuple[dict, dict]) -> tuple[dict, dict]:
+    """Through real files: what survives neither safetensors nor JSON must not pass."""
+    atomic_save_tensors(folder / "optimizer.safetensors", saved[0])
+    (folder / "optimizer.json").write_text(json.dumps(saved[1], allow_nan=False))
+    return load_file(folder / "optimizer.safetensors"), json.loads((folder / "optimizer.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", EVERY)
+def test_save_load_two_more_steps(values, dtype, build, tmp_path):
+    straight = make_parameters(dtype)
+    optimizer = build(values, straight)
+    train(optimizer, straight, range(3))
+    saved = on_disk(tmp_path, optimizer_state(optimizer, straight))
+    resumed = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in straight.items()}
+    assert saved[0], "an empty state would prove nothing"
+    train(optimizer, straight, range(3, 5))
+
+    other = build(values, resumed)
+    load_optimizer_state(other, saved, resumed)
+    train(other, resumed, range(3, 5))
+    for name in straight:
+        assert torch.equal(straight[name], resumed[name]), name
+    ours, theirs = optimizer_state(other, resumed), optimizer_state(optimizer, straight)
+    assert ours[0].keys() == theirs[0].keys() and ours[1] == theirs[1]
+    for key, tensor in theirs[0].items():
+        assert tensor.dtype == ours[0][key].dtype and torch.equal(tensor, ours[0][key]), key
+
+
+def test_a_fresh_optimizer_does_not_continue_the_same_way():
+    """Canary of the test above: forgetting the state shows."""
+    straight = make_parameters()
+    optimizer = config_of({"kind": "adamw8bit"}).build(straight.items())
+    train(optimizer, straight, range(3))
+    resumed = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in straight.items()}
+    train(optimizer, straight, range(3, 5))
+    train(config_of({"kind": "adamw8bit"}).build(resumed.items()), resumed, range(3, 5))
+    assert not torch.equal(straight["block.0.weight"], resumed["block.0.weight"])
+
+
+def test_loading_does_not_tie_two_optimizers_together():
+    first, second = make_parameters(), make_parameters()
+    one, two = (config_of({"kind": "adamw"}).build(parameters.items()) for parameters in (first, second))
+    train(one, first, range(1))
+    load_optimizer_state(two, optimizer_state(one, first), second)
+    before = {key: tensor.clone() for key, tensor in optimizer_state(one, first)[0].items()}
+    train(two, second, range(1, 2))
+    after = optimizer_state(one, first)[0]
+    assert before and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_the_8bit_state_is_8bit_and_its_tables_stand_once():
+    parameters = make_parameters()
+    optimizer = config_of({"kind": "adamw8bit"}).build(parameters.items())
+    train(optimizer, parameters, range(1))
+    tensors, meta = optimizer_state(optimizer, parameters)
+    assert tensors["state.block.0.weight.state1"].dtype == torch.uint8
+    assert tensors["state.out.weight.state1"].dtype == torch.float32, "bitsandbytes keeps small tensors in 32 bits"
+    larger = {"a": nn.Parameter(torch.randn(64, 64)), "b": nn.Parameter(torch.randn(64, 64))}
+    optimizer = config_of({"kind": "adamw8bit"}).build(larger.items())
+    train(optimizer, larger, range(1))
+    tensors, meta = optimizer_state(optimizer, larger)
+    assert meta["shared"] == {"state.b.qmap1": "state.a.qmap1", "state.b.qmap2": "state.a.qmap2"}
+    assert "state.b.qmap1" not in tensors and meta["scalars"] == {"a": {"step": 1}, "b": {"step": 1}}
+
+
+def test_adamw_matches_torch_in_float64():
+    ours_p, theirs_p = make_parameters(torch.float64), make_parameters(torch.float64)
+    ours = AdamW(lr=1e-2, weight_decay=0.1).build(ours_p.items())
+    matrices = [theirs_p["block.0.weight"], theirs_p["out.weight"]]
+    theirs = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": [theirs_p["block.0.bias"]], "weight_decay": 0.0}],
+        lr=1e-2,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        foreach=False,
+    )
+    train(ours, ours_p, range(5))
+    train(theirs, theirs_p, range(5))
+    for name in ours_p:
+        torch.testing.assert_close(ours_p[name], theirs_p[name], rtol=1e-12, atol=1e-14)
+
+
+def test_8bit_adam_stays_near_32bit_adam():
+    eight, thirty_two = make_parameters(), make_parameters()
+    train(AdamW8bit(lr=1e-3).build(eight.items()), eight, range(20))
+    train(AdamW(lr=1e-3).build(thirty_two.items()), thirty_two, range(20))
+    start = make_parameters()["block.0.weight"]
+    moved = thirty_two["block.0.weight"] - start
+    error = (eight["block.0.weight"] - thirty_two["block.0.weight"]).norm() / moved.norm()
+    assert 0 < error < 0.05
+
+
+def test_weight_decay_leaves_vectors_alone():
+    parameters = make_parameters()
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = AdamW(lr=0.1, weight_decay=0.5).build(parameters.items())
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.equal(parameters["block.0.bias"], start["block.0.bias"])
+    torch.testing.assert_close(parameters["block.0.weight"], start["block.0.weight"] * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", EVERY)
+def test_set_lr_is_what_the_next_step_uses(values, dtype, build):
+    parameters = make_parameters(dtype)
+    optimizer = build(values, parameters)
+    train(optimizer, parameters, range(1))
+    set_lr(optimizer, 0.0)
+    start = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    train(optimizer, parameters, range(1, 2))
+    adapts_by_itself = values.get("name") == "torch.optim.Rprop"  # its lr is only the first step's size
+    assert adapts_by_itself or all(torch.equal(parameters[name], start[name]) for name in start)
+    assert all(float(group["lr"]) == 0.0 for group in optimizer.param_groups)
+
+
+# ------------------------------------------------------------------------------------------------- master weights
+
+
+def test_masters_match_an_fp32_model_fed_with_the_same_gradients():
+    narrow = make_parameters(torch.bfloat16)
+    wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in narrow.items()}
+    optimizer = AdamW(lr=1e-4).build(narrow.items())
+    theirs = AdamW(lr=1e-4).build(wide.items())
+    assert isinstance(optimizer, MasterWeights) and not isinstance(theirs, MasterWeights)
+    for step in range(50):
+        generator = torch.Generator().manual_seed(step)
+        for name, parameter in narrow.items():
+            parameter.grad = torch.randn(parameter.shape, generator=generator).bfloat16() + 0.5
+            wide[name].grad = parameter.grad.float()
+        optimizer.step()
+        theirs.step()
+    for name, master in precise_weights(optimizer, narrow).items():
+        assert torch.equal(master, wide[name])
+        assert torch.equal(narrow[name], wide[name].bfloat16()), "rounded to nearest"
+
+
+def test_without_masters_small_updates_are_lost():
+    """Why they exist; and the canary of the test above."""
+    parameter = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    bare = torch.optim.AdamW([parameter], lr=1e-3)
+    with_master = nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+    ours = AdamW(lr=1e-3).build([("w", with_master)])
+    for _ in range(20):
+        parameter.grad = torch.ones_like(parameter)
+        with_master.grad = torch.ones_like(with_master)
+        bare.step()
+        ours.step()
+    assert torch.equal(parameter, torch.ones_like(parameter)), "1 - 1e-3 rounds back to 1 in bfloat16"
+    assert float(with_master.float().mean()) == pytest.approx(0.98, abs=2e-3)
+
+
+def test_chunks_change_memory_and_nothing_else():
+    results, widened = [], []
+    for chunk_elements in (1 << 28, 100):
+        parameters = make_parameters(torch.bfloat16)
+        parameters["wide.weight"] = nn.Parameter(torch.ones(4, 4))
+        optimizer = MasterWeights(
+            list(parameters.items()), lambda masters: torch.optim.AdamW(masters, lr=1e-2), chunk_elements
+        )
+        inner_step, seen = optimizer.inner.step, []
+
+        def counting_step(inner=optimizer.inner, step=inner_step, seen=seen):
+            seen.append(sum(p.grad is not None for group in inner.param_groups for p in group["params"]))
+            return step()
+
+        optimizer.inner.step = counting_step
+        train(optimizer, parameters, range(3))
+        results.append(parameters)
+        widened.append(seen)
+    assert widened == [[4] * 3, [1] * 12]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_masters_live_inside_accelerate():
+    from accelerate import Accelerator
+
+    model = nn.Linear(64, 64).bfloat16()
+    start = model.weight.detach().clone()
+    accelerator = Accelerator(cpu=True)
+    parameters = dict(model.named_parameters())
+    optimizer = AdamW8bit(lr=1e-2).build(parameters.items())
+    _, prepared = accelerator.prepare(model, optimizer)
+    with accelerator.accumulate(model):
+        accelerator.backward(model(torch.ones(2, 64, dtype=torch.bfloat16)).float().square().sum())
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        set_lr(prepared, 5e-3)
+        prepared.step()
+        prepared.zero_grad()
+    assert float(norm) > 0 and not torch.equal(model.weight, start) and model.weight.dtype == torch.bfloat16
+    tensors, meta = optimizer_state(prepared, parameters)
+    assert {"master.weight", "master.bias", "state.weight.state1"} <= tensors.keys()
+    assert meta["class"] == "AdamW8bit" and optimizer.inner.param_groups[0]["lr"] == 5e-3
+    load_optimizer_state(prepared, (tensors, meta), parameters)
+
+
+def test_a_parameter_without_gradient_is_left_alone():
+    parameters = make_parameters(torch.bfloat16)
+    optimizer = AdamW(lr=0.1, weight_decay=0.5).build(parameters.items())
+    start = parameters["out.weight"].detach().clone()
+    parameters["block.0.weight"].grad = torch.ones_like(parameters["block.0.weight"])
+    optimizer.step()
+    assert torch.equal(parameters["out.weight"], start)
+    assert parameters["block.0.weight"].grad is not None, "the gradient is zero_grad's to free"
+
+
+# ----------------------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "torch.optim.AdaFactor"}, "did you mean 'torch.optim.Adafactor'"),
+        ({"name": "os.system"}, "unknown optimizer 'os.system'"),
+        ({"name": "torch.optim.LBFGS"}, "unknown optimizer"),
+        ({"name": "torch.optim.SGD", "kwargs": {"momentun": 0.9}}, "did you mean 'momentum'"),
+        ({"name": "torch.optim.SGD", "kwargs": {"lr": 0.9}}, "as optimizer.lr"),
+    ],
+)
+def test_custom_is_checked_when_the_configuration_is_read(values, message):
+    with pytest.raises(ValidationError, match=message):
+        config_of({"kind": "custom", **values})
+
+
+def test_every_usable_torch_optimizer_can_be_named():
+    from finetune.trainers.optim.sections import _torch_optimizers
+
+    names = set(_torch_optimizers())
+    assert {"torch.optim.Adam", "torch.optim.Adafactor", "torch.optim.Muon"} <= names and len(names) >= 12
+    assert not {"torch.optim.LBFGS", "torch.optim.SparseAdam", "torch.optim.Optimizer"} & names
+
+
+def test_what_the_optimizer_refuses_is_a_config_error():
+    with pytest.raises(ConfigError, match="Muon"):
+        CustomOptimizer(name="torch.optim.Muon").build(make_parameters().items())  # takes matrices only
+    with pytest.raises(ConfigError, match="momentum"):
+        CustomOptimizer(name="torch.optim.SGD", kwargs={"momentum": -1.0}).build(make_parameters().items())
+
+
+def test_paging_needs_cuda():
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(ConfigError, match="CUDA unified memory") as caught:
+        PagedAdamW8bit().build(make_parameters().items())
+    assert "adamw8bit" in caught.value.fix and "paged_adamw8bit" in caught.value.where
+
+
+def test_a_missing_library_names_its_extra(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torchao.optim", None)
+    with pytest.raises(ConfigError, match="torchao") as caught:
+        config_of({"kind": "torchao_adamw8bit"}).build(make_parameters().items())
+    assert "cogvideox-finetune[torchao]" in caught.value.fix
+
+
+def test_betas_below_one():
+    with pytest.raises(ValidationError, match="below 1"):
+        AdamW(betas=(0.9, 1.0))
+
+
+def test_state_of_another_optimizer_or_model_is_refused():
+    parameters = make_parameters()
+    optimizer = AdamW().build(parameters.items())
+    train(optimizer, parameters, range(1))
+    saved = optimizer_state(optimizer, parameters)
+    with pytest.raises(CheckpointError, match="AdamW8bit, the checkpoint's is AdamW"):
+        load_optimizer_state(AdamW8bit().build(parameters.items()), saved, parameters)
+    renamed = {name.replace("out", "head"): parameter for name, parameter in parameters.items()}
+    with pytest.raises(CheckpointError, match=r"head\.weight, out\.weight"):
+        load_optimizer_state(AdamW().build(renamed.items()), saved, renamed)
+    narrow = make_parameters(torch.bfloat16)
+    with pytest.raises(CheckpointError, match="0 fp32 master weights, this run has 3"):
+        load_optimizer_state(AdamW().build(narrow.items()), saved, narrow)
+
+
+def test_a_file_cannot_choose_what_is_imported():
+    parameters = make_parameters()
+    optimizer = AdamW().build(parameters.items())
+    train(optimizer, parameters, range(1))
+    tensors, meta = optimizer_state(optimizer, parameters)
+    meta["composed"] = {"state.out.weight.exp_avg": {"class": "os.system", "parts": [], "context": []}}
+    with pytest.raises(CheckpointError, match="not torchao's"):
+        load_optimizer_state(AdamW().build(parameters.items()), (tensors, meta), parameters)

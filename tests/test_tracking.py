@@ -1,0 +1,204 @@
+"""What reaches TensorBoard and the console."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune.trainers.tracking import Console, Tracker, TrackingConfig, duration, flatten_settings
+
+SETTINGS = {
+    "optimizer": {"kind": "adamw8bit", "lr": 1e-4},
+    "data": {"sources": ["a", "b"], "fps": None},
+    "root": Path("x"),
+}
+
+
+def tracker(run_dir: Path, *, resumed_step: int = 0, kind: str = "tensorboard") -> Tracker:
+    config = TrackingConfig(kind=kind)
+    accelerator = Accelerator(cpu=True, **config.accelerator_options(run_dir))
+    return Tracker(config, accelerator, settings=SETTINGS, resumed_step=resumed_step)
+
+
+def read(run_dir: Path) -> EventAccumulator:
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
+    events.Reload()
+    return events
+
+
+def scalars(run_dir: Path, tag: str) -> list[tuple[int, float]]:
+    return [(event.step, event.value) for event in read(run_dir).Scalars(tag)]
+
+
+def test_scalars_come_back_with_their_steps(tmp_path):
+    ours = tracker(tmp_path)
+    ours.log(1, {"train/loss": 0.5, "train/loss/t000-249": 0.25})
+    ours.log(2, {"train/loss": 0.125})
+    ours.close()
+    assert scalars(tmp_path, "train/loss") == [(1, 0.5), (2, 0.125)]
+    assert scalars(tmp_path, "train/loss/t000-249") == [(1, 0.25)]
+
+
+def test_a_resumed_run_shows_no_step_twice(tmp_path):
+    interrupted = tracker(tmp_path)
+    for step in range(10):
+        interrupted.log(step, {"train/loss": 1.0})
+    interrupted.close()
+    resumed = tracker(tmp_path, resumed_step=6)
+    for step in (7, 8):
+        resumed.log(step, {"train/loss": 2.0})
+    resumed.close()
+    assert scalars(tmp_path, "train/loss") == [*((step, 1.0) for step in range(7)), (7, 2.0), (8, 2.0)]
+
+
+def test_a_run_that_begins_anew_hides_the_old_one(tmp_path):
+    for loss in (1.0, 2.0):
+        ours = tracker(tmp_path)
+        for step in range(3):
+            ours.log(step, {"train/loss": loss})
+        ours.close()
+    assert scalars(tmp_path, "train/loss") == [(0, 2.0), (1, 2.0), (2, 2.0)]
+
+
+def test_a_video_is_an_animated_gif_of_all_frames(tmp_path):
+    frames = np.zeros((5, 16, 24, 3), np.uint8)
+    frames[:, :, :, 0] = np.arange(5)[:, None, None] * 50
+    ours = tracker(tmp_path)
+    ours.log_video("samples/00", frames, step=3, fps=8)
+    ours.close()
+    (event,) = read(tmp_path).Images("samples/00")
+    assert (event.step, event.width, event.height) == (3, 24, 16)
+    gif = Image.open(io.BytesIO(event.encoded_image_string))
+    assert gif.format == "GIF" and gif.n_frames == 5
+    gif.seek(4)
+    assert abs(int(np.asarray(gif.convert("RGB"))[0, 0, 0]) - 200) <= 4
+
+
+def test_settings_are_recorded_once_and_survive_paths_lists_and_nulls(tmp_path):
+    tracker(tmp_path).close()
+    hparams = sorted(tmp_path.rglob("hparams.yml"))
+    assert len(hparams) == 1 and "optimizer.lr: 0.0001" in hparams[0].read_text()
+    tracker(tmp_path, resumed_step=4).close()
+    assert sorted(tmp_path.rglob("hparams.yml")) == hparams
+
+
+def test_raw_settings_would_crash_tensorboard(tmp_path):
+    """The canary of ``flatten_settings``: without it the run dies at its start."""
+    accelerator = Accelerator(cpu=True, **TrackingConfig().accelerator_options(tmp_path))
+    with pytest.raises(ValueError, match="should be one of int, float, str, bool"):
+        accelerator.init_trackers("tensorboard", config={"root": Path("x")})
+
+
+def test_flatten_settings():
+    assert flatten_settings(SETTINGS) == {
+        "optimizer.kind": "adamw8bit",
+        "optimizer.lr": 1e-4,
+        "data.sources": "a, b",
+        "data.fps": "null",
+        "root": "x",
+    }
+
+
+def test_none_writes_nothing(tmp_path):
+    ours = tracker(tmp_path, kind="none")
+    ours.log(1, {"train/loss": 1.0})
+    ours.log_video("samples/00", np.zeros((2, 8, 8, 3), np.uint8), 1, 8)
+    ours.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accelerator_without_the_options_is_refused():
+    with pytest.raises(ValueError, match="accelerator_options"):
+        Tracker(TrackingConfig(), Accelerator(cpu=True), settings={})
+
+
+def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    ours = tracker(tmp_path)
+    calls = []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Accelerator, "log", full)
+    for step in (1, 2, 3):
+        ours.log(step, {"train/loss": 1.0})
+    assert calls == [1]
+    assert [record.message for record in caplog.records if "No space left" in record.message] == [
+        "metrics are no longer written to TensorBoard; training goes on: [Errno 28] No space left on device"
+    ]
+
+
+def test_a_bug_in_tracking_is_not_swallowed(tmp_path, monkeypatch):
+    ours = tracker(tmp_path)
+    monkeypatch.setattr(Accelerator, "log", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        ours.log(1, {"train/loss": 1.0})
+
+
+# ------------------------------------------------------------------------------------------------------------ console
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def run_console(stream: io.StringIO, steps: int, *, step_s: float = 1.0, **options: object) -> list[str]:
+    clock = Clock()
+    console = Console(steps, stream=stream, clock=clock, **options)
+    for step in range(1, steps + 1):
+        clock.now += step_s
+        console.step(step, loss=1 / step, lr=1e-4, s_per_step=step_s, peak_gib=1.5)
+    console.close()
+    return stream.getvalue().splitlines()
+
+
+def test_console_prints_plain_lines_at_intervals():
+    lines = run_console(io.StringIO(), 25, interval_s=10)
+    assert [line.split()[1] for line in lines] == ["1/25", "11/25", "21/25", "25/25"]
+    assert lines[1] == "step 11/25  loss 0.0909  lr 1.00e-04  1.00 s/step  peak 1.50 GiB  ETA 14s"
+    assert "ETA" not in lines[0] and "ETA" not in lines[-1]
+
+
+def test_console_rewrites_its_line_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    written = Terminal()
+    run_console(written, 3)
+    assert written.getvalue().count("\r") == 3 and written.getvalue().endswith("\n")
+    for line in written.getvalue().removesuffix("\n").split("\r")[1:]:
+        assert len(line.removesuffix("\x1b[K")) <= 39
+
+
+def test_notes_do_not_tear_the_progress_line():
+    stream = Terminal()
+    console = Console(5, stream=stream)
+    console.step(1, loss=1, lr=1, s_per_step=1)
+    console.note("saved")
+    assert stream.getvalue().endswith("\x1b[K\nsaved\n")
+
+
+def test_console_is_silent_on_other_processes():
+    stream = io.StringIO()
+    console = Console(5, stream=stream, enabled=False)
+    console.step(1, loss=1, lr=1, s_per_step=1)
+    console.note("saved")
+    assert stream.getvalue() == ""
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0s"), (59.6, "1m 00s"), (458, "7m 38s"), (10920, "3h 02m")])
+def test_duration(seconds, words):
+    assert duration(seconds) == words

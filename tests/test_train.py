@@ -1,0 +1,257 @@
+"""The loop as a whole, on tiny models: it trains, resumes bit for bit, and validation leaves it alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds import run_config
+
+from finetune.errors import CheckpointError, TrainingError
+from finetune.trainers import loop
+from finetune.trainers.loop import TrainReport, train
+
+# Two buckets, accumulation and an odd number of clips: a step mixes epochs, and the last micro-batch of a bucket is smaller.
+TANGLED = {
+    "data": {"buckets": ["9x64x64", "5x64x64"], "span": "all", "caption_dropout": 0.3},
+    "train": {"steps": 5, "accumulation": 3, "batch_size": 2},
+}
+METHODS = {"lora": {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}, "full": {"kind": "full"}}
+OPTIMIZERS = {"adamw": {"kind": "adamw", "lr": 1e-3}, "adamw8bit": {"kind": "adamw8bit", "lr": 1e-3}}
+
+
+def weights(report: TrainReport) -> dict[str, torch.Tensor]:
+    return load_file(report.checkpoint / "trainable.safetensors")
+
+
+def optimizer(report: TrainReport) -> dict[str, torch.Tensor]:
+    return load_file(report.checkpoint / "optimizer.safetensors")
+
+
+def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and ours
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{len(different)} of {len(ours)} tensors differ, {different[:3]} first"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_moves_only_what_trains(tiny_model, demo_clips, tmp_path, method):
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", method=METHODS[method])
+    report = train(config)
+    assert report.step == report.total_steps == 4 and not report.stopped_by
+    trained = weights(report)
+    assert all(torch.isfinite(tensor).all() for tensor in trained.values())
+    if method == "lora":
+        assert all("lora" in name for name in trained)
+        assert any(tensor.abs().max() > 0 for name, tensor in trained.items() if "lora_B" in name)
+    else:
+        before = load_file(next((tiny_model() / "transformer").glob("*.safetensors")))
+        assert trained.keys() == before.keys()
+        assert any(not torch.equal(trained[name], before[name]) for name in trained)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, tmp_path, method, kind):
+    changes = TANGLED | {"method": METHODS[method], "optimizer": OPTIMIZERS[kind]}
+    model = tiny_model()
+    # Big enough tensors that the 8-bit optimizer does quantise: under 4096 elements it keeps 32 bits.
+    whole = train(run_config(model, demo_clips, tmp_path / "whole", **changes))
+    split = tmp_path / "split"
+    part = run_config(model, demo_clips, split, **changes, checkpoint={"every": 2})
+    stop_after(2, part)
+    resumed = train(part)
+    assert resumed.step == 5
+    assert_identical(weights(resumed), weights(whole))
+    assert_identical(optimizer(resumed), optimizer(whole))
+    if kind == "adamw8bit" and method == "full":
+        assert any(tensor.dtype == torch.uint8 for tensor in optimizer(whole).values())
+
+
+def stop_after(steps: int, config) -> None:
+    """Train, and ask for an end the way a cluster does: SIGTERM in the middle of a step."""
+    inner, calls = loop.batch_losses, 0
+
+    def counting(run, batch):
+        nonlocal calls
+        calls += 1
+        if calls == (steps - 1) * config.train.accumulation + 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return inner(run, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "batch_losses", counting)
+        report = train(config)
+    assert report.stopped_by == "SIGTERM" and report.step == steps
+
+
+def test_sigterm_finishes_the_step_and_saves(tiny_model, demo_clips, tmp_path, capsys):
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
+    stop_after(3, config)
+    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    assert [path.name for path in saved] == ["step-00000003"]
+    assert "SIGTERM" in capsys.readouterr().out
+
+
+def test_an_ended_run_has_nothing_to_do(tiny_model, demo_clips, tmp_path):
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
+    first = train(config)
+    again = train(config)
+    assert again.step == first.step == 4
+    assert_identical(weights(again), weights(first))
+
+
+def test_a_longer_run_continues(tiny_model, demo_clips, tmp_path):
+    changes = {"optimizer": {"lr": 1e-3}}
+    train(run_config(tiny_model(), demo_clips, tmp_path / "a", **changes, train={"steps": 2}))
+    longer = train(run_config(tiny_model(), demo_clips, tmp_path / "a", **changes, train={"steps": 4}))
+    straight = train(run_config(tiny_model(), demo_clips, tmp_path / "b", **changes, train={"steps": 4}))
+    assert_identical(weights(longer), weights(straight))
+
+
+@pytest.mark.parametrize(
+    "change,field",
+    [({"method": {"rank": 8}}, "method.rank"), ({"train": {"seed": 8}}, "train.seed")],
+)
+def test_a_run_that_cannot_continue_is_refused_field_by_field(tiny_model, demo_clips, tmp_path, change, field):
+    train(run_config(tiny_model(), demo_clips, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=field.replace(".", r"\.")):
+        train(run_config(tiny_model(), demo_clips, tmp_path / "run", **change))
+
+
+def test_a_missing_checkpoint_is_an_error(tiny_model, demo_clips, tmp_path):
+    with pytest.raises(CheckpointError, match="nowhere"):
+        train(run_config(tiny_model(), demo_clips, tmp_path / "run", checkpoint={"resume": str(tmp_path / "nowhere")}))
+
+
+def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path):
+    shared = {
+        "method": METHODS["lora"],
+        "data": {"holdout": 1},
+        "train": {"steps": 4, "ema_decay": 0.9},
+        "checkpoint": {"keep_best": False},
+    }
+    watching = {
+        "every": 1,
+        "at_start": True,
+        "timesteps": 2,
+        "samples": [{"prompt": "a red circle moving left", "seed": 3}],
+        "sample_every": 2,
+        "num_inference_steps": 2,
+    }
+    states = {}
+
+    def noted(name):
+        inner = loop.require_finite
+
+        def note(record, grad_norm, meter, step, gather):
+            states.setdefault(name, []).append((record.losses, record.timesteps, grad_norm, torch.get_rng_state()))
+            return inner(record, grad_norm, meter, step, gather)
+
+        return note
+
+    reports = {}
+    for name, validation in (("without", {"every": None, "at_start": False}), ("with", watching)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop, "require_finite", noted(name))
+            reports[name] = train(
+                run_config(tiny_model(), demo_clips, tmp_path / name, **shared, validation=validation)
+            )
+    for ours, theirs in zip(states["with"], states["without"], strict=True):
+        assert ours[:3] == theirs[:3]
+        assert torch.equal(ours[3], theirs[3])
+    assert_identical(weights(reports["with"]), weights(reports["without"]))
+    assert_identical(optimizer(reports["with"]), optimizer(reports["without"]))
+    videos = sorted(path.relative_to(tmp_path / "with" / "samples") for path in (tmp_path / "with").rglob("*.mp4"))
+    assert [str(path.parent) for path in videos] == ["step-00000000", "step-00000002", "step-00000004"]
+    history = [json.loads(line) for line in (tmp_path / "with" / "heldout.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in history] == [0, 1, 2, 3, 4]
+    assert reports["with"].heldout_before == history[0]["heldout"]
+
+
+def test_the_best_checkpoint_is_kept(tiny_model, demo_clips, tmp_path):
+    config = run_config(
+        tiny_model(),
+        demo_clips,
+        tmp_path / "run",
+        data={"holdout": 1},
+        train={"steps": 6},
+        validation={"every": 1, "timesteps": 2},
+        checkpoint={"every": 1, "keep_last": 1, "keep_best": True},
+    )
+    train(config)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "heldout.jsonl").read_text().splitlines()]
+    best = min((row for row in rows if row["step"] > 0), key=lambda row: row["heldout"])["step"]
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()}
+    assert kept == {f"step-{best:08d}", "step-00000006"}
+
+
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_model, demo_clips, tmp_path):
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", checkpoint={"every": 1})
+    inner, calls = loop.batch_losses, 0
+
+    def poisoned(run, batch):
+        nonlocal calls
+        calls += 1
+        return inner(run, batch) * (float("nan") if calls == 3 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "batch_losses", poisoned)
+        with pytest.raises(TrainingError, match="step 2") as caught:
+            train(config)
+    assert ".mp4" in str(caught.value) and "timestep" in str(caught.value)
+    last = max((tmp_path / "run" / "checkpoints").iterdir())
+    assert last.name == "step-00000002"
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "trainable.safetensors").values())
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
+def test_every_variant_trains(tiny_model, demo_clips, tmp_path, variant):
+    report = train(run_config(tiny_model(variant), demo_clips, tmp_path / "run", train={"steps": 2}))
+    assert report.step == 2
+
+
+def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tiny_model, demo_clips, tmp_path):
+    """Four clips in batches of three: micro-batches of three and of one, each clip counting the same."""
+    config = run_config(
+        tiny_model(),
+        demo_clips,
+        tmp_path / "run",
+        train={"steps": 1, "batch_size": 3, "accumulation": 2, "max_grad_norm": None},
+    )
+    runs, ours = [], []
+    real_assemble, real_check = loop.assemble, loop.require_finite
+
+    def assembled(config, cleanup):
+        runs.append(real_assemble(config, cleanup))
+        return runs[0]
+
+    def captured(*arguments):
+        ours.extend(parameter.grad.clone() for parameter in runs[0].parameters.values())
+        return real_check(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "assemble", assembled)
+        patch.setattr(loop, "require_finite", captured)
+        patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)  # the weights stay the initial ones
+        train(config)
+    run = runs[0]
+    micros = run.plan.step(0)
+    assert sorted(len(micro.items) for micro in micros) == [1, 3]
+    total = sum(loop.batch_losses(run, run.training.training(0, micro)).sum() for micro in micros) / 4
+    theirs = torch.autograd.grad(total, list(run.parameters.values()))
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-7)
+
+
+def test_the_run_folder_says_what_was_run(tiny_model, demo_clips, tmp_path):
+    from finetune.config import load_config
+
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
+    train(config)
+    assert load_config(Path(tmp_path / "run" / "config.yaml")) == config

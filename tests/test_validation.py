@@ -1,0 +1,194 @@
+"""Held-out loss: what it measures, and that measuring leaves training as it was, bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from finetune.bands import band_of, loss_by_band
+from finetune.trainers.validation import ValidationConfig, evaluate, fixed_timesteps, training_state_untouched
+from finetune.types import Batch
+
+
+def batch(timesteps: list[int], value: float = 0.0) -> Batch:
+    shape = (len(timesteps), 2, 1, 2, 2)
+    return Batch(
+        latents=torch.full(shape, value),
+        noise=torch.zeros(shape),
+        timesteps=torch.tensor(timesteps),
+        prompt_embeds=torch.zeros(len(timesteps), 3, 4),
+        image_latents=None,
+        slots=tuple(range(len(timesteps))),
+        clips=("clip",) * len(timesteps),
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- bands
+
+
+def test_bands_tile_the_schedule_in_order():
+    labels = [band_of(t, 1000) for t in range(1000)]
+    assert sorted(set(labels)) == ["t000-249", "t250-499", "t500-749", "t750-999"]
+    assert labels == sorted(labels)
+
+
+@pytest.mark.parametrize(("length", "bands"), [(1000, 4), (1000, 3), (10, 4), (7, 7), (50, 6)])
+def test_every_timestep_is_inside_its_label(length, bands):
+    labels = {band_of(t, length, bands) for t in range(length)}
+    assert len(labels) == bands
+    for t in range(length):
+        first, last = (int(edge) for edge in band_of(t, length, bands)[1:].split("-"))
+        assert first <= t <= last
+
+
+@pytest.mark.parametrize("timestep", [-1, 1000])
+def test_a_timestep_outside_the_schedule_is_refused(timestep):
+    with pytest.raises(ValueError, match=r"not in 0\.\.999"):
+        band_of(timestep, 1000)
+
+
+def test_loss_by_band_is_the_mean_of_each_group():
+    assert loss_by_band([1.0, 3.0, 10.0], [0, 249, 900], 1000) == {"t000-249": 2.0, "t750-999": 10.0}
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_fixed_timesteps_are_midpoints_of_equal_parts():
+    assert fixed_timesteps(4, 1000) == (125, 375, 625, 875)
+    assert fixed_timesteps(1, 1000) == (500,)
+    assert fixed_timesteps(1000, 1000) == tuple(range(1000))
+    with pytest.raises(ValueError, match="11 of 10"):
+        fixed_timesteps(11, 10)
+
+
+def test_midpoints_estimate_the_mean_over_the_whole_schedule():
+    """Of a smooth loss curve, which is why they are midpoints: left edges are 40 times further off."""
+
+    def curve(t):
+        return np.exp(-np.asarray(t) / 300.0)
+
+    whole = curve(np.arange(1000)).mean()
+    ours = curve(fixed_timesteps(8, 1000)).mean()
+    left_edges = curve(np.arange(8) * 125).mean()
+    assert abs(ours - whole) < 0.01 * whole < abs(left_edges - whole)
+
+
+def test_evaluate_is_the_mean_of_samples_however_they_are_batched():
+    values = torch.rand(10, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    timesteps = list(range(0, 1000, 100))
+
+    def loss_of(measured: Batch) -> torch.Tensor:
+        return values[measured.timesteps // 100]
+
+    one = evaluate(loss_of, [batch(timesteps)], 1000)
+    uneven = evaluate(loss_of, [batch(timesteps[7:]), batch(timesteps[:1]), batch(timesteps[1:7])], 1000)
+    assert one == uneven and one.count == 10
+    assert one.mean == math.fsum(values.double().tolist()) / 10
+    assert one.by_band["t000-249"] == pytest.approx(values[:3].double().mean().item(), rel=1e-15)
+
+
+def test_evaluate_gathers_over_processes():
+    theirs = [(3.0, 900)]
+    measured = evaluate(lambda b: torch.ones(len(b.timesteps)), [batch([0])], 1000, gather=lambda mine: mine + theirs)
+    assert (measured.mean, measured.count) == (2.0, 2)
+    # A process without a share of its own still has the others' result.
+    assert evaluate(lambda b: torch.ones(1), [], 1000, gather=lambda mine: mine + theirs).mean == 3.0
+
+
+def test_nothing_to_measure_is_an_error():
+    with pytest.raises(ValueError, match="no batch"):
+        evaluate(lambda b: torch.ones(1), [], 1000)
+
+
+def test_a_loss_that_is_not_per_sample_is_an_error():
+    with pytest.raises(ValueError, match="2 samples"):
+        evaluate(lambda b: torch.ones(()), [batch([1, 2])], 1000)
+
+
+# ------------------------------------------------------------------------------------------- training state untouched
+
+
+class Model(nn.Module):
+    """A module with what validation could disturb: dropout, a frozen part kept in eval mode, a trainable part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained = nn.Linear(2, 2)
+        self.dropout = nn.Dropout(0.5)
+        self.frozen = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)).requires_grad_(False)
+        self.train()
+        self.frozen.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.trained(self.frozen(x)))
+
+
+def train(validate, steps: int = 6) -> tuple[list[float], list[torch.Tensor], torch.Tensor]:
+    """A run whose every step draws from the global generator, validated before each step by ``validate(model)``."""
+    torch.manual_seed(1)
+    model = Model()
+    optimizer = torch.optim.AdamW(model.trained.parameters(), lr=0.1)
+    losses = []
+    for _ in range(steps):
+        validate(model)
+        loss = model(torch.randn(4, 2)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
+    return losses, [*model.parameters(), *state], torch.get_rng_state()
+
+
+def measure(model: Model) -> None:
+    torch.randn(7)
+    evaluate(lambda b: model(torch.randn(1, 2)).mean(1), [batch([5]), batch([6])], 1000)
+
+
+def guarded(model: Model) -> None:
+    with training_state_untouched(model):
+        assert not model.dropout.training and not torch.is_grad_enabled()
+        measure(model)
+
+
+def failing(model: Model) -> None:
+    with pytest.raises(RuntimeError, match="half-way"), training_state_untouched(model):
+        measure(model)
+        raise RuntimeError("half-way")
+
+
+@pytest.mark.parametrize("validate", [guarded, failing])
+def test_validation_changes_no_bit_of_training(validate):
+    with_losses, with_tensors, with_rng = train(validate)
+    without_losses, without_tensors, without_rng = train(lambda model: None)
+    assert with_losses == without_losses
+    assert len(with_tensors) == len(without_tensors) > 4
+    assert all(torch.equal(a, b) for a, b in zip(with_tensors, without_tensors, strict=True))
+    assert torch.equal(with_rng, without_rng)
+
+
+def test_unguarded_validation_would_be_noticed():
+    """The canary of the test above."""
+    assert train(measure)[0] != train(lambda model: None)[0]
+
+
+def test_flags_are_restored_one_by_one():
+    model = Model()
+    before = [module.training for module in model.modules()]
+    assert True in before and False in before
+    with training_state_untouched(model):
+        assert not any(module.training for module in model.modules())
+    assert [module.training for module in model.modules()] == before
+    assert torch.is_grad_enabled()
+
+
+def test_defaults_are_valid_and_samples_parse():
+    config = ValidationConfig.model_validate({"samples": [{"prompt": "a ring", "seed": 3}], "bucket": "9x64x64"})
+    assert config.samples[0].image is None and str(config.bucket) == "9x64x64"
+    for field in ValidationConfig.model_fields.values():
+        assert field.description

@@ -1,0 +1,14 @@
+#!/usr/bin/env python3
+"""Train as a configuration says: ``accelerate launch train.py --config run.yaml [--set optimizer.lr=2e-4]``.
+
+The same as ``finetune train``, as a file that ``accelerate launch`` and ``torchrun`` can start. Exit codes: 0 done
+(after SIGTERM or SIGINT too, with a checkpoint saved), 2 something in the configuration or the data to mend, 1 a bug;
+``accelerate launch`` itself turns 2 into 1.
+"""
+
+import sys
+
+from finetune.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(verb="train"))
