@@ -123,17 +123,24 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="text file with a prompt per line, or .jsonl with prompt, image, seed",
     )
-    parser.add_argument("--image", type=Path, metavar="FILE", help="first frame for --prompt (image-to-video)")
+    parser.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="first frame (image-to-video): one for all --prompt, or one for each",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first video; each further one has the next")
     parser.add_argument(
         "--bucket", metavar="FxHxW", help="frames x height x width; left out: as the adapter was trained"
     )
-    parser.add_argument("--fps", type=float, help="of the written files; left out: the model's")
+    parser.add_argument("--fps", type=float, help="of the written files; left out: as the adapter was trained")
     parser.add_argument("--negative-prompt", default="", metavar="TEXT", help="what to steer away from")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--guidance-scale", type=float, default=6.0, help="classifier-free guidance; 1 for none")
+    parser.add_argument("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 for none")
     parser.add_argument("--dynamic-cfg", action="store_true", help="let the guidance grow with the steps")
-    parser.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="left out: as the weights are stored")
+    parser.add_argument("--dtype", choices=["auto", "bf16", "fp16", "fp32"], default="auto", help="what to compute in")
     parser.add_argument("--offload", action="store_true", help="keep on the GPU only what is in use; slower")
     parser.add_argument("--device", metavar="NAME", help="such as cuda:1 or cpu; left out: a GPU where there is one")
     parser.add_argument("--output", type=Path, default=Path("videos"), metavar="DIR", help="folder for the videos")

@@ -12,13 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from finetune.cache_request import Fingerprints, full_fingerprints, make_request, sample_bucket
 from finetune.config import RunConfig
 from finetune.dataset_report import UNREADABLE, PlannedClip, check_dataset, named
 from finetune.datasets.cache import Cache, FileStamp, Manifest, ManifestItem
-from finetune.datasets.entries import DTYPES, LatentsDtype, image_address, latents_address, prompt_address
+from finetune.datasets.entries import DTYPES, Dtype, image_address, latents_address, prompt_address
 from finetune.datasets.manifest import KINDS, Kind, portable
 from finetune.datasets.sources import source_files
 from finetune.datasets.video import PIXEL_RULE
@@ -166,7 +164,7 @@ class _Needs:
         prompts = tuple(job for key, job in self._prompts.items() if key not in there["prompts"])
         images = tuple(job for key, job in self._images.items() if key not in there["images"])
         needed = sum(latents_bytes(job, self._facts) for job in latents)
-        needed += len(prompts) * prompt_bytes(self._facts, DTYPES[self._encoders.dtype])
+        needed += len(prompts) * prompt_bytes(self._facts, self._encoders.dtype)
         needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
         return CachePlan(manifest, latents, prompts, images, needed)
 
@@ -175,13 +173,13 @@ def latents_bytes(job: LatentsJob, facts: Facts) -> int:
     """Size of one clip's tensors: mean and deviation, and for image-to-video K single frames."""
     channels, frames, height, width = facts.latent_shape(job.plan.bucket)
     draws = job.address["image_draws"] or 0
-    dtype: LatentsDtype = job.address["dtype"]
+    dtype: Dtype = job.address["dtype"]
     return (2 * frames + draws) * channels * height * width * DTYPES[dtype].itemsize
 
 
-def prompt_bytes(facts: Facts, dtype: torch.dtype) -> int:
+def prompt_bytes(facts: Facts, dtype: Dtype) -> int:
     """Size of one caption's embedding."""
-    return facts.max_text_seq_length * facts.text_embed_dim * dtype.itemsize
+    return facts.max_text_seq_length * facts.text_embed_dim * DTYPES[dtype].itemsize
 
 
 def require_space(plan: CachePlan, root: Path) -> None:

@@ -13,10 +13,12 @@ import torch
 from finetune.cogvideox import ModelConfig, fingerprint
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache, Manifest
-from finetune.datasets.entries import DTYPES
+from finetune.datasets.entries import DTYPES, Dtype
 from finetune.datasets.manifest import FORMAT, KINDS, UNKNOWN, differences, portable
+from finetune.datasets.sources import source_files
 from finetune.datasets.video import PIXEL_RULE
 from finetune.diffusion import DropoutConfig
+from finetune.errors import DataError
 from finetune.facts import Facts, resolve_pretrained
 from finetune.files import digest_of
 from finetune.types import Bucket
@@ -28,7 +30,7 @@ class Fingerprints:
 
     vae: str
     text_encoder: str
-    dtype: str
+    dtype: Dtype
     """``bf16``, ``fp16`` or ``fp32``: what both encoders compute in."""
 
 
@@ -84,7 +86,7 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards) and any(folder.glob("*.safetensors"))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> Dtype:
     """``bf16`` for ``torch.bfloat16``, and so on."""
     return next(name for name, candidate in DTYPES.items() if candidate == dtype)
 
@@ -167,12 +169,21 @@ def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
             absent.append(path)
         elif not unchanged:
             faults.append(f"{path} has changed")
+    faults += [f"{path} is new" for path in _sources_now(config) if path not in manifest.inputs]
     for kind in KINDS:
         if gone := manifest.keys(kind) - cache.keys(kind):
             faults.append(f"{len(gone)} of {len(manifest.keys(kind))} entries under {cache.root / kind} are missing")
     named = (("vae", encoders.vae), ("text_encoder", encoders.text_encoder))
     unknown = tuple(component for component, value in named if value == UNKNOWN)
     return Answer(manifest, tuple(faults), tuple(absent), unknown)
+
+
+def _sources_now(config: RunConfig) -> list[str]:
+    """The files and folders that decide what is read today; none where the sources are not on this machine."""
+    try:
+        return [str(path) for path in source_files(config.data.sources, config.base)]
+    except DataError:
+        return []
 
 
 @dataclass(frozen=True)

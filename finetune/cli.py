@@ -12,10 +12,14 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from finetune import __version__
 from finetune.arguments import build_parser
-from finetune.errors import FinetuneError
+from finetune.errors import ConfigError, FinetuneError
+
+if TYPE_CHECKING:
+    from finetune.types import Bucket
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 
@@ -132,35 +136,38 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from finetune.generate import GenerateRequest, SamplePrompt, generate, parse_adapter, read_prompts
+    from finetune.generate import generate
+    from finetune.generate_inputs import GenerateRequest, parse_adapter, prompts_with_seeds, read_prompts
+
+    prompts = () if args.prompts is None else read_prompts(args.prompts, seed=args.seed)
+    prompts += prompts_with_seeds(args.prompt, args.image, seed=args.seed + len(prompts))
+    request = GenerateRequest(
+        base=args.model,
+        revision=args.revision,
+        transformer=args.transformer,
+        adapters=tuple(parse_adapter(text) for text in args.adapter),
+        prompts=prompts,
+        out=args.output,
+        bucket=None if args.bucket is None else _parse_bucket(args.bucket),
+        fps=args.fps,
+        negative_prompt=args.negative_prompt,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        dynamic_cfg=args.dynamic_cfg,
+        dtype=args.dtype,
+        offload=args.offload,
+        device=args.device,
+    )
+    print(generate(request))
+
+
+def _parse_bucket(text: str) -> Bucket:
     from finetune.geometry import parse_bucket
 
-    prompts = [] if args.prompts is None else list(read_prompts(args.prompts, seed=args.seed))
-    prompts += [
-        SamplePrompt(prompt=prompt, image=args.image, seed=args.seed + index)
-        for index, prompt in enumerate(args.prompt)
-    ]
-    print(
-        generate(
-            GenerateRequest(
-                base=args.model,
-                revision=args.revision,
-                transformer=args.transformer,
-                adapters=tuple(parse_adapter(text) for text in args.adapter),
-                prompts=tuple(prompts),
-                out=args.output,
-                bucket=None if args.bucket is None else parse_bucket(args.bucket),
-                fps=args.fps,
-                negative_prompt=args.negative_prompt,
-                num_inference_steps=args.steps,
-                guidance_scale=args.guidance_scale,
-                dynamic_cfg=args.dynamic_cfg,
-                dtype=args.dtype,
-                offload=args.offload,
-                device=args.device,
-            )
-        )
-    )
+    try:
+        return parse_bucket(text)
+    except ValueError as error:
+        raise ConfigError(str(error), where=f"--bucket {text}") from None
 
 
 def _cache(args: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Filling the cache, and trusting it.
 
-``precompute`` encodes whatever of a dataset the cache lacks: clips with the VAE, then captions with T5. ``ensure_cache``
+``precompute`` encodes what the cache lacks of a dataset: clips with the VAE, then captions with T5. ``ensure_cache``
 is what training calls: where a recorded manifest still answers the configuration, no video and no encoder is opened.
 """
 
@@ -200,8 +200,8 @@ def ensure_cache(
     """The manifest that training reads from, every entry of it in the cache.
 
     A recorded manifest is trusted when the configuration, the encoders and every source file are what they were. If
-    there is none, ``cache.mode: auto`` precomputes and ``require`` raises; ``require`` also accepts that source files are
-    not on this machine. What is done is printed on the main process.
+    there is none, ``cache.mode: auto`` precomputes and ``require`` raises; ``require`` also accepts that source files
+    are not on this machine. What is done is printed on the main process.
 
     Raises:
         CacheError: in mode ``require``, naming what differs; or as ``precompute`` does.

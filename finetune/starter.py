@@ -11,8 +11,8 @@ from typing import Literal
 from finetune.errors import ConfigError
 from finetune.facts import Facts, known_model, read_facts
 from finetune.files import atomic_write_text
+from finetune.generate_inputs import native_bucket
 from finetune.starter_text import body, header
-from finetune.types import Bucket
 
 Method = Literal["lora", "full"]
 
@@ -43,9 +43,6 @@ OVERHEAD_GIB = 1.2
 
 FULL_BYTES_PER_WEIGHT = 2 + 2 + 4 + 2
 """Full fine-tuning in bf16: the weight, its gradient, the float32 master copy and two 8-bit Adam moments."""
-
-LONGEST_NATIVE = Bucket(81, 768, 1360)
-"""Of the second generation, whose JSON states how far its position table reaches and not what it was trained at."""
 
 EXAMPLE_CARDS_GIB: Mapping[tuple[str, Method], int] = {
     ("2b", "lora"): 12,
@@ -81,16 +78,6 @@ class Starter:
     output_dir: str
     command: str
     """What wrote it."""
-
-    @property
-    def bucket(self) -> Bucket:
-        """Frames, height and width that the model was made for."""
-        facts = self.facts
-        height, width = facts.sample_height * facts.vae_spatial, facts.sample_width * facts.vae_spatial
-        if facts.patch_size_t is not None:
-            height, width = min(height, LONGEST_NATIVE.height), min(width, LONGEST_NATIVE.width)
-        multiple = facts.size_multiple
-        return Bucket(facts.sample_frames, height // multiple * multiple, width // multiple * multiple)
 
     @property
     def peak(self) -> Peak | None:
@@ -133,7 +120,7 @@ class Starter:
         ) + body(
             pretrained=self.pretrained,
             clips=self.clips,
-            bucket=str(self.bucket),
+            bucket=str(native_bucket(self.facts)),
             fps=self.facts.native_fps,
             image_to_video=self.facts.image_to_video,
             cache_dir=self.cache_dir,
@@ -143,7 +130,7 @@ class Starter:
 
     @property
     def _memory(self) -> str:
-        at = f"at {self.bucket} (frames x height x width) and batch size 1"
+        at = f"at {native_bucket(self.facts)} (frames x height x width) and batch size 1"
         if self.peak is None:
             return f"Peak memory: there is no figure for this model {at}."
         gib, whole = self.peak

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write ``docs/config.md`` and ``docs/config.schema.json`` from the sections' own declarations; ``--check`` compares only."""
+"""Write ``docs/config.md`` and ``docs/config.schema.json`` from the sections' declarations; ``--check`` compares only."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ INTRODUCTION = """\
 
 # Configuration
 
-A run is one YAML file. It is strict: an unknown key is an error that names the nearest known one, and all errors are reported
-together, each with its line. Relative paths start at the file's folder, `~` is the home folder. Scalars are YAML 1.2: `1e-4` is a
-number, `off` and `no` are words. `--set optimizer.lr=2e-4 data.sources.0.path=clips` overrides fields from the command line, as
-though the file had said so; the value is YAML. A section whose `kind` is left out takes the default kind.
+A run is one YAML file. It is strict: an unknown key is an error that names the nearest known one, and all errors are
+reported together, each with its line. Relative paths start at the file's folder, `~` is the home folder. Scalars are
+YAML 1.2: `1e-4` is a number, `off` and `no` are words. `--set optimizer.lr=2e-4 data.sources.0.path=clips` overrides fields
+from the command line, as though the file had said so; the value is YAML. A section whose `kind` is left out takes the
+default kind, where it has one.
 
-`finetune init` writes a commented file, `configs/` holds one per model and method, and `docs/config.schema.json` is the same
-reference for editors: put `# yaml-language-server: $schema=<path to it>` on the first line of a file. The resolved
+`finetune init` writes a commented file, `configs/` holds one per model and method, and `docs/config.schema.json` is the
+same reference for editors: put `# yaml-language-server: $schema=<path to it>` on the first line of a file. The resolved
 configuration, every default filled in, is saved with the run as `config.yaml`, and can be run again.
 """
 
@@ -60,36 +61,45 @@ class Docs:
     def section(self, path: str, schema: Schema) -> Iterator[str]:
         """Text and tables of one section: one table, or one per kind, then those of the items of its lists."""
         members = self.members(schema)
-        nested: list[tuple[str, Schema]] = []
-        if len(members) > 1:
-            default = schema.get("default", {}).get("kind")
-            kinds = [str(member["properties"]["kind"]["const"]) for member in members]
-            shown = ", ".join(f"`{kind}`" + (" (the default)" if kind == default else "") for kind in kinds)
-            yield f"`{path}.kind` is one of {shown}."
-            yield ""
-        for member in members:
-            kind = member["properties"].get("kind", {}).get("const") if len(members) > 1 else None
-            if kind is not None:
-                yield f"### {path}, kind: {kind}"
-                yield ""
-            yield paragraph(member.get("description", ""))
-            yield ""
-            rows = {name: field for name, field in member["properties"].items() if not (kind and name == "kind")}
-            if not rows:
-                continue
-            yield "| field | type | default | meaning |"
-            yield "|---|---|---|---|"
-            for name, field in sorted(rows.items(), key=lambda row: row[0] != "sources"):
-                self.fields += 1
-                default = "required" if name in member.get("required", []) else f"`{json.dumps(field.get('default'))}`"
-                if self.members(field.get("items", {})):
-                    nested.append((f"{path}.{name}", field["items"]))
-                yield f"| `{name}` | {self.type_of(field)} | {default} | {cell(field.get('description', ''))} |"
-            yield ""
-        for inner, items in nested:
-            yield f"Each of `{inner}`:"
-            yield ""
-            yield from self.section(f"{inner}[]", items)
+        if len(members) == 1:
+            yield paragraph(members[0].get("description", ""))
+            yield from self.table(members[0], list(members[0]["properties"]))
+        else:
+            yield from self.kinds(path, members, schema.get("default", {}).get("kind"))
+        items = {name: field["items"] for name, field in members[0]["properties"].items() if "items" in field}
+        for name, item in items.items():
+            if self.members(item):
+                yield from ["", f"### {path}.{name}", "", f"Each item of `{path}.{name}`:", ""]
+                yield from self.section(f"{path}.{name}[]", item)
+
+    def kinds(self, path: str, members: list[Schema], default: str | None) -> Iterator[str]:
+        """A union: the fields that all kinds share, then each kind's own."""
+        kinds = {str(member["properties"]["kind"]["const"]): member for member in members}
+        shown = ", ".join(f"`{kind}`" + (" (the default)" if kind == default else "") for kind in kinds)
+        yield f"`{path}.kind` is one of {shown}."
+        first, *others = members
+        shared = [
+            name
+            for name, field in first["properties"].items()
+            if name != "kind" and all(other["properties"].get(name) == field for other in others)
+        ]
+        if shared:
+            yield from ["", "Of every kind:"]
+            yield from self.table(first, shared)
+        for kind, member in kinds.items():
+            yield from ["", f"#### {path}.kind: {kind}", "", paragraph(member.get("description", ""))]
+            yield from self.table(member, [name for name in member["properties"] if name not in ("kind", *shared)])
+
+    def table(self, member: Schema, names: list[str]) -> Iterator[str]:
+        """One table of fields; nothing where there are none."""
+        if not names:
+            return
+        yield from ["", "| field | type | default | meaning |", "|---|---|---|---|"]
+        for name in sorted(names, key=lambda name: name != "sources"):  # the rest of a section follows from it
+            field = member["properties"][name]
+            self.fields += 1
+            default = "required" if name in member.get("required", []) else f"`{json.dumps(field.get('default', {}))}`"
+            yield f"| `{name}` | {self.type_of(field)} | {default} | {cell(field.get('description', ''))} |"
 
     def members(self, schema: Schema) -> list[Schema]:
         """The object schemas that a field's value can be: none for a plain value, several for a union."""
@@ -125,8 +135,8 @@ class Docs:
             case "array":
                 items = schema["items"]
                 return "list of " + ("sections, see below" if self.members(items) else self.type_of(items))
-            case "integer" | "number":
-                return {"integer": "integer", "number": "number"}[schema["type"]] + limits(schema)
+            case "integer" | "number" as number:
+                return f"{number}{limits(schema)}"
             case "string":
                 return "path" if schema.get("format") == "path" else "text"
             case "boolean":
@@ -139,7 +149,7 @@ class Docs:
 
 
 def limits(schema: Schema) -> str:
-    """Bounds such as ``, 0 to 1`` or ``> 0``."""
+    """Bounds, such as `` ≥ 0, < 1``."""
     words = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     found = [f"{sign} {schema[key]:g}" for key, sign in words.items() if key in schema]
     return f" {', '.join(found)}" if found else ""

@@ -144,7 +144,7 @@ def test_denoise_gives_the_transformer_what_the_stock_pipeline_gives_it(
     noise, images = noisy_latents(facts, bucket), random_pixels(2, 3, bucket.height, bucket.width)
     options: dict[str, Any] = {}
     if facts.image_to_video:
-        options["image"] = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+        options["image"] = images / 255
 
     with recorded(model.transformer) as theirs:
         model.pipeline(
@@ -187,7 +187,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     passed = {name for call in (ours, theirs) for name, value in call.items() if value is not None}
     assert passed <= {*compared, "args", "output", "return_dict"} and ours["args"] == theirs["args"] == ()
     for name in compared:
-        mine, stock = ours[name], theirs[name]
+        mine, stock = ours.get(name), theirs.get(name)
         assert (mine is None) == (stock is None), name
         for a, b in zip(mine, stock, strict=True) if isinstance(mine, tuple) else [(mine, stock)]:
             if a is not None:
@@ -403,11 +403,11 @@ def test_encode_video_equals_the_vae_on_preprocessed_frames(tiny: Callable[..., 
     mean, std = encode_video(model.vae, pixels)
     assert torch.equal(torch.random.get_rng_state(), before)
     with torch.no_grad():
-        theirs = model.vae.encode(model.pipeline.video_processor.preprocess_video(videos)).latent_dist
+        # Contiguous, because convolutions round by memory layout too.
+        theirs = model.vae.encode(model.pipeline.video_processor.preprocess_video(videos).contiguous()).latent_dist
     assert mean.shape == (2, 4, model.facts.latent_frames(frames), 4, 6) and mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad
-    torch.testing.assert_close(mean, theirs.mean, rtol=0, atol=0)
-    torch.testing.assert_close(std, theirs.std, rtol=0, atol=0)
+    assert torch.equal(mean, theirs.mean) and torch.equal(std, theirs.std)
 
 
 def test_encoding_in_bf16_returns_float32(tiny: Callable[..., Tiny]) -> None:
@@ -616,9 +616,7 @@ def test_damaged_text_and_scheduler_are_refused(tiny_model: Callable[..., Path],
     weights = load_file(path)
     del weights["encoder.block.0.layer.0.SelfAttention.q.weight"]
     save_file({**weights, "decoder.stray.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match="1 weights are missing, such as encoder.block.0.layer.0.SelfAttention.q.weight"
-    ):
+    with pytest.raises(ModelError, match=r"1 weights are missing, such as .*SelfAttention\.q\.weight"):
         load_text(ModelConfig(pretrained=str(folder)))
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(ModelError, match="no tokenizer"):
@@ -663,7 +661,7 @@ def test_pipelines_can_be_built_without_encoders(tiny: Callable[..., Tiny]) -> N
         "guidance_scale": 1.0,
         "output_type": "latent",
     }
-    ours, theirs = (p(**options).frames for p in (pipeline, model.pipeline))
+    ours, theirs = (p(**options, generator=torch.Generator().manual_seed(5)).frames for p in (pipeline, model.pipeline))
     assert torch.equal(ours, theirs)
 
 

@@ -66,7 +66,9 @@ def metrics(run: Path) -> dict[str, list[float]]:
     folder = next(path.parent for path in sorted(run.rglob("events.out.tfevents*")))
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     events.Reload()
-    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "perf" not in tag}
+    return {
+        tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "perf" not in tag
+    }
 
 
 def test_a_user_error_on_one_of_two_processes_ends_both(tiny_model, demo_clips, tmp_path):

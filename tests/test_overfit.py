@@ -11,7 +11,15 @@ import pytest
 import torch
 from worlds import run_config
 
-from finetune.cogvideox import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae, model_latents
+from finetune.cogvideox import (
+    ModelConfig,
+    build_pipeline,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+    model_latents,
+)
 from finetune.datasets.cache import Cache
 from finetune.demo import Scene, write_clips
 from finetune.export import export

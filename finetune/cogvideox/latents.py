@@ -55,5 +55,6 @@ def condition_latents(facts: Facts, image_latents: Tensor) -> Tensor:
     Returns:
         float32, same shape.
     """
-    latents = image_latents.float()
-    return latents / facts.scaling_factor if facts.invert_scale_latents else latents * facts.scaling_factor
+    # The reciprocal first, as the pipeline forms it: the same rounding, so the same bits.
+    scale = 1 / facts.scaling_factor if facts.invert_scale_latents else facts.scaling_factor
+    return image_latents.float() * scale

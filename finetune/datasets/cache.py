@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from finetune.datasets import upkeep
-from finetune.datasets.entries import DTYPES, LatentsDtype, serialise, split
+from finetune.datasets.entries import DTYPES, Dtype, serialise, split
 from finetune.datasets.manifest import FileStamp, Kind, Manifest, ManifestItem
 from finetune.datasets.manifest import check_format as _check_format
 from finetune.errors import CacheError, DataError
@@ -49,7 +49,7 @@ class CacheConfig(Strict):
     image_draws: int = Field(4, ge=1, le=64)
     """Image-to-video: how many noise-augmented encodings of each clip's first frame are stored; training picks one at
     random each time."""
-    latents_dtype: LatentsDtype = "fp16"
+    latents_dtype: Dtype = "fp16"
     """Precision of stored latents. fp16 keeps 11 significant bits, far finer than the VAE's own noise; bf16 keeps 8."""
     decode_workers: int | None = Field(None, ge=0, le=64)
     """Processes that decode videos ahead of the encoder; left out: one per two CPU cores, at most 4; 0 for none."""
@@ -263,15 +263,15 @@ class Cache:
         return self.stamp(path).digest
 
     def stamp(self, path: Path) -> FileStamp:
-        """What a file looks like now; for a folder, the names in it.
+        """What a file looks like now; for a folder, the names of the files in it, without those that begin with a dot.
 
         Raises:
             DataError: if it cannot be read.
         """
         try:
             if path.is_dir():
-                names = sorted(entry.relative_to(path).as_posix() for entry in path.rglob("*"))
-                return FileStamp(-1, -1, digest_of(names))
+                names = [entry.name for entry in path.iterdir() if entry.name[0] != "." and entry.is_file()]
+                return FileStamp(-1, -1, digest_of(sorted(names)))
             return self._stamp_file(path)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None

@@ -15,8 +15,8 @@ from finetune.datasets.manifest import FORMAT
 from finetune.files import canonical_json
 from finetune.types import Bucket, ClipPlan
 
-LatentsDtype = Literal["fp16", "bf16", "fp32"]
-DTYPES: Mapping[LatentsDtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+Dtype = Literal["fp16", "bf16", "fp32"]
+DTYPES: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 # ------------------------------------------------------------------------------------------------------- addresses
@@ -30,7 +30,7 @@ def latents_address(
     pixel_rule: str,
     vae: str,
     vae_dtype: str,
-    latents_dtype: LatentsDtype,
+    latents_dtype: Dtype,
     image_draws: int | None,
 ) -> dict[str, Any]:
     """Everything that decides the latents of one clip.

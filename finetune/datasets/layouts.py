@@ -1,5 +1,6 @@
-"""The layouts that a dataset may have on disk; each says which video, caption and image belong together, and where that is
-written. What makes a row usable is checked in one place for all of them (``rows``).
+"""The layouts that a dataset may have on disk: which video, caption and image belong together, and where it is written.
+
+What makes a row usable is checked in one place for all of them (``rows``).
 
 A new layout is a new ``_Source`` here, joined to ``SourceConfig`` and to ``AutoSource.recognise``.
 """
@@ -27,7 +28,7 @@ IMAGE_COLUMNS = ("image", "image_path", "image_file")
 class _Source(Strict):
     path: Path
     """File or folder; a relative path starts at the configuration file's folder, and ``~`` is the home folder."""
-    repeats: float = Field(1.0, gt=0, le=10_000)
+    repeats: float = Field(default=1.0, gt=0, le=10_000)
     """How often each clip is seen per epoch: 3 = three times, 0.5 = in every other epoch on average."""
     split: Split = "train"
     """``train``, or ``holdout`` for clips that are never trained on and measure the held-out loss."""
@@ -55,7 +56,7 @@ class MetadataSource(_Source):
         rows = read_table(file)
         video = _column(rows, self.video_column, VIDEO_COLUMNS, "video_column", file)
         caption = _column(rows, self.caption_column, CAPTION_COLUMNS, "caption_column", file)
-        image = _column(rows, self.image_column, IMAGE_COLUMNS, "image_column", file, optional=True)
+        image = _column(rows, self.image_column, IMAGE_COLUMNS, "image_column", file)
         root = file.parent if self.root is None else _located(base, self.root)
         for row in rows:
             values = row.values
@@ -69,7 +70,8 @@ class MetadataSource(_Source):
 
 class PromptsSource(_Source):
     """CogVideo's layout: a folder with ``prompts.txt`` and ``videos.txt``, which pair line by line (blank lines do not
-    count), and for image-to-video optionally ``images.txt``."""
+    count), and for image-to-video optionally ``images.txt``.
+    """
 
     kind: Literal["prompts"] = "prompts"
 
@@ -96,7 +98,8 @@ class PromptsSource(_Source):
 class CogKitSource(_Source):
     """CogKit's layout: a folder with ``metadata.jsonl`` (``file_name`` and ``prompt``) beside the clips; or, for
     image-to-video, ``metadata.jsonl`` (``id``, ``prompt``), ``videos/`` and optionally ``images/``, each with a
-    ``metadata.jsonl`` (``file_name``, ``id``). The folder above ``train/`` serves too."""
+    ``metadata.jsonl`` (``file_name``, ``id``). The folder above ``train/`` serves too.
+    """
 
     kind: Literal["cogkit"] = "cogkit"
 
@@ -138,7 +141,8 @@ class CogKitSource(_Source):
 
 class FolderSource(_Source):
     """A folder of clips, with its sub-folders, and beside each clip its caption: ``walk.mp4`` and ``walk.txt``. For
-    image-to-video an image of that name (``walk.png``) is the first frame."""
+    image-to-video an image of that name (``walk.png``) is the first frame.
+    """
 
     kind: Literal["folder"] = "folder"
 
@@ -148,7 +152,9 @@ class FolderSource(_Source):
         files = _files_below(folder)
         videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
         if not videos:
-            raise DataError("the folder holds no videos", where=str(folder), fix=f"known are {' '.join(VIDEO_SUFFIXES)}")
+            raise DataError(
+                "the folder holds no videos", where=str(folder), fix=f"known are {' '.join(VIDEO_SUFFIXES)}"
+            )
         images = {file.with_suffix(""): file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
         known = set(files)
         for video in videos:
@@ -197,7 +203,9 @@ class AutoSource(_Source):
             if path.suffix.lower() in SUFFIXES:
                 return MetadataSource(path=path)
             raise DataError(
-                "the file is no dataset", where=str(path), fix=f"name a {', '.join(SUFFIXES)} file, or the clips' folder"
+                "the file is no dataset",
+                where=str(path),
+                fix=f"name a {', '.join(SUFFIXES)} file, or the clips' folder",
             )
         if not path.is_dir():
             raise DataError("there is no such file or folder", where=str(path), fix="check data.sources")
@@ -238,13 +246,11 @@ SourceConfig = Annotated[
 
 
 def _located(base: Path, path: Path) -> Path:
-    return Path(os.path.abspath(base / path.expanduser()))  # noqa: PTH100 - Path.absolute() keeps "..", resolve() follows links
+    return Path(os.path.abspath(base / path.expanduser()))  # noqa: PTH100 - takes out "..", follows no links
 
 
-def _column(
-    rows: list[Row], named: str | None, usual: tuple[str, ...], option: str, file: Path, *, optional: bool = False
-) -> str | None:
-    """The column to read: the named one, or the only one with a usual name."""
+def _column(rows: list[Row], named: str | None, usual: tuple[str, ...], option: str, file: Path) -> str:
+    """The column to read: the named one, or the only one with a usual name; "" where there is no image column."""
     columns = list(rows[0].values)
     held = f"the columns are: {', '.join(columns)}"
     if named is not None:
@@ -255,10 +261,10 @@ def _column(
     if len(found) > 1:
         told = f"the columns {' and '.join(found)} could both be meant"
         raise DataError(told, where=str(file), fix=f"name one with {option} (kind: metadata)")
-    if not found and not optional:
+    if not found and option != "image_column":
         told = f"none of the usual columns is there ({', '.join(usual)}); {held}"
         raise DataError(told, where=str(file), fix=f"name the column with {option} (kind: metadata)")
-    return found[0] if found else None
+    return found[0] if found else ""
 
 
 def _by_id(folder: Path, reading: Reading) -> dict[str, tuple[object, str]]:
@@ -274,7 +280,7 @@ def _by_id(folder: Path, reading: Reading) -> dict[str, tuple[object, str]]:
 
 
 def _id_of(row: Row, seen: set[str], reading: Reading) -> str | None:
-    """The row's id, as text so that 7 and "7" are the same; None, and an error, if it has none or it is not the first."""
+    """The row's id, as text so that 7 and "7" are the same; None, and an error, if it has none or another has it."""
     value = row.values.get("id")
     if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
         reading.errors.append(DataError("the row has no id", where=row.where, fix='write "id" as a number or text'))
@@ -287,7 +293,7 @@ def _id_of(row: Row, seen: set[str], reading: Reading) -> str | None:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """Every file in a folder and its sub-folders, sorted; what begins with a dot is left out, links are not followed."""
+    """Every file in a folder and its sub-folders, sorted; dot files are left out, links to folders not followed."""
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder), fix="check data.sources")
     found: list[Path] = []

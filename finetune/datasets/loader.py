@@ -1,6 +1,7 @@
 """From the cache to micro-batches: the entries a step asks for, with every random choice already made.
 
-All work here is on the CPU and a pure function of ``(seed, step, slot)``; a background thread does it ahead of the model.
+All work here is on the CPU and a pure function of ``(seed, step, slot)``; a background thread does it ahead of the
+model.
 """
 
 from __future__ import annotations

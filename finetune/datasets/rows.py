@@ -8,8 +8,11 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from finetune.errors import DataError
 
-VIDEO_SUFFIXES = tuple(".mp4 .m4v .mov .mkv .webm .avi .mpg .mpeg .ts .mts .m2ts .flv .wmv .3gp .ogv".split())
-IMAGE_SUFFIXES = tuple(".png .jpg .jpeg .webp .bmp .tif .tiff".split())
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ogv"),
+    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv"),
+)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 MAX_CAPTION_CHARS = 10_000
 """About ten times what 226 tokens hold: a longer caption is a wrong column or a wrong file."""
@@ -91,16 +94,22 @@ def check_file(value: object, root: Path, suffixes: tuple[str, ...], what: str, 
     path = root / value
     if path.suffix.lower() not in suffixes:
         raise DataError(
-            f"{value} is not a known kind of {what} file", where=where, fix=f"convert it to one of: {' '.join(suffixes)}"
+            f"{value} is not a known kind of {what} file",
+            where=where,
+            fix=f"convert it to one of: {' '.join(suffixes)}",
         )
     try:
         if not path.resolve().is_relative_to(root.resolve()):
             raise DataError(f"the {what} {value} is a link that leads out of {root}", where=where, fix=inside)
         if not path.is_file():
             slashes = " with forward slashes" if "\\" in value else ", upper and lower case too"
-            raise DataError(f"there is no file {path}", where=where, fix=f"check its name{slashes}, or take the row out")
+            raise DataError(
+                f"there is no file {path}", where=where, fix=f"check its name{slashes}, or take the row out"
+            )
         if path.stat().st_size == 0:
-            raise DataError(f"the file {path} is empty (0 bytes)", where=where, fix="copy it again, or take the row out")
+            raise DataError(
+                f"the file {path} is empty (0 bytes)", where=where, fix="copy it again, or take the row out"
+            )
     except (OSError, RuntimeError) as error:  # a name too long for the file system; links in a circle
         raise DataError(f"the {what} {value:.200} cannot be read: {error}", where=where, fix="check its name") from None
     return path

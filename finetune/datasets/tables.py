@@ -41,13 +41,13 @@ def read_table(path: Path) -> list[Row]:
         raise DataError("a metadata file is .jsonl, .csv or .parquet", where=str(path))
     if path.suffix.lower() == ".parquet":
         values = _load("parquet", path, path)
-        places = [f"{path.name}, row {number}" for number in range(1, len(values) + 1)]
+        places = [f"{path}, row {number}" for number in range(1, len(values) + 1)]
     elif path.suffix.lower() == ".csv":
         values, lines = _read_csv(path)
-        places = [f"{path.name}:{line}" for line in lines]
+        places = [f"{path}:{line}" for line in lines]
     else:
         values, lines = _read_jsonl(path)
-        places = [f"{path.name}:{line}" for line in lines]
+        places = [f"{path}:{line}" for line in lines]
     if not values:
         raise DataError("the file has no rows", where=str(path))
     return [Row(row, place) for row, place in zip(values, places, strict=True)]

@@ -6,22 +6,22 @@ from contextlib import AbstractContextManager
 
 from torch import nn
 
-from finetune.memory import checkpointing
+from finetune.memory import checkpointing as _checkpointing
 from finetune.section import Strict
 
 
 class MemoryConfig(Strict):
     """What is done to fit the run into memory. Nothing here changes what is computed."""
 
-    checkpointing: checkpointing.Checkpointing = "full"
+    checkpointing: _checkpointing.Checkpointing = "full"
     """Gradient checkpointing: ``full`` keeps only the blocks' inputs and runs each block again in the backward pass;
     ``none`` keeps all activations, for small models and large cards."""
 
     def apply(self, transformer: nn.Module) -> None:
         """Set up ``transformer`` in place."""
-        checkpointing.apply(transformer, self.checkpointing)
+        _checkpointing.apply(transformer, self.checkpointing)
 
 
 def assert_recompute(transformer: nn.Module, config: MemoryConfig) -> AbstractContextManager[None]:
     """A guard around one training step; see ``checkpointing.assert_recompute`` for what it raises."""
-    return checkpointing.assert_recompute(transformer, config.checkpointing)
+    return _checkpointing.assert_recompute(transformer, config.checkpointing)

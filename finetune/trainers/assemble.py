@@ -1,6 +1,7 @@
 """Everything a run is made of, put together in the order in which mistakes are cheapest to find.
 
-Configuration against the model's JSON, then the cache, then the checkpoint to continue from; only then are weights loaded.
+Configuration against the model's JSON, then the cache, then the checkpoint to continue from; only then are weights
+loaded.
 """
 
 from __future__ import annotations
@@ -130,9 +131,7 @@ def _accelerator(config: RunConfig) -> Any:
     )
 
 
-def _batch_makers(
-    config: RunConfig, facts: Facts, cache: Cache, manifest: Manifest
-) -> tuple[BatchMaker, BatchMaker]:
+def _batch_makers(config: RunConfig, facts: Facts, cache: Cache, manifest: Manifest) -> tuple[BatchMaker, BatchMaker]:
     training = [item for item in manifest.items if not item.holdout]
     heldout = [item for item in manifest.items if item.holdout]
     if not training:

@@ -1,7 +1,7 @@
 """An exponential moving average of what trains, through diffusers' ``EMAModel``.
 
-The average is kept in float32 on the device of the weights, over the fp32 masters where a bf16 model has them: averaging
-bf16 weights with a decay of 0.999 would round nearly every update away.
+The average is kept in float32 on the device of the weights, over the fp32 masters where a bf16 model has them:
+averaging bf16 weights with a decay of 0.999 would round nearly every update away.
 """
 
 from __future__ import annotations

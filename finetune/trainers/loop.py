@@ -1,15 +1,14 @@
 """``train(config)``: assemble a run, then the loop.
 
-Accelerate does what it is best at: devices, gradient synchronisation, accumulation, launch, trackers. The order of samples,
-the learning rate and every random number are pure functions of the step (``schedule``, ``streams``), so there is no state to
-restore but tensors and one integer.
+Accelerate does what it is best at: devices, gradient synchronisation, accumulation, launch, trackers. The order of
+samples, the learning rate and every random number are pure functions of the step (``schedule``, ``streams``), so there
+is no state to restore but tensors and one integer.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,8 +101,8 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
                     meter.add(losses, batch.timesteps, batch.clips)
                     if accelerator.sync_gradients:
                         run.unscale_gradients()
-                        limit = config.train.max_grad_norm
-                        norm = accelerator.clip_grad_norm_(run.parameters.values(), math.inf if limit is None else limit)
+                        limit = config.train.max_grad_norm or math.inf
+                        norm = accelerator.clip_grad_norm_(run.parameters.values(), limit)
                         record = meter.exchange(stop.requested)
                         grad_norm = float(norm)
                         require_finite(record, grad_norm, meter, step, run.gather_words)

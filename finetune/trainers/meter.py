@@ -121,8 +121,9 @@ def require_finite(
     else:
         samples = "every loss was finite; the gradient was not. Samples: " + ", ".join(gather_words(list(meter.clips)))
     raise TrainingError(
-        f"step {step}: non-finite {'loss' if faults else 'gradient'} (gradient norm {grad_norm}); the weights were not updated",
+        f"step {step}: non-finite {'loss' if faults else 'gradient'} (gradient norm {grad_norm});"
+        " the weights were not updated",
         where=samples,
-        fix="lower optimizer.lr, lengthen lr_schedule.warmup_steps, use model.dtype bf16 instead of fp16, or look at the named clips;"
-        " the last checkpoint is intact",
+        fix="lower optimizer.lr, lengthen lr_schedule.warmup_steps, use model.dtype bf16 instead of fp16, or look at"
+        " the named clips; the last checkpoint is intact",
     )

@@ -1,4 +1,4 @@
-"""One assembled run: the objects of a training, and the few things that the loop and validation ask of them together."""
+"""One assembled run: the objects of a training, and the few things that loop and validation ask of them together."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
 from finetune.facts import Facts
+from finetune.memory import assert_recompute
 from finetune.schedule import StepPlan
 from finetune.trainers.checkpoint import save_checkpoint
 from finetune.trainers.ema import Ema
@@ -29,8 +30,8 @@ from finetune.types import RunState
 
 FP16_LOSS_SCALE = 1024.0
 """Constant factor on the loss under fp16 compute, taken off the gradients again. Activation gradients of a mean over a
-million latents are about 1e-6, where fp16 has no digits left; the scale is constant because a resumed run could not know
-the history of an adaptive one. An overflow stops the run (``require_finite``)."""
+million latents are about 1e-6, where fp16 has no digits left; the scale is constant because a resumed run could not
+know the history of an adaptive one. An overflow stops the run (``require_finite``)."""
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Run:
 
     def recompute_guard(self, first: bool) -> AbstractContextManager[object]:
         """Around the first step: raises unless gradient checkpointing does recompute."""
-        return self.config.memory.assert_active(self.module) if first else nullcontext()
+        return assert_recompute(self.module, self.config.memory) if first else nullcontext()
 
     def ema_step(self) -> None:
         """Take the weights of a finished step into the average, if one is kept."""
@@ -158,4 +159,3 @@ class Run:
     def gather_pairs(self, mine: list[Pair]) -> list[Pair]:
         """``gather_objects`` for (loss, timestep) pairs."""
         return [(float(loss), int(timestep)) for loss, timestep in self.gather_objects(mine)]
-

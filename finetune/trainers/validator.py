@@ -1,14 +1,14 @@
 """Measuring and sampling while training: held-out loss, its gap to the training clips, and videos.
 
-Everything it reads is fixed (clips, timesteps, noise, prompts, seeds) and everything it touches is put back, so a run with
-validation is bit for bit the run without.
+Everything it reads is fixed (clips, timesteps, noise, prompts, seeds) and everything it touches is put back, so a run
+with validation is bit for bit the run without.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from finetune.cogvideox import load_scheduler, load_vae
 from finetune.datasets.loader import BatchMaker, to_device
+from finetune.files import atomic_write_text
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.streams import address
 from finetune.trainers.run import Run
@@ -24,7 +25,18 @@ from finetune.types import Batch, RunState
 from finetune.videos import write_mp4
 
 HISTORY = "heldout.jsonl"
-"""In the run's folder: one JSON line per measurement (step, heldout, trainsubset, gap, bands)."""
+"""In the run's folder: one JSON line per ``Measurement``."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """The held-out loss after ``step`` optimizer steps, and the same on training clips."""
+
+    step: int
+    heldout: float
+    trainsubset: float
+    by_band: dict[str, float]
+    """Held-out loss by timestep band."""
 
 
 class Validator:
@@ -43,12 +55,16 @@ class Validator:
         self._trainsubset = _subset(run.training, config.clips)
         self._timesteps = fixed_timesteps(config.timesteps, run.facts.num_train_timesteps)
         self._history = _read_history(run.config.output_dir / HISTORY, before=run.state.step)
-        self.latest: float | None = self._history[-1]["heldout"] if self._history else None
 
     @property
     def before(self) -> float | None:
         """Held-out loss at step 0; None where it was not measured."""
-        return self._history[0]["heldout"] if self._history and self._history[0]["step"] == 0 else None
+        return self._history[0].heldout if self._history and self._history[0].step == 0 else None
+
+    @property
+    def latest(self) -> float | None:
+        """Held-out loss at the last measurement; None before the first."""
+        return self._history[-1].heldout if self._history else None
 
     def judge(self, state: RunState) -> tuple[RunState, bool]:
         """Measure after a step; returns the state with the best loss so far, and whether this is it."""
@@ -77,12 +93,10 @@ class Validator:
             },
         )
         self._run.console.note(
-            f"step {step}: held-out loss {heldout.mean:.4f}, same on training clips {trainsubset.mean:.4f} (gap {gap:+.4f})"
+            f"step {step}: held-out loss {heldout.mean:.4f},"
+            f" same on training clips {trainsubset.mean:.4f} (gap {gap:+.4f})"
         )
-        self._remember(
-            {"step": step, "heldout": heldout.mean, "trainsubset": trainsubset.mean, "by_band": dict(heldout.by_band)}
-        )
-        self.latest = heldout.mean
+        self._remember(Measurement(step, heldout.mean, trainsubset.mean, heldout.by_band))
         return heldout.mean
 
     def _evaluate(self, makers: Sequence[tuple[BatchMaker, int]]) -> HeldoutLoss:
@@ -97,11 +111,11 @@ class Validator:
         batches = (to_device(maker.fixed(index, steps), run.device) for maker, index, steps in mine)
         return evaluate(self._losses, batches, run.facts.num_train_timesteps, gather=run.gather_pairs)
 
-    def _remember(self, row: dict[str, object]) -> None:
-        self._history.append(row)
+    def _remember(self, measured: Measurement) -> None:
+        self._history.append(measured)
         if self._run.accelerator.is_main_process:
-            path = self._run.config.output_dir / HISTORY
-            path.write_text("".join(json.dumps(line) + "\n" for line in self._history), encoding="utf-8")
+            lines = "".join(json.dumps(asdict(row)) + "\n" for row in self._history)
+            atomic_write_text(self._run.config.output_dir / HISTORY, lines)
 
     def sample(self, step: int) -> None:
         """Sample every configured prompt with the weights of this step, to files and to the tracker."""
@@ -154,9 +168,9 @@ def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:
     return [(maker, index) for index in order[:count]]
 
 
-def _read_history(path: Path, *, before: int) -> list[dict[str, object]]:
-    """Measurements up to the step a run resumes at; those of a run that began anew are dropped."""
+def _read_history(path: Path, *, before: int) -> list[Measurement]:
+    """Measurements up to the step a run resumes at; those of a run that begins anew are dropped."""
     if before == 0 or not path.is_file():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if row["step"] <= before]
+    rows = [Measurement(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [row for row in rows if row.step <= before]
