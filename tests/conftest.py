@@ -56,6 +56,20 @@ def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three demo clips cut to 9x32x64, another aspect ratio than ``demo_clips``."""
+    from finetune.demo import Scene, render
+    from finetune.videos import write_mp4
+
+    folder = tmp_path_factory.mktemp("wide")
+    for colour in ("red", "green", "blue"):
+        scene = Scene("circle", colour, "left")
+        write_mp4(folder / f"{colour}.mp4", render(scene)[:, 16:48], 8)
+        (folder / f"{colour}.txt").write_text(scene.caption)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def real_clips() -> Path:
     """The folder of real clips, from FINETUNE_REAL_CLIPS; the test skips where there is none."""
     folder = os.environ.get("FINETUNE_REAL_CLIPS")

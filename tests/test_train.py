@@ -16,11 +16,19 @@ from finetune.errors import CheckpointError, TrainingError
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
 
-# Two buckets, accumulation and an odd number of clips: a step mixes epochs, and the last micro-batch of a bucket is smaller.
-TANGLED = {
-    "data": {"buckets": ["9x64x64", "5x64x64"], "span": "all", "caption_dropout": 0.3},
-    "train": {"steps": 5, "accumulation": 3, "batch_size": 2},
-}
+
+def tangled(demo_clips: Path, wide_clips: Path) -> dict[str, object]:
+    """Two buckets, accumulation, an odd number of clips: steps mix epochs, and a bucket's last micro-batch is smaller."""
+    return {
+        "data": {
+            "sources": [{"path": str(demo_clips)}, {"path": str(wide_clips)}],
+            "buckets": ["9x64x64", "9x32x64"],
+            "caption_dropout": 0.3,
+        },
+        "train": {"steps": 5, "accumulation": 3, "batch_size": 2},
+    }
+
+
 METHODS = {"lora": {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}, "full": {"kind": "full"}}
 OPTIMIZERS = {"adamw": {"kind": "adamw", "lr": 1e-3}, "adamw8bit": {"kind": "adamw8bit", "lr": 1e-3}}
 
@@ -57,8 +65,8 @@ def test_training_moves_only_what_trains(tiny_model, demo_clips, tmp_path, metho
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, tmp_path, method, kind):
-    changes = TANGLED | {"method": METHODS[method], "optimizer": OPTIMIZERS[kind]}
+def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tmp_path, method, kind):
+    changes = tangled(demo_clips, wide_clips) | {"method": METHODS[method], "optimizer": OPTIMIZERS[kind]}
     model = tiny_model()
     # Big enough tensors that the 8-bit optimizer does quantise: under 4096 elements it keeps 32 bits.
     whole = train(run_config(model, demo_clips, tmp_path / "whole", **changes))

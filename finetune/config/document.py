@@ -141,6 +141,8 @@ class Document:
         path = self._assign(parts, value, where)
         self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}
         self.places.update({path + inner: where for inner in [(), *reader.places]})
+        for end in range(1, len(path)):  # sections that the file does not have
+            self.places.setdefault(path[:end], where)
 
     def _assign(self, parts: Sequence[str], value: Any, where: str) -> Keys:
         holder: Any = self.values

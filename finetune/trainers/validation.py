@@ -22,6 +22,10 @@ from finetune.section import Strict
 from finetune.types import Batch
 
 
+HISTORY = "heldout.jsonl"
+"""In the run's folder: one JSON line per measurement (``step``, ``heldout``, ``trainsubset``, ``by_band``)."""
+
+
 class SamplePrompt(Strict):
     """One video to sample: what for, from which image, with which noise."""
 

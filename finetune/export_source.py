@@ -1,0 +1,160 @@
+"""Which weights an export is made of: from a run's folder or one checkpoint to verified tensors and their history."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from finetune.config import RunConfig
+from finetune.datasets.cache import Cache
+from finetune.errors import CacheError, CheckpointError, ExportError
+from finetune.trainers.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from finetune.trainers.method import LoraMethod
+from finetune.trainers.validation import HISTORY
+from finetune.types import RunState
+
+
+@dataclass(frozen=True)
+class DataSummary:
+    """What a run was trained on, as its cache remembers it."""
+
+    clips: int
+    heldout: int
+    by_bucket: dict[str, int]
+    """Training clips per bucket."""
+    captions: tuple[str, ...]
+    """A few distinct captions, as they were encoded."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to export, read and verified."""
+
+    checkpoint: Path
+    run_dir: Path | None
+    """The run's folder; None where the checkpoint was moved out of it."""
+    config: RunConfig
+    """Of the run, with the base model where it is now."""
+    trained_on: str
+    """The base model as the run had it."""
+    state: RunState
+    tensors: dict[str, Tensor]
+    """The chosen weights by the method's names."""
+    weights: Literal["raw", "ema"]
+
+    @property
+    def lora(self) -> bool:
+        """Whether the run trained an adapter, not the whole transformer."""
+        return isinstance(self.config.method, LoraMethod)
+
+    @property
+    def default_folder(self) -> Path:
+        """Where the export goes unless told otherwise."""
+        if self.run_dir is not None:
+            return self.run_dir / "export"
+        return self.checkpoint.with_name(f"{self.checkpoint.name}-export")
+
+    @cached_property
+    def heldout(self) -> tuple[float | None, float | None]:
+        """Held-out loss before the first step and at the exported one, as far as they were measured."""
+        try:
+            lines = (self.run_dir / HISTORY).read_text(encoding="utf-8").splitlines() if self.run_dir else []
+        except OSError:
+            lines = []
+        losses = {row["step"]: row["heldout"] for row in map(json.loads, filter(None, lines))}
+        return losses.get(0), losses.get(self.state.step) if self.state.step else None
+
+    @cached_property
+    def data(self) -> DataSummary | None:
+        """What the run was trained on; None where its cache is gone."""
+        root = self.config.cache.dir
+        if not (root / "manifests").is_dir():
+            return None
+        try:
+            contents = [content for _, content in Cache(root).manifests()]
+        except CacheError:  # an export must not fail for a cache that it does not need
+            return None
+        for content in contents:
+            if content.get("digest") == self.state.cache_digest:
+                return _summary(content["items"])
+        return None
+
+
+def _summary(items: list[dict[str, Any]]) -> DataSummary:
+    training = [item for item in items if not item["holdout"]]
+    buckets: dict[str, int] = {}
+    for item in training:
+        buckets[item["bucket"]] = buckets.get(item["bucket"], 0) + 1
+    captions = dict.fromkeys(item["caption"] for item in training)
+    return DataSummary(len(training), len(items) - len(training), dict(sorted(buckets.items())), tuple(captions)[:5])
+
+
+def find_source(
+    source: Path,
+    checkpoint: Literal["latest", "best"],
+    weights: Literal["auto", "ema", "raw"],
+    pretrained: str | None,
+) -> Source:
+    """Find and read the checkpoint that is meant.
+
+    Args:
+        source: a run's folder, or a checkpoint's.
+        checkpoint: which one of a run's folder.
+        weights: the moving average, the trained weights, or ``auto``: the average if there is one.
+        pretrained: where the base model is now; None for where the run had it.
+
+    Raises:
+        CheckpointError: if there is no complete checkpoint, or it is damaged.
+        ExportError: if it has no average, or the run has no best checkpoint.
+    """
+    path = _checkpoint_of(source, checkpoint)
+    loaded = load_checkpoint(path, optimizer=False)
+    chosen: Literal["raw", "ema"] = "raw" if weights == "raw" or (weights == "auto" and loaded.ema is None) else "ema"
+    if chosen == "ema" and loaded.ema is None:
+        raise ExportError(
+            "the run kept no moving average of its weights", where=str(path), fix="export with --weights raw"
+        )
+    values = loaded.config
+    trained_on = str(values["model"]["pretrained"])
+    if pretrained is not None:
+        values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
+    inside_run = path.parent.name == "checkpoints"
+    return Source(
+        checkpoint=path,
+        run_dir=path.parent.parent if inside_run else None,
+        config=RunConfig.from_dict(values),
+        trained_on=trained_on,
+        state=loaded.state,
+        tensors=loaded.trainable if chosen == "raw" or loaded.ema is None else loaded.ema,
+        weights=chosen,
+    )
+
+
+def _checkpoint_of(source: Path, checkpoint: Literal["latest", "best"]) -> Path:
+    standing = list_checkpoints(source)
+    if not standing:
+        if source.is_dir() and not (source / "state.json").is_file():
+            raise CheckpointError(
+                "the folder holds no complete checkpoint",
+                where=str(source),
+                fix="give a run's folder (output_dir) or one of its checkpoints/step-... folders",
+            )
+        return source
+    newest = standing[-1][1]
+    if checkpoint == "latest":
+        return newest
+    best_step = load_checkpoint(newest, optimizer=False).state.best_step
+    best = None if best_step is None else checkpoint_path(source, best_step)
+    if best is None or best not in [path for _, path in standing]:
+        raise ExportError(
+            "the run has no best checkpoint: "
+            + ("no held-out loss was measured" if best is None else f"step {best_step} is not there any more"),
+            where=str(source),
+            fix="export the latest one; a best one needs data.holdout, validation.every and checkpoint.keep_best",
+        )
+    return best

@@ -1,0 +1,137 @@
+"""Whether an export, loaded by diffusers' own code, is the model that was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.cogvideox import ModelConfig, build_pipeline, denoise, load_scheduler, load_transformer
+from finetune.errors import ExportError
+from finetune.export_source import Source
+from finetune.facts import Facts
+from finetune.generate_inputs import ADAPTER_FILE
+from finetune.streams import stream
+
+ADAPTER = "default"
+"""The adapter's name in the transformers compared here; it is no part of the file."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the reloaded export has to reproduce; all tensors on the CPU."""
+
+    velocity: Tensor
+    """``forward``, float32."""
+    tensors: Mapping[str, Tensor]
+    """LoRA: the adapter's, by peft's names. Full: every parameter, in the model's dtype."""
+    scaling: Mapping[str, float]
+    """LoRA: the factor of every adapted layer. Full: empty."""
+
+
+def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: torch.device) -> tuple[float, float]:
+    """Load the export with diffusers' own code and compare; returns the largest difference and what is allowed.
+
+    Raises:
+        ExportError: if a tensor or a scale is not what was trained, or the forward pass differs.
+    """
+    config = found.config
+    if found.lora:
+        transformer = load_transformer(config.model, device=device)
+        pipeline = build_pipeline(facts, transformer=transformer, scheduler=load_scheduler(config.model))
+        pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER)
+        transformer.eval()
+        tensors, scaling = adapter_tensors(transformer), adapter_scaling(transformer)
+    else:
+        exported = ModelConfig(pretrained=str(folder))
+        transformer = load_transformer(exported, device=device, dtype=config.model.torch_dtype())
+        tensors, scaling = dict(transformer.named_parameters()), {}
+    problems = [*_unequal_tensors(trained.tensors, tensors), *_unequal_scales(trained.scaling, scaling)]
+    velocity = forward(transformer, facts, device)
+    difference = (velocity - trained.velocity).abs().max().item()
+    tolerance = tolerance_of(trained.velocity, config.model.torch_dtype())
+    # `not <=`, so that a NaN fails too.
+    if not difference <= tolerance:
+        problems.append(f"predicted velocities differ by up to {difference:.3g}, allowed are {tolerance:.3g}")
+    if problems:
+        raise ExportError(
+            "the export, loaded by diffusers, is not the model that was trained; it was deleted: "
+            + "; ".join(problems),
+            where=str(found.checkpoint),
+            fix="update diffusers and peft; if it persists this is a bug, and the checkpoint itself is unharmed",
+        )
+    return difference, tolerance
+
+
+def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference of one forward pass that is rounding.
+
+    In float32 both sides run the same operations on the same numbers; 1e-5 of the largest output leaves room for
+    kernels that are chosen by memory alignment. In half precision diffusers also rounds the float32 adapter to the
+    model's dtype, and a rounding that falls the other way somewhere travels through every later layer: 8 units in the
+    last place of the largest output. What hides below that (the wrong scale of a weak adapter) is found by comparing
+    tensors and scales, which allows no difference at all.
+    """
+    return max(1e-5, 8 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0) * velocity.abs().max().item()
+
+
+@torch.no_grad()
+def forward(transformer: Any, facts: Facts, device: torch.device) -> Tensor:
+    """The velocity predicted for seeded inputs: two patches in time, the smallest interesting size in space."""
+    frames = 2 * (facts.patch_size_t or 1)
+    height, width = 4 * facts.patch_size, 6 * facts.patch_size
+    if facts.use_learned_positions:  # another height or width is refused; another frame count is not
+        height, width = facts.sample_height, facts.sample_width
+
+    def draw(name: str, *shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=stream(0, "export", name)).to(device)
+
+    channels = facts.latent_channels
+    return denoise(
+        transformer,
+        facts,
+        draw("latents", channels, frames, height, width),
+        draw("prompt", facts.max_text_seq_length, facts.text_embed_dim),
+        torch.tensor([facts.num_train_timesteps // 2], device=device),
+        draw("image", channels, 1, height, width) if facts.image_to_video else None,
+    ).cpu()
+
+
+def adapter_tensors(transformer: Any) -> dict[str, Tensor]:
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+    return {name: tensor.detach().cpu() for name, tensor in state.items()}
+
+
+def adapter_scaling(transformer: Any) -> dict[str, float]:
+    return {
+        name: float(module.scaling[ADAPTER])
+        for name, module in transformer.named_modules()
+        if ADAPTER in getattr(module, "scaling", {})
+    }
+
+
+def _unequal_tensors(trained: Mapping[str, Tensor], reloaded: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that differ by a bit, after the rounding to the dtype they are reloaded in."""
+    if trained.keys() != reloaded.keys():
+        odd = sorted(trained.keys() ^ reloaded.keys())
+        return [f"{len(odd)} tensors are on one side only, such as {odd[0]}"]
+    unequal = [
+        name
+        for name, tensor in trained.items()
+        if not torch.equal(tensor.to(reloaded[name].dtype), reloaded[name].cpu())
+    ]
+    return [f"{len(unequal)} of {len(trained)} tensors differ, such as {unequal[0]}"] if unequal else []
+
+
+def _unequal_scales(trained: Mapping[str, float], reloaded: Mapping[str, float]) -> list[str]:
+    unequal = sorted(name for name in trained.keys() | reloaded.keys() if trained.get(name) != reloaded.get(name))
+    if not unequal:
+        return []
+    name = unequal[0]
+    return [f"the update of {name} counts {reloaded.get(name)} instead of {trained.get(name)} (alpha / rank)"]

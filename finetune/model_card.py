@@ -1,0 +1,257 @@
+"""What goes beside exported weights: a model card for people, a record for programs, and the run's sampled videos."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from finetune.export_source import Source
+from finetune.facts import Facts
+from finetune.generate_inputs import ADAPTER_FILE
+from finetune.trainers.method import LoraMethod
+from finetune.trainers.validation import SamplePrompt
+
+_CAPTION_LENGTH = 240
+_STOCK_TEXT_LENGTH = 226
+"""``max_sequence_length`` of the stock pipelines unless told otherwise: right for the first generation only."""
+
+
+def training_record(found: Source, facts: Facts, *, max_abs_diff: float, tolerance: float) -> str:
+    """What programs may want to know of an export, as JSON: ``generate`` takes size and rate from it.
+
+    Paths of the machine it was trained on are left out.
+    """
+    config = found.config
+    return _json(
+        {
+            "format": 1,
+            "kind": config.method.kind,
+            "base_model": _public_name(found.trained_on),
+            "revision": config.model.revision,
+            "image_to_video": facts.image_to_video,
+            "step": found.state.step,
+            "weights": found.weights,
+            "buckets": [str(bucket) for bucket in config.data.buckets],
+            "fps": config.data.fps or facts.native_fps,
+            "trigger": config.data.trigger,
+            "method": config.method.model_dump(mode="json", exclude={"init_from"}),
+            "optimizer": config.optimizer.model_dump(mode="json"),
+            "lr_schedule": config.lr_schedule.model_dump(mode="json"),
+            "train": config.train.model_dump(mode="json"),
+            "verified": {"max_abs_diff": max_abs_diff, "tolerance": tolerance},
+            "versions": versions(),
+        }
+    )
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the numbers."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("cogvideox-finetune", "diffusers", "peft"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            continue
+    return found
+
+
+def copy_samples(run_dir: Path | None, step: int, folder: Path) -> list[str]:
+    """Copy the videos that the run sampled last, at ``step`` or before, to ``folder/samples``; returns their names."""
+    rounds = sorted(run_dir.glob("samples/step-*")) if run_dir is not None else []
+    reached = [path for path in rounds if (match := re.fullmatch(r"step-(\d+)", path.name)) and int(match[1]) <= step]
+    videos = sorted(reached[-1].glob("*.mp4")) if reached else []
+    for video in videos:
+        (folder / "samples").mkdir(exist_ok=True)
+        shutil.copyfile(video, folder / "samples" / video.name)
+    return [video.name for video in videos]
+
+
+def model_card(found: Source, facts: Facts, *, name: str, samples: list[str], full_pipeline: bool) -> str:
+    """README.md: front matter for the hub, then what was trained, on what, how well, and how to load it."""
+    config = found.config
+    kind = "LoRA" if found.lora else "Full fine-tuning"
+    base = _public_name(found.trained_on)
+    sections = [
+        _front_matter(found, facts),
+        f"# {_text(config.output_dir.name)}\n\n{kind} of {_code(base)}"
+        f" ({'image' if facts.image_to_video else 'text'} to video), {found.state.step} optimizer steps"
+        f"{', exponential moving average of the weights' if found.weights == 'ema' else ''}.",
+        "## Use\n\n```python\n" + usage(found, facts, name=name, full_pipeline=full_pipeline) + "```",
+        "## Training data\n\n" + _data(found),
+        "## Settings\n\n" + _settings(found, facts),
+        "## Held-out loss\n\n" + _heldout(found),
+    ]
+    if samples:
+        sections.append("## Samples\n\n" + _samples(samples, config.validation.samples))
+    sections.append(
+        "## Verification\n\nThese files were loaded again through the stock diffusers pipeline and compared with the"
+        " trained model before they were published; the numbers stand in `finetune.json`."
+    )
+    return "\n\n".join(sections) + "\n"
+
+
+def _front_matter(found: Source, facts: Facts) -> str:
+    task = "image-to-video" if facts.image_to_video else "text-to-video"
+    values: dict[str, Any] = {
+        "library_name": "diffusers",
+        "pipeline_tag": task,
+        # A derivative falls under its base's licence, which this package cannot know.
+        "license": "other",
+        "license_name": "that-of-the-base-model",
+        "tags": ["cogvideox", "diffusers", task, "lora" if found.lora else "full-fine-tuning"],
+    }
+    if _is_hub_id(found.trained_on):  # a path would be a broken link on the hub
+        values["base_model"] = found.trained_on
+        values["base_model_relation"] = "adapter" if found.lora else "finetune"
+    if found.config.data.trigger:
+        values["instance_prompt"] = found.config.data.trigger
+    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+
+
+def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str:
+    """Python that loads the export and samples a video; it runs as it stands where the export's folder is.
+
+    A base model that is a folder is named by its whole path here, or it would not run.
+    """
+    config = found.config
+    pipeline = "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline"
+    dtype = str(config.model.torch_dtype())
+    base = found.trained_on
+    bucket = config.data.buckets[0]
+    caption = found.data.captions[0] if found.data and found.data.captions else (config.data.trigger or "a video")
+    classes = [pipeline] if found.lora or full_pipeline else [pipeline, "CogVideoXTransformer3DModel"]
+    lines = [
+        "import torch",
+        f"from diffusers import {', '.join(classes)}",
+        f"from diffusers.utils import export_to_video{', load_image' if facts.image_to_video else ''}",
+        "",
+    ]
+    if found.lora:
+        lines += [
+            f"pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={dtype})",
+            f'pipeline.load_lora_weights({name!r}, weight_name="{ADAPTER_FILE}", adapter_name="tuned")',
+            'pipeline.set_adapters("tuned", 1.0)  # the strength; the file brings its own alpha, so 1.0 is as trained',
+        ]
+    elif full_pipeline:
+        lines.append(f"pipeline = {pipeline}.from_pretrained({name!r}, torch_dtype={dtype})")
+    else:
+        loaded = f'CogVideoXTransformer3DModel.from_pretrained({name!r}, subfolder="transformer", torch_dtype={dtype})'
+        lines += [
+            f"transformer = {loaded}",
+            f"pipeline = {pipeline}.from_pretrained({base!r}, transformer=transformer, torch_dtype={dtype})",
+        ]
+    lines += [
+        "if torch.cuda.is_available():",
+        "    pipeline.enable_model_cpu_offload()",
+        "    pipeline.vae.enable_tiling()",
+        "video = pipeline(",
+        f"    prompt={caption!r},",
+        *(['    image=load_image("first_frame.png"),'] if facts.image_to_video else []),
+        f"    num_frames={bucket.frames},",
+        f"    height={bucket.height},",
+        f"    width={bucket.width},",
+        f"    num_inference_steps={config.validation.num_inference_steps},",
+        f"    guidance_scale={config.validation.guidance_scale:g},",
+        *(
+            [f"    max_sequence_length={facts.max_text_seq_length},"]
+            if facts.max_text_seq_length != _STOCK_TEXT_LENGTH
+            else []
+        ),
+        "    generator=torch.Generator().manual_seed(0),",
+        ").frames[0]",
+        f'export_to_video(video, "video.mp4", fps={round(config.data.fps or facts.native_fps)})',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _data(found: Source) -> str:
+    buckets = ", ".join(str(bucket) for bucket in found.config.data.buckets)
+    data = found.data
+    if data is None:
+        return f"Clips of {buckets} (frames x height x width). The cache of the run was not at hand for a count."
+    shapes = ", ".join(f"{count} of {bucket}" for bucket, count in data.by_bucket.items())
+    heldout = f", and {data.heldout} held out to measure on" if data.heldout else ""
+    lines = [f"{data.clips} clips (frames x height x width: {shapes}){heldout}. Captions such as:", ""]
+    return "\n".join([*lines, *(f"- {_code(caption)}" for caption in data.captions)])
+
+
+def _settings(found: Source, facts: Facts) -> str:
+    config = found.config
+    rows = [
+        ("steps", str(found.state.step)),
+        ("samples seen", str(found.state.samples_seen)),
+        ("micro-batch x accumulation", f"{config.train.batch_size} x {config.train.accumulation}"),
+        ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
+        ("frame rate", f"{config.data.fps or facts.native_fps:g} per second"),
+        ("caption dropout", f"{config.data.caption_dropout:g}"),
+        ("weights held in", str(config.model.torch_dtype()).removeprefix("torch.")),
+        ("seed", str(config.train.seed)),
+        ("versions", ", ".join(f"{package} {number}" for package, number in versions().items())),
+    ]
+    if isinstance(config.method, LoraMethod):
+        method = config.method
+        variants = "".join(f", {name}" for name, on in (("rsLoRA", method.use_rslora), ("DoRA", method.use_dora)) if on)
+        targets = (method.targets,) if isinstance(method.targets, str) else method.targets
+        rows.insert(
+            0, ("LoRA", f"rank {method.rank}, alpha {method.alpha:g}{variants}, on {_code(', '.join(targets))}")
+        )
+    if config.data.trigger:
+        rows.insert(0, ("trigger word", _code(config.data.trigger)))
+    # A bar would end the cell even inside code.
+    cells = ((label, value.replace("|", "\\|")) for label, value in rows)
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in cells)])
+
+
+def _heldout(found: Source) -> str:
+    before, after = found.heldout
+    if before is None and after is None:
+        return "Not measured."
+    shown = ["not measured" if loss is None else f"{loss:.4f}" for loss in (before, after)]
+    return (
+        f"Before training {shown[0]}, at step {found.state.step} {shown[1]}: mean squared error on velocity, on clips"
+        " that were not trained on, at fixed timesteps and noise."
+    )
+
+
+def _samples(names: list[str], prompts: tuple[SamplePrompt, ...]) -> str:
+    lines = []
+    for name in names:
+        index = int(name[: len(name) - len(name.lstrip("0123456789"))] or -1)
+        prompt = f": {_code(prompts[index].prompt)}" if 0 <= index < len(prompts) else ""
+        lines.append(f"- [{name}](samples/{name}){prompt}")
+    return "\n".join(lines)
+
+
+def _is_hub_id(pretrained: str) -> bool:
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", pretrained) is not None and not Path(pretrained).exists()
+
+
+def _public_name(pretrained: str) -> str:
+    """A hub id as it is; of a path only the last part, because the rest is about somebody's machine."""
+    return pretrained if _is_hub_id(pretrained) else Path(pretrained).name
+
+
+def _code(text: str) -> str:
+    """A caption as inline code, so that nothing in it can act as Markdown or HTML."""
+    text = " ".join(text.split())
+    text = text[:_CAPTION_LENGTH] + ("..." if len(text) > _CAPTION_LENGTH else "")
+    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
+    fence = "`" * (longest + 1)
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
+def _text(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,555 @@
+"""The configuration: strict YAML, all faults at once with their lines, and rules against the facts of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel, Field
+
+from finetune.config import RunConfig, check_against, json_schema, load_config, require_valid
+from finetune.config.document import Document, Dumper
+from finetune.config.messages import did_you_mean, validate
+from finetune.errors import ConfigError
+from finetune.facts import KNOWN_MODELS, Facts, known_model, read_facts
+from finetune.section import Strict
+
+GOOD = """\
+model: {pretrained: THUDM/CogVideoX-5b}
+data:
+  sources:
+    - path: clips
+    - {path: more, repeats: 2}
+  buckets: [49x480x720]
+  holdout: 0.1
+train:
+  steps: 100
+output_dir: run
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    def _write(text: str = GOOD, name: str = "run.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return _write
+
+
+def fault(path: Path, overrides: tuple[str, ...] = ()) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+def facts_of(variant: str) -> Facts:
+    return read_facts(str(known_model(variant)))
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+def test_defaults_come_from_the_sections(write):
+    config = load_config(write())
+    assert config.method.kind == "lora"
+    assert config.optimizer.kind == "adamw8bit"
+    assert config.lr_schedule.kind == "constant"
+    assert [source.repeats for source in config.data.sources] == [1, 2]
+    assert str(config.data.buckets[0]) == "49x480x720"
+
+
+def test_a_section_without_kind_takes_the_default_kind(write):
+    config = load_config(write(GOOD + "optimizer: {lr: 3e-5}\nmethod: {rank: 8}\nlr_schedule: {warmup_steps: 5}\n"))
+    assert (config.optimizer.kind, config.optimizer.lr) == ("adamw8bit", 3e-5)
+    assert (config.method.kind, config.method.rank) == ("lora", 8)
+    assert config.lr_schedule.warmup_steps == 5
+
+
+def test_the_configuration_is_frozen(write):
+    with pytest.raises(ValueError, match="frozen"):
+        load_config(write()).train.steps = 3
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4), ("1E3", 1000.0), ("-2.5e+1", -25.0), (".5", 0.5), ("1.", 1.0), ("0x1F", 31), ("0o17", 15),
+        ("010", 10), ("off", "off"), ("no", "no"), ("y", "y"), ("1:30", "1:30"), ("2024-05-01", "2024-05-01"),
+        ("1_000", "1_000"), ("true", True), ("null", None), ("~", None), ("", None), ("+3", 3), ("1e", "1e"),
+        ("49x480x720", "49x480x720"), (".inf", math.inf), ("'1e-4'", "1e-4"), ("=", "="),
+    ],
+)  # fmt: skip
+def test_scalars_are_yaml_1_2(tmp_path, text, value):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"x: {text}\n")
+    read = Document.read(path).values["x"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.floats(allow_nan=False)
+        | st.text(st.characters(codec="utf-8", exclude_categories=["C"]))
+        | st.sampled_from(["1e-4", "0o7", "0x1", "off", "~", "<<", "=", "1_0", "1:30", "2024-05-01", ".inf", "#"]),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+        max_leaves=8,
+    )
+)  # fmt: skip
+def test_what_is_dumped_is_read_back(tmp_path_factory, value):
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(yaml.dump({"x": value}, Dumper=Dumper, allow_unicode=True, width=120), encoding="utf-8")
+    ours = Document.read(path).values["x"]
+    theirs = yaml.safe_load(path.read_text(encoding="utf-8"))["x"]
+    assert ours == value  # in our YAML 1.2 ...
+    assert theirs == value  # ... and for PyYAML's 1.1
+
+
+def test_anchors_and_merge_keys(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("base: &b {x: 1, y: 2}\nleft: {<<: *b, y: 3}\nright: {y: 4, <<: [{z: 5, x: 6}, *b]}\n")
+    values = Document.read(path).values
+    assert values["left"] == yaml.safe_load(path.read_text())["left"] == {"x": 1, "y": 3}
+    assert values["right"] == yaml.safe_load(path.read_text())["right"] == {"x": 6, "y": 4, "z": 5}
+
+
+# ------------------------------------------------------------------------------------------------- files that are none
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "the file is empty"),
+        ("# only a comment\n", "the file is empty"),
+        ("- a\n- b\n", "not a mapping"),
+        ("just words\n", "not a mapping"),
+        ("a: [1, 2\nb: 3\n", "not valid YAML"),
+        ("a: 1\n\tb: 2\n", "not valid YAML"),
+        ("a: 1\n---\nb: 2\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['echo broken']\n", "unknown"),
+        ("a: !!python/name:os.system x\n", "is not supported"),
+        ("a: !!int seven\n", "cannot read 'seven'"),
+        ("? [1, 2]\n: 3\n", "a key must be a plain word"),
+        ("a: &x [*x]\n", "refers to the value that it stands in"),
+        ("<<: 3\n", "'<<' takes a mapping"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+    ],
+)
+def test_a_file_that_is_no_configuration(write, text, said):
+    path = write(text)
+    message = fault(path)
+    if said != "unknown":
+        assert said in message
+    assert str(path) in message
+
+
+def test_nested_aliases_do_not_explode(write):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
+    assert "more than 100000 values" in fault(write("\n".join(lines)))
+
+
+def test_a_missing_file_a_folder_and_bytes(tmp_path):
+    assert "there is no configuration file" in fault(tmp_path / "none.yaml")
+    assert "cannot be read" in fault(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9\n")
+    assert "not UTF-8" in fault(tmp_path / "latin.yaml")
+
+
+def test_repeated_keys_are_all_reported(write):
+    message = fault(write(GOOD.replace("steps: 100", "steps: 100\n  seed: 1\n  steps: 5") + "output_dir: other\n"))
+    assert "2 faults" in message
+    assert "'steps' stands twice" in message and "run.yaml:11:3 (train.steps)" in message
+    assert "'output_dir' stands twice" in message and "run.yaml:13:1" in message
+
+
+# -------------------------------------------------------------------------------------------- what does not validate
+
+BAD = """\
+model:
+  pretrained: THUDM/CogVideoX-5b
+  dtipe: bf16
+data:
+  sources:
+    - path: clips
+      kind: metdata
+    - {path: b, kind: metadata, video_colum: x}
+    - {path: c, kind: folder, video_column: x}
+  buckets: [49x480x720, 49x480]
+  lr: 3
+method: {kind: full, rank: 3}
+optimizer:
+  kind: adam8bit
+train:
+  steps: ten
+  seeed: 3
+cache: {mode: rquire, decode_workers: -1}
+memory: 3
+validation:
+  samples:
+    - {prompt: 3}
+    - {seed: 1}
+checkpoint: {resume: [1]}
+"""
+EXPECTED = [
+    ("unknown field 'dtipe'; did you mean 'dtype'?", "3:3 (model.dtipe)", "the fields here are pretrained"),
+    ("unknown kind 'metdata'; did you mean 'metadata'?", "7:7 (data.sources.0.kind)", "use one of auto, metadata"),
+    ("unknown field 'video_colum'; did you mean 'video_column'?", "8:31 (data.sources.1.video_colum)", ""),
+    ("unknown field 'video_column'", "9:29 (data.sources.2.video_column)", "belongs to kind metadata"),
+    ("a bucket is frames x height x width", "10:25 (data.buckets.1)", ""),
+    ("unknown field 'lr'", "11:3 (data.lr)", "'lr' is written as optimizer.lr"),
+    ("unknown field 'rank'", "12:22 (method.rank)", "'rank' belongs to kind lora"),
+    ("unknown kind 'adam8bit'; did you mean 'adamw8bit'?", "14:3 (optimizer.kind)", "use one of adamw, adamw8bit"),
+    ("'steps' is 'ten'", "16:3 (train.steps)", ""),
+    ("unknown field 'seeed'; did you mean 'seed'?", "17:3 (train.seeed)", ""),
+    ("'mode' is 'rquire'; did you mean 'require'?", "18:9 (cache.mode)", "use one of auto, require"),
+    ("'decode_workers' is -1", "18:23 (cache.decode_workers)", ""),
+    ("'memory' is 3: should be a mapping of fields", "19:1 (memory)", ""),
+    ("text is wanted", "22:8 (validation.samples.0.prompt)", 'put it in quotes: prompt: "3"'),
+    ("'prompt' is missing", "23:7 (validation.samples.1.prompt)", "add it"),
+    ("checkpoint.resume is [1]", "24:14 (checkpoint.resume)", ""),
+    ("'output_dir' is missing", "1:1 (output_dir)", "add it: The run's folder"),
+]
+
+
+def test_all_faults_are_reported_at_once_with_line_and_fix(write):
+    path = write(BAD)
+    message = fault(path)
+    entries = message.split("\n- ")[1:]
+    assert message.startswith(f"{len(EXPECTED)} faults in {path}")
+    for what, where, fix in EXPECTED:
+        matching = [entry for entry in entries if f"{path}:{where}" in entry]
+        assert len(matching) == 1, f"{where}: {len(matching)} entries in\n{message}"
+        assert what in matching[0] and fix in matching[0], matching[0]
+    assert len(entries) == len(EXPECTED)
+
+
+def test_faults_are_in_the_order_of_the_file(write):
+    lines = [int(part.split(":")[0]) for part in fault(write(BAD)).split("run.yaml:")[1:]]
+    assert lines[:-1] == sorted(lines[:-1])  # the last is the field that is not there
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("optimizer: {lr: .inf}", "a finite number is wanted"),
+        ("optimizer: {lr: .nan}", "optimizer.lr"),
+        ("checkpoint: {keep_last: true}", "a number is wanted"),
+        ("optimizer: {kind: custom, name: torch.optim.SGD, kwargs: {momentum: .inf}}", "a finite number is wanted"),
+        ("tracking: ", "'tracking' is empty: should be a mapping of fields"),
+        ("optimizer: adamw", "optimizer"),
+        ("method: {kind: 3}", "unknown kind '3'"),
+        ("output_dir: 3", "output_dir"),
+    ],
+)
+def test_values_that_nobody_means(write, line, said):
+    text = GOOD.replace("output_dir: run\n", "") if line.startswith("output_dir") else GOOD
+    message = fault(write(text + line + "\n"))
+    assert said in message and "run.yaml:1" in message
+
+
+def test_length_must_be_said_once(write):
+    assert "exactly one of train.steps and train.epochs" in fault(write(), ("train.epochs=2",))
+    assert load_config(write(), ["train.steps=null", "train.epochs=2"]).train.epochs == 2
+
+
+def test_did_you_mean_offers_only_near_words():
+    assert did_you_mean("seeed", ["seed", "steps"]) == "; did you mean 'seed'?"
+    assert did_you_mean("banana", ["seed", "steps"]) == ""
+
+
+def test_several_models_in_one_plain_union_are_one_fault():
+    class Point(Strict):
+        x: int
+
+    class Holder(Strict):
+        where: int | list[int] | None = None
+        points: dict[str, Point] = Field(default_factory=dict)
+
+    with pytest.raises(ConfigError) as caught:
+        validate(Holder, Document.of({"where": "a", "points": {"p": {"x": "y", "z": 1}}}, "file"))
+    message = str(caught.value)
+    assert message.startswith("3 faults")
+    assert "where is 'a': should be a valid integer" in message and "; or should be a valid list" in message
+    assert "(points.p.x)" in message and "(points.p.z)" in message
+
+
+def test_library_use_reports_dotted_paths():
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict({"model": {"pretrained": "x", "dtipe": 1}})
+    message = str(caught.value)
+    assert "model.dtipe" in message and "did you mean 'dtype'" in message and "'train' is missing" in message
+
+
+# --------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_overrides_are_yaml_and_reach_anywhere(write):
+    config = load_config(
+        write(),
+        [
+            "optimizer.lr=1e-4", "train.steps=7", "data.buckets=[49x480x720, [25, 480, 720]]",
+            "data.sources.1.path=else", "data.sources[0].repeats=0.5", "data.sources.2={path: third}", "data.trigger='on'",
+            "validation.samples.0.prompt='a = b: c'", "cache.vae_tiling=off",
+        ],
+    )  # fmt: skip
+    assert config.optimizer.lr == 1e-4 and config.train.steps == 7
+    assert [bucket.frames for bucket in config.data.buckets] == [49, 25]
+    assert [source.path.name for source in config.data.sources] == ["clips", "else", "third"]
+    assert config.data.sources[0].repeats == 0.5
+    assert config.data.trigger == "on" and config.cache.vae_tiling == "off"
+    assert config.validation.samples[0].prompt == "a = b: c"
+    assert config.where("train.steps") == "--set train.steps=7 (train.steps)"
+
+
+def test_the_later_override_wins(write):
+    assert load_config(write(), ["train.steps=1", "train.steps=2"]).train.steps == 2
+    assert load_config(write(), ["optimizer.betas=[0, 0]", "optimizer={lr: 1}"]).optimizer.betas != (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("train.stesp=5", "unknown field 'stesp'; did you mean 'steps'?"),
+        ("trian.steps=5", "unknown field 'trian'; did you mean 'train'?"),
+        ("optimizer.kind=adma", "unknown kind 'adma'"),
+        ("train.steps", "is not an assignment"),
+        ("=5", "is not an assignment"),
+        ("train..steps=5", "is not an assignment"),
+        ("train.steps.x=5", "'train.steps' is 100 in the file and has no field 'x'"),
+        ("data.sources.x=5", "'x' is no index"),
+        ("data.sources.5.path=a", "'5' is no index into 'data.sources', which has 2 items"),
+        ("train.steps=[1", "not valid YAML"),
+        ("optimizer.lr=", "'lr' is empty"),
+    ],
+)
+def test_faulty_overrides_name_themselves(write, override, said):
+    message = fault(write(), (override,))
+    assert said in message and "--set" in message
+
+
+def test_all_faulty_overrides_are_reported(write):
+    message = fault(write(), ("a", "b", "train.steps.x=1"))
+    assert message.startswith("3 overrides")
+
+
+# ------------------------------------------------------------------------------------------------------------- paths
+
+
+def test_paths_start_at_the_file_and_expand_home(write, tmp_path, monkeypatch):
+    monkeypatch.chdir("/")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    config = load_config(
+        write(),
+        ["output_dir=../out", "cache.dir=~/cache", "validation.samples=[{prompt: a, image: b.png}]",
+         "checkpoint.resume=old", "method.init_from=./x/y", "data.sources.1.path=/abs"],
+    )  # fmt: skip
+    assert config.output_dir == tmp_path.parent / "out"
+    assert config.cache.dir == tmp_path / "home" / "cache"
+    assert config.validation.samples[0].image == tmp_path / "b.png"
+    assert config.checkpoint.resume == tmp_path / "old"
+    assert config.method.init_from == tmp_path / "x" / "y"
+    assert [source.path for source in config.data.sources] == [tmp_path / "clips", Path("/abs")]
+    assert config.base == tmp_path
+    assert load_config(tmp_path / "run.yaml", ["checkpoint.resume=none"]).checkpoint.resume == "none"
+
+
+def test_dots_behind_a_link_mean_what_the_system_means(write, tmp_path):
+    (tmp_path / "real" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
+    config = load_config(write(), ["output_dir=link/../out", "cache.dir=real/../cache"])
+    assert config.output_dir.resolve() == (tmp_path / "real" / "out").resolve()
+    assert config.cache.dir == tmp_path / "cache"
+
+
+def test_pretrained_is_a_folder_or_a_hub_id(write, tmp_path):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    path = write()
+    assert load_config(path).model.pretrained == "THUDM/CogVideoX-5b"
+    assert load_config(path, ["model.pretrained=models/mine"]).model.pretrained == str(tmp_path / "models" / "mine")
+    assert load_config(path, ["model.pretrained=./absent"]).model.pretrained == str(tmp_path / "absent")
+
+
+def test_a_relative_file_name_gives_absolute_paths(write, tmp_path, monkeypatch):
+    write()
+    monkeypatch.chdir(tmp_path)
+    config = load_config("run.yaml")
+    assert config.output_dir == Path.cwd() / "run" and config.base.is_absolute()
+
+
+# -------------------------------------------------------------------------------------------------- saved and compared
+
+
+def test_the_resolved_configuration_is_read_back_equal(write, tmp_path):
+    config = load_config(
+        write(),
+        ["method={kind: lora, targets: ['a.*b', \"it's\"]}", "optimizer={kind: custom, name: torch.optim.SGD, "
+         "kwargs: {momentum: 9e-1}}", "data.trigger='1e-4'", "validation.samples=[{prompt: 'off', seed: 3}]",
+         "validation.bucket=49x480x720", "train.max_grad_norm=null", "lr_schedule={kind: cosine}"],
+    )  # fmt: skip
+    saved = tmp_path / "elsewhere" / "config.yaml"
+    saved.parent.mkdir()
+    saved.write_text(config.to_yaml(), encoding="utf-8")
+    again = load_config(saved)
+    assert again == config and again.digest == config.digest
+    assert again.base != config.base  # where it was written is no part of what it says
+    assert RunConfig.from_dict(config.to_dict()) == config
+    assert yaml.safe_load(config.to_yaml()) == json.loads(json.dumps(config.to_dict()))
+
+
+def test_the_digest_moves_with_any_value(write):
+    path = write()
+    plain = load_config(path)
+    digests = {load_config(path, [change]).digest for change in ("train.seed=43", "data.fps=8", "output_dir=x")}
+    assert len(digests | {plain.digest}) == 4
+    assert load_config(path, ["train.seed=42"]).digest == plain.digest
+
+
+def test_the_schema_knows_every_section():
+    schema = json_schema()
+    assert set(schema["properties"]) == set(RunConfig.model_fields)
+    assert set(schema["required"]) == {"model", "data", "train", "output_dir"}
+    assert schema["additionalProperties"] is False
+
+
+def test_every_field_says_what_it_means():
+    """A field without a docstring is a hole in ``docs/config.md``."""
+    schema = json_schema()
+    fields = {
+        f"{name}.{field}": spec for name, part in schema["$defs"].items() for field, spec in part["properties"].items()
+    }
+    assert len(fields) >= 60
+    silent = [name for name, spec in fields.items() if "description" not in spec and not name.endswith(".kind")]
+    assert not silent, silent
+
+
+# ------------------------------------------------------------------------------------- rules against the model's facts
+
+NATIVE = {
+    "2b": "49x480x720",
+    "5b": "49x480x720",
+    "5b-i2v": "49x480x720",
+    "1.5-5b": "81x768x1360",
+    "1.5-5b-i2v": "81x768x1360",
+}
+
+
+def run_of(variant: str, **changes: object) -> RunConfig:
+    values: dict[str, object] = {
+        "model": {"pretrained": "x"},
+        "data": {"sources": [{"path": "a"}], "buckets": [NATIVE[variant]], "holdout": 0.1},
+        "train": {"steps": 100},
+        "output_dir": "out",
+    }
+    for dotted, value in changes.items():
+        section, _, name = dotted.partition("__")
+        values[section] = {**values.get(section, {}), name: value} if name else value  # type: ignore[dict-item]
+    return RunConfig.from_dict(values, base=Path("/nowhere"))
+
+
+@pytest.mark.parametrize("variant", KNOWN_MODELS)
+def test_a_plain_run_of_every_model_is_clean(variant):
+    assert check_against(run_of(variant), facts_of(variant)) == ((), ())
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "said", "path"),
+    [
+        ("5b", {"data__buckets": ["48x480x720"]}, "8N+1", "data.buckets.0"),
+        ("5b", {"data__buckets": ["49x480x720", "49x488x720"]}, "multiple of 16", "data.buckets.1"),
+        ("5b", {"validation__bucket": "57x480x720"}, "at most 49", "validation.bucket"),
+        ("2b", {"data__buckets": ["13x480x720"]}, "8N+1", "data.buckets.0"),
+        ("1.5-5b", {"data__buckets": ["80x768x1360"]}, "N+1", "data.buckets.0"),
+        ("5b-i2v", {"data__buckets": ["49x480x736"]}, "learned positions fix it to 49x480x720", "data.buckets.0"),
+        ("5b-i2v", {"data__buckets": ["25x480x720"]}, "learned positions", "data.buckets.0"),
+        ("5b-i2v", {"validation__samples": [{"prompt": "a"}]}, "samples from an image", "validation.samples.0"),
+        ("5b", {"validation__samples": [{"prompt": "a", "image": "b"}]}, "takes no image", "samples.0.image"),
+        ("5b-i2v", {"validation__samples": [{"prompt": "a", "image": "b"}]}, "there is no image /nowhere/b", "image"),
+        ("5b", {"data__sources": [{"path": "a", "split": "holdout"}]}, "nothing to train on", "data.sources"),
+        ("5b", {"output_dir": "/dev/null"}, "is a file, not a folder", "output_dir"),
+    ],
+)  # fmt: skip
+def test_what_the_model_cannot_do_is_an_error(variant, changes, said, path):
+    errors, _ = check_against(run_of(variant, **changes), facts_of(variant))
+    assert len(errors) == 1
+    assert said in errors[0].what and path in errors[0].where
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "said", "path"),
+    [
+        ("5b", {"model__dtype": "fp16"}, "trained in bf16", "model.dtype"),
+        ("5b", {"data__buckets": ["49x320x480"]}, "made for 480x720", "data.buckets.0"),
+        ("1.5-5b", {"data__buckets": ["85x768x1360"]}, "16N+1", "data.buckets.0"),
+        ("5b", {"data__fps": 16}, "0.5 times as fast", "data.fps"),
+        ("5b", {"data__image_dropout": 0.2}, "has no effect", "data.image_dropout"),
+        ("5b", {"cache__image_draws": 2}, "has no effect", "cache.image_draws"),
+        ("5b", {"data__unconditional_text": "zeros"}, "empty caption", "data.unconditional_text"),
+        ("5b", {"data__holdout": 0}, "no clip is held out", "data.holdout"),
+        ("5b", {"validation__every": None}, "nothing is measured", "validation.every"),
+        ("5b", {"lr_schedule__warmup_steps": 100}, "never reach", "lr_schedule.warmup_steps"),
+        ("5b", {"method": {"kind": "lora", "use_rslora": True}}, "5.66", "method.use_rslora"),
+        ("5b", {"method": {"kind": "lora", "use_dora": True, "dropout": 0.1}}, "slow", "method.use_dora"),
+    ],
+)
+def test_what_is_unwise_is_a_warning(variant, changes, said, path):
+    errors, warnings = check_against(run_of(variant, **changes), facts_of(variant))
+    assert not errors
+    assert len(warnings) == 1 and said in warnings[0] and path in warnings[0]
+
+
+def test_what_looks_alike_and_is_fine_is_not_warned_of():
+    fine = [
+        ("2b", {"model__dtype": "fp16"}),
+        ("5b", {"data__fps": 16, "data__span": "uniform"}),
+        ("5b-i2v", {"data__image_dropout": 0.2}),
+        ("5b", {"data__holdout": 0, "validation__every": None}),
+        ("5b", {"data__holdout": 0, "data__sources": [{"path": "a"}, {"path": "b", "split": "holdout"}]}),
+        ("5b", {"method": {"kind": "lora", "use_rslora": True, "alpha": 8}}),
+        ("5b", {"method": {"kind": "full"}, "lr_schedule__warmup_steps": 99}),
+    ]
+    for variant, changes in fine:
+        assert check_against(run_of(variant, **changes), facts_of(variant)) == ((), ()), (variant, changes)
+
+
+def test_too_many_validation_timesteps_for_the_schedule():
+    short = dataclasses.replace(facts_of("5b"), num_train_timesteps=4)
+    errors, _ = check_against(run_of("5b"), short)
+    assert "8 timesteps are wanted; the model has 4" in errors[0].what
+
+
+def test_require_valid_raises_everything_with_lines_and_returns_warnings(write):
+    path = write(
+        GOOD.replace("49x480x720", "48x480x720").replace("holdout: 0.1", "fps: 4") + "validation: {bucket: 9x9x9}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        require_valid(load_config(path), facts_of("5b"))
+    message = str(caught.value)
+    assert "run.yaml:6:13 (data.buckets.0)" in message and "run.yaml:11:14 (validation.bucket)" in message
+    (warning,) = require_valid(load_config(write(), ["data.fps=4"]), facts_of("5b"))
+    assert "twice" in warning or "2 times as fast" in warning
+
+
+def test_the_rules_report_everything_that_a_run_breaks():
+    config = run_of(
+        "5b", data__buckets=["50x481x721"], validation__bucket="50x481x721", output_dir="/dev/null",
+        validation__samples=[{"prompt": "a", "image": "b"}], data__sources=[{"path": "a", "split": "holdout"}],
+    )  # fmt: skip
+    errors, _ = check_against(config, facts_of("5b"))
+    assert len(errors) >= 9 and all(error.where for error in errors)
+
+
+class _Undocumented(BaseModel):
+    x: int = 3
+
+
+def test_the_docstring_test_can_fail():
+    assert "description" not in _Undocumented.model_json_schema()["properties"]["x"]

@@ -1,0 +1,379 @@
+"""What trains: names, dtypes, determinism, and adapters that continue."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from finetune.errors import CheckpointError, ConfigError
+from finetune.files import atomic_save_tensors
+from finetune.tiny import VARIANTS, tiny_transformer
+from finetune.trainers.checkpoint import CheckpointConfig, save_checkpoint, store
+from finetune.trainers.method import FullMethod, LoraMethod, MethodConfig, adapter, read_adapter
+from finetune.types import RunState
+
+MODELS = Path(__file__).parents[1] / "finetune" / "assets" / "models"
+
+
+def predict(transformer: nn.Module, variant: str = "5b", seed: int = 5) -> Tensor:
+    """One forward pass on random latents at the model's native size."""
+    config = transformer.config
+    generator = torch.Generator().manual_seed(seed)
+    dtype = transformer.proj_out.weight.dtype if hasattr(transformer.proj_out, "weight") else torch.float32
+    frames = 4 if config.patch_size_t else 3
+    latents = torch.randn(1, frames, config.in_channels, 8, 8, generator=generator).to(dtype)
+    text = torch.randn(1, config.max_text_seq_length, config.text_embed_dim, generator=generator).to(dtype)
+    ofs = torch.tensor([2.0], dtype=dtype) if config.ofs_embed_dim else None
+    return transformer(latents, text, torch.tensor([500]), ofs=ofs, return_dict=False)[0]
+
+
+def perturb(parameters: dict[str, nn.Parameter], seed: int = 3) -> None:
+    """As if trained: every trainable tensor moves."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def applied(method: LoraMethod | FullMethod, variant: str = "5b", *, seed: int = 0, dtype=torch.float32) -> nn.Module:
+    transformer = tiny_transformer(variant).to(dtype)
+    method.apply(transformer, seed=seed)
+    return transformer
+
+
+# ------------------------------------------------------------------------------------------------------------ targets
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers", "parameters"), [("2b", 120, 58_982_400), ("5b", 168, 132_120_576), ("1.5-5b-i2v", 168, None)]
+)
+def test_the_default_is_cogvideos_own_lora(variant, layers, parameters):
+    """The published counts of the real models, on tensors without data."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel.from_config(
+            json.loads((MODELS / variant / "transformer" / "config.json").read_text())
+        )
+    method = LoraMethod()
+    method.apply(transformer, seed=0)
+    trainable = method.trainable(transformer)
+    assert len(trainable) == 2 * layers
+    assert sum(p.numel() for p in trainable.values()) == (parameters or 132_120_576)
+    assert method.lora_metadata(transformer)["target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
+    assert ("adapted layers", f"{layers} (attention)") in method.describe(transformer)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_targets_are_linear_layers_of_every_variant(variant):
+    transformer = tiny_transformer(variant)
+    linear = {name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    attention = set(LoraMethod(targets="attention").target_modules(transformer))
+    feed_forward = set(LoraMethod(targets="attention+ff").target_modules(transformer))
+    assert len(attention) == 8 and len(feed_forward) == 12 and attention < feed_forward
+    assert set(LoraMethod(targets="all-linear").target_modules(transformer)) == linear
+    # 1.0 embeds patches with a convolution, 1.5 with a linear layer: neither may be assumed.
+    assert ("patch_embed.proj" in linear) == variant.startswith("1.5")
+    applied(LoraMethod(targets="all-linear", rank=2, alpha=2), variant)
+
+
+def test_patterns_match_whole_names_of_linear_layers_and_unite():
+    transformer = tiny_transformer()
+    method = LoraMethod(targets=(r".*\.to_q", r"transformer_blocks\.1\..*"))
+    chosen = method.target_modules(transformer)
+    block = [name for name in LoraMethod(targets="all-linear").target_modules(transformer) if "blocks.1." in name]
+    assert chosen == ["transformer_blocks.0.attn1.to_q", *block] and len(block) == 8
+
+
+@pytest.mark.parametrize(
+    ("targets", "message", "hint"),
+    [
+        ("to_q", "no module has such a name", "transformer_blocks.0.attn1.to_q"),
+        (r"transformer_blocks\.0\.attn1\.to_qq", "no module has such a name", "transformer_blocks.0.attn1.to_q"),
+        (r"transformer_blocks\.0\.attn1", "is no linear layer", "attention+ff"),
+        (("attention", "nothing_like_it"), "'nothing_like_it'", "attention"),
+    ],
+)
+def test_a_target_that_selects_nothing_is_an_error(targets, message, hint):
+    with pytest.raises(ConfigError) as caught:
+        applied(LoraMethod(targets=targets))
+    assert message in str(caught.value) and hint in caught.value.fix and caught.value.where == "method.targets"
+
+
+def test_what_is_no_pattern_is_refused_when_read():
+    for targets in ("to_(q", (), ""):
+        with pytest.raises(ValidationError):
+            LoraMethod(targets=targets)
+    assert isinstance(TypeAdapter(MethodConfig).validate_python({"kind": "full"}), FullMethod)
+
+
+# ----------------------------------------------------------------------------------------------------- initial values
+
+
+def test_initial_values_follow_from_the_seed_alone():
+    method = LoraMethod(rank=4, alpha=4)
+    reference = method.state(applied(method, seed=7))
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    again = applied(method, seed=7)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator must stay where it was"
+    narrow = applied(method, seed=7, dtype=torch.bfloat16)
+    wider = LoraMethod(rank=4, alpha=4, targets="attention+ff")
+    more = wider.state(applied(wider, seed=7))
+    assert len(reference) == 16
+    for name, tensor in reference.items():
+        assert torch.equal(tensor, method.state(again)[name])
+        assert torch.equal(tensor, method.state(narrow)[name]), "the base's dtype must not round them"
+        assert torch.equal(tensor, more[name]), "another target must not move them"
+    other = method.state(applied(method, seed=8))
+    assert not torch.equal(reference["transformer_blocks.0.attn1.to_q.lora_A.weight"],
+                           other["transformer_blocks.0.attn1.to_q.lora_A.weight"])
+    assert not torch.equal(reference["transformer_blocks.0.attn1.to_q.lora_A.weight"],
+                           reference["transformer_blocks.0.attn1.to_k.lora_A.weight"])
+
+
+def test_initial_values_have_pefts_distribution():
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    ours, theirs = tiny_transformer(attention_head_dim=64), tiny_transformer(attention_head_dim=64)
+    method = LoraMethod(rank=64)
+    method.apply(ours, seed=0)
+    theirs.add_adapter(LoraConfig(r=64, target_modules=method.target_modules(tiny_transformer(attention_head_dim=64))))
+    name = "transformer_blocks.0.attn1.to_q"
+    down, up = (ours.get_submodule(name).lora_A["default"].weight, ours.get_submodule(name).lora_B["default"].weight)
+    reference = theirs.get_submodule(name).lora_A["default"].weight
+    assert float(down.detach().abs().max()) == pytest.approx(float(reference.detach().abs().max()), rel=0.01)
+    assert float(down.detach().std()) == pytest.approx(float(reference.detach().std()), rel=0.03)
+    assert float(down.detach().mean()) == pytest.approx(0, abs=3 * float(down.detach().std()) / 64**0.5 / 16)
+    assert not up.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variation", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_an_untrained_adapter_changes_nothing(variation, dtype):
+    theirs = predict(tiny_transformer().to(dtype))
+    ours = predict(applied(LoraMethod(rank=4, alpha=3, **variation), dtype=dtype))
+    assert ours.dtype == dtype
+    # DoRA adds its (zero) correction in another order.
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 0.0}[dtype] if variation.get("use_dora") else 0.0
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_a_trained_adapter_changes_something():
+    """Canary of the test above."""
+    method = LoraMethod(rank=4, alpha=3)
+    transformer = applied(method)
+    perturb(method.trainable(transformer))
+    assert float((predict(transformer) - predict(tiny_transformer())).detach().abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("variation", [{}, {"use_dora": True, "dropout": 0.1}], ids=str)
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
+def test_fp32_lora_on_a_bf16_base_trains_every_target(variant, variation):
+    """Without autocast, and with gradient checkpointing, through which gradients must still reach the first block."""
+    method = LoraMethod(rank=4, targets="all-linear", **variation)
+    transformer = applied(method, variant, dtype=torch.bfloat16).train()
+    transformer.enable_gradient_checkpointing()
+    trainable = method.trainable(transformer)
+    perturb(trainable)
+    predict(transformer, variant).float().square().mean().backward()
+    assert {p.dtype for p in trainable.values()} == {torch.float32}
+    # In the last block only the video half of the normalisation reaches the output; every other target must learn.
+    silent = [name for name, p in trainable.items() if p.grad is None or not p.grad.any()]
+    assert silent == []
+    base = [p for name, p in transformer.named_parameters() if "lora" not in name]
+    assert base and all(p.dtype == torch.bfloat16 and p.grad is None and not p.requires_grad for p in base)
+
+
+def test_an_adapter_is_not_put_on_an_adapter():
+    transformer = applied(LoraMethod(rank=4))
+    with pytest.raises(ConfigError, match="already carries an adapter"):
+        LoraMethod(rank=4).apply(transformer, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------------- names and state
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_names_are_pefts(use_dora):
+    from peft import get_peft_model_state_dict
+
+    method = LoraMethod(rank=4, targets="attention+ff", use_dora=use_dora)
+    transformer = applied(method)
+    theirs = get_peft_model_state_dict(transformer, adapter_name="default")
+    ours = method.state(transformer)
+    assert ours.keys() == theirs.keys() and len(ours) == (36 if use_dora else 24)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_full_trains_every_parameter_and_no_buffer(variant):
+    method = FullMethod()
+    transformer = applied(method, variant, dtype=torch.bfloat16)
+    theirs = transformer.state_dict()
+    buffers = {name for name, _ in transformer.named_buffers()}
+    assert method.state(transformer).keys() == theirs.keys() - buffers
+    assert {p.dtype for p in method.trainable(transformer).values()} == {torch.bfloat16}
+    predict(transformer, variant).float().square().mean().backward()
+    assert sum(p.grad is not None for p in transformer.parameters()) == len(method.trainable(transformer))
+
+
+@pytest.mark.parametrize("method", [LoraMethod(rank=4), FullMethod()], ids=lambda method: method.kind)
+def test_state_goes_out_and_in(method):
+    transformer = applied(method)
+    perturb(method.trainable(transformer))
+    expected = predict(transformer)
+    fresh = applied(method, seed=1)
+    method.load_state(fresh, {name: tensor.clone() for name, tensor in method.state(transformer).items()})
+    assert torch.equal(predict(fresh), expected)
+    assert method.describe(fresh)[0][0] == "method"
+
+
+@pytest.mark.parametrize("method", [LoraMethod(rank=4), FullMethod()], ids=lambda method: method.kind)
+def test_state_that_does_not_fit_is_refused_and_nothing_is_copied(method):
+    transformer = applied(method)
+    state = {name: torch.full_like(tensor, 9.0) for name, tensor in method.state(transformer).items()}
+    first, second, third, *_ = state
+    untouched = {name: tensor.clone() for name, tensor in method.state(transformer).items()}
+    del state[first]
+    state["stranger"] = torch.zeros(1)
+    state[second] = state[second][:1]
+    state[third] = state[third].half()
+    with pytest.raises(CheckpointError) as caught:
+        method.load_state(transformer, state)
+    for said in (f"missing: {first}", "not in this run: stranger", f"{second} is float32", f"{third} is", "float16"):
+        assert said in str(caught.value)
+    assert all(torch.equal(tensor, untouched[name]) for name, tensor in method.state(transformer).items())
+
+
+# ------------------------------------------------------------------------------------------------ continuing an adapter
+
+VARIATIONS = [
+    {},
+    {"alpha": 2.5},
+    {"use_rslora": True},
+    {"use_dora": True},
+    {"targets": "attention+ff"},
+    {"targets": (r".*\.to_[qk]", "proj_out")},
+]
+
+
+def exported(folder: Path, method: LoraMethod, transformer: nn.Module) -> Path:
+    """As a diffusers pipeline saves it."""
+    from diffusers import CogVideoXPipeline
+
+    CogVideoXPipeline.save_lora_weights(
+        str(folder),
+        transformer_lora_layers=method.peft_state(transformer),
+        transformer_lora_adapter_metadata=method.lora_metadata(transformer),
+    )
+    return folder
+
+
+def saved(folder: Path, method: LoraMethod, transformer: nn.Module) -> Path:
+    """As one of our checkpoints."""
+    return save_checkpoint(
+        folder,
+        RunState(step=3, config_digest="", cache_digest=""),
+        trainable=method.state(transformer),
+        optimizer=({}, {}),
+        ema=None,
+        config={"method": method.model_dump(mode="json")},
+        policy=CheckpointConfig(),
+    )
+
+
+@pytest.mark.parametrize("write", [exported, saved])
+@pytest.mark.parametrize("variation", VARIATIONS, ids=str)
+def test_continuing_means_the_same_function(variation, write, tmp_path):
+    method = LoraMethod(**{"rank": 4, "alpha": 6, **variation})
+    transformer = applied(method)
+    perturb(method.trainable(transformer))
+    source = write(tmp_path, method, transformer)
+    continued = method.model_copy(update={"init_from": source})
+    assert torch.equal(predict(applied(continued, seed=99)), predict(transformer))
+    if write is exported:
+        file = method.model_copy(update={"init_from": source / adapter.LORA_FILE})
+        assert torch.equal(predict(applied(file)), predict(transformer))
+        theirs = tiny_transformer()
+        theirs.load_lora_adapter(str(source), weight_name=adapter.LORA_FILE, prefix="transformer")
+        torch.testing.assert_close(predict(theirs), predict(transformer), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank": 8}, "method.rank is 8, the adapter has 4"),
+        ({"alpha": 4.0}, "method.alpha is 4.0, the adapter has 6.0"),
+        ({"use_rslora": True}, "method.use_rslora is True, the adapter has False"),
+        ({"use_dora": True}, "method.use_dora is True, the adapter has False"),
+        ({"targets": "attention+ff"}, "missing: transformer_blocks.0.ff.net.0.proj.lora_A.weight"),
+        ({"targets": r".*\.to_q"}, "not in this run: transformer_blocks.0.attn1.to_k.lora_A.weight"),
+    ],
+)
+def test_settings_that_differ_from_the_adapters_are_refused(change, message, tmp_path):
+    method = LoraMethod(rank=4, alpha=6)
+    source = exported(tmp_path, method, applied(method))
+    with pytest.raises(ConfigError) as caught:
+        applied(method.model_copy(update={"init_from": source, **change}))
+    assert message in str(caught.value) and str(source) in caught.value.where
+
+
+def test_an_adapter_of_a_wider_model_is_refused(tmp_path):
+    method = LoraMethod(rank=4, alpha=6)
+    wide = tiny_transformer(num_attention_heads=8)
+    method.apply(wide, seed=0)
+    with pytest.raises(ConfigError, match=r"float32 \[4, 64\] here, float32 \[4, 128\] there"):
+        applied(method.model_copy(update={"init_from": exported(tmp_path, method, wide)}))
+
+
+def test_without_settings_an_adapter_is_read_as_diffusers_reads_it(tmp_path):
+    method = LoraMethod(rank=4, alpha=4)
+    transformer = applied(method)
+    perturb(method.trainable(transformer))
+    file = tmp_path / "somebodys.safetensors"
+    atomic_save_tensors(file, {f"transformer.{name}": t.half() for name, t in method.state(transformer).items()})
+    ours = applied(method.model_copy(update={"init_from": file}))
+    theirs = tiny_transformer()
+    theirs.load_lora_adapter(str(tmp_path), weight_name=file.name, prefix="transformer")
+    torch.testing.assert_close(predict(ours), predict(theirs), rtol=0, atol=0)
+    with pytest.raises(ConfigError, match="the adapter has 4") as caught:
+        applied(LoraMethod(rank=4, alpha=8, init_from=file))
+    assert "does not state its alpha" in caught.value.fix
+
+
+def test_what_is_no_adapter_is_refused(tmp_path):
+    cases: list[tuple[Path, str]] = [(tmp_path / "absent", "no such file or folder"), (tmp_path, "the folder holds")]
+    (tmp_path / "text.safetensors").write_text("not tensors")
+    cases.append((tmp_path / "text.safetensors", "cannot be read"))
+    atomic_save_tensors(tmp_path / "model.safetensors", {"proj_out.weight": torch.zeros(2)})
+    cases.append((tmp_path / "model.safetensors", "no LoRA tensors"))
+    mixed = {f"transformer.{name}.lora_A.weight": torch.zeros(rank, 8) for name, rank in (("a", 4), ("b", 8))}
+    atomic_save_tensors(tmp_path / "mixed.safetensors", mixed)
+    cases.append((tmp_path / "mixed.safetensors", r"ranks \[4, 8\]"))
+    for path, message in cases:
+        with pytest.raises(ConfigError, match=message):
+            read_adapter(path)
+
+
+def test_the_checkpoints_file_is_called_the_same_on_both_sides():
+    assert (adapter.CHECKPOINT_FILE, "config.json") == (store.TRAINABLE, store.CONFIG)
+    assert dataclasses.is_dataclass(adapter.Adapter)
+
+
+def test_every_field_is_described(tmp_path):
+    method = LoraMethod(rank=4, alpha=8, use_rslora=True, use_dora=True, targets=("attention", "proj_out"))
+    source = exported(tmp_path, method, applied(method))
+    continued: Any = method.model_copy(update={"init_from": source})
+    lines = dict(continued.describe(applied(continued, dtype=torch.bfloat16)))
+    assert lines["method"] == "LoRA + rsLoRA + DoRA" and lines["rank, alpha"] == "4, 8 (scale 4)"
+    assert lines["adapted layers"] == "9 (attention, proj_out)" and lines["continued from"] == str(source)
+    assert lines["trainable parameters"].endswith("in float32") and lines["frozen parameters"].endswith("in bfloat16")
