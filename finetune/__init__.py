@@ -17,13 +17,13 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from finetune.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from finetune.config import load_config as load_config
     from finetune.export import export as export
     from finetune.precompute import precompute as precompute
     from finetune.trainers.loop import train as train
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "load_config": "finetune.config",

@@ -19,6 +19,7 @@ from finetune.datasets.cache import Cache, FileStamp, Manifest, ManifestItem
 from finetune.datasets.entries import DTYPES, Dtype, image_address, latents_address, prompt_address
 from finetune.datasets.manifest import KINDS, Kind, portable
 from finetune.datasets.sources import source_files
+from finetune.datasets.upkeep import human_size
 from finetune.datasets.video import PIXEL_RULE
 from finetune.encoding import LatentsJob, PromptJob
 from finetune.errors import CacheError, DataError, raise_all
@@ -27,7 +28,6 @@ from finetune.files import digest_of
 from finetune.schedule import choose_holdout
 from finetune.types import Bucket
 
-GIB = 2**30
 _HASHING_THREADS = 4
 
 
@@ -192,7 +192,7 @@ def require_space(plan: CachePlan, root: Path) -> None:
     free = shutil.disk_usage(folder).free
     if plan.needed_bytes > free:
         raise CacheError(
-            f"the cache needs {plan.needed_bytes / GIB:.2f} GiB more and the disk has {free / GIB:.2f} GiB free",
+            f"the cache needs {human_size(plan.needed_bytes)} more and the disk has {human_size(free)} free",
             where=str(root),
             fix="make room (`finetune cache gc`), or set cache.dir to a larger disk",
         )

@@ -14,9 +14,9 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from finetune import __version__
 from finetune.arguments import build_parser
 from finetune.errors import ConfigError, FinetuneError
+from finetune.version import __version__
 
 if TYPE_CHECKING:
     from finetune.types import Bucket

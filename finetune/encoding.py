@@ -115,10 +115,9 @@ def encode_clips(
     from finetune.cogvideox import load_vae
 
     encoded, size, failures = 0, 0, []
-    # The workers start before the VAE is loaded, so that the first clips are decoded meanwhile.
+    vae = load_vae(model, device=device)
     with DecodePool(min(workers, len(jobs))) as pool:
         decoded = pool.decode_many(DecodeJob(number, job.video, job.probe, job.plan) for number, job in enumerate(jobs))
-        vae = load_vae(model, device=device)
         for found, clip in _tracked(decoded, len(jobs), "clips", progress):
             job = jobs[found.key]
             try:

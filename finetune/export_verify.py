@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, build_pipeline, denoise, load_scheduler, load_transformer
-from finetune.errors import ExportError
+from finetune.errors import ExportError, ModelError
 from finetune.export_source import Source
 from finetune.facts import Facts
 from finetune.generate_inputs import ADAPTER_FILE
@@ -39,32 +39,44 @@ def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: 
     Raises:
         ExportError: if a tensor or a scale is not what was trained, or the forward pass differs.
     """
-    config = found.config
+    dtype = found.config.model.torch_dtype()
+    try:
+        transformer = _reload(folder, found, facts, device)
+    except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise _not_the_same(found, [f"it cannot be loaded: {error}"]) from error
     if found.lora:
-        transformer = load_transformer(config.model, device=device)
-        pipeline = build_pipeline(facts, transformer=transformer, scheduler=load_scheduler(config.model))
-        pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER)
-        transformer.eval()
         tensors, scaling = adapter_tensors(transformer), adapter_scaling(transformer)
     else:
-        exported = ModelConfig(pretrained=str(folder))
-        transformer = load_transformer(exported, device=device, dtype=config.model.torch_dtype())
         tensors, scaling = dict(transformer.named_parameters()), {}
     problems = [*_unequal_tensors(trained.tensors, tensors), *_unequal_scales(trained.scaling, scaling)]
     velocity = forward(transformer, facts, device)
     difference = (velocity - trained.velocity).abs().max().item()
-    tolerance = tolerance_of(trained.velocity, config.model.torch_dtype())
+    tolerance = tolerance_of(trained.velocity, dtype)
     # `not <=`, so that a NaN fails too.
     if not difference <= tolerance:
         problems.append(f"predicted velocities differ by up to {difference:.3g}, allowed are {tolerance:.3g}")
     if problems:
-        raise ExportError(
-            "the export, loaded by diffusers, is not the model that was trained; it was deleted: "
-            + "; ".join(problems),
-            where=str(found.checkpoint),
-            fix="update diffusers and peft; if it persists this is a bug, and the checkpoint itself is unharmed",
-        )
+        raise _not_the_same(found, problems)
     return difference, tolerance
+
+
+def _reload(folder: Path, found: Source, facts: Facts, device: torch.device) -> Any:
+    """The exported transformer, or the base with the exported adapter, as anybody with diffusers would load it."""
+    model = found.config.model
+    if not found.lora:
+        return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
+    transformer = load_transformer(model, device=device)
+    pipeline = build_pipeline(facts, transformer=transformer, scheduler=load_scheduler(model))
+    pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER)
+    return transformer
+
+
+def _not_the_same(found: Source, problems: list[str]) -> ExportError:
+    return ExportError(
+        "the export, loaded by diffusers, is not the model that was trained, and was deleted: " + "; ".join(problems),
+        where=str(found.checkpoint),
+        fix="update diffusers and peft; if it persists this is a bug, and the checkpoint itself is unharmed",
+    )
 
 
 def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
@@ -76,12 +88,13 @@ def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
     last place of the largest output. What hides below that (the wrong scale of a weak adapter) is found by comparing
     tensors and scales, which allows no difference at all.
     """
-    return max(1e-5, 8 * torch.finfo(dtype).eps if dtype != torch.float32 else 0.0) * velocity.abs().max().item()
+    relative = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
+    return relative * velocity.abs().max().item()
 
 
 @torch.no_grad()
 def forward(transformer: Any, facts: Facts, device: torch.device) -> Tensor:
-    """The velocity predicted for seeded inputs: two patches in time, the smallest interesting size in space."""
+    """The velocity predicted for seeded inputs, float32 on the CPU: a few tokens, two deep in time."""
     frames = 2 * (facts.patch_size_t or 1)
     height, width = 4 * facts.patch_size, 6 * facts.patch_size
     if facts.use_learned_positions:  # another height or width is refused; another frame count is not

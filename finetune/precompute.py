@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.cache_plan import GIB, CachePlan, ImageJob, plan_cache, require_space
+from finetune.cache_plan import CachePlan, ImageJob, plan_cache, require_space
 from finetune.cache_request import Answer, find_manifest
 from finetune.config import RunConfig
 from finetune.dataset_report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
 from finetune.datasets.cache import Cache, Manifest
 from finetune.datasets.manifest import KINDS, Kind
+from finetune.datasets.upkeep import human_size
 from finetune.datasets.video import fit_image, load_image
 from finetune.encoding import Failure, Passed, encode_captions, encode_clips
 from finetune.errors import CacheError, DataError, raise_all
@@ -50,7 +51,7 @@ class PrecomputeReport:
     @property
     def gib(self) -> float:
         """Size of the dataset's entries in GiB."""
-        return self.bytes / GIB
+        return self.bytes / 2**30
 
     def __str__(self) -> str:
         lines = [f"cache {self.cache_dir}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
@@ -60,7 +61,7 @@ class PrecomputeReport:
             if self.encoded[kind] or self.reused[kind]
         ]
         lines += [f"left out  {count:>10}  {reason}" for reason, count in self.skipped.items()]
-        lines.append(f"{self.gib:.3f} GiB, {self.written_bytes / GIB:.3f} GiB of it new; {self.seconds:.1f} s")
+        lines.append(f"{human_size(self.bytes)}, {human_size(self.written_bytes)} of it new; {self.seconds:.1f} s")
         return "\n".join([*lines, *(f"note: {note}" for note in self.manifest.notes)])
 
 

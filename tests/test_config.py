@@ -134,7 +134,8 @@ def test_anchors_and_merge_keys(tmp_path):
         ("a: [1, 2\nb: 3\n", "not valid YAML"),
         ("a: 1\n\tb: 2\n", "not valid YAML"),
         ("a: 1\n---\nb: 2\n", "not valid YAML"),
-        ("a: !!python/object/apply:os.system ['echo broken']\n", "unknown"),
+        ("a: !!python/object/apply:os.system ['echo broken']\n", "os.system is not supported"),
+        ("a: !!set {b}\n", "!!set is not supported"),
         ("a: !!python/name:os.system x\n", "is not supported"),
         ("a: !!int seven\n", "cannot read 'seven'"),
         ("? [1, 2]\n: 3\n", "a key must be a plain word"),
@@ -146,9 +147,7 @@ def test_anchors_and_merge_keys(tmp_path):
 def test_a_file_that_is_no_configuration(write, text, said):
     path = write(text)
     message = fault(path)
-    if said != "unknown":
-        assert said in message
-    assert str(path) in message
+    assert said in message and str(path) in message
 
 
 def test_nested_aliases_do_not_explode(write):
@@ -202,8 +201,8 @@ checkpoint: {resume: [1]}
 EXPECTED = [
     ("unknown field 'dtipe'; did you mean 'dtype'?", "3:3 (model.dtipe)", "the fields here are pretrained"),
     ("unknown kind 'metdata'; did you mean 'metadata'?", "7:7 (data.sources.0.kind)", "use one of auto, metadata"),
-    ("unknown field 'video_colum'; did you mean 'video_column'?", "8:31 (data.sources.1.video_colum)", ""),
-    ("unknown field 'video_column'", "9:29 (data.sources.2.video_column)", "belongs to kind metadata"),
+    ("unknown field 'video_colum'; did you mean 'video_column'?", "8:33 (data.sources.1.video_colum)", ""),
+    ("unknown field 'video_column'", "9:31 (data.sources.2.video_column)", "belongs to kind metadata"),
     ("a bucket is frames x height x width", "10:25 (data.buckets.1)", ""),
     ("unknown field 'lr'", "11:3 (data.lr)", "'lr' is written as optimizer.lr"),
     ("unknown field 'rank'", "12:22 (method.rank)", "'rank' belongs to kind lora"),
@@ -297,13 +296,13 @@ def test_overrides_are_yaml_and_reach_anywhere(write):
         write(),
         [
             "optimizer.lr=1e-4", "train.steps=7", "data.buckets=[49x480x720, [25, 480, 720]]",
-            "data.sources.1.path=else", "data.sources[0].repeats=0.5", "data.sources.2={path: third}", "data.trigger='on'",
+            "data.sources.1.path=else", "data.sources[0].repeats=0.5", "data.sources.2={path: x}", "data.trigger='on'",
             "validation.samples.0.prompt='a = b: c'", "cache.vae_tiling=off",
         ],
     )  # fmt: skip
     assert config.optimizer.lr == 1e-4 and config.train.steps == 7
     assert [bucket.frames for bucket in config.data.buckets] == [49, 25]
-    assert [source.path.name for source in config.data.sources] == ["clips", "else", "third"]
+    assert [source.path.name for source in config.data.sources] == ["clips", "else", "x"]
     assert config.data.sources[0].repeats == 0.5
     assert config.data.trigger == "on" and config.cache.vae_tiling == "off"
     assert config.validation.samples[0].prompt == "a = b: c"

@@ -13,6 +13,9 @@ import yaml
 from safetensors.torch import load_file
 from worlds import run_values
 
+from finetune.config import RunConfig
+from finetune.trainers.loop import train
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -46,10 +49,13 @@ def test_two_processes_equal_accumulation_two(tiny_model, demo_clips, tmp_path, 
             train={"steps": 3, "batch_size": 2, "accumulation": accumulation},
             tracking={"kind": "tensorboard"},
         )
-        run_yaml = tmp_path / f"{name}.yaml"
-        run_yaml.write_text(yaml.safe_dump(values))
-        finished = launch(processes, run_yaml)
-        assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
+        if processes == 1:
+            train(RunConfig.from_dict(values))
+        else:
+            run_yaml = tmp_path / f"{name}.yaml"
+            run_yaml.write_text(yaml.safe_dump(values))
+            finished = launch(processes, run_yaml)
+            assert finished.returncode == 0, finished.stdout[-3000:] + finished.stderr[-3000:]
         results[name] = load_file(tmp_path / name / "checkpoints" / "step-00000003" / "trainable.safetensors")
     assert results["one"].keys() == results["two"].keys()
     for parameter, ours in results["two"].items():
@@ -63,8 +69,7 @@ def test_two_processes_equal_accumulation_two(tiny_model, demo_clips, tmp_path, 
 def metrics(run: Path) -> dict[str, list[float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = next(path.parent for path in sorted(run.rglob("events.out.tfevents*")))
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     events.Reload()
     return {
         tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "perf" not in tag

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -51,9 +50,7 @@ def applied(method: LoraMethod | FullMethod, variant: str = "5b", *, seed: int =
 # ------------------------------------------------------------------------------------------------------------ targets
 
 
-@pytest.mark.parametrize(
-    ("variant", "layers", "parameters"), [("2b", 120, 58_982_400), ("5b", 168, 132_120_576), ("1.5-5b-i2v", 168, None)]
-)
+@pytest.mark.parametrize(("variant", "layers", "parameters"), [("2b", 120, 58_982_400), ("5b", 168, 132_120_576)])
 def test_the_default_is_cogvideos_own_lora(variant, layers, parameters):
     """The published counts of the real models, on tensors without data."""
     from diffusers import CogVideoXTransformer3DModel
@@ -66,7 +63,7 @@ def test_the_default_is_cogvideos_own_lora(variant, layers, parameters):
     method.apply(transformer, seed=0)
     trainable = method.trainable(transformer)
     assert len(trainable) == 2 * layers
-    assert sum(p.numel() for p in trainable.values()) == (parameters or 132_120_576)
+    assert sum(p.numel() for p in trainable.values()) == parameters
     assert method.lora_metadata(transformer)["target_modules"] == ["to_k", "to_out.0", "to_q", "to_v"]
     assert ("adapted layers", f"{layers} (attention)") in method.describe(transformer)
 
@@ -133,10 +130,14 @@ def test_initial_values_follow_from_the_seed_alone():
         assert torch.equal(tensor, method.state(narrow)[name]), "the base's dtype must not round them"
         assert torch.equal(tensor, more[name]), "another target must not move them"
     other = method.state(applied(method, seed=8))
-    assert not torch.equal(reference["transformer_blocks.0.attn1.to_q.lora_A.weight"],
-                           other["transformer_blocks.0.attn1.to_q.lora_A.weight"])
-    assert not torch.equal(reference["transformer_blocks.0.attn1.to_q.lora_A.weight"],
-                           reference["transformer_blocks.0.attn1.to_k.lora_A.weight"])
+    assert not torch.equal(
+        reference["transformer_blocks.0.attn1.to_q.lora_A.weight"],
+        other["transformer_blocks.0.attn1.to_q.lora_A.weight"],
+    )
+    assert not torch.equal(
+        reference["transformer_blocks.0.attn1.to_q.lora_A.weight"],
+        reference["transformer_blocks.0.attn1.to_k.lora_A.weight"],
+    )
 
 
 def test_initial_values_have_pefts_distribution():
@@ -186,7 +187,6 @@ def test_fp32_lora_on_a_bf16_base_trains_every_target(variant, variation):
     perturb(trainable)
     predict(transformer, variant).float().square().mean().backward()
     assert {p.dtype for p in trainable.values()} == {torch.float32}
-    # In the last block only the video half of the normalisation reaches the output; every other target must learn.
     silent = [name for name, p in trainable.items() if p.grad is None or not p.grad.any()]
     assert silent == []
     base = [p for name, p in transformer.named_parameters() if "lora" not in name]
@@ -366,7 +366,6 @@ def test_what_is_no_adapter_is_refused(tmp_path):
 
 def test_the_checkpoints_file_is_called_the_same_on_both_sides():
     assert (adapter.CHECKPOINT_FILE, "config.json") == (store.TRAINABLE, store.CONFIG)
-    assert dataclasses.is_dataclass(adapter.Adapter)
 
 
 def test_every_field_is_described(tmp_path):

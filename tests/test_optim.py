@@ -65,9 +65,7 @@ def make_parameters(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[s
     """A matrix large enough for 8-bit state, one too small for it, and a bias."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {"block.0.weight": (64, 128), "block.0.bias": (64,), "out.weight": (8, 16)}
-    return {
-        name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes.items()
-    }
+    return {name: nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for name, shape in shapes.items()}
 
 
 def train(optimizer: torch.optim.Optimizer, parameters: dict[str, nn.Parameter], steps: range) -> None:

@@ -31,6 +31,7 @@ _CORE: tuple[tuple[str, str, str], ...] = (
     ),
     (_MERGE, r"<<", "<"),
 )
+_COLLECTIONS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 _MAX_VALUES = 100_000
 """A file that unfolds to more values than this is a mistake, or an attack made of nested aliases."""
 
@@ -229,6 +230,8 @@ class _Reader:
         self.places.setdefault(path, self._at(node))
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
+        if node.tag not in _COLLECTIONS:
+            self._refuse_tag(node, "is not supported; write a plain list or mapping")
         if id(node) in self._open:
             raise ConfigError("an alias refers to the value that it stands in", where=self._at(node))
         self._open.add(id(node))
@@ -279,9 +282,12 @@ class _Reader:
             said = "is not supported; write a plain value"
         except (ValueError, KeyError):
             said = f"cannot read '{node.value}'"
+        self._refuse_tag(node, said)
+        return None
+
+    def _refuse_tag(self, node: yaml.Node, said: str) -> None:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")
         self.errors.append(ConfigError(f"the tag {tag} {said}", where=self._at(node)))
-        return None
 
 
 def _merge_bases(node: yaml.Node) -> list[yaml.Node]:

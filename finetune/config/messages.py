@@ -53,8 +53,13 @@ def explain(kind: type[BaseModel], error: ValidationError, document: Document) -
         wants = "; or ".join(dict.fromkeys(_wants(details) for details in refused))
         shown = document.value(path)
         faults.append((path, ConfigError(f"{_dotted(path)} is {shown!r}: {wants}", where=document.place(path))))
-    order = {path: index for index, path in enumerate(document.places)}
-    return [fault for _, fault in sorted(faults, key=lambda item: order.get(item[0], len(order)))]
+    order = {path: index for index, path in enumerate(document.places) if path}
+
+    def position(path: Keys) -> int:
+        written = (path[:end] for end in range(len(path), 0, -1) if path[:end] in order)
+        return order.get(next(written, ()), len(order))  # a missing section stands nowhere: it comes last
+
+    return [fault for _, fault in sorted(faults, key=lambda item: position(item[0]))]
 
 
 def _is_inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -167,6 +172,8 @@ def _wants(details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         message = "should be a mapping of fields"
+    elif details["type"] == "path_type":
+        message = "should be a path"
     return message[0].lower() + message[1:]
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 PARTIAL_AGE_S = 3600.0
 """A ``*.partial`` file that nobody has written to for this long belongs to a process that died."""
 
-GIB = 2**30
+
+def human_size(size: int) -> str:
+    """Bytes for a person: GiB from a tenth of one up, MiB below."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class VerifyReport:
         return not self.damaged and not self.missing
 
     def __str__(self) -> str:
-        lines = [f"{self.checked} entries read ({self.checked_bytes / GIB:.2f} GiB): "]
+        lines = [f"{self.checked} entries read ({human_size(self.checked_bytes)}): "]
         lines[0] += "all whole" if self.ok else f"{len(self.damaged)} damaged, {len(self.missing)} missing"
         lines += [f"  damaged{', deleted' if self.deleted else ''}: {one.path}: {one.reason}" for one in self.damaged]
         lines += [f"  missing: {one}" for one in self.missing]
@@ -78,7 +81,7 @@ class GcReport:
     def __str__(self) -> str:
         verb = "removed" if self.deleted else "would remove"
         what = f"{self.entries} entries, {self.manifests} manifests, {self.partials} unfinished files"
-        return f"{verb} {what}: {self.bytes / GIB:.2f} GiB"
+        return f"{verb} {what}: {human_size(self.bytes)}"
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,12 @@ class CacheStats:
     manifests: tuple[ManifestStats, ...]
 
     def __str__(self) -> str:
-        lines = [f"{kind:<9} {self.entries[kind]:>8} entries  {self.bytes[kind] / GIB:>9.3f} GiB" for kind in KINDS]
+        lines = [f"{kind:<9} {self.entries[kind]:>8} entries {human_size(self.bytes[kind]):>14}" for kind in KINDS]
         for one in self.manifests:
             state = "" if one.complete else ", not finished"
             used = one.last_used.strftime("%Y-%m-%d %H:%M")
             lines.append(
-                f"manifest {one.name[:12]}: {one.clips} clips, {one.bytes / GIB:.3f} GiB, last used {used}{state}"
+                f"manifest {one.name[:12]}: {one.clips} clips, {human_size(one.bytes)}, last used {used}{state}"
             )
         return "\n".join(lines)
 

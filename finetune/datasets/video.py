@@ -202,6 +202,7 @@ class _Worker:
             )
         finally:
             timer.cancel()
+            timer.join()
         if kind == "bug":
             raise RuntimeError(f"a decode worker failed at {request[1]}:\n{value}")
         return value

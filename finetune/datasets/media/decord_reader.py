@@ -41,12 +41,13 @@ def agrees(path: Path, frame_times_s: Sequence[float], size_hw: tuple[int, int])
     return bool(np.all(np.abs(starts_s - starts_s[0] - np.asarray(frame_times_s)) <= tolerance_s))
 
 
-def read_frames(path: Path, frame_indices: Sequence[int], frame_bytes: int) -> Iterator[tuple[int, Frame]]:
+def read_frames(path: Path, frame_indices: Sequence[int], frames: int, frame_bytes: int) -> Iterator[tuple[int, Frame]]:
     """Decode the named frames upright (decord turns them itself), a few at a time.
 
     Args:
         path: a video that ``agrees`` accepted.
         frame_indices: ascending frame numbers; repeated ones are given once.
+        frames: how many frames the file had when it was probed.
         frame_bytes: size of one decoded frame, which decides how many are held at a time.
 
     Yields:
@@ -59,6 +60,8 @@ def read_frames(path: Path, frame_indices: Sequence[int], frame_bytes: int) -> I
     step = max(1, _CHUNK_BYTES // frame_bytes)
     try:
         reader = _opened(path)
+        if len(reader) != frames:
+            raise DecordError(f"{len(reader)} frames, not {frames}")
         for start in range(0, len(wanted), step):
             chunk = wanted[start : start + step]
             yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)

@@ -93,8 +93,8 @@ def read_clip(path: Path, header: Header, cut: Cut) -> Frame:
     check_container(path)
     if header.decoder == "decord":
         try:
-            frames = decord_reader.read_frames(path, cut.frame_indices, header.height * header.width * 3)
-            return _assemble(frames, 0, cut)
+            frame_bytes = header.height * header.width * 3
+            return _assemble(decord_reader.read_frames(path, cut.frame_indices, header.frames, frame_bytes), 0, cut)
         except decord_reader.DecordError:
             # decord opened the file but not this stretch of it. The whole clip is decoded again, so that no clip mixes
             # two decoders; and of a file that is really damaged PyAV has the clearer message.

@@ -251,13 +251,24 @@ def load_checkpoint(path: Path, *, optimizer: bool = True) -> LoadedCheckpoint:
             raise _damaged(path / name, "its bytes are not those that were written")
     return LoadedCheckpoint(
         path=path,
-        state=RunState(**content["state"]),
+        state=_run_state(content["state"], path),
         trainable=_read_tensors(path / TRAINABLE),
         optimizer=_read_optimizer(path) if optimizer else ({}, {}),
         ema=_read_tensors(path / EMA) if EMA in wanted else None,
         config=_read(path / CONFIG, _from_json),
         processes=content["processes"],
     )
+
+
+def _run_state(values: dict[str, Any], path: Path) -> RunState:
+    try:
+        return RunState(**values)
+    except TypeError as error:
+        raise CheckpointError(
+            f"the checkpoint was written by another version of this package: {error}",
+            where=str(path),
+            fix="continue with the version that wrote it, or train anew (method.init_from keeps the adapter)",
+        ) from error
 
 
 def _read_optimizer(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

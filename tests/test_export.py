@@ -1,0 +1,474 @@
+"""Export: what leaves is what was trained, in files that anybody's diffusers loads; anything else fails and is deleted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from diffusers import CogVideoXPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tests.worlds import run_config
+
+from finetune import export as export_module
+from finetune import export_verify
+from finetune.cogvideox import build_pipeline, denoise, load_scheduler, load_transformer
+from finetune.datasets.cache import Cache
+from finetune.datasets.manifest import Manifest, ManifestItem
+from finetune.errors import CheckpointError, ExportError
+from finetune.export import export
+from finetune.facts import read_facts
+from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.model_card import _code, usage
+from finetune.trainers.checkpoint import save_checkpoint
+from finetune.trainers.method import LoraMethod
+from finetune.trainers.validation import HISTORY
+from finetune.types import Bucket, RunState
+
+LORA = {"kind": "lora", "rank": 4, "alpha": 2}
+FULL = {"kind": "full"}
+
+
+def make_run(tmp_path: Path, model: Path, method: dict, *, step: int = 3, scale: float = 0.3, **changes) -> Path:
+    """A run's folder with one checkpoint, whose weights moved at random as training would move them."""
+    values = {key: changes.pop(key) for key in ("ema", "best_step", "cache_digest") if key in changes}
+    config = run_config(model, tmp_path / "clips", tmp_path / "run", method=method, **changes)
+    transformer = load_transformer(config.model)
+    config.method.apply(transformer, seed=7)
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for parameter in config.method.trainable(transformer).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale * (0.1 if method == FULL else 1))
+    state = {name: tensor.clone() for name, tensor in config.method.state(transformer).items()}
+    save_checkpoint(
+        config.output_dir,
+        RunState(
+            step, config.digest, values.get("cache_digest", ""), samples_seen=step, best_step=values.get("best_step")
+        ),
+        trainable=state,
+        optimizer=({}, {}),
+        ema={name: tensor.float() * 0.5 for name, tensor in state.items()} if values.get("ema") else None,
+        config=config.to_dict(),
+        policy=config.checkpoint,
+    )
+    return config.output_dir
+
+
+def inputs(facts) -> tuple:
+    generator = torch.Generator().manual_seed(9)
+    frames = 2 * (facts.patch_size_t or 1)
+    return (
+        torch.randn(1, 4, frames, 8, 8, generator=generator),
+        torch.randn(1, facts.max_text_seq_length, facts.text_embed_dim, generator=generator),
+        torch.tensor([321]),
+        torch.randn(1, 4, 1, 8, 8, generator=generator) if facts.image_to_video else None,
+    )
+
+
+@torch.no_grad()
+def stock_velocity(model: Path, folder: Path | None, *, strength: float = 1.0, dtype=torch.float32) -> torch.Tensor:
+    """What the published pipeline computes with the adapter in ``folder``: diffusers alone, none of our loading."""
+    facts = read_facts(str(model))
+    pipeline = export_module.pipeline_class(facts).from_pretrained(model, torch_dtype=dtype)
+    if folder is not None:
+        pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, adapter_name="tuned")
+        pipeline.set_adapters("tuned", strength)
+    return denoise(pipeline.transformer, facts, *inputs(facts))
+
+
+@torch.no_grad()
+def trained_velocity(run: Path, model: Path, method: dict, step: int = 3) -> torch.Tensor:
+    """What training computes with the checkpoint: our loading alone."""
+    config = run_config(model, run, run, method=method)
+    transformer = load_transformer(config.model)
+    config.method.apply(transformer, seed=0)
+    config.method.load_state(transformer, load_file(run / f"checkpoints/step-{step:08d}/trainable.safetensors"))
+    transformer.eval()
+    facts = read_facts(str(model))
+    return denoise(transformer, facts, *inputs(facts))
+
+
+# ----------------------------------------------------------------------------------------------------------------- LoRA
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "targets": "all-linear"},
+        {"targets": "attention+ff", "alpha": 2.5, "dropout": 0.5},
+    ],
+    ids=["plain", "rslora", "dora", "dora-rslora-all", "fractional-alpha-dropout"],
+)
+def test_a_lora_means_the_same_to_the_stock_pipeline(tiny_model, tmp_path, options):
+    model, method = tiny_model("5b"), LORA | options
+    run = make_run(tmp_path, model, method)
+    report = export(run)
+    ours, theirs = trained_velocity(run, model, method), stock_velocity(model, report.folder)
+    base = stock_velocity(model, None)
+    assert (ours - base).abs().max() > 0.05  # the adapter does something, so that the next line says something
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    assert report.folder == run / "export" and report.max_abs_diff <= report.tolerance
+    assert {ADAPTER_FILE, "README.md", TRAINING_RECORD} <= set(report.files)
+    assert str(report.folder) in str(report)
+
+
+@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
+def test_every_variant_exports(tiny_model, tmp_path, variant):
+    model = tiny_model(variant)
+    run = make_run(tmp_path, model, LORA)
+    report = export(run, tmp_path / "out")
+    torch.testing.assert_close(
+        stock_velocity(model, report.folder), trained_velocity(run, model, LORA), rtol=0, atol=1e-5
+    )
+
+
+def test_strength_zero_is_the_base_to_the_bit(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    folder = export(make_run(tmp_path, model, LORA)).folder
+    assert torch.equal(stock_velocity(model, folder, strength=0.0), stock_velocity(model, None))
+    assert not torch.equal(stock_velocity(model, folder, strength=0.5), stock_velocity(model, None))
+
+
+def test_half_precision_stays_inside_the_stated_tolerance(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), LORA | {"targets": "all-linear"}, model={"dtype": "bf16"})
+    report = export(run)
+    assert 0 < report.max_abs_diff <= report.tolerance  # not zero: diffusers rounds the adapter to bfloat16
+    assert {tensor.dtype for tensor in load_file(report.folder / ADAPTER_FILE).values()} == {torch.float32}
+
+
+def test_the_header_states_what_decides_and_nothing_newer(tiny_model, tmp_path):
+    folder = export(make_run(tmp_path, tiny_model("5b"), LORA | {"dropout": 0.25})).folder
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        header = json.loads(file.metadata()["lora_adapter_metadata"])
+    settings = {name.removeprefix("transformer."): value for name, value in header.items()}
+    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 2, 0)
+    assert len(settings) == 9
+    record = json.loads((folder / TRAINING_RECORD).read_text())
+    assert record["method"]["dropout"] == 0.25 and record["buckets"] == ["9x64x64"] and record["fps"] == 8
+
+
+def test_dropout_in_the_header_would_act_when_sampling(tiny_model, tmp_path, monkeypatch):
+    """Why it is left out: diffusers inserts adapters in training mode. And a canary: the forward pass notices."""
+    theirs = CogVideoXPipeline.save_lora_weights.__func__
+
+    def with_dropout(cls, *args, transformer_lora_adapter_metadata, **options):
+        settings = transformer_lora_adapter_metadata | {"lora_dropout": 0.5}
+        return theirs(cls, *args, transformer_lora_adapter_metadata=settings, **options)
+
+    monkeypatch.setattr(CogVideoXPipeline, "save_lora_weights", classmethod(with_dropout))
+    with pytest.raises(ExportError, match="predicted velocities differ"):
+        export(make_run(tmp_path, tiny_model("5b"), LORA))
+
+
+def test_the_starting_adapter_may_be_gone(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    first = export(make_run(tmp_path / "a", model, LORA)).folder
+    run = make_run(tmp_path / "b", model, LORA | {"init_from": str(first)})
+    (first / ADAPTER_FILE).unlink()
+    assert export(run).max_abs_diff == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- full
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_full_fine_tuning_becomes_a_transformer_folder(tiny_model, tmp_path, dtype):
+    from diffusers import CogVideoXTransformer3DModel
+
+    run = make_run(tmp_path, tiny_model("5b"), FULL, model={"dtype": dtype})
+    report = export(run)
+    theirs = CogVideoXTransformer3DModel.from_pretrained(report.folder, subfolder="transformer", torch_dtype="auto")
+    trained = load_file(run / "checkpoints/step-00000003/trainable.safetensors")
+    assert theirs.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in theirs.named_parameters())
+    assert report.max_abs_diff == 0
+
+
+def test_a_full_pipeline_is_complete(tiny_model, tmp_path):
+    model = tiny_model("1.5-5b-i2v")
+    run = make_run(tmp_path, model, FULL)
+    folder = export(run, tmp_path / "out", full_pipeline=True).folder
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == {
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "transformer",
+        "vae",
+    }
+    torch.testing.assert_close(stock_velocity(folder, None), trained_velocity(run, model, FULL), rtol=0, atol=1e-5)
+    assert (model / "vae/config.json").read_bytes() == (folder / "vae/config.json").read_bytes()
+
+
+def test_an_average_is_exported_where_one_was_kept(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), FULL, model={"dtype": "bf16"}, ema=True)
+    averaged, raw = export(run, tmp_path / "averaged"), export(run, tmp_path / "raw", weights="raw")
+    assert (averaged.weights, raw.weights) == ("ema", "raw")
+    name = "proj_out.weight"
+    ours = load_file(averaged.folder / "transformer/diffusion_pytorch_model.safetensors")[name]
+    theirs = load_file(raw.folder / "transformer/diffusion_pytorch_model.safetensors")[name]
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs * 0.5, rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------------------------------------- what must not get out
+
+
+def nothing_left(run: Path) -> bool:
+    return not (run / "export").exists() and not list(run.glob("*.partial"))
+
+
+def test_a_lora_without_its_alpha_is_deleted(tiny_model, tmp_path, monkeypatch):
+    theirs = CogVideoXPipeline.save_lora_weights.__func__
+
+    def without(cls, *args, transformer_lora_adapter_metadata, **options):
+        return theirs(cls, *args, **options)
+
+    monkeypatch.setattr(CogVideoXPipeline, "save_lora_weights", classmethod(without))
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    with pytest.raises(ExportError, match=r"counts 1\.0 instead of 0\.5.*velocities differ"):
+        export(run)
+    assert nothing_left(run)
+
+
+def test_a_missing_alpha_is_noticed_also_where_the_adapter_is_weak(tiny_model, tmp_path, monkeypatch):
+    """In bfloat16 a barely trained adapter moves the output by less than rounding does: the forward pass is blind."""
+    theirs = CogVideoXPipeline.save_lora_weights.__func__
+
+    def without(cls, *args, transformer_lora_adapter_metadata, **options):
+        return theirs(cls, *args, **options)
+
+    monkeypatch.setattr(CogVideoXPipeline, "save_lora_weights", classmethod(without))
+    run = make_run(tmp_path, tiny_model("5b"), LORA, scale=1e-3, model={"dtype": "bf16"})
+    with pytest.raises(ExportError, match=r"instead of 0\.5 \(alpha / rank\)$") as caught:
+        export(run)
+    assert "velocities" not in caught.value.what
+
+
+@pytest.mark.parametrize("method", [LORA, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("damage", ["one number", "one tensor less"])
+def test_a_tampered_file_is_deleted(tiny_model, tmp_path, monkeypatch, method, damage):
+    write = export_module._write_weights
+
+    def tampering(found, facts, folder, device):
+        trained = write(found, facts, folder, device)
+        (path,) = folder.rglob("*.safetensors")
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata()
+        tensors = load_file(path)
+        name = sorted(tensors)[0]
+        if damage == "one number":
+            tensors[name].view(-1)[0] += 1e-3
+        else:
+            del tensors[name]
+        save_file(tensors, path, metadata=header)
+        return trained
+
+    monkeypatch.setattr(export_module, "_write_weights", tampering)
+    run = make_run(tmp_path, tiny_model("5b"), method)
+    with pytest.raises(ExportError, match=r"1 of \d+ tensors differ|tensors are on one side|cannot be loaded|missing"):
+        export(run)
+    assert nothing_left(run)
+
+
+def test_a_pass_that_gives_no_number_fails(tiny_model, tmp_path, monkeypatch):
+    real, calls = export_verify.forward, []
+
+    def broken(*args):
+        calls.append(1)
+        return real(*args) * float("nan")
+
+    monkeypatch.setattr(export_verify, "forward", broken)
+    with pytest.raises(ExportError, match="differ by up to nan"):
+        export(make_run(tmp_path, tiny_model("5b"), LORA))
+    assert calls
+
+
+def test_a_failed_export_leaves_the_earlier_one(tiny_model, tmp_path, monkeypatch):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    before = (export(run).folder / ADAPTER_FILE).read_bytes()
+    monkeypatch.setattr(export_verify, "tolerance_of", lambda *args: -1.0)
+    with pytest.raises(ExportError):
+        export(run)
+    assert (run / "export" / ADAPTER_FILE).read_bytes() == before
+    assert not list(run.glob("*.partial"))
+
+
+def test_never_two_transformers_at_once(tiny_model, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    alive = []
+
+    def counted(module):
+        load = module.load_transformer
+
+        def spy(*args, **options):
+            gc.collect()
+            assert [reference() for reference in alive if reference() is not None] == []
+            transformer = load(*args, **options)
+            alive.append(weakref.ref(transformer))
+            return transformer
+
+        monkeypatch.setattr(module, "load_transformer", spy)
+
+    counted(export_module)
+    counted(export_verify)
+    for name, method in (("lora", LORA), ("full", FULL)):
+        export(make_run(tmp_path / name, tiny_model("5b"), method))
+    assert len(alive) == 4
+
+
+# ------------------------------------------------------------------------------------------------ which checkpoint, where
+
+
+def test_latest_best_and_named_checkpoints(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    run = make_run(tmp_path, model, LORA, step=2)
+    make_run(tmp_path, model, LORA, step=4, best_step=2)
+    assert export(run, tmp_path / "a").step == 4
+    assert export(run, tmp_path / "b", checkpoint="best").step == 2
+    named = export(run / "checkpoints" / "step-00000002", tmp_path / "c")
+    assert named.step == 2
+    assert (tmp_path / "b" / ADAPTER_FILE).read_bytes() == (tmp_path / "c" / ADAPTER_FILE).read_bytes()
+    assert (tmp_path / "a" / ADAPTER_FILE).read_bytes() != (tmp_path / "b" / ADAPTER_FILE).read_bytes()
+
+
+def test_a_base_model_that_moved(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    run = make_run(tmp_path, model, LORA)
+    state = run / "checkpoints/step-00000003"
+    moved = make_moved(state, tmp_path / "elsewhere/step-00000003")
+    assert export(moved, pretrained=str(model)).folder == tmp_path / "elsewhere/step-00000003-export"
+
+
+def make_moved(source: Path, target: Path) -> Path:
+    import shutil
+
+    return Path(shutil.copytree(source, target))
+
+
+def test_requests_that_cannot_be_met(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    with pytest.raises(ExportError, match="no moving average"):
+        export(run, weights="ema")
+    with pytest.raises(ExportError, match="no held-out loss was measured"):
+        export(run, checkpoint="best")
+    with pytest.raises(ExportError, match="no pipeline of its own"):
+        export(run, full_pipeline=True)
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        export(tmp_path)
+    with pytest.raises(CheckpointError):
+        export(tmp_path / "nowhere")
+
+
+def test_only_an_earlier_export_is_replaced(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    export(run, precious)  # an empty folder will do
+    export(run, precious)  # and so will an export
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    for other in ("thesis", "file"):
+        with pytest.raises(ExportError, match="not an earlier export"):
+            export(run, tmp_path / other)
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+# ----------------------------------------------------------------------------------------------------------- model card
+
+
+def item(clip: str, caption: str, *, holdout: bool = False) -> ManifestItem:
+    return ManifestItem(clip, "metadata.jsonl:1", caption, Bucket(9, 64, 64), 1.0, holdout, "k" + clip, "p", "m")
+
+
+NASTY = "a `red`` ring | <img src=x onerror=alert(1)> [x](y)\n# heading"
+
+
+def run_with_history(tmp_path: Path, model: Path, **changes) -> Path:
+    items = (item("a", "a red ring"), item("b", NASTY), item("c", "a blue ring", holdout=True))
+    manifest = Manifest(items=items, empty_prompt_key="e", request={"x": 1}, inputs={})
+    Cache(tmp_path / "cache").save_manifest(manifest, tmp_path)
+    run = make_run(
+        tmp_path,
+        model,
+        LORA,
+        cache_digest=manifest.digest,
+        cache={"dir": str(tmp_path / "cache")},
+        validation={"samples": [{"prompt": "a red ring", "seed": 4}], "num_inference_steps": 1},
+        data={"trigger": "r1ng"},
+        **changes,
+    )
+    rows = [{"step": 0, "heldout": 0.5}, {"step": 3, "heldout": 0.25}, {"step": 4, "heldout": 9.0}]
+    (run / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for step, content in ((0, b"old"), (3, b"new"), (4, b"later")):
+        folder = run / "samples" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "00-seed4.mp4").write_bytes(content)
+    return run
+
+
+def test_the_model_card_tells_what_was_done(tiny_model, tmp_path):
+    folder = export(run_with_history(tmp_path, tiny_model("5b"))).folder
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    _, front, body = card.split("---\n", 2)
+    values = yaml.safe_load(front)
+    assert values["library_name"] == "diffusers" and values["pipeline_tag"] == "text-to-video"
+    assert "lora" in values["tags"] and values["instance_prompt"] == "r1ng"
+    assert "base_model" not in values  # a folder on this machine is no id on the hub
+    for words in (
+        "2 clips",
+        "2 of 9x64x64",
+        "1 held out",
+        "`a red ring`",
+        "rank 4, alpha 2",
+        "0.5000, at step 3 0.2500",
+    ):
+        assert words in body, words
+    assert (folder / "samples/00-seed4.mp4").read_bytes() == b"new"
+    assert "[00-seed4.mp4](samples/00-seed4.mp4): `a red ring`" in body
+
+
+def test_captions_cannot_act_as_markup(tiny_model, tmp_path):
+    folder = export(run_with_history(tmp_path, tiny_model("5b"))).folder
+    (line,) = [line for line in (folder / "README.md").read_text().splitlines() if "onerror" in line]
+    assert line == "- ```a `red`` ring | <img src=x onerror=alert(1)> [x](y) # heading```"
+    assert _code("`x`") == "`` `x` ``"
+    assert len(_code("x" * 1000)) < 300
+
+
+def test_a_run_without_history_still_has_a_card(tiny_model, tmp_path):
+    folder = export(make_run(tmp_path, tiny_model("1.5-5b-i2v"), FULL)).folder
+    card = (folder / "README.md").read_text()
+    assert "Not measured." in card and "was not at hand" in card and "pipeline_tag: image-to-video" in card
+
+
+@pytest.mark.parametrize(
+    ("variant", "method", "full_pipeline"),
+    [("5b", LORA, False), ("1.5-5b-i2v", FULL, False), ("1.5-5b", FULL, True)],
+)
+def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, variant, method, full_pipeline):
+    from PIL import Image
+
+    run = make_run(tmp_path, tiny_model(variant), method, validation={"num_inference_steps": 1})
+    folder = export(run, full_pipeline=full_pipeline).folder
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (64, 64), (200, 0, 0)).save(run / "first_frame.png")
+    done = subprocess.run([sys.executable, "-c", code], cwd=run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (run / "video.mp4").stat().st_size > 0
+
+
+def test_published_names_hide_local_paths(tiny_model, tmp_path):
+    folder = export(run_with_history(tmp_path, tiny_model("5b"))).folder
+    assert str(tmp_path) not in (folder / TRAINING_RECORD).read_text()
