@@ -110,6 +110,7 @@ class _Needs:
         self, config: RunConfig, facts: Facts, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
     ) -> None:
         self._config, self._facts, self._encoders, self._stamps = config, facts, encoders, stamps
+        self._image_draws = config.cache.image_draws if facts.image_to_video else None
         self._latents: dict[str, LatentsJob] = {}
         self._prompts: dict[str, PromptJob] = {}
         self._images: dict[str, ImageJob] = {}
@@ -126,7 +127,7 @@ class _Needs:
             vae=self._encoders.vae,
             vae_dtype=self._encoders.dtype,
             latents_dtype=self._config.cache.latents_dtype,
-            image_draws=self._config.cache.image_draws if self._facts.image_to_video else None,
+            image_draws=self._image_draws,
         )
         # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
         probe = replace(clip.probe, frame_times_s=())
@@ -163,17 +164,16 @@ class _Needs:
         latents = tuple(job for key, job in self._latents.items() if key not in there["latents"])
         prompts = tuple(job for key, job in self._prompts.items() if key not in there["prompts"])
         images = tuple(job for key, job in self._images.items() if key not in there["images"])
-        needed = sum(latents_bytes(job, self._facts) for job in latents)
+        dtype, draws = self._config.cache.latents_dtype, self._image_draws or 0
+        needed = sum(clip_bytes(self._facts, job.plan.bucket, dtype, draws=draws) for job in latents)
         needed += len(prompts) * prompt_bytes(self._facts, self._encoders.dtype)
         needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
         return CachePlan(manifest, latents, prompts, images, needed)
 
 
-def latents_bytes(job: LatentsJob, facts: Facts) -> int:
-    """Size of one clip's tensors: mean and deviation, and for image-to-video K single frames."""
-    channels, frames, height, width = facts.latent_shape(job.plan.bucket)
-    draws = job.address["image_draws"] or 0
-    dtype: Dtype = job.address["dtype"]
+def clip_bytes(facts: Facts, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
+    """Size of one clip's tensors: mean and deviation, and for image-to-video ``draws`` single frames."""
+    channels, frames, height, width = facts.latent_shape(bucket)
     return (2 * frames + draws) * channels * height * width * DTYPES[dtype].itemsize
 
 

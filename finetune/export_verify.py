@@ -42,12 +42,11 @@ def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: 
     dtype = found.config.model.torch_dtype()
     try:
         transformer = _reload(folder, found, facts, device)
+        tensors = adapter_tensors(transformer) if found.lora else dict(transformer.named_parameters())
+    # A tensor that the file lacks stays without content, which shows only when it is read.
     except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _not_the_same(found, [f"it cannot be loaded: {error}"]) from error
-    if found.lora:
-        tensors, scaling = adapter_tensors(transformer), adapter_scaling(transformer)
-    else:
-        tensors, scaling = dict(transformer.named_parameters()), {}
+    scaling = adapter_scaling(transformer) if found.lora else {}
     problems = [*_unequal_tensors(trained.tensors, tensors), *_unequal_scales(trained.scaling, scaling)]
     velocity = forward(transformer, facts, device)
     difference = (velocity - trained.velocity).abs().max().item()
@@ -96,9 +95,9 @@ def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
 def forward(transformer: Any, facts: Facts, device: torch.device) -> Tensor:
     """The velocity predicted for seeded inputs, float32 on the CPU: a few tokens, two deep in time."""
     frames = 2 * (facts.patch_size_t or 1)
-    height, width = 4 * facts.patch_size, 6 * facts.patch_size
-    if facts.use_learned_positions:  # another height or width is refused; another frame count is not
-        height, width = facts.sample_height, facts.sample_width
+    height, width = facts.sample_height, facts.sample_width
+    if not facts.use_learned_positions:  # those are refused at another height or width, though not at another length
+        height, width = min(height, 4 * facts.patch_size), min(width, 6 * facts.patch_size)
 
     def draw(name: str, *shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=stream(0, "export", name)).to(device)

@@ -139,7 +139,7 @@ def test_the_state_of_another_version_is_told_from_damage(tmp_path, monkeypatch)
     del content["digest"]
     content["state"]["moon_phase"] = 3
     (path / store.STATE).write_text(json.dumps({**content, "digest": digest_of(content)}))
-    with pytest.raises(CheckpointError, match="another version of this package.*moon_phase"):
+    with pytest.raises(CheckpointError, match="another version of this package"):
         load_checkpoint(path)
 
 

@@ -91,35 +91,33 @@ def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
         try:
             values = _load("json", cleaned, path)
         except DataError:
-            _raise_bad_json(path, lines)
-            raise
+            values = []
     if len(values) != len(lines):
-        _raise_bad_json(path, lines)
-        raise DataError(f"{len(lines)} lines gave {len(values)} rows", where=str(path), fix="write one object per line")
+        values = _parse_lines(path, lines)
     return values, [number for number, _ in lines]
 
 
-def _raise_bad_json(path: Path, lines: list[tuple[int, str]]) -> None:
-    """Find what the reader would not say: the lines that are no JSON object, or the column that changes its type."""
+def _parse_lines(path: Path, lines: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Read lines that HF ``datasets`` will not: either some are no JSON objects, which is told for each of them, or a
+    column changes its type between rows, which is nobody's fault as long as it is not a column that is used.
+    """
     errors: list[DataError] = []
-    types: dict[str, tuple[str, int]] = {}
+    values: list[dict[str, Any]] = []
     for number, line in lines:
         where = f"{path}:{number}"
         try:
             value = json.loads(line)
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is valid JSON, and no text
         except ValueError as error:
             errors.append(DataError(f"not valid JSON: {error}", where=where, fix="write one JSON object per line"))
             continue
         if not isinstance(value, dict):
             errors.append(DataError("not a JSON object", where=where, fix='write {"file_name": ..., "prompt": ...}'))
             continue
-        for column, cell in value.items():
-            kind = type(cell).__name__
-            known, first = types.setdefault(column, (kind, number))
-            if cell is not None and kind != known and known != "NoneType":
-                what = f"column '{column}' holds {kind} here and {known} in line {first}"
-                errors.append(DataError(what, where=where, fix="give the column one type"))
+        values.append(value)
     raise_all(DataError, errors, what="{n} lines cannot be read")
+    columns = dict.fromkeys(column for value in values for column in value)
+    return [{column: value.get(column) for column in columns} for value in values]
 
 
 def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int]]:

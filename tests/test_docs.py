@@ -1,0 +1,245 @@
+"""An example is production code: every configuration, command and YAML fragment that the repository shows is run or parsed.
+
+Every check is a function of its input, so that a canary can feed it something wrong and watch it fail.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from collections.abc import Iterator
+from contextlib import redirect_stderr
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import finetune
+from finetune.arguments import build_parser
+from finetune.config import RunConfig, check_against, json_schema, load_config
+from finetune.errors import ConfigError
+from finetune.facts import known_model, read_facts
+from finetune.starter import EXAMPLE_CARDS_GIB, HUB_IDS, example
+
+ROOT = Path(finetune.__file__).parent.parent
+
+
+def test_configs_are_what_the_generator_writes():
+    written = dict(example(known, method) for known, method in EXAMPLE_CARDS_GIB)
+    files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("cogvideox-*.yaml")}
+    assert len(written) == 10
+    assert files == written, "run `make docs`"
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_example_loads_and_fits_its_model(path):
+    config = load_config(path)
+    variants = [variant for variant, hub_id in HUB_IDS.items() if hub_id == config.model.pretrained]
+    assert variants, f"{path.name} is for a model that no shipped JSON describes"
+    findings = check_against(config, read_facts(str(known_model(variants[0]))))
+    assert findings == ((), ())
+
+
+def test_there_is_an_example_for_every_model_and_method():
+    made_for = {(config.model.pretrained, config.method.kind) for config in map(load_config, CONFIGS)}
+    assert {(hub_id, kind) for hub_id in HUB_IDS.values() for kind in ("lora", "full")} <= made_for
+
+
+def test_the_example_check_can_fail(tmp_path):
+    text = CONFIGS[0].read_text(encoding="utf-8")
+    (tmp_path / "a.yaml").write_text(text.replace("caption_dropout", "caption_droput"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="did you mean 'caption_dropout'"):
+        load_config(tmp_path / "a.yaml")
+    assert example("5b", "lora")[1] != example("5b", "full")[1]
+
+
+def generated_docs() -> dict[str, str]:
+    module = _script("make_config_docs")
+    texts: dict[str, str] = module.generate()
+    return texts
+
+
+def _script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_configuration_reference_is_up_to_date():
+    for name, text in generated_docs().items():
+        assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name} is stale: run `make docs`"
+
+
+def test_the_configuration_reference_names_every_field():
+    page = generated_docs()["config.md"]
+    names = {field for part in json_schema()["$defs"].values() for field in part["properties"]} - {"kind"}
+    assert len(names) >= 60
+    assert not [name for name in names if f"| `{name}` |" not in page]
+    for kind in ("lora", "full", "adamw8bit", "custom", "cosine", "metadata"):
+        assert f"kind: {kind}\n" in page
+
+
+# ------------------------------------------------------------------------------------------------- documented commands
+
+DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+FENCE = re.compile(r"^ *```(\S*)[ ]*([^\n]*)\n(.*?)^ *```", re.M | re.S)
+WORDS = re.compile(r"`finetune ([a-z]+)((?: [^`\n]*)?)`")
+CHECKED = ("finetune", "accelerate", "make", "python", "python3", "torchrun")
+
+
+def commands(text: str, language: str = "bash") -> Iterator[tuple[str, str]]:
+    """(mark after the language, command) of every command in a page's fenced blocks; continued lines are joined."""
+    for found_language, mark, body in FENCE.findall(text):
+        if found_language == language:
+            for line in body.replace("\\\n", " ").splitlines():
+                if words := line.strip().removeprefix("$ "):
+                    yield mark.strip(), words
+
+
+def command_fault(command: str, mark: str = "") -> str | None:
+    """What is wrong with a documented command; None where nothing is."""
+    words = shlex.split(command, comments=True)
+    while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
+        words = words[1:]
+    if not words:
+        return None
+    program = words[0].removeprefix(".venv/bin/")
+    if program not in CHECKED:
+        return None
+    if program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
+        unknown = [word for word in words[1:] if "=" not in word and word not in targets]
+        return f"make has no target {unknown}" if unknown else None
+    if program == "finetune":
+        return _parse_fault(words[1:])
+    return _launch_fault(program, words[1:])
+
+
+def _launch_fault(program: str, words: list[str]) -> str | None:
+    for index, word in enumerate(words):
+        previous = words[index - 1] if index else ""
+        if previous == "--config_file" and not (ROOT / word).is_file():
+            return f"there is no file {word}"
+        if word == "train.py":
+            return _parse_fault(words[index + 1 :], verb="train")
+        if previous == "-m":
+            if word == "finetune":
+                return _parse_fault(words[index + 1 :])
+            return None if importlib.util.find_spec(word) else f"there is no module {word}"
+        if word.endswith(".py"):
+            return None if (ROOT / word).is_file() else f"there is no file {word}"
+    return None if program.startswith("python") else f"{program} starts nothing of ours"
+
+
+def _parse_fault(words: list[str], verb: str | None = None) -> str | None:
+    said = StringIO()
+    try:
+        with redirect_stderr(said):
+            build_parser(verb).parse_args(words)
+    except SystemExit as stop:
+        return None if stop.code == 0 else said.getvalue().strip().splitlines()[-1]
+    return None
+
+
+def mention_fault(verb: str, rest: str) -> str | None:
+    """What is wrong with a command named in passing, such as `finetune cache gc`: its verb and options must exist."""
+    parser = build_parser()
+    verbs = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]  # argparse shows it nowhere else
+    if verb not in verbs:
+        return f"there is no verb {verb}"
+    known = verbs[verb]._option_string_actions
+    unknown = [word for word in re.findall(r"(?<=\s)--[\w-]+", rest) if word not in known]
+    return f"{verb} has no option {unknown}" if unknown else None
+
+
+def test_every_documented_command_can_be_typed():
+    faults, counted = [], 0
+    for path in DOCS:
+        for mark, command in commands(path.read_text(encoding="utf-8")):
+            counted += 1
+            if fault := command_fault(command, mark):
+                faults.append(f"{path.relative_to(ROOT)}: {command}: {fault}")
+    assert counted >= 15
+    assert not faults, "\n".join(faults)
+
+
+def test_every_command_named_in_passing_exists():
+    """In prose, and in the fixes that error messages propose."""
+    texts = {
+        str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+        for path in [*DOCS, *(ROOT / "finetune").rglob("*.py")]
+    }
+    found = [(name, *match) for name, text in texts.items() for match in WORDS.findall(text)]
+    assert len(found) >= 15
+    faults = [
+        f"{name}: finetune {verb}{rest}: {fault}" for name, verb, rest in found if (fault := mention_fault(verb, rest))
+    ]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_examples_of_the_command_line_can_be_typed():
+    helps = [build_parser().format_help()]
+    helps += [build_parser(verb).format_help() for verb in build_parser()._subparsers._group_actions[0].choices]
+    examples = [
+        line.strip() for text in helps for line in text.splitlines() if re.match(r"  (finetune|accelerate) ", line)
+    ]
+    assert len(examples) >= 18
+    faults = [f"{line}: {fault}" for line in examples if (fault := command_fault(line))]
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("finetune trian --config run.yaml", "invalid choice: 'trian'"),
+        ("finetune train", "--config"),
+        ("finetune export runs/run --too diffusers", "unrecognized arguments"),
+        ("make quickstrat", "no target"),
+        ("accelerate launch train.py --confg run.yaml", "--config"),
+        ("accelerate launch --config_file accelerate_configs/none.yaml train.py --config a", "no file"),
+        ("accelerate launch", "starts nothing"),
+        ("python scripts/none.py", "no file"),
+        (".venv/bin/python -m finetune check", "--config"),
+        ("HF_HUB_OFFLINE=1 torchrun --nproc_per_node 2 train.py", "--config"),
+        ("python -m no_such_module", "no module"),
+    ],
+)
+def test_the_command_check_can_fail(command, said):
+    assert said in (command_fault(command) or "")
+
+
+def test_the_command_check_reads_blocks_and_mentions():
+    page = "text\n```bash gpu\nfinetune train \\\n  --config a.yaml  # go\n\nls\n```\n```yaml\nfinetune x\n```\n"
+    assert list(commands(page)) == [("gpu", "finetune train    --config a.yaml  # go"), ("gpu", "ls")]
+    assert command_fault("finetune train    --config a.yaml  # go") is None
+    assert "no verb" in (mention_fault("trian", "") or "")
+    assert "no option" in (mention_fault("cache", " verify --delet") or "")
+    assert mention_fault("cache", " verify --delete") is None
+
+
+def test_yaml_in_the_docs_is_valid_configuration():
+    base = {
+        "model": {"pretrained": "x"},
+        "data": {"sources": [{"path": "a"}], "buckets": ["49x480x720"]},
+        "train": {"steps": 1},
+        "output_dir": "out",
+    }
+    counted = 0
+    for path in DOCS:
+        for language, _mark, body in FENCE.findall(path.read_text(encoding="utf-8")):
+            if language == "yaml":
+                counted += 1
+                fragment = yaml.safe_load(body)
+                merged = {
+                    key: {**base.get(key, {}), **value} if isinstance(value, dict) else value
+                    for key, value in fragment.items()
+                }
+                RunConfig.from_dict({**base, **merged})
+    assert counted >= 4

@@ -1,0 +1,768 @@
+"""Filling the cache and trusting it, on tiny models and real H.264 files, in one process and in two."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from worlds import merged, run_values
+
+from finetune import cache_plan, encoding
+from finetune.cogvideox import load_text, load_vae
+from finetune.config import RunConfig
+from finetune.dataset_report import check_dataset
+from finetune.datasets.cache import Cache
+from finetune.datasets.video import decode, fit_image, load_image, probe
+from finetune.errors import CacheError, DataError
+from finetune.facts import known_model, read_facts
+from finetune.precompute import PrecomputeReport, ensure_cache, precompute
+from finetune.types import Bucket
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclass
+class Project:
+    """A folder as a person has it: clips, a configuration beside them, and a cache that fills."""
+
+    folder: Path
+    model: Path
+    changes: dict[str, Any]
+
+    def config(self, **changes: Any) -> RunConfig:
+        base = run_values(self.model, Path("clips"), Path("run"))
+        base["cache"]["dir"] = "cache"
+        return RunConfig.from_dict(merged(merged(base, self.changes), changes), base=self.folder)
+
+    def precompute(self, **changes: Any) -> PrecomputeReport:
+        return precompute(self.config(**changes), progress=False)
+
+    def ensure(self, **changes: Any) -> Any:
+        config = self.config(**changes)
+        return ensure_cache(config, read_facts(config.model.pretrained), progress=False)
+
+    @property
+    def cache(self) -> Cache:
+        return Cache(self.folder / "cache")
+
+    @property
+    def clips(self) -> list[Path]:
+        return sorted((self.folder / "clips").rglob("*.mp4"))
+
+    def rows(self, edit: Callable[[list[dict[str, str]]], object]) -> None:
+        """Edit the rows of ``metadata.jsonl``."""
+        path = self.folder / "clips" / "metadata.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        edit(rows)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def project(tmp_path, tiny_model, demo_clips) -> Callable[..., Project]:
+    def make(variant: str = "5b", **changes: Any) -> Project:
+        shutil.copytree(demo_clips, tmp_path / "clips", dirs_exist_ok=True)
+        return Project(tmp_path, tiny_model(variant), changes)
+
+    return make
+
+
+def encoded(report: PrecomputeReport) -> tuple[int, int, int]:
+    return report.encoded["latents"], report.encoded["prompts"], report.encoded["images"]
+
+
+# ----------------------------------------------------------------------------------------------------- what is stored
+
+
+def test_latents_and_embeddings_equal_what_diffusers_computes(project):
+    home = project()
+    report = home.precompute()
+    assert encoded(report) == (4, 5, 0)  # four captions and the empty one
+    item = next(item for item in report.manifest.items if "square" in item.clip)
+    entry = home.cache.read(item)
+
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
+
+    vae = AutoencoderKLCogVideoX.from_pretrained(home.model / "vae")
+    path = home.folder / item.clip
+    header = probe(path)
+    from finetune.geometry import plan_clips
+
+    pixels = decode(path, header, plan_clips(header, home.config().data, 8, "")[0]).pixels
+    with torch.no_grad():
+        theirs = vae.encode(pixels[None].float() / 127.5 - 1).latent_dist
+    assert entry.latents_mean.dtype == torch.float16
+    torch.testing.assert_close(entry.latents_mean, theirs.mean[0].half(), rtol=2e-3, atol=2e-4)
+    torch.testing.assert_close(entry.latents_std, theirs.std[0].half(), rtol=2e-3, atol=2e-4)
+    assert entry.image_latents is None
+
+    pipeline = CogVideoXPipeline.from_pretrained(home.model)
+    for text, ours in (
+        (item.caption, entry.prompt_embeds),
+        ("", home.cache.read_prompt(report.manifest.empty_prompt_key)),
+    ):
+        with torch.no_grad():
+            prompt, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=16)
+        assert torch.equal(ours, prompt[0])
+
+
+def test_one_encoder_is_in_memory_at_a_time(project, monkeypatch):
+    seen: list[Any] = []
+
+    def vae(*args: Any, **options: Any) -> Any:
+        loaded = load_vae(*args, **options)
+        seen.append(weakref.ref(loaded))
+        return loaded
+
+    def text(*args: Any, **options: Any) -> Any:
+        assert len(seen) == 1 and seen[0]() is None, "the VAE was still alive when T5 was loaded"
+        seen.append(None)
+        return load_text(*args, **options)
+
+    monkeypatch.setattr("finetune.cogvideox.load_vae", vae)
+    monkeypatch.setattr("finetune.cogvideox.load_text", text)
+    project().precompute()
+    assert len(seen) == 2
+
+
+def test_image_draws_depend_on_content_alone(project):
+    home = project("5b-i2v", cache={"image_draws": 3})
+    shutil.copy(home.folder / "clips" / "metadata.jsonl", home.folder / "keep.jsonl")
+    first = {item.clip: home.cache.read(item) for item in home.precompute().manifest.items}
+    draws = next(iter(first.values())).image_latents
+    assert draws.shape == (3, 4, 1, 8, 8)
+    assert not torch.equal(draws[0], draws[1])  # each draw has noise of its own
+    # Another order, another batch size, another process count would all be another history: here the order is reversed.
+    shutil.rmtree(home.folder / "cache")
+    home.rows(lambda rows: rows.reverse())
+    for item in home.precompute(cache={"image_draws": 2}).manifest.items:
+        again = home.cache.read(item).image_latents
+        assert torch.equal(again, first[item.clip].image_latents[:2])
+
+
+def test_an_image_of_its_own_stands_for_the_first_frame(project):
+    from PIL import Image
+
+    home = project("5b-i2v")
+    plain = home.cache, home.precompute()
+    still = home.folder / "clips" / "still.png"
+    Image.new("RGB", (80, 70), (200, 30, 30)).save(still)
+    home.rows(lambda rows: rows[0].update(image="still.png"))
+    report = home.precompute()
+    assert encoded(report) == (1, 0, 0)
+    before, after = plain[1].manifest.items[0], report.manifest.items[0]
+    old, new = home.cache.read(before), home.cache.read(after)
+    assert torch.equal(old.latents_mean, new.latents_mean) and not torch.equal(old.image_latents, new.image_latents)
+    Image.new("RGB", (80, 70), (30, 200, 30)).save(still)
+    assert encoded(home.precompute()) == (1, 0, 0)
+
+
+def test_validation_prompts_and_images_are_stored(project):
+    from PIL import Image
+
+    home = project("5b-i2v")
+    Image.new("RGB", (100, 70), (10, 20, 30)).save(home.folder / "start.png")
+    samples = [
+        {"prompt": "a new prompt", "image": "start.png"},
+        {"prompt": "a red circle moving left", "image": "start.png"},
+    ]
+    manifest = home.precompute(validation={"samples": samples}).manifest
+    assert set(manifest.prompts) == {"a new prompt", "a red circle moving left"}
+    assert manifest.prompts["a red circle moving left"] in {item.prompt_key for item in manifest.items}
+    assert home.cache.read_prompt(manifest.prompts["a new prompt"]).shape == (16, 32)
+    start = home.folder / "start.png"
+    ours = home.cache.read_image(manifest.images[str(start)])
+    assert torch.equal(ours, fit_image(load_image(start), Bucket(9, 64, 64)))
+
+
+# ----------------------------------------------------------------------------------------------- what is encoded again
+
+
+def _touch(home: Project) -> None:
+    for path in home.folder.rglob("clips/*"):
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+
+
+def _other_bytes(home: Project) -> None:
+    shutil.copy(home.clips[0], home.clips[1])
+
+
+def _rename(home: Project) -> None:
+    home.clips[0].rename(home.folder / "clips" / "renamed.mp4")
+    home.rows(lambda rows: rows[0].update(file_name="renamed.mp4"))
+
+
+def _new_weights(component: str) -> Callable[[Project], None]:
+    def change(home: Project) -> None:
+        copy = home.folder / "model"
+        shutil.copytree(home.model, copy)
+        home.model = copy
+        path = next((copy / component).glob("*.safetensors"))
+        tensors = load_file(path)
+        name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+        tensors[name] = tensors[name] + 0.01
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    return change
+
+
+def _set(**changes: Any) -> Callable[[Project], None]:
+    def change(home: Project) -> None:
+        home.changes = merged(home.changes, changes)
+
+    return change
+
+
+CHANGES = {
+    "nothing": (lambda home: None, (0, 0)),
+    "mtime": (_touch, (0, 0)),
+    "another file name": (_rename, (0, 0)),
+    "the order of rows": (lambda home: home.rows(lambda rows: rows.reverse()), (0, 0)),
+    "a row less": (lambda home: home.rows(lambda rows: rows.pop()), (0, 0)),
+    "repeats": (_set(data={"sources": [{"path": "clips", "repeats": 3}]}), (0, 0)),
+    "holdout": (_set(data={"holdout": 1}), (0, 0)),
+    "caption dropout": (_set(data={"caption_dropout": 0.5}), (0, 0)),
+    "the training section": (_set(train={"steps": 9, "seed": 1}), (0, 0)),
+    "one caption": (lambda home: home.rows(lambda rows: rows[0].update(prompt="a blue ring")), (0, 1)),
+    "the trigger word": (_set(data={"trigger": "zkx"}), (0, 4)),
+    "a validation prompt": (_set(validation={"samples": [{"prompt": "a ring"}]}), (0, 1)),
+    "bucket": (_set(data={"buckets": ["9x64x48"]}), (4, 0)),
+    "fps": (_set(data={"fps": 7, "short_clips": "pad"}), (4, 0)),
+    "stored dtype": (_set(cache={"latents_dtype": "fp32"}), (4, 0)),
+    "image draws": (_set(cache={"image_draws": 1}), (4, 0)),
+    "vae": (_new_weights("vae"), (4, 0)),
+    "text encoder": (_new_weights("text_encoder"), (0, 5)),
+}
+
+
+def test_a_change_encodes_again_exactly_what_it_changes(project, monkeypatch):
+    home = project("5b-i2v")
+    assert encoded(home.precompute()) == (4, 5, 0)
+    original = home.folder / "original"
+    shutil.copytree(home.folder / "clips", original)
+    shutil.copytree(home.folder / "cache", home.folder / "full")
+    model = home.model
+    for name, (change, expected) in CHANGES.items():
+        for copy, source in (("clips", original), ("cache", home.folder / "full")):
+            shutil.rmtree(home.folder / copy)
+            shutil.copytree(source, home.folder / copy)
+        shutil.rmtree(home.folder / "model", ignore_errors=True)
+        home.model, home.changes = model, {}
+        change(home)
+        report = home.precompute()
+        assert encoded(report)[:2] == expected, name
+        assert home.ensure().digest == report.manifest.digest, name
+    assert len(CHANGES) >= 18
+
+
+def test_another_clip_under_an_old_name_is_another_clip(project):
+    home = project()
+    before = home.precompute().manifest
+    _other_bytes(home)
+    report = home.precompute()
+    assert encoded(report) == (0, 0, 0)  # its new content is that of the first clip, which is there
+    assert report.manifest.items[1].latents_key == before.items[0].latents_key != before.items[1].latents_key
+
+
+def test_equal_names_stay_apart_and_equal_clips_are_encoded_once(project):
+    home = project(data={"sources": [{"path": "clips", "kind": "folder"}]})
+    files = home.clips
+    texts = ("a red circle moving left", "a blue square moving up", "a ring")
+    for number, (source, caption) in enumerate(zip((files[0], files[1], files[0]), texts, strict=True)):
+        folder = home.folder / "clips" / f"folder{number}"
+        folder.mkdir()
+        shutil.copy(source, folder / "clip.mp4")
+        (folder / "clip.txt").write_text(caption)
+    for path in (*files, home.folder / "clips" / "metadata.jsonl"):
+        path.unlink()
+    report = home.precompute()
+    assert encoded(report) == (2, 4, 0)
+    one, two, three = sorted(report.manifest.items, key=lambda item: item.clip)
+    assert [item.clip for item in (one, two)] == ["clips/folder0/clip.mp4", "clips/folder1/clip.mp4"]
+    assert one.latents_key != two.latents_key and one.latents_key == three.latents_key
+    assert not torch.equal(home.cache.read(one).latents_mean, home.cache.read(two).latents_mean)
+    assert one.prompt_key != three.prompt_key
+
+
+# ------------------------------------------------------------------------------------------------ trusting a manifest
+
+
+def _forbidden(*args: Any, **options: Any) -> Any:
+    raise AssertionError("this must not be needed")
+
+
+def test_a_complete_cache_opens_nothing(project, monkeypatch, capsys):
+    home = project()
+    manifest = home.precompute().manifest
+    for name in ("finetune.cache_plan.check_dataset", "finetune.cogvideox.load_vae", "finetune.cogvideox.load_text"):
+        monkeypatch.setattr(name, _forbidden)
+    assert home.ensure().digest == manifest.digest
+    assert "complete, 4 clips (0 held out), nothing to encode" in capsys.readouterr().out
+    _touch(home)
+    assert home.ensure(cache={"mode": "require"}).digest == manifest.digest
+    with pytest.raises(AssertionError, match="must not be needed"):  # canary
+        home.ensure(data={"fps": 4, "short_clips": "pad"})
+
+
+def test_auto_fills_the_cache_and_says_why(project, capsys):
+    home = project()
+    assert len(home.ensure().items) == 4
+    assert "nothing has been precomputed" in capsys.readouterr().out
+    shutil.copy(home.clips[0], home.clips[1])
+    home.rows(lambda rows: rows[2].update(prompt="a ring"))
+    home.ensure()
+    said = capsys.readouterr().out
+    assert f"{home.clips[1]} has changed" in said and "metadata.jsonl has changed" in said
+    assert re.search(r"captions +1 +4", said)
+
+
+def test_require_names_the_fields_that_differ(project):
+    home = project()
+    with pytest.raises(CacheError, match="nothing has been precomputed"):
+        home.ensure(cache={"mode": "require"})
+    home.precompute()
+    assert home.ensure(cache={"mode": "require"})
+    with pytest.raises(CacheError) as caught:
+        home.ensure(
+            cache={"mode": "require"}, data={"fps": 16, "trigger": "zkx"}, validation={"samples": [{"prompt": "x"}]}
+        )
+    said = str(caught.value)
+    assert "data.fps: 8.0 -> 16.0" in said and 'data.trigger: "" -> "zkx"' in said
+    assert 'validation.prompts: [] -> ["x"]' in said and "finetune precompute" in said
+    assert "buckets" not in said
+
+
+def test_require_accepts_absent_media_and_refuses_changed_ones(project, capsys):
+    home = project()
+    manifest = home.precompute().manifest
+    shutil.copy(home.clips[0], home.clips[1])
+    with pytest.raises(CacheError, match="has changed"):
+        home.ensure(cache={"mode": "require"})
+    shutil.rmtree(home.folder / "clips")
+    assert home.ensure(cache={"mode": "require"}).digest == manifest.digest
+    assert re.search(r"not on this machine and were not compared: 5 \(", capsys.readouterr().out)
+    with pytest.raises(CacheError, match=r"cache\.mode: require"):
+        home.ensure()
+
+
+def test_require_refuses_a_cache_with_holes(project):
+    home = project()
+    manifest = home.precompute().manifest
+    home.cache.path("prompts", manifest.empty_prompt_key).unlink()
+    with pytest.raises(CacheError, match="1 of 5 entries"):
+        home.ensure(cache={"mode": "require"})
+    assert encoded(home.precompute()) == (0, 1, 0)
+
+
+def test_a_project_may_move_and_its_resolved_configuration_may_be_used(project, tmp_path):
+    home = project()
+    manifest = home.precompute().manifest
+    resolved = RunConfig.from_dict(home.config(cache={"mode": "require"}).to_dict(), base=home.folder / "run")
+    assert ensure_cache(resolved, read_facts(str(home.model))).digest == manifest.digest
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for name in ("clips", "cache"):
+        (home.folder / name).rename(moved / name)
+    there = Project(moved, home.model, {})
+    found = there.ensure(cache={"mode": "require"})
+    assert found.digest == manifest.digest and all(path.startswith(str(moved)) for path in found.inputs)
+
+
+def test_a_new_source_file_is_noticed(project):
+    home = project(data={"sources": [{"path": "clips", "kind": "folder"}]})
+    (home.folder / "clips" / "metadata.jsonl").unlink()
+    for path in home.clips:
+        path.with_suffix(".txt").write_text("a red circle moving left")
+    assert len(home.ensure().items) == 4
+    more = home.folder / "clips" / "more"
+    more.mkdir()
+    shutil.copy(home.clips[0], more / "new.mp4")
+    (more / "new.txt").write_text("a ring")
+    assert len(home.ensure().items) == 5
+    (more / "new.txt").write_text("a blue ring")
+    assert home.ensure().items[-1].caption == "a blue ring"
+
+
+def test_encoders_need_not_be_on_the_training_machine(project, capsys):
+    home = project()
+    manifest = home.precompute().manifest
+    bare = home.folder / "bare"
+    shutil.copytree(home.model, bare)
+    for component in ("text_encoder", "vae"):
+        next((bare / component).glob("*.safetensors")).unlink()
+    home.model = bare
+    assert home.ensure(cache={"mode": "require"}).digest == manifest.digest
+    assert "not on this machine and not compared: vae, text_encoder" in capsys.readouterr().out
+
+
+BLOCKED = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("decord", "av", "datasets"):
+            raise ImportError(f"{name} was imported")
+
+sys.meta_path.insert(0, Block())
+from finetune.config import load_config
+from finetune.datasets.cache import Cache
+from finetune.facts import read_facts
+from finetune.precompute import ensure_cache
+config = load_config(sys.argv[1])
+manifest = ensure_cache(config, read_facts(config.model.pretrained))
+entry = Cache(config.cache.dir).read(manifest.items[0])
+assert entry.latents_mean.shape == (4, 3, 8, 8)
+assert not {"decord", "av", "datasets", "diffusers", "transformers"} & set(sys.modules)
+print("read", manifest.digest)
+"""
+
+
+def test_a_complete_cache_is_read_without_decoders_or_datasets(project):
+    home = project()
+    config = home.config()
+    (home.folder / "run.yaml").write_text(config.to_yaml())
+    command = [sys.executable, "-c", BLOCKED, str(home.folder / "run.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    canary = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert canary.returncode != 0 and "was imported" in canary.stderr  # an empty cache needs them
+    digest = home.precompute().manifest.digest
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert f"read {digest}" in finished.stdout
+
+
+# ------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def _break_decoding(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Files whose header is sound and whose frames are not."""
+    import finetune.datasets.video as video
+
+    sound = video.read_clip
+
+    def broken(path: Path, *rest: Any) -> Any:
+        if path.name in names:
+            raise DataError("frame 5 cannot be decoded", where=str(path))
+        return sound(path, *rest)
+
+    monkeypatch.setattr(video, "read_clip", broken)
+
+
+def test_unreadable_clips_are_reported_together_and_the_rest_stays(project, monkeypatch):
+    home = project()
+    bad = [path.name for path in home.clips[:2]]
+    _break_decoding(monkeypatch, *bad)
+    with pytest.raises(DataError) as caught:
+        home.precompute()
+    said = str(caught.value)
+    assert "2 clips could not be encoded" in said and all(name in said for name in bad) and "metadata.jsonl:1" in said
+    assert len(home.cache.keys("latents")) == 2 and len(home.cache.keys("prompts")) == 5
+    with pytest.raises(CacheError, match="not finished"):
+        home.ensure(cache={"mode": "require"})
+    monkeypatch.undo()
+    assert encoded(home.precompute()) == (2, 0, 0)
+
+
+def test_unreadable_clips_can_be_left_out(project, monkeypatch):
+    home = project(data={"unreadable_clips": "skip"})
+    _break_decoding(monkeypatch, home.clips[1].name)
+    report = home.precompute()
+    assert report.skipped == {"unreadable": 1} and len(report.manifest.items) == 3
+    assert re.search(r"left out +1 +unreadable", str(report)) and home.clips[1].name in str(report)
+    assert len(home.ensure().items) == 3
+    _break_decoding(monkeypatch, *(path.name for path in home.clips))
+    shutil.rmtree(home.folder / "cache")
+    with pytest.raises(DataError, match="no clip is left"):
+        home.precompute()
+
+
+def test_files_without_a_sound_header_follow_the_same_policy(project):
+    home = project()
+    home.clips[0].write_bytes(b"\0" * 500)
+    home.clips[1].write_bytes(home.clips[1].read_bytes()[:900])
+    with pytest.raises(DataError) as caught:
+        home.precompute()
+    assert "2 videos cannot be used" in str(caught.value) and not (home.folder / "cache" / "latents").exists()
+    home.changes = {"data": {"unreadable_clips": "skip"}}
+    report = home.precompute()
+    assert report.skipped == {"unreadable": 2} and len(report.manifest.items) == 2
+    shutil.copy(home.clips[2], home.clips[0])  # mended: it is noticed
+    assert len(home.ensure().items) == 3
+
+
+def test_a_file_that_changes_while_it_is_encoded_is_not_stored(project, monkeypatch):
+    home = project()
+    victim, real = home.clips[0], encoding.encode_video
+
+    def meddle(vae: Any, pixels: torch.Tensor) -> Any:
+        victim.write_bytes(victim.read_bytes() + b"\0")
+        return real(vae, pixels)
+
+    monkeypatch.setattr(encoding, "encode_video", meddle)
+    with pytest.raises(DataError, match="changed while it was being encoded"):
+        home.precompute()
+    assert len(home.cache.keys("latents")) == 3
+
+
+def test_the_disk_is_asked_first(project, monkeypatch):
+    home = project()
+    usage = shutil.disk_usage(home.folder)
+    monkeypatch.setattr(cache_plan.shutil, "disk_usage", lambda path: usage._replace(free=11_000))
+    with pytest.raises(CacheError) as caught:
+        home.precompute()
+    # 4 clips x 2 x (4x3x8x8) x 2 bytes, 5 captions x 16 x 32 x 4 bytes: 22 528 bytes
+    assert "needs 0.02 MiB more and the disk has 0.01 MiB free" in str(caught.value)
+    assert not (home.folder / "cache" / "latents").exists()
+    monkeypatch.setattr(cache_plan.shutil, "disk_usage", lambda path: usage._replace(free=22_528))
+    assert encoded(home.precompute()) == (4, 5, 0)
+
+
+def test_long_captions_are_named(project):
+    home = project()
+    long = "a red circle " * 10
+    home.rows(lambda rows: rows[0].update(prompt=long.strip()))
+    for _ in range(2):  # also where its embedding is reused
+        report = home.precompute()
+        assert "longer than the 16 tokens" in str(report) and "1 ('a red circle a red circle" in str(report)
+
+
+def test_a_flipped_byte_is_found_deleted_and_made_again(project):
+    home = project()
+    manifest = home.precompute().manifest
+    path = home.cache.path("latents", manifest.items[2].latents_key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 8]) + whole[-2:])
+    assert [damage.path for damage in home.cache.verify(delete=True).damaged] == [path]
+    assert encoded(home.precompute()) == (1, 0, 0)
+    assert path.read_bytes() == whole and home.cache.verify().ok
+
+
+def test_the_holdout_is_chosen_by_content(project):
+    home = project(data={"holdout": 1})
+    held = {item.media_digest for item in home.precompute().manifest.items if item.holdout}
+    assert len(held) == 1
+    home.rows(lambda rows: rows.reverse())
+    assert {item.media_digest for item in home.precompute().manifest.items if item.holdout} == held
+
+
+def test_a_held_out_source_that_shares_a_video_is_told_of(project):
+    home = project(data={"sources": [{"path": "clips"}, {"path": "other", "split": "holdout"}]})
+    shutil.copytree(home.folder / "clips", home.folder / "other")
+    report = home.precompute()
+    assert encoded(report)[0] == 4 and sum(item.holdout for item in report.manifest.items) == 4
+    assert any("flatters the held-out loss" in note for note in report.manifest.notes)
+
+
+def test_check_dataset_plans_without_weights(project, monkeypatch):
+    home = project()
+    monkeypatch.setattr("finetune.cogvideox.load_vae", _forbidden)
+    report = check_dataset(home.config(), read_facts(str(home.model)), progress=False)
+    assert [clip.name for clip in report.clips] == [f"clips/{path.name}" for path in home.clips]
+    assert "4 clips from 4 videos, 4 distinct captions, at 8 fps" in str(report)
+    assert "bucket 9x64x64: 4 clips of 1.1 s" in str(report)
+    with pytest.raises(DataError, match="4 videos cannot be used"):
+        check_dataset(home.config(data={"buckets": ["17x64x64"]}), read_facts(str(home.model)), progress=False)
+    with pytest.raises(DataError, match="no clip is left to train on: 4 videos too short"):
+        skipping = home.config(data={"buckets": ["17x64x64"], "short_clips": "skip"})
+        check_dataset(skipping, read_facts(str(home.model)), progress=False)
+    assert not (home.folder / "cache").exists()
+
+
+# -------------------------------------------------------------------------------------------------------------- tiling
+
+
+def test_tiling_follows_free_memory(monkeypatch):
+    small, large = Bucket(49, 480, 720), Bucket(81, 768, 1360)
+    assert encoding.untiled_bytes(torch.bfloat16, small) / 2**30 == pytest.approx(9.66, abs=0.01)
+    assert encoding.untiled_bytes(torch.float32, large) == 2 * encoding.untiled_bytes(torch.bfloat16, large)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (12 * 2**30, 24 * 2**30))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    card = torch.device("cuda", 0)
+    assert not encoding.needs_tiling(card, torch.bfloat16, small)
+    assert encoding.needs_tiling(card, torch.bfloat16, large)
+    assert encoding.needs_tiling(card, torch.float32, small)
+    assert not encoding.needs_tiling(torch.device("cpu"), torch.bfloat16, large)
+
+
+def test_tiling_is_recorded_and_leaves_the_address_alone(project):
+    home = project(data={"buckets": ["9x64x64"]})
+    vae = load_vae(home.config().model)
+    assert encoding.set_tiling(vae, "on", Bucket(9, 64, 64)) is True  # its tiles are 32x32
+    assert encoding.set_tiling(vae, "on", Bucket(9, 32, 32)) is False
+    assert encoding.set_tiling(vae, "off", Bucket(9, 64, 64)) is False and vae.use_tiling is False
+    keys = {item.latents_key for item in home.precompute(cache={"vae_tiling": "on"}).manifest.items}
+    from safetensors import safe_open
+
+    with safe_open(home.cache.path("latents", min(keys)), "pt") as entry:
+        assert json.loads(entry.metadata()["made_with"])["tiled"] is True
+    assert encoded(home.precompute(cache={"vae_tiling": "off"})) == (0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------ killed, and together
+
+SLOW = """
+import sys, time
+from finetune import encoding
+from finetune.config import load_config
+from finetune.precompute import precompute
+real = encoding.encode_video
+def slowly(vae, pixels):
+    result = real(vae, pixels)
+    print("encoding", flush=True)
+    time.sleep(0.3)
+    return result
+encoding.encode_video = slowly
+precompute(load_config(sys.argv[1]), progress=False)
+"""
+
+
+def test_killed_midway_it_goes_on_where_it_stopped(project):
+    home = project()
+    (home.folder / "run.yaml").write_text(home.config().to_yaml())
+    started = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(home.folder / "run.yaml")],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert started.stdout is not None
+    begun = 0
+    for line in started.stdout:
+        begun += line.startswith("encoding")
+        if begun == 3:  # the third is encoded and not written yet
+            started.send_signal(signal.SIGKILL)
+            break
+    started.wait()
+    stored = home.cache.keys("latents")
+    assert begun == 3 and len(stored) == 2
+    (home.cache.path("latents", "ab" * 16)).parent.mkdir(parents=True, exist_ok=True)
+    leftover = home.cache.path("latents", "ab" * 16).with_suffix(".safetensors.1-2.partial")
+    leftover.write_bytes(b"half an entry")
+    with pytest.raises(CacheError, match="begun for this configuration and not finished"):
+        home.ensure(cache={"mode": "require"})
+    assert home.cache.gc(delete=True).entries == 0  # nothing of the interrupted work is garbage
+    report = home.precompute()
+    assert report.encoded["latents"] == 2 and report.reused["latents"] == 2
+    assert home.cache.verify().ok and home.cache.keys("latents") >= stored
+    os.utime(leftover, (time.time() - 7200,) * 2)
+    assert home.cache.gc(delete=True).partials == 1 and not leftover.exists()
+
+
+TOGETHER = """
+import os, sys
+from finetune import encoding
+from finetune.config import load_config
+from finetune.errors import FinetuneError
+from finetune.precompute import ensure_cache, precompute
+from finetune.facts import read_facts
+from finetune.ranks import Ranks
+config = load_config(sys.argv[1])
+ranks = Ranks.current()
+assert ranks.world == 2 and ranks.device.type == "cpu"
+fault = sys.argv[2]
+if fault == "crash" and ranks.rank == 1:
+    def crash(*args): raise ZeroDivisionError("out of luck")
+    encoding.encode_video = crash
+if fault == "decode":
+    import finetune.datasets.video as video
+    def broken(path, *rest): raise video.DataError("no frame", where=str(path))
+    video.read_clip = broken
+try:
+    report = precompute(config, distributed=ranks, progress=False)
+except Exception as error:
+    print(f"rank {ranks.rank} {type(error).__name__}: {error}", flush=True)
+    sys.exit(3)
+again = ensure_cache(config, read_facts(config.model.pretrained), distributed=ranks)
+assert again.digest == report.manifest.digest
+print(f"rank {ranks.rank} {report.encoded['latents']} {report.encoded['prompts']} {again.digest}", flush=True)
+"""
+
+
+def _together(home: Project, fault: str = "none") -> subprocess.CompletedProcess[str]:
+    (home.folder / "run.yaml").write_text(home.config().to_yaml())
+    script = home.folder / "together.py"
+    script.write_text(TOGETHER)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
+    return subprocess.run(
+        [*launch, str(script), str(home.folder / "run.yaml"), fault],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_two_processes_share_the_work_and_agree(project):
+    home = project("5b-i2v")
+    finished = _together(home)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    said = re.findall(r"^rank (\d) (\d+ \d+) (\w+)$", finished.stdout, re.MULTILINE)
+    assert sorted(rank for rank, _, _ in said) == ["0", "1"] and {counts for _, counts, _ in said} == {"4 5"}
+    together = {path.name: path.read_bytes() for path in (home.folder / "cache" / "latents").rglob("*.safetensors")}
+    shutil.rmtree(home.folder / "cache")
+    assert {digest for _, _, digest in said} == {home.precompute().manifest.digest}
+    alone = {path.name: path.read_bytes() for path in (home.folder / "cache" / "latents").rglob("*.safetensors")}
+    assert alone == together and len(alone) == 4
+
+
+@pytest.mark.parametrize("fault", ["crash", "decode"])
+def test_a_failure_on_one_process_hangs_none(project, fault):
+    home = project()
+    finished = _together(home, fault)
+    assert finished.returncode != 0
+    said = dict(re.findall(r"^rank (\d) (.*)$", finished.stdout, re.MULTILINE))
+    if fault == "crash":
+        assert said["1"].startswith("ZeroDivisionError") and "process 1 stopped: ZeroDivisionError" in said["0"]
+        assert len(home.cache.keys("latents")) == 2  # what the other process encoded stays
+    else:
+        assert set(said) == {"0", "1"} and all("4 clips could not be encoded" in line for line in said.values())
+
+
+# ------------------------------------------------------------------------------------------------- documentation, real
+
+
+def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
+    text = (ROOT / "docs" / "cache.md").read_text()
+    rows = re.findall(r"^\| (5b|1\.5-5b) \| (\d+x\d+x\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
+    assert len(rows) >= 2
+    for variant, shape, latents, captions, images in rows:
+        facts = read_facts(str(known_model(variant)))
+        bucket = Bucket(*map(int, shape.split("x")))
+        plain = cache_plan.clip_bytes(facts, bucket, "fp16", draws=0)
+        drawn = cache_plan.clip_bytes(facts, bucket, "fp16", draws=4) - plain
+        ours = [plain, cache_plan.prompt_bytes(facts, "bf16"), drawn]
+        for written, size in zip((latents, captions, images), ours, strict=True):
+            assert float(written) == pytest.approx(1000 * size / 2**30, abs=0.006), (variant, shape)
+
+
+def test_the_space_that_is_asked_for_is_the_space_that_is_taken(project):
+    home = project("5b-i2v")
+    config = home.config()
+    plan = cache_plan.plan_cache(config, read_facts(str(home.model)), home.cache, progress=False)
+    home.precompute()
+    files = [path for kind in ("latents", "prompts") for path in (home.folder / "cache" / kind).rglob("*.safetensors")]
+    stored = sum(tensor.nbytes for path in files for tensor in load_file(path).values())
+    assert plan.needed_bytes == stored
+
+
+def test_real_clips(real_clips, tmp_path, tiny_model):
+    home = Project(tmp_path, tiny_model(), {})
+    sources = [{"path": str(real_clips / name)} for name in ("steamboat_willie", "cogvideox_samples")]
+    report = home.precompute(data={"sources": sources, "buckets": ["9x48x80", "9x64x64"]}, cache={"decode_workers": 1})
+    assert encoded(report) == (8, 9, 0)
+    assert {str(item.bucket) for item in report.manifest.items} == {"9x48x80", "9x64x64"}
