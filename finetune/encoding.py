@@ -127,7 +127,8 @@ def encode_clips(
                 encoded += 1
             except DataError as error:
                 where = f"{job.where}: {error.where}" if error.where else job.where
-                failures.append(Failure(job.key, DataError(error.what, where=where, fix=error.fix)))
+                fix = error.fix or "re-encode the file, take it out, or set data.unreadable_clips: skip"
+                failures.append(Failure(job.key, DataError(error.what, where=where, fix=fix)))
     del vae
     release_memory()
     return Passed(encoded, size, tuple(failures))

@@ -146,7 +146,11 @@ def _finish(
     """Settle what could not be decoded, file the manifest and count."""
     failures = [failure for one in passed["latents"] for failure in one.failures]
     if failures and config.data.unreadable_clips == "error":
-        raise_all(DataError, [failure.error for failure in failures], what=_FAILED)
+        raise_all(
+            DataError,
+            [failure.error for failure in failures],
+            what="{n} clips could not be encoded; all others are in the cache",
+        )
     manifest = _without(plan.manifest, failures)
     if all(item.holdout for item in manifest.items):
         raise_all(DataError, [failure.error for failure in failures], what="no clip is left to train on; {n} failed")
@@ -166,12 +170,6 @@ def _finish(
     )
 
 
-_FAILED = (
-    "{n} clips could not be encoded; all others are in the cache\n"
-    "(re-encode these files, take them out, or set data.unreadable_clips: skip)"
-)
-
-
 def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
     """The manifest without the clips that failed, counted as unreadable."""
     failed = {failure.key for failure in failures}
@@ -180,8 +178,8 @@ def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
     if not lost:
         return manifest
     skipped = {**manifest.skipped, UNREADABLE: manifest.skipped.get(UNREADABLE, 0) + lost}
-    notes = (*manifest.notes, *(f"left out: {str(failure.error).splitlines()[0]}" for failure in failures))
-    return replace(manifest, items=items, skipped=skipped, notes=notes)
+    notes = [f"left out: {failure.error.where}: {failure.error.what}" for failure in failures]
+    return replace(manifest, items=items, skipped=skipped, notes=(*manifest.notes, *notes))
 
 
 def _cut_captions(manifest: Manifest, cache: Cache, facts: Facts) -> list[str]:

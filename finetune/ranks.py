@@ -39,8 +39,10 @@ class Ranks:
         All of them must call this at the same point.
         """
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        state = PartialState()
+        # Unlike Accelerator, PartialState does not look at this variable by itself.
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         group = None
         if state.num_processes > 1:
             group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)

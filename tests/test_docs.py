@@ -1,4 +1,4 @@
-"""An example is production code: every configuration, command and YAML fragment that the repository shows is run or parsed.
+"""An example is production code: every configuration, command and YAML fragment shown is run or parsed.
 
 Every check is a function of its input, so that a canary can feed it something wrong and watch it fail.
 """
@@ -103,7 +103,7 @@ def commands(text: str, language: str = "bash") -> Iterator[tuple[str, str]]:
                     yield mark.strip(), words
 
 
-def command_fault(command: str, mark: str = "") -> str | None:
+def command_fault(command: str) -> str | None:
     """What is wrong with a documented command; None where nothing is."""
     words = shlex.split(command, comments=True)
     while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
@@ -162,9 +162,9 @@ def mention_fault(verb: str, rest: str) -> str | None:
 def test_every_documented_command_can_be_typed():
     faults, counted = [], 0
     for path in DOCS:
-        for mark, command in commands(path.read_text(encoding="utf-8")):
+        for _mark, command in commands(path.read_text(encoding="utf-8")):
             counted += 1
-            if fault := command_fault(command, mark):
+            if fault := command_fault(command):
                 faults.append(f"{path.relative_to(ROOT)}: {command}: {fault}")
     assert counted >= 15
     assert not faults, "\n".join(faults)

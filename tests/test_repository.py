@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 import finetune
 from finetune.config import RunConfig
-from finetune.config.messages import _bare, _is_model, _is_union
+from finetune.config.messages import bare, is_section, is_union
 from finetune.section import Strict
 
 ROOT = Path(finetune.__file__).parent.parent
@@ -198,12 +198,12 @@ def sections(kind: type[BaseModel], owner: str) -> Iterator[tuple[str, type[Base
     for name, info in kind.model_fields.items():
         stack, item = [info.annotation], False
         while stack:
-            annotation = _bare(stack.pop())
-            if _is_model(annotation):
+            annotation = bare(stack.pop())
+            if is_section(annotation):
                 held = name.removesuffix("s") if item else name
                 yield held, annotation
                 yield from sections(annotation, held)
-            elif _is_union(annotation):
+            elif is_union(annotation):
                 stack += get_args(annotation)
             elif get_args(annotation):
                 item = True

@@ -6,7 +6,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from finetune.cache_request import local_fingerprints, make_request
 from finetune.config import RunConfig
+from finetune.datasets.cache import Cache
+from finetune.datasets.entries import DTYPES, latents_address, prompt_address
+from finetune.datasets.manifest import Manifest, ManifestItem, portable
+from finetune.datasets.video import PIXEL_RULE
+from finetune.facts import read_facts
+from finetune.files import digest_of
+from finetune.types import ClipPlan
 
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -36,6 +46,63 @@ def run_values(model: Path, clips: Path, output: Path, **changes: Any) -> dict[s
         "output_dir": str(output),
     }
     return merged(base, changes)
+
+
+def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
+    """Fill a run's cache with random latents and embeddings, as if its videos had been encoded on another machine.
+
+    Neither videos nor encoders are needed; the run must use ``cache.mode: require``.
+    """
+    facts = read_facts(config.model.pretrained)
+    cache = Cache(config.cache.dir)
+    bucket = config.data.buckets[0]
+    encoders = local_fingerprints(config.model, cache)
+    generator = torch.Generator().manual_seed(0)
+    channels, frames, height, width = facts.latent_shape(bucket)
+
+    def prompt(text: str) -> str:
+        address = prompt_address(
+            text=text, text_encoder="elsewhere", max_length=facts.max_text_seq_length, dtype=encoders.dtype
+        )
+        embeds = torch.randn(facts.max_text_seq_length, facts.text_embed_dim, generator=generator)
+        cache.write_prompt(address, embeds.to(DTYPES[encoders.dtype]), tokens=4)
+        return digest_of(address)
+
+    def clip(number: int) -> ManifestItem:
+        draws = config.cache.image_draws if facts.image_to_video else None
+        address = latents_address(
+            media_digest=f"clip {number}",
+            image_digest=None,
+            plan=ClipPlan(tuple(range(bucket.frames)), (bucket.height, bucket.width), (0, 0), bucket),
+            pixel_rule=PIXEL_RULE,
+            vae="elsewhere",
+            vae_dtype=encoders.dtype,
+            latents_dtype=config.cache.latents_dtype,
+            image_draws=draws,
+        )
+        mean = torch.randn(channels, frames, height, width, generator=generator)
+        image = torch.randn(draws, channels, 1, height, width, generator=generator) if draws else None
+        cache.write_latents(address, mean, torch.full_like(mean, 0.01), image)
+        caption = f"clip number {number}"
+        return ManifestItem(
+            clip=f"{number}.mp4",
+            where=f"fabricated:{number}",
+            caption=caption,
+            bucket=bucket,
+            repeats=1.0,
+            holdout=False,
+            latents_key=digest_of(address),
+            prompt_key=prompt(caption),
+            media_digest=f"clip {number}",
+        )
+
+    manifest = Manifest(
+        items=tuple(clip(number) for number in range(clips)),
+        empty_prompt_key=prompt(""),
+        request=portable(make_request(config, facts, encoders), config.base),
+        inputs={},
+    )
+    cache.save_manifest(manifest, config.base)
 
 
 def run_config(model: Path, clips: Path, output: Path, **changes: Any) -> RunConfig:

@@ -85,16 +85,16 @@ def _locate(kind: type[BaseModel], loc: tuple[int | str, ...]) -> _Spot:
     holder: type[BaseModel] | None = None
     union: tuple[type[BaseModel], ...] = ()
     for part in loc:
-        annotation = _bare(annotation)
-        if _is_model(annotation):
+        annotation = bare(annotation)
+        if is_section(annotation):
             if holder is None or annotation not in union:
                 union = union if annotation in union else ()
             holder = annotation
             path.append(part)
             info = annotation.model_fields.get(str(part))
             annotation = info.annotation if info else None
-        elif _is_union(annotation):
-            members = tuple(member for member in map(_bare, get_args(annotation)) if _is_model(member))
+        elif is_union(annotation):
+            members = tuple(member for member in map(bare, get_args(annotation)) if is_section(member))
             chosen = [member for member in members if part in _kinds(member)]
             if not chosen:
                 return _Spot(tuple(path), holder, alternative=True)
@@ -106,22 +106,22 @@ def _locate(kind: type[BaseModel], loc: tuple[int | str, ...]) -> _Spot:
     return _Spot(tuple(path), holder, union)
 
 
-def _bare(annotation: Any) -> Any:
+def bare(annotation: Any) -> Any:
     """Without ``Annotated`` and without ``| None``."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
-    if _is_union(annotation):
+    if is_union(annotation):
         members = [member for member in get_args(annotation) if member is not type(None)]
         if len(members) == 1:
-            return _bare(members[0])
+            return bare(members[0])
     return annotation
 
 
-def _is_union(annotation: Any) -> bool:
+def is_union(annotation: Any) -> bool:
     return get_origin(annotation) in (Union, types.UnionType)
 
 
-def _is_model(annotation: Any) -> bool:
+def is_section(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
@@ -201,9 +201,9 @@ def field_paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The dotted paths of all fields below a section; items of lists are not entered."""
     for name, info in kind.model_fields.items():
         yield prefix + name
-        annotation = _bare(info.annotation)
-        for member in map(_bare, get_args(annotation) if _is_union(annotation) else [annotation]):
-            if _is_model(member):
+        annotation = bare(info.annotation)
+        for member in map(bare, get_args(annotation) if is_union(annotation) else [annotation]):
+            if is_section(member):
                 yield from field_paths(member, f"{prefix}{name}.")
 
 

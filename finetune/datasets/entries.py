@@ -87,12 +87,19 @@ def image_address(*, image_digest: str, bucket: Bucket, pixel_rule: str) -> dict
 
 
 def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose metadata holds, under ``digest``, the digest of its tensors (``tensors_digest``)."""
+    """A safetensors file whose metadata holds, under ``digest``, the digest of its tensors (``tensors_digest``).
+
+    Equal arguments give equal bytes: the library writes metadata in an order that changes from one process to the next,
+    so the header is written here.
+    """
     from safetensors.torch import save
 
     ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    digest = tensors_digest(*split(save(ready))[::2])
-    return bytes(save(ready, metadata={**metadata, "digest": digest}))
+    header, _, data = split(save(ready))
+    metadata = {**metadata, "digest": tensors_digest(header, data)}
+    text = canonical_json({"__metadata__": metadata, **header}).encode("utf-8")
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text + bytes(data)
 
 
 def split(content: bytes) -> tuple[dict[str, Any], dict[str, str], memoryview]:

@@ -75,6 +75,11 @@ class Facts:
         return self.vae_spatial * self.patch_size
 
     @property
+    def native_bucket(self) -> Bucket:
+        """Frames, height and width in pixels as the JSON states them: of the second generation, the largest size."""
+        return Bucket(self.sample_frames, self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial)
+
+    @property
     def frames_step(self) -> int:
         """A clip has this many frames times N, plus 1; see ``check_bucket``."""
         if self.patch_size_t is None:
@@ -122,52 +127,51 @@ class Facts:
         - The second generation cuts its rotary positions out of a table of ``sample_height`` x ``sample_width``.
           The first stretches them, and sine positions are computed for any size.
         """
-        native = Bucket(self.sample_frames, self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial)
         if self.use_learned_positions:
-            fixed = f"its learned positions fix it to {native} (frames x height x width)"
-            return [] if bucket == native else [f"{bucket} is not possible for this model: {fixed}"]
+            if bucket == self.native_bucket:
+                return []
+            fixed = f"its learned positions fix it to {self.native_bucket} (frames x height x width)"
+            return [f"{bucket} is not possible for this model: {fixed}"]
+        first_generation = self.patch_size_t is None
+        longest = self.sample_frames if first_generation else None
         problems = []
-        longest = self.sample_frames if self.patch_size_t is None else None
-        if bucket.frames % self.frames_step != 1 % self.frames_step or (longest and bucket.frames > longest):
+        if legal := _nearest(bucket.frames, self.frames_step, offset=1, largest=longest):
             rule = f"{self.frames_step}N+1 frames" + (f", at most {longest}" if longest else "")
-            legal = _nearest(bucket.frames, self.frames_step, offset=1, largest=longest)
             problems.append(f"{bucket.frames} frames are not possible: this model takes {rule}; nearest: {legal}")
-        for side, pixels, native_pixels in (
-            ("height", bucket.height, native.height),
-            ("width", bucket.width, native.width),
-        ):
-            largest = native_pixels if self.use_rotary and self.patch_size_t is not None else None
-            if pixels % self.size_multiple or (largest and pixels > largest):
+        bounded = self.use_rotary and not first_generation
+        for side in ("height", "width"):
+            pixels, largest = getattr(bucket, side), getattr(self.native_bucket, side) if bounded else None
+            if legal := _nearest(pixels, self.size_multiple, offset=0, largest=largest):
                 rule = f"a multiple of {self.size_multiple}" + (f", at most {largest}" if largest else "")
-                legal = _nearest(pixels, self.size_multiple, offset=0, largest=largest)
                 problems.append(f"{side} {pixels} is not possible: it must be {rule}; nearest: {legal}")
         return problems
 
     def advise_bucket(self, bucket: Bucket) -> list[str]:
         """What is possible but not what the model was made for, in words; empty if nothing. For legal buckets."""
-        advice = []
         if self.patch_size_t is not None:
             step, longest = self.native_fps, self.native_fps * _LONGEST_S + 1
-            if bucket.frames % step != 1 or bucket.frames > longest:
-                legal = _nearest(bucket.frames, step, offset=1, largest=longest)
-                advice.append(
+            if legal := _nearest(bucket.frames, step, offset=1, largest=longest):
+                return [
                     f"{bucket.frames} frames: the model was made for {step}N+1 frames, at most {longest}; "
                     f"nearest: {legal} (others train, with a padded first frame where needed)"
-                )
-        elif (native := (self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial)) != (
-            bucket.height,
-            bucket.width,
-        ):
-            advice.append(
-                f"{bucket.height}x{bucket.width}: the model was made for {native[0]}x{native[1]} (height x width); "
-                "other sizes are possible, but its positions are then stretched or new to it"
-            )
-        return advice
+                ]
+            return []
+        native = self.native_bucket
+        if (bucket.height, bucket.width) != (native.height, native.width):
+            return [
+                f"{bucket.height}x{bucket.width}: the model was made for {native.height}x{native.width} (height x "
+                "width); other sizes train, but their positions are stretched or new to it"
+            ]
+        return []
 
 
 def _nearest(value: int, step: int, *, offset: int, largest: int | None) -> str:
-    """The legal values ``step * N + offset`` around ``value``, as text."""
-    below = max((value - offset) // step * step + offset, offset or step)
-    if largest is not None and below + step > largest:
-        return str(min(below, (largest - offset) // step * step + offset))
-    return f"{below} or {below + step}" if below < value else str(below)
+    """The values of the form ``step * N + offset`` up to ``largest`` around ``value``, as text; "" if it is one."""
+    lowest = offset or step
+    below = max((value - offset) // step * step + offset, lowest)
+    if largest is not None:
+        below = min(below, (largest - offset) // step * step + offset)
+    if below == value:
+        return ""
+    above = below + step
+    return f"{below} or {above}" if below < value and (largest is None or above <= largest) else str(below)

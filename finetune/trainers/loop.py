@@ -8,6 +8,7 @@ is no state to restore but tensors and one integer.
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -46,6 +47,10 @@ class TrainReport:
     """Held-out loss at the last measurement."""
     stopped_by: str
     """The signal that ended the run early, or empty."""
+    s_per_step: float | None
+    """Median seconds per optimizer step of this call, the first one (warm-up) left out; None before the second."""
+    peak_gib: float
+    """Most memory this process has held: allocated on its GPU, or resident where there is none."""
 
 
 def train(config: RunConfig) -> TrainReport:
@@ -76,6 +81,7 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
     state = run.state
     saved = run.resumed_from
     record: StepRecord | None = None
+    durations_s: list[float] = []
 
     if state.step == 0 and config.validation.at_start:
         run.console.note("measuring the base model")
@@ -113,7 +119,8 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
         meter.reset()
         run.ema_step()
         state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(record.losses))
-        run.log_step(state, record, grad_norm, lr, time.perf_counter() - begun, run.loader.waited_s - waited)
+        durations_s.append(time.perf_counter() - begun)
+        run.log_step(state, record, grad_norm, lr, durations_s[-1], run.loader.waited_s - waited)
 
         finished = state.step == run.total_steps
         best = False
@@ -135,4 +142,6 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
         heldout_before=validator.before,
         heldout_after=validator.latest,
         stopped_by=stop.by if state.step < run.total_steps else "",
+        s_per_step=statistics.median(durations_s[1:]) if len(durations_s) > 1 else None,
+        peak_gib=run.peak_gib(),
     )

@@ -1,0 +1,383 @@
+"""The command line: exit codes, what is printed where, and that each verb hands on what it was told."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+import finetune
+from finetune.arguments import build_parser
+from finetune.cli import BUG, INTERRUPTED, OK, USER_ERROR, main
+from finetune.config import check_against, load_config
+from finetune.errors import CheckpointError, DataError, FinetuneError
+from finetune.facts import known_model, read_facts
+from finetune.starter import EXAMPLE_CARDS_GIB, HUB_IDS, LORA_PEAK_GIB, PARAMETERS, Starter
+
+ROOT = Path(finetune.__file__).parent.parent
+
+
+def run(*words: str, cwd: Path, program: tuple[str, ...] = ("-m", "finetune")) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *program, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A configuration that loads, of a model that is nowhere."""
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {pretrained: ./nowhere}\n"
+        "data: {sources: [{path: clips}], buckets: [9x64x64]}\n"
+        "train: {steps: 1}\n"
+        "output_dir: run\n"
+    )
+    return path
+
+
+# ------------------------------------------------------------------------------------------- real processes, real codes
+
+
+def test_exit_0_for_help_without_importing_what_is_heavy(tmp_path):
+    probe = (
+        "import sys; from finetune.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit as stop: print(stop.code, [m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
+    )
+    done = run(probe, cwd=tmp_path, program=("-c",))
+    assert done.stdout.splitlines()[-1] == "0 []"
+    for verb in ("quickstart", "init", "check", "precompute", "train", "export", "generate", "cache"):
+        assert f"\n    {verb}" in done.stdout
+    assert "finetune init --model 5b --method lora --card 24" in done.stdout
+
+
+def test_exit_0_when_a_verb_succeeds(tmp_path):
+    done = run("init", "--model", "2b", "--card", "12", "--data", ".", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "wrote run.yaml" in done.stdout and (tmp_path / "run.yaml").is_file()
+
+
+def test_exit_2_for_words_that_do_not_parse(tmp_path):
+    done = run("tarin", cwd=tmp_path)
+    assert done.returncode == 2 and "invalid choice" in done.stderr
+
+
+def test_exit_2_for_a_fault_of_the_user_from_any_folder(config_file, tmp_path):
+    """train.py finds the package wherever it is started, and prints no traceback for what the user can mend."""
+    done = run(
+        "--config", str(config_file), "--set", "train.stesp=3", cwd=tmp_path.parent, program=(str(ROOT / "train.py"),)
+    )
+    assert done.returncode == 2
+    assert "did you mean 'steps'" in done.stderr and "--set train.stesp=3" in done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
+
+
+def test_exit_1_for_a_bug(config_file, tmp_path):
+    """The injected fault stands for any exception that is not ours."""
+    probe = (
+        "import sys, finetune.cli as cli\n"
+        "cli._VERBS['train'] = lambda args: 1 / 0\n"
+        f"sys.exit(cli.main(['train', '--config', {str(config_file)!r}]))"
+    )
+    done = run(probe, cwd=tmp_path, program=("-c",))
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr and "Traceback" in done.stderr
+    assert "This is a bug in finetune" in done.stderr and finetune.__version__ in done.stderr
+
+
+def test_accelerate_launch_reports_failure(config_file, tmp_path):
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"))
+    done = run(str(ROOT / "train.py"), "--config", str(config_file), cwd=tmp_path, program=launch)
+    assert done.returncode != 0
+    assert "there is no such model folder" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["single_gpu", "ddp", "cpu"])
+def test_accelerate_configurations_are_read_by_accelerate(name):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    path = ROOT / "accelerate_configs" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.mixed_precision == "no"  # precision is model.dtype
+    assert config.use_cpu == (name == "cpu")
+    assert config.num_processes == (2 if name == "ddp" else 1)
+    assert set(yaml.safe_load(path.read_text())) <= {*vars(config), "gpu_ids", "use_cpu", "rdzv_backend"}
+
+
+# --------------------------------------------------------------------------------------------------- codes, in process
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Put a function in the place of training; what it was given is recorded."""
+    from finetune.trainers import loop
+
+    calls: list[object] = []
+
+    def replace(outcome: BaseException | None = None) -> list[object]:
+        def train(config):
+            calls.append(config)
+            if outcome is not None:
+                raise outcome
+
+        monkeypatch.setattr(loop, "train", train)
+        return calls
+
+    return replace
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code"),
+    [
+        (None, OK),
+        (DataError("no clip", where="a.csv:3", fix="add one"), USER_ERROR),
+        (CheckpointError("gone"), USER_ERROR),
+        (KeyboardInterrupt(), INTERRUPTED),
+        (RuntimeError("oh"), BUG),
+        (AssertionError("oh"), BUG),
+    ],
+)
+def test_every_outcome_has_its_code(trained, config_file, capsys, outcome, code):
+    calls = trained(outcome)
+    assert main(["train", "--config", str(config_file), "--set", "train.seed=5", "train.steps=9"]) == code
+    assert len(calls) == 1 and (calls[0].train.seed, calls[0].train.steps) == (5, 9)
+    said = capsys.readouterr().err
+    assert ("Traceback" in said) == (code == BUG)
+    assert ("This is a bug" in said) == (code == BUG)
+    if isinstance(outcome, DataError):
+        assert said == "error: no clip\n  where: a.csv:3\n  fix:   add one\n"
+
+
+def test_several_set_options_add_up(trained, config_file):
+    calls = trained()
+    main(["train", "--config", str(config_file), "--set", "train.seed=5", "--set", "train.steps=9", "data.fps=8"])
+    assert (calls[0].train.seed, calls[0].train.steps, calls[0].data.fps) == (5, 9, 8)
+
+
+def test_every_kind_of_our_errors_is_the_users(trained, config_file, capsys):
+    kinds = FinetuneError.__subclasses__()
+    assert len(kinds) >= 7
+    for kind in kinds:
+        trained(kind("what"))
+        assert main(["train", "--config", str(config_file)]) == USER_ERROR, kind
+
+
+def test_the_rank_is_named_where_there_are_several(trained, config_file, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    trained(DataError("no clip"))
+    main(["train", "--config", str(config_file)])
+    assert capsys.readouterr().err.startswith("[rank 1] error: no clip")
+
+
+def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
+    """As in ``finetune cache stats | head -1``."""
+    probe = (
+        "import sys, finetune.cli as cli\n"
+        "cli._VERBS['cache'] = lambda args: print('line\\n' * 100_000)\n"
+        "sys.exit(cli.main(['cache', 'stats', '--dir', '.']))"
+    )
+    writer = subprocess.Popen(
+        [sys.executable, "-c", probe],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    assert writer.stdout is not None and writer.stderr is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    said = writer.stderr.read()
+    writer.stderr.close()
+    assert (writer.wait(60), said) == (0, "")
+
+
+# ------------------------------------------------------------------------------------------------------- what is public
+
+
+def test_the_public_names_work_whatever_was_imported_before(tmp_path):
+    """``precompute`` and ``export`` are modules and functions of one name: both uses must go on working."""
+    probe = (
+        "import finetune, sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "import finetune.export\n"
+        "from finetune import export, load_config, precompute, train, __version__\n"
+        "import finetune.precompute as module\n"
+        "from finetune.precompute import precompute as function\n"
+        "assert callable(precompute) and callable(export) and module.precompute is function\n"
+        "seen = []\n"
+        "module.precompute = lambda *a, **k: seen.append((a, k))\n"
+        "precompute('config', progress=False)\n"
+        "print(seen, train.__module__, load_config.__name__, dir(finetune)[:2])\n"
+        "try: finetune.nothing\n"
+        "except AttributeError as error: print(error)\n"
+    )
+    done = run(probe, cwd=tmp_path, program=("-c",))
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("[(('config',), {'progress': False})] finetune.trainers.loop load_config ['__version__'")
+    assert "no attribute 'nothing'" in second
+
+
+# ----------------------------------------------------------------------------------------- what the verbs hand on
+
+
+def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    assert main(["init", "--model", str(tiny_model()), "--data", str(demo_clips), "--output", str(path)]) == OK
+    overrides = ["data.buckets=[9x64x64]", "cache.decode_workers=0", "validation.bucket=9x64x64", "data.fps=8"]
+    assert main(["check", "--config", str(path), "--set", *overrides]) == OK
+    printed = capsys.readouterr()
+    assert "4" in printed.out and "9x64x64" in printed.out
+    assert main(["check", "--config", str(path), "--set", "data.buckets=[10x63x64]"]) == USER_ERROR
+    assert "10 frames are not possible" in capsys.readouterr().err
+
+
+def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
+    from finetune import generate as generation
+    from finetune.types import Bucket
+
+    asked = []
+    monkeypatch.setattr(generation, "generate", lambda request: asked.append(request) or "done")
+    (tmp_path / "prompts.txt").write_text("first\nsecond\n")
+    words = (
+        f"generate --model base --revision r --transformer full --adapter a:0.5 --adapter b "
+        f"--prompts {tmp_path}/prompts.txt --prompt third --image i.png --seed 7 "
+        "--bucket 9x64x32 --fps 4 --negative-prompt ugly --steps 3 --guidance 2 "
+        "--dynamic-cfg --dtype fp32 --offload --device cpu --output out"
+    )
+    assert main(words.split()) == OK
+    (request,) = asked
+    assert [(prompt.prompt, prompt.seed) for prompt in request.prompts] == [("first", 7), ("second", 8), ("third", 9)]
+    assert request.prompts[2].image == Path("i.png") and request.prompts[0].image is None
+    assert [(str(adapter.path), adapter.strength) for adapter in request.adapters] == [("a", 0.5), ("b", 1.0)]
+    assert request.bucket == Bucket(9, 64, 32) and request.fps == 4 and request.out == Path("out")
+    assert (request.base, request.revision, request.transformer) == ("base", "r", Path("full"))
+    assert (request.negative_prompt, request.num_inference_steps, request.guidance_scale) == ("ugly", 3, 2)
+    assert (request.dynamic_cfg, request.dtype, request.offload, request.device) == (True, "fp32", True, "cpu")
+    assert capsys.readouterr().out == "done\n"
+    assert main(["generate", "--model", "base", "--prompt", "a", "--bucket", "9x64"]) == USER_ERROR
+    assert "--bucket 9x64" in capsys.readouterr().err
+
+
+def test_export_hands_on_every_option(monkeypatch, capsys):
+    from finetune import export as exporting
+
+    asked = []
+    monkeypatch.setattr(exporting, "export", lambda *words, **options: asked.append((words, options)) or "done")
+    words = "export runs/a --to diffusers --output out --checkpoint best --full-pipeline --weights ema"
+    assert main(words.split()) == OK
+    assert asked == [
+        ((Path("runs/a"), Path("out")), {"checkpoint": "best", "full_pipeline": True, "weights": "ema"}),
+    ]
+
+
+def test_cache_verbs(config_file, tmp_path, capsys):
+    import torch
+
+    from finetune.datasets.cache import Cache
+    from finetune.datasets.entries import prompt_address
+
+    cache = Cache(tmp_path / "cache")
+    address = prompt_address(text="a", text_encoder="e", max_length=4, dtype="fp32")
+    cache.write_prompt(address, torch.zeros(4, 8), tokens=1)
+    assert main(["cache", "stats", "--config", str(config_file)]) == OK
+    assert main(["cache", "verify", "--config", str(config_file), "--set", "cache.dir=cache"]) == OK
+    printed = capsys.readouterr().out
+    assert "prompts          1 entries" in printed and "1 entries read" in printed
+    (entry,) = cache.entries("prompts")
+    entry.write_bytes(entry.read_bytes()[:-1] + b"\x01")
+    assert main(["cache", "verify", "--dir", str(cache.root)]) == USER_ERROR
+    assert main(["cache", "gc", "--dir", str(cache.root)]) == OK
+    assert entry.exists()  # without --delete it only says
+    assert main(["cache", "verify", "--dir", str(cache.root), "--delete"]) == USER_ERROR
+    assert not entry.exists()
+    assert "1 damaged" in capsys.readouterr().out
+
+
+def test_quickstart_is_told_where(monkeypatch):
+    asked = []
+    fake = types.ModuleType("finetune.quickstart")
+    fake.main = asked.append
+    monkeypatch.setitem(sys.modules, "finetune.quickstart", fake)
+    assert main(["quickstart", "--output", "here"]) == OK
+    assert asked == [Path("here")]
+
+
+def test_every_verb_of_the_parser_is_wired():
+    from finetune import arguments, cli
+
+    assert set(arguments._VERBS) == set(cli._VERBS) and len(cli._VERBS) == 8
+    assert build_parser("train").parse_args(["--config", "a"]).verb == "train"
+
+
+# ---------------------------------------------------------------------------------------------------------------- init
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("model", [*HUB_IDS, "THUDM/CogVideoX-5b"])
+def test_init_writes_what_loads_and_fits(tmp_path, model, method, capsys):
+    output = tmp_path / "configs" / "mine.yaml"
+    assert main(["init", "--model", model, "--method", method, "--card", "80", "--output", str(output)]) == OK
+    config = load_config(output)
+    variant = model if model in HUB_IDS else "5b"
+    assert config.model.pretrained == HUB_IDS[variant] and config.method.kind == method
+    assert check_against(config, read_facts(str(known_model(variant)))) == ((), ())
+    assert config.output_dir == tmp_path / "configs" / "runs" / "mine"
+    header = " ".join(output.read_text().replace("#", "").split())
+    assert ("GiB, predicted, not measured" if method == "lora" else ": not predicted, not measured") in header
+    assert "put the path of your clips" in capsys.readouterr().err
+
+
+def test_init_of_a_model_folder(tiny_model, tmp_path):
+    output = tmp_path / "run.yaml"
+    for variant in HUB_IDS:
+        folder = tiny_model(variant)
+        assert main(["init", "--model", str(folder), "--output", str(output), "--force", "--card", "24"]) == OK
+        config = load_config(output)
+        assert config.model.pretrained == str(folder)
+        assert check_against(config, read_facts(str(folder))).errors == ()
+        assert "there is no figure for this model" in output.read_text()
+
+
+@pytest.mark.parametrize("name", ["clips", "my clips: raw #1", "it's", "- dash", "1e5", "true", "@x", "日本"])
+def test_init_keeps_any_path(tmp_path, name, monkeypatch):
+    (tmp_path / "data" / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "--model", "5b", "--data", f"data/{name}", "--output", "deep/er/run.yaml"]) == OK
+    (source,) = load_config("deep/er/run.yaml").data.sources
+    assert source.path == tmp_path / "data" / name
+    assert main(["init", "--model", "5b", "--data", str(tmp_path / "data" / name), "--output", "abs.yaml"]) == OK
+    assert load_config("abs.yaml").data.sources[0].path == tmp_path / "data" / name
+
+
+def test_init_replaces_nothing_unasked(tmp_path, capsys):
+    output = tmp_path / "run.yaml"
+    output.write_text("mine")
+    assert main(["init", "--model", "5b", "--output", str(output)]) == USER_ERROR
+    assert output.read_text() == "mine" and "--force" in capsys.readouterr().err
+    assert main(["init", "--model", "5b", "--output", str(output), "--force"]) == OK
+    assert main(["init", "--model", "6b", "--output", str(output), "--force"]) == USER_ERROR
+
+
+@pytest.mark.parametrize(("model", "method", "card"), [("5b", "lora", 16), ("5b", "full", 48), ("1.5-5b", "lora", 24)])
+def test_init_says_what_will_not_fit(tmp_path, capsys, model, method, card):
+    output = tmp_path / "run.yaml"
+    assert main(["init", "--model", model, "--method", method, "--card", str(card), "--output", str(output)]) == OK
+    assert f"and the card has {card}" in capsys.readouterr().err
+    assert "NOTE: this is predicted to need" in output.read_text()
+
+
+def test_the_examples_are_for_cards_that_they_fit():
+    for (known, method), card in EXAMPLE_CARDS_GIB.items():
+        starter = Starter(HUB_IDS[known], read_facts(str(known_model(known))), method, known, card, "a", "b", "c", "d")
+        assert not starter.notes(), (known, method)
+    assert set(LORA_PEAK_GIB) == set(PARAMETERS) == set(HUB_IDS)
