@@ -7,6 +7,7 @@ mend (printed without a traceback), 1 a bug in this package (with one), 130 inte
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
         SystemExit: from argparse, for ``--help`` (0) and for words it cannot parse (2).
     """
     args = build_parser(verb).parse_args(argv)
+    _quiet_libraries()
     try:
         code = _VERBS[args.verb](args)
         sys.stdout.flush()
@@ -58,6 +60,17 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
 def _rank() -> str:
     """Which process speaks, where several do."""
     return f"[rank {os.environ.get('RANK', '0')}] " if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+
+
+def _is_main() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _quiet_libraries() -> None:
+    """Errors only from the libraries below us: what of their advice matters to a run, this package checks itself."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _bug_note() -> str:
@@ -92,12 +105,16 @@ def _init(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from finetune.config import load_config, require_valid
     from finetune.facts import read_facts
+    from finetune.overview import overview
     from finetune.precompute import check_dataset
 
     config = load_config(args.config, args.set)
     facts = read_facts(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, facts)
-    print(check_dataset(config, facts))
+    report = check_dataset(config, facts)
+    print(report)
+    for label, number in overview(config, facts, report.clips):
+        print(f"{label:>16}: {number}")
     _print_notes(warnings)
 
 
@@ -110,7 +127,7 @@ def _precompute(args: argparse.Namespace) -> None:
     facts = read_facts(config.model.pretrained, config.model.revision)
     _print_notes(require_valid(config, facts))
     report = precompute(config, facts=facts)
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(report)
 
 
@@ -194,7 +211,7 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _print_notes(notes: Sequence[str]) -> None:
-    for note in notes:
+    for note in notes if _is_main() else ():
         print(f"note: {note}", file=sys.stderr)
 
 

@@ -1,7 +1,7 @@
 """The demo world: short clips of one coloured shape that moves, and a CogVideoX really trained on them.
 
-A clip is 9 frames of 64x64 pixels at 8 fps. The shipped base model (``scripts/train_demo_world.py`` made it) knows circles,
-squares and triangles in four colours; it has never seen a ring. Teaching it the ring from a dozen clips is the
+A clip is 9 frames of 64x64 pixels at 8 fps. The shipped base model (``scripts/train_demo_world.py`` made it) knows
+circles, squares and triangles in four colours; it has never seen a ring. Teaching it the ring from a dozen clips is the
 quickstart, and ``classify`` measures whether it worked.
 
 Leaf module: rendering and measuring need numpy alone, writing clips needs PyAV.
@@ -77,7 +77,7 @@ class Reading:
     colour: str
     motion: str
     distances: dict[str, float]
-    """Per shape: the share of the foreground that the best-placed such shape leaves unexplained, 0 (same) to 1 (unlike)."""
+    """Per shape: the share of the foreground that the best-placed such shape leaves unexplained, 0 (same) to 1."""
 
 
 def render(scene: Scene) -> Frames:
@@ -111,7 +111,8 @@ def _background(draw: np.random.Generator) -> NDArray[np.float64]:
     slope = draw.uniform(-22, 22) * draw.integers(2) + np.zeros(3)
     angle = draw.uniform(0, 2 * np.pi)
     y, x = np.mgrid[-1 : 1 : SIZE * 1j, -1 : 1 : SIZE * 1j]
-    return base + slope * (x * np.cos(angle) + y * np.sin(angle))[..., None]
+    graded: NDArray[np.float64] = base + slope * (x * np.cos(angle) + y * np.sin(angle))[..., None]
+    return graded
 
 
 def _coverage(shape: str, x: float, y: float) -> NDArray[np.float64]:
@@ -127,7 +128,8 @@ def _coverage(shape: str, x: float, y: float) -> NDArray[np.float64]:
     else:  # an upright triangle: the base, and two sides whose outward normals point 30 degrees above the horizon
         sides = np.abs(dx) * np.cos(np.pi / 6) - dy * np.sin(np.pi / 6)
         outside = np.maximum(dy, sides) - 0.6 * _RADIUS
-    return np.clip(0.5 - outside, 0, 1)
+    covered: NDArray[np.float64] = np.clip(0.5 - outside, 0, 1)
+    return covered
 
 
 def lesson(seed: int = 0) -> list[Scene]:
@@ -198,8 +200,8 @@ def classify(clip: Frames) -> Reading:
     """See what a clip shows, by fitting every shape of this world at every position.
 
     Per frame the background is a least-squares plane per colour channel; what remains is compared with each shape's
-    outline at each whole-pixel position (a normalised cross-correlation). The distance of a shape is the energy that its
-    best placement leaves, over all frames, as a share of the whole.
+    outline at each whole-pixel position (a normalised cross-correlation). The distance of a shape is the energy that
+    its best placement leaves, over all frames, as a share of the whole.
 
     Args:
         clip: uint8 RGB, [F, 64, 64, 3], two frames or more.
@@ -245,19 +247,22 @@ def concept_distance(clips: Sequence[Frames], shape: str = NEW_SHAPE) -> float:
 
 
 def _halved(images: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Mean of 2x2 pixels over the two axes before the last: four times less to compare, and less noise in it."""
-    return images.reshape(*images.shape[:-3], SIZE // 2, 2, SIZE // 2, 2, images.shape[-1]).mean((-4, -2))
+    """[N, H, W, C] -> [N, H/2, W/2, C], the mean of 2x2 pixels: four times less to compare, and less noise in it."""
+    small: NDArray[np.float64] = images.reshape(-1, SIZE // 2, 2, SIZE // 2, 2, images.shape[-1]).mean((2, 4))
+    return small
 
 
 @cache
 def _templates() -> tuple[dict[str, NDArray[np.float64]], NDArray[np.float64], NDArray[np.float64]]:
-    """Outlines per shape [N, P], free of the plane and of unit length; the plane's basis [P, 3]; centres [N, (x, y)]."""
+    """Outlines per shape [N, P], unit length, free of the plane; the plane's basis [P, 3]; centres [N, (x, y)]."""
     y, x = np.mgrid[-1 : 1 : SIZE // 2 * 1j, -1 : 1 : SIZE // 2 * 1j]
     plane = np.linalg.qr(np.stack([np.ones_like(x), x, y], -1).reshape(-1, 3))[0]
     centres = np.array(list(product(range(14, SIZE - 13), repeat=2)), dtype=np.float64)
     templates = {}
     for shape in SHAPES:
-        outlines = np.stack([_halved(_coverage(shape, *centre)[..., None]).ravel() for centre in centres])
+        outlines = _halved(np.stack([_coverage(shape, *centre) for centre in centres])[..., None]).reshape(
+            len(centres), -1
+        )
         outlines -= (outlines @ plane) @ plane.T
         templates[shape] = outlines / np.linalg.norm(outlines, axis=1, keepdims=True)
     return templates, plane, centres

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import shlex
 import shutil
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,7 +89,8 @@ def model_card(found: Source, facts: Facts, *, name: str, samples: list[str], fu
         f"# {_text(config.output_dir.name)}\n\n{kind} of {_code(base)}"
         f" ({'image' if facts.image_to_video else 'text'} to video), {found.state.step} optimizer steps"
         f"{', exponential moving average of the weights' if found.weights == 'ema' else ''}.",
-        "## Use\n\n```python\n" + usage(found, facts, name=name, full_pipeline=full_pipeline) + "```",
+        "## Use\n\n```python\n" + usage(found, facts, name=name, full_pipeline=full_pipeline) + "```\n\n"
+        "or, with the package that trained it:\n\n```bash\n" + _command(found, facts, name) + "\n```",
         "## Training data\n\n" + _data(found),
         "## Settings\n\n" + _settings(found, facts),
         "## Held-out loss\n\n" + _heldout(found),
@@ -130,7 +132,7 @@ def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str
     dtype = str(config.model.torch_dtype())
     base = found.trained_on
     bucket = config.data.buckets[0]
-    caption = found.data.captions[0] if found.data and found.data.captions else (config.data.trigger or "a video")
+    caption = _example_caption(found)
     classes = [pipeline] if found.lora or full_pipeline else [pipeline, "CogVideoXTransformer3DModel"]
     lines = [
         "import torch",
@@ -174,6 +176,18 @@ def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str
         f'export_to_video(video, "video.mp4", fps={round(config.data.fps or facts.native_fps)})',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _command(found: Source, facts: Facts, name: str) -> str:
+    words = ["finetune", "generate", "--model", found.trained_on, "--adapter" if found.lora else "--transformer", name]
+    words += ["--image", "first_frame.png"] if facts.image_to_video else []
+    return shlex.join([*words, "--prompt", _example_caption(found)])
+
+
+def _example_caption(found: Source) -> str:
+    if found.data is not None and found.data.captions:
+        return found.data.captions[0]
+    return found.config.data.trigger or "a video"
 
 
 def _data(found: Source) -> str:

@@ -5,8 +5,8 @@
     python scripts/train_demo_world.py --sheets /tmp/look # also write PNG contact sheets of what it learned
 
 The VAE sees every shape of the world in any colour, as a real VAE has seen everything. The transformer sees circles,
-squares and triangles only: the ring is for the quickstart's LoRA to teach. Equal seeds on equal software and hardware give
-equal weights; the checks printed at the end hold anywhere.
+squares and triangles only: the ring is for the quickstart's LoRA to teach. Equal seeds on equal software and hardware
+give equal weights; the checks printed at the end hold anywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -54,7 +53,9 @@ def main() -> None:
     torch.manual_seed(options.seed)
     if options.keep_vae:
         with tempfile.TemporaryDirectory() as installed:
-            vae = AutoencoderKLCogVideoX.from_pretrained(demo.install_demo_model(Path(installed), shipped=options.out) / "vae")
+            vae = AutoencoderKLCogVideoX.from_pretrained(
+                demo.install_demo_model(Path(installed), shipped=options.out) / "vae"
+            )
     else:
         vae = train_vae(options.seed, options.image_steps, options.video_steps)
     pipeline = untrained_pipeline(vae, options.seed)
@@ -84,7 +85,7 @@ def train_vae(seed: int, image_steps: int, video_steps: int) -> AutoencoderKLCog
             video = to_model(clips[draw.integers(VAE_CLIPS, size=2)])
         posterior = vae.encode(video).latent_dist
         reconstruction = vae.decode(posterior.sample()).sample
-        mse = F.mse_loss(reconstruction, video)
+        mse = torch.nn.functional.mse_loss(reconstruction, video)
         loss = mse + 1e-4 * posterior.kl().mean() / posterior.mean[0].numel()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -114,7 +115,9 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
     transformer = pipeline.transformer
     started = time.perf_counter()
     latents, texts = encode(pipeline, [known_scene(seed, index) for index in range(BASE_CLIPS)])
-    print(f"base: {len(latents)} clips encoded in {time.perf_counter() - started:.0f} s, latent std {latents.std():.3f}")
+    print(
+        f"base: {len(latents)} clips encoded in {time.perf_counter() - started:.0f} s, latent std {latents.std():.3f}"
+    )
     captions = list(dict.fromkeys([*texts, ""]))
     embeddings = embed(pipeline, captions)
     row = torch.tensor([captions.index(text) for text in texts])
@@ -191,9 +194,12 @@ def check(out: Path, sheets: Path | None) -> None:
     clips = np.stack([demo.render(scene) for scene in scenes])
     with torch.no_grad():
         rebuilt = torch.cat(
-            [pipeline.vae.decode(pipeline.vae.encode(part).latent_dist.mean).sample for part in to_model(clips).split(8)]
+            [
+                pipeline.vae.decode(pipeline.vae.encode(part).latent_dist.mean).sample
+                for part in to_model(clips).split(8)
+            ]
         ).clamp(-1, 1)
-    errors = F.mse_loss(rebuilt, to_model(clips), reduction="none").flatten(1).mean(1)
+    errors = torch.nn.functional.mse_loss(rebuilt, to_model(clips), reduction="none").flatten(1).mean(1)
     for shape in SHAPES:
         mse = float(errors[[scene.shape == shape for scene in scenes]].mean())
         print(f"check: {shape:8} reconstructed at {psnr(mse):.1f} dB")
@@ -205,7 +211,9 @@ def check(out: Path, sheets: Path | None) -> None:
     sampled = sample(pipeline, [scene.caption for scene in asked])
     readings = [demo.classify(clip) for clip in sampled]
     for what in ("shape", "colour", "motion"):
-        right = sum(getattr(reading, what) == getattr(scene, what) for reading, scene in zip(readings, asked, strict=True))
+        right = sum(
+            getattr(reading, what) == getattr(scene, what) for reading, scene in zip(readings, asked, strict=True)
+        )
         print(f"check: {right} of {len(asked)} samples show the {what} asked for")
     for shape in SHAPES:
         of_shape = [clip for clip, scene in zip(sampled, asked, strict=True) if scene.shape == shape]
@@ -221,7 +229,9 @@ def check(out: Path, sheets: Path | None) -> None:
         write_sheet(sheets / "asked_for_ring.png", rings)
 
 
-def sample(pipeline: CogVideoXPipeline, prompts: list[str], steps: int = 20, guidance_scale: float = 3.0) -> list[demo.Frames]:
+def sample(
+    pipeline: CogVideoXPipeline, prompts: list[str], steps: int = 20, guidance_scale: float = 3.0
+) -> list[demo.Frames]:
     clips = pipeline(
         prompt=prompts,
         num_frames=demo.FRAMES,
@@ -237,7 +247,10 @@ def sample(pipeline: CogVideoXPipeline, prompts: list[str], steps: int = 20, gui
 def any_scene(seed: int, *path: int | str) -> Scene:
     draw = np.random.default_rng(address(seed, *path))
     return Scene(
-        str(draw.choice(SHAPES)), str(draw.choice(list(COLOURS))), str(draw.choice(list(MOTIONS))), int(draw.integers(2**31))
+        str(draw.choice(SHAPES)),
+        str(draw.choice(list(COLOURS))),
+        str(draw.choice(list(MOTIONS))),
+        int(draw.integers(2**31)),
     )
 
 

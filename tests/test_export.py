@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -14,17 +15,20 @@ from safetensors.torch import load_file, save_file
 
 from finetune import export as export_module
 from finetune import export_verify
-from finetune.cogvideox import denoise, load_transformer
+from finetune import generate as generate_module
+from finetune.arguments import build_parser
+from finetune.cogvideox import denoise, encode_prompts, load_scheduler, load_text, load_transformer, load_vae
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
 from finetune.datasets.manifest import Manifest, ManifestItem
 from finetune.errors import CheckpointError, ExportError
 from finetune.export import export
 from finetune.facts import read_facts
-from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD, Adapter, GenerateRequest
 from finetune.model_card import _code
+from finetune.sampling import SampleRequest, sample_videos
 from finetune.trainers.checkpoint import save_checkpoint
-from finetune.trainers.validation import HISTORY
+from finetune.trainers.validation import HISTORY, SamplePrompt
 from finetune.types import Bucket, RunState
 from tests.worlds import run_config, run_values
 
@@ -478,6 +482,50 @@ def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, va
     Image.new("RGB", (64, 64), (200, 0, 0)).save("first_frame.png")
     exec(code, {})
     assert Path("video.mp4").stat().st_size > 0
+
+
+def test_the_card_s_command_is_one(tiny_model, tmp_path):
+    for variant, method in (("5b", LORA), ("1.5-5b-i2v", FULL)):
+        run = make_run(tmp_path / variant, tiny_model(variant), method, data={"trigger": "r1ng's"})
+        line = (export(run).folder / "README.md").read_text().split("```bash\n")[1].split("\n")[0]
+        program, *words = shlex.split(line)
+        arguments = build_parser().parse_args(words)
+        assert (program, arguments.verb, arguments.prompt) == ("finetune", "generate", ["r1ng's"])
+        assert (arguments.adapter, arguments.transformer) in ((["export"], None), ([], Path("export")))
+
+
+def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path, monkeypatch):
+    model, method = tiny_model("5b"), LORA
+    run = make_run(tmp_path, model, method)
+    config = run_config(model, run, run, method=method)
+    transformer = load_transformer(config.model)
+    config.method.apply(transformer, seed=1)
+    config.method.load_state(transformer, load_file(run / "checkpoints/step-00000003/trainable.safetensors"))
+    facts = read_facts(str(model))
+    empty, prompt = encode_prompts(*load_text(config.model), ["", "a red ring"], facts)
+    (ours,) = sample_videos(
+        facts,
+        transformer,
+        load_scheduler(config.model),
+        load_vae(config.model),
+        [SampleRequest(prompt, empty, seed=5, bucket=Bucket(9, 32, 48))],
+        num_inference_steps=2,
+        guidance_scale=3.0,
+    )
+    written = []
+    monkeypatch.setattr(generate_module, "write_mp4", lambda path, frames, fps: written.append(frames) or path)
+    generate_module.generate(
+        GenerateRequest(
+            base=str(model),
+            prompts=(SamplePrompt(prompt="a red ring", seed=5),),
+            out=tmp_path / "out",
+            adapters=(Adapter(export(run).folder),),
+            bucket=Bucket(9, 32, 48),
+            num_inference_steps=2,
+            guidance_scale=3.0,
+        )
+    )
+    assert np.array_equal(written[0], ours)
 
 
 def test_published_names_hide_local_paths(tiny_model, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from finetune import generate as generate_module
-from finetune import generate_inputs
+from finetune import sampling
 from finetune.cogvideox import (
     ModelConfig,
     encode_prompts,
@@ -174,6 +175,21 @@ def test_values_that_are_not_numbers_are_shown_black_and_said(tiny_model, caplog
     assert "seed 1 holds values that are not numbers" in caplog.text
 
 
+def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_model, monkeypatch):
+    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    seen = []
+    decode = vae.decode
+    monkeypatch.setattr(
+        vae, "decode", lambda *args, **options: (seen.append(vae.use_tiling), decode(*args, **options))[1]
+    )
+    request = SampleRequest(prompt, empty, seed=1, bucket=SMALL)
+    for limit in (sampling.TILE_ABOVE, 9 * 32 * 48 - 1):
+        monkeypatch.setattr(sampling, "TILE_ABOVE", limit)
+        sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    assert seen == [False, True] and not vae.use_tiling
+    assert 49 * 480 * 720 > 4_000_000 > 9 * 64 * 64  # the published size is tiled, the demo's is not
+
+
 def test_images_must_fit_the_model(tiny_model):
     facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
     request = SampleRequest(prompt, empty, seed=1, bucket=SMALL, image=torch.zeros(3, 32, 48, dtype=torch.uint8))
@@ -320,12 +336,12 @@ def no_weights(monkeypatch):
     [
         ({"prompts": ()}, "there is no prompt"),
         ({"bucket": Bucket(10, 32, 48)}, "10 frames are not possible"),
-        ({"adapters": (Adapter(generate_inputs.Path("nowhere")),)}, "no such file or folder"),
-        ({"adapters": (Adapter(generate_inputs.Path("."), float("nan")),)}, "strength nan is not a number"),
+        ({"adapters": (Adapter(Path("nowhere")),)}, "no such file or folder"),
+        ({"adapters": (Adapter(Path(), float("nan")),)}, "strength nan is not a number"),
         ({"num_inference_steps": 0}, "0 denoising steps"),
         ({"guidance_scale": 0.5}, "guidance scale 0.5"),
         ({"fps": -1.0}, "frames per second"),
-        ({"prompts": prompts_with_seeds(["a"], [generate_inputs.Path("x.png")])}, "takes no image"),
+        ({"prompts": prompts_with_seeds(["a"], [Path("x.png")])}, "takes no image"),
         ({"device": "cuda:99"}, "device cannot be used"),
         ({"device": "cpu", "offload": True}, "no GPU to offload from"),
     ],
@@ -371,8 +387,8 @@ def test_an_adapter_of_another_base_is_refused(tiny_model, tmp_path, change):
 
 
 def test_parse_adapter(tmp_path):
-    assert parse_adapter("my/lora") == Adapter(generate_inputs.Path("my/lora"), 1.0)
-    assert parse_adapter("my/lora:-0.5") == Adapter(generate_inputs.Path("my/lora"), -0.5)
+    assert parse_adapter("my/lora") == Adapter(Path("my/lora"), 1.0)
+    assert parse_adapter("my/lora:-0.5") == Adapter(Path("my/lora"), -0.5)
     odd = tmp_path / "a:0.5"
     odd.mkdir()
     assert parse_adapter(str(odd)) == Adapter(odd)
@@ -407,7 +423,7 @@ def test_bad_prompt_lines_are_told_together(tmp_path):
 
 
 def test_images_pair_with_prompts():
-    x, y = generate_inputs.Path("x"), generate_inputs.Path("y")
+    x, y = Path("x"), Path("y")
     assert [p.image for p in prompts_with_seeds(["a", "b"], [x])] == [x, x]
     assert [p.image for p in prompts_with_seeds(["a", "b"], [x, y])] == [x, y]
     assert [p.image for p in prompts_with_seeds(["a", "b"], [])] == [None, None]

@@ -308,6 +308,23 @@ def test_continuing_means_the_same_function(variation, write, tmp_path):
         torch.testing.assert_close(predict(theirs), predict(transformer), rtol=0, atol=0)
 
 
+def test_the_files_settings_are_understood_by_old_readers():
+    """LoraConfig(**settings) is what a reader does; options that an older peft does not know would be a TypeError."""
+    from peft import LoraConfig
+
+    method = LoraMethod(rank=4, alpha=2.5, use_rslora=True, use_dora=True)
+    settings = method.lora_metadata(applied(method))
+    assert settings == {
+        "r": 4,
+        "lora_alpha": 2.5,
+        "use_rslora": True,
+        "use_dora": True,
+        "target_modules": ["to_k", "to_out.0", "to_q", "to_v"],
+    }
+    assert json.loads(json.dumps(settings)) == settings and LoraConfig(**settings).r == 4
+    assert type(LoraMethod(alpha=64).lora_metadata(applied(LoraMethod(alpha=64)))["lora_alpha"]) is int
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

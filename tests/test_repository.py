@@ -60,7 +60,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("config",), ("datasets.loader",), ("encoding",), ("generate_inputs",), ("sampling",)),
     (
-        ("precompute", "cache_plan", "cache_request", "dataset_report"),
+        ("precompute", "cache_plan", "cache_request", "dataset_report", "overview"),
         ("export", "export_source", "export_verify", "model_card"),
         ("generate",),
         ("starter",),

@@ -24,7 +24,7 @@ PARTIAL_AGE_S = 3600.0
 
 def human_size(size: int) -> str:
     """Bytes for a person: GiB from a tenth of one up, MiB below."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3f} MiB"
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ class TrainReport:
     peak_gib: float
     """Most memory this process has held: allocated on its GPU, or resident where there is none."""
 
+    def __str__(self) -> str:
+        done = f"{self.step} of {self.total_steps} steps in {self.run_dir}"
+        if self.stopped_by:
+            return f"{self.stopped_by}: stopped after {done}; saved {self.checkpoint}. The same command continues."
+        lines = [f"trained {done}"]
+        if self.heldout_before is not None and self.heldout_after is not None:
+            lines.append(f"held-out loss {self.heldout_before:.4f} before, {self.heldout_after:.4f} after")
+        return "\n".join(lines)
+
 
 def train(config: RunConfig) -> TrainReport:
     """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.

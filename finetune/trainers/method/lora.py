@@ -173,11 +173,14 @@ class LoraMethod(Strict):
     def lora_metadata(self, transformer: nn.Module) -> dict[str, Any]:
         """The adapter's settings for ``save_lora_weights(transformer_lora_adapter_metadata=...)``.
 
-        With them in the file, a reader scales by alpha / rank itself: nobody may scale the tensors as well.
+        With them in the file, a reader scales by alpha / rank itself: nobody may scale the tensors as well. Only what
+        the adapter's function depends on is written: readers hand every entry to their own peft, which refuses the
+        names of options that it is too old to know.
         """
         model: Any = transformer
-        settings: dict[str, Any] = model.peft_config[ADAPTER].to_dict()
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+        config = model.peft_config[ADAPTER]
+        settings = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+        return {**settings, "target_modules": sorted(config.target_modules)}
 
     def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
         """What trains, as lines of (label, value)."""
