@@ -27,19 +27,6 @@ from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
 from finetune.model_card import copy_samples, model_card, training_record
 from finetune.trainers.method import LoraMethod
 
-_SETTINGS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "use_rslora",
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-)
-"""Adapter settings that go into the file: those that decide what it computes. A setting that a reader's peft does not
-know makes diffusers refuse the whole file, so the dozens that newer versions add, all at their defaults, stay out."""
-
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -168,9 +155,9 @@ def _save_adapter(facts: Facts, folder: Path, tensors: Mapping[str, Tensor], set
     pipeline_class(facts).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        # diffusers' loader leaves a freshly inserted adapter in training mode: with a dropout in the file, everyone who
-        # loads it would sample with dropout on.
-        transformer_lora_adapter_metadata={name: settings[name] for name in _SETTINGS} | {"lora_dropout": 0.0},
+        # Without a dropout: diffusers' loader leaves a freshly inserted adapter in training mode, so that everyone who
+        # loads the file would sample with dropout on.
+        transformer_lora_adapter_metadata=dict(settings),
         weight_name=ADAPTER_FILE,
     )
 

@@ -27,8 +27,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import demo, tiny
+from finetune.cogvideox import alpha_bar, denoise, encode_prompts, encode_video
 from finetune.demo import COLOURS, KNOWN_SHAPES, MOTIONS, SHAPES, Scene
 from finetune.diffusion import add_noise, v_mse, velocity
+from finetune.facts import Facts, read_facts
 from finetune.streams import address, stream
 
 ASSETS = Path(__file__).parents[1] / "finetune" / "assets" / "demo"
@@ -36,6 +38,7 @@ LATENT_CHANNELS = 8
 VAE_CLIPS = 1024
 VAE_LR = 1.5e-3
 BASE_CLIPS = 4608
+BASE_LR = 1.5e-3
 EMA_DECAY = 0.998
 
 
@@ -112,36 +115,32 @@ def untrained_pipeline(vae: AutoencoderKLCogVideoX, seed: int) -> CogVideoXPipel
 
 def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: int = 32) -> None:
     """Plain velocity MSE at uniform timesteps, a tenth of the captions dropped; keeps the averaged (EMA) weights."""
-    transformer = pipeline.transformer
+    transformer, facts = pipeline.transformer, facts_of(pipeline)
+    scenes = [known_scene(seed, index) for index in range(BASE_CLIPS)]
     started = time.perf_counter()
-    latents, texts = encode(pipeline, [known_scene(seed, index) for index in range(BASE_CLIPS)])
-    print(
-        f"base: {len(latents)} clips encoded in {time.perf_counter() - started:.0f} s, latent std {latents.std():.3f}"
-    )
-    captions = list(dict.fromkeys([*texts, ""]))
-    embeddings = embed(pipeline, captions)
-    row = torch.tensor([captions.index(text) for text in texts])
-    empty = captions.index("")
-    alpha_bar = pipeline.scheduler.alphas_cumprod.float()
-    rope = pipeline._prepare_rotary_positional_embeddings(demo.SIZE, demo.SIZE, latents.shape[2], torch.device("cpu"))
+    latents = encode(pipeline, scenes)
+    print(f"base: {len(latents)} clips encoded in {time.perf_counter() - started:.0f} s, std {latents.std():.3f}")
+    captions = ["", *sorted({scene.caption for scene in scenes})]  # the unconditional text is row 0
+    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions, facts)
+    row = torch.tensor([captions.index(scene.caption) for scene in scenes])
+    levels = alpha_bar(facts).float()
 
     transformer.train()
     averaged = {name: value.detach().clone() for name, value in transformer.named_parameters()}
-    optimizer = torch.optim.AdamW(transformer.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(transformer.parameters(), lr=BASE_LR, betas=(0.9, 0.95), weight_decay=0.01)
     started, meter = time.perf_counter(), []
     for step in range(steps):
-        set_lr(optimizer, 2e-3, step, steps)
+        set_lr(optimizer, BASE_LR, step, steps)
         draw = stream(seed, "base", step)
         chosen = torch.randint(len(latents), (batch_size,), generator=draw)
-        timesteps = torch.randint(len(alpha_bar), (batch_size,), generator=draw)
+        timesteps = torch.randint(facts.num_train_timesteps, (batch_size,), generator=draw)
         eps = torch.randn(batch_size, *latents.shape[1:], generator=draw)
-        dropped = torch.rand(batch_size, generator=draw) < 0.1
-        x0, level = latents[chosen], alpha_bar[timesteps]
-        prompt = embeddings[torch.where(dropped, empty, row[chosen])]
-        predicted = transformer(
-            add_noise(x0, eps, level).transpose(1, 2), prompt, timesteps, image_rotary_emb=rope, return_dict=False
-        )[0].transpose(1, 2)
-        loss = v_mse(predicted, velocity(x0, eps, level)).mean()
+        kept = torch.rand(batch_size, generator=draw) >= 0.1
+        x0, level = latents[chosen], levels[timesteps]
+        prediction = denoise(
+            transformer, facts, add_noise(x0, eps, level), embeds[row[chosen] * kept], timesteps, image_latents=None
+        )
+        loss = v_mse(prediction, velocity(x0, eps, level)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
         optimizer.step()
@@ -151,24 +150,24 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
             for name, value in transformer.named_parameters():
                 averaged[name].lerp_(value, 1 - min(EMA_DECAY, (step + 1) / (step + 10)))
         report("base", step, steps, started, f"loss {np.mean(meter[-200:]):.4f}")
-    transformer.load_state_dict(averaged, strict=False)
+    transformer.load_state_dict(averaged, strict=False)  # strict would miss the buffers, which are not trained
     transformer.eval()
 
 
-def encode(pipeline: CogVideoXPipeline, scenes: list[Scene]) -> tuple[Tensor, list[str]]:
-    """Scaled posterior means [N, C, F, H, W] and captions."""
-    vae, parts = pipeline.vae, []
-    with torch.no_grad():
-        for first in range(0, len(scenes), 16):
-            video = to_model(np.stack([demo.render(scene) for scene in scenes[first : first + 16]]))
-            parts.append(vae.encode(video).latent_dist.mean * vae.config.scaling_factor)
-    return torch.cat(parts), [scene.caption for scene in scenes]
+def facts_of(pipeline: CogVideoXPipeline) -> Facts:
+    """What ``pipeline`` will say of itself once it is saved."""
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.save_pretrained(folder)
+        return read_facts(folder)
 
 
-def embed(pipeline: CogVideoXPipeline, captions: list[str]) -> Tensor:
-    length = pipeline.transformer.config.max_text_seq_length
-    with torch.no_grad():
-        return pipeline._get_t5_prompt_embeds(captions, max_sequence_length=length)
+def encode(pipeline: CogVideoXPipeline, scenes: list[Scene]) -> Tensor:
+    """Posterior means in model space, [N, C, F, H, W]."""
+    parts = [
+        np.stack([demo.render(scene) for scene in scenes[first : first + 16]]) for first in range(0, len(scenes), 16)
+    ]
+    means = [encode_video(pipeline.vae, torch.from_numpy(part).permute(0, 4, 1, 2, 3))[0] for part in parts]
+    return torch.cat(means) * pipeline.vae.config.scaling_factor
 
 
 def ship(pipeline: CogVideoXPipeline, out: Path) -> None:

@@ -244,6 +244,34 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
     assert "10 frames are not possible" in capsys.readouterr().err
 
 
+def test_the_overview_counts_what_training_will_see(tmp_path):
+    from finetune.config import RunConfig
+    from finetune.dataset_report import PlannedClip
+    from finetune.overview import overview
+    from finetune.types import Bucket, ClipPlan, Sample, VideoProbe
+
+    bucket = Bucket(81, 768, 1360)
+    plan = ClipPlan(tuple(range(81)), (768, 1365), (0, 2), bucket)
+    probe = VideoProbe(81, 16.0, 768, 1365, tuple(n / 16 for n in range(81)), 0, "decord")
+    clips = [
+        PlannedClip(f"{n}.mp4", Sample(Path(f"{n}.mp4"), "a", None, "a:1", repeats=2), probe, plan, holdout=n == 10)
+        for n in range(11)
+    ]
+    config = RunConfig.from_dict(
+        {
+            "model": {"pretrained": "x"},
+            "data": {"sources": [{"path": "a"}], "buckets": [str(bucket)], "holdout": 2},
+            "train": {"epochs": 3, "accumulation": 4},
+            "output_dir": str(tmp_path),
+        }
+    )
+    numbers = dict(overview(config, read_facts(str(known_model("1.5-5b-i2v"))), clips))
+    assert "16 channels x 21 + 1 in front frames x 96 x 170, 45,104 tokens" in numbers["bucket"]  # 44,880 and 224
+    assert numbers["clips"] == "8 to train on, 3 held out"
+    assert numbers["epoch"] == "16 clips with repeats, 4.00 steps on one process"
+    assert numbers["steps"].startswith("12, 3.00 epochs") and "image-to-video" in numbers["model"]
+
+
 def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
     from finetune import generate as generation
     from finetune.types import Bucket

@@ -94,7 +94,7 @@ def test_no_scenes_is_an_error(tmp_path: Path) -> None:
 
 
 def test_classify_reads_every_scene_of_the_world() -> None:
-    for shape, colour, motion in product(SHAPES, COLOURS, MOTIONS):
+    for shape, (colour, motion) in product(SHAPES, zip(COLOURS, MOTIONS, strict=True)):
         reading = demo.classify(demo.render(Scene(shape, colour, motion, seed=UNSEEN_SEED)))
         assert (reading.shape, reading.colour, reading.motion) == (shape, colour, motion)
         assert reading.distances[shape] < 0.05

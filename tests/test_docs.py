@@ -77,6 +77,21 @@ def test_the_configuration_reference_is_up_to_date():
         assert (ROOT / "docs" / name).read_text(encoding="utf-8") == text, f"docs/{name} is stale: run `make docs`"
 
 
+@pytest.mark.parametrize("name", ["make_config_docs", "make_configs"])
+def test_the_generators_say_what_is_stale(name, tmp_path, monkeypatch, capsys):
+    module = _script(name)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr("sys.argv", [name, "--check"])
+    assert module.main() == 1 and not list(tmp_path.iterdir())
+    monkeypatch.setattr("sys.argv", [name])
+    assert module.main() == 0
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setattr("sys.argv", [name, "--check"])
+    assert module.main() == 0
+    written[0].write_text("edited by hand")
+    assert module.main() == 1 and written[0].name in capsys.readouterr().out.splitlines()[-1]
+
+
 def test_the_configuration_reference_names_every_field():
     page = generated_docs()["config.md"]
     names = {field for part in json_schema()["$defs"].values() for field in part["properties"]} - {"kind"}

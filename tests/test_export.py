@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -162,8 +163,9 @@ def test_the_header_states_what_decides_and_nothing_newer(tiny_model, tmp_path):
     with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     settings = {name.removeprefix("transformer."): value for name, value in header.items()}
-    assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 2, 0)
-    assert len(settings) == 9
+    assert (settings["r"], settings["lora_alpha"]) == (4, 2)
+    # Every reader hands all of them to its own peft, and refuses the file for one that it does not know.
+    assert settings.keys() == {"r", "lora_alpha", "target_modules", "use_rslora", "use_dora"}
     record = json.loads((folder / TRAINING_RECORD).read_text())
     assert record["method"]["dropout"] == 0.25 and record["buckets"] == ["9x64x64"] and record["fps"] == 8
 

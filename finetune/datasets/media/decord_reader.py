@@ -1,14 +1,16 @@
 """Video frames through decord 0.6, where it can be relied on.
 
 decord gives *wrong* frames without an error after a seek into an open group of pictures (x265's default), in transport
-streams, and where an edit list hides frames; ``media.frames`` keeps it from those. Everything it raises becomes
-``DecordError``, upon which the caller turns to PyAV.
+streams, and where an edit list hides frames; ``media.frames`` keeps it from those. It also decodes ahead without a limit
+whenever nobody reads: an idle reader of one second of 4K video fills gigabytes. So a reader here lives for one batch,
+a batch has a size, and large pictures go to PyAV.
+
+Everything decord raises becomes ``DecordError``, upon which the caller turns to PyAV.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from numpy.typing import NDArray
 
 Frame = NDArray[np.uint8]
 
-_CHUNK_BYTES = 64 * 2**20
+MAX_FRAME_BYTES = 8 * 2**20
+"""1080p has 6 MiB. Of larger frames a batch would hold so few that most of the time went into seeking."""
+
+_BATCH_BYTES = 256 * 2**20
 _TIME_TOLERANCE_S = 1e-3
 
 
@@ -42,13 +47,13 @@ def agrees(path: Path, frame_times_s: Sequence[float], size_hw: tuple[int, int])
 
 
 def read_frames(path: Path, frame_indices: Sequence[int], frames: int, frame_bytes: int) -> Iterator[tuple[int, Frame]]:
-    """Decode the named frames upright (decord turns them itself), a few at a time.
+    """Decode the named frames upright (decord turns them itself), a batch at a time.
 
     Args:
         path: a video that ``agrees`` accepted.
         frame_indices: ascending frame numbers; repeated ones are given once.
         frames: how many frames the file had when it was probed.
-        frame_bytes: size of one decoded frame, which decides how many are held at a time.
+        frame_bytes: size of one decoded frame, which decides how many are in a batch.
 
     Yields:
         The frame's number and its RGB pixels, uint8 [H, W, 3].
@@ -57,29 +62,23 @@ def read_frames(path: Path, frame_indices: Sequence[int], frames: int, frame_byt
         DecordError: if decord cannot.
     """
     wanted = sorted(set(frame_indices))
-    step = max(1, _CHUNK_BYTES // frame_bytes)
+    step = max(1, _BATCH_BYTES // frame_bytes)
     try:
-        reader = _opened(path)
-        if len(reader) != frames:
-            raise DecordError(f"{len(reader)} frames, not {frames}")
         for start in range(0, len(wanted), step):
-            chunk = wanted[start : start + step]
-            yield from zip(chunk, reader.get_batch(chunk).asnumpy(), strict=True)
+            batch = wanted[start : start + step]
+            reader = _opened(path)
+            if len(reader) != frames:
+                raise DecordError(f"{len(reader)} frames, not {frames}")
+            pixels = reader.get_batch(batch).asnumpy()
+            del reader  # before the consumer takes its time
+            yield from zip(batch, pixels, strict=True)
     except DecordError:
         raise
     except _failures() as error:
-        _open_reader.cache_clear()  # a reader that failed once is not asked again
         raise DecordError(str(error)) from error
 
 
 def _opened(path: Path) -> Any:
-    status = path.stat()
-    return _open_reader(path, (status.st_mtime_ns, status.st_size))
-
-
-@lru_cache(maxsize=1)
-def _open_reader(path: Path, stamp: tuple[int, int]) -> Any:
-    """A reader; the last one is kept, because opening reads the whole file and one video may give many clips."""
     try:
         import decord
     except (ImportError, OSError) as error:  # there is no wheel for Arm

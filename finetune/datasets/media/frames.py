@@ -71,6 +71,7 @@ def probe_file(path: Path) -> Header:
         and stream.container in pyav_reader.SEEKABLE
         and stream.video_streams == 1
         and square
+        and height * width * 3 <= decord_reader.MAX_FRAME_BYTES
         and decord_reader.agrees(path, times, (height, width))
     )
     return Header(len(times), fps, height, width, times, stream.rotation, "decord" if reliable else "pyav")

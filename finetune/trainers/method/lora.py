@@ -171,11 +171,11 @@ class LoraMethod(Strict):
         return self.state(transformer)
 
     def lora_metadata(self, transformer: nn.Module) -> dict[str, Any]:
-        """The adapter's settings for ``save_lora_weights(transformer_lora_adapter_metadata=...)``.
+        """The adapter's settings for ``save_lora_weights(transformer_lora_adapter_metadata=...)``, JSON types.
 
         With them in the file, a reader scales by alpha / rank itself: nobody may scale the tensors as well. Only what
-        the adapter's function depends on is written: readers hand every entry to their own peft, which refuses the
-        names of options that it is too old to know.
+        decides the adapter's function is in them. A reader hands every entry to its own peft, which refuses options
+        newer than itself, and would sample with dropout on if one were named.
         """
         model: Any = transformer
         config = model.peft_config[ADAPTER]

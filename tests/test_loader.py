@@ -1,0 +1,137 @@
+"""Batches are made ahead of time, and are a pure function of their address."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from worlds import fabricate_cache, run_config
+
+from finetune.datasets.cache import Cache
+from finetune.datasets.loader import BatchMaker, Loader
+from finetune.diffusion import DropoutConfig
+from finetune.errors import CacheError
+from finetune.facts import read_facts
+from finetune.precompute import ensure_cache
+from finetune.schedule import Item, MicroBatch, StepPlan
+
+CPU = torch.device("cpu")
+
+
+def maker(model, tmp_path, dropout=None, **changes) -> BatchMaker:
+    config = run_config(model, tmp_path / "none", tmp_path / "run", cache={"mode": "require"}, **changes)
+    fabricate_cache(config, clips=3)
+    facts, cache = read_facts(str(model)), Cache(config.cache.dir)
+    manifest = ensure_cache(config, facts)
+    empty = cache.read_prompt(manifest.empty_prompt_key)
+    return BatchMaker(facts, cache, manifest.items, empty, dropout or DropoutConfig(caption_dropout=0), seed=5)
+
+
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
+def test_a_batch_has_the_shapes_the_model_wants(tiny_model, tmp_path, variant):
+    made = maker(tiny_model(variant), tmp_path)
+    batch = made.training(0, MicroBatch(items=(0, 2), slots=(0, 1)))
+    facts = made.facts
+    channels, frames, height, width = facts.latent_shape(made.items[0].bucket)
+    padded = facts.padded_latent_frames(9)
+    assert batch.latents.shape == batch.noise.shape == (2, channels, padded, height, width)
+    assert batch.latents.dtype == torch.float32 and batch.timesteps.dtype == torch.int64
+    assert (batch.image_latents is not None) == facts.image_to_video
+    if batch.image_latents is not None:
+        assert batch.image_latents.shape == (2, channels, 1, height, width)
+    for copy in range(facts.front_padding(frames)):
+        assert torch.equal(batch.latents[:, :, copy], batch.latents[:, :, facts.front_padding(frames)])
+
+
+def test_a_batch_depends_on_its_address_alone(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+    first = made.training(3, MicroBatch(items=(1,), slots=(4,)))
+    torch.rand(10)
+    again = made.training(3, MicroBatch(items=(1,), slots=(4,)))
+    beside = made.training(3, MicroBatch(items=(0, 1), slots=(0, 4)))
+    for name in ("latents", "noise", "timesteps", "prompt_embeds"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert torch.equal(getattr(first, name)[0], getattr(beside, name)[1])
+    assert not torch.equal(first.noise, made.training(4, MicroBatch(items=(1,), slots=(4,))).noise)
+
+
+def test_dropped_conditions_are_the_unconditional_ones(tiny_model, tmp_path):
+    made = maker(tiny_model("5b-i2v"), tmp_path, DropoutConfig(caption_dropout=1, image_dropout=1))
+    batch = made.training(0, MicroBatch(items=(0,), slots=(0,)))
+    assert torch.equal(batch.prompt_embeds[0], made.empty_prompt)
+    assert batch.image_latents is not None and not batch.image_latents.any()
+
+
+def test_fixed_batches_never_drop_and_never_change(tiny_model, tmp_path):
+    made = maker(tiny_model("5b-i2v"), tmp_path, DropoutConfig(caption_dropout=1, image_dropout=1))
+    batch = made.fixed(1, (100, 900))
+    assert batch.timesteps.tolist() == [100, 900]
+    assert torch.equal(batch.noise, made.fixed(1, (100, 900)).noise)
+    assert torch.equal(batch.noise[1], made.fixed(1, (900,)).noise[0])
+    assert not torch.equal(batch.prompt_embeds[0], made.empty_prompt)
+    assert batch.image_latents is not None and batch.image_latents.any()
+
+
+def loader(make, *, steps: int = 4, items: int = 4) -> Loader:
+    from finetune.types import Bucket
+
+    plan = StepPlan(tuple(Item(Bucket(9, 64, 64), 1.0) for _ in range(items)), 0, batch_size=1, micro_batches=2)
+    return Loader(plan, make, rank=0, processes=1, total_steps=steps, device=CPU)
+
+
+def test_the_next_step_is_made_while_this_one_runs(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+    begun: list[int] = []
+    second = threading.Event()
+
+    def make(step: int, micro: MicroBatch):
+        begun.append(step)
+        if step == 1:
+            second.set()
+        return made.training(step, MicroBatch(items=(0,), slots=micro.slots))
+
+    ahead = loader(make)
+    assert len(list(ahead.step(0))) == 2
+    assert second.wait(5), "step 1 was not begun before it was asked for"
+    assert len(list(ahead.step(1))) == 2
+    ahead.close()
+    assert begun[:4] == [0, 0, 1, 1]
+
+
+def test_nothing_is_made_beyond_the_last_step(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+    begun: list[int] = []
+
+    def make(step: int, micro: MicroBatch):
+        begun.append(step)
+        return made.training(step, MicroBatch(items=(0,), slots=micro.slots))
+
+    ahead = loader(make, steps=2)
+    for step in (0, 1):
+        list(ahead.step(step))
+    ahead.close()
+    assert max(begun) == 1
+
+
+def test_waiting_is_counted(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+
+    def slow(step: int, micro: MicroBatch):
+        time.sleep(0.05)
+        return made.training(step, MicroBatch(items=(0,), slots=micro.slots))
+
+    ahead = loader(slow, steps=1)
+    list(ahead.step(0))
+    ahead.close()
+    assert ahead.waited_s >= 0.09
+
+
+def test_an_unreadable_entry_is_named_where_it_is_used(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+    made.cache.path("latents", made.items[0].latents_key).unlink()
+    ahead = loader(lambda step, micro: made.training(step, MicroBatch(items=(0,), slots=micro.slots)))
+    with pytest.raises(CacheError, match=r"0\.mp4"):
+        list(ahead.step(0))
+    ahead.close()
