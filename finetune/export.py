@@ -155,8 +155,6 @@ def _save_adapter(facts: Facts, folder: Path, tensors: Mapping[str, Tensor], set
     pipeline_class(facts).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
-        # Without a dropout: diffusers' loader leaves a freshly inserted adapter in training mode, so that everyone who
-        # loads the file would sample with dropout on.
         transformer_lora_adapter_metadata=dict(settings),
         weight_name=ADAPTER_FILE,
     )

@@ -59,8 +59,8 @@ def test_the_default_is_cogvideos_own_lora(variant, layers, parameters):
         transformer = CogVideoXTransformer3DModel.from_config(
             json.loads((MODELS / variant / "transformer" / "config.json").read_text())
         )
-    method = LoraMethod()
-    method.apply(transformer, seed=0)
+        method = LoraMethod()
+        method.apply(transformer, seed=0)
     trainable = method.trainable(transformer)
     assert len(trainable) == 2 * layers
     assert sum(p.numel() for p in trainable.values()) == parameters

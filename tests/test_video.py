@@ -342,6 +342,58 @@ def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
         probe(media / "cfr.mkv")
 
 
+MEMORY = """
+import sys, time
+from pathlib import Path
+from finetune.datasets.media.frames import Cut, probe_file, read_clip
+
+def peak_mib():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
+
+path = Path(sys.argv[1])
+header = probe_file(path)
+assert header.decoder == "decord"
+read_clip(path, header, Cut(tuple(range(0, 150, 10)), (64, 114), (0, 0), (64, 96)))
+time.sleep(0.5)
+before = peak_mib()
+if sys.argv[2] == "idle":
+    from finetune.datasets.media import decord_reader
+    reader = decord_reader._opened(path)
+    reader[0]
+    until = time.monotonic() + 20
+    while peak_mib() < before + 200 and time.monotonic() < until:
+        time.sleep(0.1)
+print(peak_mib())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_does_not_grow_with_the_video(tmp_path):
+    clip = tmp_path / "720p.mp4"  # 150 frames of 2.6 MiB in one group of pictures: 400 MiB if they were all held
+    ffmpeg(
+        "-f",
+        "lavfi",
+        "-i",
+        "testsrc2=s=1280x720:r=30:d=5",
+        "-c:v",
+        "libx264",
+        "-preset",
+        "ultrafast",
+        clip.name,
+        cwd=tmp_path,
+    )
+
+    def peak_mib(what: str) -> int:
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(clip), what], capture_output=True, text=True, check=True
+        )
+        return int(done.stdout)
+
+    ours = peak_mib("read")
+    assert ours < 300
+    assert peak_mib("idle") > ours + 150, "an idle decord reader no longer decodes ahead: the rule may go"
+
+
 # --- worker processes -------------------------------------------------------------------------------------------------
 
 

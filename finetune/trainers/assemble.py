@@ -176,8 +176,6 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         name = f"{item.bucket} ({facts.tokens(item.bucket)} tokens)"
         buckets[name] = buckets.get(name, 0) + 1
     effective = config.train.batch_size * plan.micro_batches
-    count = sum(parameter.numel() for parameter in run.parameters.values())
-    frozen = sum(parameter.numel() for parameter in run.module.parameters()) - count
     return [
         ("run", str(config.output_dir)),
         ("model", f"{config.model.pretrained}, {'image' if facts.image_to_video else 'text'}-to-video, {run.dtype}"),
@@ -195,7 +193,6 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
             f"{run.total_steps} = {run.total_steps / plan.steps_per_epoch:.2f} epochs"
             + (f", continuing after {run.state.step} from {run.resumed_from}" if run.state.step else ""),
         ),
-        ("trainable parameters", f"{count:,} in {len(run.parameters)} tensors; {frozen:,} frozen"),
         *config.method.describe(run.module),
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
         ("device", f"{run.device} ({_device_name(run.device)})"),

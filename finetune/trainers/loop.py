@@ -94,8 +94,10 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
 
     if state.step == 0 and config.validation.at_start:
         run.console.note("measuring the base model")
-        validator.measure(0)
-        validator.sample(0)
+        if config.validation.every is not None:
+            validator.measure(0)
+        if config.validation.sample_every is not None:
+            validator.sample(0)
 
     for step in range(state.step, run.total_steps):
         begun, waited = time.perf_counter(), run.loader.waited_s
@@ -136,7 +138,7 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
         if not record.stop or finished:  # who asks for a stop has seconds to give, not minutes: save, and no more
             if is_due(state.step, config.validation.every, last=run.total_steps):
                 state, best = validator.judge(state)
-            if is_due(state.step, config.validation.sample_every) or finished:
+            if is_due(state.step, config.validation.sample_every, last=run.total_steps):
                 validator.sample(state.step)
         if is_due(state.step, config.checkpoint.every) or best or finished or record.stop:
             saved = run.save(state)

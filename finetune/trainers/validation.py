@@ -40,14 +40,14 @@ class SamplePrompt(Strict):
 class ValidationConfig(Strict):
     """What is measured and sampled while training, and how often."""
 
-    every: int | None = Field(100, ge=1)
+    every: int | None = Field(200, ge=1)
     """Optimizer steps between two measurements of the held-out loss, and one after the last step; null for none."""
     at_start: bool = True
     """Measure, and sample, before the first step as well: what the base model does is what the run is compared with."""
-    clips: int = Field(16, ge=1)
+    clips: int = Field(8, ge=1)
     """At most this many held-out clips are measured, and as many training clips, whose difference is the
-    generalisation gap."""
-    timesteps: int = Field(8, ge=1, le=1000)
+    generalisation gap. A measurement takes ``2 x clips x timesteps`` forward passes, a training step about four."""
+    timesteps: int = Field(4, ge=1, le=1000)
     """Each clip is measured at this many timesteps, spread evenly over the noise schedule."""
     samples: tuple[SamplePrompt, ...] = ()
     """Videos to sample, each from its prompt (and image) and seed."""

@@ -20,17 +20,13 @@ from finetune.files import atomic_write_text
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.streams import address
 from finetune.trainers.run import Run
-from finetune.trainers.validation import HeldoutLoss, evaluate, fixed_timesteps, training_state_untouched
+from finetune.trainers.validation import HISTORY, HeldoutLoss, evaluate, fixed_timesteps, training_state_untouched
 from finetune.types import Batch, RunState
 from finetune.videos import write_mp4
 
-HISTORY = "heldout.jsonl"
-"""In the run's folder: one JSON line per ``Measurement``."""
-
-
 @dataclass(frozen=True)
 class Measurement:
-    """The held-out loss after ``step`` optimizer steps, and the same on training clips."""
+    """One line of ``HISTORY``: the held-out loss after ``step`` optimizer steps, and the same on training clips."""
 
     step: int
     heldout: float

@@ -1,9 +1,9 @@
 """Video frames through decord 0.6, where it can be relied on.
 
 decord gives *wrong* frames without an error after a seek into an open group of pictures (x265's default), in transport
-streams, and where an edit list hides frames; ``media.frames`` keeps it from those. It also decodes ahead without a limit
-whenever nobody reads: an idle reader of one second of 4K video fills gigabytes. So a reader here lives for one batch,
-a batch has a size, and large pictures go to PyAV.
+streams, and where an edit list hides frames; ``media.frames`` keeps it from those. It also decodes ahead without limit
+while nobody reads: a reader left idle in a 7 s clip of 1080p held 1.3 GB. So a reader here lives for one batch, a
+batch has a size, and large pictures go to PyAV.
 
 Everything decord raises becomes ``DecordError``, upon which the caller turns to PyAV.
 """

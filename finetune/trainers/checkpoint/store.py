@@ -187,7 +187,8 @@ def find_checkpoint(run_dir: Path, resume: str | Path) -> Path | None:
     if not is_complete(chosen):
         raise _not_a_checkpoint(chosen)
     own = chosen.parent.resolve() == (run_dir / FOLDER).resolve()
-    beyond = [path for _, path in standing if not own or path.name > chosen.name]
+    chosen_step = next((step for step, path in standing if path.name == chosen.name), 0)
+    beyond = [path for step, path in standing if not own or step > chosen_step]
     if beyond:
         # Two histories in one folder: pruning and "latest" go by step and would take the abandoned one for the newer.
         raise CheckpointError(
