@@ -99,9 +99,12 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", choices=["diffusers"], default="diffusers", help="layout of the export")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where to; left out: RUN/export")
     parser.add_argument(
-        "--checkpoint", default="latest", metavar="WHICH", help="of a run's folder: latest, best or a step number"
+        "--checkpoint", choices=["latest", "best"], default="latest", help="of a run's folder; best by held-out loss"
     )
-    parser.add_argument("--full-pipeline", action="store_true", help="copy VAE, text encoder and scheduler beside it")
+    parser.add_argument(
+        "--full-pipeline", action="store_true", help="after full fine-tuning: VAE, text encoder and scheduler beside it"
+    )
+    parser.add_argument("--model", metavar="MODEL", help="where the base model is now, if not where the run had it")
     parser.add_argument(
         "--weights", choices=["auto", "ema", "raw"], default="auto", help="auto takes the average where one was kept"
     )

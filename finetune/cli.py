@@ -148,6 +148,7 @@ def _export(args: argparse.Namespace) -> None:
             checkpoint=args.checkpoint,
             full_pipeline=args.full_pipeline,
             weights=args.weights,
+            pretrained=args.model,
         )
     )
 

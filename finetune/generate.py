@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,7 @@ from finetune.generate_inputs import (
     transformer_root,
 )
 from finetune.geometry import parse_bucket
-from finetune.sampling import SampleRequest as SampleRequest
-from finetune.sampling import sample_videos as sample_videos
+from finetune.sampling import SampleRequest, sample_videos
 from finetune.types import Bucket
 from finetune.videos import Frames, contact_sheet, write_mp4
 
@@ -49,6 +48,8 @@ class GenerateReport:
     sheet: Path
     """All videos as rows of frames in one PNG."""
     bucket: Bucket
+    frames: tuple[Frames, ...] = field(repr=False)
+    """The videos before compression, each uint8 [F, H, W, 3], in the order of the prompts."""
 
     def __str__(self) -> str:
         return "\n".join([*(f"wrote {path}" for path in self.videos), f"wrote {self.sheet} (all of them at a glance)"])
@@ -103,7 +104,9 @@ def generate(request: GenerateRequest) -> GenerateReport:
         # Each as soon as it is sampled: an interrupted batch keeps what is done.
         paths.append(write_mp4(request.out / name, frames, fps))
         rows.append((f"{prompt.prompt} (seed {prompt.seed})", frames))
-    return GenerateReport(tuple(paths), contact_sheet(rows, request.out / "sheet.png"), bucket)
+    return GenerateReport(
+        tuple(paths), contact_sheet(rows, request.out / "sheet.png"), bucket, tuple(frames for _, frames in rows)
+    )
 
 
 def load_adapters(facts: Facts, transformer: Any, scheduler: Any, adapters: Sequence[Adapter]) -> None:

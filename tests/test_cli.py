@@ -304,10 +304,13 @@ def test_export_hands_on_every_option(monkeypatch, capsys):
 
     asked = []
     monkeypatch.setattr(exporting, "export", lambda *words, **options: asked.append((words, options)) or "done")
-    words = "export runs/a --to diffusers --output out --checkpoint best --full-pipeline --weights ema"
+    words = "export runs/a --to diffusers --output out --checkpoint best --full-pipeline --weights ema --model base"
     assert main(words.split()) == OK
     assert asked == [
-        ((Path("runs/a"), Path("out")), {"checkpoint": "best", "full_pipeline": True, "weights": "ema"}),
+        (
+            (Path("runs/a"), Path("out")),
+            {"checkpoint": "best", "full_pipeline": True, "weights": "ema", "pretrained": "base"},
+        ),
     ]
 
 

@@ -199,6 +199,15 @@ def test_every_command_named_in_passing_exists():
     assert not faults, "\n".join(faults)
 
 
+def test_the_options_that_errors_name_exist():
+    """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
+    for verb, least in (("export", 3), ("generate", 8)):
+        texts = [path.read_text(encoding="utf-8") for path in (ROOT / "finetune").glob(f"{verb}*.py")]
+        named = {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
+        assert len(named) >= least
+        assert mention_fault(verb, " " + " ".join(sorted(named))) is None
+
+
 def test_the_examples_of_the_command_line_can_be_typed():
     helps = [build_parser().format_help()]
     helps += [build_parser(verb).format_help() for verb in build_parser()._subparsers._group_actions[0].choices]

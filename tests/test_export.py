@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from finetune import export as export_module
 from finetune import export_verify
-from finetune import generate as generate_module
 from finetune.arguments import build_parser
 from finetune.cogvideox import denoise, encode_prompts, load_scheduler, load_text, load_transformer, load_vae
 from finetune.config import RunConfig
@@ -25,6 +24,7 @@ from finetune.datasets.manifest import Manifest, ManifestItem
 from finetune.errors import CheckpointError, ExportError
 from finetune.export import export
 from finetune.facts import read_facts
+from finetune.generate import generate
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD, Adapter, GenerateRequest
 from finetune.model_card import _code
 from finetune.sampling import SampleRequest, sample_videos
@@ -496,7 +496,7 @@ def test_the_card_s_command_is_one(tiny_model, tmp_path):
         assert (arguments.adapter, arguments.transformer) in ((["export"], None), ([], Path("export")))
 
 
-def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path, monkeypatch):
+def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
     model, method = tiny_model("5b"), LORA
     run = make_run(tmp_path, model, method)
     config = run_config(model, run, run, method=method)
@@ -514,9 +514,7 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path, 
         num_inference_steps=2,
         guidance_scale=3.0,
     )
-    written = []
-    monkeypatch.setattr(generate_module, "write_mp4", lambda path, frames, fps: written.append(frames) or path)
-    generate_module.generate(
+    report = generate(
         GenerateRequest(
             base=str(model),
             prompts=(SamplePrompt(prompt="a red ring", seed=5),),
@@ -527,7 +525,7 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path, 
             guidance_scale=3.0,
         )
     )
-    assert np.array_equal(written[0], ours)
+    assert np.array_equal(report.frames[0], ours)
 
 
 def test_published_names_hide_local_paths(tiny_model, tmp_path):

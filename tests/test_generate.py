@@ -215,27 +215,21 @@ def request_for(folder, out, **changes) -> GenerateRequest:
 
 
 @pytest.fixture
-def sampled(monkeypatch):
-    """What ``generate`` hands to the mp4 writer: frames before compression, by file name."""
-    written = {}
-    theirs = generate_module.write_mp4
-
-    def spy(path, frames, fps):
-        written[path.name] = (frames, fps)
-        return theirs(path, frames, fps)
-
-    monkeypatch.setattr(generate_module, "write_mp4", spy)
+def rates(monkeypatch):
+    """The frame rates that ``generate`` writes files with."""
+    written, theirs = [], generate_module.write_mp4
+    monkeypatch.setattr(
+        generate_module, "write_mp4", lambda path, frames, fps: theirs(path, frames, written.append(fps) or fps)
+    )
     return written
 
 
-def frames_of(sampled, request) -> np.ndarray:
-    sampled.clear()
-    generate_module.generate(request)
-    ((frames, _),) = sampled.values()
+def frames_of(request) -> np.ndarray:
+    (frames,) = generate_module.generate(request).frames
     return frames
 
 
-def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, sampled):
+def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, rates):
     prompts = prompts_with_seeds([PROMPT, "a Blue/square..  moving"], [], seed=5)
     report = generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", prompts=prompts))
     assert [path.name for path in report.videos] == [
@@ -244,15 +238,15 @@ def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, sa
     ]
     assert all(path.stat().st_size > 0 for path in report.videos)
     assert Image.open(report.sheet).size[0] > 0 and str(report.sheet) in str(report)
-    assert {fps for _, fps in sampled.values()} == {8}
+    assert rates == [8, 8]
 
 
-def test_adapters_act_by_their_strength(tiny_model, tmp_path, sampled):
+def test_adapters_act_by_their_strength(tiny_model, tmp_path):
     base = tiny_model("5b")
     one, two = save_adapter(tmp_path / "one", base), save_adapter(tmp_path / "two", base, seed=1, use_rslora=True)
 
     def frames(*adapters):
-        return frames_of(sampled, request_for(base, tmp_path / "out", adapters=adapters))
+        return frames_of(request_for(base, tmp_path / "out", adapters=adapters))
 
     plain = frames()
     assert np.array_equal(frames(Adapter(one, 0.0)), plain)
@@ -262,38 +256,38 @@ def test_adapters_act_by_their_strength(tiny_model, tmp_path, sampled):
     assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
 
 
-def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, sampled):
+def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, rates):
     base = tiny_model("1.5-5b")
     adapter = save_adapter(tmp_path / "one", base)
     request = request_for(base, tmp_path / "out", adapters=(Adapter(adapter),), bucket=None)
-    assert frames_of(sampled, request).shape == (9, 64, 64, 3)
-    assert next(iter(sampled.values()))[1] == 16
+    assert frames_of(request).shape == (9, 64, 64, 3)
+    assert rates[-1] == 16
     (adapter / TRAINING_RECORD).write_text(json.dumps({"buckets": ["5x48x32"], "fps": 12}))
-    assert frames_of(sampled, request).shape == (5, 48, 32, 3)
-    assert next(iter(sampled.values()))[1] == 12
+    assert frames_of(request).shape == (5, 48, 32, 3)
+    assert rates[-1] == 12
 
 
-def test_image_to_video_from_a_file_of_another_size(tiny_model, tmp_path, sampled):
+def test_image_to_video_from_a_file_of_another_size(tiny_model, tmp_path):
     picture = tmp_path / "first.png"
     Image.new("RGB", (100, 90), (200, 30, 30)).save(picture)
     prompts = prompts_with_seeds([PROMPT], [picture])
-    frames = frames_of(sampled, request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
+    frames = frames_of(request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
     assert frames.shape == (9, 32, 48, 3)
     prompts = (SamplePrompt(prompt=PROMPT, image=tmp_path / "other.png"),)
     Image.new("RGB", (100, 90), (30, 30, 200)).save(tmp_path / "other.png")
-    other = frames_of(sampled, request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
+    other = frames_of(request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
     assert not np.array_equal(frames, other)
 
 
-def test_a_full_fine_tuning_replaces_the_transformer(tiny_model, tmp_path, sampled):
+def test_a_full_fine_tuning_replaces_the_transformer(tiny_model, tmp_path):
     base = tiny_model("5b")
     tuned = load_transformer(ModelConfig(pretrained=str(base)))
     with torch.no_grad():
         tuned.proj_out.bias.add_(1.0)
     tuned.save_pretrained(tmp_path / "tuned" / "transformer")
-    plain = frames_of(sampled, request_for(base, tmp_path / "out"))
+    plain = frames_of(request_for(base, tmp_path / "out"))
     ours = [
-        frames_of(sampled, request_for(base, tmp_path / "out", transformer=folder))
+        frames_of(request_for(base, tmp_path / "out", transformer=folder))
         for folder in (tmp_path / "tuned", tmp_path / "tuned" / "transformer")
     ]
     assert np.array_equal(ours[0], ours[1]) and not np.array_equal(ours[0], plain)

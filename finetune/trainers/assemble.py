@@ -66,11 +66,12 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     ema = None
     if config.train.ema_decay is not None:
         ema = Ema(parameters, precise_weights(optimizer, parameters), config.train.ema_decay)
+    transformer, prepared = accelerator.prepare(module, optimizer)
     if saved is not None:
-        load_optimizer_state(optimizer, saved.optimizer, parameters)
+        # After prepare, which would move a loaded state to the device and so un-page a paged one.
+        load_optimizer_state(prepared, saved.optimizer, parameters)
         if ema is not None and saved.ema is not None:
             ema.load(saved.ema, saved.state.step)
-    transformer, prepared = accelerator.prepare(module, optimizer)
 
     state = RunState(0, config.digest, manifest.digest) if saved is None else saved.state
     tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)

@@ -176,9 +176,11 @@ def _opened(path: Path) -> Any:
     import av
 
     av.logging.set_level(av.logging.PANIC)  # FFmpeg's own lines name no file; what matters becomes a DataError
+    # Tags in another encoding are nobody's concern; from 19 on PyAV takes them as they are and has no such argument.
+    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         return av.open(
-            str(path), options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}, metadata_errors="replace"
+            str(path), container_options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}, **lenient
         )
     except (av.FFmpegError, ValueError, OSError) as error:
         raise DataError(
