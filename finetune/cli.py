@@ -135,7 +135,11 @@ def _train(args: argparse.Namespace) -> None:
     from finetune.config import load_config
     from finetune.trainers.loop import train
 
-    train(load_config(args.config, args.set))
+    report = train(load_config(args.config, args.set))
+    if os.environ.get("RANK", "0") == "0":
+        print(report)
+        if not report.stopped_by:
+            print(f"next: finetune export {report.run_dir}")
 
 
 def _export(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.cache_plan import CachePlan, ImageJob, plan_cache, require_space
 from finetune.cache_request import Answer, find_manifest
-from finetune.config import RunConfig
+from finetune.config import RunConfig, require_valid
 from finetune.dataset_report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
 from finetune.datasets.cache import Cache, Manifest
 from finetune.datasets.manifest import KINDS, Kind
@@ -92,6 +92,7 @@ def precompute(
     known = facts
 
     def prepare() -> CachePlan:
+        require_valid(config, known)
         plan = plan_cache(config, known, cache, progress=shown)
         require_space(plan, cache.root)
         if any(plan.missing.values()):  # from here on `gc` in another process knows what is wanted

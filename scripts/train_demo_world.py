@@ -36,7 +36,7 @@ from finetune.streams import address, stream
 ASSETS = Path(__file__).parents[1] / "finetune" / "assets" / "demo"
 LATENT_CHANNELS = 8
 VAE_CLIPS = 1024
-VAE_LR = 1.5e-3
+VAE_LR = 2e-3
 BASE_CLIPS = 4608
 BASE_LR = 1.5e-3
 EMA_DECAY = 0.998
@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ASSETS, help="where the weights go (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--image-steps", type=int, default=600, help="VAE steps on single frames")
-    parser.add_argument("--video-steps", type=int, default=1000, help="VAE steps on whole clips")
+    parser.add_argument("--image-steps", type=int, default=300, help="VAE steps on single frames")
+    parser.add_argument("--video-steps", type=int, default=1600, help="VAE steps on whole clips")
     parser.add_argument("--base-steps", type=int, default=6000)
     parser.add_argument("--keep-vae", action="store_true", help="reuse the VAE in --out")
     parser.add_argument("--sheets", type=Path, help="a folder for PNG contact sheets")
@@ -62,6 +62,7 @@ def main() -> None:
     else:
         vae = train_vae(options.seed, options.image_steps, options.video_steps)
     pipeline = untrained_pipeline(vae, options.seed)
+    ship(pipeline, options.out)  # so that a stop from here on can go on with --keep-vae
     train_base(pipeline, options.seed, options.base_steps)
     ship(pipeline, options.out)
     check(options.out, options.sheets)

@@ -218,9 +218,12 @@ def request_for(folder, out, **changes) -> GenerateRequest:
 def rates(monkeypatch):
     """The frame rates that ``generate`` writes files with."""
     written, theirs = [], generate_module.write_mp4
-    monkeypatch.setattr(
-        generate_module, "write_mp4", lambda path, frames, fps: theirs(path, frames, written.append(fps) or fps)
-    )
+
+    def write_mp4(path, frames, fps):
+        written.append(fps)
+        return theirs(path, frames, fps)
+
+    monkeypatch.setattr(generate_module, "write_mp4", write_mp4)
     return written
 
 

@@ -29,7 +29,8 @@ def tangled(demo_clips: Path, wide_clips: Path) -> dict[str, object]:
     }
 
 
-METHODS = {"lora": {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}, "full": {"kind": "full"}}
+# Rank 64: the adapter's matrices have 4096 elements, the least that the 8-bit optimizer quantises.
+METHODS = {"lora": {"kind": "lora", "rank": 64, "alpha": 64, "dropout": 0.1}, "full": {"kind": "full"}}
 OPTIMIZERS = {"adamw": {"kind": "adamw", "lr": 1e-3}, "adamw8bit": {"kind": "adamw8bit", "lr": 1e-3}}
 
 
@@ -68,7 +69,6 @@ def test_training_moves_only_what_trains(tiny_model, demo_clips, tmp_path, metho
 def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tmp_path, method, kind):
     changes = tangled(demo_clips, wide_clips) | {"method": METHODS[method], "optimizer": OPTIMIZERS[kind]}
     model = tiny_model()
-    # Big enough tensors that the 8-bit optimizer does quantise: under 4096 elements it keeps 32 bits.
     whole = train(run_config(model, demo_clips, tmp_path / "whole", **changes))
     split = tmp_path / "split"
     part = run_config(model, demo_clips, split, **changes, checkpoint={"every": 2})
@@ -77,7 +77,7 @@ def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tm
     assert resumed.step == 5
     assert_identical(weights(resumed), weights(whole))
     assert_identical(optimizer(resumed), optimizer(whole))
-    if kind == "adamw8bit" and method == "full":
+    if kind == "adamw8bit":
         assert any(tensor.dtype == torch.uint8 for tensor in optimizer(whole).values())
 
 

@@ -21,7 +21,6 @@ from finetune.geometry import BucketField
 from finetune.section import Strict
 from finetune.types import Batch
 
-
 HISTORY = "heldout.jsonl"
 """In the run's folder: one JSON line per measurement (``step``, ``heldout``, ``trainsubset``, ``by_band``)."""
 

@@ -177,6 +177,7 @@ def _opened(path: Path) -> Any:
 
     av.logging.set_level(av.logging.PANIC)  # FFmpeg's own lines name no file; what matters becomes a DataError
     # Tags in another encoding are nobody's concern; from 19 on PyAV takes them as they are and has no such argument.
+    # And the whitelist is a *container* option: plain `options` crash PyAV up to 15 on MPEG program streams.
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         return av.open(
