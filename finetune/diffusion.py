@@ -1,8 +1,9 @@
 """The training objective as pure functions: what is drawn, how latents are diffused, and what the loss is.
 
-CogVideoX predicts velocity. Its original trainers turn that prediction into an estimate of x0 and weight the squared error
-by 1 / (1 - alpha_bar); algebraically this *is* the mean squared error on velocity, which is what stands here, without the
-division that breaks in bfloat16 (Salimans & Ho 2022, appendix D, has the identity; ``tests/test_diffusion.py`` checks it).
+CogVideoX predicts velocity. Its original trainers turn that prediction into an estimate of x0 and weight the squared
+error by 1 / (1 - alpha_bar); algebraically this *is* the mean squared error on velocity, which is what stands here,
+without the division that breaks in bfloat16 (Salimans & Ho 2022, appendix D, has the identity;
+``tests/test_diffusion.py`` checks it).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class DropoutConfig(Strict):
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a sample trains on the unconditional text. The original CogVideoX training used 0.1."""
     image_dropout: float = Field(0.05, ge=0, le=1)
-    """Probability that an image-to-video sample trains on an all-zero image condition. The original training used 0.05."""
+    """Probability that an image-to-video sample trains on an all-zero image. The original training used 0.05."""
     unconditional_text: Literal["empty", "zeros"] = "empty"
     """What stands for "no caption": the embedding of the empty caption, as diffusers samples, or zeros, as SAT did."""
 

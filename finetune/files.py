@@ -41,7 +41,7 @@ def _atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
     try:
         write(partial)
-        with open(partial, "rb+") as written:
+        with partial.open("rb+") as written:
             os.fsync(written.fileno())
         os.replace(partial, path)
     finally:
@@ -51,8 +51,8 @@ def _atomically(path: Path, write: Callable[[Path], object]) -> None:
 def publish_dir(path: Path, fill: Callable[[Path], None]) -> None:
     """Create a directory whose content appears at once, ending with the ``COMPLETE`` marker.
 
-    ``fill`` writes into a sibling ``<name>.<unique>.partial``; only when it returns does the directory get its marker and
-    its real name. An existing directory of that name is replaced, and removed only after the new one stands.
+    ``fill`` writes into a sibling ``<name>.<unique>.partial``; only when it returns does the directory get its marker
+    and its real name. An existing directory of that name is replaced, and removed only after the new one stands.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
@@ -89,7 +89,7 @@ def digest_of(value: Any) -> str:
 def digest_file(path: Path) -> str:
     """A 128-bit hexadecimal digest of a file's bytes; about 1 GB/s."""
     digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as source:
+    with path.open("rb") as source:
         while chunk := source.read(1 << 22):
             digest.update(chunk)
     return digest.hexdigest()

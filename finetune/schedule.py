@@ -1,9 +1,9 @@
 """What happens at which optimizer step, as pure functions of the step: sample order, learning rate, what is due.
 
 One *step* is one optimizer step of ``micro_batches = accumulation x processes`` micro-batches. An epoch is cut into
-micro-batches of one bucket each; the micro-batches of all epochs form one endless sequence, and step ``s`` takes the next
-``micro_batches`` of it. So no sample is dropped at the end of an epoch, a process joins or leaves without changing what a
-step trains on, and "where were we" is the step number.
+micro-batches of one bucket each; the micro-batches of all epochs form one endless sequence, and step ``s`` takes the
+next ``micro_batches`` of it. So no sample is dropped at the end of an epoch, a process joins or leaves without
+changing what a step trains on, and "where were we" is the step number.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class HoldoutConfig(Strict):
     """Which clips are kept out of training, to measure on."""
 
     holdout: float = Field(0, ge=0)
-    """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All clips of
-    one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
+    """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All
+    clips of one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
 
     @model_validator(mode="after")
     def _fraction_or_count(self) -> HoldoutConfig:
@@ -101,9 +101,10 @@ class MicroBatch:
 def epoch_items(items: Sequence[Item], seed: int, epoch: int) -> dict[Bucket, list[int]]:
     """The clips of one epoch by bucket, each bucket in a fresh random order.
 
-    A clip with repeats 3 stands three times. Of the clips that share a bucket and a fractional repeats such as 2.25, every
-    one stands twice and a quarter of them once more, another quarter in the next epoch: the subset moves on through a
-    fixed random order, so that over the epochs each clip gets its share. The count per bucket is the same in every epoch.
+    A clip with repeats 3 stands three times. Of the clips that share a bucket and a fractional repeats such as 2.25,
+    every one stands twice and a quarter of them once more, another quarter in the next epoch: the subset moves on
+    through a fixed random order, so that over the epochs each clip gets its share. The count per bucket is the same
+    in every epoch.
     """
     groups: dict[tuple[Bucket, float], list[int]] = {}
     for index, item in enumerate(items):
@@ -254,7 +255,7 @@ def lr_at(step: int, base_lr: float, schedule: Constant | Linear | Cosine, total
 
 
 def is_due(step: int, every: int | None, *, last: int | None = None) -> bool:
-    """Whether something done ``every`` so many completed steps falls on ``step``; always at ``last``, never when None."""
+    """Whether something done ``every`` so many completed steps falls on ``step``; always at ``last``; None is never."""
     if every is None:
         return False
     return step == last or (step > 0 and step % every == 0)

@@ -1,8 +1,8 @@
 """Randomness has an address, not a history.
 
-Every random number of a run is drawn from ``stream(seed, *path)``, a generator that depends on its arguments alone. Nothing
-accumulates, so a resumed run needs no generator state, validation cannot disturb training, and the split of an optimizer
-step over processes and micro-batches does not change what a sample sees.
+Every random number of a run is drawn from ``stream(seed, *path)``, a generator that depends on its arguments alone.
+Nothing accumulates, so a resumed run needs no generator state, validation cannot disturb training, and the split of
+an optimizer step over processes and micro-batches does not change what a sample sees.
 """
 
 from __future__ import annotations

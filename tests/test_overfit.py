@@ -1,6 +1,7 @@
 """The proof that matters: train on one clip, export, and the stock diffusers pipeline samples that clip back.
 
-Everything is the real path (decode, cache, loop, checkpoint, export, stock loader, stock sampler); only the model is small.
+Everything is the real path (decode, cache, loop, checkpoint, export, stock loader, stock sampler); only the model is
+small.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ BOUND = {"full": 0.95, "lora": 0.85}
 def sharp_model(tmp_path_factory) -> Callable[[str], Path]:
     """A tiny model whose VAE is sure of itself, as trained ones are.
 
-    A random VAE's posterior has a mean of 0.3 and a standard deviation of 1: its latents are noise, and there is nothing
-    to learn. Here the mean is stretched to unit variance in model space and the deviation is e^-5.
+    A random VAE's posterior has a mean of 0.3 and a standard deviation of 1: its latents are noise, and there is
+    nothing to learn. Here the mean is stretched to unit variance in model space and the deviation is e^-5.
     """
     root = tmp_path_factory.mktemp("sharp")
 

@@ -23,11 +23,13 @@ from safetensors.torch import load_file, save_file
 from worlds import merged, run_values
 
 from finetune import cache_plan, encoding
+from finetune.cache_request import Fingerprints, full_fingerprints, local_fingerprints
 from finetune.cogvideox import load_text, load_vae
 from finetune.config import RunConfig
-from finetune.dataset_report import check_dataset
+from finetune.dataset_report import check_dataset, workers_for
 from finetune.datasets.cache import Cache
 from finetune.datasets.entries import split
+from finetune.datasets.manifest import UNKNOWN
 from finetune.datasets.video import decode, fit_image, load_image, probe
 from finetune.errors import CacheError, DataError
 from finetune.facts import known_model, read_facts
@@ -428,6 +430,19 @@ def test_encoders_need_not_be_on_the_training_machine(project, capsys):
     assert "not on this machine and not compared: vae, text_encoder" in capsys.readouterr().out
 
 
+def test_an_encoder_that_is_not_whole_is_unknown(project):
+    home = project()
+    elsewhere = home.config(model={"pretrained": "nobody/nothing", "dtype": "bf16"}).model
+    assert local_fingerprints(elsewhere, home.cache) == Fingerprints(UNKNOWN, UNKNOWN, "bf16")
+    home.model = shutil.copytree(home.model, home.folder / "model")
+    model = home.config().model
+    here = local_fingerprints(model, home.cache)
+    assert here == full_fingerprints(model, home.cache) and UNKNOWN not in (here.vae, here.text_encoder)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (home.model / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert local_fingerprints(model, home.cache).text_encoder == UNKNOWN  # half downloaded is not another T5
+
+
 BLOCKED = """
 import sys
 
@@ -440,6 +455,7 @@ sys.meta_path.insert(0, Block())
 from finetune.config import load_config
 from finetune.datasets.cache import Cache
 from finetune.datasets.entries import split
+from finetune.datasets.manifest import UNKNOWN
 from finetune.facts import read_facts
 from finetune.precompute import ensure_cache
 config = load_config(sys.argv[1])
@@ -553,6 +569,18 @@ def test_the_disk_is_asked_first(project, monkeypatch):
     assert encoded(home.precompute()) == (4, 5, 0)
 
 
+@pytest.mark.parametrize(
+    ("encode", "fix"), [("encode_video", "cache.vae_tiling"), ("encode_prompts", "text_batch_size")]
+)
+def test_a_gpu_that_is_too_small_is_told_of(project, monkeypatch, encode, fix):
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(encoding, encode, full)
+    with pytest.raises(CacheError, match=f"memory does not hold[\\s\\S]*{fix}"):
+        project().precompute()
+
+
 def test_long_captions_are_named(project):
     home = project()
     long = "a red circle " * 10
@@ -602,6 +630,13 @@ def test_check_dataset_plans_without_weights(project, monkeypatch):
         skipping = home.config(data={"buckets": ["17x32x32"], "short_clips": "skip"})
         check_dataset(skipping, read_facts(str(home.model)), progress=False)
     assert not (home.folder / "cache").exists()
+
+
+def test_decode_workers_share_the_machine(project, monkeypatch):
+    config = project().config(cache={"decode_workers": None})
+    monkeypatch.setattr("finetune.dataset_report.cpu_cores", lambda: 16)
+    assert [workers_for(config, 100, processes) for processes in (1, 2, 4, 8)] == [4, 4, 2, 1]
+    assert workers_for(config, 2) == 2 and workers_for(project().config(), 100) == 0
 
 
 # -------------------------------------------------------------------------------------------------------------- tiling
@@ -784,6 +819,16 @@ def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
         ours = [plain, cache_plan.prompt_bytes(facts, "bf16"), drawn]
         for written, size in zip((latents, captions, images), ours, strict=True):
             assert float(written) == pytest.approx(1000 * size / 2**30, abs=0.006), (variant, shape)
+
+
+def test_the_reader_in_the_documentation_reads(project, monkeypatch, capsys):
+    home = project()
+    manifest = home.precompute().manifest
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cache.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(home.folder)
+    exec(compile(code, "docs/cache.md", "exec"), {})
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 4 and said[0] == f"{manifest.items[0].clip} {manifest.items[0].caption} (4, 3, 4, 4)"
 
 
 def test_the_space_that_is_asked_for_is_the_space_that_is_taken(project):

@@ -61,7 +61,7 @@ def test_fractional_repeats_share_out_over_epochs():
     order = plan([Item(WIDE, 0.25)] * 8 + [Item(TALL, 1.0)], batch_size=1)
     counts = [Counter(epoch_of(order, epoch)) for epoch in range(4)]
     assert all(sum(count.values()) == 3 for count in counts)
-    assert sum(counts, Counter()) == {**{i: 1 for i in range(8)}, 8: 4}
+    assert sum(counts, Counter()) == {**dict.fromkeys(range(8), 1), 8: 4}
 
 
 @pytest.mark.parametrize("processes,accumulation", [(1, 4), (2, 2), (4, 1)])
@@ -71,8 +71,10 @@ def test_a_step_is_the_same_however_it_is_split(processes, accumulation):
     for step in range(7):
         ranks = [split.for_rank(step, rank, processes) for rank in range(processes)]
         assert all(len(micros) == accumulation for micros in ranks)
-        ours = sorted((slot, item) for micros in ranks for m in micros for slot, item in zip(m.slots, m.items))
-        theirs = sorted((slot, item) for m in whole.step(step) for slot, item in zip(m.slots, m.items))
+        ours = sorted(
+            pair for micros in ranks for micro in micros for pair in zip(micro.slots, micro.items, strict=True)
+        )
+        theirs = sorted(pair for micro in whole.step(step) for pair in zip(micro.slots, micro.items, strict=True))
         assert ours == theirs
 
 

@@ -18,7 +18,7 @@ from finetune.trainers.loop import TrainReport, train
 
 
 def tangled(demo_clips: Path, wide_clips: Path) -> dict[str, object]:
-    """Two buckets, accumulation, an odd number of clips: steps mix epochs, and a bucket's last micro-batch is smaller."""
+    """Two buckets, accumulation, an odd number of clips: steps mix epochs, and some micro-batches are smaller."""
     return {
         "data": {
             "sources": [{"path": str(demo_clips)}, {"path": str(wide_clips)}],

@@ -24,6 +24,7 @@ from finetune.trainers.validation import HISTORY, HeldoutLoss, evaluate, fixed_t
 from finetune.types import Batch, RunState
 from finetune.videos import write_mp4
 
+
 @dataclass(frozen=True)
 class Measurement:
     """One line of ``HISTORY``: the held-out loss after ``step`` optimizer steps, and the same on training clips."""
