@@ -103,9 +103,9 @@ def _init(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from finetune.caching.overview import overview
     from finetune.config import load_config, require_valid
     from finetune.facts import read_facts
-    from finetune.overview import overview
     from finetune.precompute import check_dataset
 
     config = load_config(args.config, args.set)

@@ -19,12 +19,12 @@ from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, save_transformer
 from finetune.errors import ExportError
-from finetune.export_source import Source, find_source
-from finetune.export_verify import Trained, adapter_scaling, adapter_tensors, forward, verify
+from finetune.exporting.model_card import copy_samples, model_card, training_record
+from finetune.exporting.source import Source, find_source
+from finetune.exporting.verify import Trained, adapter_scaling, adapter_tensors, forward, verify
 from finetune.facts import Facts, read_facts, resolve_pretrained
 from finetune.files import atomic_write_text, is_complete, publish_dir
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
-from finetune.model_card import copy_samples, model_card, training_record
 from finetune.trainers.method import LoraMethod
 
 
@@ -41,7 +41,7 @@ class ExportReport:
     max_abs_diff: float
     """Largest difference of predicted velocity between the trained model and the reloaded export."""
     tolerance: float
-    """What the difference may be; see ``export_verify.tolerance_of``."""
+    """What the difference may be; see ``exporting.verify.tolerance_of``."""
 
     def __str__(self) -> str:
         averaged = ", averaged weights" if self.weights == "ema" else ""

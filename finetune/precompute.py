@@ -13,15 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.cache_plan import CachePlan, ImageJob, plan_cache, require_space
-from finetune.cache_request import Answer, find_manifest
+from finetune.caching.encode import Failure, Passed, encode_captions, encode_clips
+from finetune.caching.plan import CachePlan, ImageJob, plan_cache, require_space
+from finetune.caching.report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
+from finetune.caching.request import Answer, find_manifest
 from finetune.config import RunConfig, require_valid
-from finetune.dataset_report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
 from finetune.datasets.cache import Cache, Manifest
 from finetune.datasets.manifest import KINDS, Kind
 from finetune.datasets.upkeep import human_size
 from finetune.datasets.video import fit_image, load_image
-from finetune.encoding import Failure, Passed, encode_captions, encode_clips
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts, read_facts
 from finetune.ranks import Ranks

@@ -126,6 +126,7 @@ def trained(monkeypatch):
             calls.append(config)
             if outcome is not None:
                 raise outcome
+            return loop.TrainReport(Path("run"), 9, 9, None, None, None, "", None, 0.0)
 
         monkeypatch.setattr(loop, "train", train)
         return calls
@@ -245,9 +246,9 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
 
 
 def test_the_overview_counts_what_training_will_see(tmp_path):
+    from finetune.caching.overview import overview
+    from finetune.caching.report import PlannedClip
     from finetune.config import RunConfig
-    from finetune.dataset_report import PlannedClip
-    from finetune.overview import overview
     from finetune.types import Bucket, ClipPlan, Sample, VideoProbe
 
     bucket = Bucket(81, 768, 1360)

@@ -202,7 +202,8 @@ def test_every_command_named_in_passing_exists():
 def test_the_options_that_errors_name_exist():
     """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
     for verb, least in (("export", 3), ("generate", 8)):
-        texts = [path.read_text(encoding="utf-8") for path in (ROOT / "finetune").glob(f"{verb}*.py")]
+        paths = [*(ROOT / "finetune").glob(f"{verb}*.py"), *(ROOT / "finetune").glob(f"{verb}ing/*.py")]
+        texts = [path.read_text(encoding="utf-8") for path in paths]
         named = {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
         assert len(named) >= least
         assert mention_fault(verb, " " + " ".join(sorted(named))) is None

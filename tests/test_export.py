@@ -15,7 +15,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune import export as export_module
-from finetune import export_verify
 from finetune.arguments import build_parser
 from finetune.cogvideox import denoise, encode_prompts, load_scheduler, load_text, load_transformer, load_vae
 from finetune.config import RunConfig
@@ -23,10 +22,11 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.manifest import Manifest, ManifestItem
 from finetune.errors import CheckpointError, ExportError
 from finetune.export import export
+from finetune.exporting import verify as export_verify
+from finetune.exporting.model_card import _code
 from finetune.facts import read_facts
 from finetune.generate import generate
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD, Adapter, GenerateRequest
-from finetune.model_card import _code
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.trainers.checkpoint import save_checkpoint
 from finetune.trainers.validation import HISTORY, SamplePrompt

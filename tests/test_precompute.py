@@ -22,11 +22,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import merged, run_values
 
-from finetune import cache_plan, encoding
-from finetune.cache_request import Fingerprints, full_fingerprints, local_fingerprints
+from finetune.caching import encode as encoding
+from finetune.caching import plan as cache_plan
+from finetune.caching.report import check_dataset, workers_for
+from finetune.caching.request import Fingerprints, full_fingerprints, local_fingerprints
 from finetune.cogvideox import load_text, load_vae
 from finetune.config import RunConfig
-from finetune.dataset_report import check_dataset, workers_for
 from finetune.datasets.cache import Cache
 from finetune.datasets.entries import split
 from finetune.datasets.manifest import UNKNOWN
@@ -329,7 +330,7 @@ def _forbidden(*args: Any, **options: Any) -> Any:
 def test_a_complete_cache_opens_nothing(project, monkeypatch, capsys):
     home = project()
     manifest = home.precompute().manifest
-    for name in ("finetune.cache_plan.check_dataset", "finetune.cogvideox.load_vae", "finetune.cogvideox.load_text"):
+    for name in ("finetune.caching.plan.check_dataset", "finetune.cogvideox.load_vae", "finetune.cogvideox.load_text"):
         monkeypatch.setattr(name, _forbidden)
     assert home.ensure().digest == manifest.digest
     assert "complete, 4 clips (0 held out), nothing to encode" in capsys.readouterr().out
@@ -634,7 +635,7 @@ def test_check_dataset_plans_without_weights(project, monkeypatch):
 
 def test_decode_workers_share_the_machine(project, monkeypatch):
     config = project().config(cache={"decode_workers": None})
-    monkeypatch.setattr("finetune.dataset_report.cpu_cores", lambda: 16)
+    monkeypatch.setattr("finetune.caching.report.cpu_cores", lambda: 16)
     assert [workers_for(config, 100, processes) for processes in (1, 2, 4, 8)] == [4, 4, 2, 1]
     assert workers_for(config, 2) == 2 and workers_for(project().config(), 100) == 0
 
@@ -672,7 +673,7 @@ def test_tiling_is_recorded_and_leaves_the_address_alone(project):
 
 SLOW = """
 import sys, time
-from finetune import encoding
+from finetune.caching import encode as encoding
 from finetune.config import load_config
 from finetune.precompute import precompute
 real = encoding.encode_video
@@ -718,7 +719,7 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
 TOGETHER = """
 import sys
 import finetune.datasets.video as video
-from finetune import encoding
+from finetune.caching import encode as encoding
 from finetune.config import load_config
 from finetune.facts import read_facts
 from finetune.precompute import ensure_cache, precompute

@@ -58,10 +58,10 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("ranks",),
         ("starter_text",),
     ),
-    (("config",), ("datasets.loader",), ("encoding",), ("generate_inputs",), ("sampling",)),
+    (("config",), ("datasets.loader",), ("caching.encode",), ("generate_inputs",), ("sampling",)),
     (
-        ("precompute", "cache_plan", "cache_request", "dataset_report", "overview"),
-        ("export", "export_source", "export_verify", "model_card"),
+        ("precompute", "caching"),
+        ("export", "exporting"),
         ("generate",),
         ("starter",),
     ),

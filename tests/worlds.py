@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from finetune.cache_request import local_fingerprints, make_request
+from finetune.caching.request import local_fingerprints, make_request
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
 from finetune.datasets.entries import DTYPES, latents_address, prompt_address

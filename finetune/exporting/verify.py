@@ -12,7 +12,7 @@ from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, build_pipeline, denoise, load_scheduler, load_transformer
 from finetune.errors import ExportError, ModelError
-from finetune.export_source import Source
+from finetune.exporting.source import Source
 from finetune.facts import Facts
 from finetune.generate_inputs import ADAPTER_FILE
 from finetune.streams import stream

@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.cache_request import Fingerprints, full_fingerprints, make_request, sample_bucket
+from finetune.caching.encode import LatentsJob, PromptJob
+from finetune.caching.report import UNREADABLE, PlannedClip, check_dataset, named
+from finetune.caching.request import Fingerprints, full_fingerprints, make_request, sample_bucket
 from finetune.config import RunConfig
-from finetune.dataset_report import UNREADABLE, PlannedClip, check_dataset, named
 from finetune.datasets.cache import Cache, FileStamp, Manifest, ManifestItem
 from finetune.datasets.entries import DTYPES, Dtype, image_address, latents_address, prompt_address
 from finetune.datasets.manifest import KINDS, Kind, portable
 from finetune.datasets.sources import source_files
 from finetune.datasets.upkeep import human_size
 from finetune.datasets.video import PIXEL_RULE
-from finetune.encoding import LatentsJob, PromptJob
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts
 from finetune.files import digest_of

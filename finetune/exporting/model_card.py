@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 
-from finetune.export_source import Source
+from finetune.exporting.source import Source
 from finetune.facts import Facts
 from finetune.generate_inputs import ADAPTER_FILE
 from finetune.trainers.method import LoraMethod

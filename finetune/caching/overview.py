@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetune.caching.report import PlannedClip
 from finetune.config import RunConfig
-from finetune.dataset_report import PlannedClip
 from finetune.facts import Facts
 from finetune.schedule import Item, StepPlan, choose_holdout
 from finetune.types import Bucket
