@@ -203,7 +203,7 @@ def test_the_options_that_errors_name_exist():
     """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
     for verb, least in (("export", 3), ("generate", 8)):
         paths = [*(ROOT / "finetune").glob(f"{verb}*.py"), *(ROOT / "finetune").glob(f"{verb}ing/*.py")]
-        texts = [path.read_text(encoding="utf-8") for path in paths]
+        texts = [path.read_text(encoding="utf-8") for path in paths if path.stem != "model_card"]  # shows another verb
         named = {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
         assert len(named) >= least
         assert mention_fault(verb, " " + " ".join(sorted(named))) is None
