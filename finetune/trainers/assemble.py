@@ -7,6 +7,7 @@ loaded.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -124,10 +125,13 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
 
 def _accelerator(config: RunConfig) -> Any:
     from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
 
     return Accelerator(
         mixed_precision="no",  # weights and compute are in the model's dtype already; autocast would re-cast each layer
         gradient_accumulation_steps=config.train.accumulation,
+        # The others wait while one process writes a checkpoint of tens of GB; torch's own patience is ten minutes.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
         **config.tracking.accelerator_options(config.output_dir),
     )
 
