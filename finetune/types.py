@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # decode workers use these types and start without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True)

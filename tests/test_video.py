@@ -345,7 +345,8 @@ def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
 MEMORY = """
 import sys, time
 from pathlib import Path
-from finetune.datasets.media.frames import Cut, probe_file, read_clip
+from finetune.datasets.media.frames import probe_file, read_clip
+from finetune.types import Bucket, ClipPlan
 
 def peak_mib():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
@@ -353,7 +354,7 @@ def peak_mib():
 path = Path(sys.argv[1])
 header = probe_file(path)
 assert header.decoder == "decord"
-read_clip(path, header, Cut(tuple(range(0, 150, 10)), (64, 114), (0, 0), (64, 96)))
+read_clip(path, header, ClipPlan(tuple(range(0, 150, 10)), (64, 114), (0, 0), Bucket(15, 64, 96)))
 time.sleep(0.5)
 before = peak_mib()
 if sys.argv[2] == "idle":

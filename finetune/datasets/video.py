@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 import finetune
-from finetune.datasets.media.frames import Cut, Header, fit, probe_file, read_clip, read_image
+from finetune.datasets.media.frames import fit, probe_file, read_clip, read_image
 from finetune.errors import DataError
 from finetune.geometry import resize_and_crop
 from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
@@ -55,7 +55,7 @@ def probe(path: Path) -> VideoProbe:
     Raises:
         DataError: if the file is missing, empty, cut off, without video, larger than is read, or not decodable.
     """
-    return VideoProbe(*probe_file(path))
+    return probe_file(path)
 
 
 def decode(path: Path, probe: VideoProbe, plan: ClipPlan) -> Clip:
@@ -113,8 +113,7 @@ class DecodePool:
 
     def probe_many(self, paths: Iterable[Path]) -> Iterator[tuple[Path, VideoProbe | DataError]]:
         """Probe every path, in the order given; an unusable file gives its error and the next ones go on."""
-        for path, answer in self._ordered((path, ("probe", path)) for path in paths):
-            yield path, answer if isinstance(answer, DataError) else VideoProbe(*answer)
+        yield from self._ordered((path, ("probe", path)) for path in paths)
 
     def decode_many(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Clip | DataError]]:
         """Decode every job, in the order given, at most ``in_flight`` clips ahead of the consumer."""
@@ -267,10 +266,9 @@ def _answer_here(request: tuple[Any, ...]) -> Any:
         return error
 
 
-def _decode_arguments(path: Path, probe: VideoProbe, plan: ClipPlan) -> tuple[Path, Header, Cut]:
+def _decode_arguments(path: Path, probe: VideoProbe, plan: ClipPlan) -> tuple[Path, VideoProbe, ClipPlan]:
     # The frame times are left out: a worker does not need them, and an hour of video has 100 000.
-    header = Header(probe.frames, probe.fps, probe.height, probe.width, (), probe.rotation, probe.decoder)
-    return path, header, Cut(plan.frame_indices, plan.resize_hw, plan.crop_yx, (plan.bucket.height, plan.bucket.width))
+    return path, replace(probe, frame_times_s=()), plan
 
 
 def _clip(pixels: Any) -> Clip:

@@ -8,8 +8,8 @@ here, frame by frame, keeps memory to a few source frames and one clip.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,32 +18,12 @@ from PIL import Image, ImageOps
 from finetune.datasets.media import decord_reader, pyav_reader
 from finetune.datasets.media.containers import check_container, check_frame_size
 from finetune.errors import DataError
+from finetune.types import ClipPlan, VideoProbe
 
 Frame = NDArray[np.uint8]
 
 
-class Header(NamedTuple):
-    """The fields of ``types.VideoProbe`` in its order, for processes without torch."""
-
-    frames: int
-    fps: float
-    height: int
-    width: int
-    frame_times_s: tuple[float, ...]
-    rotation: int
-    decoder: str
-
-
-class Cut(NamedTuple):
-    """The fields of a ``types.ClipPlan``, for processes without torch."""
-
-    frame_indices: tuple[int, ...]
-    resize_hw: tuple[int, int]
-    crop_yx: tuple[int, int]
-    size_hw: tuple[int, int]
-
-
-def probe_file(path: Path) -> Header:
+def probe_file(path: Path) -> VideoProbe:
     """Read a video's header, the time of every frame, and its first frame.
 
     Height and width are those of the picture on a display: upright, with square pixels.
@@ -74,16 +54,16 @@ def probe_file(path: Path) -> Header:
         and height * width * 3 <= decord_reader.MAX_FRAME_BYTES
         and decord_reader.agrees(path, times, (height, width))
     )
-    return Header(len(times), fps, height, width, times, stream.rotation, "decord" if reliable else "pyav")
+    return VideoProbe(len(times), fps, height, width, times, stream.rotation, "decord" if reliable else "pyav")
 
 
-def read_clip(path: Path, header: Header, cut: Cut) -> Frame:
+def read_clip(path: Path, header: VideoProbe, plan: ClipPlan) -> Frame:
     """Decode, turn, resize and crop the frames of one clip.
 
     Args:
         path: the video.
-        header: what ``probe_file`` returned for it.
-        cut: which frames (ascending; repeated ones are decoded once), resized to what, cropped from where.
+        header: what ``probe_file`` returned for it; its frame times are not looked at.
+        plan: its frames are ascending; repeated ones are decoded once.
 
     Returns:
         uint8 RGB [3, F, H, W].
@@ -95,14 +75,14 @@ def read_clip(path: Path, header: Header, cut: Cut) -> Frame:
     if header.decoder == "decord":
         try:
             frame_bytes = header.height * header.width * 3
-            return _assemble(decord_reader.read_frames(path, cut.frame_indices, header.frames, frame_bytes), 0, cut)
+            return _assemble(decord_reader.read_frames(path, plan.frame_indices, header.frames, frame_bytes), 0, plan)
         except decord_reader.DecordError:
             # decord opened the file but not this stretch of it. The whole clip is decoded again, so that no clip mixes
             # two decoders; and of a file that is really damaged PyAV has the clearer message.
-            return read_clip(path, header._replace(decoder="pyav"), cut)
+            return read_clip(path, replace(header, decoder="pyav"), plan)
     if len(pyav_reader.read_index(path).pts) != header.frames:
         raise DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
-    return _assemble(pyav_reader.read_frames(path, cut.frame_indices), header.rotation, cut)
+    return _assemble(pyav_reader.read_frames(path, plan.frame_indices), header.rotation, plan)
 
 
 def read_image(path: Path) -> Frame:
@@ -148,12 +128,13 @@ def fit(frame: Frame, resize_hw: tuple[int, int], crop_yx: tuple[int, int], size
     return frame[top : top + height, left : left + width]
 
 
-def _assemble(frames: Iterable[tuple[int, Frame]], rotation: int, cut: Cut) -> Frame:
-    pixels = np.empty((3, len(cut.frame_indices), *cut.size_hw), np.uint8)
-    slots = _slots(cut.frame_indices)
+def _assemble(frames: Iterable[tuple[int, Frame]], rotation: int, plan: ClipPlan) -> Frame:
+    size_hw = (plan.bucket.height, plan.bucket.width)
+    pixels = np.empty((3, len(plan.frame_indices), *size_hw), np.uint8)
+    slots = _slots(plan.frame_indices)
     for frame_index, frame in frames:
         upright = np.rot90(frame, -(rotation // 90))
-        pixels[:, slots[frame_index]] = fit(upright, *cut[1:]).transpose(2, 0, 1)[:, None]
+        pixels[:, slots[frame_index]] = fit(upright, plan.resize_hw, plan.crop_yx, size_hw).transpose(2, 0, 1)[:, None]
     return pixels
 
 
