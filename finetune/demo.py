@@ -1,8 +1,8 @@
 """The demo world: short clips of one coloured shape that moves, and a CogVideoX really trained on them.
 
 A clip is 9 frames of 64x64 pixels at 8 fps. The shipped base model (``scripts/train_demo_world.py`` made it) knows
-circles, squares and triangles in four colours; it has never seen a ring. Teaching it the ring from a dozen clips is the
-quickstart, and ``classify`` measures whether it worked.
+circles, squares and triangles in four colours; it has never seen a ring. Teaching it the ring from a dozen kinds of
+clips is the quickstart, and ``classify`` measures whether it worked.
 
 Leaf module: rendering and measuring need numpy alone, writing clips needs PyAV.
 """
@@ -132,21 +132,24 @@ def _coverage(shape: str, x: float, y: float) -> NDArray[np.float64]:
     return covered
 
 
-def lesson(seed: int = 0) -> list[Scene]:
-    """The quickstart's training clips: a dozen of the ring, and one of each old shape in each colour as replay.
+def lesson(variations: int = 4) -> list[Scene]:
+    """The quickstart's training clips: a dozen kinds of ring and a dozen of old shapes, each ``variations`` times.
 
-    Without replay the word that is always new, and the shape that always comes with it, leak into the old captions.
-    The ring's twelve leave out one motion per colour: those are ``held_out``.
+    Without the old shapes the word that is always new, and the shape that always comes with it, leak into their
+    captions; with one clip of each kind, positions and backgrounds are learnt by heart. The ring's dozen leaves out one
+    motion per colour: those are ``held_out``.
     """
     motions = list(MOTIONS)
     ring = [
         Scene(NEW_SHAPE, colour, motion, seed)
-        for (row, colour), (column, motion) in product(enumerate(COLOURS), enumerate(motions))
+        for seed, (row, colour), (column, motion) in product(range(variations), enumerate(COLOURS), enumerate(motions))
         if row != column
     ]
     replay = [
-        Scene(shape, colour, motions[(row + column) % len(motions)], seed)
-        for (row, shape), (column, colour) in product(enumerate(KNOWN_SHAPES), enumerate(COLOURS))
+        Scene(shape, colour, motions[(row + column + seed) % len(motions)], seed)
+        for seed, (row, shape), (column, colour) in product(
+            range(variations), enumerate(KNOWN_SHAPES), enumerate(COLOURS)
+        )
     ]
     return ring + replay
 

@@ -63,7 +63,7 @@ lr_schedule:
   final: 0.05
 
 train:
-  steps: 400
+  steps: 800
   batch_size: 8
   seed: 0
 
@@ -71,17 +71,17 @@ memory:
   checkpointing: none          # the model is tiny; on a real one `full` saves most of the memory
 
 validation:
-  every: 100                   # held-out loss, and the same on training clips
+  every: 200                   # held-out loss, and the same on training clips
   clips: 8
   samples:
     - {prompt: a yellow ring moving left, seed: 1}
     - {prompt: a red circle moving up, seed: 2}
-  sample_every: 200
+  sample_every: 400
   num_inference_steps: 25
   guidance_scale: 3.0
 
 checkpoint:
-  every: 200
+  every: 400
 
 tracking:
   console_interval_s: 5

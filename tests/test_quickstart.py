@@ -12,10 +12,10 @@ def test_the_quickstart_teaches_the_new_shape_and_keeps_the_old_ones(tmp_path, c
     new, old = len(NEW_SCENES), len(OLD_SCENES)
     assert outcome.rings_before == 0, "the base must not know the shape, or there is nothing to learn"
     assert outcome.rings_after >= new - 1
-    assert outcome.adapter_distance < 0.5 * outcome.base_distance
+    assert outcome.adapter_distance < 0.85 * outcome.base_distance
     assert outcome.old_after >= outcome.old_before - 1 and outcome.old_after >= old - 1
     before, after = outcome.train.heldout_before, outcome.train.heldout_after
-    assert before is not None and after is not None and after < 0.9 * before
+    assert before is not None and after is not None and after < 0.75 * before
     assert outcome.export.max_abs_diff <= outcome.export.tolerance
     assert outcome.picture.read_bytes().startswith(b"\x89PNG")
     for made in (outcome.picture, outcome.export.folder, outcome.train.run_dir):
