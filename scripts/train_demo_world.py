@@ -12,6 +12,7 @@ give equal weights; the checks printed at the end hold anywhere.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import shutil
@@ -179,6 +180,10 @@ def ship(pipeline: CogVideoXPipeline, out: Path) -> None:
         pipeline.save_pretrained(fresh)
         for weights in fresh.rglob("*.safetensors"):
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
+        # With --keep-vae, diffusers notes the temporary folder that the VAE was loaded from: no fact about it.
+        config = fresh / "vae" / "config.json"
+        facts = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(fresh, out)
     total = sum(path.stat().st_size for path in out.rglob("*.safetensors"))

@@ -135,6 +135,8 @@ def test_the_shipped_weights_are_small_and_installed_as_float32(folder: Path) ->
     weights = sorted(path.relative_to(shipped) for path in shipped.rglob("*.safetensors"))
     assert len(weights) == 3  # VAE, T5, transformer
     assert sum((shipped / path).stat().st_size for path in weights) < 3 * 2**20
+    # Neither a configuration nor anything else names the machine that the weights were trained on.
+    assert not [path for path in shipped.rglob("*.json") if "_name_or_path" in path.read_text()]
     for path in weights:
         ours, theirs = load_file(folder / path), load_file(shipped / path)
         assert {tensor.dtype for tensor in ours.values()} == {torch.float32}
