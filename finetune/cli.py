@@ -51,10 +51,23 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
         # The reader of `finetune ... | head` has seen enough. Without this the flush at exit would fail once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch need not be imported to have failed
+            print(f"{_rank()}error: {_first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
+            return USER_ERROR
         traceback.print_exc()
         print(f"\n{_rank()}{_bug_note()}", file=sys.stderr)
         return BUG
+
+
+_OUT_OF_MEMORY = (
+    "free the GPU (is another program on it?), use a smaller --bucket or --offload, or set CUDA_VISIBLE_DEVICES="
+    " to compute on the CPU"
+)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _rank() -> str:

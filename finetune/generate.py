@@ -124,6 +124,8 @@ def load_adapters(facts: Facts, transformer: Any, scheduler: Any, adapters: Sequ
     for name, adapter in zip(names, active, strict=True):
         try:
             pipeline.load_lora_weights(str(adapter.file.parent), weight_name=adapter.file.name, adapter_name=name)
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the adapter
         except (ValueError, RuntimeError, KeyError) as error:
             raise _misfit(adapter, str(error).strip().splitlines()[0]) from error
         # diffusers only warns of tensors that found no place.

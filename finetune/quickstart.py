@@ -63,7 +63,7 @@ lr_schedule:
   final: 0.05
 
 train:
-  steps: 800
+  steps: 600
   batch_size: 8
   seed: 0
 
@@ -76,12 +76,12 @@ validation:
   samples:
     - {prompt: a yellow ring moving left, seed: 1}
     - {prompt: a red circle moving up, seed: 2}
-  sample_every: 400
+  sample_every: 300
   num_inference_steps: 25
   guidance_scale: 3.0
 
 checkpoint:
-  every: 400
+  every: 300
 
 tracking:
   console_interval_s: 5

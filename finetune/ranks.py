@@ -22,6 +22,17 @@ PATIENCE = timedelta(days=7)
 _Result = TypeVar("_Result")
 
 
+def on_cpu() -> bool:
+    """Whether to compute on the CPU: asked for (ACCELERATE_USE_CPU), or because there is no CUDA.
+
+    Asked here because PartialState does not look at the variable by itself, and because accelerate would choose Apple's
+    GPU, which has no float64.
+    """
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One process among those of its launch."""
@@ -39,10 +50,8 @@ class Ranks:
         All of them must call this at the same point.
         """
         from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
 
-        # Unlike Accelerator, PartialState does not look at this variable by itself.
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        state = PartialState(cpu=on_cpu())
         group = None
         if state.num_processes > 1:
             group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)

@@ -152,7 +152,6 @@ def _image_argument(facts: Facts, request: SampleRequest) -> dict[str, Any]:
         return {}
     from PIL import Image
 
-    # Imported here, so that text-to-video training from a complete cache loads no decoder.
     from finetune.datasets.video import fit_image, load_image
 
     image = load_image(request.image) if isinstance(request.image, Path) else request.image

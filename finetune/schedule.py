@@ -9,8 +9,9 @@ changing what a step trains on, and "where were we" is the step number.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Literal
 
@@ -103,21 +104,28 @@ def epoch_items(items: Sequence[Item], seed: int, epoch: int) -> dict[Bucket, li
 
     A clip with repeats 3 stands three times. Of the clips that share a bucket and a fractional repeats such as 2.25,
     every one stands twice and a quarter of them once more, another quarter in the next epoch: the subset moves on
-    through a fixed random order, so that over the epochs each clip gets its share. The count per bucket is the same
-    in every epoch.
+    through a fixed random order, so that over the epochs each clip gets its share, also where a quarter is less than
+    one clip and falls due in every so many epochs only.
     """
+    chosen: dict[Bucket, list[int]] = {}
+    for (bucket, repeats), members in _groups(items).items():
+        ring = _permuted(members, seed, "extra", str(bucket), repr(repeats))
+        first, end = (_extra_before(repeats, len(members), e) for e in (epoch, epoch + 1))
+        picked = members * math.floor(repeats) + [ring[k % len(ring)] for k in range(first, end)]
+        chosen.setdefault(bucket, []).extend(picked)
+    return {bucket: _permuted(picked, seed, "order", str(bucket), epoch) for bucket, picked in chosen.items() if picked}
+
+
+def _groups(items: Sequence[Item]) -> dict[tuple[Bucket, float], list[int]]:
     groups: dict[tuple[Bucket, float], list[int]] = {}
     for index, item in enumerate(items):
         groups.setdefault((item.bucket, item.repeats), []).append(index)
-    chosen: dict[Bucket, list[int]] = {}
-    for (bucket, repeats), members in groups.items():
-        whole = math.floor(repeats)
-        extra = round((repeats - whole) * len(members))
-        ring = _permuted(members, seed, "extra", str(bucket), repr(repeats))
-        first = epoch * extra
-        picked = members * whole + [ring[(first + k) % len(ring)] for k in range(extra)]
-        chosen.setdefault(bucket, []).extend(picked)
-    return {bucket: _permuted(picked, seed, "order", str(bucket), epoch) for bucket, picked in chosen.items() if picked}
+    return groups
+
+
+def _extra_before(repeats: float, members: int, epoch: int) -> int:
+    """How many clips a group's fraction of ``repeats`` has brought in all epochs before ``epoch`` together."""
+    return math.floor(epoch * (repeats - math.floor(repeats)) * members + 1e-9)
 
 
 def _permuted(members: Sequence[int], seed: int, *path: int | str) -> list[int]:
@@ -142,18 +150,48 @@ class StepPlan:
     micro_batches: int
 
     def __post_init__(self) -> None:
-        if not self.per_epoch:
-            raise ValueError("the training set is empty: no clip has repeats large enough to stand in an epoch")
+        if not self.items:
+            raise ValueError("the training set is empty")
+        groups: dict[Bucket, list[tuple[float, int]]] = {}
+        for (bucket, repeats), members in _groups(self.items).items():
+            groups.setdefault(bucket, []).append((repeats, len(members)))
+        object.__setattr__(self, "_sizes", tuple(tuple(sizes) for sizes in groups.values()))
+        object.__setattr__(self, "_starts", [0])
+
+    _sizes: tuple[tuple[tuple[float, int], ...], ...] = field(init=False, repr=False)
+    """Per bucket, (repeats, clips) of each group."""
+    _starts: list[int] = field(init=False, repr=False)
+    """Micro-batches before each epoch, as far as they have been asked for; fractional repeats make epochs unequal."""
+
+    def start_of(self, epoch: int) -> int:
+        """Micro-batches before ``epoch``, in all epochs before it together."""
+        while len(self._starts) <= epoch:
+            e = len(self._starts) - 1
+            count = sum(math.ceil(self._clips(sizes, e) / self.batch_size) for sizes in self._sizes)
+            self._starts.append(self._starts[-1] + count)
+        return self._starts[epoch]
+
+    @staticmethod
+    def _clips(sizes: tuple[tuple[float, int], ...], epoch: int) -> int:
+        """Clips of one bucket in one epoch."""
+        return sum(
+            members * math.floor(repeats)
+            + _extra_before(repeats, members, epoch + 1)
+            - _extra_before(repeats, members, epoch)
+            for repeats, members in sizes
+        )
 
     @property
-    def samples_per_epoch(self) -> int:
-        """Clips in one epoch, repeats counted."""
-        return sum(len(batch) for batch in _epoch(self, 0))
+    def samples_per_epoch(self) -> float:
+        """Clips in one epoch, repeats counted; a mean where repeats are fractional."""
+        return sum(repeats * members for sizes in self._sizes for repeats, members in sizes)
 
     @property
-    def per_epoch(self) -> int:
-        """Micro-batches in one epoch; the same in every epoch."""
-        return len(_epoch(self, 0))
+    def per_epoch(self) -> float:
+        """Micro-batches in one epoch; the mean of the first hundred where fractional repeats make them unequal."""
+        if all(float(repeats).is_integer() for sizes in self._sizes for repeats, _ in sizes):
+            return self.start_of(1)
+        return self.start_of(100) / 100
 
     @property
     def steps_per_epoch(self) -> float:
@@ -162,7 +200,10 @@ class StepPlan:
 
     def steps_for_epochs(self, epochs: float) -> int:
         """The fewest steps that cover ``epochs`` passes."""
-        return max(1, math.ceil(epochs * self.per_epoch / self.micro_batches - 1e-9))
+        whole = math.floor(epochs)
+        first, end = self.start_of(whole), self.start_of(whole + 1)
+        wanted = first + (epochs - whole) * (end - first)
+        return max(1, math.ceil(wanted / self.micro_batches - 1e-9))
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """All micro-batches of one optimizer step, of all processes, in slot order."""
@@ -177,8 +218,10 @@ class StepPlan:
         )
 
     def _nth(self, n: int) -> tuple[int, ...]:
-        epoch, position = divmod(n, self.per_epoch)
-        return _epoch(self, epoch)[position]
+        while self._starts[-1] <= n:
+            self.start_of(len(self._starts))
+        epoch = bisect_right(self._starts, n) - 1
+        return _epoch(self, epoch)[n - self._starts[epoch]]
 
     def for_rank(self, step: int, rank: int, processes: int) -> tuple[MicroBatch, ...]:
         """The micro-batches of one step that fall to one process, in the order it runs them."""
@@ -238,7 +281,8 @@ class Cosine(_Warmup):
 
 
 def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
-    return min(1.0, max(0.0, (step - warmup_steps) / max(1, total_steps - warmup_steps)))
+    last = total_steps - 1
+    return min(1.0, max(0.0, (step - warmup_steps) / max(1, last - warmup_steps)))
 
 
 LRScheduleConfig = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]

@@ -121,7 +121,6 @@ class RunState:
     """Beside the tensors, the whole of "resume"."""
 
     step: int
-    config_digest: str
     cache_digest: str
     samples_seen: int = 0
     best_heldout_loss: float | None = None

@@ -55,15 +55,15 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
-    if options.keep_vae:
-        with tempfile.TemporaryDirectory() as installed:
-            vae = AutoencoderKLCogVideoX.from_pretrained(
-                demo.install_demo_model(Path(installed), shipped=options.out) / "vae"
-            )
-    else:
+    if not options.keep_vae:
         vae = train_vae(options.seed, options.image_steps, options.video_steps)
+        ship(untrained_pipeline(vae, options.seed), options.out)
+    # Read back from float16, so that a run in one go and one with --keep-vae train the same base.
+    with tempfile.TemporaryDirectory() as installed:
+        vae = AutoencoderKLCogVideoX.from_pretrained(
+            demo.install_demo_model(Path(installed), shipped=options.out) / "vae"
+        )
     pipeline = untrained_pipeline(vae, options.seed)
-    ship(pipeline, options.out)  # so that a stop from here on can go on with --keep-vae
     train_base(pipeline, options.seed, options.base_steps)
     ship(pipeline, options.out)
     check(options.out, options.sheets)

@@ -54,9 +54,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
 
 
 def save(run_dir: Path, step: int, *, best: int | None = None, ema: bool = False, **policy: Any) -> Path:
-    state = RunState(
-        step, "config", "cache", samples_seen=2 * step, best_heldout_loss=0.25 if best else None, best_step=best
-    )
+    state = RunState(step, "cache", samples_seen=2 * step, best_heldout_loss=0.25 if best else None, best_step=best)
     return save_checkpoint(
         run_dir,
         state,
@@ -80,7 +78,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, ema):
     path = save(tmp_path, 500, best=400, ema=ema)
     assert path == tmp_path / "checkpoints" / "step-00000500" == checkpoint_path(tmp_path, 500)
     loaded = load_checkpoint(path)
-    assert loaded.state == RunState(500, "config", "cache", 1000, 0.25, 400)
+    assert loaded.state == RunState(500, "cache", 1000, 0.25, 400)
     assert loaded.config == CONFIG and loaded.path == path and loaded.processes == 1
     expected = [(loaded.trainable, tensors(500))] + ([(loaded.ema, tensors(501))] if ema else [])
     for ours, theirs in expected:
@@ -147,7 +145,7 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         save_checkpoint(
             tmp_path,
-            RunState(1, "", ""),
+            RunState(1, ""),
             trainable=tensors(),
             optimizer=({}, {"scalars": {"a": {"step": float("nan")}}}),
             ema=None,
@@ -190,7 +188,7 @@ def test_a_failed_save_keeps_the_old_one(tmp_path, monkeypatch):
         raise OSError("no space left on device")
 
     monkeypatch.setattr(store, "atomic_save_tensors", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(CheckpointError, match="no space"):
         save(tmp_path, 20, keep_last=1)
     assert steps(tmp_path) == [10]
     load_checkpoint(checkpoint_path(tmp_path, 10))

@@ -63,7 +63,7 @@ def make_run(
     state = {name: tensor.clone() for name, tensor in config.method.state(transformer).items()}
     save_checkpoint(
         config.output_dir,
-        RunState(step, config.digest, cache_digest, samples_seen=step, best_step=best_step),
+        RunState(step, cache_digest, samples_seen=step, best_step=best_step),
         trainable=state,
         optimizer=({}, {}),
         ema={name: tensor.float() * 0.5 for name, tensor in state.items()} if ema else None,

@@ -92,6 +92,8 @@ def drive(model: Path, output: Path, bucket: str, method: dict[str, object]) -> 
     fabricate_cache(config(2))
     first = train(config(2))
     assert first.step == 2
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     second = train(config(5))
     assert second.step == 5
     torch.cuda.empty_cache() if torch.cuda.is_available() else None

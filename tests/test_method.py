@@ -282,7 +282,7 @@ def saved(folder: Path, method: LoraMethod, transformer: nn.Module) -> Path:
     """As one of our checkpoints."""
     return save_checkpoint(
         folder,
-        RunState(step=3, config_digest="", cache_digest=""),
+        RunState(step=3, cache_digest=""),
         trainable=method.state(transformer),
         optimizer=({}, {}),
         ema=None,

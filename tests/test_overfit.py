@@ -35,12 +35,12 @@ METHODS = {
     "full": {
         "method": {"kind": "full"},
         "optimizer": {"kind": "adamw", "lr": 2e-3, "weight_decay": 0.0},
-        "train": {"steps": 300},
+        "train": {"steps": 240},
     },
     "lora": {
-        "method": {"kind": "lora", "rank": 16, "alpha": 16, "targets": "attention+ff"},
-        "optimizer": {"kind": "adamw", "lr": 1e-2, "weight_decay": 0.0},
-        "train": {"steps": 400},
+        "method": {"kind": "lora", "rank": 16, "alpha": 16, "targets": "all-linear"},
+        "optimizer": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0},
+        "train": {"steps": 300},
     },
 }
 BOUND = {"full": 0.95, "lora": 0.85}

@@ -32,7 +32,7 @@ def plan(items=ITEMS, *, batch_size=2, micro_batches=1, seed=3) -> StepPlan:
 
 def epoch_of(plan: StepPlan, epoch: int) -> list[int]:
     """The items of one epoch, read off single-micro-batch steps."""
-    steps = range(epoch * plan.per_epoch, (epoch + 1) * plan.per_epoch)
+    steps = range(plan.start_of(epoch), plan.start_of(epoch + 1))
     return [item for step in steps for micro in plan.step(step) for item in micro.items]
 
 
@@ -46,7 +46,7 @@ def test_every_epoch_holds_every_clip_exactly_once(batch_size):
 
 def test_a_micro_batch_never_mixes_buckets():
     order = plan(batch_size=4)
-    for step in range(3 * order.per_epoch):
+    for step in range(order.start_of(3)):
         for micro in order.step(step):
             assert len({ITEMS[i].bucket for i in micro.items}) == 1
 
@@ -104,8 +104,15 @@ def test_epochs_become_steps():
 def test_an_empty_training_set_is_refused():
     with pytest.raises(ValueError, match="empty"):
         plan([])
-    with pytest.raises(ValueError, match="empty"):
-        plan([Item(WIDE, 0.1)])
+
+
+@pytest.mark.parametrize("repeats", [0.1, 0.4, 0.5, 0.6, 1.5, 2.25])
+def test_a_fraction_of_one_clip_gets_its_share_in_every_so_many_epochs(repeats):
+    order = plan([Item(WIDE, repeats), Item(TALL, 1.0)], batch_size=1)
+    counts = Counter(item for epoch in range(20) for item in epoch_of(order, epoch))
+    assert counts == {0: round(20 * repeats), 1: 20}
+    assert order.samples_per_epoch == repeats + 1
+    assert order.steps_for_epochs(20) == 20 + round(20 * repeats)
 
 
 def test_bucket_order_does_not_depend_on_other_buckets():
@@ -148,9 +155,9 @@ def test_warmup_rises_to_the_base_rate_and_never_trains_at_zero():
 @pytest.mark.parametrize("schedule", [Linear(warmup_steps=10, final=0.1), Cosine(warmup_steps=10, final=0.1)])
 def test_decay_starts_at_one_and_ends_at_final(schedule):
     assert lr_at(10, 2.0, schedule, 110) == pytest.approx(2.0)
-    assert lr_at(110, 2.0, schedule, 110) == pytest.approx(0.2)
-    assert lr_at(60, 2.0, schedule, 110) == pytest.approx(1.1)
-    rates = [lr_at(step, 2.0, schedule, 110) for step in range(10, 111)]
+    assert lr_at(110, 2.0, schedule, 111) == pytest.approx(0.2)
+    assert lr_at(60, 2.0, schedule, 111) == pytest.approx(1.1)
+    rates = [lr_at(step, 2.0, schedule, 111) for step in range(10, 111)]
     assert rates == sorted(rates, reverse=True)
 
 

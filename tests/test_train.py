@@ -98,12 +98,12 @@ def stop_after(steps: int, config) -> None:
     assert report.stopped_by == "SIGTERM" and report.step == steps
 
 
-def test_sigterm_finishes_the_step_and_saves(tiny_model, demo_clips, tmp_path, capsys):
+def test_sigterm_finishes_the_step_and_saves(tiny_model, demo_clips, tmp_path, capfd):
     config = run_config(tiny_model(), demo_clips, tmp_path / "run")
     stop_after(3, config)
     saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [path.name for path in saved] == ["step-00000003"]
-    assert "SIGTERM" in capsys.readouterr().out
+    assert "SIGTERM" in capfd.readouterr().err
 
 
 def test_an_ended_run_has_nothing_to_do(tiny_model, demo_clips, tmp_path):

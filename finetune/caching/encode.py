@@ -151,7 +151,8 @@ def _encode_clip(job: LatentsJob, clip: Clip, vae: Any, cache: Cache, tiling: Li
             fix="set cache.vae_tiling: on, free GPU memory, or use smaller buckets",
         ) from error
     # Only now is it certain which bytes were decoded: those that the address was made from, or others.
-    if not cache.is_unchanged(job.video, job.stamp):
+    changed = job.image is not None and cache.digest_file(job.image) != job.address["image"]
+    if changed or not cache.is_unchanged(job.video, job.stamp):
         raise DataError("the file changed while it was being encoded", fix="run precompute again")
     return cache.write_latents(
         job.address, mean[0], std[0], image_latents, made_with={"decoder": job.probe.decoder, "tiled": tiled}

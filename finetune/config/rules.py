@@ -65,7 +65,7 @@ def _sample_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
                 where=config.where(f"{path}.image"),
                 fix="remove the image, or choose an image-to-video model",
             )
-        elif sample.image is not None and not sample.image.is_file():
+        elif sample.image is not None and config.cache.mode != "require" and not sample.image.is_file():
             yield ConfigError(f"there is no image {sample.image}", where=config.where(f"{path}.image"))
     if config.validation.timesteps > facts.num_train_timesteps:
         yield ConfigError(
@@ -80,6 +80,12 @@ def _run_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
             "every source is held out, so there is nothing to train on",
             where=config.where("data.sources"),
             fix="leave `split: holdout` out of at least one source",
+        )
+    if config.model.dtype == "fp16" and config.method.kind == "full":
+        yield ConfigError(
+            "full fine-tuning in fp16 would lose small gradients: fp16 has no digits below 6e-8",
+            where=config.where("model.dtype"),
+            fix="set model.dtype: bf16, or train a LoRA, whose gradients are float32",
         )
     if config.output_dir.exists() and not config.output_dir.is_dir():
         yield ConfigError(f"{config.output_dir} is a file, not a folder", where=config.where("output_dir"))

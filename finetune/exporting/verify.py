@@ -43,6 +43,8 @@ def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: 
     try:
         transformer = _reload(folder, found, facts, device)
         tensors = adapter_tensors(transformer) if found.lora else dict(transformer.named_parameters())
+    except torch.OutOfMemoryError:
+        raise  # says nothing of the export
     # A tensor that the file lacks stays without content, which shows only when it is read.
     except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _not_the_same(found, [f"it cannot be loaded: {error}"]) from error

@@ -17,10 +17,11 @@ from finetune.config import RunConfig, require_valid
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
-from finetune.errors import CheckpointError, DataError
+from finetune.errors import CheckpointError, ConfigError, DataError
 from finetune.facts import Facts, read_facts
 from finetune.files import atomic_write_text
 from finetune.precompute import ensure_cache
+from finetune.ranks import on_cpu
 from finetune.schedule import Item, StepPlan
 from finetune.trainers.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint, require_same_run
 from finetune.trainers.ema import Ema
@@ -74,7 +75,7 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         if ema is not None and saved.ema is not None:
             ema.load(saved.ema, saved.state.step)
 
-    state = RunState(0, config.digest, manifest.digest) if saved is None else saved.state
+    state = RunState(0, manifest.digest) if saved is None else saved.state
     tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
     cleanup.callback(tracker.close)
     console = Console(
@@ -125,15 +126,49 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
 
 def _accelerator(config: RunConfig) -> Any:
     from accelerate import Accelerator
-    from accelerate.utils import InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-    return Accelerator(
+    accelerator = Accelerator(
+        cpu=on_cpu(),
         mixed_precision="no",  # weights and compute are in the model's dtype already; autocast would re-cast each layer
         gradient_accumulation_steps=config.train.accumulation,
-        # The others wait while one process writes a checkpoint of tens of GB; torch's own patience is ten minutes.
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+        kwargs_handlers=[
+            # The others wait while one process writes a checkpoint of tens of GB; torch's own patience is ten minutes.
+            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+            # Buffers are position tables and equal everywhere; gradients need not be held twice.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
         **config.tracking.accelerator_options(config.output_dir),
     )
+    _require_plain(accelerator, config)
+    return accelerator
+
+
+def _require_plain(accelerator: Any, config: RunConfig) -> None:
+    """Refuse what a launcher's own settings would change behind the configuration's back."""
+    from accelerate.utils import DistributedType
+
+    if accelerator.gradient_accumulation_steps != config.train.accumulation:
+        raise ConfigError(
+            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} micro-batches,"
+            f" the configuration says {config.train.accumulation}",
+            where="ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
+            fix="unset it; train.accumulation is the one place for this",
+        )
+    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
+    if accelerator.distributed_type not in plain:
+        raise ConfigError(
+            f"training under {accelerator.distributed_type.value} is not supported: one process or DDP is",
+            where="accelerate's configuration",
+            fix="launch with --config_file accelerate_configs/ddp.yaml (or single_gpu.yaml)",
+        )
+    dynamo = accelerator.state.dynamo_plugin.backend.value
+    if dynamo != "NO":
+        raise ConfigError(
+            f"accelerate was told to compile the model with {dynamo}, which this package does not support",
+            where="accelerate's configuration",
+            fix="set dynamo_backend: 'no'",
+        )
 
 
 def _batch_makers(config: RunConfig, facts: Facts, cache: Cache, manifest: Manifest) -> tuple[BatchMaker, BatchMaker]:

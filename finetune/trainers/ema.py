@@ -46,7 +46,8 @@ class Ema:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model computes with the average inside, and with exactly its own weights again after."""
-        own = [parameter.detach().clone() for parameter in self._parameters.values()]
+        # On the CPU: after full fine-tuning a copy is as large as the model.
+        own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters.values()]
         for parameter, shadow in zip(self._parameters.values(), self._average.shadow_params, strict=True):
             parameter.data.copy_(shadow)
         try:

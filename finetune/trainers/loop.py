@@ -15,11 +15,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.cogvideox import denoise
 from finetune.config import RunConfig
 from finetune.diffusion import noise_batch, v_mse
+from finetune.errors import TrainingError
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
 from finetune.trainers.assemble import assemble
@@ -67,25 +68,50 @@ def train(config: RunConfig) -> TrainReport:
 
     Raises:
         ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
-        TrainingError: a loss or gradient was not finite, or gradient checkpointing did not recompute.
+        TrainingError: a loss or gradient was not finite, gradient checkpointing did not recompute, or the GPU's memory
+            does not hold a step.
     """
-    with StopRequest() as stop, ExitStack() as cleanup:
+    with ExitStack() as cleanup:
         run = assemble(config, cleanup)
-        return _loop(run, stop)
+        # Not before: what assembling does survives a kill, and has no step to finish.
+        with StopRequest() as stop:
+            try:
+                return _loop(run, stop)
+            except torch.OutOfMemoryError as error:
+                raise TrainingError(
+                    f"out of GPU memory: {str(error).splitlines()[0]}",
+                    where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size"
+                    f" {config.train.batch_size}, memory.checkpointing {config.memory.checkpointing}, method"
+                    f" {config.method.kind}",
+                    fix="in this order: memory.checkpointing: full, train.batch_size: 1 (and more accumulation), a"
+                    " smaller bucket, optimizer.kind: adamw8bit, a smaller method.rank; the last checkpoint is intact",
+                ) from error
 
 
-def batch_losses(run: Run, batch: Batch) -> Tensor:
-    """Velocity loss per sample of one micro-batch, float32 [B]."""
+def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tensor:
+    """Velocity loss per sample of one micro-batch, float32 [B].
+
+    Args:
+        run: the assembled run.
+        batch: on the run's device.
+        model: what to call; the wrapper that synchronises gradients if None. Validation calls the module itself: its
+            processes do not make equally many calls, and a wrapper may communicate in each.
+    """
     noised = noise_batch(batch, run.alpha_bar)
     prediction = denoise(
-        run.transformer, run.facts, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents
+        run.transformer if model is None else model,
+        run.facts,
+        noised.noisy_latents,
+        batch.prompt_embeds,
+        batch.timesteps,
+        batch.image_latents,
     )
     return v_mse(prediction, noised.velocity)
 
 
 def _loop(run: Run, stop: StopRequest) -> TrainReport:
     config, accelerator = run.config, run.accelerator
-    validator = Validator(run, lambda batch: batch_losses(run, batch))
+    validator = Validator(run, lambda batch: batch_losses(run, batch, run.module), stop)
     meter = Meter(config.train.accumulation * config.train.batch_size, accelerator.gather)
     state = run.state
     saved = run.resumed_from
@@ -135,13 +161,14 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
 
         finished = state.step == run.total_steps
         best = False
-        if not record.stop or finished:  # who asks for a stop has seconds to give, not minutes: save, and no more
-            if is_due(state.step, config.validation.every, last=run.total_steps):
-                state, best = validator.judge(state)
-            if is_due(state.step, config.validation.sample_every, last=run.total_steps):
-                validator.sample(state.step)
+        # Who asks for a stop has seconds to give, not minutes: save, and no more.
+        if not record.stop and is_due(state.step, config.validation.every, last=run.total_steps):
+            state, best = validator.judge(state)
         if is_due(state.step, config.checkpoint.every) or best or finished or record.stop:
             saved = run.save(state)
+        # After saving: sampling takes minutes, and may fail for want of memory or disk.
+        if not record.stop and is_due(state.step, config.validation.sample_every, last=run.total_steps):
+            validator.sample(state.step)
         if record.stop:
             break
 
@@ -152,7 +179,7 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
         checkpoint=saved,
         heldout_before=validator.before,
         heldout_after=validator.latest,
-        stopped_by=stop.by if state.step < run.total_steps else "",
+        stopped_by=(stop.by or "a stop request") if state.step < run.total_steps else "",
         s_per_step=statistics.median(durations_s[1:]) if len(durations_s) > 1 else None,
         peak_gib=run.peak_gib(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -38,4 +39,5 @@ class StopRequest:
             raise KeyboardInterrupt
         self.requested = True
         self.by = signal.Signals(number).name
-        print(f"\n{self.by}: finishing the step, then saving. Ctrl-C again stops at once, without saving.", flush=True)
+        # Not print: a handler that interrupts a print would fail with a reentrant call.
+        os.write(2, f"\n{self.by}: finishing the step, then saving. Ctrl-C again stops at once, unsaved.\n".encode())

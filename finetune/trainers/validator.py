@@ -14,15 +14,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune.caching.encode import release_memory
 from finetune.cogvideox import load_scheduler, load_vae
 from finetune.datasets.loader import BatchMaker, to_device
 from finetune.files import atomic_write_text
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.streams import address
 from finetune.trainers.run import Run
-from finetune.trainers.validation import HISTORY, HeldoutLoss, evaluate, fixed_timesteps, training_state_untouched
+from finetune.trainers.stopping import StopRequest
+from finetune.trainers.validation import (
+    HISTORY,
+    HeldoutLoss,
+    SamplePrompt,
+    evaluate,
+    fixed_timesteps,
+    training_state_untouched,
+)
 from finetune.types import Batch, RunState
-from finetune.videos import write_mp4
+from finetune.videos import Frames, write_mp4
 
 
 @dataclass(frozen=True)
@@ -42,10 +51,12 @@ class Validator:
     Args:
         run: the assembled run.
         losses: per-sample loss of a batch on the device, as training computes it.
+        stop: once it is requested, no further video is begun.
     """
 
-    def __init__(self, run: Run, losses: Callable[[Batch], Tensor]) -> None:
+    def __init__(self, run: Run, losses: Callable[[Batch], Tensor], stop: StopRequest) -> None:
         self._run = run
+        self._stop = stop
         self._losses = losses
         config = run.config.validation
         self._heldout = _subset(run.heldout, config.clips)
@@ -120,43 +131,44 @@ class Validator:
         if not config.samples:
             return
         mine = list(enumerate(config.samples))[run.accelerator.process_index :: run.accelerator.num_processes]
-        bucket = config.bucket or run.config.data.buckets[0]
-        empty = run.cache.read_prompt(run.manifest.empty_prompt_key)
         folder = run.config.output_dir / "samples" / f"step-{step:08d}"
-        requests = [
-            SampleRequest(
-                prompt_embeds=run.cache.read_prompt(run.manifest.prompts[sample.prompt]),
-                negative_embeds=empty if run.config.data.unconditional_text == "empty" else torch.zeros_like(empty),
-                image=None if sample.image is None else run.cache.read_image(run.manifest.images[str(sample.image)]),
-                seed=sample.seed,
-                bucket=bucket,
-            )
-            for _, sample in mine
-        ]
         fps = run.config.data.fps or run.facts.native_fps
-        if requests:
+        videos: list[tuple[int, Frames]] = []
+        if mine:
             vae = load_vae(run.config.model, device=run.device, dtype=run.dtype)
-            module = run.module
-            with run.averaged_weights(), training_state_untouched(module):
-                videos = sample_videos(
-                    run.facts,
-                    transformer=module,
-                    vae=vae,
-                    scheduler=load_scheduler(run.config.model),
-                    requests=requests,
-                    num_inference_steps=config.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
-                    dynamic_cfg=config.dynamic_cfg,
-                )
+            with run.averaged_weights(), training_state_untouched(run.module):
+                for number, sample in mine:
+                    if self._stop.requested:
+                        break
+                    (frames,) = sample_videos(
+                        run.facts,
+                        transformer=run.module,
+                        vae=vae,
+                        scheduler=load_scheduler(run.config.model),
+                        requests=[self._request(sample)],
+                        num_inference_steps=config.num_inference_steps,
+                        guidance_scale=config.guidance_scale,
+                        dynamic_cfg=config.dynamic_cfg,
+                    )
+                    write_mp4(folder / f"{number:02d}-seed{sample.seed}.mp4", frames, fps)
+                    videos.append((number, frames))
             del vae
-            for (number, sample), frames in zip(mine, videos, strict=True):
-                write_mp4(folder / f"{number:02d}-seed{sample.seed}.mp4", frames, fps)
-        else:
-            videos = []
-        shown = run.gather_objects([(number, frames) for (number, _), frames in zip(mine, videos, strict=True)])
-        for number, frames in sorted(shown, key=lambda pair: pair[0]):
+            release_memory()
+        shown = sorted(run.gather_objects(videos), key=lambda pair: pair[0])
+        for number, frames in shown:
             run.tracker.log_video(f"samples/{number:02d} {config.samples[number].prompt[:60]}", frames, step, fps)
-        run.console.note(f"step {step}: sampled {len(config.samples)} videos to {folder}")
+        run.console.note(f"step {step}: sampled {len(shown)} videos to {folder}")
+
+    def _request(self, sample: SamplePrompt) -> SampleRequest:
+        run = self._run
+        empty = run.cache.read_prompt(run.manifest.empty_prompt_key)
+        return SampleRequest(
+            prompt_embeds=run.cache.read_prompt(run.manifest.prompts[sample.prompt]),
+            negative_embeds=empty if run.config.data.unconditional_text == "empty" else torch.zeros_like(empty),
+            image=None if sample.image is None else run.cache.read_image(run.manifest.images[str(sample.image)]),
+            seed=sample.seed,
+            bucket=run.config.validation.bucket or run.config.data.buckets[0],
+        )
 
 
 def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:

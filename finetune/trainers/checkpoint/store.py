@@ -115,6 +115,8 @@ def save_checkpoint(
     if parallel and distributed.get_rank() != 0:
         return path
 
+    from safetensors import SafetensorError
+
     def fill(folder: Path) -> None:
         atomic_save_tensors(folder / TRAINABLE, trainable)
         atomic_save_tensors(folder / OPTIMIZER, optimizer[0])
@@ -130,7 +132,14 @@ def save_checkpoint(
         }
         atomic_write_text(folder / STATE, _to_json({**content, "digest": digest_of(content)}))
 
-    publish_dir(path, fill)
+    try:
+        publish_dir(path, fill)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint cannot be written: {error}",
+            where=str(path),
+            fix="make room and run the same command again; earlier checkpoints are intact",
+        ) from error
     prune(run_dir, policy.keep_last, state.best_step if policy.keep_best else None)
     return path
 
