@@ -15,14 +15,15 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 install: $(VENV)/.installed
 
+# pip is kept to errors: its warnings about editable installs are no news to anyone.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=python3.12, say")'
+	@echo "installing into $(VENV); this takes a few minutes the first time"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-# pip is kept to errors: its warnings about editable installs are no news to anyone.
 quickstart: install
 	$(BIN)/finetune quickstart
 
