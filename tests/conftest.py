@@ -9,12 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+LONGEST = ("test_quickstart", "test_overfit", "test_distributed", "test_precompute")
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests need a GPU; slow ones run when asked for by ``-m slow``."""
+    """GPU tests need a GPU; slow ones run when asked for by ``-m slow``; the longest go first."""
+    # Begun last, a test of a minute keeps one worker busy while the other has nothing left.
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
     asked = config.getoption("-m")
     for item in items:
         if "gpu" in item.keywords and not torch.cuda.is_available():

@@ -241,8 +241,10 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
 
 def _save_as_rank(rank: int, run_dir: Path) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{run_dir}/meet")
+    torch.distributed.barrier()
     path = save(run_dir / f"rank{rank}", 5)
     (run_dir / f"said{rank}").write_text(str(path))
+    torch.distributed.barrier()  # gloo connects in the background: who leaves first would cut the other off
     torch.distributed.destroy_process_group()
 
 
