@@ -28,7 +28,7 @@ quickstart: install
 	$(BIN)/finetune quickstart
 
 test: install
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu -s
