@@ -17,6 +17,7 @@ from finetune.demo import (
     NEW_SHAPE,
     Scene,
     classify,
+    concept_distance,
     held_out,
     install_demo_model,
     lesson,
@@ -161,8 +162,8 @@ def main(folder: Path) -> Outcome:
     outcome = Outcome(
         train=trained,
         export=exported,
-        base_distance=_distance(base.frames[:new]),
-        adapter_distance=_distance(adapted.frames[:new]),
+        base_distance=concept_distance(base.frames[:new]),
+        adapter_distance=concept_distance(adapted.frames[:new]),
         rings_before=_recognised(base.frames[:new], NEW_SCENES),
         rings_after=_recognised(adapted.frames[:new], NEW_SCENES),
         old_before=_recognised(base.frames[new:], OLD_SCENES),
@@ -192,10 +193,6 @@ def _sample(folder: Path, name: str, adapters: tuple[Adapter, ...]) -> GenerateR
     )
     print(f"{name}: {len(report.videos)} videos in {folder / 'samples' / name}")
     return report
-
-
-def _distance(videos: Sequence[Frames]) -> float:
-    return sum(classify(video).distances[NEW_SHAPE] for video in videos) / len(videos)
 
 
 def _recognised(videos: Sequence[Frames], scenes: Sequence[Scene]) -> int:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_config
 
-from finetune.errors import CheckpointError, TrainingError
+from finetune.errors import CheckpointError, ConfigError, TrainingError
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
 
@@ -216,6 +216,30 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_model
     last = max((tmp_path / "run" / "checkpoints").iterdir())
     assert last.name == "step-00000002"
     assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "trainable.safetensors").values())
+
+
+def test_running_out_of_gpu_memory_is_the_users_to_mend(tiny_model, demo_clips, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(loop, "batch_losses", full)
+    with pytest.raises(TrainingError, match="Tried to allocate") as caught:
+        train(run_config(tiny_model(), demo_clips, tmp_path / "run"))
+    assert "9x64x64" in caught.value.where and "memory.checkpointing" in caught.value.fix
+
+
+def test_full_fine_tuning_in_fp16_is_refused(tiny_model, demo_clips, tmp_path):
+    values = {"method": {"kind": "full"}, "memory": {"checkpointing": "none"}}
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", **values)
+    narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "fp16"})})
+    with pytest.raises(ConfigError, match="fp16"):
+        train(narrow)
+
+
+def test_a_launchers_own_accumulation_is_refused(tiny_model, demo_clips, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
+    with pytest.raises(ConfigError, match="accumulate 3"):
+        train(run_config(tiny_model(), demo_clips, tmp_path / "run", train={"accumulation": 2}))
 
 
 @pytest.mark.parametrize("variant", ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])

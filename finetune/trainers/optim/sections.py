@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal
 
@@ -45,8 +46,9 @@ class _Optimizer(Strict):
         groups: Groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
+    @abstractmethod
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
-        raise NotImplementedError
+        """Make the library's optimizer over ready parameter groups."""
 
 
 class _Adam(_Optimizer):
