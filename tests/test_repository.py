@@ -51,6 +51,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("trainers.tracking",),
         ("trainers.meter",),
         ("trainers.ema",),
+        ("trainers.engine",),
         ("trainers.stopping",),
         ("memory",),
         ("demo",),

@@ -25,6 +25,7 @@ from finetune.ranks import on_cpu
 from finetune.schedule import Item, StepPlan
 from finetune.trainers.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint, require_same_run
 from finetune.trainers.ema import Ema
+from finetune.trainers.engine import Replicated
 from finetune.trainers.optim import load_optimizer_state, precise_weights
 from finetune.trainers.run import Run
 from finetune.trainers.tracking import Console, Tracker
@@ -68,10 +69,9 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     ema = None
     if config.train.ema_decay is not None:
         ema = Ema(parameters, precise_weights(optimizer, parameters), config.train.ema_decay)
-    transformer, prepared = accelerator.prepare(module, optimizer)
+    engine = Replicated(accelerator, module, parameters.values(), optimizer)
     if saved is not None:
-        # After prepare, which would move a loaded state to the device and so un-page a paged one.
-        load_optimizer_state(prepared, saved.optimizer, parameters)
+        load_optimizer_state(optimizer, saved.optimizer, parameters)
         if ema is not None and saved.ema is not None:
             ema.load(saved.ema, saved.state.step)
 
@@ -100,11 +100,11 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         manifest=manifest,
         cache=cache,
         accelerator=accelerator,
-        transformer=transformer,
+        engine=engine,
         module=module,
         dtype=dtype,
         parameters=parameters,
-        optimizer=prepared,
+        optimizer=optimizer,
         ema=ema,
         alpha_bar=alpha_bar(facts).float().to(accelerator.device),
         plan=plan,
@@ -131,7 +131,6 @@ def _accelerator(config: RunConfig) -> Any:
     accelerator = Accelerator(
         cpu=on_cpu(),
         mixed_precision="no",  # weights and compute are in the model's dtype already; autocast would re-cast each layer
-        gradient_accumulation_steps=config.train.accumulation,
         kwargs_handlers=[
             # The others wait while one process writes a checkpoint of tens of GB; torch's own patience is ten minutes.
             InitProcessGroupKwargs(timeout=timedelta(hours=1)),
@@ -148,7 +147,7 @@ def _require_plain(accelerator: Any, config: RunConfig) -> None:
     """Refuse what a launcher's own settings would change behind the configuration's back."""
     from accelerate.utils import DistributedType
 
-    if accelerator.gradient_accumulation_steps != config.train.accumulation:
+    if accelerator.gradient_accumulation_steps not in (1, config.train.accumulation):
         raise ConfigError(
             f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} micro-batches,"
             f" the configuration says {config.train.accumulation}",

@@ -24,7 +24,7 @@ from finetune.errors import TrainingError
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
 from finetune.trainers.assemble import assemble
-from finetune.trainers.meter import Meter, StepRecord, require_finite
+from finetune.trainers.meter import Meter, require_finite
 from finetune.trainers.optim import set_lr
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
@@ -99,7 +99,7 @@ def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tens
     """
     noised = noise_batch(batch, run.alpha_bar)
     prediction = denoise(
-        run.transformer if model is None else model,
+        run.engine.model if model is None else model,
         run.facts,
         noised.noisy_latents,
         batch.prompt_embeds,
@@ -115,7 +115,6 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
     meter = Meter(config.train.accumulation * config.train.batch_size, accelerator.gather)
     state = run.state
     saved = run.resumed_from
-    record: StepRecord | None = None
     durations_s: list[float] = []
 
     if state.step == 0 and config.validation.at_start:
@@ -130,29 +129,20 @@ def _loop(run: Run, stop: StopRequest) -> TrainReport:
         lr = lr_at(step, config.optimizer.lr, config.lr_schedule, run.total_steps)
         set_lr(run.optimizer, lr)
         samples = sum(len(micro.items) for micro in run.plan.step(step))
-        grad_norm = math.nan
         with run.recompute_guard(step == run.first_step):
-            for batch in run.loader.step(step):
+            for number, batch in enumerate(run.loader.step(step), start=1):
                 # LoRA dropout draws from the global generator: give that an address too.
                 torch.manual_seed(address(config.train.seed, "model", step, batch.slots[0]))
-                with accelerator.accumulate(run.transformer):
+                with run.engine.micro_batch(last=number == config.train.accumulation):
                     losses = batch_losses(run, batch)
-                    # Accelerate divides by the accumulation and averages over processes; together with this weight the
-                    # gradient is the mean over the step's samples, also where a bucket's last micro-batch is smaller.
-                    weight = run.plan.micro_batches / samples
-                    accelerator.backward(losses.sum() * weight * run.loss_scale)
+                    # The engine averages over processes; with this weight the gradient is the mean over the step's
+                    # samples, also where a bucket's last micro-batch is smaller.
+                    run.engine.backward(losses.sum() * (accelerator.num_processes / samples * run.loss_scale))
                     meter.add(losses, batch.timesteps, batch.clips)
-                    if accelerator.sync_gradients:
-                        run.unscale_gradients()
-                        limit = config.train.max_grad_norm or math.inf
-                        norm = accelerator.clip_grad_norm_(run.parameters.values(), limit)
-                        record = meter.exchange(stop.requested)
-                        grad_norm = float(norm)
-                        require_finite(record, grad_norm, meter, step, run.gather_words)
-                    run.optimizer.step()
-                    run.optimizer.zero_grad()
-        # Below runs once per optimizer step because of the nesting: no flag can get it wrong.
-        assert record is not None  # every step has a micro-batch with gradients synchronised: see StepPlan
+        grad_norm = run.engine.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)
+        record = meter.exchange(stop.requested)
+        require_finite(record, grad_norm, meter, step, run.gather_words)
+        run.engine.step()
         meter.reset()
         run.ema_step()
         state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(record.losses))

@@ -22,6 +22,7 @@ from finetune.memory import assert_recompute
 from finetune.schedule import StepPlan
 from finetune.trainers.checkpoint import save_checkpoint
 from finetune.trainers.ema import Ema
+from finetune.trainers.engine import Engine
 from finetune.trainers.meter import StepRecord
 from finetune.trainers.optim import optimizer_state
 from finetune.trainers.tracking import Console, Tracker
@@ -43,8 +44,8 @@ class Run:
     manifest: Manifest
     cache: Cache
     accelerator: Any
-    transformer: nn.Module
-    """What forward passes go through: wrapped for several processes, else the same as ``module``."""
+    engine: Engine
+    """What runs forward and backward passes on this process among the others."""
     module: nn.Module
     """The diffusers transformer itself."""
     dtype: torch.dtype
@@ -78,13 +79,6 @@ class Run:
     def loss_scale(self) -> float:
         """Factor on the loss before backward."""
         return FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
-
-    def unscale_gradients(self) -> None:
-        """Take ``loss_scale`` off the gradients, before they are clipped."""
-        if self.loss_scale != 1.0:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.loss_scale)
 
     def recompute_guard(self, first: bool) -> AbstractContextManager[object]:
         """Around the first step: raises unless gradient checkpointing does recompute."""

@@ -87,7 +87,7 @@ class Validator:
         """Held-out loss and the training subset's, logged; None where no clip is held out."""
         if not self._heldout:
             return None
-        with self._run.averaged_weights(), training_state_untouched(self._run.transformer):
+        with self._run.averaged_weights(), training_state_untouched(self._run.engine.model):
             heldout = self._evaluate(self._heldout)
             trainsubset = self._evaluate(self._trainsubset)
         gap = heldout.mean - trainsubset.mean
