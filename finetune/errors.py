@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetune.text import shown
+
 
 class FinetuneError(Exception):
     """Something a user can mend: what is wrong, where it stands, and the fix.
@@ -16,13 +18,16 @@ class FinetuneError(Exception):
         what: the fault, as one sentence without a full stop.
         where: the file, line, field or step it was seen at; empty when the message says it already.
         fix: what to change; empty only when nothing better than ``what`` can be said.
+
+    All three may quote file names and captions: characters that a terminal would obey are written out here, once for
+    every message (``text.shown``).
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
-        self.what = what
-        self.where = where
-        self.fix = fix
-        super().__init__(what)
+        self.what = shown(what)
+        self.where = shown(where)
+        self.fix = shown(fix)
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         lines = [self.what]
@@ -85,3 +90,8 @@ def raise_all(kind: type[FinetuneError], errors: Sequence[FinetuneError], *, wha
     rest = len(errors) - limit
     more = f"\n- and {rest} more" if rest > 0 else ""
     raise kind(f"{what.format(n=len(errors))}\n{body}{more}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where there is none."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,79 +1,273 @@
-"""Files that appear whole or not at all, and digests of what they hold."""
+"""Files that appear whole or not at all, and digests of what they hold.
+
+Everything this package writes itself goes through five calls to the operating system (``_create``, ``_write``,
+``_sync``, ``_rename``, ``_mkdir``), so that a test can let each of them fail in turn (``tests/broken_disk.py``).
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from torch import Tensor
+
+from finetune.tensorfiles import layout
 
 COMPLETE = "COMPLETE"
 """Name of the marker file that ``publish_dir`` writes last into a directory."""
+PARTIAL = ".partial"
+"""Ending of what is being written or removed; readers pass it over."""
+_REPLACED = f".old{PARTIAL}"
+"""Ending of a directory whose successor is about to take its name."""
+_CHUNK = 1 << 22
+"""Bytes hashed and written at a time, while they are in the processor's cache."""
+
+# ------------------------------------------------------------------------------------ calls to the operating system
 
 
-def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write ``content`` so that readers see the old file or the whole new one, also after a crash."""
-    _atomically(path, lambda partial: partial.write_bytes(content))
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
 
-def atomic_write_text(path: Path, content: str) -> None:
+def _write(descriptor: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+
+
+def _mkdir(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> str:
+    """Write ``content`` so that readers see the old file or the whole new one, also after a crash or a power cut.
+
+    Returns:
+        The content's ``checksum_bytes``.
+
+    Raises:
+        OSError: the old file stands then, and nothing is left of the new one. (Only if the very last step fails, the
+            flush of the directory, does the new one stand already.)
+    """
+    return _atomically(path, [memoryview(content)])
+
+
+def atomic_write_text(path: Path, content: str) -> str:
     """``atomic_write_bytes`` for UTF-8 text."""
-    atomic_write_bytes(path, content.encode("utf-8"))
+    return atomic_write_bytes(path, content.encode("utf-8"))
 
 
-def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically; tensors are made contiguous and moved to the CPU first."""
-    from safetensors.torch import save_file
+def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file atomically; see ``atomic_write_bytes``.
 
-    ready = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
-    _atomically(path, lambda partial: save_file(ready, str(partial), metadata=dict(metadata or {})))
+    Tensors come to the CPU one at a time and are hashed on their way to the disk, so that a checkpoint of 40 GB neither
+    needs 40 GB of host memory nor is read again for its checksum. Equal arguments give equal bytes.
+
+    Raises:
+        OSError: as ``atomic_write_bytes``.
+        TypeError: if a tensor is of a dtype that safetensors does not hold.
+    """
+    return _atomically(path, layout(tensors, metadata or {}))
 
 
-def _atomically(path: Path, write: Callable[[Path], object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _atomically(path: Path, parts: Iterable[memoryview]) -> str:
+    _make_folders(path.parent)
     # The name is unique per writer, so two processes that write the same file cannot mix their bytes.
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+    digest = xxhash.xxh3_128()
     try:
-        write(partial)
-        with partial.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, path)
+        descriptor = _create(partial)
+        try:
+            for part in parts:
+                for first in range(0, len(part), _CHUNK):
+                    chunk = part[first : first + _CHUNK]
+                    digest.update(chunk)
+                    _write(descriptor, chunk)
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+        _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return digest.hexdigest()
 
 
-def publish_dir(path: Path, fill: Callable[[Path], None]) -> None:
+def publish_dir(path: Path, fill: Callable[[Path], str | None]) -> None:
     """Create a directory whose content appears at once, ending with the ``COMPLETE`` marker.
 
-    ``fill`` writes into a sibling ``<name>.<unique>.partial``; only when it returns does the directory get its marker
-    and its real name. An existing directory of that name is replaced, and removed only after the new one stands.
+    ``fill`` writes into a sibling ``<name>.<unique>.partial``, in whatever way, and may return the marker's text; only
+    when all it wrote is on the disk does the directory get its marker and its real name. An existing directory of that
+    name is replaced, and removed only after the new one stands.
+
+    Raises:
+        OSError: nothing has changed at ``path`` then, and nothing is left of the new directory.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
+    _make_folders(path.parent)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
-        fill(partial)
-        atomic_write_text(partial / COMPLETE, "")
-        if path.exists():
-            old = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.old.partial")
-            os.replace(path, old)
-            os.replace(partial, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, path)
+        _mkdir(partial)
+        marker = fill(partial) or ""
+        _sync_tree(partial)
+        atomic_write_text(partial / COMPLETE, marker)
+        _take_place(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(new: Path, path: Path) -> None:
+    old = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{_REPLACED}")
+    replaces = path.exists()
+    if replaces:
+        _rename(path, old)
+    try:
+        _rename(new, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        if path.exists():  # it stands, and nobody knows whether it still will after a power cut
+            _rename(path, new)
+        if replaces:
+            _rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> list[Path]:
+    """Give directories in ``folder`` their names back that a killed ``publish_dir`` was about to replace.
+
+    Only for who alone writes in ``folder``: another's replacement may be under way.
+
+    Returns:
+        What stands again.
+    """
+    restored = []
+    for old in sorted(folder.glob(f"*{_REPLACED}")):
+        path = old.with_name(old.name.removesuffix(_REPLACED).rpartition(".")[0])
+        if not path.exists():
+            _rename(old, path)
+            restored.append(path)
+    return restored
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within one file system, so that a power cut does not undo it."""
+    _rename(source, target)
+    _sync_folder(target.parent)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a directory so that an interruption leaves no half of it under its name.
+
+    Raises:
+        OSError: if it cannot be renamed; what is left of it otherwise ends in ``PARTIAL``.
+    """
+    doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    _rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_folders(path: Path) -> None:
+    if path.is_dir():
+        return
+    if path.parent != path:
+        _make_folders(path.parent)
+    _mkdir(path)
+    _sync_folder(path.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and directory below ``folder``, whoever wrote them."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync_path(Path(root, name))
+        _sync_folder(Path(root))
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a directory's entries, so that a rename survives a power cut, on file systems that can."""
+    try:
+        _sync_path(path)
+    except OSError as error:
+        # Some network and FUSE file systems, and Windows, know no such thing; a disk's own fault is another number.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def is_complete(path: Path) -> bool:
     """Whether ``path`` is a directory that ``publish_dir`` finished."""
     return (path / COMPLETE).is_file()
+
+
+# -------------------------------------------------------------------------------------------------------------- space
+
+
+def human_size(size: int) -> str:
+    """Bytes for a person: GiB from a tenth of one up, MiB below."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3f} MiB"
+
+
+def require_space(path: Path, needed: int, *, kind: Callable[..., Exception], what: str, fix: str) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Args:
+        path: what will be written, or where; it need not exist yet.
+        needed: bytes that must be free.
+        kind: the error to raise: any ``FinetuneError``.
+        what: the subject of the message, such as ``the checkpoint``.
+        fix: how to make room.
+
+    Raises:
+        Exception: of ``kind``, with the path, the bytes needed and the bytes free.
+    """
+    free = free_space(path)
+    if free < needed:
+        raise kind(
+            f"{what} needs {human_size(needed)} and the disk has {human_size(free)} free", where=str(path), fix=fix
+        )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that this user may still write on the disk of ``path`` or of the nearest folder above that exists."""
+    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    return shutil.disk_usage(existing).free
+
+
+def disk_fix(error: OSError) -> str:
+    """What a person can do about a failed write, by its error number."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room (or raise the quota) and run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make the folder writable, or choose another one, and run the same command again"
+    return "look at the disk or the network drive (the kernel's log says more), then run the same command again"
+
+
+# ------------------------------------------------------------------------------------------------------------ digests
 
 
 def canonical_json(value: Any) -> str:
@@ -82,14 +276,35 @@ def canonical_json(value: Any) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """A 128-bit hexadecimal digest of a JSON-serialisable value."""
+    """A 128-bit hexadecimal digest of a JSON-serialisable value: its identity (blake2b)."""
     return hashlib.blake2b(canonical_json(value).encode("utf-8"), digest_size=16).hexdigest()
 
 
 def digest_file(path: Path) -> str:
-    """A 128-bit hexadecimal digest of a file's bytes; about 1 GB/s."""
+    """A 128-bit hexadecimal digest of a file's bytes: their identity (blake2b); about 1 GB/s."""
     digest = hashlib.blake2b(digest_size=16)
     with path.open("rb") as source:
-        while chunk := source.read(1 << 22):
+        while chunk := source.read(_CHUNK):
             digest.update(chunk)
+    return digest.hexdigest()
+
+
+def checksum_bytes(*parts: bytes | memoryview) -> str:
+    """A 128-bit hexadecimal checksum of the parts' bytes laid end to end (xxh3, tens of GB/s).
+
+    Against damage, not against forgery: who can change a file on purpose can change its checksum as well.
+    """
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def checksum_file(path: Path) -> str:
+    """``checksum_bytes`` of a file."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
     return digest.hexdigest()

@@ -7,6 +7,7 @@ width, ``K`` noise-augmented draws of an image condition. Video and latents are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ class VideoProbe:
     fps: float
     height: int
     width: int
-    frame_times_s: tuple[float, ...]
+    frame_times_s: Sequence[float]
     """Presentation time of every frame in seconds from the first, ascending; its length is ``frames``."""
     rotation: int
     """Clockwise degrees (0, 90, 180, 270) that the decoder must turn frames by; height and width are after it."""
@@ -72,6 +73,8 @@ class Clip:
     """Decoded pixels: uint8 RGB, [3, F, H, W]."""
 
     pixels: Tensor
+    image: Tensor | None = None
+    """The image that stands for the first frame, [3, H, W]; None where the first frame itself does."""
 
 
 @dataclass(frozen=True)
@@ -125,3 +128,5 @@ class RunState:
     samples_seen: int = 0
     best_heldout_loss: float | None = None
     best_step: int | None = None
+    weights: str = ""
+    """``determinism.weights_digest`` of what trains, in a saved state: equal where two runs are equal, bit for bit."""
