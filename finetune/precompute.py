@@ -9,21 +9,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.caching.encode import Failure, Passed, encode_captions, encode_clips
-from finetune.caching.plan import CachePlan, ImageJob, plan_cache, require_space
+from finetune.caching.plan import CachePlan, ImageJob, plan_cache, require_room
 from finetune.caching.report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
 from finetune.caching.request import Answer, find_manifest
-from finetune.config import RunConfig, require_valid
+from finetune.config import RunConfig, pin_model, require_valid
 from finetune.datasets.cache import Cache, Manifest
+from finetune.datasets.jobs import Job
 from finetune.datasets.manifest import KINDS, Kind
-from finetune.datasets.upkeep import human_size
-from finetune.datasets.video import fit_image, load_image
+from finetune.datasets.video import DecodePool
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts, read_facts
+from finetune.files import human_size
 from finetune.ranks import Ranks
 
 __all__ = ["DatasetReport", "PlannedClip", "PrecomputeReport", "check_dataset", "ensure_cache", "precompute"]
@@ -84,18 +85,30 @@ def precompute(
         CacheError: if the disk or the GPU is too small, or another process of the launch failed.
         ModelError: if an encoder cannot be found or loaded.
     """
-    begun = time.perf_counter()
-    facts = facts or read_facts(config.model.pretrained, config.model.revision)
     ranks = distributed or Ranks.current()
+    config = pin_model(config, ranks.first)
+    facts = facts or read_facts(config.model.pretrained, config.model.revision)
     cache = Cache(config.cache.dir)
-    shown = progress and ranks.is_main
-    known = facts
+    with _job(cache, "precompute", ranks) as job:
+        return _precompute(config, facts, cache, ranks, job, progress=progress and ranks.is_main)
+
+
+def _job(cache: Cache, verb: str, ranks: Ranks) -> AbstractContextManager[Job]:
+    """The main process speaks for its launch: the others end with it."""
+    return cache.job(verb) if ranks.is_main else nullcontext(Job(verb))
+
+
+def _precompute(
+    config: RunConfig, known: Facts, cache: Cache, ranks: Ranks, job: Job, *, progress: bool
+) -> PrecomputeReport:
+    begun = time.perf_counter()
 
     def prepare() -> CachePlan:
         require_valid(config, known)
-        plan = plan_cache(config, known, cache, progress=shown)
-        require_space(plan, cache.root)
-        if any(plan.missing.values()):  # from here on `gc` in another process knows what is wanted
+        plan = plan_cache(config, known, cache, progress=progress)
+        require_room(plan, cache.root)
+        job.uses(plan.manifest, writes=sum(plan.missing.values()), bytes=plan.needed_bytes)
+        if any(plan.missing.values()):  # should this process die, its entries are still wanted
             cache.save_manifest(plan.manifest.pending(), config.base)
         return plan
 
@@ -103,7 +116,9 @@ def precompute(
     mine = slice(ranks.rank, None, ranks.world)
     passed: dict[Kind, list[Passed]] = {
         # First, because it takes no time and a damaged image should not be found after hours.
-        "images": ranks.all(lambda: _store_images(plan.images[mine], cache)),
+        "images": ranks.all(
+            lambda: _store_images(plan.images[mine], cache, workers_for(config, len(plan.images), ranks.world))
+        ),
         "latents": ranks.all(
             lambda: encode_clips(
                 plan.latents[mine],
@@ -112,7 +127,7 @@ def precompute(
                 config.cache,
                 device=ranks.device,
                 workers=workers_for(config, len(plan.latents), ranks.world),
-                progress=shown,
+                progress=progress,
             )
         ),
         "prompts": ranks.all(
@@ -123,16 +138,21 @@ def precompute(
                 known,
                 batch_size=config.cache.text_batch_size,
                 device=ranks.device,
-                progress=shown,
+                progress=progress,
             )
         ),
     }
     return ranks.first(lambda: _finish(config, known, cache, plan, passed, time.perf_counter() - begun))
 
 
-def _store_images(jobs: Sequence[ImageJob], cache: Cache) -> Passed:
+def _store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> Passed:
     """Store validation images as the pixels that sampling starts from; the VAE that decodes the video encodes them."""
-    size = sum(cache.write_image(job.address, fit_image(load_image(job.image), job.bucket)) for job in jobs)
+    size = 0
+    with DecodePool(min(workers, len(jobs))) as pool:
+        for job, image in zip(jobs, pool.load_images((job.image, job.bucket) for job in jobs), strict=True):
+            if isinstance(image, DataError):
+                raise image
+            size += cache.write_image(job.address, image)
     return Passed(len(jobs), size)
 
 
@@ -158,7 +178,7 @@ def _finish(
     manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, facts)))
     cache.save_manifest(manifest, config.base)
     encoded: dict[Kind, int] = {kind: sum(one.encoded for one in passed[kind]) for kind in KINDS}
-    sizes = [cache.path(kind, key).stat().st_size for kind in KINDS for key in manifest.keys(kind)]
+    sizes = [cache.size(kind, key) for kind in KINDS for key in manifest.keys(kind)]
     return PrecomputeReport(
         manifest=manifest,
         cache_dir=cache.root,
@@ -195,7 +215,12 @@ def _cut_captions(manifest: Manifest, cache: Cache, facts: Facts) -> list[str]:
 
 
 def ensure_cache(
-    config: RunConfig, facts: Facts, *, distributed: Ranks | None = None, progress: bool = True
+    config: RunConfig,
+    facts: Facts,
+    *,
+    distributed: Ranks | None = None,
+    progress: bool = True,
+    cleanup: ExitStack | None = None,
 ) -> Manifest:
     """The manifest that training reads from, every entry of it in the cache.
 
@@ -203,24 +228,30 @@ def ensure_cache(
     there is none, ``cache.mode: auto`` precomputes and ``require`` raises; ``require`` also accepts that source files
     are not on this machine. What is done is printed on the main process.
 
+    Args:
+        config: the run's configuration.
+        facts: of its model.
+        distributed: the processes that take part; those of the launch if None.
+        progress: draw progress bars, on the main process.
+        cleanup: takes the lease that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
+            is closed; without it, until the call returns.
+
     Raises:
         CacheError: in mode ``require``, naming what differs; or as ``precompute`` does.
         DataError, ModelError: as ``precompute`` does.
     """
     ranks = distributed or Ranks.current()
     cache = Cache(config.cache.dir)
-
-    def decide() -> Manifest | None:
-        answer = find_manifest(config, facts, cache)
-        return _trusted(config, answer, cache)
-
-    manifest = ranks.first(decide)
-    if manifest is not None:
-        return manifest
-    report = precompute(config, facts=facts, distributed=ranks, progress=progress)
-    if ranks.is_main:
-        print(report, flush=True)
-    return report.manifest
+    with ExitStack() as until_return:
+        job = (cleanup or until_return).enter_context(_job(cache, "train", ranks))
+        manifest = ranks.first(lambda: _trusted(config, find_manifest(config, facts, cache), cache))
+        if manifest is None:
+            report = _precompute(config, facts, cache, ranks, job, progress=progress and ranks.is_main)
+            if ranks.is_main:
+                print(report, flush=True)
+            manifest = report.manifest
+        job.uses(manifest)
+    return manifest
 
 
 def _trusted(config: RunConfig, answer: Answer, cache: Cache) -> Manifest | None:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from finetune.datasets.cache import Cache, Manifest, ManifestItem
-from finetune.datasets.entries import image_address, latents_address, prompt_address, split, tensors_digest
-from finetune.datasets.manifest import FORMAT, UNKNOWN, FileStamp, differences, portable
+from finetune.datasets.entries import image_address, latents_address, prompt_address
+from finetune.datasets.manifest import FORMAT, UNKNOWN, FileStamp, differences, portable, read_content
+from finetune.datasets.sealed import seal
 from finetune.errors import CacheError, DataError
 from finetune.files import digest_of
 from finetune.types import Bucket, ClipPlan
@@ -156,8 +158,11 @@ def test_an_entry_is_an_ordinary_safetensors_file_that_carries_its_address(tmp_p
         metadata = opened.metadata()
     assert json.loads(metadata["address"]) == json.loads(json.dumps(clip_address()))
     assert digest_of(json.loads(metadata["address"])) == metadata["key"] == path.stem
-    header, _, data = split(path.read_bytes())
-    assert tensors_digest(header, data) == metadata["digest"]
+    content = path.read_bytes()
+    data = 8 + int.from_bytes(content[:8], "little")
+    assert xxhash.xxh3_128_hexdigest(content[data:]) == metadata["data_checksum"]
+    assert content[37:69].decode() == metadata["checksum"]  # as docs/cache.md says
+    assert xxhash.xxh3_128_hexdigest(content[:37] + b"0" * 32 + content[69:data]) == metadata["checksum"]
     assert list(tmp_path.rglob("*.partial")) == []
 
 
@@ -180,20 +185,12 @@ def test_a_cut_off_or_swapped_entry_is_not_read(tmp_path):
     cache, manifest, _ = filled(tmp_path)
     first, second = (cache.path("latents", item.latents_key) for item in manifest.items)
     first.write_bytes(first.read_bytes()[:-1])
-    with pytest.raises(CacheError, match="damaged"):
+    with pytest.raises(CacheError, match=r"damaged[\s\S]*clips/0.mp4[\s\S]*encodes that entry anew"):
         cache.read(manifest.items[0])
+    assert not first.exists() and len(list(first.parent.glob("*.damaged"))) == 1
     first.write_bytes(second.read_bytes())
     with pytest.raises(CacheError, match="another entry"):
         cache.read(manifest.items[0])
-
-
-def test_a_full_disk_is_an_error_a_person_can_mend(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("finetune.datasets.cache.atomic_write_bytes", full)
-    with pytest.raises(CacheError, match="No space left on device"):
-        Cache(tmp_path).write_prompt(caption_address(), torch.zeros(2, 2), tokens=1)
 
 
 def test_a_validation_image_keeps_its_pixels(tmp_path):
@@ -208,11 +205,12 @@ def test_a_validation_image_keeps_its_pixels(tmp_path):
 
 
 def test_a_manifest_is_read_back_and_moves_with_its_folder(tmp_path):
-    cache, manifest, path = filled(tmp_path)
-    elsewhere = cache.read_manifest(path, Path("/moved"))
+    _, manifest, path = filled(tmp_path)
+    content = read_content(path)
+    elsewhere = Manifest.from_content(content, Path("/moved"))
     assert elsewhere.inputs == {"/moved/clips/0.mp4": FileStamp(3, 5, "d")}
     assert elsewhere.images == {"/moved/still.png": "k" * 32}
-    here = cache.read_manifest(path, tmp_path)
+    here = Manifest.from_content(content, tmp_path)
     assert replace(here, images={}) == manifest and here.digest == manifest.digest
     assert str(tmp_path / "clips") not in path.read_text()
 
@@ -252,8 +250,8 @@ def test_paths_inside_the_base_are_portable():
 
 def test_a_newer_cache_is_left_alone(tmp_path):
     cache, _, path = filled(tmp_path)
-    content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "format": FORMAT + 1}))
+    content = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
+    path.write_bytes(seal(json.dumps({**content, "format": FORMAT + 1})))
     with pytest.raises(CacheError, match="newer version"):
         cache.gc(delete=True)
     assert len(cache.keys("latents")) == 2
@@ -272,7 +270,7 @@ def test_a_digest_is_taken_once_and_again_only_when_the_file_may_have_changed(tm
     os.utime(file, (1, 1))
     cache, reads = Cache(tmp_path / "cache"), []
     real = digest_reader(reads)
-    monkeypatch.setattr("finetune.datasets.cache.digest_file", real)
+    monkeypatch.setattr("finetune.datasets.stamps.digest_file", real)
     digest = cache.digest_file(file)
     assert cache.digest_file(file) == digest and len(reads) == 1
     os.utime(file, (2, 2))
@@ -339,7 +337,7 @@ def test_reading_needs_no_write_access(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("finetune.datasets.cache.atomic_write_text", refused)
+    monkeypatch.setattr("finetune.datasets.stamps.atomic_write_bytes", refused)
     assert cache.digest_file(file) == cache.digest_file(file)
     assert cache.read(manifest.items[0]).latents_mean.shape == (4, 3, 8, 8)
 
@@ -349,14 +347,13 @@ def test_reading_needs_no_write_access(tmp_path, monkeypatch):
 
 def test_verify_finds_a_single_flipped_bit_and_can_delete(tmp_path):
     cache, manifest, path = filled(tmp_path)
-    path.write_text(manifest.to_json(tmp_path))
+    path.write_bytes(manifest.to_bytes(tmp_path))
     report = cache.verify()
     assert report.ok and report.checked == 5 and "all whole" in str(report)
     victim = cache.path("latents", manifest.items[1].latents_key)
     content = bytearray(victim.read_bytes())
     content[-17] ^= 1
     victim.write_bytes(content)
-    assert cache.read(manifest.items[1]) is not None  # canary: reading alone does not see it
     report = cache.verify()
     assert [damage.path for damage in report.damaged] == [victim] and not report.missing and not report.ok
     assert victim.exists()
@@ -366,7 +363,7 @@ def test_verify_finds_a_single_flipped_bit_and_can_delete(tmp_path):
     assert "finetune precompute" in str(report)
 
 
-@pytest.mark.parametrize("where", ["dtype", "address", "digest", "header", "empty"])
+@pytest.mark.parametrize("where", ["dtype", "address", "checksum", "header", "empty"])
 def test_verify_finds_damage_in_every_part_of_the_file(tmp_path, where):
     cache, manifest, _ = filled(tmp_path)
     victim = cache.path("prompts", manifest.empty_prompt_key)
@@ -374,7 +371,7 @@ def test_verify_finds_damage_in_every_part_of_the_file(tmp_path, where):
     damaged = {
         "dtype": content.replace(b'"F32"', b'"I32"'),
         "address": content.replace(b"max_length", b"min_length"),
-        "digest": content.replace(b'"digest":"', b'"digest":"0')[: len(content)],
+        "checksum": content.replace(b'"checksum":"', b'"checksum":"0')[: len(content)],
         "header": b"\xff" + content[1:],
         "empty": b"",
     }[where]
@@ -383,29 +380,34 @@ def test_verify_finds_damage_in_every_part_of_the_file(tmp_path, where):
     assert [damage.path for damage in cache.verify().damaged] == [victim]
 
 
+AT_ONCE = {"grace_s": 0, "settle_s": 0}
+
+
 def test_gc_reports_first_and_deletes_only_what_nothing_refers_to(tmp_path):
     cache, _, path = filled(tmp_path)
     orphan = clip_address(media_digest="o" * 32)
     mean, std, _ = posterior()
     cache.write_latents(orphan, mean, std, None)
-    report = cache.gc()
-    assert (report.entries, report.manifests, report.deleted) == (1, 0, False) and "would remove 1 entries" in str(
-        report
-    )
-    assert cache.has("latents", digest_of(orphan))
-    report = cache.gc(delete=True)
+    report = cache.gc(grace_s=0)
+    assert (report.entries, report.manifests, report.deleted) == (1, 0, False)
+    assert "would remove 1 entries" in str(report) and report.held_back == ""
+    assert cache.has("latents", digest_of(orphan)) and not (cache.root / "jobs").exists()
+    report = cache.gc(delete=True, settle_s=0)
+    assert (report.entries, report.young) == (0, 1) and "younger than 1 h: they stay" in str(report)
+    report = cache.gc(delete=True, **AT_ONCE)
     assert report.entries == 1 and report.bytes > 0 and not cache.has("latents", digest_of(orphan))
     assert len(cache.keys("latents")) == 2 and len(cache.keys("prompts")) == 3
-    assert cache.gc(delete=True).entries == 0
+    assert cache.gc(delete=True, **AT_ONCE).entries == 0
+    assert not (cache.root / "trash").exists() and list((cache.root / "jobs").iterdir()) == []
     path.unlink()  # canary: without its manifest everything is garbage
-    assert cache.gc().entries == 5
+    assert cache.gc(grace_s=0).entries == 5
 
 
 def test_gc_keeps_what_an_unfinished_precompute_wants(tmp_path):
     cache, manifest, path = filled(tmp_path)
     cache.save_manifest(manifest.pending(), tmp_path)
     assert json.loads(path.read_text())["complete"] is False
-    assert cache.gc(delete=True).entries == 0
+    assert cache.gc(delete=True, **AT_ONCE).entries == 0
     assert cache.verify().ok  # and what it has not written yet is not missed
     assert cache.stats().manifests[0].complete is False
 
@@ -413,26 +415,29 @@ def test_gc_keeps_what_an_unfinished_precompute_wants(tmp_path):
 def test_gc_forgets_what_was_not_used_for_long(tmp_path):
     cache, _, path = filled(tmp_path)
     os.utime(path, (time.time() - 40 * 86_400,) * 2)
-    assert cache.gc(unused_days=50).entries == 0
-    report = cache.gc(delete=True, unused_days=30)
+    assert cache.gc(unused_days=50, grace_s=0).entries == 0
+    report = cache.gc(delete=True, unused_days=30, **AT_ONCE)
     assert (report.entries, report.manifests) == (5, 1) and not path.exists()
 
 
 def test_gc_takes_an_old_format_for_garbage(tmp_path):
     cache, _, path = filled(tmp_path)
-    path.write_text(json.dumps({"format": FORMAT - 1}))
-    assert (cache.gc().entries, cache.gc().manifests) == (5, 1)
+    path.write_text(json.dumps({"format": 1, "complete": True}, indent=1))
+    report = cache.gc(grace_s=0)
+    assert (report.entries, report.manifests) == (5, 1)
 
 
-def test_gc_leaves_partial_files_that_may_still_be_written(tmp_path):
+def test_gc_leaves_unfinished_files_that_may_still_be_written_and_what_was_moved_aside_lately(tmp_path):
     cache, _, _ = filled(tmp_path)
     fresh, stale = cache.root / "latents" / "aa" / "x.partial", cache.root / "prompts" / "y.partial"
-    for path in (fresh, stale):
+    aside, old = cache.root / "latents" / "aa" / "x.1.damaged", cache.root / "prompts" / "y.1.damaged"
+    for path in (fresh, stale, aside, old):
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
-    os.utime(stale, (time.time() - 3601,) * 2)
-    report = cache.gc(delete=True)
-    assert report.partials == 1 and fresh.exists() and not stale.exists()
+    for path in (stale, old):
+        os.utime(path, (time.time() - 3601,) * 2)
+    report = cache.gc(delete=True, **AT_ONCE)
+    assert report.leftovers == 2 and fresh.exists() and aside.exists() and not stale.exists() and not old.exists()
 
 
 def test_stats_count_what_is_there(tmp_path):

@@ -135,3 +135,31 @@ def test_an_unreadable_entry_is_named_where_it_is_used(tiny_model, tmp_path):
     with pytest.raises(CacheError, match=r"0\.mp4"):
         list(ahead.step(0))
     ahead.close()
+
+
+def test_a_fault_is_told_before_the_step_that_it_would_stop(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+    path = made.cache.path("latents", made.items[1].latents_key)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+    def make(step: int, micro: MicroBatch):
+        return made.training(step, MicroBatch(items=(step,), slots=micro.slots))
+
+    ahead = loader(make, steps=2)
+    assert ahead.fault(0) is None and ahead.fault(2) is None  # step 2 is beyond the last
+    assert len(list(ahead.step(0))) == 2
+    fault = ahead.fault(1)
+    assert isinstance(fault, CacheError) and "damaged" in str(fault) and "1.mp4" in str(fault)
+    with pytest.raises(CacheError, match="damaged"):
+        list(ahead.step(1))
+    ahead.close()
+
+
+def test_any_error_of_the_next_step_is_a_fault(tiny_model, tmp_path):
+    def make(step: int, micro: MicroBatch):
+        raise MemoryError(f"step {step}")
+
+    ahead = loader(make)
+    fault = ahead.fault(3)
+    assert isinstance(fault, MemoryError) and str(fault) == "step 3" and ahead.waited_s > 0
+    ahead.close()

@@ -19,9 +19,12 @@ from typing import Any
 
 import pytest
 import torch
+from broken_disk import disk
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from worlds import merged, run_values
 
+from finetune import files
 from finetune.caching import encode as encoding
 from finetune.caching import plan as cache_plan
 from finetune.caching.report import check_dataset, workers_for
@@ -29,7 +32,7 @@ from finetune.caching.request import Fingerprints, full_fingerprints, local_fing
 from finetune.cogvideox import load_text, load_vae
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import split
+from finetune.datasets.entries import read_metadata
 from finetune.datasets.manifest import UNKNOWN
 from finetune.datasets.video import decode, fit_image, load_image, probe
 from finetune.errors import CacheError, DataError
@@ -455,7 +458,6 @@ class Block:
 sys.meta_path.insert(0, Block())
 from finetune.config import load_config
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import split
 from finetune.datasets.manifest import UNKNOWN
 from finetune.facts import read_facts
 from finetune.precompute import ensure_cache
@@ -489,16 +491,16 @@ def test_a_complete_cache_is_read_without_decoders_or_datasets(project):
 
 def _break_decoding(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Files whose header is sound and whose frames are not."""
-    import finetune.datasets.video as video
+    from finetune.datasets.media import frames
 
-    sound = video.read_clip
+    sound = frames.read_clip
 
     def broken(path: Path, *rest: Any) -> Any:
         if path.name in names:
             raise DataError("frame 5 cannot be decoded", where=str(path))
         return sound(path, *rest)
 
-    monkeypatch.setattr(video, "read_clip", broken)
+    monkeypatch.setattr(frames, "read_clip", broken)
 
 
 def test_unreadable_clips_are_reported_together_and_the_rest_stays(project, monkeypatch):
@@ -559,15 +561,17 @@ def test_a_file_that_changes_while_it_is_encoded_is_not_stored(project, monkeypa
 
 def test_the_disk_is_asked_first(project, monkeypatch):
     home = project()
-    usage = shutil.disk_usage(home.folder)
-    monkeypatch.setattr(cache_plan.shutil, "disk_usage", lambda path: usage._replace(free=10_500))
+    monkeypatch.setattr(files, "free_space", lambda path: 50_000)
     with pytest.raises(CacheError) as caught:
         home.precompute()
-    # 4 clips x 2 x (4x3x4x4) x 2 bytes and 5 captions x 16 x 32 x 4 bytes: 13 312 bytes
-    assert "needs 0.013 MiB more and the disk has 0.010 MiB free" in str(caught.value)
+    # 4 clips x 2 x (4x3x4x4) x 2 bytes and 5 captions x 16 x 32 x 4 bytes: 13 312 bytes, and 8 kB for each of 9 files
+    assert "encoding 9 entries needs 0.0" in str(caught.value) and "has 0.048 MiB free" in str(caught.value)
+    assert str(home.cache.root) in str(caught.value)
     assert not (home.folder / "cache" / "latents").exists()
-    monkeypatch.setattr(cache_plan.shutil, "disk_usage", lambda path: usage._replace(free=13_312))
+    monkeypatch.setattr(files, "free_space", lambda path: 200_000)
     assert encoded(home.precompute()) == (4, 5, 0)
+    monkeypatch.setattr(files, "free_space", lambda path: 0)
+    assert encoded(home.precompute()) == (0, 0, 0)  # nothing is missing, so nothing is asked for
 
 
 @pytest.mark.parametrize(
@@ -600,6 +604,83 @@ def test_a_flipped_byte_is_found_deleted_and_made_again(project):
     assert [damage.path for damage in home.cache.verify(delete=True).damaged] == [path]
     assert encoded(home.precompute()) == (1, 0, 0)
     assert path.read_bytes() == whole and home.cache.verify().ok
+
+
+@pytest.mark.parametrize("kind", ["latents", "prompts", "images"])
+def test_a_damaged_entry_is_made_again_by_the_same_command(project, kind, capsys):
+    home = project("1.5-5b-i2v", validation={"samples": [{"prompt": "a ring", "image": "clips/still.png"}]})
+    Image.new("RGB", (64, 64), "red").save(home.folder / "clips" / "still.png")
+    manifest = home.ensure()
+    key = {
+        "latents": manifest.items[1].latents_key,
+        "prompts": manifest.items[1].prompt_key,
+        "images": next(iter(manifest.images.values())),
+    }[kind]
+    path = home.cache.path(kind, key)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100] + bytes([whole[100] ^ 1]) + whole[101:])
+    home.ensure()  # its size and name say nothing
+    with pytest.raises(CacheError, match="damaged"):
+        home.cache.read_image(key) if kind == "images" else home.cache.read(manifest.items[1])
+    with pytest.raises(CacheError, match=f"1 of . entries under .*{kind} are missing"):
+        home.ensure(cache={"mode": "require"})
+    capsys.readouterr()
+    assert home.ensure().digest == manifest.digest
+    title = {"latents": "clips", "prompts": "captions", "images": "images"}[kind]
+    assert re.findall(r"^(\w+) +[1-9]\d* ", capsys.readouterr().out, re.MULTILINE) == [title]
+    assert path.read_bytes() == whole and home.cache.verify().ok
+
+
+def test_a_damaged_manifest_is_made_anew_without_encoding_anything(project, monkeypatch, capsys):
+    home = project()
+    home.precompute()
+    (path,) = home.cache.manifest_paths()
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"holdout": false', b'"holdout": true ', 1))
+    with pytest.raises(CacheError, match=rf"manifest of the cache is damaged[\s\S]*{path.name}[\s\S]*precompute"):
+        home.ensure(cache={"mode": "require"})
+    monkeypatch.setattr("finetune.cogvideox.load_vae", _forbidden)
+    monkeypatch.setattr("finetune.cogvideox.load_text", _forbidden)
+    home.ensure()
+    assert f"warning: a manifest of the cache is damaged: its checksum does not fit: moved aside as {path}" in (
+        capsys.readouterr().out
+    )
+    assert path.read_bytes() == whole and list(home.cache.root.rglob("*.damaged")) == []
+    assert home.cache.gc(delete=True, grace_s=0, settle_s=0).entries == 0
+
+
+def test_a_cache_without_checksums_is_encoded_anew_and_said_to_be_old(project):
+    home = project()
+    old = home.cache.root / "manifests" / f"{'0' * 32}.json"
+    old.parent.mkdir(parents=True)
+    old.write_text(json.dumps({"format": 1, "complete": True}, indent=1))
+    with pytest.raises(CacheError, match="1 manifests of an older format, without checksums, are of no use any more"):
+        home.ensure(cache={"mode": "require"})
+    assert encoded(home.precompute()) == (4, 5, 0)
+    assert home.cache.gc(delete=True, settle_s=0).manifests == 1 and not old.exists()
+
+
+@pytest.mark.parametrize(
+    "share", [0.1, 0.6, *(pytest.param(number / 20, marks=pytest.mark.slow) for number in range(21))]
+)
+def test_a_disk_that_fills_up_stops_with_a_message_and_goes_on_where_it_stopped(project, share):
+    home = project()
+    with disk() as seen:
+        home.precompute()
+    whole, calls = _entries(home), len(seen.calls)
+    shutil.rmtree(home.cache.root)
+    with disk(fail_at=int((calls - 1) * share)) as failing:
+        try:
+            home.precompute()
+        except CacheError as error:
+            assert "No space left on device" in str(error) and "free" in str(error)
+            assert str(home.cache.root) in str(error) and "make room" in str(error)
+        else:  # a digest that is not remembered costs time, no more
+            assert failing.calls[int((calls - 1) * share)] in ("_create", "_write", "_sync", "_rename") and share < 0.5
+    assert list(home.cache.root.rglob("*.partial")) == [] and home.cache.verify().damaged == ()
+    stored = len(_entries(home))
+    report = home.precompute()
+    assert sum(encoded(report)) == len(whole) - stored and _entries(home) == whole
 
 
 def test_the_holdout_is_chosen_by_content(project):
@@ -708,17 +789,18 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
     leftover.write_bytes(b"half an entry")
     with pytest.raises(CacheError, match="begun for this configuration and not finished"):
         home.ensure(cache={"mode": "require"})
-    assert home.cache.gc(delete=True).entries == 0  # nothing of the interrupted work is garbage
+    assert home.cache.gc(delete=True, grace_s=0, settle_s=0).entries == 0  # nothing of the interrupted work is garbage
     report = home.precompute()
     assert report.encoded["latents"] == 2 and report.reused["latents"] == 2
     assert home.cache.verify().ok and home.cache.keys("latents") >= stored
     os.utime(leftover, (time.time() - 7200,) * 2)
-    assert home.cache.gc(delete=True).partials == 1 and not leftover.exists()
+    assert home.cache.gc(delete=True, settle_s=0).leftovers == 1 and not leftover.exists()
 
 
 TOGETHER = """
 import sys
-import finetune.datasets.video as video
+from finetune.datasets.media import frames
+from finetune.errors import DataError
 from finetune.caching import encode as encoding
 from finetune.config import load_config
 from finetune.facts import read_facts
@@ -746,15 +828,15 @@ config = load_config(sys.argv[1])
 manifest = ensure_cache(config, read_facts(config.model.pretrained))
 tell("trusted", manifest.digest)
 
-real_encode, real_read = encoding.encode_video, video.read_clip
+real_encode, real_read = encoding.encode_video, frames.read_clip
 if ranks.rank == 1:
     def crash(*args): raise ZeroDivisionError("out of luck")
     encoding.encode_video = crash
 attempt("crashed", "cache.latents_dtype=bf16")
 encoding.encode_video = real_encode
 
-def broken(path, *rest): raise video.DataError("no frame", where=str(path))
-video.read_clip = broken
+def broken(path, *rest): raise DataError("no frame", where=str(path))
+frames.read_clip = broken
 attempt("undecodable", "cache.latents_dtype=fp32")
 attempt("unplanned", "data.sources.0.path=nowhere")
 """
@@ -783,7 +865,7 @@ def test_two_processes_share_the_work_agree_and_never_wait_for_one_that_failed(p
     assert said["0", "trusted"] == said["1", "trusted"] == one[2]
 
     assert said["1", "crashed"] == "ZeroDivisionError: out of luck"
-    assert said["0", "crashed"] == "CacheError: process 1 stopped: ZeroDivisionError: out of luck"
+    assert said["0", "crashed"] == "LaunchError: process 1 stopped: ZeroDivisionError: out of luck"
     stored = [json.loads(_metadata(path)["address"])["dtype"] for path in home.cache.entries("latents")]
     assert stored.count("fp16") == 4 and stored.count("bf16") == 2  # what the other process encoded stays
     assert said["0", "undecodable"] == said["1", "undecodable"]
@@ -802,7 +884,8 @@ def _entries(home: Project) -> dict[str, bytes]:
 
 
 def _metadata(path: Path) -> dict[str, str]:
-    return split(path.read_bytes())[1]
+    with path.open("rb") as entry:
+        return read_metadata(entry, path.stem)
 
 
 # ------------------------------------------------------------------------------------------------- documentation, real
@@ -825,7 +908,8 @@ def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
 def test_the_reader_in_the_documentation_reads(project, monkeypatch, capsys):
     home = project()
     manifest = home.precompute().manifest
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cache.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cache.md").read_text(), re.DOTALL)
+    (code,) = [block for block in blocks if "load_file" in block]
     monkeypatch.chdir(home.folder)
     exec(compile(code, "docs/cache.md", "exec"), {})
     said = capsys.readouterr().out.splitlines()
@@ -837,9 +921,13 @@ def test_the_space_that_is_asked_for_is_the_space_that_is_taken(project):
     config = home.config()
     plan = cache_plan.plan_cache(config, read_facts(str(home.model)), home.cache, progress=False)
     home.precompute()
-    files = [path for kind in ("latents", "prompts") for path in (home.folder / "cache" / kind).rglob("*.safetensors")]
-    stored = sum(tensor.nbytes for path in files for tensor in load_file(path).values())
-    assert plan.needed_bytes == stored
+    entries = [path for kind in ("latents", "prompts") for path in home.cache.entries(kind)]
+    stored = sum(tensor.nbytes for path in entries for tensor in load_file(path).values())
+    manifest = next((home.cache.root / "manifests").iterdir()).stat().st_size
+    overhead = plan.needed_bytes - stored - cache_plan.ENTRY_OVERHEAD * len(entries) - 2 * manifest
+    assert len(entries) == 9 and abs(overhead) < 500  # a note or two in the manifest
+    on_disk = sum(path.stat().st_blocks * 512 for path in home.cache.root.rglob("*") if path.is_file())
+    assert stored < on_disk < plan.needed_bytes + 4096 * len(list((home.cache.root / "digests").iterdir()))
 
 
 def test_real_clips(real_clips, tmp_path, tiny_model):

@@ -16,7 +16,7 @@ import torch
 
 from finetune.cogvideox import ModelConfig, count_tokens, encode_image, encode_prompts, encode_video
 from finetune.datasets.cache import Cache, CacheConfig, FileStamp
-from finetune.datasets.video import DecodeJob, DecodePool, fit_image, load_image
+from finetune.datasets.video import DecodeJob, DecodePool
 from finetune.errors import CacheError, DataError
 from finetune.facts import Facts
 from finetune.files import digest_of
@@ -117,7 +117,9 @@ def encode_clips(
     encoded, size, failures = 0, 0, []
     vae = load_vae(model, device=device)
     with DecodePool(min(workers, len(jobs))) as pool:
-        decoded = pool.decode_many(DecodeJob(number, job.video, job.probe, job.plan) for number, job in enumerate(jobs))
+        decoded = pool.decode_many(
+            DecodeJob(number, job.video, job.probe, job.plan, job.image) for number, job in enumerate(jobs)
+        )
         for found, clip in _tracked(decoded, len(jobs), "clips", progress):
             job = jobs[found.key]
             try:
@@ -142,7 +144,7 @@ def _encode_clip(job: LatentsJob, clip: Clip, vae: Any, cache: Cache, tiling: Li
     try:
         mean, std = encode_video(vae, clip.pixels[None])
         if draws is not None:
-            image = clip.pixels[:, 0] if job.image is None else fit_image(load_image(job.image), bucket)
+            image = clip.pixels[:, 0] if clip.image is None else clip.image
             image_latents = encode_image(vae, image, draws, image_noise(job.address, draws))
     except torch.OutOfMemoryError as error:
         raise CacheError(

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from finetune.caching.report import PlannedClip
 from finetune.config import RunConfig
 from finetune.facts import Facts
-from finetune.schedule import Item, StepPlan, choose_holdout
+from finetune.holdout import choose_holdout
+from finetune.schedule import Item, StepPlan
 from finetune.types import Bucket
 
 

@@ -5,7 +5,6 @@ Every row and every video's header is read and every file digested; no weight is
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,17 +17,22 @@ from finetune.caching.request import Fingerprints, full_fingerprints, make_reque
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache, FileStamp, Manifest, ManifestItem
 from finetune.datasets.entries import DTYPES, Dtype, image_address, latents_address, prompt_address
+from finetune.datasets.jobs import reserved_bytes
 from finetune.datasets.manifest import KINDS, Kind, portable
 from finetune.datasets.sources import source_files
-from finetune.datasets.upkeep import human_size
 from finetune.datasets.video import PIXEL_RULE
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts
-from finetune.files import digest_of
-from finetune.schedule import choose_holdout
+from finetune.files import digest_of, human_size, require_space
+from finetune.holdout import choose_holdout
 from finetune.types import Bucket
 
 _HASHING_THREADS = 4
+
+ENTRY_OVERHEAD = 8192
+"""Bytes that an entry takes beside its tensors: a header of one or two kB, and what rounding up to blocks costs."""
+MARGIN = 0.01
+"""Part of the computed space that is asked for on top: folders, digests, and what the file system keeps for itself."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class CachePlan:
     prompts: tuple[PromptJob, ...]
     images: tuple[ImageJob, ...]
     needed_bytes: int
-    """Disk space that the missing entries will take."""
+    """Disk space that the missing entries and the manifest will take."""
+    there: Mapping[Kind, set[str]]
+    """What the cache held when it was planned."""
 
     @property
     def missing(self) -> dict[Kind, int]:
@@ -168,7 +174,9 @@ class _Needs:
         needed = sum(clip_bytes(self._facts, job.plan.bucket, dtype, draws=draws) for job in latents)
         needed += len(prompts) * prompt_bytes(self._facts, self._encoders.dtype)
         needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
-        return CachePlan(manifest, latents, prompts, images, needed)
+        needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(images))
+        needed += 2 * len(manifest.to_bytes(self._config.base))  # the old one stands until the new one is whole
+        return CachePlan(manifest, latents, prompts, images, needed, there)
 
 
 def clip_bytes(facts: Facts, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
@@ -182,20 +190,23 @@ def prompt_bytes(facts: Facts, dtype: Dtype) -> int:
     return facts.max_text_seq_length * facts.text_embed_dim * DTYPES[dtype].itemsize
 
 
-def require_space(plan: CachePlan, root: Path) -> None:
-    """Refuse to begin what the disk cannot hold.
+def require_room(plan: CachePlan, root: Path) -> None:
+    """Refuse to begin what the disk cannot hold, with a margin and with what other jobs have yet to write to it.
 
     Raises:
         CacheError: with what is needed and what is free.
     """
-    folder = next(path for path in (root, *root.parents) if path.exists())
-    free = shutil.disk_usage(folder).free
-    if plan.needed_bytes > free:
-        raise CacheError(
-            f"the cache needs {human_size(plan.needed_bytes)} more and the disk has {human_size(free)} free",
-            where=str(root),
-            fix="make room (`finetune cache gc`), or set cache.dir to a larger disk",
-        )
+    if not any(plan.missing.values()):
+        return
+    others = reserved_bytes(root, plan.there)
+    shared = f" (with {human_size(others)} for other jobs that are encoding into it)" if others else ""
+    require_space(
+        root,
+        int(plan.needed_bytes * (1 + MARGIN)) + others,
+        kind=CacheError,
+        what=f"encoding {sum(plan.missing.values())} entries{shared}",
+        fix="make room (`finetune cache gc`), or set cache.dir to a larger disk",
+    )
 
 
 def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[Path, FileStamp]:

@@ -19,6 +19,7 @@ from finetune.types import ClipPlan, Sample, VideoProbe
 
 TOO_SHORT = "too short"
 UNREADABLE = "unreadable"
+UNUSABLE = "with unusable text"
 
 _NAMED = 5
 
@@ -47,7 +48,7 @@ class DatasetReport:
 
     clips: tuple[PlannedClip, ...]
     skipped: Mapping[str, tuple[str, ...]]
-    """Videos that are left out, by reason (``too short``, ``unreadable``)."""
+    """What is left out, by reason: videos (``too short``, ``unreadable``), and rows (``with unusable text``)."""
     notes: tuple[str, ...]
     fps: float
     """Of the clips."""
@@ -78,11 +79,15 @@ def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> 
     Raises:
         DataError: one that lists every row and file that cannot be used, or says that no clip is left.
     """
-    read = read_samples(config.data.sources, config.data, image_to_video=facts.image_to_video, base=config.base)
+    skip = config.data.unreadable_clips == "skip"
+    read = read_samples(
+        config.data.sources, config.data, image_to_video=facts.image_to_video, base=config.base, skip=skip
+    )
     fps = config.data.fps or facts.native_fps
     probes = _probe(config, {sample.video for sample in (*read.train, *read.holdout)}, progress)
     clips: list[PlannedClip] = []
     skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
+    skipped[UNUSABLE] = [f"{error.where}: {error.what}" for error in read.unusable]
     errors: list[DataError] = []
     advice: Counter[str] = Counter()
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
@@ -90,7 +95,7 @@ def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> 
         name = portable(sample.video, config.base)
         probe = probes[sample.video]
         if isinstance(probe, DataError):
-            if config.data.unreadable_clips == "skip":
+            if skip:
                 skipped[UNREADABLE].append(name)
             else:
                 errors.append(DataError(probe.what, where=f"{name} ({sample.where})", fix=probe.fix))
@@ -108,7 +113,10 @@ def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> 
             advice.update(plan_notes(probe, plan, fps, config.data.span))
     raise_all(DataError, errors, what="{n} videos cannot be used")
     if not any(not clip.holdout for clip in clips):
-        reasons = "; ".join(f"{len(names)} videos {why}" for why, names in skipped.items() if names)
+        counts = {
+            why: f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in skipped.items()
+        }
+        reasons = "; ".join(counts[why] for why, names in skipped.items() if names)
         raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
     left_out = {why: tuple(names) for why, names in skipped.items() if names}
     notes = [*read.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,12 +13,20 @@ from finetune.cogvideox import ModelConfig, fingerprint
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache, Manifest
 from finetune.datasets.entries import DTYPES, Dtype
-from finetune.datasets.manifest import FORMAT, KINDS, UNKNOWN, differences, portable
+from finetune.datasets.manifest import (
+    FORMAT,
+    KINDS,
+    UNKNOWN,
+    DamagedManifestError,
+    differences,
+    portable,
+    read_content,
+)
 from finetune.datasets.sources import source_files
 from finetune.datasets.video import PIXEL_RULE
 from finetune.diffusion import DropoutConfig
-from finetune.errors import DataError
-from finetune.facts import Facts, resolve_pretrained
+from finetune.errors import DataError, ModelError
+from finetune.facts import Facts, require_plain_index, resolve_pretrained
 from finetune.files import digest_of
 from finetune.types import Bucket
 
@@ -79,9 +86,8 @@ def _local_folder(model: ModelConfig) -> Path | None:
 def _has_weights(folder: Path) -> bool:
     """Whether every shard of a component is there: half of them would give the fingerprint of another model."""
     try:
-        indices = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("*.safetensors.index.json")]
-        shards = {shard for index in indices for shard in index["weight_map"].values()}
-    except (OSError, ValueError, KeyError):
+        shards = [name for path in folder.glob("*.safetensors.index.json") for name in require_plain_index(path)]
+    except ModelError:
         return False
     return all((folder / shard).is_file() for shard in shards) and any(folder.glob("*.safetensors"))
 
@@ -147,19 +153,32 @@ class Answer:
 def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
     """Look for a manifest that answers this configuration, and say what stands against it.
 
+    A damaged manifest is moved aside with a warning in mode ``auto``: the one that is made anew finds its entries.
+
     Raises:
-        CacheError: if a manifest cannot be read.
+        CacheError: if a manifest cannot be read; or if one is damaged, no other answers, and ``cache.mode`` is
+            ``require``.
         ModelError: if the dtype of the model cannot be told.
     """
     encoders = local_fingerprints(config.model, cache)
     request = make_request(config, facts, encoders)
-    candidates = sorted(_compare(request, config.base, cache), key=lambda candidate: candidate.rank)
+    shelf = _Shelf.of(cache, first=f"{digest_of(portable(request, config.base))}.json")
+    candidates = sorted(_compare(request, config.base, shelf), key=lambda candidate: candidate.rank)
+    if config.cache.mode == "auto":
+        _warn_of(shelf.damaged, cache)
+    elif shelf.damaged and (not candidates or candidates[0].differences):
+        raise next(iter(shelf.damaged.values()))
     if not candidates:
-        return Answer(None, (f"nothing has been precomputed in {cache.root} yet",))
+        old = (
+            f"; {shelf.old} manifests of an older format, without checksums, are of no use any more"
+            if shelf.old
+            else ""
+        )
+        return Answer(None, (f"nothing has been precomputed in {cache.root} yet{old}",))
     nearest = candidates[0]
     if nearest.differences:
         return Answer(None, nearest.differences)
-    manifest = cache.read_manifest(nearest.path, nearest.base)
+    manifest = Manifest.from_content(nearest.content, nearest.base)
     faults, absent = [], []
     if not manifest.complete:
         faults.append("precompute was begun for this configuration and not finished")
@@ -187,26 +206,78 @@ def _sources_now(config: RunConfig) -> list[str]:
 
 
 @dataclass(frozen=True)
+class _Shelf:
+    """The manifests of a cache."""
+
+    contents: Mapping[Path, Mapping[str, Any]]
+    damaged: Mapping[Path, DamagedManifestError]
+    old: int
+    """How many are of an older format."""
+
+    @classmethod
+    def of(cls, cache: Cache, *, first: str) -> _Shelf:
+        """Read them; none but the one called ``first`` where it is there and whole."""
+        exact = cache.root / "manifests" / first
+        alone = cls._read([exact])
+        return alone if alone.contents else cls._read(cache.manifest_paths())
+
+    @classmethod
+    def _read(cls, paths: Iterable[Path]) -> _Shelf:
+        contents, damaged, old = {}, {}, 0
+        for path in paths:
+            try:
+                content = read_content(path)
+            except FileNotFoundError:
+                continue
+            except DamagedManifestError as error:
+                damaged[path] = error
+                continue
+            if content is None:
+                old += 1
+            else:
+                contents[path] = content
+        return cls(contents, damaged, old)
+
+
+def _warn_of(damaged: Mapping[Path, DamagedManifestError], cache: Cache) -> None:
+    for path, error in damaged.items():
+        try:
+            aside = cache.move_manifest_aside(path)
+            print(
+                f"warning: {error.what}: moved aside as {aside}. The entries that it referred to stay, and are found"
+                " again by the run it belongs to",
+                flush=True,
+            )
+        except OSError:  # a cache that is read-only may still hold another that answers
+            print(f"warning: {error.what}: {path}", flush=True)
+
+
+@dataclass(frozen=True)
 class _Candidate:
-    path: Path
+    content: Mapping[str, Any]
     base: Path
     differences: tuple[str, ...]
-    complete: bool
     last_used: float
 
     @property
     def rank(self) -> tuple[int, bool, float]:
-        return len(self.differences), not self.complete, -self.last_used
+        return len(self.differences), not self.content["complete"], -self.last_used
 
 
-def _compare(request: dict[str, Any], base: Path, cache: Cache) -> Iterator[_Candidate]:
+def _compare(request: dict[str, Any], base: Path, shelf: _Shelf) -> Iterator[_Candidate]:
     """Every manifest and how its request differs, with paths taken from our base folder or from the one it was made in.
 
     Both, because a project may be moved as a whole (same relative paths), and its resolved configuration may be used
     from the run's folder (same absolute paths).
     """
-    exact = cache.root / "manifests" / f"{digest_of(portable(request, base))}.json"
-    for path, content in cache.manifests(only=exact if exact.is_file() else None):
+    for path, content in shelf.contents.items():
         for start in dict.fromkeys((base, Path(content["base"]))):
             found = differences(content["request"], portable(request, start))
-            yield _Candidate(path, start, tuple(found), content["complete"], path.stat().st_mtime)
+            yield _Candidate(content, start, tuple(found), _last_used(path))
+
+
+def _last_used(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # dropped by `gc` since it was read
+        return 0.0

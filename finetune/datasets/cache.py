@@ -10,11 +10,8 @@ Reading needs neither a video decoder nor the ``datasets`` library.
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
-from dataclasses import asdict
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,20 +19,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.datasets import upkeep
-from finetune.datasets.entries import DTYPES, Dtype, serialise, split
-from finetune.datasets.manifest import FileStamp, Kind, Manifest, ManifestItem
-from finetune.datasets.manifest import check_format as _check_format
-from finetune.errors import CacheError, DataError
-from finetune.files import atomic_write_bytes, atomic_write_text, canonical_json, digest_file, digest_of
+from finetune.datasets import garbage, jobs, stamps, upkeep
+from finetune.datasets.entries import DTYPES, Dtype, serialise
+from finetune.datasets.manifest import FileStamp, Kind, Manifest, ManifestItem, manifest_fault, read_content
+from finetune.datasets.reading import Reader
+from finetune.datasets.sealed import move_aside
+from finetune.errors import CacheError
+from finetune.files import atomic_write_bytes, canonical_json, digest_of, disk_fix, free_space, human_size
 from finetune.section import Strict
 from finetune.types import CacheEntry
 
 __all__ = ["Cache", "CacheConfig", "FileStamp", "Kind", "Manifest", "ManifestItem"]
-
-YOUNG_S = 2.0
-"""A file changed less than this long ago may change again within one tick of its file system's clock (2 s on FAT), with
-neither size nor time showing it; its digest is then not remembered."""
 
 
 class CacheConfig(Strict):
@@ -52,7 +46,8 @@ class CacheConfig(Strict):
     latents_dtype: Dtype = "fp16"
     """Precision of stored latents. fp16 keeps 11 significant bits, far finer than the VAE's own noise; bf16 keeps 8."""
     decode_workers: int | None = Field(None, ge=0, le=64)
-    """Processes that decode videos ahead of the encoder; left out: one per two CPU cores, at most 4; 0 for none."""
+    """Processes that decode videos ahead of the encoder; left out: one per two CPU cores, at most 4. 0 decodes in the
+    main process, without limits on memory and time, where a damaged file can end the run: for files you made."""
     text_batch_size: int = Field(8, ge=1, le=1024)
     """Captions that T5 encodes at a time."""
     vae_tiling: Literal["auto", "on", "off"] = "auto"
@@ -69,6 +64,7 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._reader = Reader(root)
 
     def path(self, kind: Kind, key: str) -> Path:
         """Where an entry is filed."""
@@ -77,6 +73,14 @@ class Cache:
     def has(self, kind: Kind, key: str) -> bool:
         """Whether an entry is there. Entries appear whole, so being there is being complete."""
         return self.path(kind, key).is_file()
+
+    def size(self, kind: Kind, key: str) -> int:
+        """Bytes of an entry's file.
+
+        Raises:
+            CacheError: if it is missing.
+        """
+        return self._reader.size(self.path(kind, key))
 
     def keys(self, kind: Kind) -> set[str]:
         """Every entry of a kind, by listing folders: far quicker than asking for each, above all on a network drive."""
@@ -142,15 +146,21 @@ class Cache:
                     fix="encode in bf16 or fp32 (model.dtype), and store in fp32 (cache.latents_dtype)",
                 )
         content = serialise(tensors, {"key": key, "address": canonical_json(address), **extra})
-        try:
-            atomic_write_bytes(self.path(kind, key), content)
-        except OSError as error:
-            raise CacheError(
-                f"the cache cannot be written: {error.strerror}",
-                where=str(self.path(kind, key)),
-                fix="make room, or choose another cache.dir; what is encoded already stays",
-            ) from error
+        self._publish(self.path(kind, key), content)
         return len(content)
+
+    def _publish(self, path: Path, content: bytes) -> None:
+        try:
+            atomic_write_bytes(path, content)
+        except OSError as error:
+            free = "an unknown amount"
+            with suppress(OSError):
+                free = human_size(free_space(path))
+            raise CacheError(
+                f"the cache cannot be written: {error.strerror}; {human_size(len(content))} to write, {free} free",
+                where=str(path),
+                fix=f"{disk_fix(error)}; what is encoded already stays",
+            ) from error
 
     # -------------------------------------------------------------------------------------------------------- read
 
@@ -173,84 +183,74 @@ class Cache:
         return self._read("prompts", key)["prompt_embeds"]
 
     def prompt_tokens(self, key: str) -> int:
-        """How many tokens a stored caption has; above the model's ``max_text_seq_length``, its end is not encoded."""
-        with self.path("prompts", key).open("rb") as entry:
-            length = int.from_bytes(entry.read(8), "little")
-            return int(json.loads(entry.read(length))["__metadata__"]["tokens"])
+        """How many tokens a stored caption has; above the model's ``max_text_seq_length``, its end is not encoded.
+
+        Raises as ``read``; only the header is read, and verified.
+        """
+        return int(self._reader.metadata("prompts", key, self.path("prompts", key))["tokens"])
 
     def read_image(self, key: str) -> Tensor:
         """The pixels of a validation image, uint8 RGB [3, H, W]. Raises as ``read``."""
         return self._read("images", key)["pixels"]
 
     def _read(self, kind: Kind, key: str, of: str = "") -> dict[str, Tensor]:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        path = self.path(kind, key)
-        where = f"{path} ({of})" if of else str(path)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise CacheError("a cache entry is missing", where=where, fix="run `finetune precompute`") from None
-        try:
-            if split(content)[1]["key"] != key:
-                raise ValueError("it is another entry under this name")
-            tensors: dict[str, Tensor] = load(content)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise CacheError(
-                f"a cache entry is damaged: {error}",
-                where=where,
-                fix="run `finetune cache verify --delete`, then `finetune precompute`",
-            ) from None
-        return tensors
+        return self._reader.tensors(kind, key, self.path(kind, key), of)
 
     # --------------------------------------------------------------------------------------------------- manifests
 
     def save_manifest(self, manifest: Manifest, base: Path) -> Path:
-        """File a manifest under its request; paths inside ``base`` are written relative to it."""
+        """File a manifest under its request; paths inside ``base`` are written relative to it.
+
+        Raises:
+            CacheError: if it cannot be written.
+        """
         path = self.root / "manifests" / f"{manifest.name}.json"
-        atomic_write_text(path, manifest.to_json(base))
+        self._publish(path, manifest.to_bytes(base))
+        for damaged in path.parent.glob(f"{path.name}.*.damaged"):  # made anew
+            with suppress(OSError):
+                damaged.unlink()
         return path
 
-    def manifests(self, *, only: Path | None = None) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every manifest file of this format (or ``only`` one) and its JSON.
+    def manifest_paths(self) -> list[Path]:
+        """Every manifest file."""
+        return sorted((self.root / "manifests").glob("*.json"))
+
+    def manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Every manifest file of this format and its JSON.
 
         Raises:
-            CacheError: if one cannot be read, or is of a newer format: its entries must not be taken for garbage.
+            CacheError: if one cannot be read, is damaged, or is of a newer format: its entries must not be taken for
+                garbage.
         """
-        for path in [only] if only else sorted((self.root / "manifests").glob("*.json")):
-            try:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                current = _check_format(content, path)
-            except (ValueError, AttributeError) as error:
-                raise CacheError(
-                    f"a manifest of the cache is damaged: {error}",
-                    where=str(path),
-                    fix="delete it; `finetune precompute` makes it anew without encoding anything twice",
-                ) from None
-            if current:
-                yield path, content
+        for path in self.manifest_paths():
+            with suppress(FileNotFoundError):  # dropped since it was listed
+                content = read_content(path)
+                if content is not None:
+                    yield path, content
 
-    def read_manifest(self, path: Path, base: Path) -> Manifest:
-        """A manifest from its file; relative paths in it start at ``base``.
+    def move_manifest_aside(self, path: Path) -> Path:
+        """Give a damaged manifest a name that nobody reads, and return it; what it refers to stays (``gc``).
 
         Raises:
-            CacheError: if it cannot be read.
+            OSError: if it cannot be renamed.
         """
-        try:
-            return Manifest.from_json(path.read_text(encoding="utf-8"), base)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(f"a manifest of the cache is damaged: {error}", where=str(path), fix="delete it") from None
+        return move_aside(path, lambda content: manifest_fault(content, path.stem))
+
+    # -------------------------------------------------------------------------------------------------------- jobs
+
+    def job(self, verb: str) -> AbstractContextManager[jobs.Job]:
+        """``jobs.take_part``: be known as a user of this cache; to be entered before entries are listed."""
+        return jobs.take_part(self.root, verb)
 
     # ------------------------------------------------------------------------------------------------------ upkeep
 
     def verify(self, *, delete: bool = False, progress: bool = False) -> upkeep.VerifyReport:
-        """``upkeep.verify``: read every entry and compare it with the digest it carries."""
+        """``upkeep.verify``: is every file whole, and is one missing?"""
         return upkeep.verify(self, delete=delete, progress=progress)
 
-    def gc(self, *, delete: bool = False, unused_days: float | None = None) -> upkeep.GcReport:
-        """``upkeep.gc``: find, and on demand delete, what no manifest refers to."""
-        return upkeep.gc(self, delete=delete, unused_days=unused_days)
+    def gc(self, *, delete: bool = False, unused_days: float | None = None, **patience_s: float) -> garbage.GcReport:
+        """``garbage.gc``: find, and on demand delete, what no manifest and no running job refers to."""
+        return garbage.gc(self, delete=delete, unused_days=unused_days, **patience_s)
 
     def stats(self) -> upkeep.CacheStats:
         """``upkeep.stats``: count what is there."""
@@ -263,43 +263,9 @@ class Cache:
         return self.stamp(path).digest
 
     def stamp(self, path: Path) -> FileStamp:
-        """What a file looks like now; for a folder, the names of the files in it, without those that begin with a dot.
-
-        Raises:
-            DataError: if it cannot be read.
-        """
-        try:
-            if path.is_dir():
-                names = [entry.name for entry in path.iterdir() if entry.name[0] != "." and entry.is_file()]
-                return FileStamp(-1, -1, digest_of(sorted(names)))
-            return self._stamp_file(path)
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-    def _stamp_file(self, path: Path) -> FileStamp:
-        memo = self.root / "digests" / f"{digest_of(str(path.absolute()))}.json"
-        status = path.stat()
-        try:
-            known = json.loads(memo.read_text(encoding="utf-8"))
-            if (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-                return FileStamp(status.st_size, status.st_mtime_ns, str(known["digest"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            known = None  # no memo, or a damaged one
-        began_ns = time.time_ns()
-        digest = digest_file(path)
-        if began_ns - status.st_mtime_ns < YOUNG_S * 1e9:
-            return FileStamp(status.st_size, -1, digest)
-        stamp = FileStamp(status.st_size, status.st_mtime_ns, digest)
-        with suppress(OSError):  # a cache that cannot be written to can still be read
-            atomic_write_text(memo, canonical_json({"path": str(path.absolute()), **asdict(stamp)}))
-        return stamp
+        """``stamps.take_stamp``: what a file or folder looks like now."""
+        return stamps.take_stamp(path, self.root / "digests")
 
     def is_unchanged(self, path: Path, stamp: FileStamp) -> bool | None:
-        """Whether a file or folder is still what ``stamp`` says; None if it is gone. Equal bytes are enough."""
-        try:
-            status = path.stat()
-        except OSError:
-            return None
-        if stamp.mtime_ns >= 0 and (status.st_size, status.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
-            return True
-        return self.stamp(path).digest == stamp.digest
+        """``stamps.is_unchanged``: whether a file or folder is still what ``stamp`` says; None if it is gone."""
+        return stamps.is_unchanged(path, stamp, self.root / "digests")

@@ -201,6 +201,19 @@ class Loader:
             self.waited_s += time.perf_counter() - begun
             yield to_device(batch, self._device)
 
+    def fault(self, step: int) -> Exception | None:
+        """Why this process's batches of ``step`` cannot be made, without raising it; waits until that is known.
+
+        None if they can be made, and beyond the last step. ``step`` itself would raise the same error.
+        """
+        if step >= self._total_steps:
+            return None
+        self._submit(step)
+        begun = time.perf_counter()
+        errors = [future.exception() for future in self._ahead[step]]
+        self.waited_s += time.perf_counter() - begun
+        return next((error for error in errors if isinstance(error, Exception)), None)
+
     def _submit(self, step: int) -> None:
         if step not in self._ahead:
             micros = self._plan.for_rank(step, self._rank, self._processes)

@@ -14,13 +14,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.datasets.sealed import seal, unseal
 from finetune.errors import CacheError
 from finetune.files import canonical_json, digest_of
 from finetune.geometry import parse_bucket
 from finetune.types import Bucket
 
-FORMAT = 1
-"""Of entries and manifests. Part of every content address: a new number re-encodes everything."""
+FORMAT = 2
+"""Of entries and manifests. Part of every content address: a new number re-encodes everything. 1 had no checksums."""
+_OPENING_OF_1 = b'{\n "format": 1,'
+"""How manifests of format 1 begin. From 2 on all begin with their checksum, in later formats too, so that a damaged
+manifest is never taken for one of another format."""
 
 UNKNOWN = "unknown"
 """In a request: a fingerprint that cannot be taken here, because the component's files are not on this machine. It
@@ -102,8 +106,8 @@ class Manifest:
             return set(self.images.values())
         return {item.prompt_key for item in self.items} | {self.empty_prompt_key} | set(self.prompts.values())
 
-    def to_json(self, base: Path) -> str:
-        """One JSON document, with paths in ``base`` written relative to it."""
+    def to_bytes(self, base: Path) -> bytes:
+        """Its file: one sealed JSON document, with paths in ``base`` written relative to it."""
         content = {
             "format": FORMAT,
             "complete": self.complete,
@@ -121,18 +125,11 @@ class Manifest:
             "skipped": self.skipped,
             "notes": self.notes,
         }
-        return json.dumps(content, ensure_ascii=False, indent=1)
+        return seal(json.dumps(content, ensure_ascii=False, indent=1))
 
     @classmethod
-    def from_json(cls, text: str, base: Path) -> Manifest:
-        """Read what ``to_json`` wrote; relative paths start at ``base``.
-
-        Raises:
-            ValueError, KeyError, TypeError: if it is not a manifest of this format.
-        """
-        content = json.loads(text)
-        if content["format"] != FORMAT:
-            raise ValueError(f"manifest format {content['format']}; this version reads {FORMAT}")
+    def from_content(cls, content: Mapping[str, Any], base: Path) -> Manifest:
+        """From what ``read_content`` gave; relative paths start at ``base``."""
         return cls(
             items=tuple(ManifestItem(**{**item, "bucket": parse_bucket(item["bucket"])}) for item in content["items"]),
             empty_prompt_key=content["empty_prompt_key"],
@@ -191,17 +188,50 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def check_format(content: Mapping[str, Any], path: Path) -> bool:
-    """Whether a manifest file is of this format; an older one can never be used again.
+class DamagedManifestError(CacheError):
+    """A manifest is not, to the bit, what was written."""
+
+
+def manifest_fault(content: bytes, name: str) -> str:
+    """Why a file is not, to the bit, the manifest of this name; empty if it is, or is of the oldest format."""
+    if content.startswith(_OPENING_OF_1):
+        return ""
+    try:
+        request = unseal(content)["request"]
+    except ValueError as error:
+        return str(error)
+    return "" if digest_of(request) == name else "it is another manifest under this name"
+
+
+def read_content(path: Path) -> dict[str, Any] | None:
+    """What stands in a manifest's file; None for one of an older format, which nothing can use any more.
 
     Raises:
-        CacheError: if it is of a newer format, whose entries this version must not touch.
+        DamagedManifestError: if it is not what was written.
+        CacheError: if it cannot be read, or is of a newer format, whose entries this version must not touch.
+        FileNotFoundError: if it is gone.
     """
-    number = content.get("format")
-    if isinstance(number, int) and number > FORMAT:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CacheError(f"a manifest of the cache cannot be read: {error.strerror}", where=str(path)) from None
+    if reason := manifest_fault(text, path.stem):
+        raise DamagedManifestError(
+            f"a manifest of the cache is damaged: {reason}",
+            where=str(path),
+            fix="run `finetune precompute` with its configuration, which makes it anew and encodes nothing twice; or"
+            " delete it",
+        )
+    if text.startswith(_OPENING_OF_1):
+        return None
+    content = unseal(text)
+    number = content["format"]
+    if number > FORMAT:
         raise CacheError(
             f"this cache was written by a newer version of this package (format {number}; this one knows {FORMAT})",
             where=str(path),
             fix="use that version, or another cache.dir",
         )
-    return number == FORMAT
+    return content if number == FORMAT else None

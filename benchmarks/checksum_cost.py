@@ -1,0 +1,128 @@
+"""What verifying the cache costs, as a share of the time in which an epoch's training batches are made.
+
+Entries have the size of CogVideoX-5B at 49x480x720. Each epoch is read by a process that has verified nothing yet, from
+files in the page cache. That is the worst case: a first epoch usually waits for a disk, and later ones verify nothing.
+Every batch is made with and without verification in turn, on one thread; medians of the thread's own time are compared,
+so that what else the machine does is measured as little as can be. It still is: on cores that several processes fight
+over, the processor's caches are cold, and memory is what hashing waits for.
+
+    python benchmarks/checksum_cost.py [--clips 24] [--rounds 25] [--output benchmarks/results/checksum_cost.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from finetune.datasets import reading
+from finetune.datasets.cache import Cache
+from finetune.datasets.entries import latents_address, prompt_address
+from finetune.datasets.loader import BatchMaker
+from finetune.datasets.manifest import ManifestItem
+from finetune.diffusion import DropoutConfig
+from finetune.facts import Facts, known_model, read_facts
+from finetune.files import digest_of
+from finetune.schedule import MicroBatch
+from finetune.types import Bucket, ClipPlan
+
+BUCKET = Bucket(49, 480, 720)
+
+
+def write_entries(cache: Cache, facts: Facts, clips: int) -> list[ManifestItem]:
+    """Random latents and embeddings of the true shapes and dtypes."""
+    items = []
+    for number in range(clips):
+        plan = ClipPlan(tuple(range(49)), (480, 720), (0, 0), BUCKET)
+        address = latents_address(
+            media_digest=f"{number:032d}",
+            image_digest=None,
+            plan=plan,
+            pixel_rule="benchmark",
+            vae="benchmark",
+            vae_dtype="bf16",
+            latents_dtype="fp16",
+            image_draws=None,
+        )
+        prompt = prompt_address(
+            text=f"caption {number}", text_encoder="benchmark", max_length=facts.max_text_seq_length, dtype="bf16"
+        )
+        mean = torch.randn(facts.latent_shape(BUCKET))
+        cache.write_latents(address, mean, mean.abs(), None)
+        embeds = torch.randn(facts.max_text_seq_length, facts.text_embed_dim).bfloat16()
+        cache.write_prompt(prompt, embeds, tokens=40)
+        items.append(
+            ManifestItem(
+                f"{number}.mp4", "", "", BUCKET, 1.0, False, digest_of(address), digest_of(prompt), f"{number}"
+            )
+        )
+    return items
+
+
+def batch_s(facts: Facts, root: Path, item: ManifestItem, *, verify: bool) -> float:
+    """Seconds to make one clip's batch in a cache object that has verified nothing."""
+    maker = BatchMaker(facts, Cache(root), [item], torch.zeros(1), DropoutConfig(caption_dropout=0), seed=1)
+    real = reading.read_tensors
+    reading.read_tensors = lambda entry, key, *, verify: real(entry, key, verify=wanted)
+    wanted = verify
+    try:
+        begun = time.thread_time()
+        maker.training(0, MicroBatch(items=(0,), slots=(0,)))
+        return time.thread_time() - begun
+    finally:
+        reading.read_tensors = real
+
+
+def measure(clips: int, rounds: int) -> dict[str, object]:
+    """Figures from ``rounds`` epochs of each sort."""
+    torch.set_num_threads(1)
+    facts = read_facts(str(known_model("5b")))
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        items = write_entries(Cache(root), facts, clips)
+        for item in items:  # files into the page cache, code into memory
+            batch_s(facts, root, item, verify=True)
+        pairs = [
+            tuple(batch_s(facts, root, item, verify=verify) for verify in (False, True))
+            for _ in range(rounds)
+            for item in items
+        ]
+        size = sum(path.stat().st_size for path in root.rglob("*.safetensors"))
+    plain = statistics.median(without for without, _ in pairs)
+    extra = statistics.median(checked - without for without, checked in pairs)
+    return {
+        "clips": clips,
+        "rounds": rounds,
+        "mib_per_clip": round(size / clips / 2**20, 2),
+        "ms_per_clip_without": round(1000 * plain, 2),
+        "ms_per_clip_for_verification": round(1000 * extra, 3),
+        "share_of_first_epoch": round(extra / plain, 4),
+        "share_of_ten_epochs": round(extra / plain / 10, 4),
+        "machine": f"{platform.machine()}, {platform.system()}, torch {torch.__version__}",
+        "load_average": round(os.getloadavg()[0], 1),
+        "niceness": os.nice(0),
+    }
+
+
+def main() -> None:
+    """Measure, print and write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clips", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "checksum_cost.json")
+    args = parser.parse_args()
+    figures = json.dumps(measure(args.clips, args.rounds), indent=1)
+    print(figures)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(figures + "\n")
+
+
+if __name__ == "__main__":
+    main()
