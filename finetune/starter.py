@@ -13,6 +13,7 @@ from finetune.facts import Facts, known_model, read_facts
 from finetune.files import atomic_write_text
 from finetune.generate_inputs import native_bucket
 from finetune.starter_text import body, header
+from finetune.text import text_fault
 
 Method = Literal["lora", "full"]
 
@@ -170,11 +171,14 @@ def write_starter(
         Advice for the user.
 
     Raises:
-        ConfigError: if the file exists.
+        ConfigError: if the file exists, or a name is not one line of text.
         ModelError: if the model cannot be found, or is none.
     """
     if output.exists() and not force:
         raise ConfigError("the file exists already", where=str(output), fix="choose another --output, or pass --force")
+    for option, text in (("--model", model), ("--data", str(clips or "")), ("--output", str(output))):
+        if fault := text_fault(text, one_line=True):  # it would stand in a comment, and end it
+            raise ConfigError(f"the name is damaged: {fault}", where=option)
     known = model.lower() if model.lower() in HUB_IDS else next((k for k, v in HUB_IDS.items() if v == model), None)
     folder = Path(model).expanduser()
     starter = Starter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import textwrap
 from collections.abc import Sequence
 
@@ -12,11 +13,12 @@ _WIDTH = 100
 
 def header(title: str, memory: str, notes: Sequence[str], command: str, file: str, export_from: str) -> str:
     """The comment at the top: what it is for, what it is predicted to need, and what to type."""
+    quoted = shlex.quote(file)  # the commands are there to be copied
     commands = [
-        (f"finetune check --config {file}", "what would be trained on; loads no weights"),
-        (f"finetune precompute --config {file}", "encode clips and captions (training does it too)"),
-        (f"accelerate launch train.py --config {file}", "or: finetune train --config ..."),
-        (f"finetune export {export_from}", "an adapter or transformer that diffusers loads"),
+        (f"finetune check --config {quoted}", "what would be trained on; loads no weights"),
+        (f"finetune precompute --config {quoted}", "encode clips and captions (training does it too)"),
+        (f"accelerate launch train.py --config {quoted}", "or: finetune train --config ..."),
+        (f"finetune export {shlex.quote(export_from)}", "an adapter or transformer that diffusers loads"),
     ]
     lines = [
         title,

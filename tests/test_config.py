@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +17,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 
 from finetune.config import RunConfig, check_against, json_schema, load_config, require_valid
-from finetune.config.document import Document, Dumper
+from finetune.config.document import Document
 from finetune.config.messages import did_you_mean, validate
+from finetune.config.plain_yaml import Dumper
 from finetune.errors import ConfigError
 from finetune.facts import KNOWN_MODELS, Facts, known_model, read_facts
 from finetune.section import Strict
@@ -142,7 +145,7 @@ def test_anchors_and_merge_keys(tmp_path):
         ("? [1, 2]\n: 3\n", "a key must be a plain word"),
         ("a: &x [*x]\n", "refers to the value that it stands in"),
         ("<<: 3\n", "'<<' takes a mapping"),
-        ("a: " + "[" * 1500, "nested too deeply"),
+        ("a: " + "[" * 1500, "more than 50 levels"),
     ],
 )
 def test_a_file_that_is_no_configuration(write, text, said):
@@ -151,15 +154,136 @@ def test_a_file_that_is_no_configuration(write, text, said):
     assert said in message and str(path) in message
 
 
+BOMBS = {
+    "aliases in aliases": "\n".join(
+        ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+        + [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 30)]
+    ),
+    "merges in merges": "a0: &a0 {x: 1}\n"
+    + "\n".join(f"a{n}: &a{n} {{<<: [*a{n - 1}, *a{n - 1}]}}" for n in range(1, 60)),
+    "a chain of aliases": "a0: &a0 {x: 1}\n" + "\n".join(f"a{n}: &a{n} {{x: *a{n - 1}}}" for n in range(1, 5_000)),
+    "deep lists": "a: " + "[" * 100_000,
+    "deep mappings": "".join(" " * n + "a:\n" for n in range(1_000)),
+    "deep dashes": "- " * 100_000,
+    "questions": "? " * 100_000,
+    "values": "".join(f"k{n}: 1\n" for n in range(60_000)),
+    "a long number": "train: {steps: " + "9" * 500_000 + "}",
+    "a long hexadecimal number": "train: {steps: 0x" + "f" * 500_000 + "}",
+    "a long word": "seeed: " + "x" * 1_000_000,
+    "a long key": '? "' + "x" * 1_000_000 + '"\n: 1',
+    "wrong fields": "".join(f"k{n}: 1\n" for n in range(5_000)),
+    "a long list of sources": "data: {sources: [" + "{pth: x}," * 1_500 + "]}",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_bombs_are_refused_in_bounded_time_and_words(write, name):
+    path = write(BOMBS[name])
+    begun = time.process_time()
+    message = fault(path)
+    assert time.process_time() - begun < 5
+    assert len(message) < 200_000 and str(path) in message
+
+
+@pytest.mark.parametrize(
+    ("limit", "name"),
+    [("MAX_VALUES", "aliases in aliases"), ("MAX_DEPTH", "a chain of aliases"), ("MAX_DEPTH", "deep mappings")],
+)
+def test_the_bombs_are_live(write, monkeypatch, limit, name):
+    """Canary: with one limit taken away the other, or Python's own, is what stops them."""
+    monkeypatch.setattr(f"finetune.config.plain_yaml.{limit}", 10**9)
+    text = BOMBS[name] if limit == "MAX_DEPTH" else "\n".join(BOMBS[name].splitlines()[:4])
+    path = write(text)
+    if limit == "MAX_DEPTH":
+        with pytest.raises((RecursionError, ConfigError), match=r"recursion|more than 10000 values"):
+            Document.read(path)
+    else:
+        assert str(Document.read(path).values).count("x") > 10_000
+
+
+def test_a_file_too_large_is_not_read_to_its_end(tmp_path):
+    path = tmp_path / "run.yaml"
+    with path.open("wb") as file:
+        file.truncate(10**11)  # a hole: it takes no room
+    assert "more than 1,048,576 bytes" in fault(path)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_or_a_device_is_no_configuration(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    assert "a pipe or a device" in fault(tmp_path / "run.yaml")
+    assert "a pipe or a device" in fault(Path("/dev/zero"))
+    assert "cannot be read" in fault(Path("a\0b"))
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        (b"model: caf\xe9\n", "run.yaml:1"),
+        (b"# fine\nmodel: caf\xe9\n", "run.yaml:2"),
+        ("model: x\n".encode("utf-16"), "looks like UTF-16"),
+        (b"model: a\0b\n", "U+0000 is no text"),
+        (b"# x\nmodel: a\x1bb\n", "run.yaml:2"),
+        (b'model: "\\U00110000"\n', "not valid YAML"),
+        (b'model: "\\ud800"\n', "U+D800"),
+        (b'model: "\\e[2J"\n', "the text is damaged: it holds U+001B"),
+        (b'"\\e[2J": 1\n', "a key is damaged"),
+        (b'model: "a\\u202eb"\n', "U+202E"),
+        (b"model: !!binary aGVsbG8=\n", "!!binary is not supported"),
+        (b"model: !!timestamp 2024-01-01\n", "!!timestamp is not supported"),
+        (b"model: !!omap [a: 1]\n", "!!omap is not supported"),
+        (b"%TAG ! tag:yaml.org,2002:python/\n---\nmodel: !object/apply:os.getcwd []\n", "is not supported"),
+        (b"model: *nowhere\n", "undefined alias"),
+        (b"%YAML 3.0\n---\nmodel: x\n", "incompatible"),
+        (b"data: {sources: [clips]}\n", "should be a mapping of fields"),
+        (GOOD.replace("output_dir: run", "output_dir: " + "x" * 5_000).encode(), "a path cannot be used"),
+    ],
+)  # fmt: skip
+def test_damaged_text_and_tags_are_faults_with_a_place(tmp_path, written, said):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(written)
+    message = fault(path)
+    assert said in message and str(path) in message and not set(message) & set("\x1b\0\u202e")
+
+
+def test_no_tag_runs_code(write, monkeypatch, tmp_path):
+    bomb = f"model: !!python/object/apply:os.mkdir ['{tmp_path}/owned']\n"
+    assert "is not supported" in fault(write(bomb))
+    assert not (tmp_path / "owned").exists()
+    yaml.unsafe_load(bomb)  # canary: it would have
+    assert (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    "assignment",
+    [
+        "train.steps=" + "[" * 5_000, "a." * 5_000 + "b=1", "x" * 100_000, "train.steps=" + "9" * 100_000,
+        'output_dir="\\e[2J"', "output_dir=\udcff", "data.sources.0=x", "train.steps=!!python/name:os.system",
+        "model.pretrained=" + "x" * 100_000, "a=&a [*a]", "=", "train.steps=\0",
+    ],
+)  # fmt: skip
+def test_hostile_overrides_are_faults_that_name_themselves(write, assignment):
+    begun = time.process_time()
+    message = fault(write(), (assignment,))
+    assert len(message) < 5_000 and time.process_time() - begun < 3
+    message.encode("utf-8")
+
+
+def test_damaged_text_is_refused_in_code_too():
+    values = yaml.safe_load(GOOD) | {"output_dir": "a\x1bb"}
+    with pytest.raises(ConfigError, match="output_dir is damaged: it holds U\\+001B"):
+        RunConfig.from_dict(values)
+
+
 def test_nested_aliases_do_not_explode(write):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    assert "more than 100000 values" in fault(write("\n".join(lines)))
+    assert "more than 10000 values" in fault(write("\n".join(lines)))
 
 
 def test_a_missing_file_a_folder_and_bytes(tmp_path):
     assert "there is no configuration file" in fault(tmp_path / "none.yaml")
-    assert "cannot be read" in fault(tmp_path)
+    assert "a folder" in fault(tmp_path)
     (tmp_path / "latin.yaml").write_bytes(b"a: caf\xe9\n")
     assert "not UTF-8" in fault(tmp_path / "latin.yaml")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch
 
 from finetune.errors import ModelError
-from finetune.facts import CONFIG_FILES, SchedulerClass, resolve_pretrained
+from finetune.facts import CONFIG_FILES, SchedulerClass, read_json, require_loadable, resolve_pretrained
 from finetune.files import atomic_write_text, digest_of
 from finetune.files import digest_file as digest_file_now
 from finetune.section import Strict
@@ -89,6 +89,8 @@ def load_text(
     from transformers import T5EncoderModel, T5Tokenizer
 
     folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer", "text_encoder"])
+    for component in ("tokenizer", "text_encoder"):
+        require_loadable(folder, component)
     with _loading("tokenizer", folder):
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
     with _loading("text_encoder", folder):
@@ -112,9 +114,10 @@ def load_scheduler(model: ModelConfig) -> CogVideoXDDIMScheduler | CogVideoXDPMS
     import diffusers
 
     folder = resolve_pretrained(model.pretrained, model.revision, components=["scheduler"])
+    require_loadable(folder, "scheduler")
     with _loading("scheduler", folder):
-        name = json.loads((folder / CONFIG_FILES["scheduler"]).read_text(encoding="utf-8")).get("_class_name")
-        if name not in get_args(SchedulerClass):
+        name = read_json(folder / CONFIG_FILES["scheduler"]).get("_class_name")
+        if not isinstance(name, str) or name not in get_args(SchedulerClass):
             raise ValueError(f"_class_name is {name!r}; expected {' or '.join(get_args(SchedulerClass))}")
         return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
@@ -123,6 +126,7 @@ def _load_diffusers(
     kind: Any, model: ModelConfig, component: str, device: torch.device | str, dtype: torch.dtype | None
 ) -> Any:
     folder = resolve_pretrained(model.pretrained, model.revision, components=[component])
+    require_loadable(folder, component)
     dtype = dtype or model.torch_dtype()
     with _loading(component, folder):
         # safetensors only: the other format is pickle, which runs code. local_files_only: what is missing here is
@@ -150,7 +154,7 @@ def _loading(component: str, folder: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the {component} cannot be loaded: {error}",
             where=str(folder / component),
@@ -181,6 +185,8 @@ def _stored_dtype(folder: Path) -> str | None:
     with _loading(folder.name, folder.parent), path.open("rb") as source:
         # Eight bytes of length, then a JSON table of contents; no tensor is read.
         (length,) = struct.unpack("<Q", source.read(8).ljust(8, b"\0"))
+        if length > _MOST_HEADER_BYTES:
+            raise ValueError(f"{path.name} claims a table of contents of {length:,} bytes")
         numbers: Counter[str] = Counter()
         for name, entry in json.loads(source.read(length)).items():
             if name != "__metadata__":
@@ -188,6 +194,8 @@ def _stored_dtype(folder: Path) -> str | None:
         return numbers.most_common(1)[0][0] if numbers else None
 
 
+_MOST_HEADER_BYTES = 100_000_000
+"""What safetensors itself allows."""
 _COVERED = {"vae": ("vae",), "text_encoder": ("text_encoder", "tokenizer")}
 
 

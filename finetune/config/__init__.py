@@ -1,12 +1,23 @@
 """One YAML file, strict, composed of the sections that other modules declare.
 
-``schema`` composes ``RunConfig`` and holds no default of its own beyond which section stands where; ``document`` reads
-YAML with the line of every key and applies ``--set``; ``messages`` turns what does not validate into errors with a line
-and a suggestion; ``rules`` checks what no section can see alone, against the facts of the model.
+``schema`` composes ``RunConfig`` and holds no default of its own beyond which section stands where; ``plain_yaml``
+reads YAML with the line of every key, ``document`` applies ``--set`` to it; ``messages`` turns what does not validate
+into errors with a line and a suggestion; ``rules`` checks what no section can see alone, against the facts of the
+model; ``pinning`` settles which version of the model that is.
 """
 
 from finetune.config.load import load_config
+from finetune.config.pinning import pin_model
 from finetune.config.rules import Findings, check_against, require_valid
 from finetune.config.schema import DataConfig, RunConfig, json_schema
 
-__all__ = ["DataConfig", "Findings", "RunConfig", "check_against", "json_schema", "load_config", "require_valid"]
+__all__ = [
+    "DataConfig",
+    "Findings",
+    "RunConfig",
+    "check_against",
+    "json_schema",
+    "load_config",
+    "pin_model",
+    "require_valid",
+]

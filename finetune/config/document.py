@@ -1,58 +1,17 @@
-"""YAML as a person wrote it: plain values, and for every value the line and column it stands at.
-
-Scalars follow YAML 1.2 (its "core" schema), not PyYAML's 1.1: ``1e-4`` is a number, ``off`` and ``no`` are words,
-``1:30`` and ``2024-05-01`` are text. Only plain mappings, lists, strings, numbers, booleans and null are read; no tag
-constructs an object.
-"""
+"""A configuration as values and places: what a file and the overrides of the command line say together."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.config.plain_yaml import MAX_DEPTH, Keys, Reader, compose, place_of, read_text
 from finetune.errors import ConfigError, raise_all
-
-_NULL, _BOOL, _INT, _FLOAT, _STR, _MERGE = (
-    f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "merge")
-)
-_CORE: tuple[tuple[str, str, str], ...] = (
-    (_NULL, r"~|null|Null|NULL|", "~nN\0"),
-    (_BOOL, r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    (_INT, r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-    (
-        _FLOAT,
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
-        "-+0123456789.",
-    ),
-    (_MERGE, r"<<", "<"),
-)
-_COLLECTIONS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
-_MAX_VALUES = 100_000
-"""A file that unfolds to more values than this is a mistake, or an attack made of nested aliases."""
-
-Keys = tuple[str | int, ...]
-
-
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own protocol; replaced per class below)
-
-
-class Dumper(yaml.SafeDumper):
-    """Writes YAML that readers of 1.1 and of 1.2 take for the same values."""
-
-
-for _tag, _pattern, _first in _CORE:
-    _regex = re.compile(rf"^(?:{_pattern})$")
-    _firsts = [letter if letter != "\0" else "" for letter in _first]
-    _Loader.add_implicit_resolver(_tag, _regex, _firsts)
-    if _tag in (_INT, _FLOAT):
-        # A *string* such as "1e-4" must be quoted, or our own loader reads a number where 1.1 reads text.
-        Dumper.add_implicit_resolver(_tag, _regex, _firsts)
 
 
 @dataclass
@@ -79,32 +38,22 @@ class Document:
             ConfigError: if it cannot be read, is not YAML, is empty, is not a mapping, or repeats a key; all repeated
                 keys are reported together.
         """
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except FileNotFoundError:
-            raise ConfigError(
-                f"there is no configuration file {path}", fix="name an existing file, or write one with `finetune init`"
-            ) from None
-        except UnicodeDecodeError as error:
-            raise ConfigError("the file is not UTF-8 text", where=f"{path}, byte {error.start}") from None
-        except OSError as error:
-            raise ConfigError(f"the configuration file cannot be read: {error.strerror}", where=str(path)) from None
         name = str(path)
-        node = _compose(text, name)
+        node = compose(read_text(path), name)
         if node is None:
             raise ConfigError("the file is empty", where=name, fix="write one with `finetune init`")
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(
-                "the file is not a mapping of sections (`model:`, `data:`, ...)", where=_place(node, name)
+                "the file is not a mapping of sections (`model:`, `data:`, ...)", where=place_of(node, name)
             )
-        reader = _Reader(name)
+        reader = Reader(name)
         values = reader.value(node, ())
         raise_all(ConfigError, reader.errors, what="{n} faults in " + name, limit=100)
         return cls(values, reader.places, name)
 
     def place(self, path: Keys) -> str:
         """Where ``path`` was written, or its nearest written parent; then the dotted path, for messages."""
-        dotted = ".".join(str(part) for part in path)
+        dotted = ".".join(f"{part!s:.60}" for part in path)
         for end in range(len(path), -1, -1):
             if place := self.places.get(path[:end]):
                 return f"{place} ({dotted})" if dotted and not place.startswith("--set") else place
@@ -129,14 +78,16 @@ class Document:
             ConfigError: if it is not an assignment, the value is not YAML, or the path leads through a plain value.
         """
         dotted, equals, text = assignment.partition("=")
-        where = f"--set {assignment}"
+        where = f"--set {assignment:.200}"
         parts = _parts(dotted)
         if not equals or not parts or "" in parts:
             raise ConfigError(
-                f"'{assignment}' is not an assignment", where="--set", fix="write --set section.field=value"
+                f"'{assignment:.200}' is not an assignment", where="--set", fix="write --set section.field=value"
             )
-        node = _compose(text, where)
-        reader = _Reader(where, one_line=True)
+        if len(parts) > MAX_DEPTH:
+            raise ConfigError(f"a path of {len(parts)} parts leads nowhere", where=where)
+        node = compose(text, where)
+        reader = Reader(where, one_line=True)
         value = None if node is None else reader.value(node, ())
         raise_all(ConfigError, reader.errors, what="{n} faults in " + where)
         path = self._assign(parts, value, where)
@@ -175,120 +126,3 @@ class Document:
 
 def _parts(dotted: str) -> list[str]:
     return re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".") if dotted.strip() else []
-
-
-def _compose(text: str, name: str) -> yaml.Node | None:
-    try:
-        return yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark and not name.startswith("--set") else name
-        said = " ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"not valid YAML: {said}", where=place) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {error}", where=name) from None
-    except RecursionError:
-        raise ConfigError("not usable YAML: nested too deeply", where=name) from None
-
-
-def _place(node: yaml.Node, name: str) -> str:
-    return f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-
-
-def _int(text: str) -> int:
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-
-
-def _float(text: str) -> float:
-    return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
-
-
-_SCALARS: dict[str, Callable[[str], Any]] = {
-    _STR: str,
-    _NULL: lambda text: None,
-    _BOOL: lambda text: {"true": True, "false": False}[text.lower()],
-    _INT: _int,
-    _FLOAT: _float,
-}
-
-
-class _Reader:
-    """Turns nodes into values, noting places and faults."""
-
-    def __init__(self, name: str, *, one_line: bool = False) -> None:
-        self.name = name
-        self.places: dict[Keys, str] = {}
-        self.errors: list[ConfigError] = []
-        self._one_line = one_line
-        self._open: set[int] = set()
-        self._count = 0
-
-    def value(self, node: yaml.Node, path: Keys) -> Any:
-        self._count += 1
-        if self._count > _MAX_VALUES:
-            raise ConfigError(f"the file unfolds to more than {_MAX_VALUES} values", where=self.name)
-        self.places.setdefault(path, self._at(node))
-        if isinstance(node, yaml.ScalarNode):
-            return self._scalar(node)
-        if node.tag not in _COLLECTIONS:
-            self._refuse_tag(node, "is not supported; write a plain list or mapping")
-        if id(node) in self._open:
-            raise ConfigError("an alias refers to the value that it stands in", where=self._at(node))
-        self._open.add(id(node))
-        try:
-            if isinstance(node, yaml.SequenceNode):
-                return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
-            return self._mapping(node, path)
-        finally:
-            self._open.discard(id(node))
-
-    def _at(self, node: yaml.Node) -> str:
-        return self.name if self._one_line else _place(node, self.name)
-
-    def _mapping(self, node: yaml.Node, path: Keys) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        merged: dict[str, Any] = {}
-        for base in reversed([base for key, item in node.value if key.tag == _MERGE for base in _merge_bases(item)]):
-            # The first base that says something wins, and the mapping's own keys win over all bases.
-            if isinstance(base, yaml.MappingNode):
-                merged |= self.value(base, path)
-            else:
-                self.errors.append(ConfigError("'<<' takes a mapping or a list of mappings", where=self._at(base)))
-        for key, item in node.value:
-            if key.tag == _MERGE:
-                continue
-            if not isinstance(key, yaml.ScalarNode):
-                self.errors.append(ConfigError("a key must be a plain word", where=self._at(key)))
-                continue
-            inner = (*path, key.value)
-            if key.value in found:
-                self.errors.append(
-                    ConfigError(
-                        f"'{key.value}' stands twice; the first is at {self.places[inner]}",
-                        where=f"{self._at(key)} ({'.'.join(map(str, inner))})",
-                        fix="keep one of the two",
-                    )
-                )
-                continue
-            self.places[inner] = self._at(key)
-            found[key.value] = self.value(item, inner)
-        return {**merged, **found}
-
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        read = _SCALARS.get(node.tag)
-        try:
-            if read:
-                return read(node.value)
-            said = "is not supported; write a plain value"
-        except (ValueError, KeyError):
-            said = f"cannot read '{node.value}'"
-        self._refuse_tag(node, said)
-        return None
-
-    def _refuse_tag(self, node: yaml.Node, said: str) -> None:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")
-        self.errors.append(ConfigError(f"the tag {tag} {said}", where=self._at(node)))
-
-
-def _merge_bases(node: yaml.Node) -> list[yaml.Node]:
-    return list(node.value) if isinstance(node, yaml.SequenceNode) else [node]

@@ -12,10 +12,16 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.config.document import Document, Keys
+from finetune.config.document import Document
+from finetune.config.plain_yaml import Keys
 from finetune.errors import ConfigError, raise_all
+from finetune.text import text_fault
 
 M = TypeVar("M", bound=BaseModel)
+
+_MOST_FAULTS = 200
+_MOST_SHOWN = 200
+"""Characters of a value, and of what is said of it."""
 
 
 def validate(kind: type[M], document: Document) -> M:
@@ -25,6 +31,7 @@ def validate(kind: type[M], document: Document) -> M:
         ConfigError: one for all faults, each with its place in the file.
     """
     headline = "{n} faults in " + (document.name or "the configuration")
+    raise_all(ConfigError, list(_damaged_text(document.values, document, ())), what=headline)
     try:
         model = kind.model_validate(document.values)
     except ValidationError as error:
@@ -35,10 +42,19 @@ def validate(kind: type[M], document: Document) -> M:
 
 
 def explain(kind: type[BaseModel], error: ValidationError, document: Document) -> list[ConfigError]:
-    """Every fault of a pydantic error as a ``ConfigError``, in the order of the file where it is known."""
+    """Every fault of a pydantic error as a ``ConfigError``, in the order of the file where it is known.
+
+    Of thousands of faults, which is what a file of another kind gives, the first ``_MOST_FAULTS`` are explained.
+    """
     faults: list[tuple[Keys, ConfigError]] = []
     alternatives: dict[Keys, list[ErrorDetails]] = {}
     all_details = error.errors(include_url=False)
+    if len(all_details) > _MOST_FAULTS:
+        rest = len(all_details) - _MOST_FAULTS
+        faults.append(
+            ((), ConfigError(f"there are {rest:,} faults more: is this the right file?", where=document.name))
+        )
+        del all_details[_MOST_FAULTS:]
     for details in all_details:
         spot = _locate(kind, details["loc"])
         # pydantic counts a list's valid items only: "too short" beside faults of the items is their echo.
@@ -52,7 +68,7 @@ def explain(kind: type[BaseModel], error: ValidationError, document: Document) -
     for path, refused in alternatives.items():
         wants = "; or ".join(dict.fromkeys(_wants(details) for details in refused))
         shown = document.value(path)
-        faults.append((path, ConfigError(f"{_dotted(path)} is {shown!r}: {wants}", where=document.place(path))))
+        faults.append((path, ConfigError(f"{_dotted(path)} is {_quoted(shown)}: {wants}", where=document.place(path))))
     order = {path: index for index, path in enumerate(document.places) if path}
 
     def position(path: Keys) -> int:
@@ -134,7 +150,7 @@ def _kinds(member: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str) -> ConfigError:
-    name = str(spot.path[-1]) if spot.path else ""
+    name = f"{spot.path[-1]!s:.60}" if spot.path else ""
     match details["type"]:
         case "extra_forbidden":
             return _unknown(root, spot, name, where)
@@ -145,7 +161,7 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
         case "union_tag_not_found":
             return ConfigError(f"{_dotted(spot.path)} needs a field 'kind'", where=where, fix=_wants(details))
         case "union_tag_invalid":
-            tag, expected = str(details["ctx"]["tag"]), str(details["ctx"]["expected_tags"])
+            tag, expected = f"{details['ctx']['tag']!s:.60}", str(details["ctx"]["expected_tags"])
             known = [word.strip(" '") for word in expected.split(",")]
             return ConfigError(
                 f"unknown kind '{tag}'{did_you_mean(tag, known)}", where=where, fix=f"use one of {', '.join(known)}"
@@ -153,18 +169,18 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
         case "literal_error":
             expected = str(details["ctx"]["expected"])
             known = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
-            what = f"'{name}' is {details['input']!r}{did_you_mean(str(details['input']), known)}"
+            what = f"'{name}' is {_quoted(details['input'])}{did_you_mean(str(details['input']), known)}"
             return ConfigError(what, where=where, fix=f"use one of {', '.join(known)}")
         case "string_type" if isinstance(details["input"], int | float):
             return ConfigError(
-                f"'{name}' is the number or truth value {details['input']!r}, and text is wanted",
+                f"'{name}' is the number or truth value {_quoted(details['input'])}, and text is wanted",
                 where=where,
-                fix=f'put it in quotes: {name}: "{details["input"]}"',
+                fix=f'put it in quotes: {name}: "{details["input"]!s:.40}"',
             )
         case "value_error" | "assertion_error":
-            return ConfigError(str(details["ctx"]["error"]), where=where)
+            return ConfigError(f"{details['ctx']['error']!s:.{_MOST_SHOWN}}", where=where)
     given = details["input"]
-    shown = type(given).__name__ if isinstance(given, Mapping | list | BaseModel) else repr(given)
+    shown = type(given).__name__ if isinstance(given, Mapping | list | BaseModel) else _quoted(given)
     return ConfigError(f"'{name}' is {'empty' if given is None else shown}: {_wants(details)}", where=where)
 
 
@@ -193,7 +209,7 @@ def _unknown(root: type[BaseModel], spot: _Spot, name: str, where: str) -> Confi
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """``; did you mean 'seed'?``, or nothing where no known word is near."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word[:60].lower(), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
@@ -212,7 +228,25 @@ def _first_sentence(text: str | None) -> str:
 
 
 def _dotted(path: Keys) -> str:
-    return ".".join(str(part) for part in path)
+    return ".".join(f"{part!s:.60}" for part in path)
+
+
+def _quoted(value: Any) -> str:
+    """A value as Python writes it, as much of it as anyone would read."""
+    text = repr(value[:_MOST_SHOWN] if isinstance(value, str) else value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _damaged_text(value: Any, document: Document, path: Keys) -> Iterator[ConfigError]:
+    """Texts that hold control characters or the like: no path, prompt or name of ours has a use for them."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _damaged_text(item, document, (*path, key))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _damaged_text(item, document, (*path, index))
+    elif isinstance(value, str) and (fault := text_fault(value)):
+        yield ConfigError(f"{_dotted(path)} is damaged: {fault}", where=document.place(path))
 
 
 def _odd_numbers(value: Any, document: Document, path: Keys) -> Iterator[ConfigError]:

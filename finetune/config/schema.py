@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,15 +13,18 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from finetune.cogvideox import ModelConfig
-from finetune.config.document import Document, Dumper
+from finetune.config.document import Document
 from finetune.config.messages import validate
+from finetune.config.plain_yaml import Dumper
 from finetune.datasets.cache import CacheConfig
 from finetune.datasets.sources import CaptionConfig, SourceConfig
 from finetune.diffusion import DropoutConfig
+from finetune.errors import ConfigError
 from finetune.files import digest_of
 from finetune.geometry import ClipConfig
+from finetune.holdout import HoldoutConfig
 from finetune.memory import MemoryConfig
-from finetune.schedule import Constant, HoldoutConfig, LRScheduleConfig, TrainConfig
+from finetune.schedule import Constant, LRScheduleConfig, TrainConfig
 from finetune.section import Strict
 from finetune.trainers.checkpoint import CheckpointConfig
 from finetune.trainers.method import LoraMethod, MethodConfig
@@ -149,7 +153,12 @@ def build(document: Document, *, base: Path) -> RunConfig:
     Raises:
         ConfigError: one for all faults.
     """
-    config = with_absolute_paths(validate(RunConfig, document), base)
+    validated = validate(RunConfig, document)
+    try:
+        config = with_absolute_paths(validated, base)
+    except (OSError, RuntimeError) as error:  # a name too long; links in a circle; ~nobody
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise ConfigError(f"a path cannot be used: {reason!s:.300}", where=document.name) from None
     places = {".".join(map(str, path)): place for path, place in document.places.items() if path}
     config._provenance = Provenance(base, document.name, places)
     return config
@@ -178,6 +187,11 @@ def _absolute(value: Any, base: Path) -> Any:
 
 def _resolve(path: Path, base: Path) -> Path:
     joined = (base / path.expanduser()).absolute()
+    try:
+        os.lstat(joined)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # any other may be mended before the path is used
+            raise
     # Collapse ".." only where that means the same folder (behind a symbolic link it may not); links stay as named.
     collapsed = Path(os.path.normpath(joined))
     return collapsed if collapsed.resolve() == joined.resolve() else joined

@@ -13,16 +13,26 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from finetune.datasets.rows import IMAGE_SUFFIXES, VIDEO_SUFFIXES, RawRow, Reading
-from finetune.datasets.tables import SUFFIXES, Row, read_lines, read_table, read_text
+from finetune.datasets.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, VIDEO_COLUMNS, column_of
+from finetune.datasets.lines import lines_with_text, read_text
+from finetune.datasets.rows import (
+    IMAGE_SUFFIXES,
+    MAX_CAPTION_CHARS,
+    VIDEO_SUFFIXES,
+    RawRow,
+    Reading,
+    files_below,
+    joined,
+    require_inside,
+)
+from finetune.datasets.tables import MAX_FAULTS, MAX_ROWS, SUFFIXES, Row, read_table
 from finetune.errors import DataError
 from finetune.section import Strict
 
 Split = Literal["train", "holdout"]
 
-VIDEO_COLUMNS = ("file_name", "video", "video_path", "path", "file_path", "file")
-CAPTION_COLUMNS = ("prompt", "caption", "text")
-IMAGE_COLUMNS = ("image", "image_path", "image_file")
+_MOST_CAPTION_BYTES = 4 * MAX_CAPTION_CHARS + 1024
+"""Of a caption's own file: the longest caption in the widest letters, and blank lines after it."""
 
 
 class _Source(Strict):
@@ -32,6 +42,10 @@ class _Source(Strict):
     """How often each clip is seen per epoch: 3 = three times, 0.5 = in every other epoch on average."""
     split: Split = "train"
     """``train``, or ``holdout`` for clips that are never trained on and measure the held-out loss."""
+    allow_outside: bool = False
+    """Let file names be absolute, hold ``..`` and be links out of the dataset's folder, as in lists of files on a
+    network drive. Whoever writes the list can then have any video or image read that this account can read, and a
+    linked caption file show any text: only for lists that you trust."""
 
 
 class MetadataSource(_Source):
@@ -53,15 +67,22 @@ class MetadataSource(_Source):
     def read(self, base: Path, reading: Reading) -> None:
         """Add this source's rows; raises DataError for what concerns the whole file."""
         file = _located(base, self.path)
-        rows = read_table(file)
-        video = _column(rows, self.video_column, VIDEO_COLUMNS, "video_column", file)
-        caption = _column(rows, self.caption_column, CAPTION_COLUMNS, "caption_column", file)
-        image = _column(rows, self.image_column, IMAGE_COLUMNS, "image_column", file)
+        named = {self.video_column, self.caption_column, self.image_column} - {None}
+        table = read_table(file, {*VIDEO_COLUMNS, *CAPTION_COLUMNS, *IMAGE_COLUMNS, *map(str, named)})
+        reading.unusable += table.faults
+        if not table.columns:
+            return
+        video = column_of(table, self.video_column, VIDEO_COLUMNS, "video_column", file)
+        caption = column_of(table, self.caption_column, CAPTION_COLUMNS, "caption_column", file)
+        image = column_of(table, self.image_column, IMAGE_COLUMNS, "image_column", file)
+        if image and table.columns[image]:
+            # No fault of a text-to-video run; for image-to-video its own first frame stands in, and it is said.
+            reading.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
+            image = ""
         root = file.parent if self.root is None else _located(base, self.root)
-        for row in rows:
-            values = row.values
-            picture = (values[image] or None) if image else None
-            reading.rows.append(RawRow(values[video], values[caption], picture, root, row.where))
+        for row in table.rows:
+            picture = (row.values.get(image) or None) if image else None
+            reading.rows.append(RawRow(row.values.get(video), row.values.get(caption), picture, root, row.where))
 
     def files(self, base: Path) -> list[Path]:
         """What decides which rows are read: a file by its content, a folder by its listing."""
@@ -78,7 +99,11 @@ class PromptsSource(_Source):
     def read(self, base: Path, reading: Reading) -> None:
         """Add this source's rows; raises DataError for what concerns the whole folder."""
         folder = _located(base, self.path)
-        columns = [read_lines(file) for file in self.files(base)]
+        columns: list[list[tuple[int, str | DataError]]] = []
+        for file in self.files(base):
+            require_inside(file, folder, allow_outside=self.allow_outside)
+            columns.append(lines_with_text(file, most=MAX_ROWS, most_faults=MAX_FAULTS))
+        reading.unusable += [line for column in columns for _, line in column if isinstance(line, DataError)]
         counts = [len(column) for column in columns]
         if len(set(counts)) > 1 or not counts[0]:
             told = ", ".join(f"{file.name} {count}" for file, count in zip(self.files(base), counts, strict=True))
@@ -86,7 +111,8 @@ class PromptsSource(_Source):
             raise DataError(what, where=str(folder), fix="write one line per clip in each file")
         images = columns[2] if len(columns) == 3 else [(0, None)] * counts[0]
         for (line, caption), (_, video), (_, image) in zip(columns[0], columns[1], images, strict=True):
-            reading.rows.append(RawRow(video, caption, image, folder, f"{folder / 'prompts.txt'}:{line}"))
+            if not any(isinstance(value, DataError) for value in (caption, video, image)):
+                reading.rows.append(RawRow(video, caption, image, folder, f"{folder / 'prompts.txt'}:{line}"))
 
     def files(self, base: Path) -> list[Path]:
         """What decides which rows are read: a file by its content, a folder by its listing."""
@@ -107,12 +133,15 @@ class CogKitSource(_Source):
         """Add this source's rows; raises DataError for what concerns the whole folder."""
         folder = self._folder(base)
         if not (folder / "videos" / "metadata.jsonl").is_file():
-            MetadataSource(path=folder / "metadata.jsonl").read(base, reading)
+            require_inside(folder / "metadata.jsonl", folder, allow_outside=self.allow_outside)
+            MetadataSource(path=folder / "metadata.jsonl", allow_outside=self.allow_outside).read(base, reading)
             return
+        for file in self.files(base):
+            require_inside(file, folder, allow_outside=self.allow_outside)
         videos = _by_id(folder / "videos", reading)
         images = _by_id(folder / "images", reading) if (folder / "images" / "metadata.jsonl").is_file() else {}
         prompts: set[str] = set()
-        for row in read_table(folder / "metadata.jsonl"):
+        for row in _rows(folder / "metadata.jsonl", reading):
             key = _id_of(row, prompts, reading)
             if key is None:
                 continue
@@ -149,7 +178,7 @@ class FolderSource(_Source):
     def read(self, base: Path, reading: Reading) -> None:
         """Add this source's rows; raises DataError for what concerns the whole folder."""
         folder = _located(base, self.path)
-        files = _files_below(folder)
+        files = files_below(folder)
         videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
         if not videos:
             raise DataError(
@@ -164,9 +193,14 @@ class FolderSource(_Source):
                 reading.errors.append(DataError(f"there is no {caption.name} beside it", where=str(video), fix=fix))
                 continue
             try:
-                text = read_text(caption)
+                require_inside(caption, folder, allow_outside=self.allow_outside)
             except DataError as error:
                 reading.errors.append(error)
+                continue
+            try:
+                text = read_text(caption, most_bytes=_MOST_CAPTION_BYTES)
+            except DataError as error:
+                reading.unusable.append(error)
                 continue
             image = images.get(video.with_suffix(""))
             names = [None if file is None else file.relative_to(folder).as_posix() for file in (video, image)]
@@ -178,7 +212,7 @@ class FolderSource(_Source):
     def files(self, base: Path) -> list[Path]:
         """What decides which rows are read: a file by its content, a folder by its listing."""
         folder = _located(base, self.path)
-        below = _files_below(folder)
+        below = files_below(folder)
         folders = dict.fromkeys([folder, *(file.parent for file in below)])
         return [*folders, *(file for file in below if file.suffix.lower() == ".txt")]
 
@@ -201,7 +235,7 @@ class AutoSource(_Source):
         path = _located(base, self.path)
         if path.is_file():
             if path.suffix.lower() in SUFFIXES:
-                return MetadataSource(path=path)
+                return MetadataSource(path=path, allow_outside=self.allow_outside)
             raise DataError(
                 "the file is no dataset",
                 where=str(path),
@@ -211,16 +245,18 @@ class AutoSource(_Source):
             raise DataError("there is no such file or folder", where=str(path), fix="check data.sources")
         found: list[MetadataSource | PromptsSource | CogKitSource | FolderSource] = []
         if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
-            found.append(PromptsSource(path=path))
+            found.append(PromptsSource(path=path, allow_outside=self.allow_outside))
         if any((path / name).is_file() for name in ("videos/metadata.jsonl", "train/metadata.jsonl")):
-            found.append(CogKitSource(path=path))
+            found.append(CogKitSource(path=path, allow_outside=self.allow_outside))
         else:
-            tables = [path / f"metadata{suffix}" for suffix in SUFFIXES]
-            found.extend(MetadataSource(path=table) for table in tables if table.is_file())
-        below = _files_below(path)
+            for table in (path / f"metadata{suffix}" for suffix in SUFFIXES):
+                if table.is_file():
+                    require_inside(table, path, allow_outside=self.allow_outside)
+                    found.append(MetadataSource(path=table, allow_outside=self.allow_outside))
+        below = files_below(path)
         texts = {file.with_suffix("") for file in below if file.suffix.lower() == ".txt"}
         if any(file.with_suffix("") in texts for file in below if file.suffix.lower() in VIDEO_SUFFIXES):
-            found.append(FolderSource(path=path))
+            found.append(FolderSource(path=path, allow_outside=self.allow_outside))
         if len(found) != 1:
             kinds = " or ".join(f"{source.kind} ({source.path.name})" for source in found)
             what = f"the folder could be read as {kinds}" if found else "the folder is no dataset that is known"
@@ -231,7 +267,9 @@ class AutoSource(_Source):
 
 
 def _kind_of(value: Any) -> str:
-    return str(value.get("kind", "auto") if isinstance(value, dict) else value.kind)
+    if isinstance(value, dict):
+        return str(value.get("kind", "auto"))
+    return str(getattr(value, "kind", "auto"))  # what is no section at all is explained as a bad `auto`
 
 
 SourceConfig = Annotated[
@@ -249,33 +287,21 @@ def _located(base: Path, path: Path) -> Path:
     return Path(os.path.abspath(base / path.expanduser()))  # noqa: PTH100 - takes out "..", follows no links
 
 
-def _column(rows: list[Row], named: str | None, usual: tuple[str, ...], option: str, file: Path) -> str:
-    """The column to read: the named one, or the only one with a usual name; "" where there is no image column."""
-    columns = list(rows[0].values)
-    held = f"the columns are: {', '.join(columns)}"
-    if named is not None:
-        if named not in columns:
-            raise DataError(f"there is no column '{named}'; {held}", where=str(file), fix=f"correct {option}")
-        return named
-    found = [name for name in usual if name in columns]
-    if len(found) > 1:
-        told = f"the columns {' and '.join(found)} could both be meant"
-        raise DataError(told, where=str(file), fix=f"name one with {option} (kind: metadata)")
-    if not found and option != "image_column":
-        told = f"none of the usual columns is there ({', '.join(usual)}); {held}"
-        raise DataError(told, where=str(file), fix=f"name the column with {option} (kind: metadata)")
-    return found[0] if found else ""
+def _rows(file: Path, reading: Reading) -> list[Row]:
+    """The rows of one of CogKit's files; those that cannot be read are handed on."""
+    table = read_table(file, ("id", "file_name", "prompt"))
+    reading.unusable += table.faults
+    return table.rows
 
 
 def _by_id(folder: Path, reading: Reading) -> dict[str, tuple[object, str]]:
     """A CogKit sub-folder's ``metadata.jsonl``: id -> (file name seen from the folder above, where it is written)."""
     seen: set[str] = set()
     files: dict[str, tuple[object, str]] = {}
-    for row in read_table(folder / "metadata.jsonl"):
+    for row in _rows(folder / "metadata.jsonl", reading):
         key = _id_of(row, seen, reading)
         if key is not None:
-            name = row.values.get("file_name")
-            files[key] = f"{folder.name}/{name}" if isinstance(name, str) and name else name, row.where
+            files[key] = joined(folder.name, row.values.get("file_name")), row.where
     return files
 
 
@@ -290,14 +316,3 @@ def _id_of(row: Row, seen: set[str], reading: Reading) -> str | None:
         return None
     seen.add(str(value))
     return str(value)
-
-
-def _files_below(folder: Path) -> list[Path]:
-    """Every file in a folder and its sub-folders, sorted; dot files are left out, links to folders not followed."""
-    if not folder.is_dir():
-        raise DataError("there is no such folder", where=str(folder), fix="check data.sources")
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place) / name for name in files if not name.startswith(".")]
-    return sorted(found)

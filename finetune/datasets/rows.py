@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import re
+import ntpath
+import os
+import stat
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 
+from finetune.datasets.lines import kind_of
 from finetune.errors import DataError
+from finetune.text import text_fault
 
 VIDEO_SUFFIXES = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ogv"),
@@ -16,9 +20,12 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 MAX_CAPTION_CHARS = 10_000
 """About ten times what 226 tokens hold: a longer caption is a wrong column or a wrong file."""
+MAX_NAME_CHARS = 4_096
+"""Of a file name with its folders: what operating systems allow."""
 
-_NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufffd]")
-"""Control characters except tab and line ends, halves of surrogate pairs, and the mark that a decoder leaves behind."""
+
+_MOST_FILES = 4_000_000
+_OF_USE = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".txt")
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,10 @@ class Reading:
 
     rows: list[RawRow] = field(default_factory=list)
     errors: list[DataError] = field(default_factory=list)
+    """What has to be mended before anything is trained."""
+    unusable: list[DataError] = field(default_factory=list)
+    """Rows whose text cannot be read: errors too, unless such rows are to be left out."""
     notes: list[str] = field(default_factory=list)
-
-
-def text_fault(text: str) -> str | None:
-    """What is wrong with a text, or None."""
-    if found := _NOT_TEXT.search(text):
-        return f"it holds U+{ord(found.group()):04X} at character {found.start() + 1}, which is no text"
-    return None
 
 
 def check_caption(value: object, where: str) -> str:
@@ -67,49 +70,166 @@ def check_caption(value: object, where: str) -> str:
     return value
 
 
-def check_file(value: object, root: Path, suffixes: tuple[str, ...], what: str, where: str) -> Path:
-    """The path of a usable file inside ``root``.
+class Gate:
+    """Lets rows name files inside their dataset's folder and nothing else; remembers which file a path really is.
 
-    Args:
-        value: a relative path with forward slashes.
-        root: the dataset's folder.
-        suffixes: file name endings that are read, in lower case.
-        what: ``video`` or ``image``, for messages.
-        where: file and line, for messages.
+    One gate serves one reading: where folders really are is looked up once, so a million rows cost a million looks at
+    files and no more. Whoever changes links while a dataset is being read is not kept out.
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+
+    def real(self, path: Path) -> str:
+        """The file that a checked path is, every link followed: two paths of one file give the same."""
+        return self._files[str(path)]
+
+    def file(
+        self,
+        value: object,
+        root: Path,
+        suffixes: tuple[str, ...],
+        what: str,
+        where: str,
+        *,
+        allow_outside: bool = False,
+    ) -> Path:
+        """The path of a usable file.
+
+        Args:
+            value: a relative path with forward slashes.
+            root: the dataset's folder.
+            suffixes: file name endings that are read, in lower case.
+            what: ``video`` or ``image``, for messages.
+            where: file and line, for messages.
+            allow_outside: accept absolute paths, ``..`` and links that lead out of ``root``.
+
+        Raises:
+            DataError: if it is no text, leads out of ``root`` (absolute, ``..`` or a symbolic link), has another
+                ending, is not there, no regular file, or empty.
+        """
+        name = _name(value, root, what, where)
+        if not allow_outside:
+            _require_relative(name, root, what, where)
+        if os.path.splitext(name)[1].lower() not in suffixes:  # noqa: PTH122 - strings, here and below: a million rows
+            raise DataError(
+                f"{name:.200} is not a known kind of {what} file",
+                where=where,
+                fix=f"convert it to one of: {' '.join(suffixes)}",
+            )
+        path = root / name
+        spelled = str(path)
+        try:
+            real, found = self._look(spelled)
+        except FileNotFoundError:
+            slashes = " with forward slashes" if "\\" in name else ", upper and lower case too"
+            raise DataError(
+                f"there is no file {path}", where=where, fix=f"check its name{slashes}, or take the row out"
+            ) from None
+        except OSError as error:  # a name too long for the file system; links in a circle; no permission
+            told = f"the {what} {name:.200} cannot be read: {error.strerror or error}"
+            raise DataError(told, where=where, fix="check its name") from None
+        if not allow_outside and not _is_inside(real, self._folder(str(root))):
+            told = f"the {what} {name:.200} is a link that leads out of {root}"
+            raise DataError(told, where=where, fix=_inside(root))
+        if not stat.S_ISREG(found.st_mode):
+            told = f"{path} is {kind_of(found.st_mode)}, not a file"
+            raise DataError(told, where=where, fix="name a regular file, or take the row out")
+        if found.st_size == 0:
+            told = f"the file {path} is empty (0 bytes)"
+            raise DataError(told, where=where, fix="copy it again, or take the row out")
+        self._files[spelled] = real
+        return path
+
+    def _look(self, path: str) -> tuple[str, os.stat_result]:
+        """Where a path really leads, and what is there."""
+        folder, name = os.path.split(path)
+        real = os.path.join(self._folder(folder), name)  # noqa: PTH118
+        found = os.lstat(real)
+        if stat.S_ISLNK(found.st_mode):
+            real = os.path.realpath(real, strict=True)
+            found = os.lstat(real)
+        return real, found
+
+    def _folder(self, folder: str) -> str:
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return self._folders[folder]
+
+
+def require_inside(path: Path, root: Path, *, allow_outside: bool) -> None:
+    """Refuse a text file of a dataset's folder that is a link to somewhere else: its lines would become captions.
 
     Raises:
-        DataError: if it is no text, leads out of ``root`` (absolute, ``..`` or a symbolic link), has another ending,
-            does not exist, or is empty.
+        DataError: if ``path`` leads out of ``root`` and that is not allowed.
     """
+    if not allow_outside and not _is_inside(os.path.realpath(path), os.path.realpath(root)):
+        fix = "copy the file into the folder, or set allow_outside for a folder that you trust"
+        raise DataError(f"{path.name} is a link that leads out of {root}", where=str(path), fix=fix)
+
+
+def _name(value: object, root: Path, what: str, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         told = "is missing" if value is None or value == "" else f"is {value!r:.60}, not a path"
         raise DataError(f"the {what}'s file name {told}", where=where, fix=f"name a file inside {root}")
-    if fault := text_fault(value):
-        raise DataError(f"the {what}'s file name is damaged: {fault}", where=where, fix="save the file as UTF-8")
-    inside = f"write it relative to {root}, or name a folder above both as `root` of a metadata source"
-    if PurePosixPath(value).is_absolute() or PureWindowsPath(value).drive or value.startswith(("\\", "~")):
-        raise DataError(f"the {what} {value} is an absolute path", where=where, fix=inside)
-    if ".." in PurePosixPath(value).parts or ".." in PureWindowsPath(value).parts:
-        raise DataError(f"the {what} {value} leads out of the dataset's folder", where=where, fix=inside)
-    path = root / value
-    if path.suffix.lower() not in suffixes:
-        raise DataError(
-            f"{value} is not a known kind of {what} file",
-            where=where,
-            fix=f"convert it to one of: {' '.join(suffixes)}",
-        )
-    try:
-        if not path.resolve().is_relative_to(root.resolve()):
-            raise DataError(f"the {what} {value} is a link that leads out of {root}", where=where, fix=inside)
-        if not path.is_file():
-            slashes = " with forward slashes" if "\\" in value else ", upper and lower case too"
-            raise DataError(
-                f"there is no file {path}", where=where, fix=f"check its name{slashes}, or take the row out"
-            )
-        if path.stat().st_size == 0:
-            raise DataError(
-                f"the file {path} is empty (0 bytes)", where=where, fix="copy it again, or take the row out"
-            )
-    except (OSError, RuntimeError) as error:  # a name too long for the file system; links in a circle
-        raise DataError(f"the {what} {value:.200} cannot be read: {error}", where=where, fix="check its name") from None
-    return path
+    if len(value) > MAX_NAME_CHARS:
+        told = f"the {what}'s file name has {len(value):,} characters"
+        raise DataError(told, where=where, fix="check that the right column is read as the file name")
+    if fault := text_fault(value, one_line=True):
+        raise DataError(f"the {what}'s file name is damaged: {fault}", where=where, fix="rename it, in UTF-8")
+    if _is_spelled_elsewhere(value):
+        told = f"the {what} {value:.200} is an absolute path as a shell or Windows writes it"
+        raise DataError(told, where=where, fix=_inside(root))
+    return value
+
+
+def _is_spelled_elsewhere(name: str) -> bool:
+    return name.startswith(("~", "\\")) or bool(ntpath.splitdrive(name)[0])
+
+
+def joined(folder: str, name: object) -> object:
+    """``name`` seen from the folder above ``folder``; as it is where it names no file below ``folder`` at all."""
+    inner = isinstance(name, str) and name and not name.startswith("/") and not _is_spelled_elsewhere(name)
+    return f"{folder}/{name}" if inner else name
+
+
+def _require_relative(name: str, root: Path, what: str, where: str) -> None:
+    if name.startswith("/"):
+        raise DataError(f"the {what} {name:.200} is an absolute path", where=where, fix=_inside(root))
+    if ".." in name and ".." in name.replace("\\", "/").split("/"):
+        raise DataError(f"the {what} {name:.200} leads out of the dataset's folder", where=where, fix=_inside(root))
+
+
+def _inside(root: Path) -> str:
+    return (
+        f"write it relative to {root}, or name a folder above both as `root` of a metadata source"
+        " (for a list that you trust: allow_outside: true)"
+    )
+
+
+def _is_inside(real: str, root: str) -> bool:
+    return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder and its sub-folders, sorted; dot files are left out, links to folders not followed.
+
+    Raises:
+        DataError: if there is no such folder, it holds too many files, or one that is read has a name that is no text.
+    """
+    if not folder.is_dir():
+        raise DataError("there is no such folder", where=str(folder), fix="check data.sources")
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place) / name for name in files if not name.startswith(".")]
+        if len(found) > _MOST_FILES:
+            fix = "name the folder of the clips, or list them in a metadata file"
+            raise DataError(f"more than {_MOST_FILES:,} files are in the folder", where=str(folder), fix=fix)
+    found.sort()
+    for file in found:
+        if file.suffix.lower() in _OF_USE and (fault := text_fault(str(file.relative_to(folder)), one_line=True)):
+            # No record of the run could name it, and no terminal should.
+            raise DataError(f"a file's name is damaged: {fault}", where=str(file), fix="rename it, in UTF-8")
+    return found

@@ -13,21 +13,14 @@ from pydantic import field_validator
 
 from finetune.datasets.layouts import SourceConfig as SourceConfig
 from finetune.datasets.layouts import Split
-from finetune.datasets.rows import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    RawRow,
-    Reading,
-    check_caption,
-    check_file,
-    text_fault,
-)
+from finetune.datasets.rows import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Gate, RawRow, Reading, check_caption
+from finetune.datasets.tables import MAX_FAULTS
 from finetune.errors import DataError, raise_all
 from finetune.section import Strict
+from finetune.text import text_fault, without_invisible
 from finetune.types import Sample
 
 _Value = TypeVar("_Value")
-_Checked = Sample | list[DataError]
 
 
 class CaptionConfig(Strict):
@@ -44,14 +37,17 @@ class CaptionConfig(Strict):
     @field_validator("trigger", "caption_prefix", "caption_suffix")
     @classmethod
     def _plain_text(cls, text: str) -> str:
-        if (fault := text_fault(text)) or len(text.splitlines()) > 1:
-            raise ValueError(fault or "must be one line")
+        if fault := text_fault(text, one_line=True):
+            raise ValueError(f"must be one line of text: {fault}")
         return text
 
     def apply(self, caption: str) -> str:
-        """The caption that is trained on: white space joined to single spaces, then prefix, suffix and trigger."""
+        """The caption that is trained on: white space joined to single spaces, then prefix, suffix and trigger.
+
+        Characters that are invisible and mean nothing (zero-width spaces, byte order marks, soft hyphens) are left out.
+        """
         # T5's tokenizer joins white space too, so this changes no token; it makes equal captions share a cache entry.
-        text = f"{self.caption_prefix}{' '.join(caption.split())}{self.caption_suffix}"
+        text = f"{self.caption_prefix}{' '.join(without_invisible(caption).split())}{self.caption_suffix}"
         trigger = self.trigger.strip()
         if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
             return text
@@ -66,10 +62,12 @@ class SourceRead:
     holdout: tuple[Sample, ...]
     notes: tuple[str, ...]
     """Advice that is no error, such as duplicate rows."""
+    unusable: tuple[DataError, ...] = ()
+    """Rows left out because their text cannot be used; empty unless that was asked for."""
 
 
 def read_samples(
-    sources: Sequence[SourceConfig], captions: CaptionConfig, *, image_to_video: bool, base: Path
+    sources: Sequence[SourceConfig], captions: CaptionConfig, *, image_to_video: bool, base: Path, skip: bool = False
 ) -> SourceRead:
     """Read and check every row of every source; no video is opened.
 
@@ -79,14 +77,18 @@ def read_samples(
         image_to_video: read first-frame images where a source names them; a row without one gets ``image=None``, which
             means the video's own first frame. False: images are neither read nor checked.
         base: folder that relative paths start at.
+        skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
+            file or one outside its folder is an error all the same: the dataset is not what it should be.
 
     Raises:
         DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
             read, a video in both splits, or no training clip at all.
     """
     errors: list[DataError] = []
+    unusable: list[DataError] = []
     notes: list[str] = []
     split: dict[Split, list[Sample]] = {"train": [], "holdout": []}
+    gate = Gate()
     for source in sources:
         reading = Reading()
         try:
@@ -94,21 +96,24 @@ def read_samples(
         except DataError as error:
             errors.append(error)
         errors += reading.errors
+        unusable += reading.unusable
         notes += reading.notes
         for row in reading.rows:
-            checked = _check(row, captions, source, image_to_video, base)
-            if isinstance(checked, Sample):
-                split[source.split].append(checked)
-            else:
-                errors += checked
-    errors += _leaks(split["train"], split["holdout"])
+            sample = _check(row, captions, source, image_to_video, base, gate, (errors, unusable))
+            if sample is not None:
+                split[source.split].append(sample)
+            if len(errors) + len(unusable) > MAX_FAULTS:
+                errors.append(DataError("too much is wrong with the dataset to go on reading it", where=row.where))
+                break
+    if not skip:
+        errors += unusable
+    errors += _leaks(split["train"], split["holdout"], gate)
     if not errors and not split["train"]:
-        errors.append(
-            DataError("the sources hold no training clip", where="data.sources", fix="add one of split: train")
-        )
+        fault = DataError("the sources hold no training clip", where="data.sources", fix="add one of split: train")
+        errors += [*unusable, fault]
     raise_all(DataError, errors, what="{n} things are wrong with the dataset")
-    notes += _duplicates([*split["train"], *split["holdout"]])
-    return SourceRead(tuple(split["train"]), tuple(split["holdout"]), tuple(notes))
+    notes += _duplicates([*split["train"], *split["holdout"]], gate)
+    return SourceRead(tuple(split["train"]), tuple(split["holdout"]), tuple(notes), tuple(unusable) if skip else ())
 
 
 def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
@@ -120,42 +125,52 @@ def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
     return list(dict.fromkeys(file for source in sources for file in source.files(base)))
 
 
-def _check(row: RawRow, captions: CaptionConfig, source: SourceConfig, image_to_video: bool, base: Path) -> _Checked:
-    """The sample that a row gives, or everything that is wrong with it."""
-    errors: list[DataError] = []
+def _check(
+    row: RawRow,
+    captions: CaptionConfig,
+    source: SourceConfig,
+    image_to_video: bool,
+    base: Path,
+    gate: Gate,
+    faults: tuple[list[DataError], list[DataError]],
+) -> Sample | None:
+    """The sample that a row gives; None, and all that is wrong with its files and its text in ``faults``, if none."""
 
-    def tried(check: Callable[..., _Value], *arguments: Any) -> _Value | None:
+    def tried(into: list[DataError], check: Callable[..., _Value], *arguments: Any, **options: Any) -> _Value | None:
         try:
-            return check(*arguments)
+            return check(*arguments, row.where, **options)
         except DataError as error:
-            errors.append(error)
+            into.append(error)
             return None
 
-    video = tried(check_file, row.video, row.root, VIDEO_SUFFIXES, "video", row.where)
-    caption = tried(check_caption, row.caption, row.where)
+    of_files, of_text = faults
+    allowed = {"allow_outside": source.allow_outside}
+    wrong_before = len(of_files)
+    video = tried(of_files, gate.file, row.video, row.root, VIDEO_SUFFIXES, "video", **allowed)
     image = None
     if image_to_video and row.image is not None:
-        image = tried(check_file, row.image, row.root, IMAGE_SUFFIXES, "image", row.where)
-    if video is None or caption is None or errors:
-        return errors
+        image = tried(of_files, gate.file, row.image, row.root, IMAGE_SUFFIXES, "image", **allowed)
+    caption = tried(of_text, check_caption, row.caption)
+    if video is None or caption is None or len(of_files) > wrong_before:
+        return None
     where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as layouts writes it
     return Sample(video, captions.apply(caption), image, where, source.repeats)
 
 
-def _leaks(train: Sequence[Sample], holdout: Sequence[Sample]) -> Iterator[DataError]:
+def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], gate: Gate) -> Iterator[DataError]:
     """Held-out clips that are trained on: the held-out loss would measure memory."""
-    trained = {sample.video.resolve(): sample.where for sample in train}
+    trained = {gate.real(sample.video): sample.where for sample in train} if holdout else {}
     for sample in holdout:
-        if (where := trained.get(sample.video.resolve())) is not None:
+        if (where := trained.get(gate.real(sample.video))) is not None:
             what = f"{sample.video} is held out, and also a training clip ({where})"
             yield DataError(what, where=sample.where, fix="take it out of one of the two")
 
 
-def _duplicates(samples: Iterable[Sample]) -> list[str]:
-    first: dict[tuple[Path, str], str] = {}
+def _duplicates(samples: Iterable[Sample], gate: Gate) -> list[str]:
+    first: dict[tuple[str, str], str] = {}
     twice: list[str] = []
     for sample in samples:
-        where = first.setdefault((sample.video.resolve(), sample.caption), sample.where)
+        where = first.setdefault((gate.real(sample.video), sample.caption), sample.where)
         if where != sample.where:
             twice.append(f"{sample.where} repeats {where}")
     return [f"{len(twice)} rows have the video and caption of another row, such as: {twice[0]}"] if twice else []

@@ -1,25 +1,30 @@
-"""Rows of ``jsonl``, ``csv`` and ``parquet`` files, read by HF ``datasets``, each with the line it stands on.
+"""Rows of ``jsonl``, ``csv`` and ``parquet`` files, each with the line it stands on.
 
-HF ``datasets`` reads the values, from local files only and without leaving anything in its cache. Around it stands what
-it does not do: it names no line for a broken row, takes ``NA`` in a CSV for nothing, and moves the columns of a CSV row
-with an unquoted comma, all of which would change captions silently.
+JSON and CSV are read line by line with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV
+for a word, and never move the columns of a row with an unquoted comma. Parquet is read with HF ``datasets``, in a
+process of its own. Whatever a file claims, rows, columns and bytes are bounded.
 """
 
 from __future__ import annotations
 
 import csv
-import io
 import json
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import DataError, raise_all
+from finetune.datasets.lines import MAX_FILE_BYTES, read_lines, require_file
+from finetune.datasets.parquet import read_columns
+from finetune.errors import DataError
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+
+MAX_ROWS = 2_000_000
+"""Of one source: more want sources of their own, or another tool."""
+MAX_COLUMNS = 1_000
+MAX_FAULTS = 10_000
+"""Rows of one source that are told to be unusable; with more of them it is the wrong file."""
 
 
 @dataclass(frozen=True)
@@ -30,158 +35,157 @@ class Row:
     where: str
 
 
-def read_table(path: Path) -> list[Row]:
-    """Read every row of a metadata file.
+@dataclass
+class Table:
+    """What a metadata file holds."""
+
+    columns: dict[str, str] = field(default_factory=dict)
+    """Every column in the file's order, and what is wrong with it as a column of text (empty: nothing)."""
+    rows: list[Row] = field(default_factory=list)
+    """Rows that could be read, with the wanted columns alone."""
+    faults: list[DataError] = field(default_factory=list)
+    """Rows that could not."""
+
+    def add(self, values: dict[str, Any], where: str) -> None:
+        """Take a row in. Raises DataError if there are too many."""
+        if len(self.rows) >= MAX_ROWS:
+            fix = "split it into several sources"
+            raise DataError(f"the file has more than {MAX_ROWS:,} rows", where=where, fix=fix)
+        self.rows.append(Row(values, where))
+
+    def refuse(self, fault: DataError) -> None:
+        """Take note of a row that cannot be read. Raises DataError if there are too many."""
+        self.faults.append(fault)
+        if len(self.faults) > MAX_FAULTS:
+            raise DataError(
+                f"more than {MAX_FAULTS:,} rows cannot be read; the first: {self.faults[0].what}",
+                where=self.faults[0].where,
+                fix="check that this is the right file",
+            )
+
+
+def read_table(path: Path, wanted: Collection[str]) -> Table:
+    """Read a metadata file.
+
+    Args:
+        path: ``.jsonl``, ``.csv`` or ``.parquet``.
+        wanted: columns whose values are kept, where they are there.
 
     Raises:
-        DataError: if the file is missing, empty, of another kind, not UTF-8, or has rows that cannot be read; all such
-            rows are named together.
+        DataError: if the file as a whole cannot be read: it is missing, empty, of another kind or encoding, too large,
+            or its columns cannot be told. Single rows that cannot be read are in the result.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
         raise DataError("a metadata file is .jsonl, .csv or .parquet", where=str(path))
-    if path.suffix.lower() == ".parquet":
-        values = _load("parquet", path, path)
-        places = [f"{path}, row {number}" for number in range(1, len(values) + 1)]
-    elif path.suffix.lower() == ".csv":
-        values, lines = _read_csv(path)
-        places = [f"{path}:{line}" for line in lines]
-    else:
-        values, lines = _read_jsonl(path)
-        places = [f"{path}:{line}" for line in lines]
-    if not values:
+    table = Table()
+    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
+    reader(path, frozenset(wanted), table)
+    if not table.rows and not table.faults and not (suffix == ".parquet" and table.columns):
         raise DataError("the file has no rows", where=str(path))
-    return [Row(row, place) for row, place in zip(values, places, strict=True)]
+    return table
 
 
-def read_lines(path: Path) -> list[tuple[int, str]]:
-    """The lines of a text file that are not blank, stripped, with their numbers from 1. Raises DataError."""
-    lines = ((number, line.strip()) for number, line in enumerate(read_text(path).split("\n"), 1))
-    return [(number, line) for number, line in lines if line]
+def listed(columns: Collection[str]) -> str:
+    """Names of columns for a message, however many and however long they are."""
+    names = [name if len(name) <= 40 else f"{name[:37]}..." for name in list(columns)[:20]]
+    return ", ".join([*names, *([f"and {len(columns) - 20} more"] if len(columns) > 20 else [])])
 
 
-def read_text(path: Path) -> str:
-    """A UTF-8 file, byte order mark and CRLF taken out. Raises DataError naming the line that is not UTF-8."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"the text is not UTF-8 (byte 0x{content[error.start]:02x})",
-            where=f"{path}:{line}",
-            fix="save the file as UTF-8",
-        ) from None
-    if "\0" in text:
-        line = text[: text.index("\0")].count("\n") + 1
-        raise DataError("the text holds NUL characters", where=f"{path}:{line}", fix="save the file as UTF-8")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+# ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _read_jsonl(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    lines = read_lines(path)
-    if not lines:
-        return [], []
-    with tempfile.TemporaryDirectory() as folder:
-        # Blank lines and byte order marks are taken out, because the reader stumbles over both and counts only rows.
-        cleaned = Path(folder) / path.name
-        cleaned.write_text("".join(line + "\n" for _, line in lines), encoding="utf-8", newline="\n")
-        try:
-            values = _load("json", cleaned, path)
-        except DataError:
-            values = []
-    if len(values) != len(lines):
-        values = _parse_lines(path, lines)
-    return values, [number for number, _ in lines]
-
-
-def _parse_lines(path: Path, lines: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    """Read lines that HF ``datasets`` will not: either some are no JSON objects, which is told for each of them, or a
-    column changes its type between rows, which is nobody's fault as long as it is not a column that is used.
-    """
-    errors: list[DataError] = []
-    values: list[dict[str, Any]] = []
-    for number, line in lines:
+def _read_jsonl(path: Path, wanted: frozenset[str], table: Table) -> None:
+    for number, line in read_lines(path):
         where = f"{path}:{number}"
-        try:
-            value = json.loads(line)
-            json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a surrogate pair is valid JSON, and no text
-        except ValueError as error:
-            errors.append(DataError(f"not valid JSON: {error}", where=where, fix="write one JSON object per line"))
-            continue
-        if not isinstance(value, dict):
-            errors.append(DataError("not a JSON object", where=where, fix='write {"file_name": ..., "prompt": ...}'))
-            continue
-        values.append(value)
-    raise_all(DataError, errors, what="{n} lines cannot be read")
-    columns = dict.fromkeys(column for value in values for column in value)
-    return [{column: value.get(column) for column in columns} for value in values]
+        if isinstance(line, DataError):
+            table.refuse(line)
+        elif line.strip():
+            value = _parse(line, where)
+            if isinstance(value, DataError):
+                table.refuse(value)
+                continue
+            for name in value:
+                if name not in table.columns:
+                    table.columns[name] = ""
+            if len(table.columns) > MAX_COLUMNS:
+                raise DataError(f"the rows have more than {MAX_COLUMNS:,} different keys", where=where)
+            table.add({name: value[name] for name in wanted if name in value}, where)
 
 
-def _read_csv(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    text = read_text(path)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+def _parse(line: str, where: str) -> dict[str, Any] | DataError:
+    try:
+        value = json.loads(line, object_pairs_hook=_once_each)
+    except json.JSONDecodeError as error:
+        what = f"not valid JSON: {error.msg} at column {error.colno}"
+    except ValueError as error:  # a key that stands twice; a number of thousands of digits
+        what = f"not usable JSON: {str(error).split(';')[0]}"
+    except RecursionError:
+        what = "not usable JSON: nested too deeply"
+    else:
+        if isinstance(value, dict):
+            return value
+        return DataError("not a JSON object", where=where, fix='write {"file_name": ..., "prompt": ...}')
+    return DataError(what, where=where, fix="write one JSON object per line")
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {twice[:40]!r} stands twice")
+    return found
+
+
+# ----------------------------------------------------------------------------------------------------------------- CSV
+
+
+def _read_csv(path: Path, wanted: frozenset[str], table: Table) -> None:
+    """Everything in a CSV is text: a caption may be a number, and "NA" or "None" are words."""
+    reader = csv.reader(_whole_lines(path), strict=True)
     header: list[str] = []
-    numbers: list[int] = []
-    errors: list[DataError] = []
     begin = 1
     try:
         for fields in reader:
-            where, line, begin = f"{path}:{begin}", begin, reader.line_num + 1
+            where, begin = f"{path}:{begin}", reader.line_num + 1
             if not fields:
                 continue
             if not header:
-                header = fields
-                if len(set(header)) < len(header):
-                    raise DataError("two columns have the same name", where=where, fix="rename one")
+                header = _header(fields, where)
+                table.columns = dict.fromkeys(header, "")
+                kept = [(place, name) for place, name in enumerate(header) if name in wanted]
             elif len(fields) != len(header):
                 what = f"the row has {len(fields)} fields, the header {len(header)}"
-                errors.append(DataError(what, where=where, fix='put captions that hold commas in "quotes"'))
+                table.refuse(DataError(what, where=where, fix='put captions that hold commas in "quotes"'))
             else:
-                numbers.append(line)
+                table.add({name: fields[place] for place, name in kept}, where)
     except csv.Error as error:
-        errors.append(DataError(f"not valid CSV: {error}", where=f"{path}:{begin}", fix="close every quote"))
-    raise_all(DataError, errors, what="{n} rows cannot be read")
-    if not numbers:
-        return [], []
-    with tempfile.TemporaryDirectory() as folder:
-        cleaned = Path(folder) / path.name
-        cleaned.write_text(text, encoding="utf-8", newline="\n")
-        # Everything is text: a caption may be a number, and "NA" or "None" are words.
-        values = _load("csv", cleaned, path, text_columns=header)
-    return values, numbers
+        # What follows cannot be told from the row that broke, so this is about the file.
+        raise DataError(f"not valid CSV: {error}", where=f"{path}:{begin}", fix="close every quote") from None
 
 
-def _load(kind: str, file: Path, shown: Path, text_columns: list[str] | None = None) -> list[dict[str, Any]]:
-    """Read a local file with HF ``datasets`` into rows; ``shown`` is the path for messages."""
-    import datasets
-
-    if not file.is_file():
-        raise DataError("there is no such file", where=str(shown))
-    with tempfile.TemporaryDirectory() as cache, _quiet(datasets):
-        options: dict[str, Any] = {"cache_dir": cache, "streaming": True}
-        try:
-            if kind == "json":
-                table = datasets.Dataset.from_json(str(file), **options)
-            elif kind == "csv":
-                features = datasets.Features({name: datasets.Value("string") for name in text_columns or ()})
-                table = datasets.Dataset.from_csv(str(file), features=features, keep_default_na=False, **options)
-            else:
-                table = datasets.Dataset.from_parquet(str(file), **options)
-            return [dict(row) for row in table]
-        except Exception as error:  # pyarrow's, pandas' and datasets' own: all say that the file is not as it should be
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise DataError(f"HF datasets cannot read the file: {reason}", where=str(shown)) from None
+def _whole_lines(path: Path) -> Iterator[str]:
+    for _, line in read_lines(path):
+        if isinstance(line, DataError):  # in the middle of a quoted cell, perhaps: about the file
+            raise line
+        yield line + "\n"
 
 
-@contextmanager
-def _quiet(datasets: Any) -> Iterator[None]:
-    """Keep HF ``datasets`` from logging an error that is about to be raised, better explained."""
-    before = datasets.utils.logging.get_verbosity()
-    datasets.utils.logging.set_verbosity(datasets.utils.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        datasets.utils.logging.set_verbosity(before)
+def _header(fields: list[str], where: str) -> list[str]:
+    if len(set(fields)) < len(fields):
+        raise DataError("two columns have the same name", where=where, fix="rename one")
+    if len(fields) > MAX_COLUMNS:
+        raise DataError(f"there are more than {MAX_COLUMNS:,} columns", where=where)
+    return fields
+
+
+# ------------------------------------------------------------------------------------------------------------- Parquet
+
+
+def _read_parquet(path: Path, wanted: frozenset[str], table: Table) -> None:
+    require_file(path)
+    limits = {"most_rows": MAX_ROWS, "most_columns": MAX_COLUMNS, "most_bytes": MAX_FILE_BYTES}
+    table.columns, rows = read_columns(path, wanted, **limits)
+    for number, values in enumerate(rows, start=1):
+        table.add(values, f"{path}, row {number}")

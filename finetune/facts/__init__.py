@@ -4,16 +4,22 @@ No code here or above asks for a model's name. Two checkpoints with the same num
 CogVideoX variant, or a tiny look-alike of a published one, costs no code. Reading needs neither weights nor diffusers.
 """
 
-from finetune.facts.locate import KNOWN_MODELS, known_model, resolve_pretrained
+from finetune.facts.guard import CONFIG_FILES, read_json, require_loadable, require_plain_index
+from finetune.facts.locate import KNOWN_MODELS, is_commit, known_model, pin_revision, resolve_pretrained
 from finetune.facts.model import Facts
-from finetune.facts.read import CONFIG_FILES, SchedulerClass, read_facts
+from finetune.facts.read import SchedulerClass, read_facts
 
 __all__ = [
     "CONFIG_FILES",
     "KNOWN_MODELS",
     "Facts",
     "SchedulerClass",
+    "is_commit",
     "known_model",
+    "pin_revision",
     "read_facts",
+    "read_json",
+    "require_loadable",
+    "require_plain_index",
     "resolve_pretrained",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,13 +39,46 @@ def resolve_pretrained(pretrained: str, revision: str | None = None, *, componen
     return folder
 
 
+def pin_revision(pretrained: str, revision: str | None = None) -> str | None:
+    """The commit that a revision of a checkpoint on the hub stands for now; None for a folder.
+
+    A branch can be moved between two downloads of one run. Asked once and used for all of them, the commit makes sure
+    that a run never mixes two versions of a model. Without a network it is the commit that the local cache has.
+
+    Args:
+        pretrained: as for ``read_facts``.
+        revision: branch, tag or commit; None for the main branch. A whole commit is returned as it is: nobody is asked.
+
+    Raises:
+        ModelError: if there is no such folder or model, or no such revision.
+    """
+    if revision is not None and is_commit(revision) and not _as_folder(pretrained).is_dir():
+        return revision
+    folder = locate(pretrained, revision, patterns=[MODEL_INDEX])
+    if _as_folder(pretrained).is_dir():
+        return None
+    # The hub's client keeps a repository's files in `snapshots/<commit>`.
+    if not is_commit(folder.name):
+        raise ModelError(
+            f"it cannot be told which commit was downloaded: {folder.name!r} is none",
+            where=f"{pretrained} on the Hugging Face hub",
+            fix="set model.revision to a commit, or give model.pretrained a local folder",
+        )
+    return folder.name
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether this is the whole name of a commit, which never stands for anything else: 40 hexadecimal digits."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
 def locate(pretrained: str, revision: str | None, *, patterns: list[str]) -> Path:
     """The local folder of a checkpoint: itself, or the hub's snapshot after the files of ``patterns`` are fetched.
 
     Raises:
         ModelError: if there is no such folder and no such model on the hub.
     """
-    folder = Path(pretrained).expanduser()
+    folder = _as_folder(pretrained)
     if folder.is_dir():
         if revision is not None:
             raise ModelError(
@@ -61,6 +95,15 @@ def locate(pretrained: str, revision: str | None, *, patterns: list[str]) -> Pat
             fix="give model.pretrained a folder that exists, or a hub id such as THUDM/CogVideoX-5b",
         )
     return _from_hub(pretrained, revision, patterns)
+
+
+def _as_folder(pretrained: str) -> Path:
+    try:
+        folder = Path(pretrained).expanduser()
+        folder.is_dir()  # fails for a name that no file system takes
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"this names no model: {error}"[:300], where=pretrained[:200]) from None
+    return folder
 
 
 def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
 from finetune.errors import ModelError, raise_all
+from finetune.facts.guard import CONFIG_FILES, read_component_json, read_json
 from finetune.facts.locate import COMPLETE_CHECKPOINT, MODEL_INDEX, locate
 from finetune.facts.model import Facts
 
-CONFIG_FILES = {
-    "transformer": "transformer/config.json",
-    "vae": "vae/config.json",
-    "scheduler": "scheduler/scheduler_config.json",
-    "text_encoder": "text_encoder/config.json",
-}
-"""Where a diffusers pipeline folder keeps the JSON of each component."""
 SchedulerClass = Literal["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"]
+
+# Far above any model, and far below what would take all memory before a wrong number is noticed.
+_Layers = Annotated[int, Field(gt=0, le=1_000)]
+_Width = Annotated[int, Field(gt=0, le=65_536)]
+_LARGEST_TABLE = 1 << 30
+"""Numbers in a stored table of positions; CogVideoX-5B-I2V's, the largest, has 54 million."""
 
 
 class _Json(BaseModel):
@@ -34,31 +33,31 @@ class _Transformer(_Json):
     """Defaults of ``diffusers.CogVideoXTransformer3DModel``."""
 
     class_name: Literal["CogVideoXTransformer3DModel"] = Field(alias="_class_name")
-    num_layers: PositiveInt = 30
-    num_attention_heads: PositiveInt = 30
-    attention_head_dim: PositiveInt = 64
-    in_channels: PositiveInt = 16
-    out_channels: PositiveInt = 16
-    patch_size: PositiveInt = 2
-    patch_size_t: PositiveInt | None = None
-    sample_height: PositiveInt = 60
-    sample_width: PositiveInt = 90
-    sample_frames: PositiveInt = 49
+    num_layers: _Layers = 30
+    num_attention_heads: _Width = 30
+    attention_head_dim: _Width = 64
+    in_channels: _Width = 16
+    out_channels: _Width = 16
+    patch_size: _Width = 2
+    patch_size_t: _Width | None = None
+    sample_height: _Width = 60
+    sample_width: _Width = 90
+    sample_frames: _Width = 49
     use_rotary_positional_embeddings: bool = False
     use_learned_positional_embeddings: bool = False
-    ofs_embed_dim: PositiveInt | None = None
-    text_embed_dim: PositiveInt = 4096
-    max_text_seq_length: PositiveInt = 226
-    temporal_compression_ratio: PositiveInt = 4
+    ofs_embed_dim: _Width | None = None
+    text_embed_dim: _Width = 4096
+    max_text_seq_length: _Width = 226
+    temporal_compression_ratio: _Width = 4
 
 
 class _Vae(_Json):
     """Defaults of ``diffusers.AutoencoderKLCogVideoX``."""
 
     class_name: Literal["AutoencoderKLCogVideoX"] = Field(alias="_class_name")
-    block_out_channels: tuple[PositiveInt, ...] = (128, 256, 256, 512)
-    latent_channels: PositiveInt = 16
-    temporal_compression_ratio: PositiveInt = 4
+    block_out_channels: tuple[_Width, ...] = Field((128, 256, 256, 512), min_length=1, max_length=8)
+    latent_channels: _Width = 16
+    temporal_compression_ratio: _Width = 4
     scaling_factor: PositiveFloat = 1.15258426
     invert_scale_latents: bool = False
 
@@ -67,7 +66,7 @@ class _Scheduler(_Json):
     """Defaults of ``diffusers.CogVideoXDDIMScheduler``, which ``CogVideoXDPMScheduler`` shares."""
 
     class_name: SchedulerClass = Field(alias="_class_name")
-    num_train_timesteps: PositiveInt = 1000
+    num_train_timesteps: Annotated[int, Field(gt=0, le=100_000)] = 1000
     beta_start: PositiveFloat = 0.00085
     beta_end: PositiveFloat = 0.0120
     beta_schedule: str = "scaled_linear"
@@ -78,7 +77,7 @@ class _Scheduler(_Json):
 
 
 class _TextEncoder(_Json):
-    d_model: PositiveInt
+    d_model: _Width
     """Required: the default of ``transformers.T5Config`` is another T5's."""
 
 
@@ -101,7 +100,7 @@ def read_facts(pretrained: str, revision: str | None = None) -> Facts:
         ModelError: if it cannot be found, or is not a CogVideoX; every wrong file and key is named.
     """
     folder = locate(pretrained, revision, patterns=[MODEL_INDEX, *CONFIG_FILES.values()])
-    pipeline = _read_json(folder / MODEL_INDEX).get("_class_name")
+    pipeline = read_json(folder / MODEL_INDEX).get("_class_name")
     if not str(pipeline).startswith("CogVideoX"):
         raise ModelError(
             f"this is not a CogVideoX pipeline: _class_name is {pipeline!r}",
@@ -129,7 +128,7 @@ def _read_parts(folder: Path) -> _Parts:
         if part == "text_encoder" and not (folder / file).exists():
             continue
         try:
-            content[part] = _read_json(folder / file)
+            content[part] = read_component_json(folder, part)
         except ModelError as error:
             problems.append(error)
     headline = "this is not a CogVideoX that this package understands ({n} problems)"
@@ -139,7 +138,9 @@ def _read_parts(folder: Path) -> _Parts:
     except ValidationError as error:
         for problem in error.errors():
             part, *key = (str(place) for place in problem["loc"])
-            problems.append(ModelError(f"{'.'.join(key)}: {problem['msg']}", where=str(folder / CONFIG_FILES[part])))
+            problems.append(
+                ModelError(f"{'.'.join(key)}: {problem['msg']}"[:300], where=str(folder / CONFIG_FILES[part]))
+            )
         raise_all(ModelError, problems, what=headline)
         raise
 
@@ -161,6 +162,12 @@ def _misfits(parts: _Parts) -> Iterator[tuple[str, str]]:
             f"temporal_compression_ratio is {transformer.temporal_compression_ratio}, "
             f"but the VAE's is {vae.temporal_compression_ratio}",
         )
+    latent_frames = (transformer.sample_frames - 1) // transformer.temporal_compression_ratio + 1
+    cells = transformer.sample_height * transformer.sample_width // transformer.patch_size**2
+    numbers = cells * latent_frames * transformer.num_attention_heads * transformer.attention_head_dim
+    stored = transformer.use_learned_positional_embeddings or not transformer.use_rotary_positional_embeddings
+    if stored and numbers > _LARGEST_TABLE:
+        yield "transformer", f"its table of positions would hold {numbers:,} numbers"
     if transformer.use_learned_positional_embeddings and not transformer.use_rotary_positional_embeddings:
         yield "transformer", "use_learned_positional_embeddings needs use_rotary_positional_embeddings in diffusers"
     if parts.text_encoder and parts.text_encoder.d_model != transformer.text_embed_dim:
@@ -175,15 +182,3 @@ def _misfits(parts: _Parts) -> Iterator[tuple[str, str]]:
         yield "scheduler", f"beta_schedule is {scheduler.beta_schedule!r}; CogVideoX's is scaled_linear"
     if scheduler.trained_betas is not None:
         yield "scheduler", "trained_betas is set; CogVideoX's betas follow from beta_start and beta_end"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path.name} is missing", where=str(path), fix=COMPLETE_CHECKPOINT) from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}", where=str(path)) from None
-    if not isinstance(content, dict):
-        raise ModelError(f"{path.name} holds a JSON {type(content).__name__}, not an object", where=str(path))
-    return content

@@ -1,0 +1,591 @@
+"""Checkpoints from strangers: nothing runs, nothing else is read, one version is used; and cards that are only read."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+import yaml
+from worlds import fabricate_cache, merged, run_values
+
+from finetune.cogvideox import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
+from finetune.config import RunConfig, load_config, pin_model
+from finetune.errors import CheckpointError, ConfigError, ModelError
+from finetune.exporting.model_card import _code, _text, copy_samples, model_card, training_record
+from finetune.exporting.source import DataSummary, Source
+from finetune.facts import is_commit, known_model, pin_revision, read_facts, require_plain_index, resolve_pretrained
+from finetune.files import publish_dir
+from finetune.generate_inputs import (
+    ADAPTER_FILE,
+    TRAINING_RECORD,
+    Adapter,
+    GenerateRequest,
+    check_request,
+    native_bucket,
+    read_prompts,
+    recorded_fps,
+)
+from finetune.generate_inputs import training_record as find_record
+from finetune.trainers.checkpoint import require_same_run
+from finetune.trainers.loop import train
+from finetune.trainers.validation import SamplePrompt
+from finetune.types import RunState
+
+SHA_A, SHA_B = "a" * 40, "b" * 40
+
+
+@pytest.fixture
+def model(tiny_model: Callable[..., Path], tmp_path: Path) -> Path:
+    """A tiny checkpoint that a test may damage."""
+    return Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+
+
+def config_of(folder: Path) -> ModelConfig:
+    return ModelConfig(pretrained=str(folder), dtype="fp32")
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os.mkdir, (str(self.folder),)
+
+
+# ------------------------------------------------------------------------------------------------------ nothing is run
+
+LOADERS = {
+    "transformer": (load_transformer, "diffusion_pytorch_model"),
+    "vae": (load_vae, "diffusion_pytorch_model"),
+    "text_encoder": (load_text, "pytorch_model"),
+}
+
+
+@pytest.mark.parametrize("component", LOADERS)
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_pickle_is_never_opened(model, component, guarded, monkeypatch):
+    load, stem = LOADERS[component]
+    for path in (model / component).glob("*.safetensors"):
+        path.unlink()
+    bomb = model / component / f"{stem}.bin"
+    owned = model / "owned"
+    torch.save({"x": Bomb(owned)}, bomb)
+    if not guarded:  # without our own look the libraries are still told to read safetensors alone
+        monkeypatch.setattr("finetune.cogvideox.load.require_loadable", lambda folder, component: None)
+    with pytest.raises(ModelError) as caught:
+        load(config_of(model))
+    assert not owned.exists()
+    if guarded:
+        assert f"{stem}.bin, a format that can run code" in str(caught.value) and "save_file" in caught.value.fix
+    torch.load(bomb, weights_only=False)
+    assert owned.exists(), "canary: the bomb is live"
+
+
+def test_code_that_a_checkpoint_names_is_not_run(model):
+    (model / "text_encoder" / "evil.py").write_text(f"import pathlib; pathlib.Path({str(model / 'owned')!r}).mkdir()")
+    (model / "transformer" / "evil.py").write_text(f"import pathlib; pathlib.Path({str(model / 'owned')!r}).mkdir()")
+    named = {"auto_map": {"AutoModel": "evil.Evil", "AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+    for file in ("text_encoder/config.json", "tokenizer/tokenizer_config.json", "transformer/config.json"):
+        edit(model / file, **named)
+    load_text(config_of(model))
+    load_transformer(config_of(model))
+    assert not (model / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "said"),
+    [
+        ("text_encoder", {"attn_implementation": "evil/kernel"}, "fetch from the hub as code"),
+        ("text_encoder", {"quantization_config": {"quant_method": "bitsandbytes"}}, "stored quantized"),
+        ("transformer", {"quantization_config": {"quant_method": "torchao"}}, "stored quantized"),
+        ("transformer", {"num_layers": 10**9}, "num_layers: 1000000000 is more than any model has"),
+        ("transformer", {"num_layers": 10**6}, "at most 1,000"),
+        ("transformer", {"time_embed_dim": 10**12}, "time_embed_dim"),
+        ("transformer", {"num_layers": -(10**30)}, "num_layers: a number is more"),
+        ("vae", {"layers_per_block": 10**5}, "layers_per_block"),
+        ("vae", {"block_out_channels": [8] * 20_000}, "block_out_channels: 20,000 entries"),
+        ("vae", {"sample_height": "x" * 20_000}, "a text of 20,000 characters"),
+        ("text_encoder", {"num_layers": 10**7}, "num_layers"),
+        ("text_encoder", {"vocab_size": 10**10}, "vocab_size"),
+        ("scheduler", {"num_train_timesteps": 10**9}, "num_train_timesteps"),
+        ("scheduler", {"x": [[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]}, "nested too deeply"),
+    ],
+)
+def test_json_that_would_take_all_memory_or_act_is_refused_before_it_is_loaded(model, component, changes, said):
+    file = "scheduler_config.json" if component == "scheduler" else "config.json"
+    edit(model / component / file, **changes)
+    loaders = {"scheduler": load_scheduler, **{name: load for name, (load, _) in LOADERS.items()}}
+    for attempt in (lambda: read_facts(str(model)), lambda: loaders[component](config_of(model))):
+        with pytest.raises(ModelError) as caught:
+            attempt()
+        assert said in str(caught.value) and component in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sample_height": 65_000, "sample_width": 65_000, "sample_frames": 9}, "table of positions would hold"),
+        ({"num_attention_heads": 0}, "greater than 0"),
+        ({"attention_head_dim": "64x"}, "valid integer"),
+        ({"text_embed_dim": 100_000}, "less than or equal to 65536"),
+    ],
+)
+def test_numbers_that_are_legal_one_by_one(tmp_path, changes, said):
+    folder = Path(shutil.copytree(known_model("2b"), tmp_path / "model"))
+    edit(folder / "transformer/config.json", **changes)
+    with pytest.raises(ModelError, match=said):
+        read_facts(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"num_layers": ' + b"9" * 10_000 + b"}", "cannot be read"),
+        (b"\xff\xfe{", "cannot be read"),
+        (b"[]", "JSON list"),
+        (b" " * (1 << 26) + b"{}", "more than 67,108,864 bytes"),
+        (b'{"_class_name": "\x1b[2J"}', "cannot be read"),
+    ],
+)
+def test_files_that_are_no_json_of_a_model(tmp_path, content, said):
+    folder = Path(shutil.copytree(known_model("5b"), tmp_path / "model"))
+    for file in ("transformer/config.json", "model_index.json"):
+        kept = (folder / file).read_bytes()
+        (folder / file).write_bytes(content)
+        with pytest.raises(ModelError, match=said) as caught:
+            read_facts(str(folder))
+        assert "\x1b" not in str(caught.value)
+        (folder / file).write_bytes(kept)
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        {"x": "../../secret.safetensors"}, {"x": "/etc/secret.safetensors"}, {"x": "sub/y.safetensors"},
+        {"x": "..\\y.safetensors"}, {"x": "weights.bin"}, {"x": 7}, ["x"], None, {"x": "C:\\y.safetensors"},
+    ],
+)  # fmt: skip
+def test_an_index_names_files_beside_it_only(model, weight_map):
+    index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    (model / "secret.safetensors").write_bytes((model / "transformer/diffusion_pytorch_model.safetensors").read_bytes())
+    (model / "transformer/diffusion_pytorch_model.safetensors").rename(model / "transformer/a.safetensors")
+    index.write_text(json.dumps({"metadata": {"total_size": 10**18}, "weight_map": weight_map}))
+    with pytest.raises(ModelError, match="weight_map") as caught:
+        load_transformer(config_of(model))
+    assert caught.value.where == str(index)
+    index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    assert require_plain_index(index) == ["a.safetensors", "b.safetensors"]
+
+
+def test_a_tokenizer_reads_its_own_files_only(model):
+    edit(model / "tokenizer/tokenizer_config.json", vocab_file="/etc/passwd")
+    with pytest.raises(ModelError, match="vocab_file names '/etc/passwd'"):
+        load_text(config_of(model))
+
+
+def test_a_header_that_lies_about_its_length_takes_no_memory(model):
+    path = model / "transformer/diffusion_pytorch_model.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(ModelError, match="claims a table of contents"):
+        ModelConfig(pretrained=str(model)).torch_dtype()
+    with pytest.raises(ModelError, match="transformer cannot be loaded"):
+        load_transformer(config_of(model))
+
+
+# ------------------------------------------------------------------------------------------------- adapters and records
+
+
+def adapter_file(folder: Path, settings: str) -> Path:
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    tensors = {f"transformer.x.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"lora_adapter_metadata": settings})
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ('{"transformer.r": 1000000000}', "claims a rank of 1000000000, and its tensors have [4]"),
+        ('{"transformer.r": 4, "transformer.rank_pattern": {"x": 100000000}}', "claims a rank of 100000000"),
+        ('{"transformer.r": [4]}', "claims a rank"),
+        ('{"transformer.rank_pattern": [1]}', "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        ("[]", "cannot be read"),
+        ('{"transformer.r": 4}', None),
+        ('{"transformer.r": 4, "transformer.rank_pattern": {}}', None),
+    ],
+)
+def test_an_adapter_s_header_cannot_ask_for_more_than_its_tensors(tmp_path, settings, said):
+    facts = read_facts(str(known_model("5b")))
+    adapters = (Adapter(adapter_file(tmp_path / "lora", settings)),)
+    request = GenerateRequest("x/y", (SamplePrompt(prompt="x"),), tmp_path / "out", adapters=adapters)
+    if said is None:
+        check_request(request, facts, native_bucket(facts))
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_request(request, facts, native_bucket(facts))
+    assert said in str(caught.value)
+
+
+def test_a_prompt_that_is_no_text_is_refused(tmp_path):
+    facts = read_facts(str(known_model("5b")))
+    request = GenerateRequest("x/y", (SamplePrompt(prompt="a\x1b[2Jb"),), tmp_path / "out")
+    with pytest.raises(ConfigError, match="the prompt is damaged: it holds U\\+001B"):
+        check_request(request, facts, native_bucket(facts))
+    (tmp_path / "p.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="nested too deeply"):
+        read_prompts(tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize(
+    "record", ["[" * 100_000, "[]", '{"fps": "x"}', '{"fps": 1e300}', '{"fps": NaN}', '{"fps": -1}']
+)
+def test_a_record_beside_an_adapter_is_only_advice(tmp_path, record):
+    (tmp_path / TRAINING_RECORD).write_text(record)
+    assert recorded_fps(find_record(tmp_path)) is None
+    (tmp_path / TRAINING_RECORD).write_text('{"fps": 8}')
+    assert recorded_fps(find_record(tmp_path)) == 8
+
+
+# ------------------------------------------------------------------------------------------------------- one version
+
+
+class Hub:
+    """A hub with one model of two commits, in the hub client's own folder layout, whose branch can be moved."""
+
+    def __init__(self, root: Path, model: Path) -> None:
+        self.root = root / "models--org--model"
+        for sha in (SHA_A, SHA_B):
+            shutil.copytree(model, self.root / "snapshots" / sha)
+        self.asked: list[str | None] = []
+        self.move(SHA_A)
+
+    def move(self, sha: str) -> None:
+        (self.root / "refs").mkdir(exist_ok=True)
+        (self.root / "refs" / "main").write_text(sha)
+
+    def __call__(self, repo: str, *, revision: str | None = None, **options: Any) -> str:
+        assert repo == "org/model"
+        self.asked.append(revision)
+        sha = revision if is_commit(revision) else (self.root / "refs" / "main").read_text()
+        return str(self.root / "snapshots" / str(sha))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, tiny_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Hub:
+    fake = Hub(tmp_path / "hub", tiny_model("5b"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    return fake
+
+
+def hub_run(tmp_path: Path, clips: Path, **changes: Any) -> RunConfig:
+    values = merged(run_values(Path("org/model"), clips, tmp_path / "run"), changes)
+    config = RunConfig.from_dict(values)
+    assert config.model.pretrained == "org/model"
+    return config
+
+
+def test_the_client_s_own_cache_answers_without_a_network(tmp_path, tiny_model, monkeypatch):
+    """huggingface_hub itself, offline: a branch is the commit that the cache holds, a folder none at all."""
+    fake = Hub(tmp_path, tiny_model("5b"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert pin_revision("org/model") == pin_revision("org/model", "main") == SHA_A
+    fake.move(SHA_B)
+    assert pin_revision("org/model") == SHA_B
+    assert resolve_pretrained("org/model", SHA_A, components=["vae"]).name == SHA_A
+    assert pin_revision(str(tiny_model("5b"))) is None
+    for repo, revision in (("org/other", None), ("org/model", "v9")):
+        with pytest.raises(ModelError, match="not in the local cache"):
+            pin_revision(repo, revision)
+
+
+def test_a_commit_is_not_asked_for(hub):
+    assert pin_revision("org/model", SHA_B) == SHA_B and hub.asked == []
+    for revision in ("main", "a" * 39, "A" * 40, "g" * 40, None):
+        assert not is_commit(revision)
+    with pytest.raises(ModelError, match="only the hub has revisions"):
+        pin_revision(str(hub.root), SHA_A)
+
+
+def test_a_download_that_is_no_commit_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *arguments, **options: str(tmp_path))
+    with pytest.raises(ModelError, match="which commit was downloaded"):
+        pin_revision("org/model")
+
+
+def test_a_branch_that_moves_in_the_middle_mixes_nothing(hub, tmp_path, demo_clips):
+    config = hub_run(tmp_path, demo_clips)
+    pinned = pin_model(config)
+    assert pinned.model.revision == SHA_A and config.model.revision is None
+    hub.move(SHA_B)
+    later = [
+        resolve_pretrained(model.pretrained, model.revision, components=["vae"]).name
+        for model in (pinned.model, config.model)
+    ]
+    assert later == [SHA_A, SHA_B], "the second is the canary: unpinned, a run would go on with another model"
+    assert pin_model(pinned) is pinned
+
+
+def record(config: RunConfig, step: int = 3) -> None:
+    """A checkpoint's folder with its configuration, as a run leaves it."""
+
+    def fill(folder: Path) -> None:
+        (folder / "config.json").write_text(json.dumps(config.to_dict()))
+
+    publish_dir(config.output_dir / "checkpoints" / f"step-{step:08d}", fill)
+
+
+def test_a_run_goes_on_with_the_commit_it_began_with(hub, tmp_path, demo_clips):
+    began = pin_model(hub_run(tmp_path, demo_clips))
+    record(began)
+    hub.move(SHA_B)
+    for revision in (None, "main"):
+        again = pin_model(hub_run(tmp_path, demo_clips, model={"revision": revision}))
+        assert again.model.revision == SHA_A
+        assert require_same_run(began.to_dict(), again.to_dict(), where="here") == []
+    named = pin_model(hub_run(tmp_path, demo_clips, model={"revision": SHA_B}))
+    assert named.model.revision == SHA_B
+    with pytest.raises(CheckpointError, match=r"model\.revision"):
+        require_same_run(began.to_dict(), named.to_dict(), where="here")
+    anew = hub_run(tmp_path, demo_clips, checkpoint={"resume": "none"})
+    assert pin_model(anew).model.revision == SHA_B, "a new run asks anew"
+    by_path = {"resume": str(began.output_dir / "checkpoints" / "step-00000003")}
+    assert pin_model(hub_run(tmp_path, demo_clips, checkpoint=by_path)).model.revision == SHA_A
+
+
+def test_a_run_from_before_commits_were_recorded_goes_on(hub, tmp_path, demo_clips):
+    before = hub_run(tmp_path, demo_clips)
+    record(before)
+    now = pin_model(before)
+    (change,) = require_same_run(before.to_dict(), now.to_dict(), where="here")
+    assert change.field == "model.revision" and change.allowed and "did not record" in change.reason
+
+
+def test_what_is_recorded_badly_is_no_record(hub, tmp_path, demo_clips):
+    config = pin_model(hub_run(tmp_path, demo_clips))
+    for step, content in enumerate(["{", "[]", '{"model": 7}', '{"model": {"pretrained": "x/y", "revision": "m"}}'], 1):
+        publish_dir(
+            config.output_dir / "checkpoints" / f"step-{step:08d}",
+            lambda folder, content=content: (folder / "config.json").write_text(content) and None,
+        )
+    hub.move(SHA_B)
+    assert pin_model(hub_run(tmp_path, demo_clips)).model.revision == SHA_B
+
+
+def test_training_asks_once_and_records_the_commit(hub, tmp_path, monkeypatch):
+    clips = tmp_path / "elsewhere"  # only the cache is here
+    config = hub_run(tmp_path, clips, train={"steps": 1}, cache={"mode": "require"})
+    fabricate_cache(config.model_copy(update={"model": config.model.model_copy(update={"revision": SHA_A})}))
+    hub.asked.clear()
+    first = hub.__call__
+
+    def moving(repo: str, **options: Any) -> str:
+        found = first(repo, **options)
+        hub.move(SHA_B)  # right after the first answer
+        return found
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", moving)
+    report = train(config)
+    assert hub.asked[0] is None and set(hub.asked[1:]) == {SHA_A} and len(hub.asked) > 3
+    assert load_config(report.run_dir / "config.yaml").model.revision == SHA_A
+    assert report.checkpoint is not None
+    assert json.loads((report.checkpoint / "config.json").read_text())["model"]["revision"] == SHA_A
+    again = train(hub_run(tmp_path, clips, train={"steps": 2}, cache={"mode": "require"}))
+    assert again.step == 2 and load_config(again.run_dir / "config.yaml").model.revision == SHA_A
+
+
+# --------------------------------------------------------------------------------------------------------- model cards
+
+NASTY = [
+    "a `red`` ring | <img src=x onerror=alert(1)> [x](javascript:alert(1))\n# heading",
+    "```\n</code></pre><script>alert(1)</script>",
+    "--- \n...\nlicense: mit",
+    "![x](http://evil/x.png) https://evil.example www.evil.example",
+    "\\` \\| \\\\| | a | b |",
+    "<!-- --> <b>&lt;script&gt;</b> &#60;",
+    "\x1b[31m \u202e",
+]
+
+
+@pytest.fixture
+def found(tmp_path: Path) -> Callable[..., Source]:
+    def make(trigger: str = "zkx", captions: tuple[str, ...] = ("a ring",), **changes: Any) -> Source:
+        config = RunConfig.from_dict(
+            {
+                "model": {"pretrained": "THUDM/CogVideoX-5b", "revision": SHA_A, "dtype": "bf16"},
+                "data": {"sources": [{"path": "x"}], "buckets": ["49x480x720"], "trigger": trigger},
+                "method": {"kind": "lora", "rank": 4, "alpha": 4, "targets": ["to_q|<b>x</b>"]},
+                "train": {"steps": 1},
+                "output_dir": str(tmp_path / "run [x](y) <img> www.evil.example"),
+            }
+        )
+        source = Source(
+            checkpoint=tmp_path,
+            run_dir=None,
+            config=config,
+            trained_on=config.model.pretrained,
+            revision=SHA_A,
+            state=RunState(3, "x"),
+            tensors={},
+            weights="raw",
+        )
+        source.__dict__["data"] = DataSummary(len(captions), 0, {"49x480x720": 1}, captions)
+        return replace(source, **changes) if changes else source
+
+    return make
+
+
+def card_of(source: Source, name: str = "export", samples: list[str] | None = None) -> str:
+    facts = read_facts(str(known_model("5b")))
+    return model_card(source, facts, None, name=name, samples=samples or [], full_pipeline=False)
+
+
+def tokens_of(body: str) -> list[Any]:
+    from markdown_it import MarkdownIt
+
+    flat: list[Any] = []
+    for token in MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body):
+        flat += [token, *(token.children or [])]
+    return flat
+
+
+def structure(body: str) -> list[str]:
+    """What a Markdown reader makes of a card, without the words."""
+    return [token.type for token in tokens_of(body) if token.type not in ("text", "text_special", "softbreak")]
+
+
+def parts_of(card: str) -> tuple[dict[str, Any], str]:
+    _, front, body = card.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_a_card_has_the_same_structure_whatever_the_words(found, text):
+    trigger = " ".join(text.split()) if text.isprintable() or "\n" in text else "zkx"  # others are refused as settings
+    usual, plain = parts_of(card_of(found(captions=("a ring", "second"))))
+    values, body = parts_of(card_of(found(trigger, (text, "second")), name=trigger.replace("/", "_")))
+    assert structure(body) == structure(plain)
+    assert not {"html_block", "html_inline", "link_open", "image"} & set(structure(body))
+    assert values == {**usual, "instance_prompt": trigger}
+    assert not set(body) & set("\x1b\u202e")
+    for line in body.splitlines():
+        if line.startswith(("# ", "|")):  # GitHub and the hub make links of bare addresses in what is no code
+            assert "www." not in line and "://" not in line
+    rendered = "".join(token.content for token in tokens_of(body) if token.type in ("text", "text_special"))
+    assert trigger in rendered, "what is escaped is still read as it was written"
+
+
+def test_the_structure_can_break(found, monkeypatch):
+    """Canary: without the escapes the same words are markup."""
+    monkeypatch.setattr("finetune.exporting.model_card._code", lambda text: text)
+    monkeypatch.setattr("finetune.exporting.model_card._text", lambda text: text)
+    _, body = parts_of(card_of(found(NASTY[3], (NASTY[0], NASTY[5]))))
+    assert {"html_inline", "image"} <= set(structure(body))
+
+
+def test_a_caption_cannot_end_the_code_it_stands_in(found):
+    captions = ("x\n```\n<script>alert(1)</script>\n```", "````")
+    _, body = parts_of(card_of(found(captions=captions)))
+    assert "html_block" not in structure(body) and structure(body).count("fence") == 2
+
+
+def test_words_that_look_like_numbers_or_truth_stay_words(found):
+    for trigger in ("1e-4", "no", "null", "2024-01-01", "0x1F", "~", "- x", "a: b", "&x", "*x", "!!str"):
+        values, _ = parts_of(card_of(found(trigger)))
+        assert values["instance_prompt"] == trigger
+    assert "instance_prompt: '1e-4'" in card_of(found("1e-4")), "a number to YAML 1.2, which the hub reads"
+
+
+def test_names_and_code_as_markdown():
+    for text in NASTY:
+        flat = tokens_of(f"# {_text(text)}\n\n- {_code(text)}\n")
+        assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & {token.type for token in flat}
+        assert sum(token.type == "code_inline" for token in flat) == 1
+
+
+def test_the_card_and_the_record_name_the_commit(found):
+    source = found()
+    _, body = parts_of(card_of(source))
+    assert f"from_pretrained('THUDM/CogVideoX-5b', revision='{SHA_A}'" in body and f"--revision {SHA_A}" in body
+    facts = read_facts(str(known_model("5b")))
+    assert json.loads(training_record(source, facts, None, max_abs_diff=0, tolerance=1))["revision"] == SHA_A
+    _, body = parts_of(card_of(replace(source, revision=None)))
+    assert "revision" not in body
+
+
+def test_only_what_a_run_writes_is_published(tmp_path):
+    folder = tmp_path / "samples" / "step-00000003"
+    folder.mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "out").mkdir()
+    for name in ("00-seed4.mp4", "x](javascript:alert(1)).mp4", "<b>.mp4", "a b.mp4", "\u05d0.mp4"):
+        (folder / name).write_bytes(b"x")
+    (folder / "01-seed5.mp4").symlink_to(tmp_path / "secret")
+    assert copy_samples(tmp_path, 3, tmp_path / "out") == ["00-seed4.mp4"]
+
+
+def test_the_bomb_of_these_tests_is_no_safetensors_file(tmp_path):
+    """Optimizer state and weights are safetensors everywhere: the one reader of ours refuses a pickle by its bytes."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = tmp_path / "optimizer.safetensors"
+    path.write_bytes(pickle.dumps(Bomb(tmp_path / "owned")))
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_no_module_of_ours_reads_pickles():
+    """torch.load, pickle.load, numpy's allow_pickle and joblib stand nowhere in the package."""
+    import ast
+
+    import finetune
+
+    found = pickle_readers(
+        {path: path.read_text(encoding="utf-8") for path in Path(finetune.__file__).parent.rglob("*.py")}
+    )
+    assert found == []
+    canary = "import pickle\npickle.loads(x)\ntorch.load(f)\nnp.load(f, allow_pickle=True)\nfrom joblib import load\n"
+    assert len(pickle_readers({Path("x.py"): canary})) == 5
+    assert ast.parse(canary)
+
+
+def pickle_readers(sources: dict[Path, str]) -> list[str]:
+    import ast
+
+    found = []
+    for path, text in sources.items():
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            bad = [
+                name for name in names if name.split(".")[0] in ("pickle", "cPickle", "dill", "joblib", "cloudpickle")
+            ]
+            if isinstance(node, ast.Call):
+                said = ast.unparse(node.func)
+                keywords = {word.arg for word in node.keywords if word.arg in ("allow_pickle", "trust_remote_code")}
+                bad += [said] if said in ("torch.load", "pickle.loads", "pickle.load") or keywords else []
+            found += [f"{path}:{getattr(node, 'lineno', 0)} {name}" for name in bad]
+    return found
