@@ -16,8 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.datasets import video
-from finetune.datasets.media import containers, decord_reader, frames
+from finetune.datasets.media import child, decord_reader, frames, limits
 from finetune.datasets.video import DecodeJob, DecodePool, decode, fit_image, load_image, probe
 from finetune.errors import DataError
 from finetune.geometry import ClipConfig, plan_clips, resize_and_crop
@@ -187,7 +186,7 @@ def test_decord_is_wrong_where_it_is_not_used(media, name):
     # The reason for the guard: where a new decord passes here, the guard may go.
     theirs = theirs_all(media / name)
     jumps = list(range(2, len(theirs), 5))
-    ours = decord_reader.read_frames(media / name, jumps, 48 if name == "edit_list.mp4" else FRAMES, HEIGHT * WIDTH * 3)
+    ours = decord_reader.read_frames(media / name, jumps, 48 if name == "edit_list.mp4" else FRAMES, (HEIGHT, WIDTH))
     differences = [np.abs(frame.astype(int) - theirs[index].astype(int)).mean() for index, frame in ours]
     assert max(differences) > 2
 
@@ -240,8 +239,8 @@ BROKEN = {
     "cut.mkv": "cut off",
     "cut.avi": "cut off",
     "text.mp4": "not a video",
-    "concat.mp4": "not a video",
-    "playlist.mp4": "not a video",
+    "concat.mp4": "a concat script",
+    "playlist.mp4": "a playlist",
     "missing.mp4": "no such file",
     ".": "not a regular file",
 }
@@ -334,10 +333,10 @@ def test_boxes_within_boxes_within_boxes_end(tmp_path):
 
 
 def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
-    monkeypatch.setattr(containers, "MAX_FRAMES", 59)
+    monkeypatch.setattr(limits, "MAX_FRAMES", 59)
     with pytest.raises(DataError, match="60 frames"):
         probe(media / "cfr.mkv")
-    monkeypatch.setattr(containers, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(limits, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(DataError, match="64x96"):
         probe(media / "cfr.mkv")
 
@@ -426,7 +425,7 @@ worker.main()
 def crashing_worker(tmp_path, monkeypatch):
     (tmp_path / "crashing_worker.py").write_text(CRASHING_WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(video, "_WORKER_MODULE", "crashing_worker")
+    monkeypatch.setattr(child, "WORKER_MODULE", "crashing_worker")
 
 
 def named(job: DecodeJob, folder: Path, name: str) -> DecodeJob:
@@ -486,7 +485,7 @@ def test_a_bug_in_a_worker_is_no_data_error(media, tmp_path, crashing_worker):
 
 
 def test_a_worker_that_cannot_start_says_why(media, monkeypatch):
-    monkeypatch.setattr(video, "_WORKER_MODULE", "no_such_worker_module")
+    monkeypatch.setattr(child, "WORKER_MODULE", "no_such_worker_module")
     with DecodePool(workers=1) as pool, pytest.raises(RuntimeError, match="no_such_worker_module"):
         list(pool.probe_many([media / "cfr.mp4"]))
 

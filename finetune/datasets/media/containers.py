@@ -1,8 +1,8 @@
-"""What a media file says of its own size, checked before a decoding library believes it.
+"""What a media file is by its first bytes, and what its boxes promise, checked before a decoding library believes it.
 
-A few hundred bytes of a header can promise a thousand million frames, for which a demuxer reserves an index entry each;
-and a download that stopped half-way still opens, and would quietly become a shorter video. Both are seen by walking the
-file's boxes, without decoding anything.
+A download that stopped half-way still opens, and would quietly become a shorter video; a login page saved as ``.mp4``
+gives an error that nobody understands; a playlist makes FFmpeg open other files. All of it is seen by looking at the
+first bytes and walking the file's boxes, without decoding anything.
 """
 
 from __future__ import annotations
@@ -10,25 +10,56 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
+from finetune.datasets.media.limits import (
+    MAX_BOXES,
+    MAX_EDITS,
+    MAX_STREAMS,
+    check_count,
+    check_frame_count,
+    check_frame_size,
+)
 from finetune.errors import DataError
 
-MAX_FRAMES = 2_000_000
-"""More frames than nine hours at 60 per second: a longer video is refused."""
-
-MAX_PIXELS = 2**25
-"""Pixels of one frame or image: a little more than 8K UHD (7680x4320). A larger one is refused."""
+Family = Literal["mp4", "matroska", "avi", "other"]
 
 _TRUNCATED_FIX = "copy or download the file again"
-_PARENTS = {b"moov", b"trak", b"mdia", b"minf", b"stbl", b"moof", b"traf"}
-_MAX_BOXES = 1_000_000
+_PARENTS = {b"moov", b"trak", b"edts", b"mdia", b"minf", b"stbl", b"moof", b"traf"}
+_FIRST_BOXES = {
+    *(b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip", b"junk", b"uuid"),
+    *(b"pnot", b"PICT", b"prfl", b"udta", b"sidx", b"emsg", b"mfra", b"pdin"),
+}
+_HEAD = 4096
+
+_IMAGES = ((b"\x89PNG\r\n\x1a\n", "a PNG image"), (b"\xff\xd8\xff", "a JPEG image"), (b"GIF8", "a GIF image"))
+_FOREIGN = (
+    *_IMAGES,
+    (b"PK\x03\x04", "a zip archive"),
+    (b"PK\x05\x06", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-Zip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"%PDF", "a PDF document"),
+    (b"version https://git-lfs", "the pointer of a Git LFS file that was not fetched"),
+    (b"BM", "a BMP image"),
+    (b"II*\0", "a TIFF image"),
+    (b"MM\0*", "a TIFF image"),
+)
+_TEXTS = (
+    (b"#extm3u", "a playlist"),
+    (b"ffconcat", "a concat script"),
+    (b"<!doctype html", "a web page"),
+    (b"<html", "a web page"),
+    (b"<mpd", "a streaming manifest"),
+    (b"<svg", "an SVG drawing"),
+    (b"<?xml", "an XML document"),
+    (b"{", "a JSON document"),
+)
 
 
-def check_container(path: Path) -> None:
-    """Refuse a file that is empty, ends before its own header says, or promises more than this package reads.
-
-    It knows MP4/MOV, Matroska/WebM and AVI; of other formats only emptiness is seen here.
+def check_regular(path: Path) -> int:
+    """The size of a file that can be read to its end; an empty one, a pipe or a device is refused.
 
     Raises:
         DataError: naming the file.
@@ -37,36 +68,57 @@ def check_container(path: Path) -> None:
         if not path.is_file():  # asked before opening, because opening a named pipe would wait for ever
             raise DataError("there is no such file" if not path.exists() else "not a regular file", where=str(path))
         size = path.stat().st_size
-        if size == 0:
-            raise DataError("the file is empty (0 bytes)", where=str(path), fix=_TRUNCATED_FIX)
+    except (OSError, ValueError) as error:
+        raise _unreadable(error, path) from None
+    if size == 0:
+        raise DataError("the file is empty (0 bytes)", where=str(path), fix=_TRUNCATED_FIX)
+    return size
+
+
+def check_container(path: Path) -> Family:
+    """Refuse a file that is empty, no video, ends before its own header says, or promises more than is read.
+
+    It knows the insides of MP4/MOV, the outsides of Matroska/WebM and AVI; of other formats only their first bytes.
+
+    Returns:
+        Which format the first bytes say it is.
+
+    Raises:
+        DataError: naming the file, what it claims and the limit.
+    """
+    size = check_regular(path)
+    try:
         with path.open("rb") as file:
-            head = file.read(64)
-            if head[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"styp"):
-                _check_mp4(file, size, path)
-            elif (stated := _stated_size(head)) is not None and stated > size:
-                raise _truncated(path, stated, size)
+            head = file.read(_HEAD)
+            if head[4:8] in _FIRST_BOXES:
+                _Mp4(file, size, path).check()
+                return "mp4"
     except OSError as error:
-        raise DataError(f"the file cannot be read: {error.strerror or error}", where=str(path)) from None
-
-
-def check_frame_size(height: int, width: int, where: str) -> None:
-    """Refuse a picture without area, or with more than ``MAX_PIXELS``, before memory is taken for it."""
-    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise _unreadable(error, path) from None
+    if (stated := _stated_size(head)) is not None and stated > size:
+        raise _truncated(path, stated, size)
+    if foreign := _foreign(head):
         raise DataError(
-            f"a picture of {height}x{width} (height x width) is outside what is read: 1 to {MAX_PIXELS:,} pixels",
-            where=where,
-            fix="scale it down first, or leave it out",
+            f"not a video: it begins like {foreign}", where=str(path), fix="download it again, or take it out"
         )
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return "matroska"
+    return "avi" if head[:4] == b"RIFF" else "other"
 
 
-def check_frame_count(frames: int, where: str) -> None:
-    """Refuse more than ``MAX_FRAMES`` frames."""
-    if frames > MAX_FRAMES:
-        raise DataError(
-            f"the header promises {frames:,} frames; at most {MAX_FRAMES:,} are read",
-            where=where,
-            fix="split the video into shorter files, or leave it out",
-        )
+def _foreign(head: bytes) -> str | None:
+    """What a file is that is no video, by its first bytes; None if they say nothing."""
+    for start, name in _FOREIGN:
+        if head.startswith(start):
+            return name
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a WebP image"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((name for start, name in _TEXTS if text.startswith(start)), None)
+
+
+def _unreadable(error: Exception, path: Path) -> DataError:
+    return DataError(f"the file cannot be read: {getattr(error, 'strerror', None) or error}", where=str(path))
 
 
 def _truncated(path: Path, stated: int, size: int) -> DataError:
@@ -79,7 +131,7 @@ def _truncated(path: Path, stated: int, size: int) -> DataError:
 
 def _stated_size(head: bytes) -> int | None:
     """The size in bytes that an AVI or Matroska header states, or None."""
-    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI " and len(head) >= 12:
         return 8 + int(struct.unpack("<I", head[4:8])[0])
     if head[:4] == b"\x1a\x45\xdf\xa3":
         offset, length = _ebml_size(head, 4)
@@ -99,49 +151,73 @@ def _ebml_size(head: bytes, at: int) -> tuple[int, int | None]:
     return at + width, None if value == (1 << 7 * width) - 1 else value
 
 
-def _check_mp4(file: BinaryIO, size: int, path: Path) -> None:
-    frames, is_video, has_index = 0, False, False
-    for count, (kind, start, end) in enumerate(_boxes(file, 0, size)):
-        if end > size:
-            raise _truncated(path, end, size)
-        if count > _MAX_BOXES:
-            raise DataError("the header has more boxes than any video needs", where=str(path), fix=_TRUNCATED_FIX)
-        has_index |= kind == b"moov"
-        file.seek(start)
-        body = file.read(min(44, end - start))
-        if kind == b"hdlr" and len(body) >= 12:
-            is_video = body[8:12] == b"vide"
-        elif kind == b"stsd" and is_video and len(body) >= 44:
+class _Mp4:
+    """One walk over the boxes of an MP4 or MOV file."""
+
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
+        self._file = file
+        self._size = size
+        self._path = path
+        self._frames = 0
+        self._tracks = 0
+        self._is_video = False
+
+    def check(self) -> None:
+        """Raise the DataError of the first claim that is too large, or of a file that is not all there."""
+        where, has_index = str(self._path), False
+        for count, (kind, start, end) in enumerate(self._boxes(0, self._size)):
+            if end > self._size:
+                raise _truncated(self._path, end, self._size)
+            check_count(count, MAX_BOXES, "boxes", where)
+            has_index |= kind == b"moov"
+            self._file.seek(start)
+            self._check_box(kind, self._file.read(min(44, end - start)), where)
+        if not has_index:
+            raise DataError(
+                "the file has no index (moov): it is cut off, or its recording was never finished",
+                where=where,
+                fix=_TRUNCATED_FIX,
+            )
+
+    def _check_box(self, kind: bytes, body: bytes, where: str) -> None:
+        if kind == b"cmov":  # nobody has written one for twenty years, and what it unpacks to is anyone's guess
+            raise DataError("its index is compressed (cmov)", where=where, fix="re-encode it, or leave it out")
+        if kind == b"trak":
+            self._tracks += 1
+            self._is_video = False
+            check_count(self._tracks, MAX_STREAMS, "tracks", where)
+        elif kind == b"hdlr" and len(body) >= 12:
+            self._is_video = body[8:12] == b"vide"
+        elif kind == b"elst" and len(body) >= 8:
+            check_count(_count_at(body, 4), MAX_EDITS, "edits", where)
+        elif kind == b"stsd" and self._is_video and len(body) >= 44:
             width, height = struct.unpack(">HH", body[40:44])
             # Some muxers leave zeroes here and the truth in the codec's own header, which is looked at later.
-            check_frame_size(max(height, 1), max(width, 1), str(path))
-        elif kind in (b"stsz", b"stz2") and is_video and len(body) >= 12:
-            frames += int(struct.unpack(">I", body[8:12])[0])
+            check_frame_size(max(height, 1), max(width, 1), where)
+        elif kind in (b"stsz", b"stz2") and self._is_video and len(body) >= 12:
+            self._frames += _count_at(body, 8)
         elif kind == b"trun" and len(body) >= 8:
-            frames += int(struct.unpack(">I", body[4:8])[0])
-        check_frame_count(frames, str(path))
-    if not has_index:
-        raise DataError(
-            "the file has no index (moov): it is cut off, or its recording was never finished",
-            where=str(path),
-            fix=_TRUNCATED_FIX,
-        )
+            self._frames += _count_at(body, 4)
+        check_frame_count(self._frames, where)
+
+    def _boxes(self, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
+        """Every box from ``start`` to ``end``, depth first: its kind, and the start and end of its body."""
+        while start + 8 <= end:
+            self._file.seek(start)
+            header = self._file.read(16)
+            length, kind = struct.unpack(">I4s", header[:8])
+            body = start + 8
+            if length == 1 and len(header) == 16:
+                length, body = struct.unpack(">Q", header[8:])[0], start + 16
+            elif length == 0:  # up to the end of the file
+                length = end - start
+            if length < body - start:  # padding, or a box that would never end
+                return
+            yield kind, body, start + length
+            if kind in _PARENTS and depth < 8:  # moov/trak/mdia/minf/stbl is 5 deep; deeper is nobody's video
+                yield from self._boxes(body, min(start + length, end), depth + 1)
+            start += length
 
 
-def _boxes(file: BinaryIO, start: int, end: int, depth: int = 0) -> Iterator[tuple[bytes, int, int]]:
-    """Every box from ``start`` to ``end``, depth first: its kind, and the start and end of its body."""
-    while start + 8 <= end:
-        file.seek(start)
-        header = file.read(16)
-        length, kind = struct.unpack(">I4s", header[:8])
-        body = start + 8
-        if length == 1 and len(header) == 16:
-            length, body = struct.unpack(">Q", header[8:])[0], start + 16
-        elif length == 0:  # up to the end of the file
-            length = end - start
-        if length < body - start:  # padding, or a box that would never end
-            return
-        yield kind, body, start + length
-        if kind in _PARENTS and depth < 8:  # moov/trak/mdia/minf/stbl is 5 deep; deeper is nobody's video
-            yield from _boxes(file, body, min(start + length, end), depth + 1)
-        start += length
+def _count_at(body: bytes, at: int) -> int:
+    return int(struct.unpack_from(">I", body, at)[0])

@@ -10,6 +10,7 @@ Everything decord raises becomes ``DecordError``, upon which the caller turns to
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,14 +47,16 @@ def agrees(path: Path, frame_times_s: Sequence[float], size_hw: tuple[int, int])
     return bool(np.all(np.abs(starts_s - starts_s[0] - np.asarray(frame_times_s)) <= tolerance_s))
 
 
-def read_frames(path: Path, frame_indices: Sequence[int], frames: int, frame_bytes: int) -> Iterator[tuple[int, Frame]]:
+def read_frames(
+    path: Path, frame_indices: Sequence[int], frames: int, size_hw: tuple[int, int]
+) -> Iterator[tuple[int, Frame]]:
     """Decode the named frames upright (decord turns them itself), a batch at a time.
 
     Args:
         path: a video that ``agrees`` accepted.
         frame_indices: ascending frame numbers; repeated ones are given once.
         frames: how many frames the file had when it was probed.
-        frame_bytes: size of one decoded frame, which decides how many are in a batch.
+        size_hw: height and width of its upright frames, which decide how many are in a batch.
 
     Yields:
         The frame's number and its RGB pixels, uint8 [H, W, 3].
@@ -62,7 +65,7 @@ def read_frames(path: Path, frame_indices: Sequence[int], frames: int, frame_byt
         DecordError: if decord cannot.
     """
     wanted = sorted(set(frame_indices))
-    step = max(1, _BATCH_BYTES // frame_bytes)
+    step = max(1, _BATCH_BYTES // (size_hw[0] * size_hw[1] * 3))
     try:
         for start in range(0, len(wanted), step):
             batch = wanted[start : start + step]
@@ -70,6 +73,8 @@ def read_frames(path: Path, frame_indices: Sequence[int], frames: int, frame_byt
             if len(reader) != frames:
                 raise DecordError(f"{len(reader)} frames, not {frames}")
             pixels = reader.get_batch(batch).asnumpy()
+            if pixels.shape[1:3] != size_hw:
+                raise DecordError(f"frames of {pixels.shape[1:3]}, not {size_hw}")
             del reader  # before the consumer takes its time
             yield from zip(batch, pixels, strict=True)
     except DecordError:
@@ -85,13 +90,16 @@ def _opened(path: Path) -> Any:
         raise DecordError(f"decord is not installed: {error}") from error
     decord.logging.set_level(decord.logging.QUIET)
     try:
-        return decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=2)
+        # Absolute, because FFmpeg takes what stands before a colon for a protocol.
+        return decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=2)  # noqa: PTH100
     except _failures() as error:
         raise DecordError(str(error)) from error
 
 
 def _failures() -> tuple[type[Exception], ...]:
-    """What decord raises: its own class, but also RuntimeError for a file and AssertionError for a frame count."""
+    """What decord raises: its own class, but also RuntimeError for a file, AssertionError for a frame count,
+    UnicodeError for a name that is not UTF-8.
+    """
     import decord
 
-    return decord.DECORDError, RuntimeError, AssertionError, IndexError, OSError
+    return decord.DECORDError, RuntimeError, AssertionError, IndexError, OSError, UnicodeError

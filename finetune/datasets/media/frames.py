@@ -13,14 +13,19 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
 from finetune.datasets.media import decord_reader, pyav_reader
-from finetune.datasets.media.containers import check_container, check_frame_size
+from finetune.datasets.media.containers import check_container
+from finetune.datasets.media.limits import MAX_FPS, as_times, check_frame_size, check_times
+from finetune.datasets.media.pictures import read_image
 from finetune.errors import DataError
-from finetune.types import ClipPlan, VideoProbe
+from finetune.types import Bucket, ClipPlan, VideoProbe
 
 Frame = NDArray[np.uint8]
+
+_USUAL_FPS = 25.0
+"""Of a file that stores neither times nor a rate."""
 
 
 def probe_file(path: Path) -> VideoProbe:
@@ -29,24 +34,28 @@ def probe_file(path: Path) -> VideoProbe:
     Height and width are those of the picture on a display: upright, with square pixels.
 
     Raises:
-        DataError: if the file is missing, empty, cut off, without video, beyond the limits of ``containers``, or if its
-            first frame cannot be decoded.
+        DataError: if the file is missing, empty, cut off, without video, beyond ``limits``, or if its first frame
+            cannot be decoded.
     """
-    check_container(path)
+    family = check_container(path)
     stream = pyav_reader.read_header(path)
     index = pyav_reader.read_index(path)
     square = abs(stream.pixel_aspect - 1) < 1e-6
-    height, width = stream.height, max(1, round(stream.width * stream.pixel_aspect))
+    height, width = _shown_hw(stream)
     check_frame_size(height, width, str(path))
     if stream.rotation in (90, 270):
         height, width = width, height
     if index.timed:
-        times = tuple((pts - index.pts[0]) * index.time_base for pts in index.pts)
+        times = as_times([(pts - index.pts[0]) * index.time_base for pts in index.pts])
     else:
-        times = tuple(number / (stream.rate or 25.0) for number in index.pts)
-    fps = (len(times) - 1) / times[-1] if times[-1] > 0 else stream.rate or 1.0
+        rate = stream.rate or _USUAL_FPS
+        times = as_times([number / rate for number in index.pts])
+    check_times(times, str(path))
+    fps = (len(times) - 1) / times[-1] if times[-1] > 0 else min(stream.rate or 1.0, MAX_FPS)
     reliable = (
-        index.timed
+        # decord's FFmpeg has no list of allowed formats: what it is given has to begin like one that both know.
+        family in ("mp4", "matroska")
+        and index.timed
         and not index.open_gop
         and stream.container in pyav_reader.SEEKABLE
         and stream.video_streams == 1
@@ -72,48 +81,53 @@ def read_clip(path: Path, header: VideoProbe, plan: ClipPlan) -> Frame:
         DataError: if one of the frames cannot be decoded, or the file is not the one that was probed.
     """
     check_container(path)
+    where = str(path)
+    if len(pyav_reader.read_index(path).pts) != header.frames:
+        raise DataError("the file has changed since its header was read", where=where, fix="run the command again")
+    stored_hw = (header.width, header.height) if header.rotation in (90, 270) else (header.height, header.width)
     if header.decoder == "decord":
         try:
-            frame_bytes = header.height * header.width * 3
-            return _assemble(decord_reader.read_frames(path, plan.frame_indices, header.frames, frame_bytes), 0, plan)
+            shown_hw = header.height, header.width
+            pyav_reader.check_sizes(path, plan.frame_indices, stored_hw)
+            return _assemble(decord_reader.read_frames(path, plan.frame_indices, header.frames, shown_hw), 0, plan)
         except decord_reader.DecordError:
             # decord opened the file but not this stretch of it. The whole clip is decoded again, so that no clip mixes
             # two decoders; and of a file that is really damaged PyAV has the clearer message.
             return read_clip(path, replace(header, decoder="pyav"), plan)
-    if len(pyav_reader.read_index(path).pts) != header.frames:
-        raise DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
-    return _assemble(pyav_reader.read_frames(path, plan.frame_indices), header.rotation, plan)
+    return _assemble(pyav_reader.read_frames(path, plan.frame_indices, stored_hw), header.rotation, plan)
 
 
-def read_image(path: Path) -> Frame:
-    """Load a still image as upright RGB, uint8 [H, W, 3].
+def read_fitted_image(path: Path, bucket: Bucket) -> Frame:
+    """Load a still image and cut it to a bucket's height and width by the rule of frames.
 
-    EXIF orientation is applied; transparency is laid on black; 16-bit grey is scaled, not clipped.
+    Returns:
+        uint8 RGB [3, bucket.height, bucket.width].
 
     Raises:
-        DataError: if the file is not an image, is damaged, or is beyond the limits of ``containers``.
+        DataError: as ``read_image``, or if too little of the picture would remain.
     """
-    check_container(path)
-    where, fix = str(path), "save it again as PNG or JPEG, or leave it out"
-    try:
-        with Image.open(path) as image:
-            check_frame_size(image.height, image.width, where)  # from the header, before the pixels are read
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):
-                return _grey(np.asarray(upright), where)
-            if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                upright = Image.alpha_composite(Image.new("RGBA", upright.size, (0, 0, 0, 255)), upright)
-            return np.asarray(upright.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"not an image that can be read ({error})", where=where, fix=fix) from None
+    fitted = fit_to_bucket(read_image(path), bucket, str(path))
+    return np.ascontiguousarray(fitted.transpose(2, 0, 1))
 
 
-def _grey(values: NDArray[np.generic], where: str) -> Frame:
-    """Grey wider than 8 bits. Pillow's own conversion clips at 255, which turns a 16-bit image white."""
-    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
-        raise DataError("grey values are not 0 to 65535", where=where, fix="save the image with 8 bits per channel")
-    return np.repeat(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+def fit_to_bucket(picture: Frame, bucket: Bucket, where: str) -> Frame:
+    """Resize a picture [H, W, 3] to cover a bucket and crop its centre. Raises DataError for another shape altogether.
+
+    A picture one pixel high and a million wide is small; enlarged until it covers a bucket it fills the memory.
+    """
+    # Brings pydantic, half a second, which a worker that only meets videos need not wait for.
+    from finetune.geometry import MAX_ASPECT_MISMATCH, resize_and_crop
+
+    height, width = picture.shape[:2]
+    resize_hw, crop_yx = resize_and_crop((height, width), bucket)
+    kept = bucket.height * bucket.width / (resize_hw[0] * resize_hw[1])
+    if kept * MAX_ASPECT_MISMATCH < 1:
+        raise DataError(
+            f"{bucket} would keep {kept:.1%} of a picture of {height}x{width}",
+            where=where,
+            fix="cut the picture to the clip's shape, or leave it out",
+        )
+    return fit(picture, resize_hw, crop_yx, (bucket.height, bucket.width))
 
 
 def fit(frame: Frame, resize_hw: tuple[int, int], crop_yx: tuple[int, int], size_hw: tuple[int, int]) -> Frame:
@@ -126,6 +140,11 @@ def fit(frame: Frame, resize_hw: tuple[int, int], crop_yx: tuple[int, int], size
         picture = Image.fromarray(np.ascontiguousarray(frame))
         frame = np.asarray(picture.resize((resize_hw[1], resize_hw[0]), Image.Resampling.BICUBIC))
     return frame[top : top + height, left : left + width]
+
+
+def _shown_hw(stream: pyav_reader.StreamHeader) -> tuple[int, int]:
+    """Height and width with square pixels, before rotation."""
+    return stream.height, max(1, round(stream.width * stream.pixel_aspect))
 
 
 def _assemble(frames: Iterable[tuple[int, Frame]], rotation: int, plan: ClipPlan) -> Frame:

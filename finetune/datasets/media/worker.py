@@ -1,53 +1,42 @@
-"""One decode worker process: ``python -m finetune.datasets.media.worker``, driven by ``video.DecodePool``.
+"""One decode worker process: ``python -m finetune.datasets.media.worker``, driven by ``media.child``.
 
-It says ``("ready", None)``, then reads pickled ``(task, *arguments)`` from standard input and answers each with a
-pickled ``(kind, value)`` on standard output; kind is ``done``, ``unusable`` (a DataError) or ``bug`` (a traceback). It
-ends when its input does, so it does not outlive the process that started it.
+It puts itself under the limits of ``limits``, says that it is ready, then reads requests of ``wire`` from standard
+input and answers each on standard output. It ends when its input does, so it does not outlive the process that started
+it.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import sys
 import traceback
-from collections.abc import Callable
-from typing import Any, BinaryIO
 
-from finetune.errors import DataError
+from finetune.datasets.media import limits
 
 
 def main() -> None:
     """Answer requests until standard input ends."""
+    limits.limit_process()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # C libraries print; a stray line must not land between two answers
-    from finetune.datasets.media.frames import probe_file, read_clip
+    from finetune.datasets.media import tasks, wire
 
-    tasks: dict[str, Callable[..., object]] = {"probe": probe_file, "decode": read_clip}
-    _send(answers, ("ready", None))
+    wire.send(answers, {"kind": "ready"})
     while True:
         try:
-            task, *arguments = pickle.load(sys.stdin.buffer)
+            request, number = wire.read_request(sys.stdin.buffer)
         except EOFError:
             return
-        answer: tuple[str, Any]
+        limits.limit_memory(2 * wire.answer_bytes(request))
+        answer: wire.Answer | wire.BugError
         try:
-            answer = ("done", tasks[task](*arguments))
-        except DataError as error:
-            answer = ("unusable", error)
-        except MemoryError:
-            answer = ("unusable", DataError("not enough memory to decode this file", where=str(arguments[0])))
+            answer = tasks.answer(request)
         except Exception:
-            answer = ("bug", traceback.format_exc())
+            answer = wire.BugError(traceback.format_exc())
         try:
-            _send(answers, answer)
+            wire.write_answer(answers, answer, number)
         except BrokenPipeError:  # the main process is gone
             return
-
-
-def _send(answers: BinaryIO, answer: tuple[str, Any]) -> None:
-    pickle.dump(answer, answers, protocol=5)
-    answers.flush()
 
 
 if __name__ == "__main__":
