@@ -79,13 +79,18 @@ def draw(
         return stream(seed, purpose, what, step, slot)
 
     return Draw(
-        timestep=int(torch.randint(num_train_timesteps, (), generator=source("timestep"))),
+        timestep=drawn_timestep(seed, step, slot, num_train_timesteps, purpose=purpose),
         noise=torch.randn(channels, padded_frames, height, width, generator=source("noise")),
         posterior_noise=torch.randn(channels, frames, height, width, generator=source("posterior")),
         drop_caption=_bernoulli(dropout.caption_dropout, source("caption")),
         drop_image=image_draws > 0 and _bernoulli(dropout.image_dropout, source("image")),
         image_draw=int(torch.randint(image_draws, (), generator=source("image_draw"))) if image_draws else 0,
     )
+
+
+def drawn_timestep(seed: int, step: int, slot: int, num_train_timesteps: int, *, purpose: str = "train") -> int:
+    """The timestep of ``draw``, alone; arguments as there."""
+    return int(torch.randint(num_train_timesteps, (), generator=stream(seed, purpose, "timestep", step, slot)))
 
 
 def _bernoulli(probability: float, generator: torch.Generator) -> bool:

@@ -1,31 +1,41 @@
 """A checkpoint in, weights for the stock diffusers pipeline out; nothing is published that does not reproduce the run.
 
-An export is written into a partial folder, loaded again by diffusers' own code, and compared with the model as it was
-trained: tensor by tensor, and in one forward pass. Only then does the folder get its name.
+An adapter leaves as it is or merged into its base, a full fine-tuning as a whole transformer. Each is written into a
+partial folder, loaded again by diffusers' own code, and compared with the model as it was trained: tensor by tensor,
+and in one forward pass. Only then does the folder get its name.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, save_transformer
+from finetune.config import pin_model
 from finetune.errors import ExportError
+from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
 from finetune.exporting.model_card import copy_samples, model_card, training_record
 from finetune.exporting.source import Source, find_source
-from finetune.exporting.verify import Trained, adapter_scaling, adapter_tensors, forward, verify
+from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
 from finetune.facts import Facts, read_facts, resolve_pretrained
-from finetune.files import atomic_write_text, is_complete, publish_dir
+from finetune.files import atomic_write_text, disk_fix, is_complete, publish_dir, require_space
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.seals import seal
+from finetune.tensorfiles import file_bytes
 from finetune.trainers.method import LoraMethod
+
+_SIDE_FILES = 1 << 20
+"""Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +52,21 @@ class ExportReport:
     """Largest difference of predicted velocity between the trained model and the reloaded export."""
     tolerance: float
     """What the difference may be; see ``exporting.verify.tolerance_of``."""
+    merged: Merged | None = None
+    """Of an adapter that was merged into its base."""
+    note: str = ""
+    """What the request came to, where its words suggest something else."""
 
     def __str__(self) -> str:
         averaged = ", averaged weights" if self.weights == "ema" else ""
-        return (
-            f"exported step {self.step}{averaged} to {self.folder}: {', '.join(self.files)}\n"
+        lines = [f"exported step {self.step}{averaged} to {self.folder}: {', '.join(self.files)}"]
+        lines += [str(self.merged)] if self.merged is not None else []
+        lines += [self.note] if self.note else []
+        lines.append(
             f"reloaded through the stock pipeline: largest difference {self.max_abs_diff:.2g}"
             f" (allowed {self.tolerance:.2g})"
         )
+        return "\n".join(lines)
 
 
 def export(
@@ -60,59 +77,90 @@ def export(
     full_pipeline: bool = False,
     weights: Literal["auto", "ema", "raw"] = "auto",
     pretrained: str | None = None,
+    merged: bool = False,
+    strength: float = 1.0,
 ) -> ExportReport:
     """Export a run or one of its checkpoints.
 
-    A LoRA becomes ``pytorch_lora_weights.safetensors`` with its settings in the header, a full fine-tuning a
-    ``transformer`` folder; both get a model card, a record for programs and the run's sampled videos.
+    A LoRA becomes ``pytorch_lora_weights.safetensors`` with its settings in the header, or merged into its base a
+    ``transformer`` folder, which is what a full fine-tuning becomes in any case. All get a model card, a record for
+    programs and the run's sampled videos.
 
     Args:
         source: a run's folder, or one checkpoint's.
-        to: the export's folder, replaced if it is an earlier export; None for ``<run>/export``.
+        to: the export's folder, replaced if it is an earlier export; None for ``<run>/export``, or ``<run>/merged``.
         checkpoint: of a run's folder, the newest checkpoint or the one with the lowest held-out loss.
-        full_pipeline: after full fine-tuning, put the base's other components beside the transformer, so that the
-            folder is a whole pipeline (hard links where the file system has them, copies elsewhere).
+        full_pipeline: put the base's other components beside a whole transformer, so that the folder is a whole
+            pipeline (hard links where the file system has them, copies elsewhere).
         weights: the moving average or the trained weights themselves; ``auto`` takes the average if one was kept.
         pretrained: where the base model is now, if not where the run had it.
+        merged: put the adapter into the base's weights; a full fine-tuning is whole already, and exported as ever.
+        strength: how much of the adapter is merged: 1 as trained, 0 none of it.
 
     Raises:
-        CheckpointError: if the checkpoint is missing or damaged.
+        CheckpointError: if the checkpoint is missing or damaged; the message names those of the run that are whole.
         ModelError: if the base model cannot be found or loaded.
-        ExportError: if ``to`` holds something else, the options do not fit the run, or the reloaded export differs from
-            the trained model; nothing is left at ``to`` then but an earlier export.
+        ExportError: if ``to`` holds something else, the options do not fit the run, there is no room, the disk fails,
+            or the reloaded export differs from the trained model; nothing is left at ``to`` but an earlier export.
     """
     found = find_source(source, checkpoint, weights, pretrained)
-    config, facts = found.config, read_facts(found.config.model.pretrained, found.config.model.revision)
-    if full_pipeline and isinstance(config.method, LoraMethod):
+    config = pin_model(found.config)
+    found = replace(found, config=config)
+    facts = read_facts(config.model.pretrained, config.model.revision)
+    _require_sense(found, full_pipeline=full_pipeline, merged=merged, strength=strength)
+    folder = to if to is not None else found.default_folder("merged" if merged else "export")
+    _require_replaceable(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    outcome: list[tuple[float, float, Merged | None]] = []
+
+    def fill(partial: Path) -> str:
+        trained = _write_weights(found, facts, partial, device, strength if merged and found.lora else None)
+        _free()  # from here on the trained transformer is gone: never two in memory
+        difference, tolerance = verify(partial, found, facts, trained, device)
+        outcome.append((difference, tolerance, trained.merged))
+        samples = copy_samples(found.run_dir, found.state.step, partial)
+        record = training_record(found, facts, trained.merged, max_abs_diff=difference, tolerance=tolerance)
+        atomic_write_text(partial / TRAINING_RECORD, record)
+        card = model_card(found, facts, trained.merged, name=folder.name, samples=samples, full_pipeline=full_pipeline)
+        atomic_write_text(partial / "README.md", card)
+        marker = seal(partial)  # before the base's files: they are others' and large
+        if full_pipeline:
+            _add_components(partial, config.model)
+        return marker
+
+    try:
+        publish_dir(folder, fill)
+    except (OSError, SafetensorError) as error:  # the latter from the library's writer
+        raise ExportError(
+            f"the export cannot be written: {error}",
+            where=str(folder),
+            fix=disk_fix(error) if isinstance(error, OSError) else "make room, or look at the disk, and export again",
+        ) from error
+    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    difference, tolerance, what = outcome[0]
+    note = "a full fine-tuning is whole: merged or not, its export is the same" if merged and not found.lora else ""
+    return ExportReport(
+        folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, note=note
+    )
+
+
+def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength: float) -> None:
+    if full_pipeline and found.lora and not merged:
         raise ExportError(
             "a LoRA has no pipeline of its own",
             where="--full-pipeline",
-            fix="leave the option out: the adapter is loaded onto the base pipeline",
+            fix="leave the option out (the adapter is loaded onto the base pipeline), or add --merged",
         )
-    folder = to if to is not None else found.default_folder
-    _require_replaceable(folder)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    outcome: list[tuple[float, float]] = []
-
-    def fill(partial: Path) -> None:
-        trained = _write_weights(found, facts, partial, device)
-        _free()  # from here on the trained transformer is gone: never two in memory
-        outcome.append(verify(partial, found, facts, trained, device))
-        if full_pipeline:
-            _add_components(partial, config.model)
-        samples = copy_samples(found.run_dir, found.state.step, partial)
-        difference, tolerance = outcome[0]
-        record = training_record(found, facts, max_abs_diff=difference, tolerance=tolerance)
-        atomic_write_text(partial / TRAINING_RECORD, record)
-        atomic_write_text(
-            partial / "README.md",
-            model_card(found, facts, name=folder.name, samples=samples, full_pipeline=full_pipeline),
+    if strength != 1 and not (merged and found.lora):
+        raise ExportError(
+            "the strength of an adapter is chosen where it is loaded"
+            if found.lora
+            else "a full fine-tuning has no strength: nothing of the base is kept apart from it",
+            where=f"--strength {strength:g}",
+            fix="add --merged, or leave the option out" if found.lora else "leave the option out",
         )
-
-    publish_dir(folder, fill)
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    difference, tolerance = outcome[0]
-    return ExportReport(folder, tuple(files), found.state.step, found.weights, difference, tolerance)
+    if not math.isfinite(strength):
+        raise ExportError("it is not a number", where=f"--strength {strength}", fix="give 1 (as trained), 0.8, ...")
 
 
 def _require_replaceable(folder: Path) -> None:
@@ -129,8 +177,16 @@ def _require_replaceable(folder: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write_weights(found: Source, facts: Facts, folder: Path, device: torch.device) -> Trained:
-    """Rebuild the model as it was trained, note what it computes, and write its weights."""
+def _write_weights(found: Source, facts: Facts, folder: Path, device: torch.device, merge_at: float | None) -> Trained:
+    """Rebuild the model as it was trained, note what it computes, and write its weights.
+
+    Args:
+        found: the checkpoint.
+        facts: of the model.
+        folder: where to.
+        device: to compute on.
+        merge_at: the strength to merge an adapter at; None to write it as it is, or what is no adapter.
+    """
     config = found.config
     transformer = load_transformer(config.model, device=device)
     # Where the adapter began is of no matter any more, and its file may be gone.
@@ -142,13 +198,28 @@ def _write_weights(found: Source, facts: Facts, folder: Path, device: torch.devi
         transformer, {name: t.to(own[name].dtype) if name in own else t for name, t in found.tensors.items()}
     )
     transformer.eval()
+    if merge_at is not None:
+        return _write_merged(transformer, facts, folder, device, merge_at)
     velocity = forward(transformer, facts, device)
     if isinstance(method, LoraMethod):
+        _require_room(folder, file_bytes(method.peft_state(transformer)))
         _save_adapter(facts, folder, method.peft_state(transformer), method.lora_metadata(transformer))
         return Trained(velocity, adapter_tensors(transformer), adapter_scaling(transformer))
+    _require_room(folder, file_bytes(transformer.state_dict()))
     save_transformer(transformer, folder / "transformer")
     # The tensors stay in the checkpoint's file, which is mapped, not read.
     return Trained(velocity, found.tensors, {})
+
+
+def _write_merged(transformer: Any, facts: Facts, folder: Path, device: torch.device, strength: float) -> Trained:
+    set_strength(transformer, strength)
+    if strength == 0:  # DoRA's magnitudes act at any strength
+        transformer.disable_adapters()
+    velocity = forward(transformer, facts, device)
+    merged = merge(transformer, strength)
+    _require_room(folder, file_bytes(transformer.state_dict()))
+    save_transformer(transformer, folder / "transformer")
+    return Trained(velocity, {}, {}, tensor_checksums(transformer.state_dict()), merged)
 
 
 def _save_adapter(facts: Facts, folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
@@ -164,6 +235,10 @@ def _add_components(folder: Path, model: ModelConfig) -> None:
     """Put the base's other components beside the transformer."""
     others = ["scheduler", "text_encoder", "tokenizer", "vae"]
     base = resolve_pretrained(model.pretrained, model.revision, components=others)
+    files = [path.stat() for name in others for path in (base / name).rglob("*") if path.is_file()]
+    _require_room(
+        folder, sum(file.st_size for file in files if file.st_dev != folder.stat().st_dev)
+    )  # others are linked
 
     def link_or_copy(source: str, target: str) -> str:
         real = Path(source).resolve()  # the hub's cache keeps links
@@ -176,6 +251,16 @@ def _add_components(folder: Path, model: ModelConfig) -> None:
     for component in others:
         shutil.copytree(base / component, folder / component, copy_function=link_or_copy)
     shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+
+
+def _require_room(folder: Path, needed: int) -> None:
+    require_space(
+        folder,
+        needed + _SIDE_FILES,
+        kind=ExportError,
+        what="the export",
+        fix="make room, or export to another disk with --output",
+    )
 
 
 def _free() -> None:

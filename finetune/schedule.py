@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from finetune.section import Strict
-from finetune.streams import address, stream
+from finetune.streams import stream
 from finetune.types import Bucket
 
 
@@ -38,6 +38,12 @@ class TrainConfig(Strict):
     """Global L2 norm to which the gradient of a whole step is clipped; null for no clipping."""
     seed: int = Field(42, ge=0)
     """Everything random in the run follows from this number."""
+    deterministic: bool = False
+    """Compute with deterministic kernels, so that a run on a GPU repeats bit for bit; some are slower. On a CPU a run
+    repeats itself in any case."""
+    check_ranks: bool = False
+    """Before each update, compare gradients, weights and the step's samples between all processes and stop where they
+    differ: to find a faulty card or a bug. Takes a copy of the trainable weights to the host per step."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the trainable weights, such as 0.999; null for none. Validation and export
     then use the average."""
@@ -47,37 +53,6 @@ class TrainConfig(Strict):
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of train.steps and train.epochs")
         return self
-
-
-class HoldoutConfig(Strict):
-    """Which clips are kept out of training, to measure on."""
-
-    holdout: float = Field(0, ge=0)
-    """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All
-    clips of one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
-
-    @model_validator(mode="after")
-    def _fraction_or_count(self) -> HoldoutConfig:
-        if self.holdout >= 1 and not float(self.holdout).is_integer():
-            raise ValueError(f"data.holdout is {self.holdout}: give a fraction below 1 or a whole number of videos")
-        return self
-
-
-def choose_holdout(videos: Sequence[str], holdout: float) -> frozenset[str]:
-    """Pick the held-out videos by the digest of their identity, so that adding a clip moves as few others as possible.
-
-    Args:
-        videos: one identity per video (its content digest); repeats count once.
-        holdout: ``HoldoutConfig.holdout``.
-
-    Returns:
-        The identities held out; never all of them, because training needs one.
-    """
-    unique = sorted(set(videos), key=lambda video: address(0, "holdout", video))
-    count = round(holdout * len(unique)) if holdout < 1 else int(holdout)
-    if 0 < holdout < 1 and len(unique) > 1:
-        count = max(1, count)
-    return frozenset(unique[: min(count, max(len(unique) - 1, 0))])
 
 
 # ----------------------------------------------------------------------------------------------------- sample order
@@ -181,6 +156,11 @@ class StepPlan:
             for repeats, members in sizes
         )
 
+    def samples_before(self, epoch: int) -> int:
+        """Clips of all epochs before ``epoch`` together, repeats counted."""
+        groups = [group for sizes in self._sizes for group in sizes]
+        return sum(epoch * n * math.floor(repeats) + _extra_before(repeats, n, epoch) for repeats, n in groups)
+
     @property
     def samples_per_epoch(self) -> float:
         """Clips in one epoch, repeats counted; a mean where repeats are fractional."""
@@ -217,10 +197,14 @@ class StepPlan:
             for j in range(self.micro_batches)
         )
 
-    def _nth(self, n: int) -> tuple[int, ...]:
+    def epoch_of(self, n: int) -> int:
+        """The epoch that the ``n``-th micro-batch of the run belongs to."""
         while self._starts[-1] <= n:
             self.start_of(len(self._starts))
-        epoch = bisect_right(self._starts, n) - 1
+        return bisect_right(self._starts, n) - 1
+
+    def _nth(self, n: int) -> tuple[int, ...]:
+        epoch = self.epoch_of(n)
         return _epoch(self, epoch)[n - self._starts[epoch]]
 
     def for_rank(self, step: int, rank: int, processes: int) -> tuple[MicroBatch, ...]:

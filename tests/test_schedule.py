@@ -7,15 +7,14 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
+from finetune.holdout import HoldoutConfig, choose_holdout
 from finetune.schedule import (
     Constant,
     Cosine,
-    HoldoutConfig,
     Item,
     Linear,
     StepPlan,
     TrainConfig,
-    choose_holdout,
     epoch_items,
     is_due,
     lr_at,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import re
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 import yaml
 
+from finetune.config.plain_yaml import Dumper
+from finetune.exporting.merge import Merged
 from finetune.exporting.source import Source
 from finetune.facts import Facts
 from finetune.generate_inputs import ADAPTER_FILE
+from finetune.text import shown
 from finetune.trainers.method import LoraMethod
 from finetune.trainers.validation import SamplePrompt
 
@@ -25,18 +29,21 @@ _STOCK_TEXT_LENGTH = 226
 """``max_sequence_length`` of the stock pipelines unless told otherwise: right for the first generation only."""
 
 
-def training_record(found: Source, facts: Facts, *, max_abs_diff: float, tolerance: float) -> str:
+def training_record(
+    found: Source, facts: Facts, merged: Merged | None, *, max_abs_diff: float, tolerance: float
+) -> str:
     """What programs may want to know of an export, as JSON: ``generate`` takes size and rate from it.
 
-    Paths of the machine it was trained on are left out.
+    Paths of the machine it was trained on are left out. ``merged`` is what became of an adapter that was merged.
     """
     config = found.config
     return _json(
         {
             "format": 1,
             "kind": config.method.kind,
+            "merged": None if merged is None else dataclasses.asdict(merged),
             "base_model": _public_name(found.trained_on),
-            "revision": config.model.revision,
+            "revision": found.revision,
             "image_to_video": facts.image_to_video,
             "step": found.state.step,
             "weights": found.weights,
@@ -72,25 +79,36 @@ def copy_samples(run_dir: Path | None, step: int, folder: Path) -> list[str]:
     """Copy the videos that the run sampled last, at ``step`` or before, to ``folder/samples``; returns their names."""
     rounds = sorted(run_dir.glob("samples/step-*")) if run_dir is not None else []
     reached = [path for path in rounds if (match := re.fullmatch(r"step-(\d+)", path.name)) and int(match[1]) <= step]
-    videos = sorted(reached[-1].glob("*.mp4")) if reached else []
+    # Only what a run writes: other names could act as Markdown in the card, a link could publish any file.
+    videos = [
+        path
+        for path in (sorted(reached[-1].glob("*.mp4")) if reached else [])
+        if re.fullmatch(r"[\w.-]+", path.name, re.ASCII) and not path.is_symlink()
+    ]
     for video in videos:
         (folder / "samples").mkdir(exist_ok=True)
         shutil.copyfile(video, folder / "samples" / video.name)
     return [video.name for video in videos]
 
 
-def model_card(found: Source, facts: Facts, *, name: str, samples: list[str], full_pipeline: bool) -> str:
+def model_card(
+    found: Source, facts: Facts, merged: Merged | None, *, name: str, samples: list[str], full_pipeline: bool
+) -> str:
     """README.md: front matter for the hub, then what was trained, on what, how well, and how to load it."""
     config = found.config
     kind = "LoRA" if found.lora else "Full fine-tuning"
     base = _public_name(found.trained_on)
+    adapter = found.lora and merged is None
     sections = [
-        _front_matter(found, facts),
+        _front_matter(found, facts, adapter=adapter),
         f"# {_text(config.output_dir.name)}\n\n{kind} of {_code(base)}"
         f" ({'image' if facts.image_to_video else 'text'} to video), {found.state.step} optimizer steps"
-        f"{', exponential moving average of the weights' if found.weights == 'ema' else ''}.",
-        "## Use\n\n```python\n" + usage(found, facts, name=name, full_pipeline=full_pipeline) + "```\n\n"
-        "or, with the package that trained it:\n\n```bash\n" + _command(found, facts, name) + "\n```",
+        f"{', exponential moving average of the weights' if found.weights == 'ema' else ''}."
+        + ("" if merged is None else f" In this folder {merged}: it needs no adapter file, and no adapter loader."),
+        "## Use\n\n"
+        + _fenced("python", usage(found, facts, name=name, adapter=adapter, full_pipeline=full_pipeline))
+        + "\n\nor, with the package that trained it:\n\n"
+        + _fenced("bash", _command(found, facts, name, adapter=adapter)),
         "## Training data\n\n" + _data(found),
         "## Settings\n\n" + _settings(found, facts),
         "## Held-out loss\n\n" + _heldout(found),
@@ -104,7 +122,7 @@ def model_card(found: Source, facts: Facts, *, name: str, samples: list[str], fu
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(found: Source, facts: Facts) -> str:
+def _front_matter(found: Source, facts: Facts, *, adapter: bool) -> str:
     task = "image-to-video" if facts.image_to_video else "text-to-video"
     values: dict[str, Any] = {
         "library_name": "diffusers",
@@ -112,17 +130,23 @@ def _front_matter(found: Source, facts: Facts) -> str:
         # A derivative falls under its base's licence, which this package cannot know.
         "license": "other",
         "license_name": "that-of-the-base-model",
-        "tags": ["cogvideox", "diffusers", task, "lora" if found.lora else "full-fine-tuning"],
+        "tags": ["cogvideox", "diffusers", task, *_method_tags(found, adapter=adapter)],
     }
     if _is_hub_id(found.trained_on):  # a path would be a broken link on the hub
         values["base_model"] = found.trained_on
-        values["base_model_relation"] = "adapter" if found.lora else "finetune"
+        values["base_model_relation"] = "adapter" if adapter else "finetune"
     if found.config.data.trigger:
         values["instance_prompt"] = found.config.data.trigger
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+    # Our dumper, because the hub reads YAML 1.2: a trigger word such as 1e-4 has to be in quotes there.
+    return f"---\n{yaml.dump(values, Dumper=Dumper, sort_keys=False, allow_unicode=True)}---"
 
 
-def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str:
+def _method_tags(found: Source, *, adapter: bool) -> list[str]:
+    # "lora" promises a file that LoRA loaders read.
+    return ["lora"] if adapter else ["lora-merged"] if found.lora else ["full-fine-tuning"]
+
+
+def usage(found: Source, facts: Facts, *, name: str, adapter: bool, full_pipeline: bool) -> str:
     """Python that loads the export and samples a video; it runs as it stands where the export's folder is.
 
     A base model that is a folder is named by its whole path here, or it would not run.
@@ -130,19 +154,21 @@ def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str
     config = found.config
     pipeline = "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline"
     dtype = str(config.model.torch_dtype())
-    base = found.trained_on
+    base = repr(found.trained_on)
+    if found.revision is not None:  # the branch may have moved by the time this is read
+        base += f", revision={found.revision!r}"
     bucket = config.data.buckets[0]
     caption = _example_caption(found)
-    classes = [pipeline] if found.lora or full_pipeline else [pipeline, "CogVideoXTransformer3DModel"]
+    classes = [pipeline] if adapter or full_pipeline else [pipeline, "CogVideoXTransformer3DModel"]
     lines = [
         "import torch",
         f"from diffusers import {', '.join(classes)}",
         f"from diffusers.utils import export_to_video{', load_image' if facts.image_to_video else ''}",
         "",
     ]
-    if found.lora:
+    if adapter:
         lines += [
-            f"pipeline = {pipeline}.from_pretrained({base!r}, torch_dtype={dtype})",
+            f"pipeline = {pipeline}.from_pretrained({base}, torch_dtype={dtype})",
             f'pipeline.load_lora_weights({name!r}, weight_name="{ADAPTER_FILE}", adapter_name="tuned")',
             'pipeline.set_adapters("tuned", 1.0)  # the strength; the file brings its own alpha, so 1.0 is as trained',
         ]
@@ -152,7 +178,7 @@ def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str
         loaded = f'CogVideoXTransformer3DModel.from_pretrained({name!r}, subfolder="transformer", torch_dtype={dtype})'
         lines += [
             f"transformer = {loaded}",
-            f"pipeline = {pipeline}.from_pretrained({base!r}, transformer=transformer, torch_dtype={dtype})",
+            f"pipeline = {pipeline}.from_pretrained({base}, transformer=transformer, torch_dtype={dtype})",
         ]
     lines += [
         "if torch.cuda.is_available():",
@@ -178,15 +204,16 @@ def usage(found: Source, facts: Facts, *, name: str, full_pipeline: bool) -> str
     return "\n".join(lines) + "\n"
 
 
-def _command(found: Source, facts: Facts, name: str) -> str:
-    words = ["finetune", "generate", "--model", found.trained_on, "--adapter" if found.lora else "--transformer", name]
+def _command(found: Source, facts: Facts, name: str, *, adapter: bool) -> str:
+    words = ["finetune", "generate", "--model", found.trained_on, "--adapter" if adapter else "--transformer", name]
+    words += ["--revision", found.revision] if found.revision is not None else []
     words += ["--image", "first_frame.png"] if facts.image_to_video else []
     return shlex.join([*words, "--prompt", _example_caption(found)])
 
 
 def _example_caption(found: Source) -> str:
     if found.data is not None and found.data.captions:
-        return found.data.captions[0]
+        return " ".join(shown(found.data.captions[0]).split())
     return found.config.data.trigger or "a video"
 
 
@@ -212,6 +239,7 @@ def _settings(found: Source, facts: Facts) -> str:
         ("caption dropout", f"{config.data.caption_dropout:g}"),
         ("weights held in", str(config.model.torch_dtype()).removeprefix("torch.")),
         ("seed", str(config.train.seed)),
+        *([("commit of the base model", found.revision)] if found.revision is not None else []),
         ("versions", ", ".join(f"{package} {number}" for package, number in versions().items())),
     ]
     if isinstance(config.method, LoraMethod):
@@ -219,13 +247,11 @@ def _settings(found: Source, facts: Facts) -> str:
         variants = "".join(f", {name}" for name, on in (("rsLoRA", method.use_rslora), ("DoRA", method.use_dora)) if on)
         targets = (method.targets,) if isinstance(method.targets, str) else method.targets
         rows.insert(
-            0, ("LoRA", f"rank {method.rank}, alpha {method.alpha:g}{variants}, on {_code(', '.join(targets))}")
+            0, ("LoRA", f"rank {method.rank}, alpha {method.alpha:g}{variants}, on {_text(', '.join(targets))}")
         )
     if config.data.trigger:
-        rows.insert(0, ("trigger word", _code(config.data.trigger)))
-    # A bar would end the cell even inside code.
-    cells = ((label, value.replace("|", "\\|")) for label, value in rows)
-    return "\n".join(["| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in cells)])
+        rows.insert(0, ("trigger word", _text(config.data.trigger)))
+    return "\n".join(["| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
 
 
 def _heldout(found: Source) -> str:
@@ -259,7 +285,7 @@ def _public_name(pretrained: str) -> str:
 
 def _code(text: str) -> str:
     """A caption as inline code, so that nothing in it can act as Markdown or HTML."""
-    text = " ".join(text.split())
+    text = " ".join(shown(text).split())
     text = text[:_CAPTION_LENGTH] + ("..." if len(text) > _CAPTION_LENGTH else "")
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * (longest + 1)
@@ -268,4 +294,16 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", " ".join(text.split()))
+    """A name or a word as text: every mark that Markdown might act on is written so that it cannot.
+
+    For table cells too, where code will not do: a bar would end the cell inside it, and an escape would show.
+    """
+    marks = re.sub(r"([!-,./:-@\[-`{}~])", r"\\\1", " ".join(shown(text).split()))
+    return marks.replace("|", "&#124;")
+
+
+def _fenced(language: str, code: str) -> str:
+    """A block of code that nothing in it can end."""
+    longest = max((len(run) for run in re.findall(r"`+", code)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{code.rstrip()}\n{fence}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,9 @@ from torch import Tensor
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
 from finetune.errors import CacheError, CheckpointError, ExportError
-from finetune.trainers.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint
+from finetune.trainers.checkpoint import checkpoint_path, load_checkpoint, step_folders
 from finetune.trainers.method import LoraMethod
-from finetune.trainers.validation import HISTORY
+from finetune.trainers.validation import HISTORY, read_history
 from finetune.types import RunState
 
 
@@ -42,8 +42,10 @@ class Source:
     """Of the run, with the base model where it is now."""
     trained_on: str
     """The base model as the run had it."""
+    revision: str | None
+    """Which commit of it, where it is on the hub."""
     state: RunState
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     """The chosen weights by the method's names."""
     weights: Literal["raw", "ema"]
 
@@ -52,21 +54,17 @@ class Source:
         """Whether the run trained an adapter, not the whole transformer."""
         return isinstance(self.config.method, LoraMethod)
 
-    @property
-    def default_folder(self) -> Path:
-        """Where the export goes unless told otherwise."""
+    def default_folder(self, name: str) -> Path:
+        """Where an export goes unless told otherwise: in the run's folder, or beside a checkpoint without one."""
         if self.run_dir is not None:
-            return self.run_dir / "export"
-        return self.checkpoint.with_name(f"{self.checkpoint.name}-export")
+            return self.run_dir / name
+        return self.checkpoint.with_name(f"{self.checkpoint.name}-{name}")
 
     @cached_property
     def heldout(self) -> tuple[float | None, float | None]:
         """Held-out loss before the first step and at the exported one, as far as they were measured."""
-        try:
-            lines = (self.run_dir / HISTORY).read_text(encoding="utf-8").splitlines() if self.run_dir else []
-        except OSError:
-            lines = []
-        losses = {row["step"]: row["heldout"] for row in map(json.loads, filter(None, lines))}
+        rows = read_history(self.run_dir / HISTORY) if self.run_dir else []
+        losses = {row.step: row.heldout for row in rows}
         return losses.get(0), losses.get(self.state.step) if self.state.step else None
 
     @cached_property
@@ -120,15 +118,18 @@ def find_source(
             "the run kept no moving average of its weights", where=str(path), fix="export with --weights raw"
         )
     values = loaded.config
-    trained_on = str(values["model"]["pretrained"])
+    config = RunConfig.from_dict(values)
+    trained_on, revision = config.model.pretrained, config.model.revision
     if pretrained is not None:
         values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
+        config = RunConfig.from_dict(values)
     inside_run = path.parent.name == "checkpoints"
     return Source(
         checkpoint=path,
         run_dir=path.parent.parent if inside_run else None,
-        config=RunConfig.from_dict(values),
+        config=config,
         trained_on=trained_on,
+        revision=revision,
         state=loaded.state,
         tensors=loaded.trainable if chosen == "raw" or loaded.ema is None else loaded.ema,
         weights=chosen,
@@ -136,7 +137,7 @@ def find_source(
 
 
 def _checkpoint_of(source: Path, checkpoint: Literal["latest", "best"]) -> Path:
-    standing = list_checkpoints(source)
+    standing = step_folders(source)  # the incomplete ones too: the newest must not be passed over in silence
     if not standing:
         if source.is_dir() and not (source / "state.json").is_file():
             raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, build_pipeline, denoise, load_scheduler, load_transformer
 from finetune.errors import ExportError, ModelError
+from finetune.exporting.merge import ADAPTER, Merged, adapter_scaling, tensor_checksums
 from finetune.exporting.source import Source
 from finetune.facts import Facts
 from finetune.generate_inputs import ADAPTER_FILE
 from finetune.streams import stream
-
-ADAPTER = "default"
-"""The adapter's name in the transformers compared here; it is no part of the file."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +26,12 @@ class Trained:
     velocity: Tensor
     """``forward``, float32."""
     tensors: Mapping[str, Tensor]
-    """LoRA: the adapter's, by peft's names. Full: every parameter, in the model's dtype."""
+    """An adapter's, by peft's names; a full fine-tuning's, every parameter. Empty where an adapter was merged."""
     scaling: Mapping[str, float]
-    """LoRA: the factor of every adapted layer. Full: empty."""
+    """The factor of every layer with an adapter; empty without one."""
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    """Of every tensor, where an adapter was merged: the sum is in no file but the export's own."""
+    merged: Merged | None = None
 
 
 def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: torch.device) -> tuple[float, float]:
@@ -40,16 +41,20 @@ def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: 
         ExportError: if a tensor or a scale is not what was trained, or the forward pass differs.
     """
     dtype = found.config.model.torch_dtype()
+    adapter = found.lora and trained.merged is None
     try:
-        transformer = _reload(folder, found, facts, device)
-        tensors = adapter_tensors(transformer) if found.lora else dict(transformer.named_parameters())
+        transformer = _reload(folder, found, facts, device, adapter=adapter)
+        if trained.merged is not None:
+            problems = _unequal_checksums(trained.checksums, tensor_checksums(transformer.state_dict()))
+        else:
+            tensors = adapter_tensors(transformer) if adapter else dict(transformer.named_parameters())
+            problems = _unequal_tensors(trained.tensors, tensors)
     except torch.OutOfMemoryError:
         raise  # says nothing of the export
     # A tensor that the file lacks stays without content, which shows only when it is read.
     except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise _not_the_same(found, [f"it cannot be loaded: {error}"]) from error
-    scaling = adapter_scaling(transformer) if found.lora else {}
-    problems = [*_unequal_tensors(trained.tensors, tensors), *_unequal_scales(trained.scaling, scaling)]
+    problems += _unequal_scales(trained.scaling, adapter_scaling(transformer))
     velocity = forward(transformer, facts, device)
     difference = (velocity - trained.velocity).abs().max().item()
     tolerance = tolerance_of(trained.velocity, dtype)
@@ -61,14 +66,14 @@ def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: 
     return difference, tolerance
 
 
-def _reload(folder: Path, found: Source, facts: Facts, device: torch.device) -> Any:
+def _reload(folder: Path, found: Source, facts: Facts, device: torch.device, *, adapter: bool) -> Any:
     """The exported transformer, or the base with the exported adapter, as anybody with diffusers would load it."""
     model = found.config.model
-    if not found.lora:
+    if not adapter:
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
     transformer = load_transformer(model, device=device)
     pipeline = build_pipeline(facts, transformer=transformer, scheduler=load_scheduler(model))
-    pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER)
+    pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER, use_safetensors=True)
     return transformer
 
 
@@ -84,7 +89,8 @@ def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
     """The largest difference of one forward pass that is rounding.
 
     In float32 both sides run the same operations on the same numbers; 1e-5 of the largest output leaves room for
-    kernels that are chosen by memory alignment. In half precision diffusers also rounds the float32 adapter to the
+    kernels that are chosen by memory alignment, and for what a merged adapter adds up in another order (4e-7 through 42
+    layers). In half precision diffusers also rounds the float32 adapter to the
     model's dtype, and a rounding that falls the other way somewhere travels through every later layer: 8 units in the
     last place of the largest output. What hides below that (the wrong scale of a weak adapter) is found by comparing
     tensors and scales, which allows no difference at all.
@@ -122,14 +128,6 @@ def adapter_tensors(transformer: Any) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def adapter_scaling(transformer: Any) -> dict[str, float]:
-    return {
-        name: float(module.scaling[ADAPTER])
-        for name, module in transformer.named_modules()
-        if ADAPTER in getattr(module, "scaling", {})
-    }
-
-
 def _unequal_tensors(trained: Mapping[str, Tensor], reloaded: Mapping[str, Tensor]) -> list[str]:
     """Tensors that differ by a bit, after the rounding to the dtype they are reloaded in."""
     if trained.keys() != reloaded.keys():
@@ -141,6 +139,11 @@ def _unequal_tensors(trained: Mapping[str, Tensor], reloaded: Mapping[str, Tenso
         if not torch.equal(tensor.to(reloaded[name].dtype), reloaded[name].cpu())
     ]
     return [f"{len(unequal)} of {len(trained)} tensors differ, such as {unequal[0]}"] if unequal else []
+
+
+def _unequal_checksums(merged: Mapping[str, str], reloaded: Mapping[str, str]) -> list[str]:
+    unequal = sorted(name for name in merged.keys() | reloaded.keys() if merged.get(name) != reloaded.get(name))
+    return [f"{len(unequal)} of {len(merged)} merged tensors differ, such as {unequal[0]}"] if unequal else []
 
 
 def _unequal_scales(trained: Mapping[str, float], reloaded: Mapping[str, float]) -> list[str]:

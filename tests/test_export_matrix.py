@@ -1,0 +1,370 @@
+"""Every method in every layout, in a fresh process, through the stock pipeline: what comes out is what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from stock_pipeline import latents_of, load_pipeline
+from test_export import FULL, LORA, inputs, make_run, nothing_left
+from worlds import fabricate_cache, run_config
+
+from finetune import cli
+from finetune import export as export_module
+from finetune.cogvideox import ModelConfig, denoise, load_transformer
+from finetune.errors import ExportError
+from finetune.export import export
+from finetune.exporting import merge as merging
+from finetune.exporting.merge import ADAPTER, merge, set_strength
+from finetune.facts import read_facts
+from finetune.generate import generate
+from finetune.generate_inputs import TRAINING_RECORD, Adapter, GenerateRequest
+from finetune.tiny import VARIANTS
+from finetune.trainers import loop
+from finetune.trainers.method import LoraMethod
+from finetune.trainers.run import Run
+from finetune.trainers.validation import SamplePrompt
+from finetune.types import Bucket
+
+METHODS = {
+    "lora": {"kind": "lora", "rank": 4, "alpha": 2, "targets": "attention+ff"},
+    "dora": {"kind": "lora", "rank": 4, "alpha": 2, "use_dora": True},
+    "rslora": {"kind": "lora", "rank": 8, "alpha": 4, "use_rslora": True, "targets": "all-linear"},
+    "full": {"kind": "full"},
+}
+FAST = [("5b", method) for method in METHODS] + [("1.5-5b-i2v", "lora"), ("5b-i2v", "full")]
+REST = [(variant, method) for variant in VARIANTS for method in METHODS if (variant, method) not in FAST]
+ROUND_OFF = 1e-5
+"""Of the largest output, float32: 4e-7 is what the models here show."""
+
+
+def trained(model: Path, root: Path, method: str) -> tuple[Path, torch.Tensor]:
+    """A finished run, and what the stock pipeline samples with the very model that was trained, in this process."""
+    config = run_config(
+        model,
+        root / "no-videos-here",
+        root / "run",
+        cache={"mode": "require"},
+        method=METHODS[method],
+        optimizer={"lr": 3e-2 if method != "full" else 3e-3},
+        train={"steps": 4},
+    )
+    fabricate_cache(config)
+    outputs: list[torch.Tensor] = []
+    save = Run.save
+
+    def saving(run: Run, state):
+        run.module.eval()
+        outputs.append(latents_of(load_pipeline(str(model), transformer=run.module)))
+        return save(run, state)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "save", saving)
+        loop.train(config)
+    return config.output_dir, outputs[-1]
+
+
+def in_a_fresh_process(jobs: list[dict], folder: Path) -> dict[str, torch.Tensor]:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("stock_pipeline.py")
+    finished = subprocess.run(
+        [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "out.safetensors")],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return load_file(folder / "out.safetensors")
+
+
+def matrix(tiny_model, root: Path, cases: list[tuple[str, str]]) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+    """Outputs by case: ``live`` of the model in training, the rest of a fresh process."""
+    jobs = [{"name": f"{variant} base", "model": str(tiny_model(variant))} for variant in {case[0] for case in cases}]
+    live = {}
+    for variant, method in cases:
+        model, here = tiny_model(variant), root / variant / method
+        run, live[variant, method] = trained(model, here, method)
+
+        def job(name: str, *, case: str = f"{variant} {method}", model: Path = model, **options) -> None:
+            jobs.append({"name": f"{case} {name}", "model": str(model), **options})
+
+        job("merged", transformer=str(export(run, merged=True).folder))
+        if method == "full":
+            job("diffusers", transformer=str(export(run).folder))
+            continue
+        job("diffusers", adapter=str(export(run).folder), scales=[0.5, 0.0])
+        job("merged 0.5", transformer=str(export(run, here / "half", merged=True, strength=0.5).folder))
+    outputs = in_a_fresh_process(jobs, root)
+    found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
+    for variant, method in cases:
+        prefix = f"{variant} {method} "
+        found[variant, method] = {
+            name.removeprefix(prefix): tensor for name, tensor in outputs.items() if name.startswith(prefix)
+        } | {"live": live[variant, method], "base": outputs[f"{variant} base"]}
+    return found
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    assert ours.shape == theirs.shape
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def check(variant: str, method: str, outputs: dict[str, torch.Tensor]) -> None:
+    live, base = outputs["live"], outputs["base"]
+    assert relative(base, live) > 0.01, "the training changed nothing, so that nothing is shown"
+    figures = {name: relative(outputs[name], live) for name in ("diffusers", "merged")}
+    print(f"{variant} {method}: " + ", ".join(f"{name} {figure:.1e}" for name, figure in figures.items()))
+    assert max(figures.values()) <= ROUND_OFF
+    if method == "full":
+        assert torch.equal(outputs["merged"], outputs["diffusers"])
+        return
+    assert torch.equal(outputs["diffusers disabled"], base)
+    assert relative(outputs["merged 0.5"], outputs["diffusers 0.5"]) <= ROUND_OFF
+    assert relative(outputs["diffusers 0.5"], live) > 10 * ROUND_OFF  # a canary: a wrong strength shows
+    if method == "dora":
+        # Through the stock loader a DoRA's magnitudes act at any scale, so that 0 is not the base there.
+        assert not torch.equal(outputs["diffusers 0.0"], base)
+    else:
+        assert torch.equal(outputs["diffusers 0.0"], base)
+
+
+@pytest.fixture(scope="module")
+def outputs(tiny_model, tmp_path_factory):
+    return matrix(tiny_model, tmp_path_factory.mktemp("matrix"), FAST)
+
+
+@pytest.mark.parametrize("variant,method", FAST)
+def test_an_export_is_the_trained_model_in_a_fresh_process(outputs, variant, method):
+    check(variant, method, outputs[variant, method])
+
+
+@pytest.mark.slow
+def test_every_other_variant_and_method_too(tiny_model, tmp_path):
+    for (variant, method), found in matrix(tiny_model, tmp_path, REST).items():
+        check(variant, method, found)
+
+
+# ---------------------------------------------------------------------------------------------------------- the sum
+
+
+def adapted(model: Path, method: dict, dtype: str = "auto"):
+    """A transformer with an adapter that does something."""
+    lora = LoraMethod.model_validate(method)
+    transformer = load_transformer(ModelConfig(pretrained=str(model), dtype=dtype))
+    lora.apply(transformer, seed=3)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in lora.trainable(transformer).values():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return transformer.eval()
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_merging_is_peft_s_own_sum(tiny_model, method):
+    """Against peft's merge, where both compute in float32."""
+    ours, theirs = (adapted(tiny_model("5b"), METHODS[method]) for _ in range(2))
+    merge(ours, 1.0)
+    for module in list(theirs.modules()):
+        if ADAPTER in getattr(module, "scaling", {}):
+            module.merge()
+    theirs.unload_lora()
+    reference = theirs.state_dict()
+    assert ours.state_dict().keys() == reference.keys()
+    for name, tensor in ours.state_dict().items():
+        torch.testing.assert_close(tensor, reference[name], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_a_narrow_base_is_rounded_once(tiny_model, method):
+    """Off by at most half a unit in the last place, 2^-8; adding in bfloat16 would round twice."""
+    wide = adapted(tiny_model("5b"), METHODS[method])
+    narrow = adapted(tiny_model("5b"), METHODS[method], "bf16")
+    base = load_transformer(ModelConfig(pretrained=str(tiny_model("5b")), dtype="bf16")).state_dict()
+    name = "transformer_blocks.0.attn1.to_q"
+    wide.load_state_dict(narrow.state_dict())  # the same starting point, so that the sums are the same
+    with torch.no_grad():
+        naive = base[f"{name}.weight"] + wide.get_submodule(name).get_delta_weight(ADAPTER).bfloat16()
+    merge(wide, 1.0)
+    report = merge(narrow, 1.0)
+    exact, stored = wide.state_dict()[f"{name}.weight"], narrow.state_dict()[f"{name}.weight"]
+    assert stored.dtype == torch.bfloat16
+    assert bool(((stored.float() - exact).abs() <= 2**-8 * exact.abs()).all())
+    assert torch.equal(stored, exact.bfloat16())
+    assert 0 < report.rounding < 0.1 and "% of its update" in str(report)
+    if method == "lora":  # a canary: rounding twice is seen
+        assert not torch.equal(naive, exact.bfloat16())
+
+
+def test_a_weak_adapter_drowns_in_a_narrow_base_and_the_report_says_so(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), LORA, scale=1e-3, dtype="bf16")
+    report = export(run, merged=True)
+    assert report.merged is not None and report.merged.rounding > 0.5
+    assert f"{report.merged.rounding:.1%} of its update" in str(report)
+    assert f"{report.merged.rounding:.1%} of its update" in (report.folder / "README.md").read_text()
+
+
+def test_half_precision_merges_stay_inside_the_stated_tolerance(tiny_model, tmp_path):
+    report = export(make_run(tmp_path, tiny_model("5b"), LORA | {"use_dora": True}, dtype="bf16"), merged=True)
+    assert 0 < report.max_abs_diff <= report.tolerance
+    stored = load_file(report.folder / "transformer/diffusion_pytorch_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "rslora"])
+def test_at_strength_zero_the_merged_weights_are_the_base_s_bit_for_bit(tiny_model, tmp_path, method):
+    model = tiny_model("5b-i2v")
+    folder = export(make_run(tmp_path, model, METHODS[method]), merged=True, strength=0.0).folder
+    base, merged = (load_file(root / "transformer/diffusion_pytorch_model.safetensors") for root in (model, folder))
+    assert merged.keys() == base.keys()
+    # In the model's dtype: the tiny model's table of positions is stored in float64, which nobody loads.
+    base = {name: tensor.float() for name, tensor in base.items()}
+    assert all(torch.equal(merged[name], base[name]) for name in base)
+    weak = export(make_run(tmp_path, model, METHODS[method]), tmp_path / "weak", merged=True, strength=1e-3).folder
+    there = load_file(weak / "transformer/diffusion_pytorch_model.safetensors")
+    assert any(not torch.equal(there[name], base[name]) for name in base)  # a canary
+
+
+def test_the_pipeline_s_strength_is_ours(tiny_model):
+    """``set_strength`` is what ``pipeline.set_adapters`` does, so that a merge at it is what people hear."""
+    facts = read_facts(str(tiny_model("5b")))
+    ours, theirs = (adapted(tiny_model("5b"), METHODS["rslora"]) for _ in range(2))
+    set_strength(ours, 0.37)
+    theirs.set_adapters([ADAPTER], [0.37])
+    with torch.no_grad():
+        assert torch.equal(denoise(ours, facts, *inputs(facts)), denoise(theirs, facts, *inputs(facts)))
+
+
+# --------------------------------------------------------------------------------------------- what must not get out
+
+
+def test_a_merge_that_forgets_alpha_is_deleted(tiny_model, tmp_path, monkeypatch):
+    def forgetful(layer):
+        return layer.base_layer.weight + layer.lora_B[ADAPTER].weight @ layer.lora_A[ADAPTER].weight
+
+    monkeypatch.setattr(merging, "_merged_weight", forgetful)
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    with pytest.raises(ExportError, match="predicted velocities differ"):
+        export(run, merged=True)
+    assert not (run / "merged").exists() and nothing_left(run)
+
+
+def test_a_merged_file_that_was_tampered_with_is_deleted(tiny_model, tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    write = export_module._write_merged
+
+    def tampering(transformer, facts, folder, device, strength):
+        noted = write(transformer, facts, folder, device, strength)
+        (path,) = folder.rglob("*.safetensors")
+        tensors = load_file(path)
+        # An output bias of 1e-6 moves no velocity by more than its tolerance.
+        tensors["proj_out.bias"][0] += 1e-6
+        save_file(tensors, path, metadata={"format": "pt"})
+        return noted
+
+    monkeypatch.setattr(export_module, "_write_merged", tampering)
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    with pytest.raises(ExportError, match=r"1 of \d+ merged tensors differ, such as proj_out.bias"):
+        export(run, merged=True)
+    assert nothing_left(run) and not (run / "merged").exists()
+
+
+# ----------------------------------------------------------------------------------------------------- around the sum
+
+
+def test_a_merged_export_says_what_it_is(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    report = export(make_run(tmp_path, model, LORA), merged=True, strength=0.8, full_pipeline=True)
+    card = (report.folder / "README.md").read_text()
+    assert f"LoRA of `{model.name}`" in card
+    assert "the adapter is merged into the base at strength 0.8" in card and "strength 0.8" in str(report)
+    assert "load_lora_weights" not in card and "--adapter" not in card and "--transformer merged" in card
+    assert "\n- lora\n" not in card and "\n- lora-merged\n" in card
+    record = json.loads((report.folder / TRAINING_RECORD).read_text())
+    assert record["merged"] == {"strength": 0.8, "rounding": 0.0} and record["kind"] == "lora"
+    assert latents_of(load_pipeline(str(report.folder))).isfinite().all()
+    assert report.folder == tmp_path / "run" / "merged"
+
+
+def test_a_full_fine_tuning_is_merged_already(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), FULL)
+    report = export(run, merged=True)
+    assert "whole: merged or not" in str(report) and report.merged is None
+    files = [
+        folder / "transformer/diffusion_pytorch_model.safetensors" for folder in (report.folder, export(run).folder)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert json.loads((report.folder / TRAINING_RECORD).read_text())["merged"] is None
+
+
+def test_a_strength_without_a_merge_is_refused(tiny_model, tmp_path):
+    lora = make_run(tmp_path / "lora", tiny_model("5b"), LORA)
+    full = make_run(tmp_path / "full", tiny_model("5b"), FULL)
+    with pytest.raises(ExportError, match="chosen where it is loaded"):
+        export(lora, strength=0.5)
+    with pytest.raises(ExportError, match="has no strength"):
+        export(full, merged=True, strength=0.5)
+    with pytest.raises(ExportError, match="not a number"):
+        export(lora, merged=True, strength=float("nan"))
+    assert nothing_left(lora) and nothing_left(full)
+
+
+def test_never_two_transformers_at_once_when_merging(tiny_model, tmp_path, monkeypatch):
+    import gc
+    import weakref
+
+    from finetune.exporting import verify
+
+    alive = []
+
+    def counted(module):
+        load = module.load_transformer
+
+        def spy(*args, **options):
+            gc.collect()
+            assert [reference() for reference in alive if reference() is not None] == []
+            alive.append(weakref.ref(loaded := load(*args, **options)))
+            return loaded
+
+        monkeypatch.setattr(module, "load_transformer", spy)
+
+    counted(export_module)
+    counted(verify)
+    export(make_run(tmp_path, tiny_model("5b"), LORA), merged=True)
+    assert len(alive) == 2
+
+
+def test_the_command_line_merges_and_generate_samples_the_merged_folder(tiny_model, tmp_path, capsys):
+    model = tiny_model("5b")
+    run = make_run(tmp_path, model, LORA)
+    assert cli.main(["export", str(run), "--merged", "--strength", "0.5"]) == 0
+    assert "merged into the base at strength 0.5" in capsys.readouterr().out
+    adapter = export(run).folder
+
+    def frames(name: str, **options) -> np.ndarray:
+        return (
+            generate(
+                GenerateRequest(
+                    base=str(model),
+                    prompts=(SamplePrompt(prompt="a red ring", seed=5),),
+                    out=tmp_path / name,
+                    bucket=Bucket(9, 32, 48),
+                    num_inference_steps=2,
+                    **options,
+                )
+            )
+            .frames[0]
+            .astype(int)
+        )
+
+    merged, loaded = frames("a", transformer=run / "merged"), frames("b", adapters=(Adapter(adapter, 0.5),))
+    assert np.abs(merged - loaded).max() <= 1  # one grey level, where round-off falls across a boundary
+    assert np.abs(loaded - frames("c")).max() > 1
