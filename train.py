@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train as a configuration says: ``accelerate launch train.py --config run.yaml [--set optimizer.lr=2e-4]``.
 
-The same as ``finetune train``, as a file that ``accelerate launch`` and ``torchrun`` can start. Exit codes: 0 done
-(after SIGTERM or SIGINT too, with a checkpoint saved), 2 something in the configuration or the data to mend, 1 a bug;
-``accelerate launch`` itself turns 2 into 1.
+The same as ``finetune train``, as a file that ``accelerate launch`` and ``torchrun`` can start. Exit codes: 0 done, 75
+stopped by SIGTERM, SIGUSR1 or SIGINT with a checkpoint saved (the same command continues), 2 something in the
+configuration or the data to mend, 1 a bug; the launchers themselves turn every other code into 1.
 """
 
 import sys

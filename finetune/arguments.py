@@ -27,7 +27,10 @@ From one's own clips to a video, in five commands:
   finetune export runs/run
   finetune generate --model THUDM/CogVideoX-5b --adapter runs/run/export --prompt "a red kite over the sea"
 """
-_EXITS = "Exit codes: 0 done, 2 something to mend (the message says where), 1 a bug, 130 interrupted."
+_EXITS = """\
+Exit codes: 0 done, 2 something to mend (the message says where), 1 a bug, 130 interrupted, 75 training was stopped by a
+signal and saved, or a collection met a job that is only beginning (the same command continues).
+"""
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
@@ -94,15 +97,35 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
 
 
+def _replay_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("report", type=Path, metavar="REPORT", help="a folder reports/nonfinite-step-... of a run")
+    parser.add_argument(
+        "--dtype", choices=["bf16", "fp16", "fp32"], help="what to compute in; left out: as the step was"
+    )
+    parser.add_argument("--device", metavar="NAME", help="such as cuda:1 or cpu; left out: a GPU where there is one")
+    parser.add_argument("--model", metavar="MODEL", help="where the base model is now, if not where the run had it")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the cache is now, if not where the run had it")
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="a run's folder, or one checkpoint's")
     parser.add_argument("--to", choices=["diffusers"], default="diffusers", help="layout of the export")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where to; left out: RUN/export")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="where to; left out: RUN/export, or RUN/merged")
     parser.add_argument(
         "--checkpoint", choices=["latest", "best"], default="latest", help="of a run's folder; best by held-out loss"
     )
     parser.add_argument(
-        "--full-pipeline", action="store_true", help="after full fine-tuning: VAE, text encoder and scheduler beside it"
+        "--merged",
+        action="store_true",
+        help="put the adapter into the base's weights: a whole transformer, in RUN/merged where --output is left out",
+    )
+    parser.add_argument(
+        "--strength", type=float, default=1.0, help="with --merged: how much of the adapter; 1 as trained, 0 none"
+    )
+    parser.add_argument(
+        "--full-pipeline",
+        action="store_true",
+        help="after full fine-tuning, or with --merged: VAE, text encoder and scheduler beside the transformer",
     )
     parser.add_argument("--model", metavar="MODEL", help="where the base model is now, if not where the run had it")
     parser.add_argument(
@@ -159,6 +182,9 @@ def _cache_arguments(parser: argparse.ArgumentParser) -> None:
         "--delete", action="store_true", help="delete what verify or gc finds; without it they only say"
     )
     parser.add_argument("--unused-days", type=float, metavar="DAYS", help="gc: also what no run has used for so long")
+    parser.add_argument(
+        "--alone", action="store_true", help="gc: no other machine uses the cache, so do not wait a minute in between"
+    )
 
 
 def _quickstart_arguments(parser: argparse.ArgumentParser) -> None:
@@ -192,16 +218,24 @@ _VERBS: dict[str, _Verb] = {
     ),
     "train": (
         _train_arguments,
-        "Train as a configuration says: fill the cache, continue or begin the run, validate, save. SIGINT or SIGTERM\n"
-        "finishes the step, saves a checkpoint and exits with 0; the same command continues.",
+        "Train as a configuration says: fill the cache, continue or begin the run, validate, save. SIGTERM, SIGUSR1\n"
+        "or SIGINT finishes the step, saves a checkpoint and exits with 75; the same command continues.",
         "Examples:\n  finetune train --config run.yaml\n"
         "  finetune train --config run.yaml --set optimizer.lr=2e-4 train.steps=500\n"
         "  accelerate launch --num_processes 2 train.py --config run.yaml",
     ),
+    "replay": (
+        _replay_arguments,
+        "Run the samples of a step that was not finite one at a time, and say what went wrong: a clip, an overflow,\n"
+        "the weights. Training writes the report and names it.",
+        "Examples:\n  finetune replay runs/run/reports/nonfinite-step-00000123\n"
+        "  finetune replay runs/run/reports/nonfinite-step-00000123 --dtype fp32 --device cpu",
+    ),
     "export": (
         _export_arguments,
         "Write what was trained in diffusers' format: reloaded through the stock pipeline, compared, kept if equal.",
-        "Examples:\n  finetune export runs/run\n  finetune export runs/run --checkpoint best --output my-lora",
+        "Examples:\n  finetune export runs/run\n  finetune export runs/run --checkpoint best --output my-lora\n"
+        "  finetune export runs/run --merged --strength 0.8",
     ),
     "generate": (
         _generate_arguments,

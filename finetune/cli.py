@@ -1,7 +1,8 @@
 """The ``finetune`` command: one thin sub-command per verb.
 
 Nothing heavy is imported before a verb runs, so ``--help`` is instant. Exit codes: 0 done, 2 something the user can
-mend (printed without a traceback), 1 a bug in this package (with one), 130 interrupted.
+mend (printed without a traceback), 1 a bug in this package (with one), 130 interrupted, 75 training was stopped by a
+signal and saved, or a collection met a job that is only beginning: the same command continues.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from finetune.arguments import build_parser
-from finetune.errors import ConfigError, FinetuneError
+from finetune.errors import ConfigError, FinetuneError, first_line
 from finetune.version import __version__
 
 if TYPE_CHECKING:
     from finetune.types import Bucket
 
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+PREEMPTED = 75
+"""EX_TEMPFAIL of sysexits.h: a failure that goes away by trying again."""
 
 
 def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
@@ -53,7 +56,7 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
         return OK
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; torch need not be imported to have failed
-            print(f"{_rank()}error: {_first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
+            print(f"{_rank()}error: {first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
             return USER_ERROR
         traceback.print_exc()
         print(f"\n{_rank()}{_bug_note()}", file=sys.stderr)
@@ -64,10 +67,6 @@ _OUT_OF_MEMORY = (
     "free the GPU (is another program on it?), use a smaller --bucket or --offload, or set CUDA_VISIBLE_DEVICES="
     " to compute on the CPU"
 )
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _rank() -> str:
@@ -117,11 +116,11 @@ def _init(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from finetune.caching.overview import overview
-    from finetune.config import load_config, require_valid
+    from finetune.config import load_config, pin_model, require_valid
     from finetune.facts import read_facts
     from finetune.precompute import check_dataset
 
-    config = load_config(args.config, args.set)
+    config = pin_model(load_config(args.config, args.set))
     facts = read_facts(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, facts)
     report = check_dataset(config, facts)
@@ -132,27 +131,36 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _precompute(args: argparse.Namespace) -> None:
-    from finetune.config import load_config, require_valid
+    from finetune.config import load_config, pin_model, require_valid
     from finetune.facts import read_facts
     from finetune.precompute import precompute
+    from finetune.ranks import Ranks
 
-    config = load_config(args.config, args.set)
+    ranks = Ranks.current()
+    config = pin_model(load_config(args.config, args.set), ranks.first)
     facts = read_facts(config.model.pretrained, config.model.revision)
     _print_notes(require_valid(config, facts))
-    report = precompute(config, facts=facts)
+    report = precompute(config, facts=facts, distributed=ranks)
     if _is_main():
         print(report)
 
 
-def _train(args: argparse.Namespace) -> None:
+def _train(args: argparse.Namespace) -> int:
     from finetune.config import load_config
     from finetune.trainers.loop import train
 
     report = train(load_config(args.config, args.set))
-    if os.environ.get("RANK", "0") == "0":
+    if _is_main():
         print(report)
         if not report.stopped_by:
             print(f"next: finetune export {report.run_dir}")
+    return PREEMPTED if report.stopped_by else OK
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from finetune.replay import replay
+
+    print(replay(args.report, dtype=args.dtype, device=args.device, pretrained=args.model, cache=args.cache))
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -166,6 +174,8 @@ def _export(args: argparse.Namespace) -> None:
             full_pipeline=args.full_pipeline,
             weights=args.weights,
             pretrained=args.model,
+            merged=args.merged,
+            strength=args.strength,
         )
     )
 
@@ -218,7 +228,12 @@ def _cache(args: argparse.Namespace) -> int:
         verified = cache.verify(delete=args.delete, progress=sys.stderr.isatty())
         print(verified)
         return OK if verified.ok else USER_ERROR
-    print(cache.gc(delete=args.delete, unused_days=args.unused_days) if args.action == "gc" else cache.stats())
+    if args.action == "gc":
+        patience_s = {"settle_s": 0.0} if args.alone else {}
+        collected = cache.gc(delete=args.delete, unused_days=args.unused_days, **patience_s)
+        print(collected)
+        return PREEMPTED if collected.held_back else OK
+    print(cache.stats())
     return OK
 
 
@@ -238,6 +253,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "check": _check,
     "precompute": _precompute,
     "train": _train,
+    "replay": _replay,
     "export": _export,
     "generate": _generate,
     "cache": _cache,

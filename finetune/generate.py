@@ -25,12 +25,13 @@ from finetune.cogvideox import (
     load_vae,
 )
 from finetune.errors import ConfigError
-from finetune.facts import Facts, read_facts
+from finetune.facts import Facts, pin_revision, read_facts
 from finetune.generate_inputs import (
     Adapter,
     GenerateRequest,
     check_request,
     native_bucket,
+    recorded_fps,
     training_record,
     transformer_root,
 )
@@ -66,13 +67,14 @@ def generate(request: GenerateRequest) -> GenerateReport:
         DataError: if an image cannot be read.
         FinetuneError: if a video cannot be written.
     """
-    facts = read_facts(request.base, request.revision)
+    revision = pin_revision(request.base, request.revision)
+    facts = read_facts(request.base, revision)
     record = _record(request)
     bucket = request.bucket or _recorded_bucket(record, facts) or native_bucket(facts)
     check_request(request, facts, bucket)
-    fps = request.fps or float(record.get("fps") or facts.native_fps)
+    fps = request.fps or recorded_fps(record) or float(facts.native_fps)
     device = _device(request)
-    model = ModelConfig(pretrained=request.base, revision=request.revision, dtype=request.dtype)
+    model = ModelConfig(pretrained=request.base, revision=revision, dtype=request.dtype)
     dtype = model.torch_dtype()
     loaded_on = torch.device("cpu") if request.offload else device
 
@@ -123,7 +125,8 @@ def load_adapters(facts: Facts, transformer: Any, scheduler: Any, adapters: Sequ
     names = [f"adapter_{index}" for index in range(len(active))]
     for name, adapter in zip(names, active, strict=True):
         try:
-            pipeline.load_lora_weights(str(adapter.file.parent), weight_name=adapter.file.name, adapter_name=name)
+            folder, file = str(adapter.file.parent), adapter.file.name
+            pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
         except torch.OutOfMemoryError:
             raise  # says nothing of the adapter
         except (ValueError, RuntimeError, KeyError) as error:

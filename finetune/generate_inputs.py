@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,9 @@ from pydantic import ValidationError
 
 from finetune.errors import ConfigError, FinetuneError, raise_all
 from finetune.facts import Facts
+from finetune.files import COMPLETE
+from finetune.seals import DamageError, read_published
+from finetune.text import text_fault
 from finetune.trainers.validation import SamplePrompt
 from finetune.types import Bucket
 
@@ -20,6 +23,10 @@ ADAPTER_FILE = "pytorch_lora_weights.safetensors"
 """Name of an adapter's file in its folder: diffusers' own."""
 TRAINING_RECORD = "finetune.json"
 """Beside an export's weights: what it was trained on and with, for programs (the model card is for people)."""
+MAX_FPS = 1000.0
+"""The most that is taken from a record; who wants more says so."""
+_SETTINGS = "lora_adapter_metadata"
+"""Header entry under which diffusers keeps an adapter's settings, and takes them from."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +139,8 @@ def read_prompts(path: Path, *, seed: int = 0) -> tuple[SamplePrompt, ...]:
     for index, (number, line) in enumerate(numbered):
         try:
             prompts.append(_from_row(json.loads(line), path.parent, seed + index))
+        except RecursionError:
+            errors.append(ConfigError("not usable JSON: nested too deeply", where=f"{path}:{number}"))
         except (ValueError, ValidationError) as error:
             reason = _reason(error)
             errors.append(ConfigError(reason, where=f"{path}:{number}"))
@@ -172,9 +181,15 @@ def training_record(folder: Path) -> dict[str, Any]:
     path = (folder if folder.is_dir() else folder.parent) / TRAINING_RECORD
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
+
+
+def recorded_fps(record: Mapping[str, Any]) -> float | None:
+    """The frame rate of a training record, if it is one."""
+    fps = record.get("fps")
+    return float(fps) if isinstance(fps, int | float) and 0 < fps <= MAX_FPS else None
 
 
 def transformer_root(folder: Path) -> Path:
@@ -219,6 +234,8 @@ def _faults(request: GenerateRequest, facts: Facts, bucket: Bucket) -> Iterator[
 
 
 def _prompt_faults(prompt: SamplePrompt, facts: Facts, *, where: str) -> Iterator[FinetuneError]:
+    if fault := text_fault(prompt.prompt):
+        yield ConfigError(f"the prompt is damaged: {fault}", where=where, fix="write it again as text")
     if facts.image_to_video and prompt.image is None:
         yield ConfigError("the model is image-to-video and needs a first frame", where=where, fix="give --image FILE")
     if prompt.image is not None and not facts.image_to_video:
@@ -228,11 +245,16 @@ def _prompt_faults(prompt: SamplePrompt, facts: Facts, *, where: str) -> Iterato
 
 
 def _adapter_faults(adapter: Adapter) -> Iterator[FinetuneError]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     where = f"--adapter {adapter.path}"
     if not math.isfinite(adapter.strength):
         yield ConfigError(f"strength {adapter.strength} is not a number", where=where)
+    if adapter.file.is_file() and adapter.file.suffix != ".safetensors":
+        # diffusers would take it for a pickle.
+        yield ConfigError(f"{adapter.file.name} is no *.safetensors file", where=where, fix="convert or rename it")
+        return
     if not adapter.file.is_file():
         yield ConfigError(
             f"the folder holds no {ADAPTER_FILE}" if adapter.path.is_dir() else "there is no such file or folder",
@@ -241,15 +263,39 @@ def _adapter_faults(adapter: Adapter) -> Iterator[FinetuneError]:
         )
         return
     try:
-        with safe_open(adapter.file, framework="pt") as file:
-            names = list(file.keys())
+        tensors = load(read_published(adapter.file))
+    except DamageError as damage:
+        fix = f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it"
+        yield ConfigError(f"the adapter is damaged: {damage}", where=where, fix=fix)
+        return
     except (SafetensorError, OSError) as error:
         yield ConfigError(f"the file cannot be read as safetensors: {error}", where=where)
         return
-    if not any(name.startswith("transformer.") and ".lora_A" in name for name in names):
+    yield from _claims(adapter, {len(tensor) for name, tensor in tensors.items() if ".lora_A" in name and tensor.ndim})
+    if not any(name.startswith("transformer.") and ".lora_A" in name for name in tensors):
         # diffusers would load nothing from such a file, and only log a warning.
         yield ConfigError(
             "the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight)",
             where=where,
             fix="convert it to diffusers' layout first",
         )
+
+
+def _claims(adapter: Adapter, ranks: set[int]) -> Iterator[FinetuneError]:
+    """What the file's header says of ranks that its tensors do not have: a layer of that size would be made first."""
+    from safetensors import safe_open
+
+    with safe_open(adapter.file, framework="pt") as file:
+        text = (file.metadata() or {}).get(_SETTINGS, "{}")
+    try:
+        settings = json.loads(text)
+        claimed = [value for key, value in settings.items() if key.rpartition(".")[2] == "r"]
+        claimed += [
+            value for key, found in settings.items() if key.endswith("rank_pattern") for value in (found or {}).values()
+        ]
+    except (ValueError, AttributeError, RecursionError):
+        yield ConfigError("its settings in the header cannot be read", where=f"--adapter {adapter.path}")
+        return
+    if wrong := [value for value in claimed if value not in [*ranks]]:
+        told = f"its header claims a rank of {wrong[0]!s:.30}, and its tensors have {sorted(ranks)}"
+        yield ConfigError(told, where=f"--adapter {adapter.path}", fix="fetch or export it again")

@@ -89,7 +89,8 @@ class ClipConfig(Strict):
     """What happens to a video too short for every bucket of its shape: stop, leave it out and count it, or repeat its
     last frame."""
     unreadable_clips: Literal["error", "skip"] = "error"
-    """What happens to a file whose header or frames cannot be read: stop, or leave it out and count it."""
+    """What happens to a file whose header or frames cannot be read, and to a row of a dataset whose text cannot be
+    used: stop, or leave it out and count it. A row that names a missing file or one outside its folder always stops."""
 
 
 def frame_indices(

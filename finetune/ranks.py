@@ -1,25 +1,35 @@
 """What the processes of one launch say to each other outside training: plain objects, however long a process takes.
 
-Encoding a large dataset takes hours and the processes do not finish together, while NCCL gives up on a collective after
-ten minutes. Everything here therefore goes through a gloo group with a patient timeout; a process that dies still ends
-the others at once, because its connections close.
+Encoding a large dataset takes hours and the processes do not finish together, while a collective of training gives up
+after ten minutes. Everything here therefore goes through a gloo group with a patient timeout; a process that dies still
+ends the others at once, because its connections close.
 """
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 
-from finetune.errors import CacheError, FinetuneError
+from finetune.errors import FinetuneError
 
 PATIENCE = timedelta(days=7)
+"""Of what goes through ``Ranks``."""
+TIMEOUT = timedelta(minutes=10)
+"""Of a collective of training: gradients, weights, losses. Whoever is not there by then is not coming."""
 
 _Result = TypeVar("_Result")
+
+
+class LaunchError(FinetuneError):
+    """A process of the launch failed or is gone."""
 
 
 def on_cpu() -> bool:
@@ -33,6 +43,19 @@ def on_cpu() -> bool:
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
 
 
+_PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
+
+
+@contextmanager
+def plain_launch() -> Iterator[None]:
+    """Inside, accelerate sees nothing but processes: it would shard the model itself, and refuses to on a CPU."""
+    hidden = {name: os.environ.pop(name) for name in _PLUGINS if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One process among those of its launch."""
@@ -41,21 +64,45 @@ class Ranks:
     world: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     """Where this process computes."""
-    _group: Any = None
+    group: Any = None
+    """The patient gloo group; None where no process group was opened."""
+    opened: bool = False
+    """Whether ``current`` opened the process group, so that ``close`` has to close it."""
 
     @classmethod
-    def current(cls) -> Ranks:
-        """The processes that ``accelerate launch`` or ``torchrun`` started; one, where neither did.
+    def current(cls, *, sharding: bool = False) -> Ranks:
+        """The processes that ``accelerate launch``, ``torchrun`` or ``srun`` started; one, where none did.
 
         All of them must call this at the same point.
+
+        Args:
+            sharding: a model will be sharded, which takes a process group also of a single process.
         """
         from accelerate import PartialState
 
-        state = PartialState(cpu=on_cpu())
+        # With `true`, accelerate's default, transformers loads T5 on the first process of a machine alone and leaves
+        # the others with empty weights, for a plugin of accelerate's that is not used here to fill.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+        opened = not distributed.is_initialized()
+        with plain_launch():
+            state = PartialState(cpu=on_cpu(), timeout=TIMEOUT)
+        if sharding and not distributed.is_initialized():
+            backend = "gloo" if state.device.type == "cpu" else "nccl"
+            store = distributed.HashStore()  # type: ignore[attr-defined]  # public, but not re-exported
+            distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         group = None
-        if state.num_processes > 1:
-            group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-        return cls(state.process_index, state.num_processes, state.device, group)
+        if distributed.is_initialized():
+            group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        opened = opened and distributed.is_initialized()
+        return cls(state.process_index, state.num_processes, state.device, group, opened)
+
+    def close(self) -> None:
+        """Close the process group, if ``current`` opened it; a later launch in this process opens its own."""
+        if self.opened and distributed.is_initialized():
+            from accelerate.state import AcceleratorState
+
+            distributed.destroy_process_group()
+            AcceleratorState._reset_state(reset_partial_state=True)  # it would go on to name the group that is gone
 
     @property
     def is_main(self) -> bool:
@@ -67,11 +114,13 @@ class Ranks:
 
         Raises:
             Exception: what ``work`` raised, on the main process; a ``FinetuneError`` that says so on the others.
+            LaunchError: if a process is gone.
         """
         result, error = _attempt(work) if self.is_main else (None, None)
         if self.world > 1:
             box = [(result, _portable(error, self.rank))]
-            torch.distributed.broadcast_object_list(box, src=0, group=self._group)
+            with peers():
+                distributed.broadcast_object_list(box, src=0, group=self.group)
             result, said = box[0]
             error = error or said
         if error is not None:
@@ -85,6 +134,7 @@ class Ranks:
 
         Raises:
             Exception: what ``work`` raised here; where it failed only elsewhere, a ``FinetuneError`` that says so.
+            LaunchError: if a process is gone.
         """
         result, error = _attempt(work)
         if self.world == 1:
@@ -94,11 +144,44 @@ class Ranks:
         if error is not None:  # said now: the others may take hours to come here
             print(f"process {self.rank} stopped and waits for the others: {error}", file=sys.stderr, flush=True)
         outcomes: list[Any] = [None] * self.world
-        torch.distributed.all_gather_object(outcomes, (result, _portable(error, self.rank)), group=self._group)
+        with peers():
+            distributed.all_gather_object(outcomes, (result, _portable(error, self.rank)), group=self.group)
         for failed in [error, *(said for _, said in outcomes)]:
             if failed is not None:
                 raise failed
         return [outcome for outcome, _ in outcomes]
+
+    def gather(self, mine: list[_Result]) -> list[_Result]:
+        """Every process's objects in one list, in order of rank."""
+        return [entry for part in self.all(lambda: mine) for entry in part]
+
+
+@contextmanager
+def peers() -> Iterator[None]:
+    """Around a collective: say in a sentence that another process is gone, where torch has a traceback.
+
+    Raises:
+        LaunchError: where the collective failed because a connection closed or nobody answered in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistError and gloo's own
+        if not _is_loss(error):
+            raise
+        raise LaunchError(
+            f"another process of the launch failed or was killed: {str(error).strip().splitlines()[0]}",
+            fix="its own last lines say why; the last checkpoint is intact, and the same command continues",
+        ) from error
+
+
+_LOSS = ("connection", "timed out", "timeout", "socket", "peer", "nccl", "broken pipe", "recvvalue")
+
+
+def _is_loss(error: RuntimeError) -> bool:
+    if isinstance(error, distributed.DistError):
+        return True
+    text = str(error).lower()
+    return ("gloo" in text or "collective" in text or "[rank" in text) and any(word in text for word in _LOSS)
 
 
 def _attempt(work: Callable[[], _Result]) -> tuple[_Result | None, Exception | None]:
@@ -112,4 +195,4 @@ def _portable(error: Exception | None, rank: int) -> FinetuneError | None:
     """The error as other processes get it: their own kind as it is, anything else in words, since it may not pickle."""
     if error is None or isinstance(error, FinetuneError):
         return error
-    return CacheError(f"process {rank} stopped: {type(error).__name__}: {error}", fix="its own message says more")
+    return LaunchError(f"process {rank} stopped: {type(error).__name__}: {error}", fix="its own message says more")

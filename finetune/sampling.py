@@ -152,10 +152,13 @@ def _image_argument(facts: Facts, request: SampleRequest) -> dict[str, Any]:
         return {}
     from PIL import Image
 
-    from finetune.datasets.video import fit_image, load_image
+    from finetune.datasets.video import fit_image, load_fitted_image
 
-    image = load_image(request.image) if isinstance(request.image, Path) else request.image
-    return {"image": Image.fromarray(fit_image(image, request.bucket).permute(1, 2, 0).numpy())}
+    if isinstance(request.image, Path):
+        image = load_fitted_image(request.image, request.bucket)
+    else:
+        image = fit_image(request.image, request.bucket)
+    return {"image": Image.fromarray(image.permute(1, 2, 0).numpy())}
 
 
 def _to_uint8(video: Any, seed: int) -> Frames:

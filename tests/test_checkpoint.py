@@ -16,19 +16,24 @@ from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from finetune.errors import CheckpointError
-from finetune.files import digest_of
+from finetune.files import COMPLETE
+from finetune.seals import seal
 from finetune.trainers.checkpoint import (
     CheckpointConfig,
+    LoadedCheckpoint,
     checkpoint_path,
+    choose_checkpoint,
     compare,
     compare_configs,
-    find_checkpoint,
+    folders,
+    form,
     list_checkpoints,
     load_checkpoint,
     prune,
     require_same_run,
+    save,
     save_checkpoint,
-    store,
+    sweep,
 )
 from finetune.types import RunState
 
@@ -53,7 +58,7 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def save(run_dir: Path, step: int, *, best: int | None = None, ema: bool = False, **policy: Any) -> Path:
+def saved(run_dir: Path, step: int, *, best: int | None = None, ema: bool = False, **policy: Any) -> Path:
     state = RunState(step, "cache", samples_seen=2 * step, best_heldout_loss=0.25 if best else None, best_step=best)
     return save_checkpoint(
         run_dir,
@@ -75,7 +80,7 @@ def steps(run_dir: Path) -> list[int]:
 
 @pytest.mark.parametrize("ema", [False, True])
 def test_everything_comes_back_bit_for_bit(tmp_path, ema):
-    path = save(tmp_path, 500, best=400, ema=ema)
+    path = saved(tmp_path, 500, best=400, ema=ema)
     assert path == tmp_path / "checkpoints" / "step-00000500" == checkpoint_path(tmp_path, 500)
     loaded = load_checkpoint(path)
     assert loaded.state == RunState(500, "cache", 1000, 0.25, 400)
@@ -90,18 +95,18 @@ def test_everything_comes_back_bit_for_bit(tmp_path, ema):
     assert load_checkpoint(path, optimizer=False).optimizer == ({}, {})
 
 
-FILES = [store.TRAINABLE, store.OPTIMIZER, store.OPTIMIZER_META, store.EMA, store.CONFIG, store.STATE]
+FILES = [form.TRAINABLE, form.OPTIMIZER, form.OPTIMIZER_META, form.EMA, form.CONFIG, form.STATE]
 
 
 def test_the_files_are_those_that_the_module_names(tmp_path):
-    path = save(tmp_path, 1, ema=True)
+    path = saved(tmp_path, 1, ema=True)
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "COMPLETE"])
 
 
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.99])
 @pytest.mark.parametrize("name", FILES)
 def test_a_flipped_byte_anywhere_is_found(tmp_path, name, position):
-    path = save(tmp_path, 1, ema=True)
+    path = saved(tmp_path, 1, ema=True)
     content = bytearray((path / name).read_bytes())
     content[int(position * len(content))] ^= 1
     (path / name).write_bytes(content)
@@ -113,7 +118,7 @@ def test_a_flipped_byte_anywhere_is_found(tmp_path, name, position):
 @pytest.mark.parametrize("harm", ["delete", "truncate", "empty"])
 @pytest.mark.parametrize("name", FILES)
 def test_a_missing_or_short_file_is_found(tmp_path, name, harm):
-    path = save(tmp_path, 1, ema=True)
+    path = saved(tmp_path, 1, ema=True)
     content = (path / name).read_bytes()
     if harm == "delete":
         (path / name).unlink()
@@ -123,21 +128,76 @@ def test_a_missing_or_short_file_is_found(tmp_path, name, harm):
         load_checkpoint(path)
 
 
+def reseal(path: Path) -> None:
+    """As if what stands in a checkpoint now had been written: what a forger does, or another version."""
+    (path / COMPLETE).unlink()
+    (path / COMPLETE).write_text(seal(path))
+
+
+def change_state(path: Path, **changes: Any) -> None:
+    content = json.loads((path / form.STATE).read_text())
+    (path / form.STATE).write_text(json.dumps({**content, **changes}))
+    reseal(path)
+
+
 def test_a_later_format_is_told_from_damage(tmp_path):
-    path = save(tmp_path, 1)
-    content = json.loads((path / store.STATE).read_text())
-    (path / store.STATE).write_text(json.dumps({**content, "format": store.FORMAT + 1}))
-    with pytest.raises(CheckpointError, match="format 2, this version reads 1"):
+    path = saved(tmp_path, 1)
+    change_state(path, format=form.FORMAT + 1)
+    with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
+        load_checkpoint(path)
+    with pytest.raises(CheckpointError, match="format 3"):
+        choose_checkpoint(tmp_path, "latest")
+    assert steps(tmp_path) == [1], "nothing is set aside that another version can read"
+
+
+def test_the_first_format_is_told_from_damage(tmp_path):
+    path = saved(tmp_path, 1)
+    change_state(path, format=1)
+    (path / COMPLETE).write_text("")
+    with pytest.raises(CheckpointError, match="earlier version of this package"):
         load_checkpoint(path)
 
 
-def test_the_state_of_another_version_is_told_from_damage(tmp_path, monkeypatch):
-    path = save(tmp_path, 1)
-    content = json.loads((path / store.STATE).read_text())
-    del content["digest"]
-    content["state"]["moon_phase"] = 3
-    (path / store.STATE).write_text(json.dumps({**content, "digest": digest_of(content)}))
-    with pytest.raises(CheckpointError, match="another version of this package"):
+STATES: list[Any] = [
+    {"moon_phase": 3, "step": 1, "cache_digest": ""},
+    {"step": "1", "cache_digest": ""},
+    {"step": 1.5, "cache_digest": ""},
+    {"step": 1, "cache_digest": None},
+    {"step": 1, "cache_digest": "", "best_step": [1]},
+    {"cache_digest": ""},
+    {},
+    [],
+    None,
+    "state",
+]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*({"state": state} for state in STATES), *({"processes": value} for value in (0, "2", None, 1.5, True, []))],
+    ids=str,
+)
+def test_the_state_of_another_version_is_told_from_damage(tmp_path, changes):
+    path = saved(tmp_path, 1)
+    change_state(path, **changes)
+    with pytest.raises(CheckpointError, match=r"another version of this package: state\.json"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("name", [form.STATE, form.CONFIG, form.OPTIMIZER_META])
+def test_a_file_of_another_type_is_no_traceback(tmp_path, name):
+    path = saved(tmp_path, 1)
+    (path / name).write_text("[1, 2]")
+    reseal(path)
+    with pytest.raises(CheckpointError, match=f"{name} holds a list"):
+        load_checkpoint(path)
+
+
+def test_an_average_of_other_tensors_is_refused(tmp_path):
+    path = saved(tmp_path, 1, ema=True)
+    shutil.copy(path / form.OPTIMIZER, path / form.EMA)
+    reseal(path)
+    with pytest.raises(CheckpointError, match="ema"):
         load_checkpoint(path)
 
 
@@ -152,7 +212,7 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
             config={},
             policy=CheckpointConfig(),
         )
-    assert not steps(tmp_path) and not list((tmp_path / "checkpoints").iterdir())
+    assert list(tmp_path.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------------------- pruning
@@ -160,66 +220,66 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
 
 def test_the_last_k_and_the_best_stay(tmp_path):
     for step, best in ((10, 10), (20, 20), (30, 20), (40, 20), (50, 20)):
-        save(tmp_path, step, best=best, keep_last=2)
+        saved(tmp_path, step, best=best, keep_last=2)
     assert steps(tmp_path) == [20, 40, 50]
-    save(tmp_path, 60, best=60, keep_last=2)
+    saved(tmp_path, 60, best=60, keep_last=2)
     assert steps(tmp_path) == [50, 60]
 
 
 def test_without_keep_best_only_the_last_stay(tmp_path):
     for step in (10, 20, 30):
-        save(tmp_path, step, best=10, keep_last=1, keep_best=False)
+        saved(tmp_path, step, best=10, keep_last=1, keep_best=False)
     assert steps(tmp_path) == [30]
 
 
 def test_the_old_one_is_removed_only_after_the_new_one_stands(tmp_path, monkeypatch):
-    save(tmp_path, 10, keep_last=1)
+    saved(tmp_path, 10, keep_last=1)
     seen = []
-    real = store.prune
-    monkeypatch.setattr(store, "prune", lambda *a: (seen.append(steps(tmp_path)), real(*a)))
-    save(tmp_path, 20, keep_last=1)
+    real = save.prune
+    monkeypatch.setattr(save, "prune", lambda *a: (seen.append(steps(tmp_path)), real(*a)))
+    saved(tmp_path, 20, keep_last=1)
     assert seen == [[10, 20]] and steps(tmp_path) == [20]
 
 
 def test_a_failed_save_keeps_the_old_one(tmp_path, monkeypatch):
-    save(tmp_path, 10, keep_last=1)
+    saved(tmp_path, 10, keep_last=1)
 
     def full_disk(*_: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(store, "atomic_save_tensors", full_disk)
+    monkeypatch.setattr(save, "atomic_save_tensors", full_disk)
     with pytest.raises(CheckpointError, match="no space"):
-        save(tmp_path, 20, keep_last=1)
+        saved(tmp_path, 20, keep_last=1)
     assert steps(tmp_path) == [10]
     load_checkpoint(checkpoint_path(tmp_path, 10))
 
 
 def test_an_interrupted_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch):
     for step in (10, 20):
-        save(tmp_path, step)
+        saved(tmp_path, step)
 
     def killed(path: Path, **_: object) -> None:
-        (path / store.TRAINABLE).unlink()
+        (path / form.TRAINABLE).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store.shutil, "rmtree", killed)
+    monkeypatch.setattr(folders.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         prune(tmp_path, 1, None)
     assert steps(tmp_path) == [20]
     monkeypatch.undo()
-    prune(tmp_path, 1, None)
+    sweep(tmp_path)
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
 
 
 def test_saving_a_step_again_replaces_it(tmp_path):
-    save(tmp_path, 10)
-    path = save(tmp_path, 10, best=10)
+    saved(tmp_path, 10)
+    path = saved(tmp_path, 10, best=10)
     assert load_checkpoint(path).state.best_step == 10 and steps(tmp_path) == [10]
 
 
 def _keep_saving(run_dir: Path) -> None:
     for step in range(1, 10_000):
-        save(run_dir, step, keep_last=2)
+        saved(run_dir, step, keep_last=2)
 
 
 def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
@@ -232,9 +292,10 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
         time.sleep(delay_s)
         writer.kill()
         writer.join()
-        found = find_checkpoint(tmp_path, "latest")
-        assert found is not None
-        survived.append(load_checkpoint(found).state.step)
+        sweep(tmp_path)
+        found = choose_checkpoint(tmp_path, "latest")
+        assert found is not None and not list((tmp_path / "checkpoints").glob("*.partial"))
+        survived.append(found.state.step)
         shutil.rmtree(tmp_path / "checkpoints")
     assert len(survived) == 4 and max(survived) > 1
 
@@ -242,7 +303,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
 def _save_as_rank(rank: int, run_dir: Path) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{run_dir}/meet")
     torch.distributed.barrier()
-    path = save(run_dir / f"rank{rank}", 5)
+    path = saved(run_dir / f"rank{rank}", 5)
     (run_dir / f"said{rank}").write_text(str(path))
     torch.distributed.barrier()  # gloo connects in the background: who leaves first would cut the other off
     torch.distributed.destroy_process_group()
@@ -264,59 +325,65 @@ def test_only_rank_0_writes(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- finding
 
 
-def test_latest_is_the_newest_complete_one(tmp_path, caplog):
-    assert find_checkpoint(tmp_path, "latest") is None
-    save(tmp_path, 9)
-    newest = save(tmp_path, 10)
-    interrupted = checkpoint_path(tmp_path, 11)
-    shutil.copytree(newest, interrupted)
-    (interrupted / "COMPLETE").unlink()
+def chosen(run_dir: Path, resume: str | Path) -> Path | None:
+    found = choose_checkpoint(run_dir, resume)
+    assert found is None or isinstance(found, LoadedCheckpoint)
+    return None if found is None else found.path
+
+
+def test_latest_is_the_newest_one(tmp_path, caplog):
+    assert chosen(tmp_path, "latest") is None
+    saved(tmp_path, 9)
+    newest = saved(tmp_path, 10)
     shutil.copytree(newest, newest.with_name("step-00000012.1-aa.partial"))
     (newest.parent / "step-notes").mkdir()
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint(tmp_path, "latest") == newest
-    assert str(interrupted) in caplog.text and "partial" not in caplog.text
+        assert chosen(tmp_path, "latest") == newest
+    assert not caplog.text
 
 
-def test_only_incomplete_ones_means_a_fresh_start_with_a_warning(tmp_path, caplog):
-    (save(tmp_path, 10) / "COMPLETE").unlink()
+def test_a_folder_without_its_marker_is_damaged(tmp_path, caplog):
+    older, newest = saved(tmp_path, 9), saved(tmp_path, 10)
+    (newest / COMPLETE).unlink()
     with caplog.at_level(logging.WARNING):
-        assert find_checkpoint(tmp_path, "latest") is None
-    assert "incomplete" in caplog.text
+        assert chosen(tmp_path, "latest") == older
+    assert "COMPLETE is missing" in caplog.text and not newest.exists()
 
 
 def test_none_begins_but_never_over_another_run(tmp_path):
-    assert find_checkpoint(tmp_path, "none") is None
-    save(tmp_path, 10)
-    with pytest.raises(CheckpointError, match="up to step 10, and resume is none") as caught:
-        find_checkpoint(tmp_path, "none")
-    assert "output_dir" in caught.value.fix and steps(tmp_path) == [10]
+    assert chosen(tmp_path, "none") is None
+    path = saved(tmp_path, 10)
+    for _ in ("whole", "and damaged"):
+        with pytest.raises(CheckpointError, match="up to step 10, and resume is none") as caught:
+            choose_checkpoint(tmp_path, "none")
+        assert "output_dir" in caught.value.fix and path.is_dir()
+        (path / COMPLETE).unlink(missing_ok=True)
 
 
 def test_a_named_checkpoint_must_be_one(tmp_path):
-    first, last = save(tmp_path, 10), save(tmp_path, 20)
-    assert find_checkpoint(tmp_path, last) == last == find_checkpoint(tmp_path, str(last))
+    first, last = saved(tmp_path, 10), saved(tmp_path, 20)
+    assert chosen(tmp_path, last) == last == chosen(tmp_path, str(last))
     with pytest.raises(CheckpointError, match="there is no checkpoint") as caught:
-        find_checkpoint(tmp_path, tmp_path / "checkpoints" / "step-00000030")
+        choose_checkpoint(tmp_path, tmp_path / "checkpoints" / "step-00000030")
     assert "step-00000010, step-00000020" in caught.value.fix
     with pytest.raises(CheckpointError, match="a run's folder") as caught:
-        find_checkpoint(tmp_path, tmp_path)
+        choose_checkpoint(tmp_path, tmp_path)
     assert str(last) in caught.value.fix
-    (first / "COMPLETE").unlink()
-    for read in (lambda: find_checkpoint(tmp_path, first), lambda: load_checkpoint(first)):
+    (first / COMPLETE).unlink()
+    for read in (lambda: choose_checkpoint(tmp_path, first), lambda: load_checkpoint(first)):
         with pytest.raises(CheckpointError, match="incomplete"):
             read()
 
 
 def test_two_histories_do_not_mix_in_one_folder(tmp_path):
-    first = save(tmp_path / "a", 10)
-    save(tmp_path / "a", 20)
+    first = saved(tmp_path / "a", 10)
+    saved(tmp_path / "a", 20)
     with pytest.raises(CheckpointError, match=r"do not lead to step-00000010: step-00000020"):
-        find_checkpoint(tmp_path / "a", first)
-    assert find_checkpoint(tmp_path / "b", first) == first, "another, empty folder may continue from it"
-    save(tmp_path / "b", 5)
+        choose_checkpoint(tmp_path / "a", first)
+    assert chosen(tmp_path / "b", first) == first, "another, empty folder may continue from it"
+    saved(tmp_path / "b", 5)
     with pytest.raises(CheckpointError, match="step-00000005"):
-        find_checkpoint(tmp_path / "b", first)
+        choose_checkpoint(tmp_path / "b", first)
 
 
 def test_resume_reads_words_and_paths():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import get_args
 
 import pytest
@@ -14,6 +15,7 @@ from finetune.memory import MemoryConfig, assert_recompute
 from finetune.memory.checkpointing import Checkpointing
 from finetune.tiny import tiny_transformer
 from finetune.trainers.method import FullMethod, LoraMethod
+from finetune.types import Batch
 
 KINDS = get_args(Checkpointing)
 METHODS = [LoraMethod(rank=4, dropout=0.2), FullMethod()]
@@ -167,3 +169,92 @@ def test_applying_again_changes_the_kind():
     assert not transformer.gradient_checkpointing
     with pytest.raises(ValidationError):
         MemoryConfig(checkpointing="some")
+
+
+# ------------------------------------------------------------------------------------------- splitting, and the notches
+
+
+def a_batch(clips: int, *, image: bool = False) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(clips, *shape, generator=generator)
+
+    return Batch(
+        latents=noise(4, 3, 8, 8),
+        noise=noise(4, 3, 8, 8),
+        timesteps=torch.arange(clips) * 100,
+        prompt_embeds=noise(16, 32),
+        image_latents=noise(4, 1, 8, 8) if image else None,
+        slots=tuple(range(10, 10 + clips)),
+        clips=tuple(f"{number}.mp4" for number in range(clips)),
+    )
+
+
+@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("clips,sizes", [(None, [5]), (5, [5]), (9, [5]), (3, [3, 2]), (1, [1] * 5)])
+def test_parts_are_the_whole_in_its_order(clips, sizes, image):
+    batch = a_batch(5, image=image)
+    parts = list(MemoryConfig(clips_at_once=clips).parts(batch))
+    assert [len(part.slots) for part in parts] == sizes
+    assert sum((part.slots for part in parts), ()) == batch.slots
+    assert sum((part.clips for part in parts), ()) == batch.clips
+    for name in ("latents", "noise", "timesteps", "prompt_embeds", "image_latents"):
+        whole = getattr(batch, name)
+        if whole is None:
+            assert all(getattr(part, name) is None for part in parts)
+        else:
+            assert torch.equal(torch.cat([getattr(part, name) for part in parts]), whole)
+
+
+@pytest.mark.parametrize("method", [LoraMethod(rank=4), FullMethod()], ids=lambda method: method.kind)
+def test_splitting_keeps_losses_and_gradients_to_rounding(method):
+    """Float32 on a CPU: every loss to 1e-6 of itself, the gradient to 1e-5 of its norm."""
+    results = []
+    for clips in (None, 2, 1):
+        transformer, _ = prepared("none", method)
+        losses = []
+        for part in MemoryConfig(clips_at_once=clips).parts(a_batch(4)):
+            prediction = transformer(
+                part.latents.transpose(1, 2), part.prompt_embeds, part.timesteps, return_dict=False
+            )[0]
+            loss = prediction.square().flatten(1).mean(1)
+            loss.sum().backward()
+            losses.append(loss.detach())
+        gradients = torch.cat([p.grad.flatten() for p in method.trainable(transformer).values()])
+        results.append((torch.cat(losses), gradients))
+    (losses, gradients), *others = results
+    assert gradients.norm() > 0
+    for their_losses, their_gradients in others:
+        torch.testing.assert_close(their_losses, losses, rtol=1e-6, atol=0)
+        assert (their_gradients - gradients).norm() < 1e-5 * gradients.norm()
+
+
+def said(memory: MemoryConfig, batch_size: int) -> list[str]:
+    """Each notch in the words of the one before."""
+    notches = memory.notches(batch_size)
+    assert notches[0] is memory
+    return [before.difference(after) for before, after in pairwise(notches)]
+
+
+@pytest.mark.parametrize(
+    "memory,batch_size,steps",
+    [
+        (MemoryConfig(checkpointing="none"), 1, ["memory.checkpointing: full"]),
+        (MemoryConfig(), 1, []),
+        (MemoryConfig(), 5, ["memory.clips_at_once: 3", "memory.clips_at_once: 2", "memory.clips_at_once: 1"]),
+        (MemoryConfig(checkpointing="none"), 2, ["memory.checkpointing: full", "memory.clips_at_once: 1"]),
+        (MemoryConfig(clips_at_once=2), 8, ["memory.clips_at_once: 1"]),
+        (MemoryConfig(clips_at_once=8), 4, ["memory.clips_at_once: 2", "memory.clips_at_once: 1"]),
+    ],
+)
+def test_notches_go_down_one_technique_at_a_time(memory, batch_size, steps):
+    assert said(memory, batch_size) == steps
+
+
+def test_every_notch_can_be_written_into_a_configuration():
+    for notch in MemoryConfig(checkpointing="none").notches(7):
+        assert MemoryConfig.model_validate(notch.model_dump(mode="json")) == notch
+    first, *_, last = MemoryConfig(checkpointing="none").notches(7)
+    assert first.difference(last) == "memory.checkpointing: full, memory.clips_at_once: 1"
+    assert not first.difference(first)

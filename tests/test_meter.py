@@ -1,41 +1,51 @@
-"""What a step amounted to, over processes of unequal shares; and that nothing non-finite passes."""
+"""What a step amounted to, over processes of unequal shares; and that nothing non-finite passes for a number."""
 
 from __future__ import annotations
 
 import math
-import os
-import signal
 
 import pytest
 import torch
 
-from finetune.errors import TrainingError
 from finetune.trainers.ema import Ema
-from finetune.trainers.meter import Meter, StepRecord, require_finite
-from finetune.trainers.stopping import StopRequest
+from finetune.trainers.meter import Meter, StepRecord
 
 
-def exchanged(*shares: list[tuple[float, int]], rows: int = 3, stops: tuple[bool, ...] = ()) -> StepRecord:
+def exchanged(
+    *shares: list[tuple[float, int]],
+    rows: int = 3,
+    stops: tuple[bool, ...] = (),
+    faults: tuple[bool, ...] = (),
+) -> StepRecord:
     """Play the collective by hand: every share is one process's."""
     tables: list[torch.Tensor] = []
-    for share, stop in zip(shares, stops or (False,) * len(shares), strict=True):
+    none = (False,) * len(shares)
+    for share, stop, fault in zip(shares, stops or none, faults or none, strict=True):
         meter = Meter(rows, gather=lambda table: tables.append(table) or table)
         losses, timesteps = zip(*share, strict=True)
-        meter.add(torch.tensor(losses), torch.tensor(timesteps), ["clip"] * len(share))
-        meter.exchange(stop)
+        meter.add(torch.tensor(losses), torch.tensor(timesteps))
+        meter.exchange(stop=stop, fault=fault)
     final = Meter(rows, gather=lambda _: torch.cat(tables))
-    final.add(torch.tensor([0.0]), torch.tensor([0]), ["clip"])
-    return final.exchange(False)
+    final.add(torch.tensor([0.0]), torch.tensor([0]))
+    return final.exchange()
 
 
-def test_unequal_shares_count_by_sample():
+def test_unequal_shares_count_by_sample_in_the_order_of_the_ranks():
     record = exchanged([(1.0, 5), (2.0, 6), (3.0, 7)], [(6.0, 8)])
-    assert record.loss == 3.0 and sorted(record.timesteps) == [5, 6, 7, 8]
+    assert record.loss == 3.0
+    assert record.timesteps == (5, 6, 7, 8) and record.losses == (1.0, 2.0, 3.0, 6.0)
 
 
-def test_one_process_asking_stops_all():
-    assert exchanged([(1.0, 0)], [(1.0, 0)], stops=(False, True)).stop
-    assert not exchanged([(1.0, 0)], [(1.0, 0)]).stop
+@pytest.mark.parametrize("flag,name", [("stops", "stop"), ("faults", "fault")])
+def test_what_one_process_has_to_tell_reaches_all(flag, name):
+    other = {"stop": "fault", "fault": "stop"}[name]
+    for told in ((False, True), (True, False), (True, True)):
+        record = exchanged([(1.0, 0)], [(1.0, 0)], **{flag: told})
+        assert getattr(record, name) and not getattr(record, other)
+    quiet = exchanged([(1.0, 0)], [(1.0, 0)])
+    assert not quiet.stop and not quiet.fault
+    both = exchanged([(1.0, 0)], [(1.0, 0)], stops=(True, False), faults=(False, True))
+    assert both.stop and both.fault
 
 
 def test_a_non_finite_loss_survives_the_exchange():
@@ -43,26 +53,22 @@ def test_a_non_finite_loss_survives_the_exchange():
     assert any(math.isnan(loss) for loss in record.losses) and len(record.losses) == 2
 
 
-def one(loss: float) -> tuple[StepRecord, Meter]:
-    meter = Meter(1, gather=lambda table: table)
-    meter.add(torch.tensor([loss]), torch.tensor([17]), ["videos/a.mp4#2"])
-    return meter.exchange(False), meter
-
-
-def same(words: list[str]) -> list[str]:
-    return words
+def test_a_step_that_is_begun_again_is_counted_once():
+    meter = Meter(2, gather=lambda table: table)
+    meter.add(torch.tensor([7.0, 8.0]), torch.tensor([1, 2]))
+    meter.reset()
+    for loss, timestep in ((1.0, 1), (2.0, 2)):  # the parts of the same micro-batch
+        meter.add(torch.tensor([loss]), torch.tensor([timestep]))
+    assert meter.exchange().losses == (1.0, 2.0)
 
 
 def test_finite_steps_pass():
-    require_finite(*[one(1.0)[0], 0.5, one(1.0)[1]], step=3, gather_words=same)
+    assert exchanged([(1.0, 5)]).is_finite(0.5)
 
 
 @pytest.mark.parametrize("loss,norm", [(math.nan, 1.0), (math.inf, 1.0), (1.0, math.nan), (1.0, math.inf)])
-def test_what_is_not_finite_stops_and_is_named(loss, norm):
-    record, meter = one(loss)
-    with pytest.raises(TrainingError, match="step 3") as caught:
-        require_finite(record, norm, meter, step=3, gather_words=same)
-    assert "videos/a.mp4#2" in str(caught.value)
+def test_what_is_not_finite_does_not_pass(loss, norm):
+    assert not exchanged([(1.0, 5)], [(loss, 17)]).is_finite(norm)
 
 
 def test_the_average_is_applied_and_exactly_taken_back():
@@ -97,13 +103,3 @@ def test_a_loaded_average_goes_on_as_the_one_it_was_saved_from():
     second.load(first.state(), 4)
     run(2, second, part)
     assert torch.equal(second.state()["w"], straight.state()["w"])
-
-
-def test_the_first_signal_asks_and_the_second_interrupts():
-    handler = signal.getsignal(signal.SIGINT)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.requested and stop.by == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is handler

@@ -23,7 +23,9 @@ from finetune.trainers.optim import (
     PagedAdamW8bit,
     load_optimizer_state,
     optimizer_state,
+    owner_of,
     precise_weights,
+    sections,
     set_lr,
 )
 
@@ -364,3 +366,50 @@ def test_a_file_cannot_choose_what_is_imported():
     meta["composed"] = {"state.out.weight.exp_avg": {"class": "os.system", "parts": [], "context": []}}
     with pytest.raises(CheckpointError, match="not torchao's"):
         load_optimizer_state(AdamW().build(parameters.items()), (tensors, meta), parameters)
+
+
+# ------------------------------------------------------------------------------------------------ shares of parameters
+
+
+def whole_and_shares(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """A matrix after three steps: updated whole, and as two shares of its rows by two optimizers."""
+    whole = {"weight": make_parameters()["block.0.weight"]}
+    shares = [{"weight": nn.Parameter(rows.clone())} for rows in whole["weight"].detach().chunk(2)]
+    optimizers = [config_of(values).build(each.items()) for each in (whole, *shares)]
+    for step in range(3):
+        gradient = torch.randn(whole["weight"].shape, generator=torch.Generator().manual_seed(step))
+        whole["weight"].grad = gradient
+        for share, rows in zip(shares, gradient.chunk(2), strict=True):
+            share["weight"].grad = rows.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    return whole["weight"].detach(), torch.cat([share["weight"].detach() for share in shares])
+
+
+def test_optimizers_that_are_said_to_work_on_shares_do():
+    known = [{"kind": "custom", "name": name} for name in sections._torch_optimizers()]
+    members = [{"kind": "adamw"}, {"kind": "adamw8bit"}, *known]
+    said = [values for values in members if config_of(values).elementwise]
+    assert len(said) >= 12
+    for values in said:
+        whole, shares = whole_and_shares(values)
+        torch.testing.assert_close(shares, whole, rtol=1e-6, atol=1e-7, msg=str(values))
+    others = [values.get("name", values["kind"]) for values in members if values not in said]
+    assert others == ["adamw8bit", "torch.optim.Adafactor", "torch.optim.Muon"], "a new one in torch: look at it"
+
+
+def test_an_optimizer_of_whole_matrices_shows_on_shares():
+    """Canary of the test above."""
+    for name in ("torch.optim.Adafactor", "torch.optim.Muon"):
+        whole, shares = whole_and_shares({"kind": "custom", "name": name})
+        assert not torch.allclose(shares, whole, rtol=1e-6, atol=1e-7), name
+
+
+def test_the_owner_of_every_tensor_of_a_state():
+    parameters = make_parameters(torch.bfloat16)
+    optimizer = config_of({"kind": "adamw"}).build(parameters.items())
+    train(optimizer, parameters, range(1))
+    tensors, _ = optimizer_state(optimizer, parameters)
+    owners = {key: owner_of(key) for key in tensors}
+    assert len(owners) == 4 * len(parameters) and set(owners.values()) == set(parameters)
+    assert all(owner in key for key, owner in owners.items())

@@ -157,9 +157,9 @@ def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path)
     def noted(name):
         inner = loop.require_finite
 
-        def note(record, grad_norm, meter, step, gather):
+        def note(record, grad_norm, *others, **named):
             states.setdefault(name, []).append((record.losses, record.timesteps, grad_norm, torch.get_rng_state()))
-            return inner(record, grad_norm, meter, step, gather)
+            return inner(record, grad_norm, *others, **named)
 
         return note
 
@@ -263,9 +263,9 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
         runs.append(real_assemble(config, cleanup))
         return runs[0]
 
-    def captured(*arguments):
+    def captured(*arguments, **named):
         ours.extend(parameter.grad.clone() for parameter in runs[0].parameters.values())
-        return real_check(*arguments)
+        return real_check(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "assemble", assembled)

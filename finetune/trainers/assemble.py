@@ -6,28 +6,31 @@ loaded.
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
-from datetime import timedelta
 from typing import Any
 
 import torch
 
 from finetune.cogvideox import alpha_bar, load_transformer
-from finetune.config import RunConfig, require_valid
+from finetune.config import RunConfig, pin_model, require_valid
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
-from finetune.errors import CheckpointError, ConfigError, DataError
+from finetune.errors import CheckpointError, DataError
 from finetune.facts import Facts, read_facts
 from finetune.files import atomic_write_text
 from finetune.precompute import ensure_cache
-from finetune.ranks import on_cpu
+from finetune.ranks import Ranks
 from finetune.schedule import Item, StepPlan
-from finetune.trainers.checkpoint import LoadedCheckpoint, find_checkpoint, load_checkpoint, require_same_run
+from finetune.trainers.checkpoint import LoadedCheckpoint, require_same_run
+from finetune.trainers.determinism import repeatable, repeats
 from finetune.trainers.ema import Ema
-from finetune.trainers.engine import Replicated
-from finetune.trainers.optim import load_optimizer_state, precise_weights
+from finetune.trainers.engine import Replicate, read_launch
+from finetune.trainers.optim import precise_weights
 from finetune.trainers.run import Run
+from finetune.trainers.run_folder import checkpoint_to_continue, hold_run_folder
+from finetune.trainers.spread import make_accelerator, make_engine, require_launch
 from finetune.trainers.tracking import Console, Tracker
 from finetune.types import RunState
 
@@ -38,60 +41,63 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     Raises:
         FinetuneError: of the kind that names what has to be mended, before any training.
     """
+    cleanup.enter_context(repeatable(config.train.deterministic))  # before anything touches a GPU
+    launch = read_launch(os.environ)
+    ranks = Ranks.current(sharding=not isinstance(launch, Replicate))
+    cleanup.callback(ranks.close)
+    config = pin_model(config, ranks.first)
     facts = read_facts(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, facts)
-    accelerator = _accelerator(config)
+    require_launch(launch, config, ranks)
+    accelerator = make_accelerator(config)
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
 
-    manifest = ensure_cache(config, facts)
+    manifest = ensure_cache(config, facts, distributed=ranks, cleanup=cleanup)
+    cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
     cache = Cache(config.cache.dir)
     training, heldout = _batch_makers(config, facts, cache, manifest)
     plan = StepPlan(
         items=tuple(Item(item.bucket, item.repeats) for item in training.items),
         seed=config.train.seed,
         batch_size=config.train.batch_size,
-        micro_batches=config.train.accumulation * accelerator.num_processes,
+        micro_batches=config.train.accumulation * ranks.world,
     )
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
-    saved = _checkpoint_to_continue(config, manifest, accelerator)
+    saved = _checkpoint_to_continue(config, manifest, ranks)
 
     dtype = config.model.torch_dtype()
-    module = load_transformer(config.model, device=accelerator.device, dtype=dtype)
+    # A model that is to be sharded is never whole on a device.
+    module = load_transformer(
+        config.model, device=ranks.device if isinstance(launch, Replicate) else "cpu", dtype=dtype
+    )
     config.memory.apply(module)
     config.method.apply(module, seed=config.train.seed)
     module.train()
-    parameters = config.method.trainable(module)
-    if saved is not None:
-        config.method.load_state(module, saved.trainable)
-    # Built after the weights are final: master copies are taken from them.
-    optimizer = config.optimizer.build(parameters.items())
+    ranks.all(lambda: None)  # reading a model takes as long as it takes, and a collective of training does not wait
+    engine = make_engine(launch, ranks, accelerator, module, config)
+    engine.start(config.optimizer, saved)
     ema = None
     if config.train.ema_decay is not None:
-        ema = Ema(parameters, precise_weights(optimizer, parameters), config.train.ema_decay)
-    engine = Replicated(accelerator, module, parameters.values(), optimizer)
-    if saved is not None:
-        load_optimizer_state(optimizer, saved.optimizer, parameters)
-        if ema is not None and saved.ema is not None:
-            ema.load(saved.ema, saved.state.step)
+        ema = Ema(engine.parameters, precise_weights(engine.optimizer, engine.parameters), config.train.ema_decay)
+        average = None if saved is None else engine.read(saved, "ema")
+        if saved is not None and average is not None:
+            ema.load(average, saved.state.step)
 
     state = RunState(0, manifest.digest) if saved is None else saved.state
     tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
     cleanup.callback(tracker.close)
     console = Console(
-        total_steps,
-        first_step=state.step,
-        interval_s=config.tracking.console_interval_s,
-        enabled=accelerator.is_main_process,
+        total_steps, first_step=state.step, interval_s=config.tracking.console_interval_s, enabled=ranks.is_main
     )
     cleanup.callback(console.close)
     loader = Loader(
         plan,
         training.training,
-        rank=accelerator.process_index,
-        processes=accelerator.num_processes,
+        rank=ranks.rank,
+        processes=ranks.world,
         total_steps=total_steps,
-        device=accelerator.device,
+        device=ranks.device,
     )
     cleanup.callback(loader.close)
     run = Run(
@@ -100,13 +106,13 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         manifest=manifest,
         cache=cache,
         accelerator=accelerator,
+        ranks=ranks,
         engine=engine,
         module=module,
         dtype=dtype,
-        parameters=parameters,
-        optimizer=optimizer,
+        parameters=config.method.trainable(module),
         ema=ema,
-        alpha_bar=alpha_bar(facts).float().to(accelerator.device),
+        alpha_bar=alpha_bar(facts).float().to(ranks.device),
         plan=plan,
         loader=loader,
         training=training,
@@ -117,57 +123,10 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         tracker=tracker,
         console=console,
     )
-    if accelerator.is_main_process:
-        atomic_write_text(config.output_dir / "config.yaml", config.to_yaml())
+    ranks.first(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
     for label, value in run_sheet(run):
         console.note(f"{label:>24}: {value}")
     return run
-
-
-def _accelerator(config: RunConfig) -> Any:
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    accelerator = Accelerator(
-        cpu=on_cpu(),
-        mixed_precision="no",  # weights and compute are in the model's dtype already; autocast would re-cast each layer
-        kwargs_handlers=[
-            # The others wait while one process writes a checkpoint of tens of GB; torch's own patience is ten minutes.
-            InitProcessGroupKwargs(timeout=timedelta(hours=1)),
-            # Buffers are position tables and equal everywhere; gradients need not be held twice.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-        ],
-        **config.tracking.accelerator_options(config.output_dir),
-    )
-    _require_plain(accelerator, config)
-    return accelerator
-
-
-def _require_plain(accelerator: Any, config: RunConfig) -> None:
-    """Refuse what a launcher's own settings would change behind the configuration's back."""
-    from accelerate.utils import DistributedType
-
-    if accelerator.gradient_accumulation_steps not in (1, config.train.accumulation):
-        raise ConfigError(
-            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} micro-batches,"
-            f" the configuration says {config.train.accumulation}",
-            where="ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
-            fix="unset it; train.accumulation is the one place for this",
-        )
-    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in plain:
-        raise ConfigError(
-            f"training under {accelerator.distributed_type.value} is not supported: one process or DDP is",
-            where="accelerate's configuration",
-            fix="launch with --config_file accelerate_configs/ddp.yaml (or single_gpu.yaml)",
-        )
-    dynamo = accelerator.state.dynamo_plugin.backend.value
-    if dynamo != "NO":
-        raise ConfigError(
-            f"accelerate was told to compile the model with {dynamo}, which this package does not support",
-            where="accelerate's configuration",
-            fix="set dynamo_backend: 'no'",
-        )
 
 
 def _batch_makers(config: RunConfig, facts: Facts, cache: Cache, manifest: Manifest) -> tuple[BatchMaker, BatchMaker]:
@@ -189,14 +148,15 @@ def _batch_makers(config: RunConfig, facts: Facts, cache: Cache, manifest: Manif
     return maker(training), maker(heldout)
 
 
-def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, accelerator: Any) -> LoadedCheckpoint | None:
-    path = find_checkpoint(config.output_dir, config.checkpoint.resume)
-    if path is None:
+def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, ranks: Ranks) -> LoadedCheckpoint | None:
+    saved = checkpoint_to_continue(config.output_dir, config.checkpoint.resume, ranks)
+    if saved is None:
         return None
-    saved = load_checkpoint(path)
-    processes = (saved.processes, accelerator.num_processes)
+    path = saved.path
+    processes = (saved.processes, ranks.world)
     for change in require_same_run(saved.config, config.to_dict(), where=str(path), processes=processes):
-        accelerator.print(f"continuing with {change}")
+        if ranks.is_main:
+            print(f"continuing with {change}", flush=True)
     if saved.state.cache_digest != manifest.digest:
         raise CheckpointError(
             "the training data is not what this run was trained on: clips, captions or their encoding changed",
@@ -218,13 +178,14 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
     return [
         ("run", str(config.output_dir)),
         ("model", f"{config.model.pretrained}, {'image' if facts.image_to_video else 'text'}-to-video, {run.dtype}"),
+        *([("commit", config.model.revision)] if config.model.revision else []),
         ("training clips", f"{len(run.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),
         ("held-out clips", str(len(run.heldout.items))),
         (
             "effective batch",
             f"{effective} clips = {config.train.batch_size} x {config.train.accumulation} accumulation"
-            f" x {run.accelerator.num_processes} processes",
+            f" x {run.ranks.world} processes",
         ),
         ("steps per epoch", f"{plan.steps_per_epoch:.2f}"),
         (
@@ -234,8 +195,10 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ),
         *config.method.describe(run.module),
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
+        ("spread", run.engine.name),
         ("device", f"{run.device} ({_device_name(run.device)})"),
         ("seed", str(config.train.seed)),
+        ("repeatable", repeats(config.train.deterministic, run.device)),
     ]
 
 

@@ -2,7 +2,8 @@
 
 Accelerate does what it is best at: devices, gradient synchronisation, accumulation, launch, trackers. The order of
 samples, the learning rate and every random number are pure functions of the step (``schedule``, ``streams``), so there
-is no state to restore but tensors and one integer.
+is no state to restore but tensors and one integer. It also means that a step can be done again: for want of memory
+(``ladder``), or to find out what went wrong in it (``fault_report``).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,14 +22,21 @@ from torch import Tensor, nn
 from finetune.cogvideox import denoise
 from finetune.config import RunConfig
 from finetune.diffusion import noise_batch, v_mse
-from finetune.errors import TrainingError
+from finetune.errors import first_line
+from finetune.facts import Facts
+from finetune.ranks import peers
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
 from finetune.trainers.assemble import assemble
-from finetune.trainers.meter import Meter, require_finite
+from finetune.trainers.checkpoint import Saver
+from finetune.trainers.fault_report import require_finite
+from finetune.trainers.ladder import Ladder, out_of_memory
+from finetune.trainers.meter import Meter
 from finetune.trainers.optim import set_lr
 from finetune.trainers.run import Run
+from finetune.trainers.sampler import Sampler
 from finetune.trainers.stopping import StopRequest
+from finetune.trainers.supply import fault_ahead, require_batches
 from finetune.trainers.validator import Validator
 from finetune.types import Batch
 
@@ -52,14 +61,19 @@ class TrainReport:
     """Median seconds per optimizer step of this call, the first one (warm-up) left out; None before the second."""
     peak_gib: float
     """Most memory this process has held: allocated on its GPU, or resident where there is none."""
+    weights: str = ""
+    """Digest of the weights in ``checkpoint``: equal for two runs that trained the same, bit for bit."""
 
     def __str__(self) -> str:
         done = f"{self.step} of {self.total_steps} steps in {self.run_dir}"
         if self.stopped_by:
-            return f"{self.stopped_by}: stopped after {done}; saved {self.checkpoint}. The same command continues."
+            saved = "nothing to save yet" if self.checkpoint is None else f"saved {self.checkpoint}"
+            return f"{self.stopped_by}: stopped after {done}; {saved}. The same command continues."
         lines = [f"trained {done}"]
         if self.heldout_before is not None and self.heldout_after is not None:
             lines.append(f"held-out loss {self.heldout_before:.4f} before, {self.heldout_after:.4f} after")
+        if self.weights:
+            lines.append(f"weights xxh3 {self.weights}")
         return "\n".join(lines)
 
 
@@ -68,24 +82,24 @@ def train(config: RunConfig) -> TrainReport:
 
     Raises:
         ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
+        CacheError: in training, if an entry turned out to be damaged; the steps before it are saved.
         TrainingError: a loss or gradient was not finite, gradient checkpointing did not recompute, or the GPU's memory
             does not hold a step.
+        LaunchError: another process of the launch failed or is gone.
     """
-    with ExitStack() as cleanup:
+    # The last to leave: a launcher repeats its signals while the tracker is being closed.
+    with StopRequest() as stop, peers(), ExitStack() as cleanup:
         run = assemble(config, cleanup)
+        cleanup.callback(run.engine.drop_gradients)  # a notebook keeps the traceback, and what it refers to
         # Not before: what assembling does survives a kill, and has no step to finish.
-        with StopRequest() as stop:
-            try:
-                return _loop(run, stop)
-            except torch.OutOfMemoryError as error:
-                raise TrainingError(
-                    f"out of GPU memory: {str(error).splitlines()[0]}",
-                    where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size"
-                    f" {config.train.batch_size}, memory.checkpointing {config.memory.checkpointing}, method"
-                    f" {config.method.kind}",
-                    fix="in this order: memory.checkpointing: full, train.batch_size: 1 (and more accumulation), a"
-                    " smaller bucket, optimizer.kind: adamw8bit, a smaller method.rank; the last checkpoint is intact",
-                ) from error
+        stop.begin()
+        ladder = Ladder(run)
+        try:
+            return _loop(run, ladder, stop)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(
+                config, ladder.state, first_line(error), "outside of a step's passes, where nothing can be done again"
+            ) from error
 
 
 def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tensor:
@@ -97,79 +111,116 @@ def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tens
         model: what to call; the wrapper that synchronises gradients if None. Validation calls the module itself: its
             processes do not make equally many calls, and a wrapper may communicate in each.
     """
-    noised = noise_batch(batch, run.alpha_bar)
-    prediction = denoise(
-        run.engine.model if model is None else model,
-        run.facts,
-        noised.noisy_latents,
-        batch.prompt_embeds,
-        batch.timesteps,
-        batch.image_latents,
-    )
+    return velocity_losses(run.engine.model if model is None else model, run.facts, run.alpha_bar, batch)
+
+
+def velocity_losses(model: nn.Module, facts: Facts, alpha_bar: Tensor, batch: Batch) -> Tensor:
+    """What CogVideoX is trained on: the velocity's mean squared error per sample, float32 [B].
+
+    Args:
+        model: the transformer, or what wraps it.
+        facts: of the model.
+        alpha_bar: the noise schedule, float32 [num_train_timesteps].
+        batch: on the device of both.
+    """
+    noised = noise_batch(batch, alpha_bar)
+    prediction = denoise(model, facts, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)
     return v_mse(prediction, noised.velocity)
 
 
-def _loop(run: Run, stop: StopRequest) -> TrainReport:
-    config, accelerator = run.config, run.accelerator
-    validator = Validator(run, lambda batch: batch_losses(run, batch, run.module), stop)
-    meter = Meter(config.train.accumulation * config.train.batch_size, accelerator.gather)
+def _passes(run: Run, ladder: Ladder, meter: Meter, step: int) -> None:
+    """The forward and backward passes of one step: its gradient, as a mean over its samples, is left in the engine."""
+    samples = sum(len(micro.items) for micro in run.plan.step(step))
+    for number, batch in enumerate(run.loader.step(step), start=1):
+        for part in ladder.state.parts(batch):
+            # LoRA dropout draws from the global generator: give that an address too.
+            torch.manual_seed(address(run.config.train.seed, "model", step, part.slots[0]))
+            last = number == run.config.train.accumulation and part.slots[-1] == batch.slots[-1]
+            with run.engine.micro_batch(last=last):
+                losses = batch_losses(run, part)
+                # The engine averages over processes; with this weight the gradient is the mean over the step's
+                # samples, also where a bucket's last micro-batch is smaller.
+                run.engine.backward(losses.sum() * (run.ranks.world / samples * run.loss_scale))
+                meter.add(losses, part.timesteps)
+
+
+def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
+    config = run.config
+    # Where processes make unequally many passes, through the module itself: a wrapper may communicate in each.
+    direct = None if run.engine.lockstep else run.module
+    validator = Validator(run, lambda batch: batch_losses(run, batch, direct), stop)
+    sampler = Sampler(run, stop)
+    saver = Saver(run.save, config.checkpoint.every, run.console.note, run.state)
+    meter = Meter(config.train.accumulation * config.train.batch_size, run.accelerator.gather)
     state = run.state
     saved = run.resumed_from
     durations_s: list[float] = []
 
+    def report() -> TrainReport:
+        unfinished = state.step < run.total_steps or validator.owes(state.step)
+        return TrainReport(
+            run_dir=config.output_dir,
+            step=state.step,
+            total_steps=run.total_steps,
+            checkpoint=saved,
+            heldout_before=validator.before,
+            heldout_after=validator.latest,
+            stopped_by=(stop.by or "a stop request") if unfinished else "",
+            s_per_step=statistics.median(durations_s[1:]) if len(durations_s) > 1 else None,
+            peak_gib=run.peak_gib(),
+            weights=run.weights,
+        )
+
+    require_batches(run, fault_ahead(run, state.step))
     if state.step == 0 and config.validation.at_start:
         run.console.note("measuring the base model")
         if config.validation.every is not None:
             validator.measure(0)
-        if config.validation.sample_every is not None:
-            validator.sample(0)
+        if config.validation.sample_every is not None and not validator.cut_short:
+            sampler.sample(0)
+    elif validator.owes(state.step):
+        state, best = validator.judge(state)
+        saved = run.save(state) if best else saved
+    if validator.cut_short:
+        return report()
 
     for step in range(state.step, run.total_steps):
         begun, waited = time.perf_counter(), run.loader.waited_s
         lr = lr_at(step, config.optimizer.lr, config.lr_schedule, run.total_steps)
         set_lr(run.optimizer, lr)
-        samples = sum(len(micro.items) for micro in run.plan.step(step))
-        with run.recompute_guard(step == run.first_step):
-            for number, batch in enumerate(run.loader.step(step), start=1):
-                # LoRA dropout draws from the global generator: give that an address too.
-                torch.manual_seed(address(config.train.seed, "model", step, batch.slots[0]))
-                with run.engine.micro_batch(last=number == config.train.accumulation):
-                    losses = batch_losses(run, batch)
-                    # The engine averages over processes; with this weight the gradient is the mean over the step's
-                    # samples, also where a bucket's last micro-batch is smaller.
-                    run.engine.backward(losses.sum() * (accelerator.num_processes / samples * run.loss_scale))
-                    meter.add(losses, batch.timesteps, batch.clips)
+        passes = partial(_passes, run, ladder, meter, step)
+        ladder.replayed(step, passes, forget=meter.reset)
         grad_norm = run.engine.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)
-        record = meter.exchange(stop.requested)
-        require_finite(record, grad_norm, meter, step, run.gather_words)
+        fault = fault_ahead(run, step + 1)
+        record = meter.exchange(stop=stop.requested, fault=fault is not None)
+        require_finite(record, grad_norm, run, ladder.state, step=step, lr=lr, again=passes)
+        run.check_ranks(step, grad_norm)
         run.engine.step()
         meter.reset()
         run.ema_step()
         state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(record.losses))
         durations_s.append(time.perf_counter() - begun)
+        run.account(state, record)
         run.log_step(state, record, grad_norm, lr, durations_s[-1], run.loader.waited_s - waited)
 
-        finished = state.step == run.total_steps
-        best = False
         # Who asks for a stop has seconds to give, not minutes: save, and no more.
-        if not record.stop and is_due(state.step, config.validation.every, last=run.total_steps):
-            state, best = validator.judge(state)
-        if is_due(state.step, config.checkpoint.every) or best or finished or record.stop:
-            saved = run.save(state)
-        # After saving: sampling takes minutes, and may fail for want of memory or disk.
-        if not record.stop and is_due(state.step, config.validation.sample_every, last=run.total_steps):
-            validator.sample(state.step)
-        if record.stop:
+        best, ending = False, record.stop or record.fault
+        if not ending and is_due(state.step, config.validation.every, last=run.total_steps):
+            try:
+                state, best = validator.judge(state)
+            except Exception:  # whatever it is: the steps so far are worth more than to know how good they are
+                run.save(state)
+                raise
+            ending = validator.cut_short
+        due = is_due(state.step, config.checkpoint.every) or best
+        state, path = saver.after_step(state, due=due, must=ending or state.step == run.total_steps)
+        saved = path or saved
+        if record.fault:
+            require_batches(run, fault)
+        if ending:
             break
+        # After saving: sampling takes minutes.
+        if is_due(state.step, config.validation.sample_every, last=run.total_steps):
+            sampler.sample(state.step)
 
-    return TrainReport(
-        run_dir=config.output_dir,
-        step=state.step,
-        total_steps=run.total_steps,
-        checkpoint=saved,
-        heldout_before=validator.before,
-        heldout_after=validator.latest,
-        stopped_by=(stop.by or "a stop request") if state.step < run.total_steps else "",
-        s_per_step=statistics.median(durations_s[1:]) if len(durations_s) > 1 else None,
-        peak_gib=run.peak_gib(),
-    )
+    return report()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,16 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
 from finetune.facts import Facts
-from finetune.memory import assert_recompute
+from finetune.ranks import Ranks
 from finetune.schedule import StepPlan
+from finetune.trainers.audit import Audit
 from finetune.trainers.checkpoint import save_checkpoint
+from finetune.trainers.checkpoint.resharding import save_shares
+from finetune.trainers.determinism import weights_digest
 from finetune.trainers.ema import Ema
-from finetune.trainers.engine import Engine
+from finetune.trainers.engine import Engine, require_agreement
 from finetune.trainers.meter import StepRecord
-from finetune.trainers.optim import optimizer_state
 from finetune.trainers.tracking import Console, Tracker
-from finetune.trainers.validation import Pair
 from finetune.types import RunState
 
 FP16_LOSS_SCALE = 1024.0
@@ -44,6 +45,8 @@ class Run:
     manifest: Manifest
     cache: Cache
     accelerator: Any
+    ranks: Ranks
+    """This process among those of the launch."""
     engine: Engine
     """What runs forward and backward passes on this process among the others."""
     module: nn.Module
@@ -51,8 +54,7 @@ class Run:
     dtype: torch.dtype
     """Of the frozen weights and of compute."""
     parameters: dict[str, nn.Parameter]
-    """What trains, by name."""
-    optimizer: Any
+    """What trains, by name, as the module holds it."""
     ema: Ema | None
     alpha_bar: Tensor
     plan: StepPlan
@@ -65,48 +67,79 @@ class Run:
     tracker: Tracker
     console: Console
     first_step: int = field(init=False)
+    weights: str = field(init=False)
+    """Digest of the weights that were saved last."""
 
     def __post_init__(self) -> None:
         self.first_step = self.state.step
+        self.weights = self.state.weights
 
     @property
     def device(self) -> torch.device:
         """Where this process trains."""
-        device: torch.device = self.accelerator.device
-        return device
+        return self.ranks.device
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What updates the weights."""
+        return self.engine.optimizer
 
     @property
     def loss_scale(self) -> float:
         """Factor on the loss before backward."""
         return FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
 
-    def recompute_guard(self, first: bool) -> AbstractContextManager[object]:
-        """Around the first step: raises unless gradient checkpointing does recompute."""
-        return assert_recompute(self.module, self.config.memory) if first else nullcontext()
-
     def ema_step(self) -> None:
         """Take the weights of a finished step into the average, if one is kept."""
         if self.ema is not None:
             self.ema.step()
+
+    def check_ranks(self, step: int, grad_norm: float) -> None:
+        """With ``train.check_ranks``, raise unless all processes are about to make the same update."""
+        if self.config.train.check_ranks:
+            facts = {"samples of the step": self.plan.step(step), "gradient norm": grad_norm}
+            require_agreement(step, self.engine.replicas(), facts, self.ranks)
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """Compute with the averaged weights inside, if an average is kept."""
         return nullcontext() if self.ema is None else self.ema.applied()
 
     def save(self, state: RunState) -> Path:
-        """Save a checkpoint from the main process; every process returns its path."""
-        path = save_checkpoint(
-            self.config.output_dir,
-            state,
-            trainable=self.config.method.state(self.module),
-            optimizer=optimizer_state(self.optimizer, self.parameters),
-            ema=None if self.ema is None else self.ema.state(),
-            config=self.config.to_dict(),
-            policy=self.config.checkpoint,
-        )
-        self.console.note(f"step {state.step}: saved {path}")
-        self.accelerator.wait_for_everyone()
+        """Save a checkpoint; all processes call this, and all fail if one of them cannot write.
+
+        Raises:
+            CheckpointError: if there is no room for it, or it cannot be written; earlier checkpoints are intact.
+        """
+        trainable = self.engine.weights()
+        self.weights = weights_digest(trainable)
+        state = replace(state, weights=self.weights)
+        contents: dict[str, Any] = {
+            "trainable": trainable,
+            "optimizer": self.engine.optimizer_state(),
+            "ema": None if self.ema is None else self.engine.shares(self.ema.state()),
+            "config": self.config.to_dict(),
+            "policy": self.config.checkpoint,
+        }
+        output = self.config.output_dir
+        if self.engine.sharded:
+            path = save_shares(output, state, ranks=self.ranks, **contents)
+        else:
+            path = self.ranks.first(lambda: save_checkpoint(output, state, **contents))
+        self.console.note(f"step {state.step}: saved {path}, weights xxh3 {self.weights}")
         return path
+
+    def account(self, state: RunState, record: StepRecord) -> None:
+        """Check that the step just done trained on what the plan says, and log the epochs that ended in it.
+
+        Raises:
+            TrainingError: if it did not.
+        """
+        audit = Audit(self.plan, self.facts.num_train_timesteps)
+        for epoch in audit.step(state.step - 1, record.timesteps, state.samples_seen):
+            self.tracker.log(state.step, {"train/epoch": epoch.epoch, "train/samples_in_epoch": epoch.samples})
+        if state.step == self.total_steps:
+            epochs = self.plan.epoch_of(state.step * self.plan.micro_batches)
+            self.console.note(f"{state.samples_seen} samples, {epochs} whole epochs; no clip left out, none too often")
 
     def log_step(
         self, state: RunState, record: StepRecord, grad_norm: float, lr: float, took_s: float, waited_s: float
@@ -136,20 +169,3 @@ class Run:
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-    # ---------------------------------------------------------------------------------------- between processes
-
-    def gather_objects(self, mine: list[Any]) -> list[Any]:
-        """Every process's objects, in order of rank."""
-        from accelerate.utils import gather_object
-
-        gathered: list[Any] = gather_object(mine)
-        return gathered
-
-    def gather_words(self, mine: list[str]) -> list[str]:
-        """``gather_objects`` for strings."""
-        return [str(word) for word in self.gather_objects(mine)]
-
-    def gather_pairs(self, mine: list[Pair]) -> list[Pair]:
-        """``gather_objects`` for (loss, timestep) pairs."""
-        return [(float(loss), int(timestep)) for loss, timestep in self.gather_objects(mine)]

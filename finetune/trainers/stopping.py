@@ -1,4 +1,4 @@
-"""A polite end: SIGTERM and SIGINT ask the loop to finish its step and save."""
+"""A polite end: SIGTERM, SIGINT and SIGUSR1 ask the loop to finish its step and save."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+SIGNALS: tuple[int, ...] = tuple(
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has no SIGUSR1
+)
+"""What asks: SIGTERM comes from schedulers and launchers, SIGINT from a terminal, SIGUSR1 from SLURM's ``--signal``."""
+
 
 class StopRequest:
-    """Context manager that turns the first SIGTERM or SIGINT into a request; a second SIGINT interrupts at once.
+    """Context manager that turns the first signal after ``begin`` into a request.
+
+    A second SIGINT interrupts at once: who presses Ctrl-C twice means it. A second SIGTERM or SIGUSR1 changes nothing:
+    launchers repeat them while a checkpoint is being written.
 
     Handlers can only be set in the main thread; elsewhere (a notebook's worker, a test) nothing is caught and
     ``requested`` stays False.
@@ -22,10 +32,13 @@ class StopRequest:
         """Name of the signal, such as ``SIGTERM``."""
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> StopRequest:
+    def begin(self) -> None:
+        """From here on there are steps to finish. Before, a signal does what it always does: it ends the process."""
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
+
+    def __enter__(self) -> StopRequest:
         return self
 
     def __exit__(
@@ -35,9 +48,17 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        name = signal.Signals(number).name
+        if not self.requested:
+            self.requested, self.by = True, name
+            say(f"{name}: finishing the step, then saving. Ctrl-C again stops at once, unsaved.")
+        elif number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.requested = True
-        self.by = signal.Signals(number).name
-        # Not print: a handler that interrupts a print would fail with a reentrant call.
-        os.write(2, f"\n{self.by}: finishing the step, then saving. Ctrl-C again stops at once, unsaved.\n".encode())
+        else:
+            say(f"{name}: already stopping because of {self.by}.")
+
+
+def say(text: str) -> None:
+    """Print a line to standard error from a signal handler."""
+    # Not print: a handler that interrupts a print would fail with a reentrant call.
+    os.write(2, f"\n{text}\n".encode())

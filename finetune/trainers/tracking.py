@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any, Literal, TextIO
 from pydantic import Field
 
 from finetune.section import Strict
+from finetune.text import shown
 from finetune.videos import Frames, gif_bytes
 
 _log = logging.getLogger(__name__)
@@ -66,8 +68,9 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
 class Tracker:
     """Writes metrics and videos of one run to TensorBoard; does nothing on other processes, or with ``kind: none``.
 
-    A full disk or a lost network drive must not end a run of days: the first ``OSError`` from the event writer is
-    printed as a warning, and from then on nothing more is tracked. Anything else is a bug and is raised.
+    A full disk or a lost network drive must not end a run of days: the first error of the file system is printed as a
+    warning, and from then on nothing more is tracked. Events are written by a thread of TensorBoard's; what fails there
+    comes to light at the next call or at ``close``. Anything else is a bug and is raised.
 
     Args:
         config: the section.
@@ -85,10 +88,12 @@ class Tracker:
     ) -> None:
         self._accelerator = accelerator
         self._active = config.kind != "none" and bool(accelerator.is_main_process)
+        self._hook: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
         if not self._active:
             return
         if config.kind not in {str(backend) for backend in accelerator.log_with}:
             raise ValueError("make the Accelerator with TrackingConfig.accelerator_options()")
+        threading.excepthook = self._thread_failed
         self._guarded(lambda: self._start(settings, resumed_step))
 
     def _start(self, settings: Mapping[str, Any], resumed_step: int) -> None:
@@ -117,7 +122,7 @@ class Tracker:
         image = Summary.Image(
             height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif_bytes(frames, fps)
         )
-        summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+        summary = Summary(value=[Summary.Value(tag=" ".join(shown(tag).split()), image=image)])
         writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
 
         def write() -> None:
@@ -130,13 +135,28 @@ class Tracker:
         """Flush and close the event file; safe to call twice."""
         if self._active:
             self._guarded(lambda: self._accelerator.get_tracker("tensorboard", unwrap=True).close())
+        if threading.excepthook == self._thread_failed:
+            threading.excepthook = self._hook
 
     def _guarded(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except OSError as error:
+        except Exception as error:
+            if not _of_the_disk(error):
+                raise
             self._active = False
             _log.warning("metrics are no longer written to TensorBoard; training goes on: %s", error)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """Print no traceback of what ``_guarded`` will tell in a line: the thread leaves its error to the next call."""
+        writer = "tensorboard." in type(failure.thread).__module__
+        if not (writer and failure.exc_value is not None and _of_the_disk(failure.exc_value)):
+            self._hook(failure)
+
+
+def _of_the_disk(error: BaseException) -> bool:
+    """Whether the file system failed; where TensorFlow is installed TensorBoard writes through it, with its errors."""
+    return isinstance(error, OSError) or type(error).__module__.startswith("tensorflow.")
 
 
 class Console:

@@ -6,6 +6,7 @@ same number, and a difference between two numbers is a difference between weight
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from finetune.bands import loss_by_band
 from finetune.geometry import BucketField
 from finetune.section import Strict
 from finetune.types import Batch
+
+_log = logging.getLogger(__name__)
 
 HISTORY = "heldout.jsonl"
 """In the run's folder: one JSON line per measurement (``step``, ``heldout``, ``trainsubset``, ``by_band``)."""
@@ -60,6 +63,48 @@ class ValidationConfig(Strict):
     """Let the guidance grow with the denoising steps, as CogVideoX's demo does with the DPM scheduler."""
     bucket: BucketField | None = None
     """Frames x height x width of the sampled videos; left out: the first of ``data.buckets``."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One line of ``HISTORY``: the held-out loss after ``step`` optimizer steps, and the same on training clips."""
+
+    step: int
+    heldout: float
+    trainsubset: float
+    by_band: dict[str, float]
+    """Held-out loss by timestep band."""
+
+
+_MEASUREMENT = TypeAdapter(Measurement)
+
+
+def read_history(path: Path) -> list[Measurement]:
+    """The measurements in a run's ``HISTORY``, oldest first; none where there is no such file.
+
+    Nothing that is computed follows from them, so a damaged line is passed over with a warning that counts it.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        _log.warning("%s cannot be read, and its measurements are not shown: %s", path, error)
+        return []
+    rows: dict[int, Measurement] = {}
+    damaged = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _MEASUREMENT.validate_json(line, strict=True)
+            rows[row.step] = row
+        except ValidationError:
+            damaged.append(number)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+        _log.warning("%s: %d damaged lines are passed over (line %s)", path, len(damaged), shown)
+    return [rows[step] for step in sorted(rows)]
 
 
 Pair = tuple[float, int]

@@ -1,57 +1,66 @@
-"""Measuring and sampling while training: held-out loss, its gap to the training clips, and videos.
+"""Measuring while training: the held-out loss, and its gap to the training clips.
 
-Everything it reads is fixed (clips, timesteps, noise, prompts, seeds) and everything it touches is put back, so a run
+Everything it reads is fixed (clips, timesteps, noise) and everything it touches is put back, so a run
 with validation is bit for bit the run without.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from finetune.caching.encode import release_memory
-from finetune.cogvideox import load_scheduler, load_vae
 from finetune.datasets.loader import BatchMaker, to_device
 from finetune.files import atomic_write_text
-from finetune.sampling import SampleRequest, sample_videos
+from finetune.ranks import Ranks
+from finetune.schedule import is_due
 from finetune.streams import address
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
 from finetune.trainers.validation import (
     HISTORY,
     HeldoutLoss,
-    SamplePrompt,
+    Measurement,
+    Pair,
     evaluate,
     fixed_timesteps,
+    read_history,
     training_state_untouched,
 )
 from finetune.types import Batch, RunState
-from finetune.videos import Frames, write_mp4
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One line of ``HISTORY``: the held-out loss after ``step`` optimizer steps, and the same on training clips."""
+class _Job:
+    """One clip at a few of the fixed timesteps: what one forward pass measures."""
 
-    step: int
-    heldout: float
-    trainsubset: float
-    by_band: dict[str, float]
-    """Held-out loss by timestep band."""
+    maker: BatchMaker
+    index: int
+    timesteps: Sequence[int]
+
+    def batch(self) -> Batch:
+        return self.maker.fixed(self.index, self.timesteps)
+
+
+class _CutShortError(Exception):
+    """A stop was asked for in the middle of a measurement."""
 
 
 class Validator:
-    """Measures a run on its held-out clips and samples its prompts.
+    """Measures a run on its held-out clips.
+
+    Whoever asks a run to stop has seconds to give: once ``stop`` is requested, a measurement ends with the forward pass
+    it is in, on every process.
 
     Args:
         run: the assembled run.
         losses: per-sample loss of a batch on the device, as training computes it.
-        stop: once it is requested, no further video is begun.
+        stop: the request.
     """
 
     def __init__(self, run: Run, losses: Callable[[Batch], Tensor], stop: StopRequest) -> None:
@@ -63,6 +72,8 @@ class Validator:
         self._trainsubset = _subset(run.training, config.clips)
         self._timesteps = fixed_timesteps(config.timesteps, run.facts.num_train_timesteps)
         self._history = _read_history(run.config.output_dir / HISTORY, before=run.state.step)
+        self.cut_short = False
+        """Whether a measurement was ended by ``stop``; the same on every process."""
 
     @property
     def before(self) -> float | None:
@@ -74,6 +85,12 @@ class Validator:
         """Held-out loss at the last measurement; None before the first."""
         return self._history[-1].heldout if self._history else None
 
+    def owes(self, step: int) -> bool:
+        """Whether the measurement that falls on ``step`` is missing, because a stop was asked for before it."""
+        run = self._run
+        due = step > 0 and is_due(step, run.config.validation.every, last=run.total_steps) and bool(self._heldout)
+        return run.ranks.first(lambda: due and all(row.step != step for row in self._history))
+
     def judge(self, state: RunState) -> tuple[RunState, bool]:
         """Measure after a step; returns the state with the best loss so far, and whether this is it."""
         loss = self.measure(state.step)
@@ -84,12 +101,21 @@ class Validator:
         return replace(state, best_heldout_loss=loss, best_step=state.step), True
 
     def measure(self, step: int) -> float | None:
-        """Held-out loss and the training subset's, logged; None where no clip is held out."""
+        """Held-out loss and the training subset's, logged; None where no clip is held out, or if it was cut short.
+
+        Raises:
+            Exception: on every process, if one of them could not measure.
+        """
         if not self._heldout:
             return None
-        with self._run.averaged_weights(), training_state_untouched(self._run.engine.model):
-            heldout = self._evaluate(self._heldout)
-            trainsubset = self._evaluate(self._trainsubset)
+        try:
+            with self._run.averaged_weights(), training_state_untouched(self._run.engine.model):
+                heldout = self._evaluate(self._heldout)
+                trainsubset = self._evaluate(self._trainsubset)
+        except _CutShortError:
+            self.cut_short = True
+            self._run.console.note(f"step {step}: the measurement was cut short; the next start makes up for it")
+            return None
         gap = heldout.mean - trainsubset.mean
         self._run.tracker.log(
             step,
@@ -111,64 +137,66 @@ class Validator:
         """Evaluate clips at the fixed timesteps, shared out over the processes and put together again."""
         run, size = self._run, self._run.config.train.batch_size
         jobs = [
-            (maker, index, self._timesteps[first : first + size])
+            _Job(maker, index, self._timesteps[first : first + size])
             for maker, index in makers
             for first in range(0, len(self._timesteps), size)
         ]
-        mine = jobs[run.accelerator.process_index :: run.accelerator.num_processes]
-        batches = (to_device(maker.fixed(index, steps), run.device) for maker, index, steps in mine)
-        return evaluate(self._losses, batches, run.facts.num_train_timesteps, gather=run.gather_pairs)
+        mine = jobs[run.ranks.rank :: run.ranks.world]
+        exchanged = False
+
+        def exchange(pairs: list[Pair]) -> list[Pair]:
+            nonlocal exchanged
+            exchanged = True
+            # Beyond its own jobs a process has only kept the others company (``_in_step``).
+            whole = run.ranks.gather(pairs[: sum(len(job.timesteps) for job in mine)])
+            if len(whole) < sum(len(job.timesteps) for job in jobs):
+                raise _CutShortError
+            return whole
+
+        batches = self._in_step(jobs, mine) if run.engine.lockstep else self._freely(mine)
+        try:
+            return evaluate(self._losses, batches, run.facts.num_train_timesteps, gather=exchange)
+        except Exception as error:
+            if not exchanged:  # the others wait there
+                _raise_everywhere(run.ranks, error)
+            raise
+
+    def _freely(self, mine: Sequence[_Job]) -> Iterator[Batch]:
+        """Batches of one process, which may make more or fewer forward passes than the others."""
+        for job in mine:
+            if self._stop.requested:
+                return
+            yield to_device(job.batch(), self._run.device)
+
+    def _in_step(self, jobs: Sequence[_Job], mine: Sequence[_Job]) -> Iterator[Batch]:
+        """Batches where processes communicate in every forward pass: as many for each, made or given up by all."""
+        ranks = self._run.ranks
+        for number in range(math.ceil(len(jobs) / ranks.world)):
+            job = mine[number] if number < len(mine) else jobs[0]
+            made: list[Batch] = []
+            if any(ranks.all(partial(self._make, job, made))):
+                return
+            yield to_device(made[0], self._run.device)
+
+    def _make(self, job: _Job, made: list[Batch]) -> bool:
+        made.append(job.batch())
+        return self._stop.requested
 
     def _remember(self, measured: Measurement) -> None:
         self._history.append(measured)
-        if self._run.accelerator.is_main_process:
+        if self._run.ranks.is_main:
             lines = "".join(json.dumps(asdict(row)) + "\n" for row in self._history)
-            atomic_write_text(self._run.config.output_dir / HISTORY, lines)
+            try:
+                atomic_write_text(self._run.config.output_dir / HISTORY, lines)
+            except OSError as error:  # the next measurement writes this line as well
+                self._run.console.note(f"warning: {HISTORY} could not be written: {error}")
 
-    def sample(self, step: int) -> None:
-        """Sample every configured prompt with the weights of this step, to files and to the tracker."""
-        run, config = self._run, self._run.config.validation
-        if not config.samples:
-            return
-        mine = list(enumerate(config.samples))[run.accelerator.process_index :: run.accelerator.num_processes]
-        folder = run.config.output_dir / "samples" / f"step-{step:08d}"
-        fps = run.config.data.fps or run.facts.native_fps
-        videos: list[tuple[int, Frames]] = []
-        if mine:
-            vae = load_vae(run.config.model, device=run.device, dtype=run.dtype)
-            with run.averaged_weights(), training_state_untouched(run.module):
-                for number, sample in mine:
-                    if self._stop.requested:
-                        break
-                    (frames,) = sample_videos(
-                        run.facts,
-                        transformer=run.module,
-                        vae=vae,
-                        scheduler=load_scheduler(run.config.model),
-                        requests=[self._request(sample)],
-                        num_inference_steps=config.num_inference_steps,
-                        guidance_scale=config.guidance_scale,
-                        dynamic_cfg=config.dynamic_cfg,
-                    )
-                    write_mp4(folder / f"{number:02d}-seed{sample.seed}.mp4", frames, fps)
-                    videos.append((number, frames))
-            del vae
-            release_memory()
-        shown = sorted(run.gather_objects(videos), key=lambda pair: pair[0])
-        for number, frames in shown:
-            run.tracker.log_video(f"samples/{number:02d} {config.samples[number].prompt[:60]}", frames, step, fps)
-        run.console.note(f"step {step}: sampled {len(shown)} videos to {folder}")
 
-    def _request(self, sample: SamplePrompt) -> SampleRequest:
-        run = self._run
-        empty = run.cache.read_prompt(run.manifest.empty_prompt_key)
-        return SampleRequest(
-            prompt_embeds=run.cache.read_prompt(run.manifest.prompts[sample.prompt]),
-            negative_embeds=empty if run.config.data.unconditional_text == "empty" else torch.zeros_like(empty),
-            image=None if sample.image is None else run.cache.read_image(run.manifest.images[str(sample.image)]),
-            seed=sample.seed,
-            bucket=run.config.validation.bucket or run.config.data.buckets[0],
-        )
+def _raise_everywhere(ranks: Ranks, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    ranks.all(fail)
 
 
 def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:
@@ -179,7 +207,4 @@ def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:
 
 def _read_history(path: Path, *, before: int) -> list[Measurement]:
     """Measurements up to the step a run resumes at; those of a run that begins anew are dropped."""
-    if before == 0 or not path.is_file():
-        return []
-    rows = [Measurement(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    return [row for row in rows if row.step <= before]
+    return [row for row in read_history(path) if row.step <= before] if before else []

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import CheckpointError
+from finetune.facts import is_commit
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ _RULES: Mapping[str, tuple[bool, str]] = {
     "train.steps": (True, "the length of the run; a linear or cosine schedule is stretched to it"),
     "train.epochs": (True, "the length of the run; a linear or cosine schedule is stretched to it"),
     "train.max_grad_norm": (True, "holds from the next step"),
+    "train.deterministic": (True, "holds from the next step"),
+    "train.check_ranks": (True, "it does not touch training"),
     "train.ema_decay": (False, "the average in the checkpoint was made with it"),
     # Clips, captions, buckets and their encoding are compared through the cache's digest, which sees their content.
     "data": (True, "the training data are compared by content"),
@@ -85,11 +88,8 @@ def require_same_run(
     Raises:
         CheckpointError: listing the differences it cannot continue with, each with its reason.
     """
-    differences = compare_configs(old, new)
-    before, after = (
-        config.get("train", {}).get("accumulation", 1) * count
-        for config, count in zip((old, new), processes, strict=True)
-    )
+    differences = [_unpinned(change) for change in compare_configs(old, new)]
+    before, after = (_accumulation(config, where) * count for config, count in zip((old, new), processes, strict=True))
     split = "train.accumulation"
     if before == after:
         reason = "with that many processes a step has the same micro-batches"
@@ -108,6 +108,25 @@ def require_same_run(
             fix="restore it to continue, or train anew into another output_dir (method.init_from keeps the adapter)",
         )
     return differences
+
+
+def _accumulation(config: Mapping[str, Any], where: str) -> int:
+    train = config.get("train", {})
+    value = train.get("accumulation", 1) if isinstance(train, Mapping) else None
+    if not isinstance(value, int):
+        raise CheckpointError(
+            "the checkpoint's configuration is not of this version of the package: train.accumulation is no number",
+            where=where,
+            fix="continue with the version that wrote it",
+        )
+    return value
+
+
+def _unpinned(change: Difference) -> Difference:
+    """A run that did not record its commit cannot be held to it."""
+    if change.field != "model.revision" or is_commit(change.old):
+        return change
+    return dataclasses.replace(change, allowed=True, reason="the run did not record which commit it began with")
 
 
 def _rule(field: str) -> tuple[bool, str]:

@@ -2,7 +2,23 @@
 
 from __future__ import annotations
 
+from finetune.trainers.engine.agreement import require_agreement
 from finetune.trainers.engine.base import Engine
+from finetune.trainers.engine.launch import FullShard, Launch, Replicate, Zero, read_launch
 from finetune.trainers.engine.replicated import Replicated
+from finetune.trainers.engine.sharded import Sharded
+from finetune.trainers.engine.zero import ZeroSharded, import_deepspeed
 
-__all__ = ["Engine", "Replicated"]
+__all__ = [
+    "Engine",
+    "FullShard",
+    "Launch",
+    "Replicate",
+    "Replicated",
+    "Sharded",
+    "Zero",
+    "ZeroSharded",
+    "import_deepspeed",
+    "read_launch",
+    "require_agreement",
+]

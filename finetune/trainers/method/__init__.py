@@ -13,7 +13,8 @@ from pydantic import Field
 from finetune.trainers.method.adapter import Adapter, read_adapter
 from finetune.trainers.method.full import FullMethod
 from finetune.trainers.method.lora import LoraMethod
+from finetune.trainers.method.tensors import load_strictly, require_same
 
 MethodConfig = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
 
-__all__ = ["Adapter", "FullMethod", "LoraMethod", "MethodConfig", "read_adapter"]
+__all__ = ["Adapter", "FullMethod", "LoraMethod", "MethodConfig", "load_strictly", "read_adapter", "require_same"]

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from finetune.errors import ConfigError
+from finetune.files import COMPLETE
+from finetune.seals import DamageError, read_published
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """The adapter file of an export, as diffusers names it."""
@@ -42,10 +46,9 @@ def read_adapter(source: Path) -> Adapter:
     is read as diffusers reads it: rank from the shapes, alpha equal to the rank.
 
     Raises:
-        ConfigError: if there is no adapter at ``source``, or it varies rank or alpha from layer to layer.
+        ConfigError: if there is no adapter at ``source``, it is damaged (a file of an export or a checkpoint is
+            verified against its folder's marker), or it varies rank or alpha from layer to layer.
     """
-    from safetensors import SafetensorError, safe_open
-
     where = f"method.init_from: {source}"
     candidates = [source / LORA_FILE, source / CHECKPOINT_FILE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -55,33 +58,61 @@ def read_adapter(source: Path) -> Adapter:
             if source.is_dir()
             else "there is no such file or folder",
             where=where,
-            fix="name a LoRA safetensors file, an export's folder or a folder <run>/checkpoints/step-...",
+            fix="name a LoRA safetensors file, an export's folder or a folder <run>/checkpoints/step-... (that of a"
+            " sharded training after an export)",
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
-            tensors = {name.removeprefix(f"{COMPONENT}."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
+        recorded, tensors = _read(path)
+        method = _method_of(path) if not recorded else {}
+    except DamageError as damage:
+        raise ConfigError(
+            f"the adapter is damaged: {damage}",
+            where=where,
+            fix=f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it",
+        ) from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ConfigError(f"the adapter file cannot be read: {error}", where=where) from None
-    ranks = sorted({tensor.shape[0] for name, tensor in tensors.items() if name.endswith(".lora_A.weight")})
+    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim})
     if not ranks:
         raise ConfigError("the file holds no LoRA tensors", where=where, fix="name a file with *.lora_A.weight tensors")
-    recorded = {key.removeprefix(f"{COMPONENT}."): value for key, value in header.items()}
     if len(ranks) > 1 or recorded.get("rank_pattern") or recorded.get("alpha_pattern"):
         raise ConfigError(f"the adapter varies rank or alpha between layers (ranks {ranks})", where=where)
-    config = path.with_name("config.json")
-    if not recorded and config.is_file():
-        method = json.loads(config.read_text(encoding="utf-8")).get("method", {})
-        names = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-        recorded = {theirs: method[ours] for theirs, ours in names.items() if ours in method}
+    names = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    recorded = recorded or {theirs: method[ours] for theirs, ours in names.items() if ours in method}
+    alpha = recorded.get("lora_alpha", ranks[0])
+    if not isinstance(alpha, int | float):
+        raise ConfigError(f"the adapter's alpha is {alpha!r}, not a number", where=where)
     return Adapter(
         path=path,
         tensors=tensors,
         settings={
             "rank": ranks[0],
-            "alpha": float(recorded.get("lora_alpha", ranks[0])),
+            "alpha": float(alpha),
             "use_rslora": bool(recorded.get("use_rslora", False)),
             "use_dora": any(".lora_magnitude_vector" in name for name in tensors),
         },
         note="" if recorded else " (the file does not state its alpha; like diffusers we take alpha = rank)",
     )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings (empty where the file states none) and tensors, both without the component's prefix."""
+    content = read_published(path)
+    tensors = load(content)  # first: it checks the header
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    settings = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{METADATA_KEY} in its header is no object")
+    return {_bare(key): value for key, value in settings.items()}, {_bare(key): t for key, t in tensors.items()}
+
+
+def _method_of(path: Path) -> dict[str, Any]:
+    """The method section of a checkpoint's configuration; empty where there is none beside the file."""
+    config = path.with_name("config.json")
+    value = json.loads(read_published(config)) if config.is_file() else {}
+    method = value.get("method") if isinstance(value, dict) else None
+    return method if isinstance(method, dict) else {}
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix(f"{COMPONENT}.")

@@ -180,7 +180,13 @@ class LoraMethod(Strict):
         model: Any = transformer
         config = model.peft_config[ADAPTER]
         settings = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
-        return {**settings, "target_modules": sorted(config.target_modules)}
+        # diffusers 0.36 insists on the patterns, which every layer's rank and alpha being the same leaves empty.
+        return {
+            **settings,
+            "target_modules": sorted(config.target_modules),
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
 
     def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
         """What trains, as lines of (label, value)."""

@@ -14,7 +14,19 @@ def load_strictly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     """Copy each tensor into the parameter of the same name, bit for bit.
 
     Raises:
-        CheckpointError: if names, shapes or dtypes are not the same on both sides; nothing is copied then.
+        CheckpointError: as ``require_same``; nothing is copied then.
+    """
+    require_same(parameters, tensors)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint's tensors that are not the model's; their content is not looked at.
+
+    Raises:
+        CheckpointError: if names, shapes or dtypes are not the same on both sides.
     """
     problems = differences(parameters, tensors)
     if problems:
@@ -22,9 +34,6 @@ def load_strictly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor
             "the checkpoint's tensors are not this model's trainable tensors: " + "; ".join(problems),
             fix="resume with the model and method the checkpoint was made with",
         )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[name])
 
 
 def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:

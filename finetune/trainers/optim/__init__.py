@@ -14,7 +14,14 @@ from finetune.trainers.optim.sections import (
     PagedAdamW8bit,
     TorchaoAdamW8bit,
 )
-from finetune.trainers.optim.state import load_optimizer_state, optimizer_state, precise_weights
+from finetune.trainers.optim.state import (
+    OptimizerState,
+    load_optimizer_state,
+    optimizer_state,
+    owner_of,
+    precise_weights,
+    require_same_optimizer,
+)
 
 __all__ = [
     "AdamW",
@@ -22,11 +29,14 @@ __all__ = [
     "CustomOptimizer",
     "MasterWeights",
     "OptimizerConfig",
+    "OptimizerState",
     "PagedAdamW8bit",
     "TorchaoAdamW8bit",
     "load_optimizer_state",
     "optimizer_state",
+    "owner_of",
     "precise_weights",
+    "require_same_optimizer",
     "set_lr",
 ]
 

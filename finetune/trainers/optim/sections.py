@@ -40,11 +40,25 @@ class _Optimizer(Strict):
             return MasterWeights(named, lambda masters: self._build(self._groups(masters)))
         return self._build(self._groups(named))
 
+    def build_in_place(self, params: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """As ``build``, without master copies: for an engine that keeps its own."""
+        return self._build(self._groups(list(params)))
+
     def _groups(self, named: NamedParameters) -> Groups:
         matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
         vectors = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
         groups: Groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
+
+    @property
+    def title(self) -> str:
+        """How a message names it."""
+        return str(self.kind)  # type: ignore[attr-defined]  # every member of the union has one
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an element's update depends on that element alone, so that it may work on shares of parameters."""
+        return False
 
     @abstractmethod
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
@@ -74,6 +88,11 @@ class AdamW(_Adam):
     """torch's AdamW: 8 bytes of state per trainable parameter."""
 
     kind: Literal["adamw"] = "adamw"
+
+    @property
+    def elementwise(self) -> bool:
+        """Yes."""
+        return True
 
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
         # Fused: the default on CUDA makes temporary copies as large as all parameters together.
@@ -142,6 +161,16 @@ class CustomOptimizer(_Optimizer):
                 raise ValueError(f"{self.name} takes no {name!r}{_did_you_mean(name, takes)}")
         return self
 
+    @property
+    def title(self) -> str:
+        """The class."""
+        return self.name
+
+    @property
+    def elementwise(self) -> bool:
+        """Known of torch's own classes; one that torch adds is taken not to be."""
+        return self.name.rpartition(".")[2] in _ELEMENTWISE
+
     def _groups(self, named: NamedParameters) -> Groups:
         if "weight_decay" in inspect.signature(_torch_optimizers()[self.name]).parameters:
             return super()._groups(named)
@@ -160,6 +189,12 @@ class CustomOptimizer(_Optimizer):
 OptimizerConfig = Annotated[
     AdamW | AdamW8bit | PagedAdamW8bit | TorchaoAdamW8bit | CustomOptimizer, Field(discriminator="kind")
 ]
+
+
+_ELEMENTWISE = frozenset(
+    {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
+)
+"""Of ``torch.optim``; Adafactor and Muon look at rows, columns or whole matrices."""
 
 
 def _torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:

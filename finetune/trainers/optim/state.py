@@ -22,6 +22,13 @@ Parameters = Mapping[str, nn.Parameter]
 """Everything that trains, by name: ``method.trainable()``."""
 
 
+def owner_of(key: str) -> str:
+    """The parameter that a tensor of an optimizer's state belongs to."""
+    if key.startswith("master."):
+        return key.removeprefix("master.")
+    return key.split("/")[0].removeprefix("state.").rpartition(".")[0]
+
+
 def precise_weights(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, nn.Parameter]:
     """The tensor the optimizer really updates behind each parameter: its float32 master, or the parameter itself."""
     bare = _bare(optimizer)
@@ -108,7 +115,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
     """
     tensors, meta = saved
     inner, trained = _inner(optimizer), precise_weights(optimizer, parameters)
-    _check_same(inner, trained, meta)
+    require_same_optimizer(type(inner).__qualname__, trained, meta)
     masters = {name: master for name, master in trained.items() if master is not parameters[name]}
     expected, found = {f"master.{name}" for name in masters}, {key for key in tensors if key.startswith("master.")}
     if expected != found:
@@ -130,8 +137,19 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
         _fill_torch(inner, trained, state)
 
 
-def _check_same(inner: torch.optim.Optimizer, trained: Parameters, meta: Mapping[str, Any]) -> None:
-    here, there = type(inner).__qualname__, meta["class"]
+def require_same_optimizer(here: str, trained: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Refuse the state of another optimizer, or of other parameters.
+
+    Args:
+        here: the class of this run's optimizer.
+        trained: what it trains, by name.
+        meta: the JSON part of ``optimizer_state``.
+
+    Raises:
+        CheckpointError: naming the difference.
+    """
+    _require_form(meta)
+    there = meta["class"]
     if here != there:
         raise CheckpointError(
             f"the optimizer is {here}, the checkpoint's is {there}",
@@ -145,6 +163,22 @@ def _check_same(inner: torch.optim.Optimizer, trained: Parameters, meta: Mapping
             f"on one side only: {examples}",
             fix="resume with the model and method the checkpoint was made with",
         )
+
+
+def _require_form(meta: Mapping[str, Any]) -> None:
+    """Say in words that the JSON part is not what ``optimizer_state`` of this version gives."""
+    form = {"class": str, "parameters": list, "scalars": dict, "shared": dict, "composed": dict}
+    odd = [key for key, kind in form.items() if not isinstance(meta.get(key), kind)]
+    odd += [key for key in ("scalars", "composed") if key not in odd and not _all_objects(meta[key])]
+    if odd:
+        raise CheckpointError(
+            f"the optimizer's state was written by another version of this package: {', '.join(odd)}",
+            fix="continue with the version that wrote it, or begin a new run with method.init_from",
+        )
+
+
+def _all_objects(values: Mapping[str, Any]) -> bool:
+    return all(isinstance(value, dict) for value in values.values())
 
 
 def _unpack(key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Tensor:

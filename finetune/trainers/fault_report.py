@@ -1,0 +1,282 @@
+"""A step that may not be taken: the report of a non-finite loss or gradient, for ``finetune replay``.
+
+``<run>/reports/nonfinite-step-00000123/`` holds ``report.json``, ``trainable.safetensors`` (the weights in which the
+step was computed) and a seal over both (``seals``). Nothing in it runs code when it is read.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from finetune.cogvideox import ModelConfig
+from finetune.datasets.manifest import ManifestItem
+from finetune.errors import FinetuneError, TrainingError, first_line
+from finetune.facts import resolve_pretrained
+from finetune.files import atomic_save_tensors, atomic_write_text, checksum_file, free_space, human_size, publish_dir
+from finetune.memory import MemoryConfig
+from finetune.seals import DamageError, Sealed, seal
+from finetune.tensorfiles import file_bytes
+from finetune.trainers.meter import StepRecord
+from finetune.trainers.run import Run
+
+FOLDER = "reports"
+REPORT = "report.json"
+WEIGHTS = "trainable.safetensors"
+FORMAT = 1
+"""Raised whenever an older reader would misread a newer report."""
+
+
+class _Part(BaseModel):
+    # Numbers that are not finite are what a report is about. JSON has no such numbers: they become text ("NaN").
+    model_config = ConfigDict(extra="forbid", frozen=True, ser_json_inf_nan="strings")
+
+
+class ReportedSample(_Part):
+    """One sample of the step: what it was, and what came of it."""
+
+    rank: int
+    micro_batch: int
+    """Which of its rank's micro-batches, from 0."""
+    slot: int
+    item: ManifestItem
+    timestep: int
+    loss: float
+
+
+class Report(_Part):
+    """Everything that decides a step, and what was seen of it."""
+
+    format: int
+    step: int
+    """The optimizer step that was not taken, from 0."""
+    lr: float
+    grad_norm: float
+    """Global, before clipping."""
+    samples: tuple[ReportedSample, ...]
+    gradient_norms: dict[str, float]
+    """Of the step's gradient, by parameter, before clipping. Empty where ``gradient_note`` says why."""
+    gradient_note: str
+    loss_scale: float
+    dtype: str
+    """Of frozen weights and compute."""
+    device: str
+    engine: str
+    processes: int
+    memory: MemoryConfig
+    """The state the step was computed in."""
+    config: dict[str, Any]
+    config_digest: str
+    cache_digest: str
+    empty_prompt_key: str
+    model_files: dict[str, str]
+    """Checksums of the transformer's files, by name."""
+    weights_note: str
+    """Why there are no weights in the report; empty where there are."""
+    versions: dict[str, str]
+
+    @property
+    def non_finite_gradients(self) -> list[str]:
+        """Parameters whose gradient is not finite, in the model's order."""
+        return [name for name, norm in self.gradient_norms.items() if not math.isfinite(norm)]
+
+
+def require_finite(
+    record: StepRecord,
+    grad_norm: float,
+    run: Run,
+    memory: MemoryConfig,
+    *,
+    step: int,
+    lr: float,
+    again: Callable[[], None],
+) -> None:
+    """Stop before a non-finite loss or gradient reaches the weights, and write down what led to it.
+
+    Every process sees the same record and the same gradient norm, so all of them raise or none.
+
+    Args:
+        record: the step, of all processes.
+        grad_norm: global norm before clipping.
+        run: with the weights as they were in the step.
+        memory: the state it was computed in.
+        step: which optimizer step, from 0.
+        lr: the rate it would have been taken with.
+        again: runs the step's passes once more, for the gradient of every layer. Clipping has made NaN of all of them;
+            a second pass gives them back, because everything random follows from the step.
+
+    Raises:
+        TrainingError: naming the step, the samples, and the report.
+    """
+    if record.is_finite(grad_norm):
+        return
+    samples = reported_samples(run, step, record)
+    norms, gradient_note = _second_pass(run, again)
+    # Of all processes, in the same order: where the model is sharded, each tensor is a collective.
+    tensors = {name: _whole(tensor, keep=run.ranks.is_main) for name, tensor in run.engine.weights().items()}
+    report = Report(
+        format=FORMAT,
+        step=step,
+        lr=lr,
+        grad_norm=grad_norm,
+        samples=samples,
+        gradient_norms=norms,
+        gradient_note=gradient_note,
+        loss_scale=run.loss_scale,
+        dtype=str(run.dtype).removeprefix("torch."),
+        device=str(run.device),
+        engine=run.engine.name,
+        processes=run.ranks.world,
+        memory=memory,
+        config=run.config.to_dict(),
+        config_digest=run.config.digest,
+        cache_digest=run.manifest.digest,
+        empty_prompt_key=run.manifest.empty_prompt_key,
+        model_files={},
+        weights_note="",
+        versions=_versions(),
+    )
+    path = run.config.output_dir / FOLDER / f"nonfinite-step-{step:08d}"
+    failed = run.ranks.first(lambda: _publish(path, report, run.config.model, tensors))
+    raise _error(report, path, failed)
+
+
+def _error(report: Report, path: Path, failed: str) -> TrainingError:
+    bad = [sample for sample in report.samples if not math.isfinite(sample.loss)]
+    where = "; ".join(f"{sample.item.clip} at timestep {sample.timestep}: loss {sample.loss}" for sample in bad)
+    if not bad:
+        clips = ", ".join(sample.item.clip for sample in report.samples)
+        where = f"every loss was finite; the gradient was not. Samples: {clips}"
+    remedy = (
+        "then, as it says: leave the clip out, use model.dtype bf16 instead of fp16, or lower optimizer.lr and lengthen"
+        " lr_schedule.warmup_steps; the last checkpoint is intact"
+    )
+    return TrainingError(
+        f"step {report.step}: non-finite {'loss' if bad else 'gradient'} (gradient norm {report.grad_norm});"
+        " the weights were not updated",
+        where=where,
+        fix=f"no report could be written ({failed}); make room and start again; {remedy}"
+        if failed
+        else f"run `finetune replay {path}`; {remedy}",
+    )
+
+
+def reported_samples(run: Run, step: int, record: StepRecord) -> tuple[ReportedSample, ...]:
+    """The samples of a step, of all processes, each with its place, clip and loss."""
+    world = run.ranks.world
+    places = [
+        (rank, number, slot, run.training.items[index])
+        for rank in range(world)
+        for number, micro in enumerate(run.plan.for_rank(step, rank, world))
+        for index, slot in zip(micro.items, micro.slots, strict=True)
+    ]
+    return tuple(
+        ReportedSample(rank=rank, micro_batch=number, slot=slot, item=item, timestep=timestep, loss=loss)
+        for (rank, number, slot, item), timestep, loss in zip(places, record.timesteps, record.losses, strict=True)
+    )
+
+
+def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float], str]:
+    """Gradient norms by parameter, and why there are none."""
+    run.engine.drop_gradients()
+    try:
+        again()
+        norms = {
+            name: float(_whole(torch.linalg.vector_norm(parameter.grad.detach().float()))) / run.loss_scale
+            for name, parameter in run.parameters.items()
+            if parameter.grad is not None
+        }
+    except Exception as error:  # the report is worth having without them, and the error of the step is the one to raise
+        return {}, f"the second pass failed: {first_line(error)}"
+    run.engine.drop_gradients()
+    return norms, "" if norms else f"the engine ({run.engine.name}) does not show gradients by parameter"
+
+
+def _whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
+    """A tensor of a sharded model put together, on the CPU of the process that keeps it."""
+    full_tensor = getattr(tensor, "full_tensor", None)
+    whole: Tensor = tensor if full_tensor is None else full_tensor()
+    return whole.cpu() if keep else whole.new_empty(0, device="cpu")
+
+
+def _versions() -> dict[str, str]:
+    names = ("cogvideox-finetune", "torch", "diffusers", "peft", "accelerate", "bitsandbytes")
+    found = {
+        distribution.metadata["Name"].lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
+    return {name: found[name] for name in names if name in found}
+
+
+# ------------------------------------------------------------------------------------------------- writing and reading
+
+
+def _publish(path: Path, report: Report, model: ModelConfig, tensors: dict[str, Tensor]) -> str:
+    """Write the report; without weights where the disk has no room for them. Returns why it could not, or nothing."""
+    try:
+        files = model_files(model)
+        needed, free = file_bytes(tensors), free_space(path)
+        if needed < free:
+            try:
+                return _write(path, report.model_copy(update={"model_files": files}), tensors)
+            except OSError as error:
+                note = f"they could not be written: {error}"
+        else:
+            note = f"they need {human_size(needed)} and the disk has {human_size(free)} free"
+        return _write(path, report.model_copy(update={"model_files": files, "weights_note": note}), {})
+    except (OSError, FinetuneError) as error:  # FinetuneError: the base model's folder is gone
+        return first_line(error)
+
+
+def _write(path: Path, report: Report, tensors: dict[str, Tensor]) -> str:
+    def fill(folder: Path) -> str:
+        known = {REPORT: atomic_write_text(folder / REPORT, report.model_dump_json(indent=1) + "\n")}
+        if tensors:
+            known[WEIGHTS] = atomic_save_tensors(folder / WEIGHTS, tensors)
+        return seal(folder, known)
+
+    publish_dir(path, fill)
+    return ""
+
+
+def model_files(model: ModelConfig) -> dict[str, str]:
+    """Checksums of the files that the transformer is loaded from, by name.
+
+    Raises:
+        ModelError: if they cannot be found.
+    """
+    folder = resolve_pretrained(model.pretrained, model.revision, components=["transformer"]) / "transformer"
+    return {
+        path.name: checksum_file(path) for path in sorted(folder.glob("*")) if path.suffix in (".json", ".safetensors")
+    }
+
+
+def read_report(path: Path) -> tuple[Report, dict[str, Tensor]]:
+    """A report and the weights in it, verified; no weights where it has none.
+
+    Raises:
+        TrainingError: if it is no report, is damaged, or is of a later version of this package.
+    """
+    try:
+        sealed = Sealed.open(path)
+        content = sealed.read_json(REPORT)
+        if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
+            raise TrainingError(
+                f"the report has format {content['format']}, this version reads {FORMAT}",
+                where=str(path),
+                fix="update cogvideox-finetune",
+            )
+        return Report.model_validate(content), sealed.read_tensors(WEIGHTS) if WEIGHTS in sealed else {}
+    except (DamageError, OSError, ValidationError) as error:
+        raise TrainingError(
+            f"the report cannot be read: {first_line(error)}",
+            where=str(path),
+            fix="name a folder reports/nonfinite-step-... of a run, with all its files as they were written",
+        ) from None

@@ -1,0 +1,137 @@
+"""Several processes of one launch, started as ``srun`` does it: RANK, WORLD_SIZE and MASTER_ADDR, and no agent above.
+
+They are forked from a process that has imported everything, so that a launch costs a second instead of ten. The same
+file is that process: it reads one job per line and answers with one line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+OFFLOAD = FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How one process of a job ended."""
+
+    code: int
+    """Negative for a signal; 124 if it had to be killed for taking too long."""
+    log: str
+    seconds: float
+    """From the start of the job."""
+
+
+class Gang:
+    """Runs jobs, one at a time.
+
+    Args:
+        folder: for logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._jobs = 0
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]),
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, str(HERE / "gang.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+
+    def run(
+        self,
+        work: str,
+        *arguments: Any,
+        ranks: int = 2,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 60,
+    ) -> list[Ended]:
+        """Call ``work`` (``module:function``) with JSON ``arguments`` in ``ranks`` processes; how each ended."""
+        self._jobs += 1
+        logs = [str(self._folder / f"job{self._jobs}-rank{rank}.log") for rank in range(ranks)]
+        job = {"work": work, "arguments": arguments, "env": dict(env or {}), "logs": logs, "timeout_s": timeout_s}
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        ends = json.loads(self._process.stdout.readline())
+        return [
+            Ended(code, Path(log).read_text(errors="replace"), seconds)
+            for (code, seconds), log in zip(ends, logs, strict=True)
+        ]
+
+    def train(self, run_yaml: Path, **options: Any) -> list[Ended]:
+        """``finetune train`` in every process; all must succeed."""
+        ends = self.run("gang_cases:command", "train", "--config", str(run_yaml), **options)
+        assert [end.code for end in ends] == [0] * len(ends), "\n".join(end.log[-3000:] for end in ends)
+        return ends
+
+    def close(self) -> None:
+        """End the process that forks."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+def _serve() -> None:
+    from soak import nursery
+
+    nursery.preload()
+    for name in ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.checkpoint.hf_storage"):
+        importlib.import_module(name)
+    answers = os.fdopen(os.dup(1), "w")
+    for line in sys.stdin:
+        answers.write(json.dumps(_do(json.loads(line), nursery)) + "\n")
+        answers.flush()
+
+
+def _do(job: dict[str, Any], nursery: Any) -> list[tuple[int, float]]:
+    module, _, function = job["work"].partition(":")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def work() -> int | None:
+        code: int | None = getattr(importlib.import_module(module), function)(*job["arguments"])
+        return code
+
+    begun = time.monotonic()
+    world = len(job["logs"])
+    running = {}
+    for rank, log in enumerate(job["logs"]):
+        launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+        place = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in launch.items()}
+        running[nursery.fork(work, Path(log), job["env"] | (place if world > 1 else {}))] = rank
+    ends: list[tuple[int, float]] = [(124, job["timeout_s"])] * world
+    while running and time.monotonic() < begun + job["timeout_s"]:
+        for pid, rank in list(running.items()):
+            if (code := nursery.ended(pid)) is not None:
+                ends[rank] = (code, time.monotonic() - begun)
+                del running[pid]
+        time.sleep(0.01)
+    for pid in running:
+        nursery.kill(pid)
+    return ends
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,144 @@
+"""What the processes of a ``gang`` run: the command line, whole or with one process coming to grief on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def command(*words: str) -> int:
+    """The command line."""
+    from finetune.cli import main
+
+    return main(words)
+
+
+def sabotaged(how: str, where: str, rank: int, *words: str) -> int:
+    """The command line, with something done to process ``rank`` when it comes to ``where`` (at its second visit)."""
+    if rank != RANK:
+        return command(*words)
+    module, _, name = PLACES[where].partition(":")
+    target = f"{module}.{name}"
+    inner, visits = _found(module, name), 0
+
+    def visited(*arguments: Any, **options: Any) -> Any:
+        nonlocal visits
+        visits += 1
+        if visits == (1 if where in ("save", "shares", "encode") else 2):
+            if how == "not a number":
+                return inner(*arguments, **options) * float("nan")
+            DEEDS[how]()
+        return inner(*arguments, **options)
+
+    with mock.patch(target, visited):
+        return command(*words)
+
+
+PLACES = {
+    "step": "finetune.trainers.loop:batch_losses",
+    "save": "finetune.trainers.checkpoint.save:atomic_save_tensors",
+    "shares": "finetune.trainers.checkpoint.resharding:atomic_save_tensors",
+    "encode": "finetune.precompute:encode_clips",
+}
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _raise() -> None:
+    raise ValueError("a bug in one process")
+
+
+def _fill_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+DEEDS: dict[str, Callable[[], None]] = {"die": _die, "raise": _raise, "disk full": _fill_disk}
+
+
+def _found(module: str, name: str) -> Callable[..., Any]:
+    import importlib
+
+    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return function
+
+
+def astray(what: str, *words: str) -> int:
+    """The command line, with process 1 holding something other than the others from the second step on."""
+    from finetune.schedule import StepPlan
+    from finetune.trainers.engine import Replicated
+
+    clip, step = Replicated.clip, StepPlan.step
+
+    def off_by_a_bit(self: Replicated, limit: float, *, scale: float = 1.0) -> float:
+        norm = clip(self, limit, scale=scale)
+        chosen = list(self.parameters.values())[5]
+        held = chosen.grad if what == "gradient" else chosen.data
+        assert held is not None
+        held.view(-1)[:1] += 1e-9 + 1e-6 * held.view(-1)[:1].abs()
+        return norm
+
+    def other_order(self: StepPlan, number: int) -> Any:
+        return step(self, number + 1)
+
+    patch = mock.patch.object(StepPlan, "step", other_order)
+    if what != "samples":
+        patch = mock.patch.object(Replicated, "clip", off_by_a_bit)
+    if RANK != 1:
+        return command(*words)
+    with patch:
+        return command(*words)
+
+
+def load_t5(model: str) -> int:
+    """Whether T5 has its weights in every process, whatever accelerate is told of loading models."""
+    import torch
+
+    from finetune.cogvideox import ModelConfig, load_text
+    from finetune.ranks import Ranks
+
+    ranks = Ranks.current()
+    _, encoder = load_text(ModelConfig(pretrained=model))
+    sums = ranks.all(lambda: float(sum(p.double().abs().sum() for p in encoder.parameters())))
+    ranks.close()
+    assert not torch.distributed.is_initialized()
+    return 0 if sums[0] == sums[1] > 0 else 3
+
+
+def uneven_shares(folder: str, phase: str) -> int:
+    """Write tensors that do not divide by the number of processes, some with nothing for the last; or read them."""
+    from pathlib import Path
+
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    from finetune.ranks import Ranks
+    from finetune.trainers.checkpoint.resharding import read_shares, write_shares
+
+    ranks = Ranks.current(sharding=True)
+    mesh = DeviceMesh.from_group(ranks.group, "cpu")
+    wholes = {f"rows{rows}": torch.arange(rows * 3, dtype=torch.float32).reshape(rows, 3) for rows in (1, 2, 5, 12)}
+    place = {"rank": ranks.rank, "world": ranks.world, "group": ranks.group}
+    if phase == "write":
+        shares = {name: distribute_tensor(whole, mesh, [Shard(0)]) for name, whole in wholes.items()}
+        write_shares(Path(folder), shares | {"steps": torch.tensor(7.0)}, **place)
+    else:
+        targets = {
+            name: distribute_tensor(torch.full_like(whole, -1), mesh, [Shard(0)]) for name, whole in wholes.items()
+        }
+        steps = torch.tensor(0.0)
+        read_shares(Path(folder), targets | {"steps": steps}, group=ranks.group)
+        for name, target in targets.items():
+            assert isinstance(target, DTensor)
+            assert torch.equal(target.full_tensor(), wholes[name]), name
+        assert steps == 7
+    ranks.close()
+    return 0

@@ -1,0 +1,490 @@
+"""A checkpoint is used as it was written or not at all: flips, truncations and zeroed ranges anywhere in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from worlds import fabricate_cache, run_config
+
+from finetune import seals
+from finetune.config import load_config
+from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.export import export
+from finetune.facts import read_facts
+from finetune.files import COMPLETE, checksum_file
+from finetune.generate_inputs import Adapter, GenerateRequest, check_request, native_bucket
+from finetune.ranks import Ranks
+from finetune.seals import DamageError, Sealed, seal
+from finetune.trainers.checkpoint import (
+    CheckpointConfig,
+    LoadedCheckpoint,
+    choose_checkpoint,
+    form,
+    list_checkpoints,
+    load_checkpoint,
+    prune,
+    save_checkpoint,
+)
+from finetune.trainers.loop import train
+from finetune.trainers.method import read_adapter
+from finetune.trainers.run_folder import hold_run_folder
+from finetune.trainers.validation import HISTORY, SamplePrompt
+from finetune.types import RunState
+
+FILES = [form.TRAINABLE, form.OPTIMIZER, form.OPTIMIZER_META, form.EMA, form.CONFIG, form.STATE, COMPLETE]
+KINDS = ("lora", "full")
+
+
+def contents(kind: str, step: int) -> dict[str, Any]:
+    """What a checkpoint of a LoRA (fp32) or of full fine-tuning (bf16 with fp32 masters, 8-bit moments) holds."""
+    generator = torch.Generator().manual_seed(step)
+    dtype = torch.float32 if kind == "lora" else torch.bfloat16
+    names = ["blocks.0.to_q.lora_A.weight", "blocks.0.to_q.lora_B.weight"]
+    if kind == "full":
+        names = ["blocks.0.to_q.weight", "blocks.0.to_q.bias"]
+    trainable = {name: torch.randn(4, 6, generator=generator).to(dtype) for name in names}
+    tensors = {f"state.{name}.exp_avg": torch.randn(4, 6, generator=generator) for name in names}
+    if kind == "full":
+        tensors |= {f"master.{name}": tensor.float() for name, tensor in trainable.items()}
+        tensors["state.x.state1"] = torch.arange(64, dtype=torch.uint8)
+    return {
+        "trainable": trainable,
+        "optimizer": (tensors, {"class": "AdamW", "parameters": names, "scalars": {n: {"step": step} for n in names}}),
+        "ema": {name: tensor.float() for name, tensor in trainable.items()},
+        "config": {"method": {"kind": kind, "rank": 4, "alpha": 2.0}, "text": "größe"},
+    }
+
+
+def write(run_dir: Path, kind: str, step: int) -> Path:
+    state = RunState(step, "cache", samples_seen=step)
+    return save_checkpoint(run_dir, state, **contents(kind, step), policy=CheckpointConfig(keep_last=9))
+
+
+def assert_as_written(found: LoadedCheckpoint | None, kind: str, step: int) -> None:
+    assert found is not None
+    wanted = contents(kind, step)
+    assert found.state == RunState(step, "cache", samples_seen=step) and found.config == wanted["config"]
+    assert found.optimizer[1] == wanted["optimizer"][1] and found.ema is not None
+    groups = [(found.trainable, wanted["trainable"]), (found.optimizer[0], wanted["optimizer"][0])]
+    for ours, theirs in [*groups, (found.ema, wanted["ema"])]:
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) and ours[name].dtype == theirs[name].dtype for name in theirs)
+
+
+# -------------------------------------------------------------------------------------------------------------- harm
+
+
+@dataclass(frozen=True)
+class Harm:
+    """One accident to one file. Places are fractions of its length, so that they fit any file."""
+
+    what: str
+    file: str
+    at: float
+    length: int = 1
+    bit: int = 0
+
+    def do(self, folder: Path) -> bool:
+        """Harm the file; False if its bytes are still the same."""
+        path = folder / self.file
+        before = path.read_bytes()
+        content = bytearray(before)
+        first = min(int(self.at * len(content)), len(content) - 1)
+        if self.what == "flip":
+            content[first] ^= 1 << self.bit
+        elif self.what == "zero":
+            content[first : first + self.length] = bytes(len(content[first : first + self.length]))
+        elif self.what == "cut":
+            del content[first:]
+        elif self.what == "drop":
+            del content[first : first + self.length]
+        elif self.what == "grow":
+            content += bytes(self.length)
+        else:
+            path.unlink()
+            return True
+        path.write_bytes(content)
+        return bytes(content) != before
+
+
+harms = st.builds(
+    Harm,
+    what=st.sampled_from(["flip", "flip", "flip", "zero", "cut", "drop", "grow", "delete"]),
+    file=st.sampled_from(FILES),
+    at=st.floats(0, 1, exclude_max=True),
+    length=st.integers(1, 600),
+    bit=st.integers(0, 7),
+)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def intact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A run with two whole checkpoints, to be copied."""
+    run = tmp_path_factory.mktemp(request.param)
+    for step in (10, 20):
+        write(run, request.param, step)
+    return request.param, run
+
+
+@contextlib.contextmanager
+def copied(run: Path) -> Iterator[Path]:
+    """A copy of a run for one case."""
+    target = run.with_name(f"{run.name}-case")
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run, target)
+    yield target
+
+
+def newest(run: Path) -> Path:
+    return list_checkpoints(run)[-1][1]
+
+
+def check_case(kind: str, run: Path, harm: Harm) -> bool:
+    """Harm the newer checkpoint: it is named and never used, and the older one is. False if no byte changed."""
+    folder = newest(run)
+    before = (folder / harm.file).read_bytes()
+    if not harm.do(folder):
+        return False
+    try:
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(folder)
+        assert caught.value.where == str(folder) and harm.file in str(caught.value), str(caught.value)
+        assert "step-00000010" in caught.value.fix
+        assert_as_written(choose_checkpoint(run, "latest"), kind, 10)
+        assert not folder.exists()
+        (aside,) = folder.parent.glob("step-00000020.damaged-*")
+        aside.rename(folder)
+    finally:
+        (folder / harm.file).write_bytes(before)
+    return True
+
+
+QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@QUICK
+@given(harm=harms)
+@example(Harm("flip", COMPLETE, 0.999))
+@example(Harm("cut", COMPLETE, 0.0))
+@example(Harm("delete", COMPLETE, 0.0))
+@example(Harm("flip", form.STATE, 0.0))
+def test_harm_anywhere_is_named_and_the_one_before_is_used(intact, harm):
+    check_case(*intact, harm)
+
+
+@pytest.mark.slow
+@settings(QUICK, max_examples=1000)
+@given(harm=harms)
+def test_harm_anywhere_a_thousand_times(intact, harm):
+    check_case(*intact, harm)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_single_bit_counts(intact, name):
+    """Not a sample: each bit of the small files, and of the large ones every bit of every 7th byte."""
+    _, run = intact
+    with copied(run) as case:
+        folder = newest(case)
+        content = (folder / name).read_bytes()
+        step = 1 if len(content) < 300 else 7
+        for place in range(0, len(content), step):
+            changed = bytearray(content)
+            changed[place] ^= 1 << (place % 8)
+            (folder / name).write_bytes(changed)
+            with pytest.raises(DamageError) as caught:
+                sealed = Sealed.open(folder)
+                sealed.read_bytes(name)
+            assert caught.value.path == folder / name
+        (folder / name).write_bytes(content)
+        assert choose_checkpoint(case, "latest").path == folder
+
+
+@pytest.mark.parametrize("name", [form.TRAINABLE, form.OPTIMIZER, form.EMA])
+def test_without_the_checksums_damage_gets_through(intact, name, monkeypatch):
+    """The canary: a flipped bit of a tensor is then loaded as if nothing had happened."""
+    kind, run = intact
+    with copied(run) as case:
+        assert Harm("flip", name, 0.98).do(newest(case))
+        monkeypatch.setattr(Sealed, "_compare", lambda *_: None)
+        found = choose_checkpoint(case, "latest")
+        assert found is not None and found.state.step == 20
+        with pytest.raises(AssertionError):
+            assert_as_written(found, kind, 20)
+
+
+def test_large_files_are_verified_and_mapped(intact, monkeypatch):
+    kind, run = intact
+    monkeypatch.setattr(seals, "READ_AT_ONCE", 16)
+    assert_as_written(choose_checkpoint(run, "latest"), kind, 20)
+    for harm in (Harm("flip", form.TRAINABLE, 0.9), Harm("cut", form.OPTIMIZER, 0.5), Harm("delete", form.EMA, 0)):
+        assert check_case(kind, run, harm)
+
+
+# ------------------------------------------------------------------------------------------------- falling back, or not
+
+
+def test_it_falls_back_as_far_as_it_must_and_says_so(tmp_path, caplog):
+    for step in (10, 20, 30, 40):
+        write(tmp_path, "lora", step)
+    paths = dict(list_checkpoints(tmp_path))
+    Harm("flip", form.TRAINABLE, 0.5).do(paths[40])
+    Harm("cut", form.CONFIG, 0.5).do(paths[30])
+    Harm("flip", form.STATE, 0.5).do(paths[10])
+    with caplog.at_level(logging.WARNING):
+        assert_as_written(choose_checkpoint(tmp_path, "latest"), "lora", 20)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    for step, name in ((40, form.TRAINABLE), (30, form.CONFIG)):
+        assert f"step-000000{step} is damaged: {name} is not as it was written" in caplog.text
+    assert "continues from step-00000020" in caplog.text
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20], "what is older than the one used is left alone"
+    caplog.clear()
+    assert_as_written(choose_checkpoint(tmp_path, "latest"), "lora", 20)
+    assert not caplog.records, "said once"
+
+
+def test_none_whole_is_an_error_and_never_a_new_start(tmp_path):
+    for step in (10, 20):
+        Harm("flip", form.OPTIMIZER, 0.7).do(write(tmp_path, "full", step))
+    for _ in ("now", "and whenever it is tried again"):
+        with pytest.raises(CheckpointError, match="no checkpoint of this run is whole") as caught:
+            choose_checkpoint(tmp_path, "latest")
+        assert "step-00000010" in str(caught.value) and form.OPTIMIZER in str(caught.value)
+        assert len(list_checkpoints(tmp_path)) == 2, "nothing is renamed where nothing is gained"
+    for _, path in list_checkpoints(tmp_path):
+        path.rename(path.with_name(f"{path.name}.damaged-0123abcd"))
+    with pytest.raises(CheckpointError, match="no checkpoint of this run is whole"):
+        choose_checkpoint(tmp_path, "latest")
+
+
+def test_a_named_checkpoint_that_is_damaged_is_an_error_that_names_the_whole_ones(tmp_path):
+    paths = [write(tmp_path, "lora", step) for step in (10, 20, 30)]
+    Harm("flip", form.OPTIMIZER, 0.5).do(paths[0])
+    Harm("flip", form.EMA, 0.5).do(paths[2])
+    with pytest.raises(CheckpointError) as caught:
+        choose_checkpoint(tmp_path, paths[2])
+    assert caught.value.what == "the checkpoint is damaged: ema.safetensors is not as it was written"
+    assert caught.value.fix == "use another one; whole are step-00000020"
+    assert paths[2].is_dir(), "what was asked for by name is not renamed"
+
+
+def test_an_input_output_error_is_damage_and_missing_permission_is_not(tmp_path, monkeypatch):
+    older, newer = write(tmp_path, "lora", 10), write(tmp_path, "lora", 20)
+    real = Path.read_bytes
+
+    def failing(number: int) -> Callable[[Path], bytes]:
+        def read(path: Path) -> bytes:
+            if path == newer / form.CONFIG:
+                raise OSError(number, "failing disk")
+            return real(path)
+
+        return read
+
+    monkeypatch.setattr(Path, "read_bytes", failing(13))
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*failing disk"):
+        choose_checkpoint(tmp_path, "latest")
+    assert newer.is_dir()
+    monkeypatch.setattr(Path, "read_bytes", failing(5))
+    found = choose_checkpoint(tmp_path, "latest")
+    assert found is not None and found.path == older and not newer.exists()
+
+
+def test_a_damaged_one_goes_when_a_newer_one_stands(tmp_path):
+    write(tmp_path, "lora", 10)
+    Harm("flip", form.TRAINABLE, 0.5).do(write(tmp_path, "lora", 20))
+    choose_checkpoint(tmp_path, "latest")
+    (aside,) = (tmp_path / "checkpoints").glob("*.damaged-*")
+    write(tmp_path, "lora", 15)
+    prune(tmp_path, 9, None)
+    assert aside.is_dir()
+    write(tmp_path, "lora", 20)
+    assert not aside.exists() and [step for step, _ in list_checkpoints(tmp_path)] == [10, 15, 20]
+
+
+def test_a_checkpoint_pruned_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
+    path = write(tmp_path, "lora", 10)
+    real = Sealed.open
+
+    def pruned(folder: Path) -> Sealed:
+        sealed = real(folder)
+        shutil.rmtree(folder)
+        return sealed
+
+    monkeypatch.setattr(Sealed, "open", pruned)
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        load_checkpoint(path)
+
+
+# ------------------------------------------------------------------------------------------------------ sealed folders
+
+
+def test_the_marker_reads_like_a_list_of_checksums(tmp_path):
+    path = write(tmp_path, "lora", 10)
+    lines = (path / COMPLETE).read_text().splitlines()
+    named = {name: checksum for checksum, name in (line.split("  ") for line in lines[:-1])}
+    assert named == {name: checksum_file(path / name) for name in FILES if name != COMPLETE}
+
+
+@given(
+    names=st.lists(
+        st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
+            lambda name: name not in (".", "..", COMPLETE) and len(name.encode()) < 200
+        ),
+        max_size=4,
+        unique=True,
+    )
+)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_name_can_be_sealed(tmp_path, names):
+    shutil.rmtree(tmp_path / "f", ignore_errors=True)
+    (tmp_path / "f" / "inner").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "f" / "inner" / name).write_bytes(name.encode())
+    (tmp_path / "f" / COMPLETE).write_text(seal(tmp_path / "f"))
+    sealed = Sealed.open(tmp_path / "f")
+    assert {name: sealed.read_bytes(f"inner/{name}") for name in names} == {name: name.encode() for name in names}
+    assert set(sealed.checksums) == {f"inner/{name}" for name in names}
+
+
+def test_what_the_marker_does_not_name_is_not_read(tmp_path):
+    path = write(tmp_path, "lora", 10)
+    (path / "extra.json").write_text("{}")
+    with pytest.raises(DamageError, match=r"COMPLETE does not name extra\.json"):
+        Sealed.open(path).read_json("extra.json")
+
+
+@pytest.mark.parametrize("marker", [b"", b"\n", b"x", b"\xff\xfe", b"a  b\n", b'0  "\\\n0\n', b"one two three\n\n"])
+def test_a_marker_that_is_none_is_damage(tmp_path, marker):
+    (tmp_path / COMPLETE).write_bytes(marker)
+    with pytest.raises(DamageError, match="COMPLETE is not as it was written"):
+        Sealed.open(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ continuing an adapter
+
+
+def test_an_adapter_of_a_damaged_checkpoint_or_export_is_not_continued(tmp_path):
+    path = write(tmp_path, "lora", 10)
+    assert read_adapter(path).settings["alpha"] == 2.0
+    for name in (form.TRAINABLE, form.CONFIG, COMPLETE):
+        with copied(path) as case:
+            Harm("flip", name, 0.6).do(case)
+            with pytest.raises(ConfigError, match=f"the adapter is damaged: {name}"):
+                read_adapter(case)
+    with copied(path) as case:
+        Harm("flip", form.TRAINABLE, 0.9).do(case)
+        (case / COMPLETE).unlink()
+        assert read_adapter(case).settings["rank"] == 4, "the canary, and the way out for who changed it on purpose"
+
+
+@pytest.mark.parametrize("settings", ["[1]", '"x"', "{", '{"transformer.lora_alpha": "many"}'])
+def test_an_adapters_strange_header_is_no_traceback(tmp_path, settings):
+    file = tmp_path / "lora.safetensors"
+    tensors = {"transformer.x.lora_A.weight": torch.zeros(4, 8), "transformer.x.lora_B.weight": torch.zeros(8, 4)}
+    safetensors.torch.save_file(tensors, file, {"lora_adapter_metadata": settings})
+    with pytest.raises(ConfigError, match=r"cannot be read|not a number"):
+        read_adapter(file)
+
+
+def test_a_strange_configuration_beside_an_adapter_is_no_traceback(tmp_path):
+    path = write(tmp_path, "lora", 10)
+    (path / COMPLETE).unlink()
+    for text in ("[]", '{"method": 3}', json.dumps({"method": {"alpha": [1]}}), "{"):
+        (path / form.CONFIG).write_text(text)
+        with contextlib.suppress(ConfigError):
+            assert read_adapter(path).settings["alpha"] == 4.0
+
+
+# ------------------------------------------------------------------------------------------------------ whole trainings
+
+
+@pytest.mark.parametrize("method", [{"kind": "lora"}, {"kind": "full"}], ids=KINDS)
+def test_a_training_falls_back_and_ends_as_if_nothing_had_happened(tiny_model, tmp_path, capfd, method):
+    """Steps 3 and 4 are damaged: the run goes on from 2 and ends with the weights of an uninterrupted one."""
+    changes = {"cache": {"mode": "require"}, "checkpoint": {"every": 1, "keep_last": 9}, "method": method}
+    config = run_config(tiny_model("5b"), tmp_path / "none", tmp_path / "run", **changes, train={"steps": 4})
+    fabricate_cache(config)
+    train(config)
+    paths = dict(list_checkpoints(tmp_path / "run"))
+    whole = load_checkpoint(paths[4])
+    Harm("flip", form.OPTIMIZER, 0.9).do(paths[4])
+    Harm("cut", form.TRAINABLE, 0.9).do(paths[3])
+    with (tmp_path / "run" / HISTORY).open("ab") as history:
+        history.write(b'{"step": 2, "heldout": \x00\n')
+    report = train(config)
+    assert report.step == 4 and report.checkpoint is not None
+    resumed = load_checkpoint(report.checkpoint)
+    for ours, theirs in ((resumed.trainable, whole.trainable), (resumed.optimizer[0], whole.optimizer[0])):
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.damaged-*")), "outlived by the new ones"
+
+
+def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_model, tmp_path):
+    config = run_config(
+        tiny_model("5b"),
+        tmp_path / "none",
+        tmp_path / "run",
+        cache={"mode": "require"},
+        checkpoint={"every": 1, "keep_last": 9},
+        train={"steps": 3},
+    )
+    fabricate_cache(config)
+    train(config)
+    paths = dict(list_checkpoints(tmp_path / "run"))
+    exported = export(tmp_path / "run", tmp_path / "whole").folder
+    for harm, words in (
+        (Harm("flip", form.TRAINABLE, 0.9), "damaged: trainable"),
+        (Harm("cut", form.CONFIG, 0.5), "damaged: config"),
+        (Harm("delete", COMPLETE, 0), "incomplete: it has no COMPLETE"),
+    ):
+        with copied(tmp_path / "run") as case:
+            harm.do(newest(case))
+            with pytest.raises(CheckpointError, match=words) as caught:
+                export(case, tmp_path / "export")
+            assert "step-00000001, step-00000002" in caught.value.fix and not (tmp_path / "export").exists()
+    Harm("flip", form.OPTIMIZER, 0.5).do(paths[3])
+    export(tmp_path / "run", tmp_path / "export")  # the optimizer's state is no part of it
+    # What an export holds is verified when it is read again.
+    assert read_adapter(exported).settings["rank"] == 4
+    for file in ("pytorch_lora_weights.safetensors", COMPLETE):
+        with copied(exported) as case:
+            Harm("flip", file, 0.7).do(case)
+            with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
+                read_adapter(case)
+            request = GenerateRequest(
+                config.model.pretrained, (SamplePrompt(prompt="x"),), tmp_path, adapters=(Adapter(case),)
+            )
+            facts = read_facts(config.model.pretrained)
+            with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
+                check_request(request, facts, native_bucket(facts))
+
+
+def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):
+    config = run_config(tiny_model("5b"), tmp_path / "none", tmp_path / "run", cache={"mode": "require"})
+    fabricate_cache(config)
+    refused = pytest.raises(CheckpointError, match="another training writes to this run folder")
+    with hold_run_folder(tmp_path / "run", Ranks(), print), refused:
+        train(config)
+    assert train(config).step == 4
+
+
+@given(what=st.sampled_from(["flip", "zero", "cut", "drop"]), at=st.floats(0, 0.999), length=st.integers(1, 60))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_config_of_a_run_is_never_a_traceback(tmp_path, what, at, length):
+    """It is written for people and read only where somebody runs it again: as any configuration then."""
+    config = run_config(Path("model"), Path("clips"), tmp_path / "run")
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    Harm(what, "config.yaml", at, length, bit=length % 8).do(tmp_path)
+    with contextlib.suppress(FinetuneError):
+        load_config(tmp_path / "config.yaml")

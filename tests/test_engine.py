@@ -1,0 +1,444 @@
+"""Which engine a launch gets, what is refused by name, and the engines in a single process."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from gang import FSDP
+from safetensors import safe_open
+from worlds import fabricate_cache, run_config
+
+from finetune.errors import CheckpointError, ConfigError, TrainingError
+from finetune.ranks import LaunchError, Ranks, peers
+from finetune.trainers import loop
+from finetune.trainers.checkpoint import load_checkpoint
+from finetune.trainers.engine import FullShard, Replicate, Zero, read_launch, require_agreement
+from finetune.trainers.engine import sharded as sharded_engine
+from finetune.trainers.loop import TrainReport, train
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = {
+    "single_gpu": Replicate(),
+    "ddp": Replicate(),
+    "cpu": Replicate(),
+    "fsdp2": FullShard(),
+    "fsdp2_offload": FullShard(offload=True),
+    "zero2": Zero(2),
+    "zero2_offload": Zero(2, offload_optimizer=True),
+    "zero3": Zero(3),
+    "zero3_offload": Zero(3, offload_optimizer=True, offload_parameters=True),
+}
+
+
+# ----------------------------------------------------------------------------------------------- what a launch asks for
+
+
+def launched(config: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment that ``accelerate launch --config_file`` gives to a training process."""
+    from accelerate.commands import launch
+    from accelerate.utils import launch as prepare
+
+    monkeypatch.setattr("accelerate.commands.launch.is_deepspeed_available", lambda: True)
+    words = ["--config_file", str(config), "--num_cpu_threads_per_process", "1", "train.py"]
+    arguments, defaults, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
+    if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])
+        environment = prepare.prepare_deepspeed_cmd_env(arguments)[1]
+    elif arguments.use_fsdp or arguments.multi_gpu:
+        environment = prepare.prepare_multi_gpu_env(arguments)
+    else:
+        environment = prepare.prepare_simple_launcher_cmd_env(arguments)[1]
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def test_every_shipped_configuration_asks_for_its_engine(monkeypatch):
+    shipped = {path.stem: path for path in (ROOT / "accelerate_configs").glob("*.yaml")}
+    assert shipped.keys() == CONFIGS.keys()
+    for name, path in shipped.items():
+        assert read_launch(launched(path, monkeypatch)) == CONFIGS[name], name
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM is not supported"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor, context, sequence"),
+        ({"ACCELERATE_USE_SAGEMAKER": "true"}, "SageMaker"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed precision \(bf16\)"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, r"mixed precision \(fp8\)"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, "fsdp_version '1'"),
+        (FSDP2 | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "fsdp_sharding_strategy 'HYBRID_SHARD'"),
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "2"}, "fsdp_reshard_after_forward '2'"),
+        (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy"),
+        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block"}, "fsdp_transformer_cls_to_wrap 'T5Block'"),
+        (FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, "fsdp_state_dict_type"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
+        (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, "checkpointing_offload"),
+        (FSDP2 | {"FSDP_BACKWARD_PREFETCH": "BACKWARD_POST"}, "fsdp_backward_prefetch"),
+        (FSDP2 | {"FSDP_FORWARD_PREFETCH": "true"}, "fsdp_forward_prefetch"),
+        (FSDP2 | {"FSDP_IGNORED_MODULES": "proj_out"}, "fsdp_ignored_modules"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, "deepspeed_config_file"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "zero_stage"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "nvme"}, "offload_optimizer_device to 'nvme'"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "nvme"}, "offload_param_device to 'nvme'"),
+        (ZERO | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "gradient_clipping to '0.5'"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO3_INIT": "true"}, "zero3_init"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES": "Moe"}, "moe_layer_cls_names"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE": "cpu"},
+            "only ZeRO-3 can offload",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(environment, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_launch(environment)
+    assert caught.value.fix and any(variable in caught.value.where for variable in environment)
+
+
+def test_defaults_of_the_launcher_are_no_fault(monkeypatch, tmp_path):
+    """What accelerate sets by itself where a file says nothing of it."""
+    bare = yaml.safe_load((ROOT / "accelerate_configs" / "fsdp2.yaml").read_text())
+    bare["fsdp_config"] = {"fsdp_version": 2}
+    path = tmp_path / "bare.yaml"
+    path.write_text(yaml.safe_dump(bare))
+    assert read_launch(launched(path, monkeypatch)) == FullShard()
+    assert read_launch({}) == Replicate()
+    with pytest.raises(ConfigError, match="fsdp_version '1'"):  # accelerate's default, where the file names none
+        read_launch({"ACCELERATE_USE_FSDP": "true"})
+
+
+# -------------------------------------------------------------------------------------- settings that do not go with it
+
+
+@pytest.fixture
+def fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process as a launch of one that asks for FSDP2: the same code as with several."""
+    for name, value in FSDP.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {"kind": "adamw8bit"},
+        {"kind": "custom", "name": "torch.optim.Adafactor"},
+        {"kind": "custom", "name": "torch.optim.Muon"},
+    ],
+    ids=str,
+)
+def test_optimizers_that_cannot_work_on_shares_are_refused(tiny_model, tmp_path, fsdp, optimizer):
+    title = optimizer.get("name", optimizer["kind"])
+    with pytest.raises(ConfigError, match=f"{title} does not treat each element by itself"):
+        in_one_process(tiny_model(), tmp_path / "run", optimizer=optimizer)
+
+
+def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_model, tmp_path):
+    from finetune.trainers.spread import require_launch
+
+    def config(**memory: Any):
+        settings = {"train": {"batch_size": 2}, "memory": memory}
+        return run_config(tiny_model(), tmp_path, tmp_path / "run", **settings)
+
+    two = Ranks(0, 2)
+    with pytest.raises(ConfigError, match="equally many forward passes"):
+        require_launch(FullShard(), config(clips_at_once=1), two)
+    require_launch(FullShard(), config(clips_at_once=2), two)
+    require_launch(FullShard(), config(clips_at_once=1), Ranks())
+    require_launch(Replicate(), config(clips_at_once=1), two)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"train": {"ema_decay": 0.9}}, "no moving average"), ({"model": {"dtype": "fp16"}}, "fp16 is not supported")],
+)
+def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, monkeypatch, changes, said):
+    from finetune.trainers import spread
+
+    monkeypatch.setattr(spread, "import_deepspeed", lambda: None)
+    values = run_config(tiny_model(), tmp_path, tmp_path / "run").to_dict()
+    for section, change in changes.items():
+        values[section] |= change
+    from finetune.config import RunConfig
+
+    with pytest.raises(ConfigError, match=said):
+        spread.require_launch(Zero(2), RunConfig.from_dict(values), Ranks())
+
+
+def test_a_torch_that_could_not_read_the_shares_is_refused(tiny_model, tmp_path, monkeypatch, fsdp):
+    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
+    with pytest.raises(ConfigError, match="cannot read checkpoints in shares"):
+        in_one_process(tiny_model(), tmp_path / "run")
+
+
+def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
+    from finetune.trainers.engine import import_deepspeed
+
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(ConfigError, match="cannot be imported") as caught:
+        import_deepspeed()
+    assert "cogvideox-finetune[deepspeed]" in caught.value.fix
+
+
+# ---------------------------------------------------------------------------------------------- FSDP2, a group of one
+
+
+def in_one_process(model: Path, output: Path, steps: int = 4, dtype: str = "auto", **changes: Any) -> TrainReport:
+    train_section = {"steps": steps, "accumulation": 2, "batch_size": 2, **changes.pop("train", {})}
+    shared = {"cache": {"mode": "require"}, "train": train_section}
+    config = run_config(model, output / "no-videos", output, **shared, **changes)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    fabricate_cache(config, clips=5)
+    return train(config)
+
+
+def test_the_group_is_closed_by_who_opened_it(tiny_model, tmp_path, fsdp):
+    assert not torch.distributed.is_initialized()
+    in_one_process(tiny_model(), tmp_path / "run", steps=1)
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(ConfigError):
+        in_one_process(tiny_model(), tmp_path / "other", steps=1, optimizer={"kind": "adamw8bit"})
+    assert not torch.distributed.is_initialized()
+    ranks = Ranks.current(sharding=True)
+    in_one_process(tiny_model(), tmp_path / "run", steps=2)
+    assert torch.distributed.is_initialized()
+    ranks.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_float32_adapters_share_a_group_with_a_bf16_base(tiny_model, tmp_path, monkeypatch):
+    method = {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}
+    saved = {}
+    for engine in ({}, FSDP):
+        for name, value in engine.items():
+            monkeypatch.setenv(name, value)
+        report = in_one_process(tiny_model(), tmp_path / f"run{len(engine)}", steps=2, dtype="bf16", method=method)
+        assert report.checkpoint is not None
+        saved[len(engine)] = load_checkpoint(report.checkpoint)
+    ours, theirs = saved[len(FSDP)], saved[0]
+    assert {tensor.dtype for tensor in ours.trainable.values()} == {torch.float32}
+    for name in theirs.trainable:
+        torch.testing.assert_close(ours.trainable[name], theirs.trainable[name], rtol=1e-5, atol=1e-6)
+
+
+def test_averaged_weights_do_not_stay_behind_in_the_gathered_ones(tiny_model, demo_clips, tmp_path, fsdp, monkeypatch):
+    """Measuring with averaged weights between two steps must leave the next step's alone; also the root's weights."""
+
+    def weights(name: str, **changes: Any) -> dict[str, torch.Tensor]:
+        shared = {"method": {"kind": "full"}, "train": {"ema_decay": 0.5}, "data": {"holdout": 1}}
+        report = train(run_config(tiny_model(), demo_clips, tmp_path / name, **shared, **changes))
+        assert report.checkpoint is not None
+        return dict(load_checkpoint(report.checkpoint).trainable)
+
+    measured = {"every": 1, "timesteps": 1}
+    without, with_it = weights("without"), weights("with", validation=measured)
+    assert not [name for name in without if not torch.equal(without[name], with_it[name])]
+
+    # Canary: with torch's default for the root, they do stay.
+    inner = sharded_engine._shard
+
+    def lazily(launch: FullShard, ranks: Ranks, module: Any) -> None:
+        inner(launch, ranks, module)
+        module.set_reshard_after_forward(False, recurse=False)
+
+    monkeypatch.setattr(sharded_engine, "_shard", lazily)
+    stale = weights("stale", validation=measured)
+    assert [name for name in without if not torch.equal(without[name], stale[name])]
+
+
+def test_a_bad_step_is_not_taken_under_fsdp2(tiny_model, tmp_path, fsdp, monkeypatch):
+    inner, calls = loop.batch_losses, 0
+
+    def poisoned(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return inner(*arguments) * (float("nan") if calls == 5 else 1.0)
+
+    monkeypatch.setattr(loop, "batch_losses", poisoned)
+    with pytest.raises(TrainingError, match="step 2"):
+        in_one_process(tiny_model(), tmp_path / "run", checkpoint={"every": 1})
+    last = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    assert last.name == "step-00000002"
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(last).trainable.values())
+
+
+def test_the_norm_and_the_clipping_are_torchs(tiny_model, tmp_path, fsdp):
+    from finetune.cogvideox import ModelConfig, load_transformer
+    from finetune.trainers.engine import Sharded
+    from finetune.trainers.method import FullMethod
+    from finetune.trainers.optim import AdamW
+
+    ranks = Ranks.current(sharding=True)
+    try:
+        module = load_transformer(ModelConfig(pretrained=str(tiny_model())))
+        method = FullMethod()
+        method.apply(module, seed=0)
+        engine = Sharded(FullShard(), ranks, module, method)
+        engine.start(AdamW(), None)
+        theirs = []
+        generator = torch.Generator().manual_seed(1)
+        for name, parameter in method.trainable(module).items():
+            gradient = torch.randn(engine.parameters[name].shape, generator=generator) * 1e3
+            parameter.grad = engine.shares({name: gradient})[name]
+            theirs.append(torch.nn.Parameter(torch.zeros_like(gradient)))
+            theirs[-1].grad = gradient.clone() / 8
+        expected = torch.nn.utils.clip_grad_norm_(theirs, 2.0)
+        assert engine.clip(2.0, scale=8.0) == pytest.approx(expected.item(), rel=1e-6)
+        for ours, reference in zip(engine._gradients().values(), theirs, strict=True):
+            torch.testing.assert_close(ours, reference.grad, rtol=1e-5, atol=0)
+        next(iter(method.trainable(module).values())).grad.to_local()[0] = float("nan")
+        assert math.isnan(engine.clip(1.0))
+    finally:
+        ranks.close()
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints in shares
+
+
+@pytest.fixture(scope="module")
+def in_shares(tiny_model, tmp_path_factory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in FSDP.items():
+            patch.setenv(name, value)
+        report = in_one_process(tiny_model(), tmp_path_factory.mktemp("shares") / "run", steps=2)
+    assert report.checkpoint is not None
+    return report.checkpoint
+
+
+def test_shares_are_safetensors_and_json_and_nothing_else(in_shares):
+    files = [path for path in in_shares.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".safetensors", ".json", ""}
+    assert [path.name for path in files if not path.suffix] == ["COMPLETE"]
+    with safe_open(next(in_shares.glob("trainable/*")), "pt") as file:
+        assert file.metadata()["format"] == "pt"
+
+
+@pytest.mark.parametrize("part", ["trainable", "optimizer"])
+@pytest.mark.parametrize("damage", ["a flipped bit", "a missing file", "a missing share"])
+def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
+    import shutil
+
+    path = tmp_path / "checkpoints" / in_shares.name
+    shutil.copytree(in_shares, path)
+    file = next((path / part).iterdir())
+    if damage == "a flipped bit":
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 16
+        file.write_bytes(content)
+    elif damage == "a missing file":
+        file.unlink()
+    else:
+        from finetune.files import COMPLETE, atomic_save_tensors
+        from finetune.seals import seal
+        from finetune.trainers.checkpoint.shards import HEADER
+
+        with safe_open(file, "pt") as opened:
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            header = {HEADER: opened.metadata()[HEADER]}
+        name = next(name for name in tensors if tensors[name].ndim == 2)
+        header[HEADER] = header[HEADER].replace(f'"{name}": {{"saved_offsets": [0', f'"{name}": {{"saved_offsets": [9')
+        atomic_save_tensors(file, tensors, header)
+        (path / COMPLETE).unlink()
+        (path / COMPLETE).write_text(seal(path))
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_checkpoint(path)
+
+
+def test_whole_copies_of_what_was_shared_out(in_shares, tiny_model, tmp_path):
+    report = in_one_process(tiny_model(), tmp_path / "whole", steps=2)
+    assert report.checkpoint is not None
+    ours, theirs = load_checkpoint(in_shares), load_checkpoint(report.checkpoint)
+    assert ours.optimizer[1] == theirs.optimizer[1]
+    for mine, reference in ((ours.trainable, theirs.trainable), (ours.optimizer[0], theirs.optimizer[0])):
+        assert set(mine) == set(reference) and len(mine) == len(reference)
+        for name in reference:
+            assert mine[name].dtype == reference[name].dtype
+            torch.testing.assert_close(mine[name], reference[name], rtol=1e-6, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+def test_agreement_is_between_processes(monkeypatch):
+    tensors = {"weight of a": torch.ones(3), "weight of b": torch.zeros(2, dtype=torch.bfloat16)}
+    require_agreement(0, tensors, {"gradient norm": 1.0}, Ranks())
+    for field, said in (("weight of b", "the weight of b"), ("gradient norm", "the gradient norm")):
+
+        def answers(self: Ranks, work: Any, field: str = field) -> list[Any]:
+            mine = work()
+            return [mine, mine, mine | {field: "other"}]
+
+        monkeypatch.setattr(Ranks, "all", answers)
+        with pytest.raises(TrainingError, match=f"step 7: {said} differs between processes: process 2") as caught:
+            require_agreement(7, tensors, {"gradient norm": 1.0}, Ranks())
+        assert "not updated" in caught.value.what
+
+
+def test_the_check_costs_nothing_when_off(tiny_model, tmp_path, monkeypatch):
+    def never(*_: object) -> None:
+        raise AssertionError("train.check_ranks is off")
+
+    monkeypatch.setattr("finetune.trainers.run.require_agreement", never)
+    in_one_process(tiny_model(), tmp_path / "off", steps=1)
+    with pytest.raises(AssertionError, match="is off"):
+        in_one_process(tiny_model(), tmp_path / "on", steps=1, train={"check_ranks": True})
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:50863"), True),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting 600000ms for recv"), True),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_a_lost_peer_is_told_from_a_bug(error, lost):
+    with pytest.raises(LaunchError if lost else type(error)) as caught, peers():
+        raise error
+    assert isinstance(caught.value, LaunchError) == lost
+
+
+# ---------------------------------------------------------------------------------------------------------- by launcher
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "fsdp2_offload"])
+def test_the_shipped_configuration_launches(tiny_model, demo_clips, tmp_path, name):
+    """Where there is no GPU, ``accelerate launch`` starts the same two processes, and they train on the CPU."""
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(config.to_yaml())
+    file = ROOT / "accelerate_configs" / f"{name}.yaml"
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(file),
+        "--main_process_port",
+        "0",
+    ]
+    finished = subprocess.run(
+        [*command, str(ROOT / "train.py"), "--config", str(run_yaml)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
+    assert {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2_offload": "kept on the host"}[name] in finished.stdout

@@ -1,0 +1,304 @@
+"""What can go wrong in the middle of a run: memory runs out, an entry turns out damaged, a measurement fails.
+
+Every test ends with the state that the run is left in: nothing that was trained is lost, nothing wrong is trained on.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from worlds import run_config
+
+from finetune.config import RunConfig
+from finetune.datasets.cache import Cache
+from finetune.datasets.loader import BatchMaker, Loader
+from finetune.errors import CacheError, FinetuneError, TrainingError
+from finetune.memory import MemoryConfig
+from finetune.precompute import precompute
+from finetune.schedule import Item, StepPlan
+from finetune.trainers import loop, sampler
+from finetune.trainers.loop import TrainReport, train
+
+FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
+LEARNS = {"optimizer": {"lr": 1e-2}, "method": {"dropout": 0.2}}
+"""Fast enough for a difference of one bit in a mask to show in the weights."""
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_model, demo_clips, tmp_path_factory) -> Path:
+    """A cache with everything that the runs below need, held-out clip, prompts and all."""
+    folder = tmp_path_factory.mktemp("encoded")
+    precompute(run_config(tiny_model(), demo_clips, folder / "run", **WATCHED), progress=False)
+    return folder / "cache"
+
+
+@pytest.fixture
+def make(tiny_model, demo_clips, encoded, tmp_path) -> Callable[..., RunConfig]:
+    """``make("name", **changes)``: the configuration of a run; all of a test share one copy of the cache."""
+    shutil.copytree(encoded, tmp_path / "cache")
+    return lambda name, **changes: run_config(tiny_model(), demo_clips, tmp_path / name, **changes)
+
+
+def weights(report: TrainReport) -> dict[str, torch.Tensor]:
+    return load_file(report.checkpoint / "trainable.safetensors")
+
+
+def optimizer(report: TrainReport) -> dict[str, torch.Tensor]:
+    return load_file(report.checkpoint / "optimizer.safetensors")
+
+
+def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
+    assert ours.keys() == theirs.keys() and ours
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+
+
+# -------------------------------------------------------------------------------------------------------- out of memory
+
+
+def fails_where(monkeypatch, too_large: Callable[[loop.Run, object, int], bool]) -> list[int]:
+    """Let passes run out of memory where ``too_large(run, batch, call)``; returns the sizes of all passes begun."""
+    inner, sizes = loop.batch_losses, []
+
+    def limited(run, batch, *model):
+        losses = inner(run, batch, *model)
+        if not model:
+            sizes.append(len(batch.slots))
+            if too_large(run, batch, len(sizes)):
+                # Halfway: activations are there, and of earlier micro-batches gradients.
+                (losses.sum() * 1e-3).backward()
+                raise torch.OutOfMemoryError(FULL)
+        return losses
+
+    monkeypatch.setattr(loop, "batch_losses", limited)
+    return sizes
+
+
+def test_a_step_is_done_again_with_checkpointing_bit_for_bit(make, tmp_path, monkeypatch, capsys):
+    """Memory runs out in the second micro-batch of the third step; LoRA's dropout draws the same masks again."""
+    shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
+    calm = train(make("calm", **shared))
+    with monkeypatch.context() as patch:
+        fails_where(patch, lambda run, batch, call: call == 6)
+        hit = train(make("hit", **shared))
+    assert not differing(weights(hit), weights(calm)) and not differing(optimizer(hit), optimizer(calm))
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
+    assert len(said) == 1 and said[0].startswith("step 2:") and FULL in said[0]
+    assert said[0].endswith("To begin there: memory.checkpointing: full")
+
+
+def test_gradients_left_by_the_failed_attempt_would_show(make, tmp_path, monkeypatch):
+    """Canary of the test above."""
+    from finetune.trainers.engine import Replicated
+
+    shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
+    calm = train(make("calm", **shared))
+    fails_where(monkeypatch, lambda run, batch, call: call == 6)
+    monkeypatch.setattr(Replicated, "drop_gradients", lambda self: None)
+    monkeypatch.setattr(Replicated, "step", lambda self: (self.optimizer.step(), self.optimizer.zero_grad()))
+    hit = train(make("hit", **shared))
+    assert differing(weights(hit), weights(calm))
+
+
+def test_micro_batches_are_split_until_they_fit(make, tmp_path, monkeypatch):
+    """Four clips never fit, two do: the weights after four steps are those of an undisturbed run to 1e-5."""
+    shared = {"optimizer": {"lr": 1e-2}, "train": {"batch_size": 4}, "tracking": {"kind": "tensorboard"}}
+    calm = train(make("calm", **shared))
+    with monkeypatch.context() as patch:
+        sizes = fails_where(patch, lambda run, batch, call: len(batch.slots) > 2)
+        hit = train(make("hit", **shared))
+    assert sizes == [4] + [2, 2] * 4  # the state is kept: only the first step meets the wall
+    for name, ours in weights(hit).items():
+        torch.testing.assert_close(ours, weights(calm)[name], rtol=1e-5, atol=1e-5)
+    ours, theirs = metrics(tmp_path / "hit"), metrics(tmp_path / "calm")
+    assert ours.pop("perf/oom_notches") == [1.0] and "perf/oom_notches" not in theirs
+    assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
+    assert ours["train/samples_seen"] == theirs["train/samples_seen"] == [4.0, 8.0, 12.0, 16.0]
+    configured = train(make("configured", **shared, memory={"clips_at_once": 2}))
+    assert not differing(weights(configured), weights(hit))  # what the note says to write begins at that very notch
+
+
+def metrics(run: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_recompute_is_checked_anew_after_a_notch(make, tmp_path, monkeypatch):
+    """The notch says checkpointing and the flag stays off: the guard of the first step has long passed, and yet."""
+    fails_where(monkeypatch, lambda run, batch, call: call == 3)
+    monkeypatch.setattr(MemoryConfig, "apply", lambda self, transformer: transformer.disable_gradient_checkpointing())
+    config = make("run", memory={"checkpointing": "none"})
+    with pytest.raises(TrainingError, match="gradient checkpointing does not do what was asked"):
+        train(config)
+
+
+def test_with_no_notch_left_the_error_says_what_to_change(make, tmp_path, monkeypatch):
+    values = {"train": {"batch_size": 2}, "checkpoint": {"every": 1}}
+    fails_where(monkeypatch, lambda run, batch, call: call > 1)
+    with pytest.raises(TrainingError, match=r"in the passes of step 1: .*Tried to allocate") as caught:
+        train(make("run", **values))
+    assert "9x64x64" in caught.value.where and "a smaller bucket" in caught.value.fix
+    assert saved_steps(tmp_path / "run") == [1]
+
+
+def test_an_update_that_runs_out_of_memory_is_not_repeated(make, tmp_path, monkeypatch):
+    """The optimizer allocates its states in the first step, and may have updated half of the weights by then."""
+    calls = []
+
+    def full(self, closure=None):
+        calls.append(1)
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    config = make("run", memory={"checkpointing": "none"})
+    with pytest.raises(TrainingError, match="outside of a step's passes") as caught:
+        train(config)
+    assert len(calls) == 1 and not saved_steps(tmp_path / "run")
+    assert "optimizer.kind: adamw8bit" in caught.value.fix
+
+
+# ------------------------------------------------------------------------------------------------- faults of the loader
+
+
+def clip_of_step(config: RunConfig, step: int) -> Path:
+    """The cache file of a clip that a run reads for the first time in ``step``."""
+    items = [item for item in precompute(config, progress=False).manifest.items if not item.holdout]
+    plan = StepPlan(
+        tuple(Item(item.bucket, item.repeats) for item in items),
+        config.train.seed,
+        config.train.batch_size,
+        config.train.accumulation,
+    )
+    read = [{index for micro in plan.step(s) for index in micro.items} for s in range(step + 1)]
+    fresh = read[step] - set().union(*read[:step])
+    return Cache(config.cache.dir).path("latents", items[min(fresh)].latents_key)
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-100] ^= 0x10
+    path.write_bytes(content)
+
+
+def test_an_entry_damaged_on_the_disk_costs_no_step(make, tmp_path):
+    """Found while step 2 is on its way: step 2 is finished and saved; the same command encodes the entry again."""
+    calm = train(make("calm", **LEARNS))
+    config = make("hit", **LEARNS)
+    entry = clip_of_step(config, 3)
+    whole = entry.read_bytes()
+    damage(entry)
+    with pytest.raises(CacheError, match="damaged"):
+        train(config)
+    assert saved_steps(tmp_path / "hit") == [3]
+    hit = train(config)
+    assert entry.read_bytes() == whole
+    assert not differing(weights(hit), weights(calm)) and not differing(optimizer(hit), optimizer(calm))
+
+
+def test_without_the_look_ahead_the_step_would_be_lost(make, tmp_path, monkeypatch):
+    """Canary of the test above: who looks only when the batch is due has nothing saved."""
+    config = make("run")
+    damage(clip_of_step(config, 3))
+    monkeypatch.setattr(Loader, "fault", lambda self, step: None)
+    with pytest.raises(CacheError):
+        train(config)
+    assert not saved_steps(tmp_path / "run")
+
+
+def test_an_entry_of_the_very_first_step_stops_before_training(make, tmp_path):
+    config = make("run")
+    damage(clip_of_step(config, 0))
+    with pytest.raises(CacheError):
+        train(config)
+    assert not saved_steps(tmp_path / "run")
+    assert train(config).step == 4
+
+
+def test_a_host_without_memory_is_named(make, tmp_path, monkeypatch):
+    inner = BatchMaker.training
+
+    def full(self, step, micro):
+        if step == 2:
+            raise MemoryError
+        return inner(self, step, micro)
+
+    monkeypatch.setattr(BatchMaker, "training", full)
+    with pytest.raises(TrainingError, match="out of host memory while the batches of step 2"):
+        train(make("run"))
+    assert saved_steps(tmp_path / "run") == [2]
+
+
+# ----------------------------------------------------------------------------------------------- measuring and sampling
+
+WATCHED = {
+    "data": {"holdout": 1},
+    "train": {"steps": 4},
+    "validation": {
+        "every": 2,
+        "at_start": False,
+        "timesteps": 2,
+        "samples": [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
+        "sample_every": 2,
+        "num_inference_steps": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def watched(tiny_model, demo_clips, encoded) -> TrainReport:
+    """A run that measured and sampled, and that nothing happened to."""
+    return train(run_config(tiny_model(), demo_clips, encoded.parent / "watched", **WATCHED))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL), CacheError("damaged"), ValueError()], ids=repr)
+def test_a_video_is_not_worth_a_run(make, watched, tmp_path, monkeypatch, error, caplog):
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(sampler, "sample_videos", fails)
+    hit = train(make("hit", **WATCHED))
+    assert hit.step == 4 and not differing(weights(hit), weights(watched))
+    assert "could not sample; training goes on" in caplog.text
+    assert not list((tmp_path / "hit").rglob("*.mp4")) and len(list(watched.run_dir.rglob("*.mp4"))) == 4
+
+
+def test_a_disk_without_room_for_videos_is_not_worth_a_run_either(make, watched, tmp_path, monkeypatch, caplog):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sampler, "sample_videos", lambda *_, **__: [torch.zeros(9, 64, 64, 3, dtype=torch.uint8)])
+    monkeypatch.setattr(sampler, "write_mp4", full)
+    hit = train(make("hit", **WATCHED))
+    assert not differing(weights(hit), weights(watched))
+    assert "sampled videos could not be written; training goes on: [Errno 28]" in caplog.text
+
+
+@pytest.mark.parametrize("error", [CacheError("damaged"), torch.OutOfMemoryError(FULL)], ids=["damaged", "memory"])
+def test_a_measurement_that_fails_saves_first(make, watched, tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
+
+    config = make("run", **WATCHED | {"validation": {**WATCHED["validation"], "sample_every": None}})
+    with monkeypatch.context() as patch:
+        patch.setattr(BatchMaker, "fixed", fails)
+        with pytest.raises(FinetuneError):
+            train(config)
+    assert saved_steps(tmp_path / "run") == [2]
+    hit = train(config)
+    assert not differing(weights(hit), weights(watched))
+    assert history(tmp_path / "run") == history(watched.run_dir)  # the measurement is made up for
+
+
+def history(run: Path) -> list[str]:
+    return (run / "heldout.jsonl").read_text().splitlines()

@@ -1,0 +1,369 @@
+"""What a signal does in every phase of a training, in this process and in real ones: the table in docs/training.md."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from worlds import run_config, run_values
+
+from finetune.cli import INTERRUPTED, OK, PREEMPTED, main
+from finetune.config import RunConfig
+from finetune.datasets.loader import BatchMaker
+from finetune.precompute import precompute
+from finetune.trainers import loop, sampler
+from finetune.trainers.checkpoint import save as checkpoint_save
+from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.run import Run
+from finetune.trainers.stopping import SIGNALS, StopRequest
+
+ROOT = Path(__file__).parents[1]
+WATCHED = {
+    "data": {"holdout": 1},
+    "train": {"steps": 4},
+    "validation": {
+        "every": 2,
+        "at_start": True,
+        "timesteps": 4,
+        "samples": [{"prompt": "a red circle"}, {"prompt": "a blue square"}],
+        "sample_every": None,
+        "num_inference_steps": 1,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def encoded(tiny_model, demo_clips, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("encoded")
+    precompute(run_config(tiny_model(), demo_clips, folder / "run", **WATCHED), progress=False)
+    return folder / "cache"
+
+
+@pytest.fixture
+def make(tiny_model, demo_clips, encoded, tmp_path) -> Callable[..., RunConfig]:
+    """``make("name", **changes)``: the configuration of a run; all of a test share one copy of the cache."""
+    shutil.copytree(encoded, tmp_path / "cache")
+    return lambda name, **changes: run_config(tiny_model(), demo_clips, tmp_path / name, **changes)
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@contextmanager
+def before(owner: object, name: str, call: int, act: Callable[[], None]) -> Iterator[list[int]]:
+    """Inside, do something just before a function's ``call``-th call (from 1); yields its calls so far."""
+    inner, calls = getattr(owner, name), []
+
+    def watched(*words, **named):
+        calls.append(1)
+        if len(calls) == call:
+            act()
+        return inner(*words, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, watched)
+        yield calls
+
+
+def weights(run: Path | TrainReport, step: int = 4) -> dict[str, torch.Tensor]:
+    folder = run.run_dir if isinstance(run, TrainReport) else run
+    return load_file(folder / "checkpoints" / f"step-{step:08d}" / "trainable.safetensors")
+
+
+def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
+    assert ours.keys() == theirs.keys() and ours
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
+
+
+def history(run_dir: Path) -> str:
+    return (run_dir / "heldout.jsonl").read_text()
+
+
+# ------------------------------------------------------------------------------------------------- phase by phase
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
+def test_a_signal_in_a_step_finishes_it_and_saves(make, number, tmp_path):
+    calm = train(make("calm"))
+    config = make("run")
+    with before(loop, "batch_losses", 3, lambda: send(number)):
+        stopped = train(config)
+    assert stopped.stopped_by == signal.Signals(number).name and stopped.step == 3
+    assert saved_steps(config.output_dir) == [3]
+    assert same(weights(train(config)), weights(calm))
+
+
+def test_the_command_says_75_then_0_and_0_again(make, tmp_path, capsys):
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(make("run").to_yaml())
+    with before(loop, "batch_losses", 2, lambda: send(signal.SIGUSR1)):
+        assert main(["train", "--config", str(run_yaml)]) == PREEMPTED
+    assert "SIGUSR1: stopped after 2 of 4 steps" in capsys.readouterr().out
+    assert [main(["train", "--config", str(run_yaml)]) for _ in range(2)] == [OK, OK]
+    assert saved_steps(tmp_path / "run") == [2, 4]
+
+
+def test_a_second_ctrl_c_stops_unsaved(make, tmp_path):
+    config = make("run", checkpoint={"every": 1})
+
+    def twice() -> None:
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+
+    with before(loop, "batch_losses", 3, twice), pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert saved_steps(config.output_dir) == [1, 2]
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(config.to_yaml())
+    with before(loop, "batch_losses", 1, twice):
+        assert main(["train", "--config", str(run_yaml)]) == INTERRUPTED
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_repeated_signal_changes_nothing(make, number, capfd):
+    config = make("run")
+
+    def thrice() -> None:
+        send(signal.SIGTERM)
+        send(number)
+
+    with (
+        before(loop, "batch_losses", 2, thrice),
+        before(Run, "save", 1, lambda: send(number)),  # launchers repeat it while the checkpoint is written
+    ):
+        stopped = train(config)
+    assert (stopped.step, stopped.stopped_by) == (2, "SIGTERM") and saved_steps(config.output_dir) == [2]
+    assert capfd.readouterr().err.count(f"{number.name}: already stopping because of SIGTERM") == 2
+
+
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(make):
+    config = make("run", checkpoint={"every": 1})
+
+    def twice() -> None:
+        send(signal.SIGINT)
+        send(signal.SIGINT)
+
+    with before(checkpoint_save, "atomic_save_tensors", 3, twice), pytest.raises(KeyboardInterrupt):
+        train(config)  # two files a checkpoint: in the middle of the second one's
+    assert saved_steps(config.output_dir) == [1]
+    assert same(weights(train(config)), weights(train(make("calm"))))
+
+
+def test_a_measurement_is_cut_short_and_made_up_for(make):
+    """The signal comes with the fourth of sixteen forward passes: no fifth is made, and nothing is missing later."""
+    calm = train(make("calm", **WATCHED))
+    config = make("run", **WATCHED)
+    # The base model's measurement: one held-out clip and the three training clips, four timesteps, one at a time.
+    with before(BatchMaker, "fixed", 16 + 4, lambda: send(signal.SIGTERM)) as calls:
+        stopped = train(config)
+    assert len(calls) == 16 + 4 and stopped.stopped_by == "SIGTERM"
+    assert saved_steps(config.output_dir) == [2] and history(config.output_dir) != history(calm.run_dir)
+    again = train(config)
+    assert same(weights(again), weights(calm)) and history(again.run_dir) == history(calm.run_dir)
+    assert (again.run_dir / "checkpoints" / "step-00000004" / "state.json").read_text() == (
+        calm.run_dir / "checkpoints" / "step-00000004" / "state.json"
+    ).read_text()
+
+
+def test_a_measurement_of_the_base_model_is_begun_anew(make):
+    calm = train(make("calm", **WATCHED))
+    config = make("run", **WATCHED)
+    with before(BatchMaker, "fixed", 2, lambda: send(signal.SIGTERM)):
+        stopped = train(config)
+    assert stopped.stopped_by == "SIGTERM" and stopped.step == 0 and stopped.checkpoint is None
+    assert "nothing to save yet" in str(stopped) and not saved_steps(config.output_dir)
+    assert history(train(config).run_dir) == history(calm.run_dir)
+
+
+def test_the_last_measurement_is_owed_as_well(make, tmp_path):
+    """A signal after the last step: 75, because the same command still has something to do."""
+    calm = train(make("calm", **WATCHED))
+    config = make("run", **WATCHED)
+    with before(BatchMaker, "fixed", 2 * 16 + 1, lambda: send(signal.SIGTERM)):
+        stopped = train(config)
+    assert stopped.step == stopped.total_steps == 4 and stopped.stopped_by == "SIGTERM"
+    again = train(config)
+    assert not again.stopped_by and history(again.run_dir) == history(calm.run_dir)
+
+
+def test_sampling_stops_between_two_videos(make):
+    sampled = {**WATCHED, "validation": {**WATCHED["validation"], "every": None, "sample_every": 2, "at_start": False}}
+    calm = train(make("calm", data=WATCHED["data"]))
+    config = make("run", **sampled)
+    with before(sampler, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
+        stopped = train(config)
+    assert len(calls) == 1 and len(list(config.output_dir.rglob("*.mp4"))) == 1
+    assert saved_steps(config.output_dir) == [3] and stopped.step == 3  # the next step is where all can agree
+    assert same(weights(train(config)), weights(calm))
+
+
+def test_a_signal_in_the_last_save_comes_too_late_to_matter(make, tmp_path):
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(make("run").to_yaml())
+    with before(Run, "save", 1, lambda: send(signal.SIGTERM)):
+        assert main(["train", "--config", str(run_yaml)]) == OK
+    assert saved_steps(tmp_path / "run") == [4]
+
+
+def test_handlers_are_set_for_the_steps_alone(make):
+    own = {number: signal.getsignal(number) for number in SIGNALS}
+    seen = []
+
+    def note() -> None:
+        seen.append({number: signal.getsignal(number) for number in SIGNALS})
+
+    with before(loop, "assemble", 1, note), before(loop, "batch_losses", 1, note):
+        train(make("run"))
+    assert seen[0] == own == {number: signal.getsignal(number) for number in SIGNALS}
+    assert all(seen[1][number] != own[number] for number in SIGNALS)
+
+
+def test_without_the_handlers_a_signal_would_be_the_end(make):
+    """Canary of all of the above: what it looks like when nobody catches the first one."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        before(loop, "batch_losses", 2, lambda: send(signal.SIGINT)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        patch.setattr(StopRequest, "begin", lambda self: None)
+        train(make("run"))
+
+
+# ------------------------------------------------------------------------------------------------- real processes
+
+
+class Process:
+    """A training as a cluster starts it."""
+
+    def __init__(self, run_yaml: Path, *, processes: int = 1) -> None:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        self.log = run_yaml.with_suffix(".log")
+        self._sink = self.log.open("w")
+        self.popen = subprocess.Popen(
+            [sys.executable, *(torchrun if processes > 1 else []), str(ROOT / "train.py"), "--config", str(run_yaml)],
+            env=os.environ
+            | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            stdout=self._sink,
+            stderr=subprocess.STDOUT,
+        )
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, text: str, timeout_s: float = 280) -> None:
+        end = time.monotonic() + timeout_s
+        while text not in self.printed:
+            assert self.popen.poll() is None, f"ended before it said {text!r}: {self.printed[-3000:]}"
+            assert time.monotonic() < end, f"never said {text!r}: {self.printed[-3000:]}"
+            time.sleep(0.02)
+
+    def children(self) -> list[int]:
+        return [int(pid) for pid in Path(f"/proc/{self.popen.pid}/task/{self.popen.pid}/children").read_text().split()]
+
+    def end(self, timeout_s: float = 280) -> int:
+        try:
+            return self.popen.wait(timeout_s)
+        finally:
+            self._sink.close()
+            if self.popen.poll() is None:
+                self.popen.kill()
+
+
+def written(config_values: dict[str, object], path: Path) -> Path:
+    path.write_text(yaml.safe_dump(config_values))
+    return path
+
+
+def many(model: Path, clips: Path, run: Path, steps: int) -> dict[str, object]:
+    """Enough steps for a signal to fall between the first and the last, with a line for each."""
+    return run_values(model, clips, run, train={"steps": steps}, tracking={"console_interval_s": 1e-3})
+
+
+@pytest.mark.slow
+def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, demo_clips, make, tmp_path, capsys):
+    steps = 60
+    calm = train(make("calm", train={"steps": steps}))
+    run_yaml = written(many(tiny_model(), demo_clips, tmp_path / "run", steps), tmp_path / "run.yaml")
+    first = Process(run_yaml)
+    first.wait_for("step  1/60")
+    first.popen.send_signal(signal.SIGUSR1)
+    assert first.end() == PREEMPTED, first.printed[-3000:]
+    (stopped_at,) = saved_steps(tmp_path / "run")
+    assert 1 <= stopped_at < steps and "Traceback" not in first.printed
+    assert f"SIGUSR1: stopped after {stopped_at} of {steps} steps" in first.printed
+    assert main(["train", "--config", str(run_yaml)]) == OK
+    assert f"continuing after {stopped_at}" in capsys.readouterr().out
+    assert same(weights(tmp_path / "run", steps), weights(calm, steps))
+
+
+def test_a_signal_while_encoding_ends_at_once_and_loses_nothing(tiny_model, demo_clips, tmp_path):
+    values = many(tiny_model(), demo_clips, tmp_path / "run", 2)
+    values["cache"] |= {"decode_workers": 2}
+    job = Process(written(values, tmp_path / "run.yaml"))
+    job.wait_for("has to be brought up to date")
+    workers = job.children()
+    begun = time.monotonic()
+    job.popen.send_signal(signal.SIGTERM)
+    assert job.end() == -signal.SIGTERM and time.monotonic() - begun < 10
+    assert "Traceback" not in job.printed
+    gone = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < gone, "a decode worker outlived its parent"
+        time.sleep(0.05)
+    assert train(RunConfig.from_dict(values)).step == 2
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(tiny_model, demo_clips, make, tmp_path):
+    job = Process(written(many(tiny_model(), demo_clips, tmp_path / "run", 400), tmp_path / "run.yaml"), processes=2)
+    job.wait_for("step   1/400")
+    workers = job.children()
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGUSR1)
+    assert job.end() != OK  # torchrun's own code
+    (stopped_at,) = saved_steps(tmp_path / "run")
+    assert f"stopped after {stopped_at} of 400 steps" in job.printed
+    assert "exitcode  : 75" in job.printed and "error: " not in job.printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_preempted_again_and_again(tiny_model, demo_clips, tmp_path, processes):
+    """SIGTERM, SIGINT and SIGUSR1 in turn to the launcher or the process, until the run is done: bit for bit."""
+    steps = 300
+    calm_yaml = written(many(tiny_model(), demo_clips, tmp_path / "calm", steps), tmp_path / "calm.yaml")
+    assert Process(calm_yaml, processes=processes).end() == OK
+    run_yaml = written(many(tiny_model(), demo_clips, tmp_path / "run", steps), tmp_path / "run.yaml")
+    stops = 0
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        job = Process(run_yaml, processes=processes)
+        job.wait_for("/300  loss")
+        if processes > 1 and number == signal.SIGUSR1:
+            for pid in job.children():  # torchrun itself would die of it
+                os.kill(pid, number)
+        else:
+            job.popen.send_signal(number)
+        code = job.end()
+        assert code != OK and (processes > 1 or code == PREEMPTED), job.printed[-3000:]
+        stops += 1
+    last = Process(run_yaml, processes=processes)
+    assert last.end() == OK, last.printed[-3000:]
+    assert stops == 4 and same(weights(tmp_path / "run", steps), weights(tmp_path / "calm", steps))
