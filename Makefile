@@ -1,7 +1,8 @@
 # make quickstart   the first hour: environment, demo clips, train a LoRA, verify, sample
 # make test         the fast test suite (no network, no GPU)
+# make soak         the slow half: hundreds of kills, a thousand corruptions, ten minutes of fuzzing (docs/reliability.md)
 # make lint         ruff and mypy --strict
-# make docs         regenerate what is generated (docs/config.md, configs/)
+# make docs         regenerate what is generated (docs/config.md, configs/, figures in docs/reliability.md)
 # make test-gpu     what needs a CUDA device
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ WORKERS ?= 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-gpu lint format docs clean
+.PHONY: install quickstart test soak test-gpu lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -30,6 +31,10 @@ quickstart: install
 test: install
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
 
+# SOAK_KILLS=10 SOAK_FUZZ_SECONDS=30 make soak: the same in a few minutes.
+soak: install
+	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m soak
+
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu -s
 
@@ -45,6 +50,7 @@ format: install
 docs: install
 	$(BIN)/python scripts/make_config_docs.py
 	$(BIN)/python scripts/make_configs.py
+	$(BIN)/python scripts/make_reliability.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -53,7 +53,7 @@ def test_exit_0_for_help_without_importing_what_is_heavy(tmp_path):
     )
     done = run(probe, cwd=tmp_path, program=("-c",))
     assert done.stdout.splitlines()[-1] == "0 []"
-    for verb in ("quickstart", "init", "check", "precompute", "train", "export", "generate", "cache"):
+    for verb in ("quickstart", "init", "check", "precompute", "train", "replay", "export", "generate", "cache"):
         assert f"\n    {verb}" in done.stdout
     assert "finetune init --model 5b --method lora --card 24" in done.stdout
 
@@ -300,17 +300,37 @@ def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
     assert "--bucket 9x64" in capsys.readouterr().err
 
 
+def test_replay_hands_on_every_option(monkeypatch, capsys):
+    from finetune import replay as replaying
+
+    asked = []
+    monkeypatch.setattr(replaying, "replay", lambda *words, **options: asked.append((words, options)) or "table")
+    words = "replay runs/a/reports/b --dtype fp32 --device cuda:1 --model base --cache elsewhere"
+    assert main(words.split()) == OK
+    options = {"dtype": "fp32", "device": "cuda:1", "pretrained": "base", "cache": Path("elsewhere")}
+    assert asked == [((Path("runs/a/reports/b"),), options)]
+    assert capsys.readouterr().out == "table\n"
+
+
 def test_export_hands_on_every_option(monkeypatch, capsys):
     from finetune import export as exporting
 
     asked = []
     monkeypatch.setattr(exporting, "export", lambda *words, **options: asked.append((words, options)) or "done")
     words = "export runs/a --to diffusers --output out --checkpoint best --full-pipeline --weights ema --model base"
+    words += " --merged --strength 0.5"
     assert main(words.split()) == OK
     assert asked == [
         (
             (Path("runs/a"), Path("out")),
-            {"checkpoint": "best", "full_pipeline": True, "weights": "ema", "pretrained": "base"},
+            {
+                "checkpoint": "best",
+                "full_pipeline": True,
+                "weights": "ema",
+                "pretrained": "base",
+                "merged": True,
+                "strength": 0.5,
+            },
         ),
     ]
 
@@ -350,7 +370,7 @@ def test_quickstart_is_told_where(monkeypatch):
 def test_every_verb_of_the_parser_is_wired():
     from finetune import arguments, cli
 
-    assert set(arguments._VERBS) == set(cli._VERBS) and len(cli._VERBS) == 8
+    assert set(arguments._VERBS) == set(cli._VERBS) and len(cli._VERBS) == 9
     assert build_parser("train").parse_args(["--config", "a"]).verb == "train"
 
 

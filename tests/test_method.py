@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.errors import CheckpointError, ConfigError
 from finetune.files import atomic_save_tensors
 from finetune.tiny import VARIANTS, tiny_transformer
-from finetune.trainers.checkpoint import CheckpointConfig, save_checkpoint, store
+from finetune.trainers.checkpoint import CheckpointConfig, form, save_checkpoint
 from finetune.trainers.method import FullMethod, LoraMethod, MethodConfig, adapter, read_adapter
 from finetune.types import RunState
 
@@ -314,7 +314,8 @@ def test_the_settings_are_those_that_every_peft_knows(alpha, kind):
 
     method = LoraMethod(rank=4, alpha=alpha, dropout=0.5, use_rslora=True)
     settings = method.lora_metadata(applied(method))
-    assert settings.keys() == {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"}
+    patterns = {"rank_pattern", "alpha_pattern"}  # empty; diffusers 0.36 asks for them
+    assert settings.keys() == {"r", "lora_alpha", "use_rslora", "use_dora", "target_modules"} | patterns
     assert json.loads(json.dumps(settings)) == settings
     again = LoraConfig(**settings)
     assert (again.r, again.lora_alpha, again.use_rslora, again.use_dora) == (4, alpha, True, False)
@@ -379,7 +380,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
 
 
 def test_the_checkpoints_file_is_called_the_same_on_both_sides():
-    assert (adapter.CHECKPOINT_FILE, "config.json") == (store.TRAINABLE, store.CONFIG)
+    assert (adapter.CHECKPOINT_FILE, "config.json") == (form.TRAINABLE, form.CONFIG)
 
 
 def test_every_field_is_described(tmp_path):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import logging
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from broken_disk import forked, mount_small_disk
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune.trainers import tracking
 from finetune.trainers.tracking import Console, Tracker, TrackingConfig, duration, flatten_settings
 
 SETTINGS = {
@@ -51,6 +55,7 @@ def test_a_resumed_run_shows_no_step_twice(tmp_path):
     for step in range(10):
         interrupted.log(step, {"train/loss": 1.0})
     interrupted.close()
+    time.sleep(1.1)  # TensorBoard orders event files by name: the second, then a count in which 10 stands before 9
     resumed = tracker(tmp_path, resumed_step=6)
     for step in (7, 8):
         resumed.log(step, {"train/loss": 2.0})
@@ -135,6 +140,117 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, 
     assert [record.message for record in caplog.records if "No space left" in record.message] == [
         "metrics are no longer written to TensorBoard; training goes on: [Errno 28] No space left on device"
     ]
+
+
+def failing_writer(monkeypatch: pytest.MonkeyPatch, error: Exception, after: int) -> list[str]:
+    """The event file fails for good after so many records, in whatever thread writes it; returns those threads."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    real, threads = RecordWriter.write, []
+
+    def write(self: RecordWriter, data: bytes) -> None:
+        threads.append(threading.current_thread().name)
+        if len(threads) > after:
+            raise error
+        real(self, data)
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    return threads
+
+
+class ResourceExhaustedError(Exception):
+    """What TensorFlow, where it is installed, raises in place of an OSError."""
+
+    __module__ = "tensorflow.python.framework.errors_impl"
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ResourceExhaustedError("No space left")])
+@pytest.mark.parametrize("after", [0, 1, 4, 6])
+def test_a_disk_that_fails_in_the_writers_thread_does_not_end_or_hang_training(
+    tmp_path, monkeypatch, caplog, capfd, after, error
+):
+    threads = failing_writer(monkeypatch, error, after)
+    ours = tracker(tmp_path)
+    for step in range(1, 30):
+        ours.log(step, {"train/loss": 1.0, "train/lr": 1e-4})
+    ours.log_video("samples/00", np.zeros((2, 8, 8, 3), np.uint8), 30, 8)
+    ours.close()
+    ours.close()
+    assert len(threads) > after and threading.current_thread().name not in threads
+    warnings = [record.message for record in caplog.records if "no longer written to TensorBoard" in record.message]
+    assert len(warnings) == 1 and "No space left" in warnings[0]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_without_the_guard_it_would_end_training(tmp_path, monkeypatch):
+    """The canary of the test above."""
+    failing_writer(monkeypatch, OSError(28, "No space left on device"), after=4)
+    monkeypatch.setattr(tracking, "_of_the_disk", lambda _: False)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(OSError, match="No space left"):
+        ours = tracker(tmp_path)
+        for step in range(30):
+            ours.log(step, {"train/loss": 1.0})
+
+
+@pytest.mark.timeout(60)
+def test_a_disk_that_fails_only_at_the_end_is_told_at_close(tmp_path, monkeypatch, caplog):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    ours = tracker(tmp_path)
+    ours.log(1, {"train/loss": 1.0})
+
+    def full(self: RecordWriter) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(RecordWriter, "flush", full)
+    ours.close()
+    assert "Input/output error" in caplog.text
+
+
+@pytest.mark.timeout(60)
+def test_a_full_file_system_is_one_warning(tmp_path):
+    def fill() -> tuple[int, str] | None:
+        if not mount_small_disk(tmp_path, "64k"):
+            return None
+        said = io.StringIO()
+        logging.getLogger("finetune.trainers.tracking").addHandler(logging.StreamHandler(said))
+        ours = tracker(tmp_path)
+        for step in range(2000):
+            ours.log(step, {"train/loss": 1.0})
+        ours.close()
+        return (tmp_path / "tensorboard").is_dir(), said.getvalue()
+
+    seen = forked(fill)
+    if seen is None:
+        pytest.skip("no file system can be mounted here; the errors are injected above")
+    assert seen[0] and seen[1].count("No space left on device") == 1
+
+
+def test_the_hook_for_threads_is_put_back(tmp_path):
+    before = threading.excepthook
+    ours = tracker(tmp_path)
+    assert threading.excepthook is not before
+    ours.close()
+    assert threading.excepthook == before
+
+
+def test_another_threads_failure_is_still_shown(tmp_path, monkeypatch):
+    """The canary of the silence above."""
+    shown = []
+    monkeypatch.setattr(threading, "excepthook", lambda failure: shown.append(failure.exc_type))
+    ours = tracker(tmp_path)
+
+    def fail() -> None:
+        raise OSError("somebody else's")
+
+    for work in (fail, lambda: 1 / 0):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    ours.close()
+    assert shown == [OSError, ZeroDivisionError]
 
 
 def test_a_bug_in_tracking_is_not_swallowed(tmp_path, monkeypatch):

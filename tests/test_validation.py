@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from finetune.bands import band_of, loss_by_band
-from finetune.trainers.validation import ValidationConfig, evaluate, fixed_timesteps, training_state_untouched
+from finetune.trainers.validation import (
+    HISTORY,
+    Measurement,
+    ValidationConfig,
+    evaluate,
+    fixed_timesteps,
+    read_history,
+    training_state_untouched,
+)
 from finetune.types import Batch
 
 
@@ -192,3 +205,55 @@ def test_defaults_are_valid_and_samples_parse():
     assert config.samples[0].image is None and str(config.bucket) == "9x64x64"
     for field in ValidationConfig.model_fields.values():
         assert field.description
+
+
+# ------------------------------------------------------------------------------------------------------------- history
+
+ROWS = [Measurement(step, 0.5 / (step + 1), 0.25, {"t000-249": 0.125}) for step in (0, 200, 400)]
+LINES = [json.dumps(asdict(row)) for row in ROWS]
+
+
+def test_the_history_comes_back(tmp_path):
+    assert read_history(tmp_path / HISTORY) == []
+    (tmp_path / HISTORY).write_text("\n".join(LINES) + "\n")
+    assert read_history(tmp_path / HISTORY) == ROWS
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        LINES[1][:-9],
+        "null",
+        "[]",
+        "3",
+        "{}",
+        LINES[1].replace("200", '"200"'),
+        LINES[1].replace("0.25", "[]"),
+        "\x00" * 40,
+        "\udc80",
+        "[" * 100_000,
+    ],
+    ids=lambda line: line[:12],
+)
+def test_a_damaged_line_is_passed_over_with_a_warning(tmp_path, caplog, line):
+    content = "\n".join([LINES[0], line, LINES[2], ""]).encode("utf-8", "surrogateescape")
+    (tmp_path / HISTORY).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        assert read_history(tmp_path / HISTORY) == [ROWS[0], ROWS[2]]
+    (record,) = caplog.records
+    assert "1 damaged lines are passed over (line 2)" in record.getMessage() and str(tmp_path) in record.getMessage()
+
+
+@given(first=st.integers(0, 400), last=st.integers(0, 400), value=st.integers(0, 255))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_damage_to_the_history_is_a_traceback(tmp_path, first, last, value):
+    content = bytearray(("\n".join(LINES) + "\n").encode())
+    content[first:last] = bytes([value]) * len(content[first:last])
+    (tmp_path / HISTORY).write_bytes(content)
+    for row in read_history(tmp_path / HISTORY):
+        assert isinstance(row, Measurement)
+
+
+def test_a_history_that_cannot_be_read_is_a_warning(tmp_path, caplog):
+    (tmp_path / HISTORY).mkdir()
+    assert read_history(tmp_path / HISTORY) == [] and "cannot be read" in caplog.text

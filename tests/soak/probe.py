@@ -1,0 +1,277 @@
+"""Inside a process that will be killed: where it is, and a stop at the moment at which the kill is wanted.
+
+Nothing in the package knows of this. Its functions are wrapped where they are named in ``PHASES``, and the calls by
+which anything changes the disk in ``CALLS``. A wrapped call counts; the one that a ``Plan`` names tells the parent
+through shared memory and waits, and the parent sends SIGKILL.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import mmap
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PHASES: dict[str, tuple[str, ...]] = {
+    "planning": ("finetune.caching.plan:plan_cache",),
+    "asking the cache": ("finetune.caching.request:find_manifest",),
+    "loading an encoder": ("finetune.cogvideox:load_vae", "finetune.cogvideox:load_text"),
+    "reading headers": ("finetune.datasets.video:DecodePool.probe_many",),
+    "decoding": ("finetune.datasets.video:DecodePool.decode_many",),
+    "encoding": (
+        "finetune.cogvideox:encode_video",
+        "finetune.cogvideox:encode_image",
+        "finetune.cogvideox:encode_prompts",
+    ),
+    "writing an entry": ("finetune.datasets.cache:Cache._write",),
+    "writing a manifest": ("finetune.datasets.cache:Cache.save_manifest",),
+    "taking the run folder": ("finetune.trainers.run_folder:_acquire", "finetune.trainers.checkpoint:sweep"),
+    "loading the model": ("finetune.cogvideox:load_transformer",),
+    "reading a checkpoint": ("finetune.trainers.checkpoint:load_checkpoint",),
+    "between steps": ("finetune.trainers.loop:_loop",),
+    "forward": ("finetune.trainers.loop:batch_losses",),
+    "backward": (
+        "finetune.trainers.engine.replicated:Replicated.backward",
+        "finetune.trainers.engine.sharded:Sharded.backward",
+    ),
+    "clipping": (
+        "finetune.trainers.engine.replicated:Replicated.clip",
+        "finetune.trainers.engine.sharded:Sharded.clip",
+    ),
+    "exchanging losses": ("finetune.trainers.meter:Meter.exchange",),
+    "updating weights": (
+        "finetune.trainers.engine.replicated:Replicated.step",
+        "finetune.trainers.engine.sharded:Sharded.step",
+    ),
+    "measuring": ("finetune.trainers.validator:Validator.measure",),
+    "writing a checkpoint": ("finetune.trainers.run:Run.save",),
+    "pruning": ("finetune.trainers.checkpoint:prune",),
+}
+"""Phase -> the functions it consists of. The innermost one that a process is in is its phase; before the first and
+between others it is ``elsewhere``."""
+ELSEWHERE = "elsewhere"
+NAMES = (ELSEWHERE, *PHASES)
+
+CALLS = ("create", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
+"""Calls to the operating system that change the disk, or make a change last."""
+
+_HELD, _PHASE, _TEXT = 0, 1, 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """When a process is to be killed."""
+
+    at: str
+    """``time`` (after its start), a name of ``PHASES`` (entered for the ``nth`` time) or of ``CALLS`` (made for the
+    ``nth`` time)."""
+    nth: int = 1
+    seconds: float = 0.0
+    """How long after that; where there is a ``side``, the process stands still instead."""
+    side: str = ""
+    """``before`` or ``after`` the phase or the call, or ``during`` a write, of which the first half is done."""
+    within: str = ""
+    """Only calls in this phase count."""
+
+    def __str__(self) -> str:
+        if self.at == "time":
+            return f"{self.seconds:.3f} s after the start"
+        if self.side:
+            return f"{self.side} {self.at} {self.nth}" + (f" of {self.within}" if self.within else "")
+        return f"{self.seconds * 1000:.1f} ms into {self.at} {self.nth}"
+
+
+@dataclass
+class Profile:
+    """What an undisturbed process did: how often it entered each phase and how long it was there; its calls."""
+
+    entered: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+
+
+class Board:
+    """A page of shared memory on which a child says where it is; inherited through ``fork``."""
+
+    def __init__(self) -> None:
+        self._page = mmap.mmap(-1, mmap.PAGESIZE)
+
+    @property
+    def phase(self) -> str:
+        return NAMES[self._page[_PHASE]]
+
+    @phase.setter
+    def phase(self, name: str) -> None:
+        self._page[_PHASE] = NAMES.index(name)
+
+    @property
+    def reached(self) -> bool:
+        """Whether the child has come to the planned moment."""
+        return self._page[_HELD] == 1
+
+    def reach(self, note: str) -> None:
+        text = note.encode(errors="replace")[: len(self._page) - _TEXT]
+        self._page[_TEXT : _TEXT + len(text)] = text
+        self._page[_HELD] = 1
+
+    @property
+    def note(self) -> str:
+        return self._page[_TEXT:].rstrip(b"\0").decode(errors="replace")
+
+
+class Probe:
+    """Wraps phases and calls of this process; see the module.
+
+    Args:
+        board: where to tell.
+        root: calls that concern files below this folder count, others do not.
+        plan: the moment to stop at; None never stops.
+    """
+
+    def __init__(self, board: Board, root: Path, plan: Plan | None) -> None:
+        self._board, self._root, self._plan = board, str(root.resolve()), plan
+        self._stack = [ELSEWHERE]
+        self._main = threading.main_thread()
+        self.profile = Profile()
+
+    def install(self) -> None:
+        """Wrap everything; only in a process that is thrown away afterwards."""
+        for name, targets in PHASES.items():
+            for target in targets:
+                replace_everywhere(target, functools.partial(self._phase, name))
+        for name, call in (("create", "open"), ("write", "write"), ("fsync", "fsync"), ("rename", "replace")):
+            setattr(os, call, self._call(name, getattr(os, call)))
+        for call in ("mkdir", "unlink", "rmdir"):
+            setattr(os, call, self._call(call, getattr(os, call)))
+
+    # -------------------------------------------------------------------------------------------------------- phases
+
+    def _phase(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        if inspect.isgeneratorfunction(inner):  # what counts is the waiting for its next item
+
+            @functools.wraps(inner)
+            def generating(*args: Any, **kwargs: Any) -> Iterator[Any]:
+                items = inner(*args, **kwargs)
+                while True:
+                    with self._inside(name):
+                        try:
+                            item = next(items)
+                        except StopIteration:
+                            return
+                    yield item
+
+            return generating
+
+        @functools.wraps(inner)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is not self._main:
+                return inner(*args, **kwargs)
+            with self._inside(name):
+                return inner(*args, **kwargs)
+
+        return wrapped
+
+    def _inside(self, name: str) -> _Inside:
+        return _Inside(self, name)
+
+    def enter(self, name: str) -> None:
+        self.profile.entered[name] += 1
+        self._stack.append(name)
+        self._board.phase = name
+        self._stop(name, "before")
+
+    def leave(self, took_s: float) -> None:
+        self._stop(self._stack[-1], "after")
+        self.profile.seconds[self._stack.pop()] += took_s
+        self._board.phase = self._stack[-1]
+
+    def _stop(self, name: str, side: str) -> None:
+        plan = self._plan
+        if plan is None or plan.at != name or self.profile.entered[name] != plan.nth:
+            return
+        if plan.side == side:
+            self._wait(name)
+        elif not plan.side and side == "before":
+            self._board.reach(name)  # and go on: the parent's clock runs
+
+    # --------------------------------------------------------------------------------------------------------- calls
+
+    def _call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(real)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if threading.current_thread() is not self._main or not self._counts(name, args, kwargs):
+                return real(*args, **kwargs)
+            plan = self._plan
+            if plan is not None and plan.within and plan.within not in self._stack:
+                return real(*args, **kwargs)
+            self.profile.calls[name] += 1
+            if plan is None or plan.at != name or self.profile.calls[name] != plan.nth:
+                return real(*args, **kwargs)
+            if plan.side == "after":
+                real(*args, **kwargs)
+            elif plan.side == "during":
+                real(args[0], memoryview(args[1])[: len(args[1]) // 2])
+            self._wait(f"{plan.side} {name} {_place(args[0])}")
+
+        return call
+
+    def _counts(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if name == "create" and not (len(args) > 1 and args[1] & os.O_CREAT):
+            return False
+        # A name beside a folder's descriptor comes from shutil.rmtree, which removes nothing but ours.
+        return kwargs.get("dir_fd") is not None or _place(args[0]).startswith(self._root)
+
+    def _wait(self, note: str) -> None:
+        self._board.reach(note)
+        time.sleep(60)
+        raise RuntimeError("nobody killed a process that stood still for it")
+
+
+class _Inside:
+    def __init__(self, probe: Probe, name: str) -> None:
+        self._probe, self._name = probe, name
+
+    def __enter__(self) -> None:
+        self._probe.enter(self._name)
+        self._begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._probe.leave(time.perf_counter() - self._begun)
+
+
+def _place(target: Any) -> str:
+    """The path that a call's first argument means, a descriptor or a name."""
+    try:
+        if isinstance(target, int):
+            return str(Path(f"/proc/self/fd/{target}").readlink())
+        return str(Path(target).absolute())
+    except OSError:
+        return ""
+
+
+def replace_everywhere(target: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Put ``wrap(function)`` in the place of a function, in every module of ours that has imported its name.
+
+    Raises:
+        AttributeError, ImportError: if there is no such function any more: PHASES then has to follow.
+    """
+    module_name, _, path = target.partition(":")
+    module = importlib.import_module(module_name)
+    if "." in path:
+        owner, name = path.split(".")
+        setattr(getattr(module, owner), name, wrap(getattr(getattr(module, owner), name)))
+        return
+    inner = getattr(module, path)
+    outer = wrap(inner)
+    for holder in [m for key, m in sys.modules.items() if key.partition(".")[0] == "finetune"]:
+        for name in [name for name, value in vars(holder).items() if value is inner]:
+            setattr(holder, name, outer)
