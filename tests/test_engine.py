@@ -178,10 +178,14 @@ def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, m
         spread.require_launch(Zero(2), RunConfig.from_dict(values), Ranks())
 
 
-def test_a_torch_that_could_not_read_the_shares_is_refused(tiny_model, tmp_path, monkeypatch, fsdp):
+def test_a_torch_that_could_not_read_the_shares_is_refused(tmp_path, monkeypatch):
+    from finetune.trainers.spread import require_launch
+
+    config = run_config(tmp_path, tmp_path, tmp_path / "run")
+    require_launch(FullShard(), config, Ranks())
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
     with pytest.raises(ConfigError, match="cannot read checkpoints in shares"):
-        in_one_process(tiny_model(), tmp_path / "run")
+        require_launch(FullShard(), config, Ranks())
 
 
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):

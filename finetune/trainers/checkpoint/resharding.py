@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -39,7 +39,7 @@ def write_shares(folder: Path, tensors: Mapping[str, Tensor], *, rank: int, worl
 
     Args:
         folder: of this part; it exists, and every process sees it.
-        tensors: DTensors, or plain tensors that every process holds alike, of which one process writes each.
+        tensors: DTensors, or plain tensors that every process holds alike, of which the first writes each.
         rank: this process.
         world: how many there are.
         group: through which they agree on a plan; None for the default group.
@@ -52,7 +52,9 @@ def write_shares(folder: Path, tensors: Mapping[str, Tensor], *, rank: int, worl
     """
     writer = _Writer(folder / f"share-{rank + 1:05d}-of-{world:05d}.safetensors")
     try:
-        save(dict(tensors), storage_writer=writer, process_group=group)
+        # What every process holds alike goes to the first one, so that equal runs write equal files.
+        planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
     except CheckpointException as error:  # no Exception, but a BaseException that wraps every process's own
         raise _cause(error) from None
     return writer.written
