@@ -3,7 +3,9 @@
 # make soak         the slow half: hundreds of kills, a thousand corruptions, ten minutes of fuzzing (docs/reliability.md)
 # make lint         ruff and mypy --strict
 # make docs         regenerate what is generated (docs/config.md, configs/, figures in docs/reliability.md)
+# make bench-memory predicted peaks of the shipped configurations against their goals; docs/memory.md
 # make test-gpu     what needs a CUDA device
+# make bench-gpu    every memory recipe at full size on a CUDA device: measured peak against predicted, s/step
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ WORKERS ?= 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test soak test-gpu lint format docs clean
+.PHONY: install quickstart test soak test-gpu bench-gpu bench-memory lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -38,6 +40,12 @@ soak: install
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu -s
 
+bench-gpu: install
+	$(BIN)/python benchmarks/gpu.py
+
+bench-memory: install
+	$(BIN)/python benchmarks/memory.py; code=$$?; $(BIN)/python scripts/make_memory.py && $(BIN)/python scripts/make_configs.py && exit $$code
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,6 +59,7 @@ docs: install
 	$(BIN)/python scripts/make_config_docs.py
 	$(BIN)/python scripts/make_configs.py
 	$(BIN)/python scripts/make_reliability.py
+	$(BIN)/python scripts/make_memory.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

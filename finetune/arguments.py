@@ -89,6 +89,28 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--card", metavar="SIZE", help="memory of the GPU, such as 24GiB; left out: of the one here")
+    parser.add_argument("--ram", metavar="SIZE", help="host memory that the run may take, such as 32GiB")
+    parser.add_argument("--budget", metavar="SIZE", help="find the fastest memory section for a GPU of this size")
+    parser.add_argument(
+        "--allow-quantized",
+        action="store_true",
+        help="with --budget: a base in 8 or 4 bits also where something else fits; it changes the model a little",
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="the GPU to reckon seconds for: H100, A100, 4090, or a calibrated one's name"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the training step's memory curve")
+    parser.add_argument("--exact", action="store_true", help="run every block, where two short models would do")
+    parser.add_argument("--json", action="store_true", help="print a JSON document, in bytes")
+
+
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seconds", type=float, default=20.0, help="how long to measure")
+
+
 def _precompute_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
 
@@ -209,6 +231,19 @@ _VERBS: dict[str, _Verb] = {
         _check_arguments,
         "Check a configuration, the model's JSON and every clip's header, without loading a weight.",
         "Example:\n  finetune check --config run.yaml",
+    ),
+    "plan": (
+        _plan_arguments,
+        "Predict a run's peak memory, phase by phase, from the model's JSON alone; or find the memory section that\n"
+        "fits a card. Exits with 2 where the run does not fit the --card or --budget.",
+        "Examples:\n  finetune plan --config run.yaml --card 24GiB\n"
+        "  finetune plan --config run.yaml --plot memory.png\n"
+        "  finetune plan --config run.yaml --budget 12GiB --ram 32GiB --device 4090",
+    ),
+    "calibrate": (
+        _calibrate_arguments,
+        "Measure this machine's GPU for the planner: matrix products, attention, copies. Kept per device name.",
+        "Example:\n  finetune calibrate",
     ),
     "precompute": (
         _precompute_arguments,

@@ -13,8 +13,9 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.arguments import build_parser
 from finetune.errors import ConfigError, FinetuneError, first_line
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: a failure that goes away by trying again."""
+_WORK = ("precompute", "train", "replay", "export", "generate", "quickstart")
+"""Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 
 
 def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
@@ -40,6 +43,11 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
     """
     args = build_parser(verb).parse_args(argv)
     _quiet_libraries()
+    with _unheard() if args.verb in _WORK else nullcontext():
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     try:
         code = _VERBS[args.verb](args)
         sys.stdout.flush()
@@ -50,17 +58,59 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{_rank()}interrupted", file=sys.stderr)
         return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of `finetune ... | head` has seen enough. Without this the flush at exit would fail once more.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and args.verb not in _WORK:
+            # The reader of `finetune ... | head` has seen enough. Without this the flush at exit would fail once more.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return OK
         if type(error).__name__ == "OutOfMemoryError":  # torch's; torch need not be imported to have failed
             print(f"{_rank()}error: {first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
             return USER_ERROR
         traceback.print_exc()
         print(f"\n{_rank()}{_bug_note()}", file=sys.stderr)
         return BUG
+
+
+class _Lasting:
+    """A stream that falls silent, with one warning, when it cannot be written to: a full disk, a closed pipe."""
+
+    def __init__(self, stream: TextIO, warn: Callable[[str], object]) -> None:
+        self._stream = stream
+        self._warn = warn
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As of any stream, but for the errors of the system."""
+        return self._lasting(lambda: self._stream.write(text)) or len(text)
+
+    def flush(self) -> None:
+        """As ``write``."""
+        self._lasting(self._stream.flush)
+
+    def _lasting(self, action: Callable[[], int | None]) -> int | None:
+        try:
+            return action()
+        except OSError as error:
+            # What is still in the buffer goes the same way; otherwise it would fail again at every flush.
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._stream.fileno())
+            os.close(null)
+            self._warn(f"{self._stream.name} cannot be written to any more ({error.strerror}); the work goes on\n")
+            return None
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Inside, an output that fails ends nothing."""
+    before = sys.stdout, sys.stderr
+    sys.stderr = _Lasting(sys.stderr, lambda _: None)
+    sys.stdout = _Lasting(sys.stdout, sys.stderr.write)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 _OUT_OF_MEMORY = (
@@ -130,9 +180,36 @@ def _check(args: argparse.Namespace) -> None:
     _print_notes(warnings)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from finetune.config import load_config
+    from finetune.planning.command import plan
+
+    planned = plan(
+        load_config(args.config, args.set),
+        card=args.card,
+        ram=args.ram,
+        budget=args.budget,
+        device=args.device,
+        quantize=args.allow_quantized,
+        plot=args.plot,
+        exact=args.exact,
+        as_json=args.json,
+    )
+    print(planned.text)
+    asked = args.card is not None or args.budget is not None
+    return USER_ERROR if asked and planned.fits is False else OK
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    from finetune.planning.command import run_calibration
+
+    print(run_calibration(args.seconds))
+
+
 def _precompute(args: argparse.Namespace) -> None:
     from finetune.config import load_config, pin_model, require_valid
     from finetune.facts import read_facts
+    from finetune.planning.auto import settled
     from finetune.precompute import precompute
     from finetune.ranks import Ranks
 
@@ -140,6 +217,7 @@ def _precompute(args: argparse.Namespace) -> None:
     config = pin_model(load_config(args.config, args.set), ranks.first)
     facts = read_facts(config.model.pretrained, config.model.revision)
     _print_notes(require_valid(config, facts))
+    config, _ = settled(config)  # it decides how T5 is held
     report = precompute(config, facts=facts, distributed=ranks)
     if _is_main():
         print(report)
@@ -251,6 +329,8 @@ def _print_notes(notes: Sequence[str]) -> None:
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {
     "init": _init,
     "check": _check,
+    "plan": _plan,
+    "calibrate": _calibrate,
     "precompute": _precompute,
     "train": _train,
     "replay": _replay,

@@ -25,10 +25,11 @@ from finetune.config import pin_model
 from finetune.errors import ExportError
 from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
 from finetune.exporting.model_card import copy_samples, model_card, training_record
+from finetune.exporting.place import arriving, require_replaceable
 from finetune.exporting.source import Source, find_source
 from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
 from finetune.facts import Facts, read_facts, resolve_pretrained
-from finetune.files import atomic_write_text, disk_fix, is_complete, publish_dir, require_space
+from finetune.files import atomic_write_text, disk_fix, publish_dir, require_space
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
 from finetune.seals import seal
 from finetune.tensorfiles import file_bytes
@@ -109,7 +110,7 @@ def export(
     facts = read_facts(config.model.pretrained, config.model.revision)
     _require_sense(found, full_pipeline=full_pipeline, merged=merged, strength=strength)
     folder = to if to is not None else found.default_folder("merged" if merged else "export")
-    _require_replaceable(folder)
+    place = require_replaceable(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outcome: list[tuple[float, float, Merged | None]] = []
 
@@ -129,7 +130,8 @@ def export(
         return marker
 
     try:
-        publish_dir(folder, fill)
+        with arriving(place):
+            publish_dir(place, fill)
     except (OSError, SafetensorError) as error:  # the latter from the library's writer
         raise ExportError(
             f"the export cannot be written: {error}",
@@ -161,17 +163,6 @@ def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength
         )
     if not math.isfinite(strength):
         raise ExportError("it is not a number", where=f"--strength {strength}", fix="give 1 (as trained), 0.8, ...")
-
-
-def _require_replaceable(folder: Path) -> None:
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    if not (folder.is_dir() and is_complete(folder) and (folder / TRAINING_RECORD).is_file()):
-        raise ExportError(
-            "the place for the export holds something that is not an earlier export",
-            where=str(folder),
-            fix="name a new or empty folder with --output",
-        )
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -167,6 +167,25 @@ def restore_replaced(folder: Path) -> list[Path]:
     return restored
 
 
+def clear_leftovers(path: Path, leftovers: Iterable[Path]) -> None:
+    """Make good for killed calls of ``publish_dir(path, ...)``.
+
+    If one died between its two renames, the directory that it was about to replace gets its name back.
+
+    Args:
+        path: what was to be published.
+        leftovers: siblings that such calls made, of which none runs any more.
+
+    Raises:
+        OSError: if the earlier directory cannot get its name back.
+    """
+    for leftover in leftovers:
+        if leftover.name.endswith(_REPLACED) and not path.exists():
+            _rename(leftover, path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def move(source: Path, target: Path) -> None:
     """Rename within one file system, so that a power cut does not undo it."""
     _rename(source, target)

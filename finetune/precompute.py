@@ -138,6 +138,7 @@ def _precompute(
                 known,
                 batch_size=config.cache.text_batch_size,
                 device=ranks.device,
+                text_encoder=config.memory.text_encoder,
                 progress=progress,
             )
         ),

@@ -22,12 +22,13 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, to_device
 from finetune.errors import CacheError, ModelError, TrainingError, first_line
 from finetune.facts import Facts, read_facts
+from finetune.memory.quantize import placement
 from finetune.ranks import on_cpu
 from finetune.replay_report import Replay, Replayed, TensorRange
 from finetune.schedule import MicroBatch
 from finetune.streams import address
 from finetune.trainers.fault_report import Report, ReportedSample, model_files, read_report
-from finetune.trainers.loop import velocity_losses
+from finetune.trainers.objective import velocity_losses
 from finetune.trainers.run import FP16_LOSS_SCALE
 from finetune.types import Batch
 
@@ -139,12 +140,19 @@ def _batches(report: Report, config: RunConfig, facts: Facts) -> list[Batch]:
 def _rebuild(
     report: Report, config: RunConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, nn.Parameter]]:
-    module = load_transformer(config.model, device=device, dtype=dtype)
-    report.memory.apply(module)
+    # Gradients are looked at, not released; all else is as it was.
+    memory = report.memory.model_copy(
+        update={"gradient_release": "none", "optimizer_states": "device"}
+        | ({"streamed_blocks": 0} if config.method.kind == "full" else {})
+    )
+    module = load_transformer(
+        config.model, device="cpu" if memory.streams else device, dtype=dtype, placement=placement(memory.base)
+    )
     method = config.method
     if weights and method.kind == "lora":
         method = method.model_copy(update={"init_from": None})  # the report's weights are later ones
     method.apply(module, seed=config.train.seed)
+    memory.apply(module, device)
     module.train()
     parameters = method.trainable(module)
     if weights:

@@ -24,8 +24,18 @@ from finetune.videos import Frames
 
 _log = logging.getLogger(__name__)
 
-TILE_ABOVE = 4_000_000
-"""Decode in tiles above this many pixels x frames: a whole 49x480x720 clip needs some 20 GiB at once, tiles a few."""
+DECODED_BYTES_PER_PIXEL = 46_000
+"""Memory that decoding whole frames takes per pixel of one frame, at two bytes per activation: counted on the VAE of
+the published models (14.7 GiB for 49x480x720, 44.5 GiB for 81x768x1360); clips of less than 25 frames take less."""
+DECODE_WHOLE_BELOW = 4 * 2**30
+"""Above this, decode in tiles, which take about 4 GiB for any size."""
+
+
+def decodes_in_tiles(bucket: Bucket, dtype: torch.dtype) -> bool:
+    """Whether a sampled video is decoded in overlapping tiles. A rule of sizes alone, not of the memory that is free:
+    the same prompt and seed give the same video on every card.
+    """
+    return DECODED_BYTES_PER_PIXEL * bucket.height * bucket.width * dtype.itemsize // 2 > DECODE_WHOLE_BELOW
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,7 @@ def _no_traces(transformer: Any) -> Iterator[None]:
 @contextmanager
 def _tiled(vae: Any, bucket: Bucket) -> Iterator[None]:
     before = vae.use_tiling
-    if bucket.frames * bucket.height * bucket.width > TILE_ABOVE:
+    if decodes_in_tiles(bucket, vae.dtype):
         vae.enable_tiling()
     try:
         yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,6 +167,8 @@ def _text(checksums: Mapping[str, str]) -> str:
 def _attempt(path: Path, read: Callable[[], T]) -> T:
     """Tell damage from what has nothing to do with the file: permissions, a lost network, too many open files."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would never end, nor would a device
+            raise DamageError(path, "is no regular file")
         return read()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR):

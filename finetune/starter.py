@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from finetune.cards import OVERHEAD_GIB
 from finetune.errors import ConfigError
-from finetune.facts import Facts, known_model, read_facts
+from finetune.facts import HUB_IDS, Facts, known_model, read_facts
 from finetune.files import atomic_write_text
 from finetune.generate_inputs import native_bucket
+from finetune.recipes import Recipe
 from finetune.starter_text import body, header
 from finetune.text import text_fault
 
 Method = Literal["lora", "full"]
-
-HUB_IDS: Mapping[str, str] = {
-    "2b": "THUDM/CogVideoX-2b",
-    "5b": "THUDM/CogVideoX-5b",
-    "5b-i2v": "THUDM/CogVideoX-5b-I2V",
-    "1.5-5b": "THUDM/CogVideoX1.5-5B",
-    "1.5-5b-i2v": "THUDM/CogVideoX1.5-5B-I2V",
-}
-"""Where the published checkpoints are; the keys are ``facts.KNOWN_MODELS``."""
 
 PARAMETERS: Mapping[str, float] = {
     "2b": 1.694e9,
@@ -38,9 +31,6 @@ PARAMETERS: Mapping[str, float] = {
 LORA_PEAK_GIB: Mapping[str, float] = {"2b": 7.2, "5b": 18.5, "5b-i2v": 18.5, "1.5-5b": 28.5, "1.5-5b-i2v": 28.5}
 """Predicted peak of a LoRA of rank 128 at the native bucket, batch size 1, full gradient checkpointing: GiB that torch
 allocates. A 5B image-to-video model has the blocks and tokens of its text-to-video twin."""
-
-OVERHEAD_GIB = 1.2
-"""What a CUDA context and fragmentation take beside what torch allocates."""
 
 FULL_BYTES_PER_WEIGHT = 2 + 2 + 4 + 2
 """Full fine-tuning in bf16: the weight, its gradient, the float32 master copy and two 8-bit Adam moments."""
@@ -79,10 +69,18 @@ class Starter:
     output_dir: str
     command: str
     """What wrote it."""
+    recipe: Recipe | None = None
+    """The memory settings it is written with."""
+    planned_gib: float | None = None
+    """What the planner predicts for the training phase of ``recipe``."""
+    measured: str = ""
+    """What was measured with ``recipe``, in words; empty where nothing was."""
 
     @property
     def peak(self) -> Peak | None:
         """Predicted memory; None where there is no figure for the model."""
+        if self.recipe is not None:
+            return None if self.planned_gib is None else (self.planned_gib, True)
         if self.known is None:
             return None
         if self.method == "lora":
@@ -111,8 +109,9 @@ class Starter:
         """
         method = "LoRA" if self.method == "lora" else "full fine-tuning"
         card = "" if self.card_gib is None else f", for a card of {self.card_gib:g} GiB"
+        how = "" if self.recipe is None else f": {self.recipe.words}"
         return header(
-            f"{self.pretrained}: {method}{card}.",
+            f"{self.pretrained}: {method}{card}{how}.",
             self._memory,
             self.notes(),
             self.command,
@@ -127,6 +126,8 @@ class Starter:
             cache_dir=self.cache_dir,
             lora=self.method == "lora",
             output_dir=self.output_dir,
+            memory={} if self.recipe is None else self.recipe.memory,
+            optimizer={} if self.recipe is None else self.recipe.optimizer,
         )
 
     @property
@@ -136,8 +137,9 @@ class Starter:
             return f"Peak memory: there is no figure for this model {at}."
         gib, whole = self.peak
         if whole:
+            measured = f"measured {self.measured}" if self.measured else "not measured"
             return (
-                f"Peak memory {at}: {gib:.1f} GiB, predicted, not measured; about {OVERHEAD_GIB} GiB more for the CUDA "
+                f"Peak memory {at}: {gib:.1f} GiB, predicted, {measured}; about {OVERHEAD_GIB} GiB more for the CUDA "
                 "context and fragmentation."
             )
         return (
@@ -204,18 +206,40 @@ def _from_folder_of(output: Path, path: Path) -> str:
     return str(path) if path.is_absolute() else os.path.relpath(path.absolute(), output.absolute().parent)
 
 
+def recipe_example(recipe: Recipe, planned_gib: float | None, measured: str = "") -> tuple[str, str]:
+    """Name and text of a recipe's file in ``configs/``.
+
+    Args:
+        recipe: what it is made of.
+        planned_gib: what the planner predicts for its training phase; None before it was asked.
+        measured: what was measured, in words.
+    """
+    example_starter = replace(
+        _example(recipe.model, recipe.method, recipe.name.removesuffix(".yaml"), recipe.card_gib),
+        recipe=recipe,
+        planned_gib=planned_gib,
+        measured=measured,
+    )
+    run = f"runs/{recipe.name.removesuffix('.yaml')}"
+    return recipe.name, example_starter.text(f"configs/{recipe.name}", export_from=run)
+
+
 def example(known: str, method: Method) -> tuple[str, str]:
     """Name and text of one file of ``configs/``."""
-    name = f"cogvideox-{known}-{method}.yaml"
-    starter = Starter(
+    name = f"cogvideox-{known}-{method}"
+    starter = _example(known, method, name, EXAMPLE_CARDS_GIB[known, method])
+    return f"{name}.yaml", starter.text(f"configs/{name}.yaml", export_from=f"runs/{name}")
+
+
+def _example(known: str, method: Method, name: str, card_gib: int) -> Starter:
+    return Starter(
         pretrained=HUB_IDS[known],
         facts=read_facts(str(known_model(known))),
         method=method,
         known=known,
-        card_gib=EXAMPLE_CARDS_GIB[known, method],
+        card_gib=card_gib,
         clips="../clips",
         cache_dir="../cache",
-        output_dir=f"../runs/cogvideox-{known}-{method}",
+        output_dir=f"../runs/{name}",
         command="scripts/make_configs.py",
     )
-    return name, starter.text(f"configs/{name}", export_from=f"runs/cogvideox-{known}-{method}")

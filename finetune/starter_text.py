@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 _COMMENT_COLUMN = 25
 _WIDTH = 100
@@ -43,6 +44,8 @@ def body(
     cache_dir: str,
     lora: bool,
     output_dir: str,
+    memory: Mapping[str, str] = MappingProxyType({}),
+    optimizer: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """The sections, each line with what a person may want to know of it."""
     parts = [
@@ -55,12 +58,22 @@ def body(
         _OPTIMIZER.format(
             lr="1e-4" if lora else "1e-5",
             note="LoRA wants 1e-4 to 1e-3; 2e-5 hardly moves it" if lora else "a tenth of what LoRA wants",
+            kind=optimizer.get("kind", "adamw8bit"),
+            more="".join(
+                f"  {name}: {value} # {_OPTIMIZER_NOTES[name]}\n" for name, value in optimizer.items() if name != "kind"
+            ),
         ),
         _TRAIN.format(steps=1500 if lora else 3000),
+        _section("memory", memory, _MEMORY_NOTES) if memory else _MEMORY,
+        _VALIDATION,
         _IMAGE_SAMPLES if image_to_video else _SAMPLES,
         _REST.format(output_dir=_quoted(output_dir)),
     ]
     return "".join(_aligned(line) for part in parts for line in part.splitlines(keepends=True))
+
+
+def _section(name: str, values: Mapping[str, str], notes: Mapping[str, str]) -> str:
+    return f"\n{name}:\n" + "".join(f"  {key}: {value} # {notes[key]}\n" for key, value in values.items())
 
 
 def _quoted(text: str) -> str:
@@ -124,9 +137,9 @@ method:
 
 _OPTIMIZER = """
 optimizer:
-  kind: adamw8bit # adamw | adamw8bit | paged_adamw8bit | torchao_adamw8bit | custom
+  kind: {kind} # adamw | adamw8bit | paged_adamw8bit | torchao_adamw8bit | custom
   lr: {lr} # {note}
-
+{more}
 lr_schedule:
   kind: cosine # constant | linear | cosine
   warmup_steps: 50
@@ -139,10 +152,30 @@ train:
   accumulation: 1 # micro-batches per optimizer step
   max_grad_norm: 1.0
   seed: 42
+"""
 
+_MEMORY = """
 memory:
-  checkpointing: full # full | none: recompute each block in the backward pass, or keep activations
+  checkpointing: full # full | selective | none: recompute blocks in the backward pass, or keep activations
+"""
 
+_MEMORY_NOTES: Mapping[str, str] = {
+    "checkpointing": "full | selective: selective is faster, for 0.1 GiB a block",
+    "block": "our own forward and backward pass of a block",
+    "modulation": "adaLN weights stay on the host, and are applied ahead",
+    "activations": "what waits for the backward pass waits on the host",
+    "base": "frozen weights in 8 bits; native for model.dtype",
+    "streamed_blocks": "weights are copied to the GPU block by block",
+    "text_encoder": "T5 runs block by block while captions are encoded",
+    "gradient_release": "one block's gradients at a time; the norm is still that of all",
+    "optimizer_states": "weights are updated on the CPU",
+}
+
+_OPTIMIZER_NOTES: Mapping[str, str] = {
+    "weights": "master | kahan | stochastic: fp32 copies of bf16 weights, their rounding errors, or neither",
+}
+
+_VALIDATION = """
 validation:
   every: 100 # held-out loss, and the same on training clips
   sample_every: 500 # videos for these prompts, before the first step as well

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -11,7 +12,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from finetune.files import atomic_write_text  # noqa: E402 (the repository need not be installed)
-from finetune.starter import EXAMPLE_CARDS_GIB, example  # noqa: E402
+from finetune.recipes import RECIPES  # noqa: E402
+from finetune.starter import EXAMPLE_CARDS_GIB, example, recipe_example  # noqa: E402
+
+PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
+"""What the planner predicts for every recipe; ``make bench-memory`` writes it."""
+
+
+def recipe_examples() -> list[tuple[str, str]]:
+    """Name and text of every recipe's file, with the planner's figure where there is one."""
+    plans = json.loads(PLANS.read_text(encoding="utf-8"))["plans"] if PLANS.is_file() else {}
+    return [
+        recipe_example(
+            recipe, plans.get(recipe.name, {}).get("training_gib"), plans.get(recipe.name, {}).get("measured", "")
+        )
+        for recipe in RECIPES
+    ]
 
 
 def main() -> int:
@@ -20,8 +36,8 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
     check = parser.parse_args().check
     stale = []
-    for known, method in EXAMPLE_CARDS_GIB:
-        name, text = example(known, method)
+    examples = [example(known, method) for known, method in EXAMPLE_CARDS_GIB]
+    for name, text in examples + recipe_examples():
         path = ROOT / "configs" / name
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue

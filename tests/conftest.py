@@ -9,7 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
-LONGEST = ("test_quickstart", "test_overfit", "test_distributed", "test_precompute")
+LONGEST = (
+    "test_quickstart",
+    "test_overfit",
+    "test_soak",
+    "test_distributed",
+    "test_signals",
+    "test_faults_ranks",
+    "test_export_matrix",
+    "test_engine",
+    "test_deepspeed",
+    "test_golden",
+    "test_determinism",
+    "test_cluster",
+    "test_precompute",
+    "test_cache_concurrency",
+)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)

@@ -97,6 +97,28 @@ def astray(what: str, *words: str) -> int:
         return command(*words)
 
 
+def pin(config: dict[str, Any], commits: list[str], output: str, together: bool) -> int:
+    """Settle the model's revision while the hub gives every process another answer: its branch is being moved."""
+    from pathlib import Path
+
+    from finetune.config import RunConfig, pin_model
+    from finetune.ranks import Ranks
+
+    ranks = Ranks.current()
+    asked = []
+
+    def download(repo: str, **_: Any) -> str:
+        asked.append(repo)
+        return f"/hub/{repo}/snapshots/{commits[ranks.rank]}"
+
+    with mock.patch("huggingface_hub.snapshot_download", download):
+        config_ = RunConfig.from_dict(config)
+        pinned = pin_model(config_, ranks.first) if together else pin_model(config_)
+    Path(output, str(ranks.rank)).write_text(f"{pinned.model.revision} {len(asked)}")
+    ranks.close()
+    return 0
+
+
 def load_t5(model: str) -> int:
     """Whether T5 has its weights in every process, whatever accelerate is told of loading models."""
     import torch

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -277,6 +279,24 @@ def test_a_named_checkpoint_that_is_damaged_is_an_error_that_names_the_whole_one
     assert caught.value.what == "the checkpoint is damaged: ema.safetensors is not as it was written"
     assert caught.value.fix == "use another one; whole are step-00000020"
     assert paths[2].is_dir(), "what was asked for by name is not renamed"
+
+
+@pytest.mark.parametrize("name", FILES[:-1])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_never_ends_is_not_read(tmp_path, kind, name):
+    older, newer = write(tmp_path, "lora", 10), write(tmp_path, "lora", 20)
+    (newer / name).unlink()
+    if kind == "pipe":
+        os.mkfifo(newer / name)
+        reader = threading.Timer(20, lambda: (newer / name).open("wb").close())  # a test that fails must not hang
+        reader.daemon = True
+        reader.start()
+    else:  # one that does end, or a failure would take all memory
+        (newer / name).symlink_to("/dev/null")
+    with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+        choose_checkpoint(tmp_path, newer)
+    found = choose_checkpoint(tmp_path, "latest")
+    assert found is not None and found.path == older
 
 
 def test_an_input_output_error_is_damage_and_missing_permission_is_not(tmp_path, monkeypatch):

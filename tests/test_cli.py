@@ -201,6 +201,44 @@ def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
     assert (writer.wait(60), said) == (0, "")
 
 
+def printing(verb: str, folder: Path, **streams: object) -> subprocess.Popen:
+    """A process in which ``verb`` prints much and then writes the file ``done``."""
+    probe = (
+        "import pathlib, sys, finetune.cli as cli\n"
+        f"cli._VERBS[{verb!r}] = lambda _: [*map(print, range(100_000))] and pathlib.Path('done').write_text('') or 0\n"
+        "sys.exit(cli.main([sys.argv[1], *sys.argv[2:]]))"
+    )
+    words = {"train": ["--config", "run.yaml"], "cache": ["stats", "--dir", "."]}[verb]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", probe, verb, *words], cwd=folder, env=environment, **streams)
+
+
+@pytest.mark.parametrize("stderr_too", [False, True])
+def test_a_log_on_a_full_disk_does_not_end_training(tmp_path, stderr_too):
+    with Path("/dev/full").open("w") as full, (tmp_path / "err").open("w") as err:
+        assert printing("train", tmp_path, stdout=full, stderr=full if stderr_too else err).wait(60) == 0
+    assert (tmp_path / "done").exists()
+    said = "" if stderr_too else "<stdout> cannot be written to any more (No space left on device); the work goes on\n"
+    assert (tmp_path / "err").read_text() == said
+
+
+def test_a_pipe_of_the_work_itself_that_breaks_is_no_success(trained, config_file, capsys):
+    trained(BrokenPipeError("a decode worker's"))
+    assert main(["train", "--config", str(config_file)]) == 1
+    assert "This is a bug" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "finished"), [("train", True), ("cache", False)])
+def test_work_goes_on_when_its_reader_is_gone(tmp_path, verb, finished):
+    """``finetune train | tee log``, and tee is killed; what only prints may end, and shows what would have happened."""
+    writer = printing(verb, tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert writer.stdout is not None
+    writer.stdout.readline()
+    writer.stdout.close()
+    assert writer.wait(60) == 0
+    assert (tmp_path / "done").exists() == finished
+
+
 # ------------------------------------------------------------------------------------------------------- what is public
 
 
@@ -370,7 +408,7 @@ def test_quickstart_is_told_where(monkeypatch):
 def test_every_verb_of_the_parser_is_wired():
     from finetune import arguments, cli
 
-    assert set(arguments._VERBS) == set(cli._VERBS) and len(cli._VERBS) == 9
+    assert set(arguments._VERBS) == set(cli._VERBS) and len(cli._VERBS) == 11
     assert build_parser("train").parse_args(["--config", "a"]).verb == "train"
 
 

@@ -180,16 +180,16 @@ def test_a_workspace_that_repeats_itself_is_kept_and_another_is_refused(monkeypa
 
 
 def test_an_operation_without_a_deterministic_kernel_stops_the_run(tiny_model, tmp_path, monkeypatch):
-    from finetune.trainers import loop
+    from finetune.trainers import objective
 
-    real = loop.v_mse
+    real = objective.v_mse
 
     def unsettled(prediction, target):
         # One of the few operations that refuse on a CPU too: which of two equal indices wins is not settled.
         torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
         return real(prediction, target)
 
-    monkeypatch.setattr(loop, "v_mse", unsettled)
+    monkeypatch.setattr(objective, "v_mse", unsettled)
     train(small(tiny_model, tmp_path / "a"))
     with pytest.raises(TrainingError, match="no deterministic kernel here: put_") as caught:
         train(small(tiny_model, tmp_path / "b", train={"deterministic": True}))

@@ -402,6 +402,18 @@ def test_without_the_check_it_trains_on(world, gang):
     assert [end.code for end in ends] == [0, 0]
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_all_processes_use_one_commit_of_the_model(gang, tmp_path, together):
+    """While its branch moves every process would get another answer: one asks, and the others use what it got."""
+    config = run_values(Path("org/model"), tmp_path / "clips", tmp_path / "run")
+    commits = ["a" * 40, "b" * 40]
+    ends = gang.run("gang_cases:pin", config, commits, str(tmp_path), together)
+    assert [end.code for end in ends] == [0, 0], ends[0].log + ends[1].log
+    used = [(tmp_path / rank).read_text().split() for rank in "01"]
+    canary = [[commits[0], "1"], [commits[1], "1"]]
+    assert used == ([[commits[0], "1"], [commits[0], "0"]] if together else canary)
+
+
 def test_text_encoders_are_whole_in_every_process(tiny_model, gang):
     """With accelerate's default for FSDP, transformers would leave all but the first process with empty weights."""
     env = FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import shlex
 from collections.abc import Iterator
 from contextlib import redirect_stderr
@@ -22,15 +23,17 @@ from finetune.arguments import build_parser
 from finetune.config import RunConfig, check_against, json_schema, load_config
 from finetune.errors import ConfigError
 from finetune.facts import known_model, read_facts
+from finetune.recipes import RECIPES
 from finetune.starter import EXAMPLE_CARDS_GIB, HUB_IDS, example
 
 ROOT = Path(finetune.__file__).parent.parent
 
 
 def test_configs_are_what_the_generator_writes():
-    written = dict(example(known, method) for known, method in EXAMPLE_CARDS_GIB)
+    generator = runpy.run_path(str(ROOT / "scripts" / "make_configs.py"))
+    written = dict([*(example(known, method) for known, method in EXAMPLE_CARDS_GIB), *generator["recipe_examples"]()])
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("cogvideox-*.yaml")}
-    assert len(written) == 10
+    assert len(written) == 10 + len(RECIPES)
     assert files == written, "run `make docs`"
 
 

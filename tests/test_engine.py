@@ -17,12 +17,15 @@ from safetensors import safe_open
 from worlds import fabricate_cache, run_config
 
 from finetune.errors import CheckpointError, ConfigError, TrainingError
+from finetune.facts import known_model, read_facts
 from finetune.ranks import LaunchError, Ranks, peers
 from finetune.trainers import loop
 from finetune.trainers.checkpoint import load_checkpoint
 from finetune.trainers.engine import FullShard, Replicate, Zero, read_launch, require_agreement
 from finetune.trainers.engine import sharded as sharded_engine
 from finetune.trainers.loop import TrainReport, train
+
+FACTS = read_facts(str(known_model("5b")))
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -155,10 +158,10 @@ def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_m
 
     two = Ranks(0, 2)
     with pytest.raises(ConfigError, match="equally many forward passes"):
-        require_launch(FullShard(), config(clips_at_once=1), two)
-    require_launch(FullShard(), config(clips_at_once=2), two)
-    require_launch(FullShard(), config(clips_at_once=1), Ranks())
-    require_launch(Replicate(), config(clips_at_once=1), two)
+        require_launch(FullShard(), config(clips_at_once=1), FACTS, two)
+    require_launch(FullShard(), config(clips_at_once=2), FACTS, two)
+    require_launch(FullShard(), config(clips_at_once=1), FACTS, Ranks())
+    require_launch(Replicate(), config(clips_at_once=1), FACTS, two)
 
 
 @pytest.mark.parametrize(
@@ -175,17 +178,17 @@ def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, m
     from finetune.config import RunConfig
 
     with pytest.raises(ConfigError, match=said):
-        spread.require_launch(Zero(2), RunConfig.from_dict(values), Ranks())
+        spread.require_launch(Zero(2), RunConfig.from_dict(values), FACTS, Ranks())
 
 
 def test_a_torch_that_could_not_read_the_shares_is_refused(tmp_path, monkeypatch):
     from finetune.trainers.spread import require_launch
 
     config = run_config(tmp_path, tmp_path, tmp_path / "run")
-    require_launch(FullShard(), config, Ranks())
+    require_launch(FullShard(), config, FACTS, Ranks())
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
     with pytest.raises(ConfigError, match="cannot read checkpoints in shares"):
-        require_launch(FullShard(), config, Ranks())
+        require_launch(FullShard(), config, FACTS, Ranks())
 
 
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):

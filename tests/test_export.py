@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune import export as export_module
+from finetune import leases
 from finetune.arguments import build_parser
 from finetune.cogvideox import denoise, encode_prompts, load_scheduler, load_text, load_transformer, load_vae
 from finetune.config import RunConfig
@@ -31,6 +33,7 @@ from finetune.sampling import SampleRequest, sample_videos
 from finetune.trainers.checkpoint import save_checkpoint
 from finetune.trainers.validation import HISTORY, SamplePrompt
 from finetune.types import Bucket, RunState
+from tests.broken_disk import disk
 from tests.worlds import run_config, run_values
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 2}
@@ -401,6 +404,47 @@ def test_only_an_earlier_export_is_replaced(tiny_model, tmp_path):
         with pytest.raises(ExportError, match="not an earlier export"):
             export(run, tmp_path / other)
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_what_a_killed_export_left_is_made_good_by_the_next(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    first = export(run).folder
+    half, elsewhere = run / "export.4711-00aa11bb.partial", run / "exported.4711-00aa11bb.partial"
+    for folder in (half, elsewhere):
+        folder.mkdir()
+        (folder / "half").write_text("")
+    old = first.rename(run / "export.0011aabb.old.partial")  # killed between the two renames
+    with pytest.raises(ExportError, match="cannot be written"), disk(fail_at=1):
+        export(run)
+    assert first.is_dir() and not old.exists() and not half.exists(), "the earlier export stands again"
+    first.rename(old)
+    shutil.copytree(old, first)  # killed after them
+    export(run)
+    assert sorted(path.name for path in run.iterdir() if path.name != "checkpoints") == ["export", elsewhere.name]
+
+
+def test_an_export_that_is_under_way_loses_nothing_to_another(tiny_model, tmp_path):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    theirs = run / "export.4711-00aa11bb.partial"
+    theirs.mkdir()
+    with leases.hold(run / ".export.exporting", {}):
+        export(run)
+        assert theirs.is_dir()
+    export(run)
+    assert not theirs.exists(), "it would not have survived without its lease"
+
+
+def test_a_linked_place_stays_a_link_and_the_current_folder_is_refused(tiny_model, tmp_path, monkeypatch):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    for _ in range(2):
+        export(run, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / ADAPTER_FILE).is_file()
+    monkeypatch.chdir(tmp_path / "disk")
+    for here in (Path(), tmp_path / "link"):
+        with pytest.raises(ExportError, match="the folder that this command runs in"):
+            export(run, here)
 
 
 # ----------------------------------------------------------------------------------------------------------- model card

@@ -183,11 +183,15 @@ def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_mo
         vae, "decode", lambda *args, **options: (seen.append(vae.use_tiling), decode(*args, **options))[1]
     )
     request = SampleRequest(prompt, empty, seed=1, bucket=SMALL)
-    for limit in (sampling.TILE_ABOVE, 9 * 32 * 48 - 1):
-        monkeypatch.setattr(sampling, "TILE_ABOVE", limit)
+    for limit in (sampling.DECODE_WHOLE_BELOW, 1_000_000):
+        monkeypatch.setattr(sampling, "DECODE_WHOLE_BELOW", limit)
         sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     assert seen == [False, True] and not vae.use_tiling
-    assert 49 * 480 * 720 > 4_000_000 > 9 * 64 * 64  # the published size is tiled, the demo's is not
+    monkeypatch.undo()
+    tiled = [sampling.decodes_in_tiles(Bucket(*sizes), torch.bfloat16) for sizes in ((49, 480, 720), (9, 64, 64))]
+    assert tiled == [True, False]  # the published size, and the demo's
+    assert sampling.decodes_in_tiles(Bucket(9, 256, 256), torch.float32)
+    assert not sampling.decodes_in_tiles(Bucket(9, 256, 256), torch.bfloat16)
 
 
 def test_images_must_fit_the_model(tiny_model):

@@ -30,7 +30,7 @@ from finetune import diffusion, schedule
 from finetune.datasets.loader import BatchMaker
 from finetune.streams import stream
 from finetune.tiny import VARIANTS
-from finetune.trainers import loop
+from finetune.trainers import objective
 
 ROOT = FOLDER.parent.parent
 BF16_LOSS = 0.02
@@ -109,8 +109,8 @@ def test_bfloat16_follows_the_golden_curve(golden_models, tmp_path, method):
 
 
 def heavier_loss(patch: pytest.MonkeyPatch) -> None:
-    v_mse = loop.v_mse
-    patch.setattr(loop, "v_mse", lambda prediction, target: v_mse(prediction, target) * 1.001)
+    v_mse = objective.v_mse
+    patch.setattr(objective, "v_mse", lambda prediction, target: v_mse(prediction, target) * 1.001)
 
 
 def another_order(patch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
 
 from finetune.cogvideox import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
@@ -23,6 +25,7 @@ from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.exporting.model_card import _code, _text, copy_samples, model_card, training_record
 from finetune.exporting.source import DataSummary, Source
 from finetune.facts import is_commit, known_model, pin_revision, read_facts, require_plain_index, resolve_pretrained
+from finetune.facts.guard import read_component_json
 from finetune.files import publish_dir
 from finetune.generate_inputs import (
     ADAPTER_FILE,
@@ -193,6 +196,28 @@ def test_an_index_names_files_beside_it_only(model, weight_map):
     assert caught.value.where == str(index)
     index.write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
     assert require_plain_index(index) == ["a.safetensors", "b.safetensors"]
+
+
+def test_without_our_look_at_it_an_index_would_be_obeyed(model):
+    """Canary: left to itself transformers reads what the index names, wherever that is."""
+    weights, secret = model / "text_encoder/model.safetensors", model / "secret.safetensors"
+    weights.rename(secret)
+    (weights.parent / "unused.safetensors").write_bytes(b"")
+    stored = load_file(secret)
+    index = weights.with_name(f"{weights.name}.index.json")
+    weight_map = dict.fromkeys(stored, "../secret.safetensors")
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    with pytest.raises(ModelError, match=r"weight_map names '\.\./secret\.safetensors'"):
+        load_text(config_of(model))
+    read = T5EncoderModel.from_pretrained(weights.parent).state_dict()
+    assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())
+
+
+def test_without_its_limits_json_would_be_believed(model, monkeypatch):
+    edit(model / "transformer/config.json", num_layers=10**9)
+    for limit in ("_LARGEST_NUMBER", "_MOST_REPEATS"):
+        monkeypatch.setattr(f"finetune.facts.guard.{limit}", 10**10)
+    assert read_component_json(model, "transformer")["num_layers"] == 10**9
 
 
 def test_a_tokenizer_reads_its_own_files_only(model):

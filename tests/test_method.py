@@ -365,6 +365,15 @@ def test_without_settings_an_adapter_is_read_as_diffusers_reads_it(tmp_path):
     assert "does not state its alpha" in caught.value.fix
 
 
+def test_a_checkpoint_in_shares_is_refused_with_the_way_out(tmp_path):
+    from finetune.trainers.checkpoint.shards import part_of
+
+    (tmp_path / part_of(adapter.CHECKPOINT_FILE)).mkdir()
+    with pytest.raises(ConfigError, match="written in shares by several processes") as caught:
+        adapter.read_adapter(tmp_path)
+    assert f"`finetune export {tmp_path} --output FOLDER`" in caught.value.fix
+
+
 def test_what_is_no_adapter_is_refused(tmp_path):
     cases: list[tuple[Path, str]] = [(tmp_path / "absent", "no such file or folder"), (tmp_path, "the folder holds")]
     (tmp_path / "text.safetensors").write_text("not tensors")

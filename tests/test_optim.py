@@ -18,7 +18,7 @@ from finetune.trainers.optim import (
     AdamW,
     AdamW8bit,
     CustomOptimizer,
-    MasterWeights,
+    NarrowWeights,
     OptimizerConfig,
     PagedAdamW8bit,
     load_optimizer_state,
@@ -208,7 +208,7 @@ def test_masters_match_an_fp32_model_fed_with_the_same_gradients():
     wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in narrow.items()}
     optimizer = AdamW(lr=1e-4).build(narrow.items())
     theirs = AdamW(lr=1e-4).build(wide.items())
-    assert isinstance(optimizer, MasterWeights) and not isinstance(theirs, MasterWeights)
+    assert isinstance(optimizer, NarrowWeights) and not isinstance(theirs, NarrowWeights)
     for step in range(50):
         generator = torch.Generator().manual_seed(step)
         for name, parameter in narrow.items():
@@ -241,8 +241,8 @@ def test_chunks_change_memory_and_nothing_else():
     for chunk_elements in (1 << 28, 100):
         parameters = make_parameters(torch.bfloat16)
         parameters["wide.weight"] = nn.Parameter(torch.ones(4, 4))
-        optimizer = MasterWeights(
-            list(parameters.items()), lambda masters: torch.optim.AdamW(masters, lr=1e-2), chunk_elements
+        optimizer = NarrowWeights(
+            list(parameters.items()), lambda masters: torch.optim.AdamW(masters, lr=1e-2), "master", chunk_elements
         )
         inner_step, seen = optimizer.inner.step, []
 

@@ -24,10 +24,10 @@ PROMISES = frozenset(
     re.findall(
         r"\S+",
         """
-    kill-precompute kill-train kill-rank kill-real-clips disk-full disk-space signals corruption-cache
+    kill-precompute kill-train kill-rank kill-real-clips export-kill disk-full log disk-space signals corruption-cache
     corruption-checkpoint corruption-in-training checksum-cost concurrent gc one-writer non-finite replay oom
     forward golden determinism world-size replicas statistics export launchers resharding refused cluster yaml
-    pickle paths captions videos escaped revision fuzz
+    pickle paths captions parquet videos models escaped revision fuzz
     """,
     )
 )

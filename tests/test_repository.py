@@ -47,7 +47,17 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("streams",),
         ("version",),
     ),
-    (("facts",), ("diffusion",), ("schedule",), ("holdout",), ("geometry",), ("bands",), ("videos",), ("ranks",)),
+    (
+        ("facts",),
+        ("diffusion",),
+        ("schedule",),
+        ("holdout",),
+        ("geometry",),
+        ("bands",),
+        ("videos",),
+        ("ranks",),
+        ("cards",),
+    ),
     (
         ("cogvideox",),
         (
@@ -77,6 +87,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("demo",),
         ("tiny",),
         ("starter_text",),
+        ("recipes",),
     ),
     (
         ("config",),
@@ -85,6 +96,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("generate_inputs",),
         ("sampling",),
         ("trainers.engine",),
+        ("trainers.objective",),
         ("trainers.run_folder",),
     ),
     (
@@ -92,6 +104,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("export", "exporting"),
         ("generate",),
         ("starter",),
+        ("planning",),
     ),
     (
         (

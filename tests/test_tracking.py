@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import threading
 import time
 from pathlib import Path
@@ -18,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from finetune.trainers import tracking
 from finetune.trainers.tracking import Console, Tracker, TrackingConfig, duration, flatten_settings
 
+ROOT = Path(__file__).parents[1]
 SETTINGS = {
     "optimizer": {"kind": "adamw8bit", "lr": 1e-4},
     "data": {"sources": ["a", "b"], "fps": None},
@@ -29,6 +31,20 @@ def tracker(run_dir: Path, *, resumed_step: int = 0, kind: str = "tensorboard") 
     config = TrackingConfig(kind=kind)
     accelerator = Accelerator(cpu=True, **config.accelerator_options(run_dir))
     return Tracker(config, accelerator, settings=SETTINGS, resumed_step=resumed_step)
+
+
+def untold(told: str) -> set[str]:
+    """Names of metrics in the code of training that ``told`` does not have."""
+    code = "".join(path.read_text() for path in sorted((ROOT / "finetune/trainers").rglob("*.py")))
+    names = set(re.findall(r'"((?:train|perf|heldout|trainsubset)/[a-z_]+)', code))
+    assert len(names) >= 13
+    return {name for name in names if f"`{name}`" not in told}
+
+
+def test_every_metric_is_told_of():
+    for told in (tracking.__doc__, (ROOT / "docs/training.md").read_text()):
+        assert untold(told) == set()
+        assert untold(told.replace("`perf/oom_notches`", "")) == {"perf/oom_notches"}, "canary"
 
 
 def read(run_dir: Path) -> EventAccumulator:

@@ -20,6 +20,8 @@ from finetune.datasets.video import DecodeJob, DecodePool
 from finetune.errors import CacheError, DataError
 from finetune.facts import Facts
 from finetune.files import digest_of
+from finetune.memory.quantize import TextEncoder
+from finetune.memory.text_encoder import stream_text, text_placement
 from finetune.streams import stream
 from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
 
@@ -27,9 +29,11 @@ NOISE_SEED = 0
 """Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""
 
 UNTILED_BYTES_PER_PIXEL = 30_000
-"""Free GPU memory, per pixel of a frame and at two bytes per activation, that encoding without tiles is given. The VAE
-takes nine frames at a time, and their activations were computed (not measured) to be 6.1 GiB at 480x720 and 22.3 GiB at
-768x1360, 19 to 23 kB per pixel; the rest is margin. So 480x720 is tiled below 9.7 GiB free, 768x1360 below 29.2 GiB."""
+"""Free GPU memory, per pixel of a frame and at two bytes per activation, that encoding without tiles is given. Counted
+on the real VAE in fake tensors, with the clip's own pixels, it takes 6.5 GiB for 49x480x720 and 23.9 GiB for
+81x768x1360. That is 20.1 and 24.6 kB per pixel, and depends little on the length: eight or nine frames go through at a
+time. The rest is for what convolutions allocate inside and for fragmentation. So 480x720 is tiled below 9.7 GiB free,
+768x1360 below 29.2 GiB; in tiles they take 1.9 and 3.2 GiB."""
 
 _Item = TypeVar("_Item")
 
@@ -179,13 +183,18 @@ def set_tiling(vae: Any, setting: Literal["auto", "on", "off"], bucket: Bucket) 
 
 
 def needs_tiling(device: torch.device, dtype: torch.dtype, bucket: Bucket) -> bool:
-    """Whether a frame's activations may not fit the GPU's free memory; False on a CPU. See UNTILED_BYTES_PER_PIXEL."""
+    """Whether a frame's activations may not fit the GPU's free memory; False on a CPU. See ``must_tile``."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)
     # What torch has reserved and does not use is free to us too.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free < untiled_bytes(dtype, bucket)
+    return must_tile(bucket, dtype, free)
+
+
+def must_tile(bucket: Bucket, dtype: torch.dtype, free_bytes: int) -> bool:
+    """What ``cache.vae_tiling: auto`` decides on a GPU with ``free_bytes`` beside the VAE's weights."""
+    return free_bytes < untiled_bytes(dtype, bucket)
 
 
 def untiled_bytes(dtype: torch.dtype, bucket: Bucket) -> int:
@@ -202,14 +211,29 @@ def encode_captions(
     batch_size: int,
     device: torch.device,
     progress: bool,
+    text_encoder: TextEncoder = "device",
 ) -> Passed:
-    """Encode captions in batches with T5 and store each. Arguments and errors as for ``encode_clips``."""
+    """Encode captions in batches with T5 and store each. Otherwise as ``encode_clips``.
+
+    Args:
+        jobs: what is missing; their addresses name the encoder as ``text_encoder`` makes it.
+        cache: where entries go.
+        model: whose T5 encodes, in the model's dtype.
+        facts: of the model.
+        batch_size: captions at a time.
+        device: where T5 computes.
+        progress: draw a bar.
+        text_encoder: how T5 is held.
+    """
     if not jobs:
         return Passed(0, 0)
     from finetune.cogvideox import load_text
 
     size = 0
-    tokenizer, encoder = load_text(model, device=device)
+    start = torch.device("cpu") if text_encoder == "streamed" else device
+    tokenizer, encoder = load_text(model, device=start, placement=text_placement(text_encoder))
+    if text_encoder == "streamed":
+        stream_text(encoder, device)
     with _bar(len(jobs), "captions", progress) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
@@ -219,7 +243,7 @@ def encode_captions(
             except torch.OutOfMemoryError as error:
                 raise CacheError(
                     f"the GPU's memory does not hold T5's work on {len(batch)} captions",
-                    fix="lower cache.text_batch_size, or free GPU memory",
+                    fix="lower cache.text_batch_size, set memory.text_encoder: streamed, or free GPU memory",
                 ) from error
             for job, tokens, embed in zip(batch, count_tokens(tokenizer, texts), embeds, strict=True):
                 size += cache.write_prompt(job.address, embed, tokens=tokens)

@@ -73,7 +73,7 @@ def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool)
     # Digested before they are read: a file that changes in between is then seen as changed, not missed.
     inputs = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
     report = check_dataset(config, facts, progress=progress)
-    encoders = full_fingerprints(config.model, cache)
+    encoders = full_fingerprints(config.model, cache, config.memory.text_encoder)
     samples = config.validation.samples
     images = {sample.image for sample in samples if sample.image and facts.image_to_video}
     conditions = {clip.sample.image for clip in report.clips if clip.sample.image and facts.image_to_video}

@@ -28,6 +28,7 @@ from finetune.diffusion import DropoutConfig
 from finetune.errors import DataError, ModelError
 from finetune.facts import Facts, require_plain_index, resolve_pretrained
 from finetune.files import digest_of
+from finetune.memory.quantize import TextEncoder
 from finetune.types import Bucket
 
 
@@ -41,8 +42,13 @@ class Fingerprints:
     """``bf16``, ``fp16`` or ``fp32``: what both encoders compute in."""
 
 
-def full_fingerprints(model: ModelConfig, cache: Cache) -> Fingerprints:
+def full_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncoder = "device") -> Fingerprints:
     """Digests of both encoders, fetched from the hub if they live there; file digests are remembered in the cache.
+
+    Args:
+        model: whose they are.
+        cache: what they fill.
+        text_encoder: how T5 is held while it encodes.
 
     Raises:
         ModelError: if a component cannot be found.
@@ -50,12 +56,12 @@ def full_fingerprints(model: ModelConfig, cache: Cache) -> Fingerprints:
     folder = resolve_pretrained(model.pretrained, model.revision, components=["vae", "text_encoder", "tokenizer"])
     return Fingerprints(
         vae=fingerprint(folder, "vae", digest_file=cache.digest_file),
-        text_encoder=fingerprint(folder, "text_encoder", digest_file=cache.digest_file),
+        text_encoder=fingerprint(folder, "text_encoder", digest_file=cache.digest_file, form=_form(text_encoder)),
         dtype=dtype_name(model.torch_dtype()),
     )
 
 
-def local_fingerprints(model: ModelConfig, cache: Cache) -> Fingerprints:
+def local_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncoder = "device") -> Fingerprints:
     """The same without fetching anything: ``UNKNOWN`` for an encoder whose files are not all on this machine.
 
     Training from a complete cache needs neither encoder, and T5 alone is 10 GB.
@@ -65,9 +71,15 @@ def local_fingerprints(model: ModelConfig, cache: Cache) -> Fingerprints:
     def taken(component: Literal["vae", "text_encoder"]) -> str:
         if folder is None or not _has_weights(folder / component):
             return UNKNOWN
-        return fingerprint(folder, component, digest_file=cache.digest_file)
+        form = _form(text_encoder) if component == "text_encoder" else ""
+        return fingerprint(folder, component, digest_file=cache.digest_file, form=form)
 
     return Fingerprints(taken("vae"), taken("text_encoder"), dtype_name(model.torch_dtype()))
+
+
+def _form(text_encoder: TextEncoder) -> str:
+    # Streamed embeddings are the same to the bit, and those of a cache from before there was a choice.
+    return text_encoder if text_encoder == "int8" else ""
 
 
 def _local_folder(model: ModelConfig) -> Path | None:
@@ -160,7 +172,7 @@ def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
             ``require``.
         ModelError: if the dtype of the model cannot be told.
     """
-    encoders = local_fingerprints(config.model, cache)
+    encoders = local_fingerprints(config.model, cache, config.memory.text_encoder)
     request = make_request(config, facts, encoders)
     shelf = _Shelf.of(cache, first=f"{digest_of(portable(request, config.base))}.json")
     candidates = sorted(_compare(request, config.base, shelf), key=lambda candidate: candidate.rank)

@@ -5,10 +5,11 @@ Everything outside works on ``[..., C, F, H, W]`` tensors and a ``Facts``.
 
 from finetune.cogvideox.denoise import denoise, rotary_table
 from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
+from finetune.cogvideox.fingerprint import fingerprint
 from finetune.cogvideox.latents import alpha_bar, condition_latents, model_latents
 from finetune.cogvideox.load import (
     ModelConfig,
-    fingerprint,
+    empty_transformer,
     load_scheduler,
     load_text,
     load_transformer,
@@ -16,14 +17,17 @@ from finetune.cogvideox.load import (
     save_transformer,
 )
 from finetune.cogvideox.pipeline import build_pipeline, pipeline_class
+from finetune.cogvideox.weights import Placement
 
 __all__ = [
     "ModelConfig",
+    "Placement",
     "alpha_bar",
     "build_pipeline",
     "condition_latents",
     "count_tokens",
     "denoise",
+    "empty_transformer",
     "encode_image",
     "encode_prompts",
     "encode_video",

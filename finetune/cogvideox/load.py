@@ -6,17 +6,32 @@ import json
 import math
 import struct
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from finetune.cogvideox.weights import (
+    Placement,
+    make_room,
+    on_meta,
+    place,
+    require_all_weights,
+    require_exact,
+    stored_tensors,
+)
 from finetune.errors import ModelError
-from finetune.facts import CONFIG_FILES, SchedulerClass, read_json, require_loadable, resolve_pretrained
-from finetune.files import atomic_write_text, digest_of
-from finetune.files import digest_file as digest_file_now
+from finetune.facts import (
+    CONFIG_FILES,
+    SchedulerClass,
+    read_component_json,
+    read_json,
+    require_loadable,
+    resolve_pretrained,
+)
+from finetune.files import atomic_write_text
 from finetune.section import Strict
 
 if TYPE_CHECKING:
@@ -28,6 +43,8 @@ if TYPE_CHECKING:
     )
     from transformers import T5EncoderModel, T5Tokenizer
 
+_TRANSFORMER_STEM, _TEXT_STEM = "diffusion_pytorch_model", "model"
+"""How diffusers and transformers name their weight files."""
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -56,21 +73,83 @@ class ModelConfig(Strict):
 
 
 def load_transformer(
-    model: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    placement: Placement | None = None,
 ) -> CogVideoXTransformer3DModel:
     """The denoiser in evaluation mode, its weights in ``dtype`` from the first moment on.
+
+    Each weight is read, cast and put in its place by itself: beside what is finished, memory holds the one in hand. The
+    first generation's table of positions is computed in float64 and then cast.
 
     Args:
         model: which checkpoint.
         device: where its weights go.
         dtype: None for ``model.torch_dtype()``.
+        placement: who decides which weights are held in another form; None for as they are.
 
     Raises:
         ModelError: if it cannot be found or loaded, or a weight is missing, superfluous or of another shape.
     """
+    folder = resolve_pretrained(model.pretrained, model.revision, components=["transformer"])
+    require_loadable(folder, "transformer")
+    dtype, device, own = dtype or model.torch_dtype(), torch.device(device), folder / "transformer"
+    with _loading("transformer", folder):
+        module = _meta_transformer(folder, dtype)
+        require_exact(module, own, _TRANSFORMER_STEM, allow_unexpected=False)
+        tensors = stored_tensors(own, _TRANSFORMER_STEM)
+        place(module, tensors, dtype=dtype, device=device, placement=placement)
+        embed: Any = module.patch_embed
+        if embed.use_positional_embeddings:
+            # No file holds it.
+            table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
+            embed.pos_embedding = table.to(device=device, dtype=dtype)
+    return module.eval()
+
+
+def empty_transformer(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    placement: Placement | None = None,
+) -> CogVideoXTransformer3DModel:
+    """The module that ``load_transformer`` gives, from its ``config.json`` alone: nothing stands in its tensors.
+
+    Under ``FakeTensorMode`` it takes no memory, whatever its size.
+
+    Args:
+        folder: of the checkpoint; ``facts.known_model`` has those of the published ones.
+        dtype: of its weights.
+        device: of its weights; ``meta`` takes no memory either.
+        placement: as for ``load_transformer``.
+
+    Raises:
+        ModelError: if the configuration cannot be read, or is none of a transformer.
+    """
+    read_component_json(folder, "transformer")
+    with _loading("transformer", folder):
+        module = _meta_transformer(folder, dtype)
+        if placement is not None:
+            placement.prepare(module)
+        make_room(module, torch.device(device))
+    return module.eval()
+
+
+def _meta_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     from diffusers import CogVideoXTransformer3DModel
 
-    return _load_diffusers(CogVideoXTransformer3DModel, model, "transformer", device, dtype)
+    config = CogVideoXTransformer3DModel.load_config(folder / "transformer", local_files_only=True)
+    with on_meta(dtype):
+        module = CogVideoXTransformer3DModel.from_config(config)
+    embed: Any = module.patch_embed
+    if embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
+        # A table in float64, 270 MB for the 2B model, that would be cast on every forward pass. One rounding either
+        # way, so the values are the same.
+        embed.pos_embedding = embed.pos_embedding.to(dtype)
+    return module
 
 
 def load_vae(
@@ -79,30 +158,67 @@ def load_vae(
     """The VAE, frozen and in evaluation mode. Arguments and errors as for ``load_transformer``."""
     from diffusers import AutoencoderKLCogVideoX
 
-    return _load_diffusers(AutoencoderKLCogVideoX, model, "vae", device, dtype).requires_grad_(False)
+    folder = resolve_pretrained(model.pretrained, model.revision, components=["vae"])
+    require_loadable(folder, "vae")
+    dtype = dtype or model.torch_dtype()
+    with _loading("vae", folder):
+        # safetensors only: the other format is pickle, which runs code. local_files_only: what is missing here is
+        # an error, not a reason to ask the hub for a model of the folder's name.
+        module, report = AutoencoderKLCogVideoX.from_pretrained(
+            folder / "vae",
+            torch_dtype=dtype,
+            low_cpu_mem_usage=True,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+        found = {fault: report[f"{fault}_keys"] for fault in ("missing", "mismatched", "unexpected")}
+        require_all_weights(**found)
+    return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def load_text(
-    model: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    model: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    placement: Placement | None = None,
 ) -> tuple[T5Tokenizer, T5EncoderModel]:
     """The tokenizer and the T5 encoder, frozen and in evaluation mode. Otherwise as ``load_transformer``."""
-    from transformers import T5EncoderModel, T5Tokenizer
+    from transformers import T5Tokenizer
 
     folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer", "text_encoder"])
     for component in ("tokenizer", "text_encoder"):
         require_loadable(folder, component)
     with _loading("tokenizer", folder):
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    dtype = dtype or model.torch_dtype()
     with _loading("text_encoder", folder):
+        encoder = _encoder(folder / "text_encoder", dtype, torch.device(device), placement)
+    return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def _encoder(folder: Path, dtype: torch.dtype, device: torch.device, placement: Placement | None) -> T5EncoderModel:
+    from transformers import T5Config, T5EncoderModel
+
+    # A whole T5 also holds a decoder, whose weights are left where they are.
+    if placement is None:
         encoder, report = T5EncoderModel.from_pretrained(
-            folder / "text_encoder",
-            dtype=dtype or model.torch_dtype(),
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
-        _require_all_weights(report, allow_unexpected=True)  # a whole T5 also holds a decoder
-    return tokenizer, encoder.to(device).eval().requires_grad_(False)
+        require_all_weights(missing=report["missing_keys"], mismatched=report["mismatched_keys"], unexpected=())
+        return encoder.to(device)
+    if dtype == torch.float16:
+        raise ModelError(
+            "T5 overflows in float16 where its layers are held in another form",
+            where="memory.text_encoder, model.dtype",
+            fix="set model.dtype: bf16, or memory.text_encoder: streamed",
+        )
+    with on_meta(dtype):
+        encoder = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
+    require_exact(encoder, folder, _TEXT_STEM, allow_unexpected=True)
+    place(encoder, stored_tensors(folder, _TEXT_STEM), dtype=dtype, device=device, placement=placement)
+    return encoder
 
 
 def load_scheduler(model: ModelConfig) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
@@ -122,29 +238,6 @@ def load_scheduler(model: ModelConfig) -> CogVideoXDDIMScheduler | CogVideoXDPMS
         return getattr(diffusers, name).from_pretrained(folder / "scheduler")
 
 
-def _load_diffusers(
-    kind: Any, model: ModelConfig, component: str, device: torch.device | str, dtype: torch.dtype | None
-) -> Any:
-    folder = resolve_pretrained(model.pretrained, model.revision, components=[component])
-    require_loadable(folder, component)
-    dtype = dtype or model.torch_dtype()
-    with _loading(component, folder):
-        # safetensors only: the other format is pickle, which runs code. local_files_only: what is missing here is
-        # an error, not a reason to ask the hub for a model of the folder's name.
-        module, report = kind.from_pretrained(
-            folder / component,
-            torch_dtype=dtype,
-            low_cpu_mem_usage=True,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-        _require_all_weights(report, allow_unexpected=False)
-    # The dtype again, for buffers: the sine table of the first generation is built in float64, 270 MB for the 2B
-    # model, and cast on every forward pass. One rounding either way, so the values are the same.
-    return module.to(device=device, dtype=dtype).eval()
-
-
 @contextmanager
 def _loading(component: str, folder: Path) -> Iterator[None]:
     """Turn what the libraries raise over a damaged or incomplete folder into one kind of error."""
@@ -160,18 +253,6 @@ def _loading(component: str, folder: Path) -> Iterator[None]:
             where=str(folder / component),
             fix="fetch the checkpoint again; its weights have to be safetensors files",
         ) from error
-
-
-def _require_all_weights(report: dict[str, Any], *, allow_unexpected: bool) -> None:
-    # Both libraries would only warn, and train or sample with random numbers in the place of a missing weight.
-    problems = {"missing": report["missing_keys"], "of another shape": report["mismatched_keys"]}
-    if not allow_unexpected:
-        problems["unknown"] = report["unexpected_keys"]
-    said = [
-        f"{len(names)} weights are {fault}, such as {sorted(names)[0]}" for fault, names in problems.items() if names
-    ]
-    if said:
-        raise ValueError("; ".join(said))
 
 
 def _stored_dtype(folder: Path) -> str | None:
@@ -196,38 +277,6 @@ def _stored_dtype(folder: Path) -> str | None:
 
 _MOST_HEADER_BYTES = 100_000_000
 """What safetensors itself allows."""
-_COVERED = {"vae": ("vae",), "text_encoder": ("text_encoder", "tokenizer")}
-
-
-def fingerprint(
-    folder: Path,
-    component: Literal["vae", "text_encoder"],
-    *,
-    digest_file: Callable[[Path], str] = digest_file_now,
-) -> str:
-    """A digest of everything that decides what an encoder computes: the bytes of its weights and of its configuration.
-
-    Args:
-        folder: the checkpoint's local folder (``resolve_pretrained``).
-        component: ``vae``, or ``text_encoder``, which covers the tokenizer.
-        digest_file: how a file is digested; a caller with a memo passes its own, since T5 is 10 GB.
-
-    Raises:
-        ModelError: if the component has no weights there.
-    """
-    parts = _COVERED[component]
-    files = [path for part in parts for path in sorted((folder / part).glob("*")) if path.suffix in _DECIDING]
-    if not any(path.suffix == ".safetensors" for path in files):
-        raise ModelError(
-            f"the {component} has no weights",
-            where=str(folder / component),
-            fix="fetch the checkpoint again; its weights have to be safetensors files",
-        )
-    return digest_of({path.relative_to(folder).as_posix(): digest_file(path) for path in files})
-
-
-_DECIDING = (".json", ".safetensors", ".model", ".txt")
-"""Suffixes of the files that loading reads: configuration, weights, sentencepiece models, vocabularies."""
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, *, max_shard_size: str = "5GB") -> None:

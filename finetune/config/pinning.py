@@ -48,8 +48,11 @@ def recorded_revision(config: RunConfig) -> str | None:
         return None
     standing = [path for _, path in reversed(list_checkpoints(config.output_dir))]
     for folder in standing if resume == "latest" else [Path(resume)]:
+        file = folder / "config.json"
+        if not file.is_file():  # a pipe would keep us waiting
+            continue
         try:
-            recorded = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model"]
+            recorded = json.loads(file.read_text(encoding="utf-8"))["model"]
             if recorded["pretrained"] == config.model.pretrained and is_commit(recorded["revision"]):
                 return str(recorded["revision"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):

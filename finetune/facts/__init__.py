@@ -4,19 +4,30 @@ No code here or above asks for a model's name. Two checkpoints with the same num
 CogVideoX variant, or a tiny look-alike of a published one, costs no code. Reading needs neither weights nor diffusers.
 """
 
-from finetune.facts.guard import CONFIG_FILES, read_json, require_loadable, require_plain_index
-from finetune.facts.locate import KNOWN_MODELS, is_commit, known_model, pin_revision, resolve_pretrained
+from finetune.facts.guard import CONFIG_FILES, read_component_json, read_json, require_loadable, require_plain_index
+from finetune.facts.locate import (
+    HUB_IDS,
+    KNOWN_MODELS,
+    is_commit,
+    json_folder,
+    known_model,
+    pin_revision,
+    resolve_pretrained,
+)
 from finetune.facts.model import Facts
 from finetune.facts.read import SchedulerClass, read_facts
 
 __all__ = [
     "CONFIG_FILES",
+    "HUB_IDS",
     "KNOWN_MODELS",
     "Facts",
     "SchedulerClass",
     "is_commit",
+    "json_folder",
     "known_model",
     "pin_revision",
+    "read_component_json",
     "read_facts",
     "read_json",
     "require_loadable",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.errors import ModelError
@@ -14,6 +14,14 @@ MODEL_INDEX = "model_index.json"
 COMPLETE_CHECKPOINT = "give model.pretrained a complete CogVideoX checkpoint in diffusers format"
 KNOWN_MODELS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
 """Published checkpoints whose JSON ships with this package (``known_model``)."""
+HUB_IDS: Mapping[str, str] = {
+    "2b": "THUDM/CogVideoX-2b",
+    "5b": "THUDM/CogVideoX-5b",
+    "5b-i2v": "THUDM/CogVideoX-5b-I2V",
+    "1.5-5b": "THUDM/CogVideoX1.5-5B",
+    "1.5-5b-i2v": "THUDM/CogVideoX1.5-5B-I2V",
+}
+"""Where the published checkpoints are; the keys are ``KNOWN_MODELS``."""
 
 _COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
@@ -142,3 +150,22 @@ def known_model(variant: str) -> Path:
     if variant not in KNOWN_MODELS:
         raise ModelError(f"no shipped model is called {variant!r}", fix=f"choose one of {', '.join(KNOWN_MODELS)}")
     return Path(__file__).parents[1] / "assets" / "models" / variant
+
+
+def json_folder(pretrained: str, revision: str | None = None) -> Path:
+    """A folder with a checkpoint's JSON, for planning: that of this package where the model is a published one.
+
+    Nothing is asked of a network for a folder, a name of ``KNOWN_MODELS`` or a published model's id.
+
+    Args:
+        pretrained: as for ``read_facts``, or one of ``KNOWN_MODELS``.
+        revision: as for ``read_facts``; of no consequence for a published model, whose shapes are the same in all.
+
+    Raises:
+        ModelError: if it cannot be found.
+    """
+    if not _as_folder(pretrained).is_dir():
+        names = {hub_id.lower(): variant for variant, hub_id in HUB_IDS.items()} | {name: name for name in KNOWN_MODELS}
+        if variant := names.get(pretrained.lower()):
+            return known_model(variant)
+    return locate(pretrained, revision, patterns=[MODEL_INDEX, "*/config.json", "*/scheduler_config.json"])

@@ -20,14 +20,16 @@ from finetune.datasets.manifest import Manifest
 from finetune.errors import CheckpointError, DataError
 from finetune.facts import Facts, read_facts
 from finetune.files import atomic_write_text
+from finetune.memory.quantize import placement
+from finetune.planning.auto import settled
+from finetune.planning.beside import Forecaster
 from finetune.precompute import ensure_cache
 from finetune.ranks import Ranks
 from finetune.schedule import Item, StepPlan
 from finetune.trainers.checkpoint import LoadedCheckpoint, require_same_run
 from finetune.trainers.determinism import repeatable, repeats
 from finetune.trainers.ema import Ema
-from finetune.trainers.engine import Replicate, read_launch
-from finetune.trainers.optim import precise_weights
+from finetune.trainers.engine import Launch, Replicate, read_launch
 from finetune.trainers.run import Run
 from finetune.trainers.run_folder import checkpoint_to_continue, hold_run_folder
 from finetune.trainers.spread import make_accelerator, make_engine, require_launch
@@ -48,10 +50,13 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     config = pin_model(config, ranks.first)
     facts = read_facts(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, facts)
-    require_launch(launch, config, ranks)
+    require_launch(launch, config, facts, ranks)
+    config, choice = settled(config)
     accelerator = make_accelerator(config)
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
+    for line in choice:
+        accelerator.print(line)
 
     manifest = ensure_cache(config, facts, distributed=ranks, cleanup=cleanup)
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
@@ -66,20 +71,27 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
     saved = _checkpoint_to_continue(config, manifest, ranks)
 
+    forecaster = _forecaster(config, launch, ranks)  # while the model is read
+    if forecaster is not None:
+        cleanup.callback(forecaster.close)
     dtype = config.model.torch_dtype()
-    # A model that is to be sharded is never whole on a device.
+    # A model that is to be sharded, or to stream, is never whole on a device.
+    whole = isinstance(launch, Replicate) and not config.memory.streams
     module = load_transformer(
-        config.model, device=ranks.device if isinstance(launch, Replicate) else "cpu", dtype=dtype
+        config.model,
+        device=ranks.device if whole else "cpu",
+        dtype=dtype,
+        placement=placement(config.memory.base),
     )
-    config.memory.apply(module)
     config.method.apply(module, seed=config.train.seed)
+    config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
     ranks.all(lambda: None)  # reading a model takes as long as it takes, and a collective of training does not wait
     engine = make_engine(launch, ranks, accelerator, module, config)
     engine.start(config.optimizer, saved)
     ema = None
     if config.train.ema_decay is not None:
-        ema = Ema(engine.parameters, precise_weights(engine.optimizer, engine.parameters), config.train.ema_decay)
+        ema = Ema(engine.parameters, engine.precise(), config.train.ema_decay)
         average = None if saved is None else engine.read(saved, "ema")
         if saved is not None and average is not None:
             ema.load(average, saved.state.step)
@@ -122,6 +134,7 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         resumed_from=None if saved is None else saved.path,
         tracker=tracker,
         console=console,
+        prediction=None if forecaster is None else forecaster.prediction(),
     )
     ranks.first(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
     for label, value in run_sheet(run):
@@ -167,6 +180,14 @@ def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, ranks: Ranks)
     return saved
 
 
+def _forecaster(config: RunConfig, launch: Launch, ranks: Ranks) -> Forecaster | None:
+    """For one process with a GPU, whose peak is worth to be known and will be measured from here."""
+    if ranks.device.type != "cuda" or ranks.world > 1 or not isinstance(launch, Replicate):
+        return None
+    torch.cuda.reset_peak_memory_stats(ranks.device)  # what the encoders took is not the training's
+    return Forecaster(config, torch.cuda.get_device_properties(ranks.device).total_memory)
+
+
 def run_sheet(run: Run) -> list[tuple[str, str]]:
     """Every derived number of a run with its unit, to be read before the first step."""
     config, plan, facts = run.config, run.plan, run.facts
@@ -197,6 +218,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
         ("spread", run.engine.name),
         ("device", f"{run.device} ({_device_name(run.device)})"),
+        *([("peak memory", run.prediction.said)] if run.prediction is not None else []),
         ("seed", str(config.train.seed)),
         ("repeatable", repeats(config.train.deterministic, run.device)),
     ]

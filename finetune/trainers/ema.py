@@ -18,7 +18,7 @@ class Ema:
 
     Args:
         parameters: what the model computes with, by name.
-        precise: the float32 tensor behind each parameter: its master copy, or the parameter itself.
+        precise: the most precise tensor there is of each parameter: its master copy, or the parameter itself.
         decay: the long-run decay; diffusers warms it up as min(decay, (1 + n) / (10 + n)).
     """
 
@@ -27,7 +27,8 @@ class Ema:
 
         self._parameters = dict(parameters)
         self._precise = [precise[name] for name in self._parameters]
-        self._average: Any = EMAModel(self._precise, decay=decay)
+        # Copies in float32 also of weights that have no such copy behind them (optimizer.weights: stochastic, kahan).
+        self._average: Any = EMAModel([tensor.detach().float() for tensor in self._precise], decay=decay)
 
     def step(self) -> None:
         """Take one optimizer step's weights into the average."""

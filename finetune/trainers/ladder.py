@@ -27,7 +27,7 @@ class Ladder:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.state, *self._below = run.config.memory.notches(run.config.train.batch_size)
+        self.state, *self._below = run.config.memory.notches(run.traits)
         self.moved = 0
         """Notches moved so far."""
         self._unchecked = True
@@ -74,7 +74,7 @@ class Ladder:
 
     def _move(self, step: int, said: str) -> None:
         before, self.state = self.state, self._below.pop(0)
-        self.state.apply(self._run.module)
+        self.state.apply(self._run.module, self._run.device)
         self.moved += 1
         self._unchecked = True
         self._run.tracker.log(step + 1, {"perf/oom_notches": self.moved})
@@ -108,6 +108,7 @@ def out_of_memory(config: RunConfig, memory: MemoryConfig, said: str, when: str)
         f"out of GPU memory {when}: {said}",
         where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size {config.train.batch_size},"
         f" memory.checkpointing {memory.checkpointing}, method {config.method.kind}, optimizer {config.optimizer.kind}",
-        fix="in this order: memory.checkpointing: full, train.batch_size: 1 (and more accumulation), a smaller bucket,"
-        " optimizer.kind: adamw8bit, a smaller method.rank; the last checkpoint is intact",
+        fix="ask `finetune plan --budget` what fits; or, in this order: memory.checkpointing: full, memory.block: lean,"
+        " memory.activations: host, train.batch_size: 1 (and more accumulation), memory.streamed_blocks: all, a smaller"
+        " bucket, optimizer.kind: adamw8bit, a smaller method.rank; the last checkpoint is intact",
     )

@@ -19,11 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox import denoise
 from finetune.config import RunConfig
-from finetune.diffusion import noise_batch, v_mse
 from finetune.errors import first_line
-from finetune.facts import Facts
 from finetune.ranks import peers
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
@@ -32,7 +29,8 @@ from finetune.trainers.checkpoint import Saver
 from finetune.trainers.fault_report import require_finite
 from finetune.trainers.ladder import Ladder, out_of_memory
 from finetune.trainers.meter import Meter
-from finetune.trainers.optim import set_lr
+from finetune.trainers.objective import velocity_losses
+from finetune.trainers.optim import begin, set_lr
 from finetune.trainers.run import Run
 from finetune.trainers.sampler import Sampler
 from finetune.trainers.stopping import StopRequest
@@ -95,7 +93,10 @@ def train(config: RunConfig) -> TrainReport:
         stop.begin()
         ladder = Ladder(run)
         try:
-            return _loop(run, ladder, stop)
+            report = _loop(run, ladder, stop)
+            if run.prediction is not None and (compared := run.prediction.compared(run.peak_gib())):
+                run.console.note(compared)
+            return report
         except torch.OutOfMemoryError as error:
             raise out_of_memory(
                 config, ladder.state, first_line(error), "outside of a step's passes, where nothing can be done again"
@@ -112,20 +113,6 @@ def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tens
             processes do not make equally many calls, and a wrapper may communicate in each.
     """
     return velocity_losses(run.engine.model if model is None else model, run.facts, run.alpha_bar, batch)
-
-
-def velocity_losses(model: nn.Module, facts: Facts, alpha_bar: Tensor, batch: Batch) -> Tensor:
-    """What CogVideoX is trained on: the velocity's mean squared error per sample, float32 [B].
-
-    Args:
-        model: the transformer, or what wraps it.
-        facts: of the model.
-        alpha_bar: the noise schedule, float32 [num_train_timesteps].
-        batch: on the device of both.
-    """
-    noised = noise_batch(batch, alpha_bar)
-    prediction = denoise(model, facts, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)
-    return v_mse(prediction, noised.velocity)
 
 
 def _passes(run: Run, ladder: Ladder, meter: Meter, step: int) -> None:
@@ -188,6 +175,7 @@ def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
         begun, waited = time.perf_counter(), run.loader.waited_s
         lr = lr_at(step, config.optimizer.lr, config.lr_schedule, run.total_steps)
         set_lr(run.optimizer, lr)
+        begin(run.optimizer, seed=config.train.seed, step=step)
         passes = partial(_passes, run, ladder, meter, step)
         ladder.replayed(step, passes, forget=meter.reset)
         grad_norm = run.engine.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)

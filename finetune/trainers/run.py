@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from finetune.bands import loss_by_band
-from finetune.config import RunConfig
+from finetune.config import RunConfig, memory_traits
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
 from finetune.facts import Facts
+from finetune.memory import Traits, weights_changed
+from finetune.planning.beside import Prediction
 from finetune.ranks import Ranks
 from finetune.schedule import StepPlan
 from finetune.trainers.audit import Audit
@@ -66,6 +69,8 @@ class Run:
     resumed_from: Path | None
     tracker: Tracker
     console: Console
+    prediction: Prediction | None = None
+    """Of its peak memory; None where none is made."""
     first_step: int = field(init=False)
     weights: str = field(init=False)
     """Digest of the weights that were saved last."""
@@ -85,6 +90,11 @@ class Run:
         return self.engine.optimizer
 
     @property
+    def traits(self) -> Traits:
+        """What decides which memory states the run may be in."""
+        return memory_traits(self.config, self.facts, processes=self.ranks.world, sharded=self.engine.sharded)
+
+    @property
     def loss_scale(self) -> float:
         """Factor on the loss before backward."""
         return FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
@@ -100,9 +110,18 @@ class Run:
             facts = {"samples of the step": self.plan.step(step), "gradient norm": grad_norm}
             require_agreement(step, self.engine.replicas(), facts, self.ranks)
 
-    def averaged_weights(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
         """Compute with the averaged weights inside, if an average is kept."""
-        return nullcontext() if self.ema is None else self.ema.applied()
+        if self.ema is None:
+            yield
+            return
+        try:
+            with self.ema.applied():
+                weights_changed(self.module)
+                yield
+        finally:
+            weights_changed(self.module)
 
     def save(self, state: RunState) -> Path:
         """Save a checkpoint; all processes call this, and all fail if one of them cannot write.
@@ -164,7 +183,9 @@ class Run:
         self.console.step(state.step, loss=record.loss, lr=lr, s_per_step=took_s, peak_gib=peak_gib)
 
     def peak_gib(self) -> float:
-        """Most memory this process has held so far: allocated on its GPU, or resident where there is none."""
+        """Most memory this process has held: allocated on its GPU since the cache was full, or resident where there is
+        none.
+        """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux

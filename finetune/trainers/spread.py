@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from finetune.config import RunConfig
-from finetune.errors import ConfigError
+from finetune.config import RunConfig, memory_traits
+from finetune.errors import ConfigError, raise_all
+from finetune.facts import Facts
 from finetune.ranks import Ranks, on_cpu, plain_launch
 from finetune.trainers.checkpoint.resharding import reader_class
 from finetune.trainers.engine import (
@@ -15,11 +16,11 @@ from finetune.trainers.engine import (
     FullShard,
     Launch,
     Replicate,
-    Replicated,
     Sharded,
     Zero,
     ZeroSharded,
     import_deepspeed,
+    whole_engine,
 )
 
 
@@ -37,7 +38,14 @@ def make_engine(launch: Launch, ranks: Ranks, accelerator: Any, module: torch.nn
         return Sharded(launch, ranks, module, config.method)
     if isinstance(launch, Zero):
         return ZeroSharded(launch, ranks, module, config.method.trainable(module), config.train)
-    return Replicated(accelerator, module, config.method.trainable(module))
+    return whole_engine(
+        accelerator,
+        module,
+        config.method.trainable(module),
+        memory=config.memory,
+        device=ranks.device,
+        max_norm=config.train.max_grad_norm,
+    )
 
 
 def make_accelerator(config: RunConfig) -> Any:
@@ -91,14 +99,29 @@ def _require_plain(accelerator: Any, config: RunConfig) -> None:
         )
 
 
-def require_launch(launch: Launch, config: RunConfig, ranks: Ranks) -> None:
+def require_launch(launch: Launch, config: RunConfig, facts: Facts, ranks: Ranks) -> None:
     """Refuse settings of the run that do not go with how it is spread over processes.
 
     Raises:
         ConfigError: naming the setting.
     """
+    traits = memory_traits(config, facts, processes=ranks.world, sharded=not isinstance(launch, Replicate))
+    raise_all(
+        ConfigError,
+        [
+            ConfigError(fault.what, where=config.where(f"memory.{fault.option}"), fix=fault.fix)
+            for fault in config.memory.faults(traits)
+        ],
+        what="{n} settings of memory do not go with this launch",
+    )
     if isinstance(launch, FullShard):
         reader_class()
+        if config.optimizer.weights == "stochastic":
+            raise ConfigError(
+                "stochastic rounding draws by parameter, and would draw the same for every share of one",
+                where="optimizer.weights: stochastic, under FSDP2",
+                fix="set optimizer.weights: kahan or master",
+            )
     if isinstance(launch, Zero):
         _require_zero(config)
     if isinstance(launch, Replicate) or ranks.world == 1:
@@ -121,6 +144,12 @@ def _require_zero(config: RunConfig) -> None:
             "no moving average is kept under DeepSpeed ZeRO: it hides the weights that would be averaged",
             where=f"train.ema_decay: {config.train.ema_decay}",
             fix="set train.ema_decay: null, or launch with accelerate_configs/fsdp2.yaml",
+        )
+    if config.optimizer.weights != "master":
+        raise ConfigError(
+            "DeepSpeed ZeRO keeps fp32 master copies, and nothing in their place",
+            where=f"optimizer.weights: {config.optimizer.weights}",
+            fix="set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
         )
     if config.model.torch_dtype() == torch.float16:
         raise ConfigError(

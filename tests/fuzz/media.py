@@ -180,6 +180,8 @@ def mutate(source: random.Random, pool: Sequence[bytes], tokens: Sequence[bytes]
         return mutation.mutate(source, pool, tokens)
     case = bytearray(source.choice(pool))
     for _ in range(source.choice((1, 1, 1, 2, 3, 6))):
+        if len(case) < 2:  # removing and cutting can leave nothing to change
+            break
         source.choice(_CHANGES)(source, case, pool)
     return bytes(case[: mutation.MAX_CASE])
 

@@ -51,6 +51,7 @@ _RULES: Mapping[str, tuple[bool, str]] = {
     "data": (True, "the training data are compared by content"),
     "cache": (True, "the training data are compared by content"),
     "memory": (True, "it does not change what is computed"),
+    "memory.base": (False, "the weights in another format are another model"),
     "validation": (True, "it does not touch training"),
     "checkpoint": (True, "it does not touch training"),
     "tracking": (True, "it does not touch training"),
@@ -59,10 +60,17 @@ _RULES: Mapping[str, tuple[bool, str]] = {
 """What may change when a run goes on, by dotted prefix; the longest one that fits decides."""
 
 
+_SINCE: Mapping[str, object] = {"optimizer.weights": "master", "memory.base": "native"}
+"""Fields that configurations did not always have, and what was done before."""
+
+
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Every field in which two resolved configurations differ, in the order of their names."""
     before, after = dict(_flat(_as_json(old))), dict(_flat(_as_json(new)))
     found = []
+    for field, value in _SINCE.items():
+        before.setdefault(field, value)
+        after.setdefault(field, value)
     for field in sorted(before.keys() | after.keys()):
         if before.get(field) != after.get(field):
             allowed, reason = _rule(field)

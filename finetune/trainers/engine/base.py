@@ -72,6 +72,9 @@ class Engine(Protocol):
     def replicas(self) -> Mapping[str, Tensor]:
         """Tensors that every process must hold alike at this point: after ``clip``, weights and gradients by name."""
 
+    def precise(self) -> Mapping[str, Tensor]:
+        """The tensor that the optimizer updates behind each of ``parameters``: its master copy, or itself."""
+
     def weights(self) -> Mapping[str, Tensor]:
         """What trains, by name, to be saved."""
 

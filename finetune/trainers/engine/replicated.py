@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from finetune.trainers.checkpoint import LoadedCheckpoint
 from finetune.trainers.method import load_strictly
-from finetune.trainers.optim import OptimizerConfig, OptimizerState, load_optimizer_state, optimizer_state
+from finetune.trainers.optim import (
+    OptimizerConfig,
+    OptimizerState,
+    load_optimizer_state,
+    optimizer_state,
+    precise_weights,
+)
 
 
 class Replicated:
@@ -71,6 +77,10 @@ class Replicated:
         """See ``Engine``."""
         named: dict[str, Tensor] = {f"weight of {name}": p.detach() for name, p in self.parameters.items()}
         return named | {f"gradient of {name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
+
+    def precise(self) -> Mapping[str, Tensor]:
+        """See ``Engine``."""
+        return precise_weights(self.optimizer, self.parameters)
 
     def weights(self) -> Mapping[str, Tensor]:
         """See ``Engine``."""

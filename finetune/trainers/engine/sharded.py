@@ -23,7 +23,14 @@ from finetune.trainers.checkpoint.resharding import read_shares
 from finetune.trainers.checkpoint.shards import Shards
 from finetune.trainers.engine.launch import FullShard
 from finetune.trainers.method import MethodConfig, require_same
-from finetune.trainers.optim import OptimizerConfig, OptimizerState, load_optimizer_state, optimizer_state, owner_of
+from finetune.trainers.optim import (
+    OptimizerConfig,
+    OptimizerState,
+    load_optimizer_state,
+    optimizer_state,
+    owner_of,
+    precise_weights,
+)
 
 
 class Sharded:
@@ -117,6 +124,10 @@ class Sharded:
         return {f"buffer {name}": buffer for name, buffer in self.model.named_buffers()}
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def precise(self) -> Mapping[str, Tensor]:
+        """See ``Engine``."""
+        return precise_weights(self.optimizer, self.parameters)
 
     def weights(self) -> Mapping[str, Tensor]:
         """See ``Engine``."""

@@ -153,6 +153,10 @@ class ZeroSharded:
                     kept[f"{before}{name}{between}{key}"] = tensor.detach().to("cpu", copy=True)
         return kept
 
+    def precise(self) -> Mapping[str, Tensor]:
+        """See ``Engine``; DeepSpeed's own copies cannot be reached, and no average is kept of them."""
+        return self.parameters
+
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """See ``Engine``."""
         return tensors

@@ -53,13 +53,18 @@ def read_adapter(source: Path) -> Adapter:
     candidates = [source / LORA_FILE, source / CHECKPOINT_FILE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
+        if (source / CHECKPOINT_FILE.removesuffix(".safetensors")).is_dir():
+            raise ConfigError(
+                "this checkpoint was written in shares by several processes, and an adapter is read from one file",
+                where=where,
+                fix=f"run `finetune export {source} --output FOLDER` and name that folder",
+            )
         raise ConfigError(
             f"there is no adapter: the folder holds neither {LORA_FILE} nor {CHECKPOINT_FILE}"
             if source.is_dir()
             else "there is no such file or folder",
             where=where,
-            fix="name a LoRA safetensors file, an export's folder or a folder <run>/checkpoints/step-... (that of a"
-            " sharded training after an export)",
+            fix="name a LoRA safetensors file, an export's folder or a folder <run>/checkpoints/step-...",
         )
     try:
         recorded, tensors = _read(path)

@@ -12,7 +12,7 @@ from finetune.trainers.method.tensors import count_lines, load_strictly
 
 
 class FullMethod(Strict):
-    """Train every weight of the transformer, in the model's dtype; the optimizer keeps fp32 copies of narrower ones."""
+    """Train every weight of the transformer, in the model's dtype; ``optimizer.weights`` says what is kept beside."""
 
     kind: Literal["full"] = "full"
 

@@ -66,6 +66,10 @@ class LoraMethod(Strict):
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    def matches(self, name: str) -> bool:
+        """Whether a linear layer of this name gets an adapter."""
+        return any(re.fullmatch(PRESETS.get(target, target), name) for target in _as_tuple(self.targets))
+
     def target_modules(self, transformer: nn.Module) -> list[str]:
         """Names of the linear layers that get an adapter, in the model's order.
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,10 @@ def count_lines(transformer: nn.Module) -> list[tuple[str, str]]:
             if parameter.requires_grad is trains:
                 dtype = str(parameter.dtype).removeprefix("torch.")
                 counts[dtype] = counts.get(dtype, 0) + parameter.numel()
+        for layer in () if trains else transformer.modules():
+            if kind := getattr(layer, "kind", None):  # of a weight held in fewer bits, which is no parameter
+                weight: Any = layer.weight
+                counts[kind] = counts.get(kind, 0) + math.prod(weight.shape)
         if counts:
             lines.append((label, ", ".join(f"{count:,} in {dtype}" for dtype, count in counts.items())))
     return lines

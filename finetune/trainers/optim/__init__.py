@@ -1,11 +1,12 @@
-"""Optimizers, fp32 master weights, and optimizer state without pickle."""
+"""Optimizers, the precision of narrow weights, and optimizer state without pickle."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from finetune.trainers.optim.masters import MasterWeights
+from finetune.trainers.optim.narrow import NarrowWeights
+from finetune.trainers.optim.rounding import Weights
 from finetune.trainers.optim.sections import (
     AdamW,
     AdamW8bit,
@@ -18,6 +19,7 @@ from finetune.trainers.optim.state import (
     OptimizerState,
     load_optimizer_state,
     optimizer_state,
+    optimizer_tensors,
     owner_of,
     precise_weights,
     require_same_optimizer,
@@ -27,13 +29,16 @@ __all__ = [
     "AdamW",
     "AdamW8bit",
     "CustomOptimizer",
-    "MasterWeights",
+    "NarrowWeights",
     "OptimizerConfig",
     "OptimizerState",
     "PagedAdamW8bit",
     "TorchaoAdamW8bit",
+    "Weights",
+    "begin",
     "load_optimizer_state",
     "optimizer_state",
+    "optimizer_tensors",
     "owner_of",
     "precise_weights",
     "require_same_optimizer",
@@ -48,3 +53,15 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
+
+
+def begin(optimizer: torch.optim.Optimizer, *, seed: int, step: int) -> None:
+    """Say which optimizer step the next updates belong to: random numbers in them are drawn by it.
+
+    Args:
+        optimizer: what ``build`` made.
+        seed: of the run.
+        step: from 0.
+    """
+    if isinstance(optimizer, NarrowWeights):
+        optimizer.begin(seed, step)

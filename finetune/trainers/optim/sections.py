@@ -18,7 +18,8 @@ from torch import nn
 
 from finetune.errors import ConfigError
 from finetune.section import Strict
-from finetune.trainers.optim.masters import MasterWeights, NamedParameters, is_narrow
+from finetune.trainers.optim.narrow import NamedParameters, NarrowWeights
+from finetune.trainers.optim.rounding import Weights, is_narrow
 
 Groups = list[dict[str, Any]]
 
@@ -28,20 +29,24 @@ class _Optimizer(Strict):
 
     lr: float = Field(1e-4, gt=0)
     """Base learning rate; ``lr_schedule`` scales it step by step."""
+    weights: Weights = "master"
+    """What keeps updates that are too small for a bf16 weight, in full fine-tuning: ``master``, an fp32 copy (4 bytes
+    per weight); ``kahan``, the rounding error (2 bytes); ``stochastic``, rounding at random, which is right on average
+    and keeps nothing. A LoRA's weights are fp32 and need none of them."""
 
     def build(self, params: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Make the optimizer over named parameters; those narrower than fp32 are updated through fp32 master copies.
+        """Make the optimizer over named parameters; those narrower than fp32 are updated as ``weights`` says.
 
         Raises:
             ConfigError: if the library behind this kind, or the device it needs, is absent, or it refuses a parameter.
         """
         named = list(params)
         if any(is_narrow(parameter) for _, parameter in named):
-            return MasterWeights(named, lambda masters: self._build(self._groups(masters)))
+            return NarrowWeights(named, lambda shells: self._build(self._groups(shells)), self.weights)
         return self._build(self._groups(named))
 
     def build_in_place(self, params: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """As ``build``, without master copies: for an engine that keeps its own."""
+        """As ``build``, without regard to ``weights``: for an engine that keeps master copies of its own."""
         return self._build(self._groups(list(params)))
 
     def _groups(self, named: NamedParameters) -> Groups:

@@ -1,7 +1,8 @@
 """The state of an optimizer as named tensors and JSON: no pickle, bit-exact, keyed by parameter names.
 
-Tensors are named ``state.<parameter>.<key>`` and ``master.<parameter>``. Numbers, and what puts composed tensors
-together again, stand in the JSON part. Hyperparameters are not state: they are those of the running configuration.
+Tensors are named ``state.<parameter>.<key>``, and ``master.<parameter>`` or ``compensation.<parameter>``. Numbers, and
+what puts composed tensors together again, stand in the JSON part. Hyperparameters are not state: they are those of the
+running configuration.
 """
 
 from __future__ import annotations
@@ -14,34 +15,41 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import CheckpointError
-from finetune.trainers.optim.masters import MasterWeights
+from finetune.trainers.optim.narrow import NarrowWeights
+from finetune.trainers.optim.rounding import Kahan, Masters
 
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 """Tensors by name, and the JSON-serialisable remainder."""
 Parameters = Mapping[str, nn.Parameter]
 """Everything that trains, by name: ``method.trainable()``."""
+_KEPT = (Masters.label, Kahan.label)
+"""What the names of tensors begin with that are kept of narrow parameters."""
 
 
 def owner_of(key: str) -> str:
     """The parameter that a tensor of an optimizer's state belongs to."""
-    if key.startswith("master."):
-        return key.removeprefix("master.")
+    label, _, rest = key.partition(".")
+    if label in _KEPT:
+        return rest
     return key.split("/")[0].removeprefix("state.").rpartition(".")[0]
 
 
 def precise_weights(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, nn.Parameter]:
-    """The tensor the optimizer really updates behind each parameter: its float32 master, or the parameter itself."""
+    """The most precise tensor there is of each parameter, for averages: its fp32 master, or what the optimizer trains.
+
+    By name: an optimizer may work on copies elsewhere.
+    """
     bare = _bare(optimizer)
-    masters: dict[int, nn.Parameter] = {}
-    if isinstance(bare, MasterWeights):
-        masters = {id(parameter): master for _, parameter, master in bare.members()}
-    return {name: masters.get(id(parameter), parameter) for name, parameter in parameters.items()}
+    trained = _by_name(bare, parameters)
+    if isinstance(bare, NarrowWeights):
+        trained |= {name: shell for name, _, shell in bare.members() if shell is bare.keeping.kept.get(name)}
+    return trained
 
 
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Parameters
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything an optimizer has accumulated, fp32 masters included.
+    """Everything an optimizer has accumulated, with what is kept of narrow parameters (fp32 masters, compensations).
 
     Args:
         optimizer: what ``build`` made, also inside accelerate's wrapper.
@@ -51,11 +59,10 @@ def optimizer_state(
         The live tensors, not copies, and the JSON part. A tensor that several parameters share (a quantisation table)
         stands once.
     """
-    inner, trained = _inner(optimizer), precise_weights(optimizer, parameters)
+    inner, trained = _inner(optimizer), _trained(optimizer, parameters)
     packer = _Packer()
-    for name, master in trained.items():
-        if master is not parameters[name]:
-            packer.put(f"master.{name}", master)
+    for key, tensor in _kept(optimizer).items():
+        packer.put(key, tensor)
     scalars: dict[str, dict[str, Any]] = {}
     for name, parameter in trained.items():
         for key, value in inner.state.get(parameter, {}).items():
@@ -67,14 +74,22 @@ def optimizer_state(
                 raise TypeError(
                     f"{type(inner).__name__} keeps a {type(value).__name__} as {key!r}: no form to save it in"
                 )
-    meta = {
+    meta: dict[str, Any] = {
         "class": type(inner).__qualname__,
         "parameters": list(trained),
         "scalars": scalars,
         "shared": packer.shared,
         "composed": packer.composed,
     }
+    if isinstance(bare := _bare(optimizer), NarrowWeights):
+        meta["weights"] = bare.keeping.kind
     return packer.tensors, meta
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Every tensor that an optimizer holds at the moment, besides what it was given."""
+    entries = [value for state in _inner(optimizer).state.values() for value in state.values()]
+    return [value for value in (*entries, *_kept(optimizer).values()) if isinstance(value, Tensor)]
 
 
 class _Packer:
@@ -114,18 +129,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
         CheckpointError: if the state is that of another optimizer or of other parameters.
     """
     tensors, meta = saved
-    inner, trained = _inner(optimizer), precise_weights(optimizer, parameters)
+    inner, trained = _inner(optimizer), _trained(optimizer, parameters)
     require_same_optimizer(type(inner).__qualname__, trained, meta)
-    masters = {name: master for name, master in trained.items() if master is not parameters[name]}
-    expected, found = {f"master.{name}" for name in masters}, {key for key in tensors if key.startswith("master.")}
-    if expected != found:
-        raise CheckpointError(
-            f"the checkpoint holds {len(found)} fp32 master weights, this run has {len(expected)}",
-            fix="resume with the model.dtype and method the checkpoint was made with",
-        )
+    _require_same_keeping(optimizer, tensors, meta)
     with torch.no_grad():
-        for name, master in masters.items():
-            master.copy_(tensors[f"master.{name}"])
+        for key, kept in _kept(optimizer).items():
+            kept.copy_(tensors[key])
     state: dict[str, dict[str, Any]] = {name: dict(values) for name, values in meta["scalars"].items()}
     keys = [key for key in tensors if key.startswith("state.") and "/" not in key]
     for key in (*keys, *(key for key in meta["shared"] if "/" not in key), *meta["composed"]):
@@ -162,6 +171,27 @@ def require_same_optimizer(here: str, trained: Mapping[str, Tensor], meta: Mappi
             f"the optimizer trains {len(trained)} tensors, the checkpoint's {len(meta['parameters'])}; "
             f"on one side only: {examples}",
             fix="resume with the model and method the checkpoint was made with",
+        )
+
+
+def _require_same_keeping(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Refuse a state in which narrow weights were kept in another way, or were not narrow."""
+    bare = _bare(optimizer)
+    there = meta.get("weights", "master")  # what versions before there was a choice did
+    if isinstance(bare, NarrowWeights) and bare.keeping.kind != there:
+        raise CheckpointError(
+            f"this run keeps narrow weights by {bare.keeping.kind}, the checkpoint by {there}",
+            where=f"optimizer.weights: {bare.keeping.kind}",
+            fix=f"set optimizer.weights: {there}, or begin a new run with method.init_from",
+        )
+    expected, found = _kept(optimizer).keys(), {key for key in tensors if key.partition(".")[0] in _KEPT}
+    if expected != found:
+        what = "compensations" if there == Kahan.kind else "fp32 master weights"
+        raise CheckpointError(
+            f"the checkpoint holds {len(found)} {what}, this run has {len(expected)}",
+            fix="resume with the model.dtype and method the checkpoint was made with",
         )
 
 
@@ -244,7 +274,29 @@ def _fill_bitsandbytes(inner: Any, trained: Parameters, state: Mapping[str, Mapp
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     bare = _bare(optimizer)
-    return bare.inner if isinstance(bare, MasterWeights) else bare
+    return bare.inner if isinstance(bare, NarrowWeights) else bare
+
+
+def _trained(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, nn.Parameter]:
+    """What the inner optimizer keys its state to, by name, in the order of ``parameters``."""
+    return _by_name(_inner(optimizer), parameters)
+
+
+def _by_name(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, nn.Parameter]:
+    known = {
+        name: parameter
+        for group in optimizer.param_groups
+        for name, parameter in zip(group.get("param_names", ()), group["params"], strict=False)
+    }
+    return {name: known.get(name, parameter) for name, parameter in parameters.items()}
+
+
+def _kept(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What is kept of narrow parameters, by the name it is saved under; the live tensors."""
+    bare = _bare(optimizer)
+    if not isinstance(bare, NarrowWeights):
+        return {}
+    return {f"{bare.keeping.label}.{name}": tensor for name, tensor in bare.keeping.kept.items()}
 
 
 def _bare(optimizer: Any) -> torch.optim.Optimizer:

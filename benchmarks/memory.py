@@ -1,0 +1,111 @@
+"""Peak memory of the shipped configurations, as the planner predicts it, against the goal of each.
+
+A prediction is not a measurement: every figure in the file is the planner's. What ``measured`` says was measured, and
+is kept from one writing of the file to the next.
+
+    python benchmarks/memory.py [--exact] [--only NAME ...] [--output benchmarks/results/memory_plans.json]
+
+Exits with 1 where a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune.cards import GIB, OVERHEAD_GIB, usable
+from finetune.config import load_config
+from finetune.planning.cost import step_cost
+from finetune.planning.predict import facts_of, predict
+from finetune.planning.rates import DEFAULTS
+from finetune.recipes import RECIPES, Recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "memory_plans.json"
+
+
+def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
+    """The figures of one shipped configuration."""
+    config = load_config(ROOT / "configs" / recipe.name)
+    begun = time.process_time()
+    rehearsal = predict(config, card_bytes=usable(recipe.card_gib * GIB), exact=exact)
+    training = rehearsal.phase("train")
+    facts = facts_of(config)
+    return {
+        "model": recipe.model,
+        "method": recipe.method,
+        "card_gib": recipe.card_gib,
+        "words": recipe.words,
+        "memory": config.memory.model_dump(mode="json"),
+        "bucket": rehearsal.bucket,
+        "goal_gib": recipe.goal_gib,
+        "training_gib": _gib(training.peak.nbytes),
+        "where": training.where,
+        "parts_gib": {part: _gib(nbytes) for part, nbytes in training.peak.parts.items() if nbytes > GIB // 200},
+        "phases_gib": {phase.name: _gib(phase.peak.nbytes) for phase in rehearsal.phases},
+        "pinned_gib": _gib(rehearsal.pinned.nbytes),
+        "pageable_gib": _gib(rehearsal.pageable.nbytes),
+        "s_per_step": {
+            name: round(step_cost(config, facts, config.memory, rates).step_s, 2) for name, rates in DEFAULTS.items()
+        },
+        "exact": exact,
+        "took_cpu_s": round(time.process_time() - begun, 1),
+    }
+
+
+def missed(plans: dict[str, dict[str, Any]]) -> list[str]:
+    """Goals that are missed, in words; empty where none is."""
+    return [
+        f"missed: {name}: training needs {plan['training_gib']} GiB, the goal is {plan['goal_gib']}"
+        for name, plan in plans.items()
+        if plan["training_gib"] > plan["goal_gib"]
+    ]
+
+
+def too_large(plans: dict[str, dict[str, Any]]) -> list[str]:
+    """Phases that do not fit their card, in words. Training goes on where sampling runs out of memory."""
+    return [
+        f"note: {name}: {phase} needs {gib} GiB, a card of {plan['card_gib']} GiB has {plan['card_gib'] - OVERHEAD_GIB}"
+        for name, plan in plans.items()
+        for phase, gib in plan["phases_gib"].items()
+        if gib > plan["card_gib"] - OVERHEAD_GIB
+    ]
+
+
+def _gib(nbytes: int) -> float:
+    return round(nbytes / GIB, 2)
+
+
+def main() -> int:
+    """Predict, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--exact", action="store_true", help="rehearse every block; takes minutes per configuration")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="these files of configs/; the others keep their figures"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    before = json.loads(args.output.read_text())["plans"] if args.output.is_file() else {}
+    plans: dict[str, dict[str, Any]] = {}
+    for recipe in RECIPES:
+        known = before.get(recipe.name, {})
+        if args.only and recipe.name not in args.only:
+            plans |= {recipe.name: known} if known else {}
+            continue
+        plans[recipe.name] = predict_recipe(recipe, exact=args.exact) | {"measured": known.get("measured", "")}
+        plan = plans[recipe.name]
+        print(f"{recipe.name:44} {plan['training_gib']:6.2f} GiB, goal {plan['goal_gib']:5.1f}", flush=True)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"overhead_gib": OVERHEAD_GIB, "plans": plans}, indent=1) + "\n")
+    said = missed(plans)
+    print("\n".join([*too_large(plans), *said]))
+    print(f"{len(said)} goals missed, as predicted" if said else "every goal is met, as predicted")
+    return 1 if said else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""Keeping what attention computed, so that a block that is run again need not compute it again.
+
+Attention is half of a forward pass, and its output and logsumexp are a few per cent of a block's activations: nothing
+else saves as much time per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def _known(*names: str) -> frozenset[Any]:
+    found: list[Any] = []
+    for name in names:
+        namespace, _, op = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), op, None)
+        if packet is not None:
+            found.extend(getattr(packet, overload) for overload in packet.overloads())
+    return frozenset(found)
+
+
+ATTENTION_OPS = _known(
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+)
+"""What ``scaled_dot_product_attention`` becomes, whichever backend torch chooses; each gives output and logsumexp. FA3
+as torch activates it is another implementation of the first. The ``math`` fallback is many operations, and not here."""
+
+
+class AttentionTape:
+    """Outputs of one block's attention: recorded in its first run, given back in the repeated one.
+
+    Args:
+        kept: whether this block keeps them; otherwise nothing is recorded, and attention is computed again.
+    """
+
+    def __init__(self, *, kept: bool) -> None:
+        self.kept = kept
+        self._seen: list[tuple[Any, Any]] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Around attention in the first run. Logsumexp is computed although no gradient is recorded."""
+        if not self.kept:
+            yield
+            return
+        self._seen = []
+        with _Recorder(self._seen):
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Around attention in the repeated run: its output is the recorded one, and differentiable as usual."""
+        if not self._seen:
+            yield
+            return
+        with _Player(self._seen):
+            yield
+
+    def forget(self) -> None:
+        """Let go of what was recorded."""
+        self._seen = []
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, seen: list[tuple[Any, Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func not in ATTENTION_OPS:
+            return func(*args, **kwargs)
+        output = func(*_with_logsumexp(func, args, kwargs), **kwargs)
+        self._seen.append((func, output))
+        return output
+
+
+def _with_logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Some backends leave it out where no gradient is recorded; the backward pass needs it."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.name == "compute_log_sumexp":
+            if position < len(args):
+                return (*args[:position], True, *args[position + 1 :])
+            kwargs[argument.name] = True
+    return args
+
+
+class _Player(TorchDispatchMode):
+    def __init__(self, seen: list[tuple[Any, Any]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._left = list(seen)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func in ATTENTION_OPS and self._left and self._left[0][0] is func:
+            return self._left.pop(0)[1]
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,176 @@
+"""What ``finetune plan`` and ``finetune calibrate`` do, as functions of plain arguments."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.cards import GIB, parse_bytes, usable
+from finetune.config import RunConfig, require_valid
+from finetune.errors import ConfigError
+from finetune.memory import MemoryConfig
+from finetune.planning.calibrate import calibrate, device_name
+from finetune.planning.cost import step_cost
+from finetune.planning.plot import draw
+from finetune.planning.predict import facts_of, predict
+from finetune.planning.rates import OTHER, Rates, keep, rates_of
+from finetune.planning.report import document, table, text, verdict
+from finetune.planning.search import Found, Plan, resolve
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says, and whether the run fits what was asked for (None where nothing was)."""
+
+    text: str
+    fits: bool | None
+
+
+def plan(
+    config: RunConfig,
+    *,
+    card: str | None = None,
+    ram: str | None = None,
+    budget: str | None = None,
+    device: str | None = None,
+    quantize: bool = False,
+    plot: Path | None = None,
+    exact: bool = False,
+    as_json: bool = False,
+) -> Planned:
+    """Predict a run's memory; with ``budget``, choose its memory section first.
+
+    Args:
+        config: of the run.
+        card: memory of the GPU, such as ``24GiB``; None for the one that is here, if any.
+        ram: host memory that the run may take.
+        budget: search for the fastest memory section within this much GPU memory.
+        device: name of the GPU whose rates the search reckons with; None for the one that is here, or an A100's.
+        quantize: whether the search may quantise the base to be faster.
+        plot: a PNG to draw the training step's curve into.
+        exact: rehearse every block.
+        as_json: a JSON document in place of tables.
+
+    Raises:
+        ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    facts = facts_of(config)
+    require_valid(config, facts)
+    if config.memory.kind == "auto":  # what the file asks for, where the command does not
+        budget, ram = budget or config.memory.budget or card, ram or config.memory.ram
+        quantize = quantize or config.memory.quantize
+        if budget is None and card_here() is None:
+            where = config.where("memory")
+            raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GiB")
+    card_bytes = _amount("--budget", budget) or _amount("--card", card) or card_here()
+    ram_bytes = _amount("--ram", ram)
+    rates = rates_of(device or device_here())
+    lines: list[str] = []
+    found: Found | None = None
+    if card_bytes is not None and (budget is not None or config.memory.kind == "auto"):
+        config, found = resolve(config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize)
+        lines += [*search_lines(config.memory, found, rates), ""]
+    room = None if card_bytes is None else usable(card_bytes)
+    rehearsal = predict(config, card_bytes=room, exact=exact or plot is not None)
+    judged = verdict(rehearsal, card_bytes, ram_bytes)
+    if plot is not None:
+        draw(rehearsal.phase("train"), _title(config, rehearsal.bucket), plot, card_bytes=card_bytes)
+    step_s = step_cost(config, facts, config.memory, rates).step_s
+    if as_json:
+        content: dict[str, Any] = document(rehearsal, judged) | {
+            "memory": config.memory.model_dump(mode="json"),
+            "s_per_step": step_s,
+            "rates": rates.model_dump(mode="json"),
+        }
+        return Planned(json.dumps(content, indent=1), judged.fits)
+    lines.append(text(config, rehearsal, judged))
+    lines.append(f"time: about {step_s:.2f} s/step on {_rates_in_words(rates)}")
+    if plot is not None:
+        lines.append(f"drawn: {plot}")
+    return Planned("\n".join(lines), judged.fits)
+
+
+def search_lines(memory: MemoryConfig, found: Found, rates: Rates) -> list[str]:
+    """A search's outcome: the section to write, and the plans beside it."""
+    if found.best is None:
+        return []
+    lines = ["the fastest memory section that fits:", "", "memory:"]
+    chosen = {**_differences(memory)}
+    lines += [f"  {name}: {value}" for name, value in (chosen or {"checkpointing": memory.checkpointing}).items()]
+    if found.quantised_unasked:
+        lines += ["", f"the base is held in {memory.base} because nothing else fits: this changes the model a little"]
+    rows = [_row(plan, "fits" if plan is found.best else "") for plan in (found.best, *found.others[:6])]
+    lines += ["", f"beside it, with seconds for {_rates_in_words(rates)}:"]
+    return lines + list(table(("s/step", "GiB", "host GiB", "memory section"), rows))
+
+
+def _row(plan: Plan, mark: str) -> tuple[str, str, str, str]:
+    said = ", ".join(f"{name}: {value}" for name, value in _differences(plan.memory).items()) or "defaults"
+    chosen = "  <- chosen" if mark else ""
+    return f"{plan.step_s:.2f}", f"{plan.peak_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.1f}", said + chosen
+
+
+def _differences(memory: MemoryConfig) -> dict[str, Any]:
+    default = MemoryConfig().model_dump(mode="json")
+    return {name: value for name, value in memory.model_dump(mode="json").items() if value != default.get(name)}
+
+
+def run_calibration(seconds: float) -> str:
+    """Measure the GPU that is here and keep its rates; returns a table.
+
+    Raises:
+        ConfigError: if there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "there is no CUDA device to calibrate",
+            fix="run it on the machine that trains; without it plans reckon with published rates",
+        )
+    rates = calibrate(torch.device("cuda"), seconds=seconds)
+    path = keep(rates)
+    rows = [
+        ("matrix products", f"{rates.gemm / 1e12:.0f}", "TFLOP/s"),
+        ("attention, forward", f"{rates.attention_forward / 1e12:.0f}", "TFLOP/s"),
+        ("attention, backward", f"{rates.attention_backward / 1e12:.0f}", "TFLOP/s"),
+        ("device memory", f"{rates.memory / 1e9:.0f}", "GB/s"),
+        ("host to device, pinned", f"{rates.host_to_device / 1e9:.1f}", "GB/s"),
+        ("device to host, pinned", f"{rates.device_to_host / 1e9:.1f}", "GB/s"),
+        ("host to device, pageable", f"{rates.pageable / 1e9:.1f}", "GB/s"),
+        ("host memory", f"{rates.host_memory / 1e9:.1f}", "GB/s"),
+    ]
+    return "\n".join([f"{rates.device}, measured", *table(("", "", ""), rows), f"kept in {path}"])
+
+
+def _rates_in_words(rates: Rates) -> str:
+    if rates.source == "measured":
+        return f"{rates.device}, from rates measured on it"
+    return f"{rates.device}, from published or assumed rates (finetune calibrate measures them)"
+
+
+def _title(config: RunConfig, bucket: str) -> str:
+    name = config.model.pretrained.rstrip("/").rsplit("/", 1)[-1]
+    method = config.method
+    how = f"LoRA of rank {method.rank}" if method.kind == "lora" else "full fine-tuning"
+    return f"{name}, {how}, {bucket}, batch size {config.train.batch_size}: one training step"
+
+
+def _amount(option: str, value: str | None) -> int | None:
+    try:
+        return None if value is None else parse_bytes(value)
+    except ValueError as error:
+        raise ConfigError(str(error), where=f"{option} {value}") from None
+
+
+def card_here() -> int | None:
+    """Memory of the GPU that is here, in bytes."""
+    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def device_here() -> str:
+    """Name of the GPU that is here; where there is none, of the one whose rates stand in."""
+    return device_name(torch.device("cuda")) if torch.cuda.is_available() else OTHER

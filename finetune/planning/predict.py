@@ -1,0 +1,105 @@
+"""The figures of a whole run, at a price: what is too many operations to rehearse in full is extended from less.
+
+A lean block works chunk by chunk, some thousand operations each time it runs. Forty-two of them take a minute or two,
+four and five of them seconds, and give the same figures (see ``extend``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from finetune.config import RunConfig
+from finetune.facts import Facts, json_folder, read_facts
+from finetune.planning.curve import Phase, Point
+from finetune.planning.extend import SHORT, Extended, extend
+from finetune.planning.names import PHASES, PhaseName
+from finetune.planning.rehearse import Rehearsal
+from finetune.planning.store import rehearsed
+
+_OF_THE_RUN: tuple[PhaseName, ...] = ("train", "sample", "decode")
+"""Phases with the transformer in them."""
+
+
+def facts_of(config: RunConfig) -> Facts:
+    """The facts of a run's model, from its JSON.
+
+    Raises:
+        ModelError: if it cannot be found or used.
+    """
+    return read_facts(str(json_folder(config.model.pretrained, config.model.revision)))
+
+
+def predict(
+    config: RunConfig,
+    *,
+    phases: Collection[PhaseName] = tuple(PHASES),
+    card_bytes: int | None = None,
+    exact: bool = False,
+) -> Rehearsal:
+    """What a run will hold.
+
+    Args:
+        config: see ``rehearse``.
+        phases: see ``rehearse``.
+        card_bytes: see ``rehearse``.
+        exact: rehearse every block in any case; only then are there curves to draw.
+
+    Raises:
+        ModelError, ConfigError: as ``rehearse``.
+    """
+    layers = facts_of(config).num_layers
+    if exact or not _extendable(config, layers):
+        return rehearsed(config, phases=phases, card_bytes=card_bytes)
+    short, longer = (rehearsed(config, layers=few, phases=_of_the_run(phases)) for few in SHORT)
+    others = [name for name in phases if name not in _OF_THE_RUN]
+    before = rehearsed(config, phases=others, card_bytes=card_bytes).phases if others else ()
+    after = tuple(
+        _whole(longer_phase, extend(short_phase, longer_phase, layers))
+        for short_phase, longer_phase in zip(short.phases, longer.phases, strict=True)
+    )
+    return replace(longer, phases=(*before, *after))
+
+
+def extended(config: RunConfig, layers: int) -> Extended:
+    """The training phase with ``layers`` blocks, from two short rehearsals.
+
+    Where some of the blocks keep attention, what they keep is counted by their number.
+    """
+    memory = config.memory
+    if memory.keep_attention is not None and memory.keep_attention < layers:
+        none = config.model_copy(
+            update={"memory": memory.model_copy(update={"checkpointing": "full", "keep_attention": None})}
+        )
+        every = config.model_copy(update={"memory": memory.model_copy(update={"keep_attention": None})})
+        fewest, most = extended(none, layers), extended(every, layers)
+        share = memory.keep_attention / layers
+        kept = round((most.nbytes - fewest.nbytes) * share)
+        saved = "saved activations"
+        return replace(fewest, parts={**fewest.parts, saved: fewest.parts.get(saved, 0) + kept})
+    only: tuple[PhaseName, ...] = ("train",)
+    short, longer = (rehearsed(config, layers=few, phases=only).phase("train") for few in SHORT)
+    return extend(short, longer, layers)
+
+
+def _of_the_run(phases: Collection[PhaseName]) -> tuple[PhaseName, ...]:
+    return tuple(name for name in _OF_THE_RUN if name in phases)
+
+
+def _extendable(config: RunConfig, layers: int) -> bool:
+    memory = config.memory
+    uniform = memory.keep_attention is None and memory.streamed_blocks in (0, "all")
+    return memory.block == "lean" and uniform and layers > SHORT[1]
+
+
+def _whole(phase: Phase, found: Extended) -> Phase:
+    return replace(
+        phase,
+        peak=Point(0.0, found.parts),
+        where=found.where,
+        pinned=Point(0.0, {"pinned": found.pinned}),
+        pageable=Point(0.0, {"pageable": found.pageable}),
+        curve=(),
+        spans=(),
+        stations={},
+    )

@@ -1,0 +1,133 @@
+"""A rehearsal in words: a table for people, a document for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.cards import GIB, OVERHEAD_GIB, to_gib, usable
+from finetune.config import RunConfig
+from finetune.planning.curve import Phase
+from finetune.planning.rehearse import Rehearsal
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run fits a machine."""
+
+    card_bytes: int | None
+    """Of the GPU; None where nothing is known of it."""
+    ram_bytes: int | None
+    """Of the host that the run may have."""
+    spare_bytes: int | None
+    """What is left of the card, or, negative, what is missing."""
+    ram_spare_bytes: int | None
+    """As ``spare_bytes``, of the host."""
+
+    @property
+    def fits(self) -> bool | None:
+        """None where neither is known."""
+        known = [spare for spare in (self.spare_bytes, self.ram_spare_bytes) if spare is not None]
+        return all(spare >= 0 for spare in known) if known else None
+
+
+def verdict(rehearsal: Rehearsal, card_bytes: int | None, ram_bytes: int | None = None) -> Verdict:
+    """Compare a prediction with a machine.
+
+    Args:
+        rehearsal: the prediction.
+        card_bytes: memory of the GPU, of which ``cards.OVERHEAD_GIB`` are not for tensors; None if it is not known.
+        ram_bytes: host memory for what techniques keep there; None for any amount.
+    """
+    spare = None if card_bytes is None else usable(card_bytes) - rehearsal.peak.peak.nbytes
+    ram_spare = None if ram_bytes is None else ram_bytes - rehearsal.pinned.nbytes - rehearsal.pageable.nbytes
+    return Verdict(card_bytes, ram_bytes, spare, ram_spare)
+
+
+def text(config: RunConfig, rehearsal: Rehearsal, judged: Verdict) -> str:
+    """The whole table."""
+    return "\n".join(_lines(config, rehearsal, judged))
+
+
+def _lines(config: RunConfig, rehearsal: Rehearsal, judged: Verdict) -> Iterator[str]:
+    yield (
+        f"{config.model.pretrained}, {config.method.kind}, {rehearsal.bucket} ({rehearsal.tokens:,} tokens), "
+        f"batch size {config.train.batch_size}: predicted, not measured"
+    )
+    yield ""
+    rows = [(phase.name, f"{phase.peak.nbytes / GIB:.2f}", _when(phase)) for phase in rehearsal.phases]
+    yield from table(("phase", "GiB", "at its highest"), rows)
+    top = rehearsal.peak
+    yield ""
+    yield f"the peak is in {top.name}; it is made of"
+    parts = [(part, f"{nbytes / GIB:.2f}") for part, nbytes in top.peak.parts.items() if nbytes >= GIB / 200]
+    yield from table(("", "GiB"), [*parts, ("together", f"{top.peak.nbytes / GIB:.2f}")])
+    yield ""
+    yield f"host memory for it: {to_gib(rehearsal.pinned.nbytes)} pinned, {to_gib(rehearsal.pageable.nbytes)} pageable"
+    yield sentence(rehearsal, judged)
+
+
+def sentence(rehearsal: Rehearsal, judged: Verdict) -> str:
+    """Peak and verdict in one line."""
+    need = rehearsal.peak.peak.nbytes + round(OVERHEAD_GIB * GIB)
+    said = f"with {OVERHEAD_GIB} GiB for the CUDA context and fragmentation: {to_gib(need)}"
+    if judged.spare_bytes is not None and judged.card_bytes is not None:
+        short = judged.spare_bytes < 0
+        said += f"; a card of {judged.card_bytes / GIB:.1f} GiB " + (
+            f"is {to_gib(-judged.spare_bytes)} too small" if short else f"has {to_gib(judged.spare_bytes)} to spare"
+        )
+    if judged.ram_spare_bytes is not None and judged.ram_spare_bytes < 0:
+        said += f"; {to_gib(-judged.ram_spare_bytes)} of host memory are missing"
+    return said
+
+
+def _when(phase: Phase) -> str:
+    return f"{phase.where}; {phase.note}" if phase.note else phase.where
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Aligned columns: the first and those that hold words to the left, numbers to the right."""
+    cells = [list(head), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    right = [all(_is_number(row[column]) for row in cells[1:]) for column in range(len(head))]
+    for row in cells:
+        aligned = (
+            cell.rjust(width) if numbers else cell.ljust(width)
+            for cell, width, numbers in zip(row, widths, right, strict=True)
+        )
+        yield ("  " + "  ".join(aligned)).rstrip()
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).replace(",", "").replace("-", "", 1).isdigit()
+
+
+def document(rehearsal: Rehearsal, judged: Verdict) -> dict[str, Any]:
+    """For programs: bytes throughout, curves left out."""
+    return {
+        "bucket": rehearsal.bucket,
+        "tokens": rehearsal.tokens,
+        "phases": [
+            {
+                "name": phase.name,
+                "peak_bytes": phase.peak.nbytes,
+                "where": phase.where,
+                "note": phase.note,
+                "parts": dict(phase.peak.parts),
+                "pinned_bytes": phase.pinned.nbytes,
+                "pageable_bytes": phase.pageable.nbytes,
+            }
+            for phase in rehearsal.phases
+        ],
+        "peak_bytes": rehearsal.peak.peak.nbytes,
+        "pinned_bytes": rehearsal.pinned.nbytes,
+        "pageable_bytes": rehearsal.pageable.nbytes,
+        "overhead_bytes": round(OVERHEAD_GIB * GIB),
+        "card_bytes": judged.card_bytes,
+        "ram_bytes": judged.ram_bytes,
+        "spare_bytes": judged.spare_bytes,
+        "ram_spare_bytes": judged.ram_spare_bytes,
+        "fits": judged.fits,
+        "measured": False,
+    }

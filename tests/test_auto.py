@@ -1,0 +1,78 @@
+"""``memory: {kind: auto}``: a run that has the planner choose, and records what it chose."""
+
+from __future__ import annotations
+
+import pytest
+from test_train import assert_identical, stop_after, weights
+from worlds import run_config
+
+from finetune.config import load_config
+from finetune.errors import ConfigError
+from finetune.memory import MemoryConfig, Traits
+from finetune.planning.auto import settled
+from finetune.trainers.loop import train
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+
+
+def test_a_run_chooses_says_and_records_what_it_chose(tiny_model, demo_clips, tmp_path, capsys):
+    auto = {"kind": "auto", "budget": "8GiB"}
+    report = train(run_config(tiny_model(), demo_clips, tmp_path / "run", memory=auto))
+    said = capsys.readouterr().out
+    assert "the fastest memory section that fits" in said and "<- chosen" in said
+    recorded = load_config(tmp_path / "run" / "config.yaml").memory
+    assert recorded.kind == "manual" and recorded.budget is None
+    # Of a tiny model everything fits, and nothing is faster than doing nothing.
+    assert recorded.checkpointing == "none" and recorded.base == "native"
+    same = run_config(tiny_model(), demo_clips, tmp_path / "again", memory=recorded.model_dump(mode="json"))
+    assert_identical(weights(train(same)), weights(report))
+
+
+def test_it_goes_on_where_it_stopped(tiny_model, demo_clips, tmp_path):
+    config = run_config(
+        tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto", "budget": "8GiB"}, checkpoint={"every": 2}
+    )
+    stop_after(2, config)
+    whole = train(run_config(tiny_model(), demo_clips, tmp_path / "whole", memory={"checkpointing": "none"}))
+    assert_identical(weights(train(config)), weights(whole))
+
+
+def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path):
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto", "budget": "1.2GiB"})
+    with pytest.raises(ConfigError, match=r"no memory plan fits 1\.20 GiB: the smallest needs .* more"):
+        train(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_a_card_it_asks_for_a_budget(tiny_model, demo_clips, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.planning.auto.card_here", lambda: None)
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto"})
+    with pytest.raises(ConfigError, match="no GPU here to plan for") as caught:
+        settled(config)
+    assert "memory.budget" in caught.value.fix
+
+
+def test_what_is_written_stays_as_it_is(tiny_model, demo_clips, tmp_path):
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"block": "lean"})
+    assert settled(config) == (config, ())
+
+
+@pytest.mark.parametrize(
+    ("memory", "words"),
+    [
+        ({"budget": "12GiB"}, "budget only means something with kind: auto"),
+        ({"kind": "auto", "block": "lean"}, "kind: auto chooses block itself"),
+        ({"kind": "auto", "budget": "a lot"}, "no amount of memory"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_its_line(tmp_path, tiny_model, demo_clips, memory, words):
+    with pytest.raises(ConfigError, match=words):
+        run_config(tiny_model(), demo_clips, tmp_path / "run", memory=memory)
+
+
+def test_several_processes_are_not_planned_for():
+    (fault,) = MemoryConfig(kind="auto", budget="8GiB").faults(Traits(processes=2))
+    assert fault.option == "kind"

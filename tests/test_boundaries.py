@@ -1,0 +1,200 @@
+"""Boundaries on the host: the same gradients, buffers used again, and no copy before or after its time."""
+
+from __future__ import annotations
+
+import gc
+from functools import cache
+
+import pytest
+import torch
+from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
+from torch import Tensor, nn
+from watched_lane import RaceError, Timeline, careless
+
+from finetune.memory import places
+from finetune.memory.boundaries import OffloadedBoundaries
+from finetune.memory.parts import Resident
+from finetune.memory.streaming import Streamed
+from finetune.trainers.method import FullMethod, LoraMethod
+
+
+def offloaded(transformer: nn.Module, line: Timeline | None = None, keep: int = 2) -> OffloadedBoundaries:
+    lanes = {} if line is None else {"outward": line.lane("out"), "inward": line.lane("in")}
+    boundaries = OffloadedBoundaries(LAYERS, keep=keep, **lanes)
+    run_blocks(transformer, Resident(), boundaries)
+    return boundaries
+
+
+def gradients(transformer: nn.Module, *, size: int = 4) -> list[Tensor]:
+    """Of two passes that are both under way, one of them larger, with a pass without gradients in between."""
+    for parameter in transformer.parameters():
+        parameter.grad = None
+    torch.manual_seed(3)  # of LoRA's dropout
+    first = forward(transformer, 1, size)
+    with torch.no_grad():
+        forward(transformer, 9)
+    second = forward(transformer, 2)
+    second.backward()
+    first.backward()
+    forward(transformer, 3).backward()
+    return [first.detach(), second.detach(), *(p.grad for p in transformer.parameters() if p.requires_grad)]
+
+
+@cache
+def expected(variant: str, method: LoraMethod | FullMethod, size: int = 4) -> list[Tensor]:
+    transformer = build(variant, method)
+    run_blocks(transformer, Resident())
+    return gradients(transformer, size=size)
+
+
+def require_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    assert len(ours) == len(theirs) >= 34
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("variant", "method"), [("5b", LORA), ("1.5-5b", LORA), ("2b", LORA), ("5b", FullMethod())])
+def test_same_gradients_bit_for_bit(variant, method):
+    transformer = build(variant, method)
+    boundaries = offloaded(transformer)
+    require_equal(gradients(transformer), expected(variant, method))
+    assert boundaries.stalls == 0
+
+
+@pytest.mark.parametrize("keep", [0, 1, 2, 3, 4, 9])
+def test_no_copy_before_or_after_its_time(keep):
+    transformer = build()
+    with Timeline() as line:
+        boundaries = offloaded(transformer, line, keep)
+        ours = gradients(transformer, size=8)
+    require_equal(ours, expected("5b", LORA, 8))
+    assert boundaries.stalls == (3 if keep == 0 else 0)  # with none kept, the first one wanted has no time to come
+    assert line.numbers == {"out": 3 * 2 * max(LAYERS - keep, 0), "in": 3 * max(LAYERS - keep, 0)}
+
+
+def test_together_with_streamed_weights():
+    transformer = build()
+    with Timeline() as line:
+        weights = Streamed(modules(transformer), range(LAYERS), 2, CPU, lane=line.lane("weights"))
+        weights.install()
+        boundaries = OffloadedBoundaries(LAYERS, outward=line.lane("out"), inward=line.lane("in"))
+        run_blocks(transformer, weights, boundaries)
+        require_equal(gradients(transformer), expected("5b", LORA))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_pass_that_is_broken_off_is_forgotten(where):
+    transformer = build()
+    with Timeline() as line:
+        boundaries = offloaded(transformer, line, keep=1)
+        block, armed = modules(transformer)[1], [True]
+
+        def fail(*_: object) -> None:
+            if armed and torch.is_grad_enabled() == (where == "backward"):
+                raise MemoryError("as a test has it")
+
+        handle = block.attn1.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            forward(transformer, size=8).backward()
+        handle.remove()
+        gc.collect()
+        ours = gradients(transformer)
+    require_equal(ours, expected("5b", LORA))
+    assert len(boundaries._pool._spare) == 6  # of two passes under way at once, and not of three
+
+
+def test_a_loss_that_is_dropped_gives_its_buffers_back():
+    transformer = build()
+    boundaries = offloaded(transformer)
+    loss = forward(transformer)
+    assert len(boundaries._pool._spare) == 0
+    del loss
+    gc.collect()
+    assert len(boundaries._pool._spare) == 2
+
+
+def pieces(boundaries: OffloadedBoundaries) -> list[int]:
+    return sorted(piece.flat.data_ptr() for piece in boundaries._pool._spare)
+
+
+def test_buffers_are_used_again_by_every_step_and_smaller_bucket():
+    transformer = build()
+    boundaries = offloaded(transformer)
+    forward(transformer, size=8).backward()
+    first = pieces(boundaries)
+    assert len(first) == LAYERS - 2
+    for size in (8, 4, 8):
+        forward(transformer, size=size).backward()
+        assert pieces(boundaries) == first
+
+
+def test_a_larger_bucket_replaces_them():
+    transformer = build()
+    boundaries = offloaded(transformer)
+    waiting = forward(transformer, size=4)
+    forward(transformer, size=8).backward()
+    large = {piece.flat.numel() for piece in boundaries._pool._spare}
+    waiting.backward()  # its small buffers come back, and are not kept
+    assert len(boundaries._pool._spare) == LAYERS - 2 and large == {p.flat.numel() for p in boundaries._pool._spare}
+
+
+def test_every_byte_has_a_label_and_a_size():
+    """One boundary is its tokens, text and video, and no more; on the device there are two at a time."""
+    transformer = build()
+    boundaries = offloaded(transformer, keep=0)
+    hidden, encoder = torch.randn(1, 16, 32), torch.randn(1, 8, 32)
+    kept = [boundaries.put(index, hidden + index, encoder) for index in range(LAYERS)]
+    host = {places.label_of(one.away.flat.untyped_storage()) for one in kept}
+    assert host == {places.Label("offloaded activations", True, True)}
+    assert {one.away.flat.numel() for one in kept} == {(16 + 8) * 32 * 4}
+    given = boundaries.get(3, kept.pop())
+    assert torch.equal(given[0], hidden + 3) and torch.equal(given[1], encoder)
+    assert {places.label_of(tensor.untyped_storage()) for tensor in given} == {places.Label("offload buffers", False)}
+    assert [one.returning is not None for one in kept] == [False, False, True]
+    assert len(boundaries._arriving) == 1
+
+
+def test_a_boundary_is_given_once():
+    boundaries = OffloadedBoundaries(1, keep=0)
+    kept = boundaries.put(0, torch.ones(1, 2, 4), torch.ones(1, 1, 4))
+    boundaries.get(0, kept)
+    with pytest.raises(RuntimeError, match="fetched before"):
+        boundaries.get(0, kept)
+
+
+# ------------------------------------------------------------------------------------------------------------- canaries
+
+
+@pytest.mark.parametrize("lane", ["outward", "inward"])
+@pytest.mark.parametrize("forgets", ["wait", "after"])
+def test_a_forgotten_wait_is_seen(lane, forgets):
+    """Memory that is used again while it is copied out; boundaries that are used before they are back."""
+    transformer = build()
+    with Timeline() as line:
+        boundaries = offloaded(transformer, line)
+        with careless(getattr(boundaries, f"_{lane}"), forgets), pytest.raises(RaceError):
+            for _ in range(2):
+                forward(transformer).backward()
+
+
+def test_memory_that_is_freed_while_it_is_copied_is_seen(monkeypatch):
+    transformer = build()
+
+    def forget(self: OffloadedBoundaries, outward: object) -> None:
+        self._leaving.clear()
+
+    monkeypatch.setattr(OffloadedBoundaries, "_settle", forget)
+    with Timeline() as line:
+        offloaded(transformer, line)
+        with pytest.raises(RaceError, match=r"freed before|without waiting"):
+            forward(transformer).backward()
+
+
+def test_a_buffer_that_is_overwritten_too_early_is_seen(monkeypatch):
+    """The pool gives a buffer away again while its boundary is still wanted."""
+    transformer = build()
+    boundaries = offloaded(transformer, keep=0)
+    theirs = expected("5b", LORA)
+    taken = boundaries._pool.take
+    monkeypatch.setattr(boundaries._pool, "take", lambda nbytes: [p := taken(nbytes), boundaries._pool.give(p)][0])
+    assert not all(torch.equal(*pair) for pair in zip(gradients(transformer), theirs, strict=True))

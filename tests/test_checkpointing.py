@@ -1,0 +1,190 @@
+"""Selective checkpointing through torch: attention once per kept block, the same gradients, a guard that sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from tiny_blocks import LAYERS, LORA, build, forward, modules
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.errors import TrainingError
+from finetune.memory import checkpointing
+from finetune.memory.attention import ATTENTION_OPS
+from finetune.memory.checkpointing import assert_recompute
+from finetune.trainers.method import FullMethod
+
+FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+
+class Count(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.of: dict[Any, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.of[func] = self.of.get(func, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+def set_up(kind: str, keep: int | None = None, **options: Any) -> nn.Module:
+    transformer = build(**options)
+    checkpointing.apply(transformer, kind, keep)
+    return transformer
+
+
+def gradients(transformer: nn.Module) -> list[Tensor]:
+    torch.manual_seed(2)  # of LoRA's dropout
+    loss = forward(transformer)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in transformer.parameters() if p.requires_grad)]
+
+
+@cache
+def expected(variant: str, method: Any, dtype: torch.dtype) -> list[Tensor]:
+    return gradients(set_up("none", variant=variant, method=method, dtype=dtype))
+
+
+@pytest.mark.parametrize("keep", [1, 3, LAYERS, LAYERS + 5, None])
+@pytest.mark.parametrize(
+    ("variant", "method", "dtype"),
+    [
+        ("5b", LORA, torch.float32),
+        ("5b", LORA, torch.bfloat16),
+        ("1.5-5b", LORA, torch.float32),
+        ("5b", FullMethod(), torch.bfloat16),
+    ],
+    ids=["5b", "5b-bf16", "1.5", "full"],
+)
+def test_attention_runs_once_in_kept_blocks_and_gradients_are_the_same(variant, method, dtype, keep):
+    transformer = set_up("selective", keep, variant=variant, method=method, dtype=dtype)
+    with Count() as count, assert_recompute(transformer, "selective", keep):
+        ours = gradients(transformer)
+    theirs = expected(variant, method, dtype)
+    assert len(ours) == len(theirs) >= 33
+    assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+    kept = min(keep or LAYERS, LAYERS)
+    assert count.of[FORWARD] == kept + 2 * (LAYERS - kept)
+    assert count.of[BACKWARD] == LAYERS
+
+
+def test_full_runs_attention_twice():
+    """Canary of the count above."""
+    transformer = set_up("full")
+    with Count() as count, assert_recompute(transformer, "full"):
+        gradients(transformer)
+    assert count.of[FORWARD] == 2 * LAYERS
+
+
+class Alive(TorchDispatchMode):
+    """What was computed and is still in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self._seen[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        return output
+
+    def nbytes(self) -> int:
+        return sum(nbytes for storage, nbytes in self._seen.values() if not storage.expired())
+
+
+def test_what_is_kept_is_one_token_tensor_and_a_logsumexp():
+    """Per block: the output, as large as the tokens, and a float32 for each token and head; with ``none`` it is all."""
+    kept = {}
+    for kind in ("full", "selective", "none"):
+        transformer = set_up(kind)
+        with Alive() as alive:
+            loss = forward(transformer)
+            kept[kind] = alive.nbytes()
+        assert loss.requires_grad
+    tokens, heads, width = 2 * (8 + 3 * 2 * 2), 2, 32
+    assert kept["selective"] - kept["full"] == LAYERS * tokens * (width + heads) * 4
+    assert kept["none"] > kept["selective"]
+
+
+def test_it_can_be_changed_again():
+    transformer = set_up("selective", 1)
+    for kind, keep, runs in [("full", None, 2 * LAYERS), ("selective", 2, 2 * LAYERS - 2), ("none", None, LAYERS)]:
+        checkpointing.apply(transformer, kind, keep)
+        with Count() as count, assert_recompute(transformer, kind, keep):
+            gradients(transformer)
+        assert count.of[FORWARD] == runs
+
+
+def test_accumulated_micro_batches_and_validation():
+    transformer = set_up("selective", 3)
+    with assert_recompute(transformer, "selective", 3):
+        for _ in range(2):
+            forward(transformer).backward()
+            with torch.no_grad():
+                forward(transformer)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
+
+
+def test_adapters_in_the_last_blocks_only():
+    """Blocks in front of the first adapter have no gradient, and nothing to run again."""
+    transformer = set_up("selective", 3)
+    for block in modules(transformer)[:2]:
+        block.requires_grad_(False)
+    with Count() as count, assert_recompute(transformer, "selective", 3):
+        forward(transformer).backward()
+    assert count.of[FORWARD] == LAYERS
+
+
+# ------------------------------------------------------------------------------------------------------------ the guard
+
+
+@pytest.mark.parametrize(
+    ("kind", "keep", "asked", "message"),
+    [
+        ("full", None, None, "attention of block 0 was computed 1 times, and 1 times again"),
+        ("selective", 2, 3, "attention of block 1 .*1 of 4 blocks"),
+        ("selective", 3, 2, "attention of block 1 .* 0 times again in the backward pass, expected 1"),
+        ("none", None, None, "block 0 ran forward 1 times and was run again 0 times"),
+    ],
+)
+def test_attention_that_is_not_kept_as_asked_is_seen(kind, keep, asked, message):
+    transformer = set_up(kind, keep)
+    with pytest.raises(TrainingError, match=message) as caught, assert_recompute(transformer, "selective", asked):
+        gradients(transformer)
+    assert caught.value.fix and "memory.checkpointing" in caught.value.where
+
+
+def test_attention_that_cannot_be_kept_is_seen():
+    """torch's ``math`` fallback is many operations: nothing would be kept, and nobody would know."""
+    transformer = set_up("selective")
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with (
+        math,
+        pytest.raises(TrainingError, match="attention cannot be kept"),
+        assert_recompute(transformer, "selective"),
+    ):
+        gradients(transformer)
+
+
+def test_the_operations_are_complete():
+    """Every operation of torch that gives attention's output and logsumexp, by its schema, is one that is kept."""
+    found = set()
+    for name in dir(torch.ops.aten):
+        if name.startswith("_scaled_dot_product_") and not name.endswith("_backward") and "math" not in name:
+            packet = getattr(torch.ops.aten, name)
+            found |= {getattr(packet, overload) for overload in packet.overloads()}
+    assert len(found) >= 5 and found == set(ATTENTION_OPS) & found

@@ -1,0 +1,555 @@
+"""The lean block: what the stock block computes, forward and backward, in less memory and with less work."""
+
+from __future__ import annotations
+
+import copy
+import math
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from finetune.memory import lean, lean_rotary
+from finetune.memory.attention import ATTENTION_OPS, AttentionTape
+from finetune.memory.blocks import Blocks
+from finetune.memory.lean import LeanMath
+from finetune.memory.lean_chunks import GradientSums, chunks, masks
+from finetune.memory.lean_linear import unread, whole
+from finetune.memory.lean_rotary import Normed, gradient, norm_and_rotate, rotate, rotate_back, undoable
+from finetune.memory.parts import BlockInputs, KeptBoundaries, Resident, Wanted
+from finetune.memory.quantized_linear import QuantisedLinear
+from finetune.memory.stock import StockMath
+from finetune.tiny import VARIANTS, tiny_transformer
+from finetune.trainers.method import FullMethod, LoraMethod
+
+METHODS = {
+    "none": None,
+    "attention": LoraMethod(rank=4),
+    "attention+ff": LoraMethod(rank=4, targets="attention+ff"),
+    "full": FullMethod(),
+}
+OTHERS = {
+    "all-linear": LoraMethod(rank=4, targets="all-linear"),
+    "dora": LoraMethod(rank=4, targets="attention+ff", use_dora=True),
+    "rslora": LoraMethod(rank=4, use_rslora=True),
+    "values": LoraMethod(rank=4, targets=r"transformer_blocks\.\d+\.attn1\.to_v"),
+    "ff-of-the-last": LoraMethod(rank=4, targets=r"transformer_blocks\.1\.ff\.net\.2"),
+    "modulation": LoraMethod(rank=4, targets=r"transformer_blocks\.1\.norm1\.linear"),
+}
+
+
+def angles(tokens: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    """A rotation per token and pair, laid out as the pipelines' tables are."""
+    drawn = torch.rand(tokens, head_dim // 2, generator=torch.Generator().manual_seed(9)) * 2 * math.pi
+    return drawn.cos().repeat_interleave(2, 1), drawn.sin().repeat_interleave(2, 1)
+
+
+def random_(module: nn.Module) -> None:
+    """Numbers where an initialisation has zeros and ones: LoRA's B, norms, biases."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def model(variant: str, method: LoraMethod | FullMethod | None, dtype: torch.dtype = torch.float32, **sizes: int):
+    transformer = tiny_transformer(variant, **sizes)
+    random_(transformer)
+    transformer = transformer.to(dtype).requires_grad_(False)
+    if method is not None:
+        method.apply(transformer, seed=0)
+        random_(nn.ParameterList(p for name, p in transformer.named_parameters() if "lora_" in name))
+    return transformer.train()
+
+
+def widened(transformer: nn.Module) -> nn.Module:
+    """The same numbers in float32."""
+    return copy.deepcopy(transformer).float()
+
+
+def run(transformer: nn.Module, math_: object | None, keep: frozenset[int] = frozenset()) -> dict[str, Tensor]:
+    """Prediction, loss and every gradient, of the blocks as they are (None) or through a ``BlockMath``."""
+    config, dtype = transformer.config, transformer.dtype
+    generator = torch.Generator().manual_seed(5)
+    frames = 4 if config.patch_size_t else 3
+    inputs = {
+        "latents": torch.randn(2, frames, config.in_channels, 8, 8, generator=generator),
+        "text": torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator),
+    }
+    # What bfloat16 cannot hold is not what is compared.
+    inputs = {name: tensor.bfloat16().to(dtype).requires_grad_() for name, tensor in inputs.items()}
+    tokens = frames // (config.patch_size_t or 1) * 16
+    rotary = angles(tokens, config.attention_head_dim) if config.use_rotary_positional_embeddings else None
+    runner = None
+    if math_ is not None:
+        runner = Blocks(transformer, math=math_, weights=Resident(), boundaries=KeptBoundaries(), keep_attention=keep)
+        runner.install()
+    try:
+        out = transformer(
+            inputs["latents"],
+            inputs["text"],
+            torch.tensor([500, 3]),
+            ofs=torch.tensor([2.0, 2.0]) if config.ofs_embed_dim else None,
+            image_rotary_emb=rotary,
+            return_dict=False,
+        )[0]
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
+        loss = (out.double() * weights).mean() + out.double().square().mean()
+        loss.backward()
+    finally:
+        if runner is not None:
+            runner.remove()
+    found = {"prediction": out.detach(), "loss": loss.detach()}
+    found |= {name: tensor.grad for name, tensor in inputs.items()}
+    for name, parameter in transformer.named_parameters():
+        if parameter.requires_grad:
+            found[name], parameter.grad = parameter.grad, None
+    return {name: tensor.double() for name, tensor in found.items() if tensor is not None}
+
+
+def errors(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> dict[str, float]:
+    """Per tensor, the difference's norm relative to the tensor's."""
+    assert ours.keys() == theirs.keys()
+    # A constant added to every key changes no softmax. Without positions that is all that the bias of the keys' norm
+    # does: its gradient is zero, and what is found instead is rounding.
+    if not any(name.endswith("norm_k.bias") and tensor.norm() > 1e-6 for name, tensor in theirs.items()):
+        theirs = {name: tensor for name, tensor in theirs.items() if not name.endswith("norm_k.bias")}
+    return {name: float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs}
+
+
+def worst(found: dict[str, float]) -> tuple[float, str]:
+    return max((error, name) for name, error in found.items())
+
+
+class CountAttention(TorchDispatchMode):
+    """How often attention is computed."""
+
+    forward = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.forward += func in ATTENTION_OPS
+        return func(*args, **(kwargs or {}))
+
+
+# ------------------------------------------------------------------------------------------------------- same numbers
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_loss_same_gradients(variant, method):
+    transformer = model(variant, METHODS[method])
+    theirs = run(transformer, None)
+    ours = run(transformer, LeanMath(tokens=11))  # divides neither stream
+    assert len(ours) >= (4 if method == "none" else 20)
+    error, name = worst(errors(ours, theirs))
+    assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("method", OTHERS)
+def test_same_gradients_whatever_trains(method):
+    transformer = model("5b", OTHERS[method])
+    error, name = worst(errors(run(transformer, LeanMath(tokens=20)), run(transformer, None)))
+    assert error < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_narrow_dtypes_lose_no_more_than_the_stock_block(method, dtype):
+    transformer = model("1.5-5b-i2v", METHODS[method], dtype)
+    truth = run(widened(transformer), None)
+    theirs = errors(run(transformer, None), truth)
+    ours = errors(run(transformer, LeanMath(tokens=11)), truth)
+    del ours["loss"]  # one number, whose error is luck; the prediction is compared
+    error, name = max((error / theirs[name], name) for name, error in ours.items())
+    assert error < 1.5, name
+    assert 1e-4 < worst(ours)[0] < 0.15
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_same_gradients_on_a_quantised_base(kind):
+    transformer = tiny_transformer("5b")
+    random_(transformer)
+    for module in list(transformer.transformer_blocks.modules()):
+        for name, linear in list(module.named_children()):
+            if type(linear) is nn.Linear:
+                quantised = QuantisedLinear.like(linear, kind)
+                quantised.quantise(linear.weight.detach())
+                quantised.bias = linear.bias
+                setattr(module, name, quantised)
+    OTHERS["values"].apply(transformer, seed=0)
+    random_(nn.ParameterList(p for p in transformer.parameters() if p.requires_grad))
+    error, name = worst(errors(run(transformer, LeanMath(tokens=20)), run(transformer, None)))
+    assert error < 1e-5, name
+
+
+def test_same_gradients_where_attention_is_kept():
+    transformer = model("5b", METHODS["attention"])
+    theirs = run(transformer, LeanMath())
+    calls = CountAttention()
+    with calls:
+        ours = run(transformer, LeanMath(), keep=frozenset({1}))
+    assert calls.forward == 3  # two blocks, and one of them again
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def _gate(run_: type, monkeypatch) -> None:
+    stock = run_._of_stream
+    monkeypatch.setattr(run_, "_of_stream", lambda *a: (*(found := stock(*a))[:2], found[2] * 1.01))
+
+
+def _shift(run_: type, monkeypatch) -> None:
+    stock = run_._of_stream
+    monkeypatch.setattr(run_, "_of_stream", lambda *a: ((found := stock(*a))[0] * 0, *found[1:]))
+
+
+def _streams(run_: type, monkeypatch) -> None:
+    stock = run_._of_stream
+    monkeypatch.setattr(run_, "_of_stream", lambda s, n, chunk: stock(s, n, replace(chunk, text=not chunk.text)))
+
+
+def _sign(run_: type, monkeypatch) -> None:
+    stock = lean.norm_and_rotate
+    monkeypatch.setattr(lean, "norm_and_rotate", lambda h, n, r: stock(h, n, r and (r[0], -r[1])))
+
+
+def _sign_back(run_: type, monkeypatch) -> None:
+    stock = lean_rotary.rotate_back
+    monkeypatch.setattr(lean_rotary, "rotate_back", lambda h, r: stock(h, r and (r[0], -r[1])))
+
+
+def _statistics(run_: type, monkeypatch) -> None:
+    stock = lean.gradient
+    monkeypatch.setattr(lean, "gradient", lambda result, *a: stock(Normed(result[0], result[1] * 1.01), *a))
+
+
+def _chunk_lost(run_: type, monkeypatch) -> None:
+    monkeypatch.setattr(run_, "tokens", lambda s, c, stock=run_.tokens: stock(s, c) * (c.index != 1))
+
+
+@pytest.mark.parametrize("fault", [_gate, _shift, _streams, _sign, _sign_back, _statistics, _chunk_lost])
+def test_the_comparison_notices_a_fault(fault, monkeypatch):
+    """Canary of the tests above."""
+    transformer = model("5b", METHODS["attention"])
+    theirs = run(transformer, None)
+    fault(lean._Run, monkeypatch)
+    assert worst(errors(run(transformer, LeanMath(tokens=11)), theirs))[0] > 1e-4
+
+
+# -------------------------------------------------------------------------------------------------- one block by itself
+
+
+def alone(method: str = "none", *, width: int = 32, text: int = 6, video: int = 50) -> tuple[nn.Module, BlockInputs]:
+    transformer = model("5b", METHODS[method], num_layers=1, attention_head_dim=width)
+    generator = torch.Generator().manual_seed(3)
+    dim = 4 * width
+    hidden, encoder, temb = (torch.randn(2, *size, generator=generator) for size in ((video, dim), (text, dim), (64,)))
+    return transformer.transformer_blocks[0], BlockInputs(hidden, encoder, temb, angles(video, width))
+
+
+def backward(math_: object, block: nn.Module, inputs: BlockInputs, wanted: Wanted = Wanted(True, True, True)):  # noqa: B008
+    grads = tuple(
+        torch.randn(t.shape, generator=torch.Generator().manual_seed(4)) for t in (inputs.hidden, inputs.encoder)
+    )
+    parameters = [p for p in block.parameters() if p.requires_grad]
+    with torch.no_grad():
+        return math_.backward(block, inputs, grads, parameters, wanted=wanted, attention=AttentionTape(kept=False))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("encoder", [False, True])
+@pytest.mark.parametrize("method", ["none", "attention+ff"])
+def test_only_what_is_wanted_is_given(method, encoder, hidden):
+    block, inputs = alone(method)
+    wanted = Wanted(hidden, encoder, temb=not hidden)
+    ours, theirs = (backward(math_, block, inputs, wanted) for math_ in (LeanMath(tokens=7), StockMath()))
+    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in ("hidden", "encoder", "temb")]
+    for our, their in [*pairs, *zip(ours.parameters, theirs.parameters, strict=True)]:
+        assert (our is None) == (their is None)
+        if our is not None:
+            torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5 * float(their.abs().max()))
+    assert [our is not None for our, _ in pairs] == [hidden, encoder, not hidden]
+
+
+def test_an_expanded_gradient_is_not_written_to():
+    block, inputs = alone()
+    ones = (torch.ones(()).expand_as(inputs.hidden), torch.ones(()).expand_as(inputs.encoder))
+    wanted, tape = Wanted(True, True, False), AttentionTape(kept=False)
+    theirs = StockMath().backward(block, inputs, ones, [], wanted=wanted, attention=tape)
+    ours = LeanMath(tokens=7).backward(block, inputs, ones, [], wanted=wanted, attention=tape)
+    assert float(ones[0].sum()) == inputs.hidden.numel()
+    torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=1e-4, atol=1e-4)
+
+
+class Products(TorchDispatchMode):
+    """Multiply-adds of matrix products; attention is none of them."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            left, right = args[-2:]
+            self.count += left.shape[0] * left.shape[1] * right.shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def products(math_: object, block: nn.Module, inputs: BlockInputs) -> float:
+    """Matrix products of a backward pass, in passes of all tokens through a linear layer [D, D]."""
+    counter = Products()
+    with counter:
+        backward(math_, block, inputs, Wanted(True, True, False))
+    (clips, video, dim), text = inputs.hidden.shape, inputs.encoder.shape[1]
+    of_modulation = 2 * clips * inputs.temb.shape[1] * 6 * dim
+    return (counter.count - of_modulation) / (clips * (video + text) * dim**2)
+
+
+def test_nothing_is_computed_again_that_no_gradient_needs():
+    block, inputs = alone()
+    needed = 3 + 1 + 4  # q, k, v; out; the first half of the feed-forward
+    assert products(StockMath(), block, inputs) == 12 + 12
+    assert products(LeanMath(tokens=7), block, inputs) == needed + 12
+    with torch.no_grad():
+        block.attn1.norm_k.weight[3] = 1e-3  # cannot be undone: both q and k are computed from the tokens again
+    assert products(LeanMath(tokens=7), block, inputs) == needed + 2 + 12
+    ours, theirs = (backward(math_, block, inputs).hidden for math_ in (LeanMath(tokens=7), StockMath()))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that operations make, most at any time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sizes: dict[int, int] = {}
+        self.now = self.peak = 0
+
+    def count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._sizes:
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def peak(math_: object, method: str) -> float:
+    """Peak of a backward pass with its inputs, in token streams; weights do not count."""
+    block, inputs = alone(method, text=15, video=1500)
+    live = Live()
+    weights = list(block.parameters())
+    for weight in weights:
+        live.count(weight)
+    before = live.now
+    live.count(inputs.hidden)
+    live.count(inputs.encoder)
+    with live:
+        backward(math_, block, inputs, Wanted(True, True, False))
+    return (live.peak - before) / (live._sizes[inputs.hidden.untyped_storage()._cdata] * 1515 / 1500)
+
+
+@pytest.mark.parametrize(("method", "most"), [("none", 10.5), ("attention", 10.5), ("full", 12)])
+def test_ten_streams_are_held(method, most):
+    assert 9.9 < peak(LeanMath(tokens=75), method) < most
+    assert peak(StockMath(), method) > 20
+
+
+def test_it_runs_on_fake_tensors():
+    block, inputs = alone("none")
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = BlockInputs(
+            *(mode.from_tensor(tensor) for tensor in (inputs.hidden, inputs.encoder, inputs.temb)),
+            rotary=tuple(mode.from_tensor(table) for table in inputs.rotary),
+            seed=7,
+        )
+        given = backward(LeanMath(tokens=7), block, fake)
+    assert given.hidden.shape == inputs.hidden.shape and given.temb.shape == inputs.temb.shape
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
+
+
+def dropping() -> nn.Module:
+    transformer = model("5b", LoraMethod(rank=4, dropout=0.4, targets="all-linear")).double()
+    return transformer.train()
+
+
+def test_dropout_is_differentiated_with_the_masks_of_the_forward_pass(monkeypatch):
+    """Against a difference quotient, which knows nothing of how gradients are computed."""
+    transformer, step = dropping(), 1e-5
+    trains = {name: p for name, p in transformer.named_parameters() if p.requires_grad}
+    along = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(8)) for name, p in trains.items()}
+
+    def slope() -> float:
+        found = seeded(LeanMath(tokens=11))
+        return sum(float((found[name] * along[name]).sum()) for name in trains)
+
+    def seeded(math_: LeanMath) -> dict[str, Tensor]:
+        torch.manual_seed(21)
+        return run(transformer, math_)
+
+    def loss(distance: float) -> float:
+        with torch.no_grad():
+            for name, parameter in trains.items():
+                parameter.add_(distance * along[name])
+        value = float(seeded(LeanMath(tokens=11))["loss"])
+        with torch.no_grad():
+            for name, parameter in trains.items():
+                parameter.sub_(distance * along[name])
+        return value
+
+    quotient = (loss(step) - loss(-step)) / (2 * step)
+    assert slope() == pytest.approx(quotient, rel=2e-3)
+    # Canary: with other masks in the backward pass, the two part.
+    monkeypatch.setattr(LeanMath, "backward", other_masks(LeanMath.backward))
+    assert slope() != pytest.approx(quotient, rel=2e-2)
+
+
+def other_masks(stock):
+    return lambda math_, block, inputs, *a, **k: stock(math_, block, replace(inputs, seed=inputs.seed + 1), *a, **k)
+
+
+def test_random_numbers_are_drawn_once_per_pass_and_only_for_dropout():
+    transformer = model("5b", LoraMethod(rank=4, dropout=0.4))
+    torch.manual_seed(3)
+    start = torch.get_rng_state()
+    for _ in transformer.transformer_blocks:
+        torch.randint(2**62, ())
+    expected = torch.get_rng_state()
+    assert not torch.equal(start, expected)
+    torch.manual_seed(3)
+    run(transformer, LeanMath(tokens=11))
+    assert torch.equal(torch.get_rng_state(), expected)
+    run(transformer.eval(), LeanMath(tokens=11))
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_masks_differ_from_chunk_to_chunk_and_leave_no_trace():
+    def drawn(*address: int) -> Tensor:
+        with masks(5, *address, torch.device("cpu")):
+            return torch.rand(64)
+
+    before = torch.get_rng_state()
+    places = [(segment, chunk) for segment in range(3) for chunk in range(40)]
+    assert len({tuple(drawn(*place).tolist()) for place in places}) == len(places)
+    assert torch.equal(drawn(2, 7), drawn(2, 7))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+# ----------------------------------------------------------------------------------------------------------- the parts
+
+
+@pytest.mark.parametrize(("text", "video", "most"), [(226, 17550, 2048), (5, 7, 3), (1, 1, 8), (4, 8, 4)])
+def test_chunks_cover_both_streams(text, video, most):
+    found = chunks(text, video, most)
+    assert [i for chunk in found for i in range(chunk.joint.start, chunk.joint.stop)] == list(range(text + video))
+    for is_text, count in ((True, text), (False, video)):
+        own = [chunk.within for chunk in found if chunk.text is is_text]
+        sizes = [part.stop - part.start for part in own]
+        assert [i for part in own for i in range(part.start, part.stop)] == list(range(count))
+        assert max(sizes) <= most and len(own) == -(-count // most)
+
+
+def test_sums_of_narrow_gradients_are_wide():
+    sums = GradientSums([torch.zeros(3, dtype=torch.bfloat16), torch.zeros(2)])
+    for _ in range(1000):
+        sums.add([torch.full((3,), 1.0, dtype=torch.bfloat16), None])
+    total, never = sums.settle()
+    assert total.dtype == torch.bfloat16 and never is None
+    assert torch.equal(total, torch.full((3,), 1000.0, dtype=torch.bfloat16))  # bfloat16 itself stops at 256
+
+
+def test_rotations_are_diffusers_and_can_be_undone():
+    from diffusers.models.embeddings import apply_rotary_emb
+
+    heads, tables = torch.randn(2, 9, 3, 16), angles(9, 16)
+    ours = rotate(heads, tables)
+    assert torch.equal(ours, apply_rotary_emb(heads.transpose(1, 2), tables).transpose(1, 2))
+    torch.testing.assert_close(rotate_back(ours, tables), heads)
+
+
+@pytest.mark.parametrize("tables", [None, angles(9, 16)], ids=["no positions", "rotary"])
+def test_the_norms_gradient_from_its_own_result(tables):
+    norm = nn.LayerNorm(16, eps=1e-6)
+    random_(norm)
+    norm.requires_grad_(False)
+    heads, grad = torch.randn(2, 9, 3, 16, requires_grad=True), torch.randn(2, 9, 3, 16)
+    (theirs,) = torch.autograd.grad(rotate(norm(heads), tables), heads, grad)
+    with torch.no_grad():
+        ours = gradient(norm_and_rotate(heads, norm, tables), grad, norm, tables)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_norm_that_cannot_be_undone_is_known():
+    norm = nn.LayerNorm(16)
+    assert not undoable(norm)
+    norm.requires_grad_(False)
+    assert undoable(norm)
+    norm.weight[5] = -0.2
+    assert undoable(norm)
+    norm.weight[5] = 0.02
+    assert not undoable(norm)
+    norm.weight[4] = 0.02  # nothing large is mixed with it
+    assert undoable(norm)
+    norm.bias[4] = 1.0
+    assert not undoable(norm)
+    norm.weight[:] = 0.0
+    assert not undoable(norm.requires_grad_(False))
+
+
+@pytest.mark.parametrize("trains", [(), ("weight",), ("bias",), ("weight", "bias")], ids=str)
+def test_an_unread_layer_has_its_gradients_and_no_output(trains):
+    layer = nn.Linear(6, 4).requires_grad_(False)
+    for name in trains:
+        getattr(layer, name).requires_grad_(True)
+    features, grad = torch.randn(2, 5, 6, requires_grad=True), torch.randn(2, 5, 4)
+    leaves = [features, *(getattr(layer, name) for name in trains)]
+    theirs = torch.autograd.grad(layer(features), leaves, grad)
+    with unread(layer):
+        output = layer(features)
+    assert output.shape == (2, 5, 4) and not output.any() and output.untyped_storage().nbytes() == 4
+    for our, their in zip(torch.autograd.grad(output, leaves, grad), theirs, strict=True):
+        torch.testing.assert_close(our, their)
+    assert layer(features).any() and "forward" not in vars(layer)
+
+
+def test_layers_of_unknown_kind_are_read():
+    class Odd(nn.Linear):
+        pass
+
+    hooked = nn.Linear(6, 4)
+    hooked.forward = lambda features, forward=hooked.forward: forward(features) + 1
+    features = torch.randn(3, 6)
+    for layer in (Odd(6, 4), hooked):
+        with unread(layer):
+            assert layer(features).any()
+    assert "forward" in vars(hooked)
+
+
+def test_a_quantised_weight_is_decoded_once(monkeypatch):
+    layer, decoded = QuantisedLinear(64, 4, "fp8"), []
+    layer.quantise(torch.randn(4, 64))
+    layer.bias.data.zero_()
+    stock = QuantisedLinear.dequantised
+    monkeypatch.setattr(QuantisedLinear, "dequantised", lambda *a: decoded.append(1) or stock(*a))
+    features = torch.randn(3, 64, requires_grad=True)
+    expected = layer(features)
+    with whole(layer), unread(layer):
+        for _ in range(3):
+            layer(features).sum().backward()
+    assert len(decoded) == 2
+    torch.testing.assert_close(features.grad, 3 * layer.dequantised().sum(0).expand(3, -1))
+    assert torch.equal(layer(features), expected) and not {"forward", "dequantised"} & set(vars(layer))

@@ -1,0 +1,214 @@
+"""Whole trainings in every memory state: they learn what a training without learns, and stop and go on bit for bit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_faults import fails_where
+from test_train import assert_identical, optimizer, stop_after, weights
+from worlds import merged, run_values
+
+from finetune.config import RunConfig, memory_traits
+from finetune.errors import CheckpointError
+from finetune.facts import read_facts
+from finetune.memory import memory_of
+from finetune.trainers import loop
+from finetune.trainers.loop import train
+
+LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}
+FULL: dict[str, Any] = {"kind": "full"}
+EIGHT_BIT: dict[str, Any] = {"kind": "adamw8bit", "lr": 1e-3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A memory state, and what it is compared with."""
+
+    memory: dict[str, Any]
+    method: dict[str, Any]
+    dtype: str = "fp32"
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    bound: float | None = 0.0
+    """Of the weights' relative difference from a run without techniques; None where the arithmetic is another."""
+
+
+HOST = {"gradient_release": "exact", "optimizer_states": "host"}
+CASES: dict[str, Case] = {
+    "selective": Case({"checkpointing": "selective"}, LORA),
+    "offload": Case({"activations": "host"}, LORA),
+    "streamed": Case({"streamed_blocks": "all", "ring": 1}, LORA),
+    "modulation": Case({"modulation": "host"}, LORA),
+    # Other dropout masks, so another run; without dropout see test_memory.py.
+    "lean": Case({"block": "lean"}, LORA, bound=None),
+    "lean, no dropout": Case({"block": "lean"}, LORA | {"dropout": 0.0}, bound=1e-4),
+    "fp8": Case({"base": "fp8"}, LORA, bound=None),
+    "nf4": Case({"base": "nf4"}, LORA, "bf16", bound=None),
+    "the 8 GB plan": Case(
+        {"block": "lean", "activations": "host", "streamed_blocks": "all", "modulation": "host", "base": "fp8"},
+        LORA,
+        "bf16",
+        EIGHT_BIT,
+        bound=None,
+    ),
+    "released": Case({"gradient_release": "exact"}, FULL, bound=1e-5),
+    "released at once": Case({"gradient_release": "per_parameter"}, FULL, bound=None),
+    "states on the host": Case(HOST, FULL, "bf16", bound=1e-3),
+    "all on the host": Case(
+        {**HOST, "streamed_blocks": "all", "activations": "host", "block": "lean"}, FULL, "bf16", bound=None
+    ),
+    "stochastic rounding": Case(
+        {"gradient_release": "exact"}, FULL, "bf16", EIGHT_BIT | {"weights": "stochastic"}, bound=None
+    ),
+    "stochastic rounding on the host": Case(
+        {**HOST, "streamed_blocks": "all"}, FULL, "bf16", EIGHT_BIT | {"weights": "stochastic"}, bound=None
+    ),
+    "kahan": Case({"gradient_release": "per_parameter"}, FULL, "bf16", {"weights": "kahan"}, bound=None),
+}
+
+
+def config_of(case: Case, model: Path, clips: Path, output: Path, **changes: Any):
+    own = {
+        "model": {"dtype": case.dtype},
+        "method": case.method,
+        "memory": case.memory,
+        "optimizer": {"lr": 1e-3, **case.optimizer},
+        "train": {"steps": 3},
+    }
+    return RunConfig.from_dict(merged(merged(run_values(model, clips, output), own), changes))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_stops_and_goes_on_bit_for_bit(tiny_model, demo_clips, tmp_path, name):
+    case, model = CASES[name], tiny_model()
+    whole = train(config_of(case, model, demo_clips, tmp_path / "whole"))
+    part = config_of(case, model, demo_clips, tmp_path / "part")
+    stop_after(2, part)
+    resumed = train(part)
+    assert resumed.step == whole.step == 3
+    assert_identical(weights(resumed), weights(whole))
+    assert_identical(optimizer(resumed), optimizer(whole))
+    begun = load_file(next((model / "transformer").glob("*.safetensors")))
+    assert any(name not in begun or not torch.equal(t, begun[name].to(t.dtype)) for name, t in weights(whole).items())
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bound is not None])
+def test_a_run_learns_what_a_run_without_learns(tiny_model, demo_clips, tmp_path, name):
+    case, model = CASES[name], tiny_model()
+    with_it = weights(train(config_of(case, model, demo_clips, tmp_path / "with")))
+    plain = Case({}, case.method, case.dtype, case.optimizer)
+    without = weights(train(config_of(plain, model, demo_clips, tmp_path / "without")))
+    assert with_it.keys() == without.keys()
+    assert distance(with_it, without) <= (case.bound or 0.0)
+
+
+def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """Of two models, relative; over all weights together, because Adam moves a weight whose gradient is noise as far as
+    any other.
+    """
+    both = [torch.cat([weights[key].float().flatten() for key in sorted(theirs)]) for weights in (ours, theirs)]
+    return float((both[0] - both[1]).norm() / both[1].norm())
+
+
+def test_another_state_is_really_another(tiny_model, demo_clips, tmp_path):
+    """Canary of the test above: a changed base is seen."""
+    model = tiny_model()
+    ours = weights(train(config_of(CASES["fp8"], model, demo_clips, tmp_path / "with")))
+    theirs = weights(train(config_of(Case({}, LORA), model, demo_clips, tmp_path / "without")))
+    assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_base_in_another_format_is_no_resume(tiny_model, demo_clips, tmp_path):
+    model = tiny_model()
+    stop_after(2, config_of(CASES["fp8"], model, demo_clips, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match=r"memory\.base"):
+        train(config_of(Case({}, LORA), model, demo_clips, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("method", "memory", "last"),
+    [
+        (LORA, {"checkpointing": "none"}, "memory.streamed_blocks: all"),
+        (FULL, {"gradient_release": "exact", "optimizer_states": "host"}, "memory.streamed_blocks: all"),
+    ],
+    ids=["lora", "full"],
+)
+def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monkeypatch, capsys, method, memory, last):
+    """Memory runs out at every notch of the second step but the last; the run ends, and learns what a calm one does."""
+    case = Case(memory, method | ({"dropout": 0.0} if method is LORA else {}))
+    calm = train(config_of(case, tiny_model(), demo_clips, tmp_path / "calm"))
+    config = config_of(case, tiny_model(), demo_clips, tmp_path / "hit")
+    notches = config.memory.notches(memory_traits(config, read_facts(config.model.pretrained)))
+    assert len(notches) >= 4
+    with monkeypatch.context() as patch:
+        fails_where(patch, lambda run, batch, call: 1 < call <= len(notches))
+        hit = train(config)
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
+    assert len(said) == len(notches) - 1 and last in said[-1]
+    ours, theirs = weights(hit), weights(calm)
+    assert distance(ours, theirs) <= 1e-4
+
+
+def test_measuring_and_sampling_pass_through_the_same_state(tiny_model, demo_clips, tmp_path, monkeypatch):
+    """A held-out loss and a video, with everything on the host: no bit of training changes."""
+    case = CASES["the 8 GB plan"]
+    seen = []
+    inner = loop.Sampler.sample
+    monkeypatch.setattr(
+        loop.Sampler, "sample", lambda self, step: (seen.append(memory_of(self._run.module)), inner(self, step))[1]
+    )
+    quiet = train(config_of(case, tiny_model(), demo_clips, tmp_path / "quiet", data={"holdout": 0.25}))
+    watched = train(
+        config_of(
+            case,
+            tiny_model(),
+            demo_clips,
+            tmp_path / "watched",
+            data={"holdout": 0.25},
+            validation={
+                "every": 1,
+                "sample_every": 2,
+                "samples": [{"prompt": "a red circle", "seed": 0}],
+                "num_inference_steps": 2,
+                "clips": 1,
+                "timesteps": 2,
+            },
+        )
+    )
+    assert seen and all(blocks is not None for blocks in seen)
+    assert watched.heldout_after is not None
+    assert_identical(weights(watched), weights(quiet))
+    assert_identical(optimizer(watched), optimizer(quiet))
+
+
+MEASURED = {"every": 1, "clips": 1, "timesteps": 2}
+
+
+def measured(tmp_path, model, clips, name: str, memory: dict[str, Any]) -> str:
+    """The held-out losses of a run that keeps an average of its weights, which is what is measured."""
+    train(
+        config_of(
+            Case(memory, FULL, "bf16"),
+            model,
+            clips,
+            tmp_path / name,
+            data={"holdout": 0.25},
+            validation=MEASURED,
+            train={"steps": 3, "ema_decay": 0.5},
+        )
+    )
+    return (tmp_path / name / "heldout.jsonl").read_text()
+
+
+def test_the_average_is_measured_also_where_weights_stream(tiny_model, demo_clips, tmp_path, monkeypatch):
+    model = tiny_model()
+    streamed = measured(tmp_path, model, demo_clips, "streamed", {**HOST, "streamed_blocks": "all"})
+    assert streamed == measured(tmp_path, model, demo_clips, "resident", HOST)
+    assert len(streamed.splitlines()) == 3
+    # Canary: without the word that weights were exchanged, copies of the old ones are measured.
+    monkeypatch.setattr("finetune.trainers.run.weights_changed", lambda module: None)
+    assert measured(tmp_path, model, demo_clips, "stale", {**HOST, "streamed_blocks": "all"}) != streamed

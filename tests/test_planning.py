@@ -1,0 +1,481 @@
+"""The planner: its ledger against real allocations, its figures against known ones, its search by its own rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from finetune.cards import GIB, OVERHEAD_GIB, parse_bytes, usable
+from finetune.config import RunConfig
+from finetune.errors import ConfigError
+from finetune.facts import known_model, read_facts
+from finetune.memory import MemoryConfig
+from finetune.memory.places import host_buffer
+from finetune.planning import rates as rates_module
+from finetune.planning import search as search_module
+from finetune.planning import store
+from finetune.planning.beside import Prediction
+from finetune.planning.calibrate import calibrate
+from finetune.planning.cost import step_cost
+from finetune.planning.curve import Phase, Point, Span, measure
+from finetune.planning.extend import SHORT, Extended, extend
+from finetune.planning.fakes import empty_transformer, fake_world
+from finetune.planning.ledger import Ledger, attention_workspace
+from finetune.planning.plot import draw
+from finetune.planning.predict import extended, predict
+from finetune.planning.rates import DEFAULTS, keep, rates_of
+from finetune.planning.rehearse import Rehearsal, rehearse
+from finetune.planning.report import document, text, verdict
+from finetune.planning.search import Found, resolve, search
+from finetune.planning.training import Training, fake_batches
+from finetune.trainers.objective import velocity_losses
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's cache is left alone; rehearsals are shared by the tests of one worker."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def look_alike(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSON of a 5B that is four heads wide and eight blocks deep: its blocks, small enough to be real."""
+    return narrowed(tmp_path_factory.mktemp("look-alike"), layers=8, heads=4)
+
+
+def narrowed(folder: Path, *, layers: int, heads: int) -> Path:
+    for source in known_model("5b").rglob("*.json"):
+        target = folder / source.relative_to(known_model("5b"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+    path = folder / "transformer" / "config.json"
+    changes = {"num_layers": layers, "num_attention_heads": heads}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_layers": 2}))
+    return folder
+
+
+def run(model: object, **changes: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": {"pretrained": str(model), "dtype": "bf16"},
+        "data": {"sources": [{"path": "clips"}], "buckets": ["9x160x240"]},
+        "method": {"rank": 8},
+        "optimizer": {"kind": "adamw"},
+        "train": {"steps": 10},
+        "output_dir": "run",
+    }
+    return RunConfig.from_dict({**values, **changes})
+
+
+SFT: dict[str, Any] = {"method": {"kind": "full"}, "optimizer": {"kind": "adamw8bit"}}
+
+
+# --------------------------------------------------------------------------------------------------------- the ledger
+
+
+def step_with(ledger: Ledger, config: RunConfig, folder: Path, layers: int) -> Phase:
+    facts = read_facts(str(folder))
+    transformer = empty_transformer(folder, torch.bfloat16, config.memory, layers)
+    training = Training(ledger, facts, config, transformer, torch.bfloat16)
+    return training.step(fake_batches(facts, config, config.data.buckets[0], torch.bfloat16))
+
+
+def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path) -> None:
+    config = run(look_alike)
+    with fake_world() as fake:
+        ours = step_with(fake, config, look_alike, 2)
+    with Ledger() as real:
+        theirs = step_with(real, config, look_alike, 2)
+    # A few scalars: fake tensors copy constants and have no list form of a norm.
+    assert abs(ours.peak.nbytes - theirs.peak.nbytes) <= 4096
+    assert ours.where == theirs.where
+    assert {name: point.nbytes // 65536 for name, point in ours.stations.items()} == pytest.approx(
+        {name: point.nbytes // 65536 for name, point in theirs.stations.items()}, abs=1
+    )
+
+
+def test_the_peak_is_what_the_allocator_hands_out(look_alike: Path) -> None:
+    """Against torch's own profiler of real CPU allocations, with no mode that watches."""
+    config, facts = run(look_alike), read_facts(str(look_alike))
+    with fake_world() as ledger:
+        ours = step_with(ledger, config, look_alike, 2)
+    resident = sum(
+        nbytes
+        for part, nbytes in ours.peak.parts.items()
+        if part.endswith("weights") or "state" in part or part == "batch"
+    )
+    with Ledger() as quiet:
+        transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 2)
+        training = Training(quiet, facts, config, transformer, torch.bfloat16)
+        (batch,) = fake_batches(facts, config, config.data.buckets[0], torch.bfloat16)
+        training._warm_up()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        velocity_losses(transformer, facts, training.alpha_bar, batch).sum().backward()
+    assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = highest = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        highest = max(highest, held)
+    assert len(events) > 500
+    assert ours.peak.nbytes - resident == pytest.approx(highest, rel=0.005)
+
+
+def test_a_tensor_kept_alive_is_seen(look_alike: Path) -> None:
+    config = run(look_alike)
+    kept: list[torch.Tensor] = []
+
+    class Leaking(Training):
+        def step(self, batches: Any) -> Phase:
+            # Named to be told apart: what is allocated before a step and not part of it.
+            kept.append(torch.zeros(1 << 20))
+            return super().step(batches)
+
+    facts = read_facts(str(look_alike))
+    peaks = []
+    for kind in (Training, Leaking):
+        with fake_world() as ledger:
+            transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 2)
+            training = kind(ledger, facts, config, transformer, torch.bfloat16)
+            peaks.append(training.step(fake_batches(facts, config, config.data.buckets[0], torch.bfloat16)).peak.nbytes)
+    assert peaks[1] - peaks[0] == 4 << 20
+
+
+def test_gradients_are_added_in_place_where_autograd_does() -> None:
+    """While a mode watches, autograd makes a third tensor for a sum; the ledger does not count it."""
+    size = 1 << 20
+
+    def highest(*, twice: bool) -> int:
+        with Ledger() as ledger:
+            leaf = torch.zeros(size, requires_grad=True)
+            middle = leaf * 1.0
+            begin = ledger.tick
+            (middle * 2.0 + middle * 3.0 if twice else middle * 2.0).sum().backward()
+            return measure("sums", ledger.pieces, begin, ledger.tick, {}).peak.nbytes
+
+    # Two terms and what they are terms of, never a third gradient beside them.
+    assert highest(twice=True) - highest(twice=False) <= 2 * 4 * size
+    with Ledger() as ledger:
+        leaf = torch.zeros(size, requires_grad=True)
+        middle = leaf * 1.0
+        (middle * 2.0 + middle * 3.0).sum().backward()
+    assert [piece for piece in ledger.pieces if piece.op == "sum of gradients"]
+
+
+def test_storages_are_rounded_named_and_placed() -> None:
+    with fake_world() as ledger:
+        begin = ledger.tick
+        small = torch.empty(3)
+        pinned = host_buffer(1000, pinned=True, what="streamed weights")
+        view = small[:2]
+        ledger.name("batch", [view])
+        phase = measure("p", ledger.pieces, begin, ledger.tick, {"all": begin})
+        del pinned
+        after = measure("q", ledger.pieces, ledger.tick, ledger.tick, {})
+    assert phase.peak.parts == {"batch": 512}
+    assert phase.pageable.nbytes + phase.pinned.nbytes == 1024 and after.pinned.nbytes == after.pageable.nbytes == 0
+
+
+def test_attention_hides_its_gradient_in_float32() -> None:
+    query = torch.empty(1, 48, 17_776, 64, device="meta")
+    assert attention_workspace(query) == 4 * 48 * 17_792 * 64 + 4 * 48 * 17_792
+    assert attention_workspace(query) / (4 * query.numel()) == pytest.approx(1, abs=0.02)
+
+
+def test_8_bit_states_are_those_of_a_real_run(look_alike: Path) -> None:
+    config = run(look_alike, **SFT)
+    sizes = []
+    for world in (fake_world(), Ledger()):
+        with world as ledger:
+            facts = read_facts(str(look_alike))
+            transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 1)
+            training = Training(ledger, facts, config, transformer, torch.bfloat16)
+            training._warm_up()
+            training._name_residents()
+            end = ledger.tick
+            sizes.append(dict(measure("s", ledger.pieces, end, end, {}).peak.parts))
+    assert sizes[0] == sizes[1]
+    weights = sum(parameter.numel() for parameter in transformer.parameters())
+    # Two bytes per weight, and two scales per 256 weights; small tensors are held in fp32.
+    assert sizes[0]["optimizer state"] == pytest.approx(2 * weights * (1 + 4 / 256), rel=0.03)
+    assert sizes[0]["master copies"] == pytest.approx(4 * weights, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------------- rehearsals
+
+
+def test_5b_needs_what_was_counted_by_hand() -> None:
+    """LoRA r128, fp32 AdamW: 10.38 GiB of weights, 0.49 of adapters, 0.98 of moments, 42 x 104 MiB of boundaries."""
+    found = extended(run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 128}), 42)
+    parts = {part: nbytes / GIB for part, nbytes in found.parts.items()}
+    assert found.nbytes / GIB == pytest.approx(18.9, abs=0.2) and found.where == "backward, block 41 of 42"
+    assert parts["frozen weights"] == pytest.approx(10.375, abs=0.01)
+    assert parts["trainable weights"] == pytest.approx(0.492, abs=0.002)
+    assert parts["optimizer state"] == pytest.approx(0.984, abs=0.002)
+    assert parts["saved activations"] == pytest.approx(42 * 104.2 / 1024, abs=0.01)
+
+
+STATES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "stock": ({}, {}),
+    "none": ({"checkpointing": "none"}, {}),
+    "selective": ({"checkpointing": "selective"}, {}),
+    "fp8": ({"base": "fp8", "modulation": "host", "activations": "host"}, {}),
+    "streamed": ({"streamed_blocks": "all", "activations": "host"}, {}),
+    "released": ({"gradient_release": "exact", "optimizer_states": "host"}, SFT),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_two_short_models_give_the_figures_of_a_long_one(look_alike: Path, name: str) -> None:
+    memory, method = STATES[name]
+    config = run(look_alike, memory=memory, **method)
+    whole = rehearse(config, phases=("train",)).phase("train")
+    found = extended(config, 8)
+    assert found.nbytes == pytest.approx(whole.peak.nbytes, abs=65536)
+    assert whole.where.startswith(found.where)
+    assert found.pinned == pytest.approx(whole.pinned.nbytes, abs=65536)
+    assert found.pageable == pytest.approx(whole.pageable.nbytes, abs=65536)
+
+
+def test_a_station_that_overtakes_is_found() -> None:
+    """In the short models the first block is the highest; in the long one the last is."""
+    few, more = SHORT
+
+    def phase(layers: int) -> Phase:
+        stations = {f"forward, block {number} of {layers}": Point(0.0, {"x": 100}) for number in range(layers)}
+        stations[f"forward, block {layers - 1} of {layers}"] = Point(0.0, {"x": 10 * layers})
+        nothing = Point(0.0, {})
+        return Phase("p", nothing, "", nothing, nothing, (), (), stations)
+
+    found = extend(phase(few), phase(more), 30)
+    assert (found.nbytes, found.where) == (300, "forward, block 29 of 30")
+
+
+def test_every_phase_is_rehearsed(look_alike: Path) -> None:
+    validation = {"sample_every": 5, "samples": [{"prompt": "a"}]}
+    config = run(look_alike, validation=validation, train={"steps": 3, "accumulation": 2, "ema_decay": 0.9})
+    found = rehearse(config)
+    assert [phase.name for phase in found.phases] == [
+        "T5 pass",
+        "VAE pass",
+        "training",
+        "validation sampling",
+        "VAE decode",
+    ]
+    training = found.phase("train")
+    assert training.peak.parts["moving average"] > 0 and training.note.endswith("accumulated")
+    # The optimizer's states and the VAE are there while a video is sampled.
+    assert {"optimizer state", "VAE weights"} <= found.phase("sample").peak.parts.keys()
+    assert found.phase("encode").note == "in tiles"
+    spacious = rehearse(config, phases=("encode",), card_bytes=80 * GIB)
+    assert spacious.phase("encode").note == "whole frames"
+
+
+def test_a_rehearsal_is_kept_until_the_code_changes(
+    look_alike: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[int] = []
+
+    def make(config: RunConfig, **options: Any) -> Rehearsal:
+        made.append(1)
+        return rehearse(config, **options)
+
+    config = run(look_alike)
+    options: dict[str, Any] = {"layers": 1, "phases": ("train",), "make": make}
+    first = store.rehearsed(config, **options)
+    assert store.rehearsed(config, **options) == first and len(made) == 1
+    # What memory does not depend on makes no difference; what it does, does.
+    assert store.rehearsed(run(look_alike, optimizer={"kind": "adamw", "lr": 1e-5}), **options) == first
+    assert len(made) == 1
+    store.rehearsed(run(look_alike, method={"rank": 16}), **options)
+    assert len(made) == 2
+    monkeypatch.setattr(store, "_versions", lambda: {"torch": "other"})
+    store.rehearsed(config, **options)
+    assert len(made) == 3
+    for path in tmp_path.rglob("*.json"):
+        path.write_text("{")  # cut short: made again, not believed
+    store.rehearsed(config, **options)
+    assert len(made) == 4
+
+
+# ------------------------------------------------------------------------------------------------ time, and the search
+
+
+def test_the_arithmetic_of_5b() -> None:
+    config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 128})
+    facts = read_facts(str(known_model("5b")))
+    # Only matrix products count: 169.1 TFLOP of linear layers, 4.7 of adapters, 163.1 of attention (counted by others).
+    instant = DEFAULTS["H100"].model_copy(update={"gemm": 1e12, "attention_forward": 1e12, "attention_backward": 1e12})
+    instant = instant.model_copy(update={"memory": 1e30})
+    cost = step_cost(config, facts, MemoryConfig(), instant)
+    assert cost.forward_s == pytest.approx(169.1 + 163.1 + 4.7, rel=0.01)
+    assert cost.recompute_s == pytest.approx(cost.forward_s)
+    assert cost.backward_s == pytest.approx(169.1 + 2.5 * 163.1 + 9.4, rel=0.01)
+    kept = step_cost(config, facts, MemoryConfig(checkpointing="selective"), instant)
+    assert cost.recompute_s - kept.recompute_s == pytest.approx(163.1, rel=0.01)
+    assert step_cost(config, facts, MemoryConfig(checkpointing="none"), instant).recompute_s == 0
+
+
+def test_copies_hide_behind_computation_until_they_do_not() -> None:
+    config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]})
+    facts = read_facts(str(known_model("5b")))
+    rates = DEFAULTS["H100"]
+    plain, streamed = MemoryConfig(), MemoryConfig(streamed_blocks="all")
+    hidden = step_cost(config, facts, streamed, rates).step_s - step_cost(config, facts, plain, rates).step_s
+    slow = rates.model_copy(update={"host_to_device": 1e9})
+    seen = step_cost(config, facts, streamed, slow).step_s - step_cost(config, facts, plain, slow).step_s
+    alone = step_cost(config, facts, MemoryConfig(streamed_blocks="all", ring=1), rates).waiting_s
+    assert 0 < hidden < 0.05 < 1 < seen
+    assert alone > 0.3
+
+
+@pytest.fixture
+def reckoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peaks by arithmetic in place of rehearsals: 30 GiB, and what each technique takes away."""
+
+    def peak(config: RunConfig, layers: int) -> Extended:
+        memory = config.memory
+        saved = {"none": -50.0, "selective": -4.0, "full": 0.0}[memory.checkpointing]
+        saved += {"stock": 0, "lean": 2}[memory.block] + {"device": 0, "host": 4}[memory.activations]
+        saved += {"device": 0, "host": 1.5}[memory.modulation] + (8 if memory.streams else 0)
+        saved += {"native": 0, "fp8": 4, "int8": 4, "nf4": 6}[memory.base] * (0.1 if memory.streams else 1)
+        host = 10 * GIB if memory.streams else 0
+        rank = config.method.rank if config.method.kind == "lora" else 0
+        return Extended({"x": round((30 - saved + rank / 64) * GIB)}, "somewhere", host, 0)
+
+    monkeypatch.setattr(search_module, "extended", peak)
+
+
+def find(card_gib: float, ram_gib: float | None = None, **options: Any) -> Found:
+    config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, **options.pop("run", {}))
+    ram_bytes = None if ram_gib is None else round(ram_gib * GIB)
+    card_bytes = round((card_gib + OVERHEAD_GIB) * GIB)
+    return search(config, DEFAULTS["H100"], card_bytes=card_bytes, ram_bytes=ram_bytes, **options)
+
+
+def test_the_fastest_plan_that_fits(reckoned: None) -> None:
+    steps = []
+    for card in (90.0, 36.0, 31.0, 20.0, 16.0):
+        found = find(card)
+        assert found.best is not None and found.best.peak_bytes <= round(card * GIB)
+        assert found.best.memory.base == "native" and not found.quantised_unasked
+        # Every plan beside it that fits is slower; every faster one does not fit.
+        bytes_of_card = round((card + OVERHEAD_GIB) * GIB)
+        assert all(plan.step_s >= found.best.step_s or not plan.fits(bytes_of_card, None) for plan in found.others)
+        steps.append(found.best.step_s)
+    assert steps == sorted(steps) and steps[0] < steps[-1]
+    assert (best := find(90.0).best) is not None and best.memory.checkpointing == "none"
+
+
+def test_host_memory_is_a_limit_too(reckoned: None) -> None:
+    rich, poor = find(23.0), find(23.0, ram_gib=4.0)
+    assert rich.best is not None and poor.best is not None
+    assert rich.best.memory.streams and not poor.best.memory.streams
+    assert poor.best.step_s >= rich.best.step_s
+
+
+def test_some_blocks_keep_attention_where_not_all_can(reckoned: None) -> None:
+    found = find(32.2, ram_gib=4.0)
+    kept = [plan for plan in found.others if plan.memory.keep_attention is not None]
+    assert all(0 < (plan.memory.keep_attention or 0) < 42 and plan.peak_bytes <= round(32.2 * GIB) for plan in kept)
+    assert kept
+
+
+def test_a_base_is_quantised_unasked_only_where_nothing_else_fits(reckoned: None) -> None:
+    native, quantised = find(14.7), find(14.4)
+    assert native.best is not None and native.best.memory.base == "native" and not native.quantised_unasked
+    assert quantised.best is not None and quantised.best.memory.base != "native" and quantised.quantised_unasked
+    # A larger card needs none, and gets none unless it is allowed and faster.
+    assert (allowed := find(20.0, quantize=True).best) is not None and allowed.step_s <= find(20.0).best.step_s  # type: ignore[union-attr]
+
+
+def test_what_does_not_fit_is_told_by_how_much_and_what_would(reckoned: None) -> None:
+    config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 256})
+    smallest = find(1.0, run={"method": {"rank": 256}}).smallest
+    card = smallest.peak_bytes + round((OVERHEAD_GIB - 1) * GIB)
+    with pytest.raises(ConfigError, match=r"the smallest needs 1\.00 GiB more") as caught:
+        resolve(config, DEFAULTS["H100"], card_bytes=card)
+    assert "method.rank: 32 fits" in caught.value.fix
+
+
+def test_rates_are_measured_kept_and_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = calibrate(torch.device("cpu"), seconds=0.05, tokens=256, width=128)
+    assert measured.source == "measured" and all(value > 0 for value in list(measured.model_dump().values())[2:])
+    assert rates_of(measured.device).source == "published or assumed"
+    path = keep(measured)
+    assert rates_of(measured.device) == measured and path.is_relative_to(tmp_path)
+    path.write_text("{}")
+    assert rates_of("NVIDIA H100 80GB HBM3").gemm == DEFAULTS["H100"].gemm
+    assert rates_of(measured.device).source == "published or assumed"
+    assert rates_module.OTHER in DEFAULTS
+
+
+# ------------------------------------------------------------------------------------------------------- what is said
+
+
+def some_rehearsal() -> Rehearsal:
+    curve = tuple(Point(at / 10, {"frozen weights": 10 * GIB, "block transient": at * GIB // 2}) for at in range(11))
+    nothing = Point(0.0, {})
+    spans = (Span("forward", 0.0, 0.4), Span("backward", 0.4, 1.0))
+    phase = Phase("training", curve[-1], "backward, block 1 of 2", nothing, nothing, curve, spans, {})
+    return Rehearsal((phase,), "9x64x64", 100)
+
+
+def test_a_verdict_counts_the_overhead() -> None:
+    rehearsal = some_rehearsal()
+    assert verdict(rehearsal, round(16.2 * GIB) + 1).fits is True
+    assert verdict(rehearsal, round(16.1 * GIB)).fits is False
+    assert verdict(rehearsal, None).fits is None
+    said = text(run("5b"), rehearsal, verdict(rehearsal, 16 * GIB))
+    assert "a card of 16.0 GiB is 0.20 GiB too small" in said and "predicted, not measured" in said
+    assert document(rehearsal, verdict(rehearsal, 24 * GIB))["peak_bytes"] == 15 * GIB
+    poor = dataclasses.replace(rehearsal.phases[0], pinned=Point(0.0, {"x": 40 * GIB}))
+    assert verdict(dataclasses.replace(rehearsal, phases=(poor,)), 24 * GIB, 32 * GIB).fits is False
+
+
+def test_the_curve_is_drawn(tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / "curve.png"
+    draw(some_rehearsal().phases[0], "a title", path, card_bytes=24 * GIB)
+    image = Image.open(path).convert("RGB")
+    colours = {colour for count, colour in image.getcolors(1 << 24) if count > 2000}
+    assert image.size == (1500, 840) and len(colours) >= 4
+
+
+def test_predicted_beside_measured() -> None:
+    assert Prediction(10 * GIB, "").compared(10.5) == "peak memory: predicted 10.00 GiB, measured 10.50 GiB (+5.0 %)"
+    assert Prediction(None, "could not be made").compared(10.5) == ""
+
+
+@pytest.mark.parametrize(
+    ("written", "nbytes"), [("24GiB", 24 * GIB), ("24", 24 * GIB), ("1.5 gb", 1_500_000_000), ("800 MiB", 800 * 2**20)]
+)
+def test_amounts_of_memory(written: str, nbytes: int) -> None:
+    assert parse_bytes(written) == nbytes
+    assert math.isclose(usable(nbytes), nbytes - OVERHEAD_GIB * GIB, abs_tol=1)
+
+
+@pytest.mark.parametrize("written", ["", "much", "-3", "0", "24 parsecs"])
+def test_other_words_are_no_amounts(written: str) -> None:
+    with pytest.raises(ValueError, match="memory"):
+        parse_bytes(written)
+
+
+@pytest.mark.slow
+def test_lean_plans_are_extended_and_say_the_same(look_alike: Path) -> None:
+    memory = {"block": "lean", "activations": "host", "modulation": "host"}
+    config = run(look_alike, memory=memory)
+    quick, exact = (predict(config, phases=("train",), exact=exact).phase("train") for exact in (False, True))
+    assert quick.curve == () and len(exact.curve) > 50
+    assert quick.peak.nbytes == pytest.approx(exact.peak.nbytes, abs=65536)

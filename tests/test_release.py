@@ -1,0 +1,658 @@
+"""Gradient release and optimizer states on the host: the same training, with less on the device."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from watched_lane import RaceError, Timeline, careless
+from worlds import fabricate_cache, run_config
+
+from finetune.errors import ConfigError, TrainingError
+from finetune.facts import read_facts
+from finetune.memory import MemoryConfig, undo
+from finetune.memory import release as release_module
+from finetune.memory.places import label_of
+from finetune.memory.release import norm_of, units_of
+from finetune.planning.ledger import Ledger
+from finetune.ranks import Ranks
+from finetune.tiny import tiny_transformer
+from finetune.trainers import loop
+from finetune.trainers.ema import Ema
+from finetune.trainers.engine import FullShard, Launch, Released, Replicate, Replicated, Zero, whole_engine
+from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.method import FullMethod
+from finetune.trainers.optim import (
+    OptimizerConfig,
+    begin,
+    load_optimizer_state,
+    optimizer_state,
+    precise_weights,
+    set_lr,
+)
+from finetune.trainers.spread import require_launch
+
+CPU = torch.device("cpu")
+STATES: dict[str, dict[str, object]] = {
+    "exact": {"gradient_release": "exact"},
+    "exact-host": {"gradient_release": "exact", "optimizer_states": "host"},
+    "exact-host-streamed": {"gradient_release": "exact", "optimizer_states": "host", "streamed_blocks": "all"},
+    "each": {"gradient_release": "per_parameter"},
+    "each-host": {"gradient_release": "per_parameter", "optimizer_states": "host"},
+    "each-host-streamed": {"gradient_release": "per_parameter", "optimizer_states": "host", "streamed_blocks": 1},
+}
+OPTIMIZERS: dict[str, dict[str, object]] = {
+    "adamw": {"kind": "adamw"},
+    "stochastic": {"kind": "adamw", "weights": "stochastic"},
+    "kahan": {"kind": "adamw", "weights": "kahan"},
+    "8bit-stochastic": {"kind": "adamw8bit", "weights": "stochastic"},
+    "momentum": {"kind": "custom", "name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}},
+}
+
+
+class _Alone:
+    num_processes = 1
+
+    @staticmethod
+    def prepare(module: nn.Module) -> nn.Module:
+        return module
+
+
+class _Saved:
+    """What a checkpoint gives back, copied as through a file."""
+
+    def __init__(self, engine: Replicated) -> None:
+        tensors, meta = engine.optimizer_state()
+        self.trainable = {name: tensor.clone() for name, tensor in engine.weights().items()}
+        self.optimizer = ({name: tensor.clone() for name, tensor in tensors.items()}, meta)
+
+
+@dataclass
+class World:
+    """A tiny transformer in training."""
+
+    engine: Replicated
+    module: Any
+    done: int = 0
+
+    def passes(self, *, spoil: bool = False) -> None:
+        generator = torch.Generator().manual_seed(100 + self.done)
+        config = self.module.config
+        latents = torch.randn(2, 3, config.in_channels, 8, 8, generator=generator)
+        text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator)
+        dtype = self.module.dtype
+        with self.engine.micro_batch(last=True):
+            prediction = self.module(latents.to(dtype), text.to(dtype), torch.tensor([500, 3]), return_dict=False)[0]
+            loss = prediction.float().square().mean()
+            self.engine.backward(loss * math.nan if spoil else loss)
+
+    def step(self, limit: float = math.inf, scale: float = 1.0) -> float:
+        begin(self.engine.optimizer, seed=3, step=self.done)
+        self.passes()
+        norm = self.engine.clip(limit, scale=scale)
+        self.engine.step()
+        self.done += 1
+        return norm
+
+    def weights(self) -> dict[str, Tensor]:
+        return {name: tensor.clone() for name, tensor in self.engine.weights().items()}
+
+
+Maker = Callable[..., World]
+
+
+@pytest.fixture
+def world() -> Any:
+    made: list[nn.Module] = []
+
+    def make(
+        state: dict[str, object],
+        optimizer: dict[str, object] | None = None,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        saved: Any = None,
+        released: bool = True,
+        max_norm: float | None = None,
+        **engine: Any,
+    ) -> World:
+        memory = MemoryConfig.model_validate(state)
+        module = tiny_transformer(num_attention_heads=2).to(dtype)
+        method = FullMethod()
+        method.apply(module, seed=0)
+        memory.apply(module, CPU)
+        module.train()
+        made.append(module)
+        parameters = method.trainable(module)
+        built: Replicated
+        if not released:
+            built = Replicated(_Alone, module, parameters)
+        elif engine:
+            limit = math.inf if max_norm is None else max_norm
+            built = Released(_Alone, module, parameters, memory=memory, device=CPU, max_norm=limit, **engine)
+        else:
+            built = whole_engine(_Alone, module, parameters, memory=memory, device=CPU, max_norm=max_norm)
+        config = TypeAdapter(OptimizerConfig).validate_python({"lr": 1e-3, **(optimizer or {"kind": "adamw"})})
+        built.start(config, saved)
+        return World(built, module)
+
+    yield make
+    for module in made:
+        undo(module)
+
+
+def assert_identical(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and len(ours) >= 16
+    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
+    assert not different, f"{len(different)} of {len(ours)} differ, {different[:3]} first"
+
+
+# ------------------------------------------------------------------------------------------------- the same training
+
+
+PAIRS = [(state, "adamw") for state in STATES]
+PAIRS += [(state, kind) for state in ("exact-host", "each") for kind in OPTIMIZERS if kind != "adamw"]
+
+
+@pytest.mark.parametrize(("state", "optimizer"), PAIRS)
+def test_released_trains_as_without_release_bit_for_bit(world: Maker, state, optimizer):
+    """Unclipped: clipping by parameter is another rule, and the factor of the global one is more precise here."""
+    theirs = world({"gradient_release": "exact"}, OPTIMIZERS[optimizer], released=False)
+    ours = world(STATES[state], OPTIMIZERS[optimizer])
+    assert isinstance(ours.engine, Released) and not isinstance(theirs.engine, Released)
+    start = ours.weights()
+    for _ in range(3):
+        norm, their_norm = ours.step(), theirs.step()
+        assert norm == pytest.approx(their_norm, rel=2**-7)
+    assert_identical(ours.weights(), theirs.weights())
+    (our_state, our_meta), (their_state, their_meta) = ours.engine.optimizer_state(), theirs.engine.optimizer_state()
+    assert our_meta["parameters"] == their_meta["parameters"] and our_meta.get("weights") == their_meta.get("weights")
+    assert our_state.keys() == their_state.keys() or optimizer == "8bit-stochastic"  # which name a table stands under
+    assert all(torch.equal(our_state[key], their_state[key]) for key in our_state.keys() & their_state.keys())
+    assert any(not torch.equal(start[name], tensor) for name, tensor in ours.weights().items())
+
+
+@pytest.mark.parametrize(
+    ("state", "dtype"),
+    [("exact", torch.float32), ("exact-host-streamed", torch.float32), ("exact-host", torch.bfloat16)],
+)
+def test_exact_clips_by_the_norm_of_all(world: Maker, state, dtype):
+    theirs = world(
+        {"gradient_release": "exact"}, {"kind": "custom", "name": "torch.optim.SGD"}, dtype=dtype, released=False
+    )
+    ours = world(STATES[state], {"kind": "custom", "name": "torch.optim.SGD"}, dtype=dtype)
+    for each in (theirs, ours):
+        set_lr(each.engine.optimizer, 1.0)
+    theirs.passes()
+    gradients = [p.grad.double() for p in theirs.engine.parameters.values() if p.grad is not None]
+    true = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
+    limit = true / 64
+    start = theirs.weights()
+    norm, their_norm = theirs.engine.clip(limit / 2, scale=2.0), ours.step(limit / 2, scale=2.0)
+    theirs.engine.step()
+    bound = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    assert their_norm == pytest.approx(true / 2, rel=1e-6), "the engine's own norm"
+    assert norm == pytest.approx(true / 2, rel=bound)
+    for name, tensor in ours.weights().items():
+        moved, their_move = (
+            tensor.double() - start[name].double(),
+            theirs.weights()[name].double() - start[name].double(),
+        )
+        spacing = 2**-8 * float(start[name].abs().max()) if dtype == torch.bfloat16 else 1e-7
+        assert (moved - their_move).abs().max() <= 2 * bound * their_move.abs().max() + 2 * spacing, name
+    total = math.sqrt(sum(float((t.double() - start[n].double()).square().sum()) for n, t in ours.weights().items()))
+    if dtype == torch.float32:
+        assert total == pytest.approx(limit / 2, rel=1e-3), (
+            "a gradient descent step of length one is as long as the limit"
+        )
+
+
+def test_a_norm_that_forgets_a_block_is_noticed(world: Maker, monkeypatch):
+    """Canary of the test above."""
+    ours = world(STATES["exact"])
+    whole = ours.step()
+    other = world(STATES["exact"])
+    forgotten = list(units_of(other.engine.parameters)[0].values())
+    shapes = [p.shape for p in forgotten]
+    seen: list[Tensor] = []
+
+    def forgetting(gradient: Tensor) -> Tensor:
+        seen.append(gradient)
+        return norm_of(gradient) * (0.0 if gradient.shape in shapes else 1.0)
+
+    monkeypatch.setattr("finetune.trainers.engine.released.norm_of", forgetting)
+    assert other.step() < whole * (1 - 1e-3) and len(seen) == len(other.engine.parameters)
+
+
+@pytest.mark.parametrize("state", ["each", "each-host", "each-host-streamed"])
+def test_per_parameter_clips_each_gradient_by_its_own_norm(world: Maker, state):
+    sgd = {"kind": "custom", "name": "torch.optim.SGD"}
+    theirs = world({"gradient_release": "exact"}, sgd, dtype=torch.float32, released=False)
+    theirs.passes()
+    gradients = {name: p.grad.clone() for name, p in theirs.engine.parameters.items() if p.grad is not None}
+    limit = float(torch.stack([gradient.norm() for gradient in gradients.values()]).median())
+    ours = world(STATES[state], sgd, dtype=torch.float32, max_norm=limit)
+    set_lr(ours.engine.optimizer, 1.0)
+    start = ours.weights()
+    norm = ours.step(limit)
+    assert norm == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values())), rel=1e-6)
+    clipped = 0
+    for name, gradient in gradients.items():
+        factor = min(1.0, limit / (float(gradient.norm()) + 1e-6))
+        clipped += factor < 1
+        torch.testing.assert_close(start[name] - ours.weights()[name], gradient * factor, rtol=1e-4, atol=1e-6)
+    assert 0 < clipped < len(gradients)
+
+
+def test_a_worker_in_a_thread_changes_nothing(world: Maker):
+    ours, theirs = world(STATES["each-host"], threaded=True), world(STATES["each-host"], threaded=False)
+    workers: set[int] = set()
+    update = ours.engine._update
+
+    def watched(named: Any) -> None:
+        workers.add(threading.get_ident())
+        update(named)
+
+    ours.engine._update = watched
+    for _ in range(2):
+        assert ours.step() == theirs.step()
+    assert_identical(ours.weights(), theirs.weights())
+    assert len(workers) == 1 and threading.get_ident() not in workers
+
+
+def test_what_a_worker_raises_reaches_the_step(world: Maker):
+    ours = world(STATES["each-host"], threaded=True)
+
+    def broken(_: Any) -> None:
+        raise MemoryError("no host memory")
+
+    ours.engine._update = broken
+    with pytest.raises(MemoryError, match="no host memory"):
+        ours.step()
+
+
+# -------------------------------------------------------------------------------------------------------- continuing
+
+
+@pytest.mark.parametrize(
+    ("state", "optimizer"),
+    [
+        *((state, "stochastic") for state in STATES),
+        ("exact", "adamw"),
+        ("each-host", "kahan"),
+        ("each", "8bit-stochastic"),
+    ],
+)
+def test_n_steps_are_k_steps_and_a_resume(world: Maker, state, optimizer):
+    whole = world(STATES[state], OPTIMIZERS[optimizer], max_norm=0.1)
+    for _ in range(2):
+        whole.step(0.1)
+    saved = _Saved(whole.engine)
+    whole.step(0.1)
+    resumed = world(STATES[state], OPTIMIZERS[optimizer], saved=saved, max_norm=0.1)
+    resumed.done = 2
+    resumed.step(0.1)
+    assert_identical(resumed.weights(), whole.weights())
+    ours, theirs = resumed.engine.optimizer_state(), whole.engine.optimizer_state()
+    assert ours[1] == theirs[1] and all(torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0])
+
+
+def test_a_run_may_change_its_memory_state_on_its_way(world: Maker):
+    """Where states are does not show in a checkpoint."""
+    whole = world(STATES["exact"])
+    whole.step()
+    saved = _Saved(whole.engine)
+    whole.step()
+    resumed = world(STATES["exact-host-streamed"], saved=saved)
+    resumed.done = 1
+    resumed.step()
+    assert_identical(resumed.weights(), whole.weights())
+
+
+@pytest.mark.parametrize("state", ["exact-host", "each-host"])
+def test_a_notch_down_may_make_blocks_stream(world: Maker, state):
+    ours, theirs = world(STATES[state]), world({"gradient_release": "exact"}, released=False)
+    ours.step()
+    theirs.step()
+    MemoryConfig.model_validate(STATES[state] | {"streamed_blocks": "all"}).apply(ours.module, CPU)
+    for _ in range(2):
+        ours.step()
+        theirs.step()
+    assert_identical(ours.weights(), theirs.weights())
+    block = next(iter(ours.engine.parameters))
+    name = next(name for name in ours.engine.parameters if "transformer_blocks.1." in name)
+    home = ours.engine.parameters[name]
+    assert ours.engine._weights.trained[name].data_ptr() == home.data_ptr(), "trained where it lives"
+    assert ours.engine._weights.trained[block].data_ptr() != ours.engine.parameters[block].data_ptr()
+
+
+def test_the_average_is_over_the_masters_on_the_host(world: Maker):
+    ours, theirs = world(STATES["exact-host"]), world({"gradient_release": "exact"}, released=False)
+    averages = []
+    for each in (ours, theirs):
+        ema = Ema(each.engine.parameters, precise_weights(each.engine.optimizer, each.engine.parameters), 0.9)
+        for _ in range(2):
+            each.step()
+            ema.step()
+        averages.append(ema.state())
+        with ema.applied():
+            assert torch.equal(each.weights()["proj_out.bias"], ema.state()["proj_out.bias"].bfloat16())
+    assert_identical(*averages)
+    assert all(tensor.dtype == torch.float32 for tensor in averages[0].values())
+
+
+# --------------------------------------------------------------------------------------------- what is held, and where
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_no_gradient_is_left_on_the_model(world: Maker, state):
+    ours = world(STATES[state])
+    begin(ours.engine.optimizer, seed=3, step=0)
+    ours.passes()
+    assert all(parameter.grad is None for parameter in ours.engine.parameters.values())
+    ours.engine.clip(math.inf)
+    replicas = ours.engine.replicas()
+    gradients = [tensor for name, tensor in replicas.items() if name.startswith("gradient")]
+    assert len(gradients) == (len(ours.engine.parameters) if state.startswith("exact") else 0)
+    assert all(label_of(tensor.untyped_storage()).host for tensor in gradients)
+    ours.engine.step()
+
+
+@pytest.mark.parametrize("state", ["exact-host", "each-host"])
+def test_everything_of_the_optimizer_is_on_the_host(world: Maker, state):
+    ours = world(STATES[state], {"kind": "adamw"})
+    ours.step()
+    tensors, _ = ours.engine.optimizer_state()
+    labels = {label_of(tensor.untyped_storage()) for tensor in tensors.values()}
+    assert len(tensors) > 3 * 16 and {label.what for label in labels if label} == {"host optimizer"}
+    assert None not in labels and all(label.host for label in labels)
+
+
+@pytest.mark.parametrize("state", ["exact", "exact-host", "each-host", "each-host-streamed"])
+def test_copies_wait_for_what_they_must(world: Maker, state, monkeypatch):
+    theirs = world(STATES[state])
+    for _ in range(2):
+        theirs.step()
+    with Timeline() as line:
+        monkeypatch.setattr("finetune.memory.streaming.lane_to", lambda _: line.lane("ring"))
+        ours = world(STATES[state], lanes=(line.lane("down"), line.lane("up")))
+        for _ in range(2):
+            ours.step()
+    assert_identical(ours.weights(), theirs.weights())
+    assert line.operations > 1000
+    assert (line.numbers["down"] > 0) == (state != "each") and (line.numbers["up"] > 0) == ("host" in state)
+
+
+@pytest.mark.parametrize(
+    ("state", "lane", "method"),
+    [
+        ("exact", "_down", "wait"),
+        ("exact", "_down", "after"),
+        ("exact-host", "_up", "after"),
+        ("exact-host", "_up", "wait"),
+        ("each-host", "_down", "after"),
+        ("each-host", "_up", "wait"),
+    ],
+)
+def test_a_forgotten_wait_is_a_race(world: Maker, state, lane, method):
+    """Canary of the test above: stale weights after an update on the host, gradients read before they are there."""
+    with Timeline() as line:
+        ours = world(STATES[state], lanes=(line.lane("down"), line.lane("up")))
+        ours.step()
+        with pytest.raises(RaceError), careless(getattr(ours.engine, lane), method):
+            for _ in range(2):
+                ours.step()
+
+
+def test_a_worker_that_does_not_wait_for_its_gradients_is_noticed(world: Maker):
+    """The same canary for the host, which reads a norm before all else: it is not there yet."""
+    with Timeline() as line:
+        ours = world(STATES["each-host"], lanes=(line.lane("down"), line.lane("up")))
+        assert math.isfinite(ours.step())
+        with careless(ours.engine._down, "finish"):
+            assert math.isnan(ours.step())
+
+
+def test_weights_that_are_not_copied_back_are_noticed(world: Maker, monkeypatch):
+    """Canary of the comparisons: the optimizer trained, and the model did not see it."""
+    theirs = world(STATES["exact-host"])
+    theirs.step()
+    monkeypatch.setattr(release_module.HostWeights, "publish", lambda *_, **__: None)
+    ours = world(STATES["exact-host"])
+    ours.step()
+    with pytest.raises(AssertionError, match="differ"):
+        assert_identical(ours.weights(), theirs.weights())
+
+
+def test_streamed_weights_are_copied_anew_after_an_update(world: Maker, monkeypatch):
+    """Canary: without ``invalidate`` the ring would go on computing with what it holds."""
+    norms = []
+    for forgetful in (False, True):
+        if forgetful:
+            monkeypatch.setattr("finetune.memory.streaming.Streamed.invalidate", lambda _: None)
+        ours = world(STATES["exact-host-streamed"], {"kind": "adamw", "lr": 0.05})
+        norms.append([ours.step() for _ in range(2)])
+    assert norms[0][0] == norms[1][0] and norms[0][1] != norms[1][1]
+
+
+# ----------------------------------------------------------------------------------------- steps that are not taken
+
+
+@pytest.mark.parametrize("state", ["exact", "exact-host", "exact-host-streamed"])
+def test_exact_takes_back_what_is_dropped(world: Maker, state):
+    """Out of memory, or a number that is not finite: the same step again, as if nothing had been."""
+    ours, theirs = world(STATES[state]), world(STATES[state])
+    before = ours.weights()
+    ours.passes()
+    ours.engine.drop_gradients()
+    ours.passes(spoil=True)
+    assert math.isnan(ours.engine.clip(1.0))
+    ours.engine.drop_gradients()
+    assert_identical(ours.weights(), before)
+    assert ours.step(0.1) == theirs.step(0.1)
+    assert_identical(ours.weights(), theirs.weights())
+
+
+@pytest.mark.parametrize("state", ["each", "each-host"])
+def test_per_parameter_cannot_do_a_step_again(world: Maker, state):
+    ours = world(STATES[state])
+    ours.step()
+    ours.passes()
+    ours.engine.drop_gradients()
+    with pytest.raises(TrainingError, match="updated already") as caught:
+        ours.passes()
+    assert "exact" in caught.value.fix
+
+
+@pytest.mark.parametrize("state", ["each", "each-host"])
+def test_per_parameter_may_begin_again_where_nothing_was_updated(world: Maker, state):
+    ours, theirs = world(STATES[state]), world(STATES[state])
+    before = ours.weights()
+    ours.passes(spoil=True)
+    assert math.isnan(ours.engine.clip(1.0)), "the step must not be taken"
+    assert_identical(ours.weights(), before)
+    ours.engine.drop_gradients()
+    theirs.step()
+    ours.step()
+    assert_identical(ours.weights(), theirs.weights())
+
+
+@pytest.mark.parametrize("state", ["each", "each-host"])
+def test_per_parameter_stops_at_the_first_bad_gradient(world: Maker, state):
+    ours = world(STATES[state])
+    before = ours.weights()
+    bad = "transformer_blocks.1.attn1.to_q.weight"
+    take = ours.engine._take
+
+    def spoiling(pairs: Any) -> None:
+        for parameter, gradient in pairs:
+            if parameter is ours.engine.parameters[bad]:
+                gradient.fill_(math.inf)
+        take(pairs)
+
+    ours.engine._take = spoiling
+    ours.passes()
+    assert not math.isfinite(ours.engine.clip(1.0))
+    after = ours.weights()
+    assert not torch.equal(after["proj_out.weight"], before["proj_out.weight"]), "came before it"
+    later = [name for name in before if "transformer_blocks" in name or "patch_embed" in name]
+    assert later and all(torch.equal(after[name], before[name]) for name in later)
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_gradient_may_come_transposed(world: Maker, state):
+    ours, theirs = world(STATES[state]), world(STATES[state])
+    take, transposed = ours.engine._take, 0
+
+    def transposing(pairs: Any) -> None:
+        nonlocal transposed
+        turned = [(p, g.t().contiguous().t() if g.ndim == 2 else g) for p, g in pairs]
+        transposed += sum(not gradient.is_contiguous() for _, gradient in turned)
+        take(turned)
+
+    ours.engine._take = transposing
+    assert ours.step() == theirs.step() and transposed > 8
+    assert_identical(ours.weights(), theirs.weights())
+
+
+@pytest.mark.parametrize("state", ["exact", "each"])
+def test_a_second_gradient_in_a_step_is_refused(world: Maker, state):
+    ours = world(STATES[state])
+    ours.passes()
+    with pytest.raises(TrainingError, match=r"released|updated already"):
+        ours.passes()
+
+
+def test_per_parameter_refuses_a_scaled_loss(world: Maker):
+    ours = world(STATES["each"])
+    ours.passes()
+    with pytest.raises(ConfigError, match="scale of an fp16 loss"):
+        ours.engine.clip(1.0, scale=1024.0)
+
+
+def test_a_parameter_that_is_updated_twice_is_noticed(world: Maker):
+    """Canary of the comparisons."""
+    ours, theirs = world(STATES["exact"]), world(STATES["exact"])
+    sweep = ours.engine._gradients.sweep
+
+    def twice(device: torch.device, update: Any) -> None:
+        sweep(device, update)
+        sweep(device, update)
+
+    ours.engine._gradients.sweep = twice
+    ours.step()
+    theirs.step()
+    with pytest.raises(AssertionError, match="differ"):
+        assert_identical(ours.weights(), theirs.weights())
+
+
+def test_units_are_blocks_in_order_and_the_rest():
+    names = ["a.weight", "transformer_blocks.10.x", "transformer_blocks.2.x", "transformer_blocks.2.y", "z"]
+    units = units_of({name: nn.Parameter(torch.zeros(1)) for name in names})
+    assert [list(unit) for unit in units] == [names[2:4], names[1:2], ["a.weight", "z"]]
+
+
+def test_states_load_into_an_optimizer_of_the_host(world: Maker):
+    ours = world(STATES["exact-host"])
+    ours.step()
+    tensors, meta = ours.engine.optimizer_state()
+    load_optimizer_state(ours.engine.optimizer, (tensors, meta), ours.engine._trained)
+    assert optimizer_state(ours.engine.optimizer, dict(ours.engine._trained))[0].keys() == tensors.keys()
+
+
+# ----------------------------------------------------------------------------------------------------- whole trainings
+
+
+def run(model: Path, output: Path, **changes: Any) -> TrainReport:
+    sections = {
+        "cache": {"mode": "require"},
+        "method": {"kind": "full"},
+        "optimizer": {"kind": "adamw", "weights": "stochastic"},
+        "train": {"steps": 3, "batch_size": 2},
+    }
+    for name, section in changes.items():
+        sections[name] = {**sections.get(name, {}), **section}
+    config = run_config(model, output / "no-videos", output, **sections)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
+    fabricate_cache(config, clips=3)
+    return train(config)
+
+
+def test_a_training_that_is_cut_and_continued_is_the_whole_one(tiny_model, tmp_path):
+    state = "exact-host-streamed"
+    whole = run(tiny_model(), tmp_path / "whole", memory=STATES[state])
+    run(tiny_model(), tmp_path / "cut", memory=STATES[state], train={"steps": 2})
+    continued = run(tiny_model(), tmp_path / "cut", memory=STATES[state])
+    assert whole.weights == continued.weights and continued.step == 3
+
+
+@pytest.mark.parametrize(("state", "told"), [("exact", ""), ("each", "updated already")])
+def test_out_of_memory_is_survived_where_nothing_was_updated(tiny_model, tmp_path, monkeypatch, state, told):
+    """After the backward pass, as late as it can come."""
+    backward, failed = Released.backward, []
+
+    def full_once(self: Released, loss: Tensor) -> None:
+        backward(self, loss)
+        if not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    calm = run(tiny_model(), tmp_path / "calm", memory=STATES[state])
+    monkeypatch.setattr(Released, "backward", full_once)
+    if told:
+        with pytest.raises(TrainingError, match=told):
+            run(tiny_model(), tmp_path / "run", memory=STATES[state])
+        return
+    report = run(tiny_model(), tmp_path / "run", memory={**STATES[state], "block": "lean"})
+    assert failed and report.step == calm.step == 3
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(tiny_model, tmp_path, monkeypatch):
+    losses = loop.batch_losses
+    monkeypatch.setattr(loop, "batch_losses", lambda *given: losses(*given) * math.inf)
+    with pytest.raises(TrainingError, match="finite"):
+        run(tiny_model(), tmp_path / "run", memory=STATES["each"])
+    (report,) = (tmp_path / "run" / "reports").iterdir()
+    written = load_file(report / "trainable.safetensors")
+    start = load_file(next((tiny_model() / "transformer").glob("*.safetensors")))
+    assert written.keys() == start.keys()
+    assert all(torch.equal(tensor, start[name].bfloat16()) for name, tensor in written.items())
+
+
+def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
+    ours, theirs = world(STATES["exact-host"]), world(STATES["exact"])
+    held = []
+    for each in (ours, theirs):
+        begin(each.engine.optimizer, seed=3, step=0)
+        each.passes()
+        each.engine.clip(0.1)
+        with Ledger() as ledger:
+            each.engine.step()
+            ledger.read_labels()
+        held.append([piece for piece in ledger.pieces if not piece.host])
+    small, large = (sum(piece.nbytes for piece in pieces) for pieces in held)
+    assert large > 100 * 1024 and not small, {piece.op for piece in held[0]}
+
+
+def test_what_does_not_go_with_a_launch_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.trainers.spread.import_deepspeed", lambda: None)
+
+    def said(launch: Launch, **changes: Any) -> str:
+        config = run_config(tiny_model(), tmp_path, tmp_path / "run", method={"kind": "full"}, **changes)
+        with pytest.raises(ConfigError) as caught:
+            require_launch(launch, config, read_facts(str(tiny_model())), Ranks())
+        assert caught.value.fix
+        return str(caught.value)
+
+    assert "fp32 master copies" in said(Zero(2), optimizer={"kind": "adamw", "weights": "kahan"})
+    assert "the same for every share" in said(FullShard(), optimizer={"kind": "adamw", "weights": "stochastic"})
+    assert "accumulated" in said(Replicate(), memory=STATES["exact"], train={"accumulation": 2})
+    assert "memory.optimizer_states" in said(Replicate(), memory={"optimizer_states": "host"})

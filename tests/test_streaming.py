@@ -1,0 +1,440 @@
+"""Streaming of blocks: the same numbers, true weights at any time, few copies, and no copy before or after its time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from itertools import chain, pairwise
+
+import pytest
+import torch
+from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks, values
+from torch import Tensor, nn
+from watched_lane import RaceError, Timeline, careless
+
+from finetune.errors import TrainingError
+from finetune.memory import places
+from finetune.memory.arena import ALIGNMENT, Layout, arena, rounded
+from finetune.memory.boundaries import OffloadedBoundaries
+from finetune.memory.parts import Resident
+from finetune.memory.streaming import Streamed
+from finetune.trainers.method import FullMethod, LoraMethod
+
+
+def streamed(
+    transformer: nn.Module, indices: Sequence[int] = range(LAYERS), ring: int = 2, **options: object
+) -> Streamed:
+    weights = Streamed(modules(transformer), indices, ring, CPU, **options)
+    weights.install()
+    run_blocks(transformer, weights)
+    return weights
+
+
+def train(transformer: nn.Module, steps: int = 3, *, after: Callable[[], None] | None = None) -> list[Tensor]:
+    """Losses of a few optimizer steps of two micro-batches, with a pass without gradients after each."""
+    parameters = [p for p in transformer.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    losses = []
+    for step in range(steps):
+        for micro in range(2):
+            torch.manual_seed(10 * step + micro)  # of LoRA's dropout
+            loss = forward(transformer, seed=10 * step + micro)
+            loss.backward()
+            losses.append(loss.detach())
+        optimizer.step()
+        optimizer.zero_grad()
+        if after is not None:
+            after()
+        with torch.no_grad():
+            torch.manual_seed(step)
+            losses.append(forward(transformer, seed=100 + step))
+    return losses
+
+
+def require_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys() and len(ours) >= 60
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor), name
+
+
+# ------------------------------------------------------------------------------------------------------- same numbers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b"])
+def test_training_is_the_same_bit_for_bit(variant, dtype):
+    theirs = build(variant, dtype=dtype)
+    expected = train(theirs, 2)
+    ours = build(variant, dtype=dtype)
+    streamed(ours)
+    for loss, their_loss in zip(train(ours, 2), expected, strict=True):
+        assert torch.equal(loss, their_loss)
+    require_equal(values(ours), values(theirs))
+
+
+@cache
+def resident(method: LoraMethod | FullMethod, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses and weights of a run whose weights stay on the device."""
+    transformer = build(method=method)
+    run_blocks(transformer, Resident())  # adds up the time embedding's gradient block by block, unlike plain autograd
+    return torch.stack(train(transformer, steps)), values(transformer)
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3])
+@pytest.mark.parametrize("indices", [[1], [0, 2], [3, 1, 2]], ids=str)
+def test_every_ring_and_choice_of_blocks(indices, ring):
+    require_resident_run(LORA, indices, ring)
+
+
+@pytest.mark.parametrize("ring", [1, 3])
+@pytest.mark.parametrize("indices", [[0, 2], [0, 1, 2, 3]], ids=str)
+def test_weights_that_train_stream_too(indices, ring):
+    require_resident_run(FullMethod(), indices, ring)
+
+
+def require_resident_run(method: LoraMethod | FullMethod, indices: list[int], ring: int) -> None:
+    losses, weights = resident(method, 2 if method.kind == "full" else 1)
+    transformer = build(method=method)
+    with Timeline() as line:
+        residency = streamed(transformer, indices, ring, trainable=method.kind == "full", lane=line.lane("in"))
+        ours = train(transformer, len(losses) // 3, after=residency.invalidate if method.kind == "full" else None)
+    assert torch.equal(torch.stack(ours), losses)
+    require_equal(values(transformer), weights)
+    assert residency.loads >= len(indices) and line.operations > 1000
+
+
+def test_weights_that_train_are_stale_without_invalidation():
+    """Canary of the test above."""
+    losses, _ = resident(FullMethod(), 2)
+    transformer = build(method=FullMethod())
+    streamed(transformer, trainable=True, ring=3)
+    assert not torch.equal(torch.stack(train(transformer, 2)), losses)
+
+
+def test_weights_of_several_dtypes_and_buffers_stream():
+    """As a quantised layer has them: bytes of other dtypes in buffers, bit patterns kept."""
+    blocks = [nn.Module() for _ in range(3)]
+    generator = torch.Generator().manual_seed(0)
+    for block in blocks:
+        bits = torch.randint(0, 255, (7, 5), generator=generator, dtype=torch.uint8)
+        block.register_buffer("packed", bits.clone())
+        block.register_buffer("float8", bits.clone().view(torch.float8_e4m3fn))
+        block.register_buffer("scale", torch.randn(7, 1, generator=generator), persistent=False)
+        block.register_buffer("nothing", torch.empty(0))
+        block.weight = nn.Parameter(torch.randn(3, 2, generator=generator).bfloat16(), requires_grad=False)
+        block.adapter = nn.Parameter(torch.randn(2, generator=generator))
+    expected = [
+        {name: t.detach().clone() for name, t in chain(b.named_parameters(), b.named_buffers())} for b in blocks
+    ]
+    with Timeline() as line:
+        weights = Streamed(blocks, range(3), 2, CPU, lane=line.lane("in"))
+        weights.install()
+        homes = [block.adapter.data_ptr() for block in blocks]
+        for index in [0, 1, 2, 2, 1, 0]:
+            weights.acquire(index, backward=False)
+            for name, tensor in expected[index].items():
+                ours = getattr(blocks[index], name)
+                assert torch.equal(ours.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+                assert ours.dtype == tensor.dtype and (
+                    name == "adapter" or ours.storage_offset() * ours.element_size() % ALIGNMENT == 0
+                )
+            weights.release(index, backward=False)
+    assert [block.adapter.data_ptr() for block in blocks] == homes
+
+
+def test_gradients_go_to_the_sink_when_weights_that_train_stream():
+    theirs = build(method=FullMethod())
+    run_blocks(theirs, Resident())
+    forward(theirs).backward()
+    ours = build(method=FullMethod())
+    weights = Streamed(modules(ours), range(LAYERS), 2, CPU, trainable=True)
+    weights.install()
+    blocks, seen = run_blocks(ours, weights), {}
+    blocks.sink = lambda index, pairs: seen.update({id(parameter): gradient for parameter, gradient in pairs})
+    forward(ours).backward()
+    names = {id(parameter): name for name, parameter in ours.named_parameters()}
+    assert len(seen) == sum(1 for name in names.values() if name.startswith("transformer_blocks"))
+    for key, gradient in seen.items():
+        assert torch.equal(gradient, theirs.get_parameter(names[key]).grad), names[key]
+
+
+# -------------------------------------------------------------------------------------------- two passes, broken passes
+
+
+def test_two_forward_passes_before_their_backward_passes():
+    results = []
+    for streams in (False, True):
+        transformer = build()
+        with Timeline() as line:
+            if streams:
+                streamed(transformer, lane=line.lane("in"))
+            torch.manual_seed(0)
+            first, second = forward(transformer, 1), forward(transformer, 2)
+            with torch.no_grad():
+                forward(transformer, 3)
+            first.backward()
+            second.backward()
+        results.append([p.grad for p in transformer.parameters() if p.requires_grad])
+    assert len(results[0]) >= 32 and all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("where", [0, 2])
+def test_a_pass_that_fails_leaves_nothing_behind(where, backward):
+    expected, _ = resident(LORA, 1)
+    transformer = build()
+    before = values(transformer)
+    with Timeline() as line:
+        streamed(transformer, lane=line.lane("in"))
+        block, armed = modules(transformer)[where], []
+
+        def fail(*_: object) -> None:
+            if armed and torch.is_grad_enabled() == backward:
+                raise MemoryError("as a test has it")
+
+        block.attn1.register_forward_pre_hook(fail)
+        armed.append(True)
+        loss = forward(transformer) if backward else None
+        with pytest.raises(MemoryError):
+            forward(transformer) if loss is None else loss.backward()
+        armed.clear()
+        require_equal(values(transformer), before)
+        for parameter in transformer.parameters():
+            parameter.grad = None
+        assert torch.equal(torch.stack(train(transformer, 1)), expected)
+
+
+def test_a_block_that_was_never_released_gives_its_slot_back():
+    transformer = build()
+    before = values(transformer)
+    weights = streamed(transformer, ring=1)
+    weights.acquire(0, backward=False)
+    weights.acquire(3, backward=False)
+    weights.release(0, backward=False)  # too late, and harmless
+    weights.release(3, backward=False)
+    require_equal(values(transformer), before)
+
+
+# ------------------------------------------------------------------------------------------------- how much is copied
+
+
+@pytest.mark.parametrize(("count", "ring"), [(4, 1), (4, 2), (4, 3), (3, 2), (2, 2), (2, 3)])
+def test_each_turn_spares_a_ring_of_copies(count, ring):
+    """A step copies every streamed block twice, less what survives the two turns; and only the first block ever waits
+    for its copy."""
+    transformer = build()
+    weights = streamed(transformer, range(count), ring)
+    forward(transformer).backward()
+    held = min(ring, count)
+    assert (weights.loads, weights.stalls) == (count + count - held, 1)
+    for step in range(1, 3):
+        forward(transformer).backward()
+        assert weights.loads == count + count - held + step * 2 * (count - held)
+    assert weights.stalls == 1
+
+
+def test_passes_without_gradients_foresee_each_other():
+    transformer = build()
+    weights = streamed(transformer, ring=2)
+    with torch.no_grad():
+        for _ in range(3):
+            forward(transformer)
+    assert (weights.loads, weights.stalls) == (3 * LAYERS + 2, 1)  # two for the pass that may come
+
+
+def test_after_a_change_of_the_home_the_ring_serves_it():
+    transformer = build(method=FullMethod())
+    weights = streamed(transformer, trainable=True, ring=3)
+    parameter = modules(transformer)[0].attn1.to_q.weight
+    forward(transformer).backward()
+    stale = parameter.detach().clone()
+    weights.home(parameter).add_(1)
+    weights.acquire(0, backward=False)
+    assert torch.equal(parameter, stale)  # canary: this is what invalidate is for
+    weights.release(0, backward=False)
+    weights.invalidate()
+    weights.acquire(0, backward=False)
+    assert torch.equal(parameter, stale + 1) and parameter.data_ptr() != weights.home(parameter).data_ptr()
+    with pytest.raises(KeyError):
+        weights.home(torch.empty(1))
+
+
+# ----------------------------------------------------------------------------------------------- where the weights are
+
+
+def test_weights_are_on_the_host_between_passes_and_in_the_ring_within():
+    transformer = build()
+    weights = streamed(transformer, [0, 2])
+    block = modules(transformer)[2]
+    frozen = [p for p in block.parameters() if not p.requires_grad]
+    adapters = [p for p in block.parameters() if p.requires_grad]
+    seen = []
+
+    def labels(tensors: Sequence[Tensor]) -> set[object]:
+        return {places.label_of(tensor.untyped_storage()) for tensor in tensors}
+
+    block.attn1.register_forward_pre_hook(lambda *_: seen.append((labels(frozen), labels(adapters))))
+    forward(transformer).backward()
+    ring, home = places.Label("streaming ring", False), places.Label("streamed weights", True, True)
+    assert seen == [({ring}, {None})] * 2
+    assert labels(frozen) == {home}
+    assert labels(modules(transformer)[1].parameters()) == {None}
+    slots = {p.untyped_storage().nbytes() for p in [weights._slots[0].flat, weights._slots[1].flat]}
+    assert slots == {Layout.of(frozen).nbytes}
+
+
+def test_the_model_may_be_moved_and_only_the_rest_moves():
+    """accelerate calls ``.to`` on what it prepares; here ``meta`` stands for a device."""
+    transformer = build()
+    before = values(transformer)
+    weights = streamed(transformer, [1])
+    transformer.to("meta")
+    block = modules(transformer)[1]
+    assert all(p.is_meta == p.requires_grad for p in block.parameters())
+    assert all(p.is_meta for p in modules(transformer)[0].parameters())
+    with pytest.raises(TrainingError, match="dtype of weights that are kept on the host"):
+        transformer.to(torch.bfloat16)
+    weights.remove()
+    for name, parameter in block.named_parameters():
+        assert parameter.requires_grad or torch.equal(parameter, before[f"transformer_blocks.1.{name}"])
+    block.to("meta")
+    assert all(p.is_meta for p in block.parameters())
+
+
+def test_removing_restores_everything():
+    transformer = build()
+    before, attributes = values(transformer), [dict(block.__dict__) for block in modules(transformer)]
+    objects = {name: id(p) for name, p in transformer.named_parameters()}
+    weights = Streamed(modules(transformer), range(LAYERS), 2, CPU)
+    for device in (None, CPU):
+        weights.install()
+        blocks = run_blocks(transformer, weights)
+        forward(transformer).backward()
+        blocks.remove()
+        weights.remove(device)
+        require_equal(values(transformer), before)
+        assert {name: id(p) for name, p in transformer.named_parameters()} == objects
+        assert all(places.label_of(p.untyped_storage()) is None for p in transformer.parameters())
+        assert [list(block.__dict__) for block in modules(transformer)] == [list(names) for names in attributes]
+        assert not any(block._forward_pre_hooks for block in modules(transformer))
+
+
+def test_a_block_with_nothing_to_stream_is_refused():
+    transformer = build(method=FullMethod())
+    with pytest.raises(TrainingError, match="block 0 has no frozen weights"):
+        Streamed(modules(transformer), [0], 2, CPU).install()
+
+
+# --------------------------------------------------------------------------------------------------------- the arena
+
+
+def test_an_arena_rounds_up_little():
+    mib = 2**20
+    for sizes, bound in [([252 * mib] * 42, 1.02), ([138 * mib] * 42, 1.07), ([105 * mib + 1] * 40, 1.08), ([1], 1.0)]:
+        taken: list[int] = []
+
+        def fake(nbytes: int, *, pinned: bool, what: str, taken: list[int] = taken) -> Tensor:
+            taken.append(nbytes)
+            return torch.empty(nbytes, dtype=torch.uint8, device="meta")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("finetune.memory.arena.host_buffer", fake)
+            pieces = [piece.numel() for piece in arena(sizes, pinned=True, what="streamed weights")]
+        assert pieces == sizes
+        assert sum(map(rounded, taken)) <= bound * max(sum(sizes), ALIGNMENT)
+
+
+def test_an_arena_allocates_as_it_is_used(monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        "finetune.memory.arena.host_buffer",
+        lambda nbytes, **_: made.append(nbytes) or torch.empty(nbytes, dtype=torch.uint8, device="meta"),
+    )
+    pieces = arena([2**30 - 1] * 4, pinned=True, what="streamed weights")
+    next(pieces), next(pieces)
+    assert len(made) == 1
+    next(pieces)
+    assert len(made) == 2
+
+
+def test_pieces_do_not_overlap_and_are_aligned():
+    pieces = list(arena([300, 1, 0, 512], pinned=False, what="streamed weights"))
+    spans = sorted((piece.data_ptr(), piece.data_ptr() + piece.numel()) for piece in pieces if piece.numel())
+    assert all(a[1] <= b[0] for a, b in pairwise(spans)) and len(spans) == 3
+    offsets = [piece.storage_offset() for piece in pieces]
+    assert all(offset % ALIGNMENT == 0 for offset in offsets)
+
+
+def test_a_host_that_refuses_to_pin_gives_pageable_memory_and_says_so(monkeypatch):
+    empty = torch.empty
+
+    def refuse(*sizes: object, pin_memory: bool = False, **options: object) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return empty(*sizes, **options)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.warns(UserWarning, match="cannot be pinned for streamed weights"):
+        (piece,) = arena([64], pinned=True, what="streamed weights")
+    label = places.label_of(piece.untyped_storage())
+    assert label == places.Label("streamed weights", True, False)
+
+
+# ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("ring", [1, 2])
+def test_on_a_gpu_the_same_bit_for_bit(ring):
+    """With real streams and pinned memory, and blocks large enough for copies to take their time."""
+    cuda, results = torch.device("cuda", 0), []
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)  # the same sum in every run
+    for streams in (False, True):
+        transformer = build(heads=64, dropout=False).to(cuda)
+        if streams:
+            weights = Streamed(modules(transformer), range(LAYERS), ring, cuda)
+            weights.install()
+            run_blocks(transformer, weights, OffloadedBoundaries(LAYERS, keep=1))
+        else:
+            run_blocks(transformer, Resident())
+        with math:
+            results.append(train(transformer, 3))
+        if streams:
+            assert {p.device.type for block in modules(transformer) for p in block.parameters()} == {"cpu", "cuda"}
+            assert all(home.flat.is_pinned() for home in weights._homes)
+    assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
+
+
+# ------------------------------------------------------------------------------------------------------------- canaries
+
+
+@pytest.mark.parametrize("forgets", ["wait", "compute", "after"])
+def test_a_forgotten_wait_is_seen(forgets):
+    """A pass that does not wait for its weights; a slot that is filled while a pass still reads it."""
+    transformer = build()
+    with Timeline() as line:
+        lane = line.lane("in")
+        streamed(transformer, lane=lane)
+        with careless(lane, forgets), pytest.raises(RaceError):
+            for _ in range(2):
+                forward(transformer).backward()
+
+
+def test_a_stale_slot_is_seen(monkeypatch):
+    """The comparison of losses notices a slot that keeps another block's weights."""
+    expected = forward(build())
+    transformer = build()
+    streamed(transformer)
+    monkeypatch.setattr(Streamed, "_load", lambda self, slot, rank: setattr(slot, "rank", rank))
+    assert not torch.equal(forward(transformer), expected)
+
+
+def test_delayed_copies_deliver_nothing_before_they_are_waited_for():
+    with Timeline() as line:
+        lane, source, target = line.lane("in"), torch.ones(4), torch.zeros(4)
+        mark = lane.copy(target, source, after=[lane.compute()])
+        with pytest.raises(RaceError):
+            target.sum()
+        lane.wait(mark)
+        assert target.sum() == 4

@@ -1,0 +1,61 @@
+"""What the tests of memory techniques share: a tiny transformer of four blocks, a loss, and the blocks' runner."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from finetune.memory.blocks import Blocks
+from finetune.memory.parts import KeptBoundaries
+from finetune.memory.stock import StockMath
+from finetune.tiny import tiny_transformer
+from finetune.trainers.method import FullMethod, LoraMethod
+
+CPU = torch.device("cpu")
+LORA = LoraMethod(rank=4, dropout=0.2)
+LAYERS = 4
+
+
+def build(
+    variant: str = "5b",
+    method: LoraMethod | FullMethod = LORA,
+    dtype: torch.dtype = torch.float32,
+    *,
+    heads: int = 2,
+    dropout: bool = True,
+) -> nn.Module:
+    transformer = tiny_transformer(variant, num_layers=LAYERS, num_attention_heads=heads).to(dtype)
+    method.apply(transformer, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # LoRA's B is zero at first, and its A would get no gradient
+        for parameter in method.trainable(transformer).values():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return transformer.train(dropout)
+
+
+def forward(transformer: nn.Module, seed: int = 5, size: int = 4) -> Tensor:
+    config = transformer.config
+    generator = torch.Generator().manual_seed(seed)
+    frames = 4 if config.patch_size_t else 3
+    latents = torch.randn(2, frames, config.in_channels, size, size, generator=generator).to(transformer.dtype)
+    # Only learned or computed positions fix the number of text tokens, and their 226 are most of the work.
+    tokens = 8 if config.use_rotary_positional_embeddings else config.max_text_seq_length
+    text = torch.randn(2, tokens, config.text_embed_dim, generator=generator).to(transformer.dtype)
+    ofs = {"ofs": torch.full((1,), 2.0)} if config.ofs_embed_dim else {}
+    given = (tensor.to(transformer.device) for tensor in (latents, text, torch.tensor([500, seed])))
+    prediction = transformer(*given, return_dict=False, **ofs)[0]
+    return prediction.float().square().mean()
+
+
+def run_blocks(transformer: nn.Module, weights: object, boundaries: object | None = None) -> Blocks:
+    blocks = Blocks(transformer, math=StockMath(), weights=weights, boundaries=boundaries or KeptBoundaries())
+    blocks.install()
+    return blocks
+
+
+def modules(transformer: nn.Module) -> list[nn.Module]:
+    return list(transformer.transformer_blocks)
+
+
+def values(transformer: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in transformer.state_dict().items()}
