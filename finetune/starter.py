@@ -13,27 +13,18 @@ from finetune.errors import ConfigError
 from finetune.facts import HUB_IDS, Facts, known_model, read_facts
 from finetune.files import atomic_write_text
 from finetune.generate_inputs import native_bucket
-from finetune.recipes import Recipe
+from finetune.recipes import Recipe, recipe_for
 from finetune.starter_text import body, header
 from finetune.text import text_fault
 
 Method = Literal["lora", "full"]
 
-PARAMETERS: Mapping[str, float] = {
-    "2b": 1.694e9,
-    "5b": 5.570e9,
-    "5b-i2v": 5.570e9,
-    "1.5-5b": 5.571e9,
-    "1.5-5b-i2v": 5.572e9,
-}
-"""Weights of the transformer, counted on the diffusers model."""
+LORA_PEAK_GIB: Mapping[str, float] = {"2b": 7.3, "5b": 18.3, "5b-i2v": 18.4, "1.5-5b": 29.4, "1.5-5b-i2v": 29.4}
+"""What the planner predicts for a LoRA of rank 128 at the native bucket, batch size 1, full gradient checkpointing and
+8-bit Adam: most GiB that torch allocates in a step; ``benchmarks/results/memory_plans.json`` has the exact figures."""
 
-LORA_PEAK_GIB: Mapping[str, float] = {"2b": 7.2, "5b": 18.5, "5b-i2v": 18.5, "1.5-5b": 28.5, "1.5-5b-i2v": 28.5}
-"""Predicted peak of a LoRA of rank 128 at the native bucket, batch size 1, full gradient checkpointing: GiB that torch
-allocates. A 5B image-to-video model has the blocks and tokens of its text-to-video twin."""
-
-FULL_BYTES_PER_WEIGHT = 2 + 2 + 4 + 2
-"""Full fine-tuning in bf16: the weight, its gradient, the float32 master copy and two 8-bit Adam moments."""
+FULL_PEAK_GIB: Mapping[str, float] = {"2b": 17.6, "5b": 54.7, "5b-i2v": 54.8, "1.5-5b": 59.7, "1.5-5b-i2v": 59.7}
+"""The same for full fine-tuning in bf16, with float32 master copies."""
 
 EXAMPLE_CARDS_GIB: Mapping[tuple[str, Method], int] = {
     ("2b", "lora"): 12,
@@ -48,9 +39,6 @@ EXAMPLE_CARDS_GIB: Mapping[tuple[str, Method], int] = {
     ("1.5-5b-i2v", "full"): 80,
 }
 """The examples in ``configs/``, and the card each is for."""
-
-Peak = tuple[float, bool]
-"""GiB, and whether it is the whole peak (else only the part that can be counted)."""
 
 
 @dataclass(frozen=True)
@@ -71,33 +59,26 @@ class Starter:
     """What wrote it."""
     recipe: Recipe | None = None
     """The memory settings it is written with."""
-    planned_gib: float | None = None
-    """What the planner predicts for the training phase of ``recipe``."""
     measured: str = ""
     """What was measured with ``recipe``, in words; empty where nothing was."""
 
     @property
-    def peak(self) -> Peak | None:
-        """Predicted memory; None where there is no figure for the model."""
+    def peak_gib(self) -> float | None:
+        """Predicted memory of a training step; None where there is no figure for the model."""
         if self.recipe is not None:
-            return None if self.planned_gib is None else (self.planned_gib, True)
+            return self.recipe.peak_gib
         if self.known is None:
             return None
-        if self.method == "lora":
-            return LORA_PEAK_GIB[self.known], True
-        return PARAMETERS[self.known] * FULL_BYTES_PER_WEIGHT / 2**30, False
+        return (LORA_PEAK_GIB if self.method == "lora" else FULL_PEAK_GIB)[self.known]
 
     def notes(self) -> list[str]:
         """Whether it fits the card, in words; empty if nothing is to be said."""
-        if self.card_gib is None or self.peak is None:
+        if self.card_gib is None or self.peak_gib is None or self.peak_gib + OVERHEAD_GIB <= self.card_gib:
             return []
-        gib, whole = self.peak
-        if gib + OVERHEAD_GIB <= self.card_gib:
-            return []
-        need = f"{'about' if whole else 'more than'} {gib + OVERHEAD_GIB:.1f} GiB"
-        advice = "a smaller model, a smaller bucket" if whole else "method lora, a smaller model"
         return [
-            f"this is predicted to need {need}, and the card has {self.card_gib:g}: choose {advice} or a larger card"
+            f"this is predicted to need about {self.peak_gib + OVERHEAD_GIB:.1f} GiB, and the card has"
+            f" {self.card_gib:g}: `finetune plan --config FILE --budget {self.card_gib:g}GiB` says which memory section"
+            " fits, or choose a smaller model, a smaller bucket or a larger card"
         ]
 
     def text(self, file: str, *, export_from: str | None = None) -> str:
@@ -133,18 +114,12 @@ class Starter:
     @property
     def _memory(self) -> str:
         at = f"at {native_bucket(self.facts)} (frames x height x width) and batch size 1"
-        if self.peak is None:
-            return f"Peak memory: there is no figure for this model {at}."
-        gib, whole = self.peak
-        if whole:
-            measured = f"measured {self.measured}" if self.measured else "not measured"
-            return (
-                f"Peak memory {at}: {gib:.1f} GiB, predicted, {measured}; about {OVERHEAD_GIB} GiB more for the CUDA "
-                "context and fragmentation."
-            )
+        if self.peak_gib is None:
+            return f"Peak memory: there is no figure for this model {at}; `finetune plan` predicts one."
+        measured = f"measured {self.measured}" if self.measured else "not measured"
         return (
-            f"Peak memory {at}: not predicted, not measured. Weights, gradients, float32 master copies and 8-bit "
-            f"moments are {gib:.1f} GiB ({FULL_BYTES_PER_WEIGHT} bytes per weight); activations come on top."
+            f"Peak memory {at}: {self.peak_gib:.1f} GiB, predicted, {measured}; about {OVERHEAD_GIB} GiB more for the"
+            " CUDA context and fragmentation."
         )
 
 
@@ -194,6 +169,8 @@ def write_starter(
         output_dir=f"runs/{output.stem}",
         command=command,
     )
+    if known is not None and card_gib is not None and starter.notes():  # plain checkpointing does not fit
+        starter = replace(starter, recipe=recipe_for(known, method, card_gib))
     atomic_write_text(output, starter.text(output.name))
     missing = [] if clips is None or clips.expanduser().exists() else [f"there is nothing at {clips} yet"]
     placeholder = ["put the path of your clips into data.sources"] if clips is None else []
@@ -206,18 +183,16 @@ def _from_folder_of(output: Path, path: Path) -> str:
     return str(path) if path.is_absolute() else os.path.relpath(path.absolute(), output.absolute().parent)
 
 
-def recipe_example(recipe: Recipe, planned_gib: float | None, measured: str = "") -> tuple[str, str]:
+def recipe_example(recipe: Recipe, measured: str = "") -> tuple[str, str]:
     """Name and text of a recipe's file in ``configs/``.
 
     Args:
         recipe: what it is made of.
-        planned_gib: what the planner predicts for its training phase; None before it was asked.
         measured: what was measured, in words.
     """
     example_starter = replace(
         _example(recipe.model, recipe.method, recipe.name.removesuffix(".yaml"), recipe.card_gib),
         recipe=recipe,
-        planned_gib=planned_gib,
         measured=measured,
     )
     run = f"runs/{recipe.name.removesuffix('.yaml')}"

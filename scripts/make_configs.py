@@ -16,18 +16,13 @@ from finetune.recipes import RECIPES  # noqa: E402
 from finetune.starter import EXAMPLE_CARDS_GIB, example, recipe_example  # noqa: E402
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
-"""What the planner predicts for every recipe; ``make bench-memory`` writes it."""
+"""What was measured of every recipe stands there, beside what the planner predicts."""
 
 
 def recipe_examples() -> list[tuple[str, str]]:
-    """Name and text of every recipe's file, with the planner's figure where there is one."""
+    """Name and text of every recipe's file."""
     plans = json.loads(PLANS.read_text(encoding="utf-8"))["plans"] if PLANS.is_file() else {}
-    return [
-        recipe_example(
-            recipe, plans.get(recipe.name, {}).get("training_gib"), plans.get(recipe.name, {}).get("measured", "")
-        )
-        for recipe in RECIPES
-    ]
+    return [recipe_example(recipe, plans.get(recipe.name, {}).get("measured", "")) for recipe in RECIPES]
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
 from torch import Tensor, nn
 from watched_lane import RaceError, Timeline, careless
 
-from finetune.memory import places
+from finetune.memory import memory_of, places
 from finetune.memory.boundaries import OffloadedBoundaries
 from finetune.memory.parts import Resident
 from finetune.memory.streaming import Streamed
@@ -101,6 +102,33 @@ def test_a_pass_that_is_broken_off_is_forgotten(where):
         ours = gradients(transformer)
     require_equal(ours, expected("5b", LORA))
     assert len(boundaries._pool._spare) == 6  # of two passes under way at once, and not of three
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_nothing_arrives_in_memory_that_was_given_back(monkeypatch, waits):
+    """A pass is broken off, and the model taken out of its state, while a boundary is on its way to the device."""
+    if not waits:  # canary
+        monkeypatch.setattr(OffloadedBoundaries, "remove", lambda self: None)
+    transformer = build()
+    with Timeline() as line:
+        offloaded(transformer, line, keep=1)
+        block = modules(transformer)[1]
+
+        def fail(*_: object) -> None:
+            if torch.is_grad_enabled():
+                raise MemoryError("as a test has it")
+
+        handle = block.attn1.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError):
+            forward(transformer).backward()
+        handle.remove()
+        blocks = memory_of(transformer)
+        assert blocks is not None
+        with nullcontext() if waits else pytest.raises(RaceError, match="freed before"):
+            blocks.remove()
+            del blocks
+            gc.collect()
+            torch.ones(1).add_(1)
 
 
 def test_a_loss_that_is_dropped_gives_its_buffers_back():

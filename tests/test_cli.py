@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +18,8 @@ from finetune.cli import BUG, INTERRUPTED, OK, USER_ERROR, main
 from finetune.config import check_against, load_config
 from finetune.errors import CheckpointError, DataError, FinetuneError
 from finetune.facts import known_model, read_facts
-from finetune.starter import EXAMPLE_CARDS_GIB, HUB_IDS, LORA_PEAK_GIB, PARAMETERS, Starter
+from finetune.recipes import RECIPES
+from finetune.starter import EXAMPLE_CARDS_GIB, FULL_PEAK_GIB, HUB_IDS, LORA_PEAK_GIB, Starter
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -426,7 +428,7 @@ def test_init_writes_what_loads_and_fits(tmp_path, model, method, capsys):
     assert check_against(config, read_facts(str(known_model(variant)))) == ((), ())
     assert config.output_dir == tmp_path / "configs" / "runs" / "mine"
     header = " ".join(output.read_text().replace("#", "").split())
-    assert ("GiB, predicted, not measured" if method == "lora" else ": not predicted, not measured") in header
+    assert "GiB, predicted, not measured" in header
     assert "put the path of your clips" in capsys.readouterr().err
 
 
@@ -461,7 +463,7 @@ def test_init_replaces_nothing_unasked(tmp_path, capsys):
     assert main(["init", "--model", "6b", "--output", str(output), "--force"]) == USER_ERROR
 
 
-@pytest.mark.parametrize(("model", "method", "card"), [("5b", "lora", 16), ("5b", "full", 48), ("1.5-5b", "lora", 24)])
+@pytest.mark.parametrize(("model", "method", "card"), [("5b", "lora", 6), ("5b", "full", 12), ("1.5-5b", "lora", 12)])
 def test_init_says_what_will_not_fit(tmp_path, capsys, model, method, card):
     output = tmp_path / "run.yaml"
     assert main(["init", "--model", model, "--method", method, "--card", str(card), "--output", str(output)]) == OK
@@ -473,4 +475,31 @@ def test_the_examples_are_for_cards_that_they_fit():
     for (known, method), card in EXAMPLE_CARDS_GIB.items():
         starter = Starter(HUB_IDS[known], read_facts(str(known_model(known))), method, known, card, "a", "b", "c", "d")
         assert not starter.notes(), (known, method)
-    assert set(LORA_PEAK_GIB) == set(PARAMETERS) == set(HUB_IDS)
+    assert set(LORA_PEAK_GIB) == set(FULL_PEAK_GIB) == set(HUB_IDS)
+
+
+def test_figures_in_headers_are_the_planner_s():
+    found = json.loads((ROOT / "benchmarks" / "results" / "memory_plans.json").read_text())
+    predicted = found["examples"]
+    for method, figures in (("lora", LORA_PEAK_GIB), ("full", FULL_PEAK_GIB)):
+        for known, figure in figures.items():
+            assert abs(predicted[f"cogvideox-{known}-{method}.yaml"] - figure) <= 0.06, (known, method)
+    assert found["plans"].keys() == {recipe.name for recipe in RECIPES}
+    for recipe in RECIPES:
+        assert abs(found["plans"][recipe.name]["training_gib"] - recipe.peak_gib) <= 0.06, recipe.name
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "card", "streams"),
+    [("5b", "lora", 24, False), ("5b", "lora", 12, False), ("5b-i2v", "lora", 8, True), ("5b", "full", 16, True)],
+)
+def test_init_writes_the_techniques_that_a_card_needs(tmp_path, model, method, card, streams, capsys):
+    output = tmp_path / "run.yaml"
+    assert main(["init", "--model", model, "--method", method, "--card", str(card), "--output", str(output)]) == OK
+    config = load_config(output)
+    assert check_against(config, read_facts(str(known_model(model)))) == ((), ())
+    assert config.memory.streams is streams
+    assert (config.memory.block == "lean") is (card < 24)
+    assert "predicted to need" not in capsys.readouterr().err
+    assert main(["init", "--model", model, "--card", "4", "--output", str(output), "--force"]) == OK
+    assert "finetune plan" in capsys.readouterr().err

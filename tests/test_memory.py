@@ -468,6 +468,25 @@ def test_every_technique_and_every_pair_gives_the_same_loss_and_gradients(name):
         assert (gradients[key] - theirs).norm() <= bound * max(theirs.norm(), 1e-4 * largest), key
 
 
+@pytest.mark.parametrize("block", ["lean", "stock"])
+def test_attention_that_cannot_be_kept_is_seen(block):
+    """torch's ``math`` fallback is many operations: nothing would be kept, and nobody would know."""
+    state = {"checkpointing": "selective", "block": block, "activations": "host"}
+    transformer, _ = prepared("none", LoraMethod(rank=4))
+    memory = MemoryConfig.model_validate(state)
+    memory.apply(transformer)
+    math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    with (
+        math,
+        pytest.raises(TrainingError, match="attention cannot be kept: 2 of 2 blocks"),
+        assert_recompute(transformer, memory),
+    ):
+        forward(transformer).backward()
+    with assert_recompute(transformer, memory):
+        forward(transformer).backward()
+    undo(transformer)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", STATES)
 def test_the_same_holds_where_streams_and_pinned_memory_are_real(name):
@@ -483,6 +502,39 @@ def test_the_same_holds_where_streams_and_pinned_memory_are_real(name):
         torch.testing.assert_close(losses, their_losses, rtol=1e-4, atol=0)
         for key, theirs in their_gradients.items():
             assert (gradients[key] - theirs).norm() <= 1e-3 * max(theirs.norm(), 1e-4 * largest), key
+
+
+DEVICES = [CPU, pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=["cpu", "cuda"])
+@pytest.mark.parametrize("block", ["stock", "lean"])
+def test_attention_is_kept_in_bfloat16_with_heads_of_the_published_width(block, device):
+    """So that a GPU takes the kernels that it takes for the published models, forward without recording gradients and
+    again with. There, their backward pass adds up in no fixed order.
+    """
+    found = []
+    for kind in ("full", "selective"):
+        memory = MemoryConfig.model_validate({"checkpointing": kind, "block": block, "activations": "host"})
+        transformer = tiny_transformer("5b", num_attention_heads=2, attention_head_dim=64).to(torch.bfloat16)
+        method = LoraMethod(rank=4)
+        method.apply(transformer, seed=0)
+        with torch.no_grad():
+            for parameter in method.trainable(transformer).values():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        memory.apply(transformer.train(), device)
+        batch = on(device, a_batch(2))
+        batch = replace(batch, latents=batch.latents.bfloat16(), prompt_embeds=batch.prompt_embeds.bfloat16())
+        with assert_recompute(transformer, memory):  # attention does run as an operation that can be kept
+            loss = denoise_tiny(transformer, batch).square().mean()
+            loss.backward()
+        found.append((loss.detach(), [p.grad for p in method.trainable(transformer).values()]))
+        undo(transformer)
+    (loss, gradients), (their_loss, their_gradients) = found
+    assert torch.equal(loss, their_loss) and len(gradients) >= 16
+    bound = EXACT if device == CPU else 2e-2
+    for ours, theirs in zip(gradients, their_gradients, strict=True):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
 
 
 def test_there_are_as_many_pairs_as_there_should_be():

@@ -17,6 +17,7 @@ from finetune.memory import places
 from finetune.memory.arena import ALIGNMENT, Layout, arena, rounded
 from finetune.memory.boundaries import OffloadedBoundaries
 from finetune.memory.parts import Resident
+from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.streaming import Streamed
 from finetune.trainers.method import FullMethod, LoraMethod
 
@@ -299,6 +300,20 @@ def test_the_model_may_be_moved_and_only_the_rest_moves():
         assert parameter.requires_grad or torch.equal(parameter, before[f"transformer_blocks.1.{name}"])
     block.to("meta")
     assert all(p.is_meta for p in block.parameters())
+
+
+def test_scales_of_a_quantised_base_stay_with_their_codes():
+    """The tensors that a pass binds to the device, also after ``.to`` and casts that are not meant for them."""
+    transformer = build()
+    feed_forward = modules(transformer)[1].ff.net
+    quantised = QuantisedLinear.like(feed_forward[2], "fp8").requires_grad_(False)
+    quantised.quantise(feed_forward[2].weight)
+    feed_forward[2] = quantised
+    before = quantised.stored
+    streamed(transformer, [1])
+    transformer.to("meta")
+    transformer.to(torch.float32)
+    assert all(tensor is before[name] and not tensor.is_meta for name, tensor in quantised.stored.items())
 
 
 def test_removing_restores_everything():

@@ -27,7 +27,8 @@ def anchor(module: nn.Module, tensors: Iterable[Tensor]) -> None:
         def passing_over(tensor: Tensor) -> Tensor:
             if id(tensor) not in anchored:
                 return fn(tensor)
-            if fn(torch.empty(0, dtype=tensor.dtype)).dtype != tensor.dtype:
+            # Buffers of a block are codes and scales, which no cast is meant for.
+            if isinstance(tensor, nn.Parameter) and fn(torch.empty(0, dtype=tensor.dtype)).dtype != tensor.dtype:
                 raise TrainingError(
                     "the dtype of weights that are kept on the host cannot be changed",
                     where="memory",

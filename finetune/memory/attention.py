@@ -44,6 +44,8 @@ class AttentionTape:
 
     def __init__(self, *, kept: bool) -> None:
         self.kept = kept
+        self.replayed = False
+        """Whether attention was given back, and all of it, in the last repeated run."""
         self._seen: list[tuple[Any, Any]] = []
 
     @contextmanager
@@ -62,8 +64,9 @@ class AttentionTape:
         if not self._seen:
             yield
             return
-        with _Player(self._seen):
+        with _Player(self._seen) as player:
             yield
+        self.replayed = not player.left
 
     def forget(self) -> None:
         """Let go of what was recorded."""
@@ -99,11 +102,12 @@ def _with_logsumexp(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 class _Player(TorchDispatchMode):
     def __init__(self, seen: list[tuple[Any, Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._left = list(seen)
+        self.left = list(seen)
+        """What was not asked for yet."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in ATTENTION_OPS and self._left and self._left[0][0] is func:
-            return self._left.pop(0)[1]
+        if func in ATTENTION_OPS and self.left and self.left[0][0] is func:
+            return self.left.pop(0)[1]
         return func(*args, **(kwargs or {}))

@@ -55,6 +55,8 @@ class Blocks:
         """Forward passes with gradients so far, per block."""
         self.repeats = [0] * len(self.blocks)
         """Backward passes so far, per block."""
+        self.unkept: set[int] = set()
+        """Blocks that were to keep attention and computed it again."""
 
     def install(self) -> None:
         """Take the blocks over."""
@@ -67,6 +69,7 @@ class Blocks:
         """Give the blocks back, as they were."""
         for block in self.blocks:
             block.__dict__.pop("forward", None)
+        self.boundaries.remove()
         self.transformer.__dict__.pop(_ATTRIBUTE, None)
 
     def _call(
@@ -113,12 +116,14 @@ class Blocks:
 
     @contextmanager
     def check(self) -> Iterator[None]:
-        """Check that every block through which a gradient flows is run again once, in the enclosed passes.
+        """Check that every block through which a gradient flows is run again once, in the enclosed passes, and that
+        attention is not computed again where it is kept.
 
         Raises:
-            TrainingError: if one was not, or none was run at all.
+            TrainingError: if one was not, or none was run at all; if attention was computed again.
         """
         before = list(self.first_runs), list(self.repeats)
+        self.unkept.clear()
         yield
         first = [now - then for now, then in zip(self.first_runs, before[0], strict=True)]
         again = [now - then for now, then in zip(self.repeats, before[1], strict=True)]
@@ -134,6 +139,14 @@ class Blocks:
                 f"gradient checkpointing does not do what was asked: block {wrong[0]} ran forward {first[wrong[0]]}"
                 f" times and was run again {again[wrong[0]]} times ({len(wrong)} of {len(first)} blocks differ)",
                 where="memory",
+            )
+        if self.unkept:
+            raise TrainingError(
+                f"attention cannot be kept: {len(self.unkept)} of {len(self.keep_attention)} blocks computed it again."
+                " It does not run as one operation that gives its output and logsumexp",
+                where="memory.checkpointing: selective",
+                fix="use a GPU and a dtype (bfloat16 or float16) for which torch has a fused attention, or set"
+                " memory.checkpointing: full",
             )
 
 
@@ -193,6 +206,8 @@ class _Run(torch.autograd.Function):
                 wanted=Wanted(hidden=needs[2], encoder=needs[3], temb=needs[4]),
                 attention=ctx.tape,
             )
+            if ctx.tape.kept and not ctx.tape.replayed:
+                owner.unkept.add(index)
             ctx.tape.forget()
             owner.repeats[index] += 1
             given: Sequence[Tensor | None] = found.parameters

@@ -148,6 +148,17 @@ class OffloadedBoundaries:
         kept.here = kept.returning = kept.before = None
         return tensors
 
+    def remove(self) -> None:
+        """See ``Boundaries``."""
+        if self._outward is not None and self._inward is not None:
+            for mark, _ in self._leaving:
+                self._outward.finish(mark)
+            # Their buffers go back to the allocator with this object, and must not be written to after that.
+            for returning in self._arriving:
+                self._inward.finish(returning.ready)
+        self._leaving.clear()
+        self._arriving.clear()
+
     def _bring_back(self, kept: _Kept, inward: Lane) -> None:
         """Begin to copy a boundary to the device, unless it is there, on its way or gone."""
         piece, kept.away = kept.away, None

@@ -102,6 +102,9 @@ class Boundaries(Protocol):
     def get(self, index: int, kept: Any) -> tuple[Tensor, Tensor]:
         """Both, on the device; called once for each ``put``, in reverse order."""
 
+    def remove(self) -> None:
+        """No more will be asked for, and passes may have been broken off: wait for copies that are under way."""
+
 
 class Resident:
     """The ``Residency`` of weights that stay on the device."""
@@ -126,3 +129,6 @@ class KeptBoundaries:
     def get(self, index: int, kept: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """See ``Boundaries``."""
         return kept
+
+    def remove(self) -> None:
+        """See ``Boundaries``: nothing to do."""

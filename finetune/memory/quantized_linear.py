@@ -265,17 +265,16 @@ class QuantisedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantisedLinear:
         # Everything that moves or casts a module comes through here. A cast is meant for the model's numbers: applied
-        # to scales it would round every weight once more. As integers they are moved and not cast.
-        held = self.stored
+        # to scales it would round every weight once more. They stay the objects they are, unless they move: streaming
+        # binds these very tensors to the device.
+        scales = {id(buffer) for buffer in self.stored.values() if buffer.is_floating_point()}
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
-        for name, buffer in held.items():
-            if buffer.is_floating_point():
-                self._buffers[name] = buffer.view(torch.int32)
-        try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        finally:
-            for name, before in held.items():
-                self._buffers[name] = self.get_buffer(name).view(before.dtype)
+
+        def moved(tensor: Tensor) -> Tensor:
+            found = fn(tensor)
+            return tensor.to(found.device) if id(tensor) in scales and found.dtype != tensor.dtype else found
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

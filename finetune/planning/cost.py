@@ -145,8 +145,11 @@ def _waiting(
     outward_backward = gradients / rates.device_to_host
     if memory.streams and memory.ring == 1:
         return 2 * inward_forward
+    # Copies that hide behind the computation still take their share of the memory's bandwidth.
+    shared = (2 * weights + 2 * boundaries + gradients) / rates.memory
     return (
-        max(inward_forward, outward_forward, forward_s)
+        shared
+        + max(inward_forward, outward_forward, forward_s)
         - forward_s
         + (max(inward_backward, outward_backward, backward_s) - backward_s)
     )

@@ -28,8 +28,19 @@ def fake_world() -> Iterator[Ledger]:
     """Inside, tensors have shapes and no memory, and every number that is read off one is 1."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True), _conversions(), Ledger(scalar=1.0) as ledger:
+    with FakeTensorMode(allow_non_fake_inputs=True), _conversions(), _no_gpu(), Ledger(scalar=1.0) as ledger:
         yield ledger
+
+
+@contextmanager
+def _no_gpu() -> Iterator[None]:
+    """Let nobody find the GPU that may be here: a buffer that is to be pinned must be a fake one."""
+    real = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = real
 
 
 @contextmanager

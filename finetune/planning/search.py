@@ -24,8 +24,10 @@ QUANTISED = ("fp8", "int8", "nf4")
 """Bases that change the model, from the least to the most."""
 _TRAIN: tuple[PhaseName, ...] = ("train",)
 _TEXT: tuple[PhaseName, ...] = ("text",)
-_MOST_CHECKED = 48
+_MOST_CHECKED = 16
 """Candidates whose peak is computed, at most."""
+_SLACK = 0.1
+"""How far above a card's memory a candidate's estimate may lie for it to be looked at more closely."""
 
 
 @dataclass(frozen=True)
@@ -150,14 +152,14 @@ class _Search:
         return self._plans[state]
 
     def run(self, states: Sequence[MemoryConfig]) -> Found:
-        """Look at states in their order until enough is known."""
+        """Look at states in their order until three fit; those that are far from fitting are passed over."""
+        room = usable(self._card) * (1 + _SLACK)
+        within = [state for state in states if self._estimate(state) <= room][:_MOST_CHECKED]
         fitting: list[Plan] = []
         failed: list[Plan] = []
-        for state in states:
-            if len(fitting) == 3 or len(fitting) + len(failed) == _MOST_CHECKED:
+        for state in within:
+            if len(fitting) >= 3:
                 break
-            if any(self._needs_more(state, plan.memory) for plan in failed):
-                continue
             plan = self.plan(state)
             if plan.fits(self._card, self._ram):
                 fitting.append(plan)
@@ -165,18 +167,24 @@ class _Search:
                 failed.append(plan)
                 fitting += self._keeping_some(plan)
         best = min(fitting, key=lambda plan: plan.step_s, default=None)
-        everything = sorted([*fitting, *failed], key=lambda plan: plan.step_s)
-        smallest = min(everything, key=lambda plan: plan.peak_bytes)
-        return Found(best, tuple(plan for plan in everything if plan is not best), smallest)
+        if best is None:
+            # Estimates add up what techniques save one by one; together they may save more.
+            least = self.plan(min(states, key=self._estimate))
+            (fitting if least.fits(self._card, self._ram) else failed).append(least)
+            best = next(iter(fitting), None)
+        seen = sorted({*fitting, *failed, *self._plans.values()}, key=lambda plan: (plan.step_s, plan.peak_bytes))
+        smallest = min(seen, key=lambda plan: plan.peak_bytes)
+        return Found(best, tuple(plan for plan in seen if plan is not best), smallest)
 
-    def _needs_more(self, state: MemoryConfig, failed: MemoryConfig) -> bool:
-        """Whether ``state`` is sure not to fit where ``failed`` was too large for the card: it saves nothing more."""
-        if self._ram is not None and self._plans[failed].peak_bytes <= usable(self._card):
-            return False  # it was the host that was too small
-        return all(
-            _SAVING[option].index(getattr(state, option)) <= _SAVING[option].index(getattr(failed, option))
-            for option in _SAVING
-        )
+    def _estimate(self, state: MemoryConfig) -> float:
+        """The peak in bytes as if techniques did not know each other: what each takes away by itself, added up."""
+        plain = MemoryConfig(ring=state.ring, clips_at_once=state.clips_at_once)
+        estimate = float(self.plan(plain).peak_bytes)
+        for option, value in _chosen(state).items():
+            needs = {name: getattr(state, name) for name in _NEEDS.get(option, ()) if self._traits.full}
+            without = plain.model_copy(update=needs)
+            estimate += self.plan(without.model_copy(update={option: value})).peak_bytes - self.plan(without).peak_bytes
+        return estimate
 
     def _keeping_some(self, plan: Plan) -> list[Plan]:
         """A plan that keeps attention in as many blocks as fit, where all of them do not."""
@@ -194,17 +202,24 @@ class _Search:
         return [Plan(some, self._step_s(some), peak, least.host_bytes)]
 
 
-_SAVING: dict[str, tuple[Any, ...]] = {
-    "checkpointing": ("none", "selective", "full"),
-    "block": ("stock", "lean"),
-    "activations": ("device", "host"),
-    "modulation": ("device", "host"),
-    "streamed_blocks": (0, "all"),
-    "base": ("native", "fp8", "int8", "nf4"),
-    "gradient_release": ("none", "exact"),
-    "optimizer_states": ("device", "host"),
-}
-"""Values of each option, from the one that needs the most device memory to the one that needs the least."""
+def _chosen(state: MemoryConfig) -> dict[str, Any]:
+    """What a state has otherwise than the default, of what is searched."""
+    default = MemoryConfig.model_fields
+    return {option: getattr(state, option) for option in _SEARCHED if getattr(state, option) != default[option].default}
+
+
+_SEARCHED = (
+    "checkpointing",
+    "block",
+    "activations",
+    "modulation",
+    "streamed_blocks",
+    "base",
+    "gradient_release",
+    "optimizer_states",
+)
+_NEEDS = {"optimizer_states": ("gradient_release",), "streamed_blocks": ("gradient_release", "optimizer_states")}
+"""In full fine-tuning, what has to be chosen before an option may be."""
 
 
 def resolve(

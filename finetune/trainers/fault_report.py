@@ -158,9 +158,13 @@ def _error(report: Report, path: Path, failed: str) -> TrainingError:
         "then, as it says: leave the clip out, use model.dtype bf16 instead of fp16, or lower optimizer.lr and lengthen"
         " lr_schedule.warmup_steps; the last checkpoint is intact"
     )
+    updated = (
+        "weights of layers behind the one where it began may have been updated (memory.gradient_release: per_parameter)"
+        if report.memory.gradient_release == "per_parameter" and not bad
+        else "the weights were not updated"
+    )
     return TrainingError(
-        f"step {report.step}: non-finite {'loss' if bad else 'gradient'} (gradient norm {report.grad_norm});"
-        " the weights were not updated",
+        f"step {report.step}: non-finite {'loss' if bad else 'gradient'} (gradient norm {report.grad_norm}); {updated}",
         where=where,
         fix=f"no report could be written ({failed}); make room and start again; {remedy}"
         if failed

@@ -1,0 +1,132 @@
+"""``finetune plan`` and ``finetune calibrate`` from the command line, and the documents that are made from plans."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from finetune.cards import GIB
+from finetune.cli import OK, USER_ERROR, main
+from finetune.config import RunConfig
+from finetune.planning.beside import Forecaster
+from finetune.recipes import RECIPES
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path, tiny_model: Callable[..., Path]) -> Path:
+    """A run on the tiny model, of which only the JSON files are left."""
+    for source in tiny_model("5b").rglob("*.json"):
+        target = tmp_path / "model" / source.relative_to(tiny_model("5b"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.read_text())
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: {pretrained: ./model}\n"
+        "data: {sources: [{path: clips}], buckets: [9x64x64]}\n"
+        "method: {rank: 4}\noptimizer: {kind: adamw}\ntrain: {steps: 3}\noutput_dir: run\n"
+    )
+    return path
+
+
+def test_a_table_from_json_files_alone(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(config_file), "--card", "24GiB"]) == OK
+    said = capsys.readouterr().out
+    assert "predicted, not measured" in said and "T5 pass" in said and "training" in said
+    assert "a card of 24.0 GiB has" in said and "published or assumed" in said
+
+
+def test_a_card_that_is_too_small_is_2(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(config_file), "--card", "1200MiB"]) == USER_ERROR
+    assert "too small" in capsys.readouterr().out
+    assert main(["plan", "--config", str(config_file), "--card", "plenty"]) == USER_ERROR
+    assert "no amount of memory" in capsys.readouterr().err
+
+
+def test_json_for_programs_and_a_picture(config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "curve.png"
+    assert main(["plan", "--config", str(config_file), "--json", "--plot", str(picture)]) == OK
+    found = json.loads(capsys.readouterr().out)
+    assert found["measured"] is False and found["fits"] is None
+    assert found["peak_bytes"] == max(phase["peak_bytes"] for phase in found["phases"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_budget_gives_a_section_to_write(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--config", str(config_file), "--budget", "24GiB", "--device", "4090"]) == OK
+    said = capsys.readouterr().out
+    assert "memory:\n  checkpointing: none\n" in said and "<- chosen" in said and "4090" in said
+
+
+def test_calibrating_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["calibrate"]) == USER_ERROR
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+def test_a_training_asks_beside_itself(config_file: Path) -> None:
+    from finetune.config import load_config
+
+    config = load_config(config_file)
+    found = Forecaster(config, 24 * GIB).prediction()
+    assert found.nbytes is not None and "predicted, in training" in found.said
+    broken = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "/nowhere"})})
+    assert Forecaster(broken, None).prediction().nbytes is None
+
+
+# ------------------------------------------------------------------------------------------------ documents in step
+
+
+def script(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_has_the_figures_of_the_file() -> None:
+    make = script("scripts/make_memory.py")
+    found = json.loads(make.PLANS.read_text())
+    page = make.PAGE.read_text()
+    assert make.renewed(page, found) == page, "run scripts/make_memory.py"
+    # The canary: another figure, another page.
+    name = next(iter(found["plans"]))
+    found["plans"][name]["training_gib"] += 0.01
+    assert make.renewed(page, found) != page
+    with pytest.raises(ValueError, match="no markers"):
+        make.renewed("# Memory", found)
+
+
+def test_every_goal_is_met_and_a_missed_one_is_told() -> None:
+    benchmark = script("benchmarks/memory.py")
+    plans: dict[str, Any] = json.loads(benchmark.RESULTS.read_text())["plans"]
+    assert list(plans) == [recipe.name for recipe in RECIPES] and len(plans) >= 11
+    assert benchmark.missed(plans) == []
+    for recipe in RECIPES:
+        assert plans[recipe.name]["goal_gib"] == recipe.goal_gib
+        written = RunConfig.model_validate({**_values(recipe.name)}).memory
+        assert plans[recipe.name]["memory"] == written.model_dump(mode="json")
+    worse = plans | {RECIPES[0].name: plans[RECIPES[0].name] | {"training_gib": 99.0}}
+    (said,) = benchmark.missed(worse)
+    assert RECIPES[0].name in said and "99.0" in said
+
+
+def _values(name: str) -> dict[str, Any]:
+    from finetune.config import load_config
+
+    return load_config(ROOT / "configs" / name).to_dict()
