@@ -14,8 +14,11 @@ import pytest
 
 from finetune.cards import GIB
 from finetune.cli import OK, USER_ERROR, main
-from finetune.config import RunConfig
+from finetune.config import RunConfig, load_config
+from finetune.planning.ahead import beside
 from finetune.planning.beside import Forecaster
+from finetune.planning.rehearse import rehearse
+from finetune.planning.store import is_stored, rehearsed
 from finetune.recipes import RECIPES
 
 ROOT = Path(__file__).parents[1]
@@ -78,13 +81,31 @@ def test_calibrating_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 
 
 def test_a_training_asks_beside_itself(config_file: Path) -> None:
-    from finetune.config import load_config
-
     config = load_config(config_file)
     found = Forecaster(config, 24 * GIB).prediction()
     assert found.nbytes is not None and "predicted, in training" in found.said
     broken = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "/nowhere"})})
     assert Forecaster(broken, None).prediction().nbytes is None
+
+
+def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(config_file)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    asked: dict[str, Any] = {"layers": None, "phases": ["encode"], "card_bytes": None}
+    with beside(config, **asked):
+        pass
+    assert is_stored(config, *asked.values())
+    found = rehearsed(config, **asked, make=lambda *_, **__: pytest.fail("it was made a second time"))
+    assert found.phase("encode").peak.nbytes == rehearse(config, **asked).phase("encode").peak.nbytes
+    # What comes to grief there is made here.
+    monkeypatch.setattr("finetune.planning.ahead.sys.executable", "/bin/false")
+    asked["card_bytes"] = 5
+    with beside(config, **asked):
+        pass
+    assert not is_stored(config, *asked.values())
 
 
 # ------------------------------------------------------------------------------------------------ documents in step

@@ -7,7 +7,6 @@ training must not depend on whether a prediction could be made.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -18,10 +17,10 @@ from typing import Any
 from finetune.cards import GIB, OVERHEAD_GIB, to_gib, usable
 from finetune.config import RunConfig
 from finetune.errors import first_line
+from finetune.planning.ahead import child_environment
 from finetune.planning.names import PHASES
 
 _TIMEOUT_S = 300.0
-_LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Forecaster:
         try:
             file.write_text(config.to_yaml(), encoding="utf-8")
             self._child = subprocess.Popen(
-                command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+                command, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         except OSError as error:
             self._failed = first_line(error)
@@ -102,8 +101,3 @@ def _read(found: dict[str, Any], card_bytes: int | None) -> Prediction:
 
 
 _OF_THE_RUN = tuple(PHASES[name] for name in ("train", "sample", "decode"))
-
-
-def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _LAUNCH}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}

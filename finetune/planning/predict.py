@@ -11,6 +11,7 @@ from dataclasses import replace
 
 from finetune.config import RunConfig
 from finetune.facts import Facts, json_folder, read_facts
+from finetune.planning.ahead import beside
 from finetune.planning.curve import Phase, Point
 from finetune.planning.extend import SHORT, Extended, extend
 from finetune.planning.names import PHASES, PhaseName
@@ -49,11 +50,23 @@ def predict(
         ModelError, ConfigError: as ``rehearse``.
     """
     layers = facts_of(config).num_layers
-    if exact or not _extendable(config, layers):
-        return rehearsed(config, phases=phases, card_bytes=card_bytes)
-    short, longer = (rehearsed(config, layers=few, phases=_of_the_run(phases)) for few in SHORT)
+    run = _of_the_run(phases)
     others = [name for name in phases if name not in _OF_THE_RUN]
-    before = rehearsed(config, phases=others, card_bytes=card_bytes).phases if others else ()
+
+    def encoders() -> tuple[Phase, ...]:
+        return rehearsed(config, phases=others, card_bytes=card_bytes).phases if others else ()
+
+    if not run:
+        return rehearsed(config, phases=others, card_bytes=card_bytes)
+    # Two cores are worth two processes; what the other one made is read back.
+    if exact or not _extendable(config, layers):
+        with beside(config, layers=None, phases=others, card_bytes=card_bytes):
+            whole = rehearsed(config, phases=run)
+        return replace(whole, phases=(*encoders(), *whole.phases))
+    with beside(config, layers=SHORT[0], phases=run if others else (), card_bytes=None):
+        longer = rehearsed(config, layers=SHORT[1], phases=run)
+        before = encoders()
+    short = rehearsed(config, layers=SHORT[0], phases=run)
     after = tuple(
         _whole(longer_phase, extend(short_phase, longer_phase, layers))
         for short_phase, longer_phase in zip(short.phases, longer.phases, strict=True)

@@ -46,7 +46,7 @@ def rehearsed(
         card_bytes: see ``rehearse``.
         make: what makes one that is not there.
     """
-    path = user_folder() / "rehearsals" / f"{_key(config, layers, phases, card_bytes)}.json"
+    path = _path(config, layers, phases, card_bytes)
     adapter = TypeAdapter(Rehearsal)
     with contextlib.suppress(OSError, ValidationError):  # absent, or cut short: it is made again
         return adapter.validate_json(path.read_bytes())
@@ -55,6 +55,15 @@ def rehearsed(
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, adapter.dump_json(rehearsal).decode())
     return rehearsal
+
+
+def is_stored(config: RunConfig, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None) -> bool:
+    """Whether ``rehearsed`` would find it."""
+    return _path(config, layers, phases, card_bytes).is_file()
+
+
+def _path(config: RunConfig, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None) -> Path:
+    return user_folder() / "rehearsals" / f"{_key(config, layers, phases, card_bytes)}.json"
 
 
 def _key(config: RunConfig, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None) -> str:
