@@ -1,7 +1,7 @@
 """Peak memory of the shipped configurations, as the planner predicts it, against the goal of each.
 
-A prediction is not a measurement: every figure in the file is the planner's. What ``measured`` says was measured, and
-is kept from one writing of the file to the next.
+A prediction is not a measurement: every figure in the file is the planner's, but for what ``measured`` says, which
+comes from the files that `benchmarks/gpu.py` wrote.
 
     python benchmarks/memory.py [--exact] [--only NAME ...] [--output benchmarks/results/memory_plans.json]
 
@@ -64,6 +64,17 @@ def predict_example(name: str) -> float:
     return _gib(rehearsal.phase("train").peak.nbytes)
 
 
+def measured(name: str, folder: Path = RESULTS.parent) -> str:
+    """What ``benchmarks/gpu.py`` measured of a configuration, in words; empty where it has not been run."""
+    said = []
+    for path in sorted(folder.glob("gpu_memory_*.json")):
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            if row["config"] == name and "peak_gib" in row:
+                said.append(f"{row['peak_gib']:.2f} GiB, {row['s_per_step']:.2f} s/step on {found['device']}")
+    return "; ".join(said)
+
+
 def missed(plans: dict[str, dict[str, Any]]) -> list[str]:
     """Goals that are missed, and passes without which nothing starts that a card does not hold, in words."""
     goals = [
@@ -104,11 +115,10 @@ def main() -> int:
     before = json.loads(args.output.read_text())["plans"] if args.output.is_file() else {}
     plans: dict[str, dict[str, Any]] = {}
     for recipe in RECIPES:
-        known = before.get(recipe.name, {})
         if args.only and recipe.name not in args.only:
-            plans |= {recipe.name: known} if known else {}
+            plans |= {recipe.name: before[recipe.name]} if recipe.name in before else {}
             continue
-        plans[recipe.name] = predict_recipe(recipe, exact=args.exact) | {"measured": known.get("measured", "")}
+        plans[recipe.name] = predict_recipe(recipe, exact=args.exact) | {"measured": measured(recipe.name)}
         plan = plans[recipe.name]
         print(f"{recipe.name:44} {plan['training_gib']:6.2f} GiB, goal {plan['goal_gib']:5.1f}", flush=True)
     examples = json.loads(args.output.read_text()).get("examples", {}) if args.output.is_file() else {}

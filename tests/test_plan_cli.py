@@ -99,7 +99,9 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
         pass
     assert is_stored(config, *asked.values())
     found = rehearsed(config, **asked, make=lambda *_, **__: pytest.fail("it was made a second time"))
-    assert found.phase("encode").peak.nbytes == rehearse(config, **asked).phase("encode").peak.nbytes
+    # To a few kilobytes: constants that a library makes once belong to whoever comes first.
+    here = rehearse(config, **asked).phase("encode").peak.nbytes
+    assert found.phase("encode").peak.nbytes == pytest.approx(here, rel=0.01)
     # What comes to grief there is made here.
     monkeypatch.setattr("finetune.planning.ahead.sys.executable", "/bin/false")
     asked["card_bytes"] = 5

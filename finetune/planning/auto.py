@@ -13,7 +13,8 @@ from finetune.planning.search import resolve
 def settled(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
     """The run with a memory section that says what is done, and lines about how it was chosen (none for ``manual``).
 
-    Where a run goes on, the search may come to another choice than before; that changes no number that is trained.
+    Where a run goes on, the search may come to another choice than before. That changes no number that is trained,
+    unless only a quantised base fits where a native one did, or the other way round: such a run is not continued.
 
     Args:
         config: of the run, valid for its model.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from finetune.cogvideox import denoise
 from finetune.config import RunConfig
 from finetune.facts import Facts
+from finetune.memory.places import tag
 from finetune.planning.curve import Phase, measure
 from finetune.planning.fakes import CPU
 from finetune.planning.ledger import Ledger
@@ -131,6 +132,11 @@ class Training:
         for parameter in trained:
             parameter.grad = None
         self.engine.step()
+        if isinstance(self.config.optimizer, PagedAdamW8bit):
+            # Unified memory: what of it is on the device at a time is the driver's business, and given way.
+            for tensors in _kept_by(optimizer).values():
+                for tensor in tensors:
+                    tag(tensor, "paged optimizer state", host=True)
 
     def _name_residents(self) -> None:
         """Say what everything is for that stays from step to step."""

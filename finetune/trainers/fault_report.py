@@ -187,15 +187,22 @@ def reported_samples(run: Run, step: int, record: StepRecord) -> tuple[ReportedS
     )
 
 
+_GRADIENT = "gradient of "
+"""How ``Engine.replicas`` names gradients."""
+
+
 def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float], str]:
     """Gradient norms by parameter, and why there are none."""
     run.engine.drop_gradients()
     try:
         again()
+        gradients = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
+        if not gradients:  # released: the engine has them elsewhere
+            held = run.engine.replicas().items()
+            gradients = {name.removeprefix(_GRADIENT): g for name, g in held if name.startswith(_GRADIENT)}
         norms = {
-            name: float(_whole(torch.linalg.vector_norm(parameter.grad.detach().float()))) / run.loss_scale
-            for name, parameter in run.parameters.items()
-            if parameter.grad is not None
+            name: float(_whole(torch.linalg.vector_norm(gradient.detach().float()))) / run.loss_scale
+            for name, gradient in gradients.items()
         }
     except Exception as error:  # the report is worth having without them, and the error of the step is the one to raise
         return {}, f"the second pass failed: {first_line(error)}"

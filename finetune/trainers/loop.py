@@ -96,6 +96,7 @@ def train(config: RunConfig) -> TrainReport:
             report = _loop(run, ladder, stop)
             if run.prediction is not None and (compared := run.prediction.compared(run.peak_gib())):
                 run.console.note(compared)
+                run.tracker.log(report.step, {"perf/predicted_peak_gib": (run.prediction.nbytes or 0) / 2**30})
             return report
         except torch.OutOfMemoryError as error:
             raise out_of_memory(
