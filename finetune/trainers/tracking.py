@@ -3,9 +3,9 @@
 Names in use: ``train/loss`` (mean over processes and micro-batches), ``train/loss/t000-249`` ... (by timestep band),
 ``train/grad_norm`` (before clipping), ``train/lr``, ``train/samples_seen``, ``perf/s_per_step``, ``perf/data_wait_s``
 (time the device waited for a batch), ``perf/peak_gib``, ``perf/predicted_peak_gib`` (at the end of a run on one GPU),
-``perf/oom_notches`` (notches gone along the memory plan, where a step ran out of memory), ``train/epoch`` and ``train/samples_in_epoch`` (as an epoch ends); ``heldout/loss``,
-``heldout/loss/t000-249`` ..., ``trainsubset/loss`` and ``heldout/gap`` (held-out minus training subset: it grows when
-the run memorises). Steps are completed optimizer steps.
+``perf/oom_notches`` (notches gone along the memory plan, where a step ran out of memory), ``train/epoch`` and
+``train/samples_in_epoch`` (as an epoch ends); ``heldout/loss``, ``heldout/loss/t000-249`` ..., ``trainsubset/loss`` and
+``heldout/gap`` (held-out minus training subset: it grows when the run memorises). Steps are completed optimizer steps.
 """
 
 from __future__ import annotations
