@@ -95,7 +95,7 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     asked: dict[str, Any] = {"layers": None, "phases": ["encode"], "card_bytes": None}
-    with beside(config, **asked):
+    with beside(config, asked):
         pass
     assert is_stored(config, *asked.values())
     found = rehearsed(config, **asked, make=lambda *_, **__: pytest.fail("it was made a second time"))
@@ -105,7 +105,7 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
     # What comes to grief there is made here.
     monkeypatch.setattr("finetune.planning.ahead.sys.executable", "/bin/false")
     asked["card_bytes"] = 5
-    with beside(config, **asked):
+    with beside(config, asked):
         pass
     assert not is_stored(config, *asked.values())
 

@@ -234,9 +234,20 @@ def test_handlers_are_set_for_the_steps_alone(make):
     assert all(seen[1][number] != own[number] for number in SIGNALS)
 
 
+@contextmanager
+def _put_back(handler: object) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 def test_without_the_handlers_a_signal_would_be_the_end(make):
     """Canary of all of the above: what it looks like when nobody catches the first one."""
+    # A process that was started in the background ignores Ctrl-C, and Python then leaves it at that.
+    own = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (
+        _put_back(own),
         pytest.MonkeyPatch.context() as patch,
         before(loop, "batch_losses", 2, lambda: send(signal.SIGINT)),
         pytest.raises(KeyboardInterrupt),

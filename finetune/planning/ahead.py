@@ -11,12 +11,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from finetune.config import RunConfig, load_config
-from finetune.planning.names import PhaseName
 from finetune.planning.store import is_stored, rehearsed
 
 _LAUNCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -30,19 +30,15 @@ def child_environment() -> dict[str, str]:
 
 
 @contextmanager
-def beside(
-    config: RunConfig, *, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None
-) -> Iterator[None]:
+def beside(config: RunConfig, *jobs: Mapping[str, Any]) -> Iterator[None]:
     """Have ``rehearsed`` made in another process while what is inside runs; at the end it is there, if all went well.
 
     Args:
         config: see ``rehearse``.
-        layers: see ``rehearse``.
-        phases: see ``rehearse``; empty for nothing to do.
-        card_bytes: see ``rehearse``.
+        jobs: arguments of ``rehearsed`` beside it, ``layers``, ``phases`` (empty for nothing to do) and ``card_bytes``.
     """
-    asked = {"layers": layers, "phases": sorted(phases), "card_bytes": card_bytes}
-    if not phases or (os.cpu_count() or 1) < 2 or is_stored(config, layers, phases, card_bytes):
+    asked = [dict(job) for job in jobs if job["phases"] and not is_stored(config, **job)]
+    if not asked or (os.cpu_count() or 1) < 2:
         yield
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -66,5 +62,5 @@ def beside(
 
 
 if __name__ == "__main__":
-    told = json.loads(sys.argv[2])
-    rehearsed(load_config(Path(sys.argv[1])), **told)
+    for told in json.loads(sys.argv[2]):
+        rehearsed(load_config(Path(sys.argv[1])), **told)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from finetune.config import RunConfig
 from finetune.facts import Facts, json_folder, read_facts
 from finetune.planning.ahead import beside
-from finetune.planning.curve import Phase, Point
+from finetune.planning.curve import TRANSIENT, Phase, Point
 from finetune.planning.extend import SHORT, Extended, extend
 from finetune.planning.names import PHASES, PhaseName
 from finetune.planning.rehearse import Rehearsal
@@ -59,14 +59,20 @@ def predict(
     if not run:
         return rehearsed(config, phases=others, card_bytes=card_bytes)
     # Two cores are worth two processes; what the other one made is read back.
+    encoding = {"layers": None, "phases": others, "card_bytes": card_bytes}
     if exact or not _extendable(config, layers):
-        with beside(config, layers=None, phases=others, card_bytes=card_bytes):
-            whole = rehearsed(config, phases=run)
-        return replace(whole, phases=(*encoders(), *whole.phases))
-    with beside(config, layers=SHORT[0], phases=run if others else (), card_bytes=None):
+        training, sampling = [run[:1] if run[0] == "train" else (), run[1:] if run[0] == "train" else run]
+        with beside(config, encoding, {"layers": None, "phases": sampling, "card_bytes": None}):
+            found = [rehearsed(config, phases=part) for part in (training,) if part]
+        found += [rehearsed(config, phases=part) for part in (sampling,) if part]
+        return replace(found[0], phases=(*encoders(), *(phase for part in found for phase in part.phases)))
+    # Decoding has no blocks in it: what it holds beside them grows as in sampling.
+    few = tuple(name for name in run if name != "decode" or "sample" not in run)
+    with beside(config, {"layers": SHORT[0], "phases": few if others else (), "card_bytes": None}, encoding):
         longer = rehearsed(config, layers=SHORT[1], phases=run)
-        before = encoders()
-    short = rehearsed(config, layers=SHORT[0], phases=run)
+    short = rehearsed(config, layers=SHORT[0], phases=few)
+    short = replace(short, phases=(*short.phases, *_decoding(short, longer)))
+    before = encoders()
     after = tuple(
         _whole(longer_phase, extend(short_phase, longer_phase, layers))
         for short_phase, longer_phase in zip(short.phases, longer.phases, strict=True)
@@ -102,7 +108,38 @@ def _of_the_run(phases: Collection[PhaseName]) -> tuple[PhaseName, ...]:
 def _extendable(config: RunConfig, layers: int) -> bool:
     memory = config.memory
     uniform = memory.keep_attention is None and memory.streamed_blocks in (0, "all")
-    return memory.block == "lean" and uniform and layers > SHORT[1]
+    return uniform and layers > SHORT[1]
+
+
+def _decoding(short: Rehearsal, longer: Rehearsal) -> tuple[Phase, ...]:
+    """The decoding of the shorter model, where it was not rehearsed: without what the longer one has more."""
+    names = {PHASES["sample"], PHASES["decode"]}
+    there = {phase.name: phase for phase in longer.phases if phase.name in names}
+    here = {phase.name: phase for phase in short.phases if phase.name in names}
+    if len(there) < 2 or len(here) != 1:
+        return ()
+    decode, (sample,), more = there[PHASES["decode"]], here.values(), there[PHASES["sample"]]
+    grown = {
+        part: more.peak.parts[part] - nbytes
+        for part, nbytes in sample.peak.parts.items()
+        if part in more.peak.parts and part not in (TRANSIENT, "attention workspace", "batch")
+    }
+
+    def without(point: Point) -> Point:
+        return Point(point.at, {part: nbytes - grown.get(part, 0) for part, nbytes in point.parts.items()})
+
+    def hosted(point: Point, less: Point, full: Point) -> Point:
+        return Point(point.at, {"host": point.nbytes - (full.nbytes - less.nbytes)})
+
+    return (
+        replace(
+            decode,
+            peak=without(decode.peak),
+            pinned=hosted(decode.pinned, sample.pinned, more.pinned),
+            pageable=hosted(decode.pageable, sample.pageable, more.pageable),
+            stations={station: without(point) for station, point in decode.stations.items()},
+        ),
+    )
 
 
 def _whole(phase: Phase, found: Extended) -> Phase:

@@ -72,6 +72,7 @@ class Training:
             max_norm=config.train.max_grad_norm,
         )
         self.engine.start(_rehearsable(config), None)
+        self._ready = False
         self.ema: Ema | None = None
         if config.train.ema_decay is not None:
             precise = precise_weights(self.engine.optimizer, self.parameters)
@@ -87,9 +88,7 @@ class Training:
     def step(self, batches: list[Batch]) -> Phase:
         """One optimizer step over micro-batches, after the optimizer has made its states."""
         ledger, engine = self.ledger, self.engine
-        self._warm_up()
-        gc.collect()
-        self._name_residents()
+        self._prepare()
         with following(ledger, self.transformer) as here:
             begin = ledger.tick
             marks: dict[str, int] = {}
@@ -120,6 +119,15 @@ class Training:
                 marks.setdefault("backward", ledger.tick)
                 here.enter("backward")
                 engine.backward(losses.sum())
+
+    def _prepare(self) -> None:
+        """Before the first phase: as everything is between two steps."""
+        if self._ready:
+            return
+        self._ready = True
+        self._warm_up()
+        gc.collect()
+        self._name_residents()
 
     def _warm_up(self) -> None:
         """Have the optimizer make its states, through its own step; then the engine, which may move them."""
@@ -154,6 +162,8 @@ class Training:
     @torch.no_grad()
     def sample(self, bucket: Bucket) -> Phase:
         """One denoising step of validation, with guidance where it is configured."""
+        with torch.enable_grad():
+            self._prepare()
         guided = self.config.validation.guidance_scale > 1
         (batch,) = fake_batches(self.facts, self.config, bucket, self.dtype, clips=2 if guided else 1)
         self.ledger.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
