@@ -39,6 +39,7 @@ from finetune.config import RunConfig, load_config  # noqa: E402
 from finetune.facts import Facts, json_folder, read_facts  # noqa: E402
 from finetune.memory import assert_recompute, undo  # noqa: E402
 from finetune.memory.quantize import placement  # noqa: E402
+from finetune.planning.training import Alone  # noqa: E402
 from finetune.recipes import RECIPES  # noqa: E402
 from finetune.trainers.engine import whole_engine  # noqa: E402
 from finetune.trainers.objective import velocity_losses  # noqa: E402
@@ -50,17 +51,6 @@ PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")
 """Configurations without any technique but gradient checkpointing, for comparison."""
-
-
-class _Alone:
-    """What an engine asks of a launch of one process."""
-
-    num_processes = 1
-
-    @staticmethod
-    def prepare(module: nn.Module) -> nn.Module:
-        """As it is."""
-        return module
 
 
 def random_tensors(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -113,7 +103,7 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
     torch.manual_seed(0)
     module = build(config, folder, device)
     engine = whole_engine(
-        _Alone,
+        Alone,
         module,
         config.method.trainable(module),
         memory=config.memory,

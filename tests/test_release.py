@@ -24,6 +24,7 @@ from finetune.memory import release as release_module
 from finetune.memory.places import label_of
 from finetune.memory.release import norm_of, units_of
 from finetune.planning.ledger import Ledger
+from finetune.planning.training import Alone
 from finetune.ranks import Ranks
 from finetune.tiny import tiny_transformer
 from finetune.trainers import loop
@@ -57,14 +58,6 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
     "8bit-stochastic": {"kind": "adamw8bit", "weights": "stochastic"},
     "momentum": {"kind": "custom", "name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}},
 }
-
-
-class _Alone:
-    num_processes = 1
-
-    @staticmethod
-    def prepare(module: nn.Module) -> nn.Module:
-        return module
 
 
 class _Saved:
@@ -137,12 +130,12 @@ def world() -> Any:
         parameters = method.trainable(module)
         built: Replicated
         if not released:
-            built = Replicated(_Alone, module, parameters)
+            built = Replicated(Alone, module, parameters)
         elif engine:
             limit = math.inf if max_norm is None else max_norm
-            built = Released(_Alone, module, parameters, memory=memory, device=device, max_norm=limit, **engine)
+            built = Released(Alone, module, parameters, memory=memory, device=device, max_norm=limit, **engine)
         else:
-            built = whole_engine(_Alone, module, parameters, memory=memory, device=device, max_norm=max_norm)
+            built = whole_engine(Alone, module, parameters, memory=memory, device=device, max_norm=max_norm)
         config = TypeAdapter(OptimizerConfig).validate_python({"lr": 1e-3, **(optimizer or {"kind": "adamw"})})
         built.start(config, saved)
         return World(built, module, device=device)

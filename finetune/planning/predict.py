@@ -1,7 +1,7 @@
-"""The figures of a whole run, at a price: what is too many operations to rehearse in full is extended from less.
+"""The figures of a whole run, at a price: a short model is rehearsed, and extended to the whole one.
 
-A lean block works chunk by chunk, some thousand operations each time it runs. Forty-two of them take a minute or two,
-four and five of them seconds, and give the same figures (see ``extend``).
+A block is up to some thousand operations each time it runs. Forty-two of them take up to two minutes, five and six of
+them seconds, and give the same figures (see ``extend``). Blocks that a memory section treats apart are all rehearsed.
 """
 
 from __future__ import annotations
@@ -61,10 +61,12 @@ def predict(
     # Two cores are worth two processes; what the other one made is read back.
     encoding = {"layers": None, "phases": others, "card_bytes": card_bytes}
     if exact or not _extendable(config, layers):
-        training, sampling = [run[:1] if run[0] == "train" else (), run[1:] if run[0] == "train" else run]
-        with beside(config, encoding, {"layers": None, "phases": sampling, "card_bytes": None}):
-            found = [rehearsed(config, phases=part) for part in (training,) if part]
-        found += [rehearsed(config, phases=part) for part in (sampling,) if part]
+        step = tuple(name for name in run if name == "train")
+        videos = tuple(name for name in run if name != "train")
+        with beside(config, encoding, {"layers": None, "phases": videos, "card_bytes": None}):
+            found = [rehearsed(config, phases=step)] if step else []
+        if videos:
+            found.append(rehearsed(config, phases=videos))
         return replace(found[0], phases=(*encoders(), *(phase for part in found for phase in part.phases)))
     # Decoding has no blocks in it: what it holds beside them grows as in sampling.
     few = tuple(name for name in run if name != "decode" or "sample" not in run)

@@ -27,11 +27,11 @@ from finetune.sampling import decodes_in_tiles
 from finetune.trainers.ema import Ema
 from finetune.trainers.engine import Engine, whole_engine
 from finetune.trainers.objective import velocity_losses
-from finetune.trainers.optim import AdamW8bit, NarrowWeights, PagedAdamW8bit, begin, precise_weights
+from finetune.trainers.optim import AdamW8bit, NarrowWeights, PagedAdamW8bit, begin
 from finetune.types import Batch, Bucket
 
 
-class _Alone:
+class Alone:
     """What ``Replicated`` asks of a launch of one process."""
 
     num_processes = 1
@@ -64,7 +64,7 @@ class Training:
         transformer.train()
         self.parameters = config.method.trainable(transformer)
         self.engine: Engine = whole_engine(
-            _Alone,
+            Alone,
             transformer,
             self.parameters,
             memory=config.memory,
@@ -75,8 +75,7 @@ class Training:
         self._ready = False
         self.ema: Ema | None = None
         if config.train.ema_decay is not None:
-            precise = precise_weights(self.engine.optimizer, self.parameters)
-            self.ema = Ema(self.parameters, precise, config.train.ema_decay)
+            self.ema = Ema(self.parameters, self.engine.precise(), config.train.ema_decay)
         self.alpha_bar = torch.linspace(0.999, 0.0, facts.num_train_timesteps)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
