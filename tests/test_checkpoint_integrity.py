@@ -283,14 +283,15 @@ def test_a_named_checkpoint_that_is_damaged_is_an_error_that_names_the_whole_one
 
 @pytest.mark.parametrize("name", FILES[:-1])
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_never_ends_is_not_read(tmp_path, kind, name):
+def test_what_never_ends_is_not_read(tmp_path, request, kind, name):
     older, newer = write(tmp_path, "lora", 10), write(tmp_path, "lora", 20)
     (newer / name).unlink()
     if kind == "pipe":
         os.mkfifo(newer / name)
-        reader = threading.Timer(20, lambda: (newer / name).open("wb").close())  # a test that fails must not hang
-        reader.daemon = True
-        reader.start()
+        writer = threading.Timer(20, lambda: (newer / name).open("wb").close())  # a test that fails must not hang
+        writer.daemon = True
+        writer.start()
+        request.addfinalizer(writer.cancel)
     else:  # one that does end, or a failure would take all memory
         (newer / name).symlink_to("/dev/null")
     with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
