@@ -15,8 +15,9 @@ import pytest
 from finetune.cards import GIB
 from finetune.cli import OK, USER_ERROR, main
 from finetune.config import RunConfig, load_config
-from finetune.planning.ahead import beside
-from finetune.planning.beside import Forecaster
+from finetune.planning import ahead
+from finetune.planning.ahead import Job, beside
+from finetune.planning.beside import Forecaster, _read
 from finetune.planning.rehearse import rehearse
 from finetune.planning.store import is_stored, rehearsed
 from finetune.recipes import RECIPES
@@ -84,8 +85,17 @@ def test_a_training_asks_beside_itself(config_file: Path) -> None:
     config = load_config(config_file)
     found = Forecaster(config, 24 * GIB).prediction()
     assert found.nbytes is not None and "predicted, in training" in found.said
+    # Under DDP all gradients are there all the time, in its buckets.
+    each = Forecaster(config, 24 * GIB, processes=2).prediction()
+    assert each.nbytes is not None and each.nbytes >= found.nbytes and "in each process" in each.said
     broken = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "/nowhere"})})
     assert Forecaster(broken, None).prediction().nbytes is None
+
+
+def test_buckets_hold_the_gradients_that_are_not_there_yet() -> None:
+    parts = {"trainable weights": 100, "gradients": 30, "frozen weights": 500}
+    document = {"phases": [{"name": "training", "peak_bytes": 630, "parts": parts, "where": "here"}]}
+    assert _read(document, None, 1).nbytes == 630 and _read(document, None, 2).nbytes == 700
 
 
 def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
@@ -95,19 +105,32 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     asked: dict[str, Any] = {"layers": None, "phases": ["encode"], "card_bytes": None}
-    with beside(config, asked):
+    with beside(Job(config, **asked)):
         pass
     assert is_stored(config, *asked.values())
-    found = rehearsed(config, **asked, make=lambda *_, **__: pytest.fail("it was made a second time"))
+    found = rehearsed(config, **asked)
     # To a few kilobytes: constants that a library makes once belong to whoever comes first.
     here = rehearse(config, **asked).phase("encode").peak.nbytes
     assert found.phase("encode").peak.nbytes == pytest.approx(here, rel=0.01)
     # What comes to grief there is made here.
     monkeypatch.setattr("finetune.planning.ahead.sys.executable", "/bin/false")
-    asked["card_bytes"] = 5
-    with beside(config, asked):
+    asked["phases"] = ["text"]
+    with beside(Job(config, **asked)):
         pass
     assert not is_stored(config, *asked.values())
+    # Several questions, one process.
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    started: list[int] = []
+    real = ahead._start
+    monkeypatch.setattr(ahead, "_start", lambda: started.append(1) or real())
+    with ahead.second_core():
+        for phases in (["text"], ["encode"]):
+            with beside(Job(config, phases=phases)):
+                pass
+            assert is_stored(config, None, phases, None)
+    assert len(started) == 1
 
 
 # ------------------------------------------------------------------------------------------------ documents in step

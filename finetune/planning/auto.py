@@ -7,7 +7,7 @@ from finetune.config import RunConfig
 from finetune.errors import ConfigError
 from finetune.planning.command import card_here, device_here, search_lines
 from finetune.planning.rates import rates_of
-from finetune.planning.search import resolve
+from finetune.planning.resolve import resolve
 
 
 def settled(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:

@@ -19,7 +19,8 @@ from finetune.planning.plot import draw
 from finetune.planning.predict import facts_of, predict
 from finetune.planning.rates import OTHER, Rates, keep, rates_of
 from finetune.planning.report import document, table, text, verdict
-from finetune.planning.search import Found, Plan, resolve
+from finetune.planning.resolve import resolve
+from finetune.planning.search import Found, Plan
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,7 @@ def search_lines(memory: MemoryConfig, found: Found, rates: Rates) -> list[str]:
     lines += [f"  {name}: {value}" for name, value in (chosen or {"checkpointing": memory.checkpointing}).items()]
     if found.quantised_unasked:
         lines += ["", f"the base is held in {memory.base} because nothing else fits: this changes the model a little"]
+    lines += ["", *found.notes] if found.notes else []
     rows = [_row(plan, "fits" if plan is found.best else "") for plan in (found.best, *found.others[:6])]
     lines += ["", f"beside it, with seconds for {_rates_in_words(rates)}:"]
     return lines + list(table(("s/step", "GiB", "host GiB", "memory section"), rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -134,9 +135,9 @@ def rank_of(part: str) -> tuple[int, str]:
 
 
 def _series(pieces: Iterable[Piece], begin: int, end: int) -> dict[str, np.ndarray]:
-    deltas: dict[str, np.ndarray] = {}
+    deltas: defaultdict[str, np.ndarray] = defaultdict(lambda: np.zeros(end - begin + 2, dtype=np.int64))
     for piece in pieces:
-        delta = deltas.setdefault(piece.what or TRANSIENT, np.zeros(end - begin + 2, dtype=np.int64))
+        delta = deltas[piece.what or TRANSIENT]
         delta[max(piece.born - begin, 0)] += piece.nbytes
         delta[min(piece.died - begin, end - begin + 1)] -= piece.nbytes
     return {part: deltas[part].cumsum()[:-1] for part in sorted(deltas, key=rank_of)}

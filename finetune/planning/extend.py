@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from finetune.planning.curve import TRANSIENT, Phase, Point
 
@@ -29,11 +29,18 @@ class Extended:
     """Bytes of page-locked host memory."""
     pageable: int
     """Bytes of other host memory."""
+    note: str = ""
+    """See ``Phase``."""
 
     @property
     def nbytes(self) -> int:
         """All parts together."""
         return sum(self.parts.values())
+
+    def more(self, parts: Mapping[str, int], *, pinned: int = 0) -> Extended:
+        """With so many bytes more in some parts, and of pinned memory."""
+        together = {part: self.parts.get(part, 0) + parts.get(part, 0) for part in dict.fromkeys([*self.parts, *parts])}
+        return replace(self, parts=together, pinned=self.pinned + pinned)
 
 
 def extend(short: Phase, longer: Phase, layers: int) -> Extended:
@@ -59,6 +66,7 @@ def extend(short: Phase, longer: Phase, layers: int) -> Extended:
         where=where,
         pinned=_along(short.pinned.nbytes, longer.pinned.nbytes, steps),
         pageable=_along(short.pageable.nbytes, longer.pageable.nbytes, steps),
+        note=longer.note,
     )
 
 

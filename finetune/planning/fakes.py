@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import cogvideox
 from finetune.cogvideox.weights import make_room, on_meta
@@ -61,6 +61,12 @@ def _conversions() -> Iterator[None]:
         yield
     finally:
         torch.utils.swap_tensors = real
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Every parameter and buffer."""
+    yield from module.parameters()
+    yield from module.buffers()
 
 
 def empty_vae(folder: Path, dtype: torch.dtype) -> Any:

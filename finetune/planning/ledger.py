@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +85,11 @@ class Piece:
     pinned: bool = False
     died: int = sys.maxsize
     """Tick of its end."""
+
+    def later(self, ticks: int) -> Piece:
+        """The same, by so many ticks later; for tens of thousands, and so without ``dataclasses.replace``."""
+        born, died = self.born + ticks, self.died + ticks
+        return Piece(self.nbytes, born, self.where, self.op, self.what, self.host, self.pinned, died)
 
 
 class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -214,6 +219,28 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._settle()
         for reference, piece, _ in list(self._live.values()):
             self._read_label(reference(), piece)
+
+    def piece_of(self, tensor: Tensor) -> Piece | None:
+        """What was entered for the storage of ``tensor``."""
+        self._settle()
+        known = self._live.get(tensor.untyped_storage()._cdata)
+        return None if known is None else known[1]
+
+    def enter_again(self, pieces: Sequence[Piece], ticks: int, kept: Mapping[int, Tensor]) -> None:
+        """Enter, from now on, what a run made that is not run again.
+
+        Args:
+            pieces: of the run, with ticks from its begin.
+            ticks: how many it lasted.
+            kept: tensors that stand for what the run left behind, by the numbers of their pieces; just made.
+        """
+        begin = self.tick
+        for number, piece in enumerate(pieces):
+            if number not in kept:
+                self.pieces.append(piece.later(begin))
+            elif (own := self.piece_of(kept[number])) is not None:
+                own.nbytes, own.born, own.where, own.op = piece.nbytes, begin + piece.born, piece.where, piece.op
+        self._tick = begin + ticks
 
     def _alive(self) -> Iterator[Piece]:
         self._settle()

@@ -1,25 +1,24 @@
-"""The figures of a whole run, at a price: a short model is rehearsed, and extended to the whole one.
+"""The figures of a whole run, at a price: short models are rehearsed, and extended to the whole one.
 
 A block is up to some thousand operations each time it runs. Forty-two of them take up to two minutes, five and six of
-them seconds, and give the same figures (see ``extend``). Blocks that a memory section treats apart are all rehearsed.
+them seconds, and give the same figures (see ``extend``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 
 from finetune.config import RunConfig
 from finetune.facts import Facts, json_folder, read_facts
-from finetune.planning.ahead import beside
-from finetune.planning.curve import TRANSIENT, Phase, Point
+from finetune.planning.ahead import Job, beside
+from finetune.planning.curve import Phase, Point
 from finetune.planning.extend import SHORT, Extended, extend
 from finetune.planning.names import PHASES, PhaseName
-from finetune.planning.rehearse import Rehearsal
+from finetune.planning.rehearse import Rehearsal, longest_bucket, samples_videos
 from finetune.planning.store import rehearsed
 
 _OF_THE_RUN: tuple[PhaseName, ...] = ("train", "sample", "decode")
-"""Phases with the transformer in them."""
+"""Phases with the transformer in memory."""
 
 
 def facts_of(config: RunConfig) -> Facts:
@@ -49,104 +48,108 @@ def predict(
     Raises:
         ModelError, ConfigError: as ``rehearse``.
     """
-    layers = facts_of(config).num_layers
-    run = _of_the_run(phases)
-    others = [name for name in phases if name not in _OF_THE_RUN]
-
-    def encoders() -> tuple[Phase, ...]:
-        return rehearsed(config, phases=others, card_bytes=card_bytes).phases if others else ()
-
-    if not run:
-        return rehearsed(config, phases=others, card_bytes=card_bytes)
+    facts = facts_of(config)
+    run, others = _of_the_run(config, phases), tuple(name for name in phases if name not in _OF_THE_RUN)
+    encoding = Job(config, phases=others, card_bytes=card_bytes)
     # Two cores are worth two processes; what the other one made is read back.
-    encoding = {"layers": None, "phases": others, "card_bytes": card_bytes}
-    if exact or not _extendable(config, layers):
-        step = tuple(name for name in run if name == "train")
+    if exact or not _extendable(config, facts.num_layers):
         videos = tuple(name for name in run if name != "train")
-        with beside(config, encoding, {"layers": None, "phases": videos, "card_bytes": None}):
-            found = [rehearsed(config, phases=step)] if step else []
-        if videos:
-            found.append(rehearsed(config, phases=videos))
-        return replace(found[0], phases=(*encoders(), *(phase for part in found for phase in part.phases)))
-    # Decoding has no blocks in it: what it holds beside them grows as in sampling.
-    few = tuple(name for name in run if name != "decode" or "sample" not in run)
-    with beside(config, {"layers": SHORT[0], "phases": few if others else (), "card_bytes": None}, encoding):
-        longer = rehearsed(config, layers=SHORT[1], phases=run)
-    short = rehearsed(config, layers=SHORT[0], phases=few)
-    short = replace(short, phases=(*short.phases, *_decoding(short, longer)))
-    before = encoders()
-    after = tuple(
-        _whole(longer_phase, extend(short_phase, longer_phase, layers))
-        for short_phase, longer_phase in zip(short.phases, longer.phases, strict=True)
-    )
-    return replace(longer, phases=(*before, *after))
+        with beside(encoding, Job(config, phases=videos)):
+            step = rehearsed(config, phases=[name for name in run if name == "train"]).phases
+        after = (*step, *rehearsed(config, phases=videos).phases)
+    else:
+        found = peaks(config, run, encoding)
+        after = tuple(_whole(name, extended) for name, extended in found.items())
+    before = rehearsed(config, phases=others, card_bytes=card_bytes).phases
+    bucket = longest_bucket(config, facts)
+    return Rehearsal((*before, *after), str(bucket), facts.tokens(bucket))
 
 
-def extended(config: RunConfig, layers: int) -> Extended:
-    """The training phase with ``layers`` blocks, from two short rehearsals.
+def peaks(
+    config: RunConfig, phases: Collection[PhaseName] = _OF_THE_RUN, *meanwhile: Job
+) -> Mapping[PhaseName, Extended]:
+    """The peaks of the phases with the transformer in memory, those of ``phases`` that the run has.
 
-    Where some of the blocks keep attention, what they keep is counted by their number.
+    Args:
+        config: see ``rehearse``.
+        phases: which.
+        meanwhile: what else is made on the second core, if there is time.
+
+    Raises:
+        ModelError, ConfigError: as ``rehearse``.
     """
-    memory = config.memory
-    if memory.keep_attention is not None and memory.keep_attention < layers:
-        none = config.model_copy(
-            update={"memory": memory.model_copy(update={"checkpointing": "full", "keep_attention": None})}
-        )
-        every = config.model_copy(update={"memory": memory.model_copy(update={"keep_attention": None})})
-        fewest, most = extended(none, layers), extended(every, layers)
-        share = memory.keep_attention / layers
-        kept = round((most.nbytes - fewest.nbytes) * share)
-        saved = "saved activations"
-        return replace(fewest, parts={**fewest.parts, saved: fewest.parts.get(saved, 0) + kept})
-    only: tuple[PhaseName, ...] = ("train",)
-    short, longer = (rehearsed(config, layers=few, phases=only).phase("train") for few in SHORT)
-    return extend(short, longer, layers)
+    layers = facts_of(config).num_layers
+    run = _of_the_run(config, phases)
+    if not _extendable(config, layers):
+        return {name: _exactly(phase) for name in run for phase in rehearsed(config, phases=[name]).phases}
+    # All phases of the run, whichever are asked for: they are made together, and are found together another time.
+    every, states = _of_the_run(config, _OF_THE_RUN), _uniform(config, layers)
+    few, more = SHORT
+    jobs = [Job(state, layers=few, phases=tuple(name for name in every if name != "decode")) for state in states]
+    with beside(*(jobs if run else ()), *meanwhile):
+        longer = [rehearsed(state, layers=more, phases=every) for state in states if run]
+    short = [rehearsed(state, layers=few, phases=every) for state in states if run]
+    pairs = list(zip(short, longer, strict=True))
+    return {
+        name: _mixed(config, layers, [extend(a.phase(name), b.phase(name), layers) for a, b in pairs]) for name in run
+    }
 
 
-def _of_the_run(phases: Collection[PhaseName]) -> tuple[PhaseName, ...]:
-    return tuple(name for name in _OF_THE_RUN if name in phases)
+def _of_the_run(config: RunConfig, phases: Collection[PhaseName]) -> tuple[PhaseName, ...]:
+    there = _OF_THE_RUN if samples_videos(config) else _OF_THE_RUN[:1]
+    return tuple(name for name in there if name in phases)
 
 
 def _extendable(config: RunConfig, layers: int) -> bool:
+    """Whether short models are shorter, and have the techniques' ends in them as the whole one has."""
+    return layers > SHORT[1] and (not config.memory.streams or config.memory.ring < SHORT[0])
+
+
+def _uniform(config: RunConfig, layers: int) -> list[RunConfig]:
+    """The run with all blocks treated alike; where they are not, each of the ways in which they are treated."""
     memory = config.memory
-    uniform = memory.keep_attention is None and memory.streamed_blocks in (0, "all")
-    return uniform and layers > SHORT[1]
+
+    def changed(**values: object) -> RunConfig:
+        return config.model_copy(update={"memory": memory.model_copy(update=values)})
+
+    if memory.keep_attention is not None:
+        every = _uniform(changed(keep_attention=None), layers)
+        if memory.keep_attention >= layers:
+            return every
+        return [*_uniform(changed(checkpointing="full", keep_attention=None), layers), *every]
+    return [changed(streamed_blocks="all")] if memory.streams else [config]
 
 
-def _decoding(short: Rehearsal, longer: Rehearsal) -> tuple[Phase, ...]:
-    """The decoding of the shorter model, where it was not rehearsed: without what the longer one has more."""
-    names = {PHASES["sample"], PHASES["decode"]}
-    there = {phase.name: phase for phase in longer.phases if phase.name in names}
-    here = {phase.name: phase for phase in short.phases if phase.name in names}
-    if len(there) < 2 or len(here) != 1:
-        return ()
-    decode, (sample,), more = there[PHASES["decode"]], here.values(), there[PHASES["sample"]]
-    grown = {
-        part: more.peak.parts[part] - nbytes
-        for part, nbytes in sample.peak.parts.items()
-        if part in more.peak.parts and part not in (TRANSIENT, "attention workspace", "batch")
-    }
+def _mixed(config: RunConfig, layers: int, uniform: Sequence[Extended]) -> Extended:
+    """From models of ``layers`` blocks that are all treated alike (``_uniform``) to one whose blocks are not.
 
-    def without(point: Point) -> Point:
-        return Point(point.at, {part: nbytes - grown.get(part, 0) for part, nbytes in point.parts.items()})
-
-    def hosted(point: Point, less: Point, full: Point) -> Point:
-        return Point(point.at, {"host": point.nbytes - (full.nbytes - less.nbytes)})
-
-    return (
-        replace(
-            decode,
-            peak=without(decode.peak),
-            pinned=hosted(decode.pinned, sample.pinned, more.pinned),
-            pageable=hosted(decode.pageable, sample.pageable, more.pageable),
-            stations={station: without(point) for station, point in decode.stations.items()},
-        ),
-    )
+    The difference that a block makes which keeps attention, or does not stream, is counted by their number.
+    """
+    memory, found = config.memory, uniform[0]
+    if len(uniform) > 1 and memory.keep_attention is not None:
+        kept = round((uniform[1].nbytes - found.nbytes) * memory.keep_attention / layers)
+        found = found.more({"saved activations": kept})
+    streamed = memory.streamed_blocks
+    if isinstance(streamed, int) and 0 < streamed < layers:
+        slots, staying = min(memory.ring, streamed), layers - streamed
+        weights = found.parts["streaming ring"] // memory.ring
+        full = config.method.kind == "full"
+        more = {
+            "trainable weights" if full else "frozen weights": staying * weights,
+            "streaming ring": (slots - memory.ring) * weights,
+        }
+        # Weights that train and are updated on the host are there in any case.
+        found = found.more(more, pinned=0 if full else -staying * weights)
+    return found
 
 
-def _whole(phase: Phase, found: Extended) -> Phase:
-    return replace(
-        phase,
+def _exactly(phase: Phase) -> Extended:
+    return Extended(phase.peak.parts, phase.where, phase.pinned.nbytes, phase.pageable.nbytes, phase.note)
+
+
+def _whole(name: PhaseName, found: Extended) -> Phase:
+    return Phase(
+        name=PHASES[name],
         peak=Point(0.0, found.parts),
         where=found.where,
         pinned=Point(0.0, {"pinned": found.pinned}),
@@ -154,4 +157,5 @@ def _whole(phase: Phase, found: Extended) -> Phase:
         curve=(),
         spans=(),
         stations={},
+        note=found.note,
     )

@@ -9,19 +9,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+from torch import nn
 
-from finetune.cogvideox import encode_video
 from finetune.config import RunConfig
-from finetune.facts import Facts, json_folder, read_facts
+from finetune.facts import CONFIG_FILES, Facts, json_folder, read_facts
+from finetune.files import digest_file
 from finetune.memory import undo
-from finetune.planning.curve import Phase, Point, measure
-from finetune.planning.fakes import empty_text_encoder, empty_transformer, empty_vae, fake_world
+from finetune.planning import encoders
+from finetune.planning.curve import Phase, Point
+from finetune.planning.fakes import empty_transformer, empty_vae, fake_world, tensors_of
 from finetune.planning.names import PHASES, PhaseName
-from finetune.planning.training import Training, fake_batches, tensors_of
+from finetune.planning.parts import Part, Through, made
+from finetune.planning.training import Training, fake_batches
 from finetune.types import Bucket
 
 
@@ -65,6 +68,7 @@ def rehearse(
     layers: int | None = None,
     phases: Collection[PhaseName] = tuple(PHASES),
     card_bytes: int | None = None,
+    through: Through = made,
 ) -> Rehearsal:
     """Rehearse a run; only JSON of the model is read.
 
@@ -74,6 +78,7 @@ def rehearse(
         phases: which; sampling and decoding are left out where the configuration samples nothing.
         card_bytes: device memory there is for tensors, which decides whether the VAE encodes in tiles where
             ``cache.vae_tiling`` is ``auto``; None for tiles.
+        through: how each part comes to its phases; see ``parts``.
 
     Raises:
         ModelError: if the model's JSON cannot be found or used.
@@ -82,16 +87,32 @@ def rehearse(
     folder = json_folder(config.model.pretrained, config.model.revision)
     config = _local(config, folder)
     facts = read_facts(str(folder))
-    dtype = config.model.torch_dtype()
-    bucket = max(config.data.buckets, key=facts.tokens)
+    bucket = longest_bucket(config, facts)
     found: list[Phase] = []
-    if "text" in phases and (folder / "text_encoder" / "config.json").is_file():
-        found.append(_text(folder, facts, config, dtype))
+    if "text" in phases and (text := encoders.text(folder, facts, config)) is not None:
+        found += through(text)
     if "encode" in phases:
-        found.append(_encode(folder, config, dtype, bucket, card_bytes))
-    if {"train", "sample", "decode"} & set(phases):
-        found += _train(folder, facts, config, dtype, bucket, layers, phases)
-    return Rehearsal(tuple(found), str(bucket), facts.tokens(bucket))
+        found.append(encoders.encode(folder, config, bucket, card_bytes, through))
+    videos = bool({"sample", "decode"} & set(phases)) and samples_videos(config)
+    if "train" in phases or videos:
+        *run, last = through(_run(folder, facts, config, bucket, layers, train="train" in phases, videos=videos))
+        found += run if videos else [*run, last]
+        if "decode" in phases and videos:
+            sampled = config.validation.bucket or bucket
+            (decoder,) = through(encoders.decode(folder, facts, config.model.torch_dtype(), sampled))
+            found.append(_beside(decoder, last))
+    wanted = {PHASES[name] for name in phases}
+    return Rehearsal(tuple(phase for phase in found if phase.name in wanted), str(bucket), facts.tokens(bucket))
+
+
+def longest_bucket(config: RunConfig, facts: Facts) -> Bucket:
+    """The bucket with the longest sequence, which needs the most memory."""
+    return max(config.data.buckets, key=facts.tokens)
+
+
+def samples_videos(config: RunConfig) -> bool:
+    """Whether the run samples and decodes videos."""
+    return bool(config.validation.samples) and config.validation.sample_every is not None
 
 
 def _local(config: RunConfig, folder: Path) -> RunConfig:
@@ -103,71 +124,67 @@ def _local(config: RunConfig, folder: Path) -> RunConfig:
     return config.model_copy(update={"model": model, "method": method})
 
 
-# ------------------------------------------------------------------------------------------------------ the encoders
+def _run(
+    folder: Path, facts: Facts, config: RunConfig, bucket: Bucket, layers: int | None, *, train: bool, videos: bool
+) -> Part:
+    """The phases with the transformer in them; with ``videos``, the last one is what stays while one is decoded."""
+    dtype = config.model.torch_dtype()
+
+    def make() -> tuple[Phase, ...]:
+        found: list[Phase] = []
+        with fake_world() as ledger, ExitStack() as stack, _uncollected():
+            transformer = empty_transformer(folder, dtype, config.memory, layers)
+            stack.callback(undo, transformer)  # with its model go what techniques put into registers
+            trained = Training(ledger, facts, config, transformer, dtype)
+            if train:
+                found.append(trained.step(fake_batches(facts, config, bucket, dtype)))
+            if videos:
+                found.append(_sampling(trained, empty_vae(folder, dtype), config.validation.bucket or bucket))
+                found.append(trained.rest())
+        return tuple(found)
+
+    asked = {"layers": layers, "trains": train, "samples": videos}
+    return Part({"phase": "run", **asked, **_depends_on(folder, config, bucket)}, make)
 
 
-def _text(folder: Path, facts: Facts, config: RunConfig, dtype: torch.dtype) -> Phase:
-    with fake_world() as ledger, torch.no_grad():
-        encoder, _kept = empty_text_encoder(folder, dtype, config.memory.text_encoder)
-        ledger.name("text encoder weights", tensors_of(encoder))
-        begin = ledger.tick
-        ledger.where = "T5"
-        tokens = torch.zeros(config.cache.text_batch_size, facts.max_text_seq_length, dtype=torch.long)
-        embeds = encoder(tokens)[0]
-        del embeds
-        ledger.read_labels()
-        note = f"{config.cache.text_batch_size} captions at a time"
-        return measure(PHASES["text"], ledger.pieces, begin, ledger.tick, {"encode": begin}, note=note)
+def _sampling(trained: Training, vae: nn.Module, bucket: Bucket) -> Phase:
+    """With the VAE in memory, which is gone again afterwards."""
+    trained.ledger.name(encoders.VAE_WEIGHTS, tensors_of(vae))
+    return trained.sample(bucket)
 
 
-def _encode(folder: Path, config: RunConfig, dtype: torch.dtype, bucket: Bucket, card_bytes: int | None) -> Phase:
-    setting = config.cache.vae_tiling
-    if setting == "auto" and card_bytes is not None:
-        whole = _encode_clip(folder, dtype, bucket, tiled=False)
-        if whole.peak.nbytes <= card_bytes:
-            return whole
-    return _encode_clip(folder, dtype, bucket, tiled=setting != "off")
+def _depends_on(folder: Path, config: RunConfig, bucket: Bucket) -> dict[str, Any]:
+    """What of a configuration, and of its model's JSON, the phases with the transformer depend on."""
+    values = config.to_dict()
+    train, validation = values["train"], values["validation"]
+    return {
+        "model": {name: digest_file(folder / name) for name in CONFIG_FILES.values() if (folder / name).is_file()},
+        "dtype": values["model"]["dtype"],
+        "bucket": str(bucket),
+        "method": values["method"],
+        "optimizer": {name: value for name, value in values["optimizer"].items() if name != "lr"},
+        "train": {name: train[name] for name in ("batch_size", "accumulation", "max_grad_norm", "ema_decay")},
+        "memory": {name: value for name, value in values["memory"].items() if name != "text_encoder"},
+        "sampling": {name: validation[name] for name in ("bucket", "guidance_scale")},
+    }
 
 
-def _encode_clip(folder: Path, dtype: torch.dtype, bucket: Bucket, *, tiled: bool) -> Phase:
-    with fake_world() as ledger:
-        vae = empty_vae(folder, dtype)
-        if tiled:
-            vae.enable_tiling()
-        ledger.name("VAE weights", tensors_of(vae))
-        begin = ledger.tick
-        ledger.where = "VAE encoder"
-        pixels = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.uint8)
-        ledger.name("batch", [pixels])
-        posterior = encode_video(vae, pixels)
-        del posterior
-        note = "in tiles" if tiled else "whole frames"
-        return measure(PHASES["encode"], ledger.pieces, begin, ledger.tick, {"encode": begin}, note=note)
+def _beside(phase: Phase, resting: Phase) -> Phase:
+    """A phase that was rehearsed alone, in a process that holds ``resting`` besides."""
+    held = resting.peak.parts
 
+    def more(point: Point) -> Point:
+        parts = dict.fromkeys([*held, *point.parts], 0)
+        return Point(point.at, {part: held.get(part, 0) + point.parts.get(part, 0) for part in parts})
 
-def _train(
-    folder: Path,
-    facts: Facts,
-    config: RunConfig,
-    dtype: torch.dtype,
-    bucket: Bucket,
-    layers: int | None,
-    phases: Collection[PhaseName],
-) -> Iterator[Phase]:
-    with fake_world() as ledger, ExitStack() as stack, _uncollected():
-        transformer = empty_transformer(folder, dtype, config.memory, layers)
-        stack.callback(undo, transformer)  # with its model go what techniques put into registers
-        trained = Training(ledger, facts, config, transformer, dtype)
-        if "train" in phases:
-            yield trained.step(fake_batches(facts, config, bucket, dtype))
-        samples = config.validation.samples and config.validation.sample_every is not None
-        if samples and {"sample", "decode"} & set(phases):
-            sampled = config.validation.bucket or bucket
-            vae = empty_vae(folder, dtype)
-            ledger.name("VAE weights", tensors_of(vae))
-            yield trained.sample(sampled)
-            if "decode" in phases:
-                yield trained.decode(vae, sampled)
+    return replace(
+        phase,
+        peak=more(phase.peak),
+        pinned=resting.pinned,
+        pageable=resting.pageable,
+        curve=tuple(more(point) for point in phase.curve),
+        stations={station: more(phase.peak) for station in resting.stations},
+    )
 
 
 @contextmanager

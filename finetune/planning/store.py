@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.config import RunConfig
-from finetune.facts import CONFIG_FILES, json_folder
 from finetune.files import atomic_write_text, digest_file, digest_of
+from finetune.planning.curve import Phase
 from finetune.planning.names import PHASES, PhaseName
+from finetune.planning.parts import Part
 from finetune.planning.rehearse import Rehearsal, rehearse
 
+_PHASES = TypeAdapter(tuple[Phase, ...])
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "numpy")
 
 
@@ -29,72 +30,44 @@ def user_folder() -> Path:
     return base / "cogvideox-finetune"
 
 
+def stored(part: Part) -> tuple[Phase, ...]:
+    """A part's phases from the user's cache, where the same was made by the same code; made and kept otherwise."""
+    path = _path(part)
+    with contextlib.suppress(OSError, ValidationError):  # absent, or cut short: it is made again
+        return _PHASES.validate_json(path.read_bytes())
+    phases = part.make()
+    with contextlib.suppress(OSError):  # a home that cannot be written costs time, and nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, _PHASES.dump_json(phases).decode())
+    return phases
+
+
 def rehearsed(
     config: RunConfig,
     *,
     layers: int | None = None,
     phases: Collection[PhaseName] = tuple(PHASES),
     card_bytes: int | None = None,
-    make: Callable[..., Rehearsal] = rehearse,
 ) -> Rehearsal:
-    """As ``rehearse``, from the user's cache where the same was rehearsed by the same code.
-
-    Args:
-        config: see ``rehearse``.
-        layers: see ``rehearse``.
-        phases: see ``rehearse``.
-        card_bytes: see ``rehearse``.
-        make: what makes one that is not there.
-    """
-    path = _path(config, layers, phases, card_bytes)
-    adapter = TypeAdapter(Rehearsal)
-    with contextlib.suppress(OSError, ValidationError):  # absent, or cut short: it is made again
-        return adapter.validate_json(path.read_bytes())
-    rehearsal = make(config, layers=layers, phases=phases, card_bytes=card_bytes)
-    with contextlib.suppress(OSError):  # a home that cannot be written costs time, and nothing else
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(path, adapter.dump_json(rehearsal).decode())
-    return rehearsal
+    """As ``rehearse``, part by part from the user's cache."""
+    return rehearse(config, layers=layers, phases=phases, card_bytes=card_bytes, through=stored)
 
 
 def is_stored(config: RunConfig, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None) -> bool:
-    """Whether ``rehearsed`` would find it."""
-    return _path(config, layers, phases, card_bytes).is_file()
+    """Whether ``rehearsed`` would find it all."""
+
+    def found(part: Part) -> tuple[Phase, ...]:
+        return _PHASES.validate_json(_path(part).read_bytes())
+
+    try:
+        rehearse(config, layers=layers, phases=phases, card_bytes=card_bytes, through=found)
+    except (OSError, ValidationError):
+        return False
+    return True
 
 
-def _path(config: RunConfig, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None) -> Path:
-    return user_folder() / "rehearsals" / f"{_key(config, layers, phases, card_bytes)}.json"
-
-
-def _key(config: RunConfig, layers: int | None, phases: Collection[PhaseName], card_bytes: int | None) -> str:
-    return digest_of(
-        {
-            "config": relevant(config),
-            "layers": layers,
-            "phases": sorted(phases),
-            "card_bytes": card_bytes if config.cache.vae_tiling == "auto" and "encode" in phases else None,
-            "versions": _versions(),
-        }
-    )
-
-
-def relevant(config: RunConfig) -> dict[str, Any]:
-    """What of a configuration, and of its model's JSON, a rehearsal depends on."""
-    folder = json_folder(config.model.pretrained, config.model.revision)
-    values = config.to_dict()
-    train, validation = values["train"], values["validation"]
-    return {
-        "model": {name: digest_file(folder / name) for name in CONFIG_FILES.values() if (folder / name).is_file()},
-        "dtype": values["model"]["dtype"],
-        "buckets": values["data"]["buckets"],
-        "cache": {name: values["cache"][name] for name in ("text_batch_size", "vae_tiling")},
-        "method": values["method"],
-        "optimizer": {name: value for name, value in values["optimizer"].items() if name != "lr"},
-        "train": {name: train[name] for name in ("batch_size", "accumulation", "max_grad_norm", "ema_decay")},
-        "memory": values["memory"],
-        "sampling": {name: validation[name] for name in ("bucket", "guidance_scale", "sample_every")}
-        | {"samples": bool(validation["samples"])},
-    }
+def _path(part: Part) -> Path:
+    return user_folder() / "rehearsals" / f"{digest_of({**part.depends_on, 'versions': _versions()})}.json"
 
 
 @cache

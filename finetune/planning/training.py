@@ -1,4 +1,4 @@
-"""One optimizer step, one denoising step and one decoded video, with a ledger looking on.
+"""One optimizer step, one denoising step, and what stays between them, with a ledger looking on.
 
 The parts are put together as ``trainers.assemble`` does, and run as the loop runs them.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,16 +18,18 @@ from finetune.config import RunConfig
 from finetune.facts import Facts
 from finetune.memory.places import tag
 from finetune.planning.curve import Phase, measure
-from finetune.planning.fakes import CPU
+from finetune.planning.fakes import CPU, tensors_of
 from finetune.planning.ledger import Ledger
 from finetune.planning.names import PHASES
 from finetune.planning.whereabouts import Whereabouts, following
-from finetune.sampling import decodes_in_tiles
 from finetune.trainers.ema import Ema
 from finetune.trainers.engine import Engine, whole_engine
 from finetune.trainers.objective import velocity_losses
 from finetune.trainers.optim import AdamW8bit, NarrowWeights, PagedAdamW8bit, begin
 from finetune.types import Batch, Bucket
+
+RESTING = "VAE decoder"
+"""The station of what stays while a video is decoded."""
 
 
 class Alone:
@@ -181,21 +182,13 @@ class Training:
             PHASES["sample"], self.ledger.pieces, begin, self.ledger.tick, {"denoising step": begin}, note=note
         )
 
-    @torch.no_grad()
-    def decode(self, vae: Any, bucket: Bucket) -> Phase:
-        """The decoding of one sampled video."""
-        tiled = decodes_in_tiles(bucket, self.dtype)
-        if tiled:
-            vae.enable_tiling()
-        channels, frames, height, width = self.facts.latent_shape(bucket)
-        frames += self.facts.front_padding(frames)
-        begin = self.ledger.tick
-        self.ledger.where = "VAE decoder"
-        latents = torch.zeros(1, channels, frames, height, width, dtype=self.dtype)
-        ((vae.decode(latents).sample * 0.5) + 0.5).clamp(0, 1)
-        note = "in tiles" if tiled else "whole frames"
-        self.ledger.where = ""
-        return measure(PHASES["decode"], self.ledger.pieces, begin, self.ledger.tick, {"decode": begin}, note=note)
+    def rest(self) -> Phase:
+        """What stays between two phases, with a station of its own: beside it a sampled video is decoded."""
+        self._prepare()
+        self.ledger.read_labels()
+        now = self.ledger.tick
+        phase = measure(PHASES["decode"], self.ledger.pieces, now, now, {"decode": now})
+        return replace(phase, stations={RESTING: phase.peak})
 
 
 def _step_note(batches: list[Batch]) -> str:
@@ -239,12 +232,6 @@ def _rehearsable(config: RunConfig) -> Any:
     if isinstance(optimizer, PagedAdamW8bit):
         return AdamW8bit(**optimizer.model_dump(exclude={"kind"}))
     return optimizer
-
-
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Every parameter and buffer."""
-    yield from module.parameters()
-    yield from module.buffers()
 
 
 def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:

@@ -181,11 +181,12 @@ def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, ranks: Ranks)
 
 
 def _forecaster(config: RunConfig, launch: Launch, ranks: Ranks) -> Forecaster | None:
-    """For one process with a GPU, whose peak is worth to be known and will be measured from here."""
-    if ranks.device.type != "cuda" or ranks.world > 1 or not isinstance(launch, Replicate):
+    """Where a whole model trains on a GPU, whose peak is worth to be known and will be measured from here."""
+    if ranks.device.type != "cuda" or not ranks.is_main or not isinstance(launch, Replicate):
         return None
     torch.cuda.reset_peak_memory_stats(ranks.device)  # what the encoders took is not the training's
-    return Forecaster(config, torch.cuda.get_device_properties(ranks.device).total_memory)
+    card_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
+    return Forecaster(config, card_bytes, processes=ranks.world)
 
 
 def run_sheet(run: Run) -> list[tuple[str, str]]:

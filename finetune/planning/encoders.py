@@ -1,0 +1,131 @@
+"""The phases without the transformer: T5 over captions, the VAE over a clip, the VAE's decoder over a sampled video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.cogvideox import encode_video
+from finetune.config import RunConfig
+from finetune.facts import CONFIG_FILES, Facts
+from finetune.files import digest_file
+from finetune.planning.curve import Phase, measure
+from finetune.planning.fakes import empty_text_encoder, empty_vae, fake_world, tensors_of
+from finetune.planning.names import PHASES
+from finetune.planning.parts import Part, Through
+from finetune.planning.repeats import rehearsed_once
+from finetune.sampling import decodes_in_tiles
+from finetune.types import Bucket
+
+VAE_WEIGHTS = "VAE weights"
+
+
+def text(folder: Path, facts: Facts, config: RunConfig) -> Part | None:
+    """T5 over one batch of captions; None where the checkpoint has no T5.
+
+    Args:
+        folder: of the checkpoint's JSON.
+        facts: of the model.
+        config: of the run.
+    """
+    if not (folder / CONFIG_FILES["text_encoder"]).is_file():
+        return None
+    captions, length = config.cache.text_batch_size, facts.max_text_seq_length
+    held, dtype = config.memory.text_encoder, config.model.torch_dtype()
+
+    def make() -> tuple[Phase, ...]:
+        with fake_world() as ledger, torch.no_grad():
+            encoder, _kept = empty_text_encoder(folder, dtype, held)
+            ledger.name("text encoder weights", tensors_of(encoder))
+            begin = ledger.tick
+            ledger.where = "T5"
+            embeds = encoder(torch.zeros(captions, length, dtype=torch.long))[0]
+            del embeds
+            ledger.read_labels()
+            note = f"{captions} captions at a time"
+            return (measure(PHASES["text"], ledger.pieces, begin, ledger.tick, {"encode": begin}, note=note),)
+
+    depends_on = {"captions": captions, "length": length, "held": held, **_of_model(folder, "text_encoder", dtype)}
+    return Part({"phase": "text", **depends_on}, make)
+
+
+def encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | None, through: Through) -> Phase:
+    """The VAE over one clip, in tiles or whole, as precomputing will decide.
+
+    Args:
+        folder: of the checkpoint's JSON.
+        config: of the run.
+        bucket: of the clip.
+        card_bytes: device memory there is for tensors; None for tiles where the configuration leaves it open.
+        through: see ``Through``.
+    """
+    setting = config.cache.vae_tiling
+    dtype = config.model.torch_dtype()
+    if setting == "auto" and card_bytes is not None:
+        (whole,) = through(_encode(folder, dtype, bucket, tiled=False))
+        if whole.peak.nbytes <= card_bytes:
+            return whole
+    (phase,) = through(_encode(folder, dtype, bucket, tiled=setting != "off"))
+    return phase
+
+
+def _encode(folder: Path, dtype: torch.dtype, bucket: Bucket, *, tiled: bool) -> Part:
+    def make() -> tuple[Phase, ...]:
+        with fake_world() as ledger:
+            vae = empty_vae(folder, dtype)
+            if tiled:
+                vae.enable_tiling()
+            ledger.name(VAE_WEIGHTS, tensors_of(vae))
+            begin = ledger.tick
+            ledger.where = "VAE encoder"
+            pixels = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.uint8)
+            ledger.name("batch", [pixels])
+            with rehearsed_once(ledger, vae.encoder):
+                posterior = encode_video(vae, pixels)
+            del posterior
+            note = _tiles(tiled)
+            return (measure(PHASES["encode"], ledger.pieces, begin, ledger.tick, {"encode": begin}, note=note),)
+
+    depends_on = {"bucket": str(bucket), "tiled": tiled, **_of_model(folder, "vae", dtype)}
+    return Part({"phase": "encode", **depends_on}, make)
+
+
+def decode(folder: Path, facts: Facts, dtype: torch.dtype, bucket: Bucket) -> Part:
+    """The VAE's decoder over one sampled video, without what else is in memory then.
+
+    Args:
+        folder: of the checkpoint's JSON.
+        facts: of the model.
+        dtype: of the VAE.
+        bucket: of the video.
+    """
+    channels, frames, height, width = facts.latent_shape(bucket)
+    shape = (1, channels, frames + facts.front_padding(frames), height, width)
+    tiled = decodes_in_tiles(bucket, dtype)
+
+    def make() -> tuple[Phase, ...]:
+        with fake_world() as ledger, torch.no_grad():
+            vae = empty_vae(folder, dtype)
+            if tiled:
+                vae.enable_tiling()
+            ledger.name(VAE_WEIGHTS, tensors_of(vae))
+            begin = ledger.tick
+            ledger.where = "VAE decoder"
+            latents = torch.zeros(shape, dtype=dtype)
+            with rehearsed_once(ledger, vae.decoder):
+                ((vae.decode(latents).sample * 0.5) + 0.5).clamp(0, 1)
+            note = _tiles(tiled)
+            return (measure(PHASES["decode"], ledger.pieces, begin, ledger.tick, {"decode": begin}, note=note),)
+
+    depends_on = {"latents": shape, "tiled": tiled, **_of_model(folder, "vae", dtype)}
+    return Part({"phase": "decode", **depends_on}, make)
+
+
+def _tiles(tiled: bool) -> str:
+    return "in tiles" if tiled else "whole frames"
+
+
+def _of_model(folder: Path, component: str, dtype: torch.dtype) -> dict[str, Any]:
+    return {"model": digest_file(folder / CONFIG_FILES[component]), "dtype": str(dtype)}
