@@ -8,20 +8,23 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from worlds import run_config
 
-from finetune.config import RunConfig
+from finetune.config import RunConfig, memory_traits
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.errors import CacheError, FinetuneError, TrainingError
+from finetune.facts import read_facts
 from finetune.memory import MemoryConfig
 from finetune.precompute import precompute
 from finetune.schedule import Item, StepPlan
 from finetune.trainers import loop, sampler
+from finetune.trainers.ladder import out_of_memory
 from finetune.trainers.loop import TrainReport, train
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -168,7 +171,24 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated(make, tmp_path, monke
     with pytest.raises(TrainingError, match="outside of a step's passes") as caught:
         train(config)
     assert len(calls) == 1 and not saved_steps(tmp_path / "run")
+    assert "in this order: memory.checkpointing: full, memory.block: lean, " in caught.value.fix
     assert "optimizer.kind: adamw8bit" in caught.value.fix
+
+
+def test_the_advice_is_for_the_run_that_needs_it(make):
+    def fix(**values):
+        config = make("run", **values)
+        traits = memory_traits(config, read_facts(config.model.pretrained))
+        run = SimpleNamespace(config=config, traits=traits)
+        return out_of_memory(run, config.memory, "full", "now").fix
+
+    lora, full = fix(), fix(method={"kind": "full"}, optimizer={"kind": "adamw8bit"})
+    assert "memory.base: fp8" in lora and "method.rank" in lora and "gradient_release" not in lora
+    assert "memory.gradient_release: exact, memory.optimizer_states: host, memory.streamed_blocks: all" in full
+    assert "base" not in full and "rank" not in full and "adamw8bit" not in full
+    # What cannot be had together with what the run has is not advised.
+    accumulating = fix(method={"kind": "full"}, train={"accumulation": 2, "batch_size": 2})
+    assert "gradient_release" not in accumulating and "train.batch_size: 1" in accumulating
 
 
 # ------------------------------------------------------------------------------------------------- faults of the loader

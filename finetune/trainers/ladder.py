@@ -14,7 +14,8 @@ import torch
 from finetune.caching.encode import release_memory
 from finetune.config import RunConfig
 from finetune.errors import TrainingError, first_line
-from finetune.memory import MemoryConfig, assert_recompute
+from finetune.memory import MemoryConfig, Traits, assert_recompute
+from finetune.trainers.method import LoraMethod
 from finetune.trainers.run import Run
 
 
@@ -84,7 +85,7 @@ class Ladder:
         )
 
     def _stuck(self, step: int, said: str) -> TrainingError:
-        error = out_of_memory(self._run.config, self.state, said, f"in the passes of step {step}")
+        error = out_of_memory(self._run, self.state, said, f"in the passes of step {step}")
         if not self._below:
             return error
         return TrainingError(
@@ -95,20 +96,51 @@ class Ladder:
         )
 
 
-def out_of_memory(config: RunConfig, memory: MemoryConfig, said: str, when: str) -> TrainingError:
+def out_of_memory(run: Run, memory: MemoryConfig, said: str, when: str) -> TrainingError:
     """The error for memory that does not hold what must be in it.
 
     Args:
-        config: of the run.
+        run: the assembled run.
         memory: the state it was in.
         said: torch's own words.
         when: what was being done.
     """
+    config = run.config
+    advice = ", ".join(_advice(config, memory, run.traits))
     return TrainingError(
         f"out of GPU memory {when}: {said}",
         where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size {config.train.batch_size},"
         f" memory.checkpointing {memory.checkpointing}, method {config.method.kind}, optimizer {config.optimizer.kind}",
-        fix="ask `finetune plan --budget` what fits; or, in this order: memory.checkpointing: full, memory.block: lean,"
-        " memory.activations: host, train.batch_size: 1 (and more accumulation), memory.streamed_blocks: all, a smaller"
-        " bucket, optimizer.kind: adamw8bit, a smaller method.rank; the last checkpoint is intact",
+        fix=f"ask `finetune plan --budget` what fits; or, in this order: {advice}; the last checkpoint is intact",
     )
+
+
+_ANEW: tuple[dict[str, object], ...] = (
+    {"gradient_release": "exact"},
+    {"gradient_release": "exact", "optimizer_states": "host"},
+    {"gradient_release": "exact", "optimizer_states": "host", "streamed_blocks": "all"},
+    {"base": "fp8"},
+)
+"""Measures that no run can take in its middle."""
+
+
+def _advice(config: RunConfig, memory: MemoryConfig, traits: Traits) -> Iterator[str]:
+    """What this run has not tried yet, the cheapest first."""
+    state = memory
+    for following in memory.notches(traits)[1:]:
+        yield state.difference(following)
+        state = following
+    for change in _ANEW:
+        following = state.model_copy(update=change)
+        if following != state and not following.faults(traits):
+            yield state.difference(following)
+            state = following
+    if config.train.batch_size > 1:
+        yield "train.batch_size: 1 and more accumulation"
+    if config.optimizer.kind == "adamw":
+        yield "optimizer.kind: adamw8bit"
+    if config.validation.samples:
+        yield "a smaller validation.bucket"
+    yield "a smaller bucket"
+    if isinstance(config.method, LoraMethod):
+        yield "a smaller method.rank"

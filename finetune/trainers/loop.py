@@ -100,7 +100,7 @@ def train(config: RunConfig) -> TrainReport:
             return report
         except torch.OutOfMemoryError as error:
             raise out_of_memory(
-                config, ladder.state, first_line(error), "outside of a step's passes, where nothing can be done again"
+                run, ladder.state, first_line(error), "outside of a step's passes, where nothing can be done again"
             ) from error
 
 
