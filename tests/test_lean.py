@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.memory import lean, lean_rotary
-from finetune.memory.attention import ATTENTION_OPS, AttentionTape
+from finetune.memory.attention import AttentionTape, is_attention
 from finetune.memory.blocks import Blocks
 from finetune.memory.lean import LeanMath
 from finetune.memory.lean_chunks import GradientSums, chunks, masks
@@ -132,7 +132,7 @@ class CountAttention(TorchDispatchMode):
     forward = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.forward += func in ATTENTION_OPS
+        self.forward += is_attention(func)
         return func(*args, **(kwargs or {}))
 
 

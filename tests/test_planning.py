@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from finetune.caching.encode import untiled_bytes
 from finetune.cards import GIB, OVERHEAD_GIB, parse_bytes, usable
 from finetune.config import RunConfig
 from finetune.errors import ConfigError
@@ -357,8 +358,17 @@ def test_every_phase_is_rehearsed(look_alike: Path) -> None:
     # The optimizer's states and the VAE are there while a video is sampled.
     assert {"optimizer state", "VAE weights"} <= found.phase("sample").peak.parts.keys()
     assert found.phase("encode").note == "in tiles"
+    # A sampled video is decoded beside what training left, by a decoder that was rehearsed by itself.
+    decode, sample = found.phase("decode").peak.parts, found.phase("sample").peak.parts
+    resting = ("frozen weights", "trainable weights", "optimizer state", "moving average", "VAE weights")
+    assert {part: decode[part] for part in resting} == {part: sample[part] for part in resting}
+    assert decode["block transient"] > 0 and found.phase("decode").where.startswith("VAE decoder")
     spacious = rehearse(config, phases=("encode",), card_bytes=80 * GIB)
     assert spacious.phase("encode").note == "whole frames"
+    # The rule by which precomputing decides, at the size where it turns.
+    turn = untiled_bytes(torch.bfloat16, config.data.buckets[0]) + spacious.phase("encode").peak.parts["VAE weights"]
+    notes = [rehearse(config, phases=("encode",), card_bytes=size).phase("encode").note for size in (turn - 1, turn)]
+    assert notes == ["in tiles", "whole frames"]
 
 
 def test_a_rehearsal_is_kept_until_the_code_changes(
@@ -498,6 +508,30 @@ def test_a_base_is_quantised_unasked_only_where_nothing_else_fits(reckoned: None
     assert (allowed := find(20.0, quantize=True).best) is not None and allowed.step_s <= find(20.0).best.step_s  # type: ignore[union-attr]
 
 
+def test_blocks_stream_only_as_far_as_the_card_needs(reckoned: None) -> None:
+    found = find(24.0).best
+    assert found is not None and isinstance(found.memory.streamed_blocks, int) and 0 < found.memory.streamed_blocks < 42
+    # A twentieth of the card is left: that far a prediction may be off.
+    assert 24.0 * GIB - found.peak_bytes >= 0.05 * (24.0 + OVERHEAD_GIB) * GIB - 0.2 * GIB
+    assert all(plan.memory.streamed_blocks != 41 for plan in find(24.0).others)
+
+
+def test_a_video_that_is_sampled_counts_too(reckoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    training = search_module.peaks
+    decoding = Extended({"x": 40 * GIB}, "VAE decoder", 0, 0)
+
+    def with_video(config: RunConfig) -> dict[PhaseName, Extended]:
+        return {**training(config), **({"decode": decoding} if config.validation.samples else {})}
+
+    monkeypatch.setattr(search_module, "peaks", with_video)
+    videos = {"validation": {"sample_every": 5, "samples": [{"prompt": "a"}]}}
+    assert find(36.0).best is not None and find(36.0, run=videos).best is None
+    config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, **videos)
+    with pytest.raises(ConfigError, match=r"needs 5\.20 GiB more, in VAE decode") as caught:
+        resolve(config, DEFAULTS["H100"], card_bytes=36 * GIB)
+    assert "validation.samples: [] fits" in caught.value.fix
+
+
 def test_what_does_not_fit_is_told_by_how_much_and_what_would(reckoned: None) -> None:
     config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 256})
     smallest = find(1.0, run={"method": {"rank": 256}}).smallest
@@ -539,6 +573,8 @@ def test_a_verdict_counts_the_overhead() -> None:
     said = text(run("5b"), rehearsal, verdict(rehearsal, 16 * GIB))
     assert "a card of 16.0 GiB is 0.20 GiB too small" in said and "predicted, not measured" in said
     assert document(rehearsal, verdict(rehearsal, 24 * GIB))["peak_bytes"] == 15 * GIB
+    rows = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in said.splitlines() if line}
+    assert (rows["frozen weights"], rows["block transient"], rows["together"]) == ("10.00", "5.00", "15.00")
     poor = dataclasses.replace(rehearsal.phases[0], pinned=Point(0.0, {"x": 40 * GIB}))
     assert verdict(dataclasses.replace(rehearsal, phases=(poor,)), 24 * GIB, 32 * GIB).fits is False
 

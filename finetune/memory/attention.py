@@ -10,29 +10,29 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-def _known(*names: str) -> frozenset[Any]:
-    found: list[Any] = []
-    for name in names:
-        namespace, _, op = name.partition("::")
-        packet = getattr(getattr(torch.ops, namespace), op, None)
-        if packet is not None:
-            found.extend(getattr(packet, overload) for overload in packet.overloads())
-    return frozenset(found)
-
-
-ATTENTION_OPS = _known(
-    "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention",
-    "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_flash_attention_for_cpu",
-    "aten::_scaled_dot_product_fused_attention_overrideable",
+ATTENTION_OPS = frozenset(
+    {
+        "aten::_scaled_dot_product_flash_attention",
+        "aten::_scaled_dot_product_efficient_attention",
+        "aten::_scaled_dot_product_cudnn_attention",
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::_scaled_dot_product_fused_attention_overrideable",
+        # The kernels' own packages register these, where an attention processor calls them directly.
+        "flash_attn::_flash_attn_forward",
+        "flash_attn_3::_flash_attn_forward",
+        "flash_attn_3::fwd",
+    }
 )
-"""What ``scaled_dot_product_attention`` becomes, whichever backend torch chooses; each gives output and logsumexp. FA3
-as torch activates it is another implementation of the first. The ``math`` fallback is many operations, and not here."""
+"""What ``scaled_dot_product_attention`` becomes, whichever backend torch chooses, and flash attention's own operations;
+each gives output and logsumexp. FA3 as torch activates it is another implementation of the first. The ``math`` fallback
+is many operations, and not here."""
+
+
+def is_attention(op: Any) -> bool:
+    """Whether an operation that a dispatch mode sees is one of ``ATTENTION_OPS``."""
+    return op.name().partition(".")[0] in ATTENTION_OPS
 
 
 class AttentionTape:
@@ -82,7 +82,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func not in ATTENTION_OPS:
+        if not is_attention(func):
             return func(*args, **kwargs)
         output = func(*_with_logsumexp(func, args, kwargs), **kwargs)
         self._seen.append((func, output))
@@ -108,6 +108,6 @@ class _Player(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in ATTENTION_OPS and self.left and self.left[0][0] is func:
+        if self.left and is_attention(func) and self.left[0][0] is func:
             return self.left.pop(0)[1]
         return func(*args, **(kwargs or {}))

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from finetune.errors import TrainingError
-from finetune.memory.attention import ATTENTION_OPS
+from finetune.memory.attention import is_attention
 
 Checkpointing = Literal["full", "selective", "none"]
 """``full``: every block is run again in the backward pass, a third more compute for the least memory. ``selective``:
@@ -67,7 +67,7 @@ def _contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any
 
 
 def _policy(_: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_attention(op) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _keeping(blocks: int, keep_attention: int | None) -> range:
@@ -196,6 +196,6 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func in ATTENTION_OPS:
+        if is_attention(func):
             self._runs.attend()
         return func(*args, **(kwargs or {}))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from finetune.caching.encode import must_tile
 from finetune.cogvideox import encode_video
 from finetune.config import RunConfig
 from finetune.facts import CONFIG_FILES, Facts
@@ -52,7 +53,7 @@ def text(folder: Path, facts: Facts, config: RunConfig) -> Part | None:
 
 
 def encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | None, through: Through) -> Phase:
-    """The VAE over one clip, in tiles or whole, as precomputing will decide.
+    """The VAE over one clip, in tiles or whole, as precomputing will decide where nothing else is on the GPU.
 
     Args:
         folder: of the checkpoint's JSON.
@@ -61,14 +62,14 @@ def encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | No
         card_bytes: device memory there is for tensors; None for tiles where the configuration leaves it open.
         through: see ``Through``.
     """
-    setting = config.cache.vae_tiling
-    dtype = config.model.torch_dtype()
-    if setting == "auto" and card_bytes is not None:
-        (whole,) = through(_encode(folder, dtype, bucket, tiled=False))
-        if whole.peak.nbytes <= card_bytes:
-            return whole
-    (phase,) = through(_encode(folder, dtype, bucket, tiled=setting != "off"))
-    return phase
+    setting, dtype = config.cache.vae_tiling, config.model.torch_dtype()
+    if setting != "off":
+        (tiled,) = through(_encode(folder, dtype, bucket, tiled=True))
+        free = None if card_bytes is None else card_bytes - tiled.peak.parts[VAE_WEIGHTS]
+        if setting == "on" or free is None or must_tile(bucket, dtype, free):
+            return tiled
+    (whole,) = through(_encode(folder, dtype, bucket, tiled=False))
+    return whole
 
 
 def _encode(folder: Path, dtype: torch.dtype, bucket: Bucket, *, tiled: bool) -> Part:

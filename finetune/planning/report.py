@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune.cards import GIB, OVERHEAD_GIB, to_gib, usable
 from finetune.config import RunConfig
-from finetune.planning.curve import Phase
+from finetune.planning.curve import Phase, rank_of
 from finetune.planning.rehearse import Rehearsal
 
 
@@ -58,14 +58,26 @@ def _lines(config: RunConfig, rehearsal: Rehearsal, judged: Verdict) -> Iterator
     yield ""
     rows = [(phase.name, f"{phase.peak.nbytes / GIB:.2f}", _when(phase)) for phase in rehearsal.phases]
     yield from table(("phase", "GiB", "at its highest"), rows)
-    top = rehearsal.peak
     yield ""
-    yield f"the peak is in {top.name}; it is made of"
-    parts = [(part, f"{nbytes / GIB:.2f}") for part, nbytes in top.peak.parts.items() if nbytes >= GIB / 200]
-    yield from table(("", "GiB"), [*parts, ("together", f"{top.peak.nbytes / GIB:.2f}")])
+    yield f"the peak is in {rehearsal.peak.name}; what each phase is made of at its highest, in GiB"
+    yield from _parts(rehearsal.phases)
     yield ""
-    yield f"host memory for it: {to_gib(rehearsal.pinned.nbytes)} pinned, {to_gib(rehearsal.pageable.nbytes)} pageable"
     yield sentence(rehearsal, judged)
+
+
+def _parts(phases: Sequence[Phase]) -> Iterator[str]:
+    names = sorted({part for phase in phases for part in phase.peak.parts}, key=rank_of)
+    rows = [(part, *(_cell(phase.peak.parts.get(part, 0)) for phase in phases)) for part in names]
+    rows = [row for row in rows if any(row[1:])]
+    rows.append(("together", *(_cell(phase.peak.nbytes) for phase in phases)))
+    for name, points in (("pinned", [p.pinned for p in phases]), ("pageable", [p.pageable for p in phases])):
+        if any(point.nbytes for point in points):
+            rows.append((f"host memory, {name}", *(_cell(point.nbytes) for point in points)))
+    yield from table(("", *(phase.name for phase in phases)), rows)
+
+
+def _cell(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f}" if nbytes >= GIB / 200 else ""
 
 
 def sentence(rehearsal: Rehearsal, judged: Verdict) -> str:
@@ -100,7 +112,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).replace(",", "").replace("-", "", 1).isdigit()
+    return not text or text.replace(".", "", 1).replace(",", "").replace("-", "", 1).isdigit()
 
 
 def document(rehearsal: Rehearsal, judged: Verdict) -> dict[str, Any]:
