@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Every memory recipe at full size on a GPU: measured peak against the planner's, and seconds per step.
+"""Every memory recipe and technique at full size on a GPU: measured peak against the planner's, and seconds per step.
 
 Models are made from their configurations with random weights, through the code that loads real ones: memory and speed
-are real, quality is not. `make bench-gpu` takes some eight minutes on an H100, prints a table last, and writes
+are real, quality is not. `make bench-gpu` begins nothing after nine minutes, prints a table last, and writes
 `benchmarks/results/gpu_memory_<device>.json`. With ``--tiny`` the same path runs on tiny models on a CPU, so that the
 time on a GPU is not spent on its mistakes. Neither decord nor `datasets` is needed.
 """
@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402 (the repository need not be installed)
+from cases import cases  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from finetune.cogvideox import alpha_bar  # noqa: E402
@@ -165,6 +166,25 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
+def runs() -> Iterator[tuple[str, RunConfig]]:
+    """What is measured, by name: the stock configurations, every recipe, and techniques that no recipe has."""
+    for name in (*STOCK, *(recipe.name for recipe in RECIPES)):
+        yield name, load_config(ROOT / "configs" / name)
+    yield from cases()
+
+
+def predictions() -> dict[str, float]:
+    """GiB that the planner gives for each of ``runs``, as far as `benchmarks/memory.py` has asked it."""
+    if not PLANS.is_file():
+        return {}
+    found = json.loads(PLANS.read_text(encoding="utf-8"))
+    return {
+        **{name: plan["training_gib"] for name, plan in found["plans"].items()},
+        **found["examples"],
+        **found.get("techniques", {}),
+    }
+
+
 def tiny_folder(target: Path, variant: str) -> Path:
     """A folder with a tiny model's configurations."""
     from finetune.tiny import build_tiny
@@ -185,13 +205,13 @@ def main() -> int:
         print("there is no CUDA device; --tiny runs the same path on a CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu") if args.tiny else torch.device("cuda", 0)
-    plans = json.loads(PLANS.read_text(encoding="utf-8"))["plans"] if PLANS.is_file() else {}
-    names = [*STOCK, *(recipe.name for recipe in RECIPES)]
+    predicted = predictions()
     begun, rows, failed = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as scratch:
-        for name in (name for name in names if re.search(args.only, name)):
-            config = load_config(ROOT / "configs" / name)
-            row: dict[str, Any] = {"config": name, "predicted_gib": plans.get(name, {}).get("training_gib")}
+        for name, config in runs():
+            if not re.search(args.only, name):
+                continue
+            row: dict[str, Any] = {"config": name, "predicted_gib": predicted.get(name)}
             rows.append(row)
             if time.monotonic() - begun > args.seconds:
                 row["skipped"] = f"{args.seconds:g} s were over"
@@ -228,12 +248,12 @@ def main() -> int:
 def line(row: dict[str, Any]) -> str:
     """A row of the table."""
     if said := row.get("failed") or row.get("skipped"):
-        return f"{row['config']:<40} {said}"
+        return f"{row['config']:<44} {said}"
     peak, predicted = row.get("peak_gib"), row["predicted_gib"]
     memory = f"{peak:6.2f} GiB" if peak is not None else "   not measured"
     if peak is not None and predicted:
         memory += f", predicted {predicted:6.2f} ({(predicted / peak - 1) * 100:+.1f} %)"
-    return f"{row['config']:<40} {memory}  {row['s_per_step']:8.3f} s/step"
+    return f"{row['config']:<44} {memory}  {row['s_per_step']:8.3f} s/step"
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cases import cases
+
 from finetune.cards import GIB, OVERHEAD_GIB, usable
-from finetune.config import load_config
+from finetune.config import RunConfig, load_config
 from finetune.planning.cost import step_cost
 from finetune.planning.predict import facts_of, predict
 from finetune.planning.rates import DEFAULTS
@@ -58,10 +60,9 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
     }
 
 
-def predict_example(name: str) -> float:
-    """GiB of a training step of one of the configurations without techniques but gradient checkpointing."""
-    rehearsal = predict(load_config(ROOT / "configs" / name), phases=("train",))
-    return _gib(rehearsal.phase("train").peak.nbytes)
+def predict_step(config: RunConfig) -> float:
+    """GiB of a training step."""
+    return _gib(predict(config, phases=("train",)).phase("train").peak.nbytes)
 
 
 def measured(name: str, folder: Path = RESULTS.parent) -> str:
@@ -106,28 +107,28 @@ def _gib(nbytes: int) -> float:
 def main() -> int:
     """Predict, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exact", action="store_true", help="rehearse every block; takes minutes per configuration")
+    parser.add_argument("--exact", action="store_true", help="rehearse every block; takes a minute per configuration")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these files of configs/; the others keep their figures"
     )
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    before = json.loads(args.output.read_text())["plans"] if args.output.is_file() else {}
+    before = json.loads(args.output.read_text()) if args.output.is_file() else {}
     plans: dict[str, dict[str, Any]] = {}
     for recipe in RECIPES:
         if args.only and recipe.name not in args.only:
-            plans |= {recipe.name: before[recipe.name]} if recipe.name in before else {}
+            plans |= {recipe.name: before["plans"][recipe.name]} if recipe.name in before.get("plans", {}) else {}
             continue
         plans[recipe.name] = predict_recipe(recipe, exact=args.exact) | {"measured": measured(recipe.name)}
         plan = plans[recipe.name]
         print(f"{recipe.name:44} {plan['training_gib']:6.2f} GiB, goal {plan['goal_gib']:5.1f}", flush=True)
-    examples = json.loads(args.output.read_text()).get("examples", {}) if args.output.is_file() else {}
+    examples, techniques = before.get("examples", {}), before.get("techniques", {})
     if not args.only:
-        examples = {
-            name: predict_example(name) for name in (f"cogvideox-{k}-{method}.yaml" for k, method in EXAMPLE_CARDS_GIB)
-        }
+        names = [f"cogvideox-{model}-{method}.yaml" for model, method in EXAMPLE_CARDS_GIB]
+        examples = {name: predict_step(load_config(ROOT / "configs" / name)) for name in names}
+        techniques = {name: predict_step(config) for name, config in cases()}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    found = {"overhead_gib": OVERHEAD_GIB, "plans": plans, "examples": examples}
+    found = {"overhead_gib": OVERHEAD_GIB, "plans": plans, "examples": examples, "techniques": techniques}
     args.output.write_text(json.dumps(found, indent=1) + "\n")
     said = missed(plans)
     print("\n".join([*too_large(plans), *said]))

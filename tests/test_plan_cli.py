@@ -14,10 +14,11 @@ import pytest
 
 from finetune.cards import GIB
 from finetune.cli import OK, USER_ERROR, main
-from finetune.config import RunConfig, load_config
+from finetune.config import RunConfig, load_config, memory_traits
 from finetune.planning import ahead
 from finetune.planning.ahead import Job, beside
 from finetune.planning.beside import Forecaster, _read
+from finetune.planning.predict import facts_of
 from finetune.planning.rehearse import rehearse
 from finetune.planning.store import is_stored, rehearsed
 from finetune.recipes import RECIPES
@@ -158,7 +159,21 @@ def test_the_page_has_the_figures_of_the_file() -> None:
         make.renewed("# Memory", found)
 
 
-def test_every_goal_is_met_and_a_missed_one_is_told() -> None:
+def test_everything_that_is_measured_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = script("benchmarks/gpu.py")
+    predicted = benchmark.predictions()
+    runs = dict(benchmark.runs())
+    assert len(runs) >= 20 and [name for name in runs if not predicted.get(name)] == []
+    for config in runs.values():
+        assert config.memory.faults(memory_traits(config, facts_of(config))) == []
+    # No two of them are the same run.
+    states = [config.to_dict() for config in runs.values()]
+    assert all(states.count(state) == 1 for state in states)
+
+
+def test_every_goal_is_met_and_a_missed_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = script("benchmarks/memory.py")
     plans: dict[str, Any] = json.loads(benchmark.RESULTS.read_text())["plans"]
     assert list(plans) == [recipe.name for recipe in RECIPES] and len(plans) >= 11
