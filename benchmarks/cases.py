@@ -31,7 +31,7 @@ CASES: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {
 
 
 def cases() -> Iterator[tuple[str, RunConfig]]:
-    """Every case, changed and checked as if it stood in a file."""
+    """Every case, each changed section checked as if it stood in a file."""
     for name, (file, changes) in CASES.items():
         config = load_config(CONFIGS / file)
         sections = {

@@ -33,6 +33,7 @@ import torch  # noqa: E402 (the repository need not be installed)
 from cases import cases  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
+from finetune.cards import GIB  # noqa: E402
 from finetune.cogvideox import alpha_bar  # noqa: E402
 from finetune.cogvideox.load import empty_transformer  # noqa: E402
 from finetune.cogvideox.weights import place  # noqa: E402
@@ -47,7 +48,6 @@ from finetune.trainers.objective import velocity_losses  # noqa: E402
 from finetune.trainers.optim import begin  # noqa: E402
 from finetune.types import Batch, Bucket  # noqa: E402
 
-GIB = 2**30
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")

@@ -50,8 +50,7 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
         "where": training.where,
         "parts_gib": {part: _gib(nbytes) for part, nbytes in training.peak.parts.items() if nbytes > GIB // 200},
         "phases_gib": {phase.name: _gib(phase.peak.nbytes) for phase in rehearsal.phases},
-        "pinned_gib": _gib(rehearsal.pinned.nbytes),
-        "pageable_gib": _gib(rehearsal.pageable.nbytes),
+        "host_gib": _gib(rehearsal.host_bytes),
         "s_per_step": {
             name: round(step_cost(config, facts, config.memory, rates).step_s, 2) for name, rates in DEFAULTS.items()
         },

@@ -95,6 +95,13 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ram", metavar="SIZE", help="host memory that the run may take, such as 32GiB")
     parser.add_argument("--budget", metavar="SIZE", help="find the fastest memory section for a GPU of this size")
     parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="plan one of N processes with a whole model each (DDP)",
+    )
+    parser.add_argument(
         "--allow-quantized",
         action="store_true",
         help="with --budget: a base in 8 or 4 bits also where something else fits; it changes the model a little",

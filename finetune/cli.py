@@ -190,6 +190,7 @@ def _plan(args: argparse.Namespace) -> int:
         ram=args.ram,
         budget=args.budget,
         device=args.device,
+        processes=args.processes,
         quantize=args.allow_quantized,
         plot=args.plot,
         exact=args.exact,

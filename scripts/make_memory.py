@@ -51,7 +51,7 @@ def tables(found: Mapping[str, Any]) -> str:
 
 def _cards(plans: Plans) -> Iterator[Sequence[str]]:
     for name, plan in plans.items():
-        host = plan["pinned_gib"] + plan["pageable_gib"]
+        host = plan["host_gib"]
         yield (
             f"[{name.removesuffix('.yaml')}](../configs/{name})",
             plan["words"],

@@ -180,7 +180,7 @@ def test_the_advice_is_for_the_run_that_needs_it(make):
         config = make("run", **values)
         traits = memory_traits(config, read_facts(config.model.pretrained))
         run = SimpleNamespace(config=config, traits=traits)
-        return out_of_memory(run, config.memory, "full", "now").fix
+        return out_of_memory(run, config.memory, "full", "now", in_step=True).fix
 
     lora, full = fix(), fix(method={"kind": "full"}, optimizer={"kind": "adamw8bit"})
     assert "memory.base: fp8" in lora and "method.rank" in lora and "gradient_release" not in lora

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,10 +15,11 @@ import pytest
 
 from finetune.cards import GIB
 from finetune.cli import OK, USER_ERROR, main
+from finetune.cogvideox import ModelConfig
 from finetune.config import RunConfig, load_config, memory_traits
 from finetune.planning import ahead
 from finetune.planning.ahead import Job, beside
-from finetune.planning.beside import Forecaster, _read
+from finetune.planning.beside import Forecaster
 from finetune.planning.predict import facts_of
 from finetune.planning.rehearse import rehearse
 from finetune.planning.store import is_stored, rehearsed
@@ -86,17 +88,54 @@ def test_a_training_asks_beside_itself(config_file: Path) -> None:
     config = load_config(config_file)
     found = Forecaster(config, 24 * GIB).prediction()
     assert found.nbytes is not None and "predicted, in training" in found.said
-    # Under DDP all gradients are there all the time, in its buckets.
     each = Forecaster(config, 24 * GIB, processes=2).prediction()
     assert each.nbytes is not None and each.nbytes >= found.nbytes and "in each process" in each.said
     broken = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "/nowhere"})})
     assert Forecaster(broken, None).prediction().nbytes is None
 
 
-def test_buckets_hold_the_gradients_that_are_not_there_yet() -> None:
-    parts = {"trainable weights": 100, "gradients": 30, "frozen weights": 500}
-    document = {"phases": [{"name": "training", "peak_bytes": 630, "parts": parts, "where": "here"}]}
-    assert _read(document, None, 1).nbytes == 630 and _read(document, None, 2).nbytes == 700
+def test_processes_and_places_are_looked_at_first(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["plan", "--config", str(config_file)]
+    assert main([*asked, "--processes", "2"]) == OK
+    assert "batch size 1, in each of 2 processes: predicted" in capsys.readouterr().out
+    assert main([*asked, "--processes", "0"]) == USER_ERROR
+    assert "at least one process" in capsys.readouterr().err
+    assert main([*asked, "--processes", "2", "--set", "memory.streamed_blocks=1"]) == USER_ERROR
+    assert "works in a single process" in capsys.readouterr().err
+    assert main([*asked, "--plot", str(tmp_path / "nowhere" / "x.png")]) == USER_ERROR
+    assert "no such folder to draw into" in capsys.readouterr().err
+
+
+def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["plan", "--config", str(config_file), "--budget", "24GiB", "--device", "3090"]
+    assert main(asked) == OK
+    said = capsys.readouterr().out
+    assert "an A100, because nothing is known of 3090" in said
+    rows = [line for line in said.splitlines() if "fits, too" in line]
+    assert said.count("<- chosen") == 1 and 1 <= len(rows) <= 3
+    assert main([*asked, "--json"]) == OK
+    found = json.loads(capsys.readouterr().out)["search"]
+    assert found["quantised_unasked"] is False and len(found["others"]) >= len(rows)
+    assert main(["plan", "--config", str(config_file), "--json"]) == OK
+    assert json.loads(capsys.readouterr().out)["search"] is None
+
+
+def test_a_helper_whose_master_is_gone_goes_too(config_file: Path) -> None:
+    """Killed in the middle of a job, a plan leaves nobody behind who works on."""
+    config = load_config(config_file).model_copy(update={"model": ModelConfig(pretrained="THUDM/CogVideoX-5b")})
+    helper = ahead._Helper()
+    helper.begin(Job(config, phases=["train"]))  # half a minute's work
+    child = helper._child
+    assert child is not None and child.stdin is not None
+    time.sleep(4)
+    assert child.poll() is None
+    child.stdin.close()
+    begun = time.monotonic()
+    assert child.wait(20) == 0 and time.monotonic() - begun < 10
+    assert child.stdout is not None
+    child.stdout.close()
 
 
 def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
@@ -104,7 +143,7 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
 ) -> None:
     config = load_config(config_file)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(ahead, "_cores", lambda: 2)
     asked: dict[str, Any] = {"layers": None, "phases": ["encode"], "card_bytes": None}
     with beside(Job(config, **asked)):
         pass
@@ -122,7 +161,7 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
     # Several questions, one process.
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(ahead, "_cores", lambda: 2)
     started: list[int] = []
     real = ahead._start
     monkeypatch.setattr(ahead, "_start", lambda: started.append(1) or real())

@@ -115,6 +115,7 @@ def empty_transformer(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     placement: Placement | None = None,
+    layers: int | None = None,
 ) -> CogVideoXTransformer3DModel:
     """The module that ``load_transformer`` gives, from its ``config.json`` alone: nothing stands in its tensors.
 
@@ -125,25 +126,26 @@ def empty_transformer(
         dtype: of its weights.
         device: of its weights; ``meta`` takes no memory either.
         placement: as for ``load_transformer``.
+        layers: number of its blocks; as the configuration says if None.
 
     Raises:
         ModelError: if the configuration cannot be read, or is none of a transformer.
     """
     read_component_json(folder, "transformer")
     with _loading("transformer", folder):
-        module = _meta_transformer(folder, dtype)
+        module = _meta_transformer(folder, dtype, layers)
         if placement is not None:
             placement.prepare(module)
         make_room(module, torch.device(device))
     return module.eval()
 
 
-def _meta_transformer(folder: Path, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+def _meta_transformer(folder: Path, dtype: torch.dtype, layers: int | None = None) -> CogVideoXTransformer3DModel:
     from diffusers import CogVideoXTransformer3DModel
 
     config = CogVideoXTransformer3DModel.load_config(folder / "transformer", local_files_only=True)
     with on_meta(dtype):
-        module = CogVideoXTransformer3DModel.from_config(config)
+        module = CogVideoXTransformer3DModel.from_config(config if layers is None else {**config, "num_layers": layers})
     embed: Any = module.patch_embed
     if embed.use_positional_embeddings or embed.use_learned_positional_embeddings:
         # A table in float64, 270 MB for the 2B model, that would be cast on every forward pass. One rounding either

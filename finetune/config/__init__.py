@@ -10,7 +10,7 @@ from finetune.config.load import load_config
 from finetune.config.pinning import pin_model
 from finetune.config.rules import Findings, check_against, require_valid
 from finetune.config.schema import DataConfig, RunConfig, json_schema
-from finetune.config.traits import memory_traits
+from finetune.config.traits import memory_errors, memory_traits
 
 __all__ = [
     "DataConfig",
@@ -19,6 +19,7 @@ __all__ = [
     "check_against",
     "json_schema",
     "load_config",
+    "memory_errors",
     "memory_traits",
     "pin_model",
     "require_valid",

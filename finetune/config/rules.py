@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from finetune.config.schema import RunConfig
-from finetune.config.traits import memory_traits
+from finetune.config.traits import memory_errors, memory_traits
 from finetune.errors import ConfigError, raise_all
 from finetune.facts import Facts
 from finetune.trainers.method import LoraMethod
@@ -88,8 +88,7 @@ def _run_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
             where=config.where("model.dtype"),
             fix="set model.dtype: bf16, or train a LoRA, whose gradients are float32",
         )
-    for fault in config.memory.faults(memory_traits(config, facts)):
-        yield ConfigError(fault.what, where=config.where(f"memory.{fault.option}"), fix=fault.fix)
+    yield from memory_errors(config, memory_traits(config, facts))
     if config.output_dir.exists() and not config.output_dir.is_dir():
         yield ConfigError(f"{config.output_dir} is a file, not a folder", where=config.where("output_dir"))
 

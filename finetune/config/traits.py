@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetune.config.schema import RunConfig
+from finetune.errors import ConfigError
 from finetune.facts import Facts
 from finetune.memory import Traits
 from finetune.trainers.method import LoraMethod
@@ -28,6 +29,14 @@ def memory_traits(config: RunConfig, facts: Facts, *, processes: int = 1, sharde
         accumulation=config.train.accumulation,
         batch_size=config.train.batch_size,
     )
+
+
+def memory_errors(config: RunConfig, traits: Traits) -> list[ConfigError]:
+    """What of the memory section cannot be used in a run of such traits, each with the place where it is written."""
+    return [
+        ConfigError(fault.what, where=config.where(f"memory.{fault.option}"), fix=fault.fix)
+        for fault in config.memory.faults(traits)
+    ]
 
 
 def _modulation(facts: Facts) -> list[str]:

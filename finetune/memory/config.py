@@ -265,7 +265,7 @@ def _process_faults(state: MemoryConfig, traits: Traits) -> Iterator[Fault]:
         yield Fault(
             "kind",
             "the planner chooses for a run of one process",
-            "set memory.kind: manual; `finetune plan` says what a process of it holds",
+            "set memory.kind: manual, with the section that `finetune plan --budget 24GiB --processes N` finds",
         )
     default = MemoryConfig.model_fields
     if traits.sharded:

@@ -10,14 +10,14 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from contextvars import ContextVar
+from queue import SimpleQueue
 from typing import NamedTuple
 
-from finetune.config import RunConfig, load_config
+from finetune.config import RunConfig
 from finetune.planning.names import PhaseName
 from finetune.planning.store import is_stored, rehearsed
 
@@ -46,16 +46,13 @@ class _Helper:
     """The other process, from its first job on: takes jobs line by line, and answers each when it is done with it."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
         self._told = self._answered = 0
         self._child: subprocess.Popen[str] | None = None
 
     def begin(self, job: Job) -> None:
         """Tell it; where that cannot be done the job is not done either."""
-        file = Path(self._folder.name) / f"{self._told}.yaml"
-        told = {**job._asdict(), "config": str(file), "phases": list(job.phases)}
+        told = {**job._asdict(), "config": job.config.to_dict(), "phases": list(job.phases)}
         with contextlib.suppress(OSError):
-            file.write_text(job.config.to_yaml(), encoding="utf-8")
             if self._child is None:
                 self._child = _start()
             assert self._child.stdin is not None
@@ -72,16 +69,15 @@ class _Helper:
         overdue.start()
         try:
             while self._answered < self._told and (line := self._child.stdout.readline()):
-                self._answered += line == _DONE
+                self._answered += line.endswith(_DONE)  # whatever a library may have printed before it
         finally:
             overdue.cancel()
 
     def close(self) -> None:
-        """End it, and forget its files."""
+        """End it."""
         if self._child is not None:
             self._child.kill()
             self._child.communicate()
-        self._folder.cleanup()
 
 
 def _start() -> subprocess.Popen[str]:
@@ -95,23 +91,28 @@ def _start() -> subprocess.Popen[str]:
     )
 
 
-_helpers: list[_Helper] = []
-"""The one of the ``second_core`` that is entered, if any."""
+_shared: ContextVar[_Helper | None] = ContextVar("shared", default=None)
+"""The one of the ``second_core`` that is entered."""
 
 
 @contextmanager
 def second_core() -> Iterator[None]:
     """Inside, every ``beside`` shares one process, which needs seconds to start."""
-    if _helpers or (os.cpu_count() or 1) < 2:
+    if _shared.get() is not None or _cores() < 2:
         yield
         return
     helper = _Helper()
-    _helpers.append(helper)
+    before = _shared.set(helper)
     try:
         yield
     finally:
-        _helpers.remove(helper)
+        _shared.reset(before)
         helper.close()
+
+
+def _cores() -> int:
+    """That this process may use: a job may have fewer than the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager
@@ -126,20 +127,30 @@ def beside(*jobs: Job) -> Iterator[None]:
         yield
         return
     with second_core():
+        helper = _shared.get()
+        if helper is None:
+            yield
+            return
         for job in asked:
-            for helper in _helpers:
-                helper.begin(job)
+            helper.begin(job)
         yield
-        for helper in _helpers:
-            helper.wait()
+        helper.wait()
 
 
 def _serve() -> None:
-    for line in sys.stdin:
-        told = json.loads(line)
+    lines: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_listen, args=(lines,), daemon=True).start()
+    while True:
+        told = json.loads(lines.get())
         with contextlib.suppress(Exception):  # whoever asked makes it then, and meets the error where it can be told
-            rehearsed(load_config(Path(told.pop("config"))), **told)
+            rehearsed(RunConfig.from_dict(told.pop("config")), **told)
         print(_DONE, end="", flush=True)
+
+
+def _listen(lines: SimpleQueue[str]) -> None:
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)  # nobody is there any more who could want what is being made
 
 
 if __name__ == "__main__":

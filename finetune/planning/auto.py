@@ -33,11 +33,6 @@ def settled(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
             fix="say for how much memory, such as memory.budget: 24GiB, or set memory.kind: manual",
         )
     rates = rates_of(device_here())
-    chosen, found = resolve(
-        config,
-        rates,
-        card_bytes=card_bytes,
-        ram_bytes=None if asked.ram is None else parse_bytes(asked.ram),
-        quantize=asked.quantize,
-    )
-    return chosen, tuple(search_lines(chosen.memory, found, rates))
+    ram_bytes = None if asked.ram is None else parse_bytes(asked.ram)
+    chosen, found = resolve(config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=asked.quantize)
+    return chosen, tuple(search_lines(chosen.memory, found, rates, card_bytes, ram_bytes))

@@ -53,12 +53,21 @@ class Forecaster:
 
     def __init__(self, config: RunConfig, card_bytes: int | None, *, processes: int = 1) -> None:
         self._card_bytes = card_bytes
-        self._processes = processes
         self._folder = tempfile.TemporaryDirectory()
         self._child: subprocess.Popen[str] | None = None
         self._failed = ""
         file = Path(self._folder.name) / "run.yaml"
-        command = [sys.executable, "-m", "finetune", "plan", "--json", "--config", str(file)]
+        command = [
+            sys.executable,
+            "-m",
+            "finetune",
+            "plan",
+            "--json",
+            "--config",
+            str(file),
+            "--processes",
+            str(processes),
+        ]
         try:
             file.write_text(config.to_yaml(), encoding="utf-8")
             self._child = subprocess.Popen(
@@ -76,7 +85,7 @@ class Forecaster:
             if not output.strip():
                 last = errors.strip().splitlines()[-1:]
                 return Prediction(None, f"could not be made: {' '.join(last)}")
-            return _read(json.loads(output), self._card_bytes, self._processes)
+            return _read(json.loads(output), self._card_bytes)
         except (OSError, ValueError, KeyError, subprocess.SubprocessError) as error:
             return Prediction(None, f"could not be made: {first_line(error)}")
         finally:
@@ -90,22 +99,18 @@ class Forecaster:
         self._folder.cleanup()
 
 
-def _read(found: Mapping[str, Any], card_bytes: int | None, processes: int) -> Prediction:
-    run = {phase["name"]: int(phase["peak_bytes"]) + _buckets(phase["parts"], processes) for phase in found["phases"]}
-    name, nbytes = max(((name, run[name]) for name in _OF_THE_RUN if name in run), key=lambda phase: phase[1])
-    where = next(phase["where"] for phase in found["phases"] if phase["name"] == name)
-    said = f"{to_gib(nbytes)} predicted{' in each process' if processes > 1 else ''}, in {name}: {where}"
+def _read(found: Mapping[str, Any], card_bytes: int | None) -> Prediction:
+    run = [phase for phase in found["phases"] if phase["name"] in _OF_THE_RUN]
+    top = max(run, key=lambda phase: int(phase["peak_bytes"]))
+    nbytes = int(top["peak_bytes"])
+    each = " in each process" if int(found["processes"]) > 1 else ""
+    said = f"{to_gib(nbytes)} predicted{each}, in {top['name']}: {top['where']}"
     if card_bytes is not None and nbytes > usable(card_bytes):
         said += (
             f"; with {OVERHEAD_GIB} GiB for the CUDA context and fragmentation that is"
             f" {to_gib(nbytes - usable(card_bytes))} more than this GPU has (finetune plan --budget finds what fits)"
         )
     return Prediction(nbytes, said)
-
-
-def _buckets(parts: Mapping[str, int], processes: int) -> int:
-    """DDP's buckets, in which all gradients lie from the first step on, beyond the gradients that are there alone."""
-    return max(parts.get("trainable weights", 0) - parts.get("gradients", 0), 0) if processes > 1 else 0
 
 
 _OF_THE_RUN = tuple(PHASES[name] for name in ("train", "sample", "decode"))

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from finetune.cards import GIB, parse_bytes, usable
-from finetune.config import RunConfig, require_valid
-from finetune.errors import ConfigError
+from finetune.cards import GIB, parse_bytes, to_gib, usable
+from finetune.config import RunConfig, memory_errors, memory_traits, require_valid
+from finetune.errors import ConfigError, raise_all
 from finetune.memory import MemoryConfig
 from finetune.planning.calibrate import calibrate, device_name
 from finetune.planning.cost import step_cost
@@ -38,6 +38,7 @@ def plan(
     ram: str | None = None,
     budget: str | None = None,
     device: str | None = None,
+    processes: int = 1,
     quantize: bool = False,
     plot: Path | None = None,
     exact: bool = False,
@@ -51,6 +52,7 @@ def plan(
         ram: host memory that the run may take.
         budget: search for the fastest memory section within this much GPU memory.
         device: name of the GPU whose rates the search reckons with; None for the one that is here, or an A100's.
+        processes: how many train a whole model each (DDP); the figures are of one of them.
         quantize: whether the search may quantise the base to be faster.
         plot: a PNG to draw the training step's curve into.
         exact: rehearse every block.
@@ -62,6 +64,12 @@ def plan(
     """
     facts = facts_of(config)
     require_valid(config, facts)
+    if plot is not None and not plot.resolve().parent.is_dir():
+        raise ConfigError(
+            "there is no such folder to draw into", where=f"--plot {plot}", fix="make it, or name another"
+        )
+    if processes < 1:
+        raise ConfigError("a run has at least one process", where=f"--processes {processes}")
     if config.memory.kind == "auto":  # what the file asks for, where the command does not
         budget, ram = budget or config.memory.budget or card, ram or config.memory.ram
         quantize = quantize or config.memory.quantize
@@ -74,30 +82,37 @@ def plan(
     lines: list[str] = []
     found: Found | None = None
     if card_bytes is not None and (budget is not None or config.memory.kind == "auto"):
-        config, found = resolve(config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize)
-        lines += [*search_lines(config.memory, found, rates), ""]
+        config, found = resolve(
+            config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize, processes=processes
+        )
+        lines += [*search_lines(config.memory, found, rates, card_bytes, ram_bytes), ""]
+    else:
+        refused = memory_errors(config, memory_traits(config, facts, processes=processes))
+        raise_all(ConfigError, refused, what="{n} settings of memory do not go with several processes")
     room = None if card_bytes is None else usable(card_bytes)
-    rehearsal = predict(config, card_bytes=room, exact=exact or plot is not None)
+    rehearsal = predict(config, card_bytes=room, processes=processes, exact=exact or plot is not None)
     judged = verdict(rehearsal, card_bytes, ram_bytes)
     if plot is not None:
         draw(rehearsal.phase("train"), _title(config, rehearsal.bucket), plot, card_bytes=card_bytes)
     step_s = step_cost(config, facts, config.memory, rates).step_s
     if as_json:
         content: dict[str, Any] = document(rehearsal, judged) | {
+            "processes": processes,
             "memory": config.memory.model_dump(mode="json"),
             "s_per_step": step_s,
             "rates": rates.model_dump(mode="json"),
+            "search": None if found is None else _searched(found),
         }
         return Planned(json.dumps(content, indent=1), judged.fits)
-    lines.append(text(config, rehearsal, judged))
+    lines.append(text(config, rehearsal, judged, processes=processes))
     lines.append(f"time: about {step_s:.2f} s/step on {_rates_in_words(rates)}")
     if plot is not None:
         lines.append(f"drawn: {plot}")
     return Planned("\n".join(lines), judged.fits)
 
 
-def search_lines(memory: MemoryConfig, found: Found, rates: Rates) -> list[str]:
-    """A search's outcome: the section to write, and the plans beside it."""
+def search_lines(memory: MemoryConfig, found: Found, rates: Rates, card_bytes: int, ram_bytes: int | None) -> list[str]:
+    """A search's outcome: the section to write, slower plans that fit, and the fastest of those that do not."""
     if found.best is None:
         return []
     lines = ["the fastest memory section that fits:", "", "memory:"]
@@ -106,15 +121,33 @@ def search_lines(memory: MemoryConfig, found: Found, rates: Rates) -> list[str]:
     if found.quantised_unasked:
         lines += ["", f"the base is held in {memory.base} because nothing else fits: this changes the model a little"]
     lines += ["", *found.notes] if found.notes else []
-    rows = [_row(plan, "fits" if plan is found.best else "") for plan in (found.best, *found.others[:6])]
+    fitting = [plan for plan in found.others if plan.fits(card_bytes, ram_bytes)]
+    larger = [plan for plan in found.others if plan not in fitting]
+    rows = [_row(found.best, "<- chosen"), *(_row(plan, "fits, too") for plan in fitting[:3])]
+    rows += [_row(plan, _lacks(plan, card_bytes, ram_bytes)) for plan in larger[:3]]
     lines += ["", f"beside it, with seconds for {_rates_in_words(rates)}:"]
-    return lines + list(table(("s/step", "GiB", "host GiB", "memory section"), rows))
+    return lines + list(table(("s/step", "GiB", "host GiB", "", "memory section"), rows))
 
 
-def _row(plan: Plan, mark: str) -> tuple[str, str, str, str]:
+def _row(plan: Plan, judged: str) -> tuple[str, str, str, str, str]:
     said = ", ".join(f"{name}: {value}" for name, value in _differences(plan.memory).items()) or "defaults"
-    chosen = "  <- chosen" if mark else ""
-    return f"{plan.step_s:.2f}", f"{plan.peak_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.1f}", said + chosen
+    return f"{plan.step_s:.2f}", f"{plan.peak_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.1f}", judged, said
+
+
+def _lacks(plan: Plan, card_bytes: int, ram_bytes: int | None) -> str:
+    over = plan.peak_bytes - usable(card_bytes)
+    if over > 0:
+        return f"{to_gib(over)} too large"
+    return f"{to_gib(plan.host_bytes - (ram_bytes or 0))} of host memory short"
+
+
+def _searched(found: Found) -> dict[str, Any]:
+    def told(plan: Plan) -> dict[str, Any]:
+        memory = plan.memory.model_dump(mode="json")
+        return {"memory": memory, "s_per_step": plan.step_s, "peaks": dict(plan.peaks), "host_bytes": plan.host_bytes}
+
+    others = [told(plan) for plan in found.others]
+    return {"others": others, "quantised_unasked": found.quantised_unasked, "notes": list(found.notes)}
 
 
 def _differences(memory: MemoryConfig) -> dict[str, Any]:
@@ -151,6 +184,8 @@ def run_calibration(seconds: float) -> str:
 def _rates_in_words(rates: Rates) -> str:
     if rates.source == "measured":
         return f"{rates.device}, from rates measured on it"
+    if rates.source == "of another card":
+        return f"an {OTHER}, because nothing is known of {rates.device} (finetune calibrate measures it)"
     return f"{rates.device}, from published or assumed rates (finetune calibrate measures them)"
 
 

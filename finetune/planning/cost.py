@@ -55,30 +55,31 @@ def step_cost(config: RunConfig, facts: Facts, memory: MemoryConfig, rates: Rate
         rates: of the machine.
     """
     work = _Work.of(config, facts)
-    micro = config.train.batch_size * config.train.accumulation
+    batch = config.train.batch_size
+    clips = min(memory.clips_at_once or batch, batch)
+    passes = config.train.accumulation * -(-batch // clips)
     kind = config.method.kind
     traffic = work.tokens_bytes * facts.num_layers * (_LEAN_TRAFFIC if memory.block == "lean" else 1.0)
+    # Weights are decoded, and copied, once for all clips that go through together.
     held = work.block_weights * facts.num_layers * _DEQUANTISED[memory.base] / rates.memory
-    linear, attention = work.linear / rates.gemm, work.attention / rates.attention_forward
-    moved = traffic * _FORWARD_TRAFFIC[kind] / rates.memory + held
-    forward = linear + work.adapters / rates.gemm + attention + moved
+    linear, attention = work.linear / rates.gemm, clips * work.attention / rates.attention_forward
+    adapters, moved = work.adapters / rates.gemm, traffic / rates.memory
+    forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + held
     again = 0.0
     if memory.checkpointing != "none":
         kept = 0 if memory.checkpointing == "full" else (memory.keep_attention or facts.num_layers)
         again = forward - attention * min(kept / facts.num_layers, 1.0)
     backward = (
-        linear * (2 if kind == "full" else 1)
-        + 2 * work.adapters / rates.gemm
-        + work.attention * _BACKWARD_ATTENTION / rates.attention_backward
-        + traffic * _BACKWARD_TRAFFIC[kind] / rates.memory
+        clips * (linear * (2 if kind == "full" else 1) + 2 * adapters + moved * _BACKWARD_TRAFFIC[kind])
+        + clips * work.attention * _BACKWARD_ATTENTION / rates.attention_backward
         + held
     )
-    waiting = _waiting(work, facts, memory, rates, forward, backward + again)
+    waiting = _waiting(work, facts, memory, rates, clips, forward, backward + again)
     return Cost(
-        forward_s=micro * forward,
-        backward_s=micro * backward,
-        recompute_s=micro * again,
-        waiting_s=micro * waiting,
+        forward_s=passes * forward,
+        backward_s=passes * backward,
+        recompute_s=passes * again,
+        waiting_s=passes * waiting,
         update_s=_update(work, memory, rates),
     )
 
@@ -123,19 +124,20 @@ class _Work:
         )
 
 
-_BYTES = {"native": 2.0, "fp8": 1.0, "fp8_64": 1.06, "int8": 1.0, "nf4": 0.53}
+BYTES = {"native": 2.0, "fp8": 1.0, "fp8_64": 1.06, "int8": 1.0, "nf4": 0.53}
+"""Of a weight, with its share of the scales."""
 
 
 def _waiting(
-    work: _Work, facts: Facts, memory: MemoryConfig, rates: Rates, forward_s: float, backward_s: float
+    work: _Work, facts: Facts, memory: MemoryConfig, rates: Rates, clips: int, forward_s: float, backward_s: float
 ) -> float:
-    """What copies beside the passes add, in seconds."""
+    """What copies beside one forward and backward pass of some clips add, in seconds."""
     layers = facts.num_layers
     streamed = layers if memory.streamed_blocks == "all" else min(memory.streamed_blocks, layers)
-    weights = streamed * work.block_weights * _BYTES[memory.base]
+    weights = streamed * work.block_weights * BYTES[memory.base]
     if memory.modulation == "device":
         weights += streamed * work.modulation_weights * 2.0
-    boundaries = layers * work.tokens_bytes if memory.activations == "host" else 0.0
+    boundaries = clips * layers * work.tokens_bytes if memory.activations == "host" else 0.0
     gradients = 0.0
     if memory.gradient_release == "exact" or memory.optimizer_states == "host":
         gradients = 2.0 * work.trained

@@ -8,7 +8,7 @@ highest station may be another one in the long model than in the short ones, whi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from finetune.planning.curve import TRANSIENT, Phase, Point
@@ -43,13 +43,16 @@ class Extended:
         return replace(self, parts=together, pinned=self.pinned + pinned)
 
 
-def extend(short: Phase, longer: Phase, layers: int) -> Extended:
+def extend(
+    short: Phase, longer: Phase, layers: int, changed: Callable[[Mapping[str, int]], Mapping[str, int]] = dict
+) -> Extended:
     """The peak with ``layers`` blocks.
 
     Args:
         short: the phase with ``SHORT[0]`` blocks.
         longer: the same with ``SHORT[1]``.
         layers: of the whole model, at least ``SHORT[1]``.
+        changed: what becomes of the parts that are held at a station, before the highest is chosen.
     """
     few, more = SHORT
     best, where = Point(0.0, {}), ""
@@ -57,7 +60,7 @@ def extend(short: Phase, longer: Phase, layers: int) -> Extended:
         twin, named = _counterpart(station, layers)
         start = None if twin is None else short.stations.get(twin)
         if start is not None:
-            found = Point(point.at, _line(start.parts, point.parts, (layers - few) / (more - few)))
+            found = Point(point.at, changed(_line(start.parts, point.parts, (layers - few) / (more - few))))
             if found.nbytes > best.nbytes:
                 best, where = found, named
     steps = (layers - few) / (more - few)

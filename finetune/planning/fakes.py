@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +16,7 @@ from finetune.facts import read_json
 from finetune.memory import MemoryConfig
 from finetune.memory.quantize import TextEncoder, placement
 from finetune.memory.text_encoder import stream_text, text_placement
-from finetune.planning.ledger import Ledger
-
-CPU = torch.device("cpu")
+from finetune.planning.ledger import CPU, Ledger
 
 
 @contextmanager
@@ -107,20 +103,7 @@ def empty_transformer(folder: Path, dtype: torch.dtype, memory: MemoryConfig, la
         memory: whose ``base`` says how it is held.
         layers: number of blocks; as the JSON says if None.
     """
-    with _shortened(folder, layers) as own:
-        return cogvideox.empty_transformer(own, dtype=dtype, device=CPU, placement=placement(memory.base))
-
-
-@contextmanager
-def _shortened(folder: Path, layers: int | None) -> Iterator[Path]:
-    if layers is None:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        own = Path(temporary) / "transformer" / "config.json"
-        own.parent.mkdir()
-        own.write_text(json.dumps(_config(folder, "transformer") | {"num_layers": layers}), encoding="utf-8")
-        yield Path(temporary)
+    return cogvideox.empty_transformer(folder, dtype=dtype, device=CPU, placement=placement(memory.base), layers=layers)
 
 
 def _config(folder: Path, component: str) -> dict[str, Any]:

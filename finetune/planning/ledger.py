@@ -65,7 +65,8 @@ _ADD = _aten.add.Tensor
 _DEVICE = torch.ops.prim.device.default
 
 
-_CPU = torch.device("cpu")
+CPU = torch.device("cpu")
+"""Where fake tensors are, whatever they stand for."""
 
 
 @dataclass(slots=True)
@@ -128,7 +129,7 @@ class Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         """Run one operation and enter what it made."""
         if func is _DEVICE:  # most of all calls, and there is one device
-            return _CPU
+            return CPU
         if self._young or self._sum is not None:
             self._settle()
         if self._scalar is not None and func is _aten._local_scalar_dense.default:

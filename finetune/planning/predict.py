@@ -7,6 +7,7 @@ them seconds, and give the same figures (see ``extend``).
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 from finetune.config import RunConfig
 from finetune.facts import Facts, json_folder, read_facts
@@ -35,6 +36,7 @@ def predict(
     *,
     phases: Collection[PhaseName] = tuple(PHASES),
     card_bytes: int | None = None,
+    processes: int = 1,
     exact: bool = False,
 ) -> Rehearsal:
     """What a run will hold.
@@ -43,6 +45,7 @@ def predict(
         config: see ``rehearse``.
         phases: see ``rehearse``.
         card_bytes: see ``rehearse``.
+        processes: how many hold a whole model each (DDP); the figures are of one of them.
         exact: rehearse every block in any case; only then are there curves to draw.
 
     Raises:
@@ -53,12 +56,12 @@ def predict(
     encoding = Job(config, phases=others, card_bytes=card_bytes)
     # Two cores are worth two processes; what the other one made is read back.
     if exact or not _extendable(config, facts.num_layers):
-        videos = tuple(name for name in run if name != "train")
-        with beside(encoding, Job(config, phases=videos)):
-            step = rehearsed(config, phases=[name for name in run if name == "train"]).phases
-        after = (*step, *rehearsed(config, phases=videos).phases)
+        with beside(encoding):
+            after = rehearsed(config, phases=run).phases
+        if processes > 1:
+            after = tuple(_in_buckets(phase) for phase in after)
     else:
-        found = peaks(config, run, encoding)
+        found = peaks(config, run, encoding, processes=processes)
         after = tuple(_whole(name, extended) for name, extended in found.items())
     before = rehearsed(config, phases=others, card_bytes=card_bytes).phases
     bucket = longest_bucket(config, facts)
@@ -66,7 +69,7 @@ def predict(
 
 
 def peaks(
-    config: RunConfig, phases: Collection[PhaseName] = _OF_THE_RUN, *meanwhile: Job
+    config: RunConfig, phases: Collection[PhaseName] = _OF_THE_RUN, *meanwhile: Job, processes: int = 1
 ) -> Mapping[PhaseName, Extended]:
     """The peaks of the phases with the transformer in memory, those of ``phases`` that the run has.
 
@@ -74,6 +77,7 @@ def peaks(
         config: see ``rehearse``.
         phases: which.
         meanwhile: what else is made on the second core, if there is time.
+        processes: see ``predict``.
 
     Raises:
         ModelError, ConfigError: as ``rehearse``.
@@ -81,17 +85,20 @@ def peaks(
     layers = facts_of(config).num_layers
     run = _of_the_run(config, phases)
     if not _extendable(config, layers):
-        return {name: _exactly(phase) for name in run for phase in rehearsed(config, phases=[name]).phases}
+        found = rehearsed(config, phases=run)
+        return {name: _exactly(found.phase(name), processes) for name in run}
     # All phases of the run, whichever are asked for: they are made together, and are found together another time.
     every, states = _of_the_run(config, _OF_THE_RUN), _uniform(config, layers)
     few, more = SHORT
+    changed = _with_buckets if processes > 1 else dict
     jobs = [Job(state, layers=few, phases=tuple(name for name in every if name != "decode")) for state in states]
     with beside(*(jobs if run else ()), *meanwhile):
         longer = [rehearsed(state, layers=more, phases=every) for state in states if run]
     short = [rehearsed(state, layers=few, phases=every) for state in states if run]
     pairs = list(zip(short, longer, strict=True))
     return {
-        name: _mixed(config, layers, [extend(a.phase(name), b.phase(name), layers) for a, b in pairs]) for name in run
+        name: _mixed(config, layers, [extend(a.phase(name), b.phase(name), layers, changed) for a, b in pairs])
+        for name in run
     }
 
 
@@ -143,7 +150,23 @@ def _mixed(config: RunConfig, layers: int, uniform: Sequence[Extended]) -> Exten
     return found
 
 
-def _exactly(phase: Phase) -> Extended:
+def _with_buckets(parts: Mapping[str, int]) -> dict[str, int]:
+    """What one of several processes holds: from the first step on, all gradients lie in DDP's buckets all the time."""
+    return {**parts, "gradients": max(parts.get("gradients", 0), parts.get("trainable weights", 0))}
+
+
+def _in_buckets(phase: Phase) -> Phase:
+    """A phase as one of several processes has it; where it is highest may change."""
+    where, point = max(
+        ((where, Point(point.at, _with_buckets(point.parts))) for where, point in phase.stations.items()),
+        key=lambda station: station[1].nbytes,
+    )
+    curve = tuple(Point(point.at, _with_buckets(point.parts)) for point in phase.curve)
+    return replace(phase, peak=point, where=where, curve=curve)
+
+
+def _exactly(phase: Phase, processes: int) -> Extended:
+    phase = _in_buckets(phase) if processes > 1 else phase
     return Extended(phase.peak.parts, phase.where, phase.pinned.nbytes, phase.pageable.nbytes, phase.note)
 
 

@@ -20,7 +20,7 @@ class Rates(Strict):
 
     device: str
     """Its name, as torch gives it."""
-    source: Literal["measured", "published or assumed"]
+    source: Literal["measured", "published or assumed", "of another card"]
     """Where the numbers come from."""
     gemm: float = Field(gt=0)
     """Matrix products in bf16."""
@@ -63,6 +63,8 @@ DEFAULTS: Mapping[str, Rates] = dict(
         # GEMM: others measured 798 on large squares; less for these shapes. Attention: cuDNN, as the
         # FlashAttention-3 paper has it.
         _card("H100", (720, 413, 433), 2.7, 50, host=150e9),
+        # An H100 with faster memory, 4.8 TB/s at most.
+        _card("H200", (720, 413, 433), 3.8, 50, host=150e9),
         # GEMM: 312 at most, 265 seen. Attention: FlashAttention-2 paper. The bus: PCIe 4.
         _card("A100", (265, 192, 170), 1.65, 25),
         # GEMM: 165 at most. Attention: assumed; no figure for its backward pass at head dimension 64 was found.
@@ -82,8 +84,10 @@ def rates_of(device: str) -> Rates:
     """
     with contextlib.suppress(OSError, ValidationError):
         return Rates.model_validate_json(calibration_file(device).read_bytes())
-    known = next((rates for part, rates in DEFAULTS.items() if part in device), DEFAULTS[OTHER])
-    return known.model_copy(update={"device": device})
+    for part, rates in DEFAULTS.items():
+        if re.search(rf"\b{part}\b", device, re.IGNORECASE):
+            return rates.model_copy(update={"device": device})
+    return DEFAULTS[OTHER].model_copy(update={"device": device, "source": "of another card"})
 
 
 def calibration_file(device: str) -> Path:

@@ -24,7 +24,7 @@ from finetune.planning.curve import Phase, Point
 from finetune.planning.fakes import empty_transformer, empty_vae, fake_world, tensors_of
 from finetune.planning.names import PHASES, PhaseName
 from finetune.planning.parts import Part, Through, made
-from finetune.planning.training import Training, fake_batches
+from finetune.planning.training import RESTING, Training, fake_batches
 from finetune.types import Bucket
 
 
@@ -52,14 +52,9 @@ class Rehearsal:
         return {phase.name: phase for phase in self.phases}[PHASES[name]]
 
     @property
-    def pinned(self) -> Point:
-        """Page-locked host memory at its highest."""
-        return max((phase.pinned for phase in self.phases), key=lambda point: point.nbytes)
-
-    @property
-    def pageable(self) -> Point:
-        """Other host memory that techniques ask for, at its highest."""
-        return max((phase.pageable for phase in self.phases), key=lambda point: point.nbytes)
+    def host_bytes(self) -> int:
+        """Host memory that techniques ask for, pinned and pageable together, in the phase that needs the most."""
+        return max(phase.pinned.nbytes + phase.pageable.nbytes for phase in self.phases)
 
 
 def rehearse(
@@ -95,12 +90,12 @@ def rehearse(
         found.append(encoders.encode(folder, config, bucket, card_bytes, through))
     videos = bool({"sample", "decode"} & set(phases)) and samples_videos(config)
     if "train" in phases or videos:
-        *run, last = through(_run(folder, facts, config, bucket, layers, train="train" in phases, videos=videos))
-        found += run if videos else [*run, last]
+        run = through(_run(folder, facts, config, bucket, layers, train="train" in phases, videos=videos))
+        found += [phase for phase in run if phase.name != RESTING]
         if "decode" in phases and videos:
             sampled = config.validation.bucket or bucket
             (decoder,) = through(encoders.decode(folder, facts, config.model.torch_dtype(), sampled))
-            found.append(_beside(decoder, last))
+            found += [_beside(decoder, phase) for phase in run if phase.name == RESTING]
     wanted = {PHASES[name] for name in phases}
     return Rehearsal(tuple(phase for phase in found if phase.name in wanted), str(bucket), facts.tokens(bucket))
 
@@ -127,7 +122,7 @@ def _local(config: RunConfig, folder: Path) -> RunConfig:
 def _run(
     folder: Path, facts: Facts, config: RunConfig, bucket: Bucket, layers: int | None, *, train: bool, videos: bool
 ) -> Part:
-    """The phases with the transformer in them; with ``videos``, the last one is what stays while one is decoded."""
+    """The phases with the transformer in them; with ``videos`` also ``RESTING``, beside which one is decoded."""
     dtype = config.model.torch_dtype()
 
     def make() -> tuple[Phase, ...]:
@@ -183,7 +178,7 @@ def _beside(phase: Phase, resting: Phase) -> Phase:
         pinned=resting.pinned,
         pageable=resting.pageable,
         curve=tuple(more(point) for point in phase.curve),
-        stations={station: more(phase.peak) for station in resting.stations},
+        stations={station: more(point) for station, point in phase.stations.items()},
     )
 
 

@@ -41,19 +41,20 @@ def verdict(rehearsal: Rehearsal, card_bytes: int | None, ram_bytes: int | None 
         ram_bytes: host memory for what techniques keep there; None for any amount.
     """
     spare = None if card_bytes is None else usable(card_bytes) - rehearsal.peak.peak.nbytes
-    ram_spare = None if ram_bytes is None else ram_bytes - rehearsal.pinned.nbytes - rehearsal.pageable.nbytes
+    ram_spare = None if ram_bytes is None else ram_bytes - rehearsal.host_bytes
     return Verdict(card_bytes, ram_bytes, spare, ram_spare)
 
 
-def text(config: RunConfig, rehearsal: Rehearsal, judged: Verdict) -> str:
+def text(config: RunConfig, rehearsal: Rehearsal, judged: Verdict, *, processes: int = 1) -> str:
     """The whole table."""
-    return "\n".join(_lines(config, rehearsal, judged))
+    return "\n".join(_lines(config, rehearsal, judged, processes))
 
 
-def _lines(config: RunConfig, rehearsal: Rehearsal, judged: Verdict) -> Iterator[str]:
+def _lines(config: RunConfig, rehearsal: Rehearsal, judged: Verdict, processes: int) -> Iterator[str]:
+    each = f", in each of {processes} processes" if processes > 1 else ""
     yield (
         f"{config.model.pretrained}, {config.method.kind}, {rehearsal.bucket} ({rehearsal.tokens:,} tokens), "
-        f"batch size {config.train.batch_size}: predicted, not measured"
+        f"batch size {config.train.batch_size}{each}: predicted, not measured"
     )
     yield ""
     rows = [(phase.name, f"{phase.peak.nbytes / GIB:.2f}", _when(phase)) for phase in rehearsal.phases]
@@ -133,8 +134,7 @@ def document(rehearsal: Rehearsal, judged: Verdict) -> dict[str, Any]:
             for phase in rehearsal.phases
         ],
         "peak_bytes": rehearsal.peak.peak.nbytes,
-        "pinned_bytes": rehearsal.pinned.nbytes,
-        "pageable_bytes": rehearsal.pageable.nbytes,
+        "host_bytes": rehearsal.host_bytes,
         "overhead_bytes": round(OVERHEAD_GIB * GIB),
         "card_bytes": judged.card_bytes,
         "ram_bytes": judged.ram_bytes,

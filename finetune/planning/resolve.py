@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from finetune.cards import GIB, to_gib, usable
+from finetune.cards import to_gib, usable
 from finetune.config import RunConfig, memory_traits
 from finetune.errors import ConfigError
 from finetune.geometry import parse_bucket
 from finetune.memory import MemoryConfig
 from finetune.planning.ahead import second_core
+from finetune.planning.curve import Phase
 from finetune.planning.names import PHASES, PhaseName
 from finetune.planning.predict import facts_of, predict
 from finetune.planning.rates import Rates
@@ -19,7 +20,13 @@ from finetune.trainers.method import LoraMethod
 
 
 def resolve(
-    config: RunConfig, rates: Rates, *, card_bytes: int, ram_bytes: int | None = None, quantize: bool = False
+    config: RunConfig,
+    rates: Rates,
+    *,
+    card_bytes: int,
+    ram_bytes: int | None = None,
+    quantize: bool = False,
+    processes: int = 1,
 ) -> tuple[RunConfig, Found]:
     """The run with the fastest memory section that fits, and what was found on the way.
 
@@ -29,22 +36,27 @@ def resolve(
         card_bytes: see ``search``.
         ram_bytes: see ``search``.
         quantize: see ``search``.
+        processes: see ``search``.
 
     Raises:
         ConfigError: if nothing fits; it says by how much, and what would.
     """
     with second_core():
-        found = search(config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize)
+        found = search(
+            config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize, processes=processes
+        )
         if found.best is not None:
-            return _with_encoders(config, found, found.best.memory, card_bytes)
+            return _with_encoders(config, found, found.best.memory, card_bytes, ram_bytes)
         raise ConfigError(
             f"no memory plan fits {to_gib(card_bytes)}: {shortage(found, card_bytes, ram_bytes)}",
             where=config.where("memory"),
-            fix="; ".join(remedies(config, rates, found, card_bytes, ram_bytes)) or "use a larger card",
+            fix="; ".join(remedies(config, rates, found, card_bytes, ram_bytes, processes)) or "use a larger card",
         )
 
 
-def _with_encoders(config: RunConfig, found: Found, memory: MemoryConfig, card_bytes: int) -> tuple[RunConfig, Found]:
+def _with_encoders(
+    config: RunConfig, found: Found, memory: MemoryConfig, card_bytes: int, ram_bytes: int | None
+) -> tuple[RunConfig, Found]:
     """Stream T5 where it does not fit whole; say where an encoder does not fit in any case.
 
     That refuses no run: its cache may have been made elsewhere.
@@ -52,17 +64,20 @@ def _with_encoders(config: RunConfig, found: Found, memory: MemoryConfig, card_b
     room = usable(card_bytes)
     notes: list[str] = []
 
-    def short_by(phase: PhaseName, state: MemoryConfig) -> int:
+    def passing(phase: PhaseName, state: MemoryConfig) -> Phase | None:
         run = config.model_copy(update={"memory": state})
-        peaks = [made.peak.nbytes for made in predict(run, phases=[phase], card_bytes=room).phases]
-        return max(peaks, default=0) - room
+        return next(iter(predict(run, phases=[phase], card_bytes=room).phases), None)
 
-    if memory.text_encoder == "device" and short_by("text", memory) > 0:
+    text = passing("text", memory)
+    if memory.text_encoder == "device" and text is not None and text.peak.nbytes > room:
         memory = memory.model_copy(update={"text_encoder": "streamed"})
     fixes: dict[PhaseName, str] = {"text": "lower cache.text_batch_size", "encode": "use smaller buckets"}
-    for phase, fix in fixes.items():
-        if (missing := short_by(phase, memory)) > 0:
-            notes.append(f"the {PHASES[phase]} needs {to_gib(missing)} more: precompute on a larger card, or {fix}")
+    for name, fix in fixes.items():
+        phase = passing(name, memory)
+        if phase is not None and (over := phase.peak.nbytes - room) > 0:
+            notes.append(f"the {phase.name} needs {to_gib(over)} more: precompute on a larger card, or {fix}")
+        if phase is not None and ram_bytes is not None and (over := phase.pinned.nbytes - ram_bytes) > 0:
+            notes.append(f"the {phase.name} needs {to_gib(over)} more of host memory: precompute on another machine")
     return config.model_copy(update={"memory": memory}), replace(found, notes=tuple(notes))
 
 
@@ -72,19 +87,26 @@ def shortage(found: Found, card_bytes: int, ram_bytes: int | None) -> str:
     over = plan.peak_bytes - usable(card_bytes)
     said = [f"the smallest needs {to_gib(over)} more, in {PHASES[plan.highest]}"] if over > 0 else []
     if ram_bytes is not None and plan.host_bytes > ram_bytes:
-        said.append(
-            f"its host memory is {to_gib(plan.host_bytes - ram_bytes)} short of {plan.host_bytes / GIB:.0f} GiB"
-        )
-    return " and ".join(said) or "those that fit the card need more host memory"
+        more = to_gib(plan.host_bytes - ram_bytes)
+        which = "and" if said else "the smallest needs"
+        said.append(f"{which} {to_gib(plan.host_bytes)} of host memory, {more} more than the run may have")
+    return " ".join(said)
 
 
-def remedies(config: RunConfig, rates: Rates, found: Found, card_bytes: int, ram_bytes: int | None) -> Iterator[str]:
-    """Changes to the run, other than to its memory section, after which a plan fits."""
+def remedies(
+    config: RunConfig, rates: Rates, found: Found, card_bytes: int, ram_bytes: int | None, processes: int
+) -> Iterator[str]:
+    """Changes to the run or the host, other than to the memory section, after which a plan fits."""
+    if ram_bytes is not None:
+        unbounded = search(config, rates, card_bytes=card_bytes, processes=processes).best
+        if unbounded is not None:
+            yield f"{to_gib(unbounded.host_bytes)} of host memory would do (--ram, or memory.ram)"
     for words, changed in _changes(config, videos=found.smallest.highest != "train"):
-        finder = Finder(changed, rates, card_bytes, ram_bytes)
+        finder = Finder(changed, rates, card_bytes, ram_bytes, processes)
         state = found.smallest.memory
-        if state.faults(memory_traits(changed, facts_of(changed))):
-            state = MemoryConfig(block="lean", activations="host", modulation="host", streamed_blocks="all")
+        traits = memory_traits(changed, facts_of(changed), processes=processes)
+        if state.faults(traits):  # what full fine-tuning needs is not for a LoRA
+            state = MemoryConfig().notches(traits)[-1]
         plan = finder.plan(state)
         if plan.fits(card_bytes, ram_bytes):
             yield f"{words} fits, with {to_gib(plan.peak_bytes)}"

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from finetune.cards import usable
 from finetune.config import RunConfig, memory_traits
 from finetune.facts import Facts
 from finetune.memory import MemoryConfig, Traits
-from finetune.planning.cost import step_cost
+from finetune.planning.candidates import Candidate, can_stream, candidates
+from finetune.planning.cost import BYTES, step_cost
 from finetune.planning.names import PhaseName
 from finetune.planning.predict import facts_of, peaks
 from finetune.planning.rates import Rates
 
 QUANTISED = ("fp8", "int8", "nf4")
 """Bases that change the model, from the least to the most."""
+_WANTED = 3
+"""Plans that fit, of as many kinds, to choose from."""
 _MOST_CHECKED = 16
-"""Candidates whose peak is computed, at most."""
+"""Candidates whose peak is computed, at most, beside what estimates need."""
 _MARGIN = 0.05
 """Of a card's memory, left free by a plan that is cut to fit: a prediction may be off by as much."""
 _SLACK = 0.1
@@ -47,11 +49,6 @@ class Plan:
         """The phase with the peak."""
         return max(self.peaks, key=lambda peak: peak[1])[0]
 
-    @property
-    def training_bytes(self) -> int:
-        """The peak of training."""
-        return dict(self.peaks)["train"]
-
     def fits(self, card_bytes: int, ram_bytes: int | None) -> bool:
         """Whether a machine holds it."""
         return self.peak_bytes <= usable(card_bytes) and (ram_bytes is None or self.host_bytes <= ram_bytes)
@@ -66,7 +63,7 @@ class Found:
     others: tuple[Plan, ...]
     """Plans that were looked at beside it: slower ones that fit, and faster ones that do not, by time."""
     smallest: Plan
-    """The one that needs the least device memory."""
+    """The one for which the machine is too small by the least, on the device and on the host."""
     quantised_unasked: bool = False
     """Whether ``best`` has a quantised base only because nothing else fits."""
     notes: tuple[str, ...] = ()
@@ -80,6 +77,7 @@ def search(
     card_bytes: int,
     ram_bytes: int | None = None,
     quantize: bool = False,
+    processes: int = 1,
 ) -> Found:
     """Search the memory states that are legal for a run.
 
@@ -91,18 +89,33 @@ def search(
         ram_bytes: host memory for the plan; None for any amount.
         quantize: whether a quantised base, which changes the model a little, may be chosen to be faster. Where nothing
             else fits it is chosen in any case, and said.
+        processes: how many train a whole model each (DDP).
 
     Raises:
         ModelError, ConfigError: as ``rehearse``.
     """
-    finder = Finder(config, rates, card_bytes, ram_bytes)
-    found = finder.run(finder.candidates(QUANTISED if quantize else ()))
-    if found.best is None and not quantize:
-        again = finder.run(finder.candidates(QUANTISED, native=False))
-        smallest = min(found.smallest, again.smallest, key=lambda plan: plan.peak_bytes)
+    finder = Finder(config, rates, card_bytes, ram_bytes, processes)
+    found = finder.run(finder.candidates(["native", *(QUANTISED if quantize else ())]))
+    smaller = [] if quantize else finder.candidates(QUANTISED)  # none in full fine-tuning
+    if found.best is None and smaller:
+        again = finder.run(smaller)
+        smallest = min(found.smallest, again.smallest, key=finder.excess)
         others = tuple(sorted({*found.others, *again.others}, key=lambda plan: plan.step_s))
-        return Found(again.best, others, smallest, quantised_unasked=again.best is not None)
+        found = Found(again.best, others, smallest, quantised_unasked=again.best is not None)
+    if found.best is None and found.smallest.fits(card_bytes, ram_bytes):
+        found = replace(found, best=found.smallest)  # with less left free than is wise
     return found
+
+
+class _Estimate(NamedTuple):
+    """Bytes."""
+
+    device: Mapping[PhaseName, float]
+    host: float
+
+    def plus(self, other: _Estimate, share: float = 1.0) -> _Estimate:
+        device = {name: nbytes + share * other.device[name] for name, nbytes in self.device.items()}
+        return _Estimate(device, self.host + share * other.host)
 
 
 class Finder:
@@ -113,151 +126,139 @@ class Finder:
         rates: see ``search``.
         card_bytes: see ``search``.
         ram_bytes: see ``search``.
+        processes: see ``search``.
     """
 
-    def __init__(self, config: RunConfig, rates: Rates, card_bytes: int, ram_bytes: int | None) -> None:
+    def __init__(
+        self, config: RunConfig, rates: Rates, card_bytes: int, ram_bytes: int | None, processes: int = 1
+    ) -> None:
         self._config, self._rates = config, rates
+        self._processes = processes
         self._card, self._ram = card_bytes, ram_bytes
         self._facts: Facts = facts_of(config)
-        self._traits: Traits = memory_traits(config, self._facts)
+        self._traits: Traits = memory_traits(config, self._facts, processes=processes)
         self._plans: dict[MemoryConfig, Plan] = {}
+        self._families: dict[MemoryConfig, tuple[_Estimate, _Estimate, _Estimate]] = {}
+        self._off: dict[MemoryConfig, _Estimate] = {}
+        """By how much the estimates of a family that was looked at are to be corrected."""
 
-    @property
-    def _filled(self) -> float:
-        """Bytes up to which a plan may be filled."""
-        return usable(self._card) - self._card * _MARGIN
-
-    def candidates(self, bases: Sequence[str], *, native: bool = True) -> list[MemoryConfig]:
-        """Legal states, the fastest first; of equally fast ones, the one with fewer techniques."""
-        states = dict.fromkeys(self._states([*(["native"] if native else []), *bases]))
-        return sorted(states, key=lambda state: (round(self._step_s(state), 3), len(state.model_fields_set)))
-
-    def _states(self, bases: Sequence[str]) -> Iterator[MemoryConfig]:
-        release: list[dict[str, str]] = [{}]
-        if self._traits.full:
-            release += [{"gradient_release": "exact"}, {"gradient_release": "exact", "optimizer_states": "host"}]
-            bases = [base for base in bases if base == "native"]
-        kept = {name: getattr(self._config.memory, name) for name in ("text_encoder", "clips_at_once", "ring")}
-        for checkpointing, block, activations, modulation, streamed, base, released in itertools.product(
-            ("none", "selective", "full"),
-            ("stock", "lean"),
-            ("device", "host"),
-            ("device", "host"),
-            (0, "all"),
-            bases,
-            release,
-        ):
-            values: dict[str, Any] = {
-                "checkpointing": checkpointing,
-                "block": block,
-                "activations": activations,
-                "modulation": modulation,
-                "streamed_blocks": streamed,
-                "base": base,
-                **released,
-            }
-            default = MemoryConfig.model_fields
-            told = {name: value for name, value in values.items() if value != default[name].default}
-            state = MemoryConfig(**kept, **told)
-            if not state.faults(self._traits):
-                yield state
-
-    def _step_s(self, state: MemoryConfig) -> float:
-        return step_cost(self._config, self._facts, state, self._rates).step_s
-
-    def plan(self, state: MemoryConfig) -> Plan:
-        """The state with its predicted peak."""
-        if state not in self._plans:
-            found = peaks(self._config.model_copy(update={"memory": state}))
+    def plan(self, memory: MemoryConfig) -> Plan:
+        """A memory section with its predicted peak."""
+        if memory not in self._plans:
+            found = peaks(self._config.model_copy(update={"memory": memory}), processes=self._processes)
             host = max(phase.pinned + phase.pageable for phase in found.values())
             by_phase = tuple((name, phase.nbytes) for name, phase in found.items())
-            self._plans[state] = Plan(state, self._step_s(state), by_phase, host)
-        return self._plans[state]
+            seconds = step_cost(self._config, self._facts, memory, self._rates).step_s
+            self._plans[memory] = Plan(memory, seconds, by_phase, host)
+        return self._plans[memory]
 
-    def run(self, states: Sequence[MemoryConfig]) -> Found:
-        """Look at states in their order until three fit and no other can be faster than the best of them.
+    def candidates(self, bases: Sequence[str]) -> list[Candidate]:
+        """See ``candidates``."""
+        return candidates(self._config, self._facts, self._traits, self._rates, bases)
 
-        Those that are far from fitting are passed over.
+    def run(self, every: Sequence[Candidate]) -> Found:
+        """Look at candidates, the fastest first, until three families have one that fits.
+
+        What is looked at is what may fit by estimate. A look corrects the estimates of its family, so that the next one
+        from there is right; then the fastest is looked for anew.
+
+        Args:
+            every: candidates, the fastest first; at least one.
         """
-        room = usable(self._card) * (1 + _SLACK)
-        within = [state for state in states if self._estimate(state) <= room][:_MOST_CHECKED]
-        fitting: list[Plan] = []
-        failed: list[Plan] = []
-        for state in within:
-            if len(fitting) >= 3 and self._step_s(state) > min(plan.step_s for plan in fitting):
+        fitting: list[tuple[Candidate, Plan]] = []
+        seen: set[MemoryConfig] = set()
+        while len(fitting) < _WANTED and len(seen) < _MOST_CHECKED:
+            following = next((one for one in every if one.memory not in seen and self._worth(one, fitting)), None)
+            if following is None:
                 break
-            plan = self.plan(state)
-            if plan.fits(self._card, self._ram):
-                fitting += [plan, *self._streaming_some(plan)]
-            else:
-                failed.append(plan)
-                fitting += [*self._keeping_some(plan), *self._streaming_some(plan)]
-        best = min(fitting, key=lambda plan: plan.step_s, default=None)
-        if best is None:
+            seen.add(following.memory)
+            plan = self.plan(following.memory)
+            self._off[following.family] = _estimate_of(plan).plus(self._estimate(following), -1.0)
+            if self._fits(following, _estimate_of(plan)):
+                fitting.append((following, plan))
+        if not fitting:
             # Estimates add up what techniques save one by one; together they may save more.
-            least = self.plan(min(states, key=self._estimate))
-            (fitting if least.fits(self._card, self._ram) else failed).append(least)
-            best = next(iter(fitting), None)
-        seen = sorted({*fitting, *failed, *self._plans.values()}, key=lambda plan: (plan.step_s, plan.peak_bytes))
-        smallest = min(seen, key=lambda plan: plan.peak_bytes)
-        return Found(best, tuple(plan for plan in seen if plan is not best), smallest)
+            least = min(every, key=lambda one: self._excess(self._corrected(one)))
+            seen.add(least.memory)
+            if self._fits(least, _estimate_of(self.plan(least.memory))):
+                fitting.append((least, self.plan(least.memory)))
+        best = min((plan for _, plan in fitting), key=lambda plan: plan.step_s, default=None)
+        looked_at = {self._plans[memory] for memory in seen} | {self._plans[_plain(every[0].memory)]}
+        others = sorted(looked_at - {best}, key=lambda plan: (plan.step_s, plan.peak_bytes))
+        smallest = min(looked_at, key=self.excess)
+        return Found(best, tuple(others), smallest)
 
-    def _estimate(self, state: MemoryConfig) -> float:
-        """The peak in bytes as if techniques did not know each other: what each takes away by itself, added up."""
-        plain = MemoryConfig(ring=state.ring, clips_at_once=state.clips_at_once)
-        estimate = {name: float(nbytes) for name, nbytes in self.plan(plain).peaks}
-        for option, value in _chosen(state).items():
-            needs = {name: getattr(state, name) for name in _NEEDS.get(option, ()) if self._traits.full}
-            without = plain.model_copy(update=needs)
-            before = dict(self.plan(without).peaks)
-            for name, nbytes in self.plan(without.model_copy(update={option: value})).peaks:
-                estimate[name] += nbytes - before[name]
-        return max(estimate.values())
+    def _worth(self, one: Candidate, fitting: Sequence[tuple[Candidate, Plan]]) -> bool:
+        """Whether to look at a candidate: it may fit, and is faster than what fits, or of another kind."""
+        if any(one.family == other.family and one.step_s >= plan.step_s for other, plan in fitting):
+            return False
+        return self._fits(one, self._corrected(one), slack=0.0 if one.family in self._off else _SLACK)
 
-    def _keeping_some(self, plan: Plan) -> list[Plan]:
-        """A plan that keeps attention in as many blocks as fit, where all of them do not."""
-        state = plan.memory
-        if state.checkpointing != "selective" or state.keep_attention is not None:
-            return []
-        layers = self._facts.num_layers
-        least = self.plan(state.model_copy(update={"checkpointing": "full"}))
-        each = max((plan.training_bytes - least.training_bytes) / layers, 1)
-        blocks = int((self._filled - least.training_bytes) // each)
-        if not 0 < blocks < layers:
-            return []
-        some = self.plan(state.model_copy(update={"keep_attention": blocks}))
-        return [some] if some.fits(self._card, self._ram) else []
+    def _corrected(self, one: Candidate) -> _Estimate:
+        estimate = self._estimate(one)
+        return estimate.plus(self._off[one.family]) if one.family in self._off else estimate
 
-    def _streaming_some(self, plan: Plan) -> list[Plan]:
-        """A plan that streams as few blocks as the card needs, in place of all."""
-        state, layers = plan.memory, self._facts.num_layers
-        if state.streamed_blocks != "all" or not plan.fits(self._card, None):
-            return []
-        one = state.model_copy(update={"streamed_blocks": layers - 1})
-        each = max(self.plan(one).peak_bytes - plan.peak_bytes, 1)
-        del self._plans[one]  # which only shows what a block takes
-        staying = int((self._filled - plan.peak_bytes) // each)
-        if not 0 < staying < layers - state.ring:
-            return []
-        some = self.plan(state.model_copy(update={"streamed_blocks": layers - staying}))
-        return [some] if some.fits(self._card, self._ram) else []
+    def _fits(self, one: Candidate, estimate: _Estimate, slack: float = 0.0) -> bool:
+        room = usable(self._card) - (self._card * _MARGIN if one.cut else 0)
+        if max(estimate.device.values()) > room * (1 + slack):
+            return False
+        return self._ram is None or estimate.host <= self._ram * (1 + slack)
+
+    def excess(self, plan: Plan) -> float:
+        """By how many times the card or the host is too small for a plan; below 1 it fits."""
+        return self._excess(_estimate_of(plan))
+
+    def _excess(self, estimate: _Estimate) -> float:
+        host = 0.0 if self._ram is None else estimate.host / max(self._ram, 1)
+        return max(max(estimate.device.values()) / max(usable(self._card), 1), host)
+
+    def _estimate(self, one: Candidate) -> _Estimate:
+        """As if techniques did not know each other: what each takes away, or adds, by itself, summed up."""
+        if one.family not in self._families:
+            self._families[one.family] = self._estimates_of(one.family)
+        estimate, keeping, streaming = self._families[one.family]
+        return estimate.plus(keeping, one.kept).plus(streaming, one.streamed)
+
+    def _estimates_of(self, family: MemoryConfig) -> tuple[_Estimate, _Estimate, _Estimate]:
+        """A family's own figures, and what changes where every block keeps attention, and where every block streams."""
+        plain = _plain(family)
+        estimate = _estimate_of(self.plan(plain))
+        nothing = estimate.plus(estimate, -1.0)
+        for option, value in _chosen(family).items():
+            estimate = estimate.plus(self._difference(family, plain, option, value))
+        if family.checkpointing == "none":
+            return estimate, nothing, nothing
+        keeping = self._difference(family, plain, "checkpointing", "selective")
+        if not can_stream(family, self._traits):
+            return estimate, keeping, nothing
+        streaming = self._difference(family, plain, "streamed_blocks", "all")
+        if family.modulation == "host":  # where it is by then, a block has no adaLN weights left to stream
+            away = 1 - family.ring / self._facts.num_layers
+            streaming = streaming.plus(self._difference(family, plain, "modulation", "host"), -away)
+        return estimate, keeping, nothing.plus(streaming, BYTES[family.base] / BYTES["native"])
+
+    def _difference(self, family: MemoryConfig, plain: MemoryConfig, option: str, value: object) -> _Estimate:
+        needs = {name: getattr(family, name) for name in _NEEDS.get(option, ()) if self._traits.full}
+        without = plain.model_copy(update=needs)
+        after = _estimate_of(self.plan(without.model_copy(update={option: value})))
+        return after.plus(_estimate_of(self.plan(without)), -1.0)
 
 
-def _chosen(state: MemoryConfig) -> dict[str, Any]:
-    """What a state has otherwise than the default, of what is searched."""
+def _estimate_of(plan: Plan) -> _Estimate:
+    return _Estimate({name: float(nbytes) for name, nbytes in plan.peaks}, float(plan.host_bytes))
+
+
+def _plain(memory: MemoryConfig) -> MemoryConfig:
+    """Without any technique that is searched."""
+    return MemoryConfig(ring=memory.ring, clips_at_once=memory.clips_at_once)
+
+
+def _chosen(family: MemoryConfig) -> dict[str, Any]:
+    """What a family has otherwise than the default, of what is searched."""
     default = MemoryConfig.model_fields
-    return {option: getattr(state, option) for option in _SEARCHED if getattr(state, option) != default[option].default}
+    return {name: getattr(family, name) for name in _SEARCHED if getattr(family, name) != default[name].default}
 
 
-_SEARCHED = (
-    "checkpointing",
-    "block",
-    "activations",
-    "modulation",
-    "streamed_blocks",
-    "base",
-    "gradient_release",
-    "optimizer_states",
-)
+_SEARCHED = ("checkpointing", "block", "activations", "modulation", "base", "gradient_release", "optimizer_states")
 _NEEDS = {"optimizer_states": ("gradient_release",), "streamed_blocks": ("gradient_release", "optimizer_states")}
 """In full fine-tuning, what has to be chosen before an option may be."""

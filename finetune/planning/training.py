@@ -18,8 +18,8 @@ from finetune.config import RunConfig
 from finetune.facts import Facts
 from finetune.memory.places import tag
 from finetune.planning.curve import Phase, measure
-from finetune.planning.fakes import CPU, tensors_of
-from finetune.planning.ledger import Ledger
+from finetune.planning.fakes import tensors_of
+from finetune.planning.ledger import CPU, Ledger
 from finetune.planning.names import PHASES
 from finetune.planning.whereabouts import Whereabouts, following
 from finetune.trainers.ema import Ema
@@ -28,8 +28,8 @@ from finetune.trainers.objective import velocity_losses
 from finetune.trainers.optim import AdamW8bit, NarrowWeights, PagedAdamW8bit, begin
 from finetune.types import Batch, Bucket
 
-RESTING = "VAE decoder"
-"""The station of what stays while a video is decoded."""
+RESTING = "between phases"
+"""Name of the phase in which nothing runs."""
 
 
 class Alone:
@@ -183,11 +183,11 @@ class Training:
         )
 
     def rest(self) -> Phase:
-        """What stays between two phases, with a station of its own: beside it a sampled video is decoded."""
+        """What stays between two phases: beside it a sampled video is decoded."""
         self._prepare()
         self.ledger.read_labels()
         now = self.ledger.tick
-        phase = measure(PHASES["decode"], self.ledger.pieces, now, now, {"decode": now})
+        phase = measure(RESTING, self.ledger.pieces, now, now, {})
         return replace(phase, stations={RESTING: phase.peak})
 
 

@@ -85,7 +85,7 @@ class Ladder:
         )
 
     def _stuck(self, step: int, said: str) -> TrainingError:
-        error = out_of_memory(self._run, self.state, said, f"in the passes of step {step}")
+        error = out_of_memory(self._run, self.state, said, f"in the passes of step {step}", in_step=True)
         if not self._below:
             return error
         return TrainingError(
@@ -96,7 +96,7 @@ class Ladder:
         )
 
 
-def out_of_memory(run: Run, memory: MemoryConfig, said: str, when: str) -> TrainingError:
+def out_of_memory(run: Run, memory: MemoryConfig, said: str, when: str, *, in_step: bool) -> TrainingError:
     """The error for memory that does not hold what must be in it.
 
     Args:
@@ -104,9 +104,10 @@ def out_of_memory(run: Run, memory: MemoryConfig, said: str, when: str) -> Train
         memory: the state it was in.
         said: torch's own words.
         when: what was being done.
+        in_step: whether that was a step's passes, and nothing beside them.
     """
     config = run.config
-    advice = ", ".join(_advice(config, memory, run.traits))
+    advice = ", ".join(_advice(config, memory, run.traits, videos=not in_step and bool(config.validation.samples)))
     return TrainingError(
         f"out of GPU memory {when}: {said}",
         where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size {config.train.batch_size},"
@@ -119,27 +120,27 @@ _ANEW: tuple[dict[str, object], ...] = (
     {"gradient_release": "exact"},
     {"gradient_release": "exact", "optimizer_states": "host"},
     {"gradient_release": "exact", "optimizer_states": "host", "streamed_blocks": "all"},
-    {"base": "fp8"},
 )
 """Measures that no run can take in its middle."""
 
 
-def _advice(config: RunConfig, memory: MemoryConfig, traits: Traits) -> Iterator[str]:
+def _advice(config: RunConfig, memory: MemoryConfig, traits: Traits, *, videos: bool) -> Iterator[str]:
     """What this run has not tried yet, the cheapest first."""
     state = memory
     for following in memory.notches(traits)[1:]:
         yield state.difference(following)
         state = following
-    for change in _ANEW:
+    smaller: dict[str, object] = {"base": "fp8" if memory.base == "native" else "nf4"}
+    for change in (*_ANEW, smaller):
         following = state.model_copy(update=change)
         if following != state and not following.faults(traits):
             yield state.difference(following)
             state = following
     if config.train.batch_size > 1:
         yield "train.batch_size: 1 and more accumulation"
-    if config.optimizer.kind == "adamw":
+    if config.optimizer.kind == "adamw" and memory.optimizer_states == "device":
         yield "optimizer.kind: adamw8bit"
-    if config.validation.samples:
+    if videos:
         yield "a smaller validation.bucket"
     yield "a smaller bucket"
     if isinstance(config.method, LoraMethod):

@@ -99,9 +99,8 @@ def train(config: RunConfig) -> TrainReport:
                 run.tracker.log(report.step, {"perf/predicted_peak_gib": (run.prediction.nbytes or 0) / 2**30})
             return report
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(
-                run, ladder.state, first_line(error), "outside of a step's passes, where nothing can be done again"
-            ) from error
+            where = "outside of a step's passes, where nothing can be done again"
+            raise out_of_memory(run, ladder.state, first_line(error), where, in_step=False) from error
 
 
 def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import RunConfig, memory_traits
+from finetune.config import RunConfig, memory_errors, memory_traits
 from finetune.errors import ConfigError, raise_all
 from finetune.facts import Facts
 from finetune.ranks import Ranks, on_cpu, plain_launch
@@ -106,14 +106,8 @@ def require_launch(launch: Launch, config: RunConfig, facts: Facts, ranks: Ranks
         ConfigError: naming the setting.
     """
     traits = memory_traits(config, facts, processes=ranks.world, sharded=not isinstance(launch, Replicate))
-    raise_all(
-        ConfigError,
-        [
-            ConfigError(fault.what, where=config.where(f"memory.{fault.option}"), fix=fault.fix)
-            for fault in config.memory.faults(traits)
-        ],
-        what="{n} settings of memory do not go with this launch",
-    )
+    refused = memory_errors(config, traits)
+    raise_all(ConfigError, refused, what="{n} settings of memory do not go with this launch")
     if isinstance(launch, FullShard):
         reader_class()
         if config.optimizer.weights == "stochastic":
