@@ -55,12 +55,13 @@ def predict(
     run, others = _of_the_run(config, phases), tuple(name for name in phases if name not in _OF_THE_RUN)
     encoding = Job(config, phases=others, card_bytes=card_bytes)
     # Two cores are worth two processes; what the other one made is read back.
-    if exact or not _extendable(config, facts.num_layers):
+    after: tuple[Phase, ...] = ()
+    if run and (exact or not _extendable(config, facts.num_layers)):
         with beside(encoding):
             after = rehearsed(config, phases=run).phases
         if processes > 1:
             after = tuple(_in_buckets(phase) for phase in after)
-    else:
+    elif run:
         found = peaks(config, run, encoding, processes=processes)
         after = tuple(_whole(name, extended) for name, extended in found.items())
     before = rehearsed(config, phases=others, card_bytes=card_bytes).phases
@@ -92,9 +93,9 @@ def peaks(
     few, more = SHORT
     changed = _with_buckets if processes > 1 else dict
     jobs = [Job(state, layers=few, phases=tuple(name for name in every if name != "decode")) for state in states]
-    with beside(*(jobs if run else ()), *meanwhile):
-        longer = [rehearsed(state, layers=more, phases=every) for state in states if run]
-    short = [rehearsed(state, layers=few, phases=every) for state in states if run]
+    with beside(*jobs, *meanwhile):
+        longer = [rehearsed(state, layers=more, phases=every) for state in states]
+    short = [rehearsed(state, layers=few, phases=every) for state in states]
     pairs = list(zip(short, longer, strict=True))
     return {
         name: _mixed(config, layers, [extend(a.phase(name), b.phase(name), layers, changed) for a, b in pairs])

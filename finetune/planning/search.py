@@ -103,7 +103,8 @@ def search(
         others = tuple(sorted({*found.others, *again.others}, key=lambda plan: plan.step_s))
         found = Found(again.best, others, smallest, quantised_unasked=again.best is not None)
     if found.best is None and found.smallest.fits(card_bytes, ram_bytes):
-        found = replace(found, best=found.smallest)  # with less left free than is wise
+        others = tuple(plan for plan in found.others if plan != found.smallest)
+        found = replace(found, best=found.smallest, others=others)  # with less left free than is wise
     return found
 
 
