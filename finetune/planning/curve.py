@@ -125,7 +125,9 @@ def _stations(
 
 
 def _describe(piece: Piece) -> str:
-    op = piece.op.removeprefix("aten.").removesuffix(".default").strip("_")
+    op = (
+        piece.op.removeprefix("aten.").removesuffix(".default").replace("_for_cpu", "").strip("_")
+    )  # it stands for a GPU's
     return f"{piece.where} ({op})" if piece.where else op
 
 
