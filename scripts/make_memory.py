@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write the tables in ``docs/memory.md`` from ``benchmarks/results/memory_plans.json``; ``--check`` only compares."""
+"""Write the tables in ``docs/memory.md`` and the README from ``benchmarks/results/memory_plans.json``."""
 
 from __future__ import annotations
 
@@ -17,19 +17,16 @@ from finetune.files import atomic_write_text  # noqa: E402 (the repository need 
 
 BEGIN = "<!-- tables: written by scripts/make_memory.py from benchmarks/results/memory_plans.json; do not edit -->"
 END = "<!-- end of tables -->"
-PAGE = ROOT / "docs" / "memory.md"
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 
 Plans = Mapping[str, Mapping[str, Any]]
 
 
 def tables(found: Mapping[str, Any]) -> str:
-    """The part between the markers."""
+    """What stands in ``docs/memory.md``."""
     plans: Plans = found["plans"]
     overhead = found["overhead_gib"]
     lines = [
-        BEGIN,
-        "",
         f"GiB that tensors hold while training, at the native bucket and batch size 1. A card needs {overhead} more for"
         " the CUDA context and fragmentation. Predicted, where the last column does not say what was measured.",
         "",
@@ -43,10 +40,27 @@ def tables(found: Mapping[str, Any]) -> str:
         "Seconds per step, from arithmetic and published or assumed rates; nothing was timed.",
         "",
         *_table(("configuration", *_devices(plans)), _seconds(plans)),
-        "",
-        END,
     ]
     return "\n".join(lines)
+
+
+def overview(found: Mapping[str, Any]) -> str:
+    """What stands in the README: a row per configuration."""
+    rows = (
+        (
+            f"{plan['card_gib']} GB",
+            f"[{plan['model'].upper()} {'LoRA' if plan['method'] == 'lora' else plan['method']}](configs/{name}):"
+            f" {plan['words']}",
+            f"{plan['training_gib']:.1f}",
+            f"{plan['host_gib']:.0f}",
+        )
+        for name, plan in found["plans"].items()
+    )
+    return "\n".join(_table(("card", "what", "peak GiB", "host GiB"), rows))
+
+
+PAGES = {ROOT / "docs" / "memory.md": tables, ROOT / "README.md": overview}
+"""What is written into which file."""
 
 
 def _cards(plans: Plans) -> Iterator[Sequence[str]]:
@@ -92,8 +106,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
-def renewed(page: str, found: Mapping[str, Any]) -> str:
+def renewed(page: str, content: str) -> str:
     """The page with fresh tables.
+
+    Args:
+        page: as it is.
+        content: what stands between the markers.
 
     Raises:
         ValueError: if it has no place for them.
@@ -102,20 +120,23 @@ def renewed(page: str, found: Mapping[str, Any]) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError("the page has no markers for the tables")
-    return before + tables(found) + after
+    return f"{before}{BEGIN}\n\n{content}\n\n{END}{after}"
 
 
 def main() -> int:
-    """Write or compare; 1 if the page is stale."""
+    """Write or compare; 1 if a page is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page would change")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page would change")
     check = parser.parse_args().check
-    page = PAGE.read_text(encoding="utf-8")
-    fresh = renewed(page, json.loads(PLANS.read_text(encoding="utf-8")))
-    if fresh != page and not check:
-        atomic_write_text(PAGE, fresh)
-    print("up to date" if fresh == page else "stale" if check else "written")
-    return 1 if check and fresh != page else 0
+    found, stale = json.loads(PLANS.read_text(encoding="utf-8")), False
+    for path, content in PAGES.items():
+        page = path.read_text(encoding="utf-8")
+        fresh = renewed(page, content(found))
+        if fresh != page and not check:
+            atomic_write_text(path, fresh)
+        print(f"{path.name}: {'up to date' if fresh == page else 'stale' if check else 'written'}")
+        stale |= fresh != page
+    return 1 if check and stale else 0
 
 
 if __name__ == "__main__":

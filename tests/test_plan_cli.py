@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -185,17 +186,23 @@ def script(path: str) -> ModuleType:
     return module
 
 
-def test_the_page_has_the_figures_of_the_file() -> None:
+def test_the_pages_have_the_figures_of_the_file() -> None:
     make = script("scripts/make_memory.py")
     found = json.loads(make.PLANS.read_text())
-    page = make.PAGE.read_text()
-    assert make.renewed(page, found) == page, "run scripts/make_memory.py"
-    # The canary: another figure, another page.
+    pages = {path: path.read_text() for path in make.PAGES}
+    for path, content in make.PAGES.items():
+        assert make.renewed(pages[path], content(found)) == pages[path], "run scripts/make_memory.py"
+    # The README's table of stock configurations, which is written by hand.
+    (readme,) = (page for path, page in pages.items() if path.name == "README.md")
+    stock = re.findall(r"\[config\]\(configs/([\w.-]+)\) \| ([\d.]+) \|", readme)
+    assert len(stock) == 10
+    assert stock == [(name, f"{found['examples'][name]:.1f}") for name, _ in stock]
+    # The canary: another figure, other pages.
     name = next(iter(found["plans"]))
-    found["plans"][name]["training_gib"] += 0.01
-    assert make.renewed(page, found) != page
+    found["plans"][name]["training_gib"] += 0.1
+    assert all(make.renewed(pages[path], content(found)) != pages[path] for path, content in make.PAGES.items())
     with pytest.raises(ValueError, match="no markers"):
-        make.renewed("# Memory", found)
+        make.renewed("# Memory", "")
 
 
 def test_everything_that_is_measured_was_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
