@@ -95,3 +95,10 @@ def real_clips() -> Path:
     if not folder:
         pytest.skip("FINETUNE_REAL_CLIPS names no folder of real clips")
     return Path(folder)
+
+
+@pytest.fixture
+def plans_alone(tmp_path_factory, monkeypatch):
+    """Rehearsals are kept by the tests of one worker; tiny ones take less time than a second process needs to start."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setattr("finetune.planning.ahead._cores", lambda: 1)

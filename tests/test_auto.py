@@ -12,10 +12,7 @@ from finetune.memory import MemoryConfig, Traits
 from finetune.planning.auto import settled
 from finetune.trainers.loop import train
 
-
-@pytest.fixture(autouse=True)
-def no_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+pytestmark = pytest.mark.usefixtures("plans_alone")
 
 
 def test_a_run_chooses_says_and_records_what_it_chose(tiny_model, demo_clips, tmp_path, capsys):

@@ -29,9 +29,7 @@ from finetune.recipes import RECIPES
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("plans_alone")
 
 
 @pytest.fixture

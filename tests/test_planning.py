@@ -46,11 +46,7 @@ from finetune.planning.search import QUANTISED, Found, search
 from finetune.planning.training import Training, fake_batches
 from finetune.trainers.objective import velocity_losses
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's cache is left alone; rehearsals are shared by the tests of one worker."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+pytestmark = pytest.mark.usefixtures("plans_alone")
 
 
 @pytest.fixture(scope="session")
