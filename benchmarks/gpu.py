@@ -41,6 +41,7 @@ from finetune.config import RunConfig, load_config  # noqa: E402
 from finetune.facts import Facts, json_folder, read_facts  # noqa: E402
 from finetune.memory import assert_recompute, undo  # noqa: E402
 from finetune.memory.quantize import placement  # noqa: E402
+from finetune.planning.rehearse import longest_bucket  # noqa: E402
 from finetune.planning.training import Alone  # noqa: E402
 from finetune.recipes import RECIPES  # noqa: E402
 from finetune.trainers.engine import whole_engine  # noqa: E402
@@ -217,7 +218,7 @@ def main() -> int:
                 row["skipped"] = f"{args.seconds:g} s were over"
                 continue
             folder = json_folder(config.model.pretrained)
-            bucket = max(config.data.buckets, key=read_facts(str(folder)).tokens)
+            bucket = longest_bucket(config, read_facts(str(folder)))
             if args.tiny:
                 folder, bucket = tiny_folder(Path(scratch), folder.name), Bucket(9, 64, 64)
             row["bucket"] = str(bucket)

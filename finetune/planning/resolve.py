@@ -15,6 +15,7 @@ from finetune.planning.curve import Phase
 from finetune.planning.names import PHASES, PhaseName
 from finetune.planning.predict import facts_of, predict
 from finetune.planning.rates import Rates
+from finetune.planning.rehearse import longest_bucket
 from finetune.planning.search import Finder, Found, search
 from finetune.trainers.method import LoraMethod
 
@@ -121,7 +122,7 @@ def _changes(config: RunConfig, *, videos: bool) -> Iterator[tuple[str, RunConfi
         smaller = train.model_copy(update={"batch_size": 1, "accumulation": train.accumulation * train.batch_size})
         yield "train.batch_size: 1", config.model_copy(update={"train": smaller})
     facts = facts_of(config)
-    longest = max(data.buckets, key=facts.tokens)
+    longest = longest_bucket(config, facts)
     for frames in (25, 17, 9):
         bucket = parse_bucket(f"{frames}x{longest.height}x{longest.width}")
         if frames < longest.frames and not facts.check_bucket(bucket):
