@@ -19,7 +19,7 @@ from finetune.cards import GIB, OVERHEAD_GIB, to_gib, usable
 from finetune.config import RunConfig
 from finetune.errors import first_line
 from finetune.planning.ahead import child_environment
-from finetune.planning.names import PHASES
+from finetune.planning.names import OF_THE_RUN, PHASES
 
 _TIMEOUT_S = 300.0
 
@@ -100,7 +100,7 @@ class Forecaster:
 
 
 def _read(found: Mapping[str, Any], card_bytes: int | None) -> Prediction:
-    run = [phase for phase in found["phases"] if phase["name"] in _OF_THE_RUN]
+    run = [phase for phase in found["phases"] if phase["name"] in {PHASES[name] for name in OF_THE_RUN}]
     top = max(run, key=lambda phase: int(phase["peak_bytes"]))
     nbytes = int(top["peak_bytes"])
     each = " in each process" if int(found["processes"]) > 1 else ""
@@ -111,6 +111,3 @@ def _read(found: Mapping[str, Any], card_bytes: int | None) -> Prediction:
             f" {to_gib(nbytes - usable(card_bytes))} more than this GPU has (finetune plan --budget finds what fits)"
         )
     return Prediction(nbytes, said)
-
-
-_OF_THE_RUN = tuple(PHASES[name] for name in ("train", "sample", "decode"))

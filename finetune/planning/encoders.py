@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from finetune.facts import CONFIG_FILES, Facts
 from finetune.files import digest_file
 from finetune.planning.curve import Phase, measure
 from finetune.planning.fakes import empty_text_encoder, empty_vae, fake_world, tensors_of
-from finetune.planning.names import PHASES
+from finetune.planning.ledger import Ledger
+from finetune.planning.names import PHASES, PhaseName
 from finetune.planning.parts import Part, Through
 from finetune.planning.repeats import rehearsed_once
 from finetune.sampling import decodes_in_tiles
@@ -73,24 +75,15 @@ def encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | No
 
 
 def _encode(folder: Path, dtype: torch.dtype, bucket: Bucket, *, tiled: bool) -> Part:
-    def make() -> tuple[Phase, ...]:
-        with fake_world() as ledger:
-            vae = empty_vae(folder, dtype)
-            if tiled:
-                vae.enable_tiling()
-            ledger.name(VAE_WEIGHTS, tensors_of(vae))
-            begin = ledger.tick
-            ledger.where = "VAE encoder"
-            pixels = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.uint8)
-            ledger.name("batch", [pixels])
-            with rehearsed_once(ledger, vae.encoder):
-                posterior = encode_video(vae, pixels)
-            del posterior
-            note = _tiles(tiled)
-            return (measure(PHASES["encode"], ledger.pieces, begin, ledger.tick, {"encode": begin}, note=note),)
+    def clip(ledger: Ledger, vae: Any) -> None:
+        pixels = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.uint8)
+        ledger.name("batch", [pixels])
+        encode_video(vae, pixels)
 
     depends_on = {"bucket": str(bucket), "tiled": tiled, **_of_model(folder, "vae", dtype)}
-    return Part({"phase": "encode", **depends_on}, make)
+    return Part(
+        {"phase": "encode", **depends_on}, lambda: _coded(folder, dtype, "encode", "encoder", clip, tiled=tiled)
+    )
 
 
 def decode(folder: Path, facts: Facts, dtype: torch.dtype, bucket: Bucket) -> Part:
@@ -106,26 +99,30 @@ def decode(folder: Path, facts: Facts, dtype: torch.dtype, bucket: Bucket) -> Pa
     shape = (1, channels, frames + facts.front_padding(frames), height, width)
     tiled = decodes_in_tiles(bucket, dtype)
 
-    def make() -> tuple[Phase, ...]:
-        with fake_world() as ledger, torch.no_grad():
-            vae = empty_vae(folder, dtype)
-            if tiled:
-                vae.enable_tiling()
-            ledger.name(VAE_WEIGHTS, tensors_of(vae))
-            begin = ledger.tick
-            ledger.where = "VAE decoder"
-            latents = torch.zeros(shape, dtype=dtype)
-            with rehearsed_once(ledger, vae.decoder):
-                ((vae.decode(latents).sample * 0.5) + 0.5).clamp(0, 1)
-            note = _tiles(tiled)
-            return (measure(PHASES["decode"], ledger.pieces, begin, ledger.tick, {"decode": begin}, note=note),)
+    def video(_: Ledger, vae: Any) -> None:
+        ((vae.decode(torch.zeros(shape, dtype=dtype)).sample * 0.5) + 0.5).clamp(0, 1)
 
     depends_on = {"latents": shape, "tiled": tiled, **_of_model(folder, "vae", dtype)}
-    return Part({"phase": "decode", **depends_on}, make)
+    return Part(
+        {"phase": "decode", **depends_on}, lambda: _coded(folder, dtype, "decode", "decoder", video, tiled=tiled)
+    )
 
 
-def _tiles(tiled: bool) -> str:
-    return "in tiles" if tiled else "whole frames"
+def _coded(
+    folder: Path, dtype: torch.dtype, name: PhaseName, half: str, run: Callable[[Ledger, Any], None], *, tiled: bool
+) -> tuple[Phase, ...]:
+    """A phase with nothing but the VAE in it, one half of which repeats itself from tile to tile."""
+    with fake_world() as ledger, torch.no_grad():
+        vae = empty_vae(folder, dtype)
+        if tiled:
+            vae.enable_tiling()
+        ledger.name(VAE_WEIGHTS, tensors_of(vae))
+        begin = ledger.tick
+        ledger.where = f"VAE {half}"
+        with rehearsed_once(ledger, vae.get_submodule(half)):
+            run(ledger, vae)
+        note = "in tiles" if tiled else "whole frames"
+        return (measure(PHASES[name], ledger.pieces, begin, ledger.tick, {name: begin}, note=note),)
 
 
 def _of_model(folder: Path, component: str, dtype: torch.dtype) -> dict[str, Any]:

@@ -13,3 +13,5 @@ PHASES: Mapping[PhaseName, str] = {
     "sample": "validation sampling",
     "decode": "VAE decode",
 }
+OF_THE_RUN: tuple[PhaseName, ...] = ("train", "sample", "decode")
+"""Those with the transformer in memory."""

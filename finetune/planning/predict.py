@@ -14,12 +14,9 @@ from finetune.facts import Facts, json_folder, read_facts
 from finetune.planning.ahead import Job, beside
 from finetune.planning.curve import Phase, Point
 from finetune.planning.extend import SHORT, Extended, extend
-from finetune.planning.names import PHASES, PhaseName
+from finetune.planning.names import OF_THE_RUN, PHASES, PhaseName
 from finetune.planning.rehearse import Rehearsal, longest_bucket, samples_videos
 from finetune.planning.store import rehearsed
-
-_OF_THE_RUN: tuple[PhaseName, ...] = ("train", "sample", "decode")
-"""Phases with the transformer in memory."""
 
 
 def facts_of(config: RunConfig) -> Facts:
@@ -52,7 +49,7 @@ def predict(
         ModelError, ConfigError: as ``rehearse``.
     """
     facts = facts_of(config)
-    run, others = _of_the_run(config, phases), tuple(name for name in phases if name not in _OF_THE_RUN)
+    run, others = _of_the_run(config, phases), tuple(name for name in phases if name not in OF_THE_RUN)
     encoding = Job(config, phases=others, card_bytes=card_bytes)
     # Two cores are worth two processes; what the other one made is read back.
     after: tuple[Phase, ...] = ()
@@ -70,7 +67,7 @@ def predict(
 
 
 def peaks(
-    config: RunConfig, phases: Collection[PhaseName] = _OF_THE_RUN, *meanwhile: Job, processes: int = 1
+    config: RunConfig, phases: Collection[PhaseName] = OF_THE_RUN, *meanwhile: Job, processes: int = 1
 ) -> Mapping[PhaseName, Extended]:
     """The peaks of the phases with the transformer in memory, those of ``phases`` that the run has.
 
@@ -89,7 +86,7 @@ def peaks(
         found = rehearsed(config, phases=run)
         return {name: _exactly(found.phase(name), processes) for name in run}
     # All phases of the run, whichever are asked for: they are made together, and are found together another time.
-    every, states = _of_the_run(config, _OF_THE_RUN), _uniform(config, layers)
+    every, states = _of_the_run(config, OF_THE_RUN), _uniform(config, layers)
     few, more = SHORT
     changed = _with_buckets if processes > 1 else dict
     jobs = [Job(state, layers=few, phases=tuple(name for name in every if name != "decode")) for state in states]
@@ -104,7 +101,7 @@ def peaks(
 
 
 def _of_the_run(config: RunConfig, phases: Collection[PhaseName]) -> tuple[PhaseName, ...]:
-    there = _OF_THE_RUN if samples_videos(config) else _OF_THE_RUN[:1]
+    there = OF_THE_RUN if samples_videos(config) else OF_THE_RUN[:1]
     return tuple(name for name in there if name in phases)
 
 
