@@ -25,7 +25,7 @@ From one's own clips to a video, in five commands:
   finetune check --config run.yaml
   finetune train --config run.yaml
   finetune export runs/run
-  finetune generate --model THUDM/CogVideoX-5b --adapter runs/run/export --prompt "a red kite over the sea"
+  finetune generate --model 5b --adapter runs/run/export --prompt "a red kite over the sea"
 """
 _EXITS = """\
 Exit codes: 0 done, 2 something to mend (the message says where), 1 a bug, 130 interrupted, 75 training was stopped by a
@@ -283,9 +283,9 @@ _VERBS: dict[str, _Verb] = {
         _generate_arguments,
         "Sample videos from a base model with any number of adapters.",
         "Examples:\n"
-        '  finetune generate --model THUDM/CogVideoX-5b --adapter runs/run/export --prompt "a red kite over the sea"\n'
-        "  finetune generate --model THUDM/CogVideoX-5b --adapter a:0.8 --adapter b:0.5 --prompts prompts.txt\n"
-        '  finetune generate --model THUDM/CogVideoX-5b-I2V --image boat.png --prompt "the boat sails away"',
+        '  finetune generate --model 5b --adapter runs/run/export --prompt "a red kite over the sea"\n'
+        "  finetune generate --model 5b --adapter a:0.8 --adapter b:0.5 --prompts prompts.txt\n"
+        '  finetune generate --model 5b-i2v --image boat.png --prompt "the boat sails away"',
     ),
     "cache": (
         _cache_arguments,

@@ -166,12 +166,12 @@ def _init(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from finetune.caching.overview import overview
-    from finetune.config import load_config, pin_model, require_valid
-    from finetune.facts import read_facts
+    from finetune.config import load_config, require_valid
+    from finetune.facts import json_folder, read_facts
     from finetune.precompute import check_dataset
 
-    config = pin_model(load_config(args.config, args.set))
-    facts = read_facts(config.model.pretrained, config.model.revision)
+    config = load_config(args.config, args.set)
+    facts = read_facts(str(json_folder(config.model.pretrained, config.model.revision)))
     warnings = require_valid(config, facts)
     report = check_dataset(config, facts)
     print(report)

@@ -35,7 +35,7 @@ from finetune.videos import Frames, side_by_side
 CONFIG = """\
 # What `finetune quickstart` runs. With your model and your clips it is a real run: `finetune init` writes one.
 model:
-  pretrained: model            # a diffusers folder; on the hub it would be THUDM/CogVideoX-5b
+  pretrained: model            # a diffusers folder; on the hub it would be zai-org/CogVideoX-5b
 
 data:
   sources:

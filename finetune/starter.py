@@ -10,7 +10,7 @@ from typing import Literal
 
 from finetune.cards import OVERHEAD_GIB
 from finetune.errors import ConfigError
-from finetune.facts import HUB_IDS, Facts, known_model, read_facts
+from finetune.facts import HUB_IDS, Facts, json_folder, known_model, published_variant, read_facts
 from finetune.files import atomic_write_text
 from finetune.generate_inputs import native_bucket
 from finetune.recipes import Recipe, recipe_for
@@ -136,7 +136,7 @@ def write_starter(
     """Write a commented configuration.
 
     Args:
-        model: one of ``HUB_IDS``, another hub id, or a model folder.
+        model: a published model under any of its names, another hub id, or a model folder.
         method: what to train.
         card_gib: the GPU's memory, to say whether the run is predicted to fit; None says nothing of it.
         clips: file or folder with clips and captions; None leaves a placeholder.
@@ -156,11 +156,11 @@ def write_starter(
     for option, text in (("--model", model), ("--data", str(clips or "")), ("--output", str(output))):
         if fault := text_fault(text, one_line=True):  # it would stand in a comment, and end it
             raise ConfigError(f"the name is damaged: {fault}", where=option)
-    known = model.lower() if model.lower() in HUB_IDS else next((k for k, v in HUB_IDS.items() if v == model), None)
     folder = Path(model).expanduser()
+    known = None if folder.is_dir() else published_variant(model)
     starter = Starter(
         pretrained=HUB_IDS[known] if known else _from_folder_of(output, folder) if folder.is_dir() else model,
-        facts=read_facts(str(known_model(known) if known else model)),
+        facts=read_facts(str(json_folder(model))),
         method=method,
         known=known,
         card_gib=card_gib,

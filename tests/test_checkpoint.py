@@ -458,6 +458,14 @@ def test_what_a_run_can_go_on_with_is_told(sections):
     assert told and all(difference.allowed and difference.reason for difference in told)
 
 
+def test_a_model_under_another_of_its_names_is_the_same():
+    names = ("THUDM/CogVideoX-5b", "zai-org/CogVideoX-5b", "5b")
+    for name in names:
+        assert not compare_configs(changed(model={"pretrained": names[0]}), changed(model={"pretrained": name}))
+    (change,) = compare_configs(changed(model={"pretrained": "5b"}), changed(model={"pretrained": "5b-i2v"}))
+    assert not change.allowed
+
+
 def test_all_refused_fields_are_told_at_once():
     with pytest.raises(CheckpointError) as caught:
         require_same_run(

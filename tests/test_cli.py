@@ -285,6 +285,24 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
     assert "10 frames are not possible" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b", "cogvideox-5B", "5b"])
+def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_path, capsys, monkeypatch):
+    """Under any of its names, to write a configuration and to check it; training wants the weights."""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    assert main(["init", "--model", name, "--data", str(demo_clips), "--output", str(tmp_path / "init.yaml")]) == OK
+    assert load_config(tmp_path / "init.yaml").model.pretrained == "zai-org/CogVideoX-5b"
+    overrides = [
+        f"model.pretrained={name}",
+        f"data.sources.0.path={demo_clips}",
+        "data.fps=8",
+        "cache.decode_workers=0",
+    ]
+    assert main(["check", "--config", str(config_file), "--set", *overrides]) == OK
+    assert "zai-org/CogVideoX-5b, text-to-video, 42 blocks" in capsys.readouterr().out
+    (tmp_path / name).mkdir(parents=True)  # a folder of that name is meant where there is one
+    assert load_config(config_file, overrides).model.pretrained == str(tmp_path / name)
+
+
 def test_the_overview_counts_what_training_will_see(tmp_path):
     from finetune.caching.overview import overview
     from finetune.caching.report import PlannedClip
@@ -418,7 +436,7 @@ def test_every_verb_of_the_parser_is_wired():
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("model", [*HUB_IDS, "THUDM/CogVideoX-5b"])
+@pytest.mark.parametrize("model", [*HUB_IDS, "zai-org/CogVideoX-5b"])
 def test_init_writes_what_loads_and_fits(tmp_path, model, method, capsys):
     output = tmp_path / "configs" / "mine.yaml"
     assert main(["init", "--model", model, "--method", method, "--card", "80", "--output", str(output)]) == OK

@@ -25,7 +25,7 @@ from finetune.facts import KNOWN_MODELS, Facts, known_model, read_facts
 from finetune.section import Strict
 
 GOOD = """\
-model: {pretrained: THUDM/CogVideoX-5b}
+model: {pretrained: zai-org/CogVideoX-5b}
 data:
   sources:
     - path: clips
@@ -299,7 +299,7 @@ def test_repeated_keys_are_all_reported(write):
 
 BAD = """\
 model:
-  pretrained: THUDM/CogVideoX-5b
+  pretrained: zai-org/CogVideoX-5b
   dtipe: bf16
 data:
   sources:
@@ -497,7 +497,7 @@ def test_dots_behind_a_link_mean_what_the_system_means(write, tmp_path):
 def test_pretrained_is_a_folder_or_a_hub_id(write, tmp_path):
     (tmp_path / "models" / "mine").mkdir(parents=True)
     path = write()
-    assert load_config(path).model.pretrained == "THUDM/CogVideoX-5b"
+    assert load_config(path).model.pretrained == "zai-org/CogVideoX-5b"
     assert load_config(path, ["model.pretrained=models/mine"]).model.pretrained == str(tmp_path / "models" / "mine")
     assert load_config(path, ["model.pretrained=./absent"]).model.pretrained == str(tmp_path / "absent")
 

@@ -345,6 +345,18 @@ def test_the_client_s_own_cache_answers_without_a_network(tmp_path, tiny_model, 
             pin_revision(repo, revision)
 
 
+def test_what_came_from_a_model_s_former_home_is_not_downloaded_again(tmp_path, tiny_model, monkeypatch):
+    fake = Hub(tmp_path, tiny_model("5b"))
+    fake.root.rename(tmp_path / "models--THUDM--CogVideoX-5b")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for name in ("5b", "THUDM/CogVideoX-5b", "zai-org/cogvideox-5b"):
+        assert pin_revision(name) == SHA_A
+        assert resolve_pretrained(name, components=["vae"]).parent.parent == tmp_path / "models--THUDM--CogVideoX-5b"
+    with pytest.raises(ModelError, match="not in the local cache"):
+        pin_revision("2b")
+
+
 def test_a_commit_is_not_asked_for(hub):
     assert pin_revision("org/model", SHA_B) == SHA_B and hub.asked == []
     for revision in ("main", "a" * 39, "A" * 40, "g" * 40, None):
@@ -458,7 +470,7 @@ def found(tmp_path: Path) -> Callable[..., Source]:
     def make(trigger: str = "zkx", captions: tuple[str, ...] = ("a ring",), **changes: Any) -> Source:
         config = RunConfig.from_dict(
             {
-                "model": {"pretrained": "THUDM/CogVideoX-5b", "revision": SHA_A, "dtype": "bf16"},
+                "model": {"pretrained": "zai-org/CogVideoX-5b", "revision": SHA_A, "dtype": "bf16"},
                 "data": {"sources": [{"path": "x"}], "buckets": ["49x480x720"], "trigger": trigger},
                 "method": {"kind": "lora", "rank": 4, "alpha": 4, "targets": ["to_q|<b>x</b>"]},
                 "train": {"steps": 1},
@@ -552,7 +564,7 @@ def test_names_and_code_as_markdown():
 def test_the_card_and_the_record_name_the_commit(found):
     source = found()
     _, body = parts_of(card_of(source))
-    assert f"from_pretrained('THUDM/CogVideoX-5b', revision='{SHA_A}'" in body and f"--revision {SHA_A}" in body
+    assert f"from_pretrained('zai-org/CogVideoX-5b', revision='{SHA_A}'" in body and f"--revision {SHA_A}" in body
     facts = read_facts(str(known_model("5b")))
     assert json.loads(training_record(source, facts, None, max_abs_diff=0, tolerance=1))["revision"] == SHA_A
     _, body = parts_of(card_of(replace(source, revision=None)))

@@ -123,7 +123,7 @@ def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.Capture
 
 def test_a_helper_whose_master_is_gone_goes_too(config_file: Path) -> None:
     """Killed in the middle of a job, a plan leaves nobody behind who works on."""
-    config = load_config(config_file).model_copy(update={"model": ModelConfig(pretrained="THUDM/CogVideoX-5b")})
+    config = load_config(config_file).model_copy(update={"model": ModelConfig(pretrained="zai-org/CogVideoX-5b")})
     helper = ahead._Helper()
     helper.begin(Job(config, phases=["train"]))  # half a minute's work
     child = helper._child

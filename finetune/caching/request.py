@@ -26,7 +26,7 @@ from finetune.datasets.sources import source_files
 from finetune.datasets.video import PIXEL_RULE
 from finetune.diffusion import DropoutConfig
 from finetune.errors import DataError, ModelError
-from finetune.facts import Facts, require_plain_index, resolve_pretrained
+from finetune.facts import Facts, canonical_name, id_in_cache, require_plain_index, resolve_pretrained
 from finetune.files import digest_of
 from finetune.memory.quantize import TextEncoder
 from finetune.types import Bucket
@@ -90,7 +90,8 @@ def _local_folder(model: ModelConfig) -> Path | None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model.pretrained, revision=model.revision, local_files_only=True))
+        repo = id_in_cache(canonical_name(model.pretrained))
+        return Path(snapshot_download(repo, revision=model.revision, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
 

@@ -53,7 +53,7 @@ class ModelConfig(Strict):
 
     pretrained: str
     """A CogVideoX checkpoint in diffusers format: a folder, or an id on the Hugging Face hub such as
-    ``THUDM/CogVideoX-5b``."""
+    ``zai-org/CogVideoX-5b``."""
     revision: str | None = None
     """Branch, tag or commit on the hub; left out, its main branch. A commit makes a run repeatable."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.facts import is_commit, pin_revision
+from finetune.facts import canonical_name, is_commit, pin_revision
 from finetune.trainers.checkpoint import list_checkpoints
 
 
@@ -53,7 +53,9 @@ def recorded_revision(config: RunConfig) -> str | None:
             continue
         try:
             recorded = json.loads(file.read_text(encoding="utf-8"))["model"]
-            if recorded["pretrained"] == config.model.pretrained and is_commit(recorded["revision"]):
+            if canonical_name(str(recorded["pretrained"])) == config.model.pretrained and is_commit(
+                recorded["revision"]
+            ):
                 return str(recorded["revision"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue

@@ -20,6 +20,7 @@ from finetune.datasets.cache import CacheConfig
 from finetune.datasets.sources import CaptionConfig, SourceConfig
 from finetune.diffusion import DropoutConfig
 from finetune.errors import ConfigError
+from finetune.facts import canonical_name
 from finetune.files import digest_of
 from finetune.geometry import ClipConfig
 from finetune.holdout import HoldoutConfig
@@ -170,8 +171,8 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     model = resolved.model
     # A hub id or a folder: the type cannot say which, the disk can.
     local = _resolve(Path(model.pretrained), base)
-    if model.pretrained.startswith((".", "~", "/")) or local.is_dir():
-        model = model.model_copy(update={"pretrained": str(local)})
+    is_path = model.pretrained.startswith((".", "~", "/")) or local.is_dir()
+    model = model.model_copy(update={"pretrained": str(local) if is_path else canonical_name(model.pretrained)})
     return resolved.model_copy(update={"model": model})
 
 

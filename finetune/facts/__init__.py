@@ -8,10 +8,13 @@ from finetune.facts.guard import CONFIG_FILES, read_component_json, read_json, r
 from finetune.facts.locate import (
     HUB_IDS,
     KNOWN_MODELS,
+    canonical_name,
+    id_in_cache,
     is_commit,
     json_folder,
     known_model,
     pin_revision,
+    published_variant,
     resolve_pretrained,
 )
 from finetune.facts.model import Facts
@@ -23,10 +26,13 @@ __all__ = [
     "KNOWN_MODELS",
     "Facts",
     "SchedulerClass",
+    "canonical_name",
+    "id_in_cache",
     "is_commit",
     "json_folder",
     "known_model",
     "pin_revision",
+    "published_variant",
     "read_component_json",
     "read_facts",
     "read_json",

@@ -11,19 +11,40 @@ from finetune.errors import ModelError
 
 MODEL_INDEX = "model_index.json"
 """The file that makes a folder a diffusers pipeline."""
-COMPLETE_CHECKPOINT = "give model.pretrained a complete CogVideoX checkpoint in diffusers format"
+COMPLETE_CHECKPOINT = "name a complete CogVideoX checkpoint in diffusers format"
 KNOWN_MODELS = ("2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v")
 """Published checkpoints whose JSON ships with this package (``known_model``)."""
+_HOME, _FORMER_HOME = "zai-org/", "THUDM/"
 HUB_IDS: Mapping[str, str] = {
-    "2b": "THUDM/CogVideoX-2b",
-    "5b": "THUDM/CogVideoX-5b",
-    "5b-i2v": "THUDM/CogVideoX-5b-I2V",
-    "1.5-5b": "THUDM/CogVideoX1.5-5B",
-    "1.5-5b-i2v": "THUDM/CogVideoX1.5-5B-I2V",
+    "2b": f"{_HOME}CogVideoX-2b",
+    "5b": f"{_HOME}CogVideoX-5b",
+    "5b-i2v": f"{_HOME}CogVideoX-5b-I2V",
+    "1.5-5b": f"{_HOME}CogVideoX1.5-5B",
+    "1.5-5b-i2v": f"{_HOME}CogVideoX1.5-5B-I2V",
 }
 """Where the published checkpoints are; the keys are ``KNOWN_MODELS``."""
+_VARIANTS: Mapping[str, str] = {
+    name.lower(): variant
+    for variant, hub_id in HUB_IDS.items()
+    for name in (variant, hub_id, hub_id.removeprefix(_HOME), hub_id.replace(_HOME, _FORMER_HOME))
+}
+"""Every name of a published checkpoint, in lower case -> its variant: ``5b``, ``cogvideox-5b``, both homes' ids."""
 
 _COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+def published_variant(pretrained: str) -> str | None:
+    """Which of ``KNOWN_MODELS`` a name stands for, however it is written; None for any other model, or a folder."""
+    return _VARIANTS.get(pretrained.lower())
+
+
+def canonical_name(pretrained: str) -> str:
+    """The one name of a published model, the id at its home of today; any other name or path as it is.
+
+    It looks at no disk: where a folder may be meant by a relative name, look for that first.
+    """
+    variant = published_variant(pretrained)
+    return pretrained if variant is None else HUB_IDS[variant]
 
 
 def resolve_pretrained(pretrained: str, revision: str | None = None, *, components: Sequence[str]) -> Path:
@@ -70,7 +91,7 @@ def pin_revision(pretrained: str, revision: str | None = None) -> str | None:
         raise ModelError(
             f"it cannot be told which commit was downloaded: {folder.name!r} is none",
             where=f"{pretrained} on the Hugging Face hub",
-            fix="set model.revision to a commit, or give model.pretrained a local folder",
+            fix="name a commit as the revision, or a local folder as the model",
         )
     return folder.name
 
@@ -92,17 +113,18 @@ def locate(pretrained: str, revision: str | None, *, patterns: list[str]) -> Pat
             raise ModelError(
                 f"revision {revision!r} is given for a folder; only the hub has revisions",
                 where=str(folder),
-                fix="remove model.revision",
+                fix="leave the revision out",
             )
         return folder
+    pretrained = canonical_name(pretrained)
     looks_like_path = pretrained.startswith((".", "~", os.sep)) or pretrained.count("/") != 1
     if looks_like_path:
         raise ModelError(
             "there is no such model folder",
             where=pretrained,
-            fix="give model.pretrained a folder that exists, or a hub id such as THUDM/CogVideoX-5b",
+            fix=f"name a folder that exists, a hub id such as {HUB_IDS['5b']}, or one of {', '.join(KNOWN_MODELS)}",
         )
-    return _from_hub(pretrained, revision, patterns)
+    return _from_hub(id_in_cache(pretrained), revision, patterns)
 
 
 def _as_folder(pretrained: str) -> Path:
@@ -112,6 +134,19 @@ def _as_folder(pretrained: str) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"this names no model: {error}"[:300], where=pretrained[:200]) from None
     return folder
+
+
+def id_in_cache(repo: str) -> str:
+    """The id under which the hub's cache has a model: what came from its former home is not downloaded again."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if repo not in HUB_IDS.values():
+        return repo
+    for name in (repo, repo.replace(_HOME, _FORMER_HOME)):
+        if Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model"), "snapshots").is_dir():
+            return name
+    return repo
 
 
 def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -130,14 +165,14 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
     except errors.RepositoryNotFoundError:
         what, fix = "there is no such model", "check the id; for a private model run `hf auth login` first"
     except errors.RevisionNotFoundError:
-        what, fix = "the model has no such revision", "check model.revision, or leave it out"
+        what, fix = "the model has no such revision", "check the revision, or leave it out"
     except (errors.HFValidationError, errors.BadRequestError) as error:
         what, fix = f"this is not a hub id: {error}", "write it as organisation/name"
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
         what = "there is no such folder; as a hub id it is not in the local cache, and the hub cannot be reached"
-        fix = "download it where there is a network (`hf download`), or give model.pretrained a local folder"
+        fix = "download it where there is a network (`hf download`), or name a local folder"
     except connection as error:
-        what, fix = f"the hub did not answer: {error}", "try again, or give model.pretrained a local folder"
+        what, fix = f"the hub did not answer: {error}", "try again, or name a local folder"
     raise ModelError(what, where=where, fix=fix) from None
 
 
@@ -153,19 +188,17 @@ def known_model(variant: str) -> Path:
 
 
 def json_folder(pretrained: str, revision: str | None = None) -> Path:
-    """A folder with a checkpoint's JSON, for planning: that of this package where the model is a published one.
+    """A folder with a checkpoint's JSON, to check and plan with: a published model's is that of this package.
 
-    Nothing is asked of a network for a folder, a name of ``KNOWN_MODELS`` or a published model's id.
+    Nothing is asked of a network for a folder or a published model, under any of its names.
 
     Args:
-        pretrained: as for ``read_facts``, or one of ``KNOWN_MODELS``.
+        pretrained: as for ``read_facts``.
         revision: as for ``read_facts``; of no consequence for a published model, whose shapes are the same in all.
 
     Raises:
         ModelError: if it cannot be found.
     """
-    if not _as_folder(pretrained).is_dir():
-        names = {hub_id.lower(): variant for variant, hub_id in HUB_IDS.items()} | {name: name for name in KNOWN_MODELS}
-        if variant := names.get(pretrained.lower()):
-            return known_model(variant)
+    if not _as_folder(pretrained).is_dir() and (variant := published_variant(pretrained)):
+        return known_model(variant)
     return locate(pretrained, revision, patterns=[MODEL_INDEX, "*/config.json", "*/scheduler_config.json"])

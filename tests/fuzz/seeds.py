@@ -14,7 +14,7 @@ def _pieces(*texts: str) -> tuple[bytes, ...]:
 
 
 GOOD_CONFIG = b"""\
-model: {pretrained: THUDM/CogVideoX-5b, dtype: bf16}
+model: {pretrained: zai-org/CogVideoX-5b, dtype: bf16}
 data:
   sources:
     - path: clips

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune.errors import CheckpointError
-from finetune.facts import is_commit
+from finetune.facts import canonical_name, is_commit
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,9 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Diff
     for field, value in _SINCE.items():
         before.setdefault(field, value)
         after.setdefault(field, value)
+    for values in (before, after):
+        if isinstance(name := values.get("model.pretrained"), str):
+            values["model.pretrained"] = canonical_name(name)
     for field in sorted(before.keys() | after.keys()):
         if before.get(field) != after.get(field):
             allowed, reason = _rule(field)
