@@ -52,6 +52,15 @@ def without_invisible(text: str) -> str:
     return _INVISIBLES.sub("", text)
 
 
+def stripped(text: str) -> str:
+    """``text`` without white space of any kind, and without characters that nobody sees, at its ends."""
+    text = text.strip()
+    if not text or not _INVISIBLES.search(text[0] + text[-1]):  # nearly always, and much faster
+        return text
+    visible = [at for at, character in enumerate(text) if not character.isspace() and not _INVISIBLES.match(character)]
+    return text[visible[0] : visible[-1] + 1] if visible else ""
+
+
 def shown(text: str) -> str:
     """``text`` for a terminal or a log: what would act, hide or not encode there becomes ``\\x1b``, ``\\u202e`` or so.
 

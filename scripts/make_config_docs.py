@@ -22,10 +22,10 @@ INTRODUCTION = """\
 # Configuration
 
 A run is one YAML file. It is strict: an unknown key is an error that names the nearest known one, and all errors are
-reported together, each with its line. Relative paths start at the file's folder, `~` is the home folder. Scalars are
-YAML 1.2: `1e-4` is a number, `off` and `no` are words. `--set optimizer.lr=2e-4 data.sources.0.path=clips` overrides
-fields from the command line, as though the file had said so; the value is YAML. A section whose `kind` is left out
-takes the default kind, where it has one.
+reported together, each with its line. Relative paths start at the file's folder, `~` is the home folder, and `$NAME`
+an environment variable, which must be set. Scalars are YAML 1.2: `1e-4` is a number, `off` and `no` are words.
+`--set optimizer.lr=2e-4 data.sources.0.path=clips` overrides fields from the command line, as though the file had said
+so; the value is YAML. A section whose `kind` is left out takes the default kind, where it has one.
 
 `finetune init` writes a commented file, `configs/` holds one per model and method, and `docs/config.schema.json` is the
 same reference for editors: put `# yaml-language-server: $schema=<path to it>` on the first line of a file. The resolved

@@ -486,6 +486,23 @@ def test_paths_start_at_the_file_and_expand_home(write, tmp_path, monkeypatch):
     assert load_config(tmp_path / "run.yaml", ["checkpoint.resume=none"]).checkpoint.resume == "none"
 
 
+def test_paths_hold_environment_variables(write, tmp_path, monkeypatch):
+    monkeypatch.setenv("SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.delenv("NOT_SET", raising=False)
+    there = tmp_path / "cost$NOT_SET"
+    there.mkdir()
+    config = load_config(
+        write(), ["output_dir=$SCRATCH/run", "cache.dir=${SCRATCH}/c", f"data.sources.0.path={there}",
+                  "model.pretrained=$SCRATCH/model"]
+    )  # fmt: skip
+    assert config.output_dir == tmp_path / "scratch" / "run" and config.cache.dir == tmp_path / "scratch" / "c"
+    assert config.model.pretrained == str(tmp_path / "scratch" / "model")
+    assert config.data.sources[0].path == there, "a folder of that very name"
+    for name in ("$NOT_SET/run", "a/${NOT_SET}"):
+        with pytest.raises(ConfigError, match=r"names the environment variable \$\{?NOT_SET\}?, which is not set"):
+            load_config(tmp_path / "run.yaml", [f"output_dir={name}"])
+
+
 def test_dots_behind_a_link_mean_what_the_system_means(write, tmp_path):
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")

@@ -536,7 +536,9 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "lossless.webp": (webp(b"VP8L", b"\x2f" + struct.pack("<I", 0x0FFFFFFF)), "16384x16384"),
     "wide.bmp": (bmp_of(60_000, 60_000), "a picture larger than is read"),
     "large.tif": (tiff_of(60_000, 60_000), "a picture larger than is read"),
-    "animation.png": (saved("GIF"), "not an image"),
+    "screen.gif": (saved("GIF").replace(b"GIF87a\x20\0\x20\0", b"GIF87a\xff\xff\xff\xff"), "a picture larger"),
+    "frame.gif": (saved("GIF").replace(b",\0\0\0\0\x20\0\x20\0", b",\0\0\0\0\xff\xff\xff\xff"), "a picture larger"),
+    "large.avif": (saved("AVIF").replace(struct.pack(">II", 32, 32), struct.pack(">II", 30_000, 9)), "not an image"),
     "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n", "not an image"),
     "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not an image"),
     "archive.png": (zipped(), "not an image"),
@@ -574,6 +576,9 @@ def test_junk_beside_a_picture_does_not_matter(pool, tmp_path):
         "profile.jpg": saved("JPEG", icc_profile=os.urandom(5000)),
         "polyglot.png": saved("PNG") + zipped(),
         "jpeg.png": saved("JPEG"),
+        "photo.jfif": saved("JPEG"),
+        "photo.avif": saved("AVIF", quality=95),
+        "animation.gif": saved("GIF", save_all=True, append_images=[Image.new("RGB", (32, 32))]),
     }
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
@@ -584,9 +589,9 @@ def test_junk_beside_a_picture_does_not_matter(pool, tmp_path):
 
 
 def test_the_canary_of_the_image_formats(tmp_path, monkeypatch):
-    (tmp_path / "animation.png").write_bytes(saved("GIF"))
+    (tmp_path / "icon.png").write_bytes(saved("ICO"))
     monkeypatch.setattr(pictures, "FORMATS", None)
-    assert load_image(tmp_path / "animation.png").shape == (3, 32, 32)
+    assert load_image(tmp_path / "icon.png").shape == (3, 32, 32)
 
 
 def test_an_image_goes_with_its_clip_and_through_a_worker(media, pool, tmp_path):

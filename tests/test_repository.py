@@ -36,7 +36,7 @@ def sources(folder: str = "finetune") -> dict[str, str]:
 
 # ------------------------------------------------------------------------------------------------ imports point down
 
-_SOURCES = ("sources", "layouts", "columns", "rows", "tables", "parquet", "parquet_child", "lines")
+_SOURCES = ("sources", "layouts", "folders", "columns", "rows", "tables", "parquet", "parquet_child", "lines")
 LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("types",),

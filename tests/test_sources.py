@@ -17,6 +17,8 @@ from finetune.errors import DataError
 
 CAPTIONS = ["A red ball, rolling.", "NA", 'She says "go" in 2024-01-01']
 CLIPS = ["clips/a.mp4", "clips/b.mp4", "clips/deep/a.mp4"]
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+"""One word in the two forms that Unicode has for it; macOS stores file names in the second."""
 SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 
 
@@ -98,7 +100,7 @@ def as_parquet(base: Path) -> dict:
 
 def as_prompts(base: Path) -> dict:
     put(base / "prompts.txt", "\n".join(CAPTIONS) + "\n")
-    put(base / "videos.txt", "\n\n".join(CLIPS))
+    put(base / "videos.txt", "\n".join(CLIPS) + "\n\n \u00a0\n")
     put(base / "images.txt", "\n".join(clip.replace("mp4", "png") for clip in CLIPS))
     return {"kind": "prompts", "path": "."}
 
@@ -244,6 +246,55 @@ def test_captions_that_look_like_dates_or_numbers_stay_text(base):
     assert [sample.caption for sample in read(base, {"path": "m.csv"}).train] == ["None", "007"]
 
 
+def lists() -> dict[str, tuple[str, list[str]]]:
+    """Ways to write three rows as JSON, and the lines they then stand on."""
+    return {
+        "list.json": (json.dumps(rows()), ["1", "1", "1"]),
+        "list.jsonl": ("\ufeff\n" + json.dumps(rows(), indent=1) + "\n", ["3", "8", "13"]),
+        "lines.json": ("\n".join(map(json.dumps, rows())), ["1", "2", "3"]),
+        "spread.jsonl": ("\n".join(json.dumps(row, indent=1) for row in rows()), ["1", "6", "11"]),
+        "comma.json": ("[" + ",\n".join(map(json.dumps, rows())) + ",]", ["1", "2", "3"]),
+        "long.json": (json.dumps([{**row, "other": "x" * 600_000} for row in rows()]), ["1", "1", "1"]),
+    }
+
+
+@pytest.mark.parametrize("name", lists())
+def test_json_is_read_as_a_list_and_as_lines(base, name):
+    content, places = lists()[name]
+    put(base / name, content)
+    found = read(base, {"path": name}).train
+    assert [sample.caption for sample in found] == CAPTIONS
+    assert [sample.where for sample in found] == [f"{name}:{place}" for place in places]
+
+
+@pytest.mark.parametrize(
+    ("content", "message", "line"),
+    [
+        (json.dumps(rows(), indent=1)[:-3], "Expecting ',' delimiter", 16),
+        ("[\n" + json.dumps(rows()[0]) + "\n" + json.dumps(rows()[1]) + "]", "a comma is missing", 3),
+        ("[" + json.dumps(rows()[0]) + ",\n", "the list is not closed", 1),
+        ("[" + json.dumps(rows()[0]) + "]\n[1]", "something follows the list", 2),
+        ('[\n"a.mp4"]', "not a JSON object", 2),
+        ('[{"a": 1,\n"a": 2}]', "the key 'a' stands twice", 1),
+        ("[" * 100_000, "nested too deeply", 1),
+        ('{\n "clips/a.mp4": "a red ball"\n}', "the columns are: clips/a.mp4", None),
+        ("[]", "no rows", None),
+    ],
+)
+def test_a_list_that_is_broken_is_one_error(base, content, message, line):
+    for name in ("m.json", "m.jsonl"):
+        put(base / name, content)
+        told = fails(base, {"path": name})
+        assert message in told and (f"{name}:{line}" if line else name) in told and told.count("fix:") <= 1
+
+
+def test_a_folder_s_json_is_its_rows_unless_another_table_is(base):
+    put(base / "metadata.json", json.dumps(rows()))
+    assert len(read(base, {"path": "."}).train) == 3
+    jsonl(base / "metadata.jsonl", rows()[:1])
+    assert len(read(base, {"path": "."}).train) == 1
+
+
 def test_csv_rows_know_their_line(base):
     put(base / "m.csv", 'video,caption\nclips/a.mp4,"two\nlines"\n\nclips/b.mp4,\nclips/gone.mp4,x\n')
     message = fails(base, {"path": "m.csv"})
@@ -304,6 +355,31 @@ def test_prompt_files_of_different_length(base):
     assert "prompts.txt 2, videos.txt 3, images.txt 3" in message
 
 
+BLANK = {"empty": "", "spaces": "  \t", "no-break": "\u00a0\u3000", "unseen": "\ufeff\u200b", "crlf": "\r"}
+
+
+@pytest.mark.parametrize("blank", BLANK)
+@pytest.mark.parametrize("name", ["prompts.txt", "videos.txt", "images.txt"])
+def test_a_blank_line_between_lines_that_pair_is_an_error(base, name, blank):
+    """Equal counts of lines with text prove nothing: each file may have its blank line elsewhere."""
+    as_prompts(base)
+    lines = (base / name).read_text().split("\n")
+    (base / name).write_bytes("\n".join([lines[0], BLANK[blank], *lines[2:]]).encode())
+    message = fails(base, {"kind": "prompts", "path": "."})
+    assert f"{base / name}:2" in message and "the line is blank" in message
+
+
+def test_blank_lines_of_every_file_are_told_together_and_shift_no_pair(base):
+    put(base / "prompts.txt", "A\n\nC\nD\n")
+    put(base / "videos.txt", f"\n{CLIPS[0]}\n{CLIPS[1]}\n\n{CLIPS[2]}\n")
+    message = fails(base, {"kind": "prompts", "path": "."})
+    assert all(f"{place}" in message for place in ("prompts.txt:2", "videos.txt:1", "videos.txt:4"))
+    put(base / "prompts.txt", b"A\nB\ncaf\xe9\nC".replace(b"caf\xe9", b"X"))
+    put(base / "videos.txt", f"{CLIPS[0]}\n\ufeff{CLIPS[1]} \n{CLIPS[2]}\n{CLIPS[0]}".encode())
+    pairs = [(sample.caption, sample.video.name) for sample in read(base, {"kind": "prompts", "path": "."}).train]
+    assert pairs == [("A", "a.mp4"), ("B", "b.mp4"), ("X", "a.mp4"), ("C", "a.mp4")]
+
+
 def test_cogkit_text_to_video(base):
     jsonl(base / "metadata.jsonl", rows()[:2])
     assert len(read(base, {"kind": "cogkit", "path": "."}).train) == 2
@@ -344,13 +420,114 @@ def test_folder_wants_a_caption_for_every_clip(base):
     assert "there is no b.txt beside it" in message and "caption is empty" in message
 
 
-def test_folder_ignores_what_is_hidden_and_notes_strays(base):
+def test_folder_notes_what_it_leaves_out(base):
     as_folder(base)
     put(base / ".cache/x.mp4")
+    put(base / ".git/index")
     put(base / "clips/._a.mp4")
     put(base / "clips/README.txt", "about")
+    for name in ("a.rmvb", "b.rmvb", "b.json", "LICENCE"):
+        put(base / "clips" / name)
     found = read(base, {"path": "."})
-    assert len(found.train) == 3 and any("README.txt" in note for note in found.notes)
+    assert len(found.train) == 3 and len(found.notes) == 3
+    kinds, hidden, strays = found.notes
+    assert kinds.startswith("4 files") and "2 .rmvb, 1 without ending, 1 .json" in kinds
+    assert hidden.startswith("1 videos") and ".cache/x.mp4" in hidden
+    assert "README.txt" in strays
+    for clip in base.rglob("*.mp4"):
+        clip.unlink()
+    assert "2 .rmvb" in fails(base, {"path": "."}) and "2 .rmvb" in fails(base, {"kind": "folder", "path": "."})
+
+
+@pytest.mark.parametrize(
+    ("video", "caption", "image"),
+    [
+        ("IMG_1.MP4", "IMG_1.TXT", "IMG_1.JPG"),
+        ("IMG_1.MP4", "img_1.txt", "Img_1.jfif"),
+        (f"{NFC}.mp4", f"{NFD}.txt", f"{NFD.upper()}.AVIF"),
+        ("a.b.mp4", "a.b.TXT", "A.B.gif"),
+    ],
+)
+def test_folder_finds_what_is_spelled_otherwise(base, video, caption, image):
+    folder = put(base / "new" / video).parent
+    put(folder / caption, "a caption"), put(folder / image)
+    for written in ({"path": "new"}, {"kind": "folder", "path": "new"}):
+        (sample,) = read(base, written, image_to_video=True).train
+        assert (sample.video.name, sample.caption, sample.image.name) == (video, "a caption", image)
+
+
+def test_folder_takes_the_exact_name_first(base):
+    """Two clips whose names differ in case only keep their own captions."""
+    for name in ("a", "A"):
+        put(base / "new" / f"{name}.mp4"), put(base / "new" / f"{name}.txt", f"caption of {name}")
+    found = read(base, {"path": "new"})
+    assert {sample.video.stem: sample.caption for sample in found.train} == {n: f"caption of {n}" for n in "aA"}
+    put(base / "new/a.TXT", "another")
+    assert "a.TXT and a.txt could both belong to it" in fails(base, {"path": "new"})
+
+
+def test_folder_asks_which_image_is_meant(base):
+    as_folder(base)
+    put(base / "clips/a.JPG"), put(base / "clips/b.heic"), (base / "clips/b.png").unlink()
+    message = fails(base, {"path": "."}, image_to_video=True)
+    assert "a.JPG and a.png could both belong to it" in message
+    assert "clips/b.heic is not a known kind of image" in message and "2 things" in message
+    assert len(read(base, {"path": "."}).train) == 3, "images are for image-to-video only"
+
+
+def linked_clips(base: Path) -> Path:
+    """``data/`` with one clip, a folder beside it, and every kind of link to folders."""
+    for folder in ("data", "data/.store/more", "elsewhere/deep"):
+        put(base / folder / "x.mp4"), put(base / folder / "x.txt", f"from {folder}")
+    (base / "data/inside").symlink_to(".store/more")
+    (base / "data/again").symlink_to(base / "data/.store/more")
+    (base / "data/loop").symlink_to(".")
+    (base / "data/up").symlink_to("..")
+    (base / "data/out").symlink_to(base / "elsewhere")
+    (base / "data/gone").symlink_to("nowhere")
+    return base / "data"
+
+
+@pytest.mark.parametrize("kind", ["auto", "folder"])
+def test_linked_folders_are_read_once_or_named(tmp_path, kind):
+    base, data = tmp_path, linked_clips(tmp_path)
+    message = fails(base, {"kind": kind, "path": "data"})
+    assert "up is a link to a folder outside" in message and "out is a link to a folder outside" in message
+    assert "gone is a link that leads nowhere" in message and "3 things" in message
+    (data / "gone").unlink()
+    found = read(base, {"kind": kind, "path": "data", "allow_outside": True})
+    real = [os.path.realpath(sample.video) for sample in found.train]
+    assert len(set(real)) == len(real) == 3 and found.notes == ()
+    for link in ("up", "out"):
+        (data / link).unlink()
+    found = read(base, {"kind": kind, "path": "data"})
+    assert sorted(sample.caption for sample in found.train) == ["from data", "from data/.store/more"]
+    assert data / found.train[0].video.parent.relative_to(data) in source_files(sources({"path": "data"}), base)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(base, monkeypatch):
+    as_folder(base)
+    listed = os.scandir
+
+    def refuse(place):
+        if Path(place).name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert "the folder cannot be read: Permission denied" in fails(base, {"path": "."})
+
+
+def test_badly_encoded_names_are_told_together(base):
+    as_folder(base)
+    for name in (b"\xff.mp4", b"\xfe.txt", b"clips/\xe9.mp4", b"\xfd/x.mp4"):
+        path = os.path.join(os.fsencode(base), name)  # noqa: PTH118
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
+    message = fails(base, {"path": "."})
+    assert "4 things" in message and message.count("name is damaged") == 4 and "a folder's name" in message
+    jsonl(base / "m.jsonl", [{"file_name": f"{name}.mp4", "prompt": "x"} for name in ("\udcff", "\udce9")])
+    assert fails(base, {"path": "m.jsonl"}).count("name is damaged") == 2
 
 
 @pytest.mark.parametrize(
@@ -387,7 +564,8 @@ def test_paths_that_are_no_dataset(base):
         ("linked_folder/outside.mp4", "link that leads out"),
         ("circle.mp4", "cannot be read|no file"),
         ("clips/gone.mp4", "no file"),
-        ("clips\\a.mp4", "forward slashes"),
+        ("clips\\gone.mp4", "no file"),
+        ("$CLIPS/a.mp4", "no variable is filled in"),
         ("clips/empty.mp4", "empty"),
         ("folder.mp4", "a folder, not a file"),
         ("clips/a.png", "not a known kind of video"),
@@ -413,6 +591,28 @@ def test_videos_that_are_refused(base, video, message):
     with pytest.raises(DataError, match=message) as caught:
         read(base, {"path": "data/m.jsonl"})
     assert caught.value.where.endswith("m.jsonl:1") and caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("written", "there"),
+    [
+        ("v\\a.mp4", "v/a.mp4"),
+        ("V/A.mp4", "v/a.mp4"),
+        (f"{NFC}/{NFC}.mp4", f"{NFD}/{NFD}.mp4"),
+        (f"{NFD}\\{NFD}.mp4", f"{NFC}/{NFC}.mp4"),
+        (".\\v\\Stra\u00dfe.mp4", "v/STRASSE.mp4"),
+    ],
+)
+def test_a_name_that_is_spelled_otherwise_means_its_file(base, written, there):
+    put(base / there)
+    jsonl(base / "m.jsonl", [{"file_name": written, "prompt": "x"}])
+    (sample,) = read(base, {"path": "m.jsonl"}).train
+    assert sample.video == base / there
+    put((base / there).with_name((base / there).name.swapcase()))
+    if (base / written.replace("\\", "/")).is_file():
+        assert read(base, {"path": "m.jsonl"}).train[0].video.name == Path(written.replace("\\", "/")).name
+    else:
+        assert "no file" in fails(base, {"path": "m.jsonl"}), "two files could be meant"
 
 
 def test_links_that_stay_inside_are_fine(base):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +61,9 @@ class Provenance:
 
 
 class RunConfig(Strict):
-    """Everything about one run. Relative paths start at the configuration file's folder; ``~`` is the home folder."""
+    """Everything about one run. Relative paths start at the configuration file's folder; ``~`` is the home folder, and
+    ``$NAME`` or ``${NAME}`` an environment variable.
+    """
 
     model: ModelConfig
     """The base model."""
@@ -171,7 +174,7 @@ def with_absolute_paths(config: RunConfig, base: Path) -> RunConfig:
     model = resolved.model
     # A hub id or a folder: the type cannot say which, the disk can.
     local = _resolve(Path(model.pretrained), base)
-    is_path = model.pretrained.startswith((".", "~", "/")) or local.is_dir()
+    is_path = model.pretrained.startswith((".", "~", "/", "$")) or local.is_dir()
     model = model.model_copy(update={"pretrained": str(local) if is_path else canonical_name(model.pretrained)})
     return resolved.model_copy(update={"model": model})
 
@@ -187,6 +190,10 @@ def _absolute(value: Any, base: Path) -> Any:
 
 
 def _resolve(path: Path, base: Path) -> Path:
+    if "$" in str(path) and not os.path.lexists(base / path):
+        path = Path(os.path.expandvars(path))
+        if unset := re.search(r"\$(\w+|\{\w*\})", str(path)):
+            raise RuntimeError(f"{path} names the environment variable {unset.group()}, which is not set")
     joined = (base / path.expanduser()).absolute()
     try:
         os.lstat(joined)

@@ -14,19 +14,11 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from finetune.datasets.columns import CAPTION_COLUMNS, IMAGE_COLUMNS, VIDEO_COLUMNS, column_of
-from finetune.datasets.lines import lines_with_text, read_text
-from finetune.datasets.rows import (
-    IMAGE_SUFFIXES,
-    MAX_CAPTION_CHARS,
-    VIDEO_SUFFIXES,
-    RawRow,
-    Reading,
-    files_below,
-    joined,
-    require_inside,
-)
+from finetune.datasets.folders import PICTURES, Beside, left_out, list_folder
+from finetune.datasets.lines import paired_lines, read_text
+from finetune.datasets.rows import MAX_CAPTION_CHARS, VIDEO_SUFFIXES, RawRow, Reading, joined, require_inside
 from finetune.datasets.tables import MAX_FAULTS, MAX_ROWS, SUFFIXES, Row, read_table
-from finetune.errors import DataError
+from finetune.errors import DataError, raise_all
 from finetune.section import Strict
 
 Split = Literal["train", "holdout"]
@@ -37,7 +29,8 @@ _MOST_CAPTION_BYTES = 4 * MAX_CAPTION_CHARS + 1024
 
 class _Source(Strict):
     path: Path
-    """File or folder; a relative path starts at the configuration file's folder, and ``~`` is the home folder."""
+    """File or folder; a relative path starts at the configuration file's folder, ``~`` is the home folder,
+    ``$NAME`` an environment variable."""
     repeats: float = Field(default=1.0, gt=0, le=10_000)
     """How often each clip is seen per epoch: 3 = three times, 0.5 = in every other epoch on average."""
     split: Split = "train"
@@ -49,7 +42,7 @@ class _Source(Strict):
 
 
 class MetadataSource(_Source):
-    """A ``.jsonl``, ``.csv`` or ``.parquet`` file with one row per clip."""
+    """A ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file with one row per clip."""
 
     kind: Literal["metadata"] = "metadata"
     root: Path | None = None
@@ -90,8 +83,8 @@ class MetadataSource(_Source):
 
 
 class PromptsSource(_Source):
-    """CogVideo's layout: a folder with ``prompts.txt`` and ``videos.txt``, which pair line by line (blank lines do not
-    count), and for image-to-video optionally ``images.txt``.
+    """CogVideo's layout: a folder with ``prompts.txt`` and ``videos.txt``, which pair line by line (a blank line that
+    others follow is an error), and for image-to-video optionally ``images.txt``.
     """
 
     kind: Literal["prompts"] = "prompts"
@@ -99,20 +92,25 @@ class PromptsSource(_Source):
     def read(self, base: Path, reading: Reading) -> None:
         """Add this source's rows; raises DataError for what concerns the whole folder."""
         folder = _located(base, self.path)
-        columns: list[list[tuple[int, str | DataError]]] = []
+        columns: list[list[str | DataError]] = []
+        faults: list[DataError] = []
         for file in self.files(base):
-            require_inside(file, folder, allow_outside=self.allow_outside)
-            columns.append(lines_with_text(file, most=MAX_ROWS, most_faults=MAX_FAULTS))
-        reading.unusable += [line for column in columns for _, line in column if isinstance(line, DataError)]
+            try:
+                require_inside(file, folder, allow_outside=self.allow_outside)
+                columns.append(paired_lines(file, most=MAX_ROWS, most_faults=MAX_FAULTS))
+            except DataError as error:
+                faults.append(error)
+        raise_all(DataError, faults, what="{n} of the files that pair line by line cannot be used")
+        reading.unusable += [line for column in columns for line in column if isinstance(line, DataError)]
         counts = [len(column) for column in columns]
         if len(set(counts)) > 1 or not counts[0]:
             told = ", ".join(f"{file.name} {count}" for file, count in zip(self.files(base), counts, strict=True))
-            what = f"the files pair line by line, but their counts of lines with text are: {told}"
+            what = f"the files pair line by line, but their counts of lines are: {told}"
             raise DataError(what, where=str(folder), fix="write one line per clip in each file")
-        images = columns[2] if len(columns) == 3 else [(0, None)] * counts[0]
-        for (line, caption), (_, video), (_, image) in zip(columns[0], columns[1], images, strict=True):
-            if not any(isinstance(value, DataError) for value in (caption, video, image)):
-                reading.rows.append(RawRow(video, caption, image, folder, f"{folder / 'prompts.txt'}:{line}"))
+        for number, (caption, video, *image) in enumerate(zip(*columns, strict=True), start=1):
+            if not any(isinstance(value, DataError) for value in (caption, video, *image)):
+                where = f"{folder / 'prompts.txt'}:{number}"
+                reading.rows.append(RawRow(video, caption, image[0] if image else None, folder, where))
 
     def files(self, base: Path) -> list[Path]:
         """What decides which rows are read: a file by its content, a folder by its listing."""
@@ -178,21 +176,21 @@ class FolderSource(_Source):
     def read(self, base: Path, reading: Reading) -> None:
         """Add this source's rows; raises DataError for what concerns the whole folder."""
         folder = _located(base, self.path)
-        files = files_below(folder)
-        videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-        if not videos:
-            raise DataError(
-                "the folder holds no videos", where=str(folder), fix=f"known are {' '.join(VIDEO_SUFFIXES)}"
-            )
-        images = {file.with_suffix(""): file for file in files if file.suffix.lower() in IMAGE_SUFFIXES}
-        known = set(files)
+        listing = list_folder(folder, allow_outside=self.allow_outside)
+        reading.errors += listing.faults
+        videos = [file for file in listing.files if file.suffix.lower() in VIDEO_SUFFIXES]
+        captions, images = (Beside(listing.files, videos, suffixes) for suffixes in ((".txt",), PICTURES))
+        reading.notes += left_out(folder, listing)
+        if not videos and not listing.faults:
+            known = f"known are {' '.join(VIDEO_SUFFIXES)}"
+            raise DataError("; ".join(["the folder holds no videos", *reading.notes]), where=str(folder), fix=known)
         for video in videos:
-            caption = video.with_suffix(".txt")
-            if caption not in known:
-                fix = f"write its caption into {caption.name}, or take it out"
-                reading.errors.append(DataError(f"there is no {caption.name} beside it", where=str(video), fix=fix))
-                continue
             try:
+                caption = captions.of(video)
+                if caption is None:
+                    name = f"{video.stem}.txt"
+                    fix = f"write its caption into {name}, or take it out"
+                    raise DataError(f"there is no {name} beside it", where=str(video), fix=fix)
                 require_inside(caption, folder, allow_outside=self.allow_outside)
             except DataError as error:
                 reading.errors.append(error)
@@ -202,17 +200,20 @@ class FolderSource(_Source):
             except DataError as error:
                 reading.unusable.append(error)
                 continue
-            image = images.get(video.with_suffix(""))
-            names = [None if file is None else file.relative_to(folder).as_posix() for file in (video, image)]
-            reading.rows.append(RawRow(names[0], text, names[1], folder, str(caption)))
-        stems = {video.with_suffix("") for video in videos}
-        if strays := [file for file in files if file.suffix.lower() == ".txt" and file.with_suffix("") not in stems]:
+            image: object
+            try:
+                found = images.of(video)
+                image = None if found is None else found.relative_to(folder).as_posix()
+            except DataError as error:
+                image = error
+            reading.rows.append(RawRow(video.relative_to(folder).as_posix(), text, image, folder, str(caption)))
+        if strays := captions.of_none(videos):
             reading.notes.append(f"{len(strays)} text files in {folder} belong to no clip, such as {strays[0].name}")
 
     def files(self, base: Path) -> list[Path]:
         """What decides which rows are read: a file by its content, a folder by its listing."""
         folder = _located(base, self.path)
-        below = files_below(folder)
+        below = list_folder(folder, allow_outside=self.allow_outside).files
         folders = dict.fromkeys([folder, *(file.parent for file in below)])
         return [*folders, *(file for file in below if file.suffix.lower() == ".txt")]
 
@@ -250,17 +251,24 @@ class AutoSource(_Source):
             found.append(CogKitSource(path=path, allow_outside=self.allow_outside))
         else:
             for table in (path / f"metadata{suffix}" for suffix in SUFFIXES):
-                if table.is_file():
+                # A .json beside one of the others describes the dataset, more likely than not.
+                if table.is_file() and (table.suffix != ".json" or not found):
                     require_inside(table, path, allow_outside=self.allow_outside)
                     found.append(MetadataSource(path=table, allow_outside=self.allow_outside))
-        below = files_below(path)
-        texts = {file.with_suffix("") for file in below if file.suffix.lower() == ".txt"}
-        if any(file.with_suffix("") in texts for file in below if file.suffix.lower() in VIDEO_SUFFIXES):
+        listing = list_folder(path, allow_outside=self.allow_outside)
+        videos = [file for file in listing.files if file.suffix.lower() in VIDEO_SUFFIXES]
+        captions = Beside(listing.files, videos, (".txt",))
+        if captions.of_any(videos):
             found.append(FolderSource(path=path, allow_outside=self.allow_outside))
+        if not found:
+            raise_all(DataError, listing.faults, what="{n} things are wrong with the folder")
         if len(found) != 1:
             kinds = " or ".join(f"{source.kind} ({source.path.name})" for source in found)
             what = f"the folder could be read as {kinds}" if found else "the folder is no dataset that is known"
-            layouts = "prompts.txt and videos.txt; metadata.jsonl, .csv or .parquet; or clips with a .txt beside each"
+            layouts = (
+                "prompts.txt and videos.txt; metadata.jsonl, .csv, .parquet or .json; or clips with a .txt beside each"
+            )
+            what = "; ".join([what, *([] if found else left_out(path, listing))])
             fix = "write the source's kind and path" if found else f"a dataset's folder holds {layouts}"
             raise DataError(what, where=str(path), fix=fix)
         return found[0]

@@ -9,7 +9,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from finetune.errors import DataError
+from finetune.errors import DataError, raise_all
+from finetune.text import stripped
 
 MAX_FILE_BYTES = 1 << 30
 """Of one metadata file: about a thousand bytes for each of a million rows."""
@@ -49,10 +50,10 @@ def kind_of(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "a device")
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
+def read_lines(path: Path, *, most_chars: int = MAX_LINE_CHARS) -> Iterator[tuple[int, str | DataError]]:
     """Every line with its number from 1, without its end; an error in the place of one that cannot be read.
 
-    A byte order mark is taken out; ``\\n``, ``\\r\\n`` and ``\\r`` end a line.
+    A byte order mark is taken out; ``\\n``, ``\\r\\n`` and ``\\r`` end a line, which may have ``most_chars``.
 
     Raises:
         DataError: as ``require_file`` does; if the file is UTF-16 or UTF-32; if it cannot be read.
@@ -64,36 +65,51 @@ def read_lines(path: Path) -> Iterator[tuple[int, str | DataError]]:
         # Bytes that are no UTF-8 come through as marks, so that one of them spoils its own line only.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as source:
             number = 0
-            while text := source.readline(MAX_LINE_CHARS + 1):
+            while text := source.readline(most_chars + 1):
                 number += 1
-                whole = text.endswith("\n") or len(text) <= MAX_LINE_CHARS
+                whole = text.endswith("\n") or len(text) <= most_chars
                 while not whole:  # the rest of an endless line, a piece at a time
-                    piece = source.readline(MAX_LINE_CHARS)
+                    piece = source.readline(most_chars)
                     whole = not piece or piece.endswith("\n")
-                    text = text[: MAX_LINE_CHARS + 1]
+                    text = text[: most_chars + 1]
                 line = text.removesuffix("\n")
-                yield number, _line_fault(line, f"{path}:{number}") or line
+                yield number, _line_fault(line, f"{path}:{number}", most_chars) or line
     except OSError as error:
         raise DataError(f"the file cannot be read: {_reason(error)}", where=str(path)) from None
 
 
-def lines_with_text(path: Path, *, most: int, most_faults: int) -> list[tuple[int, str | DataError]]:
-    """The lines that are not blank, stripped, and an error for each that cannot be read.
+def paired_lines(path: Path, *, most: int, most_faults: int) -> list[str | DataError]:
+    """The lines of a file that pairs line by line with another: line 1 first, stripped, blank ones at the end left out.
+
+    Returns:
+        Text, or an error for a line that cannot be read.
 
     Raises:
-        DataError: as ``read_lines`` does, and if there are too many of either kind.
+        DataError: as ``read_lines`` does, if there are too many lines or errors, and for the blank lines that others
+            follow: nobody can say which line of the other file belongs to what comes after them.
     """
-    lines: list[tuple[int, str | DataError]] = []
+    lines: list[str | DataError] = []
+    blank: list[DataError] = []
+    waiting: list[int] = []
     faults = 0
     for number, line in read_lines(path):
         faults += isinstance(line, DataError)
-        text = line if isinstance(line, DataError) else line.strip()
-        if text:
-            lines.append((number, text))
-        if len(lines) > most or faults > most_faults:
-            told = f"{most_faults:,} lines that cannot be read" if faults > most_faults else f"{most:,} lines"
+        text = line if isinstance(line, DataError) else stripped(line)
+        if not text:
+            if len(waiting) <= most_faults:
+                waiting.append(number)
+            continue
+        fix = "write what belongs there, or take the line out of every file"
+        blank += [DataError("the line is blank, and more follow", where=f"{path}:{at}", fix=fix) for at in waiting]
+        waiting = []
+        lines.append(text)
+        if len(lines) > most or faults + len(blank) > most_faults:
+            told = f"{most:,} lines" if len(lines) > most else f"{most_faults:,} lines that cannot be read"
             fix = "check that this is the right file"
             raise DataError(f"the file has more than {told}", where=f"{path}:{number}", fix=fix)
+    if blank:
+        blank += [line for line in lines if isinstance(line, DataError)]
+        raise_all(DataError, blank, what="{n} lines cannot be used, so that it cannot be told what belongs together")
     return lines
 
 
@@ -112,10 +128,10 @@ def read_text(path: Path, *, most_bytes: int) -> str:
     return "\n".join(lines)
 
 
-def _line_fault(line: str, where: str) -> DataError | None:
-    if len(line) > MAX_LINE_CHARS:
+def _line_fault(line: str, where: str, most_chars: int) -> DataError | None:
+    if len(line) > most_chars:
         fix = "check that this is the right file"
-        return DataError(f"the line has more than {MAX_LINE_CHARS:,} characters", where=where, fix=fix)
+        return DataError(f"the line has more than {most_chars:,} characters", where=where, fix=fix)
     if found := _BYTE.search(line):
         byte = ord(found.group()) - 0xDC00
         return DataError(f"the text is not UTF-8 (byte 0x{byte:02x})", where=where, fix=_conversion(byte))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ntpath
 import os
 import stat
+import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,19 +14,18 @@ from finetune.errors import DataError
 from finetune.text import text_fault
 
 VIDEO_SUFFIXES = (
-    *(".mp4", ".m4v", ".mov", ".3gp", ".mkv", ".webm", ".avi", ".ogv"),
-    *(".mpg", ".mpeg", ".ts", ".mts", ".m2ts", ".flv", ".wmv"),
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".ogv", ".ogm"),
+    *(".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".flv", ".wmv", ".asf"),
 )
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff")
+OTHER_IMAGE_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".exr", ".dng")
+"""Images that are not read: one beside a clip is an error, so that the clip's own first frame never stands in for it
+unnoticed."""
 
 MAX_CAPTION_CHARS = 10_000
 """About ten times what 226 tokens hold: a longer caption is a wrong column or a wrong file."""
 MAX_NAME_CHARS = 4_096
 """Of a file name with its folders: what operating systems allow."""
-
-
-_MOST_FILES = 4_000_000
-_OF_USE = (*VIDEO_SUFFIXES, *IMAGE_SUFFIXES, ".txt")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ class RawRow:
     video: object
     caption: object
     image: object
+    """Or the DataError that says why it cannot be told which image it is: one for image-to-video only."""
     root: Path
     """The folder that ``video`` and ``image`` start at and may not lead out of."""
     where: str
@@ -80,6 +81,7 @@ class Gate:
     def __init__(self) -> None:
         self._folders: dict[str, str] = {}
         self._files: dict[str, str] = {}
+        self._listings: dict[str, dict[str, list[str]]] = {}
 
     def real(self, path: Path) -> str:
         """The file that a checked path is, every link followed: two paths of one file give the same."""
@@ -95,7 +97,7 @@ class Gate:
         *,
         allow_outside: bool = False,
     ) -> Path:
-        """The path of a usable file.
+        """The path of a usable file; one that differs from the name in case, Unicode form or slashes only is taken too.
 
         Args:
             value: a relative path with forward slashes.
@@ -121,16 +123,19 @@ class Gate:
         path = root / name
         spelled = str(path)
         try:
-            real, found = self._look(spelled)
+            try:
+                real, found = self._look(spelled)
+            except FileNotFoundError:
+                spelled = self._alike(root, name)
+                path = Path(spelled)
+                real, found = self._look(spelled)
         except FileNotFoundError:
-            slashes = " with forward slashes" if "\\" in name else ", upper and lower case too"
-            raise DataError(
-                f"there is no file {path}", where=where, fix=f"check its name{slashes}, or take the row out"
-            ) from None
+            fix = "write the whole name: no variable is filled in here" if "$" in name else "check its name"
+            raise DataError(f"there is no file {root / name}", where=where, fix=f"{fix}, or take the row out") from None
         except OSError as error:  # a name too long for the file system; links in a circle; no permission
             told = f"the {what} {name:.200} cannot be read: {error.strerror or error}"
             raise DataError(told, where=where, fix="check its name") from None
-        if not allow_outside and not _is_inside(real, self._folder(str(root))):
+        if not allow_outside and not is_inside(real, self._folder(str(root))):
             told = f"the {what} {name:.200} is a link that leads out of {root}"
             raise DataError(told, where=where, fix=_inside(root))
         if not stat.S_ISREG(found.st_mode):
@@ -139,7 +144,7 @@ class Gate:
         if found.st_size == 0:
             told = f"the file {path} is empty (0 bytes)"
             raise DataError(told, where=where, fix="copy it again, or take the row out")
-        self._files[spelled] = real
+        self._files[str(path)] = real
         return path
 
     def _look(self, path: str) -> tuple[str, os.stat_result]:
@@ -151,6 +156,21 @@ class Gate:
             real = os.path.realpath(real, strict=True)
             found = os.lstat(real)
         return real, found
+
+    def _alike(self, root: Path, name: str) -> str:
+        """The one file that ``name`` can mean where it is not spelled as on the disk. Raises FileNotFoundError."""
+        place = "/" if name.startswith("/") else str(root)
+        for part in name.replace("\\", "/").split("/"):
+            if place not in self._listings:
+                listing = self._listings[place] = {}
+                for entry in os.listdir(place) if os.path.isdir(place) else ():  # noqa: PTH112, PTH208
+                    listing.setdefault(alike(entry), []).append(entry)
+            names = self._listings[place].get(alike(part), [])
+            chosen = [part] if part in ("", ".", "..") or part in names else names
+            if len(chosen) != 1:
+                raise FileNotFoundError(name)
+            place = os.path.join(place, chosen[0])  # noqa: PTH118
+        return place
 
     def _folder(self, folder: str) -> str:
         if folder not in self._folders:
@@ -164,7 +184,7 @@ def require_inside(path: Path, root: Path, *, allow_outside: bool) -> None:
     Raises:
         DataError: if ``path`` leads out of ``root`` and that is not allowed.
     """
-    if not allow_outside and not _is_inside(os.path.realpath(path), os.path.realpath(root)):
+    if not allow_outside and not is_inside(os.path.realpath(path), os.path.realpath(root)):
         fix = "copy the file into the folder, or set allow_outside for a folder that you trust"
         raise DataError(f"{path.name} is a link that leads out of {root}", where=str(path), fix=fix)
 
@@ -208,28 +228,11 @@ def _inside(root: Path) -> str:
     )
 
 
-def _is_inside(real: str, root: str) -> bool:
+def is_inside(real: str, root: str) -> bool:
+    """Whether a path lies in a folder or is it; both with every link followed."""
     return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def files_below(folder: Path) -> list[Path]:
-    """Every file in a folder and its sub-folders, sorted; dot files are left out, links to folders not followed.
-
-    Raises:
-        DataError: if there is no such folder, it holds too many files, or one that is read has a name that is no text.
-    """
-    if not folder.is_dir():
-        raise DataError("there is no such folder", where=str(folder), fix="check data.sources")
-    found: list[Path] = []
-    for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place) / name for name in files if not name.startswith(".")]
-        if len(found) > _MOST_FILES:
-            fix = "name the folder of the clips, or list them in a metadata file"
-            raise DataError(f"more than {_MOST_FILES:,} files are in the folder", where=str(folder), fix=fix)
-    found.sort()
-    for file in found:
-        if file.suffix.lower() in _OF_USE and (fault := text_fault(str(file.relative_to(folder)), one_line=True)):
-            # No record of the run could name it, and no terminal should.
-            raise DataError(f"a file's name is damaged: {fault}", where=str(file), fix="rename it, in UTF-8")
-    return found
+def alike(name: str) -> str:
+    """Equal for names that differ only in case or in how Unicode composes their letters (macOS takes them apart)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())

@@ -148,7 +148,9 @@ def _check(
     wrong_before = len(of_files)
     video = tried(of_files, gate.file, row.video, row.root, VIDEO_SUFFIXES, "video", **allowed)
     image = None
-    if image_to_video and row.image is not None:
+    if image_to_video and isinstance(row.image, DataError):
+        of_files.append(row.image)
+    elif image_to_video and row.image is not None:
         image = tried(of_files, gate.file, row.image, row.root, IMAGE_SUFFIXES, "image", **allowed)
     caption = tried(of_text, check_caption, row.caption)
     if video is None or caption is None or len(of_files) > wrong_before:

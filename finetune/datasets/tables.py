@@ -1,27 +1,33 @@
-"""Rows of ``jsonl``, ``csv`` and ``parquet`` files, each with the line it stands on.
+"""Rows of ``jsonl``, ``json``, ``csv`` and ``parquet`` files, each with the line it stands on.
 
-JSON and CSV are read line by line with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV
-for a word, and never move the columns of a row with an unquoted comma. Parquet is read with HF ``datasets``, in a
-process of its own. Whatever a file claims, rows, columns and bytes are bounded.
+JSON and CSV are read with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV for a word,
+and never move the columns of a row with an unquoted comma. JSON may be an object per line or one list of objects,
+whatever the file is called. Parquet is read with HF ``datasets``, in a process of its own. Whatever a file claims,
+rows, columns and bytes are bounded.
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import json
+import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.datasets.lines import MAX_FILE_BYTES, read_lines, require_file
 from finetune.datasets.parquet import read_columns
-from finetune.errors import DataError
+from finetune.errors import DataError, raise_all
 
-SUFFIXES = (".jsonl", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 
 MAX_ROWS = 2_000_000
 """Of one source: more want sources of their own, or another tool."""
+MAX_LIST_BYTES = 1 << 28
+"""Of a file that is one JSON list: its text is held in memory as a whole."""
 MAX_COLUMNS = 1_000
 MAX_FAULTS = 10_000
 """Rows of one source that are told to be unusable; with more of them it is the wrong file."""
@@ -68,7 +74,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     """Read a metadata file.
 
     Args:
-        path: ``.jsonl``, ``.csv`` or ``.parquet``.
+        path: with an ending of ``SUFFIXES``.
         wanted: columns whose values are kept, where they are there.
 
     Raises:
@@ -77,9 +83,9 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
-        raise DataError("a metadata file is .jsonl, .csv or .parquet", where=str(path))
+        raise DataError(f"a metadata file is {', '.join(SUFFIXES)}", where=str(path))
     table = Table()
-    reader = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}[suffix]
+    reader = {".csv": _read_csv, ".parquet": _read_parquet}.get(suffix, _read_json)
     reader(path, frozenset(wanted), table)
     if not table.rows and not table.faults and not (suffix == ".parquet" and table.columns):
         raise DataError("the file has no rows", where=str(path))
@@ -95,37 +101,103 @@ def listed(columns: Collection[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _read_jsonl(path: Path, wanted: frozenset[str], table: Table) -> None:
+def _read_json(path: Path, wanted: frozenset[str], table: Table) -> None:
+    for where, value in _list_items(path) if _spans_lines(path) else _line_values(path):
+        if isinstance(value, DataError):
+            table.refuse(value)
+            continue
+        for name in value:
+            if name not in table.columns:
+                table.columns[name] = ""
+        if len(table.columns) > MAX_COLUMNS:
+            raise DataError(f"the rows have more than {MAX_COLUMNS:,} different keys", where=where)
+        table.add({name: value[name] for name in wanted if name in value}, where)
+
+
+def _line_values(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         if isinstance(line, DataError):
-            table.refuse(line)
+            yield where, line
         elif line.strip():
-            value = _parse(line, where)
-            if isinstance(value, DataError):
-                table.refuse(value)
-                continue
-            for name in value:
-                if name not in table.columns:
-                    table.columns[name] = ""
-            if len(table.columns) > MAX_COLUMNS:
-                raise DataError(f"the rows have more than {MAX_COLUMNS:,} different keys", where=where)
-            table.add({name: value[name] for name in wanted if name in value}, where)
+            yield where, _parse(line, where)
+
+
+def _spans_lines(path: Path) -> bool:
+    """Whether a file begins with a list, or with an object that goes on in the next line."""
+    require_file(path)
+    head = b""
+    with suppress(OSError), path.open("rb") as file:  # what cannot be read is told by who reads the rest
+        head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
+    return head.startswith(b"[") or head.partition(b"\n")[0].strip() == b"{"
+
+
+def _list_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+    """The objects of a file that is one JSON list, or of objects one after another, each with its first line.
+
+    Raises:
+        DataError: at the first place that is not JSON, for what follows cannot be told from it.
+    """
+    require_file(path, most_bytes=MAX_LIST_BYTES)
+    lines = [line for _, line in read_lines(path, most_chars=MAX_LIST_BYTES)]
+    raise_all(DataError, [line for line in lines if isinstance(line, DataError)], what="{n} lines cannot be read")
+    text = "\n".join(map(str, lines))
+
+    def fault(what: str) -> DataError:
+        where = f"{path}:{1 + text.count(chr(10), 0, at)}"
+        return DataError(f"not valid JSON: {what}", where=where, fix="write a list of objects, or one object per line")
+
+    at = _next(text, 0)
+    is_list = text[at] == "["
+    at = _next(text, at + is_list)
+    number, counted = 1, 0
+    while at < len(text) and text[at] != "]":
+        number, counted = number + text.count("\n", counted, at), at
+        where = f"{path}:{number}"
+        try:
+            value, at = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            at = error.pos
+            raise fault(f"{error.msg} at column {error.colno}") from None
+        except (ValueError, RecursionError) as error:
+            raise _no_json(error, where) from None
+        yield where, value if isinstance(value, dict) else _no_object(where)
+        at = _next(text, at)
+        if is_list and text[at : at + 1] == ",":
+            at = _next(text, at + 1)
+        elif is_list and at < len(text) and text[at] != "]":
+            raise fault("a comma is missing")
+    if is_list != (at < len(text)):
+        raise fault("the list is not closed" if is_list else "a list ends that has not begun")
+    if is_list and (at := _next(text, at + 1)) < len(text):
+        raise fault("something follows the list")
+
+
+def _next(text: str, at: int) -> int:
+    """Where the next character that is no white space stands."""
+    found = _TEXT.search(text, at)
+    return found.start() if found else len(text)
 
 
 def _parse(line: str, where: str) -> dict[str, Any] | DataError:
     try:
-        value = json.loads(line, object_pairs_hook=_once_each)
-    except json.JSONDecodeError as error:
+        value = _DECODER.decode(line)
+    except (ValueError, RecursionError) as error:
+        return _no_json(error, where)
+    return value if isinstance(value, dict) else _no_object(where)
+
+
+def _no_object(where: str) -> DataError:
+    return DataError("not a JSON object", where=where, fix='write {"file_name": ..., "prompt": ...}')
+
+
+def _no_json(error: Exception, where: str) -> DataError:
+    if isinstance(error, json.JSONDecodeError):
         what = f"not valid JSON: {error.msg} at column {error.colno}"
-    except ValueError as error:  # a key that stands twice; a number of thousands of digits
-        what = f"not usable JSON: {str(error).split(';')[0]}"
-    except RecursionError:
+    elif isinstance(error, RecursionError):
         what = "not usable JSON: nested too deeply"
-    else:
-        if isinstance(value, dict):
-            return value
-        return DataError("not a JSON object", where=where, fix='write {"file_name": ..., "prompt": ...}')
+    else:  # a key that stands twice; a number of thousands of digits
+        what = f"not usable JSON: {str(error).split(';')[0]}"
     return DataError(what, where=where, fix="write one JSON object per line")
 
 
@@ -136,6 +208,10 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise ValueError(f"the key {twice[:40]!r} stands twice")
     return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+_TEXT = re.compile(r"\S")
 
 
 # ----------------------------------------------------------------------------------------------------------------- CSV

@@ -154,7 +154,9 @@ def image_seeds() -> list[bytes]:
         ("BMP", {}),
         ("TIFF", {"compression": "tiff_lzw"}),
         ("TIFF", {"compression": "jpeg"}),
+        ("AVIF", {}),
         ("GIF", {}),
+        ("ICO", {}),
     )
     found = []
     for form, options in wanted:

@@ -15,7 +15,7 @@ from finetune.errors import DataError
 
 Frame = NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
 """What Pillow may take a file for. It knows forty formats by their content, whatever a file is called; one of them
 (EPS) runs another program."""
 
