@@ -62,8 +62,9 @@ def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
-            told = f"the folder cannot be read: {error.strerror}"
-            listing.faults.append(DataError(told, where=str(place), fix="make it readable, or take it out"))
+            if not hidden:
+                told = f"the folder cannot be read: {error.strerror}"
+                listing.faults.append(DataError(told, where=str(place), fix="make it readable, or take it out"))
             continue
         count += len(entries)
         if count > _MOST_FILES:
@@ -71,7 +72,8 @@ def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
             raise DataError(f"more than {_MOST_FILES:,} files are in the folder", where=str(folder), fix=fix)
         for entry in entries:
             path, suffix = place / entry.name, os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
-            is_link, is_folder = entry.is_symlink(), os.path.isdir(path)  # noqa: PTH112
+            is_link = entry.is_symlink()
+            is_folder = entry.is_dir(follow_symlinks=False) or (is_link and path.is_dir())
             if hidden or entry.name.startswith("."):
                 if is_folder and not is_link:
                     places.append((path, True))
