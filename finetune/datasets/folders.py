@@ -45,7 +45,9 @@ def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
     listing = Listing()
     root = os.path.realpath(folder)
     seen: set[str] = set()
-    places, links, count = [(folder, False)], [], 0
+    places = [(folder, False)]
+    links: list[Path] = []
+    count = 0
     while places or links:
         # Links come last, so that a folder is read under its own name and not again under a link's.
         place, hidden = places.pop() if places else (links.pop(), False)
