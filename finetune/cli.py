@@ -232,7 +232,7 @@ def _train(args: argparse.Namespace) -> int:
     if _is_main():
         print(report)
         if not report.stopped_by:
-            print(f"next: finetune export {report.run_dir}")
+            print(f"next: {report.export_command}")
     return PREEMPTED if report.stopped_by else OK
 
 

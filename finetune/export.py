@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, save_transformer
-from finetune.config import pin_model
+from finetune.config import as_path, pin_model
 from finetune.errors import ExportError
 from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
 from finetune.exporting.model_card import copy_samples, model_card, training_record
@@ -55,14 +55,14 @@ class ExportReport:
     """What the difference may be; see ``exporting.verify.tolerance_of``."""
     merged: Merged | None = None
     """Of an adapter that was merged into its base."""
-    note: str = ""
-    """What the request came to, where its words suggest something else."""
+    notes: tuple[str, ...] = ()
+    """What the request came to, where its words suggest something else, and whether a better checkpoint stands."""
 
     def __str__(self) -> str:
         averaged = ", averaged weights" if self.weights == "ema" else ""
         lines = [f"exported step {self.step}{averaged} to {self.folder}: {', '.join(self.files)}"]
         lines += [str(self.merged)] if self.merged is not None else []
-        lines += [self.note] if self.note else []
+        lines += [f"note: {note}" for note in self.notes]
         lines.append(
             f"reloaded through the stock pipeline: largest difference {self.max_abs_diff:.2g}"
             f" (allowed {self.tolerance:.2g})"
@@ -71,13 +71,13 @@ class ExportReport:
 
 
 def export(
-    source: Path,
-    to: Path | None = None,
+    source: str | Path,
+    to: str | Path | None = None,
     *,
     checkpoint: Literal["latest", "best"] = "latest",
     full_pipeline: bool = False,
     weights: Literal["auto", "ema", "raw"] = "auto",
-    pretrained: str | None = None,
+    pretrained: str | Path | None = None,
     merged: bool = False,
     strength: float = 1.0,
 ) -> ExportReport:
@@ -104,7 +104,14 @@ def export(
         ExportError: if ``to`` holds something else, the options do not fit the run, there is no room, the disk fails,
             or the reloaded export differs from the trained model; nothing is left at ``to`` but an earlier export.
     """
-    found = find_source(source, checkpoint, weights, pretrained)
+    source, to = as_path(source, "export: source"), None if to is None else as_path(to, "export: to")
+    for option, value, known in (
+        ("checkpoint", checkpoint, ("latest", "best")),
+        ("weights", weights, ("auto", "ema", "raw")),
+    ):
+        if value not in known:
+            raise ExportError(f"{option} is {value!r:.200}", where="export", fix=f"choose one of {', '.join(known)}")
+    found = find_source(source, checkpoint, weights, None if pretrained is None else str(pretrained))
     config = pin_model(found.config)
     found = replace(found, config=config)
     facts = read_facts(config.model.pretrained, config.model.revision)
@@ -119,7 +126,7 @@ def export(
         _free()  # from here on the trained transformer is gone: never two in memory
         difference, tolerance = verify(partial, found, facts, trained, device)
         outcome.append((difference, tolerance, trained.merged))
-        samples = copy_samples(found.run_dir, found.state.step, partial)
+        samples = copy_samples(found, trained.merged, partial)
         record = training_record(found, facts, trained.merged, max_abs_diff=difference, tolerance=tolerance)
         atomic_write_text(partial / TRAINING_RECORD, record)
         card = model_card(found, facts, trained.merged, name=folder.name, samples=samples, full_pipeline=full_pipeline)
@@ -140,9 +147,12 @@ def export(
         ) from error
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     difference, tolerance, what = outcome[0]
-    note = "a full fine-tuning is whole: merged or not, its export is the same" if merged and not found.lora else ""
+    notes = ["a full fine-tuning is whole: merged or not, its export is the same"] if merged and not found.lora else []
+    if found.config.validation.samples and not any(name.startswith("samples/") for name in files):
+        notes.append(f"the card shows no video: the run sampled none with these weights of step {found.state.step}")
+    notes += [found.better] if found.better else []
     return ExportReport(
-        folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, note=note
+        folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, notes=tuple(notes)
     )
 
 
@@ -153,6 +163,8 @@ def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength
             where="--full-pipeline",
             fix="leave the option out (the adapter is loaded onto the base pipeline), or add --merged",
         )
+    if not isinstance(strength, int | float) or not math.isfinite(strength):
+        raise ExportError("it is not a number", where=f"--strength {strength}", fix="give 1 (as trained), 0.8, ...")
     if strength != 1 and not (merged and found.lora):
         raise ExportError(
             "the strength of an adapter is chosen where it is loaded"
@@ -161,8 +173,6 @@ def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength
             where=f"--strength {strength:g}",
             fix="add --merged, or leave the option out" if found.lora else "leave the option out",
         )
-    if not math.isfinite(strength):
-        raise ExportError("it is not a number", where=f"--strength {strength}", fix="give 1 (as trained), 0.8, ...")
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from finetune.caching.encode import Failure, Passed, encode_captions, encode_clips
 from finetune.caching.plan import CachePlan, ImageJob, plan_cache, require_room
 from finetune.caching.report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
 from finetune.caching.request import Answer, find_manifest
-from finetune.config import RunConfig, pin_model, require_valid
+from finetune.config import RunConfig, as_config, pin_model, require_valid
 from finetune.datasets.cache import Cache, Manifest
 from finetune.datasets.jobs import Job
 from finetune.datasets.manifest import KINDS, Kind
@@ -67,14 +68,18 @@ class PrecomputeReport:
 
 
 def precompute(
-    config: RunConfig, *, facts: Facts | None = None, distributed: Ranks | None = None, progress: bool = True
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    facts: Facts | None = None,
+    distributed: Ranks | None = None,
+    progress: bool = True,
 ) -> PrecomputeReport:
     """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
 
     What is encoded stays, whatever happens: killed at any moment, the next call goes on where this one stopped.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, its values, or its file (``config.as_config``).
         facts: of its model; read from it if None.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
@@ -85,6 +90,7 @@ def precompute(
         CacheError: if the disk or the GPU is too small, or another process of the launch failed.
         ModelError: if an encoder cannot be found or loaded.
     """
+    config = as_config(config)
     ranks = distributed or Ranks.current()
     config = pin_model(config, ranks.first)
     facts = facts or read_facts(config.model.pretrained, config.model.revision)

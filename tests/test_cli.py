@@ -16,7 +16,7 @@ import finetune
 from finetune.arguments import build_parser
 from finetune.cli import BUG, INTERRUPTED, OK, USER_ERROR, main
 from finetune.config import check_against, load_config
-from finetune.errors import CheckpointError, DataError, FinetuneError
+from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, ModelError
 from finetune.facts import known_model, read_facts
 from finetune.recipes import RECIPES
 from finetune.starter import EXAMPLE_CARDS_GIB, FULL_PEAK_GIB, HUB_IDS, LORA_PEAK_GIB, Starter
@@ -266,6 +266,27 @@ def test_the_public_names_work_whatever_was_imported_before(tmp_path):
     first, second = done.stdout.splitlines()
     assert first.startswith("[(('config',), {'progress': False})] finetune.trainers.loop load_config ['__version__'")
     assert "no attribute 'nothing'" in second
+
+
+@pytest.mark.parametrize("given", [None, 7, object(), ["run.yaml"], b"run.yaml"])
+@pytest.mark.parametrize("name", ["train", "precompute", "export"])
+def test_what_is_no_configuration_or_folder_is_no_type_error(name, given):
+    with pytest.raises(ConfigError, match=r"is no (configuration|path)"):
+        getattr(finetune, name)(given)
+
+
+@pytest.mark.parametrize("name", ["train", "precompute"])
+def test_a_configuration_is_one_or_its_values_or_its_file(name, tmp_path):
+    """All of them arrive at the model, which is not there."""
+    values = {"model": {"pretrained": "./absent"}, "data": {"sources": [{"path": "x"}], "buckets": ["9x64x64"]}}
+    values |= {"train": {"steps": 1}, "output_dir": str(tmp_path / "run")}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values))
+    for config in (str(path), path, values, finetune.load_config(str(path))):
+        with pytest.raises(ModelError, match="no such model folder"):
+            getattr(finetune, name)(config)
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        getattr(finetune, name)(str(tmp_path / "absent.yaml"))
 
 
 # ----------------------------------------------------------------------------------------- what the verbs hand on

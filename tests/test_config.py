@@ -440,6 +440,43 @@ def test_the_later_override_wins(write):
 
 
 @pytest.mark.parametrize(
+    "overrides",
+    [
+        "train.steps=7",
+        iter(["train.steps=7"]),
+        {"train.steps": 7},
+        {"train": {"steps": 7}, "data": {"sources": {1: {"path": Path("else")}}, "buckets": [(25, 480, 720)]}},
+    ],
+    ids=["one", "any-iterable", "dotted", "nested"],
+)
+def test_overrides_in_code_are_one_string_or_many_or_values(write, overrides):
+    config = load_config(str(write()), overrides)
+    assert config.train.steps == 7 and config.train.seed == load_config(write()).train.seed
+    if isinstance(overrides, dict) and "data" in overrides:
+        assert config.data.sources[1].path.name == "else" and config.data.buckets[0].frames == 25
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (5, "5 are no overrides"),
+        ([("train.steps", 5)], "are no overrides"),
+        ({"train.stesp": 5}, "unknown field 'stesp'; did you mean 'steps'?"),
+        ({"train.steps": object()}, "train.steps"),
+        ({"": 1, "train..steps": 1}, "2 overrides"),
+        ({"train.steps.x": 1}, "'train.steps' is 100 in the file"),
+    ],
+)
+def test_what_is_no_override_is_named_and_no_type_error(write, overrides, said):
+    assert said in fault(write(), overrides)
+
+
+@pytest.mark.parametrize("path", [None, 7, b"run.yaml", ["run.yaml"]])
+def test_what_is_no_path_is_named(path):
+    assert "is no path" in fault(path)
+
+
+@pytest.mark.parametrize(
     ("override", "said"),
     [
         ("train.stesp=5", "unknown field 'stesp'; did you mean 'steps'?"),

@@ -389,6 +389,12 @@ def test_requests_that_cannot_be_met(tiny_model, tmp_path):
         export(tmp_path)
     with pytest.raises(CheckpointError):
         export(tmp_path / "nowhere")
+    with pytest.raises(ExportError, match="checkpoint is 'step-00000003'"):
+        export(run, checkpoint="step-00000003")
+    with pytest.raises(ExportError, match="weights is 'EMA'"):
+        export(run, weights="EMA")
+    with pytest.raises(ExportError, match="not a number"):
+        export(run, merged=True, strength="half")
 
 
 def test_only_an_earlier_export_is_replaced(tiny_model, tmp_path):
@@ -500,6 +506,48 @@ def test_the_model_card_tells_what_was_done(tiny_model, tmp_path):
         assert words in body, words
     assert (folder / "samples/00-seed4.mp4").read_bytes() == b"new"
     assert "[00-seed4.mp4](samples/00-seed4.mp4): `a red ring`" in body
+
+
+@pytest.mark.parametrize(
+    ("options", "shown"),
+    [
+        ({}, "Sampled at step 3, with the averaged weights of this export."),
+        ({"merged": True}, "Sampled at step 3, with the averaged weights that were then merged."),
+        ({"merged": True, "strength": 0.5}, None),
+        ({"weights": "raw"}, None),
+        ({"checkpoint": "best"}, None),
+    ],
+    ids=["as trained", "merged", "half strength", "not the average", "a step without samples"],
+)
+def test_what_the_card_shows_was_sampled_with_the_exported_weights(tiny_model, tmp_path, options, shown):
+    """The rounds of steps 0, 3 and 4 stand there in every case: a card of another step once showed one of them."""
+    samples = {"samples": [{"prompt": "a red ring", "seed": 4}]}
+    make_run(tmp_path, tiny_model("5b"), LORA, step=2, ema=True, validation=samples)
+    run = run_with_history(tmp_path, tiny_model("5b"), ema=True, best_step=2)
+    report = export(str(run), str(tmp_path / "out"), **options)
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    videos = [path.read_bytes() for path in (tmp_path / "out").rglob("*.mp4")]
+    assert (videos == [b"new"] and shown in card) if shown else (videos == [] and "## Samples" not in card)
+    assert ("the card shows no video" in str(report)) == (shown is None)
+    foreign = "Measured with the averaged weights at strength 1, not with this export's." in card
+    assert foreign == (options.get("weights") == "raw" or options.get("strength") == 0.5)
+
+
+def test_an_export_names_a_better_checkpoint_that_stands(tiny_model, tmp_path):
+    make_run(tmp_path, tiny_model("5b"), LORA, step=2)
+    run = run_with_history(tmp_path, tiny_model("5b"), best_step=2)
+    rows = [{"step": step, "heldout": loss, "trainsubset": 0.1, "by_band": {}} for step, loss in ((2, 0.2), (3, 0.25))]
+    (run / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    better = (
+        f"note: step 2 has a lower held-out loss, 0.2000; step 3 has 0.2500: finetune export {run} --checkpoint best"
+    )
+    assert better in str(export(run))
+    assert "lower held-out" not in str(export(run, checkpoint="best"))
+    (run / HISTORY).write_text(json.dumps(rows[0] | {"heldout": 0.3}) + "\n" + json.dumps(rows[1]) + "\n")
+    assert "lower held-out" not in str(export(run))
+    (run / HISTORY).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    assert "lower held-out" not in str(export(run))
 
 
 def test_captions_cannot_act_as_markup(tiny_model, tmp_path):

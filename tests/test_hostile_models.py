@@ -571,7 +571,7 @@ def test_the_card_and_the_record_name_the_commit(found):
     assert "revision" not in body
 
 
-def test_only_what_a_run_writes_is_published(tmp_path):
+def test_only_what_a_run_writes_is_published(found, tmp_path):
     folder = tmp_path / "samples" / "step-00000003"
     folder.mkdir(parents=True)
     (tmp_path / "secret").write_text("secret")
@@ -579,7 +579,10 @@ def test_only_what_a_run_writes_is_published(tmp_path):
     for name in ("00-seed4.mp4", "x](javascript:alert(1)).mp4", "<b>.mp4", "a b.mp4", "\u05d0.mp4"):
         (folder / name).write_bytes(b"x")
     (folder / "01-seed5.mp4").symlink_to(tmp_path / "secret")
-    assert copy_samples(tmp_path, 3, tmp_path / "out") == ["00-seed4.mp4"]
+    config = found().config
+    prompts = tuple(SamplePrompt(prompt="a ring", seed=seed) for seed in (4, 5))
+    config = config.model_copy(update={"validation": config.validation.model_copy(update={"samples": prompts})})
+    assert copy_samples(found(config=config, run_dir=tmp_path), None, tmp_path / "out") == ["00-seed4.mp4"]
 
 
 def test_the_bomb_of_these_tests_is_no_safetensors_file(tmp_path):

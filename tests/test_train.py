@@ -15,6 +15,8 @@ from worlds import run_config
 from finetune.errors import CheckpointError, ConfigError, TrainingError
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.validation import HeldoutLoss
+from finetune.trainers.validator import Validator
 
 
 def tangled(demo_clips: Path, wide_clips: Path) -> dict[str, object]:
@@ -197,6 +199,50 @@ def test_the_best_checkpoint_is_kept(tiny_model, demo_clips, tmp_path):
     best = min((row for row in rows if row["step"] > 0), key=lambda row: row["heldout"])["step"]
     kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir() if path.is_dir()}
     assert kept == {f"step-{best:08d}", "step-00000006"}
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep_best", "ending"),
+    [
+        ([0.2, 0.3, 0.4], True, " --checkpoint best"),
+        ([0.2, 0.3, 0.4], False, ""),  # its checkpoint is not there
+        ([0.3, 0.2, 0.4], False, "/checkpoints/step-00000002"),  # still there, by keep_last
+        ([0.4, 0.3, 0.2], True, ""),
+    ],
+    ids=["worse", "not kept", "stands", "better"],
+)
+def test_the_end_says_which_step_was_best_and_how_to_export_it(
+    tiny_model, demo_clips, tmp_path, monkeypatch, losses, keep_best, ending
+):
+    measured = iter(loss for heldout in losses for loss in (heldout, 0.1))
+    monkeypatch.setattr(Validator, "_evaluate", lambda *_: HeldoutLoss(next(measured), {}, 1))
+    config = run_config(
+        tiny_model(),
+        demo_clips,
+        tmp_path / "run",
+        data={"holdout": 1},
+        train={"steps": 3},
+        validation={"every": 1},
+        checkpoint={"every": 1, "keep_last": 2, "keep_best": keep_best},
+    )
+    report = train(config)
+    best = losses.index(min(losses)) + 1
+    assert (report.best_step, report.best_heldout) == (best, min(losses))
+    assert report.verdict in str(report) and f"with {min(losses):.4f}" in report.verdict
+    assert report.export_command == f"finetune export {config.output_dir}{ending}"
+    assert ("was not kept" in report.verdict) == (ending == "" and best != 3)
+    again = train(config)  # done already: it says the same
+    assert (again.verdict, again.export_command) == (report.verdict, report.export_command)
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({}, "no clip is held out"), ({"data": {"holdout": 1}}, "validation.every is null")],
+)
+def test_the_end_says_when_nothing_measured_the_run(tiny_model, demo_clips, tmp_path, changes, why):
+    report = train(run_config(tiny_model(), demo_clips, tmp_path / "run", train={"steps": 1}, **changes))
+    assert f"nothing measured whether the last step is the best one: {why}" in str(report)
+    assert report.best_step is None and report.export_command == f"finetune export {tmp_path / 'run'}"
 
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_model, demo_clips, tmp_path):

@@ -19,12 +19,14 @@ from finetune.trainers.validation import (
     HISTORY,
     Measurement,
     ValidationConfig,
+    best_of,
     evaluate,
     fixed_timesteps,
     read_history,
     training_state_untouched,
+    verdict,
 )
-from finetune.types import Batch
+from finetune.types import Batch, RunState
 
 
 def batch(timesteps: list[int], value: float = 0.0) -> Batch:
@@ -211,6 +213,38 @@ def test_defaults_are_valid_and_samples_parse():
 
 ROWS = [Measurement(step, 0.5 / (step + 1), 0.25, {"t000-249": 0.125}) for step in (0, 200, 400)]
 LINES = [json.dumps(asdict(row)) for row in ROWS]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        (
+            {0: (0.5, 0.4), 2: (0.2, 0.19), 4: (0.3, 0.1)},
+            "best by held-out loss: step 2 with 0.2000; step 4 has 0.3000\nsince then the gap (held-out minus training"
+            " clips) went from +0.0100 to +0.2000: training clips went on improving, which is memorising",
+        ),
+        ({2: (0.2, 0.19), 4: (0.3, 0.28)}, "from +0.0100 to +0.0200: training clips got worse as well"),
+        (
+            {0: (0.5, 0.5), 2: (0.3, 0.3), 4: (0.2, 0.2)},
+            "best by held-out loss: the last step measured, 4, with 0.2000",
+        ),
+        ({2: (0.2, 0.2), 4: (0.2, 0.2)}, "best by held-out loss: the last step measured, 4, with 0.2000"),
+        ({0: (0.1, 0.1), 2: (0.2, 0.2)}, "no step was better than the base model, with 0.1000"),
+        ({2: (0.2, 0.2), 4: (float("nan"), 0.2), 6: (0.3, 0.1)}, "step 2 with 0.2000; step 6 has 0.3000"),
+    ],
+    ids=["memorising", "rate", "last", "tie", "base", "no number"],
+)
+def test_the_verdict_names_the_best_step_and_what_the_gap_did(losses, said):
+    history = [Measurement(step, *pair, {}) for step, pair in losses.items()]
+    assert said in verdict(history, best_of(history, RunState(6, "")))
+
+
+def test_a_lost_history_does_not_make_the_last_step_the_best():
+    state = RunState(4, "", best_step=2, best_heldout_loss=0.2)
+    history = [Measurement(4, 0.3, 0.1, {})]
+    assert best_of(history, state) == (2, 0.2)
+    assert verdict(history, (2, 0.2)) == "best by held-out loss: step 2 with 0.2000; step 4 has 0.3000"
+    assert best_of([Measurement(0, 0.1, 0.1, {})], RunState(0, "")) is None
 
 
 def test_the_history_comes_back(tmp_path):

@@ -6,7 +6,7 @@ into errors with a line and a suggestion; ``rules`` checks what no section can s
 model; ``pinning`` settles which version of the model that is.
 """
 
-from finetune.config.load import load_config
+from finetune.config.load import as_config, as_path, load_config
 from finetune.config.pinning import pin_model
 from finetune.config.rules import Findings, check_against, require_valid
 from finetune.config.schema import DataConfig, RunConfig, json_schema
@@ -16,6 +16,8 @@ __all__ = [
     "DataConfig",
     "Findings",
     "RunConfig",
+    "as_config",
+    "as_path",
     "check_against",
     "json_schema",
     "load_config",

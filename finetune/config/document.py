@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -69,16 +70,18 @@ class Document:
             value = value[part]
         return value
 
-    def override(self, assignment: str) -> None:
+    def override(self, assignment: str, *made: Any) -> None:
         """Apply one ``a.b=value`` as though the file had said so; ``value`` is YAML, ``a.0.b`` is an item of a list.
+
+        In code the value may be ``made`` already: ``override("a.b", value)``.
 
         A path that no section knows is not found here but by the validation, like a typo in the file.
 
         Raises:
             ConfigError: if it is not an assignment, the value is not YAML, or the path leads through a plain value.
         """
-        dotted, equals, text = assignment.partition("=")
-        where = f"--set {assignment:.200}"
+        dotted, equals, text = (assignment, "=", "") if made else assignment.partition("=")
+        where = f"--set {assignment:.200}" + (f"={made[0]!r:.200}" if made else "")
         parts = _parts(dotted)
         if not equals or not parts or "" in parts:
             raise ConfigError(
@@ -86,9 +89,9 @@ class Document:
             )
         if len(parts) > MAX_DEPTH:
             raise ConfigError(f"a path of {len(parts)} parts leads nowhere", where=where)
-        node = compose(text, where)
+        node = None if made else compose(text, where)
         reader = Reader(where, one_line=True)
-        value = None if node is None else reader.value(node, ())
+        value = copy.deepcopy(made[0]) if made else None if node is None else reader.value(node, ())
         raise_all(ConfigError, reader.errors, what="{n} faults in " + where)
         path = self._assign(parts, value, where)
         self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}

@@ -22,9 +22,10 @@ from finetune.facts import Facts
 from finetune.generate_inputs import ADAPTER_FILE
 from finetune.text import shown
 from finetune.trainers.method import LoraMethod
-from finetune.trainers.validation import SamplePrompt
+from finetune.trainers.validation import round_folder, sample_name
 
 _CAPTION_LENGTH = 240
+_NAMES = {"raw": "the weights", "ema": "the averaged weights"}
 _STOCK_TEXT_LENGTH = 226
 """``max_sequence_length`` of the stock pipelines unless told otherwise: right for the first generation only."""
 
@@ -75,20 +76,26 @@ def versions() -> dict[str, str]:
     return found
 
 
-def copy_samples(run_dir: Path | None, step: int, folder: Path) -> list[str]:
-    """Copy the videos that the run sampled last, at ``step`` or before, to ``folder/samples``; returns their names."""
-    rounds = sorted(run_dir.glob("samples/step-*")) if run_dir is not None else []
-    reached = [path for path in rounds if (match := re.fullmatch(r"step-(\d+)", path.name)) and int(match[1]) <= step]
+def as_measured(found: Source, merged: Merged | None) -> bool:
+    """Whether the run measured and sampled with the very weights that are exported."""
+    return found.weights == found.measured and (merged is None or merged.strength == 1)
+
+
+def copy_samples(found: Source, merged: Merged | None, folder: Path) -> list[str]:
+    """Copy the videos that the run sampled with the exported weights to ``folder/samples``; returns their names.
+
+    Those of another step, or of the average where the weights themselves are exported, would show another model.
+    """
+    if found.run_dir is None or not as_measured(found, merged):
+        return []
+    rounds = round_folder(found.run_dir, found.state.step)
     # Only what a run writes: other names could act as Markdown in the card, a link could publish any file.
-    videos = [
-        path
-        for path in (sorted(reached[-1].glob("*.mp4")) if reached else [])
-        if re.fullmatch(r"[\w.-]+", path.name, re.ASCII) and not path.is_symlink()
-    ]
-    for video in videos:
+    names = [sample_name(number, sample) for number, sample in enumerate(found.config.validation.samples)]
+    names = [name for name in names if (rounds / name).is_file() and not (rounds / name).is_symlink()]
+    for name in names:
         (folder / "samples").mkdir(exist_ok=True)
-        shutil.copyfile(video, folder / "samples" / video.name)
-    return [video.name for video in videos]
+        shutil.copyfile(rounds / name, folder / "samples" / name)
+    return names
 
 
 def model_card(
@@ -111,10 +118,10 @@ def model_card(
         + _fenced("bash", _command(found, facts, name, adapter=adapter)),
         "## Training data\n\n" + _data(found),
         "## Settings\n\n" + _settings(found, facts),
-        "## Held-out loss\n\n" + _heldout(found),
+        "## Held-out loss\n\n" + _heldout(found, merged),
     ]
     if samples:
-        sections.append("## Samples\n\n" + _samples(samples, config.validation.samples))
+        sections.append("## Samples\n\n" + _samples(found, merged, samples))
     sections.append(
         "## Verification\n\nThese files were loaded again through the stock diffusers pipeline and compared with the"
         " trained model before they were published; the numbers stand in `finetune.json`."
@@ -254,7 +261,7 @@ def _settings(found: Source, facts: Facts) -> str:
     return "\n".join(["| setting | value |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
 
 
-def _heldout(found: Source) -> str:
+def _heldout(found: Source, merged: Merged | None) -> str:
     before, after = found.heldout
     if before is None and after is None:
         return "Not measured."
@@ -262,16 +269,19 @@ def _heldout(found: Source) -> str:
     return (
         f"Before training {shown[0]}, at step {found.state.step} {shown[1]}: mean squared error on velocity, on clips"
         " that were not trained on, at fixed timesteps and noise."
+        + (
+            ""
+            if as_measured(found, merged)
+            else f" Measured with {_NAMES[found.measured]} at strength 1, not with this export's."
+        )
     )
 
 
-def _samples(names: list[str], prompts: tuple[SamplePrompt, ...]) -> str:
-    lines = []
-    for name in names:
-        index = int(name[: len(name) - len(name.lstrip("0123456789"))] or -1)
-        prompt = f": {_code(prompts[index].prompt)}" if 0 <= index < len(prompts) else ""
-        lines.append(f"- [{name}](samples/{name}){prompt}")
-    return "\n".join(lines)
+def _samples(found: Source, merged: Merged | None, names: list[str]) -> str:
+    prompts = {sample_name(number, sample): sample for number, sample in enumerate(found.config.validation.samples)}
+    which = f"{_NAMES[found.weights]} {'of this export' if merged is None else 'that were then merged'}"
+    lines = [f"- [{name}](samples/{name}): {_code(prompts[name].prompt)}" for name in names]
+    return "\n".join([f"Sampled at step {found.state.step}, with {which}.", "", *lines])
 
 
 def _is_hub_id(pretrained: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,9 @@ from torch import Tensor
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
 from finetune.errors import CacheError, CheckpointError, ExportError
-from finetune.trainers.checkpoint import checkpoint_path, load_checkpoint, step_folders
+from finetune.trainers.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, step_folders
 from finetune.trainers.method import LoraMethod
-from finetune.trainers.validation import HISTORY, read_history
+from finetune.trainers.validation import HISTORY, Measurement, best_of, read_history
 from finetune.types import RunState
 
 
@@ -48,6 +49,8 @@ class Source:
     tensors: Mapping[str, Tensor]
     """The chosen weights by the method's names."""
     weights: Literal["raw", "ema"]
+    measured: Literal["raw", "ema"] = "raw"
+    """The weights that the run measured and sampled with: the average, if it kept one."""
 
     @property
     def lora(self) -> bool:
@@ -61,11 +64,36 @@ class Source:
         return self.checkpoint.with_name(f"{self.checkpoint.name}-{name}")
 
     @cached_property
+    def history(self) -> dict[int, Measurement]:
+        """What the run measured, by step."""
+        return {row.step: row for row in read_history(self.run_dir / HISTORY)} if self.run_dir else {}
+
+    @property
     def heldout(self) -> tuple[float | None, float | None]:
         """Held-out loss before the first step and at the exported one, as far as they were measured."""
-        rows = read_history(self.run_dir / HISTORY) if self.run_dir else []
-        losses = {row.step: row.heldout for row in rows}
+        losses = {step: row.heldout for step, row in self.history.items()}
         return losses.get(0), losses.get(self.state.step) if self.state.step else None
+
+    @property
+    def better(self) -> str:
+        """The checkpoint with a lower held-out loss that stands in the run's folder, as a note; empty without one."""
+        standing = dict(list_checkpoints(self.run_dir)) if self.run_dir else {}
+        best = best_of((row for step, row in self.history.items() if step in standing), self.state)
+        own = self.heldout[1]
+        if (
+            best is None
+            or best[0] not in standing
+            or best[0] == self.state.step
+            or (own is not None and best[1] >= own)
+        ):
+            return ""
+        newest = self.state.step == max(standing) and self.state.best_step == best[0]
+        command = [str(self.run_dir), "--checkpoint", "best"] if newest else [str(standing[best[0]])]
+        return (
+            f"step {best[0]} has a lower held-out loss, {best[1]:.4f}; step {self.state.step}"
+            + (" was not measured" if own is None else f" has {own:.4f}")
+            + f": {shlex.join(['finetune', 'export', *command])}"
+        )
 
     @cached_property
     def data(self) -> DataSummary | None:
@@ -133,6 +161,7 @@ def find_source(
         state=loaded.state,
         tensors=loaded.trainable if chosen == "raw" or loaded.ema is None else loaded.ema,
         weights=chosen,
+        measured="raw" if loaded.ema is None else "ema",
     )
 
 

@@ -9,23 +9,26 @@ is no state to restore but tensors and one integer. It also means that a step ca
 from __future__ import annotations
 
 import math
+import shlex
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.config import RunConfig
+from finetune.config import RunConfig, as_config
 from finetune.errors import first_line
 from finetune.ranks import peers
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
 from finetune.trainers.assemble import assemble
-from finetune.trainers.checkpoint import Saver
+from finetune.trainers.checkpoint import Saver, checkpoint_path
 from finetune.trainers.fault_report import require_finite
 from finetune.trainers.ladder import Ladder, out_of_memory
 from finetune.trainers.meter import Meter
@@ -35,8 +38,9 @@ from finetune.trainers.run import Run
 from finetune.trainers.sampler import Sampler
 from finetune.trainers.stopping import StopRequest
 from finetune.trainers.supply import fault_ahead, require_batches
+from finetune.trainers.validation import Measurement, best_of, verdict
 from finetune.trainers.validator import Validator
-from finetune.types import Batch
+from finetune.types import Batch, RunState
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,14 @@ class TrainReport:
     """Most memory this process has held: allocated on its GPU, or resident where there is none."""
     weights: str = ""
     """Digest of the weights in ``checkpoint``: equal for two runs that trained the same, bit for bit."""
+    best_step: int | None = None
+    """The step with the lowest held-out loss; None where no step was measured."""
+    best_heldout: float | None = None
+    """Held-out loss at ``best_step``."""
+    verdict: str = ""
+    """What the measurements say of the last step."""
+    export_command: str = ""
+    """Exports the last step, or the best one where the last is worse and the best was kept."""
 
     def __str__(self) -> str:
         done = f"{self.step} of {self.total_steps} steps in {self.run_dir}"
@@ -70,13 +82,17 @@ class TrainReport:
         lines = [f"trained {done}"]
         if self.heldout_before is not None and self.heldout_after is not None:
             lines.append(f"held-out loss {self.heldout_before:.4f} before, {self.heldout_after:.4f} after")
+        lines += [self.verdict] if self.verdict else []
         if self.weights:
             lines.append(f"weights xxh3 {self.weights}")
         return "\n".join(lines)
 
 
-def train(config: RunConfig) -> TrainReport:
+def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
     """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.
+
+    Args:
+        config: a configuration, the values of one, or its file.
 
     Raises:
         ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
@@ -85,6 +101,7 @@ def train(config: RunConfig) -> TrainReport:
             does not hold a step.
         LaunchError: another process of the launch failed or is gone.
     """
+    config = as_config(config)
     # The last to leave: a launcher repeats its signals while the tracker is being closed.
     with StopRequest() as stop, peers(), ExitStack() as cleanup:
         run = assemble(config, cleanup)
@@ -131,6 +148,27 @@ def _passes(run: Run, ladder: Ladder, meter: Meter, step: int) -> None:
                 meter.add(losses, part.timesteps)
 
 
+def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> dict[str, Any]:
+    """Which step to export, and why: fields of ``TrainReport``."""
+    folder, best = run.config.output_dir, best_of(history, state)
+    command = ["finetune", "export", str(folder)]
+    if best is None or not history:
+        why = "validation.every is null" if run.heldout.items else "no clip is held out (data.holdout)"
+        return {
+            "verdict": f"nothing measured whether the last step is the best one: {why}; compare the sampled videos",
+            "export_command": shlex.join(command),
+        }
+    (step, loss), text = best, verdict(history, best)
+    if loss < history[-1].heldout:
+        if state.best_step == step:
+            command += ["--checkpoint", "best"]
+        elif (standing := checkpoint_path(folder, step)).is_dir():
+            command[-1] = str(standing)
+        else:
+            text += f"\nthe checkpoint of step {step} was not kept (checkpoint.keep_best)"
+    return {"best_step": step, "best_heldout": loss, "verdict": text, "export_command": shlex.join(command)}
+
+
 def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
     config = run.config
     # Where processes make unequally many passes, through the module itself: a wrapper may communicate in each.
@@ -156,6 +194,7 @@ def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
             s_per_step=statistics.median(durations_s[1:]) if len(durations_s) > 1 else None,
             peak_gib=run.peak_gib(),
             weights=run.weights,
+            **_conclusion(run, state, validator.history),
         )
 
     require_batches(run, fault_ahead(run, state.step))

@@ -18,7 +18,7 @@ from finetune.errors import FinetuneError, first_line
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
-from finetune.trainers.validation import SamplePrompt, training_state_untouched
+from finetune.trainers.validation import SamplePrompt, round_folder, sample_name, training_state_untouched
 from finetune.videos import Frames, write_mp4
 
 _log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Sampler:
         run, config = self._run, self._run.config.validation
         if not config.samples:
             return
-        folder = run.config.output_dir / "samples" / f"step-{step:08d}"
+        folder = round_folder(run.config.output_dir, step)
         fps = run.config.data.fps or run.facts.native_fps
         videos: list[tuple[int, Frames]] = []
         try:
@@ -85,8 +85,8 @@ class Sampler:
     def _write(self, videos: list[tuple[int, Frames]], folder: Path, fps: float) -> None:
         try:
             for number, frames in videos:
-                seed = self._run.config.validation.samples[number].seed
-                write_mp4(folder / f"{number:02d}-seed{seed}.mp4", frames, fps)
+                sample = self._run.config.validation.samples[number]
+                write_mp4(folder / sample_name(number, sample), frames, fps)
         except (OSError, FinetuneError) as error:
             _log.warning("sampled videos could not be written; training goes on: %s", first_line(error))
 

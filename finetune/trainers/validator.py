@@ -81,6 +81,11 @@ class Validator:
         return self._history[0].heldout if self._history and self._history[0].step == 0 else None
 
     @property
+    def history(self) -> Sequence[Measurement]:
+        """What was measured so far, oldest first."""
+        return self._history
+
+    @property
     def latest(self) -> float | None:
         """Held-out loss at the last measurement; None before the first."""
         return self._history[-1].heldout if self._history else None
