@@ -271,3 +271,15 @@ def test_yaml_in_the_docs_is_valid_configuration():
                 }
                 RunConfig.from_dict({**base, **merged})
     assert counted >= 4
+
+
+def test_two_commits_that_differ_are_told_apart():
+    differences = _script("equality").differences
+    before = {"5b lora": {"curves": {"train/loss": [0.5, 0.25]}, "weights": "ab"}, "cache": {"a": "1"}}
+    assert differences(before, before) == []
+    after = {"5b lora": {"curves": {"train/loss": [0.5, 0.2500001]}, "weights": "ab"}, "cache": {"b": "1"}}
+    assert [line.split(":")[0] for line in differences(before, after)] == [
+        "5b lora / curves / train/loss",
+        "cache / a",
+        "cache / b",
+    ]
