@@ -16,7 +16,7 @@ from huggingface_hub import errors as hub_errors
 
 from finetune.errors import ConfigError, ModelError
 from finetune.facts import CONFIG_FILES, KNOWN_MODELS, Facts, known_model, read_facts, resolve_pretrained
-from finetune.facts.read import _Scheduler, _Transformer, _Vae
+from finetune.facts.parts import Scheduler, TextEncoder, Transformer, Vae
 from finetune.types import Bucket
 
 NATIVE = Bucket(49, 480, 720)
@@ -109,19 +109,28 @@ def test_latent_shapes_and_front_padding() -> None:
 
 
 @pytest.mark.parametrize(("ours", "class_name"), [
-    (_Transformer, "CogVideoXTransformer3DModel"),
-    (_Vae, "AutoencoderKLCogVideoX"),
-    (_Scheduler, "CogVideoXDDIMScheduler"),
-    (_Scheduler, "CogVideoXDPMScheduler"),
+    (Transformer, "CogVideoXTransformer3DModel"),
+    (Vae, "AutoencoderKLCogVideoX"),
+    (Scheduler, "CogVideoXDDIMScheduler"),
+    (Scheduler, "CogVideoXDPMScheduler"),
 ])  # fmt: skip
-def test_defaults_are_those_of_diffusers(ours: Any, class_name: str) -> None:
+def test_every_field_is_known_and_defaults_are_those_of_diffusers(ours: Any, class_name: str) -> None:
     import diffusers
 
-    theirs = inspect.signature(getattr(diffusers, class_name)).parameters
-    checked = [name for name, field in ours.model_fields.items() if not field.is_required()]
-    assert len(checked) >= 5
-    for name in checked:
-        assert ours.model_fields[name].default == theirs[name].default, name
+    theirs = dict(inspect.signature(getattr(diffusers, class_name)).parameters)
+    named = {name: field.default for name, field in ours.model_fields.items() if not field.is_required()}
+    assert named.keys() == theirs.keys(), "a field that is not known is a field that is not checked"
+    for name, default in named.items():
+        stated = theirs[name].default
+        assert default == (list(stated) if isinstance(stated, tuple) else stated), name
+
+
+def test_defaults_are_those_of_t5() -> None:
+    from transformers import T5Config
+
+    theirs = T5Config()
+    for name, field in TextEncoder.model_fields.items():
+        assert field.is_required() or field.default == getattr(theirs, name), name
 
 
 def test_a_value_left_out_takes_the_default(folder: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
 import pickle
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +22,32 @@ from safetensors.torch import load_file
 from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
 
-from finetune.cogvideox import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
+from finetune.cogvideox import (
+    ModelConfig,
+    encode_prompts,
+    encode_video,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+)
 from finetune.config import RunConfig, load_config, pin_model
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.exporting.model_card import _code, _text, copy_samples, model_card, training_record
 from finetune.exporting.source import DataSummary, Source
-from finetune.facts import is_commit, known_model, pin_revision, read_facts, require_plain_index, resolve_pretrained
-from finetune.facts.guard import read_component_json
+from finetune.facts import (
+    CONFIG_FILES,
+    is_commit,
+    known_model,
+    pin_revision,
+    read_facts,
+    require_plain_index,
+    require_tokenizer,
+    resolve_pretrained,
+)
+from finetune.facts.guard import json_faults
+from finetune.facts.parts import PARTS
+from finetune.facts.tokenizer import _read_apart
 from finetune.files import publish_dir
 from finetune.generate_inputs import (
     ADAPTER_FILE,
@@ -141,6 +163,54 @@ def test_json_that_would_take_all_memory_or_act_is_refused_before_it_is_loaded(m
         assert said in str(caught.value) and component in str(caught.value)
 
 
+WRONG = ("x", [1], {}, None, True, -1, 0, 7, 10**9, 1e300, 0.5, [[1]])
+"""Put in place of every value of every component's JSON."""
+
+
+def used(model: Path, component: str) -> None:
+    """What training does with a component, as far as its JSON decides it."""
+    facts = read_facts(str(model))
+    if component == "transformer":
+        load_transformer(config_of(model))
+    elif component == "vae":
+        encode_video(load_vae(config_of(model)), torch.zeros(1, 3, 1, 16, 16, dtype=torch.uint8))
+    elif component == "scheduler":
+        scheduler = load_scheduler(config_of(model))
+        scheduler.set_timesteps(1)
+        assert scheduler.alphas_cumprod.isfinite().all()
+    else:
+        tokenizer, encoder = load_text(config_of(model))
+        assert encode_prompts(tokenizer, encoder, ["a red circle"], facts).isfinite().all()
+
+
+@pytest.mark.parametrize("component", CONFIG_FILES)
+def test_no_wrong_value_of_a_component_s_json_gets_past_a_named_error(model, component):
+    """Every value is replaced by every wrong one: it is refused by name, or does not matter to what is built."""
+    path = model / CONFIG_FILES[component]
+    whole = json.loads(path.read_text())
+    refused, used_fields = 0, PARTS[component].model_fields
+    for key in [*used_fields, "output_attentions", "torch_dtype"]:
+        name = f"_{key}" if key == "class_name" else key
+        for wrong in WRONG:
+            path.write_text(json.dumps(whole | {name: wrong}))
+            try:
+                used(model, component)
+            except ModelError as error:
+                refused += 1
+                fits = any(told in str(error) for told in ("cannot be loaded: ", "do not fit together", "but the"))
+                assert component in str(error).lower() and (key in str(error) or fits), (key, wrong)
+    assert refused > 5 * len(used_fields), "canary"
+
+
+def test_without_its_types_json_ends_as_a_traceback(model, monkeypatch):
+    """Canary: what reaches a library unread is not an error of ours."""
+    edit(model / "vae/config.json", norm_num_groups="2")
+    monkeypatch.setattr("finetune.cogvideox.load.require_loadable", lambda folder, component: None)
+    monkeypatch.setattr("finetune.cogvideox.load._loading", lambda component, folder: nullcontext())
+    with pytest.raises(TypeError):
+        load_vae(config_of(model))
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -213,11 +283,11 @@ def test_without_our_look_at_it_an_index_would_be_obeyed(model):
     assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())
 
 
-def test_without_its_limits_json_would_be_believed(model, monkeypatch):
-    edit(model / "transformer/config.json", num_layers=10**9)
+def test_without_its_limits_json_would_be_believed(monkeypatch):
+    assert list(json_faults({"num_layers": 10**9}, ())) != []
     for limit in ("_LARGEST_NUMBER", "_MOST_REPEATS"):
         monkeypatch.setattr(f"finetune.facts.guard.{limit}", 10**10)
-    assert read_component_json(model, "transformer")["num_layers"] == 10**9
+    assert list(json_faults({"num_layers": 10**9}, ())) == []
 
 
 def test_a_tokenizer_reads_its_own_files_only(model):
@@ -226,13 +296,139 @@ def test_a_tokenizer_reads_its_own_files_only(model):
         load_text(config_of(model))
 
 
+def broken_tokenizer(place: Path, **changes: Any) -> None:
+    path = place / ("tokenizer_config.json" if "extra_ids" in changes or "pad_token" in changes else "tokenizer.json")
+    edit(path, **changes)
+
+
+def charsmap(content: bytes) -> dict[str, Any]:
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(content).decode()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"normalizer": charsmap(b"\x04\0\0\0abcd")}, "PanicException"),
+        ({"normalizer": charsmap(b"\xff" * 40)}, "the tokenizer cannot be read"),
+        ({"normalizer": charsmap(struct.pack("<I", 1024) + bytes(range(256)) * 4 + b"x\0")}, "PanicException"),
+        ({"model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"}}, "it is a WordLevel"),
+        ({"model": {"type": "Future"}}, "did not match any variant"),
+        ({"model": {"type": "Unigram", "unk_id": 10**9, "vocab": [["x", 0.0]]}}, "UnkIdNotInVocabulary"),
+        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{n}", 0.0] for n in range(99)]}}, "has 102"),
+        ({"extra_ids": 100_000_000}, "extra_ids: 100000000 is more than any model has"),
+        ({"extra_ids": 10_000}, "extra_ids is 10000, not a number from 0 to 1,000"),
+        ({"extra_ids": "x"}, "extra_ids is 'x'"),
+        ({"pad_token": None}, "does not have a padding token"),
+        ({"pad_token": 3}, "Special token pad_token"),
+    ],
+)
+def test_a_damaged_tokenizer_is_an_error_about_its_file(model, changes, said):
+    broken_tokenizer(model / "tokenizer", **changes)
+    with pytest.raises(ModelError) as caught:
+        load_text(config_of(model))
+    assert said in str(caught.value) and str(model) in str(caught.value)
+
+
+def test_a_panic_of_the_tokenizers_library_is_past_what_python_catches():
+    """Canary: why a tokenizer is first read by a process of its own."""
+    from tokenizers import normalizers
+
+    with pytest.raises(BaseException, match="index out of bounds") as caught:
+        normalizers.Precompiled(b"\x04\0\0\0abcd").normalize_str("a caption")
+    assert not isinstance(caught.value, Exception)
+
+
+def test_a_tokenizer_s_reader_that_dies_or_hangs_is_an_error_about_the_file(model, tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    monkeypatch.setattr("finetune.facts.tokenizer._CHILD", child)
+    for line, said in (("import os; os.abort()", "ended with signal 6"), ("import time; time.sleep(60)", "not read")):
+        child.write_text(line)
+        monkeypatch.setattr("finetune.facts.tokenizer._PATIENCE_S", 30 if "abort" in line else 0.2)
+        _read_apart.cache_clear()
+        with pytest.raises(ModelError, match=said):
+            require_tokenizer(model)
+    _read_apart.cache_clear()
+
+
+def test_a_tokenizer_is_read_apart_once(model, monkeypatch):
+    highest = require_tokenizer(model)
+    assert highest == len(load_text(config_of(model))[0]) - 1
+    monkeypatch.setattr("finetune.facts.tokenizer.subprocess.run", lambda *words, **options: pytest.fail("again"))
+    assert require_tokenizer(model) == highest
+
+
+def test_a_sentencepiece_model_is_read_apart_too(model):
+    """What the published models have."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    stored = sentencepiece_model_pb2.ModelProto()
+    for piece in ("<pad>", "</s>", "<unk>", "\u2581a", "\u2581caption", "\u2581", *"abcdefghijklmnopqrstuvwxyz"):
+        stored.pieces.add(piece=piece, score=-1.0, type=2 if piece == "<unk>" else 1)
+    stored.trainer_spec.unk_id = 2
+    (model / "tokenizer/tokenizer.json").unlink()
+    (model / "tokenizer/spiece.model").write_bytes(stored.SerializeToString())
+    tokenizer, _ = load_text(config_of(model))
+    assert tokenizer("a caption").input_ids == [3, 4, 1]
+    stored.normalizer_spec.precompiled_charsmap = b"\x04\0\0\0abcd"
+    for content in (stored.SerializeToString(), b"\xff" * 50):
+        (model / "tokenizer/spiece.model").write_bytes(content)
+        with pytest.raises(ModelError, match="the tokenizer cannot be read") as caught:
+            load_text(config_of(model))
+        assert caught.value.where.endswith("spiece.model")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "text_encoder/model.safetensors",
+        "tokenizer/tokenizer.json",
+        "tokenizer/special_tokens_map.json",
+        "scheduler/scheduler_config.json",
+    ],
+)
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
+def test_only_files_are_opened(model, file, kind):
+    path = model / file
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path if kind == "loop" else "/dev/zero")
+    loaders = {"scheduler": load_scheduler, "vae": load_vae, "transformer": load_transformer}
+    load = loaders.get(path.parent.name, load_text)
+    for look in (lambda: read_facts(str(model)), lambda: load(config_of(model))):
+        with pytest.raises(ModelError) as caught:
+            look()
+        assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_pickles_are_refused_before_anything_is_encoded(model, component):
+    """By ``check`` and at a run's first look at its model, and not when their component's turn has come."""
+    for path in (model / component).glob("*.safetensors"):
+        path.rename(path.with_suffix(".bin"))
+    with pytest.raises(ModelError, match=r"a format that can run code.*\n.*\n.*convert it"):
+        read_facts(str(model))
+
+
+def test_shards_that_are_missing_are_named(model):
+    index = model / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
+    with pytest.raises(ModelError, match=r"transformer cannot be loaded: .*gone\.safetensors"):
+        load_transformer(config_of(model))
+
+
 def test_a_header_that_lies_about_its_length_takes_no_memory(model):
     path = model / "transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
-    with pytest.raises(ModelError, match="claims a table of contents"):
-        ModelConfig(pretrained=str(model)).torch_dtype()
-    with pytest.raises(ModelError, match="transformer cannot be loaded"):
-        load_transformer(config_of(model))
+    config = ModelConfig(pretrained=str(model))
+    for look in (lambda: read_facts(str(model)), config.torch_dtype, lambda: load_transformer(config_of(model))):
+        with pytest.raises(ModelError, match="claims a table of contents"):
+            look()
 
 
 # ------------------------------------------------------------------------------------------------- adapters and records

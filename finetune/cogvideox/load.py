@@ -22,13 +22,15 @@ from finetune.cogvideox.weights import (
     require_exact,
     stored_tensors,
 )
-from finetune.errors import ModelError
+from finetune.errors import FinetuneError, ModelError
 from finetune.facts import (
     CONFIG_FILES,
     SchedulerClass,
-    read_component_json,
     read_json,
+    read_part,
     require_loadable,
+    require_own_files,
+    require_tokenizer,
     resolve_pretrained,
 )
 from finetune.files import atomic_write_text
@@ -131,7 +133,7 @@ def empty_transformer(
     Raises:
         ModelError: if the configuration cannot be read, or is none of a transformer.
     """
-    read_component_json(folder, "transformer")
+    read_part(folder, "transformer")
     with _loading("transformer", folder):
         module = _meta_transformer(folder, dtype, layers)
         if placement is not None:
@@ -179,6 +181,18 @@ def load_vae(
     return module.to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def load_tokenizer(model: ModelConfig) -> T5Tokenizer:
+    """The tokenizer alone. Raises ModelError as ``load_transformer`` does."""
+    from transformers import T5Tokenizer
+
+    folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer"])
+    require_tokenizer(folder)
+    with _loading("tokenizer", folder):
+        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        tokenizer("a caption", padding="max_length", max_length=8, truncation=True)  # as every caption will be
+    return tokenizer
+
+
 def load_text(
     model: ModelConfig,
     *,
@@ -187,26 +201,30 @@ def load_text(
     placement: Placement | None = None,
 ) -> tuple[T5Tokenizer, T5EncoderModel]:
     """The tokenizer and the T5 encoder, frozen and in evaluation mode. Otherwise as ``load_transformer``."""
-    from transformers import T5Tokenizer
-
     folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer", "text_encoder"])
-    for component in ("tokenizer", "text_encoder"):
-        require_loadable(folder, component)
-    with _loading("tokenizer", folder):
-        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    require_loadable(folder, "text_encoder")
+    tokenizer = load_tokenizer(model)
     dtype = dtype or model.torch_dtype()
     with _loading("text_encoder", folder):
-        encoder = _encoder(folder / "text_encoder", dtype, torch.device(device), placement)
+        encoder = _encoder(folder, dtype, torch.device(device), placement)
+        if (pieces := require_tokenizer(folder) + 1) > encoder.config.vocab_size:
+            raise ValueError(f"it knows {encoder.config.vocab_size:,} pieces, and the tokenizer has {pieces:,}")
     return tokenizer, encoder.eval().requires_grad_(False)
 
 
 def _encoder(folder: Path, dtype: torch.dtype, device: torch.device, placement: Placement | None) -> T5EncoderModel:
     from transformers import T5Config, T5EncoderModel
 
+    # Of these fields alone: others would change what the library does.
+    config = T5Config(**read_part(folder, "text_encoder").model_dump())
+    folder = folder / "text_encoder"
+    with on_meta(dtype):
+        encoder = T5EncoderModel(config)
     # A whole T5 also holds a decoder, whose weights are left where they are.
+    require_exact(encoder, folder, _TEXT_STEM, allow_unexpected=True)
     if placement is None:
         encoder, report = T5EncoderModel.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+            folder, config=config, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
         )
         require_all_weights(missing=report["missing_keys"], mismatched=report["mismatched_keys"], unexpected=())
         return encoder.to(device)
@@ -216,9 +234,6 @@ def _encoder(folder: Path, dtype: torch.dtype, device: torch.device, placement: 
             where="memory.text_encoder, model.dtype",
             fix="set model.dtype: bf16, or memory.text_encoder: streamed",
         )
-    with on_meta(dtype):
-        encoder = T5EncoderModel(T5Config.from_pretrained(folder, local_files_only=True))
-    require_exact(encoder, folder, _TEXT_STEM, allow_unexpected=True)
     place(encoder, stored_tensors(folder, _TEXT_STEM), dtype=dtype, device=device, placement=placement)
     return encoder
 
@@ -243,17 +258,15 @@ def load_scheduler(model: ModelConfig) -> CogVideoXDDIMScheduler | CogVideoXDPMS
 @contextmanager
 def _loading(component: str, folder: Path) -> Iterator[None]:
     """Turn what the libraries raise over a damaged or incomplete folder into one kind of error."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, FinetuneError):
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises plain ones, safetensors its own
         raise ModelError(
             f"the {component} cannot be loaded: {error}",
             where=str(folder / component),
-            fix="fetch the checkpoint again; its weights have to be safetensors files",
+            fix="fetch the whole folder again: its weights have to be safetensors files, and its JSON theirs",
         ) from error
 
 
@@ -265,20 +278,15 @@ def _stored_dtype(folder: Path) -> str | None:
     path = next(iter(sorted(folder.glob("*.safetensors"))), None)
     if path is None:
         return None
+    require_own_files(folder)
     with _loading(folder.name, folder.parent), path.open("rb") as source:
         # Eight bytes of length, then a JSON table of contents; no tensor is read.
-        (length,) = struct.unpack("<Q", source.read(8).ljust(8, b"\0"))
-        if length > _MOST_HEADER_BYTES:
-            raise ValueError(f"{path.name} claims a table of contents of {length:,} bytes")
+        (length,) = struct.unpack("<Q", source.read(8))
         numbers: Counter[str] = Counter()
         for name, entry in json.loads(source.read(length)).items():
             if name != "__metadata__":
                 numbers[entry["dtype"]] += math.prod(entry["shape"])
         return numbers.most_common(1)[0][0] if numbers else None
-
-
-_MOST_HEADER_BYTES = 100_000_000
-"""What safetensors itself allows."""
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, *, max_shard_size: str = "5GB") -> None:

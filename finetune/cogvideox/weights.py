@@ -71,7 +71,11 @@ def require_exact(module: nn.Module, folder: Path, stem: str, *, allow_unexpecte
     missing = [names[0] for names in _aliases(module).values() if not any(name in shapes for name in names)]
     require_all_weights(
         missing=missing,
-        mismatched=[name for name, tensor in held.items() if name in shapes and shapes[name] != tuple(tensor.shape)],
+        mismatched=[
+            f"{name} (stored {list(shapes[name])}, by config.json {list(tensor.shape)})"
+            for name, tensor in held.items()
+            if name in shapes and shapes[name] != tuple(tensor.shape)
+        ],
         unexpected=[] if allow_unexpected else [name for name in shapes if name not in held],
     )
 

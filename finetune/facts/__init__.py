@@ -4,7 +4,14 @@ No code here or above asks for a model's name. Two checkpoints with the same num
 CogVideoX variant, or a tiny look-alike of a published one, costs no code. Reading needs neither weights nor diffusers.
 """
 
-from finetune.facts.guard import CONFIG_FILES, read_component_json, read_json, require_loadable, require_plain_index
+from finetune.facts.guard import (
+    CONFIG_FILES,
+    read_json,
+    read_part,
+    require_loadable,
+    require_own_files,
+    require_plain_index,
+)
 from finetune.facts.locate import (
     HUB_IDS,
     KNOWN_MODELS,
@@ -18,7 +25,9 @@ from finetune.facts.locate import (
     resolve_pretrained,
 )
 from finetune.facts.model import Facts
-from finetune.facts.read import SchedulerClass, read_facts
+from finetune.facts.parts import SchedulerClass
+from finetune.facts.read import read_facts
+from finetune.facts.tokenizer import require_tokenizer
 
 __all__ = [
     "CONFIG_FILES",
@@ -33,10 +42,12 @@ __all__ = [
     "known_model",
     "pin_revision",
     "published_variant",
-    "read_component_json",
     "read_facts",
     "read_json",
+    "read_part",
     "require_loadable",
+    "require_own_files",
     "require_plain_index",
+    "require_tokenizer",
     "resolve_pretrained",
 ]

@@ -11,8 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from pydantic import ValidationError
+
 from finetune.errors import ModelError, raise_all
 from finetune.facts.locate import COMPLETE_CHECKPOINT
+from finetune.facts.parts import PARTS, Part
 
 CONFIG_FILES = {
     "transformer": "transformer/config.json",
@@ -29,6 +32,9 @@ _LARGEST_NUMBER = 1_000_000
 _MOST_REPEATS = 1_000
 """Of what is built once per count: layers and blocks."""
 _MOST_ENTRIES = 10_000
+_MOST_FAULTS = 100
+_MOST_HEADER_BYTES = 100_000_000
+"""What safetensors itself allows."""
 _DEEPEST = 20
 
 _ACTING_KEYS = {
@@ -61,47 +67,86 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_component_json(folder: Path, component: str) -> dict[str, Any]:
+def read_part(folder: Path, component: str) -> Part:
     """Read a component's JSON and make sure that a library may act on it.
 
     Raises:
-        ModelError: naming every number and key that is refused.
+        ModelError: naming every key that is refused.
     """
     path = folder / CONFIG_FILES[component]
     content = read_json(path)
-    faults = list(_faults(content, ()))
+    faults = list(json_faults(content, ()))
     faults += [f"{key}: {why}" for key, why in _ACTING_KEYS.items() if content.get(key) is not None]
-    problems = [ModelError(fault, where=str(path), fix=COMPLETE_CHECKPOINT) for fault in faults[:_MOST_REPEATS]]
+    part: Part | None = None
+    if not faults:
+        try:
+            part = PARTS[component].model_validate(content)
+        except ValidationError as error:
+            for problem in error.errors(include_url=False):
+                key, said = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+                given = f" (it is {problem['input']!r:.60})" if key and problem["type"] != "missing" else ""
+                faults.append(f"{key or component}: {said}{given}")
+    problems = [ModelError(fault[:300], where=str(path), fix=COMPLETE_CHECKPOINT) for fault in faults[:_MOST_FAULTS]]
     raise_all(ModelError, problems, what=f"{{n}} things in {path.name} are refused")
-    return content
+    assert part is not None
+    return part
 
 
 def require_loadable(folder: Path, component: str) -> None:
-    """Look at a component before a library loads it: its JSON, and which weight files would be opened.
+    """Look at a component before a library loads it: its JSON, and which files would be opened.
 
     Raises:
-        ModelError: if its JSON is refused, its weights are pickles only, or its index names files outside the folder.
+        ModelError: as ``read_part`` and ``require_own_files``.
     """
-    if component == "tokenizer":
-        _require_own_files(folder / component)
-        return
-    read_component_json(folder, component)
-    if component == "scheduler":
-        return
-    place = folder / component
-    stored = sorted(path.name for path in place.iterdir())
-    if not any(name.endswith(".safetensors") for name in stored):
-        pickles = [name for name in stored if name.endswith(_PICKLES)]
-        if pickles:
+    read_part(folder, component)
+    require_own_files(folder / component)
+
+
+def require_own_files(place: Path) -> None:
+    """Look at the files of a component that a library would open; nothing of the weights but their size is read.
+
+    Raises:
+        ModelError: if one is a pipe, a device or a folder, leads nowhere or claims more than it has, the weights are
+            pickles only, or an index names files outside the folder.
+    """
+    stored = sorted(place.iterdir()) if place.is_dir() else []
+    for path in stored:
+        opened = path.suffix in (".safetensors", ".json", ".model", ".txt", ".jinja")
+        if opened and not path.is_file():
+            what = "is a folder" if path.is_dir() else "is a pipe or a device" if path.exists() else "is a broken link"
+            raise ModelError(f"{path.name} {what}, not a file", where=str(path), fix=COMPLETE_CHECKPOINT)
+        if path.suffix == ".safetensors":
+            _require_sane_header(path)
+        elif opened and path.stat().st_size > _MOST_BYTES:
             raise ModelError(
-                f"the {component} has its weights as {pickles[0]}, a format that can run code when it is read",
-                where=str(place),
-                fix="fetch the checkpoint's safetensors files, or convert it where you trust it: python -c "
-                "\"import torch, safetensors.torch as s; s.save_file(torch.load('OLD', weights_only=True), 'NEW')\"",
+                f"{path.name} has more than {_MOST_BYTES:,} bytes", where=str(path), fix=COMPLETE_CHECKPOINT
             )
-    for name in stored:
-        if name.endswith(".safetensors.index.json"):
-            require_plain_index(place / name)
+        if path.name.endswith(".safetensors.index.json"):
+            require_plain_index(path)
+    pickles = [path.name for path in stored if path.suffix in _PICKLES]
+    if pickles and not any(path.suffix == ".safetensors" for path in stored):
+        raise ModelError(
+            f"the {place.name} has its weights as {pickles[0]}, a format that can run code when it is read",
+            where=str(place),
+            fix="fetch the checkpoint's safetensors files, or convert it where you trust it: python -c "
+            "\"import torch, safetensors.torch as s; s.save_file(torch.load('OLD', weights_only=True), 'NEW')\"",
+        )
+
+
+def _require_sane_header(path: Path) -> None:
+    """A safetensors file begins with the length of its table of contents, which is read whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as source:
+            length = int.from_bytes(source.read(8), "little")
+    except OSError as error:
+        raise ModelError(f"{path.name} cannot be read: {error.strerror}", where=str(path)) from None
+    if size < 8 or length > min(size - 8, _MOST_HEADER_BYTES):
+        raise ModelError(
+            f"{path.name} claims a table of contents of {length:,} bytes and has {size:,} bytes in all",
+            where=str(path),
+            fix=COMPLETE_CHECKPOINT,
+        )
 
 
 def require_plain_index(path: Path) -> list[str]:
@@ -121,18 +166,7 @@ def require_plain_index(path: Path) -> list[str]:
     return shards
 
 
-def _require_own_files(place: Path) -> None:
-    if not (place / "tokenizer_config.json").exists():
-        return
-    content = read_json(place / "tokenizer_config.json")
-    for key in ("vocab_file", "tokenizer_file", "spm_file"):
-        name = content.get(key)
-        if name is not None and (not isinstance(name, str) or name != PurePosixPath(name).name):
-            told = f"{key} names {name!r:.100}, not a file beside it"
-            raise ModelError(told, where=str(place / "tokenizer_config.json"), fix=COMPLETE_CHECKPOINT)
-
-
-def _faults(value: Any, path: tuple[str, ...]) -> Iterator[str]:
+def json_faults(value: Any, path: tuple[str, ...]) -> Iterator[str]:
     """Values that no model has and that a library would spend hours or all memory on."""
     name = ".".join(path)[-100:]
     if len(path) > _DEEPEST:
@@ -142,7 +176,7 @@ def _faults(value: Any, path: tuple[str, ...]) -> Iterator[str]:
             yield f"{name}: {len(value):,} entries"
             return
         for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
-            yield from _faults(item, (*path, str(key)))
+            yield from json_faults(item, (*path, str(key)))
     elif isinstance(value, str):
         if len(value) > _MOST_ENTRIES:
             yield f"{name}: a text of {len(value):,} characters"

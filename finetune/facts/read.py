@@ -2,90 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from typing import Any, NamedTuple
 
 from finetune.errors import ModelError, raise_all
-from finetune.facts.guard import CONFIG_FILES, read_component_json, read_json
+from finetune.facts.guard import CONFIG_FILES, read_json, read_part, require_own_files
 from finetune.facts.locate import COMPLETE_CHECKPOINT, MODEL_INDEX, locate
 from finetune.facts.model import Facts
+from finetune.facts.parts import Scheduler, TextEncoder, Transformer, Vae
 
-SchedulerClass = Literal["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"]
-
-# Far above any model, and far below what would take all memory before a wrong number is noticed.
-_Layers = Annotated[int, Field(gt=0, le=1_000)]
-_Width = Annotated[int, Field(gt=0, le=65_536)]
 _LARGEST_TABLE = 1 << 30
 """Numbers in a stored table of positions; CogVideoX-5B-I2V's, the largest, has 54 million."""
 
 
-class _Json(BaseModel):
-    """A component's JSON: known keys checked, others left alone; defaults are those of the diffusers class."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
-
-
-class _Transformer(_Json):
-    """Defaults of ``diffusers.CogVideoXTransformer3DModel``."""
-
-    class_name: Literal["CogVideoXTransformer3DModel"] = Field(alias="_class_name")
-    num_layers: _Layers = 30
-    num_attention_heads: _Width = 30
-    attention_head_dim: _Width = 64
-    in_channels: _Width = 16
-    out_channels: _Width = 16
-    patch_size: _Width = 2
-    patch_size_t: _Width | None = None
-    sample_height: _Width = 60
-    sample_width: _Width = 90
-    sample_frames: _Width = 49
-    use_rotary_positional_embeddings: bool = False
-    use_learned_positional_embeddings: bool = False
-    ofs_embed_dim: _Width | None = None
-    text_embed_dim: _Width = 4096
-    max_text_seq_length: _Width = 226
-    temporal_compression_ratio: _Width = 4
-
-
-class _Vae(_Json):
-    """Defaults of ``diffusers.AutoencoderKLCogVideoX``."""
-
-    class_name: Literal["AutoencoderKLCogVideoX"] = Field(alias="_class_name")
-    block_out_channels: tuple[_Width, ...] = Field((128, 256, 256, 512), min_length=1, max_length=8)
-    latent_channels: _Width = 16
-    temporal_compression_ratio: _Width = 4
-    scaling_factor: PositiveFloat = 1.15258426
-    invert_scale_latents: bool = False
-
-
-class _Scheduler(_Json):
-    """Defaults of ``diffusers.CogVideoXDDIMScheduler``, which ``CogVideoXDPMScheduler`` shares."""
-
-    class_name: SchedulerClass = Field(alias="_class_name")
-    num_train_timesteps: Annotated[int, Field(gt=0, le=100_000)] = 1000
-    beta_start: PositiveFloat = 0.00085
-    beta_end: PositiveFloat = 0.0120
-    beta_schedule: str = "scaled_linear"
-    trained_betas: list[float] | None = None
-    prediction_type: str = "epsilon"
-    rescale_betas_zero_snr: bool = False
-    snr_shift_scale: PositiveFloat = 3.0
-
-
-class _TextEncoder(_Json):
-    d_model: _Width
-    """Required: the default of ``transformers.T5Config`` is another T5's."""
-
-
-class _Parts(_Json):
-    transformer: _Transformer
-    vae: _Vae
-    scheduler: _Scheduler
-    text_encoder: _TextEncoder | None = None
+class _Parts(NamedTuple):
+    transformer: Transformer
+    vae: Vae
+    scheduler: Scheduler
+    text_encoder: TextEncoder | None = None
     """Training from a complete cache needs none, so it may be absent; if present it has to fit."""
 
 
@@ -103,7 +40,7 @@ def read_facts(pretrained: str, revision: str | None = None) -> Facts:
     pipeline = read_json(folder / MODEL_INDEX).get("_class_name")
     if not str(pipeline).startswith("CogVideoX"):
         raise ModelError(
-            f"this is not a CogVideoX pipeline: _class_name is {pipeline!r}",
+            f"this is not a CogVideoX pipeline: _class_name is {pipeline!r:.100}",
             where=str(folder / MODEL_INDEX),
             fix=COMPLETE_CHECKPOINT,
         )
@@ -122,27 +59,18 @@ def read_facts(pretrained: str, revision: str | None = None) -> Facts:
 
 
 def _read_parts(folder: Path) -> _Parts:
-    content: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
     problems: list[ModelError] = []
-    for part, file in CONFIG_FILES.items():
-        if part == "text_encoder" and not (folder / file).exists():
-            continue
+    for part in (*CONFIG_FILES, "tokenizer"):
         try:
-            content[part] = read_component_json(folder, part)
+            # Lexists: a link that leads nowhere is a fault, and not absence.
+            if part in CONFIG_FILES and (part != "text_encoder" or os.path.lexists(folder / CONFIG_FILES[part])):
+                parts[part] = read_part(folder, part)
+            require_own_files(folder / part)
         except ModelError as error:
             problems.append(error)
-    headline = "this is not a CogVideoX that this package understands ({n} problems)"
-    raise_all(ModelError, problems, what=headline)
-    try:
-        return _Parts.model_validate(content)
-    except ValidationError as error:
-        for problem in error.errors():
-            part, *key = (str(place) for place in problem["loc"])
-            problems.append(
-                ModelError(f"{'.'.join(key)}: {problem['msg']}"[:300], where=str(folder / CONFIG_FILES[part]))
-            )
-        raise_all(ModelError, problems, what=headline)
-        raise
+    raise_all(ModelError, problems, what="this is not a CogVideoX that this package understands ({n} problems)")
+    return _Parts(**parts)
 
 
 def _misfits(parts: _Parts) -> Iterator[tuple[str, str]]:
