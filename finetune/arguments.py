@@ -163,13 +163,19 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="the base model: a folder or a hub id")
+    parser.add_argument(
+        "--model", metavar="MODEL", help="the base model: a folder, a hub id or 5b...; left out: the adapter's own"
+    )
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--transformer", type=Path, metavar="DIR", help="a fully fine-tuned transformer, from an export"
     )
     parser.add_argument(
-        "--adapter", action="append", default=[], metavar="PATH[:STRENGTH]", help="a LoRA; give it again for more"
+        "--adapter",
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="a LoRA: a file, an export, a checkpoint, or a run (its newest checkpoint)",
     )
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="give it again for more videos")
     parser.add_argument(

@@ -271,6 +271,20 @@ def require_space(path: Path, needed: int, *, kind: Callable[..., Exception], wh
         )
 
 
+def require_writable(folder: Path) -> None:
+    """Find out before the work whether files can be written to ``folder``, which is made if need be.
+
+    Raises:
+        OSError: what writing would end in.
+    """
+    _make_folders(folder)
+    probe = folder / f".{uuid.uuid4().hex[:8]}{PARTIAL}"
+    try:
+        os.close(_create(probe))
+    finally:
+        probe.unlink(missing_ok=True)
+
+
 def free_space(path: Path) -> int:
     """Bytes that this user may still write on the disk of ``path`` or of the nearest folder above that exists."""
     existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())

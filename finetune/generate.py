@@ -6,6 +6,7 @@ It loads one component after the other, so that T5 and the transformer are never
 from __future__ import annotations
 
 import gc
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,19 +16,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.adapter_source import (
+    AdapterSource,
+    base_faults,
+    misfit,
+    named_base,
+    read_sources,
+    shape_faults,
+    trigger_notes,
+)
 from finetune.cogvideox import (
     ModelConfig,
     build_pipeline,
+    empty_transformer,
     encode_prompts,
     load_scheduler,
     load_text,
     load_transformer,
     load_vae,
 )
-from finetune.errors import ConfigError
-from finetune.facts import Facts, pin_revision, read_facts
+from finetune.errors import ConfigError, FinetuneError, raise_all
+from finetune.facts import Facts, json_folder, pin_revision, read_facts
+from finetune.files import disk_fix, require_writable
 from finetune.generate_inputs import (
-    Adapter,
     GenerateRequest,
     check_request,
     native_bucket,
@@ -40,6 +51,8 @@ from finetune.sampling import SampleRequest, sample_videos
 from finetune.types import Bucket
 from finetune.videos import Frames, contact_sheet, write_mp4
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class GenerateReport:
@@ -51,6 +64,8 @@ class GenerateReport:
     bucket: Bucket
     frames: tuple[Frames, ...] = field(repr=False)
     """The videos before compression, each uint8 [F, H, W, 3], in the order of the prompts."""
+    notes: tuple[str, ...] = ()
+    """What was said of the request before it began."""
 
     def __str__(self) -> str:
         return "\n".join([*(f"wrote {path}" for path in self.videos), f"wrote {self.sheet} (all of them at a glance)"])
@@ -67,24 +82,36 @@ def generate(request: GenerateRequest) -> GenerateReport:
         DataError: if an image cannot be read.
         FinetuneError: if a video cannot be written.
     """
-    revision = pin_revision(request.base, request.revision)
-    facts = read_facts(request.base, revision)
-    record = _record(request)
+    tuned = None if request.transformer is None else transformer_root(request.transformer)
+    sources, faults = read_sources(request.adapters)
+    records = _records(request, sources)
+    base, revision = _base(request, records, faults)
+    revision = pin_revision(base, revision)
+    facts = read_facts(base, revision)
+    record = next((record for _, _, record in records if record), {})
     bucket = request.bucket or _recorded_bucket(record, facts) or native_bucket(facts)
-    check_request(request, facts, bucket)
+    check_request(
+        request,
+        facts,
+        bucket,
+        [*faults, *_misfits(base, tuned or json_folder(base, revision), facts, sources, records)],
+    )
     fps = request.fps or recorded_fps(record) or float(facts.native_fps)
     device = _device(request)
-    model = ModelConfig(pretrained=request.base, revision=revision, dtype=request.dtype)
+    _require_writable(request.out)
+    notes = [source.note for source in sources if source.note]
+    notes += [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
+    for note in notes:  # now, not after minutes of sampling
+        _log.warning("%s", note)
+    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
     dtype = model.torch_dtype()
     loaded_on = torch.device("cpu") if request.offload else device
 
     embeds = _embed(model, facts, [*(prompt.prompt for prompt in request.prompts), request.negative_prompt], device)
-    own = model
-    if request.transformer is not None:
-        own = ModelConfig(pretrained=str(transformer_root(request.transformer)))
+    own = model if tuned is None else ModelConfig(pretrained=str(tuned))
     transformer = load_transformer(own, device=loaded_on, dtype=dtype)
     scheduler = load_scheduler(model)
-    load_adapters(facts, transformer, scheduler, request.adapters)
+    load_adapters(facts, transformer, scheduler, sources)
     vae = load_vae(model, device=loaded_on, dtype=dtype)
 
     paths: list[Path] = []
@@ -106,47 +133,93 @@ def generate(request: GenerateRequest) -> GenerateReport:
         # Each as soon as it is sampled: an interrupted batch keeps what is done.
         paths.append(write_mp4(request.out / name, frames, fps))
         rows.append((f"{prompt.prompt} (seed {prompt.seed})", frames))
-    return GenerateReport(
-        tuple(paths), contact_sheet(rows, request.out / "sheet.png"), bucket, tuple(frames for _, frames in rows)
-    )
+    sheet = contact_sheet(rows, request.out / "sheet.png")
+    return GenerateReport(tuple(paths), sheet, bucket, tuple(frames for _, frames in rows), tuple(notes))
 
 
-def load_adapters(facts: Facts, transformer: Any, scheduler: Any, adapters: Sequence[Adapter]) -> None:
+_Record = tuple[str, Path, dict[str, Any]]
+"""Which option, its folder, and what its training says of itself (empty: nothing)."""
+
+
+def _records(request: GenerateRequest, sources: Sequence[AdapterSource]) -> list[_Record]:
+    records = [
+        (source.where, source.adapter.path, dict(source.record)) for source in sources if source.adapter.strength
+    ]
+    if request.transformer is not None:
+        where = f"--transformer {request.transformer}"
+        records.append((where, request.transformer, training_record(request.transformer)))
+    return records
+
+
+def _base(request: GenerateRequest, records: Sequence[_Record], faults: list[FinetuneError]) -> tuple[str, str | None]:
+    """The base to sample with and its revision: as asked for, or as the first record that names one has it."""
+    if request.base is not None:
+        return request.base, request.revision
+    for _, folder, record in records:
+        if found := named_base(record, folder):
+            return found[0], request.revision or found[1]
+    names = [str(record["base_model"]) for _, _, record in records if record.get("base_model")]
+    told = f": the record names {names[0]!r}, a folder of the machine that trained it" if names else ""
+    missing = ConfigError(f"there is no base model{told}", where="--model", fix="name it: a folder, a hub id, 5b, ...")
+    raise_all(ConfigError, [*faults, missing], what="{n} things are wrong with the request")
+    raise missing
+
+
+def _misfits(
+    base: str, folder: Path, facts: Facts, sources: Sequence[AdapterSource], records: Sequence[_Record]
+) -> list[FinetuneError]:
+    """Where the base, or the transformer in its place, is not what an adapter was made for."""
+    faults = [fault for where, _, record in records for fault in base_faults(record, where, base, facts)]
+    if not faults and (active := [source for source in sources if source.adapter.strength]):
+        shapes = empty_transformer(folder, dtype=torch.float32, device="meta")
+        faults = [fault for source in active for fault in shape_faults(source, shapes)]
+    return [*faults]
+
+
+def _require_writable(out: Path) -> None:
+    """Sampling takes minutes per video: that it cannot be written is found before."""
+    try:
+        require_writable(out)
+    except OSError as error:
+        raise ConfigError(
+            f"the videos cannot be written: {error.strerror or error}", where=f"--output {out}", fix=disk_fix(error)
+        ) from error
+
+
+def load_adapters(facts: Facts, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:
     """Load adapters with the stock pipeline's own loader and set their strengths; one of strength 0 is left out.
 
     Raises:
         ConfigError: if an adapter does not fit the transformer, in full.
     """
     from peft import get_peft_model_state_dict
-    from safetensors import safe_open
 
-    active = [adapter for adapter in adapters if adapter.strength != 0]
+    active = [source for source in sources if source.adapter.strength != 0]
     pipeline = build_pipeline(facts, transformer=transformer, scheduler=scheduler)
     names = [f"adapter_{index}" for index in range(len(active))]
-    for name, adapter in zip(names, active, strict=True):
+    for name, source in zip(names, active, strict=True):
         try:
-            folder, file = str(adapter.file.parent), adapter.file.name
-            pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
+            if source.settings is None:
+                folder, file = str(source.adapter.file.parent), source.adapter.file.name
+                pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
+            else:
+                pipeline.load_lora_into_transformer(
+                    dict(source.tensors),
+                    transformer=transformer,
+                    adapter_name=name,
+                    metadata=dict(source.settings),
+                    _pipeline=pipeline,
+                )
         except torch.OutOfMemoryError:
             raise  # says nothing of the adapter
         except (ValueError, RuntimeError, KeyError) as error:
-            raise _misfit(adapter, str(error).strip().splitlines()[0]) from error
+            raise misfit(source, str(error).strip().splitlines()[0]) from error
         # diffusers only warns of tensors that found no place.
         placed = {f"transformer.{key}" for key in get_peft_model_state_dict(transformer, adapter_name=name)}
-        with safe_open(adapter.file, framework="pt") as file:
-            left_out = set(file.keys()) - placed
-        if left_out:
-            raise _misfit(adapter, f"{len(left_out)} tensors have no place, such as {min(left_out)}")
+        if left_out := source.tensors.keys() - placed:
+            raise misfit(source, f"{len(left_out)} tensors have no place, such as {min(left_out)}")
     if active:
-        pipeline.set_adapters(names, [adapter.strength for adapter in active])
-
-
-def _misfit(adapter: Adapter, why: str) -> ConfigError:
-    return ConfigError(
-        f"the adapter does not fit the base model: {why}",
-        where=f"--adapter {adapter.path}",
-        fix="use the base model that the adapter was trained on; its model card names it",
-    )
+        pipeline.set_adapters(names, [source.adapter.strength for source in active])
 
 
 def _embed(model: ModelConfig, facts: Facts, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
@@ -158,13 +231,6 @@ def _embed(model: ModelConfig, facts: Facts, prompts: Sequence[str], device: tor
     if device.type == "cuda":
         torch.cuda.empty_cache()
     return embeds
-
-
-def _record(request: GenerateRequest) -> dict[str, Any]:
-    for path in (*(adapter.path for adapter in request.adapters), request.transformer):
-        if path is not None and (record := training_record(path)):
-            return record
-    return {}
 
 
 def _recorded_bucket(record: dict[str, Any], facts: Facts) -> Bucket | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +13,6 @@ from pydantic import ValidationError
 
 from finetune.errors import ConfigError, FinetuneError, raise_all
 from finetune.facts import Facts
-from finetune.files import COMPLETE
-from finetune.seals import DamageError, read_published
 from finetune.text import text_fault
 from finetune.trainers.validation import SamplePrompt
 from finetune.types import Bucket
@@ -25,8 +23,6 @@ TRAINING_RECORD = "finetune.json"
 """Beside an export's weights: what it was trained on and with, for programs (the model card is for people)."""
 MAX_FPS = 1000.0
 """The most that is taken from a record; who wants more says so."""
-_SETTINGS = "lora_adapter_metadata"
-"""Header entry under which diffusers keeps an adapter's settings, and takes them from."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +30,12 @@ class Adapter:
     """A LoRA and how strongly it acts."""
 
     path: Path
-    """A safetensors file, or a folder that holds ``pytorch_lora_weights.safetensors``."""
+    """A safetensors file, an export's folder, a checkpoint, or a run's folder (its newest checkpoint then)."""
     strength: float = 1.0
     """1 as trained, 0 not at all (the adapter is then not loaded)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     @property
     def file(self) -> Path:
@@ -48,8 +47,8 @@ class Adapter:
 class GenerateRequest:
     """One call of ``generate``."""
 
-    base: str
-    """Model folder in diffusers format, or hub id."""
+    base: str | None
+    """Model folder in diffusers format, or hub id; None: what the first adapter or ``transformer`` was trained on."""
     prompts: tuple[SamplePrompt, ...]
     out: Path
     """Folder for the videos."""
@@ -72,6 +71,11 @@ class GenerateRequest:
     """Keep on the GPU only the component that runs: slower, for cards on which the transformer just fits."""
     device: str | None = None
     """None: the GPU if there is one."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
+        if self.transformer is not None:
+            object.__setattr__(self, "transformer", Path(self.transformer))
 
 
 def parse_adapter(text: str) -> Adapter:
@@ -208,9 +212,10 @@ def transformer_root(folder: Path) -> Path:
     )
 
 
-def check_request(request: GenerateRequest, facts: Facts, bucket: Bucket) -> None:
-    """Raise one ``ConfigError`` for everything that is wrong with a request."""
-    raise_all(ConfigError, list(_faults(request, facts, bucket)), what="{n} things are wrong with the request")
+def check_request(request: GenerateRequest, facts: Facts, bucket: Bucket, others: Iterable[FinetuneError] = ()) -> None:
+    """Raise one ``ConfigError`` for everything that is wrong with a request, and for ``others`` of its faults."""
+    faults = [*_faults(request, facts, bucket), *others]
+    raise_all(ConfigError, faults, what="{n} things are wrong with the request")
 
 
 def _faults(request: GenerateRequest, facts: Facts, bucket: Bucket) -> Iterator[FinetuneError]:
@@ -220,8 +225,6 @@ def _faults(request: GenerateRequest, facts: Facts, bucket: Bucket) -> Iterator[
         yield from _prompt_faults(prompt, facts, where=f"prompt {index + 1} ({prompt.prompt[:40]!r})")
     for problem in facts.check_bucket(bucket):
         yield ConfigError(problem, where=f"size {bucket}")
-    for adapter in request.adapters:
-        yield from _adapter_faults(adapter)
     if not 1 <= request.num_inference_steps <= facts.num_train_timesteps:
         steps = request.num_inference_steps
         yield ConfigError(f"{steps} denoising steps", where="--steps", fix=f"give 1 to {facts.num_train_timesteps}")
@@ -242,60 +245,3 @@ def _prompt_faults(prompt: SamplePrompt, facts: Facts, *, where: str) -> Iterato
         yield ConfigError("the model is text-to-video and takes no image", where=where, fix="leave the image out")
     elif prompt.image is not None and not prompt.image.is_file():
         yield ConfigError("there is no such image", where=f"{where}: {prompt.image}")
-
-
-def _adapter_faults(adapter: Adapter) -> Iterator[FinetuneError]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    where = f"--adapter {adapter.path}"
-    if not math.isfinite(adapter.strength):
-        yield ConfigError(f"strength {adapter.strength} is not a number", where=where)
-    if adapter.file.is_file() and adapter.file.suffix != ".safetensors":
-        # diffusers would take it for a pickle.
-        yield ConfigError(f"{adapter.file.name} is no *.safetensors file", where=where, fix="convert or rename it")
-        return
-    if not adapter.file.is_file():
-        yield ConfigError(
-            f"the folder holds no {ADAPTER_FILE}" if adapter.path.is_dir() else "there is no such file or folder",
-            where=where,
-            fix="give a LoRA safetensors file, or an export's folder",
-        )
-        return
-    try:
-        tensors = load(read_published(adapter.file))
-    except DamageError as damage:
-        fix = f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it"
-        yield ConfigError(f"the adapter is damaged: {damage}", where=where, fix=fix)
-        return
-    except (SafetensorError, OSError) as error:
-        yield ConfigError(f"the file cannot be read as safetensors: {error}", where=where)
-        return
-    yield from _claims(adapter, {len(tensor) for name, tensor in tensors.items() if ".lora_A" in name and tensor.ndim})
-    if not any(name.startswith("transformer.") and ".lora_A" in name for name in tensors):
-        # diffusers would load nothing from such a file, and only log a warning.
-        yield ConfigError(
-            "the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight)",
-            where=where,
-            fix="convert it to diffusers' layout first",
-        )
-
-
-def _claims(adapter: Adapter, ranks: set[int]) -> Iterator[FinetuneError]:
-    """What the file's header says of ranks that its tensors do not have: a layer of that size would be made first."""
-    from safetensors import safe_open
-
-    with safe_open(adapter.file, framework="pt") as file:
-        text = (file.metadata() or {}).get(_SETTINGS, "{}")
-    try:
-        settings = json.loads(text)
-        claimed = [value for key, value in settings.items() if key.rpartition(".")[2] == "r"]
-        claimed += [
-            value for key, found in settings.items() if key.endswith("rank_pattern") for value in (found or {}).values()
-        ]
-    except (ValueError, AttributeError, RecursionError):
-        yield ConfigError("its settings in the header cannot be read", where=f"--adapter {adapter.path}")
-        return
-    if wrong := [value for value in claimed if value not in [*ranks]]:
-        told = f"its header claims a rank of {wrong[0]!s:.30}, and its tensors have {sorted(ranks)}"
-        yield ConfigError(told, where=f"--adapter {adapter.path}", fix="fetch or export it again")

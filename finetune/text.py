@@ -52,6 +52,11 @@ def without_invisible(text: str) -> str:
     return _INVISIBLES.sub("", text)
 
 
+def holds_word(text: str, word: str) -> bool:
+    """Whether ``word`` stands in ``text`` as a word of its own, in the same case; an empty one stands in every text."""
+    return not word or re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text) is not None
+
+
 def stripped(text: str) -> str:
     """``text`` without white space of any kind, and without characters that nobody sees, at its ends."""
     text = text.strip()

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from worlds import fabricate_cache, run_config
 
 from finetune import seals
+from finetune.adapter_source import read_sources
 from finetune.config import load_config
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.export import export
@@ -488,7 +489,7 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
             )
             facts = read_facts(config.model.pretrained)
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
-                check_request(request, facts, native_bucket(facts))
+                check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
 
 
 def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):

@@ -622,6 +622,36 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
     assert np.array_equal(report.frames[0], ours)
 
 
+@pytest.mark.parametrize(
+    "method", [LORA | {"alpha": 2.5, "use_rslora": True}, LORA | {"use_dora": True}], ids=["ema", "dora"]
+)
+def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_path, caplog, method):
+    """And neither needs to be told its base, also where that is a folder of this machine."""
+    ema = "use_dora" not in method
+    make_run(tmp_path, tiny_model("5b"), method, step=2, ema=ema)
+    run = make_run(tmp_path, tiny_model("5b"), method, step=3, ema=ema, best_step=2)
+    older, newest = (run / "checkpoints" / f"step-{step:08d}" for step in (2, 3))
+
+    def frames(path: Path) -> np.ndarray:
+        request = GenerateRequest(
+            base=None,
+            prompts=(SamplePrompt(prompt="a red ring", seed=5),),
+            out=tmp_path / "out",
+            adapters=(Adapter(path),),
+            bucket=Bucket(9, 32, 48),
+            num_inference_steps=1,
+            guidance_scale=1.0,
+        )
+        return generate(request).frames[0]
+
+    exported = frames(export(run).folder)
+    assert np.array_equal(frames(newest), exported) and "newest" not in caplog.text
+    assert np.array_equal(frames(run), exported)
+    assert f"{run} is a run: its newest checkpoint is used, step 3" in caplog.text
+    assert f"the lowest held-out loss is step 2's: --adapter {older}" in caplog.text
+    assert not np.array_equal(frames(older), exported)
+
+
 def test_published_names_hide_local_paths(tiny_model, tmp_path):
     folder = export(run_with_history(tmp_path, tiny_model("5b"))).folder
     assert str(tmp_path) not in (folder / TRAINING_RECORD).read_text()

@@ -14,6 +14,7 @@ from PIL import Image
 
 from finetune import generate as generate_module
 from finetune import sampling
+from finetune.adapter_source import base_facts, base_faults
 from finetune.cogvideox import (
     ModelConfig,
     encode_prompts,
@@ -38,9 +39,10 @@ from finetune.generate_inputs import (
 )
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.tiny import build_tiny
-from finetune.trainers.method import LoraMethod
+from finetune.trainers.method import LoraMethod, read_adapter
 from finetune.trainers.validation import SamplePrompt
 from finetune.types import Bucket
+from tests.broken_disk import disk
 
 SMALL = Bucket(9, 32, 48)
 PROMPT = "a red circle moving left"
@@ -380,11 +382,164 @@ def test_a_file_that_diffusers_would_silently_ignore_is_refused(tiny_model, tmp_
 
 
 @pytest.mark.parametrize("change", [{"attention_head_dim": 32}, {"num_layers": 3}], ids=["wider", "deeper"])
-def test_an_adapter_of_another_base_is_refused(tiny_model, tmp_path, change):
+def test_an_adapter_of_another_base_is_refused(tiny_model, tmp_path, no_weights, change):
     other = build_tiny(tmp_path / "other", "5b", **change)
     adapter = Adapter(save_adapter(tmp_path / "adapter", other))
     with pytest.raises(ConfigError, match="does not fit the base model"):
         generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
+
+
+class ArrivedError(Exception):
+    """Nothing was wrong with the request: the first weights are asked for."""
+
+
+def outcome(monkeypatch, request) -> str:
+    """What ``generate`` refuses a request with before any weight is loaded; empty if it does not."""
+
+    def load_text(*_, **__):
+        raise ArrivedError
+
+    monkeypatch.setattr(generate_module, "load_text", load_text)
+    try:
+        generate_module.generate(request)
+    except ArrivedError:
+        return ""
+    except ConfigError as error:
+        return str(error)
+    raise AssertionError("it sampled")
+
+
+FACTS = base_facts(read_facts(str(known_model("5b"))))
+
+
+@pytest.mark.parametrize(
+    ("variant", "record", "said"),
+    [
+        ("5b-i2v", {"image_to_video": False, "base_model": "org/it"}, "a text-to-video model, org/it, and"),
+        ("5b", {"image_to_video": True}, "an image-to-video model, and"),
+        ("5b", {"base_model": "THUDM/CogVideoX-5b-I2V"}, "an image-to-video model, zai-org/CogVideoX-5b-I2V, and"),
+        ("5b", {"base_model": "zai-org/CogVideoX1.5-5B"}, "another model, zai-org/CogVideoX1.5-5B, not on"),
+        ("5b", {"base_facts": {"patch_size_t": 2}}, "patch_size_t is 2 there, None here"),
+        ("5b", {}, ""),
+        ("5b", {"base_model": "5b", "image_to_video": False}, ""),  # a folder's name, not the published model's
+        ("5b", {"base_model": "somebody/elses", "image_to_video": False, "trigger": 3, "base_facts": "x"}, ""),
+    ],
+)
+def test_a_record_of_another_base_is_refused_by_name(tiny_model, tmp_path, monkeypatch, variant, record, said):
+    base = tiny_model(variant)
+    adapter = save_adapter(tmp_path / "one", base)
+    (adapter / TRAINING_RECORD).write_text(json.dumps(record))
+    picture = tmp_path / "x.png"
+    Image.new("RGB", (48, 32)).save(picture)
+    prompts = prompts_with_seeds(["a"], [picture] if "i2v" in variant else [])
+    changes = {"adapters": (Adapter(adapter),), "prompts": prompts, "bucket": bucket_of(read_facts(str(base)))}
+    told = outcome(monkeypatch, request_for(base, tmp_path / "out", **changes))
+    assert said in told and (str(base) in told) == bool(said)
+
+
+@pytest.mark.parametrize(
+    ("base", "record", "refused"),
+    [
+        ("somebody/tuned-5b", {"base_model": "zai-org/CogVideoX-5b"}, True),
+        ("THUDM/CogVideoX-5b", {"base_model": "zai-org/CogVideoX-5b"}, False),
+        ("5b", {"base_model": "THUDM/CogVideoX-5b"}, False),
+        ("somebody/copy-of-5b", {"base_model": "zai-org/CogVideoX-5b", "base_digest": "0" * 32}, False),
+        ("/data/models/it", {"base_model": "zai-org/CogVideoX-5b"}, False),
+    ],
+)
+def test_names_on_the_hub_tell_models_apart_where_no_digest_does(base, record, refused):
+    faults = list(base_faults(record, "--adapter a", base, read_facts(str(known_model("5b")))))
+    assert bool(faults) == refused
+    assert all("was trained on zai-org/CogVideoX-5b, not on somebody/tuned-5b" in str(fault) for fault in faults)
+
+
+def test_a_whole_transformer_of_another_kind_is_refused(tiny_model, tmp_path, monkeypatch):
+    load_transformer(ModelConfig(pretrained=str(tiny_model("5b")))).save_pretrained(tmp_path / "tuned" / "transformer")
+    (tmp_path / "tuned" / TRAINING_RECORD).write_text(json.dumps({"image_to_video": True}))
+    request = request_for(tiny_model("5b"), tmp_path / "out", transformer=tmp_path / "tuned")
+    assert "an image-to-video model" in outcome(monkeypatch, request)
+    request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(tmp_path / "tuned"),))
+    assert f"give --transformer {tmp_path / 'tuned'}" in outcome(monkeypatch, request)
+
+
+def test_a_missing_trigger_word_is_said(tiny_model, tmp_path, monkeypatch, caplog):
+    adapter = save_adapter(tmp_path / "one", tiny_model("5b"))
+    (adapter / TRAINING_RECORD).write_text(json.dumps({"trigger": "zkx"}))
+    for words, lacking in ((["a zkx ring", "a zkxy"], "1 of 2 prompts lack, such as 'a zkxy'"), (["zkx, a ring"], "")):
+        caplog.clear()
+        prompts = prompts_with_seeds(words, [])
+        request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(adapter),), prompts=prompts)
+        assert outcome(monkeypatch, request) == ""
+        assert lacking in caplog.text and bool(lacking) == ("trigger word 'zkx'" in caplog.text)
+
+
+def test_the_base_is_the_one_that_the_record_names(tiny_model, tmp_path, monkeypatch):
+    adapter = save_adapter(tmp_path / "one", tiny_model("5b"))
+    asked = []
+
+    def pinned(base, revision):
+        asked.append((base, revision))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(generate_module, "pin_revision", pinned)
+    request = request_for(None, tmp_path / "out", base=None, adapters=(Adapter(adapter),))
+    for record in ({"base_model": "org/it", "revision": "0" * 40}, {"base_model": str(tiny_model("5b"))}):
+        (adapter / TRAINING_RECORD).write_text(json.dumps(record))
+        assert outcome(monkeypatch, request) == "enough"
+    assert asked == [("org/it", "0" * 40), (str(tiny_model("5b")), None)]
+    (adapter / TRAINING_RECORD).write_text(json.dumps({"base_model": "model"}))
+    assert "the record names 'model', a folder of the machine that trained it" in outcome(monkeypatch, request)
+    (adapter / TRAINING_RECORD).unlink()
+    assert "there is no base model" in outcome(monkeypatch, request)
+
+
+LAYER = "transformer_blocks.0.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (f"base_model.model.{LAYER}.lora_A.weight", "it is in peft's layout"),
+        (f"diffusion_model.{LAYER}.lora_A.weight", "it is in ComfyUI's layout"),
+        ("lora_unet_transformer_blocks_0_attn1_to_q.lora_down.weight", "it is in kohya's layout"),
+        (f"transformer.{LAYER}.lora_down.weight", "it is in kohya's layout"),
+        ("transformer.layers.0.attention.query_key_value.matrix_A.0", "it is in SAT's layout"),
+        (
+            "transformer.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+            "the layout of diffusers before peft",
+        ),
+        ("lycoris_transformer_blocks_0.lokr_w1", "a LoHa, LoKr"),
+    ],
+)
+def test_other_programs_layouts_are_named_at_once(tiny_model, tmp_path, monkeypatch, name, said):
+    from safetensors.torch import save_file
+
+    file = tmp_path / "theirs.safetensors"
+    save_file({name: torch.zeros(2, 64)}, file)
+    told = outcome(monkeypatch, request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(file),)))
+    assert said in told and "fix:" in told
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_adapter(file)
+    assert "alpha" not in caught.value.what and caught.value.fix
+
+
+def test_a_folder_of_peft_s_own_is_named(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(tmp_path),))
+    assert "it is in peft's layout" in outcome(monkeypatch, request)
+    with pytest.raises(ConfigError, match="it is in peft's layout"):
+        read_adapter(tmp_path)
+
+
+def test_an_output_that_cannot_be_written_is_found_before_sampling(tiny_model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    told = outcome(monkeypatch, request_for(tiny_model("5b"), tmp_path / "file" / "out"))
+    assert "the videos cannot be written" in told
+    with disk(fail_at=1):
+        assert "No space left" in outcome(monkeypatch, request_for(tiny_model("5b"), tmp_path / "full"))
+    assert outcome(monkeypatch, request_for(tiny_model("5b"), tmp_path / "full")) == ""
+    assert list((tmp_path / "full").iterdir()) == []
 
 
 def test_parse_adapter(tmp_path):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
 
+from finetune.adapter_source import read_sources
 from finetune.cogvideox import (
     ModelConfig,
     encode_prompts,
@@ -461,10 +462,10 @@ def test_an_adapter_s_header_cannot_ask_for_more_than_its_tensors(tmp_path, sett
     adapters = (Adapter(adapter_file(tmp_path / "lora", settings)),)
     request = GenerateRequest("x/y", (SamplePrompt(prompt="x"),), tmp_path / "out", adapters=adapters)
     if said is None:
-        check_request(request, facts, native_bucket(facts))
+        check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
         return
     with pytest.raises(ConfigError) as caught:
-        check_request(request, facts, native_bucket(facts))
+        check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
     assert said in str(caught.value)
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import finetune
+from finetune.adapter_source import read_sources
 from finetune.cogvideox import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
 from finetune.errors import CheckpointError, ConfigError, ModelError
 from finetune.facts import read_facts
@@ -243,7 +244,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, trap, suffix, tiny_mod
                 read_adapter(path)
             request = GenerateRequest(str(model), (SamplePrompt(prompt="x"),), tmp_path, adapters=(Adapter(path),))
             with pytest.raises(ConfigError):
-                check_request(request, facts, native_bucket(facts))
+                check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
 
 
 COMPONENTS = {

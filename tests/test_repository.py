@@ -93,7 +93,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("config",),
         ("datasets.loader",),
         ("caching.encode",),
-        ("generate_inputs",),
+        ("generate_inputs", "adapter_source"),
         ("sampling",),
         ("trainers.engine",),
         ("trainers.objective",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from finetune.datasets.rows import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Gate, RawRow,
 from finetune.datasets.tables import MAX_FAULTS
 from finetune.errors import DataError, raise_all
 from finetune.section import Strict
-from finetune.text import text_fault, without_invisible
+from finetune.text import holds_word, text_fault, without_invisible
 from finetune.types import Sample
 
 _Value = TypeVar("_Value")
@@ -49,9 +48,7 @@ class CaptionConfig(Strict):
         # T5's tokenizer joins white space too, so this changes no token; it makes equal captions share a cache entry.
         text = f"{self.caption_prefix}{' '.join(without_invisible(caption).split())}{self.caption_suffix}"
         trigger = self.trigger.strip()
-        if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text):
-            return text
-        return f"{trigger} {text}"
+        return text if holds_word(text, trigger) else f"{trigger} {text}"
 
 
 @dataclass(frozen=True)

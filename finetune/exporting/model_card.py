@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import yaml
 
+from finetune.adapter_source import base_facts
 from finetune.config.plain_yaml import Dumper
 from finetune.exporting.merge import Merged
 from finetune.exporting.source import Source
@@ -46,6 +47,7 @@ def training_record(
             "base_model": _public_name(found.trained_on),
             "revision": found.revision,
             "image_to_video": facts.image_to_video,
+            "base_facts": base_facts(facts),
             "step": found.state.step,
             "weights": found.weights,
             "buckets": [str(bucket) for bucket in config.data.buckets],

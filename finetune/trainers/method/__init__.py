@@ -10,11 +10,22 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune.trainers.method.adapter import Adapter, read_adapter
+from finetune.trainers.method.adapter import COMPONENT, METADATA_KEY, Adapter, foreign_layout, read_adapter
 from finetune.trainers.method.full import FullMethod
 from finetune.trainers.method.lora import LoraMethod
 from finetune.trainers.method.tensors import load_strictly, require_same
 
 MethodConfig = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
 
-__all__ = ["Adapter", "FullMethod", "LoraMethod", "MethodConfig", "load_strictly", "read_adapter", "require_same"]
+__all__ = [
+    "COMPONENT",
+    "METADATA_KEY",
+    "Adapter",
+    "FullMethod",
+    "LoraMethod",
+    "MethodConfig",
+    "foreign_layout",
+    "load_strictly",
+    "read_adapter",
+    "require_same",
+]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,51 @@ METADATA_KEY = "lora_adapter_metadata"
 """Header entry under which diffusers keeps an adapter's settings."""
 COMPONENT = "transformer"
 """Prefix of every tensor and setting in diffusers' adapter files."""
+
+
+_PEFT = "adapter_config.json"
+"""Beside a file of peft's own."""
+_RENAME = (
+    "rename its tensors to diffusers' `transformer.transformer_blocks.0.attn1.to_q.lora_A.weight` and so on, and write"
+    " them with `CogVideoXPipeline.save_lora_weights`, r and lora_alpha as its `transformer_lora_adapter_metadata`"
+)
+_LAYOUTS = (
+    (r"base_model\.model\.", "peft's layout", f"{_RENAME}; r and lora_alpha stand in {_PEFT}"),
+    (r"diffusion_model\.", "ComfyUI's layout", _RENAME),
+    (
+        r"lora_(unet|transformer|te\d?)_|.*\.lora_(down|up)\.",
+        "kohya's layout",
+        f"{_RENAME}; lora_down is lora_A and lora_up is lora_B, and lora_alpha is what its .alpha tensors hold",
+    ),
+    (
+        r".*\.(matrix_[AB]\.\d|query_key_value\b|dense_h_to_4h\b)",
+        "SAT's layout, CogVideo's own",
+        "convert it with CogVideo's tools/export_sat_lora_weight.py; SAT scales by 1 / r, so lora_alpha is 1",
+    ),
+    (r".*\.processor\..*_lora\.", "the layout of diffusers before peft", _RENAME),
+    (
+        r".*\.(lokr_|hada_|lora_mid)",
+        "a LoHa, LoKr or LoCon of LyCORIS, no LoRA",
+        "merge it into a model where it was made",
+    ),
+)
+"""How other programs name a LoRA's tensors: a pattern for the name's start, whose it is, and the way to diffusers'."""
+
+
+def foreign_layout(names: Iterable[str], path: Path) -> tuple[str, str] | None:
+    """Whose layout a LoRA has that is not in diffusers', and what to do with it; None where nothing is known of it.
+
+    Args:
+        names: of its tensors; none where ``path`` is a folder without a file that is known.
+        path: its file or folder, which peft marks by a file of its own.
+    """
+    names = list(names)
+    if not names and (path / _PEFT).is_file():
+        return f"it is in {_LAYOUTS[0][1]}", _LAYOUTS[0][2]
+    for pattern, layout, fix in _LAYOUTS:
+        if any(re.match(pattern, name) for name in names):
+            return f"it is in {layout}" if "layout" in layout else f"it is {layout}", fix
+    return None
 
 
 @dataclass(frozen=True)
@@ -53,6 +99,8 @@ def read_adapter(source: Path) -> Adapter:
     candidates = [source / LORA_FILE, source / CHECKPOINT_FILE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
+        if source.is_dir() and (known := foreign_layout([], source)):
+            raise ConfigError(known[0], where=where, fix=known[1])
         if (source / CHECKPOINT_FILE.removesuffix(".safetensors")).is_dir():
             raise ConfigError(
                 "this checkpoint was written in shares by several processes, and an adapter is read from one file",
@@ -77,6 +125,8 @@ def read_adapter(source: Path) -> Adapter:
         ) from None
     except (OSError, SafetensorError, ValueError, RecursionError) as error:
         raise ConfigError(f"the adapter file cannot be read: {error}", where=where) from None
+    if known := foreign_layout(tensors, path):
+        raise ConfigError(known[0], where=where, fix=known[1])
     ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim})
     if not ranks:
         raise ConfigError("the file holds no LoRA tensors", where=where, fix="name a file with *.lora_A.weight tensors")
