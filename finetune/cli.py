@@ -166,6 +166,7 @@ def _init(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     from finetune.caching.overview import overview
+    from finetune.caching.plan import identities
     from finetune.config import load_config, require_valid
     from finetune.facts import json_folder, read_facts
     from finetune.precompute import check_dataset
@@ -175,9 +176,10 @@ def _check(args: argparse.Namespace) -> None:
     warnings = require_valid(config, facts)
     report = check_dataset(config, facts)
     print(report)
-    for label, number in overview(config, facts, report.clips):
+    numbers, advice = overview(config, facts, report.clips, identities(config, report.clips, progress=True))
+    for label, number in numbers:
         print(f"{label:>16}: {number}")
-    _print_notes(warnings)
+    _print_notes([*warnings, *advice])
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+from worlds import run_config
 
 import finetune
 from finetune.arguments import build_parser
+from finetune.caching.overview import run_advice
 from finetune.cli import BUG, INTERRUPTED, OK, USER_ERROR, main
 from finetune.config import check_against, load_config
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, ModelError
 from finetune.facts import known_model, read_facts
 from finetune.recipes import RECIPES
+from finetune.schedule import Item, StepPlan
 from finetune.starter import EXAMPLE_CARDS_GIB, FULL_PEAK_GIB, HUB_IDS, LORA_PEAK_GIB, Starter
+from finetune.types import Bucket
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -300,6 +305,7 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
     printed = capsys.readouterr()
     assert "4 clips from 4 videos" in printed.out
     assert "3 to train on, 1 held out" in printed.out and "1500, 500.00 epochs on one process" in printed.out
+    assert "note: 3 clips for 1500 steps are 500 epochs" in printed.err
     # 9 frames are 3 latent ones of 8x8 cells in patches of 2x2, beside 16 tokens of text.
     assert "9x64x64: latents of 4 channels x 3 frames x 8 x 8, 64 tokens with text" in printed.out
     assert main(["check", "--config", str(path), "--set", "data.buckets=[10x63x64]"]) == USER_ERROR
@@ -309,7 +315,12 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
 @pytest.mark.parametrize("name", ["zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b", "cogvideox-5B", "5b"])
 def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_path, capsys, monkeypatch):
     """Under any of its names, to write a configuration and to check it; training wants the weights."""
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+
+    def nothing_here(*_: object, local_files_only: bool = False, **__: object) -> None:
+        assert local_files_only, "the hub was asked"
+        raise LocalEntryNotFoundError("not here")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", nothing_here)
     assert main(["init", "--model", name, "--data", str(demo_clips), "--output", str(tmp_path / "init.yaml")]) == OK
     assert load_config(tmp_path / "init.yaml").model.pretrained == "zai-org/CogVideoX-5b"
     overrides = [
@@ -319,7 +330,8 @@ def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_p
         "cache.decode_workers=0",
     ]
     assert main(["check", "--config", str(config_file), "--set", *overrides]) == OK
-    assert "zai-org/CogVideoX-5b, text-to-video, 42 blocks" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "zai-org/CogVideoX-5b, text-to-video, 42 blocks" in printed and "captions were not compared" in printed
     (tmp_path / name).mkdir(parents=True)  # a folder of that name is meant where there is one
     assert load_config(config_file, overrides).model.pretrained == str(tmp_path / name)
 
@@ -345,11 +357,49 @@ def test_the_overview_counts_what_training_will_see(tmp_path):
             "output_dir": str(tmp_path),
         }
     )
-    numbers = dict(overview(config, read_facts(str(known_model("1.5-5b-i2v"))), clips))
+    listed, advice = overview(
+        config, read_facts(str(known_model("1.5-5b-i2v"))), clips, {c.sample.video: c.name for c in clips}
+    )
+    numbers = dict(listed)
+    assert not advice
     assert "16 channels x 21 + 1 in front frames x 96 x 170, 45,104 tokens" in numbers["bucket"]  # 44,880 and 224
     assert numbers["clips"] == "8 to train on, 3 held out"
     assert numbers["epoch"] == "16 clips with repeats, 4.00 steps on one process"
     assert numbers["steps"].startswith("12, 3.00 epochs") and "image-to-video" in numbers["model"]
+
+
+@pytest.mark.parametrize(
+    ("clips", "repeats", "steps", "told"),
+    [
+        (8, 1, 1500, "8 clips for 1500 steps are 187.5 epochs: a clip seen 187.5 times"),
+        (8, 3, 1500, "8 clips for 1500 steps are 62.5 epochs: a clip seen 187.5 times"),
+        (8, 1, 1500, "800 steps would be 100 times"),
+        (10, 1, 1000, ""),
+        (100, 1, 4000, ""),
+    ],
+)
+def test_a_run_that_is_long_for_its_clips_is_told_of(tmp_path, clips, repeats, steps, told):
+    plan = StepPlan((Item(Bucket(9, 64, 64), repeats),) * clips, seed=0, batch_size=1, micro_batches=1)
+    config = run_config(tmp_path, tmp_path, tmp_path / "run")
+    advice = run_advice(config, plan, steps, held=0)
+    assert told in advice[0] if told else not advice
+
+
+@pytest.mark.parametrize(
+    ("data", "held", "told"),
+    [
+        ({"holdout": 0.1}, 0, "no clip is held out, so no held-out loss is measured"),
+        ({"sources": [{"path": "a"}, {"path": "b", "split": "holdout"}]}, 0, "nothing of the held-out sources is left"),
+        ({"holdout": 5}, 2, "data.holdout asks for 5 videos, and 2 can be kept out"),
+        ({"holdout": 5}, 5, ""),
+        ({"holdout": 0.1}, 1, ""),
+        ({}, 0, ""),
+    ],
+)
+def test_a_holdout_that_comes_to_nothing_is_told_of(tmp_path, data, held, told):
+    plan = StepPlan((Item(Bucket(9, 64, 64), 1),), seed=0, batch_size=1, micro_batches=1)
+    advice = run_advice(run_config(tmp_path, tmp_path, tmp_path / "run", data=data), plan, 1, held=held)
+    assert told in advice[0] if told else not advice
 
 
 def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):

@@ -38,6 +38,7 @@ from finetune.cogvideox import (
     pipeline_class,
     rotary_table,
     save_transformer,
+    tokenize,
 )
 from finetune.diffusion import add_noise, velocity
 from finetune.errors import ModelError
@@ -474,6 +475,35 @@ def test_prompts_equal_the_stock_pipelines(tiny: Callable[..., Tiny], variant: s
     assert torch.equal(ours, theirs)
     # T5 pads without a mask, so a caption's embedding does not depend on what it is batched with.
     torch.testing.assert_close(encode_prompts(model.tokenizer, model.encoder, captions[:1], model.facts), ours[:1])
+
+
+@pytest.mark.parametrize(
+    ("caption", "unknown", "tokens"),
+    [
+        ("a red circle", 0, ["▁a", "▁red", "▁circle", "</s>"]),
+        ("一只猫在走", 5, ["▁", "<unk>", "</s>"]),  # one mark, however many characters
+        ("你好 世界", 4, ["▁", "<unk>", "▁", "<unk>", "</s>"]),
+        ("a 🎈 red", 1, ["▁a", "▁", "<unk>", "▁red", "</s>"]),
+        ("a </s> red", 4, ["▁a", "</s>", "▁red", "</s>"]),
+        ("", 0, ["</s>"]),
+    ],
+)
+def test_what_the_tokenizer_does_not_know_is_counted(
+    tiny: Callable[..., Tiny], caption: str, unknown: int, tokens: list[str]
+) -> None:
+    model = tiny("5b")
+    (found,) = tokenize(model.tokenizer, [caption], model.facts)
+    assert found.unknown == unknown
+    assert model.tokenizer.convert_ids_to_tokens(list(found.ids)) == tokens
+
+
+def test_tokens_are_those_that_are_encoded(tiny: Callable[..., Tiny]) -> None:
+    model = tiny("5b")
+    length = model.facts.max_text_seq_length
+    for caption in ("a red circle", "a red circle " * 20, "猫 red"):
+        (found,) = tokenize(model.tokenizer, [caption], model.facts)
+        theirs = model.tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
+        assert list(found.ids) == theirs[: len(found.ids)] and len(found.ids) <= length
 
 
 def test_tokens_are_counted_before_cutting(tiny: Callable[..., Tiny]) -> None:

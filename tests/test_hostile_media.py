@@ -630,7 +630,7 @@ def test_hostile_rows_are_named_and_the_rest_goes_on(good, demo_clips, tmp_path,
         report = check_dataset(config, facts, progress=False)
         assert len(report.clips) == 4 and {Path(name).name for name in report.skipped["unreadable"]} == set(hostile)
         return
-    with pytest.raises(DataError, match="3 videos cannot be used") as caught:
+    with pytest.raises(DataError, match="3 clips, images or captions cannot be used") as caught:
         check_dataset(config, facts, progress=False)
     told = str(caught.value)
     for name, said in (("frames", "1,000,000,000 frames"), ("pixels", "65535x65535"), ("list", "a concat script")):

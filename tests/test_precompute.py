@@ -27,6 +27,8 @@ from worlds import merged, run_values
 from finetune import files
 from finetune.caching import encode as encoding
 from finetune.caching import plan as cache_plan
+from finetune.caching.overview import overview
+from finetune.caching.plan import held_out, identities
 from finetune.caching.report import check_dataset, workers_for
 from finetune.caching.request import Fingerprints, full_fingerprints, local_fingerprints
 from finetune.cogvideox import load_text, load_vae
@@ -35,7 +37,7 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.entries import read_metadata
 from finetune.datasets.manifest import UNKNOWN
 from finetune.datasets.video import decode, fit_image, load_image, probe
-from finetune.errors import CacheError, DataError
+from finetune.errors import CacheError, DataError, ModelError
 from finetune.facts import known_model, read_facts
 from finetune.precompute import PrecomputeReport, ensure_cache, precompute
 from finetune.types import Bucket
@@ -537,7 +539,10 @@ def test_files_without_a_sound_header_follow_the_same_policy(project):
     home.clips[1].write_bytes(home.clips[1].read_bytes()[:900])
     with pytest.raises(DataError) as caught:
         home.precompute()
-    assert "2 videos cannot be used" in str(caught.value) and not (home.folder / "cache" / "latents").exists()
+    assert (
+        "2 clips, images or captions cannot be used" in str(caught.value)
+        and not (home.folder / "cache" / "latents").exists()
+    )
     home.changes = {"data": {"unreadable_clips": "skip"}}
     report = home.precompute()
     assert report.skipped == {"unreadable": 2} and len(report.manifest.items) == 2
@@ -701,6 +706,126 @@ def test_a_held_out_source_that_shares_a_video_is_told_of(project):
     assert any("flatters the held-out loss" in note for note in report.manifest.notes)
 
 
+def _count_held_out(home: Project) -> tuple[int, int, int]:
+    """Clips held out as `check` counts them, as precompute does, and as counting by name would."""
+    config, facts = home.config(), read_facts(str(home.model))
+    clips = check_dataset(config, facts, progress=False).clips
+    drawn, names = identities(config, clips, progress=False), {clip.sample.video: clip.name for clip in clips}
+    counted = dict(overview(config, facts, clips, drawn)[0])["clips"]
+    checked = int(re.search(r"(\d+) held out", counted).group(1))
+    manifest = home.precompute().manifest
+    return checked, sum(item.holdout for item in manifest.items), sum(held_out(clips, names, config.data.holdout))
+
+
+def test_check_and_the_run_hold_out_the_same_clips_where_copies_exist(project):
+    home = project(data={"holdout": 0.5})
+    for number in range(2):
+        shutil.copy(home.clips[0], home.folder / "clips" / f"copy{number}.mp4")
+    home.rows(lambda rows: rows.extend({"file_name": f"copy{n}.mp4", "prompt": f"view {n}"} for n in range(2)))
+    checked, run, by_name = _count_held_out(home)
+    assert checked == run == (4 if run > 3 else 2), "two of four videos, one of which stands there three times"
+    assert by_name == 3, "canary: by their names, three of six"
+
+
+def test_counting_reads_files_only_where_numbers_depend_on_it(project, monkeypatch):
+    home = project(data={"holdout": 1})
+    sizes = {path.stat().st_size for path in home.clips}
+    assert len(sizes) == 4, "files of one size could be copies"
+    clips = check_dataset(home.config(), read_facts(str(home.model)), progress=False).clips
+    monkeypatch.setattr(Cache, "stamp", _forbidden)
+    assert len(identities(home.config(), clips, progress=False)) == 4
+    home.clips[1].write_bytes(home.clips[0].read_bytes())
+    with pytest.raises(AssertionError):
+        identities(home.config(), clips, progress=False)
+
+
+def _put(home: Project, column: str, values: list[str]) -> None:
+    """Write values into the first rows."""
+    home.rows(lambda rows: [row.update({column: value}) for row, value in zip(rows, values, strict=False)])
+
+
+CHINESE = ["\u4e00\u53ea\u732b\u5728\u8d70", "\u4e00\u53ea\u72d7\u5728\u8dd1"]
+
+
+def test_captions_that_the_model_cannot_read_are_told_of(project):
+    home = project()
+    _put(home, "prompt", [*CHINESE, "a red \U0001f388"])
+    notes = check_dataset(home.config(), read_facts(str(home.model)), progress=False).notes
+    assert "3 of 4 captions hold characters that" in notes[0] and "(2 of them for the most part)" in notes[0]
+    assert repr(CHINESE[0]) in notes[0] and "100% unknown" in notes[0]
+    assert notes[1].startswith("2 different captions are not different to the model") and CHINESE[1] in notes[1]
+    report = home.precompute()
+    assert set(notes) <= set(report.manifest.notes) and f"note: {notes[0]}" in str(report)
+    first, second = (home.cache.read_prompt(item.prompt_key) for item in report.manifest.items[:2])
+    assert torch.equal(first, second), "canary: this is what it warns of"
+
+
+def test_captions_that_the_model_cannot_read_stop_it_where_that_is_asked_for(project):
+    home = project(data={"unreadable_captions": "error"})
+    emoji = ["a red \U0001f388", "a red \U0001f389"]
+    _put(home, "prompt", [CHINESE[0], *emoji])
+    with pytest.raises(DataError) as caught:
+        home.precompute()
+    said = str(caught.value)
+    assert said.startswith("3 clips, images or captions cannot be used") and "unreadable_captions: warn" in said
+    assert "100% of the caption is unknown" in said and "metadata.jsonl:1" in said
+    assert said.count("another's, but for characters that are unknown") == 2 and "metadata.jsonl:3" in said
+    assert not (home.folder / "cache" / "prompts").exists() and not (home.folder / "cache" / "latents").exists()
+    _put(home, "prompt", ["a blue square", emoji[0], "a ring"])
+    assert encoded(home.precompute())[1] == 5, "an emoji in a caption of words stops nothing"
+    home.rows(lambda rows: rows[0].update(prompt=CHINESE[0]))
+    prefix = {"unreadable_captions": "error", "caption_prefix": "a red circle moving left, a blue square moving up, "}
+    with pytest.raises(DataError, match="100% of the caption"):  # of what was written for the clip
+        home.precompute(data=prefix)
+
+
+def test_captions_are_not_compared_where_there_is_no_tokenizer(project, tmp_path):
+    home = project(data={"unreadable_captions": "error"})
+    home.rows(lambda rows: rows[0].update(prompt=CHINESE[0]))
+    home.model = Path(shutil.copytree(home.model, tmp_path / "model"))
+    shutil.rmtree(home.model / "tokenizer")
+    (note,) = check_dataset(home.config(), read_facts(str(home.model)), progress=False).notes
+    assert "captions were not compared" in note
+    with pytest.raises(ModelError, match="no tokenizer"):
+        home.precompute()
+
+
+def test_a_manifest_from_before_captions_were_compared_still_answers(project):
+    home = project()
+    home.precompute()
+    (manifest,) = (home.folder / "cache" / "manifests").glob("*.json")
+    assert "unreadable_captions" not in manifest.read_text()
+    home.ensure(cache={"mode": "require"})
+    with pytest.raises(CacheError, match=r"data\.unreadable_captions"):
+        home.ensure(cache={"mode": "require"}, data={"unreadable_captions": "error"})
+
+
+def test_images_are_opened_before_anything_is_encoded(project):
+    home = project("1.5-5b-i2v")
+    clips = home.folder / "clips"
+    Image.new("RGB", (64, 64), (9, 99, 199)).save(clips / "good.gif")
+    Image.new("RGB", (64, 64)).save(clips / "cut.png")
+    (clips / "cut.png").write_bytes((clips / "cut.png").read_bytes()[:60])
+    Image.new("RGB", (640, 20)).save(clips / "wide.jpg")
+    (home.folder / "start.png").write_bytes(b"no image")
+    names = ["good.gif", "cut.png", "wide.jpg"]
+    _put(home, "image", names)
+    facts = read_facts(str(home.model))
+    samples = {"validation": {"samples": [{"prompt": "a ring", "image": "start.png"}]}}
+    with pytest.raises(DataError) as caught:
+        check_dataset(home.config(**samples), facts, progress=False)
+    said = str(caught.value)
+    assert said.startswith("3 clips, images or captions") and "good.gif" not in said
+    assert "clips/cut.png, first frame of" in said and "metadata.jsonl:2" in said
+    assert "would keep" in said and "start.png (validation.samples)" in said
+    home.changes = {"data": {"unreadable_clips": "skip"}}
+    report = home.precompute()
+    assert len(report.manifest.items) == 2 and report.skipped == {"unreadable": 2}
+    for name in ("cut.png", "wide.jpg"):
+        Image.new("RGB", (64, 64), (200, 0, 0)).save(clips / name)
+    assert len(home.ensure().items) == 4, "that they were mended is noticed"
+
+
 def test_check_dataset_plans_without_weights(project, monkeypatch):
     home = project()
     monkeypatch.setattr("finetune.cogvideox.load_vae", _forbidden)
@@ -708,7 +833,7 @@ def test_check_dataset_plans_without_weights(project, monkeypatch):
     assert [clip.name for clip in report.clips] == [f"clips/{path.name}" for path in home.clips]
     assert "4 clips from 4 videos, 4 distinct captions, at 8 fps" in str(report)
     assert "bucket 9x32x32: 4 clips of 1.1 s" in str(report)
-    with pytest.raises(DataError, match="4 videos cannot be used"):
+    with pytest.raises(DataError, match="4 clips, images or captions cannot be used"):
         check_dataset(home.config(data={"buckets": ["17x32x32"]}), read_facts(str(home.model)), progress=False)
     with pytest.raises(DataError, match="no clip is left to train on: 4 videos too short"):
         skipping = home.config(data={"buckets": ["17x32x32"], "short_clips": "skip"})

@@ -134,6 +134,16 @@ def test_a_run_that_cannot_continue_is_refused_field_by_field(tiny_model, demo_c
         train(run_config(tiny_model(), demo_clips, tmp_path / "run", **change))
 
 
+def test_what_check_would_advise_is_said_before_the_first_step(tiny_model, demo_clips, tmp_path, capsys, monkeypatch):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips" / "a.mp4").write_bytes(next(iter(sorted(demo_clips.glob("*.mp4")))).read_bytes())
+    (tmp_path / "clips" / "a.txt").write_text("a red circle moving left")
+    monkeypatch.setattr("finetune.caching.overview.MOST_EPOCHS", 1)
+    train(run_config(tiny_model(), tmp_path / "clips", tmp_path / "run", data={"holdout": 0.1}, train={"steps": 2}))
+    before, _, _ = capsys.readouterr().out.partition("training clips")
+    assert "warning: no clip is held out" in before and "warning: 1 clips for 2 steps are 2 epochs" in before
+
+
 def test_a_missing_checkpoint_is_an_error(tiny_model, demo_clips, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
         train(run_config(tiny_model(), demo_clips, tmp_path / "run", checkpoint={"resume": str(tmp_path / "nowhere")}))

@@ -5,7 +5,8 @@ Every row and every video's header is read and every file digested; no weight is
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from finetune.datasets.manifest import KINDS, Kind, portable
 from finetune.datasets.sources import source_files
 from finetune.datasets.video import PIXEL_RULE
 from finetune.errors import CacheError, DataError, raise_all
-from finetune.facts import Facts
+from finetune.facts import Facts, resolve_pretrained
 from finetune.files import digest_of, human_size, require_space
 from finetune.holdout import choose_holdout
 from finetune.types import Bucket
@@ -72,6 +73,8 @@ def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool)
     """
     # Digested before they are read: a file that changes in between is then seen as changed, not missed.
     inputs = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
+    # Captions are compared with it, before an encoder of 10 GB is fetched.
+    resolve_pretrained(config.model.pretrained, config.model.revision, components=["tokenizer"])
     report = check_dataset(config, facts, progress=progress)
     encoders = full_fingerprints(config.model, cache, config.memory.text_encoder)
     samples = config.validation.samples
@@ -82,7 +85,7 @@ def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool)
     inputs |= stamp_files(media | conditions | images, cache, progress)
 
     needs = _Needs(config, facts, encoders, inputs)
-    heldout = _held_out(report.clips, inputs, config.data.holdout)
+    held = held_out(report.clips, {path: stamp.digest for path, stamp in inputs.items()}, config.data.holdout)
     manifest = Manifest(
         items=tuple(
             ManifestItem(
@@ -91,12 +94,12 @@ def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool)
                 caption=clip.sample.caption,
                 bucket=clip.plan.bucket,
                 repeats=clip.sample.repeats,
-                holdout=clip.holdout or inputs[clip.sample.video].digest in heldout,
+                holdout=is_held,
                 latents_key=needs.clip(clip),
                 prompt_key=needs.prompt(clip.sample.caption),
                 media_digest=inputs[clip.sample.video].digest,
             )
-            for clip in report.clips
+            for clip, is_held in zip(report.clips, held, strict=True)
         ),
         empty_prompt_key=needs.prompt(""),
         request=portable(make_request(config, facts, encoders), config.base),
@@ -233,9 +236,36 @@ def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[P
     return {path: one for path, one in stamps.items() if isinstance(one, FileStamp)}
 
 
-def _held_out(clips: Iterable[PlannedClip], stamps: Mapping[Path, FileStamp], holdout: float) -> frozenset[str]:
-    """Digests of the videos of training sources that ``data.holdout`` keeps out of training."""
-    return choose_holdout([stamps[clip.sample.video].digest for clip in clips if not clip.holdout], holdout)
+def held_out(clips: Sequence[PlannedClip], identities: Mapping[Path, str], holdout: float) -> tuple[bool, ...]:
+    """Whether each clip is kept out of training: by its source, or because ``data.holdout`` takes its video.
+
+    Args:
+        clips: of the whole dataset.
+        identities: what tells one video from another, by file: the digest of its bytes, so that copies are one video.
+        holdout: ``HoldoutConfig.holdout``.
+    """
+    chosen = choose_holdout([identities[clip.sample.video] for clip in clips if not clip.holdout], holdout)
+    return tuple(clip.holdout or identities[clip.sample.video] in chosen for clip in clips)
+
+
+def identities(config: RunConfig, clips: Sequence[PlannedClip], *, progress: bool) -> dict[Path, str]:
+    """What tells one video from another, as far as numbers of clips depend on it.
+
+    That is the digest of a file, which ``data.holdout`` draws by. Where every file has a size of its own and gives the
+    same clips, its name serves: there are no copies, and whichever are drawn, the numbers are the same.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    gives: dict[Path, Counter[tuple[Bucket, float, bool]]] = {}
+    for clip in clips:
+        gives.setdefault(clip.sample.video, Counter())[clip.plan.bucket, clip.sample.repeats, clip.holdout] += 1
+    sizes = {video.stat().st_size for video in gives}
+    alike = len({frozenset(given.items()) for given in gives.values()}) == 1
+    if not config.data.holdout or (alike and len(sizes) == len(gives)):
+        return {video: str(video) for video in gives}
+    stamps = stamp_files(gives, Cache(config.cache.dir), progress)
+    return {video: stamp.digest for video, stamp in stamps.items()}
 
 
 def _both_sides(clips: Iterable[PlannedClip], stamps: Mapping[Path, FileStamp]) -> list[str]:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.caching.captions import check_captions
+from finetune.caching.request import sample_bucket
 from finetune.config import RunConfig
 from finetune.datasets.manifest import portable
 from finetune.datasets.sources import read_samples
@@ -111,7 +113,15 @@ def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> 
             label = name if len(plans) == 1 else f"{name}#{number}"
             clips.append(PlannedClip(label, sample, probe, plan, holdout))
             advice.update(plan_notes(probe, plan, fps, config.data.span))
-    raise_all(DataError, errors, what="{n} videos cannot be used")
+    clips = _with_sound_images(clips, config, facts, skipped[UNREADABLE] if skip else None, errors, progress)
+    captions: dict[str, str] = {}
+    for sample, _ in rows:
+        captions.setdefault(sample.caption, sample.where)
+    for shown in config.validation.samples:
+        captions.setdefault(shown.prompt, "validation.samples")
+    findings = check_captions(config, facts, captions)
+    errors += findings.errors
+    raise_all(DataError, errors, what="{n} clips, images or captions cannot be used")
     if not any(not clip.holdout for clip in clips):
         counts = {
             why: f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in skipped.items()
@@ -119,8 +129,52 @@ def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> 
         reasons = "; ".join(counts[why] for why, names in skipped.items() if names)
         raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
     left_out = {why: tuple(names) for why, names in skipped.items() if names}
-    notes = [*read.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
+    notes = [*read.notes, *findings.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
     return DatasetReport(tuple(clips), left_out, tuple(notes), fps)
+
+
+def _with_sound_images(
+    clips: list[PlannedClip],
+    config: RunConfig,
+    facts: Facts,
+    left_out: list[str] | None,
+    errors: list[DataError],
+    progress: bool,
+) -> list[PlannedClip]:
+    """The clips whose first-frame images can be read and fit; others go to ``left_out``, or to ``errors`` if None.
+
+    Validation images are read too. Each image is decoded, once for every size it is cut to, as it will be encoded.
+    """
+    from tqdm import tqdm
+
+    if not facts.image_to_video:
+        return clips
+    wanted = {(clip.sample.image, clip.plan.bucket) for clip in clips if clip.sample.image is not None}
+    shown = {sample.image for sample in config.validation.samples if sample.image is not None}
+    if config.cache.mode == "require":  # they may be elsewhere
+        shown = {image for image in shown if image.is_file()}
+    jobs = sorted(wanted | {(image, sample_bucket(config)) for image in shown}, key=str)
+    with DecodePool(workers_for(config, len(jobs))) as pool:
+        found = pool.load_images(jobs)
+        bar = tqdm(found, total=len(jobs), desc="images", unit=" images", disable=not progress, leave=False)
+        faults = {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
+    for path in sorted(shown):
+        if fault := faults.get((path, sample_bucket(config))):
+            errors.append(DataError(fault.what, where=f"{path} (validation.samples)", fix=fault.fix))
+    sound, told = [], set()
+    for clip in clips:
+        fault = faults.get((clip.sample.image, clip.plan.bucket)) if clip.sample.image is not None else None
+        if fault is None:
+            sound.append(clip)
+        elif (clip.sample.where, clip.plan.bucket) not in told:  # once for all clips of a video
+            told.add((clip.sample.where, clip.plan.bucket))
+            image = portable(clip.sample.image, config.base)
+            if left_out is None:
+                where = f"{image}, first frame of {portable(clip.sample.video, config.base)} ({clip.sample.where})"
+                errors.append(DataError(fault.what, where=where, fix=fault.fix))
+            else:
+                left_out.append(image)
+    return sound
 
 
 def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:

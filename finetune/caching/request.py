@@ -66,7 +66,7 @@ def local_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncod
 
     Training from a complete cache needs neither encoder, and T5 alone is 10 GB.
     """
-    folder = _local_folder(model)
+    folder = local_folder(model)
 
     def taken(component: Literal["vae", "text_encoder"]) -> str:
         if folder is None or not _has_weights(folder / component):
@@ -82,7 +82,8 @@ def _form(text_encoder: TextEncoder) -> str:
     return text_encoder if text_encoder == "int8" else ""
 
 
-def _local_folder(model: ModelConfig) -> Path | None:
+def local_folder(model: ModelConfig) -> Path | None:
+    """Where a checkpoint's files are on this machine, so far as they are; None if none of them is."""
     folder = Path(model.pretrained)
     if folder.is_dir():
         return folder
@@ -117,6 +118,8 @@ def make_request(config: RunConfig, facts: Facts, encoders: Fingerprints) -> dic
     caption and image dropout, which are applied to what the cache holds.
     """
     data = config.data.model_dump(mode="python", exclude=set(DropoutConfig.model_fields))
+    if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
+        del data["unreadable_captions"]
     samples = config.validation.samples
     images = sorted({sample.image for sample in samples if sample.image} if facts.image_to_video else ())
     return {

@@ -4,7 +4,14 @@ Everything outside works on ``[..., C, F, H, W]`` tensors and a ``Facts``.
 """
 
 from finetune.cogvideox.denoise import denoise, rotary_table
-from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
+from finetune.cogvideox.encode import (
+    TokenizedCaption,
+    count_tokens,
+    encode_image,
+    encode_prompts,
+    encode_video,
+    tokenize,
+)
 from finetune.cogvideox.fingerprint import fingerprint
 from finetune.cogvideox.latents import alpha_bar, condition_latents, model_latents
 from finetune.cogvideox.load import (
@@ -12,6 +19,7 @@ from finetune.cogvideox.load import (
     empty_transformer,
     load_scheduler,
     load_text,
+    load_tokenizer,
     load_transformer,
     load_vae,
     save_transformer,
@@ -22,6 +30,7 @@ from finetune.cogvideox.weights import Placement
 __all__ = [
     "ModelConfig",
     "Placement",
+    "TokenizedCaption",
     "alpha_bar",
     "build_pipeline",
     "condition_latents",
@@ -34,10 +43,12 @@ __all__ = [
     "fingerprint",
     "load_scheduler",
     "load_text",
+    "load_tokenizer",
     "load_transformer",
     "load_vae",
     "model_latents",
     "pipeline_class",
     "rotary_table",
     "save_transformer",
+    "tokenize",
 ]

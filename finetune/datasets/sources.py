@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import field_validator
 
@@ -32,6 +32,10 @@ class CaptionConfig(Strict):
     """Put before every caption exactly as written: end it with a space where one is wanted (and quote it in YAML)."""
     caption_suffix: str = ""
     """Put after every caption exactly as written."""
+    unreadable_captions: Literal["warn", "error"] = "warn"
+    """What happens where the model's text encoder does not know a caption's characters (T5 knows English and a few more
+    languages; Chinese, emoji and ``{`` become one unknown mark): say so, or stop where most of a caption is unknown and
+    where two captions differ in unknown characters only."""
 
     @field_validator("trigger", "caption_prefix", "caption_suffix")
     @classmethod

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from finetune.caching.overview import run_advice
 from finetune.cogvideox import alpha_bar, load_transformer
 from finetune.config import RunConfig, pin_model, require_valid
 from finetune.datasets.cache import Cache
@@ -69,6 +70,9 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         micro_batches=config.train.accumulation * ranks.world,
     )
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
+    held = len({item.media_digest for item in heldout.items})
+    for advice in run_advice(config, plan, total_steps, held=held):
+        accelerator.print(f"warning: {advice}")
     saved = _checkpoint_to_continue(config, manifest, ranks)
 
     forecaster = _forecaster(config, launch, ranks)  # while the model is read

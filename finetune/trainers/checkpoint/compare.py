@@ -60,7 +60,11 @@ _RULES: Mapping[str, tuple[bool, str]] = {
 """What may change when a run goes on, by dotted prefix; the longest one that fits decides."""
 
 
-_SINCE: Mapping[str, object] = {"optimizer.weights": "master", "memory.base": "native"}
+_SINCE: Mapping[str, object] = {
+    "optimizer.weights": "master",
+    "memory.base": "native",
+    "data.unreadable_captions": "warn",
+}
 """Fields that configurations did not always have, and what was done before."""
 
 
