@@ -39,8 +39,8 @@ def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> l
     if times > MOST_EPOCHS:
         enough = max(1, round(steps * MOST_EPOCHS / times))
         advice.append(
-            f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: a clip seen {times:.5g} times is learnt"
-            f" by heart. {enough} steps would be {MOST_EPOCHS} times; docs/training.md says what suits how many clips"
+            f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: a clip seen {times:.5g} times is"
+            f" learnt by heart. {enough} steps would be {MOST_EPOCHS} times; docs/training.md says what suits how many clips"
         )
     return advice
 
