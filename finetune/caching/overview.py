@@ -40,7 +40,7 @@ def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> l
         enough = max(1, round(steps * MOST_EPOCHS / times))
         advice.append(
             f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: a clip seen {times:.5g} times is"
-            f" learnt by heart. {enough} steps would be {MOST_EPOCHS} times; docs/training.md says what suits how many clips"
+            f" learnt by heart. {enough} steps would be {MOST_EPOCHS} times; docs/training.md says what suits"
         )
     return advice
 
