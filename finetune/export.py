@@ -26,10 +26,17 @@ from finetune.errors import ExportError
 from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
 from finetune.exporting.model_card import copy_samples, model_card, training_record
 from finetune.exporting.place import arriving, require_replaceable
-from finetune.exporting.source import Source, find_source
+from finetune.exporting.source import Source, checkpoint_of, default_folder, find_source
 from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
 from finetune.facts import Facts, read_facts, resolve_pretrained
-from finetune.files import atomic_write_text, disk_fix, publish_dir, require_space
+from finetune.files import (
+    atomic_write_text,
+    disk_fix,
+    is_complete,
+    publish_dir,
+    require_space,
+    require_writable,
+)
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
 from finetune.seals import seal
 from finetune.tensorfiles import file_bytes
@@ -111,13 +118,16 @@ def export(
     ):
         if value not in known:
             raise ExportError(f"{option} is {value!r:.200}", where="export", fix=f"choose one of {', '.join(known)}")
-    found = find_source(source, checkpoint, weights, None if pretrained is None else str(pretrained))
+    path = checkpoint_of(source, checkpoint)
+    folder = to if to is not None else default_folder(path, "merged" if merged else "export")
+    place = require_replaceable(folder)
+    if is_complete(path):  # else it is refused for that, and no folder is made
+        _require_writable(place)
+    found = find_source(path, weights, None if pretrained is None else str(pretrained))
     config = pin_model(found.config)
     found = replace(found, config=config)
     facts = read_facts(config.model.pretrained, config.model.revision)
     _require_sense(found, full_pipeline=full_pipeline, merged=merged, strength=strength)
-    folder = to if to is not None else found.default_folder("merged" if merged else "export")
-    place = require_replaceable(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     outcome: list[tuple[float, float, Merged | None]] = []
 
@@ -140,11 +150,7 @@ def export(
         with arriving(place):
             publish_dir(place, fill)
     except (OSError, SafetensorError) as error:  # the latter from the library's writer
-        raise ExportError(
-            f"the export cannot be written: {error}",
-            where=str(folder),
-            fix=disk_fix(error) if isinstance(error, OSError) else "make room, or look at the disk, and export again",
-        ) from error
+        raise _unwritable(folder, error) from error
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     difference, tolerance, what = outcome[0]
     notes = ["a full fine-tuning is whole: merged or not, its export is the same"] if merged and not found.lora else []
@@ -153,6 +159,22 @@ def export(
     notes += [found.better] if found.better else []
     return ExportReport(
         folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, notes=tuple(notes)
+    )
+
+
+def _require_writable(place: Path) -> None:
+    """Reading a checkpoint, loading a model twice and merging take minutes: a place that is none is found before."""
+    try:
+        require_writable(place.parent)
+    except OSError as error:
+        raise _unwritable(place, error) from error
+
+
+def _unwritable(folder: Path, error: Exception) -> ExportError:
+    return ExportError(
+        f"the export cannot be written: {error}",
+        where=str(folder),
+        fix=disk_fix(error) if isinstance(error, OSError) else "make room, or look at the disk, and export again",
     )
 
 

@@ -731,3 +731,13 @@ class _Undocumented(BaseModel):
 
 def test_the_docstring_test_can_fail():
     assert "description" not in _Undocumented.model_json_schema()["properties"]["x"]
+
+
+def test_sampled_prompts_that_never_call_what_is_learnt_are_a_warning(write):
+    def warnings(*prompts: str) -> str:
+        samples = {"samples": [{"prompt": prompt} for prompt in prompts]}
+        overrides = {"data.trigger": "zkx", "validation": samples}
+        return "\n".join(require_valid(load_config(write(), overrides), facts_of("5b")))
+
+    assert "no sampled prompt holds the trigger word 'zkx'" in warnings("a ring", "a zkxy ring")
+    assert "trigger" not in warnings("a ring", "a zkx ring") + warnings()

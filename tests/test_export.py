@@ -397,6 +397,21 @@ def test_requests_that_cannot_be_met(tiny_model, tmp_path):
         export(run, merged=True, strength="half")
 
 
+def test_a_place_that_cannot_be_written_is_found_before_the_checkpoint_is_read(tiny_model, tmp_path, monkeypatch):
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError):
+        export(tmp_path / "nowhere", tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    monkeypatch.setattr(export_module, "find_source", lambda *_: pytest.fail("the checkpoint was read"))
+    with pytest.raises(ExportError, match="cannot be written"):
+        export(run, tmp_path / "file" / "out")
+    with pytest.raises(ExportError, match="No space left"), disk(fail_at=0):
+        export(run, tmp_path / "out")
+    with pytest.raises(pytest.fail.Exception, match="the checkpoint was read"):
+        export(run, tmp_path / "out")
+
+
 def test_only_an_earlier_export_is_replaced(tiny_model, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     precious = tmp_path / "precious"
@@ -420,7 +435,7 @@ def test_what_a_killed_export_left_is_made_good_by_the_next(tiny_model, tmp_path
         folder.mkdir()
         (folder / "half").write_text("")
     old = first.rename(run / "export.0011aabb.old.partial")  # killed between the two renames
-    with pytest.raises(ExportError, match="cannot be written"), disk(fail_at=1):
+    with pytest.raises(ExportError, match="cannot be written"), disk(fail_at=2):
         export(run)
     assert first.is_dir() and not old.exists() and not half.exists(), "the earlier export stands again"
     first.rename(old)

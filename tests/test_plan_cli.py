@@ -105,6 +105,8 @@ def test_processes_and_places_are_looked_at_first(
     assert "works in a single process" in capsys.readouterr().err
     assert main([*asked, "--plot", str(tmp_path / "nowhere" / "x.png")]) == USER_ERROR
     assert "no such folder to draw into" in capsys.readouterr().err
+    assert main([*asked, "--plot", str(tmp_path)]) == USER_ERROR
+    assert "this is a folder" in capsys.readouterr().err
 
 
 def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

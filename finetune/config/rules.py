@@ -9,6 +9,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.traits import memory_errors, memory_traits
 from finetune.errors import ConfigError, raise_all
 from finetune.facts import Facts
+from finetune.text import holds_word
 from finetune.trainers.method import LoraMethod
 
 
@@ -149,6 +150,12 @@ def _run_warnings(config: RunConfig) -> Iterator[tuple[str, str]]:
             "data.holdout",
             "no clip is held out, so no held-out loss is measured and overfitting stays unseen "
             "(set data.holdout, or validation.every: null)",
+        )
+    trigger, prompts = config.data.trigger.strip(), [sample.prompt for sample in config.validation.samples]
+    if prompts and not any(holds_word(prompt, trigger) for prompt in prompts):
+        yield (
+            "validation.samples",
+            f"no sampled prompt holds the trigger word {trigger!r}, so the videos will not show what is learnt",
         )
     if config.validation.every is None and held_out:
         yield "validation.every", "clips are held out, but validation.every is null: nothing is measured on them"

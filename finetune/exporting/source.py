@@ -14,7 +14,7 @@ from torch import Tensor
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
 from finetune.errors import CacheError, CheckpointError, ExportError
-from finetune.trainers.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, step_folders
+from finetune.trainers.checkpoint import FOLDER, checkpoint_path, list_checkpoints, load_checkpoint, step_folders
 from finetune.trainers.method import LoraMethod
 from finetune.trainers.validation import HISTORY, Measurement, best_of, read_history
 from finetune.types import RunState
@@ -56,12 +56,6 @@ class Source:
     def lora(self) -> bool:
         """Whether the run trained an adapter, not the whole transformer."""
         return isinstance(self.config.method, LoraMethod)
-
-    def default_folder(self, name: str) -> Path:
-        """Where an export goes unless told otherwise: in the run's folder, or beside a checkpoint without one."""
-        if self.run_dir is not None:
-            return self.run_dir / name
-        return self.checkpoint.with_name(f"{self.checkpoint.name}-{name}")
 
     @cached_property
     def history(self) -> dict[int, Measurement]:
@@ -120,25 +114,28 @@ def _summary(items: list[dict[str, Any]]) -> DataSummary:
     return DataSummary(len(training), len(items) - len(training), dict(sorted(buckets.items())), tuple(captions)[:5])
 
 
-def find_source(
-    source: Path,
-    checkpoint: Literal["latest", "best"],
-    weights: Literal["auto", "ema", "raw"],
-    pretrained: str | None,
-) -> Source:
-    """Find and read the checkpoint that is meant.
+def default_folder(checkpoint: Path, name: str) -> Path:
+    """Where an export goes unless told otherwise: in the run's folder, or beside a checkpoint without one."""
+    run_dir = _run_of(checkpoint)
+    return checkpoint.with_name(f"{checkpoint.name}-{name}") if run_dir is None else run_dir / name
+
+
+def _run_of(checkpoint: Path) -> Path | None:
+    return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else None
+
+
+def find_source(path: Path, weights: Literal["auto", "ema", "raw"], pretrained: str | None) -> Source:
+    """Read a checkpoint that is to be exported.
 
     Args:
-        source: a run's folder, or a checkpoint's.
-        checkpoint: which one of a run's folder.
+        path: its folder, as ``checkpoint_of`` finds it.
         weights: the moving average, the trained weights, or ``auto``: the average if there is one.
         pretrained: where the base model is now; None for where the run had it.
 
     Raises:
-        CheckpointError: if there is no complete checkpoint, or it is damaged.
-        ExportError: if it has no average, or the run has no best checkpoint.
+        CheckpointError: if it is no complete checkpoint, or damaged.
+        ExportError: if it has no average.
     """
-    path = _checkpoint_of(source, checkpoint)
     loaded = load_checkpoint(path, optimizer=False)
     chosen: Literal["raw", "ema"] = "raw" if weights == "raw" or (weights == "auto" and loaded.ema is None) else "ema"
     if chosen == "ema" and loaded.ema is None:
@@ -151,10 +148,9 @@ def find_source(
     if pretrained is not None:
         values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
         config = RunConfig.from_dict(values)
-    inside_run = path.parent.name == "checkpoints"
     return Source(
         checkpoint=path,
-        run_dir=path.parent.parent if inside_run else None,
+        run_dir=_run_of(path),
         config=config,
         trained_on=trained_on,
         revision=revision,
@@ -165,7 +161,13 @@ def find_source(
     )
 
 
-def _checkpoint_of(source: Path, checkpoint: Literal["latest", "best"]) -> Path:
+def checkpoint_of(source: Path, checkpoint: Literal["latest", "best"]) -> Path:
+    """Which checkpoint is meant by a run's folder, or by one checkpoint's.
+
+    Raises:
+        CheckpointError: if there is none in the folder.
+        ExportError: if the run has no best one.
+    """
     standing = step_folders(source)  # the incomplete ones too: the newest must not be passed over in silence
     if not standing:
         if source.is_dir() and not (source / "state.json").is_file():

@@ -12,6 +12,7 @@ import torch
 from finetune.cards import GIB, parse_bytes, to_gib, usable
 from finetune.config import RunConfig, memory_errors, memory_traits, require_valid
 from finetune.errors import ConfigError, raise_all
+from finetune.files import disk_fix, require_writable
 from finetune.memory import MemoryConfig
 from finetune.planning.calibrate import calibrate, device_name
 from finetune.planning.cost import step_cost
@@ -64,10 +65,8 @@ def plan(
     """
     facts = facts_of(config)
     require_valid(config, facts)
-    if plot is not None and not plot.resolve().parent.is_dir():
-        raise ConfigError(
-            "there is no such folder to draw into", where=f"--plot {plot}", fix="make it, or name another"
-        )
+    if plot is not None:
+        _require_drawable(plot)
     if processes < 1:
         raise ConfigError("a run has at least one process", where=f"--processes {processes}")
     if config.memory.kind == "auto":  # what the file asks for, where the command does not
@@ -109,6 +108,22 @@ def plan(
     if plot is not None:
         lines.append(f"drawn: {plot}")
     return Planned("\n".join(lines), judged.fits)
+
+
+def _require_drawable(plot: Path) -> None:
+    """A plan takes up to a minute: that its picture cannot be written is found before."""
+    folder = plot.resolve().parent
+    if not folder.is_dir() or plot.is_dir():
+        what = "this is a folder" if plot.is_dir() else "there is no such folder to draw into"
+        raise ConfigError(
+            what, where=f"--plot {plot}", fix="make it, or name another" if not plot.is_dir() else "name a PNG in it"
+        )
+    try:
+        require_writable(folder)
+    except OSError as error:
+        raise ConfigError(
+            f"the picture cannot be written: {error.strerror or error}", where=f"--plot {plot}", fix=disk_fix(error)
+        ) from error
 
 
 def search_lines(memory: MemoryConfig, found: Found, rates: Rates, card_bytes: int, ram_bytes: int | None) -> list[str]:
