@@ -32,8 +32,10 @@ from finetune.cogvideox import (
     encode_prompts,
     load_scheduler,
     load_text,
+    load_tokenizer,
     load_transformer,
     load_vae,
+    tokenize,
 )
 from finetune.errors import ConfigError, FinetuneError, raise_all
 from finetune.facts import Facts, json_folder, pin_revision, read_facts
@@ -101,13 +103,15 @@ def generate(request: GenerateRequest) -> GenerateReport:
     _require_writable(request.out)
     notes = [source.note for source in sources if source.note]
     notes += [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
+    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
+    texts = [*(prompt.prompt for prompt in request.prompts), request.negative_prompt]
+    notes += _unread(model, facts, texts)
     for note in notes:  # now, not after minutes of sampling
         _log.warning("%s", note)
-    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
     dtype = model.torch_dtype()
     loaded_on = torch.device("cpu") if request.offload else device
 
-    embeds = _embed(model, facts, [*(prompt.prompt for prompt in request.prompts), request.negative_prompt], device)
+    embeds = _embed(model, facts, texts, device)
     own = model if tuned is None else ModelConfig(pretrained=str(tuned))
     transformer = load_transformer(own, device=loaded_on, dtype=dtype)
     scheduler = load_scheduler(model)
@@ -220,6 +224,17 @@ def load_adapters(facts: Facts, transformer: Any, scheduler: Any, sources: Seque
             raise misfit(source, f"{len(left_out)} tensors have no place, such as {min(left_out)}")
     if active:
         pipeline.set_adapters(names, [source.adapter.strength for source in active])
+
+
+def _unread(model: ModelConfig, facts: Facts, texts: Sequence[str]) -> list[str]:
+    """A note on each prompt of which the text encoder does not get every character."""
+    tokenized = tokenize(load_tokenizer(model), texts, facts)
+    return [
+        f"{tokens.unknown} characters of the prompt {text!r:.80} are unknown to the text encoder, which reads one mark"
+        " for each run of them"
+        for text, tokens in zip(texts, tokenized, strict=True)
+        if tokens.unknown
+    ]
 
 
 def _embed(model: ModelConfig, facts: Facts, prompts: Sequence[str], device: torch.device) -> list[Tensor]:

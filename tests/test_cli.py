@@ -371,9 +371,9 @@ def test_the_overview_counts_what_training_will_see(tmp_path):
 @pytest.mark.parametrize(
     ("clips", "repeats", "steps", "told"),
     [
-        (8, 1, 1500, "8 clips for 1500 steps are 187.5 epochs: a clip seen 187.5 times"),
-        (8, 3, 1500, "8 clips for 1500 steps are 62.5 epochs: a clip seen 187.5 times"),
-        (8, 1, 1500, "800 steps would be 100 times"),
+        (8, 1, 1500, "8 clips for 1500 steps are 187.5 epochs: what is seen 187.5 times"),
+        (8, 3, 1500, "8 clips for 1500 steps are 62.5 epochs: what is seen 187.5 times"),
+        (8, 1, 1500, "Lower train.steps to 800 or less"),
         (10, 1, 1000, ""),
         (100, 1, 4000, ""),
     ],
@@ -389,7 +389,7 @@ def test_a_run_that_is_long_for_its_clips_is_told_of(tmp_path, clips, repeats, s
     ("data", "held", "told"),
     [
         ({"holdout": 0.1}, 0, "no clip is held out, so no held-out loss is measured"),
-        ({"sources": [{"path": "a"}, {"path": "b", "split": "holdout"}]}, 0, "nothing of the held-out sources is left"),
+        ({"sources": [{"path": "a"}, {"path": "b", "split": "holdout"}]}, 0, "none of the held-out sources is left"),
         ({"holdout": 5}, 2, "data.holdout asks for 5 videos, and 2 can be kept out"),
         ({"holdout": 5}, 5, ""),
         ({"holdout": 0.1}, 1, ""),

@@ -473,6 +473,14 @@ def test_a_missing_trigger_word_is_said(tiny_model, tmp_path, monkeypatch, caplo
         assert lacking in caplog.text and bool(lacking) == ("trigger word 'zkx'" in caplog.text)
 
 
+def test_a_prompt_that_the_model_cannot_read_is_said(tiny_model, tmp_path, monkeypatch, caplog):
+    prompts = prompts_with_seeds(["a red circle", "\u4e00\u53ea\u732b red"], [])
+    request = request_for(tiny_model("5b"), tmp_path / "out", prompts=prompts)
+    assert outcome(monkeypatch, request) == ""
+    (said,) = (line for line in caplog.messages if "unknown" in line)
+    assert said.startswith("3 characters of the prompt '\u4e00\u53ea\u732b red' are unknown")
+
+
 def test_the_base_is_the_one_that_the_record_names(tiny_model, tmp_path, monkeypatch):
     adapter = save_adapter(tmp_path / "one", tiny_model("5b"))
     asked = []

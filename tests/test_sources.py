@@ -425,15 +425,15 @@ def test_folder_notes_what_it_leaves_out(base):
     put(base / ".cache/x.mp4")
     put(base / ".git/index")
     put(base / "clips/._a.mp4")
-    put(base / "clips/README.txt", "about")
+    put(base / "clips/README.txt", "about"), put(base / "clips/poster.png")
     for name in ("a.rmvb", "b.rmvb", "b.json", "LICENCE"):
         put(base / "clips" / name)
     found = read(base, {"path": "."})
-    assert len(found.train) == 3 and len(found.notes) == 3
-    kinds, hidden, strays = found.notes
+    assert len(found.train) == 3 and len(found.notes) == 4
+    kinds, hidden, strays, images = found.notes
     assert kinds.startswith("4 files") and "2 .rmvb, 1 without ending, 1 .json" in kinds
     assert hidden.startswith("1 videos") and ".cache/x.mp4" in hidden
-    assert "README.txt" in strays
+    assert "README.txt" in strays and images == f"1 images in {base} belong to no clip, such as poster.png"
     for clip in base.rglob("*.mp4"):
         clip.unlink()
     assert "2 .rmvb" in fails(base, {"path": "."}) and "2 .rmvb" in fails(base, {"kind": "folder", "path": "."})
@@ -497,7 +497,9 @@ def test_linked_folders_are_read_once_or_named(tmp_path, kind):
     (data / "gone").unlink()
     found = read(base, {"kind": kind, "path": "data", "allow_outside": True})
     real = [os.path.realpath(sample.video) for sample in found.train]
-    assert len(set(real)) == len(real) == 3 and found.notes == ()
+    assert len(set(real)) == len(real) == 3
+    (note,) = found.notes  # up leads to elsewhere, and out to it again; again and inside are one folder; and the loop
+    assert note.startswith("3 links in") and "lead to a folder that is read already" in note
     for link in ("up", "out"):
         (data / link).unlink()
     found = read(base, {"kind": kind, "path": "data"})

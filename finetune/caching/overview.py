@@ -29,7 +29,9 @@ def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> l
     asked = config.data.holdout
     if not held and (asked or any(source.split == "holdout" for source in config.data.sources)):
         why = (
-            f"data.holdout: {asked:g} of so few videos is none" if asked else "nothing of the held-out sources is left"
+            f"data.holdout is {asked:g}, and no video can be spared"
+            if asked
+            else "none of the held-out sources is left"
         )
         advice.append(f"no clip is held out, so no held-out loss is measured and overfitting stays unseen: {why}")
     elif 1 <= held < asked:
@@ -37,10 +39,10 @@ def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> l
     epochs = steps / plan.steps_per_epoch
     times = epochs * max(item.repeats for item in plan.items)
     if times > MOST_EPOCHS:
-        enough = max(1, round(steps * MOST_EPOCHS / times))
         advice.append(
-            f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: a clip seen {times:.5g} times is"
-            f" learnt by heart. {enough} steps would be {MOST_EPOCHS} times; docs/training.md says what suits"
+            f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: what is seen {times:.5g} times is"
+            f" learnt by heart. Lower train.steps to {max(1, round(steps * MOST_EPOCHS / times))} or less, or add clips"
+            " (docs/training.md says how many suit what)"
         )
     return advice
 

@@ -28,6 +28,8 @@ class Listing:
     """Folders that are not read, and names that are no text: what is in them may be part of the dataset."""
     hidden: list[Path] = field(default_factory=list)
     """Videos that are left out because a name begins with a dot."""
+    again: list[Path] = field(default_factory=list)
+    """Links to folders that are read under another name."""
 
 
 def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
@@ -59,6 +61,8 @@ def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
                 listing.faults.append(DataError(told, where=str(place), fix=fix))
                 continue
             if real in seen:
+                if place.is_symlink():
+                    listing.again.append(place)
                 continue
             seen.add(real)
         try:
@@ -156,4 +160,7 @@ def left_out(folder: Path, listing: Listing) -> list[str]:
         notes.append(
             f"{len(listing.hidden)} videos in {folder} have a name or folder that begins with a dot, such as {name}"
         )
+    if listing.again:
+        name = listing.again[0].relative_to(folder).as_posix()
+        notes.append(f"{len(listing.again)} links in {folder} lead to a folder that is read already, such as {name}")
     return notes

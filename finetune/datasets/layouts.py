@@ -207,8 +207,9 @@ class FolderSource(_Source):
             except DataError as error:
                 image = error
             reading.rows.append(RawRow(video.relative_to(folder).as_posix(), text, image, folder, str(caption)))
-        if strays := captions.of_none(videos):
-            reading.notes.append(f"{len(strays)} text files in {folder} belong to no clip, such as {strays[0].name}")
+        for what, beside in (("text files", captions), ("images", images)):
+            if strays := beside.of_none(videos):
+                reading.notes.append(f"{len(strays)} {what} in {folder} belong to no clip, such as {strays[0].name}")
 
     def files(self, base: Path) -> list[Path]:
         """What decides which rows are read: a file by its content, a folder by its listing."""
