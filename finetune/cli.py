@@ -18,7 +18,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.arguments import build_parser
-from finetune.errors import ConfigError, FinetuneError, first_line
+from finetune.errors import ConfigError, FinetuneError, first_line, is_out_of_memory
 from finetune.version import __version__
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ def _run(args: argparse.Namespace) -> int:
             # The reader of `finetune ... | head` has seen enough. Without this the flush at exit would fail once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return OK
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; torch need not be imported to have failed
-            print(f"{_rank()}error: {first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
+        if is_out_of_memory(error):
+            print(f"{_rank()}error: out of memory: {first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
             return USER_ERROR
         traceback.print_exc()
         print(f"\n{_rank()}{_bug_note()}", file=sys.stderr)
@@ -114,8 +114,8 @@ def _unheard() -> Iterator[None]:
 
 
 _OUT_OF_MEMORY = (
-    "free the GPU (is another program on it?), use a smaller --bucket or --offload, or set CUDA_VISIBLE_DEVICES="
-    " to compute on the CPU"
+    "free the GPU (is another program on it?), ask `finetune plan --budget` what fits, give `generate` a smaller"
+    " --bucket or --offload, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
 )
 
 

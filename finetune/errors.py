@@ -6,6 +6,8 @@ Anything else that reaches the command line is a bug in this package: traceback,
 
 from __future__ import annotations
 
+import errno
+import re
 from collections.abc import Sequence
 
 from finetune.text import shown
@@ -95,3 +97,32 @@ def raise_all(kind: type[FinetuneError], errors: Sequence[FinetuneError], *, wha
 def first_line(error: BaseException) -> str:
     """The first line of an error's message, or its kind where there is none."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, says that the memory of a GPU or of the host ran out.
+
+    A ``FinetuneError`` never does: it says already what to do. torch is not imported for this: its own class is known
+    by its name, and what the libraries below it raise as RuntimeErrors by their words (``_NO_MEMORY``).
+    """
+    while error is not None and not isinstance(error, FinetuneError):
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+            return True
+        if isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)):
+            return True
+        error = error.__cause__
+    return False
+
+
+_NO_MEMORY = re.compile(
+    r"\bout of memory\b"  # CUDA, HIP, pinned host memory, bitsandbytes, NCCL
+    r"|(?:can't|cannot|failed to) allocate (?:host |device )?memory|not enough memory|\bbad_alloc\b"  # the host
+    r"|_ALLOC(?:ATION)?_FAILED\b"  # cuBLAS, cuDNN, cuSOLVER, cuSPARSE
+    r"|_NOT_INITIALIZED when calling `cublas(?:Lt)?Create"  # no room for a handle; see pytorch/serve#1993
+    r"|failed to cuda (?:host )?[cm]alloc|ErrorMemoryAllocation\b|ERROR_OUT_OF_MEMORY"
+    # cuDNN tried every kernel of a convolution; torch swallows that their workspaces did not fit.
+    r"|unable to find an engine to execute this computation",
+    re.IGNORECASE,
+)

@@ -38,6 +38,7 @@ from finetune.files import (
     require_writable,
 )
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.ranks import compute_device
 from finetune.seals import seal
 from finetune.tensorfiles import file_bytes
 from finetune.trainers.method import LoraMethod
@@ -128,7 +129,7 @@ def export(
     found = replace(found, config=config)
     facts = read_facts(config.model.pretrained, config.model.revision)
     _require_sense(found, full_pipeline=full_pipeline, merged=merged, strength=strength)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = compute_device()
     outcome: list[tuple[float, float, Merged | None]] = []
 
     def fill(partial: Path) -> str:

@@ -37,7 +37,7 @@ from finetune.cogvideox import (
     load_vae,
     tokenize,
 )
-from finetune.errors import ConfigError, FinetuneError, raise_all
+from finetune.errors import ConfigError, FinetuneError, is_out_of_memory, raise_all
 from finetune.facts import Facts, json_folder, pin_revision, read_facts
 from finetune.files import disk_fix, require_writable
 from finetune.generate_inputs import (
@@ -49,6 +49,7 @@ from finetune.generate_inputs import (
     transformer_root,
 )
 from finetune.geometry import parse_bucket
+from finetune.ranks import compute_device
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.types import Bucket
 from finetune.videos import Frames, contact_sheet, write_mp4
@@ -214,9 +215,9 @@ def load_adapters(facts: Facts, transformer: Any, scheduler: Any, sources: Seque
                     metadata=dict(source.settings),
                     _pipeline=pipeline,
                 )
-        except torch.OutOfMemoryError:
-            raise  # says nothing of the adapter
         except (ValueError, RuntimeError, KeyError) as error:
+            if is_out_of_memory(error):  # says nothing of the adapter
+                raise
             raise misfit(source, str(error).strip().splitlines()[0]) from error
         # diffusers only warns of tensors that found no place.
         placed = {f"transformer.{key}" for key in get_peft_model_state_dict(transformer, adapter_name=name)}
@@ -258,13 +259,14 @@ def _recorded_bucket(record: dict[str, Any], facts: Facts) -> Bucket | None:
 
 
 def _device(request: GenerateRequest) -> torch.device:
-    name = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = compute_device(request.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):  # another program holds all of it
+            raise
         raise ConfigError(
-            f"the device cannot be used: {str(error).splitlines()[0]}", where=f"--device {name}"
+            f"the device cannot be used: {str(error).splitlines()[0]}", where=f"--device {request.device or 'cuda'}"
         ) from None
     if request.offload and device.type == "cpu":
         raise ConfigError("there is no GPU to offload from", where="--offload", fix="leave --offload out")

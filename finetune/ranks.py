@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from finetune.errors import FinetuneError
+from finetune.errors import FinetuneError, is_out_of_memory
 
 PATIENCE = timedelta(days=7)
 """Of what goes through ``Ranks``."""
@@ -41,6 +41,47 @@ def on_cpu() -> bool:
     from accelerate.utils import parse_flag_from_env
 
     return bool(parse_flag_from_env("ACCELERATE_USE_CPU")) or not torch.cuda.is_available()
+
+
+LEAST_CUDNN = 91501
+"""As ``torch.backends.cudnn.version()`` counts: 9.15.1. Before it, bf16 conv3d, of which the VAE is made, is wrong on
+some GPUs (pytorch#163539), for which torch goes without cuDNN there and takes 17 times the memory (pytorch#166643);
+and cuDNN's attention reads out of bounds where a length is not divisible by 128 (pytorch#169849), as 17 776 is not."""
+
+
+def require_cudnn(device: torch.device) -> None:
+    """Refuse to compute on an NVIDIA GPU with a cuDNN that is wrong for CogVideoX; see ``LEAST_CUDNN``.
+
+    Raises:
+        LaunchError: naming the version that is here, and how to come by another.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:  # AMD's counterpart counts otherwise
+        return
+    version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
+    if version >= LEAST_CUDNN:
+        return
+    # 8.9.2 is 8902, 9.10.2 is 91002.
+    thousands = 10_000 if version >= 10_000 else 1000
+    name = f"cuDNN {version // thousands}.{version % thousands // 100}.{version % 100}" if version else "no cuDNN"
+    cuda = (torch.version.cuda or "13").partition(".")[0]
+    raise LaunchError(
+        f"this torch has {name}, and CogVideoX needs 9.15.1: before it, the VAE's bf16 convolutions give wrong results"
+        " or take 17 times the memory, and attention reads out of bounds",
+        where=f"torch {torch.__version__} on {device}",
+        fix=f"pip install --upgrade 'nvidia-cudnn-cu{cuda}>=9.15.1', or torch's wheel from PyPI, which brings its own;"
+        " or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
+    )
+
+
+def compute_device(name: str | None = None) -> torch.device:
+    """Where a command that no launcher started computes: the device of this name, or the GPU where there is one.
+
+    Raises:
+        LaunchError: see ``require_cudnn``.
+    """
+    device = torch.device(name or ("cpu" if on_cpu() else "cuda"))
+    require_cudnn(device)
+    return device
 
 
 _PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -77,6 +118,9 @@ class Ranks:
 
         Args:
             sharding: a model will be sharded, which takes a process group also of a single process.
+
+        Raises:
+            LaunchError: see ``require_cudnn``.
         """
         from accelerate import PartialState
 
@@ -86,6 +130,7 @@ class Ranks:
         opened = not distributed.is_initialized()
         with plain_launch():
             state = PartialState(cpu=on_cpu(), timeout=TIMEOUT)
+        require_cudnn(state.device)
         if sharding and not distributed.is_initialized():
             backend = "gloo" if state.device.type == "cpu" else "nccl"
             store = distributed.HashStore()  # type: ignore[attr-defined]  # public, but not re-exported
@@ -166,7 +211,7 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch's DistError and gloo's own
-        if not _is_loss(error):
+        if is_out_of_memory(error) or not _is_loss(error):  # NCCL's buffers may not fit either
             raise
         raise LaunchError(
             f"another process of the launch failed or was killed: {str(error).strip().splitlines()[0]}",

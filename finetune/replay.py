@@ -20,10 +20,10 @@ from finetune.cogvideox import alpha_bar, load_transformer
 from finetune.config import RunConfig
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, to_device
-from finetune.errors import CacheError, ModelError, TrainingError, first_line
+from finetune.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
 from finetune.facts import Facts, read_facts
 from finetune.memory.quantize import placement
-from finetune.ranks import on_cpu
+from finetune.ranks import compute_device
 from finetune.replay_report import Replay, Replayed, TensorRange
 from finetune.schedule import MicroBatch
 from finetune.streams import address
@@ -63,7 +63,7 @@ def replay(
     _require_same_model(report, config)
     batches = _batches(report, config, facts)
     compute = _DTYPES[dtype] if dtype else getattr(torch, report.dtype)
-    place = torch.device(device or ("cpu" if on_cpu() else "cuda"))
+    place = compute_device(device)
     try:
         module, parameters = _rebuild(report, config, weights, place, compute)
         schedule = alpha_bar(facts).float().to(place)
@@ -71,7 +71,9 @@ def replay(
         samples = tuple(
             step.run(sample, to_device(batch, place)) for sample, batch in zip(report.samples, batches, strict=True)
         )
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise TrainingError(
             f"the memory of {place} does not hold the replay: {first_line(error)}",
             where=str(path),

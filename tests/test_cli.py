@@ -19,7 +19,7 @@ from finetune.arguments import build_parser
 from finetune.caching.overview import run_advice
 from finetune.cli import BUG, INTERRUPTED, OK, USER_ERROR, main
 from finetune.config import check_against, load_config
-from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, ModelError
+from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, ModelError, is_out_of_memory
 from finetune.facts import known_model, read_facts
 from finetune.recipes import RECIPES
 from finetune.schedule import Item, StepPlan
@@ -149,6 +149,8 @@ def trained(monkeypatch):
         (CheckpointError("gone"), USER_ERROR),
         (KeyboardInterrupt(), INTERRUPTED),
         (RuntimeError("oh"), BUG),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), USER_ERROR),
+        (MemoryError(), USER_ERROR),
         (AssertionError("oh"), BUG),
     ],
 )
@@ -159,6 +161,7 @@ def test_every_outcome_has_its_code(trained, config_file, capsys, outcome, code)
     said = capsys.readouterr().err
     assert ("Traceback" in said) == (code == BUG)
     assert ("This is a bug" in said) == (code == BUG)
+    assert ("error: out of memory: " in said) == is_out_of_memory(outcome)
     if isinstance(outcome, DataError):
         assert said == "error: no clip\n  where: a.csv:3\n  fix:   add one\n"
 

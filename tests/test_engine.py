@@ -6,7 +6,10 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +19,11 @@ from gang import FSDP
 from safetensors import safe_open
 from worlds import fabricate_cache, run_config
 
-from finetune.errors import CheckpointError, ConfigError, TrainingError
+from finetune import ranks
+from finetune.cogvideox import ModelConfig, load_vae
+from finetune.errors import CheckpointError, ConfigError, ModelError, TrainingError
 from finetune.facts import known_model, read_facts
-from finetune.ranks import LaunchError, Ranks, peers
+from finetune.ranks import LaunchError, Ranks, compute_device, peers
 from finetune.trainers import loop
 from finetune.trainers.checkpoint import load_checkpoint
 from finetune.trainers.engine import FullShard, Replicate, Zero, read_launch, require_agreement
@@ -412,12 +417,62 @@ def test_the_check_costs_nothing_when_off(tiny_model, tmp_path, monkeypatch):
         (torch.distributed.DistBackendError("NCCL error: remote process exited"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
         (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (torch.distributed.DistBackendError("NCCL error\nCuda failure 2 'out of memory'"), False),
     ],
 )
 def test_a_lost_peer_is_told_from_a_bug(error, lost):
     with pytest.raises(LaunchError if lost else type(error)) as caught, peers():
         raise error
     assert isinstance(caught.value, LaunchError) == lost
+
+
+@pytest.fixture
+def cudnn(monkeypatch) -> Callable[..., None]:
+    """``cudnn(91002)``: a torch for NVIDIA GPUs with that cuDNN, and one that launchers compute on."""
+
+    def install(version: int | None, hip: str | None = None) -> None:
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
+        monkeypatch.setattr(torch.version, "hip", hip)
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(ranks, "on_cpu", lambda: False)
+        state = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda", 0))
+        monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
+
+    return install
+
+
+ON_A_GPU = {
+    "train, precompute": Ranks.current,
+    "export, replay, generate": compute_device,
+    "generate --device": lambda: compute_device("cuda:0"),
+    "the VAE": lambda: load_vae(ModelConfig(pretrained="/no/such/model"), device="cuda"),
+}
+
+
+@pytest.mark.parametrize("entry", ON_A_GPU)
+@pytest.mark.parametrize(("version", "name"), [(91002, "cuDNN 9.10.2"), (8902, "cuDNN 8.9.2"), (91500, "cuDNN 9.15.0")])
+def test_a_wrong_cudnn_is_refused_by_name_before_anything_computes(cudnn, entry, version, name):
+    cudnn(version)
+    with pytest.raises(LaunchError) as caught:
+        ON_A_GPU[entry]()
+    assert name in caught.value.what and "9.15.1" in caught.value.what
+    assert "nvidia-cudnn-cu12>=9.15.1" in caught.value.fix
+
+
+@pytest.mark.parametrize("entry", ON_A_GPU)
+@pytest.mark.parametrize("right", [{"version": 91501}, {"version": 91900}, {"version": 3005000, "hip": "6.4"}], ids=str)
+def test_a_right_cudnn_is_not(cudnn, entry, right):
+    """Canary of the test above; AMD's counterpart counts otherwise, and is not asked."""
+    cudnn(**right)
+    with pytest.raises(ModelError, match="no such model folder") if entry == "the VAE" else nullcontext():
+        ON_A_GPU[entry]()
+
+
+def test_no_cudnn_is_named_and_a_cpu_needs_none(cudnn):
+    cudnn(None)
+    assert compute_device("cpu") == torch.device("cpu")
+    with pytest.raises(LaunchError, match="has no cuDNN"):
+        compute_device("cuda")
 
 
 # ---------------------------------------------------------------------------------------------------------- by launcher

@@ -5,6 +5,7 @@ Every test ends with the state that the run is left in: nothing that was trained
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +16,11 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_config
 
+from finetune import errors
 from finetune.config import RunConfig, memory_traits
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
-from finetune.errors import CacheError, FinetuneError, TrainingError
+from finetune.errors import CacheError, FinetuneError, TrainingError, is_out_of_memory
 from finetune.facts import read_facts
 from finetune.memory import MemoryConfig
 from finetune.precompute import precompute
@@ -67,7 +69,9 @@ def saved_steps(run_dir: Path) -> list[int]:
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 
-def fails_where(monkeypatch, too_large: Callable[[loop.Run, object, int], bool]) -> list[int]:
+def fails_where(
+    monkeypatch, too_large: Callable[[loop.Run, object, int], bool], error: Exception | None = None
+) -> list[int]:
     """Let passes run out of memory where ``too_large(run, batch, call)``; returns the sizes of all passes begun."""
     inner, sizes = loop.batch_losses, []
 
@@ -78,7 +82,7 @@ def fails_where(monkeypatch, too_large: Callable[[loop.Run, object, int], bool])
             if too_large(run, batch, len(sizes)):
                 # Halfway: activations are there, and of earlier micro-batches gradients.
                 (losses.sum() * 1e-3).backward()
-                raise torch.OutOfMemoryError(FULL)
+                raise error or torch.OutOfMemoryError(FULL)
         return losses
 
     monkeypatch.setattr(loop, "batch_losses", limited)
@@ -96,6 +100,94 @@ def test_a_step_is_done_again_with_checkpointing_bit_for_bit(make, tmp_path, mon
     said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
     assert len(said) == 1 and said[0].startswith("step 2:") and FULL in said[0]
     assert said[0].endswith("To begin there: memory.checkpointing: full")
+
+
+MEMORY = [
+    torch.OutOfMemoryError(FULL),
+    torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    RuntimeError("GET was unable to find an engine to execute this computation"),
+    RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    RuntimeError("Error out of memory at line 88 in file /src/csrc/ops.cu"),
+    RuntimeError("cudaHostAlloc failed: cudaErrorMemoryAllocation"),
+    RuntimeError("Triton Error [CUDA]: out of memory"),
+    RuntimeError("HIP out of memory. Tried to allocate 2.00 GiB"),
+    torch.distributed.DistBackendError(
+        "NCCL error in: ProcessGroupNCCL.cpp:3699, unhandled cuda error, NCCL version 2.27.3\n"
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure 2 'out of memory'"
+    ),
+    torch.distributed.DistBackendError("NCCL error in: NCCLUtils.hpp:275\nFailed to CUDA calloc 6291456 bytes"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+        " allocate 1099511627776 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:78] data. DefaultCPUAllocator: not enough memory: you tried to"),
+    RuntimeError("unable to mmap 17179869184 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+    MemoryError(),
+    OSError(errno.ENOMEM, "Cannot allocate memory"),
+]
+OTHER = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+    torch.AcceleratorError("CUDA error: misaligned address"),
+    torch.AcceleratorError("CUDA error: too many resources requested for launch"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm( handle, opa, opb, m, n, k)`"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasGemmEx( handle, opa, opb, m, n, k)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+    RuntimeError("out of resource: shared memory, Required: 131072, Hardware limit: 101376"),
+    torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+    RuntimeError("The size of tensor a (4) must match the size of tensor b (3)"),
+    FileNotFoundError(errno.ENOENT, "No such file", "out of memory.mp4"),
+    KeyError("out of memory"),
+    KeyboardInterrupt(),
+]
+
+
+def caused(error: BaseException, cause: BaseException) -> BaseException:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("error", MEMORY, ids=repr)
+def test_memory_that_ran_out_is_known_whoever_says_so(error):
+    assert is_out_of_memory(error) and is_out_of_memory(caused(ValueError("the layer failed"), error))
+    told = TrainingError("the replay does not fit")  # says already what to do, and is not to be said again
+    assert not is_out_of_memory(caused(told, error)) and not is_out_of_memory(caused(RuntimeError("x"), told))
+
+
+@pytest.mark.parametrize("error", OTHER, ids=repr)
+def test_other_errors_are_not_taken_for_it(error):
+    assert not is_out_of_memory(error) and not is_out_of_memory(caused(RuntimeError("the layer failed"), error))
+
+
+def test_torchs_own_words_for_the_host_are_known():
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**50, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
+
+
+def test_only_one_function_knows_how_memory_runs_out():
+    """Everything that catches it asks ``is_out_of_memory``; torch's class by itself is one case of many."""
+    sources = {path: path.read_text() for path in Path(errors.__file__).parent.rglob("*.py")}
+    assert not [path for path, text in sources.items() if "except torch.OutOfMemoryError" in text]
+    assert sum("is_out_of_memory(error)" in text for text in sources.values()) >= 10
+
+
+@pytest.mark.parametrize("error", [MEMORY[1], MEMORY[2], MEMORY[8]], ids=repr)
+def test_a_step_is_done_again_whoever_says_so(make, monkeypatch, capsys, error):
+    fails_where(monkeypatch, lambda run, batch, call: call == 1, error)
+    hit = train(make("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
+    assert hit.step == 1 and str(error).splitlines()[0] in capsys.readouterr().out
+
+
+def test_an_illegal_access_is_not_done_again(make, monkeypatch):
+    sizes = fails_where(monkeypatch, lambda run, batch, call: True, OTHER[0])
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        train(make("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
+    assert len(sizes) == 1
 
 
 def test_gradients_left_by_the_failed_attempt_would_show(make, tmp_path, monkeypatch):

@@ -584,7 +584,7 @@ def test_the_disk_is_asked_first(project, monkeypatch):
 )
 def test_a_gpu_that_is_too_small_is_told_of(project, monkeypatch, encode, fix):
     def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise torch.AcceleratorError("CUDA error: out of memory")  # as where pinned memory or a workspace runs out
 
     monkeypatch.setattr(encoding, encode, full)
     with pytest.raises(CacheError, match=f"memory does not hold[\\s\\S]*{fix}"):

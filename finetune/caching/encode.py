@@ -17,7 +17,7 @@ import torch
 from finetune.cogvideox import ModelConfig, count_tokens, encode_image, encode_prompts, encode_video
 from finetune.datasets.cache import Cache, CacheConfig, FileStamp
 from finetune.datasets.video import DecodeJob, DecodePool
-from finetune.errors import CacheError, DataError
+from finetune.errors import CacheError, DataError, is_out_of_memory
 from finetune.facts import Facts
 from finetune.files import digest_of
 from finetune.memory.quantize import TextEncoder
@@ -150,7 +150,9 @@ def _encode_clip(job: LatentsJob, clip: Clip, vae: Any, cache: Cache, tiling: Li
         if draws is not None:
             image = clip.pixels[:, 0] if clip.image is None else clip.image
             image_latents = encode_image(vae, image, draws, image_noise(job.address, draws))
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         raise CacheError(
             f"the GPU's memory does not hold the VAE's work on {bucket}",
             where=job.where,
@@ -240,7 +242,9 @@ def encode_captions(
             texts = [job.text for job in batch]
             try:
                 embeds = encode_prompts(tokenizer, encoder, texts, facts).cpu()
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise CacheError(
                     f"the GPU's memory does not hold T5's work on {len(batch)} captions",
                     fix="lower cache.text_batch_size, set memory.text_encoder: streamed, or free GPU memory",

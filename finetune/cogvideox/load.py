@@ -22,7 +22,7 @@ from finetune.cogvideox.weights import (
     require_exact,
     stored_tensors,
 )
-from finetune.errors import FinetuneError, ModelError
+from finetune.errors import FinetuneError, ModelError, is_out_of_memory
 from finetune.facts import (
     CONFIG_FILES,
     SchedulerClass,
@@ -34,6 +34,7 @@ from finetune.facts import (
     resolve_pretrained,
 )
 from finetune.files import atomic_write_text
+from finetune.ranks import require_cudnn
 from finetune.section import Strict
 
 if TYPE_CHECKING:
@@ -159,9 +160,14 @@ def _meta_transformer(folder: Path, dtype: torch.dtype, layers: int | None = Non
 def load_vae(
     model: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderKLCogVideoX:
-    """The VAE, frozen and in evaluation mode. Arguments and errors as for ``load_transformer``."""
+    """The VAE, frozen and in evaluation mode. Arguments and errors as for ``load_transformer``.
+
+    Raises:
+        LaunchError: for a GPU on which the VAE would be wrong; see ``ranks.require_cudnn``.
+    """
     from diffusers import AutoencoderKLCogVideoX
 
+    require_cudnn(torch.device(device))
     folder = resolve_pretrained(model.pretrained, model.revision, components=["vae"])
     require_loadable(folder, "vae")
     dtype = dtype or model.torch_dtype()
@@ -260,9 +266,11 @@ def _loading(component: str, folder: Path) -> Iterator[None]:
     """Turn what the libraries raise over a damaged or incomplete folder into one kind of error."""
     try:
         yield
-    except (torch.OutOfMemoryError, FinetuneError):
+    except FinetuneError:
         raise
     except Exception as error:  # tokenizers raises plain ones, safetensors its own
+        if is_out_of_memory(error):  # says nothing of the folder
+            raise
         raise ModelError(
             f"the {component} cannot be loaded: {error}",
             where=str(folder / component),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox import ModelConfig, build_pipeline, denoise, load_scheduler, load_transformer
-from finetune.errors import ExportError, ModelError
+from finetune.errors import ExportError, ModelError, is_out_of_memory
 from finetune.exporting.merge import ADAPTER, Merged, adapter_scaling, tensor_checksums
 from finetune.exporting.source import Source
 from finetune.facts import Facts
@@ -49,10 +49,10 @@ def verify(folder: Path, found: Source, facts: Facts, trained: Trained, device: 
         else:
             tensors = adapter_tensors(transformer) if adapter else dict(transformer.named_parameters())
             problems = _unequal_tensors(trained.tensors, tensors)
-    except torch.OutOfMemoryError:
-        raise  # says nothing of the export
     # A tensor that the file lacks stays without content, which shows only when it is read.
     except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if is_out_of_memory(error):  # says nothing of the export
+            raise
         raise _not_the_same(found, [f"it cannot be loaded: {error}"]) from error
     problems += _unequal_scales(trained.scaling, adapter_scaling(transformer))
     velocity = forward(transformer, facts, device)

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 from finetune.caching.encode import release_memory
 from finetune.config import RunConfig
-from finetune.errors import TrainingError, first_line
+from finetune.errors import TrainingError, first_line, is_out_of_memory
 from finetune.memory import MemoryConfig, Traits, assert_recompute
 from finetune.trainers.method import LoraMethod
 from finetune.trainers.run import Run
@@ -53,7 +51,9 @@ class Ladder:
                 with self._checked():
                     passes()
                 return
-            except torch.OutOfMemoryError as error:
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
                 said = first_line(error)
                 if not self._below or self._run.ranks.world > 1:
                     raise self._stuck(step, said) from error

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import RunConfig, as_config
-from finetune.errors import first_line
+from finetune.errors import first_line, is_out_of_memory
 from finetune.ranks import peers
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
@@ -115,7 +115,9 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
                 run.console.note(compared)
                 run.tracker.log(report.step, {"perf/predicted_peak_gib": (run.prediction.nbytes or 0) / 2**30})
             return report
-        except torch.OutOfMemoryError as error:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             where = "outside of a step's passes, where nothing can be done again"
             raise out_of_memory(run, ladder.state, first_line(error), where, in_step=False) from error
 

@@ -7,7 +7,7 @@ end.
 
 from __future__ import annotations
 
-from finetune.errors import TrainingError
+from finetune.errors import TrainingError, is_out_of_memory
 from finetune.trainers.run import Run
 
 
@@ -16,7 +16,7 @@ def fault_ahead(run: Run, step: int) -> Exception | None:
     if step >= run.total_steps:
         return None
     fault = run.loader.fault(step)
-    if isinstance(fault, MemoryError):
+    if is_out_of_memory(fault):
         return TrainingError(
             f"out of host memory while the batches of step {step} were made",
             where=f"train.batch_size {run.config.train.batch_size}, train.accumulation {run.config.train.accumulation}",

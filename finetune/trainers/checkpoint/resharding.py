@@ -94,7 +94,7 @@ def reader_class() -> Any:
         raise ConfigError(
             f"torch {torch.__version__} cannot read checkpoints in shares: {error}",
             where="a launch that shards the model",
-            fix="pip install 'torch>=2.9', or launch with accelerate_configs/ddp.yaml",
+            fix="pip install 'torch>=2.11', or launch with accelerate_configs/ddp.yaml",
         ) from error
     return HuggingFaceStorageReader
 

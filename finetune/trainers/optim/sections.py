@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, is_out_of_memory
 from finetune.section import Strict
 from finetune.trainers.optim.narrow import NamedParameters, NarrowWeights
 from finetune.trainers.optim.rounding import Weights, is_narrow
@@ -186,6 +186,8 @@ class CustomOptimizer(_Optimizer):
         try:
             return _torch_optimizers()[self.name](groups, lr=self.lr, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ConfigError(
                 f"{self.name} refuses: {error}", where="optimizer", fix="see its documentation"
             ) from error
