@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 OVERHEAD_GIB = 1.2
-"""What a CUDA context, libraries' workspaces and fragmentation take beside what torch allocates."""
+"""What a CUDA context, libraries' workspaces and fragmentation take beside the tensors of a training."""
 
 GIB = 2**30
+
+NCCL_BYTES = 32 * 2 * (4096 + 4800 + 512) * 1024
+"""More, where several processes train: at most 32 channels, each with two neighbours, and for each the buffers of
+NCCL's three protocols. From the defaults in NCCL's source; few machines take all of it."""
+
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+"""Variables that torch reads its allocator's settings from; the first is torch's name for it from 2.9 on."""
 
 _UNITS = {"": GIB, "gib": GIB, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
 
@@ -32,6 +40,20 @@ def to_gib(nbytes: float) -> str:
     return f"{nbytes / GIB:.2f} GiB"
 
 
-def usable(card_bytes: int) -> int:
-    """What of a card's memory torch may allocate."""
-    return card_bytes - round(OVERHEAD_GIB * GIB)
+def usable(card_bytes: int, processes: int = 1) -> int:
+    """What of a card's memory there is for tensors.
+
+    Args:
+        card_bytes: of the card.
+        processes: how many train together, each on a card of its own.
+    """
+    return card_bytes - round(OVERHEAD_GIB * GIB) - (NCCL_BYTES if processes > 1 else 0)
+
+
+def grow_segments() -> None:
+    """Ask torch's allocator for segments that grow, unless the user has set it otherwise; before CUDA is first used.
+
+    Buckets of several sizes, and the VAE beside the transformer, otherwise leave gaps that nothing fits into.
+    """
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"

@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TextIO
 
 from finetune.arguments import build_parser
+from finetune.cards import grow_segments
 from finetune.errors import ConfigError, FinetuneError, first_line, is_out_of_memory
 from finetune.version import __version__
 
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
     """
     args = build_parser(verb).parse_args(argv)
     _quiet_libraries()
+    grow_segments()
     with _unheard() if args.verb in _WORK else nullcontext():
         return _run(args)
 

@@ -8,6 +8,10 @@ import functools
 import itertools
 import json
 import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from finetune.caching.encode import untiled_bytes
-from finetune.cards import GIB, OVERHEAD_GIB, parse_bytes, usable
+from finetune.cards import ALLOCATOR_SETTINGS, GIB, OVERHEAD_GIB, grow_segments, parse_bytes, usable
 from finetune.config import RunConfig, memory_traits
 from finetune.errors import ConfigError
 from finetune.facts import known_model, read_facts
 from finetune.memory import MemoryConfig
 from finetune.memory.places import host_buffer
+from finetune.planning import auto, command, store
 from finetune.planning import rates as rates_module
 from finetune.planning import search as search_module
-from finetune.planning import store
 from finetune.planning.beside import Prediction
 from finetune.planning.calibrate import calibrate
 from finetune.planning.candidates import candidates
+from finetune.planning.card import beside_tensors, card_here, held_note, workspace_bytes
 from finetune.planning.cost import step_cost
 from finetune.planning.curve import TRANSIENT, Phase, Point, Span, measure
 from finetune.planning.extend import SHORT, Extended, extend
@@ -42,7 +47,7 @@ from finetune.planning.rehearse import Rehearsal, rehearse
 from finetune.planning.repeats import rehearsed_once
 from finetune.planning.report import document, text, verdict
 from finetune.planning.resolve import resolve
-from finetune.planning.search import QUANTISED, Found, search
+from finetune.planning.search import QUANTISED, Found, Plan, search
 from finetune.planning.training import Training, fake_batches
 from finetune.trainers.objective import velocity_losses
 
@@ -652,6 +657,125 @@ def test_a_verdict_counts_the_overhead() -> None:
     # What two phases need one after the other is not needed at once.
     other = dataclasses.replace(poor, pinned=Point(0.0, {}), pageable=Point(0.0, {"y": 30 * GIB}))
     assert dataclasses.replace(rehearsal, phases=(poor, other)).host_bytes == 40 * GIB
+
+
+@pytest.mark.parametrize(
+    ("device", "setting", "mib"),
+    [
+        ("NVIDIA A100-SXM4-80GB", None, 8.125),
+        ("NVIDIA GeForce RTX 4090", None, 8.125),
+        ("NVIDIA H100 80GB HBM3", None, 32),
+        ("NVIDIA H200", None, 32),
+        ("NVIDIA GeForce RTX 5090", None, 32),
+        ("NVIDIA B200", None, 32),
+        ("NVIDIA A100-SXM4-80GB", ":4096:8", 32),  # what train.deterministic sets
+        ("NVIDIA H100 80GB HBM3", ":16:8", 0.125),
+        ("NVIDIA H100 80GB HBM3", "nonsense", 32),
+    ],
+)
+def test_cublas_takes_a_workspace_in_each_thread(device: str, setting: str | None, mib: float, monkeypatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert workspace_bytes(device, setting) == mib * 2**20
+    beside = beside_tensors(device, workspace=setting)
+    assert beside["cuBLAS workspaces"] == 2 * mib * 2**20
+    assert sum(beside.values()) == round(OVERHEAD_GIB * GIB) == GIB - usable(GIB)
+    assert sum(beside_tensors(device, processes=2).values()) == GIB - usable(GIB, processes=2)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":1024:1")
+    assert workspace_bytes(device) == 2**20
+
+
+def test_what_is_beside_the_tensors_is_said_and_counted() -> None:
+    rehearsal = some_rehearsal()
+    beside = beside_tensors("NVIDIA H100 80GB HBM3", processes=2)
+    judged = verdict(rehearsal, 24 * GIB, beside=beside)
+    assert judged.spare_bytes == 24 * GIB - sum(beside.values()) - 15 * GIB
+    said = text(run("5b"), rehearsal, judged, processes=2)
+    rows = {line.rsplit(maxsplit=1)[0].strip(): line.split()[-1] for line in said.splitlines() if line}
+    names = ("CUDA context, fragmentation", "cuBLAS workspaces", "NCCL buffers", "together")
+    assert [rows[name] for name in names] == ["1.14", "0.06", "0.57", "15.00"]  # the tensors' own sum is what it was
+    told = document(rehearsal, judged)
+    assert told["overhead_bytes"] == sum(told["beside_bytes"].values()) == sum(beside.values())
+    # Several processes have less room than one: the largest plan that fits alone fits no more.
+    plan = Plan(MemoryConfig(), 1.0, (("train", usable(24 * GIB)),), 0)
+    assert plan.fits(24 * GIB, None) and not plan.fits(24 * GIB, None, processes=2)
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> Callable[..., None]:
+    """``gpu(total, free, reserved)``: a GPU with that many GiB."""
+
+    def install(total: float, free: float, reserved: float = 0.0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _=None: (round(free * GIB), round(total * GIB)))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _=None: round(reserved * GIB))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "NVIDIA A100-SXM4-80GB")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (8, 0))
+
+    return install
+
+
+def test_what_other_programs_hold_is_not_planned_with(gpu) -> None:
+    gpu(80, 79.6)  # our own context
+    assert card_here() == 80 * GIB and held_note() == ""
+    gpu(80, 59.5, reserved=20)  # and our own tensors
+    assert card_here() == 80 * GIB and held_note() == ""
+    gpu(80, 49.5, reserved=20)
+    assert card_here() == 70 * GIB
+    assert held_note() == "other programs hold 10.00 GiB of this GPU's 80.00 GiB (nvidia-smi)"
+    gpu(24, 10)
+    assert usable(card_here()) < 10 * GIB
+
+
+def test_a_plan_is_made_for_what_is_free(gpu, monkeypatch) -> None:
+    planned_for: list[int] = []
+
+    def resolved(config: RunConfig, *_: object, card_bytes: int, **__: object) -> tuple[RunConfig, Found]:
+        planned_for.append(card_bytes)
+        best = Plan(MemoryConfig(), 1.0, (("train", GIB),), 0)
+        return config.model_copy(update={"memory": MemoryConfig()}), Found(best, (), best)
+
+    monkeypatch.setattr(command, "predict", lambda *_, **__: some_rehearsal())
+    monkeypatch.setattr(command, "resolve", resolved)
+    monkeypatch.setattr(auto, "resolve", resolved)
+    config = run("5b", memory={"kind": "auto"})
+    gpu(24, 24)
+    free = command.plan(config).text
+    assert "other programs" not in free and "a card of 24.0 GiB has" in free
+    gpu(24, 14)
+    held = command.plan(config).text
+    assert held.startswith("other programs hold 9.50 GiB of this GPU's 24.00 GiB (nvidia-smi): planned for the rest")
+    assert "a card of 14.5 GiB is 1.70 GiB too small" in held
+    assert auto.settled(config)[1][0].startswith("other programs hold 9.50 GiB")
+    asked = command.plan(config, budget="24GiB").text  # for a card that may be elsewhere
+    assert "other programs" not in asked and "a card of 24.0 GiB has" in asked
+    assert [each / GIB for each in planned_for] == [24, 14.5, 14.5, 24]
+
+
+def test_a_measured_peak_is_compared_with_the_workspaces_in_it() -> None:
+    said = Prediction(10 * GIB, "", workspaces=GIB // 2).compared(10.5)
+    assert said == "peak memory: predicted 10.50 GiB, measured 10.50 GiB (+0.0 %)"
+
+
+@pytest.mark.parametrize("name", [None, *ALLOCATOR_SETTINGS])
+def test_segments_grow_unless_the_user_says_otherwise(name: str | None, monkeypatch) -> None:
+    for each in ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(each, raising=False)
+    if name is not None:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+    grow_segments()
+    there = {each: os.environ[each] for each in ALLOCATOR_SETTINGS if each in os.environ}
+    assert there == {name or "PYTORCH_ALLOC_CONF": "max_split_size_mb:512" if name else "expandable_segments:True"}
+
+
+def test_the_command_line_says_so_before_torch_is_there() -> None:
+    code = """
+import sys
+from finetune import cli
+cli.grow_segments = lambda: print("torch" in sys.modules)
+cli.main(["plan", "--config", "no-such.yaml"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
 
 
 def test_the_curve_is_drawn(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from finetune.cards import parse_bytes
 from finetune.config import RunConfig
 from finetune.errors import ConfigError
-from finetune.planning.command import card_here, device_here, search_lines
+from finetune.planning.card import card_here, device_here, held_note
+from finetune.planning.command import search_lines
 from finetune.planning.rates import rates_of
 from finetune.planning.resolve import resolve
 
@@ -35,4 +36,5 @@ def settled(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
     rates = rates_of(device_here())
     ram_bytes = None if asked.ram is None else parse_bytes(asked.ram)
     chosen, found = resolve(config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=asked.quantize)
-    return chosen, tuple(search_lines(chosen.memory, found, rates, card_bytes, ram_bytes))
+    held = held_note() if asked.budget is None else ""
+    return chosen, (*([held] if held else []), *search_lines(chosen.memory, found, rates, card_bytes, ram_bytes))

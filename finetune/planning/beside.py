@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.cards import GIB, OVERHEAD_GIB, to_gib, usable
+from finetune.cards import GIB, to_gib, usable
 from finetune.config import RunConfig
 from finetune.errors import first_line
 from finetune.planning.ahead import child_environment
+from finetune.planning.card import WORKSPACES
 from finetune.planning.names import OF_THE_RUN, PHASES
 
 _TIMEOUT_S = 300.0
@@ -32,12 +33,14 @@ class Prediction:
     """None where it could not be predicted."""
     said: str
     """In words, or why there is no figure."""
+    workspaces: int = 0
+    """Bytes that cuBLAS holds beside the tensors, which are allocated, and so measured, with them."""
 
     def compared(self, measured_gib: float) -> str:
         """Predicted beside measured, for a log; empty where nothing was predicted."""
         if self.nbytes is None:
             return ""
-        predicted = self.nbytes / GIB
+        predicted = (self.nbytes + self.workspaces) / GIB
         off = 100 * (measured_gib / predicted - 1)
         return f"peak memory: predicted {predicted:.2f} GiB, measured {measured_gib:.2f} GiB ({off:+.1f} %)"
 
@@ -47,11 +50,12 @@ class Forecaster:
 
     Args:
         config: of the run, its memory section resolved.
-        card_bytes: memory of the GPU; None where there is none.
+        card_bytes: memory of the GPU, less what other programs hold; None where there is none.
+        device: name of the GPU; empty for one of which nothing is known.
         processes: how many train a whole model each (DDP).
     """
 
-    def __init__(self, config: RunConfig, card_bytes: int | None, *, processes: int = 1) -> None:
+    def __init__(self, config: RunConfig, card_bytes: int | None, *, device: str = "", processes: int = 1) -> None:
         self._card_bytes = card_bytes
         self._folder = tempfile.TemporaryDirectory()
         self._child: subprocess.Popen[str] | None = None
@@ -67,6 +71,7 @@ class Forecaster:
             str(file),
             "--processes",
             str(processes),
+            *(["--device", device] if device else []),
         ]
         try:
             file.write_text(config.to_yaml(), encoding="utf-8")
@@ -103,11 +108,12 @@ def _read(found: Mapping[str, Any], card_bytes: int | None) -> Prediction:
     run = [phase for phase in found["phases"] if phase["name"] in {PHASES[name] for name in OF_THE_RUN}]
     top = max(run, key=lambda phase: int(phase["peak_bytes"]))
     nbytes = int(top["peak_bytes"])
-    each = " in each process" if int(found["processes"]) > 1 else ""
+    processes, workspaces = int(found["processes"]), int(found["beside_bytes"][WORKSPACES])
+    each = " in each process" if processes > 1 else ""
     said = f"{to_gib(nbytes)} predicted{each}, in {top['name']}: {top['where']}"
-    if card_bytes is not None and nbytes > usable(card_bytes):
+    if card_bytes is not None and (over := nbytes - usable(card_bytes, processes)) > 0:
         said += (
-            f"; with {OVERHEAD_GIB} GiB for the CUDA context and fragmentation that is"
-            f" {to_gib(nbytes - usable(card_bytes))} more than this GPU has (finetune plan --budget finds what fits)"
+            f"; with {to_gib(card_bytes - usable(card_bytes, processes))} for the CUDA context, libraries and"
+            f" fragmentation that is {to_gib(over)} more than this GPU has (finetune plan --budget finds what fits)"
         )
-    return Prediction(nbytes, said)
+    return Prediction(nbytes, said, workspaces)

@@ -14,7 +14,8 @@ from finetune.config import RunConfig, memory_errors, memory_traits, require_val
 from finetune.errors import ConfigError, raise_all
 from finetune.files import disk_fix, require_writable
 from finetune.memory import MemoryConfig
-from finetune.planning.calibrate import calibrate, device_name
+from finetune.planning.calibrate import calibrate
+from finetune.planning.card import beside_tensors, card_here, device_here, held_note
 from finetune.planning.cost import step_cost
 from finetune.planning.plot import draw
 from finetune.planning.predict import facts_of, predict
@@ -22,6 +23,7 @@ from finetune.planning.rates import OTHER, Rates, keep, rates_of
 from finetune.planning.report import document, table, text, verdict
 from finetune.planning.resolve import resolve
 from finetune.planning.search import Found, Plan
+from finetune.trainers.determinism import DETERMINISTIC_WORKSPACE
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,26 @@ def plan(
         if budget is None and card_here() is None:
             where = config.where("memory")
             raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GiB")
-    card_bytes = _amount("--budget", budget) or _amount("--card", card) or card_here()
+    asked_bytes = _amount("--budget", budget) or _amount("--card", card)
+    card_bytes = asked_bytes or card_here()
     ram_bytes = _amount("--ram", ram)
     rates = rates_of(device or device_here())
-    lines: list[str] = []
+    held = held_note() if asked_bytes is None else ""
+    lines = [f"{held}: planned for the rest", ""] if held else []
     found: Found | None = None
     if card_bytes is not None and (budget is not None or config.memory.kind == "auto"):
         config, found = resolve(
             config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize, processes=processes
         )
-        lines += [*search_lines(config.memory, found, rates, card_bytes, ram_bytes), ""]
+        lines += [*search_lines(config.memory, found, rates, card_bytes, ram_bytes, processes), ""]
     else:
         refused = memory_errors(config, memory_traits(config, facts, processes=processes))
         raise_all(ConfigError, refused, what="{n} settings of memory do not go with several processes")
-    room = None if card_bytes is None else usable(card_bytes)
+    room = None if card_bytes is None else usable(card_bytes, processes)
     rehearsal = predict(config, card_bytes=room, processes=processes, exact=exact or plot is not None)
-    judged = verdict(rehearsal, card_bytes, ram_bytes)
+    workspace = DETERMINISTIC_WORKSPACE if config.train.deterministic else None
+    beside = beside_tensors(rates.device, processes=processes, workspace=workspace)
+    judged = verdict(rehearsal, card_bytes, ram_bytes, beside=beside)
     if plot is not None:
         draw(rehearsal.phase("train"), _title(config, rehearsal.bucket), plot, card_bytes=card_bytes)
     step_s = step_cost(config, facts, config.memory, rates).step_s
@@ -126,7 +132,9 @@ def _require_drawable(plot: Path) -> None:
         ) from error
 
 
-def search_lines(memory: MemoryConfig, found: Found, rates: Rates, card_bytes: int, ram_bytes: int | None) -> list[str]:
+def search_lines(
+    memory: MemoryConfig, found: Found, rates: Rates, card_bytes: int, ram_bytes: int | None, processes: int = 1
+) -> list[str]:
     """A search's outcome: the section to write, slower plans that fit, and the fastest of those that do not."""
     if found.best is None:
         return []
@@ -136,10 +144,10 @@ def search_lines(memory: MemoryConfig, found: Found, rates: Rates, card_bytes: i
     if found.quantised_unasked:
         lines += ["", f"the base is held in {memory.base} because nothing else fits: this changes the model a little"]
     lines += ["", *found.notes] if found.notes else []
-    fitting = [plan for plan in found.others if plan.fits(card_bytes, ram_bytes)]
+    fitting = [plan for plan in found.others if plan.fits(card_bytes, ram_bytes, processes)]
     larger = [plan for plan in found.others if plan not in fitting]
     rows = [_row(found.best, "<- chosen"), *(_row(plan, "fits, too") for plan in fitting[:3])]
-    rows += [_row(plan, _lacks(plan, card_bytes, ram_bytes)) for plan in larger[:3]]
+    rows += [_row(plan, _lacks(plan, usable(card_bytes, processes), ram_bytes)) for plan in larger[:3]]
     lines += ["", f"beside it, with seconds for {_rates_in_words(rates)}:"]
     return lines + list(table(("s/step", "GiB", "host GiB", "", "memory section"), rows))
 
@@ -149,8 +157,8 @@ def _row(plan: Plan, judged: str) -> tuple[str, str, str, str, str]:
     return f"{plan.step_s:.2f}", f"{plan.peak_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.1f}", judged, said
 
 
-def _lacks(plan: Plan, card_bytes: int, ram_bytes: int | None) -> str:
-    over = plan.peak_bytes - usable(card_bytes)
+def _lacks(plan: Plan, room: int, ram_bytes: int | None) -> str:
+    over = plan.peak_bytes - room
     if over > 0:
         return f"{to_gib(over)} too large"
     return f"{to_gib(plan.host_bytes - (ram_bytes or 0))} of host memory short"
@@ -216,13 +224,3 @@ def _amount(option: str, value: str | None) -> int | None:
         return None if value is None else parse_bytes(value)
     except ValueError as error:
         raise ConfigError(str(error), where=f"{option} {value}") from None
-
-
-def card_here() -> int | None:
-    """Memory of the GPU that is here, in bytes."""
-    return int(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
-
-
-def device_here() -> str:
-    """Name of the GPU that is here; where there is none, of the one whose rates stand in."""
-    return device_name(torch.device("cuda")) if torch.cuda.is_available() else OTHER

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.cards import GIB, OVERHEAD_GIB, to_gib, usable
+from finetune.cards import GIB, to_gib
 from finetune.config import RunConfig
+from finetune.planning.card import beside_tensors
 from finetune.planning.curve import Phase, rank_of
+from finetune.planning.rates import OTHER
 from finetune.planning.rehearse import Rehearsal
 
 
@@ -24,6 +26,8 @@ class Verdict:
     """What is left of the card, or, negative, what is missing."""
     ram_spare_bytes: int | None
     """As ``spare_bytes``, of the host."""
+    beside: Mapping[str, int]
+    """Bytes of the card that no tensor gets, by what has them."""
 
     @property
     def fits(self) -> bool | None:
@@ -32,17 +36,25 @@ class Verdict:
         return all(spare >= 0 for spare in known) if known else None
 
 
-def verdict(rehearsal: Rehearsal, card_bytes: int | None, ram_bytes: int | None = None) -> Verdict:
+def verdict(
+    rehearsal: Rehearsal,
+    card_bytes: int | None,
+    ram_bytes: int | None = None,
+    *,
+    beside: Mapping[str, int] | None = None,
+) -> Verdict:
     """Compare a prediction with a machine.
 
     Args:
         rehearsal: the prediction.
-        card_bytes: memory of the GPU, of which ``cards.OVERHEAD_GIB`` are not for tensors; None if it is not known.
+        card_bytes: memory of the GPU; None if it is not known.
         ram_bytes: host memory for what techniques keep there; None for any amount.
+        beside: what of the card is not for tensors (``card.beside_tensors``); None for that of one process.
     """
-    spare = None if card_bytes is None else usable(card_bytes) - rehearsal.peak.peak.nbytes
+    beside = beside_tensors(OTHER) if beside is None else beside
+    spare = None if card_bytes is None else card_bytes - sum(beside.values()) - rehearsal.peak.peak.nbytes
     ram_spare = None if ram_bytes is None else ram_bytes - rehearsal.host_bytes
-    return Verdict(card_bytes, ram_bytes, spare, ram_spare)
+    return Verdict(card_bytes, ram_bytes, spare, ram_spare, beside)
 
 
 def text(config: RunConfig, rehearsal: Rehearsal, judged: Verdict, *, processes: int = 1) -> str:
@@ -62,6 +74,9 @@ def _lines(config: RunConfig, rehearsal: Rehearsal, judged: Verdict, processes: 
     yield ""
     yield f"the peak is in {rehearsal.peak.name}; what each phase is made of at its highest, in GiB"
     yield from _parts(rehearsal.phases)
+    yield ""
+    yield "beside the tensors, and in none of these figures"
+    yield from table(("", "GiB"), [(name, f"{nbytes / GIB:.2f}") for name, nbytes in judged.beside.items()])
     yield ""
     yield sentence(rehearsal, judged)
 
@@ -83,8 +98,9 @@ def _cell(nbytes: int) -> str:
 
 def sentence(rehearsal: Rehearsal, judged: Verdict) -> str:
     """Peak and verdict in one line."""
-    need = rehearsal.peak.peak.nbytes + round(OVERHEAD_GIB * GIB)
-    said = f"with {OVERHEAD_GIB} GiB for the CUDA context and fragmentation: {to_gib(need)}"
+    beside = sum(judged.beside.values())
+    need = rehearsal.peak.peak.nbytes + beside
+    said = f"with {beside / GIB:.1f} GiB beside the tensors: {to_gib(need)}"
     if judged.spare_bytes is not None and judged.card_bytes is not None:
         short = judged.spare_bytes < 0
         said += f"; a card of {judged.card_bytes / GIB:.1f} GiB " + (
@@ -135,7 +151,8 @@ def document(rehearsal: Rehearsal, judged: Verdict) -> dict[str, Any]:
         ],
         "peak_bytes": rehearsal.peak.peak.nbytes,
         "host_bytes": rehearsal.host_bytes,
-        "overhead_bytes": round(OVERHEAD_GIB * GIB),
+        "overhead_bytes": sum(judged.beside.values()),
+        "beside_bytes": dict(judged.beside),
         "card_bytes": judged.card_bytes,
         "ram_bytes": judged.ram_bytes,
         "spare_bytes": judged.spare_bytes,

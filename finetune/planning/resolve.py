@@ -47,22 +47,21 @@ def resolve(
             config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize, processes=processes
         )
         if found.best is not None:
-            return _with_encoders(config, found, found.best.memory, card_bytes, ram_bytes)
+            return _with_encoders(config, found, found.best.memory, usable(card_bytes, processes), ram_bytes)
         raise ConfigError(
-            f"no memory plan fits {to_gib(card_bytes)}: {shortage(found, card_bytes, ram_bytes)}",
+            f"no memory plan fits {to_gib(card_bytes)}: {shortage(found, usable(card_bytes, processes), ram_bytes)}",
             where=config.where("memory"),
             fix="; ".join(remedies(config, rates, found, card_bytes, ram_bytes, processes)) or "use a larger card",
         )
 
 
 def _with_encoders(
-    config: RunConfig, found: Found, memory: MemoryConfig, card_bytes: int, ram_bytes: int | None
+    config: RunConfig, found: Found, memory: MemoryConfig, room: int, ram_bytes: int | None
 ) -> tuple[RunConfig, Found]:
     """Stream T5 where it does not fit whole; say where an encoder does not fit in any case.
 
     That refuses no run: its cache may have been made elsewhere.
     """
-    room = usable(card_bytes)
     notes: list[str] = []
 
     def passing(phase: PhaseName, state: MemoryConfig) -> Phase | None:
@@ -82,10 +81,10 @@ def _with_encoders(
     return config.model_copy(update={"memory": memory}), replace(found, notes=tuple(notes))
 
 
-def shortage(found: Found, card_bytes: int, ram_bytes: int | None) -> str:
-    """By how much the smallest plan is too large."""
+def shortage(found: Found, room: int, ram_bytes: int | None) -> str:
+    """By how much the smallest plan is too large for ``room`` bytes of tensors."""
     plan = found.smallest
-    over = plan.peak_bytes - usable(card_bytes)
+    over = plan.peak_bytes - room
     said = [f"the smallest needs {to_gib(over)} more, in {PHASES[plan.highest]}"] if over > 0 else []
     if ram_bytes is not None and plan.host_bytes > ram_bytes:
         more = to_gib(plan.host_bytes - ram_bytes)
@@ -109,7 +108,7 @@ def remedies(
         if state.faults(traits):  # what full fine-tuning needs is not for a LoRA
             state = MemoryConfig().notches(traits)[-1]
         plan = finder.plan(state)
-        if plan.fits(card_bytes, ram_bytes):
+        if plan.fits(card_bytes, ram_bytes, processes):
             yield f"{words} fits, with {to_gib(plan.peak_bytes)}"
 
 

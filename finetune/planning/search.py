@@ -49,9 +49,10 @@ class Plan:
         """The phase with the peak."""
         return max(self.peaks, key=lambda peak: peak[1])[0]
 
-    def fits(self, card_bytes: int, ram_bytes: int | None) -> bool:
+    def fits(self, card_bytes: int, ram_bytes: int | None, processes: int = 1) -> bool:
         """Whether a machine holds it."""
-        return self.peak_bytes <= usable(card_bytes) and (ram_bytes is None or self.host_bytes <= ram_bytes)
+        on_card = self.peak_bytes <= usable(card_bytes, processes)
+        return on_card and (ram_bytes is None or self.host_bytes <= ram_bytes)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def search(
         smallest = min(found.smallest, again.smallest, key=finder.excess)
         others = tuple(sorted({*found.others, *again.others}, key=lambda plan: plan.step_s))
         found = Found(again.best, others, smallest, quantised_unasked=again.best is not None)
-    if found.best is None and found.smallest.fits(card_bytes, ram_bytes):
+    if found.best is None and found.smallest.fits(card_bytes, ram_bytes, processes):
         others = tuple(plan for plan in found.others if plan != found.smallest)
         found = replace(found, best=found.smallest, others=others)  # with less left free than is wise
     return found
@@ -136,6 +137,7 @@ class Finder:
         self._config, self._rates = config, rates
         self._processes = processes
         self._card, self._ram = card_bytes, ram_bytes
+        self._room = usable(card_bytes, processes)
         self._facts: Facts = facts_of(config)
         self._traits: Traits = memory_traits(config, self._facts, processes=processes)
         self._plans: dict[MemoryConfig, Plan] = {}
@@ -200,7 +202,7 @@ class Finder:
         return estimate.plus(self._off[one.family]) if one.family in self._off else estimate
 
     def _fits(self, one: Candidate, estimate: _Estimate, slack: float = 0.0) -> bool:
-        room = usable(self._card) - (self._card * _MARGIN if one.cut else 0)
+        room = self._room - (self._card * _MARGIN if one.cut else 0)
         if max(estimate.device.values()) > room * (1 + slack):
             return False
         return self._ram is None or estimate.host <= self._ram * (1 + slack)
@@ -211,7 +213,7 @@ class Finder:
 
     def _excess(self, estimate: _Estimate) -> float:
         host = 0.0 if self._ram is None else estimate.host / max(self._ram, 1)
-        return max(max(estimate.device.values()) / max(usable(self._card), 1), host)
+        return max(max(estimate.device.values()) / max(self._room, 1), host)
 
     def _estimate(self, one: Candidate) -> _Estimate:
         """As if techniques did not know each other: what each takes away, or adds, by itself, summed up."""

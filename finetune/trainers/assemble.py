@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finetune.caching.overview import run_advice
+from finetune.cards import grow_segments
 from finetune.cogvideox import alpha_bar, load_transformer
 from finetune.config import RunConfig, pin_model, require_valid
 from finetune.datasets.cache import Cache
@@ -24,6 +25,7 @@ from finetune.files import atomic_write_text
 from finetune.memory.quantize import placement
 from finetune.planning.auto import settled
 from finetune.planning.beside import Forecaster
+from finetune.planning.card import card_here, held_note
 from finetune.precompute import ensure_cache
 from finetune.ranks import Ranks
 from finetune.schedule import Item, StepPlan
@@ -44,7 +46,9 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     Raises:
         FinetuneError: of the kind that names what has to be mended, before any training.
     """
-    cleanup.enter_context(repeatable(config.train.deterministic))  # before anything touches a GPU
+    # Both before anything touches a GPU.
+    cleanup.enter_context(repeatable(config.train.deterministic))
+    grow_segments()
     launch = read_launch(os.environ)
     ranks = Ranks.current(sharding=not isinstance(launch, Replicate))
     cleanup.callback(ranks.close)
@@ -189,8 +193,8 @@ def _forecaster(config: RunConfig, launch: Launch, ranks: Ranks) -> Forecaster |
     if ranks.device.type != "cuda" or not ranks.is_main or not isinstance(launch, Replicate):
         return None
     torch.cuda.reset_peak_memory_stats(ranks.device)  # what the encoders took is not the training's
-    card_bytes = torch.cuda.get_device_properties(ranks.device).total_memory
-    return Forecaster(config, card_bytes, processes=ranks.world)
+    name = torch.cuda.get_device_name(ranks.device)
+    return Forecaster(config, card_here(ranks.device), device=name, processes=ranks.world)
 
 
 def run_sheet(run: Run) -> list[tuple[str, str]]:
@@ -232,5 +236,6 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         total_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-        return f"{torch.cuda.get_device_name(device)}, {total_gib:.1f} GiB"
+        held = held_note(device)
+        return f"{torch.cuda.get_device_name(device)}, {total_gib:.1f} GiB" + (f"; {held}" if held else "")
     return f"{torch.get_num_threads()} threads"

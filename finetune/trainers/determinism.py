@@ -17,8 +17,9 @@ from finetune.errors import ConfigError, TrainingError, first_line
 from finetune.tensorfiles import layout
 
 WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_WORKSPACES = (":4096:8", ":16:8", ":0:0")
-"""The values under which cuBLAS repeats itself; the first is the fastest."""
+DETERMINISTIC_WORKSPACE = ":4096:8"
+"""What ``train.deterministic`` sets it to: the fastest of the values under which cuBLAS repeats itself."""
+_WORKSPACES = (DETERMINISTIC_WORKSPACE, ":16:8", ":0:0")
 
 
 @contextmanager
