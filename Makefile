@@ -37,11 +37,12 @@ test: install
 soak: install
 	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m soak
 
+# ONLY=5b make test-gpu: a piece that fits ten minutes; benchmarks/README.md has them.
 test-gpu: install
-	$(BIN)/python -m pytest -m gpu -s
+	$(BIN)/python -m pytest -m gpu -s $(if $(ONLY),--only '$(ONLY)')
 
 bench-gpu: install
-	$(BIN)/python benchmarks/gpu.py
+	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only '$(ONLY)')
 
 bench-memory: install
 	$(BIN)/python benchmarks/memory.py; code=$$?; $(BIN)/python scripts/make_memory.py && $(BIN)/python scripts/make_configs.py && exit $$code

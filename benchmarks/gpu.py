@@ -2,20 +2,17 @@
 """Every memory recipe and technique at full size on a GPU: measured peak against the planner's, and seconds per step.
 
 Models are made from their configurations with random weights, through the code that loads real ones: memory and speed
-are real, quality is not. `make bench-gpu` begins nothing after nine minutes, prints a table last, and writes
-`benchmarks/results/gpu_memory_<device>.json`. With ``--tiny`` the same path runs on tiny models on a CPU, so that the
-time on a GPU is not spent on its mistakes. Neither decord nor `datasets` is needed.
+are real, quality is not. All of it takes longer than ten minutes: ``--only`` measures a piece (``PIECES``), and pieces
+fill one file, `benchmarks/results/gpu_memory_<device>.json`, which is written after each row. Nothing is begun after
+nine minutes; a table is printed last. With ``--tiny`` the same path runs on tiny models on a CPU, so that the time on a
+GPU is not spent on its mistakes. `benchmarks/README.md` lists what is needed; decord and `datasets` are not.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
-import importlib.metadata
 import json
 import math
-import platform
 import re
 import statistics
 import sys
@@ -29,11 +26,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402 (the repository need not be installed)
+from finetune.cards import GIB, grow_segments  # noqa: E402 (the repository need not be installed)
+
+grow_segments()
+
+import torch  # noqa: E402
 from cases import cases  # noqa: E402
+from record import Record  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from finetune.cards import GIB  # noqa: E402
+from finetune.caching.encode import release_memory  # noqa: E402
 from finetune.cogvideox import alpha_bar  # noqa: E402
 from finetune.cogvideox.load import empty_transformer  # noqa: E402
 from finetune.cogvideox.weights import place  # noqa: E402
@@ -43,6 +45,7 @@ from finetune.memory import assert_recompute, undo  # noqa: E402
 from finetune.memory.quantize import placement  # noqa: E402
 from finetune.planning.rehearse import longest_bucket  # noqa: E402
 from finetune.planning.training import Alone  # noqa: E402
+from finetune.ranks import require_cudnn  # noqa: E402
 from finetune.recipes import RECIPES  # noqa: E402
 from finetune.trainers.engine import whole_engine  # noqa: E402
 from finetune.trainers.objective import velocity_losses  # noqa: E402
@@ -50,9 +53,17 @@ from finetune.trainers.optim import begin  # noqa: E402
 from finetune.types import Batch, Bucket  # noqa: E402
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
-LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes")
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")
 """Configurations without any technique but gradient checkpointing, for comparison."""
+PIECES = {
+    "2b": "^cogvideox-2b|^2B",
+    "5b-lora": "^cogvideox-5b-lora",
+    "5b-lora-techniques": "^5B LoRA",
+    "5b-full": "^cogvideox-5b-full",
+    "5b-full-techniques": "^5B full",
+    "1.5": "^cogvideox-1.5",
+}
+"""What ``--only`` takes beside regular expressions; each piece is meant to fit ten minutes of an H100."""
 
 
 def random_tensors(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -130,7 +141,7 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
         engine.step()
         synchronise(device)
         durations.append(time.perf_counter() - begun)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     found = {
         "s_per_step": round(statistics.median(durations[1:]), 4),
         "s_first_step": round(durations[0], 3),
@@ -158,13 +169,6 @@ def synchronise(device: torch.device) -> None:
     """Wait for what is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def release() -> None:
-    """Give the last run's memory back."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def runs() -> Iterator[tuple[str, RunConfig]]:
@@ -197,7 +201,11 @@ def main() -> int:
     """Measure, print, write; 1 if anything failed, 2 where there is no GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps that are timed, after one that is not")
-    parser.add_argument("--only", default="", help="a regular expression that a configuration's name must contain")
+    parser.add_argument(
+        "--only",
+        default="",
+        help=f"a piece ({', '.join(PIECES)}), or a regular expression that a configuration's name must contain",
+    )
     parser.add_argument("--seconds", type=float, default=540.0, help="begin no further configuration after so long")
     parser.add_argument("--output", type=Path, help="the JSON file; by default beside the other results")
     parser.add_argument("--tiny", action="store_true", help="tiny models on the CPU: does the path run?")
@@ -206,17 +214,23 @@ def main() -> int:
         print("there is no CUDA device; --tiny runs the same path on a CPU", file=sys.stderr)
         return 2
     device = torch.device("cpu") if args.tiny else torch.device("cuda", 0)
+    require_cudnn(device)
+    name_of_device = "cpu, tiny models" if args.tiny else torch.cuda.get_device_name(device)
+    slug = re.sub(r"\W+", "_", name_of_device.lower()).strip("_")
+    output = args.output or (None if args.tiny else ROOT / "benchmarks" / "results" / f"gpu_memory_{slug}.json")
+    record = Record(output, name_of_device, key="config")
+    print(name_of_device, ", ".join(f"{name} {version}" for name, version in record.about["versions"].items()))
     predicted = predictions()
     begun, rows, failed = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as scratch:
         for name, config in runs():
-            if not re.search(args.only, name):
+            if not re.search(PIECES.get(args.only, args.only), name):
                 continue
             row: dict[str, Any] = {"config": name, "predicted_gib": predicted.get(name)}
             rows.append(row)
             if time.monotonic() - begun > args.seconds:
                 row["skipped"] = f"{args.seconds:g} s were over"
-                continue
+                continue  # an earlier row of it is better than none
             folder = json_folder(config.model.pretrained)
             bucket = longest_bucket(config, read_facts(str(folder)))
             if args.tiny:
@@ -228,20 +242,10 @@ def main() -> int:
                 failed += 1
                 row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
                 traceback.print_exc()
-            release()
+            release_memory()  # the page-locked too: the next row is another state, with buffers of other sizes
+            record.add(row)
             print(line(row), flush=True)
-    report = {
-        "device": "cpu, tiny models" if args.tiny else torch.cuda.get_device_name(device),
-        "date": datetime.date.today().isoformat(),
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES},
-        "rows": rows,
-    }
-    slug = re.sub(r"\W+", "_", report["device"].lower()).strip("_")
-    output = args.output or (None if args.tiny else ROOT / "benchmarks" / "results" / f"gpu_memory_{slug}.json")
-    if output is not None:
-        output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(f"\n{report['device']}, {time.monotonic() - begun:.0f} s")
+    print(f"\n{name_of_device}, {time.monotonic() - begun:.0f} s")
     print("\n".join(line(row) for row in rows))
     return 1 if failed else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,18 +27,44 @@ LONGEST = (
     "test_cache_concurrency",
 )
 
+GPU_PIECES = {
+    "techniques": r"test_(memory|release|streaming|modulation)\.py",
+    "2b": r"full_size\[2b",
+    "5b": r"full_size\[5b-lora",
+    "5b-i2v": r"full_size\[5b-i2v",
+    "encoders": "encoders",
+    "deterministic": "deterministic",
+    "fsdp2": r"engines_on_one_gpu\[fsdp2-",
+    "fsdp2-offload": r"engines_on_one_gpu\[fsdp2_offload",
+    "fsdp2-5b": "full_size_under_fsdp2",
+    "zero2": r"engines_on_one_gpu\[zero2",
+    "zero3": r"engines_on_one_gpu\[zero3-",
+    "zero3-offload": r"engines_on_one_gpu\[zero3_offload",
+}
+"""What ``--only`` takes beside regular expressions: pieces of ``pytest -m gpu``, each meant to fit ten minutes."""
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--only", default="", help=f"a piece of the GPU tests ({', '.join(GPU_PIECES)}), or a pattern")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests need a GPU; slow ones run when asked for by ``-m slow``; the longest go first."""
+    only = config.getoption("--only")
+    left_out = [item for item in items if not re.search(GPU_PIECES.get(only, only), item.nodeid)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
     # Begun last, a test of a minute keeps one worker busy while the other has nothing left.
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     asked = config.getoption("-m")
     for item in items:
-        if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.timeout(600))
+            if not torch.cuda.is_available():
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
         if "slow" in item.keywords and "slow" not in asked:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 

@@ -1,8 +1,10 @@
 """The real trainer at full size, with random weights made on the device from the models' configurations.
 
 Memory and speed are real, quality is not. ``make test-gpu`` prints peak GiB and s/step; with FINETUNE_GPU_RESULTS=FILE
-the rows are kept as JSON. Nothing here needs decord or ``datasets``. The same path runs at tiny size on the CPU first
-(``test_the_path_on_a_cpu``), so that the time on a GPU is not spent on its mistakes.
+the rows are kept as JSON, each as soon as it is there. All of it takes longer than ten minutes; ``ONLY=5b make
+test-gpu`` is a piece of it (``conftest.GPU_PIECES``, ``benchmarks/README.md``). Nothing here needs decord or
+``datasets``. The same path runs at tiny size on the CPU first (``test_the_path_on_a_cpu``), so that the time on a GPU
+is not spent on its mistakes.
 """
 
 from __future__ import annotations
@@ -10,15 +12,16 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import GPU_PIECES
 from worlds import fabricate_cache, run_config
 
 from finetune.export import export
@@ -26,33 +29,27 @@ from finetune.facts import known_model, read_facts
 from finetune.trainers.checkpoint import load_checkpoint
 from finetune.trainers.loop import train
 
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from record import Record, versions  # noqa: E402
+
 LORA = {"kind": "lora", "rank": 128, "alpha": 64}
 FULL = {"kind": "full"}
 
 
-@pytest.fixture(scope="module")
-def results() -> Iterator[list[dict[str, object]]]:
-    """Rows to print at the end and, on request, to keep."""
-    rows: list[dict[str, object]] = []
-    yield rows
-    for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    if target := os.environ.get("FINETUNE_GPU_RESULTS"):
-        import accelerate
-        import diffusers
-        import peft
-        import transformers
+class Shown(Record):
+    def add(self, row: dict[str, object]) -> None:
+        super().add(row)
+        shown = {name: f"{value:.3f}" if isinstance(value, float) else value for name, value in row.items()}
+        print(*(f"{name} {value}" for name, value in shown.items()), sep="  ")
 
-        about = {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-            "date": time.strftime("%Y-%m-%d"),
-            "versions": {m.__name__: m.__version__ for m in (torch, diffusers, transformers, peft, accelerate)},
-        }
-        Path(target).write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
+
+@pytest.fixture(scope="module")
+def results() -> Shown:
+    """Rows as they come: printed, and on request kept."""
+    target = os.environ.get("FINETUNE_GPU_RESULTS")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return Shown(Path(target) if target else None, device, key="case")
 
 
 def random_model(variant: str, folder: Path, device: torch.device) -> Path:
@@ -144,6 +141,37 @@ print("steps", train(load_config({str(tmp_path / "run.yaml")!r})).step)
     assert "blocked" in finished.stdout and "steps 1" in finished.stdout
 
 
+def test_rows_are_kept_as_they_come_and_pieces_fill_one_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    for piece in (["a", "b"], ["b", "c"]):
+        record = Record(path, "a card", key="case")
+        for case in piece:
+            record.add({"case": case, "of": piece})
+            found = json.loads(path.read_text())
+            assert found["versions"]["torch"] == torch.__version__ and case in [row["case"] for row in found["rows"]]
+    assert [(row["case"], row["of"][0]) for row in found["rows"]] == [("a", "a"), ("b", "b"), ("c", "b")]
+    Record(path, "another card", key="case").add({"case": "a"})
+    assert json.loads(path.read_text())["rows"] == [{"case": "a"}]  # rows of another machine do not stand beside ours
+    path.write_text("{ cut off")
+    assert Record(path, "a card", key="case").about["device"] == "a card"
+    Record(None, "a card", key="case").add({"case": "a"})
+
+
+def test_a_package_without_metadata_has_no_version():
+    assert versions(["torch", "no-such-package"])["no-such-package"] is None
+
+
+def test_every_gpu_test_is_in_one_piece(request):
+    """Of those collected: all, where the whole suite runs."""
+    tests = [item.nodeid for item in request.session.items if "gpu" in item.keywords]
+    if len(tests) < 20:
+        pytest.skip("the GPU tests were not collected")
+    for test in tests:
+        assert len([name for name, piece in GPU_PIECES.items() if re.search(piece, test)]) == 1, test
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert [name for name in GPU_PIECES if f"| `{name}` |" not in readme] == []
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "variant,method",
@@ -156,7 +184,7 @@ def test_full_size(tmp_path, results, variant, method):
         row = drive(model, tmp_path, "49x480x720", method)
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)  # tens of GB each
-    results.append({"case": f"{variant} {method['kind']} 49x480x720"} | row)
+    results.add({"case": f"{variant} {method['kind']} 49x480x720"} | row)
     assert row["peak_gib"] < 80
 
 
@@ -222,7 +250,7 @@ def test_full_size_under_fsdp2(tmp_path, results, monkeypatch):
         row = drive(model, tmp_path, "49x480x720", LORA, optimizer="adamw")
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
-    results.append({"case": "5b lora 49x480x720 fsdp2 x1"} | row)
+    results.add({"case": "5b lora 49x480x720 fsdp2 x1"} | row)
     assert row["peak_gib"] < 80
 
 
@@ -259,7 +287,7 @@ def test_deterministic_kernels_repeat_bit_for_bit(tiny_model, tmp_path, results,
     model = tiny_model(variant, num_attention_heads=8, attention_head_dim=64)
     settled = weights_of_runs(model, tmp_path, method, deterministic=True)
     open_ended = weights_of_runs(model, tmp_path, method, deterministic=False)
-    results.append(
+    results.add(
         {
             "case": f"repeatable {variant} {method['kind']}",
             "deterministic": settled[0] == settled[1],
@@ -293,7 +321,7 @@ def test_deterministic_kernels_at_full_size(tmp_path, results):
                 seconds[deterministic] = report.s_per_step or 0.0
     finally:
         shutil.rmtree(tmp_path, ignore_errors=True)
-    results.append(
+    results.add(
         {
             "case": "repeatable 2b lora 49x480x720",
             "by_default": len(set(digests[False])) == 1,
@@ -331,7 +359,7 @@ def test_encoders_at_full_size(results):
         result = work()
         torch.cuda.synchronize()
         row = {"peak_gib": torch.cuda.max_memory_allocated() / 2**30, "s": time.perf_counter() - begun}
-        results.append({"case": name} | row)
+        results.add({"case": name} | row)
         return result
 
     with torch.no_grad():

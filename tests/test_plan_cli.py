@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +23,9 @@ from finetune.config import RunConfig, load_config, memory_traits
 from finetune.planning import ahead
 from finetune.planning.ahead import Job, beside
 from finetune.planning.beside import Forecaster
+from finetune.planning.cost import step_cost
 from finetune.planning.predict import facts_of
+from finetune.planning.rates import DEFAULTS
 from finetune.planning.rehearse import rehearse
 from finetune.planning.store import is_stored, rehearsed
 from finetune.recipes import RECIPES
@@ -216,6 +220,42 @@ def test_everything_that_is_measured_was_predicted(monkeypatch: pytest.MonkeyPat
     # No two of them are the same run.
     states = [config.to_dict() for config in runs.values()]
     assert all(states.count(state) == 1 for state in states)
+
+
+def test_every_piece_of_the_benchmark_fits_ten_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = script("benchmarks/gpu.py")
+    seconds = dict.fromkeys(benchmark.PIECES, 0.0)
+    for name, config in benchmark.runs():
+        (piece,) = [piece for piece, pattern in benchmark.PIECES.items() if re.search(pattern, name)]
+        step_s = step_cost(config, facts_of(config), config.memory, DEFAULTS["H100"]).step_s
+        seconds[piece] += 30 + 3 * step_s  # to make the model; one step that is not timed and two that are
+    assert all(0 < total < 540 for total in seconds.values()), seconds
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    assert [piece for piece in seconds if f"| `{piece}` |" not in readme] == []
+
+
+def test_the_benchmark_runs_without_decoders_and_keeps_what_it_measured(tmp_path: Path) -> None:
+    """Where it is broken off at the second row, the first is in the file, with versions of what has none too."""
+    code = f"""
+import sys
+for name in ("decord", "datasets", "av", "imageio", "imageio_ffmpeg"):
+    sys.modules[name] = None  # as if it were not installed
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+sys.argv = ["gpu.py", "--tiny", "--steps", "1", "--only", "2b", "--output", {str(tmp_path / "rows.json")!r}]
+import record
+record.versions.__defaults__ = (("torch", "no-such-package"),)
+import gpu
+line = gpu.line
+gpu.line = lambda row: 1 / 0 if "8gb" in row["config"] else line(row)
+gpu.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "ZeroDivisionError" in done.stderr, done.stderr[-2000:]
+    kept = json.loads((tmp_path / "rows.json").read_text())
+    assert kept["versions"] | {"no-such-package": None} == kept["versions"]
+    assert [row["config"] for row in kept["rows"]] == ["cogvideox-2b-lora.yaml", "cogvideox-2b-lora-8gb.yaml"]
+    assert all(math.isfinite(row["grad_norm"]) for row in kept["rows"])
 
 
 def test_every_goal_is_met_and_a_missed_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,7 +263,8 @@ def release_memory() -> None:
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
         # Page-locked memory, such as that of a streamed T5, stays taken from the whole machine otherwise.
-        if empty_host := getattr(torch._C, "_host_emptyCache", None):
+        empty_host = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+        if empty_host is not None:  # the first in torch 2.13, the second in 2.11
             empty_host()
 
 
