@@ -55,7 +55,7 @@ def require_cudnn(device: torch.device) -> None:
     Raises:
         LaunchError: naming the version that is here, and how to come by another.
     """
-    if device.type != "cuda" or torch.version.hip is not None:  # AMD's counterpart counts otherwise
+    if device.type != "cuda" or torch.version.cuda is None:  # torch for AMD's GPUs has another library in its place
         return
     version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
     if version >= LEAST_CUDNN:
@@ -63,7 +63,7 @@ def require_cudnn(device: torch.device) -> None:
     # 8.9.2 is 8902, 9.10.2 is 91002.
     thousands = 10_000 if version >= 10_000 else 1000
     name = f"cuDNN {version // thousands}.{version % thousands // 100}.{version % 100}" if version else "no cuDNN"
-    cuda = (torch.version.cuda or "13").partition(".")[0]
+    cuda = torch.version.cuda.partition(".")[0]
     raise LaunchError(
         f"this torch has {name}, and CogVideoX needs 9.15.1: before it, the VAE's bf16 convolutions give wrong results"
         " or take 17 times the memory, and attention reads out of bounds",

@@ -430,10 +430,9 @@ def test_a_lost_peer_is_told_from_a_bug(error, lost):
 def cudnn(monkeypatch) -> Callable[..., None]:
     """``cudnn(91002)``: a torch for NVIDIA GPUs with that cuDNN, and one that launchers compute on."""
 
-    def install(version: int | None, hip: str | None = None) -> None:
+    def install(version: int | None, cuda: str | None = "12.8") -> None:
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
-        monkeypatch.setattr(torch.version, "hip", hip)
-        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(ranks, "on_cpu", lambda: False)
         state = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda", 0))
         monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
@@ -460,7 +459,7 @@ def test_a_wrong_cudnn_is_refused_by_name_before_anything_computes(cudnn, entry,
 
 
 @pytest.mark.parametrize("entry", ON_A_GPU)
-@pytest.mark.parametrize("right", [{"version": 91501}, {"version": 91900}, {"version": 3005000, "hip": "6.4"}], ids=str)
+@pytest.mark.parametrize("right", [{"version": 91501}, {"version": 91900}, {"version": 3005000, "cuda": None}], ids=str)
 def test_a_right_cudnn_is_not(cudnn, entry, right):
     """Canary of the test above; AMD's counterpart counts otherwise, and is not asked."""
     cudnn(**right)
