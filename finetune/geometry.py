@@ -79,7 +79,7 @@ class ClipConfig(Strict):
     buckets: tuple[BucketField, ...] = Field(min_length=1)
     """Shapes that clips are cut to, each ``frames x height x width`` as in ``49x480x720``. A video goes to the bucket
     of the nearest aspect ratio, then the most frames that fit it, then the largest area that needs no enlarging."""
-    fps: float | None = Field(default=None, gt=0, le=1000)
+    fps: float | None = Field(default=None, ge=0.01, le=1000)
     """Frames per second of the training clips. Left out: the model's own rate (8 for CogVideoX, 16 for 1.5)."""
     span: Span = "head"
     """Which part of a video: ``head`` from its start, ``center`` its middle, ``all`` as many clips as fit without

@@ -13,7 +13,7 @@ from finetune.streams import address
 class HoldoutConfig(Strict):
     """Which clips are kept out of training, to measure on."""
 
-    holdout: float = Field(0, ge=0)
+    holdout: float = Field(0, ge=0, le=1_000_000)
     """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All
     clips of one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
 

@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from finetune.section import Strict
+from finetune.section import MOST_STEPS, Strict
 from finetune.streams import stream
 from finetune.types import Bucket
 
@@ -26,17 +26,17 @@ from finetune.types import Bucket
 class TrainConfig(Strict):
     """How long to train, and on how much at once."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS)
     """Optimizer steps in all. Give this or ``epochs``."""
-    epochs: float | None = Field(None, gt=0)
+    epochs: float | None = Field(None, ge=1e-6, le=100_000)
     """Passes over the training clips, repeats included; may be a fraction."""
-    batch_size: int = Field(1, ge=1)
+    batch_size: int = Field(1, ge=1, le=4_096)
     """Clips per micro-batch and process."""
-    accumulation: int = Field(1, ge=1)
+    accumulation: int = Field(1, ge=1, le=65_536)
     """Micro-batches per process that are summed into one optimizer step."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
+    max_grad_norm: float | None = Field(1.0, ge=1e-9, le=1e9)
     """Global L2 norm to which the gradient of a whole step is clipped; null for no clipping."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**63)
     """Everything random in the run follows from this number."""
     deterministic: bool = False
     """Compute with deterministic kernels, so that a run on a GPU repeats bit for bit; some are slower. On a CPU a run
@@ -225,7 +225,7 @@ def _epoch(plan: StepPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
 
 
 class _Warmup(Strict):
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0, le=MOST_STEPS)
     """Steps over which the learning rate rises linearly from (nearly) zero."""
 
 

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+MOST_STEPS = 100_000_000
+"""Bound of every count of optimizer steps: three years at one a second."""
+
 
 class Strict(BaseModel):
     """A configuration section: unknown keys are errors, values cannot be changed after validation."""

@@ -7,22 +7,28 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
+from pydantic.fields import FieldInfo
 
 from finetune.config import RunConfig, check_against, json_schema, load_config, require_valid
 from finetune.config.document import Document
-from finetune.config.messages import did_you_mean, validate
+from finetune.config.messages import did_you_mean, is_section, validate
 from finetune.config.plain_yaml import Dumper
 from finetune.errors import ConfigError
 from finetune.facts import KNOWN_MODELS, Facts, known_model, read_facts
+from finetune.schedule import Item, StepPlan, lr_at
 from finetune.section import Strict
+from finetune.trainers.method import LoraMethod
+from finetune.types import Bucket
 
 GOOD = """\
 model: {pretrained: zai-org/CogVideoX-5b}
@@ -172,6 +178,10 @@ BOMBS = {
     "a long word": "seeed: " + "x" * 1_000_000,
     "a long key": '? "' + "x" * 1_000_000 + '"\n: 1',
     "wrong fields": "".join(f"k{n}: 1\n" for n in range(5_000)),
+    "one long text, a thousand times": "a: &a " + "x" * 900_000 + "\nb: [" + ", ".join(["*a"] * 1_000) + "]\n",
+    "one long key, a thousand times": 'a: &a {"' + "x" * 1_000 + '": 1}\nb: [' + ", ".join(["*a"] * 4_900) + "]\n",
+    "faults, thousands of times": "a: &a {" + "[1]: 1, " * 3_000 + "}\nb: [" + ", ".join(["*a"] * 9_000) + "]\n",
+    "an alias that is not there": "a: *" + "x" * 900_000 + "\n",
     "a long list of sources": "data: {sources: [" + "{pth: x}," * 1_500 + "]}",
 }
 
@@ -187,18 +197,171 @@ def test_bombs_are_refused_in_bounded_time_and_words(write, name):
 
 @pytest.mark.parametrize(
     ("limit", "name"),
-    [("MAX_VALUES", "aliases in aliases"), ("MAX_DEPTH", "a chain of aliases"), ("MAX_DEPTH", "deep mappings")],
+    [
+        ("MAX_VALUES", "aliases in aliases"),
+        ("MAX_DEPTH", "a chain of aliases"),
+        ("MAX_DEPTH", "deep mappings"),
+        ("_MAX_WORK", "one long key, a thousand times"),
+    ],
 )
 def test_the_bombs_are_live(write, monkeypatch, limit, name):
     """Canary: with one limit taken away the other, or Python's own, is what stops them."""
     monkeypatch.setattr(f"finetune.config.plain_yaml.{limit}", 10**9)
-    text = BOMBS[name] if limit == "MAX_DEPTH" else "\n".join(BOMBS[name].splitlines()[:4])
+    text = BOMBS[name] if limit != "MAX_VALUES" else "\n".join(BOMBS[name].splitlines()[:4])
     path = write(text)
-    if limit == "MAX_DEPTH":
+    if limit == "_MAX_WORK":
+        assert len(str(Document.read(path).values)) > 4_500_000
+    elif limit == "MAX_DEPTH":
         with pytest.raises((RecursionError, ConfigError), match=r"recursion|more than 10000 values"):
             Document.read(path)
     else:
         assert str(Document.read(path).values).count("x") > 10_000
+
+
+WRONG_NUMBERS = (math.nan, math.inf, -math.inf, -1, 0, 1e-320, 1e29, 1e300, 10**400)
+
+
+def numeric_fields(kind: type[BaseModel], *path: str | int) -> Iterator[tuple[tuple[str | int, ...], list[Any]]]:
+    """(path, bounds) of every number below a section; ``kind=lora`` in a path is no field but that section's kind."""
+    for name, info in kind.model_fields.items():
+        yield from _numbers(info.annotation, info.metadata, (*path, name))
+
+
+def _numbers(annotation: Any, bounds: list[Any], path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], list[Any]]]:
+    if get_origin(annotation) is Annotated:
+        annotation, *more = get_args(annotation)
+        more = [inner for item in more for inner in (item.metadata if isinstance(item, FieldInfo) else [item])]
+        yield from _numbers(annotation, [*bounds, *more], path)
+    elif is_section(annotation):
+        tag = annotation.model_fields.get("kind")
+        yield from numeric_fields(annotation, *path, *([f"kind={get_args(tag.annotation)[0]}"] if tag else []))
+    elif annotation in (int, float):
+        yield path, bounds
+    elif annotation is not Bucket and get_args(annotation) and get_origin(annotation) is not dict:
+        for member in get_args(annotation):
+            yield from _numbers(member, bounds, (*path, 0) if get_origin(annotation) is tuple else path)
+
+
+def unbounded(kind: type[BaseModel]) -> list[tuple[str | int, ...]]:
+    """The numbers below a section that have no lower or no upper bound."""
+    return [
+        path
+        for path, bounds in numeric_fields(kind)
+        if not (any(hasattr(item, "ge") or hasattr(item, "gt") for item in bounds))
+        or not (any(hasattr(item, "le") or hasattr(item, "lt") for item in bounds))
+    ]
+
+
+def test_every_number_has_bounds():
+    assert unbounded(RunConfig) == []
+    paths = {".".join(map(str, path)) for path, _ in numeric_fields(RunConfig)}
+    assert {"train.steps", "method.kind=lora.rank", "optimizer.kind=adamw.betas.0", "memory.kind=manual.ring"} <= paths
+    assert len(paths) > 40
+
+    class Open(Strict):
+        inner: tuple[Annotated[int, Field(ge=0)], ...] = ()
+        other: float | None = Field(None, le=1)
+
+    assert unbounded(Open) == [("inner", 0), ("other",)]
+
+
+def configured(path: tuple[str | int, ...], number: float) -> dict[str, Any]:
+    """A whole configuration with ``number`` at a path of ``numeric_fields``."""
+    values = yaml.safe_load(GOOD)
+    values["validation"] = {"samples": [{"prompt": "x"}]}
+    holder: Any = values
+    for part, following in pairwise(path):
+        if isinstance(part, str) and part.startswith("kind="):
+            holder["kind"] = part.removeprefix("kind=")
+            continue
+        fresh: Any = [0.5, 0.5] if following == 0 else {}
+        holder = holder.setdefault(part, fresh) if isinstance(holder, dict) else holder[part]
+    holder[path[-1]] = number
+    if path[-1] == "epochs":
+        del values["train"]["steps"]
+    if path == ("optimizer", "kind=custom", "lr"):
+        holder["name"] = "torch.optim.SGD"
+    return values
+
+
+def derived(config: RunConfig) -> None:
+    """What a run's numbers become before its first step."""
+    check_against(config, facts_of("5b"))
+    items = [Item(Bucket(49, 480, 720), source.repeats) for source in config.data.sources]
+    plan = StepPlan(items=tuple(items), seed=config.train.seed, batch_size=config.train.batch_size, micro_batches=2)
+    steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
+    assert plan.step(0) and plan.steps_per_epoch > 0
+    rates = [lr_at(step, config.optimizer.lr, config.lr_schedule, steps) for step in (0, steps - 1)]
+    assert all(map(math.isfinite, rates))
+    assert RunConfig.from_dict(yaml.safe_load(config.to_yaml())) == config
+
+
+@pytest.mark.timeout(120)
+def test_no_number_without_sense_gets_past_a_named_error():
+    """Every number of the schema is replaced by each of ``WRONG_NUMBERS``, and by its own bounds."""
+    refused, counted = 0, 0
+    for path, bounds in numeric_fields(RunConfig):
+        extremes = [getattr(item, side) for item in bounds for side in ("ge", "le") if hasattr(item, side)]
+        for number in (*WRONG_NUMBERS, *extremes):
+            counted += 1
+            try:
+                config = RunConfig.from_dict(configured(path, number))
+            except ConfigError as error:
+                refused += 1
+                assert str(path[-1]) in str(error) or "steps and train.epochs" in str(error), (path, number)
+                assert len(str(error)) < 2_000
+                assert number not in extremes, (path, number, str(error))
+            else:
+                assert number in extremes or number in (-1, 0, 1e-320), (path, number)
+                derived(config)
+    assert refused > counted / 2
+
+
+def test_a_number_of_thousands_of_digits_is_refused_by_name():
+    with pytest.raises(ConfigError, match="a number of thousands of digits"):
+        RunConfig.from_dict(configured(("train", "steps"), 10**5_000))
+
+
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        ("(" * 900, "is not a regular expression"),
+        ("x" * 1_001, "a target has 1,001 characters"),
+        (["x"] * 101, "there are 101 targets"),
+        ("a{99999999999999999999}", "is not a regular expression"),
+    ],
+)
+def test_targets_that_are_no_patterns(targets, said):
+    values = yaml.safe_load(GOOD) | {"method": {"targets": targets}}
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_dict(values)
+    assert said in str(caught.value) and "targets" in str(caught.value)
+
+
+@pytest.mark.timeout(60)
+def test_a_pattern_that_takes_for_ever_is_stopped():
+    name = "transformer_blocks.0.attn1.to_q"
+    # Python's own engine would take hours; the other one sees that no name ends so.
+    assert not LoraMethod(targets=r"([\w.]+)+!").matches(name)
+    hard = LoraMethod(targets=r"(.+)(.+)(.+)(.+)(.+)(.+)(.+)(.+)\8\7\6\5\4\3\2\1")
+    with pytest.raises(ConfigError, match=r"takes more than 0\.5 s on the name transformer_blocks"):
+        hard.matches(name)
+
+
+@pytest.mark.parametrize("output", ["/", "~", "clips", "clips/run", "cache", "cache/run", "model", "list"])
+def test_a_run_s_folder_is_its_own(tmp_path, monkeypatch, output):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for folder in ("clips", "home", "list"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "model").symlink_to(known_model("5b"))
+    values = yaml.safe_load(GOOD) | {"output_dir": output, "model": {"pretrained": "model"}}
+    values["data"]["sources"] = [{"path": "clips"}, {"path": "list/metadata.jsonl"}]
+    findings = check_against(RunConfig.from_dict(values, base=tmp_path), facts_of("5b"))
+    (error,) = [error for error in findings.errors if "output_dir" in error.where]
+    assert "the run's folder is " in error.what and "runs/NAME" in error.fix
+    values["output_dir"] = "runs/x"
+    findings = check_against(RunConfig.from_dict(values, base=tmp_path), facts_of("5b"))
+    assert not [error for error in findings.errors if "output_dir" in error.where], "canary"
 
 
 def test_a_file_too_large_is_not_read_to_its_end(tmp_path):

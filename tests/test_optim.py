@@ -339,7 +339,7 @@ def test_a_missing_library_names_its_extra(monkeypatch):
 
 
 def test_betas_below_one():
-    with pytest.raises(ValidationError, match="below 1"):
+    with pytest.raises(ValidationError, match="less than 1"):
         AdamW(betas=(0.9, 1.0))
 
 

@@ -107,7 +107,7 @@ class Document:
             if isinstance(holder, list):
                 if not part.isdecimal() or int(part) > len(holder):
                     raise ConfigError(
-                        f"'{part}' is no index into '{outer}', which has {len(holder)} items",
+                        f"'{part:.60}' is no index into '{outer:.200}', which has {len(holder)} items",
                         where=where,
                         fix=f"use 0 to {len(holder) - 1}, or {len(holder)} to append",
                     )
@@ -117,7 +117,9 @@ class Document:
                 path.append(part)
                 holder.setdefault(part, None)
             else:
-                raise ConfigError(f"'{outer}' is {holder!r} in the file and has no field '{part}'", where=where)
+                raise ConfigError(
+                    f"'{outer:.200}' is {holder!r:.100} in the file and has no field '{part:.60}'", where=where
+                )
             key = path[-1]
             if depth == len(parts) - 1:
                 holder[key] = value

@@ -233,7 +233,10 @@ def _dotted(path: Keys) -> str:
 
 def _quoted(value: Any) -> str:
     """A value as Python writes it, as much of it as anyone would read."""
-    text = repr(value[:_MOST_SHOWN] if isinstance(value, str) else value)
+    try:
+        text = repr(value[:_MOST_SHOWN] if isinstance(value, str) else value)
+    except ValueError:  # Python refuses to write down an integer of more than 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 

@@ -38,6 +38,10 @@ MAX_VALUES = 10_000
 """A file that unfolds to more values than this is a mistake, or an attack made of nested aliases."""
 MAX_DEPTH = 50
 """Of sections and lists in each other; a run has six."""
+_MAX_WORK = 4 * MAX_BYTES
+"""Characters that a file may unfold to: aliases to one long text would be gone through once for each of them."""
+_NODE_WORK = 64
+"""Characters' worth of work for a value or a key, whatever it holds."""
 _MAX_DIGITS = 100
 """Of a number. Longer ones take Python time out of proportion, and nothing counts so far."""
 
@@ -113,13 +117,13 @@ def compose(text: str, name: str) -> yaml.Node | None:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark and not name.startswith("--set") else name
         said = " ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"not valid YAML: {said}", where=place) from None
+        raise ConfigError(f"not valid YAML: {said:.300}", where=place) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         what = f"not valid YAML: U+{error.character:04X} is no text"
         raise ConfigError(what, where=name if name.startswith("--set") else f"{name}:{line}") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an escape beyond the last character
-        raise ConfigError(f"not valid YAML: {error}", where=name) from None
+        raise ConfigError(f"not valid YAML: {error!s:.300}", where=name) from None
 
 
 def place_of(node: yaml.Node, name: str) -> str:
@@ -167,11 +171,13 @@ class Reader:
         self._one_line = one_line
         self._open: set[int] = set()
         self._count = 0
+        self._work = 0
 
     def value(self, node: yaml.Node, path: Keys) -> Any:
         self._count += 1
         if self._count > MAX_VALUES:
             raise ConfigError(f"it unfolds to more than {MAX_VALUES} values", where=self._at(node))
+        self._spend(node)
         if len(self._open) > MAX_DEPTH:  # aliases can nest deeper than the text does
             raise ConfigError(f"it unfolds to more than {MAX_DEPTH} levels", where=self._at(node))
         self.places.setdefault(path, self._at(node))
@@ -189,6 +195,12 @@ class Reader:
         finally:
             self._open.discard(id(node))
 
+    def _spend(self, node: yaml.Node) -> None:
+        """Count the work that a value, a key or a base of a merge makes, each time that it stands somewhere."""
+        self._work += _NODE_WORK + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+        if self._work > _MAX_WORK:
+            raise ConfigError(f"it unfolds to more than {_MAX_WORK:,} characters", where=self._at(node))
+
     def _at(self, node: yaml.Node) -> str:
         return self.name if self._one_line else place_of(node, self.name)
 
@@ -197,11 +209,13 @@ class Reader:
         merged: dict[str, Any] = {}
         for base in reversed([base for key, item in node.value if key.tag == _MERGE for base in _merge_bases(item)]):
             # The first base that says something wins, and the mapping's own keys win over all bases.
+            self._spend(base)
             if isinstance(base, yaml.MappingNode):
                 merged |= self.value(base, path)
             else:
                 self.errors.append(ConfigError("'<<' takes a mapping or a list of mappings", where=self._at(base)))
         for key, item in node.value:
+            self._spend(key)
             if key.tag == _MERGE:
                 continue
             if not isinstance(key, yaml.ScalarNode):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 from finetune.config.schema import RunConfig
@@ -90,8 +92,31 @@ def _run_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
             fix="set model.dtype: bf16, or train a LoRA, whose gradients are float32",
         )
     yield from memory_errors(config, memory_traits(config, facts))
+    yield from _output_errors(config)
     if config.output_dir.exists() and not config.output_dir.is_dir():
         yield ConfigError(f"{config.output_dir} is a file, not a folder", where=config.where("output_dir"))
+
+
+def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
+    """A run's folder is written into, pruned and emptied: it must not be one that holds something else."""
+    output = config.output_dir.resolve()
+    taken = {Path(os.environ.get("HOME", "/")).resolve(): "the home folder"}
+    taken[Path("/").resolve()] = "the root of the file system"
+    inside = {config.cache.dir.resolve(): "the cache's folder"}
+    if (model := Path(config.model.pretrained)).is_dir():
+        inside[model.resolve()] = "the model's folder"
+    for source in config.data.sources:
+        if source.path.is_dir():
+            inside[source.path.resolve()] = "a folder of clips"
+        else:
+            taken[source.path.parent.resolve()] = "the folder of a dataset's list"
+    for folder, what in {**taken, **inside}.items():
+        if output == folder or (folder in inside and folder in output.parents):
+            yield ConfigError(
+                f"the run's folder is {'' if output == folder else 'inside '}{what}",
+                where=config.where("output_dir"),
+                fix="name a folder of its own, such as runs/NAME",
+            )
 
 
 def _bucket_warnings(config: RunConfig, facts: Facts) -> Iterator[tuple[str, str]]:

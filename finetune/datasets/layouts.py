@@ -31,7 +31,7 @@ class _Source(Strict):
     path: Path
     """File or folder; a relative path starts at the configuration file's folder, ``~`` is the home folder,
     ``$NAME`` an environment variable."""
-    repeats: float = Field(default=1.0, gt=0, le=10_000)
+    repeats: float = Field(default=1.0, ge=0.001, le=10_000)
     """How often each clip is seen per epoch: 3 = three times, 0.5 = in every other epoch on average."""
     split: Split = "train"
     """``train``, or ``holdout`` for clips that are never trained on and measure the held-out loss."""

@@ -62,7 +62,7 @@ class MemoryConfig(Strict):
     """Gradient checkpointing: ``full`` keeps only the blocks' inputs and runs each block again in the backward pass;
     ``selective`` also keeps what attention computed, half of the work, in ``keep_attention`` of the blocks; ``none``
     keeps all activations, for small models and large cards."""
-    keep_attention: int | None = Field(None, ge=1)
+    keep_attention: int | None = Field(None, ge=1, le=1_000)
     """Blocks that keep the output of attention with ``checkpointing: selective``, counted from the last; null for all.
     Each is one token tensor: 0.1 GiB for 5B at 49x480x720."""
     block: Literal["stock", "lean"] = "stock"
@@ -70,9 +70,9 @@ class MemoryConfig(Strict):
     much."""
     activations: Literal["device", "host"] = "device"
     """Where the blocks' inputs wait for the backward pass; ``host`` copies them while the GPU computes."""
-    streamed_blocks: Annotated[int, Field(ge=0)] | Literal["all"] = 0
+    streamed_blocks: Annotated[int, Field(ge=0, le=1_000)] | Literal["all"] = 0
     """Blocks whose weights stay in host memory and are copied to the GPU for every pass, or ``all``."""
-    ring: int = Field(2, ge=1)
+    ring: int = Field(2, ge=1, le=1_000)
     """Streamed blocks that are on the GPU at a time; with 2, one is copied while another computes."""
     base: Base = "native"
     """How the frozen base of a LoRA is held: in ``model.dtype``; in 8 bits with a scale per row (``fp8``, ``int8``) or
@@ -88,7 +88,7 @@ class MemoryConfig(Strict):
     text_encoder: TextEncoder = "device"
     """How T5, larger than most of the models, is held while captions are encoded: whole, block by block from the host,
     or in 8 bits, which changes embeddings a little and so has cache entries of its own."""
-    clips_at_once: int | None = Field(None, ge=1)
+    clips_at_once: int | None = Field(None, ge=1, le=4_096)
     """Most clips of a micro-batch that go through the model together; null for all of them. The step's gradient is the
     same sum over the same clips; its last digits, and LoRA's dropout masks, are others."""
 

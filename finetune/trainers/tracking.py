@@ -21,7 +21,7 @@ from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
-from finetune.section import Strict
+from finetune.section import MOST_STEPS, Strict
 from finetune.text import shown
 from finetune.videos import Frames, gif_bytes
 
@@ -36,9 +36,9 @@ class TrackingConfig(Strict):
 
     kind: Literal["tensorboard", "none"] = "tensorboard"
     """``tensorboard`` writes event files to ``output_dir/tensorboard``; ``none`` leaves the console only."""
-    every: int = Field(1, ge=1)
+    every: int = Field(1, ge=1, le=MOST_STEPS)
     """Optimizer steps between two records of the training metrics. Held-out losses and videos are always recorded."""
-    console_interval_s: float = Field(10.0, gt=0)
+    console_interval_s: float = Field(10.0, gt=0, le=86_400)
     """Seconds between two progress lines where the output is no terminal (a terminal's line follows every step)."""
 
     def accelerator_options(self, run_dir: Path) -> dict[str, Any]:

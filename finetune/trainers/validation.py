@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.bands import loss_by_band
 from finetune.geometry import BucketField
-from finetune.section import Strict
+from finetune.section import MOST_STEPS, Strict
 from finetune.types import Batch, RunState
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class SamplePrompt(Strict):
     """The text to sample for, as it stands: caption prefix, suffix and trigger word are not added."""
     image: Path | None = None
     """First frame, for image-to-video models; a relative path starts at the configuration file's folder."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Of the noise that sampling starts from: the same at every step, so that only the weights differ."""
 
 
@@ -52,22 +52,22 @@ def sample_name(number: int, sample: SamplePrompt) -> str:
 class ValidationConfig(Strict):
     """What is measured and sampled while training, and how often."""
 
-    every: int | None = Field(200, ge=1)
+    every: int | None = Field(200, ge=1, le=MOST_STEPS)
     """Optimizer steps between two measurements of the held-out loss, and one after the last step; null for none."""
     at_start: bool = True
     """Measure, and sample, before the first step as well: what the base model does is what the run is compared with."""
-    clips: int = Field(8, ge=1)
+    clips: int = Field(8, ge=1, le=1_000_000)
     """At most this many held-out clips are measured, and as many training clips, whose difference is the
     generalisation gap. A measurement takes ``2 x clips x timesteps`` forward passes, a training step about four."""
     timesteps: int = Field(4, ge=1, le=1000)
     """Each clip is measured at this many timesteps, spread evenly over the noise schedule."""
     samples: tuple[SamplePrompt, ...] = ()
     """Videos to sample, each from its prompt (and image) and seed."""
-    sample_every: int | None = Field(500, ge=1)
+    sample_every: int | None = Field(500, ge=1, le=MOST_STEPS)
     """Optimizer steps between two rounds of sampling, and one after the last step; null for none."""
     num_inference_steps: int = Field(50, ge=1, le=1000)
     """Denoising steps per sampled video."""
-    guidance_scale: float = Field(6.0, ge=1)
+    guidance_scale: float = Field(6.0, ge=1, le=1_000)
     """Classifier-free guidance; 1 for none, which halves the time."""
     dynamic_cfg: bool = False
     """Let the guidance grow with the denoising steps, as CogVideoX's demo does with the DPM scheduler."""

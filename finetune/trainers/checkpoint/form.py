@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from finetune.section import Strict
+from finetune.section import MOST_STEPS, Strict
 
 TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -22,10 +22,10 @@ FORMAT = 2
 class CheckpointConfig(Strict):
     """When to save, what to keep, and where to continue."""
 
-    every: int | None = Field(500, ge=1)
+    every: int | None = Field(500, ge=1, le=MOST_STEPS)
     """Optimizer steps between checkpoints; null for none in between. One is saved at the end, and on SIGTERM or SIGINT,
     in any case."""
-    keep_last: int = Field(2, ge=1)
+    keep_last: int = Field(2, ge=1, le=1_000_000)
     """How many of the newest checkpoints stay; an older one is removed only after the new one stands."""
     keep_best: bool = True
     """Save a checkpoint whenever the held-out loss improves, and keep the best one as well."""

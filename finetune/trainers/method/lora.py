@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import regex
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -28,14 +29,18 @@ PRESETS: Mapping[str, str] = {
 }
 """Module names that a preset selects; like every pattern it must match a whole name, and only linear layers count."""
 
+_MOST_PATTERNS, _LONGEST_PATTERN = 100, 1_000
+_PATIENCE_S = 0.5
+"""For one pattern on one name, which takes microseconds. Some patterns take time exponential in the name's length."""
+
 
 class LoraMethod(Strict):
     """Train low-rank updates of some linear layers; everything else stays frozen in the model's dtype."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(128, ge=1)
+    rank: int = Field(128, ge=1, le=16_384)
     """Width of the update. CogVideoX's own recipe uses 128."""
-    alpha: float = Field(64, gt=0)
+    alpha: float = Field(64, ge=1e-6, le=1e6)
     """The update counts ``alpha / rank`` (``alpha / sqrt(rank)`` with ``use_rslora``). The exported file carries it."""
     dropout: float = Field(0, ge=0, lt=1)
     """Probability that an element of an adapted layer's input is withheld from the update."""
@@ -54,11 +59,16 @@ class LoraMethod(Strict):
     def _patterns_compile(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not targets:
             raise ValueError(f"name at least one target: {', '.join(PRESETS)}, or a regular expression")
-        for target in _as_tuple(targets):
+        if len(patterns := _as_tuple(targets)) > _MOST_PATTERNS:
+            raise ValueError(f"there are {len(patterns):,} targets; at most {_MOST_PATTERNS} are read")
+        for target in patterns:
+            if len(target) > _LONGEST_PATTERN:
+                raise ValueError(f"a target has {len(target):,} characters; at most {_LONGEST_PATTERN:,} are read")
             try:
                 re.compile(PRESETS.get(target, target))
-            except re.error as error:
-                raise ValueError(f"{target!r} is not a regular expression: {error}") from None
+                regex.compile(PRESETS.get(target, target))
+            except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
+                raise ValueError(f"{target!r:.100} is not a regular expression: {error!s:.100}") from None
         return targets
 
     @property
@@ -68,7 +78,7 @@ class LoraMethod(Strict):
 
     def matches(self, name: str) -> bool:
         """Whether a linear layer of this name gets an adapter."""
-        return any(re.fullmatch(PRESETS.get(target, target), name) for target in _as_tuple(self.targets))
+        return any(_selects(target, name) for target in _as_tuple(self.targets))
 
     def target_modules(self, transformer: nn.Module) -> list[str]:
         """Names of the linear layers that get an adapter, in the model's order.
@@ -79,7 +89,7 @@ class LoraMethod(Strict):
         linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
         chosen: set[str] = set()
         for target in _as_tuple(self.targets):
-            matched = [name for name in linear if re.fullmatch(PRESETS.get(target, target), name)]
+            matched = [name for name in linear if _selects(target, name)]
             if not matched:
                 raise _nothing_matched(target, linear, transformer)
             chosen.update(matched)
@@ -204,6 +214,17 @@ class LoraMethod(Strict):
             *start,
             *count_lines(transformer),
         ]
+
+
+def _selects(target: str, name: str) -> bool:
+    try:
+        return regex.fullmatch(PRESETS.get(target, target), name, timeout=_PATIENCE_S) is not None
+    except TimeoutError:
+        raise ConfigError(
+            f"the target {target!r:.100} takes more than {_PATIENCE_S:g} s on the name {name}",
+            where="method.targets",
+            fix="write it without repetitions inside repetitions",
+        ) from None
 
 
 def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:

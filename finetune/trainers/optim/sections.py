@@ -24,10 +24,13 @@ from finetune.trainers.optim.rounding import Weights, is_narrow
 Groups = list[dict[str, Any]]
 
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class _Optimizer(Strict):
     """What every kind has: a learning rate, and ``build``."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, ge=1e-12, le=100)
     """Base learning rate; ``lr_schedule`` scales it step by step."""
     weights: Weights = "master"
     """What keeps updates that are too small for a bf16 weight, in full fine-tuning: ``master``, an fp32 copy (4 bytes
@@ -71,18 +74,12 @@ class _Optimizer(Strict):
 
 
 class _Adam(_Optimizer):
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Decay, _Decay] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(1e-8, ge=1e-30, le=1)
     """Added to the denominator of the update."""
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, le=100)
     """Decoupled weight decay of matrices, per unit of learning rate; biases and norms are left alone."""
-
-    @model_validator(mode="after")
-    def _betas_below_one(self) -> _Adam:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas are {self.betas}: both must be at least 0 and below 1")
-        return self
 
     @property
     def _arguments(self) -> dict[str, Any]:
