@@ -127,7 +127,7 @@ def _from_checkpoint(adapter: Adapter, checkpoint: Path) -> AdapterSource:
     }
     note, best = "", loaded.state.best_step
     if checkpoint != adapter.path:
-        note = f"{adapter.path} is a run: its newest checkpoint is used, step {loaded.state.step}"
+        note = f"--adapter {adapter.path}: the run's newest checkpoint is used, step {loaded.state.step}"
         if best is not None and best != loaded.state.step:
             note += f"; the lowest held-out loss is step {best}'s: --adapter {checkpoint.with_name(f'step-{best:08d}')}"
     return AdapterSource(

@@ -123,7 +123,8 @@ def export(
     folder = to if to is not None else default_folder(path, "merged" if merged else "export")
     place = require_replaceable(folder)
     if is_complete(path):  # else it is refused for that, and no folder is made
-        _require_writable(place)
+        # Reading a checkpoint, loading a model twice and merging take minutes.
+        require_writable(place.parent, kind=ExportError, what="the export", where=str(place))
     found = find_source(path, weights, None if pretrained is None else str(pretrained))
     config = pin_model(found.config)
     found = replace(found, config=config)
@@ -151,7 +152,11 @@ def export(
         with arriving(place):
             publish_dir(place, fill)
     except (OSError, SafetensorError) as error:  # the latter from the library's writer
-        raise _unwritable(folder, error) from error
+        raise ExportError(
+            f"the export cannot be written: {error}",
+            where=str(folder),
+            fix=disk_fix(error) if isinstance(error, OSError) else "make room, or look at the disk, and export again",
+        ) from error
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     difference, tolerance, what = outcome[0]
     notes = ["a full fine-tuning is whole: merged or not, its export is the same"] if merged and not found.lora else []
@@ -160,22 +165,6 @@ def export(
     notes += [found.better] if found.better else []
     return ExportReport(
         folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, notes=tuple(notes)
-    )
-
-
-def _require_writable(place: Path) -> None:
-    """Reading a checkpoint, loading a model twice and merging take minutes: a place that is none is found before."""
-    try:
-        require_writable(place.parent)
-    except OSError as error:
-        raise _unwritable(place, error) from error
-
-
-def _unwritable(folder: Path, error: Exception) -> ExportError:
-    return ExportError(
-        f"the export cannot be written: {error}",
-        where=str(folder),
-        fix=disk_fix(error) if isinstance(error, OSError) else "make room, or look at the disk, and export again",
     )
 
 

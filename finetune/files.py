@@ -271,18 +271,19 @@ def require_space(path: Path, needed: int, *, kind: Callable[..., Exception], wh
         )
 
 
-def require_writable(folder: Path) -> None:
-    """Find out before the work whether files can be written to ``folder``, which is made if need be.
+def require_writable(folder: Path, *, kind: Callable[..., Exception], what: str, where: str) -> None:
+    """Refuse to begin work whose outcome cannot be written to ``folder``, which is made if need be.
 
-    Raises:
-        OSError: what writing would end in.
+    The arguments are those of ``require_space``; ``where`` is the option or path that names the folder.
     """
-    _make_folders(folder)
-    probe = folder / f".{uuid.uuid4().hex[:8]}{PARTIAL}"
     try:
+        _make_folders(folder)
+        probe = folder / f".{uuid.uuid4().hex[:8]}{PARTIAL}"
         os.close(_create(probe))
-    finally:
-        probe.unlink(missing_ok=True)
+        probe.unlink()
+    except OSError as error:
+        said = f"{what} cannot be written: {error.strerror or error}"
+        raise kind(said, where=where, fix=disk_fix(error)) from error
 
 
 def free_space(path: Path) -> int:
@@ -297,6 +298,8 @@ def disk_fix(error: OSError) -> str:
         return "make room (or raise the quota) and run the same command again"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "make the folder writable, or choose another one, and run the same command again"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a part of the path is a file: choose another folder"
     return "look at the disk or the network drive (the kernel's log says more), then run the same command again"
 
 

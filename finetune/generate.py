@@ -39,7 +39,7 @@ from finetune.cogvideox import (
 )
 from finetune.errors import ConfigError, FinetuneError, is_out_of_memory, raise_all
 from finetune.facts import Facts, json_folder, pin_revision, read_facts
-from finetune.files import disk_fix, require_writable
+from finetune.files import require_writable
 from finetune.generate_inputs import (
     GenerateRequest,
     check_request,
@@ -101,7 +101,8 @@ def generate(request: GenerateRequest) -> GenerateReport:
     )
     fps = request.fps or recorded_fps(record) or float(facts.native_fps)
     device = _device(request)
-    _require_writable(request.out)
+    # Sampling takes minutes per video.
+    require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
     notes = [source.note for source in sources if source.note]
     notes += [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
@@ -179,16 +180,6 @@ def _misfits(
         shapes = empty_transformer(folder, dtype=torch.float32, device="meta")
         faults = [fault for source in active for fault in shape_faults(source, shapes)]
     return [*faults]
-
-
-def _require_writable(out: Path) -> None:
-    """Sampling takes minutes per video: that it cannot be written is found before."""
-    try:
-        require_writable(out)
-    except OSError as error:
-        raise ConfigError(
-            f"the videos cannot be written: {error.strerror or error}", where=f"--output {out}", fix=disk_fix(error)
-        ) from error
 
 
 def load_adapters(facts: Facts, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:

@@ -662,7 +662,7 @@ def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_p
     exported = frames(export(run).folder)
     assert np.array_equal(frames(newest), exported) and "newest" not in caplog.text
     assert np.array_equal(frames(run), exported)
-    assert f"{run} is a run: its newest checkpoint is used, step 3" in caplog.text
+    assert f"--adapter {run}: the run's newest checkpoint is used, step 3" in caplog.text
     assert f"the lowest held-out loss is step 2's: --adapter {older}" in caplog.text
     assert not np.array_equal(frames(older), exported)
 

@@ -20,7 +20,8 @@ from finetune.cards import GIB
 from finetune.cli import OK, USER_ERROR, main
 from finetune.cogvideox import ModelConfig
 from finetune.config import RunConfig, load_config, memory_traits
-from finetune.planning import ahead
+from finetune.errors import ConfigError
+from finetune.planning import ahead, command
 from finetune.planning.ahead import Job, beside
 from finetune.planning.beside import Forecaster
 from finetune.planning.cost import step_cost
@@ -79,6 +80,16 @@ def test_a_budget_gives_a_section_to_write(config_file: Path, capsys: pytest.Cap
     assert main(["plan", "--config", str(config_file), "--budget", "24GiB", "--device", "4090"]) == OK
     said = capsys.readouterr().out
     assert "memory:\n  checkpointing: none\n" in said and "<- chosen" in said and "4090" in said
+
+
+def test_a_calibration_that_cannot_be_kept_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(command, "device_here", lambda: "card")
+    monkeypatch.setattr(command, "calibrate", lambda *_, **__: pytest.fail("it was measured"))
+    with pytest.raises(ConfigError, match="what is measured cannot be written"):
+        command.run_calibration(1.0)
 
 
 def test_calibrating_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

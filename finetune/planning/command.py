@@ -12,14 +12,14 @@ import torch
 from finetune.cards import GIB, parse_bytes, to_gib, usable
 from finetune.config import RunConfig, memory_errors, memory_traits, require_valid
 from finetune.errors import ConfigError, raise_all
-from finetune.files import disk_fix, require_writable
+from finetune.files import require_writable
 from finetune.memory import MemoryConfig
 from finetune.planning.calibrate import calibrate
 from finetune.planning.card import beside_tensors, card_here, device_here, held_note
 from finetune.planning.cost import step_cost
 from finetune.planning.plot import draw
 from finetune.planning.predict import facts_of, predict
-from finetune.planning.rates import OTHER, Rates, keep, rates_of
+from finetune.planning.rates import OTHER, Rates, calibration_file, keep, rates_of
 from finetune.planning.report import document, table, text, verdict
 from finetune.planning.resolve import resolve
 from finetune.planning.search import Found, Plan
@@ -124,12 +124,7 @@ def _require_drawable(plot: Path) -> None:
         raise ConfigError(
             what, where=f"--plot {plot}", fix="make it, or name another" if not plot.is_dir() else "name a PNG in it"
         )
-    try:
-        require_writable(folder)
-    except OSError as error:
-        raise ConfigError(
-            f"the picture cannot be written: {error.strerror or error}", where=f"--plot {plot}", fix=disk_fix(error)
-        ) from error
+    require_writable(folder, kind=ConfigError, what="the picture", where=f"--plot {plot}")
 
 
 def search_lines(
@@ -189,6 +184,8 @@ def run_calibration(seconds: float) -> str:
             "there is no CUDA device to calibrate",
             fix="run it on the machine that trains; without it plans reckon with published rates",
         )
+    kept = calibration_file(device_here()).parent
+    require_writable(kept, kind=ConfigError, what="what is measured", where=str(kept))
     rates = calibrate(torch.device("cuda"), seconds=seconds)
     path = keep(rates)
     rows = [
