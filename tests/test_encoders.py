@@ -77,6 +77,17 @@ def test_a_pass_that_failed_does_not_spoil_the_next(deep_model: Path) -> None:
     assert torch.equal(embeddings(encoder, tokenizer, deep_model), expected)
 
 
+@pytest.mark.parametrize("name", ["accelerator.empty_host_cache", "_C._host_emptyCache"])  # of torch 2.13, of 2.11
+def test_pinned_memory_is_given_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("device"))
+    monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
+    monkeypatch.setattr(f"torch.{name}", lambda: given.append(name), raising=False)
+    encoding.release_memory()
+    assert given == ["device", name]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_embeddings_are_near_and_are_those_of_the_rounded_weights(deep_model: Path, dtype: torch.dtype) -> None:
     model = ModelConfig(pretrained=str(deep_model))

@@ -26,6 +26,7 @@ PROMISES = frozenset(
         """
     kill-precompute kill-train kill-rank kill-real-clips export-kill disk-full log disk-space signals corruption-cache
     corruption-checkpoint corruption-in-training checksum-cost concurrent gc one-writer non-finite replay oom
+    narrow-sums cudnn card
     forward golden determinism world-size replicas statistics export launchers resharding refused cluster yaml
     pickle paths captions pairs left-out unknown-text held-out parquet videos models escaped revision fuzz
     """,
