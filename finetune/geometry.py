@@ -9,14 +9,14 @@ from __future__ import annotations
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
 
 from finetune.errors import DataError
 from finetune.section import Strict
-from finetune.types import Bucket, ClipPlan, VideoProbe
+from finetune.types import CORRECTIONS, Bucket, ClipPlan, VideoProbe
 
 Span = Literal["head", "center", "uniform", "all"]
 
@@ -237,7 +237,7 @@ def plan_clips(probe: VideoProbe, clip: ClipConfig, fps: float, where: str) -> l
     """
     bucket = choose_bucket(probe, clip.buckets, fps, clip.span)
     resize_hw, crop_yx = resize_and_crop((probe.height, probe.width), bucket)
-    kept = bucket.height * bucket.width / (resize_hw[0] * resize_hw[1])
+    kept = picture_kept((probe.height, probe.width), bucket)
     if kept * MAX_ASPECT_MISMATCH < 1:
         raise DataError(
             f"the nearest bucket, {bucket}, would keep {kept:.1%} of a picture of {probe.height}x{probe.width}",
@@ -261,13 +261,69 @@ def _short(probe: VideoProbe, bucket: Bucket, fps: float, span: Span, where: str
     )
 
 
+def picture_kept(source_hw: tuple[int, int], bucket: Bucket) -> float:
+    """The share of a picture that is left when it is cut to a bucket, 0 to 1."""
+    (height, width), _ = resize_and_crop(source_hw, bucket)
+    return bucket.height * bucket.width / (height * width)
+
+
+def better_size(
+    source_hw: tuple[int, int], bucket: Bucket, multiple: int, takes: Callable[[Bucket], bool]
+) -> Bucket | None:
+    """The bucket of as many frames and no more pixels that keeps more of a picture; None if none does by 5 %.
+
+    Args:
+        source_hw: height and width of the upright source in pixels.
+        bucket: what it is cut to so far.
+        multiple: sides are multiples of this.
+        takes: whether the model takes a bucket.
+
+    Returns:
+        The largest that keeps 95 % or more, but at least half of the bucket's pixels; or the one that keeps most.
+    """
+    pixels = bucket.height * bucket.width
+    sizes: list[Bucket] = []
+    for height in range(multiple, pixels // multiple + 1, multiple):
+        fitting = height * source_hw[1] // (source_hw[0] * multiple) * multiple
+        sizes += [Bucket(bucket.frames, height, width) for width in (fitting, fitting + multiple)]
+    sizes = [size for size in sizes if 0 < size.height * size.width <= pixels <= 2 * size.height * size.width]
+
+    def rank(size: Bucket) -> tuple[float, int]:
+        return min(picture_kept(source_hw, size), 0.95), size.height * size.width
+
+    best = max((size for size in sizes if takes(size)), key=rank, default=None)
+    more = best is not None and picture_kept(source_hw, best) >= picture_kept(source_hw, bucket) + 0.05
+    return best if more else None
+
+
+def seconds_of(probe: VideoProbe) -> float:
+    """How long a video lasts, its last frame included."""
+    return probe.frame_times_s[-1] + 1 / probe.fps
+
+
+def seconds_kept(probe: VideoProbe, plans: Sequence[ClipPlan], fps: float) -> float:
+    """How many seconds of a video its clips show, at most all of them."""
+    times = probe.frame_times_s
+    shown = sum(times[plan.frame_indices[-1]] - times[plan.frame_indices[0]] + 1 / fps for plan in plans)
+    return min(shown, seconds_of(probe))
+
+
+def seconds_fitting(probe: VideoProbe, frames: int, fps: float, span: Span) -> float:
+    """How many seconds clips of ``frames`` frames would show of a video, without choosing them."""
+    fitting = _fitting(probe.frame_times_s[-1], fps)
+    if span == "uniform":
+        return seconds_of(probe) if probe.frames >= frames else 0
+    clips = fitting // frames if span == "all" else min(fitting // frames, 1)
+    return min(clips * frames / fps, seconds_of(probe))
+
+
 def plan_notes(probe: VideoProbe, plan: ClipPlan, fps: float, span: Span) -> tuple[str, ...]:
     """Advice on one plan of ``plan_clips``; empty when there is nothing to say.
 
-    It tells of frames that are repeated (a source slower than ``fps``, or padding), of a picture that is enlarged, and
-    of a speed that ``uniform`` changes by more than a tenth.
+    It tells of what is done to a video that is not plain, of frames that are repeated (a source slower than ``fps``, or
+    padding), of a picture that is enlarged, and of a speed that ``uniform`` changes by more than a tenth.
     """
-    notes = []
+    notes = [CORRECTIONS[name] for name in probe.corrections]
     repeated = len(plan.frame_indices) - len(set(plan.frame_indices))
     if repeated:
         cause = (

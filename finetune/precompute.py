@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune.caching.encode import Failure, Passed, encode_captions, encode_clips
 from finetune.caching.plan import CachePlan, ImageJob, plan_cache, require_room
-from finetune.caching.report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, workers_for
+from finetune.caching.report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, note_line, workers_for
 from finetune.caching.request import Answer, find_manifest
 from finetune.config import RunConfig, as_config, pin_model, require_valid
 from finetune.datasets.cache import Cache, Manifest
@@ -64,7 +64,8 @@ class PrecomputeReport:
         ]
         lines += [f"left out  {count:>10}  {reason}" for reason, count in self.skipped.items()]
         lines.append(f"{human_size(self.bytes)}, {human_size(self.written_bytes)} of it new; {self.seconds:.1f} s")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.manifest.notes)])
+        lines += [f"bucket {bucket}: {kept}" for bucket, kept in self.manifest.kept.items()]
+        return "\n".join([*lines, *map(note_line, self.manifest.notes)])
 
 
 def precompute(
@@ -287,6 +288,12 @@ def _trusted(config: RunConfig, answer: Answer, cache: Cache) -> Manifest | None
     print(f"cache {cache.root}: complete, {len(manifest.items)} clips ({held} held out), nothing to encode", flush=True)
     if answer.absent:
         print(f"note: source files are not on this machine and were not compared: {named(answer.absent)}", flush=True)
+    if answer.outdated:
+        print(
+            "warning: an older version read the videos' headers. If some are upside-down, stretched, interlaced, HDR or"
+            " transparent, run `finetune precompute` where the videos are: it encodes those anew and no other",
+            flush=True,
+        )
     if answer.unknown:
         print(f"note: not on this machine and not compared: {', '.join(answer.unknown)}", flush=True)
     return manifest

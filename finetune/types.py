@@ -7,7 +7,7 @@ width, ``K`` noise-augmented draws of an image condition. Video and latents are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,9 +41,25 @@ class Bucket:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+_PRIMARIES = {"bt709": "BT.709", "bt2020": "BT.2020", "p3": "P3"}
+
+CORRECTIONS: Mapping[str, str] = {
+    "turned-1": "turned as the file states",
+    "bwdif-auto-1": "interlaced: made progressive (bwdif)",
+    "bwdif-tff-1": "interlaced, by its container, top field first: made progressive (bwdif)",
+    "bwdif-bff-1": "interlaced, by its container, bottom field first: made progressive (bwdif)",
+    "on-black-1": "transparent: laid on black",
+    **{f"pq-{name}-1": f"HDR (PQ, {title}): tone-mapped to SDR (BT.2390)" for name, title in _PRIMARIES.items()},
+    **{f"hlg-{name}-1": f"HDR (HLG, {title}): tone-mapped to SDR (BT.2390)" for name, title in _PRIMARIES.items()},
+    **{f"sdr-{name}-1": f"colours of {_PRIMARIES[name]}: converted to BT.709" for name in ("bt2020", "p3")},
+}
+"""What is done to a video that is not plain (upright, progressive, opaque, SDR), in words for the user. The names stand
+in cache addresses, so one whose arithmetic changes gets a new number; plain videos have none."""
+
+
 @dataclass(frozen=True)
 class VideoProbe:
-    """What a container's header says of its video stream, after rotation metadata is applied."""
+    """What a container's header says of its video stream, after its orientation is applied."""
 
     frames: int
     fps: float
@@ -51,10 +67,12 @@ class VideoProbe:
     width: int
     frame_times_s: Sequence[float]
     """Presentation time of every frame in seconds from the first, ascending; its length is ``frames``."""
-    rotation: int
-    """Clockwise degrees (0, 90, 180, 270) that the decoder must turn frames by; height and width are after it."""
+    orientation: int
+    """How stored frames are made upright, by EXIF's numbers 1 to 8; height and width are after it."""
     decoder: str
     """``decord`` or ``pyav``: what opened this file and will decode it."""
+    corrections: tuple[str, ...] = ()
+    """Of ``CORRECTIONS``: what is done to its frames; empty for a plain video."""
 
 
 @dataclass(frozen=True)

@@ -107,11 +107,17 @@ def filled(root: Path, captions=("a", "b")) -> tuple[Cache, Manifest, Path]:
         {"vae_dtype": "fp32"},
         {"latents_dtype": "fp32"},
         {"image_draws": 4},
+        {"corrections": ("bwdif-auto-1",)},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_whatever_decides_the_latents_changes_their_key(change):
     assert digest_of(clip_address(**change)) != digest_of(clip_address())
+
+
+def test_a_plain_video_keeps_the_address_it_had_before_there_were_corrections():
+    assert "corrections" not in clip_address() and clip_address(corrections=()) == clip_address()
+    assert digest_of(clip_address()) == "52ecfed70a3bafcbc85692b52acbef16"
 
 
 @pytest.mark.parametrize("change", [{"text": "b"}, {"text_encoder": "u"}, {"max_length": 14}, {"dtype": "bf16"}])

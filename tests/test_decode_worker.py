@@ -26,7 +26,7 @@ from finetune.errors import DataError
 from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
 
 ROOT = Path(__file__).parents[1]
-HEADER = VideoProbe(2, 8.0, 64, 64, array("d", [0.0, 0.125]), 0, "pyav")
+HEADER = VideoProbe(2, 8.0, 64, 64, array("d", [0.0, 0.125]), 1, "pyav", ("on-black-1",))
 PLAN = ClipPlan((0, 1), (64, 64), (0, 0), Bucket(2, 64, 64))
 PIXELS = 3 * 2 * 64 * 64
 
@@ -34,8 +34,8 @@ PIXELS = 3 * 2 * 64 * 64
 
 REQUESTS = [
     wire.ProbeRequest(Path("/a/b\n \udcff é.mp4")),
-    wire.ClipRequest(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 90, "decord"), PLAN, Path("/\udcfe.png")),
-    wire.ClipRequest(Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 0, "pyav"), PLAN),
+    wire.ClipRequest(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 6, "decord"), PLAN, Path("/\udcfe.png")),
+    wire.ClipRequest(Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, "pyav", ("bwdif-tff-1", "pq-bt2020-1")), PLAN),
     wire.ImageRequest(Path("/a.png"), Bucket(1, 32, 48)),
 ]
 
@@ -88,7 +88,7 @@ def erred(*words: object) -> bytes:
     return said({"number": 1, "kind": "unusable", "error": words})
 
 
-GOOD = (2, 8.0, 64, 64, 0, "pyav")
+GOOD = (2, 8.0, 64, 64, 1, "pyav", ["on-black-1"])
 PROBE, CLIP = REQUESTS[0], REQUESTS[2]
 NONSENSE: dict[str, tuple[wire.Request, bytes]] = {
     "noise": (PROBE, bytes(range(256))),
@@ -108,13 +108,15 @@ NONSENSE: dict[str, tuple[wire.Request, bytes]] = {
     "endless": (PROBE, probed(*GOOD, times=(0, float("inf")))),
     "later": (PROBE, probed(*GOOD, times=(1, 2))),
     "too many": (PROBE, said({"number": 1, "kind": "probe", "header": GOOD}, b"", 8 * (limits.MAX_FRAMES + 1))),
-    "huge": (PROBE, probed(2, 8.0, 65535, 65535, 0, "pyav")),
-    "flat": (PROBE, probed(2, 8.0, 0, 64, 0, "pyav")),
-    "text for a number": (PROBE, probed("2", 8.0, 64, 64, 0, "pyav")),
-    "true for a number": (PROBE, probed(2, True, 64, 64, 0, "pyav")),
-    "no rate": (PROBE, probed(2, float("nan"), 64, 64, 0, "pyav")),
-    "turned": (PROBE, probed(2, 8.0, 64, 64, 45, "pyav")),
-    "another decoder": (PROBE, probed(2, 8.0, 64, 64, 0, "os.system")),
+    "huge": (PROBE, probed(2, 8.0, 65535, 65535, 1, "pyav", [])),
+    "flat": (PROBE, probed(2, 8.0, 0, 64, 1, "pyav", [])),
+    "text for a number": (PROBE, probed("2", 8.0, 64, 64, 1, "pyav", [])),
+    "true for a number": (PROBE, probed(2, True, 64, 64, 1, "pyav", [])),
+    "no rate": (PROBE, probed(2, float("nan"), 64, 64, 1, "pyav", [])),
+    "turned": (PROBE, probed(2, 8.0, 64, 64, 9, "pyav", [])),
+    "another decoder": (PROBE, probed(2, 8.0, 64, 64, 1, "os.system", [])),
+    "another correction": (PROBE, probed(2, 8.0, 64, 64, 1, "pyav", ["bwdif-up-1"])),
+    "corrections of another kind": (PROBE, probed(2, 8.0, 64, 64, 1, "pyav", [{"a": 1}])),
     "short header": (PROBE, probed(2, 8.0)),
     "no header": (PROBE, said({"number": 1, "kind": "probe"}, bytes(16))),
     "header for pixels": (CLIP, probed(*GOOD)),

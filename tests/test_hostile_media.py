@@ -130,9 +130,8 @@ CLAIMS: dict[str, tuple[str, int, bytes, str]] = {
     "two thousand million parts of a second": ("mdhd", 12, b"\x7f\xff\xff\xff", "frames per second; at most 1000"),
     "years": ("stts", 12, U32.pack(0x7FFFFFFF), "at most 604,800 s"),
     "backwards": ("stts", 12, U32.pack(0xFFFFFF00), "frames per second; at most 1000"),
-    "mirror": ("tkhd", MATRIX, matrix(-1, 0, 0, 0, 1, 0, 0, 0, 1), "mirror"),
-    "matrix of zeroes": ("tkhd", MATRIX, bytes(36), "mirror"),
-    "turned by 45 degrees": ("tkhd", MATRIX, matrix(0.7, 0.7, 0, -0.7, 0.7, 0, 0, 0, 1), "quarter turns"),
+    "matrix of zeroes": ("tkhd", MATRIX, bytes(36), "squash it to nothing"),
+    "turned by 45 degrees": ("tkhd", MATRIX, matrix(0.7, 0.7, 0, -0.7, 0.7, 0, 0, 0, 1), "by no right angle"),
 }
 HARMLESS: dict[str, tuple[str, int, bytes]] = {
     "negative length": ("mvhd", 16, b"\xff" * 4),
@@ -246,7 +245,7 @@ def test_the_canary_of_the_changing_picture(tmp_path, monkeypatch):
     assert header.decoder == "decord"
     with pytest.raises(DataError, match="changes size"):
         decode(tmp_path / "changes.mp4", header, plan)
-    monkeypatch.setattr(pyav_reader, "check_sizes", lambda *arguments: None)
+    monkeypatch.setattr(pyav_reader, "check_frames", lambda *arguments: None)
     assert decode(tmp_path / "changes.mp4", header, plan).pixels.shape == (3, 1, 64, 64)
 
 

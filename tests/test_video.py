@@ -37,8 +37,8 @@ def lavfi(size: str = f"{WIDTH}x{HEIGHT}", pixels: str = "yuv420p", seconds: flo
 H264 = ["-c:v", "libx264", "-qp", "8"]
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"
 
-# name -> (ffmpeg arguments, decoder, frames, (height, width), clockwise rotation)
-USUAL = (FRAMES, (HEIGHT, WIDTH), 0)
+# name -> (ffmpeg arguments, decoder, frames, (height, width), EXIF's orientation)
+USUAL = (FRAMES, (HEIGHT, WIDTH), 1)
 FILES: dict[str, tuple[list[str], str, int, tuple[int, int], int]] = {
     "cfr.mp4": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "decord", *USUAL),
     "cfr.mkv": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "decord", *USUAL),
@@ -47,32 +47,32 @@ FILES: dict[str, tuple[list[str], str, int, tuple[int, int], int]] = {
     "intra.mov": ([*lavfi(), "-c:v", "mjpeg", "-q:v", "2"], "decord", *USUAL),
     "rotate90.mp4": (
         ["-display_rotation", "-90", "-i", "cfr.mp4", "-c", "copy"],
-        "decord",
+        "pyav",
         FRAMES,
         (WIDTH, HEIGHT),
-        90,
+        6,
     ),
     "rotate180.mp4": (
         ["-display_rotation", "180", "-i", "cfr.mp4", "-c", "copy"],
-        "decord",
+        "pyav",
         FRAMES,
         (HEIGHT, WIDTH),
-        180,
+        3,
     ),
     "rotate270.mp4": (
         ["-display_rotation", "90", "-i", "cfr.mp4", "-c", "copy"],
-        "decord",
+        "pyav",
         FRAMES,
         (WIDTH, HEIGHT),
-        270,
+        8,
     ),
-    "odd.mp4": ([*lavfi("97x65", "yuv444p", 1), *H264], "decord", FPS, (65, 97), 0),
+    "odd.mp4": ([*lavfi("97x65", "yuv444p", 1), *H264], "decord", FPS, (65, 97), 1),
     "vfr.mp4": (
         [*lavfi(), "-vf", "select='lt(n,20)+not(mod(n,3))'", "-fps_mode", "vfr", *H264],
         "decord",
         33,
         (HEIGHT, WIDTH),
-        0,
+        1,
     ),
     "sound.mp4": ([*lavfi(), "-f", "lavfi", "-i", "sine=d=3", *H264, "-c:a", "aac"], "decord", *USUAL),
     # What decord cannot open, or is known to decode wrongly:
@@ -82,15 +82,15 @@ FILES: dict[str, tuple[list[str], str, int, tuple[int, int], int]] = {
         "pyav",
         FRAMES,
         (WIDTH, HEIGHT),
-        90,
+        6,
     ),
     "open_gop.mp4": ([*lavfi(), *H264, "-x264-params", OPEN_GOP], "pyav", *USUAL),
     "open_gop_hevc.mp4": ([*lavfi(), "-c:v", "libx265", "-x265-params", f"{OPEN_GOP}:log-level=none"], "pyav", *USUAL),
-    "edit_list.mp4": (["-ss", "0.5", "-i", "cfr.mp4", "-c", "copy"], "pyav", 45, (HEIGHT, WIDTH), 0),
+    "edit_list.mp4": (["-ss", "0.5", "-i", "cfr.mp4", "-c", "copy"], "pyav", 45, (HEIGHT, WIDTH), 1),
     "stream.ts": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "pyav", *USUAL),
     "program.mpg": ([*lavfi(), "-c:v", "mpeg2video", "-q:v", "2", "-bf", "2", "-g", "12"], "pyav", *USUAL),
     "b_frames.avi": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "pyav", *USUAL),
-    "wide_pixels.mp4": ([*lavfi(), "-vf", "setsar=2/1", *H264], "pyav", FRAMES, (HEIGHT, 2 * WIDTH), 0),
+    "wide_pixels.mp4": ([*lavfi(), "-vf", "setsar=2/1", *H264], "pyav", FRAMES, (HEIGHT, 2 * WIDTH), 1),
     "two_videos.mkv": (["-i", "cfr.mp4", "-i", "odd.mp4", "-map", "0", "-map", "1", "-c", "copy"], "pyav", *USUAL),
 }
 
@@ -154,10 +154,10 @@ def whole(probed: VideoProbe, indices: tuple[int, ...]) -> ClipPlan:
 
 @pytest.mark.parametrize("name", FILES)
 def test_probe(media, name):
-    _, decoder, count, size, rotation = FILES[name]
+    _, decoder, count, size, orientation = FILES[name]
     ours = probe(media / name)
-    assert (ours.frames, (ours.height, ours.width), ours.rotation) == (count, size, rotation)
-    assert ours.decoder == decoder
+    assert (ours.frames, (ours.height, ours.width), ours.orientation) == (count, size, orientation)
+    assert ours.decoder == decoder and ours.corrections == (("turned-1",) if orientation == 3 else ())
     assert len(ours.frame_times_s) == count and ours.frame_times_s[0] == 0
     assert all(a < b for a, b in zip(ours.frame_times_s, ours.frame_times_s[1:], strict=False))
     if name != "vfr.mp4":
@@ -360,7 +360,7 @@ if sys.argv[2] == "idle":
     from finetune.datasets.media import decord_reader
     reader = decord_reader._opened(path)
     reader[0]
-    until = time.monotonic() + 20
+    until = time.monotonic() + 120
     while peak_mib() < before + 200 and time.monotonic() < until:
         time.sleep(0.1)
 print(peak_mib())

@@ -108,6 +108,7 @@ def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool)
         images={str(path): needs.image(path) for path in sorted(images)},
         skipped={reason: len(names) for reason, names in report.skipped.items()},
         notes=(*report.notes, *_both_sides(report.clips, inputs)),
+        kept={str(bucket): str(kept) for bucket, kept in report.kept.items()},
     )
     return needs.missing(manifest, cache)
 
@@ -137,6 +138,7 @@ class _Needs:
             vae_dtype=self._encoders.dtype,
             latents_dtype=self._config.cache.latents_dtype,
             image_draws=self._image_draws,
+            corrections=clip.probe.corrections,
         )
         # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
         probe = replace(clip.probe, frame_times_s=())

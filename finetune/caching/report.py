@@ -9,15 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.caching.captions import check_captions
+from finetune.caching.kept import Kept, kept_by_bucket, kept_warnings
 from finetune.caching.request import sample_bucket
 from finetune.config import RunConfig
-from finetune.datasets.manifest import portable
+from finetune.datasets.manifest import WARNING, portable
 from finetune.datasets.sources import read_samples
 from finetune.datasets.video import DecodePool
 from finetune.errors import DataError, raise_all
 from finetune.facts import Facts
 from finetune.geometry import plan_clips, plan_notes
-from finetune.types import ClipPlan, Sample, VideoProbe
+from finetune.types import Bucket, ClipPlan, Sample, VideoProbe
 
 TOO_SHORT = "too short"
 UNREADABLE = "unreadable"
@@ -54,6 +55,8 @@ class DatasetReport:
     notes: tuple[str, ...]
     fps: float
     """Of the clips."""
+    kept: Mapping[Bucket, Kept]
+    """How much of pictures and videos the clips show."""
 
     def __str__(self) -> str:
         videos = len({clip.sample.video for clip in self.clips})
@@ -64,10 +67,11 @@ class DatasetReport:
             seconds = bucket.frames / self.fps
             held = counts[bucket, True]
             also = f", {held} of them from held-out sources" if held else ""
-            lines.append(f"  bucket {bucket}: {counts[bucket, False] + held} clips of {seconds:.1f} s{also}")
+            number = counts[bucket, False] + held
+            lines.append(f"  bucket {bucket}: {number} clips of {seconds:.1f} s{also}; {self.kept[bucket]}")
         for reason, names in self.skipped.items():
             lines.append(f"  left out, {reason}: {named(names)}")
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join([*lines, *map(note_line, self.notes)])
 
 
 def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> DatasetReport:
@@ -130,7 +134,8 @@ def check_dataset(config: RunConfig, facts: Facts, *, progress: bool = True) -> 
         raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
     left_out = {why: tuple(names) for why, names in skipped.items() if names}
     notes = [*read.notes, *findings.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
-    return DatasetReport(tuple(clips), left_out, tuple(notes), fps)
+    notes += [f"{WARNING}{said}" for said in kept_warnings(clips, config.data, facts, fps)]
+    return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps))
 
 
 def _with_sound_images(
@@ -197,6 +202,11 @@ def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:
 def cpu_cores() -> int:
     """Cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def note_line(note: str) -> str:
+    """One of a report's notes, for print."""
+    return note if note.startswith(WARNING) else f"note: {note}"
 
 
 def named(names: Iterable[str]) -> str:

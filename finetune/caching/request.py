@@ -31,6 +31,10 @@ from finetune.files import digest_of
 from finetune.memory.quantize import TextEncoder
 from finetune.types import Bucket
 
+_HEADERS = 1
+"""Of the rules by which headers are read. Another number has every dataset planned anew; what is encoded anew is only
+what then has another address."""
+
 
 @dataclass(frozen=True)
 class Fingerprints:
@@ -123,7 +127,7 @@ def make_request(config: RunConfig, facts: Facts, encoders: Fingerprints) -> dic
     samples = config.validation.samples
     images = sorted({sample.image for sample in samples if sample.image} if facts.image_to_video else ())
     return {
-        "format": {"cache": FORMAT, "pixels": PIXEL_RULE},
+        "format": {"cache": FORMAT, "pixels": PIXEL_RULE, "headers": _HEADERS},
         "data": {**data, "fps": config.data.fps or facts.native_fps},
         "model": {
             "vae": encoders.vae,
@@ -164,6 +168,8 @@ class Answer:
     """Files it was made from that are not on this machine; it can be used if that is meant to be so."""
     unknown: tuple[str, ...] = ()
     """Encoders that are not on this machine, so that nobody knows whether they are the ones it was made with."""
+    outdated: bool = False
+    """Whether headers were read by an older version's rules, which took videos that are not plain for plain ones."""
 
 
 def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
@@ -179,6 +185,8 @@ def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
     encoders = local_fingerprints(config.model, cache, config.memory.text_encoder)
     request = make_request(config, facts, encoders)
     shelf = _Shelf.of(cache, first=f"{digest_of(portable(request, config.base))}.json")
+    if config.cache.mode == "require":  # the videos need not be here to read their headers again
+        request["format"]["headers"] = UNKNOWN
     candidates = sorted(_compare(request, config.base, shelf), key=lambda candidate: candidate.rank)
     if config.cache.mode == "auto":
         _warn_of(shelf.damaged, cache)
@@ -210,7 +218,8 @@ def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
             faults.append(f"{len(gone)} of {len(manifest.keys(kind))} entries under {cache.root / kind} are missing")
     named = (("vae", encoders.vae), ("text_encoder", encoders.text_encoder))
     unknown = tuple(component for component, value in named if value == UNKNOWN)
-    return Answer(manifest, tuple(faults), tuple(absent), unknown)
+    outdated = manifest.request["format"].get("headers") != _HEADERS
+    return Answer(manifest, tuple(faults), tuple(absent), unknown, outdated)
 
 
 def _sources_now(config: RunConfig) -> list[str]:

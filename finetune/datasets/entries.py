@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, BinaryIO, Literal
 
@@ -36,6 +36,7 @@ def latents_address(
     vae_dtype: str,
     latents_dtype: Dtype,
     image_draws: int | None,
+    corrections: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Everything that decides the latents of one clip.
 
@@ -48,7 +49,10 @@ def latents_address(
         vae_dtype: what it computes in.
         latents_dtype: what is stored.
         image_draws: K for image-to-video, None for text-to-video.
+        corrections: what is done to the frames of a video that is not plain. Left out where there is none, so that
+            plain videos keep the addresses they had before there were any.
     """
+    corrected = {"corrections": list(corrections)} if corrections else {}
     return {
         "kind": "latents",
         "format": FORMAT,
@@ -60,6 +64,7 @@ def latents_address(
         "vae_dtype": vae_dtype,
         "dtype": latents_dtype,
         "image_draws": image_draws,
+        **corrected,
     }
 
 

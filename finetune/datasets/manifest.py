@@ -30,6 +30,9 @@ UNKNOWN = "unknown"
 """In a request: a fingerprint that cannot be taken here, because the component's files are not on this machine. It
 matches whatever a manifest recorded."""
 
+WARNING = "warning: "
+"""How a note begins that is more than advice."""
+
 Kind = Literal["latents", "prompts", "images"]
 KINDS: tuple[Kind, ...] = ("latents", "prompts", "images")
 """``latents`` of clips, embeddings of ``prompts``, and ``images`` that validation videos start from."""
@@ -84,6 +87,8 @@ class Manifest:
     """Why clips of the dataset are not among the items, and how many."""
     notes: tuple[str, ...] = ()
     """Advice that was given when it was made, such as captions that are cut."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """By bucket: how much of pictures and seconds its clips show, in words. Older manifests do not tell."""
     complete: bool = True
     """False while its entries are being encoded: it then only keeps them from being collected as garbage."""
 
@@ -124,6 +129,7 @@ class Manifest:
             },
             "skipped": self.skipped,
             "notes": self.notes,
+            "kept": self.kept,
         }
         return seal(json.dumps(content, ensure_ascii=False, indent=1))
 
@@ -139,6 +145,7 @@ class Manifest:
             images={str(base / path): key for path, key in content["images"].items()},
             skipped=content["skipped"],
             notes=tuple(content["notes"]),
+            kept=content.get("kept", {}),
             complete=content["complete"],
         )
 

@@ -18,7 +18,7 @@ from finetune.cogvideox import alpha_bar, load_transformer
 from finetune.config import RunConfig, pin_model, require_valid
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
-from finetune.datasets.manifest import Manifest
+from finetune.datasets.manifest import WARNING, Manifest
 from finetune.errors import CheckpointError, DataError
 from finetune.facts import Facts, read_facts
 from finetune.files import atomic_write_text
@@ -212,6 +212,8 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("training clips", f"{len(run.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),
         ("held-out clips", str(len(run.heldout.items))),
+        *(("bucket", f"{bucket}: {kept}") for bucket, kept in run.manifest.kept.items()),
+        *(("warning", note.removeprefix(WARNING)) for note in run.manifest.notes if note.startswith(WARNING)),
         (
             "effective batch",
             f"{effective} clips = {config.train.batch_size} x {config.train.accumulation} accumulation"

@@ -1,8 +1,9 @@
 """From a file to a header, and from a header and a plan to pixels; decord or PyAV, chosen per file.
 
-PyAV reads every header. decord decodes where its list of frames equals PyAV's and nothing it is known to get wrong is
-in the way; PyAV decodes the rest. Both decode to RGB at source size (decord fails on some resize widths); resizing
-here, frame by frame, keeps memory to a few source frames and one clip.
+PyAV reads every header. decord decodes plain videos (upright, square pixels, progressive, opaque, SDR) where its list
+of frames equals PyAV's and nothing it is known to get wrong is in the way; PyAV decodes the rest. The two give the same
+pixels, to a level or two, so which of them it is stands in no cache address. Both decode to RGB at source size (decord
+fails on some resize widths); resizing here, frame by frame, keeps memory to a few source frames and one clip.
 """
 
 from __future__ import annotations
@@ -40,11 +41,9 @@ def probe_file(path: Path) -> VideoProbe:
     family = check_container(path)
     stream = pyav_reader.read_header(path)
     index = pyav_reader.read_index(path)
-    square = abs(stream.pixel_aspect - 1) < 1e-6
-    height, width = _shown_hw(stream)
+    plain = stream.orientation == 1 and not stream.corrections and abs(stream.pixel_aspect - 1) < 1e-6
+    height, width = pyav_reader.shown_hw(stream.height, stream.width, stream.pixel_aspect, stream.orientation)
     check_frame_size(height, width, str(path))
-    if stream.rotation in (90, 270):
-        height, width = width, height
     if index.timed:
         times = as_times([(pts - index.pts[0]) * index.time_base for pts in index.pts])
     else:
@@ -59,11 +58,12 @@ def probe_file(path: Path) -> VideoProbe:
         and not index.open_gop
         and stream.container in pyav_reader.SEEKABLE
         and stream.video_streams == 1
-        and square
+        and plain
         and height * width * 3 <= decord_reader.MAX_FRAME_BYTES
         and decord_reader.agrees(path, times, (height, width))
     )
-    return VideoProbe(len(times), fps, height, width, times, stream.rotation, "decord" if reliable else "pyav")
+    decoder = "decord" if reliable else "pyav"
+    return VideoProbe(len(times), fps, height, width, times, stream.orientation, decoder, stream.corrections)
 
 
 def read_clip(path: Path, header: VideoProbe, plan: ClipPlan) -> Frame:
@@ -84,17 +84,16 @@ def read_clip(path: Path, header: VideoProbe, plan: ClipPlan) -> Frame:
     where = str(path)
     if len(pyav_reader.read_index(path).pts) != header.frames:
         raise DataError("the file has changed since its header was read", where=where, fix="run the command again")
-    stored_hw = (header.width, header.height) if header.rotation in (90, 270) else (header.height, header.width)
     if header.decoder == "decord":
         try:
             shown_hw = header.height, header.width
-            pyav_reader.check_sizes(path, plan.frame_indices, stored_hw)
-            return _assemble(decord_reader.read_frames(path, plan.frame_indices, header.frames, shown_hw), 0, plan)
+            pyav_reader.check_frames(path, plan.frame_indices, header)
+            return _assemble(decord_reader.read_frames(path, plan.frame_indices, header.frames, shown_hw), 1, plan)
         except decord_reader.DecordError:
             # decord opened the file but not this stretch of it. The whole clip is decoded again, so that no clip mixes
             # two decoders; and of a file that is really damaged PyAV has the clearer message.
             return read_clip(path, replace(header, decoder="pyav"), plan)
-    return _assemble(pyav_reader.read_frames(path, plan.frame_indices, stored_hw), header.rotation, plan)
+    return _assemble(pyav_reader.read_frames(path, plan.frame_indices, header), header.orientation, plan)
 
 
 def read_fitted_image(path: Path, bucket: Bucket) -> Frame:
@@ -142,18 +141,21 @@ def fit(frame: Frame, resize_hw: tuple[int, int], crop_yx: tuple[int, int], size
     return frame[top : top + height, left : left + width]
 
 
-def _shown_hw(stream: pyav_reader.StreamHeader) -> tuple[int, int]:
-    """Height and width with square pixels, before rotation."""
-    return stream.height, max(1, round(stream.width * stream.pixel_aspect))
+def upright(frame: Frame, orientation: int) -> Frame:
+    """Turn and mirror a stored frame [H, W, 3] as one of EXIF's eight orientations asks."""
+    if orientation >= 5:
+        frame = frame.transpose(1, 0, 2)
+    across, down = (-1 if orientation in flipped else 1 for flipped in ((2, 3, 6, 7), (3, 4, 7, 8)))
+    return frame[::down, ::across]
 
 
-def _assemble(frames: Iterable[tuple[int, Frame]], rotation: int, plan: ClipPlan) -> Frame:
+def _assemble(frames: Iterable[tuple[int, Frame]], orientation: int, plan: ClipPlan) -> Frame:
     size_hw = (plan.bucket.height, plan.bucket.width)
     pixels = np.empty((3, len(plan.frame_indices), *size_hw), np.uint8)
     slots = _slots(plan.frame_indices)
     for frame_index, frame in frames:
-        upright = np.rot90(frame, -(rotation // 90))
-        pixels[:, slots[frame_index]] = fit(upright, plan.resize_hw, plan.crop_yx, size_hw).transpose(2, 0, 1)[:, None]
+        cut = fit(upright(frame, orientation), plan.resize_hw, plan.crop_yx, size_hw)
+        pixels[:, slots[frame_index]] = cut.transpose(2, 0, 1)[:, None]
     return pixels
 
 

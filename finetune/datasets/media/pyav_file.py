@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from finetune.datasets.media.limits import MAX_PIXELS, MAX_STREAMS, check_count, check_frame_size, too_much_memory
 from finetune.errors import DataError
 
@@ -14,14 +16,20 @@ DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,
 """Containers that are opened. FFmpeg knows a format by its content, so a playlist or a concat script named ``.mp4``
 would otherwise make it read other files, or the network."""
 
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""FFmpeg's own decoders of these leave transparency out."""
+
 FIX = "check that it plays to its end; re-encode it to H.264 in MP4, or leave it out"
 
 
 def opened(path: Path) -> Any:
     """Open a container, a context manager. Raises DataError if it is none of ``DEMUXERS``."""
     import av
+    from av.sidedata.sidedata import Type as SideDataType
 
     av.logging.set_level(av.logging.PANIC)  # FFmpeg's own lines name no file; what matters becomes a DataError
+    kinds: Any = SideDataType
+    kinds._missing_ = classmethod(_unknown)
     # Tags in another encoding are nobody's concern; from 19 on PyAV takes them as they are and has no such argument.
     # And the whitelist is a *container* option: plain `options` crash PyAV up to 15 on MPEG program streams.
     lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
@@ -31,6 +39,13 @@ def opened(path: Path) -> Any:
         return av.open(os.path.abspath(path), container_options=guards, **lenient)  # noqa: PTH100 - follows no link
     except failures() as error:
         raise _refusal("not a video that can be opened", error, str(path)) from None
+
+
+def _unknown(kinds: Any, value: int) -> Any:
+    """A kind of side data that PyAV's list lacks and FFmpeg has (EXIF, in 18): without it none of a frame is read."""
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
+    return kind
 
 
 def video_stream(container: Any, where: str) -> Any:
@@ -58,8 +73,18 @@ def is_cover(stream: Any) -> bool:
 
 
 def decoded(container: Any, stream: Any, where: str) -> Iterator[Any]:
-    """``container.decode`` with FFmpeg's errors as ``DataError``."""
-    return guarded(container.decode(stream), where)
+    """``container.decode``, with the transparency that WebM keeps apart, and FFmpeg's errors as ``DataError``."""
+    name = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    return guarded(container.decode(stream) if name is None else _decoded_by(name, container, stream), where)
+
+
+def _decoded_by(name: str, container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    context = av.CodecContext.create(name, "r")
+    context.options, context.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    for packet in container.demux(stream):
+        yield from context.decode(packet)
 
 
 def guarded(items: Iterator[Any], where: str) -> Iterator[Any]:
@@ -68,6 +93,15 @@ def guarded(items: Iterator[Any], where: str) -> Iterator[Any]:
         yield from items
     except failures() as error:
         raise undecodable(error, where) from None
+
+
+def as_array(frame: Any, layout: str, where: str) -> NDArray[Any]:
+    """A frame converted to one of FFmpeg's packed pixel formats, [H, W, C]. Raises DataError."""
+    try:
+        pixels: NDArray[Any] = frame.to_ndarray(format=layout)
+    except failures() as error:
+        raise undecodable(error, where) from None
+    return pixels
 
 
 def seek_to(container: Any, stream: Any, start: int, where: str) -> None:

@@ -33,7 +33,7 @@ from finetune.datasets.media.limits import (
 )
 from finetune.errors import DataError
 from finetune.text import shown
-from finetune.types import Bucket, ClipPlan, VideoProbe
+from finetune.types import CORRECTIONS, Bucket, ClipPlan, VideoProbe
 
 Frame = NDArray[np.uint8]
 
@@ -150,7 +150,7 @@ def write_request(stream: BinaryIO, request: Request, number: int) -> None:
     if isinstance(request, ClipRequest):
         header, plan = request.header, request.plan
         message |= {
-            "header": [header.frames, header.fps, header.height, header.width, header.rotation, header.decoder],
+            "header": _header(header),
             "indices": plan.frame_indices,
             "cut": [*plan.resize_hw, *plan.crop_yx],
             "bucket": _listed(plan.bucket),
@@ -174,8 +174,8 @@ def _request(message: Mapping[str, Any]) -> Request:
     bucket = Bucket(*message["bucket"])
     if message["task"] == "ImageRequest":
         return ImageRequest(path, bucket)
-    frames, fps, height, width, rotation, decoder = message["header"]
-    header = VideoProbe(frames, fps, height, width, (), rotation, decoder)
+    frames, fps, height, width, orientation, decoder, corrections = message["header"]
+    header = VideoProbe(frames, fps, height, width, (), orientation, decoder, tuple(corrections))
     resize_height, resize_width, top, left = message["cut"]
     plan = ClipPlan(tuple(message["indices"]), (resize_height, resize_width), (top, left), bucket)
     return ClipRequest(path, header, plan, None if message["image"] is None else Path(message["image"]))
@@ -197,8 +197,8 @@ def answer_bytes(request: Request) -> int:
 def write_answer(stream: BinaryIO, answer: Answer | BugError, number: int) -> None:
     """Answer the request of that number."""
     if isinstance(answer, VideoProbe):
-        header = [answer.frames, answer.fps, answer.height, answer.width, answer.rotation, answer.decoder]
-        send(stream, {"number": number, "kind": "probe", "header": header}, array("d", answer.frame_times_s))
+        message = {"number": number, "kind": "probe", "header": _header(answer)}
+        send(stream, message, array("d", answer.frame_times_s))
     elif isinstance(answer, Pixels):
         bodies = [np.ascontiguousarray(part) for part in (answer.clip, answer.image) if part is not None]
         send(stream, {"number": number, "kind": "pixels"}, *bodies)
@@ -248,22 +248,24 @@ def _error(parts: Any, request: Request) -> DataError:
 def _probe(stream: BinaryIO, header: Any, length: int) -> VideoProbe:
     if length % 8 or not 8 <= length <= 8 * MAX_FRAMES:
         raise GarbageError(f"{length:,} bytes of frame times")
-    if not isinstance(header, list) or len(header) != 6:
-        raise GarbageError("a header is six values")
-    frames, fps, height, width, rotation, decoder = header
-    whole = all(type(number) is int for number in (frames, height, width, rotation))
+    if not isinstance(header, list) or len(header) != 7:
+        raise GarbageError("a header is seven values")
+    frames, fps, height, width, orientation, decoder, corrections = header
+    whole = all(type(number) is int for number in (frames, height, width, orientation))
     if not whole or not isinstance(fps, int | float) or isinstance(fps, bool):
         raise GarbageError(f"a header of {[type(value).__name__ for value in header]}")
     sizes = 1 <= height <= MAX_PIXELS and 1 <= width <= MAX_PIXELS and height * width <= MAX_PIXELS
-    if frames != length // 8 or not sizes or not 0 < fps <= 2 * MAX_FPS or rotation not in (0, 90, 180, 270):
-        raise GarbageError(f"no header of a video: {frames}, {fps}, {height}x{width}, {rotation}")
+    if frames != length // 8 or not sizes or not 0 < fps <= 2 * MAX_FPS or not 1 <= orientation <= 8:
+        raise GarbageError(f"no header of a video: {frames}, {fps}, {height}x{width}, {orientation}")
     if decoder not in ("decord", "pyav"):
         raise GarbageError("no decoder of ours")
+    if not isinstance(corrections, list) or not all(name in list(CORRECTIONS) for name in corrections):
+        raise GarbageError("no corrections of ours")
     times = array("d", bytes(length))
     fill(stream, times)
     if not math.isfinite(times[-1]) or times[-1] > MAX_DURATION_S or not ascending(times):
         raise GarbageError("frame times that do not ascend")
-    return VideoProbe(frames, float(fps), height, width, times, rotation, decoder)
+    return VideoProbe(frames, float(fps), height, width, times, orientation, decoder, tuple(corrections))
 
 
 def _pixels(stream: BinaryIO, request: ClipRequest | ImageRequest, length: int) -> Pixels:
@@ -281,6 +283,12 @@ def _pixels(stream: BinaryIO, request: ClipRequest | ImageRequest, length: int) 
         image = np.empty((3, *size_hw), np.uint8)
         fill(stream, image)
     return Pixels(clip, image)
+
+
+def _header(header: VideoProbe) -> list[Any]:
+    """Everything of it but its times."""
+    size = header.height, header.width
+    return [header.frames, header.fps, *size, header.orientation, header.decoder, list(header.corrections)]
 
 
 def _listed(bucket: Bucket) -> list[int]:

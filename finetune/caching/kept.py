@@ -1,0 +1,119 @@
+"""How much of a dataset's pictures and seconds its clips keep, by bucket, and which bucket would keep more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune.facts import Facts
+from finetune.geometry import ClipConfig, better_size, picture_kept, seconds_fitting, seconds_kept, seconds_of
+from finetune.types import Bucket, ClipPlan, VideoProbe
+
+if TYPE_CHECKING:
+    from finetune.caching.report import PlannedClip
+
+ENOUGH = 0.8
+"""Of pictures or seconds: if less is kept, there is a warning."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Shares of 0 to 1, of the clips of one bucket."""
+
+    picture: float
+    """The mean over the clips."""
+    seconds: float
+    """Of all videos that the clips were cut from, together."""
+
+    def __str__(self) -> str:
+        return f"{self.picture:.0%} of the picture and {self.seconds:.0%} of the seconds are kept"
+
+
+def kept_by_bucket(clips: Iterable[PlannedClip], fps: float) -> dict[Bucket, Kept]:
+    """What clips at ``fps`` keep, by bucket."""
+    return {bucket: _kept(those, fps) for bucket, those in _by_bucket(clips).items()}
+
+
+def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, facts: Facts, fps: float) -> list[str]:
+    """Where less than ``ENOUGH`` is kept, and what this model takes that would keep more."""
+    warnings = []
+    for bucket, those in _by_bucket(clips).items():
+        warnings += _of_pictures(bucket, those, facts)
+        if _kept(those, fps).seconds < ENOUGH:
+            warnings.append(_of_seconds(bucket, those, data, facts, fps))
+    return warnings
+
+
+def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], facts: Facts) -> list[str]:
+    cropped: dict[Bucket | None, list[tuple[int, int]]] = {}
+    better: dict[tuple[int, int], Bucket | None] = {}
+    for clip in clips:
+        source_hw = clip.probe.height, clip.probe.width
+        if picture_kept(source_hw, bucket) < ENOUGH:
+            if source_hw not in better:
+                better[source_hw] = better_size(source_hw, bucket, facts.size_multiple, lambda b: _takes(facts, b))
+            cropped.setdefault(better[source_hw], []).append(source_hw)
+    warnings = []
+    for size, sources in cropped.items():
+        example = max(sources, key=sources.count)
+        told = f"bucket {bucket} keeps {_mean(sources, bucket):.0%} of the picture of {len(sources)} clips"
+        told += f" of {example[0]}x{example[1]}" + (" and others" if len(set(sources)) > 1 else "")
+        more = f"{size} would keep {_mean(sources, size):.0%}" if size else "this model takes no size that keeps more"
+        warnings.append(f"{told} (height x width): {more}")
+    return warnings
+
+
+def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, facts: Facts, fps: float) -> str:
+    probes = [probe for probe, _ in _videos(clips)]
+    share = _kept(clips, fps).seconds
+
+    def with_frames(frames: int, whole: bool = False) -> float:
+        span = "all" if whole else data.span
+        return sum(seconds_fitting(probe, frames, fps, span) for probe in probes) / sum(map(seconds_of, probes))
+
+    sizes = (Bucket(frames, bucket.height, bucket.width) for frames in range(1, facts.sample_frames + 1))
+    options = {str(size): with_frames(size.frames) for size in sizes if _takes(facts, size)}
+    best = max(options, key=lambda name: options[name], default="")
+    if data.span != "all":
+        options["data.span: all"] = with_frames(bucket.frames, whole=True)
+    more = [
+        f"{name} would keep {options[name]:.0%}"
+        for name in (best, "data.span: all")
+        if options.get(name, 0) >= share + 0.05
+    ]
+    told = f"bucket {bucket} keeps {share:.0%} of the seconds of {len(probes)} videos"
+    return f"{told}: {' and '.join(more) or 'no bucket of this model would keep more'}"
+
+
+def _kept(clips: Sequence[PlannedClip], fps: float) -> Kept:
+    bucket = clips[0].plan.bucket
+    videos = _videos(clips)
+    seconds = sum(seconds_kept(probe, plans, fps) for probe, plans in videos)
+    return Kept(
+        picture=_mean([(clip.probe.height, clip.probe.width) for clip in clips], bucket),
+        seconds=seconds / sum(seconds_of(probe) for probe, _ in videos),
+    )
+
+
+def _by_bucket(clips: Iterable[PlannedClip]) -> dict[Bucket, list[PlannedClip]]:
+    grouped: dict[Bucket, list[PlannedClip]] = {}
+    for clip in sorted(clips, key=lambda clip: str(clip.plan.bucket)):
+        grouped.setdefault(clip.plan.bucket, []).append(clip)
+    return grouped
+
+
+def _videos(clips: Iterable[PlannedClip]) -> list[tuple[VideoProbe, list[ClipPlan]]]:
+    """Each row's video, with the clips that were cut from it."""
+    grouped: dict[str, tuple[VideoProbe, list[ClipPlan]]] = {}
+    for clip in clips:
+        grouped.setdefault(f"{clip.sample.where}\n{clip.sample.video}", (clip.probe, []))[1].append(clip.plan)
+    return list(grouped.values())
+
+
+def _mean(sources: Sequence[tuple[int, int]], bucket: Bucket) -> float:
+    return sum(picture_kept(source_hw, bucket) for source_hw in sources) / len(sources)
+
+
+def _takes(facts: Facts, bucket: Bucket) -> bool:
+    return not facts.check_bucket(bucket)
