@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import signal
 from collections.abc import Sequence
 
 from finetune.text import shown
@@ -73,6 +74,31 @@ class TrainingError(FinetuneError):
 
 class ExportError(FinetuneError):
     """An export could not be written, or did not reproduce the trained model."""
+
+
+class KilledError(FinetuneError):
+    """The system, or a person, ended a helper process of ours; the file that it read is not to blame."""
+
+
+_FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPWR")
+"""Signals that no file causes: a person sends them, a batch system, or the kernel when memory runs out."""
+
+
+def raise_if_killed(code: int | None, who: str, *, where: str) -> None:
+    """Raise KilledError if a helper process that was started twice ended with a signal from outside.
+
+    Args:
+        code: what it ended with, the negative number of a signal; None if it did not end by itself.
+        who: the process, in words.
+        where: the file that it read.
+    """
+    name = signal.Signals(-code).name if code is not None and code < 0 else ""
+    if name in _FROM_OUTSIDE:
+        raise KilledError(
+            f"{who} was killed twice ({name}), not by the file: most likely memory ran out",
+            where=where,
+            fix="free memory, give the job more or lower cache.decode_workers, and run the same command again",
+        )
 
 
 def raise_all(kind: type[FinetuneError], errors: Sequence[FinetuneError], *, what: str, limit: int = 20) -> None:

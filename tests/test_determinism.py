@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -202,9 +203,12 @@ def test_other_errors_pass_through_as_they_are():
         raise RuntimeError("something else")
 
 
-def test_the_run_sheet_says_what_repeats(tiny_model, tmp_path, capfd):
+def test_the_run_sheet_says_what_repeats_and_what_is_kept(tiny_model, tmp_path, capfd):
     train(small(tiny_model, tmp_path, train={"deterministic": True}))
-    assert "repeatable: bit for bit on this machine with 1 thread per process" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "repeatable: bit for bit on this machine with 1 thread per process" in said
+    assert re.search(r"bucket: \d+x\d+x\d+: 25% of the picture and 75% of the seconds are kept", said)
+    assert "warning: three quarters are lost" in said and "a note" not in said
     cuda = torch.device("cuda")
     assert "not the same bits" in repeats(False, cuda) and "train.deterministic" in repeats(False, cuda)
     assert repeats(True, cuda).startswith("bit for bit on this model of GPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -13,12 +14,17 @@ from finetune.errors import DataError
 from finetune.geometry import (
     MAX_ASPECT_MISMATCH,
     ClipConfig,
+    better_size,
     choose_bucket,
     frame_indices,
     parse_bucket,
+    picture_kept,
     plan_clips,
     plan_notes,
     resize_and_crop,
+    seconds_fitting,
+    seconds_kept,
+    seconds_of,
 )
 from finetune.types import Bucket, VideoProbe
 
@@ -235,8 +241,57 @@ def test_notes_tell_of_enlarging_and_speed():
     probe = probe_of(90, height=240, width=360)
     notes = plan_notes(probe, plan_clips(probe, config, 8, "x")[0], 8, "uniform")
     assert any("enlarged 2.00 times" in note for note in notes) and any("plays 11 times" in note for note in notes)
+    corrected = replace(probe, corrections=("bwdif-auto-1", "hlg-bt2020-1"))
+    told = plan_notes(corrected, plan_clips(corrected, config, 8, "x")[0], 8, "uniform")
+    assert told[:2] == (
+        "interlaced: made progressive (bwdif)",
+        "HDR (HLG, BT.2020): tone-mapped to SDR (BT.2390)",
+    )
     fitting = probe_of(90)
     assert plan_notes(fitting, plan_clips(fitting, ClipConfig(buckets=["9x480x720"]), 8, "x")[0], 8, "head") == ()
+
+
+@pytest.mark.parametrize(
+    ("source_hw", "bucket", "kept", "better"),
+    [
+        ((720, 480), Bucket(9, 480, 720), 4 / 9, Bucket(9, 720, 480)),  # portrait cut to landscape
+        ((480, 720), Bucket(9, 480, 720), 1.0, None),
+        ((1080, 1920), Bucket(9, 480, 720), 480 * 720 / (480 * 853), Bucket(9, 432, 784)),
+        ((64, 64), Bucket(9, 32, 96), 1 / 3, Bucket(9, 48, 48)),
+        ((100, 300), Bucket(9, 16, 16), 1 / 3, None),  # nothing smaller than one token
+    ],
+)
+def test_the_share_of_a_picture_and_the_size_that_keeps_more(source_hw, bucket, kept, better):
+    assert picture_kept(source_hw, bucket) == pytest.approx(kept, rel=1e-3)
+    assert better_size(source_hw, bucket, 16, lambda size: True) == better
+
+
+@pytest.mark.parametrize("source_hw", [(720, 480), (1920, 1080), (333, 1000), (480, 640)])
+def test_the_better_size_keeps_at_least_nine_tenths_of_usual_shapes(source_hw):
+    bucket = Bucket(9, 480, 720)
+    size = better_size(source_hw, bucket, 16, lambda size: True) or bucket
+    assert picture_kept(source_hw, size) >= 0.89 and size.height * size.width <= 480 * 720
+    assert size.height % 16 == size.width % 16 == 0
+
+
+def test_a_size_that_the_model_does_not_take_is_not_named():
+    assert better_size((720, 480), Bucket(9, 480, 720), 16, lambda size: size == Bucket(9, 480, 720)) is None
+
+
+@pytest.mark.parametrize(
+    ("span", "frames", "kept_s"),
+    # 12 s at 8 fps: one clip of 49 is 49/8 s, of 25 three fit one after the other.
+    [("head", 49, 49 / 8), ("center", 49, 49 / 8), ("all", 49, 49 / 8), ("all", 25, 75 / 8), ("uniform", 49, 12.0)],
+)
+def test_the_seconds_that_clips_show(span, frames, kept_s):
+    for source_fps in (8.0, 24.0):
+        probe = probe_of(int(12 * source_fps), source_fps)
+        config = ClipConfig(buckets=[f"{frames}x480x720"], span=span)
+        assert seconds_of(probe) == pytest.approx(12)
+        assert seconds_kept(probe, plan_clips(probe, config, 8, "x"), 8) == pytest.approx(kept_s, abs=0.15)
+        assert seconds_fitting(probe, frames, 8, span) == pytest.approx(kept_s, abs=0.15)
+    padded = plan_clips(probe_of(20), ClipConfig(buckets=["49x480x720"], short_clips="pad"), 8, "x")
+    assert seconds_kept(probe_of(20), padded, 8) == seconds_of(probe_of(20)) == 2.5
 
 
 @pytest.mark.parametrize("written", ["49x480x720", " 49 x 480X720 ", [49, 480, 720], (49, 480, 720), "49×480×720"])

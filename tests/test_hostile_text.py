@@ -22,7 +22,7 @@ from finetune.cli import main
 from finetune.datasets import lines, tables
 from finetune.datasets.rows import MAX_CAPTION_CHARS, Gate
 from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples
-from finetune.errors import ConfigError, DataError, FinetuneError
+from finetune.errors import ConfigError, DataError, FinetuneError, KilledError
 from finetune.facts import known_model, read_facts
 from finetune.text import shown, text_fault, without_invisible
 
@@ -487,6 +487,18 @@ def test_parquet_is_read_in_a_process_of_its_own_and_its_death_is_an_error(data,
     assert "not a readable Parquet file" in fails(data, {"path": "m.parquet"})
     monkeypatch.setattr("finetune.datasets.parquet._PATIENCE_S", 0.05)
     assert "not read within 0.05 s" in fails(data, {"path": "m.parquet"})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
+def test_a_reader_that_is_killed_from_outside_is_started_again_and_blames_no_file(data, monkeypatch, tmp_path):
+    (data / "m.parquet").write_bytes(parquet_bytes({"file_name": ["a.mp4"], "prompt": ["x"]}))
+    script = tmp_path / "reader"
+    script.write_text(f'#!/bin/sh\necho >> "{tmp_path}/runs"\nkill -9 $$\n')
+    script.chmod(0o755)
+    monkeypatch.setattr("finetune.datasets.parquet.sys.executable", str(script))
+    with pytest.raises(KilledError, match=r"killed twice \(SIGKILL\)") as caught:
+        read(data, {"path": "m.parquet"})
+    assert caught.value.where == str(data / "m.parquet") and len((tmp_path / "runs").read_text()) == 2
 
 
 @pytest.fixture

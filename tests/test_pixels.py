@@ -291,7 +291,7 @@ def test_tone_mapping_is_monotone_and_ends_in_white(transfer):
 
 
 def test_the_curves_are_those_of_the_standards():
-    # BT.2408: the white of graphics, 203 cd/m2, is 58 % of PQ and 75 % of HLG. BT.2100: 50 % of HLG is 1/12 of the scene.
+    # BT.2408: the white of graphics, 203 cd/m2, is 58 % of PQ and 75 % of HLG; BT.2100: 50 % of HLG is 1/12.
     assert colour.from_pq(np.array([0.58068888, 1.0])) == pytest.approx([203, 10000], rel=1e-5)
     assert colour.from_hlg(np.array([0.5, 1.0])) == pytest.approx([1 / 12, 1], rel=1e-6)
     assert 1000 * colour.from_hlg(np.array(0.75)) ** 1.2 == pytest.approx(203, abs=1)
@@ -302,13 +302,22 @@ def test_the_curves_are_those_of_the_standards():
     assert np.abs(colour.conversion("bt2020") - theirs).max() < 1e-4
 
 
+def test_no_pyav_that_reads_bt709_as_bt601_is_installed_with_this_package():
+    """14.2 to 16.1 do: green 0, 255, 0 becomes 19, 255, 8. What is installed here is tested below."""
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (floor,) = [name for name in project["dependencies"] if name.startswith("av>")]
+    assert int(floor.removeprefix("av>=").split(".")[0]) >= 17
+
+
 MATRICES = ["bt709", "smpte170m", "bt470bg", "smpte240m", "fcc"]
 
 
 @pytest.mark.parametrize("decoder", ["decord", "pyav"])
 @pytest.mark.parametrize("levels", ["tv", "pc"])
 def test_both_decoders_read_every_matrix_and_range_alike(tmp_path, decoder, levels):
-    """PyAV below 17 reads BT.709 as BT.601 (green becomes 19, 255, 8); the floor in pyproject.toml keeps it away."""
+    """So the decoder is no part of a cache address."""
     colours = [(0, 255, 0), (255, 0, 0), (0, 0, 255), (128, 128, 128), (255, 255, 255), (16, 16, 16), (200, 100, 50)]
     size_hw = PATCH, PATCH * len(colours)
     for matrix in MATRICES:

@@ -13,7 +13,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.entries import read_metadata
 from finetune.datasets.manifest import UNKNOWN
 from finetune.datasets.video import decode, fit_image, load_image, probe
-from finetune.errors import CacheError, DataError, ModelError
+from finetune.errors import CacheError, DataError, KilledError, ModelError
 from finetune.facts import known_model, read_facts
 from finetune.precompute import PrecomputeReport, ensure_cache, precompute
 from finetune.types import Bucket
@@ -386,6 +386,22 @@ def test_require_accepts_absent_media_and_refuses_changed_ones(project, capsys):
         home.ensure()
 
 
+def test_a_cache_from_before_headers_were_read_so_is_planned_anew_and_not_encoded(project, capsys):
+    home = project()
+    manifest = home.precompute().manifest
+    older = replace(manifest, request={**manifest.request, "format": {**manifest.request["format"]}}, kept={})
+    del older.request["format"]["headers"]
+    for path in (home.folder / "cache" / "manifests").iterdir():
+        path.unlink()
+    home.cache.save_manifest(older, home.folder)
+    assert home.ensure(cache={"mode": "require"}).digest == manifest.digest
+    assert "an older version read the videos' headers" in capsys.readouterr().out
+    assert home.ensure().digest == manifest.digest
+    said = capsys.readouterr().out
+    assert "format.headers: (nothing) -> 1" in said and re.search(r"clips +0 +4", said)
+    assert home.ensure(cache={"mode": "require"}) and "older version" not in capsys.readouterr().out
+
+
 def test_require_refuses_a_cache_with_holes(project):
     home = project()
     manifest = home.precompute().manifest
@@ -531,6 +547,22 @@ def test_unreadable_clips_can_be_left_out(project, monkeypatch):
     shutil.rmtree(home.folder / "cache")
     with pytest.raises(DataError, match="no clip is left"):
         home.precompute()
+
+
+def test_a_clip_whose_worker_is_killed_from_outside_is_never_left_out(project, monkeypatch, tmp_path):
+    """The system ends workers for want of memory: with `skip` the dataset would shrink, and the exit code be 0."""
+    (tmp_path / "killed_worker.py").write_text(
+        "import os, signal\nfrom finetune.datasets.media import frames, worker\n"
+        "frames.read_clip = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\nworker.main()\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr("finetune.datasets.media.child.WORKER_MODULE", "killed_worker")
+    home = project(data={"unreadable_clips": "skip"}, cache={"decode_workers": 1})
+    with pytest.raises(KilledError, match="SIGKILL") as caught:
+        home.precompute()
+    assert caught.value.where == str(home.clips[0])
+    monkeypatch.undo()
+    assert encoded(home.precompute())[0] == 4
 
 
 def test_files_without_a_sound_header_follow_the_same_policy(project):
@@ -832,13 +864,52 @@ def test_check_dataset_plans_without_weights(project, monkeypatch):
     report = check_dataset(home.config(), read_facts(str(home.model)), progress=False)
     assert [clip.name for clip in report.clips] == [f"clips/{path.name}" for path in home.clips]
     assert "4 clips from 4 videos, 4 distinct captions, at 8 fps" in str(report)
-    assert "bucket 9x32x32: 4 clips of 1.1 s" in str(report)
+    assert "bucket 9x32x32: 4 clips of 1.1 s; 100% of the picture and" in str(report)
     with pytest.raises(DataError, match="4 clips, images or captions cannot be used"):
         check_dataset(home.config(data={"buckets": ["17x32x32"]}), read_facts(str(home.model)), progress=False)
     with pytest.raises(DataError, match="no clip is left to train on: 4 videos too short"):
         skipping = home.config(data={"buckets": ["17x32x32"], "short_clips": "skip"})
         check_dataset(skipping, read_facts(str(home.model)), progress=False)
     assert not (home.folder / "cache").exists()
+
+
+def test_what_is_cut_off_is_said_with_the_bucket_that_keeps_more(project):
+    """In `check`, in `precompute`, and, from the manifest alone, in the run sheet."""
+    from fuzz import boxes
+
+    home = project(data={"buckets": ["9x64x32"]})
+    for path in home.clips:  # 12 frames of 96x48, so three quarters of each picture and a quarter of its time are lost
+        boxes.ffmpeg("-f", "lavfi", "-i", f"testsrc2=s=96x48:r=8:d=1.5,hue=h={len(path.name)}", path)
+    share = "25% of the picture and 75% of the seconds are kept"
+    size = (
+        "warning: bucket 9x64x32 keeps 25% of the picture of 4 clips of 48x96 (height x width): 9x32x64 would keep 100%"
+    )
+    seconds = "warning: bucket 9x64x32 keeps 75% of the seconds of 4 videos: "
+    report = str(check_dataset(home.config(), read_facts(str(home.model)), progress=False))
+    assert f"bucket 9x64x32: 4 clips of 1.1 s; {share}" in report and size in report and seconds in report
+    report = str(home.precompute())
+    assert f"bucket 9x64x32: {share}" in report and size in report and seconds in report
+    manifest = home.ensure()
+    assert manifest.kept == {"9x64x32": share} and size in manifest.notes
+    plain = str(home.precompute(data={"buckets": ["9x32x64"], "span": "uniform"}))  # canary
+    assert "100% of the picture and 100% of the seconds" in plain and "warning" not in plain
+
+
+def test_a_model_of_one_size_says_that_none_keeps_more(project):
+    from finetune.caching.kept import kept_warnings
+    from finetune.caching.report import PlannedClip
+    from finetune.facts import known_model
+    from finetune.geometry import plan_clips
+    from finetune.types import Sample, VideoProbe
+
+    facts = read_facts(str(known_model("5b-i2v")))
+    config = project(data={"buckets": ["49x480x720"]}).config().data
+    probe = VideoProbe(100, 8.0, 720, 480, tuple(n / 8 for n in range(100)), 1, "decord")
+    sample = Sample(Path("a.mp4"), "a", None, "a:1")
+    clips = [PlannedClip("a.mp4", sample, probe, plan, False) for plan in plan_clips(probe, config, 8, "a")]
+    picture, seconds = kept_warnings(clips, config, facts, 8)
+    assert "44% of the picture of 1 clips of 720x480" in picture and "no size that keeps more" in picture
+    assert "49% of the seconds of 1 videos: data.span: all would keep 98%" in seconds
 
 
 def test_decode_workers_share_the_machine(project, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from PIL import Image
 
 from finetune.datasets.media import child, decord_reader, frames, limits
 from finetune.datasets.video import DecodeJob, DecodePool, decode, fit_image, load_image, probe
-from finetune.errors import DataError
+from finetune.errors import DataError, KilledError
 from finetune.geometry import ClipConfig, plan_clips, resize_and_crop
 from finetune.types import Bucket, ClipPlan, VideoProbe
 
@@ -411,6 +412,10 @@ real = frames.read_clip
 def read_clip(path, header, cut):
     if "crash" in path.name:
         os.kill(os.getpid(), signal.SIGSEGV)
+    if "wait" in path.name:
+        (path.parent / f"{os.getpid()}.waits").touch()
+        if "once" not in path.name or len(list(path.parent.glob("*.waits"))) == 1:
+            time.sleep(600)
     if "hang" in path.name:
         time.sleep(60)
     if "bug" in path.name:
@@ -468,6 +473,34 @@ def test_a_worker_that_crashes_costs_its_file_only(media, tmp_path, crashing_wor
     died = [isinstance(result, DataError) for result in results]
     assert died == [False, True, False, True, True, False, False]
     assert "SIGSEGV" in results[1].what and results[1].where == str(crash.path)
+
+
+@pytest.mark.parametrize(("name", "kills"), [("wait_once.mp4", 1), ("wait.mp4", 2)])
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_that_is_killed_from_outside_blames_no_file(media, tmp_path, crashing_worker, name, kills, signal_):
+    (good,) = jobs_of(media, ["cfr.mp4"])
+    job = named(good, tmp_path, name)
+
+    def kill() -> None:
+        for number in range(1, kills + 1):
+            while len(waiting := list(tmp_path.glob("*.waits"))) < number:
+                time.sleep(0.01)
+            os.kill(int(max(waiting, key=lambda path: path.stat().st_mtime_ns).stem), signal_)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    with DecodePool(workers=1) as pool:
+        if kills == 1:
+            (((_, clip)),) = pool.decode_many([job])
+            assert clip.pixels.shape == (3, 9, 32, 48)
+        else:
+            with pytest.raises(KilledError, match=rf"killed twice \({signal_.name}\).*memory") as caught:
+                list(pool.decode_many([job]))
+            assert caught.value.where == str(job.path) and not isinstance(caught.value, DataError)
+        assert len(list(tmp_path.glob("*.waits"))) == 2
+        (((_, clip)),) = pool.decode_many([good])  # the pool goes on
+        assert clip.pixels.shape == (3, 9, 32, 48)
+    killer.join()
 
 
 def test_a_worker_that_hangs_is_given_up(media, tmp_path, crashing_worker):

@@ -101,6 +101,8 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
         empty_prompt_key=prompt(""),
         request=portable(make_request(config, facts, encoders), config.base),
         inputs={},
+        notes=("a note", "warning: three quarters are lost"),
+        kept={str(bucket): "25% of the picture and 75% of the seconds are kept"},
     )
     cache.save_manifest(manifest, config.base)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import finetune
-from finetune.errors import DataError
+from finetune.errors import DataError, raise_if_killed
 
 _MEMORY_BYTES = 4 << 30
 """What reading may take beside the libraries; a file of the greatest size that is read takes half of it."""
@@ -53,7 +53,7 @@ def read_columns(
 
 
 def _run(request: str, folder: str) -> str:
-    """Run the child; what ended it, if it did not end by itself."""
+    """Run the child, twice if a signal ends it; what ended it, if it did not end by itself."""
     package = str(Path(finetune.__file__).parents[1])
     environment = {
         **os.environ,
@@ -64,12 +64,16 @@ def _run(request: str, folder: str) -> str:
     }
     # -P: a dataset's folder may be the working one, and must not be where modules are looked for.
     words = [sys.executable, "-P", "-m", "finetune.datasets.parquet_child"]
-    try:
-        done = subprocess.run(
-            words, input=request.encode(), env=environment, timeout=_PATIENCE_S, check=False, capture_output=True
-        )
-    except subprocess.TimeoutExpired:
-        return f"it was not read within {_PATIENCE_S:g} s"
+    for _ in range(2):
+        try:
+            done = subprocess.run(
+                words, input=request.encode(), env=environment, timeout=_PATIENCE_S, check=False, capture_output=True
+            )
+        except subprocess.TimeoutExpired:
+            return f"it was not read within {_PATIENCE_S:g} s"
+        if done.returncode >= 0:
+            break
+    raise_if_killed(done.returncode, "the reader of a Parquet file", where=os.readlink(Path(folder, "table.parquet")))
     if done.returncode == 0:
         return ""
     return f"the reader ended with {'signal' if done.returncode < 0 else 'code'} {abs(done.returncode)}"

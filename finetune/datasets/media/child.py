@@ -26,7 +26,7 @@ from finetune.datasets.media.wire import (
     receive,
     write_request,
 )
-from finetune.errors import DataError
+from finetune.errors import DataError, raise_if_killed
 
 WORKER_MODULE = "finetune.datasets.media.worker"
 
@@ -59,9 +59,20 @@ class Child:
     def ask(self, request: Request) -> Answer:
         """Send a request and wait: the result, or a DataError that names the file.
 
+        A worker that a signal ends is replaced and asked once more, which shows whether it was the file.
+
         Raises:
+            KilledError: if both were ended from outside: that says nothing about the file, which must not be left out.
             RuntimeError: for a bug in the worker, or a worker that cannot be started.
         """
+        for last in (False, True):
+            if (answer := self._attempt(request, last=last)) is not None:
+                break
+        assert answer is not None  # the last attempt has one
+        return answer
+
+    def _attempt(self, request: Request, *, last: bool) -> Answer | None:
+        """The answer; None if a signal ended the worker and this is not the last attempt."""
         process = self._process
         if process is None or process.poll() is not None:  # one that died while idle is no file's fault
             process = self._start()
@@ -76,6 +87,11 @@ class Child:
                 raise RuntimeError(f"a decode worker failed at {request.path}:\n{bug}") from None
             except _FAILURES as error:
                 code = self._end(process, error)
+                signalled = not timed_out.is_set() and code is not None and code < 0
+                if signalled and not last:
+                    return None
+                if signalled:
+                    raise_if_killed(code, "a decode worker", where=str(request.path))
                 how = f"took longer than {limit_s:g} s" if timed_out.is_set() else _how(error, code)
         return DataError(
             f"the decoder {how} on this file",
