@@ -73,7 +73,8 @@ def _run(request: str, folder: str) -> str:
             return f"it was not read within {_PATIENCE_S:g} s"
         if done.returncode >= 0:
             break
-    raise_if_killed(done.returncode, "the reader of a Parquet file", where=os.readlink(Path(folder, "table.parquet")))
+    table = Path(folder, "table.parquet").readlink()
+    raise_if_killed(done.returncode, "the reader of a Parquet file", where=str(table))
     if done.returncode == 0:
         return ""
     return f"the reader ended with {'signal' if done.returncode < 0 else 'code'} {abs(done.returncode)}"
