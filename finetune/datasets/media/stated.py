@@ -117,7 +117,7 @@ def _fields(stream: Any, frame: Any, where: str) -> tuple[str, ...]:
                 fix=_convert(where, "weave,bwdif"),
             )
         return ("bwdif-auto-1",)
-    order = int(getattr(stream.codec_context, "field_order", 0))  # PyAV 17 does not tell it
+    order = int(getattr(stream.codec_context, "field_order", 0))  # PyAV tells it from 18.1 on
     if order < 2:
         return ()
     return ("bwdif-bff-1",) if order in _BOTTOM_FIRST else ("bwdif-tff-1",)
