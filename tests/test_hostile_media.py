@@ -537,7 +537,7 @@ BOMBS: dict[str, tuple[bytes, str]] = {
     "large.tif": (tiff_of(60_000, 60_000), "a picture larger than is read"),
     "screen.gif": (saved("GIF").replace(b"GIF87a\x20\0\x20\0", b"GIF87a\xff\xff\xff\xff"), "a picture larger"),
     "frame.gif": (saved("GIF").replace(b",\0\0\0\0\x20\0\x20\0", b",\0\0\0\0\xff\xff\xff\xff"), "a picture larger"),
-    "large.avif": (saved("AVIF").replace(struct.pack(">II", 32, 32), struct.pack(">II", 30_000, 9)), "not an image"),
+    "large.avif": (saved("AVIF").replace(b"\0\0\0\x20" * 2, b"\0\0\x75\x30" * 2), "not an image"),
     "program.png": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(x) run\n", "not an image"),
     "drawing.png": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not an image"),
     "archive.png": (zipped(), "not an image"),
