@@ -119,7 +119,7 @@ def _from_checkpoint(adapter: Adapter, checkpoint: Path) -> AdapterSource:
     record = {
         "base_model": model["pretrained"],
         "revision": model.get("revision"),
-        "base_digest": getattr(loaded.state, "base", "") or None,
+        "base_digest": loaded.state.base or None,
         "base_facts": _facts_of(model["pretrained"]),
         "buckets": data["buckets"],
         "fps": data["fps"],

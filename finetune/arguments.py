@@ -266,8 +266,8 @@ _VERBS: dict[str, _Verb] = {
     ),
     "train": (
         _train_arguments,
-        "Train as a configuration says: fill the cache, continue or begin the run, validate, save. SIGTERM, SIGUSR1\n"
-        "or SIGINT finishes the step, saves a checkpoint and exits with 75; the same command continues.",
+        "Train as a configuration says: fill the cache, continue or begin the run, validate, save. SIGTERM, SIGUSR1,\n"
+        "SIGINT or SIGHUP finishes the step, saves a checkpoint and exits with 75; the same command continues.",
         "Examples:\n  finetune train --config run.yaml\n"
         "  finetune train --config run.yaml --set optimizer.lr=2e-4 train.steps=500\n"
         "  accelerate launch --num_processes 2 train.py --config run.yaml",

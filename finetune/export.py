@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, save_transformer
+from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, require_base, save_transformer
 from finetune.config import as_path, pin_model
 from finetune.errors import ExportError
 from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
@@ -163,6 +163,8 @@ def export(
     if found.config.validation.samples and not any(name.startswith("samples/") for name in files):
         notes.append(f"the card shows no video: the run sampled none with these weights of step {found.state.step}")
     notes += [found.better] if found.better else []
+    if not found.state.base:
+        notes.append(f"{found.checkpoint.name} does not record which base transformer it was trained on")
     return ExportReport(
         folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, notes=tuple(notes)
     )
@@ -202,6 +204,14 @@ def _write_weights(found: Source, facts: Facts, folder: Path, device: torch.devi
     """
     config = found.config
     transformer = load_transformer(config.model, device=device)
+    require_base(
+        transformer,
+        found.state.base,
+        ExportError,
+        by="the run",
+        where=f"{config.model.pretrained}, transformer, against {found.checkpoint}",
+        fix="name their folder with --model",
+    )
     # Where the adapter began is of no matter any more, and its file may be gone.
     method = config.method.model_copy(update={"init_from": None}) if found.lora else config.method
     method.apply(transformer, seed=config.train.seed)

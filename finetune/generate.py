@@ -35,12 +35,14 @@ from finetune.cogvideox import (
     load_tokenizer,
     load_transformer,
     load_vae,
+    require_base,
     tokenize,
 )
 from finetune.errors import ConfigError, FinetuneError, is_out_of_memory, raise_all
 from finetune.facts import Facts, json_folder, pin_revision, read_facts
 from finetune.files import require_writable
 from finetune.generate_inputs import (
+    TRAINING_RECORD,
     GenerateRequest,
     check_request,
     native_bucket,
@@ -116,6 +118,8 @@ def generate(request: GenerateRequest) -> GenerateReport:
     embeds = _embed(model, facts, texts, device)
     own = model if tuned is None else ModelConfig(pretrained=str(tuned))
     transformer = load_transformer(own, device=loaded_on, dtype=dtype)
+    if tuned is None:  # an adapter that is put on another transformer is so on purpose
+        _require_same_base(transformer, base, sources)
     scheduler = load_scheduler(model)
     load_adapters(facts, transformer, scheduler, sources)
     vae = load_vae(model, device=loaded_on, dtype=dtype)
@@ -180,6 +184,25 @@ def _misfits(
         shapes = empty_transformer(folder, dtype=torch.float32, device="meta")
         faults = [fault for source in active for fault in shape_faults(source, shapes)]
     return [*faults]
+
+
+def _require_same_base(transformer: Any, base: str, sources: Sequence[AdapterSource]) -> None:
+    """Refuse adapters that were trained on other weights than these."""
+    for source in sources:
+        if not source.adapter.strength or not source.record:
+            continue
+        recorded = source.record.get("base_digest")
+        if not isinstance(recorded, str):
+            _log.warning("%s: its record does not say which weights of the base it was trained on", source.where)
+            continue
+        require_base(
+            transformer,
+            recorded,
+            ConfigError,
+            by="the adapter",
+            where=f"--model {base}, {source.where}",
+            fix=f"name them with --model; to try another base on purpose, move the adapter away from {TRAINING_RECORD}",
+        )
 
 
 def load_adapters(facts: Facts, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:

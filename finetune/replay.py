@@ -134,7 +134,9 @@ def _batches(report: Report, config: RunConfig, facts: Facts) -> list[Batch]:
         empty = torch.zeros_like(empty)
     maker = BatchMaker(facts, cache, items, empty, config.data, config.train.seed)
     return [
-        maker.training(report.step, MicroBatch(items=(index,), slots=(sample.slot,)))
+        maker.fixed(index, [sample.timestep])
+        if report.measured
+        else maker.training(report.step, MicroBatch(items=(index,), slots=(sample.slot,)))
         for index, sample in enumerate(report.samples)
     ]
 
@@ -153,6 +155,8 @@ def _rebuild(
     method = config.method
     if weights and method.kind == "lora":
         method = method.model_copy(update={"init_from": None})  # the report's weights are later ones
+    if report.measured and method.kind == "lora":
+        method = method.model_copy(update={"dropout": 0.0})
     method.apply(module, seed=config.train.seed)
     memory.apply(module, device)
     module.train()

@@ -136,9 +136,10 @@ class Replay:
 
     def __str__(self) -> str:
         report = self.report
+        rest = "" if report.measured else f", learning rate {report.lr:g}, gradient norm {report.grad_norm}"
         lines = [
-            f"step {report.step} of {report.config['output_dir']}: samples: {len(self.samples)}, processes:"
-            f" {report.processes}, learning rate {report.lr:g}, gradient norm {report.grad_norm}",
+            f"{'measured after step' if report.measured else 'step'} {report.step} of {report.config['output_dir']}:"
+            f" samples: {len(self.samples)}, processes: {report.processes}{rest}",
             f"recorded in {report.dtype} on {report.device} ({report.engine})",
             f"replayed in {self.dtype} on {self.device}",
             "weights: "

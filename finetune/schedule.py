@@ -161,6 +161,12 @@ class StepPlan:
         groups = [group for sizes in self._sizes for group in sizes]
         return sum(epoch * n * math.floor(repeats) + _extra_before(repeats, n, epoch) for repeats, n in groups)
 
+    def samples_until(self, step: int) -> int:
+        """Clips of all optimizer steps before ``step`` together."""
+        end = step * self.micro_batches
+        epoch = self.epoch_of(end)
+        return self.samples_before(epoch) + sum(len(self._nth(n)) for n in range(self.start_of(epoch), end))
+
     @property
     def samples_per_epoch(self) -> float:
         """Clips in one epoch, repeats counted; a mean where repeats are fractional."""

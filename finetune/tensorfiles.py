@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 DTYPES: Mapping[torch.dtype, str] = {
@@ -52,6 +53,14 @@ def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
         gather = getattr(tensor, "full_tensor", None)  # of one that is spread over processes
         ready = (tensor if gather is None else gather()).to("cpu").contiguous()
         yield ready.reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum_tensor(tensor: Tensor) -> str:
+    """The xxh3-128 of a tensor's dtype, shape and content, in hexadecimal."""
+    whole = tensor.detach().cpu().contiguous().reshape(-1)
+    digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(whole.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:

@@ -148,3 +148,5 @@ class RunState:
     best_step: int | None = None
     weights: str = ""
     """``determinism.weights_digest`` of what trains, in a saved state: equal where two runs are equal, bit for bit."""
+    base: str = ""
+    """``cogvideox.base_digest`` of the transformer that is fine-tuned; empty in states from before it was recorded."""

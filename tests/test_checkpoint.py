@@ -65,7 +65,7 @@ def saved(run_dir: Path, step: int, *, best: int | None = None, ema: bool = Fals
         state,
         trainable=tensors(step),
         optimizer=({"state.a.weight.state1": torch.arange(256, dtype=torch.uint8)}, {"scalars": {"a": {"step": step}}}),
-        ema=tensors(step + 1) if ema else None,
+        ema={name: tensor.float() for name, tensor in tensors(step + 1).items()} if ema else None,
         config=CONFIG,
         policy=CheckpointConfig(**policy),
     )
@@ -85,7 +85,8 @@ def test_everything_comes_back_bit_for_bit(tmp_path, ema):
     loaded = load_checkpoint(path)
     assert loaded.state == RunState(500, "cache", 1000, 0.25, 400)
     assert loaded.config == CONFIG and loaded.path == path and loaded.processes == 1
-    expected = [(loaded.trainable, tensors(500))] + ([(loaded.ema, tensors(501))] if ema else [])
+    average = {name: tensor.float() for name, tensor in tensors(501).items()}
+    expected = [(loaded.trainable, tensors(500))] + ([(loaded.ema, average)] if ema else [])
     for ours, theirs in expected:
         assert ours is not None and ours.keys() == theirs.keys()
         assert all(torch.equal(ours[k], theirs[k]) and ours[k].dtype == theirs[k].dtype for k in theirs)

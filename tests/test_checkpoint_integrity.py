@@ -18,15 +18,16 @@ import safetensors
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from worlds import fabricate_cache, run_config
 
 from finetune import seals
 from finetune.adapter_source import read_sources
-from finetune.config import load_config
+from finetune.config import RunConfig, load_config
 from finetune.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.export import export
 from finetune.facts import read_facts
-from finetune.files import COMPLETE, checksum_file
+from finetune.files import COMPLETE, atomic_save_tensors, checksum_file
 from finetune.generate_inputs import Adapter, GenerateRequest, check_request, native_bucket
 from finetune.ranks import Ranks
 from finetune.seals import DamageError, Sealed, seal
@@ -499,6 +500,118 @@ def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):
     with hold_run_folder(tmp_path / "run", Ranks(), print), refused:
         train(config)
     assert train(config).step == 4
+
+
+# ------------------------------------------------------------------------ checkpoints that are whole, and not the run's
+
+
+def reseal(folder: Path) -> None:
+    (folder / COMPLETE).unlink()
+    (folder / COMPLETE).write_text(seal(folder))
+
+
+def state(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        content = json.loads((folder / form.STATE).read_text())
+        content["state"] |= changes
+        (folder / form.STATE).write_text(json.dumps(content))
+
+    return change
+
+
+def tensors_of(name: str, act: Callable[[dict[str, torch.Tensor], str], None]) -> Callable[[Path], None]:
+    """Change the first tensor of a file that has more than one element."""
+
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / name)
+        act(tensors, next(key for key in sorted(tensors) if tensors[key].numel() > 1))
+        atomic_save_tensors(folder / name, tensors)
+        if name == form.TRAINABLE:
+            state(weights="")(folder)  # or the digest would tell
+
+    return change
+
+
+def cut(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[key] = tensors[key].flatten()[:1].clone()
+
+
+def halve(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[key] = tensors[key].half()
+
+
+def drop(tensors: dict[str, torch.Tensor], key: str) -> None:
+    del tensors[key]
+
+
+def more(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[f"{key}.more"] = torch.zeros(3)
+
+
+def other_numbers(folder: Path) -> None:
+    tensors = load_file(folder / form.TRAINABLE)
+    atomic_save_tensors(folder / form.TRAINABLE, {name: tensor + 1 for name, tensor in tensors.items()})
+
+
+STRANGE = {
+    "step": (state(step=3), "step is 3 in step-00000002"),
+    "samples": (state(samples_seen=7), "has seen 7 samples in 2 steps, and the plan has 2"),
+    "negative": (state(samples_seen=-1), "samples_seen -1"),
+    "best": (state(best_step=5, best_heldout_loss=0.5), "best_step 5 at step 2"),
+    "nan": (state(best_step=1, best_heldout_loss=float("nan")), "best_heldout_loss is nan"),
+    "other weights": (other_numbers, "does not hold the weights whose digest"),
+    "no average": (lambda folder: (folder / form.EMA).unlink(), "holds no moving average, and this run keeps one"),
+    **{
+        f"{act.__name__} of {name}": (tensors_of(name, act), words)
+        for name, words in (
+            (form.TRAINABLE, "not this model's trainable tensors|does not hold the tensors of trainable"),
+            (form.OPTIMIZER, "the optimizer's state is not one of AdamW"),
+            (form.EMA, "does not hold the tensors of trainable|in another dtype than float32"),
+        )
+        for act in (cut, halve, drop, more)
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tiny_model, tmp_path_factory) -> RunConfig:
+    folder = tmp_path_factory.mktemp("ended")
+    changes = {"cache": {"mode": "require"}, "train": {"steps": 2, "ema_decay": 0.9}}
+    config = run_config(tiny_model("5b"), folder / "none", folder / "run", **changes)
+    fabricate_cache(config)
+    train(config)
+    return config
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_whole_checkpoint_that_is_not_what_it_says_is_refused_by_name(ended, case):
+    """Not damage, so none before it is taken: whoever resealed it meant something, and learns what does not fit."""
+    act, words = STRANGE[case]
+    with copied(ended.output_dir) as run:
+        folder = newest(run)
+        act(folder)
+        reseal(folder)
+        with pytest.raises(CheckpointError, match=words) as caught:
+            train(ended.model_copy(update={"output_dir": run}))
+        assert str(folder) in caught.value.where and caught.value.fix
+        assert [path for _, path in list_checkpoints(run)] == [folder]
+
+
+def test_a_run_that_is_resealed_as_it_was_goes_on(ended):
+    """Canary: it is the change that is refused, not the seal."""
+    with copied(ended.output_dir) as run:
+        folder = newest(run)
+        state()(folder)
+        reseal(folder)
+        longer = ended.train.model_copy(update={"steps": 3})
+        assert train(ended.model_copy(update={"output_dir": run, "train": longer})).step == 3
+
+
+def test_a_checkpoint_from_beyond_the_end_is_refused(ended):
+    with copied(ended.output_dir) as run:
+        shorter = ended.train.model_copy(update={"steps": 1})
+        with pytest.raises(CheckpointError, match="has taken 2 steps, and the run is to take 1"):
+            train(ended.model_copy(update={"output_dir": run, "train": shorter}))
 
 
 @given(what=st.sampled_from(["flip", "zero", "cut", "drop"]), at=st.floats(0, 0.999), length=st.integers(1, 60))

@@ -69,6 +69,25 @@ def test_the_scripts_are_shell():
     assert subprocess.run(["bash", "-n"], input="if true", text=True, capture_output=True).returncode != 0
 
 
+def requeued(script: str, tmp_path: Path, slurm: dict[str, str], code: int) -> bool:
+    """Whether the job is requeued whose training ends with ``code``."""
+    (tmp_path / "bin" / "finetune").write_text(f"#!/bin/sh\nexit {code}\n")
+    ended = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=slurm, capture_output=True, timeout=60)
+    assert ended.returncode == code, ended.stderr.decode()
+    return (tmp_path / "requeued").is_file()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 75, 143])
+def test_a_preempted_job_alone_is_requeued(code, tmp_path, slurm):
+    assert requeued(blocks()[0], tmp_path, slurm, code) is (code == 75)
+
+
+def test_a_script_that_requeues_nothing_is_noticed(tmp_path, slurm):
+    """Canary: the stand-ins do not requeue by themselves, and 75 reaches the script."""
+    script = "".join(line for line in blocks()[0].splitlines(keepends=True) if "requeue" not in line)
+    assert script != blocks()[0] and not requeued(script, tmp_path, slurm, 75)
+
+
 @pytest.mark.slow
 def test_a_job_that_is_preempted_is_requeued_and_goes_on(tiny_model, demo_clips, tmp_path, slurm):
     values = run_values(tiny_model(), demo_clips, tmp_path / "run", train={"steps": 400})

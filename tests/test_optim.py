@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,6 +27,7 @@ from finetune.trainers.optim import (
     optimizer_state,
     owner_of,
     precise_weights,
+    require_same_state,
     sections,
     set_lr,
 )
@@ -364,8 +367,91 @@ def test_a_file_cannot_choose_what_is_imported():
     train(optimizer, parameters, range(1))
     tensors, meta = optimizer_state(optimizer, parameters)
     meta["composed"] = {"state.out.weight.exp_avg": {"class": "os.system", "parts": [], "context": []}}
-    with pytest.raises(CheckpointError, match="not torchao's"):
+    with pytest.raises(CheckpointError, match=r"exp_avg is .*os\.system"):
         load_optimizer_state(AdamW().build(parameters.items()), (tensors, meta), parameters)
+
+
+def one_element(tensors: dict, meta: dict, key: str) -> None:
+    tensors[key] = tensors[key].flatten()[:1].clone()
+
+
+def other_dtype(tensors: dict, meta: dict, key: str) -> None:
+    tensors[key] = tensors[key].to(torch.float16)
+
+
+def missing(tensors: dict, meta: dict, key: str) -> None:
+    del tensors[key]
+
+
+def none_of_a_parameter(tensors: dict, meta: dict, key: str) -> None:
+    name = owner_of(key)
+    for part in (tensors, meta["composed"], meta["shared"]):
+        for mine in [other for other in part if other.startswith("state.") and owner_of(other) == name]:
+            del part[mine]
+    meta["scalars"].pop(name, None)
+
+
+def added(tensors: dict, meta: dict, key: str) -> None:
+    tensors["state.out.weight.more"] = torch.zeros(8, 16)
+
+
+def no_count(tensors: dict, meta: dict, key: str) -> None:
+    for step in [other for other in tensors if other.endswith(".step")]:
+        tensors[step] = torch.full_like(tensors[step], math.nan)
+    for values in meta["scalars"].values():
+        values["step"] = math.nan
+
+
+HARMS = [one_element, other_dtype, missing, none_of_a_parameter, added, no_count]
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("values", EVERY)
+def test_a_state_of_another_form_is_refused_and_nothing_is_loaded(values, dtype, build):
+    """Fused AdamW crashes on a state of one element, and others spread it over all; whatever is saved is compared."""
+    parameters = make_parameters(dtype)
+    optimizer = build(values, parameters)
+    train(optimizer, parameters, range(2))
+    tensors, meta = optimizer_state(optimizer, parameters)
+    other = build(values, parameters)
+    before = {key: tensor.clone() for key, tensor in optimizer_state(other, parameters)[0].items()}
+    keys = [key for key in tensors if key.startswith("state.block.0.weight") and tensors[key].numel() > 1]
+    keys += [key for key in tensors if key.startswith(("master.", "compensation."))][:1]
+    counted = any(key.endswith(".step") for key in tensors) or any("step" in v for v in meta["scalars"].values())
+    for key in keys:
+        for harm in HARMS:
+            if (harm is no_count and not counted) or (harm is none_of_a_parameter and not key.startswith("state.")):
+                continue
+            wrong, told = dict(tensors), copy.deepcopy(meta)
+            harm(wrong, told, key)
+            with pytest.raises(CheckpointError) as caught:
+                load_optimizer_state(other, (wrong, told), parameters)
+            said = str(caught.value)
+            assert harm is no_count or owner_of(key) in said or "out.weight.more" in said or "master weights" in said
+    after = optimizer_state(other, parameters)[0]
+    assert keys and all(torch.equal(before[key], after[key]) for key in before) and after.keys() == before.keys()
+    load_optimizer_state(other, (tensors, meta), parameters)  # canary: what is whole is taken
+
+
+def test_states_of_shares_are_compared_as_wholes():
+    """A form without content is enough, and a state from before ``stateless`` was noted may lack a parameter's."""
+    parameters = make_parameters()
+    optimizer = AdamW().build(parameters.items())
+    parameters["out.weight"].requires_grad_(False)
+    for name in ("block.0.weight", "block.0.bias"):
+        parameters[name].grad = torch.ones_like(parameters[name])
+    optimizer.step()
+    tensors, meta = optimizer_state(optimizer, parameters)
+    assert meta["stateless"] == ["out.weight"]
+    forms = {key: tensor.to("meta") for key, tensor in tensors.items()}
+    require_same_state(optimizer, (tensors, meta), parameters, forms=forms)
+    require_same_state(optimizer, (tensors, {**meta, "stateless": ["out.weight"]}), parameters, forms=forms)
+    del meta["stateless"]
+    require_same_state(optimizer, (tensors, meta), parameters, forms=forms)
+    forms["state.block.0.bias.exp_avg"] = torch.empty(32, device="meta")
+    with pytest.raises(CheckpointError, match=r"exp_avg is float32 \[32\], not float32 \[64\]"):
+        require_same_state(optimizer, (tensors, meta), parameters, forms=forms)
 
 
 # ------------------------------------------------------------------------------------------------ shares of parameters

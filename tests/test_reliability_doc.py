@@ -28,8 +28,8 @@ PROMISES = frozenset(
     corruption-checkpoint corruption-in-training checksum-cost concurrent gc one-writer non-finite replay oom
     narrow-sums cudnn card
     forward golden determinism world-size replicas statistics export launchers resharding refused cluster yaml
-    pickle paths captions pairs left-out unknown-text held-out parquet videos shown kept killed-reader models escaped
-    revision fuzz
+    base checkpoint-content non-finite-heldout samples pickle paths captions pairs left-out unknown-text held-out
+    parquet videos shown kept killed-reader models escaped revision fuzz
     """,
     )
 )

@@ -21,9 +21,13 @@ from finetune.errors import CacheError, ModelError, TrainingError
 from finetune.precompute import precompute
 from finetune.replay import replay
 from finetune.trainers import fault_report
+from finetune.trainers.checkpoint import list_checkpoints, load_checkpoint
+from finetune.trainers.engine import Replicated
 from finetune.trainers.fault_report import read_report
 from finetune.trainers.loop import train
 from finetune.trainers.meter import StepRecord
+from finetune.trainers.run import Run
+from finetune.trainers.validation import HeldoutLoss
 
 POISON = 1e25
 """Finite, and stored as it is; its square is not."""
@@ -45,9 +49,9 @@ def make(tiny_model, demo_clips, encoded, tmp_path) -> Callable[..., RunConfig]:
     return lambda name, **changes: run_config(tiny_model(), demo_clips, tmp_path / name, **base | changes)
 
 
-def poison(config: RunConfig, value: float = POISON) -> str:
+def poison(config: RunConfig, value: float = POISON, index: int = 1) -> str:
     """Fill the latents of one clip with ``value``, as a broken encoder might have; returns the clip's name."""
-    item = precompute(config, progress=False).manifest.items[1]
+    item = precompute(config, progress=False).manifest.items[index]
     cache = Cache(config.cache.dir)
     with safe_open(cache.path("latents", item.latents_key), "pt") as entry:
         address, shape = json.loads(entry.metadata()["address"]), entry.get_slice("latents_mean").get_shape()
@@ -149,6 +153,81 @@ def test_an_overflow_of_fp16_is_finite_in_fp32(tiny_model, demo_clips, tmp_path)
     wider = replay(path, dtype="fp32")
     assert wider.kind == "overflow" and wider.reproduced is None and not wider.bad
     assert all(each.peak_module == "transformer_blocks.1.ff.net.2" and each.peak > 65504 for each in wider.samples)
+
+
+# ------------------------------------------------------------------------------------- a measurement that is not finite
+
+
+def watched(**changes) -> dict[str, object]:
+    """Changes of a run whose held-out loss is measured after every second step."""
+    return {"data": {"holdout": 1}, "validation": {"every": 2, "timesteps": 2}, "train": {"steps": 4}, **changes}
+
+
+def poison_heldout(config: RunConfig) -> str:
+    items = precompute(config, progress=False).manifest.items
+    return poison(config, index=next(index for index, item in enumerate(items) if item.holdout))
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+def test_a_held_out_loss_that_is_not_finite_is_never_the_best_and_stops_the_run(make, ema_decay):
+    """The steps so far are saved, the report says which clip, and the next start measures first."""
+    config = make("run", **watched(train={"steps": 4, "ema_decay": ema_decay}))
+    bad = poison_heldout(config)
+    path, error = fails(config)
+    assert path.name == "nonfinite-heldout-00000002" and error.where.count(bad) == 2  # two timesteps
+    ((step, saved),) = list_checkpoints(config.output_dir)
+    state = load_checkpoint(saved).state
+    assert step == 2 and state.best_step is None and state.best_heldout_loss is None
+    assert not (config.output_dir / "heldout.jsonl").exists()
+    report, weights = read_report(path)
+    assert report.measured and report.step == 2 and {each.item.clip for each in report.samples} > {bad}
+    measured = load_checkpoint(saved).trainable if ema_decay is None else load_checkpoint(saved).ema
+    assert all(torch.equal(weights[name], measured[name]) for name in weights)
+    found = replay(path)
+    assert (
+        found.kind == "clip" and found.reproduced and bad in found.diagnosis and "measured after step 2" in str(found)
+    )
+    assert {each.sample.item.clip for each in found.bad} == {bad}
+    assert fails(config)[0] == path and [step for step, _ in list_checkpoints(config.output_dir)] == [2]
+
+
+def test_the_loss_on_training_clips_is_looked_at_as_well(make):
+    config = make("run", **watched(validation={"every": 2, "timesteps": 2, "at_start": True}))
+    items = precompute(config, progress=False).manifest.items
+    bad = poison(config, index=next(index for index, item in enumerate(items) if not item.holdout))
+    path, error = fails(config)
+    assert path.name == "nonfinite-heldout-00000000" and bad in error.where
+    assert not list_checkpoints(config.output_dir)  # before the first step there is nothing to save
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_weights_that_are_not_finite_take_no_good_ones_place(make, measured, monkeypatch):
+    """A step whose loss and gradient were finite, and whose update was not: made up here."""
+    config = make("run", **watched(checkpoint={"every": 1}, **({} if measured else {"validation": {"every": None}})))
+    updates, inner = [], Replicated.step
+
+    def spoilt(self):
+        inner(self)
+        updates.append(1)
+        if len(updates) == 2:
+            next(iter(self.parameters.values())).data[0] = math.inf
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Replicated, "step", spoilt)
+        with pytest.raises(TrainingError, match=r"non-finite|not finite") as caught:
+            train(config)
+    assert ("finetune replay" in caught.value.fix) is measured
+    assert [step for step, _ in list_checkpoints(config.output_dir)] == [1]
+    assert train(config).step == 4
+
+
+def test_without_the_look_at_it_nan_would_be_the_best(make, monkeypatch):
+    """Canary: what the first NaN did before it was looked at, in the middle of a save."""
+    config = make("run", **watched())
+    poison_heldout(config)
+    monkeypatch.setattr(HeldoutLoss, "is_finite", True)
+    with pytest.raises(ValueError, match="Out of range float"):
+        train(config)
 
 
 # ------------------------------------------------------------------------------------------ what a replay insists upon
@@ -259,5 +338,6 @@ def test_without_the_check_the_weights_would_be_lost(make, monkeypatch):
     config = make("run")
     poison(config)
     monkeypatch.setattr(StepRecord, "is_finite", lambda self, norm: True)
+    monkeypatch.setattr(Run, "is_finite", lambda self: True)
     trained = load_file(train(config).checkpoint / "trainable.safetensors")
     assert any(not torch.isfinite(tensor).all() for tensor in trained.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -202,10 +203,65 @@ def test_the_last_measurement_is_owed_as_well(make, tmp_path):
     assert not again.stopped_by and history(again.run_dir) == history(calm.run_dir)
 
 
+SAMPLED = {**WATCHED, "validation": {**WATCHED["validation"], "every": None, "sample_every": 2, "at_start": False}}
+
+
+def videos(run_dir: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run_dir)): path.read_bytes() for path in sorted(run_dir.rglob("*.mp4"))}
+
+
+@pytest.mark.parametrize("round_", [1, 2], ids=["in the middle", "after the last step"])
+def test_a_kill_between_saving_and_sampling_costs_no_video(make, round_):
+    """Step 2 is saved, and is the one to continue from; step 4 is the last, whose run has nothing else left to do."""
+    calm = train(make("calm", checkpoint={"every": 2}, **SAMPLED))
+    config = make("run", checkpoint={"every": 2}, **SAMPLED)
+
+    def killed() -> None:
+        raise SystemExit
+
+    with before(sampler.Sampler, "sample", round_, killed), pytest.raises(SystemExit):
+        train(config)
+    assert len(videos(config.output_dir)) == 2 * (round_ - 1) < len(videos(calm.run_dir)) == 4
+    with before(loop, "batch_losses", 1, lambda: None) as passes:
+        again = train(config)
+    assert videos(again.run_dir) == videos(calm.run_dir) and not again.stopped_by
+    assert len(passes) == (2 if round_ == 1 else 0) and saved_steps(again.run_dir) == [2, 4]
+    with before(sampler, "sample_videos", 1, lambda: None) as calls:  # and what is there is not made again
+        train(config)
+    assert not calls
+
+
+def test_a_stop_in_the_last_step_owes_the_last_videos(make):
+    config = make("run", **SAMPLED)
+    with before(loop, "batch_losses", 4, lambda: send(signal.SIGTERM)):
+        stopped = train(config)
+    assert stopped.step == 4 and stopped.stopped_by == "SIGTERM" and "The same command continues" in str(stopped)
+    assert len(videos(config.output_dir)) == 2
+    again = train(config)
+    assert not again.stopped_by and len(videos(config.output_dir)) == 4
+
+
+def test_a_video_that_cannot_be_made_is_no_stop(make, monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(sampler, "sample_videos", fails)
+    assert not train(make("run", **SAMPLED)).stopped_by
+
+
+def test_under_nohup_a_hang_up_is_none(make):
+    own = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with before(loop, "batch_losses", 2, lambda: send(signal.SIGHUP)):
+            assert not train(make("run")).stopped_by
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, own)
+
+
 def test_sampling_stops_between_two_videos(make):
-    sampled = {**WATCHED, "validation": {**WATCHED["validation"], "every": None, "sample_every": 2, "at_start": False}}
     calm = train(make("calm", data=WATCHED["data"]))
-    config = make("run", **sampled)
+    config = make("run", **SAMPLED)
     with before(sampler, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
         stopped = train(config)
     assert len(calls) == 1 and len(list(config.output_dir.rglob("*.mp4"))) == 1
@@ -322,6 +378,24 @@ def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, de
     assert main(["train", "--config", str(run_yaml)]) == OK
     assert f"continuing after {stopped_at}" in capsys.readouterr().out
     assert same(weights(tmp_path / "run", steps), weights(calm, steps))
+
+
+def test_a_terminal_that_is_closed_costs_no_step(make, tmp_path):
+    """Its processes get SIGHUP, and cannot print any more."""
+    run_yaml = tmp_path / "run.yaml"
+    run_yaml.write_text(make("run", train={"steps": 4000}, tracking={"console_interval_s": 1e-3}).to_yaml())
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), "--config", str(run_yaml)])
+    printed = b""
+    while b"/4000  loss" not in printed:
+        printed += os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == PREEMPTED
+    (stopped_at,) = saved_steps(tmp_path / "run")
+    assert 1 <= stopped_at < 4000
 
 
 def test_a_signal_while_encoding_ends_at_once_and_loses_nothing(tiny_model, demo_clips, tmp_path):

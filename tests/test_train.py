@@ -225,7 +225,7 @@ def test_the_end_says_which_step_was_best_and_how_to_export_it(
     tiny_model, demo_clips, tmp_path, monkeypatch, losses, keep_best, ending
 ):
     measured = iter(loss for heldout in losses for loss in (heldout, 0.1))
-    monkeypatch.setattr(Validator, "_evaluate", lambda *_: HeldoutLoss(next(measured), {}, 1))
+    monkeypatch.setattr(Validator, "_evaluate", lambda *_: HeldoutLoss(next(measured), {}, ()))
     config = run_config(
         tiny_model(),
         demo_clips,

@@ -12,7 +12,7 @@ from finetune.cogvideox.encode import (
     encode_video,
     tokenize,
 )
-from finetune.cogvideox.fingerprint import fingerprint
+from finetune.cogvideox.fingerprint import base_digest, fingerprint, require_as_sent, require_base
 from finetune.cogvideox.latents import alpha_bar, condition_latents, model_latents
 from finetune.cogvideox.load import (
     ModelConfig,
@@ -32,6 +32,7 @@ __all__ = [
     "Placement",
     "TokenizedCaption",
     "alpha_bar",
+    "base_digest",
     "build_pipeline",
     "condition_latents",
     "count_tokens",
@@ -48,6 +49,8 @@ __all__ = [
     "load_vae",
     "model_latents",
     "pipeline_class",
+    "require_as_sent",
+    "require_base",
     "rotary_table",
     "save_transformer",
     "tokenize",

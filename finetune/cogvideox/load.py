@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
+from finetune.cogvideox.fingerprint import note_base, require_as_published
 from finetune.cogvideox.weights import (
     Placement,
     make_room,
+    noting,
     on_meta,
     place,
     require_all_weights,
@@ -93,17 +95,24 @@ def load_transformer(
         dtype: None for ``model.torch_dtype()``.
         placement: who decides which weights are held in another form; None for as they are.
 
+    Returns:
+        The module; ``fingerprint.base_digest`` says which weights it was filled with.
+
     Raises:
-        ModelError: if it cannot be found or loaded, or a weight is missing, superfluous or of another shape.
+        ModelError: if it cannot be found or loaded, a weight is missing, superfluous or of another shape, or the folder
+            is an export and not as it was written.
     """
     folder = resolve_pretrained(model.pretrained, model.revision, components=["transformer"])
     require_loadable(folder, "transformer")
+    require_as_published(folder, "transformer")
     dtype, device, own = dtype or model.torch_dtype(), torch.device(device), folder / "transformer"
     with _loading("transformer", folder):
         module = _meta_transformer(folder, dtype)
         require_exact(module, own, _TRANSFORMER_STEM, allow_unexpected=False)
-        tensors = stored_tensors(own, _TRANSFORMER_STEM)
+        checksums: dict[str, str] = {}
+        tensors = noting(stored_tensors(own, _TRANSFORMER_STEM), checksums)
         place(module, tensors, dtype=dtype, device=device, placement=placement)
+        note_base(module, checksums)
         embed: Any = module.patch_embed
         if embed.use_positional_embeddings:
             # No file holds it.

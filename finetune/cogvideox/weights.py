@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.facts import require_plain_index
+from finetune.tensorfiles import checksum_tensor
 
 
 class Placement(Protocol):
@@ -52,6 +53,13 @@ def stored_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
         with safe_open(path, framework="pt", device="cpu") as source:
             for name in source.keys():  # noqa: SIM118 - not a mapping
                 yield name, source.get_tensor(name)
+
+
+def noting(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, each checksum put into ``checksums`` as it passes."""
+    for name, tensor in tensors:
+        checksums[name] = checksum_tensor(tensor)
+        yield name, tensor
 
 
 def require_exact(module: nn.Module, folder: Path, stem: str, *, allow_unexpected: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 from finetune.datasets.manifest import FileStamp
 from finetune.datasets.sealed import seal, unseal
 from finetune.errors import DataError
+from finetune.facts import hub_sha256
 from finetune.files import atomic_write_bytes, canonical_json, digest_file, digest_of
 
 YOUNG_S = 2.0
@@ -27,7 +29,7 @@ def take_stamp(path: Path, memos: Path) -> FileStamp:
         memos: folder where digests are remembered by path, size and time.
 
     Raises:
-        DataError: if it cannot be read.
+        DataError: if it cannot be read, or came from the hub and is not what the hub sent.
     """
     try:
         if path.is_dir():
@@ -46,13 +48,27 @@ def _stamp_file(path: Path, memos: Path) -> FileStamp:
     if (known.get("path"), known.get("size"), known.get("mtime_ns")) == (name, status.st_size, status.st_mtime_ns):
         return FileStamp(status.st_size, status.st_mtime_ns, str(known["digest"]))
     began_ns = time.time_ns()
-    digest = digest_file(path)
+    digest = _digest(path)
     if began_ns - status.st_mtime_ns < YOUNG_S * 1e9:
         return FileStamp(status.st_size, -1, digest)
     stamp = FileStamp(status.st_size, status.st_mtime_ns, digest)
     with suppress(OSError):  # a cache that cannot be written to can still be read
         atomic_write_bytes(memo, seal(canonical_json({"path": name, **asdict(stamp)})))
     return stamp
+
+
+def _digest(path: Path) -> str:
+    """``digest_file``, and on the way whether the file is what the hub sent, where it came from there."""
+    sent = hub_sha256(path)
+    sha256 = hashlib.sha256()
+    digest = digest_file(path, *([] if sent is None else [sha256]))
+    if sent is not None and sha256.hexdigest() != sent:
+        raise DataError(
+            f"the file is damaged: its SHA-256 is {sha256.hexdigest()[:12]}..., the hub's is {sent[:12]}...",
+            where=str(path),
+            fix="delete it and fetch it again (`hf download`); if it was changed on purpose, move it to another folder",
+        )
+    return digest
 
 
 def _remembered(memo: Path) -> Mapping[str, Any]:

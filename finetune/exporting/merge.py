@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.files import checksum_bytes
+from finetune.tensorfiles import checksum_tensor
 
 ADAPTER = "default"
 """The adapter's name in the transformers handled here; it is no part of any file."""
@@ -90,9 +90,4 @@ def adapter_scaling(transformer: nn.Module) -> dict[str, float]:
 
 def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Each tensor's checksum, so that weights can be compared with others that are no longer in memory."""
-
-    def checksum(tensor: Tensor) -> str:
-        whole = tensor.detach().cpu().contiguous().reshape(-1)
-        return checksum_bytes(f"{tensor.dtype} {list(tensor.shape)}".encode(), whole.view(torch.uint8).numpy().data)
-
-    return {name: checksum(tensor) for name, tensor in tensors.items()}
+    return {name: checksum_tensor(tensor) for name, tensor in tensors.items()}

@@ -46,6 +46,7 @@ def training_record(
             "merged": None if merged is None else dataclasses.asdict(merged),
             "base_model": _public_name(found.trained_on),
             "revision": found.revision,
+            "base_digest": found.state.base or None,
             "image_to_video": facts.image_to_video,
             "base_facts": base_facts(facts),
             "step": found.state.step,

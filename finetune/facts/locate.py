@@ -127,6 +127,20 @@ def locate(pretrained: str, revision: str | None, *, patterns: list[str]) -> Pat
     return _from_hub(id_in_cache(pretrained), revision, patterns)
 
 
+def hub_sha256(path: Path) -> str | None:
+    """The SHA-256 that the hub gave for a large file, as its client left it here; None for a file from elsewhere."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs":  # the cache: a snapshot's files are links to blobs of that name
+        return blob.name if re.fullmatch(r"[0-9a-f]{64}", blob.name) else None
+    for root in path.absolute().parents:  # `hf download --local-dir`: commit, hash and time in a file of three lines
+        note = root / ".cache" / "huggingface" / "download" / f"{path.absolute().relative_to(root)}.metadata"
+        if note.is_file():
+            with note.open("rb") as source:
+                lines = source.read(1000).decode(errors="replace").splitlines()
+            return lines[1] if len(lines) > 1 and re.fullmatch(r"[0-9a-f]{64}", lines[1]) else None
+    return None
+
+
 def _as_folder(pretrained: str) -> Path:
     try:
         folder = Path(pretrained).expanduser()

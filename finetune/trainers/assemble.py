@@ -7,20 +7,23 @@ loaded.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from finetune.caching.overview import run_advice
 from finetune.cards import grow_segments
-from finetune.cogvideox import alpha_bar, load_transformer
+from finetune.cogvideox import alpha_bar, base_digest, load_transformer, require_as_sent, require_base
 from finetune.config import RunConfig, pin_model, require_valid
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import WARNING, Manifest
-from finetune.errors import CheckpointError, DataError
-from finetune.facts import Facts, read_facts
+from finetune.errors import CheckpointError, DataError, ModelError
+from finetune.facts import Facts, read_facts, resolve_pretrained
 from finetune.files import atomic_write_text
 from finetune.memory.quantize import placement
 from finetune.planning.auto import settled
@@ -32,7 +35,7 @@ from finetune.schedule import Item, StepPlan
 from finetune.trainers.checkpoint import LoadedCheckpoint, require_same_run
 from finetune.trainers.determinism import repeatable, repeats
 from finetune.trainers.ema import Ema
-from finetune.trainers.engine import Launch, Replicate, read_launch
+from finetune.trainers.engine import Engine, Launch, Replicate, read_launch
 from finetune.trainers.run import Run
 from finetune.trainers.run_folder import checkpoint_to_continue, hold_run_folder
 from finetune.trainers.spread import make_accelerator, make_engine, require_launch
@@ -78,7 +81,10 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
     for advice in run_advice(config, plan, total_steps, held=held):
         accelerator.print(f"warning: {advice}")
     saved = _checkpoint_to_continue(config, manifest, ranks)
+    if saved is not None:
+        _require_planned(saved, plan, total_steps)
 
+    ranks.first(lambda: _require_base_as_sent(config, cache))
     forecaster = _forecaster(config, launch, ranks)  # while the model is read
     if forecaster is not None:
         cleanup.callback(forecaster.close)
@@ -91,20 +97,20 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         dtype=dtype,
         placement=placement(config.memory.base),
     )
+    base = _same_base(module, config, saved, ranks)
     config.method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
-    ranks.all(lambda: None)  # reading a model takes as long as it takes, and a collective of training does not wait
     engine = make_engine(launch, ranks, accelerator, module, config)
-    engine.start(config.optimizer, saved)
-    ema = None
-    if config.train.ema_decay is not None:
-        ema = Ema(engine.parameters, engine.precise(), config.train.ema_decay)
-        average = None if saved is None else engine.read(saved, "ema")
-        if saved is not None and average is not None:
-            ema.load(average, saved.state.step)
+    with _naming(saved):
+        engine.start(config.optimizer, saved)
+        ema = None
+        if config.train.ema_decay is not None:
+            ema = Ema(engine.parameters, engine.precise(), config.train.ema_decay)
+            if saved is not None:
+                ema.load(_average(engine, saved), saved.state.step)
 
-    state = RunState(0, manifest.digest) if saved is None else saved.state
+    state = replace(RunState(0, manifest.digest) if saved is None else saved.state, base=base)
     tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
     cleanup.callback(tracker.close)
     console = Console(
@@ -145,6 +151,8 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         prediction=None if forecaster is None else forecaster.prediction(),
     )
     ranks.first(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
+    if saved is not None and not saved.state.base:
+        console.note(f"{saved.path.name} does not record which base transformer it was trained on; the next one does")
     for label, value in run_sheet(run):
         console.note(f"{label:>24}: {value}")
     return run
@@ -186,6 +194,71 @@ def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, ranks: Ranks)
             " (method.init_from continues from the weights alone)",
         )
     return saved
+
+
+def _require_planned(saved: LoadedCheckpoint, plan: StepPlan, total_steps: int) -> None:
+    """Refuse a checkpoint from beyond the run's end, or one that has seen other samples than the plan gives."""
+    state = saved.state
+    if state.step > total_steps:
+        raise CheckpointError(
+            f"the checkpoint has taken {state.step} steps, and the run is to take {total_steps}",
+            where=str(saved.path),
+            fix="set train.steps (or train.epochs) to no less, or train anew into another output_dir",
+        )
+    if state.samples_seen != (planned := plan.samples_until(state.step)):
+        raise CheckpointError(
+            f"the checkpoint has seen {state.samples_seen} samples in {state.step} steps, and the plan has {planned}",
+            where=str(saved.path),
+            fix="it was changed after it was written: bring its state.json back, or use another checkpoint of the run",
+        )
+
+
+def _average(engine: Engine, saved: LoadedCheckpoint) -> Mapping[str, Tensor]:
+    average = engine.read(saved, "ema")
+    if average is None:
+        raise CheckpointError(
+            "the checkpoint holds no moving average, and this run keeps one",
+            fix="bring its ema.safetensors back, or use another checkpoint of the run",
+        )
+    return average
+
+
+@contextmanager
+def _naming(saved: LoadedCheckpoint | None) -> Iterator[None]:
+    """Tell of an error in a checkpoint's content which one it was."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = ", ".join(filter(None, (error.where, "" if saved is None else str(saved.path))))
+        raise CheckpointError(error.what, where=where, fix=error.fix) from error
+
+
+def _require_base_as_sent(config: RunConfig, cache: Cache) -> None:
+    folder = resolve_pretrained(config.model.pretrained, config.model.revision, components=["transformer"])
+    require_as_sent(folder, "transformer", cache.digest_file)
+
+
+def _same_base(module: nn.Module, config: RunConfig, saved: LoadedCheckpoint | None, ranks: Ranks) -> str:
+    """The digest of the base transformer, which every process has read and the checkpoint was trained on."""
+    # Through the patient group: reading a model takes as long as it takes, and a collective of training does not wait.
+    digests = ranks.all(lambda: base_digest(module))
+    where = f"{config.model.pretrained}, transformer"
+    if len(set(digests)) > 1:
+        raise ModelError(
+            "processes have read different base transformers: " + ", ".join(sorted(set(digests))),
+            where=f"{where}, on the machines of this launch",
+            fix="give every machine the same files",
+        )
+    if saved is not None:
+        require_base(
+            module,
+            saved.state.base,
+            CheckpointError,
+            by="this run",
+            where=f"{where}, against {saved.path}",
+            fix="to train on the new base, choose another output_dir",
+        )
+    return digests[0]
 
 
 def _forecaster(config: RunConfig, launch: Launch, ranks: Ranks) -> Forecaster | None:

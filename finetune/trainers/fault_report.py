@@ -1,16 +1,17 @@
-"""A step that may not be taken: the report of a non-finite loss or gradient, for ``finetune replay``.
+"""The report of a loss or gradient that is not finite, for ``finetune replay``: of a step, or of a measurement.
 
-``<run>/reports/nonfinite-step-00000123/`` holds ``report.json``, ``trainable.safetensors`` (the weights in which the
-step was computed) and a seal over both (``seals``). Nothing in it runs code when it is read.
+``<run>/reports/nonfinite-step-00000123/`` (or ``nonfinite-heldout-00000123``) holds ``report.json``,
+``trainable.safetensors`` (the weights it was computed with) and a seal over both (``seals``). Nothing in it runs code
+when it is read.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -81,6 +82,8 @@ class Report(_Part):
     weights_note: str
     """Why there are no weights in the report; empty where there are."""
     versions: dict[str, str]
+    measured: bool = False
+    """Whether the samples are those of a measurement after ``step`` completed steps, not of a step."""
 
     @property
     def non_finite_gradients(self) -> list[str]:
@@ -119,16 +122,42 @@ def require_finite(
         return
     samples = reported_samples(run, step, record)
     norms, gradient_note = _second_pass(run, again)
-    # Of all processes, in the same order: where the model is sharded, each tensor is a collective.
-    tensors = {name: _whole(tensor, keep=run.ranks.is_main) for name, tensor in run.engine.weights().items()}
-    report = Report(
+    report = _describe(run, memory, step=step, lr=lr, grad_norm=grad_norm, samples=samples).model_copy(
+        update={"gradient_norms": norms, "gradient_note": gradient_note}
+    )
+    path = run.config.output_dir / FOLDER / f"nonfinite-step-{step:08d}"
+    raise _error(report, path, _write_down(run, path, report))
+
+
+def refuse_measurement(run: Run, samples: Sequence[ReportedSample], *, step: int) -> NoReturn:
+    """Stop a run whose held-out loss, or the loss on its training clips, is not finite: nobody can say what is best.
+
+    Args:
+        run: with the weights that were measured, the averaged ones if an average is kept.
+        samples: what was measured, of all processes.
+        step: completed steps.
+
+    Raises:
+        TrainingError: naming the clips and the report, on every process.
+    """
+    report = _describe(run, run.config.memory, step=step, lr=0.0, grad_norm=0.0, samples=tuple(samples)).model_copy(
+        update={"gradient_note": "a measurement has no gradient", "measured": True}
+    )
+    path = run.config.output_dir / FOLDER / f"nonfinite-heldout-{step:08d}"
+    raise _error(report, path, _write_down(run, path, report))
+
+
+def _describe(
+    run: Run, memory: MemoryConfig, *, step: int, lr: float, grad_norm: float, samples: tuple[ReportedSample, ...]
+) -> Report:
+    return Report(
         format=FORMAT,
         step=step,
         lr=lr,
         grad_norm=grad_norm,
         samples=samples,
-        gradient_norms=norms,
-        gradient_note=gradient_note,
+        gradient_norms={},
+        gradient_note="",
         loss_scale=run.loss_scale,
         dtype=str(run.dtype).removeprefix("torch."),
         device=str(run.device),
@@ -143,9 +172,13 @@ def require_finite(
         weights_note="",
         versions=_versions(),
     )
-    path = run.config.output_dir / FOLDER / f"nonfinite-step-{step:08d}"
-    failed = run.ranks.first(lambda: _publish(path, report, run.config.model, tensors))
-    raise _error(report, path, failed)
+
+
+def _write_down(run: Run, path: Path, report: Report) -> str:
+    """Publish the report with the weights; every process calls this. Returns why it could not, or nothing."""
+    # Of all processes, in the same order: where the model is sharded, each tensor is a collective.
+    tensors = {name: _whole(tensor, keep=run.ranks.is_main) for name, tensor in run.engine.weights().items()}
+    return run.ranks.first(lambda: _publish(path, report, run.config.model, tensors))
 
 
 def _error(report: Report, path: Path, failed: str) -> TrainingError:
@@ -158,6 +191,18 @@ def _error(report: Report, path: Path, failed: str) -> TrainingError:
         "then, as it says: leave the clip out, use model.dtype bf16 instead of fp16, or lower optimizer.lr and lengthen"
         " lr_schedule.warmup_steps; the last checkpoint is intact"
     )
+    fix = (
+        f"no report could be written ({failed}); make room and start again; {remedy}"
+        if failed
+        else f"run `finetune replay {path}`; {remedy}"
+    )
+    if report.measured:
+        return TrainingError(
+            f"after step {report.step}: non-finite loss while the held-out loss was measured; this counts as no"
+            " measurement, and the next start measures again",
+            where=where,
+            fix=fix,
+        )
     updated = (
         "weights of layers behind the one where it began may have been updated (memory.gradient_release: per_parameter)"
         if report.memory.gradient_release == "per_parameter" and not bad
@@ -166,9 +211,7 @@ def _error(report: Report, path: Path, failed: str) -> TrainingError:
     return TrainingError(
         f"step {report.step}: non-finite {'loss' if bad else 'gradient'} (gradient norm {report.grad_norm}); {updated}",
         where=where,
-        fix=f"no report could be written ({failed}); make room and start again; {remedy}"
-        if failed
-        else f"run `finetune replay {path}`; {remedy}",
+        fix=fix,
     )
 
 
@@ -289,5 +332,5 @@ def read_report(path: Path) -> tuple[Report, dict[str, Tensor]]:
         raise TrainingError(
             f"the report cannot be read: {first_line(error)}",
             where=str(path),
-            fix="name a folder reports/nonfinite-step-... of a run, with all its files as they were written",
+            fix="name a folder reports/nonfinite-... of a run, with all its files as they were written",
         ) from None

@@ -185,6 +185,8 @@ def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
 
     def report() -> TrainReport:
         unfinished = state.step < run.total_steps or validator.owes(state.step)
+        # What cannot be sampled is a warning; what a stop has kept from being sampled is owed.
+        unfinished |= any(run.ranks.all(lambda: stop.requested)) and sampler.owes(state.step)
         return TrainReport(
             run_dir=config.output_dir,
             step=state.step,
@@ -211,6 +213,8 @@ def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
         saved = run.save(state) if best else saved
     if validator.cut_short:
         return report()
+    if sampler.owes(state.step):
+        sampler.sample(state.step)
 
     for step in range(state.step, run.total_steps):
         begun, waited = time.perf_counter(), run.loader.waited_s
@@ -238,7 +242,8 @@ def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
             try:
                 state, best = validator.judge(state)
             except Exception:  # whatever it is: the steps so far are worth more than to know how good they are
-                run.save(state)
+                if run.is_finite():
+                    run.save(state)
                 raise
             ending = validator.cut_short
         due = is_due(state.step, config.checkpoint.every) or best

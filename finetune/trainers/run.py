@@ -18,6 +18,7 @@ from finetune.config import RunConfig, memory_traits
 from finetune.datasets.cache import Cache
 from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
+from finetune.errors import TrainingError
 from finetune.facts import Facts
 from finetune.memory import Traits, weights_changed
 from finetune.planning.beside import Prediction
@@ -128,7 +129,15 @@ class Run:
 
         Raises:
             CheckpointError: if there is no room for it, or it cannot be written; earlier checkpoints are intact.
+            TrainingError: if the weights are not finite: saved, they would take the place of a state that is.
         """
+        if not self.is_finite():
+            raise TrainingError(
+                f"after step {state.step} the weights are not finite, and are not saved",
+                where=str(self.config.output_dir),
+                fix="lower optimizer.lr or lengthen lr_schedule.warmup_steps, and run the same command again: it"
+                " continues from the last checkpoint, which is intact",
+            )
         trainable = self.engine.weights()
         self.weights = weights_digest(trainable)
         state = replace(state, weights=self.weights)
@@ -146,6 +155,15 @@ class Run:
             path = self.ranks.first(lambda: save_checkpoint(output, state, **contents))
         self.console.note(f"step {state.step}: saved {path}, weights xxh3 {self.weights}")
         return path
+
+    def is_finite(self) -> bool:
+        """Whether all that trains is, and its average; all processes call this."""
+
+        def mine() -> bool:
+            tensors = [*self.engine.parameters.values(), *({} if self.ema is None else self.ema.state()).values()]
+            return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors)
+
+        return all(self.ranks.all(mine))
 
     def account(self, state: RunState, record: StepRecord) -> None:
         """Check that the step just done trained on what the plan says, and log the epochs that ended in it.

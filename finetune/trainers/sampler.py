@@ -16,6 +16,7 @@ from finetune.caching.encode import release_memory
 from finetune.cogvideox import load_scheduler, load_vae
 from finetune.errors import FinetuneError, first_line
 from finetune.sampling import SampleRequest, sample_videos
+from finetune.schedule import is_due
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
 from finetune.trainers.validation import SamplePrompt, round_folder, sample_name, training_state_untouched
@@ -35,6 +36,14 @@ class Sampler:
     def __init__(self, run: Run, stop: StopRequest) -> None:
         self._run = run
         self._stop = stop
+
+    def owes(self, step: int) -> bool:
+        """Whether a video that falls on ``step`` is missing, because the run was ended before it was there."""
+        run, config = self._run, self._run.config.validation
+        due = step > 0 and is_due(step, config.sample_every, last=run.total_steps)
+        folder = round_folder(run.config.output_dir, step)
+        names = [sample_name(number, sample) for number, sample in enumerate(config.samples)]
+        return run.ranks.first(lambda: due and not all((folder / name).is_file() for name in names))
 
     def sample(self, step: int) -> None:
         """Sample every configured prompt with the weights of this step, to files and to the tracker.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from finetune.bands import loss_by_band
@@ -80,9 +80,9 @@ class Measurement:
     """One line of ``HISTORY``: the held-out loss after ``step`` optimizer steps, and the same on training clips."""
 
     step: int
-    heldout: float
-    trainsubset: float
-    by_band: dict[str, float]
+    heldout: FiniteFloat
+    trainsubset: FiniteFloat
+    by_band: dict[str, FiniteFloat]
     """Held-out loss by timestep band."""
 
 
@@ -168,8 +168,13 @@ class HeldoutLoss:
 
     mean: float
     by_band: dict[str, float]
-    count: int
-    """(clip, timestep) pairs measured."""
+    losses: tuple[float, ...]
+    """Of every (clip, timestep) pair, in the order of the processes and of their batches."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every loss is."""
+        return all(math.isfinite(loss) for loss in self.losses)
 
 
 def fixed_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
@@ -218,7 +223,7 @@ def evaluate(
     return HeldoutLoss(
         mean=math.fsum(every_loss) / len(every_loss),
         by_band=loss_by_band(every_loss, [timestep for _, timestep in pairs], num_train_timesteps),
-        count=len(pairs),
+        losses=tuple(every_loss),
     )
 
 

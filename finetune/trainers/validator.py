@@ -20,6 +20,7 @@ from finetune.files import atomic_write_text
 from finetune.ranks import Ranks
 from finetune.schedule import is_due
 from finetune.streams import address
+from finetune.trainers.fault_report import ReportedSample, refuse_measurement
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
 from finetune.trainers.validation import (
@@ -109,6 +110,7 @@ class Validator:
         """Held-out loss and the training subset's, logged; None where no clip is held out, or if it was cut short.
 
         Raises:
+            TrainingError: if a loss is not finite; nothing is logged then, and the measurement stays owed.
             Exception: on every process, if one of them could not measure.
         """
         if not self._heldout:
@@ -117,6 +119,10 @@ class Validator:
             with self._run.averaged_weights(), training_state_untouched(self._run.engine.model):
                 heldout = self._evaluate(self._heldout)
                 trainsubset = self._evaluate(self._trainsubset)
+                if not (heldout.is_finite and trainsubset.is_finite):
+                    # Here, where the weights are those that were measured.
+                    measured = self._samples(self._heldout, heldout) + self._samples(self._trainsubset, trainsubset)
+                    refuse_measurement(self._run, measured, step=step)
         except _CutShortError:
             self.cut_short = True
             self._run.console.note(f"step {step}: the measurement was cut short; the next start makes up for it")
@@ -140,12 +146,7 @@ class Validator:
 
     def _evaluate(self, makers: Sequence[tuple[BatchMaker, int]]) -> HeldoutLoss:
         """Evaluate clips at the fixed timesteps, shared out over the processes and put together again."""
-        run, size = self._run, self._run.config.train.batch_size
-        jobs = [
-            _Job(maker, index, self._timesteps[first : first + size])
-            for maker, index in makers
-            for first in range(0, len(self._timesteps), size)
-        ]
+        run, jobs = self._run, self._jobs(makers)
         mine = jobs[run.ranks.rank :: run.ranks.world]
         exchanged = False
 
@@ -165,6 +166,28 @@ class Validator:
             if not exchanged:  # the others wait there
                 _raise_everywhere(run.ranks, error)
             raise
+
+    def _jobs(self, makers: Sequence[tuple[BatchMaker, int]]) -> list[_Job]:
+        size = self._run.config.train.batch_size
+        return [
+            _Job(maker, index, self._timesteps[first : first + size])
+            for maker, index in makers
+            for first in range(0, len(self._timesteps), size)
+        ]
+
+    def _samples(self, makers: Sequence[tuple[BatchMaker, int]], found: HeldoutLoss) -> list[ReportedSample]:
+        """What was measured, with what came of it."""
+        jobs, world = self._jobs(makers), self._run.ranks.world
+        places = [
+            (rank, number, slot, job.maker.items[job.index], timestep)
+            for rank in range(world)
+            for number, job in enumerate(jobs[rank::world])
+            for slot, timestep in enumerate(job.timesteps)
+        ]
+        return [
+            ReportedSample(rank=rank, micro_batch=number, slot=slot, item=item, timestep=timestep, loss=loss)
+            for (rank, number, slot, item, timestep), loss in zip(places, found.losses, strict=True)
+        ]
 
     def _freely(self, mine: Sequence[_Job]) -> Iterator[Batch]:
         """Batches of one process, which may make more or fewer forward passes than the others."""

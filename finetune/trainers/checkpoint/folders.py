@@ -22,6 +22,12 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step:08d}"
 
 
+def step_of(name: str) -> int | None:
+    """The step that a folder's name tells; None where it is no name of a checkpoint."""
+    match = re.fullmatch(_STEP, name)
+    return int(match[1]) if match else None
+
+
 def list_checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     """The complete checkpoints of a run as (step, folder), oldest first; whether they are whole is for who reads."""
     return [(step, path) for step, path in step_folders(run_dir) if is_complete(path)]

@@ -23,8 +23,8 @@ class CheckpointConfig(Strict):
     """When to save, what to keep, and where to continue."""
 
     every: int | None = Field(500, ge=1, le=MOST_STEPS)
-    """Optimizer steps between checkpoints; null for none in between. One is saved at the end, and on SIGTERM or SIGINT,
-    in any case."""
+    """Optimizer steps between checkpoints; null for none in between. One is saved at the end, and when a signal stops
+    the run, in any case."""
     keep_last: int = Field(2, ge=1, le=1_000_000)
     """How many of the newest checkpoints stay; an older one is removed only after the new one stands."""
     keep_best: bool = True

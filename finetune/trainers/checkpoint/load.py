@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
@@ -21,9 +23,10 @@ from finetune.trainers.checkpoint.folders import (
     list_checkpoints,
     set_aside,
     step_folders,
+    step_of,
 )
 from finetune.trainers.checkpoint.form import CONFIG, EMA, FORMAT, OPTIMIZER, OPTIMIZER_META, STATE, TRAINABLE
-from finetune.trainers.checkpoint.shards import Shards, has_shares, part_of
+from finetune.trainers.checkpoint.shards import Shards, forms_of, has_shares, part_of
 from finetune.types import RunState
 
 logger = logging.getLogger(__name__)
@@ -212,9 +215,15 @@ def _read(path: Path, optimizer: bool) -> LoadedCheckpoint:
     ema = _tensors(sealed, EMA) if EMA in sealed or has_shares(sealed, part_of(EMA)) else None
     if ema is not None and _shapes(ema) != _shapes(trainable):
         raise _foreign(path, f"{EMA} does not hold the tensors of {TRAINABLE}")
+    if ema is not None and (odd := [name for name, form in forms_of(ema).items() if form.dtype != torch.float32]):
+        raise _foreign(path, f"{EMA} holds {odd[0]} in another dtype than float32")
+    state = _run_state(content.get("state"), path)
+    # Of one file, the digest of the weights is its checksum (``determinism.weights_digest``).
+    if state.weights and TRAINABLE in sealed and state.weights != sealed.checksums[TRAINABLE]:
+        raise _foreign(path, f"{TRAINABLE} does not hold the weights whose digest stands in {STATE}")
     return LoadedCheckpoint(
         path=path,
-        state=_run_state(content.get("state"), path),
+        state=state,
         trainable=trainable,
         optimizer=(_tensors(sealed, OPTIMIZER), _dict(sealed, OPTIMIZER_META)) if optimizer else ({}, {}),
         ema=ema,
@@ -247,9 +256,27 @@ def _run_state(values: Any, path: Path) -> RunState:
     try:
         # By the constructor as well: pydantic would pass over a field that it does not know.
         state = RunState(**values)
-        return _STATE_TYPE.validate_json(json.dumps(values), strict=True) and state
+        _STATE_TYPE.validate_json(json.dumps(values), strict=True)
     except (TypeError, ValidationError) as error:
         raise _foreign(path, f"{STATE}: {error}") from error
+    if faults := list(_state_faults(state, path.name)):
+        raise CheckpointError(
+            f"the checkpoint's state contradicts itself: {'; '.join(faults)}",
+            where=str(path / STATE),
+            fix="it was changed after it was written: bring the file back, or use another checkpoint of the run",
+        )
+    return state
+
+
+def _state_faults(state: RunState, name: str) -> Iterator[str]:
+    named = step_of(name)
+    if named is not None and named != state.step:
+        yield f"step is {state.step} in {name}"
+    if min(state.step, state.samples_seen) < 0:
+        yield f"step is {state.step}, samples_seen {state.samples_seen}"
+    loss, best = state.best_heldout_loss, state.best_step
+    if not math.isfinite(loss or 0) or not 0 <= (best or 0) <= state.step:
+        yield f"best_heldout_loss is {loss}, best_step {best} at step {state.step}"
 
 
 def _processes(value: Any, path: Path) -> int:
@@ -264,9 +291,7 @@ def _tensors(sealed: Sealed, name: str) -> Mapping[str, Tensor]:
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    if isinstance(tensors, Shards):
-        tensors = tensors.forms()
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return {name: tuple(tensor.shape) for name, tensor in forms_of(tensors).items()}
 
 
 def _foreign(path: Path, detail: str) -> CheckpointError:

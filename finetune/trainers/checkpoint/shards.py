@@ -93,4 +93,9 @@ class Shards(Mapping[str, Tensor]):
         return torch.empty(self._shapes[key], dtype=_BY_NAME[file.get_slice(key).get_dtype()], device="meta")
 
 
+def forms_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of these shapes and dtypes, without reading any that is in shares."""
+    return tensors.forms() if isinstance(tensors, Shards) else tensors
+
+
 _BY_NAME = {name: dtype for dtype, name in DTYPES.items()}

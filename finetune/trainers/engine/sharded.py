@@ -20,7 +20,7 @@ from finetune.errors import CheckpointError, ConfigError
 from finetune.ranks import Ranks
 from finetune.trainers.checkpoint import LoadedCheckpoint
 from finetune.trainers.checkpoint.resharding import read_shares
-from finetune.trainers.checkpoint.shards import Shards
+from finetune.trainers.checkpoint.shards import Shards, forms_of
 from finetune.trainers.engine.launch import FullShard
 from finetune.trainers.method import MethodConfig, require_same
 from finetune.trainers.optim import (
@@ -30,6 +30,7 @@ from finetune.trainers.optim import (
     optimizer_state,
     owner_of,
     precise_weights,
+    require_same_state,
 )
 
 
@@ -68,14 +69,13 @@ class Sharded:
                 fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
             )
         if saved is not None:
-            require_same(
-                self._whole, saved.trainable.forms() if isinstance(saved.trainable, Shards) else saved.trainable
-            )
+            require_same(self._whole, forms_of(saved.trainable))
             for name, share in (self.read(saved, "trainable") or {}).items():
                 self.parameters[name].data.copy_(share)
         self.optimizer = optimizer.build(self.parameters.items())
         if saved is not None:
             tensors, meta = saved.optimizer
+            require_same_state(self.optimizer, saved.optimizer, self._whole, forms=forms_of(tensors))
             load_optimizer_state(self.optimizer, (self._read(tensors, owner_of), meta), self.parameters)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:

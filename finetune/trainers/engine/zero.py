@@ -22,7 +22,7 @@ from finetune.schedule import TrainConfig
 from finetune.trainers.checkpoint import LoadedCheckpoint
 from finetune.trainers.engine.launch import Zero
 from finetune.trainers.method import load_strictly
-from finetune.trainers.optim import AdamW, OptimizerConfig, OptimizerState, require_same_optimizer
+from finetune.trainers.optim import AdamW, OptimizerConfig, OptimizerState, require_same_state
 
 _STATES = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps per element."""
@@ -76,6 +76,9 @@ class ZeroSharded:
         if saved is not None:
             load_strictly(self.parameters, saved.trainable)
         self.optimizer = optimizer.build_in_place(self.parameters.items())
+        if saved is not None:
+            masters = {f"master.{name}": torch.float32 for name in self.parameters} if self._narrow else {}
+            require_same_state(self.optimizer, saved.optimizer, self.parameters, kept=masters)
         config = deepspeed_config(self._launch, self._train, narrow=self._narrow)
         os.environ.setdefault("LOCAL_RANK", "0")  # it reads this at every step, also in a process that nobody launched
         self.model, self._zero, _, _ = import_deepspeed().initialize(
@@ -168,8 +171,7 @@ class ZeroSharded:
 
     def _restore(self, saved: LoadedCheckpoint) -> None:
         """Put a checkpoint's masters and optimizer states into DeepSpeed's shares."""
-        tensors, meta = saved.optimizer
-        require_same_optimizer(type(self.optimizer).__qualname__, self.parameters, meta)
+        tensors, _ = saved.optimizer
         taken = [tensors[f"state.{name}.step"] for name in self.parameters if f"state.{name}.step" in tensors]
         if not taken:
             return

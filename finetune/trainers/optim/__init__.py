@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from finetune.trainers.optim.expected import OptimizerState, owner_of
 from finetune.trainers.optim.narrow import NarrowWeights
 from finetune.trainers.optim.rounding import Weights
 from finetune.trainers.optim.sections import (
@@ -16,13 +17,11 @@ from finetune.trainers.optim.sections import (
     TorchaoAdamW8bit,
 )
 from finetune.trainers.optim.state import (
-    OptimizerState,
     load_optimizer_state,
     optimizer_state,
     optimizer_tensors,
-    owner_of,
     precise_weights,
-    require_same_optimizer,
+    require_same_state,
 )
 
 __all__ = [
@@ -41,7 +40,7 @@ __all__ = [
     "optimizer_tensors",
     "owner_of",
     "precise_weights",
-    "require_same_optimizer",
+    "require_same_state",
     "set_lr",
 ]
 

@@ -14,24 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import CheckpointError
+from finetune.trainers.optim.expected import OptimizerState, Packer, require_state
 from finetune.trainers.optim.narrow import NarrowWeights
-from finetune.trainers.optim.rounding import Kahan, Masters
 
-OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
-"""Tensors by name, and the JSON-serialisable remainder."""
 Parameters = Mapping[str, nn.Parameter]
 """Everything that trains, by name: ``method.trainable()``."""
-_KEPT = (Masters.label, Kahan.label)
-"""What the names of tensors begin with that are kept of narrow parameters."""
-
-
-def owner_of(key: str) -> str:
-    """The parameter that a tensor of an optimizer's state belongs to."""
-    label, _, rest = key.partition(".")
-    if label in _KEPT:
-        return rest
-    return key.split("/")[0].removeprefix("state.").rpartition(".")[0]
 
 
 def precise_weights(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, nn.Parameter]:
@@ -60,7 +47,7 @@ def optimizer_state(
         stands once.
     """
     inner, trained = _inner(optimizer), _trained(optimizer, parameters)
-    packer = _Packer()
+    packer = Packer()
     for key, tensor in _kept(optimizer).items():
         packer.put(key, tensor)
     scalars: dict[str, dict[str, Any]] = {}
@@ -80,6 +67,7 @@ def optimizer_state(
         "scalars": scalars,
         "shared": packer.shared,
         "composed": packer.composed,
+        "stateless": [name for name, parameter in trained.items() if not inner.state.get(parameter)],
     }
     if isinstance(bare := _bare(optimizer), NarrowWeights):
         meta["weights"] = bare.keeping.kind
@@ -92,34 +80,6 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [value for value in (*entries, *_kept(optimizer).values()) if isinstance(value, Tensor)]
 
 
-class _Packer:
-    """Collects plain tensors: takes composed ones apart, and keeps one of those that share memory."""
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.shared: dict[str, str] = {}
-        self.composed: dict[str, dict[str, Any]] = {}
-        self._first_at: dict[tuple[object, ...], str] = {}
-
-    def put(self, key: str, tensor: Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):  # torchao's quantised states are tensors made of tensors
-            parts, context = tensor.__tensor_flatten__()
-            self.composed[key] = {
-                "class": f"{type(tensor).__module__}.{type(tensor).__qualname__}",
-                "parts": list(parts),
-                "context": [_to_json(value) for value in context],
-            }
-            for part in parts:
-                self.put(f"{key}/{part}", getattr(tensor, part))
-            return
-        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
-        first = self._first_at.setdefault(place, key) if tensor.numel() else key
-        if first == key:
-            self.tensors[key] = tensor.detach()
-        else:
-            self.shared[key] = first
-
-
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState, parameters: Parameters) -> None:
     """Restore what ``optimizer_state`` gave, bit for bit, into an optimizer built from the same configuration.
 
@@ -128,10 +88,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
     Raises:
         CheckpointError: if the state is that of another optimizer or of other parameters.
     """
+    require_same_state(optimizer, saved, parameters)
     tensors, meta = saved
     inner, trained = _inner(optimizer), _trained(optimizer, parameters)
-    require_same_optimizer(type(inner).__qualname__, trained, meta)
-    _require_same_keeping(optimizer, tensors, meta)
     with torch.no_grad():
         for key, kept in _kept(optimizer).items():
             kept.copy_(tensors[key])
@@ -146,86 +105,46 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
         _fill_torch(inner, trained, state)
 
 
-def require_same_optimizer(here: str, trained: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Refuse the state of another optimizer, or of other parameters.
+def require_same_state(
+    optimizer: torch.optim.Optimizer,
+    saved: OptimizerState,
+    parameters: Mapping[str, Tensor],
+    *,
+    kept: Mapping[str, torch.dtype] | None = None,
+    forms: Mapping[str, Tensor] | None = None,
+) -> None:
+    """``expected.require_state`` of what ``build`` made.
 
     Args:
-        here: the class of this run's optimizer.
-        trained: what it trains, by name.
-        meta: the JSON part of ``optimizer_state``.
+        optimizer: as for ``optimizer_state``.
+        saved: as it gave it.
+        parameters: what trains, by name; whole also where the optimizer works on shares of it.
+        kept: as for ``require_state``, where an engine keeps masters in the optimizer's place.
+        forms: as for ``require_state``, where looking at the tensors themselves would read them.
 
     Raises:
-        CheckpointError: naming the difference.
+        CheckpointError: naming the differences.
     """
-    _require_form(meta)
-    there = meta["class"]
-    if here != there:
-        raise CheckpointError(
-            f"the optimizer is {here}, the checkpoint's is {there}",
-            where="optimizer.kind",
-            fix="resume with the checkpoint's optimizer, or begin a new run with method.init_from",
-        )
-    if trained.keys() != set(meta["parameters"]):
-        examples = ", ".join(sorted(trained.keys() ^ set(meta["parameters"]))[:4])
-        raise CheckpointError(
-            f"the optimizer trains {len(trained)} tensors, the checkpoint's {len(meta['parameters'])}; "
-            f"on one side only: {examples}",
-            fix="resume with the model and method the checkpoint was made with",
-        )
-
-
-def _require_same_keeping(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
-) -> None:
-    """Refuse a state in which narrow weights were kept in another way, or were not narrow."""
     bare = _bare(optimizer)
-    there = meta.get("weights", "master")  # what versions before there was a choice did
-    if isinstance(bare, NarrowWeights) and bare.keeping.kind != there:
-        raise CheckpointError(
-            f"this run keeps narrow weights by {bare.keeping.kind}, the checkpoint by {there}",
-            where=f"optimizer.weights: {bare.keeping.kind}",
-            fix=f"set optimizer.weights: {there}, or begin a new run with method.init_from",
-        )
-    expected, found = _kept(optimizer).keys(), {key for key in tensors if key.partition(".")[0] in _KEPT}
-    if expected != found:
-        what = "compensations" if there == Kahan.kind else "fp32 master weights"
-        raise CheckpointError(
-            f"the checkpoint holds {len(found)} {what}, this run has {len(expected)}",
-            fix="resume with the model.dtype and method the checkpoint was made with",
-        )
-
-
-def _require_form(meta: Mapping[str, Any]) -> None:
-    """Say in words that the JSON part is not what ``optimizer_state`` of this version gives."""
-    form = {"class": str, "parameters": list, "scalars": dict, "shared": dict, "composed": dict}
-    odd = [key for key, kind in form.items() if not isinstance(meta.get(key), kind)]
-    odd += [key for key in ("scalars", "composed") if key not in odd and not _all_objects(meta[key])]
-    if odd:
-        raise CheckpointError(
-            f"the optimizer's state was written by another version of this package: {', '.join(odd)}",
-            fix="continue with the version that wrote it, or begin a new run with method.init_from",
-        )
-
-
-def _all_objects(values: Mapping[str, Any]) -> bool:
-    return all(isinstance(value, dict) for value in values.values())
+    require_state(
+        _inner(optimizer),
+        saved,
+        parameters,
+        weights=bare.keeping.kind if isinstance(bare, NarrowWeights) else None,
+        kept={key: tensor.dtype for key, tensor in _kept(optimizer).items()} if kept is None else kept,
+        forms=saved[0] if forms is None else forms,
+    )
 
 
 def _unpack(key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Tensor:
     if key not in meta["composed"]:
         return tensors[meta["shared"].get(key, key)]
     form = meta["composed"][key]
-    module, _, name = form["class"].rpartition(".")
-    if not module.startswith("torchao."):  # the name comes out of a file: it may pick among torchao's classes, no more
-        raise CheckpointError(f"the optimizer state names a tensor class {form['class']}, which is not torchao's")
+    module, _, name = form["class"].rpartition(".")  # one that the optimizer uses itself (``require_same_state``)
     parts = {part: _unpack(f"{key}/{part}", tensors, meta).clone() for part in form["parts"]}
     composed: Any = getattr(importlib.import_module(module), name)
     tensor: Tensor = composed.__tensor_unflatten__(parts, [_from_json(value) for value in form["context"]])
     return tensor
-
-
-def _to_json(value: Any) -> Any:
-    return str(value) if isinstance(value, torch.dtype) else value
 
 
 def _from_json(value: Any) -> Any:
@@ -260,11 +179,6 @@ def _fill_bitsandbytes(inner: Any, trained: Parameters, state: Mapping[str, Mapp
                 continue
             inner.init_state(group, parameter, group_index, index)
             buffers, saved = inner.state[parameter], state[name]
-            if buffers.keys() != saved.keys():
-                raise CheckpointError(
-                    f"bitsandbytes keeps {sorted(buffers)} for {name}, the checkpoint has {sorted(saved)}",
-                    fix="resume with the version of bitsandbytes the checkpoint was made with",
-                )
             for key, value in saved.items():
                 if isinstance(value, Tensor):
                     buffers[key].copy_(value)
