@@ -3,10 +3,35 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from finetune.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    """Knows what was meant by a word that is nearly right."""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            nearest = _did_you_mean(str(value), action.choices)
+            listed = ", ".join(map(str, action.choices))
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r:.60}{nearest} (choose from {listed})")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse has it, but that a verb itself refuses what it does not know, and names its options."""
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            word = rest[0].split("=")[0]
+            self.error(f"unrecognized arguments: {' '.join(rest)}{_did_you_mean(word, self._option_string_actions)}")
+        return found, rest
+
+
+def _did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word[:60].lower(), list(known), n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -21,7 +46,7 @@ _OVERVIEW = """\
 Fine-tune CogVideoX: LoRA or full, from clips and captions to an export that diffusers loads.
 
 From one's own clips to a video, in five commands:
-  finetune init --model 5b --method lora --card 24 --data clips --output run.yaml
+  finetune init --model 5b --method lora --card 24GB --data clips --output run.yaml
   finetune check --config run.yaml
   finetune train --config run.yaml
   finetune export runs/run
@@ -36,11 +61,11 @@ signal and saved, or a collection met a job that is only beginning (the same com
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     """The parser of the ``finetune`` command, or of one verb alone."""
     if verb is not None:
-        alone = argparse.ArgumentParser(formatter_class=_Help, description=_VERBS[verb][1], epilog=_VERBS[verb][2])
+        alone = _Parser(formatter_class=_Help, description=_VERBS[verb][1], epilog=_VERBS[verb][2])
         _VERBS[verb][0](alone)
         alone.set_defaults(verb=verb)
         return alone
-    parser = argparse.ArgumentParser(prog="finetune", description=_OVERVIEW, epilog=_EXITS, formatter_class=_Help)
+    parser = _Parser(prog="finetune", description=_OVERVIEW, epilog=_EXITS, formatter_class=_Help)
     parser.add_argument("--version", action="version", version=f"finetune {__version__}")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     for name, (add_arguments, description, examples) in _VERBS.items():
@@ -74,11 +99,11 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         required=True,
         metavar="MODEL",
-        help="2b, 5b, 5b-i2v, 1.5-5b or 1.5-5b-i2v; or a hub id, or the folder of a CogVideoX in diffusers format",
+        help="2b, 5b, 5b-i2v, 1.5-5b or 1.5-5b-i2v; a hub id; or the folder of a CogVideoX in diffusers format",
     )
     parser.add_argument("--method", choices=["lora", "full"], default="lora", help="train an adapter, or every weight")
     parser.add_argument(
-        "--card", type=float, metavar="GIB", help="memory of the GPU, to say whether the run should fit"
+        "--card", metavar="SIZE", help="memory of the GPU, such as 24GB, to say whether the run should fit"
     )
     parser.add_argument("--data", type=Path, metavar="PATH", help="clips and captions: a folder, or a metadata file")
     parser.add_argument("--output", type=Path, default=Path("run.yaml"), metavar="FILE", help="the file to write")
@@ -91,8 +116,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    parser.add_argument("--card", metavar="SIZE", help="memory of the GPU, such as 24GiB; left out: of the one here")
-    parser.add_argument("--ram", metavar="SIZE", help="host memory that the run may take, such as 32GiB")
+    parser.add_argument("--card", metavar="SIZE", help="memory of the GPU, such as 24GB; left out: of the one here")
+    parser.add_argument("--ram", metavar="SIZE", help="host memory that the run may take, such as 32GB")
     parser.add_argument("--budget", metavar="SIZE", help="find the fastest memory section for a GPU of this size")
     parser.add_argument(
         "--processes",
@@ -107,7 +132,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --budget: a base in 8 or 4 bits also where something else fits; it changes the model a little",
     )
     parser.add_argument(
-        "--device", metavar="NAME", help="the GPU to reckon seconds for: H100, A100, 4090, or a calibrated one's name"
+        "--device", metavar="NAME", help="the GPU to reckon seconds for: H200, H100, A100, 4090, or a calibrated one"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw the training step's memory curve")
     parser.add_argument("--exact", action="store_true", help="run every block, where two short models would do")
@@ -237,7 +262,7 @@ _VERBS: dict[str, _Verb] = {
     "init": (
         _init_arguments,
         "Write a commented configuration for a model, a method and a card.",
-        "Examples:\n  finetune init --model 5b --method lora --card 24 --data clips --output run.yaml\n"
+        "Examples:\n  finetune init --model 5b --method lora --card 24GB --data clips --output run.yaml\n"
         "  finetune init --model ./my-cogvideox --data clips/metadata.jsonl",
     ),
     "check": (
@@ -249,9 +274,9 @@ _VERBS: dict[str, _Verb] = {
         _plan_arguments,
         "Predict a run's peak memory, phase by phase, from the model's JSON alone; or find the memory section that\n"
         "fits a card. Exits with 2 where the run does not fit the --card or --budget.",
-        "Examples:\n  finetune plan --config run.yaml --card 24GiB\n"
+        "Examples:\n  finetune plan --config run.yaml --card 24GB\n"
         "  finetune plan --config run.yaml --plot memory.png\n"
-        "  finetune plan --config run.yaml --budget 12GiB --ram 32GiB --device 4090",
+        "  finetune plan --config run.yaml --budget 12GB --ram 32GB --device 4090",
     ),
     "calibrate": (
         _calibrate_arguments,
@@ -270,7 +295,7 @@ _VERBS: dict[str, _Verb] = {
         "SIGINT or SIGHUP finishes the step, saves a checkpoint and exits with 75; the same command continues.",
         "Examples:\n  finetune train --config run.yaml\n"
         "  finetune train --config run.yaml --set optimizer.lr=2e-4 train.steps=500\n"
-        "  accelerate launch --num_processes 2 train.py --config run.yaml",
+        "  accelerate launch --num_processes 2 -m finetune train --config run.yaml",
     ),
     "replay": (
         _replay_arguments,

@@ -8,18 +8,21 @@ signal and saved, or a collection met a job that is only beginning: the same com
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import platform
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.arguments import build_parser
 from finetune.cards import grow_segments
-from finetune.errors import ConfigError, FinetuneError, first_line, is_out_of_memory
+from finetune.console import lasting_streams, open_streams, planning_heard, quiet_libraries
+from finetune.errors import CacheError, ConfigError, FinetuneError, first_line, is_out_of_memory, is_refusal
+from finetune.text import shown
 from finetune.version import __version__
 
 if TYPE_CHECKING:
@@ -42,15 +45,17 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
     Raises:
         SystemExit: from argparse, for ``--help`` (0) and for words it cannot parse (2).
     """
+    open_streams()
     args = build_parser(verb).parse_args(argv)
-    _quiet_libraries()
+    quiet_libraries()
     grow_segments()
-    with _unheard() if args.verb in _WORK else nullcontext():
+    with lasting_streams() if args.verb in _WORK else nullcontext(), planning_heard():
         return _run(args)
 
 
 def _run(args: argparse.Namespace) -> int:
     try:
+        _require_folder()
         code = _VERBS[args.verb](args)
         sys.stdout.flush()
         return code or OK
@@ -65,6 +70,10 @@ def _run(args: argparse.Namespace) -> int:
             # The reader of `finetune ... | head` has seen enough. Without this the flush at exit would fail once more.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return OK
+        if is_refusal(error):
+            where = f"\n  where: {shown(str(error.filename))}" if error.filename else ""
+            print(f"{_rank()}error: {error.strerror}{where}\n  fix:   {_SYSTEM_FIX}", file=sys.stderr)
+            return USER_ERROR
         if is_out_of_memory(error):
             print(f"{_rank()}error: out of memory: {first_line(error)}\n  fix:   {_OUT_OF_MEMORY}", file=sys.stderr)
             return USER_ERROR
@@ -73,48 +82,16 @@ def _run(args: argparse.Namespace) -> int:
         return BUG
 
 
-class _Lasting:
-    """A stream that falls silent, with one warning, when it cannot be written to: a full disk, a closed pipe."""
-
-    def __init__(self, stream: TextIO, warn: Callable[[str], object]) -> None:
-        self._stream = stream
-        self._warn = warn
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """As of any stream, but for the errors of the system."""
-        return self._lasting(lambda: self._stream.write(text)) or len(text)
-
-    def flush(self) -> None:
-        """As ``write``."""
-        self._lasting(self._stream.flush)
-
-    def _lasting(self, action: Callable[[], int | None]) -> int | None:
-        try:
-            return action()
-        except OSError as error:
-            # What is still in the buffer goes the same way; otherwise it would fail again at every flush.
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, self._stream.fileno())
-            os.close(null)
-            self._warn(f"{self._stream.name} cannot be written to any more ({error.strerror}); the work goes on\n")
-            return None
-
-
-@contextmanager
-def _unheard() -> Iterator[None]:
-    """Inside, an output that fails ends nothing."""
-    before = sys.stdout, sys.stderr
-    sys.stderr = _Lasting(sys.stderr, lambda _: None)
-    sys.stdout = _Lasting(sys.stdout, sys.stderr.write)
+def _require_folder() -> None:
     try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+        Path.cwd()
+    except OSError:
+        raise ConfigError(
+            "the current folder is gone: somebody deleted or moved it", fix="cd to one that exists"
+        ) from None
 
 
+_SYSTEM_FIX = "name a folder that can be written and has room, or change its owner and rights"
 _OUT_OF_MEMORY = (
     "free the GPU (is another program on it?), ask `finetune plan --budget` what fits, give `generate` a smaller"
     " --bucket or --offload, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
@@ -130,13 +107,6 @@ def _is_main() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _quiet_libraries() -> None:
-    """Errors only from the libraries below us: what of their advice matters to a run, this package checks itself."""
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
 def _bug_note() -> str:
     torch_version = getattr(sys.modules.get("torch"), "__version__", "not loaded")
     return (
@@ -150,20 +120,22 @@ def _bug_note() -> str:
 
 
 def _init(args: argparse.Namespace) -> None:
+    from finetune.cards import GIB, amount
     from finetune.starter import write_starter
 
+    card_bytes = amount("--card", args.card)
     method = {"lora": "lora", "full": "full"}[args.method]
     notes = write_starter(
         model=args.model,
         method=method,  # type: ignore[arg-type]  # one of the two
-        card_gib=args.card,
+        card_gib=None if card_bytes is None else card_bytes / GIB,
         clips=args.data,
         output=args.output,
         force=args.force,
     )
     print(f"wrote {args.output}")
     _print_notes(notes)
-    print(f"next: finetune check --config {args.output}")
+    _print_next("check", "--config", str(args.output))
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -182,9 +154,11 @@ def _check(args: argparse.Namespace) -> None:
     for label, number in numbers:
         print(f"{label:>16}: {number}")
     _print_notes([*warnings, *advice])
+    _print_next("train", *_config_words(args))
 
 
 def _plan(args: argparse.Namespace) -> int:
+    print(f"planning {args.config}: its model in fake tensors, a minute or so", file=sys.stderr, flush=True)
     from finetune.config import load_config
     from finetune.planning.command import plan
 
@@ -202,6 +176,12 @@ def _plan(args: argparse.Namespace) -> int:
     )
     print(planned.text)
     asked = args.card is not None or args.budget is not None
+    if not args.json and planned.fits is False:
+        _print_next("plan", *_config_words(args), "--budget", args.budget or args.card or "24GB")
+    elif not args.json:
+        if planned.chosen:
+            print(f"write that memory section into {args.config} first, or set memory.kind: auto there")
+        _print_next("train", *_config_words(args))
     return USER_ERROR if asked and planned.fits is False else OK
 
 
@@ -209,6 +189,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from finetune.planning.command import run_calibration
 
     print(run_calibration(args.seconds))
+    print("next: `finetune plan` reckons with these rates from now on")
 
 
 def _precompute(args: argparse.Namespace) -> None:
@@ -226,6 +207,7 @@ def _precompute(args: argparse.Namespace) -> None:
     report = precompute(config, facts=facts, distributed=ranks)
     if _is_main():
         print(report)
+        _print_next("train", *_config_words(args))
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -307,23 +289,45 @@ def _cache(args: argparse.Namespace) -> int:
         cache = Cache(load_config(args.config, args.set).cache.dir)
     else:
         cache = Cache(args.dir.expanduser())
+    if not cache.root.is_dir():
+        raise CacheError(
+            "there is no cache", where=str(cache.root), fix="name another; `finetune precompute` makes one"
+        )
+    where = ("--dir", str(args.dir)) if args.config is None else _config_words(args)
     if args.action == "verify":
         verified = cache.verify(delete=args.delete, progress=sys.stderr.isatty())
         print(verified)
+        if verified.damaged and not args.delete:
+            _print_next("cache", "verify", *where, "--delete")
+        elif verified.missing and args.config is not None:
+            _print_next("precompute", *where)
         return OK if verified.ok else USER_ERROR
     if args.action == "gc":
         patience_s = {"settle_s": 0.0} if args.alone else {}
         collected = cache.gc(delete=args.delete, unused_days=args.unused_days, **patience_s)
         print(collected)
+        if not args.delete and collected.bytes:
+            _print_next(*("cache", "gc", *where, "--delete"), *(["--alone"] if args.alone else []))
         return PREEMPTED if collected.held_back else OK
     print(cache.stats())
+    _print_next("cache", "verify", *where)
     return OK
 
 
-def _quickstart(args: argparse.Namespace) -> None:
+def _quickstart(args: argparse.Namespace) -> int:
     from finetune.quickstart import main as quickstart
 
-    quickstart(args.output)
+    return PREEMPTED if getattr(quickstart(args.output), "stopped_by", "") else OK
+
+
+def _print_next(*words: str) -> None:
+    """End with the command that follows, to be typed in this folder."""
+    print(f"next: {shlex.join(['finetune', *words])}")
+
+
+def _config_words(args: argparse.Namespace) -> list[str]:
+    """How this call was told its configuration."""
+    return ["--config", str(args.config), *(["--set", *args.set] if args.set else [])]
 
 
 def _print_notes(notes: Sequence[str]) -> None:

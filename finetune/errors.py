@@ -10,6 +10,7 @@ import errno
 import re
 import signal
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from finetune.text import shown
 
@@ -152,3 +153,14 @@ _NO_MEMORY = re.compile(
     r"|unable to find an engine to execute this computation",
     re.IGNORECASE,
 )
+
+
+_REFUSALS = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE),
+}
+
+
+def is_refusal(error: BaseException) -> TypeGuard[OSError]:
+    """Whether a file system or its owner refused something, which is no bug wherever it comes to light."""
+    return isinstance(error, OSError) and error.errno in _REFUSALS

@@ -24,7 +24,7 @@ from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, re
 from finetune.config import as_path, pin_model
 from finetune.errors import ExportError
 from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
-from finetune.exporting.model_card import copy_samples, model_card, training_record
+from finetune.exporting.model_card import command, copy_samples, model_card, training_record
 from finetune.exporting.place import arriving, require_replaceable
 from finetune.exporting.source import Source, checkpoint_of, default_folder, find_source
 from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
@@ -65,6 +65,8 @@ class ExportReport:
     """Of an adapter that was merged into its base."""
     notes: tuple[str, ...] = ()
     """What the request came to, where its words suggest something else, and whether a better checkpoint stands."""
+    command: str = ""
+    """Samples with it."""
 
     def __str__(self) -> str:
         averaged = ", averaged weights" if self.weights == "ema" else ""
@@ -75,6 +77,7 @@ class ExportReport:
             f"reloaded through the stock pipeline: largest difference {self.max_abs_diff:.2g}"
             f" (allowed {self.tolerance:.2g})"
         )
+        lines += [f"next: {self.command}"] if self.command else []
         return "\n".join(lines)
 
 
@@ -141,7 +144,9 @@ def export(
         samples = copy_samples(found, trained.merged, partial)
         record = training_record(found, facts, trained.merged, max_abs_diff=difference, tolerance=tolerance)
         atomic_write_text(partial / TRAINING_RECORD, record)
-        card = model_card(found, facts, trained.merged, name=folder.name, samples=samples, full_pipeline=full_pipeline)
+        card = model_card(
+            found, facts, trained.merged, name=_from_here(folder), samples=samples, full_pipeline=full_pipeline
+        )
         atomic_write_text(partial / "README.md", card)
         marker = seal(partial)  # before the base's files: they are others' and large
         if full_pipeline:
@@ -166,8 +171,22 @@ def export(
     if not found.state.base:
         notes.append(f"{found.checkpoint.name} does not record which base transformer it was trained on")
     return ExportReport(
-        folder, tuple(files), found.state.step, found.weights, difference, tolerance, merged=what, notes=tuple(notes)
+        folder,
+        tuple(files),
+        found.state.step,
+        found.weights,
+        difference,
+        tolerance,
+        merged=what,
+        notes=tuple(notes),
+        command=command(found, facts, _from_here(folder), adapter=found.lora and not merged),
     )
+
+
+def _from_here(folder: Path) -> str:
+    """How code and commands that are typed here find a folder; below this one, its path tells less of the machine."""
+    here = Path.cwd()
+    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
 
 
 def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength: float) -> None:

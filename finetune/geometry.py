@@ -73,10 +73,15 @@ BucketField = Annotated[
 """A ``Bucket`` as a configuration field."""
 
 
+def _as_list(buckets: object) -> object:
+    """``buckets: 49x480x720`` is what people write for a list of one."""
+    return [buckets] if isinstance(buckets, str) else buckets
+
+
 class ClipConfig(Strict):
     """How clips are cut out of videos."""
 
-    buckets: tuple[BucketField, ...] = Field(min_length=1)
+    buckets: Annotated[tuple[BucketField, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     """Shapes that clips are cut to, each ``frames x height x width`` as in ``49x480x720``. A video goes to the bucket
     of the nearest aspect ratio, then the most frames that fit it, then the largest area that needs no enlarging."""
     fps: float | None = Field(default=None, ge=0.01, le=1000)

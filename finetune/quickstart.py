@@ -29,6 +29,7 @@ from finetune.generate import GenerateReport, generate
 from finetune.generate_inputs import Adapter, GenerateRequest
 from finetune.precompute import precompute
 from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.tracking import tensorboard_command
 from finetune.trainers.validation import SamplePrompt
 from finetune.videos import Frames, side_by_side
 
@@ -122,8 +123,11 @@ class Outcome:
     picture: Path
 
 
-def main(folder: Path) -> Outcome:
+def main(folder: Path) -> Outcome | TrainReport:
     """Run the whole lesson in ``folder``; a second call finds its cache, and its training finished.
+
+    Returns:
+        What changed; the training's report if a signal stopped it, which ends the lesson until the next call.
 
     Raises:
         FinetuneError: as the steps do.
@@ -145,6 +149,9 @@ def main(folder: Path) -> Outcome:
     _say(3, "train a LoRA")
     begun = time.perf_counter()
     trained = train(config)
+    if trained.stopped_by:
+        print(trained)
+        return trained
     print(f"{trained}\ntraining took {time.perf_counter() - begun:.0f} s")
 
     _say(4, "export, reload through the stock diffusers pipeline, compare")
@@ -213,9 +220,9 @@ What changed
 What there is
   {outcome.picture}    look at this first
   {outcome.export.folder}    the adapter, for diffusers' load_lora_weights
-  {outcome.train.run_dir}    checkpoints, sampled videos, curves: tensorboard --logdir {outcome.train.run_dir}
+  {outcome.train.run_dir}    checkpoints, sampled videos, curves: {tensorboard_command(outcome.train.run_dir)}
   {folder / "run.yaml"}    the configuration that made it
 
 Next, on your own clips (a folder of videos with a .txt caption beside each)
-  finetune init --model 5b --method lora --card 24 --data YOUR_CLIPS --output run.yaml
+  finetune init --model 5b --method lora --card 24GB --data YOUR_CLIPS --output run.yaml
   finetune check --config run.yaml"""

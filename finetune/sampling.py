@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finetune.cogvideox import build_pipeline
 from finetune.facts import Facts
+from finetune.progress import Bar
 from finetune.trainers.validation import training_state_untouched
 from finetune.types import Bucket
 from finetune.videos import Frames
@@ -97,7 +98,9 @@ def sample_videos(
     videos = []
     with training_state_untouched(transformer, vae), _no_traces(transformer):
         pipeline = build_pipeline(facts, transformer=transformer, scheduler=_fresh(scheduler), vae=vae)
-        pipeline.set_progress_bar_config(disable=not progress)
+        pipeline.progress_bar = lambda iterable=None, total=None: Bar(
+            iterable, total=total, desc="denoising", disable=not progress
+        )
         try:
             if offload_to is not None:
                 pipeline.enable_model_cpu_offload(device=offload_to)

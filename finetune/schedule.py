@@ -51,7 +51,7 @@ class TrainConfig(Strict):
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of train.steps and train.epochs")
+            raise ValueError("give exactly one of train.steps and train.epochs; null takes the other away")
         return self
 
 

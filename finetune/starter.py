@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -71,33 +72,32 @@ class Starter:
             return None
         return (LORA_PEAK_GIB if self.method == "lora" else FULL_PEAK_GIB)[self.known]
 
-    def notes(self) -> list[str]:
-        """Whether it fits the card, in words; empty if nothing is to be said."""
+    def notes(self, file: str = "run.yaml") -> list[str]:
+        """Whether it fits the card, in words; empty if nothing is to be said. ``file`` is how commands call it."""
         if self.card_gib is None or self.peak_gib is None or self.peak_gib + OVERHEAD_GIB <= self.card_gib:
             return []
         return [
             f"this is predicted to need about {self.peak_gib + OVERHEAD_GIB:.1f} GiB, and the card has"
-            f" {self.card_gib:g}: `finetune plan --config FILE --budget {self.card_gib:g}GiB` says which memory section"
-            " fits, or choose a smaller model, a smaller bucket or a larger card"
+            f" {self.card_gib:g}: `finetune plan --config {shlex.quote(file)} --budget {self.card_gib:g}GB` says which"
+            " memory section fits, or choose a smaller model, a smaller bucket or a larger card"
         ]
 
-    def text(self, file: str, *, export_from: str | None = None) -> str:
+    def text(self, file: str) -> str:
         """The commented configuration.
 
         Args:
-            file: how the commands in its header call it.
-            export_from: how they call the run's folder; None for ``output_dir`` as it stands.
+            file: how the commands in its header call it, from the folder where they will be typed.
         """
         method = "LoRA" if self.method == "lora" else "full fine-tuning"
-        card = "" if self.card_gib is None else f", for a card of {self.card_gib:g} GiB"
+        card = "" if self.card_gib is None else f", for a card of {self.card_gib:g} GB"
         how = "" if self.recipe is None else f": {self.recipe.words}"
         return header(
             f"{self.pretrained}: {method}{card}{how}.",
             self._memory,
-            self.notes(),
+            self.notes(file),
             self.command,
             file,
-            export_from or self.output_dir,
+            os.path.normpath(Path(file).parent / self.output_dir),
         ) + body(
             pretrained=self.pretrained,
             clips=self.clips,
@@ -117,9 +117,12 @@ class Starter:
         if self.peak_gib is None:
             return f"Peak memory: there is no figure for this model {at}; `finetune plan` predicts one."
         measured = f"measured {self.measured}" if self.measured else "not measured"
+        room = (
+            "" if self.card_gib is None else f" A card of {self.card_gib:g} GB has {self.card_gib - OVERHEAD_GIB:.1f}."
+        )
         return (
             f"Peak memory {at}: {self.peak_gib:.1f} GiB, predicted, {measured}; about {OVERHEAD_GIB} GiB more for the"
-            " CUDA context and fragmentation."
+            f" CUDA context and fragmentation.{room}"
         )
 
 
@@ -169,12 +172,13 @@ def write_starter(
         output_dir=f"runs/{output.stem}",
         command=command,
     )
-    if known is not None and card_gib is not None and starter.notes():  # plain checkpointing does not fit
+    file = str(output)
+    if known is not None and card_gib is not None and starter.notes(file):  # plain checkpointing does not fit
         starter = replace(starter, recipe=recipe_for(known, method, card_gib))
-    atomic_write_text(output, starter.text(output.name))
+    atomic_write_text(output, starter.text(file))
     missing = [] if clips is None or clips.expanduser().exists() else [f"there is nothing at {clips} yet"]
     placeholder = ["put the path of your clips into data.sources"] if clips is None else []
-    return [*starter.notes(), *missing, *placeholder]
+    return [*starter.notes(file), *missing, *placeholder]
 
 
 def _from_folder_of(output: Path, path: Path) -> str:
@@ -195,15 +199,14 @@ def recipe_example(recipe: Recipe, measured: str = "") -> tuple[str, str]:
         recipe=recipe,
         measured=measured,
     )
-    run = f"runs/{recipe.name.removesuffix('.yaml')}"
-    return recipe.name, example_starter.text(f"configs/{recipe.name}", export_from=run)
+    return recipe.name, example_starter.text(f"configs/{recipe.name}")
 
 
 def example(known: str, method: Method) -> tuple[str, str]:
     """Name and text of one file of ``configs/``."""
     name = f"cogvideox-{known}-{method}"
     starter = _example(known, method, name, EXAMPLE_CARDS_GIB[known, method])
-    return f"{name}.yaml", starter.text(f"configs/{name}.yaml", export_from=f"runs/{name}")
+    return f"{name}.yaml", starter.text(f"configs/{name}.yaml")
 
 
 def _example(known: str, method: Method, name: str, card_gib: int) -> Starter:

@@ -18,7 +18,7 @@ def header(title: str, memory: str, notes: Sequence[str], command: str, file: st
     commands = [
         (f"finetune check --config {quoted}", "what would be trained on; loads no weights"),
         (f"finetune precompute --config {quoted}", "encode clips and captions (training does it too)"),
-        (f"accelerate launch train.py --config {quoted}", "or: finetune train --config ..."),
+        (f"finetune train --config {quoted}", "on several GPUs: accelerate launch -m finetune train --config ..."),
         (f"finetune export {shlex.quote(export_from)}", "an adapter or transformer that diffusers loads"),
     ]
     lines = [
@@ -27,7 +27,8 @@ def header(title: str, memory: str, notes: Sequence[str], command: str, file: st
         *textwrap.wrap(memory, _WIDTH),
         *(line for note in notes for line in textwrap.wrap(f"NOTE: {note}.", _WIDTH)),
         "",
-        f"Written by {command}. Relative paths start at this file's folder. Every field: docs/config.md",
+        f"Written by {command}. Every field: docs/config.md. Relative paths start at this file's folder.",
+        "To be typed in the folder where it was written:",
         "",
         *(line for words, meaning in commands for line in (f"  # {meaning}", f"  {words}")),
     ]

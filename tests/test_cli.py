@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -17,7 +23,7 @@ from worlds import run_config
 import finetune
 from finetune.arguments import build_parser
 from finetune.caching.overview import run_advice
-from finetune.cli import BUG, INTERRUPTED, OK, USER_ERROR, main
+from finetune.cli import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, main
 from finetune.config import check_against, load_config
 from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, ModelError, is_out_of_memory
 from finetune.facts import known_model, read_facts
@@ -71,9 +77,19 @@ def test_exit_0_when_a_verb_succeeds(tmp_path):
     assert "wrote run.yaml" in done.stdout and (tmp_path / "run.yaml").is_file()
 
 
-def test_exit_2_for_words_that_do_not_parse(tmp_path):
-    done = run("tarin", cwd=tmp_path)
-    assert done.returncode == 2 and "invalid choice" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["tarin"], "invalid choice: 'tarin'; did you mean 'train'?"),
+        (["quickstart", "--ouput", "x"], "unrecognized arguments: --ouput x; did you mean '--output'?"),
+        (["init", "--model", "5b", "--method", "lore"], "invalid choice: 'lore'; did you mean 'lora'?"),
+        (["train", "--config", "a", "--zzz"], "unrecognized arguments: --zzz\n"),
+    ],
+)
+def test_exit_2_for_words_that_do_not_parse(words, said, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert said in capsys.readouterr().err
 
 
 def test_exit_2_for_a_fault_of_the_user_from_any_folder(config_file, tmp_path):
@@ -221,6 +237,119 @@ def printing(verb: str, folder: Path, **streams: object) -> subprocess.Popen:
     words = {"train": ["--config", "run.yaml"], "cache": ["stats", "--dir", "."]}[verb]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([sys.executable, "-c", probe, verb, *words], cwd=folder, env=environment, **streams)
+
+
+PRINTS = (
+    "import os, sys, finetune.cli as cli\n"
+    "def verb(args):\n"
+    "    with open('file', 'w'): print('\u65e5\u672c \U0001f600'); sys.stderr.write('\u65e5'); os.write(1, b'x')\n"
+    "cli._VERBS[sys.argv[1]] = verb\n"
+    "sys.exit(cli.main([sys.argv[1], *sys.argv[2:]]))\n"
+)
+"""A verb that prints what not every encoding has while it has a file open."""
+
+
+def prints(verb: str, folder: Path, *, redirect: str = "", before: str = "", **environment: str) -> Any:
+    words = {"train": "--config run.yaml", "cache": "stats --dir ."}[verb]
+    command = f'{before} exec "$0" -c "$1" {verb} {words} {redirect}'
+    return subprocess.run(
+        ["sh", "-c", command, sys.executable, PRINTS],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("verb", ["train", "cache"])
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_no_encoding_ends_a_run(tmp_path, verb, encoding):
+    done = prints(verb, tmp_path, PYTHONIOENCODING=encoding)
+    expected = "\u65e5\u672c \U0001f600" if encoding == "utf-8" else "\\u65e5\\u672c \\U0001f600"
+    assert done.returncode == 0 and expected in done.stdout.decode(encoding), done.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "cache"])
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams_end_no_run_and_write_into_no_file(tmp_path, verb, closed):
+    done = prints(verb, tmp_path, redirect=closed)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_without_care_an_encoding_does_end_a_run_and_a_file_is_written_into(tmp_path, monkeypatch):
+    """The canary of the two above."""
+    monkeypatch.setattr(
+        sys.modules[__name__], "PRINTS", PRINTS.replace("sys.exit(", "cli.open_streams = int\nsys.exit(")
+    )
+    assert prints("train", tmp_path, PYTHONIOENCODING="latin-1").returncode == BUG
+    assert prints("cache", tmp_path, redirect=">&-").returncode == BUG
+    assert (tmp_path / "file").read_bytes() == b"x"
+
+
+def test_a_deleted_folder_is_said(tmp_path):
+    (tmp_path / "gone").mkdir()
+    done = prints("cache", tmp_path, before="cd gone; rmdir ../gone;")
+    assert done.returncode == USER_ERROR and b"the current folder is gone" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.EMFILE])
+def test_what_the_system_refuses_is_no_bug(trained, config_file, capsys, code):
+    trained(OSError(code, os.strerror(code), "/run/\x1b[2J"))
+    assert main(["train", "--config", str(config_file)]) == USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {os.strerror(code)}\n  where: /run/\\x1b[2J\n  fix: ") and "Traceback" not in said
+    trained(OSError(errno.ENOENT, "a file of ours"))
+    assert main(["train", "--config", str(config_file)]) == BUG
+
+
+def test_output_that_cannot_be_made_is_said(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(["init", "--model", "5b", "--output", str(tmp_path / "file" / "run.yaml")]) == USER_ERROR
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_every_module_is_imported_without_what_only_unix_has(tmp_path):
+    probe = (
+        "import importlib, os, pkgutil, signal, sys\n"
+        "for name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
+        "import torch\n"  # it has ways of its own
+        "for name in ('SIGUSR1', 'SIGHUP'): delattr(signal, name)\n"
+        "for name in ('sched_getaffinity', 'getuid'): delattr(os, name)\n"
+        "import finetune\n"
+        "found = [each.name for each in pkgutil.walk_packages(finetune.__path__, 'finetune.')]\n"
+        "for name in found:\n"
+        "    if not name.endswith('__main__'): importlib.import_module(name)\n"
+        "print(len(found))"
+    )
+    done = run(probe, cwd=tmp_path, program=("-c",))
+    assert done.returncode == 0 and int(done.stdout) > 150, done.stderr
+
+
+class Stream(io.StringIO):
+    def __init__(self, terminal: bool) -> None:
+        super().__init__()
+        self.isatty = lambda: terminal  # type: ignore[method-assign]
+
+
+def test_a_bar_is_one_on_a_terminal_only(monkeypatch):
+    from tqdm import tqdm
+
+    from finetune import progress
+
+    package = Path(progress.__file__).parent
+    users = {path.name for path in package.rglob("*.py") if "import tqdm" in path.read_text(encoding="utf-8")}
+    assert users == {"progress.py"}, "every bar is of one style"
+    monkeypatch.setattr(progress, "LINE_INTERVAL_S", 0.01)
+    for kind, terminal, drawn in ((progress.Bar, True, True), (progress.Bar, False, False), (tqdm, False, True)):
+        stream = Stream(terminal)
+        monkeypatch.setattr(sys, "stderr", stream)
+        for _ in kind(range(3), desc="clips"):
+            time.sleep(0.02)
+        assert ("\r" in stream.getvalue()) is drawn, "the last is the canary"
+        if kind is progress.Bar and not terminal:
+            assert stream.getvalue().splitlines()[0].startswith("clips: 1 of 3, ")
 
 
 @pytest.mark.parametrize("stderr_too", [False, True])
@@ -506,6 +635,66 @@ def test_every_verb_of_the_parser_is_wired():
     assert build_parser("train").parse_args(["--config", "a"]).verb == "train"
 
 
+def test_a_cache_that_is_not_there_is_said(tmp_path, capsys):
+    for action in ("stats", "verify", "gc"):
+        assert main(["cache", action, "--dir", str(tmp_path / "none")]) == USER_ERROR
+        assert "there is no cache" in capsys.readouterr().err
+    assert main(["cache", "stats", "--dir", str(tmp_path)]) == OK
+
+
+def test_a_stopped_training_ends_the_quickstart(tmp_path, monkeypatch, capsys):
+    from finetune import quickstart
+    from finetune.trainers.loop import TrainReport
+
+    stopped = TrainReport(tmp_path, 3, 9, tmp_path / "step-3", None, None, "SIGINT", None, 0.0)
+    monkeypatch.setattr(quickstart, "install_demo_model", lambda folder: None)
+    monkeypatch.setattr(quickstart, "write_clips", lambda folder, scenes: None)
+    monkeypatch.setattr(quickstart, "precompute", lambda config: types.SimpleNamespace(encoded={"latents": 1}))
+    monkeypatch.setattr(quickstart, "train", lambda config: stopped)
+    monkeypatch.setattr(quickstart, "export", lambda run: pytest.fail("it went on"))
+    assert main(["quickstart", "--output", str(tmp_path / "quick")]) == PREEMPTED
+    assert "The same command continues." in capsys.readouterr().out
+
+
+def test_every_command_that_is_printed_works_where_it_is_printed(tiny_model, demo_clips, tmp_path, monkeypatch, capfd):
+    """From ``init`` on, each ends with the one that follows; a file's header has them all."""
+    monkeypatch.chdir(tmp_path)
+    printed = []
+
+    def typed(line: str) -> str:
+        program, *words = shlex.split(line)
+        assert (program, main(words)) == ("finetune", OK), line
+        done = capfd.readouterr()
+        printed.append(done.out + done.err)
+        *_, last = [line for line in done.out.splitlines() if line.startswith("next: ")] or [""]
+        return last.removeprefix("next: ")
+
+    file = Path("my conf/r.yaml")
+    following = typed(
+        shlex.join(["finetune", "init", "--model", f"{tiny_model()}", "--data", f"{demo_clips}", "--output", f"{file}"])
+    )
+    text = file.read_text()
+    small = {"steps: 1500": "steps: 1", "holdout: 0.1": "holdout: 0", "rank: 128": "rank: 4"}
+    small |= {"mode: auto": "mode: auto\n  decode_workers: 0", "sample_every: 500": "sample_every: null"}
+    for before, after in small.items():
+        assert before in text
+        text = text.replace(before, after)
+    file.write_text(text)
+    commands = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   finetune")]
+    assert following == commands[0] and len(commands) == 4
+    for line, after in itertools.pairwise([*commands, ""]):
+        following = typed(line)
+        assert (
+            line.startswith("finetune check") or following == after or not after or after.startswith("finetune export")
+        )
+    assert "tensorboard --logdir" in printed[-2] and "measuring the base model" not in printed[-2]
+    assert "sampling" not in printed[-2]
+    assert following.startswith("finetune generate") and "my conf/runs/r/export" in following
+    done = run(*shlex.split(following)[1:], "--steps", "1", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and "\r" not in done.stdout, "a library's bar is in the pipe"
+    assert "wrote videos/sheet.png" in done.stdout and Path("videos/sheet.png").is_file()
+
+
 # ---------------------------------------------------------------------------------------------------------------- init
 
 
@@ -544,6 +733,16 @@ def test_init_keeps_any_path(tmp_path, name, monkeypatch):
     assert source.path == tmp_path / "data" / name
     assert main(["init", "--model", "5b", "--data", str(tmp_path / "data" / name), "--output", "abs.yaml"]) == OK
     assert load_config("abs.yaml").data.sources[0].path == tmp_path / "data" / name
+
+
+@pytest.mark.parametrize("card", ["24", "24GB", "24GiB", "24 gb", "24576MB"])
+def test_a_card_is_named_as_one_likes(tmp_path, card, capsys):
+    output = tmp_path / "run.yaml"
+    assert main(["init", "--model", "5b", "--card", card, "--output", str(output)]) == OK
+    header = " ".join(output.read_text().replace("#", "").split())
+    assert "for a card of 24 GB" in header and "A card of 24 GB has 22.8." in header
+    assert main(["init", "--model", "5b", "--card", "big", "--output", str(output), "--force"]) == USER_ERROR
+    assert "--card big" in capsys.readouterr().err
 
 
 def test_init_replaces_nothing_unasked(tmp_path, capsys):

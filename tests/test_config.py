@@ -444,6 +444,39 @@ def test_nested_aliases_do_not_explode(write):
     assert "more than 10000 values" in fault(write("\n".join(lines)))
 
 
+@pytest.mark.parametrize(
+    ("assignments", "said"),
+    [
+        (["data.sources=clips"], "'sources' is 'clips': should be a list, in brackets"),
+        (["data.sources={path: clips}"], "'sources' is a mapping: should be a list"),
+        (["validation.samples=[a]"], "'samples.0' is 'a': should be a mapping of fields"),
+        (["optimizer.betas=0.9"], "'betas' is 0.9: should be a list"),
+        (["train.steps=ten"], "'steps' is 'ten': should be a whole number"),
+        (["train.steps=1.5"], "'steps' is 1.5: should be a whole number"),
+        (["optimizer.lr=much"], "'lr' is 'much': should be a number"),
+        (["memory.budget=[1]"], "'budget' is a list: should be text"),
+        (["tracking.kind=wandb"], "'kind' is 'wandb', which is not possible\n  where: --set tracking.kind=wandb"),
+        (["train.epochs=3"], "run.yaml:9:3 (train.steps), --set train.epochs=3 (train.epochs)"),
+        (["train.steps=4", "train.epochs=3"], "--set train.steps=4 (train.steps), --set train.epochs=3"),
+    ],
+)
+def test_faults_are_said_in_plain_words(write, assignments, said):
+    message = fault(write(), assignments)
+    assert said in message and "tuple" not in message and "pydantic" not in message
+
+
+def test_one_bucket_needs_no_brackets(write):
+    path = write()
+    expected = load_config(path, ["data.buckets=[9x64x64]"]).data.buckets
+    assert load_config(path, ["data.buckets=9x64x64"]).data.buckets == expected
+    assert "'buckets.0'" in fault(path, ["data.buckets=9x64"]) or "bucket" in fault(path, ["data.buckets=9x64"])
+
+
+def test_the_length_of_a_run_is_changed_from_steps_to_epochs(write):
+    train = load_config(write(), ["train.steps=null", "train.epochs=3"]).train
+    assert (train.steps, train.epochs) == (None, 3)
+
+
 def test_a_missing_file_a_folder_and_bytes(tmp_path):
     assert "there is no configuration file" in fault(tmp_path / "none.yaml")
     assert "a folder" in fault(tmp_path)
@@ -565,7 +598,7 @@ def test_several_models_in_one_plain_union_are_one_fault():
         validate(Holder, Document.of({"where": "a", "points": {"p": {"x": "y", "z": 1}}}, "file"))
     message = str(caught.value)
     assert message.startswith("3 faults")
-    assert "where is 'a': should be a valid integer" in message and "; or should be a valid list" in message
+    assert "where is 'a': should be a whole number" in message and "; or should be a list" in message
     assert "(points.p.x)" in message and "(points.p.z)" in message
 
 

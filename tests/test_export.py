@@ -586,10 +586,12 @@ def test_a_run_without_history_still_has_a_card(tiny_model, tmp_path):
 def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, variant, method, full_pipeline):
     from PIL import Image
 
+    """Where ``finetune export`` was typed, with the folder named as it was there."""
     run = make_run(tmp_path, tiny_model(variant), method, validation={"num_inference_steps": 1})
-    folder = export(run, full_pipeline=full_pipeline).folder
+    monkeypatch.chdir(tmp_path)
+    folder = export(run.relative_to(tmp_path), full_pipeline=full_pipeline).folder
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(run)
+    assert f"'{run.name}/export'" in code
     Image.new("RGB", (64, 64), (200, 0, 0)).save("first_frame.png")
     exec(code, {})
     assert Path("video.mp4").stat().st_size > 0
@@ -598,11 +600,13 @@ def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, va
 def test_the_card_s_command_is_one(tiny_model, tmp_path):
     for variant, method in (("5b", LORA), ("1.5-5b-i2v", FULL)):
         run = make_run(tmp_path / variant, tiny_model(variant), method, data={"trigger": "r1ng's"})
-        line = (export(run).folder / "README.md").read_text().split("```bash\n")[1].split("\n")[0]
+        report = export(run)
+        line = (report.folder / "README.md").read_text().split("```bash\n")[1].split("\n")[0]
         program, *words = shlex.split(line)
         arguments = build_parser().parse_args(words)
         assert (program, arguments.verb, arguments.prompt) == ("finetune", "generate", ["r1ng's"])
-        assert (arguments.adapter, arguments.transformer) in ((["export"], None), ([], Path("export")))
+        assert (arguments.adapter, arguments.transformer) in (([str(report.folder)], None), ([], report.folder))
+        assert report.command == line
 
 
 def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):

@@ -286,7 +286,7 @@ def test_a_merged_export_says_what_it_is(tiny_model, tmp_path):
     card = (report.folder / "README.md").read_text()
     assert f"LoRA of `{model.name}`" in card
     assert "the adapter is merged into the base at strength 0.8" in card and "strength 0.8" in str(report)
-    assert "load_lora_weights" not in card and "--adapter" not in card and "--transformer merged" in card
+    assert "load_lora_weights" not in card and "--adapter" not in card and f"--transformer {report.folder}" in card
     assert "\n- lora\n" not in card and "\n- lora-merged\n" in card
     record = json.loads((report.folder / TRAINING_RECORD).read_text())
     assert record["merged"] == {"strength": 0.8, "rounding": 0.0} and record["kind"] == "lora"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import re
 import subprocess
@@ -26,7 +27,7 @@ from finetune.planning.ahead import Job, beside
 from finetune.planning.beside import Forecaster
 from finetune.planning.cost import step_cost
 from finetune.planning.predict import facts_of
-from finetune.planning.rates import DEFAULTS
+from finetune.planning.rates import DEFAULTS, keep
 from finetune.planning.rehearse import rehearse
 from finetune.planning.store import is_stored, rehearsed
 from finetune.recipes import RECIPES
@@ -57,7 +58,34 @@ def test_a_table_from_json_files_alone(config_file: Path, capsys: pytest.Capture
     assert main(["plan", "--config", str(config_file), "--card", "24GiB"]) == OK
     said = capsys.readouterr().out
     assert "predicted, not measured" in said and "T5 pass" in said and "training" in said
-    assert "a card of 24.0 GiB has" in said and "published or assumed" in said
+    assert re.search(r"a card of 24 GB, 2\d\.\d\d GiB of it for tensors, has", said)
+    assert said.endswith(f"--config {config_file}\n")
+    assert "published or assumed" in said
+
+
+def test_it_says_what_it_is_at(config_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    """On standard error, from before torch is loaded on; the document for programs stays one."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main(["plan", "--config", str(config_file), "--json"]) == OK
+    printed = capsys.readouterr()
+    first, *lines = printed.err.splitlines()
+    assert first.startswith(f"planning {config_file}") and "rehearsing: training" in lines
+    assert json.loads(printed.out)["s_per_step"] > 0
+    assert not logging.getLogger("finetune.planning").handlers, "what was heard is heard no longer"
+
+
+def test_seconds_are_those_of_the_device_that_was_named(config_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for unknown in ("3060", "NVIDIA RTX A1000", "A100X"):
+        assert main(["plan", "--config", str(config_file), "--device", unknown]) == OK
+        said = capsys.readouterr().out
+        assert f"time: nothing is known of {unknown}, only of H100, H200, A100, 4090" in said and "s/step" not in said
+    monkeypatch.setattr("finetune.planning.command.device_here", lambda: "NVIDIA GeForce RTX 3060")
+    assert main(["plan", "--config", str(config_file)]) == OK
+    assert "time: nothing is known of NVIDIA GeForce RTX 3060" in capsys.readouterr().out
+    keep(DEFAULTS["4090"].model_copy(update={"device": "NVIDIA GeForce RTX 3060", "source": "measured"}))
+    assert main(["plan", "--config", str(config_file), "--device", "NVIDIA GeForce RTX 3060"]) == OK
+    assert "s/step on NVIDIA GeForce RTX 3060, from rates measured" in capsys.readouterr().out
 
 
 def test_a_card_that_is_too_small_is_2(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,11 +156,13 @@ def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.Capture
     asked = ["plan", "--config", str(config_file), "--budget", "24GiB", "--device", "3090"]
     assert main(asked) == OK
     said = capsys.readouterr().out
-    assert "an A100, because nothing is known of 3090" in said
+    assert "times compared on an A100, because nothing is known of 3090" in said
+    assert "s/step" not in said and "1.00" in said, "how plans compare is known, and no seconds"
     rows = [line for line in said.splitlines() if "fits, too" in line]
     assert said.count("<- chosen") == 1 and 1 <= len(rows) <= 3
     assert main([*asked, "--json"]) == OK
     found = json.loads(capsys.readouterr().out)["search"]
+    assert all(plan["s_per_step"] is None for plan in found["others"])
     assert found["quantised_unasked"] is False and len(found["others"]) >= len(rows)
     assert main(["plan", "--config", str(config_file), "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["search"] is None

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from finetune.caching.encode import untiled_bytes
@@ -794,14 +795,24 @@ def test_predicted_beside_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "nbytes"), [("24GiB", 24 * GIB), ("24", 24 * GIB), ("1.5 gb", 1_500_000_000), ("800 MiB", 800 * 2**20)]
+    ("written", "nbytes"),
+    [
+        *((name, 24 * GIB) for name in ("24GiB", "24GB", "24", "24 gb", "24.0", "24G")),
+        ("1.5 gb", 3 * GIB // 2),
+        ("800 MiB", 800 * 2**20),
+        ("800MB", 800 * 2**20),
+        ("1TB", 1024 * GIB),
+    ],
 )
 def test_amounts_of_memory(written: str, nbytes: int) -> None:
+    """A card of "24 GB" has 24 GiB, however it is written; the configuration reads it alike."""
+    number = yaml.safe_load(written)
+    assert MemoryConfig.model_validate({"kind": "auto", "budget": number}).budget == str(number)
     assert parse_bytes(written) == nbytes
     assert math.isclose(usable(nbytes), nbytes - OVERHEAD_GIB * GIB, abs_tol=1)
 
 
-@pytest.mark.parametrize("written", ["", "much", "-3", "0", "24 parsecs"])
+@pytest.mark.parametrize("written", ["", "much", "-3", "0", "24 parsecs", "nan", "9" * 400, "1e3"])
 def test_other_words_are_no_amounts(written: str) -> None:
     with pytest.raises(ValueError, match="memory"):
         parse_bytes(written)

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (
         ("types",),
         ("errors", "text"),
+        ("progress",),
         ("section",),
         ("files", "tensorfiles", "seals"),
         ("leases",),
@@ -121,7 +122,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "trainers.validator",
         ),
     ),
-    (("", "__main__", "cli", "arguments", "quickstart"),),
+    (("", "__main__", "cli", "arguments", "console", "quickstart"),),
 )
 """From the bottom up: layers of rooms. A room is one or a few modules or packages that belong together; they may import
 each other, and any lower room. The empty name is ``finetune/__init__.py``."""

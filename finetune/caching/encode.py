@@ -6,11 +6,10 @@ Every item is written as soon as it is encoded, so a process that is killed lose
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 
@@ -22,6 +21,7 @@ from finetune.facts import Facts
 from finetune.files import digest_of
 from finetune.memory.quantize import TextEncoder
 from finetune.memory.text_encoder import stream_text, text_placement
+from finetune.progress import Bar
 from finetune.streams import stream
 from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
 
@@ -34,8 +34,6 @@ on the real VAE in fake tensors, with the clip's own pixels, it takes 6.5 GiB fo
 81x768x1360. That is 20.1 and 24.6 kB per pixel, and depends little on the length: eight or nine frames go through at a
 time. The rest is for what convolutions allocate inside and for fragmentation. So 480x720 is tiled below 9.7 GiB free,
 768x1360 below 29.2 GiB; in tiles they take 1.9 and 3.2 GiB."""
-
-_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ def encode_clips(
         decoded = pool.decode_many(
             DecodeJob(number, job.video, job.probe, job.plan, job.image) for number, job in enumerate(jobs)
         )
-        for found, clip in _tracked(decoded, len(jobs), "clips", progress):
+        for found, clip in Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress):
             job = jobs[found.key]
             try:
                 if isinstance(clip, DataError):
@@ -236,7 +234,7 @@ def encode_captions(
     tokenizer, encoder = load_text(model, device=start, placement=text_placement(text_encoder))
     if text_encoder == "streamed":
         stream_text(encoder, device)
-    with _bar(len(jobs), "captions", progress) as bar:
+    with Bar(total=len(jobs), desc="encoding captions", disable=not progress) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             texts = [job.text for job in batch]
@@ -266,18 +264,3 @@ def release_memory() -> None:
         empty_host = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
         if empty_host is not None:  # the first in torch 2.13, the second in 2.11
             empty_host()
-
-
-def _bar(total: int, unit: str, progress: bool) -> Any:
-    from tqdm import tqdm
-
-    # A log file gets a line every ten seconds instead of ten a second.
-    interval_s = 0.1 if sys.stderr.isatty() else 10.0
-    return tqdm(total=total, desc=f"encoding {unit}", unit=f" {unit}", disable=not progress, mininterval=interval_s)
-
-
-def _tracked(items: Iterable[_Item], total: int, unit: str, progress: bool) -> Iterator[_Item]:
-    with _bar(total, unit, progress) as bar:
-        for item in items:
-            yield item
-            bar.update(1)

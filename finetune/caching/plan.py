@@ -26,6 +26,7 @@ from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts, resolve_pretrained
 from finetune.files import digest_of, human_size, require_space
 from finetune.holdout import choose_holdout
+from finetune.progress import Bar
 from finetune.types import Bucket
 
 _HASHING_THREADS = 4
@@ -220,7 +221,6 @@ def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[P
     Raises:
         DataError: listing every file that cannot be read.
     """
-    from tqdm import tqdm
 
     def stamp(path: Path) -> FileStamp | DataError:
         try:
@@ -231,7 +231,7 @@ def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[P
     ordered = sorted(paths)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
         found = pool.map(stamp, ordered)
-        bar = tqdm(found, total=len(ordered), desc="digests", unit=" files", disable=not progress, leave=False)
+        bar = Bar(found, total=len(ordered), desc="reading files", disable=not progress)
         stamps = dict(zip(ordered, bar, strict=True))
     errors = [one for one in stamps.values() if isinstance(one, DataError)]
     raise_all(DataError, errors, what="{n} files cannot be read")

@@ -18,6 +18,7 @@ from finetune.datasets.video import DecodePool
 from finetune.errors import DataError, raise_all
 from finetune.facts import Facts
 from finetune.geometry import plan_clips, plan_notes
+from finetune.progress import Bar
 from finetune.types import Bucket, ClipPlan, Sample, VideoProbe
 
 TOO_SHORT = "too short"
@@ -150,8 +151,6 @@ def _with_sound_images(
 
     Validation images are read too. Each image is decoded, once for every size it is cut to, as it will be encoded.
     """
-    from tqdm import tqdm
-
     if not facts.image_to_video:
         return clips
     wanted = {(clip.sample.image, clip.plan.bucket) for clip in clips if clip.sample.image is not None}
@@ -161,7 +160,7 @@ def _with_sound_images(
     jobs = sorted(wanted | {(image, sample_bucket(config)) for image in shown}, key=str)
     with DecodePool(workers_for(config, len(jobs))) as pool:
         found = pool.load_images(jobs)
-        bar = tqdm(found, total=len(jobs), desc="images", unit=" images", disable=not progress, leave=False)
+        bar = Bar(found, total=len(jobs), desc="reading images", disable=not progress)
         faults = {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
     for path in sorted(shown):
         if fault := faults.get((path, sample_bucket(config))):
@@ -183,12 +182,10 @@ def _with_sound_images(
 
 
 def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
-    from tqdm import tqdm
-
     paths = sorted(videos)
     with DecodePool(workers_for(config, len(paths))) as pool:
         found = pool.probe_many(paths)
-        return dict(tqdm(found, total=len(paths), desc="headers", unit=" videos", disable=not progress, leave=False))
+        return dict(Bar(found, total=len(paths), desc="reading headers of videos", disable=not progress))
 
 
 def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -64,7 +65,8 @@ def explain(kind: type[BaseModel], error: ValidationError, document: Document) -
             alternatives.setdefault(spot.path, []).append(details)
         else:
             path = (*spot.path, "kind") if details["type"].startswith("union_tag") else spot.path
-            faults.append((path, _fault(kind, spot, details, document.place(path))))
+            where = _fields_named(details, document) or document.place(path)
+            faults.append((path, _fault(kind, spot, details, where)))
     for path, refused in alternatives.items():
         wants = "; or ".join(dict.fromkeys(_wants(details) for details in refused))
         shown = document.value(path)
@@ -76,6 +78,15 @@ def explain(kind: type[BaseModel], error: ValidationError, document: Document) -
         return order.get(next(written, ()), len(order))  # a missing section stands nowhere: it comes last
 
     return [fault for _, fault in sorted(faults, key=lambda item: position(item[0]))]
+
+
+def _fields_named(details: ErrorDetails, document: Document) -> str:
+    """The places of those fields that a fault of several of them names, as far as they are written; else empty."""
+    if details["type"] != "value_error":
+        return ""
+    names = dict.fromkeys(re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", details["msg"][:_MOST_SHOWN]))
+    written = {name: document.places.get(tuple(name.split("."))) for name in names}
+    return ", ".join(f"{place} ({name})" for name, place in written.items() if place)
 
 
 def _is_inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
@@ -150,7 +161,7 @@ def _kinds(member: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str) -> ConfigError:
-    name = f"{spot.path[-1]!s:.60}" if spot.path else ""
+    name = _dotted(spot.path[-2:] if spot.path and isinstance(spot.path[-1], int) else spot.path[-1:])
     match details["type"]:
         case "extra_forbidden":
             return _unknown(root, spot, name, where)
@@ -169,7 +180,8 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
         case "literal_error":
             expected = str(details["ctx"]["expected"])
             known = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
-            what = f"'{name}' is {_quoted(details['input'])}{did_you_mean(str(details['input']), known)}"
+            near = did_you_mean(str(details["input"]), known)
+            what = f"'{name}' is {_quoted(details['input'])}, which is not possible{near}"
             return ConfigError(what, where=where, fix=f"use one of {', '.join(known)}")
         case "string_type" if isinstance(details["input"], int | float):
             return ConfigError(
@@ -180,16 +192,26 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
         case "value_error" | "assertion_error":
             return ConfigError(f"{details['ctx']['error']!s:.{_MOST_SHOWN}}", where=where)
     given = details["input"]
-    shown = type(given).__name__ if isinstance(given, Mapping | list | BaseModel) else _quoted(given)
+    shown = "a list" if isinstance(given, list | tuple) else _quoted(given)
+    shown = "a mapping" if isinstance(given, Mapping | BaseModel) else shown
     return ConfigError(f"'{name}' is {'empty' if given is None else shown}: {_wants(details)}", where=where)
+
+
+_PLAIN_WORDS: Mapping[str, str] = {
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "should be a mapping of fields"),
+    **dict.fromkeys(("tuple_type", "list_type"), "should be a list, in brackets: [first, second]"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "should be a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "should be a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "should be true or false"),
+    "string_type": "should be text",
+    "path_type": "should be a path",
+}
+"""By pydantic's kind of error: what is wanted, where its own words are those of a programmer."""
 
 
 def _wants(details: ErrorDetails) -> str:
     message = details["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
-        message = "should be a mapping of fields"
-    elif details["type"] == "path_type":
-        message = "should be a path"
+    message = _PLAIN_WORDS.get(details["type"], message)
     return message[0].lower() + message[1:]
 
 

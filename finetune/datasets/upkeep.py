@@ -16,6 +16,7 @@ from finetune.datasets.manifest import KINDS, DamagedManifestError, Kind, Manife
 from finetune.datasets.sealed import move_aside
 from finetune.errors import CacheError
 from finetune.files import disk_fix, human_size
+from finetune.progress import Bar
 
 if TYPE_CHECKING:
     from finetune.datasets.cache import Cache
@@ -103,14 +104,12 @@ def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> Ver
     Raises:
         CacheError: if a manifest is of a newer format, or what is damaged cannot be deleted.
     """
-    from tqdm import tqdm
-
     damaged: list[Damage] = []
     checked, size = 0, 0
     # A collection that is under way would make entries look missing.
     with jobs.take_part(cache.root, "verify") if cache.root.is_dir() else nullcontext():
         paths = [(kind, path) for kind in KINDS for path in sorted(cache.entries(kind))]
-        for kind, path in tqdm(paths, desc="verify", unit=" entries", disable=not progress):
+        for kind, path in Bar(paths, desc="verifying entries", disable=not progress):
             try:
                 content = path.read_bytes()
                 reason = fault_of(content, kind, path.stem)

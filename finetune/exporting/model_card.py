@@ -118,7 +118,7 @@ def model_card(
         "## Use\n\n"
         + _fenced("python", usage(found, facts, name=name, adapter=adapter, full_pipeline=full_pipeline))
         + "\n\nor, with the package that trained it:\n\n"
-        + _fenced("bash", _command(found, facts, name, adapter=adapter)),
+        + _fenced("bash", command(found, facts, name, adapter=adapter)),
         "## Training data\n\n" + _data(found),
         "## Settings\n\n" + _settings(found, facts),
         "## Held-out loss\n\n" + _heldout(found, merged),
@@ -157,14 +157,14 @@ def _method_tags(found: Source, *, adapter: bool) -> list[str]:
 
 
 def usage(found: Source, facts: Facts, *, name: str, adapter: bool, full_pipeline: bool) -> str:
-    """Python that loads the export and samples a video; it runs as it stands where the export's folder is.
+    """Python that loads the export and samples a video; it runs as it stands where the export was made.
 
     A base model that is a folder is named by its whole path here, or it would not run.
     """
     config = found.config
     pipeline = "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline"
     dtype = str(config.model.torch_dtype())
-    base = repr(found.trained_on)
+    base = repr(_base(found))
     if found.revision is not None:  # the branch may have moved by the time this is read
         base += f", revision={found.revision!r}"
     bucket = config.data.buckets[0]
@@ -214,8 +214,14 @@ def usage(found: Source, facts: Facts, *, name: str, adapter: bool, full_pipelin
     return "\n".join(lines) + "\n"
 
 
-def _command(found: Source, facts: Facts, name: str, *, adapter: bool) -> str:
-    words = ["finetune", "generate", "--model", found.trained_on, "--adapter" if adapter else "--transformer", name]
+def _base(found: Source) -> str:
+    """The base model where it is now, unless everybody finds it where it was."""
+    return found.trained_on if _is_hub_id(found.trained_on) else found.config.model.pretrained
+
+
+def command(found: Source, facts: Facts, name: str, *, adapter: bool) -> str:
+    """The command that samples with the export ``name``."""
+    words = ["finetune", "generate", "--model", _base(found), "--adapter" if adapter else "--transformer", name]
     words += ["--revision", found.revision] if found.revision is not None else []
     words += ["--image", "first_frame.png"] if facts.image_to_video else []
     return shlex.join([*words, "--prompt", _example_caption(found)])

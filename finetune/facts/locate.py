@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from finetune.errors import ModelError
+from finetune.progress import Bar
 
 MODEL_INDEX = "model_index.json"
 """The file that makes a folder a diffusers pipeline."""
@@ -173,7 +174,7 @@ def _from_hub(repo: str, revision: str | None, patterns: list[str]) -> Path:
     bases = errors.HfHubHTTPError.__bases__
     connection: tuple[type[Exception], ...] = (OSError, *(base for base in bases if issubclass(base, Exception)))
     try:
-        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns, tqdm_class=Bar))
     except errors.GatedRepoError:
         what, fix = "the model asks for its licence to be accepted", "accept it on its page, then run `hf auth login`"
     except errors.RepositoryNotFoundError:

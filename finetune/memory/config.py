@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -53,9 +53,9 @@ class MemoryConfig(Strict):
     """``auto`` has the planner choose the fastest techniques that fit ``budget``, when the run begins; the run's
     ``config.yaml`` records what it chose. ``manual`` takes the following as they stand."""
     budget: str | None = None
-    """With ``auto``: memory of the card to plan for, such as ``12GiB``; null for the card that trains."""
+    """With ``auto``: memory of the card to plan for, such as ``12GB``; null for the card that trains."""
     ram: str | None = None
-    """With ``auto``: host memory that the plan may take, such as ``32GiB``; null for any amount."""
+    """With ``auto``: host memory that the plan may take, such as ``32GB``; null for any amount."""
     quantize: bool = False
     """With ``auto``: choose a ``base`` in fewer bits also where that is faster, not only where nothing else fits."""
     checkpointing: Checkpointing = "full"
@@ -92,10 +92,12 @@ class MemoryConfig(Strict):
     """Most clips of a micro-batch that go through the model together; null for all of them. The step's gradient is the
     same sum over the same clips; its last digits, and LoRA's dropout masks, are others."""
 
-    @field_validator("budget", "ram")
+    @field_validator("budget", "ram", mode="before")
     @classmethod
-    def _amounts(cls, value: str | None) -> str | None:
-        if value is not None:
+    def _amounts(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            value = str(value)  # `budget: 24` is what people write
+        if isinstance(value, str):
             parse_bytes(value)
         return value
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.cards import GIB, parse_bytes, to_gib, usable
+from finetune.cards import GIB, amount, to_gib, usable
 from finetune.config import RunConfig, memory_errors, memory_traits, require_valid
 from finetune.errors import ConfigError, raise_all
 from finetune.files import require_writable
@@ -19,7 +19,7 @@ from finetune.planning.card import beside_tensors, card_here, device_here, held_
 from finetune.planning.cost import step_cost
 from finetune.planning.plot import draw
 from finetune.planning.predict import facts_of, predict
-from finetune.planning.rates import OTHER, Rates, calibration_file, keep, rates_of
+from finetune.planning.rates import OF_ANOTHER, OTHER, Rates, calibration_file, keep, known_devices, rates_of
 from finetune.planning.report import document, table, text, verdict
 from finetune.planning.resolve import resolve
 from finetune.planning.search import Found, Plan
@@ -32,6 +32,8 @@ class Planned:
 
     text: str
     fits: bool | None
+    chosen: bool = False
+    """Whether it chose a memory section that the file does not have."""
 
 
 def plan(
@@ -51,10 +53,10 @@ def plan(
 
     Args:
         config: of the run.
-        card: memory of the GPU, such as ``24GiB``; None for the one that is here, if any.
+        card: memory of the GPU, such as ``24GB``; None for the one that is here, if any.
         ram: host memory that the run may take.
         budget: search for the fastest memory section within this much GPU memory.
-        device: name of the GPU whose rates the search reckons with; None for the one that is here, or an A100's.
+        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
         processes: how many train a whole model each (DDP); the figures are of one of them.
         quantize: whether the search may quantise the base to be faster.
         plot: a PNG to draw the training step's curve into.
@@ -71,20 +73,21 @@ def plan(
         _require_drawable(plot)
     if processes < 1:
         raise ConfigError("a run has at least one process", where=f"--processes {processes}")
-    if config.memory.kind == "auto":  # what the file asks for, where the command does not
+    automatic = config.memory.kind == "auto"
+    if automatic:  # what the file asks for, where the command does not
         budget, ram = budget or config.memory.budget or card, ram or config.memory.ram
         quantize = quantize or config.memory.quantize
         if budget is None and card_here() is None:
             where = config.where("memory")
-            raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GiB")
-    asked_bytes = _amount("--budget", budget) or _amount("--card", card)
+            raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GB")
+    asked_bytes = amount("--budget", budget) or amount("--card", card)
     card_bytes = asked_bytes or card_here()
-    ram_bytes = _amount("--ram", ram)
+    ram_bytes = amount("--ram", ram)
     rates = rates_of(device or device_here())
     held = held_note() if asked_bytes is None else ""
     lines = [f"{held}: planned for the rest", ""] if held else []
     found: Found | None = None
-    if card_bytes is not None and (budget is not None or config.memory.kind == "auto"):
+    if card_bytes is not None and (budget is not None or automatic):
         config, found = resolve(
             config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize, processes=processes
         )
@@ -99,21 +102,25 @@ def plan(
     judged = verdict(rehearsal, card_bytes, ram_bytes, beside=beside)
     if plot is not None:
         draw(rehearsal.phase("train"), _title(config, rehearsal.bucket), plot, card_bytes=card_bytes)
-    step_s = step_cost(config, facts, config.memory, rates).step_s
+    step_s = None if rates.source == OF_ANOTHER else step_cost(config, facts, config.memory, rates).step_s
     if as_json:
         content: dict[str, Any] = document(rehearsal, judged) | {
             "processes": processes,
             "memory": config.memory.model_dump(mode="json"),
             "s_per_step": step_s,
             "rates": rates.model_dump(mode="json"),
-            "search": None if found is None else _searched(found),
+            "search": None if found is None else _searched(found, rates),
         }
         return Planned(json.dumps(content, indent=1), judged.fits)
     lines.append(text(config, rehearsal, judged, processes=processes))
-    lines.append(f"time: about {step_s:.2f} s/step on {_rates_in_words(rates)}")
+    if step_s is None:
+        known = ", ".join(known_devices())
+        lines.append(f"time: nothing is known of {rates.device}, only of {known} (finetune calibrate measures a GPU)")
+    else:
+        lines.append(f"time: about {step_s:.2f} s/step on {_rates_in_words(rates)}")
     if plot is not None:
         lines.append(f"drawn: {plot}")
-    return Planned("\n".join(lines), judged.fits)
+    return Planned("\n".join(lines), judged.fits, chosen=found is not None and not automatic)
 
 
 def _require_drawable(plot: Path) -> None:
@@ -141,15 +148,18 @@ def search_lines(
     lines += ["", *found.notes] if found.notes else []
     fitting = [plan for plan in found.others if plan.fits(card_bytes, ram_bytes, processes)]
     larger = [plan for plan in found.others if plan not in fitting]
-    rows = [_row(found.best, "<- chosen"), *(_row(plan, "fits, too") for plan in fitting[:3])]
-    rows += [_row(plan, _lacks(plan, usable(card_bytes, processes), ram_bytes)) for plan in larger[:3]]
-    lines += ["", f"beside it, with seconds for {_rates_in_words(rates)}:"]
-    return lines + list(table(("s/step", "GiB", "host GiB", "", "memory section"), rows))
+    known = rates.source != OF_ANOTHER
+    unit_s = 1.0 if known else found.best.step_s  # how two plans compare is much the same on every card
+    judged = [(found.best, "<- chosen"), *((plan, "fits, too") for plan in fitting[:3])]
+    judged += [(plan, _lacks(plan, usable(card_bytes, processes), ram_bytes)) for plan in larger[:3]]
+    lines += ["", f"beside it, with {'seconds for' if known else 'times compared on'} {_rates_in_words(rates)}:"]
+    head = ("s/step" if known else "time", "GiB", "host GiB", "", "memory section")
+    return lines + list(table(head, (_row(plan, words, unit_s) for plan, words in judged)))
 
 
-def _row(plan: Plan, judged: str) -> tuple[str, str, str, str, str]:
+def _row(plan: Plan, judged: str, unit_s: float) -> tuple[str, str, str, str, str]:
     said = ", ".join(f"{name}: {value}" for name, value in _differences(plan.memory).items()) or "defaults"
-    return f"{plan.step_s:.2f}", f"{plan.peak_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.1f}", judged, said
+    return f"{plan.step_s / unit_s:.2f}", f"{plan.peak_bytes / GIB:.2f}", f"{plan.host_bytes / GIB:.1f}", judged, said
 
 
 def _lacks(plan: Plan, room: int, ram_bytes: int | None) -> str:
@@ -159,10 +169,11 @@ def _lacks(plan: Plan, room: int, ram_bytes: int | None) -> str:
     return f"{to_gib(plan.host_bytes - (ram_bytes or 0))} of host memory short"
 
 
-def _searched(found: Found) -> dict[str, Any]:
+def _searched(found: Found, rates: Rates) -> dict[str, Any]:
     def told(plan: Plan) -> dict[str, Any]:
         memory = plan.memory.model_dump(mode="json")
-        return {"memory": memory, "s_per_step": plan.step_s, "peaks": dict(plan.peaks), "host_bytes": plan.host_bytes}
+        step_s = None if rates.source == OF_ANOTHER else plan.step_s
+        return {"memory": memory, "s_per_step": step_s, "peaks": dict(plan.peaks), "host_bytes": plan.host_bytes}
 
     others = [told(plan) for plan in found.others]
     return {"others": others, "quantised_unasked": found.quantised_unasked, "notes": list(found.notes)}
@@ -204,7 +215,7 @@ def run_calibration(seconds: float) -> str:
 def _rates_in_words(rates: Rates) -> str:
     if rates.source == "measured":
         return f"{rates.device}, from rates measured on it"
-    if rates.source == "of another card":
+    if rates.source == OF_ANOTHER:
         return f"an {OTHER}, because nothing is known of {rates.device} (finetune calibrate measures it)"
     return f"{rates.device}, from published or assumed rates (finetune calibrate measures them)"
 
@@ -214,10 +225,3 @@ def _title(config: RunConfig, bucket: str) -> str:
     method = config.method
     how = f"LoRA of rank {method.rank}" if method.kind == "lora" else "full fine-tuning"
     return f"{name}, {how}, {bucket}, batch size {config.train.batch_size}: one training step"
-
-
-def _amount(option: str, value: str | None) -> int | None:
-    try:
-        return None if value is None else parse_bytes(value)
-    except ValueError as error:
-        raise ConfigError(str(error), where=f"{option} {value}") from None

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import Field, ValidationError
 
@@ -76,6 +76,18 @@ OTHER = "A100"
 """Whose rates a card is given that is none of these: orders of plans then still mean something, seconds do not."""
 
 
+OF_ANOTHER: Final = "of another card"
+
+
+def known_devices() -> list[str]:
+    """What ``rates_of`` has rates of its own for: kinds of cards, and names of devices that were calibrated here."""
+    measured = []
+    for path in sorted(calibration_file("any").parent.glob("*.json")):
+        with contextlib.suppress(OSError, ValidationError):
+            measured.append(Rates.model_validate_json(path.read_bytes()).device)
+    return [*DEFAULTS, *measured]
+
+
 def rates_of(device: str) -> Rates:
     """Measured rates of a device where it was calibrated, else its kind's.
 
@@ -87,7 +99,7 @@ def rates_of(device: str) -> Rates:
     for part, rates in DEFAULTS.items():
         if re.search(rf"\b{part}\b", device, re.IGNORECASE):
             return rates.model_copy(update={"device": device})
-    return DEFAULTS[OTHER].model_copy(update={"device": device, "source": "of another card"})
+    return DEFAULTS[OTHER].model_copy(update={"device": device, "source": OF_ANOTHER})
 
 
 def calibration_file(device: str) -> Path:

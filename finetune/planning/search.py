@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from finetune.planning.cost import BYTES, step_cost
 from finetune.planning.names import PhaseName
 from finetune.planning.predict import facts_of, peaks
 from finetune.planning.rates import Rates
+
+_log = logging.getLogger(__name__)
 
 QUANTISED = ("fp8", "int8", "nf4")
 """Bases that change the model, from the least to the most."""
@@ -148,6 +151,7 @@ class Finder:
     def plan(self, memory: MemoryConfig) -> Plan:
         """A memory section with its predicted peak."""
         if memory not in self._plans:
+            _log.info("looking at memory plan %d: %s", len(self._plans) + 1, _in_words(memory))
             found = peaks(self._config.model_copy(update={"memory": memory}), processes=self._processes)
             host = max(phase.pinned + phase.pageable for phase in found.values())
             by_phase = tuple((name, phase.nbytes) for name, phase in found.items())
@@ -245,6 +249,11 @@ class Finder:
         without = plain.model_copy(update=needs)
         after = _estimate_of(self.plan(without.model_copy(update={option: value})))
         return after.plus(_estimate_of(self.plan(without)), -1.0)
+
+
+def _in_words(memory: MemoryConfig) -> str:
+    chosen = _chosen(memory) | ({"streamed_blocks": memory.streamed_blocks} if memory.streams else {})
+    return ", ".join(f"{name}: {value}" for name, value in chosen.items()) or "defaults"
 
 
 def _estimate_of(plan: Plan) -> _Estimate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import logging
 import os
 from collections.abc import Collection
 from functools import cache
@@ -18,6 +19,7 @@ from finetune.planning.names import PHASES, PhaseName
 from finetune.planning.parts import Part
 from finetune.planning.rehearse import Rehearsal, rehearse
 
+_log = logging.getLogger(__name__)
 _PHASES = TypeAdapter(tuple[Phase, ...])
 _LIBRARIES = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "numpy")
 
@@ -35,6 +37,9 @@ def stored(part: Part) -> tuple[Phase, ...]:
     path = _path(part)
     with contextlib.suppress(OSError, ValidationError):  # absent, or cut short: it is made again
         return _PHASES.validate_json(path.read_bytes())
+    layers = part.depends_on.get("layers")
+    name = PHASES.get(part.depends_on.get("phase", ""), PHASES["train"])  # the run's phases are rehearsed together
+    _log.info("rehearsing: %s%s", name, f", with {layers} blocks" if layers else "")
     phases = part.make()
     with contextlib.suppress(OSError):  # a home that cannot be written costs time, and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ from finetune.trainers.engine import Engine, Launch, Replicate, read_launch
 from finetune.trainers.run import Run
 from finetune.trainers.run_folder import checkpoint_to_continue, hold_run_folder
 from finetune.trainers.spread import make_accelerator, make_engine, require_launch
-from finetune.trainers.tracking import Console, Tracker
+from finetune.trainers.tracking import Console, Tracker, tensorboard_command
 from finetune.types import RunState
 
 
@@ -280,6 +280,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
     effective = config.train.batch_size * plan.micro_batches
     return [
         ("run", str(config.output_dir)),
+        *([("curves", tensorboard_command(config.output_dir))] if config.tracking.kind == "tensorboard" else []),
         ("model", f"{config.model.pretrained}, {'image' if facts.image_to_video else 'text'}-to-video, {run.dtype}"),
         *([("commit", config.model.revision)] if config.model.revision else []),
         ("training clips", f"{len(run.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),

@@ -83,8 +83,6 @@ class TrainReport:
         if self.heldout_before is not None and self.heldout_after is not None:
             lines.append(f"held-out loss {self.heldout_before:.4f} before, {self.heldout_after:.4f} after")
         lines += [self.verdict] if self.verdict else []
-        if self.weights:
-            lines.append(f"weights xxh3 {self.weights}")
         return "\n".join(lines)
 
 
@@ -203,10 +201,11 @@ def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
 
     require_batches(run, fault_ahead(run, state.step))
     if state.step == 0 and config.validation.at_start:
-        run.console.note("measuring the base model")
-        if config.validation.every is not None:
+        if config.validation.every is not None and run.heldout.items:
+            run.console.note("measuring the base model")
             validator.measure(0)
-        if config.validation.sample_every is not None and not validator.cut_short:
+        if config.validation.sample_every is not None and config.validation.samples and not validator.cut_short:
+            run.console.note("sampling with the base model")
             sampler.sample(0)
     elif validator.owes(state.step):
         state, best = validator.judge(state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -153,7 +153,7 @@ class Run:
             path = save_shares(output, state, ranks=self.ranks, **contents)
         else:
             path = self.ranks.first(lambda: save_checkpoint(output, state, **contents))
-        self.console.note(f"step {state.step}: saved {path}, weights xxh3 {self.weights}")
+        self.console.note(f"step {state.step}: saved {path}")
         return path
 
     def is_finite(self) -> bool:
@@ -206,5 +206,9 @@ class Run:
         """
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**30
+        try:
+            import resource
+        except ImportError:  # Windows does not count it
+            return math.nan
         unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB on Linux
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -11,6 +11,7 @@ Names in use: ``train/loss`` (mean over processes and micro-batches), ``train/lo
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 import sys
 import threading
@@ -29,6 +30,11 @@ _log = logging.getLogger(__name__)
 
 RUN_NAME = "tensorboard"
 """Folder of the event files inside the run's folder."""
+
+
+def tensorboard_command(run_dir: Path) -> str:
+    """What to type to see the curves and videos of a run."""
+    return shlex.join(["tensorboard", "--logdir", str(run_dir)])
 
 
 class TrackingConfig(Strict):
