@@ -140,6 +140,10 @@ def test_the_rotate_tag_that_old_versions_of_ffmpeg_left(plain):
         path = copied(plain / "plain.mp4", f"tag{degrees}.mkv", after=("-metadata:s:v", f"rotate={degrees}"))
         assert probe(path).orientation == orientation
         assert off(shown(path)[0], UPRIGHT[orientation](picture())) < 3
+    for nonsense in ("--90", "upside down", "9" * 5000, "", "90.5"):
+        assert (
+            probe(copied(plain / "plain.mp4", "n.mkv", after=("-metadata:s:v", f"rotate={nonsense}"))).orientation == 1
+        )
     with pytest.raises(DataError, match="turns the picture by 45 degrees"):
         probe(copied(plain / "plain.mp4", "tag45.mkv", after=("-metadata:s:v", "rotate=45")))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def stated_orientation(stream: Any, frame: Any, where: str) -> int | None:
         if side.type.name == "DISPLAYMATRIX":
             return _orientation(np.frombuffer(bytes(side), "<i4", 5).tolist(), where)
     tag = next((value for name, value in stream.metadata.items() if name.lower() == "rotate"), "")
-    if not tag.lstrip("-").isdecimal():
+    if not re.fullmatch(r"-?[0-9]{1,4}", tag):
         return None
     if int(tag) % 360 not in _QUARTER_TURNS:
         raise DataError(f"a tag that turns the picture by {int(tag)} degrees; only quarter turns are read", where=where)
