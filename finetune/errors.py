@@ -85,18 +85,19 @@ _FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGPWR")
 """Signals that no file causes: a person sends them, a batch system, or the kernel when memory runs out."""
 
 
-def raise_if_killed(code: int | None, who: str, *, where: str) -> None:
-    """Raise KilledError if a helper process that was started twice ended with a signal from outside.
+def raise_if_killed(code: int | None, who: str, *, where: str = "", when: str = "twice") -> None:
+    """Raise KilledError if a helper process ended with a signal from outside.
 
     Args:
         code: what it ended with, the negative number of a signal; None if it did not end by itself.
         who: the process, in words.
         where: the file that it read.
+        when: it was killed, in words.
     """
     name = signal.Signals(-code).name if code is not None and code < 0 else ""
     if name in _FROM_OUTSIDE:
         raise KilledError(
-            f"{who} was killed twice ({name}), not by the file: most likely memory ran out",
+            f"{who} was killed {when} ({name}); no file is to blame, most likely memory ran out",
             where=where,
             fix="free memory, give the job more or lower cache.decode_workers, and run the same command again",
         )

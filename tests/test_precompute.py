@@ -910,6 +910,12 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
     picture, seconds = kept_warnings(clips, config, facts, 8)
     assert "44% of the picture of 1 clips of 720x480" in picture and "no size that keeps more" in picture
     assert "49% of the seconds of 1 videos: data.span: all would keep 98%" in seconds
+    # Ten seconds hold one clip of 49 frames and three of 25.
+    facts = read_facts(str(known_model("5b")))
+    ten = replace(probe, frames=80, frame_times_s=probe.frame_times_s[:80], height=480, width=720)
+    clips = [PlannedClip("a.mp4", sample, ten, plan, False) for plan in plan_clips(ten, config, 8, "a")]
+    (seconds,) = kept_warnings(clips, config, facts, 8)
+    assert seconds.endswith("61% of the seconds of 1 videos: data.span: all with 25x480x720 would keep 94%")
 
 
 def test_decode_workers_share_the_machine(project, monkeypatch):

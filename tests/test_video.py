@@ -523,6 +523,14 @@ def test_a_worker_that_cannot_start_says_why(media, monkeypatch):
         list(pool.probe_many([media / "cfr.mp4"]))
 
 
+def test_a_worker_that_is_killed_when_it_starts_is_no_bug(media, tmp_path, monkeypatch):
+    (tmp_path / "dying_worker.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(child, "WORKER_MODULE", "dying_worker")
+    with DecodePool(workers=1) as pool, pytest.raises(KilledError, match=r"when it started \(SIGKILL\)"):
+        list(pool.probe_many([media / "cfr.mp4"]))
+
+
 def test_a_worker_that_died_idle_blames_no_file(media):
     with DecodePool(workers=1) as pool:
         assert not isinstance(next(pool.probe_many([media / "cfr.mp4"]))[1], DataError)

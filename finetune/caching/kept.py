@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from finetune.facts import Facts
-from finetune.geometry import ClipConfig, better_size, picture_kept, seconds_fitting, seconds_kept, seconds_of
+from finetune.geometry import ClipConfig, Span, better_size, picture_kept, seconds_fitting, seconds_kept, seconds_of
 from finetune.types import Bucket, ClipPlan, VideoProbe
 
 if TYPE_CHECKING:
@@ -68,20 +68,23 @@ def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, 
     probes = [probe for probe, _ in _videos(clips)]
     share = _kept(clips, fps).seconds
 
-    def with_frames(frames: int, whole: bool = False) -> float:
-        span = "all" if whole else data.span
+    def kept(frames: int, span: Span) -> float:
         return sum(seconds_fitting(probe, frames, fps, span) for probe in probes) / sum(map(seconds_of, probes))
 
-    sizes = (Bucket(frames, bucket.height, bucket.width) for frames in range(1, facts.sample_frames + 1))
-    options = {str(size): with_frames(size.frames) for size in sizes if _takes(facts, size)}
-    best = max(options, key=lambda name: options[name], default="")
-    if data.span != "all":
-        options["data.span: all"] = with_frames(bucket.frames, whole=True)
-    more = [
-        f"{name} would keep {options[name]:.0%}"
-        for name in (best, "data.span: all")
-        if options.get(name, 0) >= share + 0.05
-    ]
+    # Of clips not half as long motion would be lost, which is what a video is for.
+    sizes = (Bucket(n, bucket.height, bucket.width) for n in range(bucket.frames // 2, facts.sample_frames + 1))
+    takes = [size for size in sizes if size.frames and _takes(facts, size)]
+    spans: list[tuple[str, Span]] = [("", data.span), ("data.span: all", "all")]
+    options: dict[str, float] = {}
+    for name, span in spans:
+        options[name] = kept(bucket.frames, span)
+        best = max(takes, key=lambda size: kept(size.frames, span), default=bucket)
+        options[f"{name} with {best}" if name else str(best)] = kept(best.frames, span)
+    more, reached = [], share
+    for name, option in options.items():
+        if name and option >= reached + 0.05:  # the least change first, a greater one if it keeps more still
+            more.append(f"{name} would keep {option:.0%}")
+            reached = option
     told = f"bucket {bucket} keeps {share:.0%} of the seconds of {len(probes)} videos"
     return f"{told}: {' and '.join(more) or 'no bucket of this model would keep more'}"
 

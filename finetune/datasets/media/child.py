@@ -157,6 +157,8 @@ class Child:
                     raise GarbageError("it did not say that it is ready")
             except _FAILURES as error:
                 code = self._end(process, error)
+                if not timed_out.is_set() and not self._stopped:
+                    raise_if_killed(code, "a decode worker", when="when it started")
                 how = f"took longer than {START_TIMEOUT_S:g} s" if timed_out.is_set() else _how(error, code)
                 self._complaints.seek(0)
                 tail = self._complaints.read()[-2000:].decode(errors="replace")
