@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from waiting import HANG_S
+
 HERE = Path(__file__).parent
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 OFFLOAD = FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}
@@ -30,8 +32,6 @@ class Ended:
     code: int
     """Negative for a signal; 124 if it had to be killed for taking too long."""
     log: str
-    seconds: float
-    """From the start of the job."""
 
 
 class Gang:
@@ -64,7 +64,7 @@ class Gang:
         *arguments: Any,
         ranks: int = 2,
         env: Mapping[str, str] | None = None,
-        timeout_s: float = 60,
+        timeout_s: float = HANG_S,
     ) -> list[Ended]:
         """Call ``work`` (``module:function``) with JSON ``arguments`` in ``ranks`` processes; how each ended."""
         self._jobs += 1
@@ -74,10 +74,7 @@ class Gang:
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
         ends = json.loads(self._process.stdout.readline())
-        return [
-            Ended(code, Path(log).read_text(errors="replace"), seconds)
-            for (code, seconds), log in zip(ends, logs, strict=True)
-        ]
+        return [Ended(code, Path(log).read_text(errors="replace")) for code, log in zip(ends, logs, strict=True)]
 
     def train(self, run_yaml: Path, **options: Any) -> list[Ended]:
         """``finetune train`` in every process; all must succeed."""
@@ -89,7 +86,7 @@ class Gang:
         """End the process that forks."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(30)
+        self._process.wait(HANG_S)
 
 
 def _serve() -> None:
@@ -104,7 +101,7 @@ def _serve() -> None:
         answers.flush()
 
 
-def _do(job: dict[str, Any], nursery: Any) -> list[tuple[int, float]]:
+def _do(job: dict[str, Any], nursery: Any) -> list[int]:
     module, _, function = job["work"].partition(":")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -114,18 +111,17 @@ def _do(job: dict[str, Any], nursery: Any) -> list[tuple[int, float]]:
         code: int | None = getattr(importlib.import_module(module), function)(*job["arguments"])
         return code
 
-    begun = time.monotonic()
     world = len(job["logs"])
     running = {}
     for rank, log in enumerate(job["logs"]):
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         place = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in launch.items()}
         running[nursery.fork(work, Path(log), job["env"] | (place if world > 1 else {}))] = rank
-    ends: list[tuple[int, float]] = [(124, job["timeout_s"])] * world
-    while running and time.monotonic() < begun + job["timeout_s"]:
+    ends, end = [124] * world, time.monotonic() + job["timeout_s"]
+    while running and time.monotonic() < end:
         for pid, rank in list(running.items()):
             if (code := nursery.ended(pid)) is not None:
-                ends[rank] = (code, time.monotonic() - begun)
+                ends[rank] = code
                 del running[pid]
         time.sleep(0.01)
     for pid in running:

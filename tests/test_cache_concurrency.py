@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import HANG_S
 from worlds import fabricate_cache, run_config, run_values
 
 from finetune import leases
@@ -529,9 +530,9 @@ def test_processes_that_come_and_go_beside_a_collector_lose_nothing(tmp_path):
     for process in (collector, *workers):
         process.start()
     for worker in workers:
-        worker.join(120)
+        worker.join(HANG_S)
     done.set()
-    collector.join(30)
+    collector.join(HANG_S)
     assert [worker.exitcode for worker in workers] == [0, 0, 0] and collector.exitcode == 0
     assert Cache(tmp_path).verify().ok
 

@@ -20,6 +20,7 @@ import torch
 from broken_disk import disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from waiting import HANG_S
 
 from finetune.datasets import reading, sealed, stamps
 from finetune.datasets.cache import Cache
@@ -505,7 +506,7 @@ def test_a_disk_that_is_really_full_and_a_file_that_may_not_grow(tmp_path):
     )
     if mounting:
         command = [*mount, *command[:2], str(small), *command[3:]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG_S)
     assert done.returncode == 0, done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if not line.startswith("note: ")]
     assert said[-2].startswith("0 the cache cannot be written: File too large; 0.001 MiB to write")

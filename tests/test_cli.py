@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
+from waiting import HANG_S
 from worlds import run_config
 
 import finetune
@@ -38,7 +39,7 @@ ROOT = Path(finetune.__file__).parent.parent
 def run(*words: str, cwd: Path, program: tuple[str, ...] = ("-m", "finetune")) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [sys.executable, *program, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *program, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG_S
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from waiting import HANG_S
 from worlds import run_values
 
 ROOT = Path(__file__).parents[1]
@@ -103,7 +104,7 @@ def test_a_job_that_is_preempted_is_requeued_and_goes_on(tiny_model, demo_clips,
     # The block stands alone on the page; in a job the addresses come from the lines of the script.
     addresses = "export MASTER_ADDR=127.0.0.1 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))\n"
     encoding = job(addresses + precompute)
-    said, _ = encoding.communicate(timeout=200)
+    said, _ = encoding.communicate(timeout=HANG_S)
     assert encoding.returncode == 0 and "encoded" in said, said
 
     first = job(script)
@@ -118,14 +119,14 @@ def test_a_job_that_is_preempted_is_requeued_and_goes_on(tiny_model, demo_clips,
     time.sleep(0.5)
     for pid in (tmp_path / "pids").read_text().split():  # SLURM signals the tasks, not the script
         os.kill(int(pid), signal.SIGUSR1)
-    rest, _ = first.communicate(timeout=120)
+    rest, _ = first.communicate(timeout=HANG_S)
     assert first.returncode == 75, "".join(lines) + rest
     assert (tmp_path / "requeued").read_text().split() == [slurm["SLURM_JOB_ID"]]
     (stopped,) = sorted((tmp_path / "run" / "checkpoints").glob("step-*"))
     assert (stopped / "trainable").is_dir() and stopped.name != "step-00000400"
 
     again = job(script)
-    said, _ = again.communicate(timeout=200)
+    said, _ = again.communicate(timeout=HANG_S)
     assert again.returncode == 0, said
     assert f"continuing after {int(stopped.name[5:])} from" in said
     assert (tmp_path / "run" / "checkpoints" / "step-00000400").is_dir()

@@ -371,7 +371,6 @@ def test_a_file_too_large_is_not_read_to_its_end(tmp_path):
     assert "more than 1,048,576 bytes" in fault(path)
 
 
-@pytest.mark.timeout(30)
 def test_a_pipe_or_a_device_is_no_configuration(tmp_path):
     os.mkfifo(tmp_path / "run.yaml")
     assert "a pipe or a device" in fault(tmp_path / "run.yaml")

@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from array import array
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waiting import HANG_S
 
 from finetune.datasets.media import child, limits, wire
 from finetune.datasets.video import DecodeJob, DecodePool
@@ -262,14 +262,14 @@ while True:
 DEEDS = """
 deeds = {
     "good": good,
-    "hang": lambda: time.sleep(60),
+    "hang": lambda: time.sleep(10**6),
     "exit": lambda: os._exit(0),
     "fail": lambda: os._exit(3),
     "abort": lambda: os.abort(),
-    "close": lambda: (pipe.close(), time.sleep(60)),
+    "close": lambda: (pipe.close(), time.sleep(10**6)),
     "half a head": lambda: (raw(b"ftm1\\0"), os._exit(0)),
     "half an answer": lambda: (say({"number": number, "kind": "pixels"}, pixels[:1000], len(pixels)), os._exit(0)),
-    "half, then hang": lambda: (say({"number": number, "kind": "pixels"}, pixels[:1000], len(pixels)), time.sleep(60)),
+    "half, then hang": lambda: (say({"number": number, "kind": "pixels"}, pixels[:1000], len(pixels)), time.sleep(9e9)),
     "trickle": lambda: [(raw(b"f"), time.sleep(0.01)) for _ in iter(int, 1)],
     "text": lambda: raw(b"[h264 @ 0x55] error while decoding MB 3 4\\n" * 99),
     "too large": lambda: say({"number": number, "kind": "pixels"}, b"", 2**62),
@@ -300,8 +300,13 @@ def evil(tmp_path, monkeypatch):
     def start(deeds: str) -> DecodePool:
         (tmp_path / "deeds.py").write_text(deeds)
         monkeypatch.setenv("EVIL_DEEDS", str(tmp_path / "deeds.py"))
-        return DecodePool(workers=1, timeout_s=2)
+        return DecodePool(workers=1)
 
+    # Others get what they need, on a busy machine too.
+    limit_s = child.Child._limit_s
+    monkeypatch.setattr(
+        child.Child, "_limit_s", lambda self, asked: 2.0 if "hang" in asked.path.stem else limit_s(self, asked)
+    )
     return start
 
 
@@ -314,11 +319,9 @@ def names_of(deeds: str) -> list[str]:
 def test_a_worker_that_misbehaves_costs_its_file_only(evil):
     names = names_of(DEEDS)
     assert len(names) == 14
-    began = time.monotonic()
     with evil(DEEDS) as pool:
         jobs = [DecodeJob(0, Path(f"/{each}.mp4"), HEADER, PLAN) for name in names for each in (name, "good", "good")]
         results = [result for _, result in pool.decode_many(jobs)]
-    took = time.monotonic() - began
     for name, result, next_, last in zip(names, results[::3], results[1::3], results[2::3], strict=True):
         assert isinstance(last, Clip), f"after {name!r}: {last}"
         if name == "two answers":  # the second one is not taken for the next file's
@@ -330,7 +333,6 @@ def test_a_worker_that_misbehaves_costs_its_file_only(evil):
         else:
             assert isinstance(result, DataError) and result.where == f"/{name}.mp4", name
             assert SAID.get(name, "answered with nonsense") in result.what, (name, result.what)
-    assert took < 60
 
 
 def test_what_a_worker_writes_to_its_streams_is_bounded(evil):
@@ -356,12 +358,15 @@ def test_the_canary_of_pickle(tmp_path):
     assert (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize(("content", "said"), [("import time; time.sleep(60)", "took longer"), ("print(1)", "ended")])
-def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch, content, said):
+@pytest.mark.parametrize(
+    ("content", "said", "limit_s"),
+    [("import time; time.sleep(10**6)", "took longer", 1.0), ("print(1)", "ended", HANG_S)],
+)
+def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch, content, said, limit_s):
     (tmp_path / "lazy_worker.py").write_text(content)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(child, "WORKER_MODULE", "lazy_worker")
-    monkeypatch.setattr(child, "START_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(child, "START_TIMEOUT_S", limit_s)
     with DecodePool(workers=1) as pool, pytest.raises(RuntimeError, match=said):
         list(pool.probe_many([Path("/a.mp4")]))
 

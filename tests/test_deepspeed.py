@@ -15,7 +15,7 @@ import torch
 import yaml
 from gang import Gang
 from torch import Tensor
-from worlds import run_values
+from worlds import SMOOTH_ADAM, run_values
 
 from finetune.config import RunConfig
 from finetune.export import export
@@ -100,6 +100,7 @@ def world(tiny_model, demo_clips, tmp_path_factory):
         base = {
             "data": {"holdout": 1},
             "method": METHODS[method],
+            "optimizer": SMOOTH_ADAM,
             "train": {"steps": 4, "batch_size": 2, **train},
             "validation": {**validation, "num_inference_steps": 1, "sample_every": 4},
             "tracking": {"kind": "tensorboard"},
@@ -141,9 +142,9 @@ def test_two_processes_under_zero_train_like_one(world, alone, gang, tmp_path, n
     one, env = alone(method), environment(ZERO[name])
     # Stopped after two steps and continued: two starts out of one checkpoint format.
     half = world(f"{name}-{method}", method, steps=2)
-    gang.train(written(half), env=env, timeout_s=120)
+    gang.train(written(half), env=env)
     two = {**half, "train": {**half["train"], "steps": 4}}
-    gang.train(written(two), env=env, timeout_s=120)
+    gang.train(written(two), env=env)
     ours, theirs = state(two), state(one)
     assert ours.keys() == theirs.keys()
     for key in theirs:
@@ -156,9 +157,9 @@ def test_two_processes_under_zero_train_like_one(world, alone, gang, tmp_path, n
 def test_a_run_goes_on_under_another_stage_with_one_process(world, alone, gang):
     one = alone("full")
     values = world("moved", "full", steps=2)
-    gang.train(written(values), env=environment(ZERO["zero2"]), timeout_s=120)
+    gang.train(written(values), env=environment(ZERO["zero2"]))
     values = {**values, "train": {**values["train"], "steps": 4, "accumulation": 2}}
-    gang.train(written(values), env=environment(ZERO["zero3"]), ranks=1, timeout_s=120)
+    gang.train(written(values), env=environment(ZERO["zero3"]), ranks=1)
     ours, theirs = state(values), state(one)
     assert ours.keys() == theirs.keys()
     for key in theirs:
@@ -174,7 +175,7 @@ def test_masters_of_a_bf16_model_survive_a_resume(world, gang, name):
 
     straight, half = narrow("straight", 4), narrow("half", 2)
     for values in (straight, half, {**half, "train": {**half["train"], "steps": 4}}):
-        gang.train(written(values), env=environment(ZERO[name]), timeout_s=120)
+        gang.train(written(values), env=environment(ZERO[name]))
     ours, theirs = state(half), state(straight)
     assert any(key.startswith("master.") for key in theirs) and ours.keys() == theirs.keys()
     assert not [key for key in theirs if not torch.equal(ours[key], theirs[key])]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from goldens import FOLDER, faults, golden_config, golden_model, golden_run, read_golden
+from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
 from finetune.errors import ConfigError, TrainingError
@@ -60,7 +61,7 @@ def test_a_run_repeats_itself_and_in_a_fresh_process(tmp_path):
     # Threads that wait for each other actively wait long on a busy machine.
     environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
     finished = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300, env=environment
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, env=environment
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     there = json.loads((tmp_path / "fresh" / "found.json").read_text())

@@ -18,7 +18,8 @@ import yaml
 from gang import FSDP, OFFLOAD, Gang
 from safetensors.torch import load_file
 from torch import Tensor
-from worlds import run_values
+from waiting import HANG_S
+from worlds import SMOOTH_ADAM, run_values
 
 from finetune.config import RunConfig
 from finetune.export import export
@@ -58,6 +59,7 @@ def world(tiny_model, demo_clips, wide_clips, tmp_path_factory):
             "data": {"sources": sources, "buckets": ["9x64x64", "9x32x64"], "caption_dropout": 0.3, "holdout": 1},
             "train": {"steps": 4, "batch_size": 3},
             "tracking": {"kind": "tensorboard"},
+            "optimizer": SMOOTH_ADAM,
         }
         return run_values(tiny_model(variant), demo_clips, root / variant / name, **{**base, **changes})
 
@@ -335,10 +337,9 @@ def test_all_processes_end_when_one_comes_to_grief(world, gang, grief):
     name = f"grief-{grief}".replace(" ", "-").replace(",", "")
     values = {**world(name, method=LORA), "checkpoint": {"every": None if how == "disk full" else 2}}
     arguments = ("train", "--config", str(written(values)))
-    ends = gang.run("gang_cases:sabotaged", how, where, rank, *arguments, env=env, timeout_s=60)
+    ends = gang.run("gang_cases:sabotaged", how, where, rank, *arguments, env=env)
     victim, other = ends[rank], ends[1 - rank]
     assert other.code == 2 and victim.code == {"die": -9, "raise": 1, "disk full": 2}[how], victim.log + other.log
-    assert max(end.seconds for end in ends) < 50
     if how == "disk full":
         for end in ends:
             assert "the checkpoint cannot be written: No space left on device" in end.log
@@ -377,7 +378,7 @@ def test_torchrun_ends_when_a_process_fails(world):
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
     )
     assert finished.returncode != 0 and "fix:" in finished.stdout + finished.stderr
 

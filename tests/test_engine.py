@@ -17,7 +17,8 @@ import torch
 import yaml
 from gang import FSDP
 from safetensors import safe_open
-from worlds import fabricate_cache, run_config
+from waiting import HANG_S
+from worlds import SMOOTH_ADAM, fabricate_cache, run_config
 
 from finetune import ranks
 from finetune.cogvideox import ModelConfig, load_vae
@@ -210,8 +211,8 @@ def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
 
 def in_one_process(model: Path, output: Path, steps: int = 4, dtype: str = "auto", **changes: Any) -> TrainReport:
     train_section = {"steps": steps, "accumulation": 2, "batch_size": 2, **changes.pop("train", {})}
-    shared = {"cache": {"mode": "require"}, "train": train_section}
-    config = run_config(model, output / "no-videos", output, **shared, **changes)
+    shared = {"cache": {"mode": "require"}, "train": train_section, "optimizer": SMOOTH_ADAM}
+    config = run_config(model, output / "no-videos", output, **shared | changes)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     fabricate_cache(config, clips=5)
     return train(config)
@@ -499,7 +500,7 @@ def test_the_shipped_configuration_launches(tiny_model, demo_clips, tmp_path, na
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=HANG_S,
     )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-2000:]
     assert {"ddp": "DDP", "fsdp2": "FSDP2", "fsdp2_offload": "kept on the host"}[name] in finished.stdout

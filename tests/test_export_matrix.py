@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from stock_pipeline import latents_of, load_pipeline
 from test_export import FULL, LORA, inputs, make_run, nothing_left
+from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
 from finetune import cli
@@ -78,7 +79,7 @@ def in_a_fresh_process(jobs: list[dict], folder: Path) -> dict[str, torch.Tensor
         [sys.executable, str(script), str(folder / "jobs.json"), str(folder / "out.safetensors")],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_S,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

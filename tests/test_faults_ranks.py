@@ -13,7 +13,7 @@ from gang import FSDP, Ended, Gang
 from safetensors.torch import load_file
 from test_faults import LEARNS, clip_of_step, damage, differing, saved_steps
 from test_replay import poison
-from worlds import run_config, run_values
+from worlds import SMOOTH_ADAM, run_config, run_values
 
 from finetune.cli import INTERRUPTED, OK, PREEMPTED, USER_ERROR
 from finetune.config import RunConfig
@@ -87,7 +87,7 @@ def test_a_signal_makes_both_save_the_same_step_and_the_same_command_continues(g
 
 def test_a_second_ctrl_c_on_one_ends_both_unsaved(gang, make):
     run_yaml = make("twice")
-    ends = hit(gang, run_yaml, "SIGINT+SIGINT", 4, 1, timeout_s=60)
+    ends = hit(gang, run_yaml, "SIGINT+SIGINT", 4, 1)
     assert ends[1].code == INTERRUPTED and ends[0].code not in (OK, PREEMPTED, 124)
     assert saved_steps(run_yaml.with_suffix("")) == [2]
 
@@ -95,7 +95,7 @@ def test_a_second_ctrl_c_on_one_ends_both_unsaved(gang, make):
 def test_out_of_memory_on_one_ends_both_and_names_the_notch(gang, make, calm):
     """Replaying is not possible: the other process waits in the middle of the step."""
     run_yaml = make("oom", memory={"checkpointing": "none"})
-    ends = hit(gang, run_yaml, "oom", 4, 1, timeout_s=60)
+    ends = hit(gang, run_yaml, "oom", 4, 1)
     assert ends[1].code == USER_ERROR and ends[0].code not in (OK, PREEMPTED, 124)
     assert "set memory.checkpointing: full: with several processes a step cannot be done again" in ends[1].log
     assert saved_steps(run_yaml.with_suffix("")) == [2]
@@ -105,13 +105,13 @@ def test_out_of_memory_on_one_ends_both_and_names_the_notch(gang, make, calm):
 
 def test_split_micro_batches_exchange_gradients_once_at_the_end(gang, make):
     """``clips_at_once`` on two processes with micro-batches of three clips and of one is the step without it."""
-    trains = {"train": {"batch_size": 3}, "method": {"dropout": 0.0}}
+    trains = {"train": {"batch_size": 3}, "method": {"dropout": 0.0}, "optimizer": SMOOTH_ADAM}
     whole, split = make("whole", **trains), make("split", **trains, memory={"clips_at_once": 1})
     gang.train(whole)
     gang.train(split)
     theirs = weights(whole)
     for name, ours in weights(split).items():
-        torch.testing.assert_close(ours, theirs[name], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(ours, theirs[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_damaged_entry_of_one_is_the_end_of_both_after_saving(gang, tiny_model, demo_clips, root, calm, tmp_path):

@@ -25,6 +25,7 @@ from goldens import (
     read_golden,
     stream_numbers,
 )
+from waiting import HANG_S
 
 from finetune import diffusion, schedule
 from finetune.datasets.loader import BatchMaker
@@ -81,7 +82,7 @@ def test_other_thread_counts_and_processors_give_the_golden_numbers(settings):
         [sys.executable, str(ROOT / "scripts/make_golden.py"), "--check", "--threads", threads],
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=HANG_S,
         env={**os.environ, "OMP_NUM_THREADS": threads, **settings},
     )
     assert finished.returncode == 0, finished.stderr[-3000:]

@@ -15,7 +15,6 @@ import shutil
 import socket
 import struct
 import threading
-import time
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ import pytest
 import torch
 from fuzz import boxes
 from PIL import Image
+from waiting import until
 from worlds import run_config
 
 from finetune.caching.report import check_dataset
@@ -34,7 +34,6 @@ from finetune.errors import DataError
 from finetune.facts import known_model, read_facts
 from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
 
-LIMIT_S = 10.0
 """For any one file here; the slowest takes a fraction of a second on a machine of its own."""
 LIMIT_MIB = 700
 """Peak memory of the worker over all of them: what its libraries take, and a frame of nearly the largest size."""
@@ -78,19 +77,24 @@ def peak_mib(pool: DecodePool) -> int:
     return int(status.read_text().split("VmHWM:")[1].split()[0]) // 1024 if status.exists() else 0
 
 
+def cpu_s(pool: DecodePool) -> float:
+    """Seconds of a core that the worker has used, whatever else the machine does."""
+    fields = Path(f"/proc/{pool._workers[0].pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def outcome(pool: DecodePool, path: Path) -> VideoProbe | DataError | Clip:
     """What becomes of a file that is probed and, if it passes, cut; the worker survives it, in time and small."""
-    process, began = pool._workers[0].pid, time.monotonic()
+    process = pool._workers[0].pid
     (((_, found)),) = pool.probe_many([path])
     if isinstance(found, VideoProbe):
         last = found.frames - 1
         plan = ClipPlan((0, last // 2, last), (64, 64), (0, 0), Bucket(3, 64, 64))
         (((_, found)),) = pool.decode_many([DecodeJob(0, path, found, plan)])
-    assert time.monotonic() - began < LIMIT_S
     assert process in (None, pool._workers[0].pid), f"the worker died: {found}"
     assert peak_mib(pool) < LIMIT_MIB
     if isinstance(found, DataError):
-        assert found.where == str(path) and found.what
+        assert found.where == str(path) and found.what and "took longer" not in found.what
     return found
 
 
@@ -292,9 +296,9 @@ def test_a_film_of_an_hour_is_read_in_linear_time(media, pool, tmp_path):
     for frames in (10_000, 100_000):
         path = tmp_path / f"{frames}.mp4"
         path.write_bytes(boxes.long_film(picture, frames))
-        began = time.monotonic()
+        before = cpu_s(pool)
         (((_, found)),) = pool.probe_many([path])
-        took[frames] = time.monotonic() - began
+        took[frames] = cpu_s(pool) - before
         assert isinstance(found, VideoProbe) and (found.frames, round(found.fps)) == (frames, 60)
         assert isinstance(outcome(pool, path), Clip)
     assert took[100_000] < 30 * max(took[10_000], 0.1), took
@@ -471,10 +475,8 @@ def test_the_canary_of_the_lure_sees_what_an_unguarded_ffmpeg_opens(tmp_path, lu
         pass
     with pytest.raises(av.FFmpegError):
         av.open(str(tmp_path / "there.m3u8"), options={"protocol_whitelist": "file,http,tcp"})
-    until = time.monotonic() + 5
-    while not visits and time.monotonic() < until:
-        time.sleep(0.01)
-    assert "video.ts" in opened.names() and visits
+    until(lambda: visits, "the address is visited")
+    assert "video.ts" in opened.names()
 
 
 @pytest.mark.parametrize(
@@ -551,9 +553,9 @@ def test_an_image_bomb_is_refused(pool, tmp_path, name):
     content, said = BOMBS[name]
     assert len(content) < 2 * 10**5
     (tmp_path / name).write_bytes(content)
-    process, began = pool._workers[0].pid, time.monotonic()
+    process = pool._workers[0].pid
     (found,) = pool.load_images([(tmp_path / name, Bucket(1, 32, 32))])
-    assert time.monotonic() - began < LIMIT_S and peak_mib(pool) < LIMIT_MIB
+    assert peak_mib(pool) < LIMIT_MIB
     assert process in (None, pool._workers[0].pid), f"the worker died: {found}"
     assert isinstance(found, DataError) and said in found.what and found.where == str(tmp_path / name)
 

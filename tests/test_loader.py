@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-import time
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
+from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
 from finetune.datasets.cache import Cache
@@ -94,7 +96,7 @@ def test_the_next_step_is_made_while_this_one_runs(tiny_model, tmp_path):
 
     ahead = loader(make)
     assert len(list(ahead.step(0))) == 2
-    assert second.wait(5), "step 1 was not begun before it was asked for"
+    assert second.wait(HANG_S), "step 1 was not begun before it was asked for"
     assert len(list(ahead.step(1))) == 2
     ahead.close()
     assert begun[:4] == [0, 0, 1, 1]
@@ -115,17 +117,14 @@ def test_nothing_is_made_beyond_the_last_step(tiny_model, tmp_path):
     assert max(begun) == 1
 
 
-def test_waiting_is_counted(tiny_model, tmp_path):
+def test_waiting_is_counted(tiny_model, tmp_path, monkeypatch):
     made = maker(tiny_model(), tmp_path)
-
-    def slow(step: int, micro: MicroBatch):
-        time.sleep(0.05)
-        return made.training(step, MicroBatch(items=(0,), slots=micro.slots))
-
-    ahead = loader(slow, steps=1)
+    clock = count()
+    monkeypatch.setattr("finetune.datasets.loader.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    ahead = loader(lambda step, micro: made.training(step, MicroBatch(items=(0,), slots=micro.slots)), steps=1)
     list(ahead.step(0))
     ahead.close()
-    assert ahead.waited_s >= 0.09
+    assert ahead.waited_s == 2  # by a clock that goes on by one whenever it is read: one for each micro-batch
 
 
 def test_an_unreadable_entry_is_named_where_it_is_used(tiny_model, tmp_path):

@@ -9,17 +9,16 @@ import math
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from waiting import HANG_S
 
 from finetune.cards import GIB
 from finetune.cli import OK, USER_ERROR, main
-from finetune.cogvideox import ModelConfig
 from finetune.config import RunConfig, load_config, memory_traits
 from finetune.errors import ConfigError
 from finetune.planning import ahead, command
@@ -168,19 +167,28 @@ def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.Capture
     assert json.loads(capsys.readouterr().out)["search"] is None
 
 
-def test_a_helper_whose_master_is_gone_goes_too(config_file: Path) -> None:
-    """Killed in the middle of a job, a plan leaves nobody behind who works on."""
-    config = load_config(config_file).model_copy(update={"model": ModelConfig(pretrained="zai-org/CogVideoX-5b")})
+BUSY = """
+from finetune.planning import ahead
+def rehearsed(*_, **__):
+    print("begun", flush=True)
+    while True:
+        pass
+ahead.rehearsed = rehearsed
+ahead._serve()
+"""
+
+
+def test_a_helper_whose_master_is_gone_goes_too(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed in the middle of a job, here one without end, a plan leaves nobody behind who works on."""
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: real([command[0], "-c", BUSY], **how))
     helper = ahead._Helper()
-    helper.begin(Job(config, phases=["train"]))  # half a minute's work
+    helper.begin(Job(load_config(config_file), phases=["train"]))
     child = helper._child
-    assert child is not None and child.stdin is not None
-    time.sleep(4)
-    assert child.poll() is None
+    assert child is not None and child.stdin is not None and child.stdout is not None
+    assert child.stdout.readline() == "begun\n" and child.poll() is None
     child.stdin.close()
-    begun = time.monotonic()
-    assert child.wait(20) == 0 and time.monotonic() - begun < 10
-    assert child.stdout is not None
+    assert child.wait(HANG_S) == 0
     child.stdout.close()
 
 

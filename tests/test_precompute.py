@@ -22,6 +22,7 @@ import torch
 from broken_disk import disk
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from waiting import HANG_S
 from worlds import merged, run_values
 
 from finetune import files
@@ -1056,7 +1057,7 @@ def test_two_processes_share_the_work_agree_and_never_wait_for_one_that_failed(p
         env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=HANG_S,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     said = {}

@@ -180,7 +180,6 @@ class ResourceExhaustedError(Exception):
     __module__ = "tensorflow.python.framework.errors_impl"
 
 
-@pytest.mark.timeout(60)
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ResourceExhaustedError("No space left")])
 @pytest.mark.parametrize("after", [0, 1, 4, 6])
 def test_a_disk_that_fails_in_the_writers_thread_does_not_end_or_hang_training(
@@ -210,7 +209,6 @@ def test_without_the_guard_it_would_end_training(tmp_path, monkeypatch):
             ours.log(step, {"train/loss": 1.0})
 
 
-@pytest.mark.timeout(60)
 def test_a_disk_that_fails_only_at_the_end_is_told_at_close(tmp_path, monkeypatch, caplog):
     from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -225,7 +223,6 @@ def test_a_disk_that_fails_only_at_the_end_is_told_at_close(tmp_path, monkeypatc
     assert "Input/output error" in caplog.text
 
 
-@pytest.mark.timeout(60)
 def test_a_full_file_system_is_one_warning(tmp_path):
     def fill() -> tuple[int, str] | None:
         if not mount_small_disk(tmp_path, "64k"):

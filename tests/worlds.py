@@ -18,6 +18,12 @@ from finetune.facts import read_facts
 from finetune.files import digest_of
 from finetune.types import ClipPlan
 
+SMOOTH_ADAM: dict[str, Any] = {"kind": "adamw", "lr": 1e-3, "eps": 1e-3}
+"""For runs whose weights are compared although their gradients differ by rounding: sums in another order, on several
+processes, in shares or in smaller batches. Adam moves a weight by lr * m / (sqrt(v) + eps), so a gradient that is off
+by d moves it by about lr / eps * d, here d, too far. With the usual eps of 1e-8 the last digit of a gradient near zero
+is enough to turn a whole step round, which is 2 * lr."""
+
 
 def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """``base`` with ``changes`` laid over it, section by section; a section with another ``kind`` replaces."""
