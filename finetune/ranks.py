@@ -73,6 +73,13 @@ def require_cudnn(device: torch.device) -> None:
     )
 
 
+def indexed(device: torch.device) -> torch.device:
+    """The device by its number. Without one it would be whatever is current where it is used: in another thread that is
+    the first, whatever was set here.
+    """
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 def compute_device(name: str | None = None) -> torch.device:
     """Where a command that no launcher started computes: the device of this name, or the GPU where there is one.
 
@@ -81,7 +88,7 @@ def compute_device(name: str | None = None) -> torch.device:
     """
     device = torch.device(name or ("cpu" if on_cpu() else "cuda"))
     require_cudnn(device)
-    return device
+    return indexed(device)
 
 
 _PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")
@@ -139,7 +146,7 @@ class Ranks:
         if distributed.is_initialized():
             group = distributed.new_group(backend="gloo", timeout=PATIENCE)
         opened = opened and distributed.is_initialized()
-        return cls(state.process_index, state.num_processes, state.device, group, opened)
+        return cls(state.process_index, state.num_processes, indexed(state.device), group, opened)
 
     def close(self) -> None:
         """Close the process group, if ``current`` opened it; a later launch in this process opens its own."""

@@ -8,19 +8,20 @@ from functools import cache
 
 import pytest
 import torch
+from actors import Actors, RaceError, careless, holding_nothing
 from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
 from torch import Tensor, nn
-from watched_lane import RaceError, Timeline, careless
 
 from finetune.memory import memory_of, places
 from finetune.memory.boundaries import OffloadedBoundaries
+from finetune.memory.lanes import CudaLane
 from finetune.memory.parts import Resident
 from finetune.memory.streaming import Streamed
 from finetune.trainers.method import FullMethod, LoraMethod
 
 
-def offloaded(transformer: nn.Module, line: Timeline | None = None, keep: int = 2) -> OffloadedBoundaries:
-    lanes = {} if line is None else {"outward": line.lane("out"), "inward": line.lane("in")}
+def offloaded(transformer: nn.Module, actors: Actors | None = None, keep: int = 2) -> OffloadedBoundaries:
+    lanes = {} if actors is None else {"outward": CudaLane(CPU), "inward": CudaLane(CPU)}
     boundaries = OffloadedBoundaries(LAYERS, keep=keep, **lanes)
     run_blocks(transformer, Resident(), boundaries)
     return boundaries
@@ -65,20 +66,21 @@ def test_same_gradients_bit_for_bit(variant, method):
 @pytest.mark.parametrize("keep", [0, 1, 2, 3, 4, 9])
 def test_no_copy_before_or_after_its_time(keep):
     transformer = build()
-    with Timeline() as line:
-        boundaries = offloaded(transformer, line, keep)
+    with Actors() as actors:
+        boundaries = offloaded(transformer, actors, keep)
         ours = gradients(transformer, size=8)
     require_equal(ours, expected("5b", LORA, 8))
     assert boundaries.stalls == (3 if keep == 0 else 0)  # with none kept, the first one wanted has no time to come
-    assert line.numbers == {"out": 3 * 2 * max(LAYERS - keep, 0), "in": 3 * max(LAYERS - keep, 0)}
+    away = 3 * max(LAYERS - keep, 0)
+    assert actors.copied(boundaries._outward) == 2 * away and actors.copied(boundaries._inward) == away
 
 
 def test_together_with_streamed_weights():
     transformer = build()
-    with Timeline() as line:
-        weights = Streamed(modules(transformer), range(LAYERS), 2, CPU, lane=line.lane("weights"))
+    with Actors():
+        weights = Streamed(modules(transformer), range(LAYERS), 2, CPU, lane=CudaLane(CPU))
         weights.install()
-        boundaries = OffloadedBoundaries(LAYERS, outward=line.lane("out"), inward=line.lane("in"))
+        boundaries = OffloadedBoundaries(LAYERS, outward=CudaLane(CPU), inward=CudaLane(CPU))
         run_blocks(transformer, weights, boundaries)
         require_equal(gradients(transformer), expected("5b", LORA))
 
@@ -86,8 +88,8 @@ def test_together_with_streamed_weights():
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_pass_that_is_broken_off_is_forgotten(where):
     transformer = build()
-    with Timeline() as line:
-        boundaries = offloaded(transformer, line, keep=1)
+    with Actors() as actors:
+        boundaries = offloaded(transformer, actors, keep=1)
         block, armed = modules(transformer)[1], [True]
 
         def fail(*_: object) -> None:
@@ -110,8 +112,8 @@ def test_nothing_arrives_in_memory_that_was_given_back(monkeypatch, waits):
     if not waits:  # canary
         monkeypatch.setattr(OffloadedBoundaries, "remove", lambda self: None)
     transformer = build()
-    with Timeline() as line:
-        offloaded(transformer, line, keep=1)
+    with nullcontext() if waits else holding_nothing(), Actors() as actors:
+        offloaded(transformer, actors, keep=1)
         block = modules(transformer)[1]
 
         def fail(*_: object) -> None:
@@ -128,7 +130,7 @@ def test_nothing_arrives_in_memory_that_was_given_back(monkeypatch, waits):
             blocks.remove()
             del blocks
             gc.collect()
-            torch.ones(1).add_(1)
+            actors.require_nothing_freed()
 
 
 def test_a_loss_that_is_dropped_gives_its_buffers_back():
@@ -194,12 +196,14 @@ def test_a_boundary_is_given_once():
 
 
 @pytest.mark.parametrize("lane", ["outward", "inward"])
-@pytest.mark.parametrize("forgets", ["wait", "after"])
+@pytest.mark.parametrize("forgets", ["wait", "copy"])
 def test_a_forgotten_wait_is_seen(lane, forgets):
     """Memory that is used again while it is copied out; boundaries that are used before they are back."""
     transformer = build()
-    with Timeline() as line:
-        boundaries = offloaded(transformer, line)
+    # What is copied out is held until somebody waits: without a wait it would be for good, but no race.
+    held = holding_nothing() if (lane, forgets) == ("outward", "wait") else nullcontext()
+    with held, Actors() as actors:
+        boundaries = offloaded(transformer, actors)
         with careless(getattr(boundaries, f"_{lane}"), forgets), pytest.raises(RaceError):
             for _ in range(2):
                 forward(transformer).backward()
@@ -212,10 +216,11 @@ def test_memory_that_is_freed_while_it_is_copied_is_seen(monkeypatch):
         self._leaving.clear()
 
     monkeypatch.setattr(OffloadedBoundaries, "_settle", forget)
-    with Timeline() as line:
-        offloaded(transformer, line)
-        with pytest.raises(RaceError, match=r"freed before|without waiting"):
+    with holding_nothing(), Actors() as actors:
+        offloaded(transformer, actors)
+        with pytest.raises(RaceError, match="freed before"):
             forward(transformer).backward()
+            actors.require_nothing_freed()
 
 
 def test_a_buffer_that_is_overwritten_too_early_is_seen(monkeypatch):

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from actors import Actors, RaceError, careless
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from watched_lane import RaceError, Timeline, careless
 from worlds import fabricate_cache, run_config
 
 from finetune.errors import ConfigError, TrainingError
@@ -424,31 +424,30 @@ def test_copies_wait_for_what_they_must(world: Maker, state, monkeypatch):
     theirs = world(STATES[state])
     for _ in range(2):
         theirs.step()
-    with Timeline() as line:
-        monkeypatch.setattr("finetune.memory.streaming.lane_to", lambda _: line.lane("ring"))
-        ours = world(STATES[state], lanes=(line.lane("down"), line.lane("up")))
+    with Actors() as actors:
+        ours = world(STATES[state])
         for _ in range(2):
             ours.step()
     assert_identical(ours.weights(), theirs.weights())
-    assert line.operations > 1000
-    assert (line.numbers["down"] > 0) == (state != "each") and (line.numbers["up"] > 0) == ("host" in state)
+    down, up = actors.copied(ours.engine._down), actors.copied(ours.engine._up)
+    assert actors.compute.clock["compute"] > 1000
+    assert (down > 0) == (state != "each") and (up > 0) == ("host" in state)
 
 
 @pytest.mark.parametrize(
     ("state", "lane", "method"),
     [
         ("exact", "_down", "wait"),
-        ("exact", "_down", "after"),
-        ("exact-host", "_up", "after"),
+        ("exact", "_down", "copy"),
         ("exact-host", "_up", "wait"),
-        ("each-host", "_down", "after"),
+        ("each-host", "_down", "copy"),
         ("each-host", "_up", "wait"),
     ],
 )
 def test_a_forgotten_wait_is_a_race(world: Maker, state, lane, method):
     """Canary of the test above: stale weights after an update on the host, gradients read before they are there."""
-    with Timeline() as line:
-        ours = world(STATES[state], lanes=(line.lane("down"), line.lane("up")))
+    with Actors():
+        ours = world(STATES[state], threaded=True)
         ours.step()
         with pytest.raises(RaceError), careless(getattr(ours.engine, lane), method):
             for _ in range(2):
@@ -457,11 +456,11 @@ def test_a_forgotten_wait_is_a_race(world: Maker, state, lane, method):
 
 def test_a_worker_that_does_not_wait_for_its_gradients_is_noticed(world: Maker):
     """The same canary for the host, which reads a norm before all else: it is not there yet."""
-    with Timeline() as line:
-        ours = world(STATES["each-host"], lanes=(line.lane("down"), line.lane("up")))
+    with Actors():
+        ours = world(STATES["each-host"], threaded=True)
         assert math.isfinite(ours.step())
-        with careless(ours.engine._down, "finish"):
-            assert math.isnan(ours.step())
+        with careless(ours.engine._down, "finish"), pytest.raises(RaceError, match="tolist reads"):
+            ours.step()
 
 
 def test_weights_that_are_not_copied_back_are_noticed(world: Maker, monkeypatch):

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import cache
 from itertools import chain, pairwise
 
 import pytest
 import torch
+from actors import Actors, RaceError, careless
 from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks, values
 from torch import Tensor, nn
-from watched_lane import RaceError, Timeline, careless
 
 from finetune.errors import TrainingError
 from finetune.memory import places
 from finetune.memory.arena import ALIGNMENT, Layout, arena, rounded
 from finetune.memory.boundaries import OffloadedBoundaries
+from finetune.memory.lanes import CudaLane
 from finetune.memory.parts import Resident
 from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.streaming import Streamed
@@ -96,12 +98,14 @@ def test_weights_that_train_stream_too(indices, ring):
 def require_resident_run(method: LoraMethod | FullMethod, indices: list[int], ring: int) -> None:
     losses, weights = resident(method, 2 if method.kind == "full" else 1)
     transformer = build(method=method)
-    with Timeline() as line:
-        residency = streamed(transformer, indices, ring, trainable=method.kind == "full", lane=line.lane("in"))
-        ours = train(transformer, len(losses) // 3, after=residency.invalidate if method.kind == "full" else None)
+    # An optimizer of the device's cannot take weights of the host: test_actors.py watches an engine that can.
+    full = method.kind == "full"
+    with nullcontext() if full else Actors():
+        residency = streamed(transformer, indices, ring, trainable=full, lane=None if full else CudaLane(CPU))
+        ours = train(transformer, len(losses) // 3, after=residency.invalidate if full else None)
     assert torch.equal(torch.stack(ours), losses)
     require_equal(values(transformer), weights)
-    assert residency.loads >= len(indices) and line.operations > 1000
+    assert residency.loads >= len(indices)
 
 
 def test_weights_that_train_are_stale_without_invalidation():
@@ -127,8 +131,8 @@ def test_weights_of_several_dtypes_and_buffers_stream():
     expected = [
         {name: t.detach().clone() for name, t in chain(b.named_parameters(), b.named_buffers())} for b in blocks
     ]
-    with Timeline() as line:
-        weights = Streamed(blocks, range(3), 2, CPU, lane=line.lane("in"))
+    with Actors():
+        weights = Streamed(blocks, range(3), 2, CPU, lane=CudaLane(CPU))
         weights.install()
         homes = [block.adapter.data_ptr() for block in blocks]
         for index in [0, 1, 2, 2, 1, 0]:
@@ -166,9 +170,9 @@ def test_two_forward_passes_before_their_backward_passes():
     results = []
     for streams in (False, True):
         transformer = build()
-        with Timeline() as line:
+        with Actors():
             if streams:
-                streamed(transformer, lane=line.lane("in"))
+                streamed(transformer, lane=CudaLane(CPU))
             torch.manual_seed(0)
             first, second = forward(transformer, 1), forward(transformer, 2)
             with torch.no_grad():
@@ -185,8 +189,8 @@ def test_a_pass_that_fails_leaves_nothing_behind(where, backward):
     expected, _ = resident(LORA, 1)
     transformer = build()
     before = values(transformer)
-    with Timeline() as line:
-        streamed(transformer, lane=line.lane("in"))
+    with Actors():
+        streamed(transformer, lane=CudaLane(CPU))
         block, armed = modules(transformer)[where], []
 
         def fail(*_: object) -> None:
@@ -199,10 +203,12 @@ def test_a_pass_that_fails_leaves_nothing_behind(where, backward):
         with pytest.raises(MemoryError):
             forward(transformer) if loss is None else loss.backward()
         armed.clear()
-        require_equal(values(transformer), before)
+        left = values(transformer)
         for parameter in transformer.parameters():
             parameter.grad = None
-        assert torch.equal(torch.stack(train(transformer, 1)), expected)
+        ours = train(transformer, 1)
+    require_equal(left, before)
+    assert torch.equal(torch.stack(ours), expected)
 
 
 def test_a_block_that_was_never_released_gives_its_slot_back():
@@ -424,12 +430,12 @@ def test_on_a_gpu_the_same_bit_for_bit(ring):
 # ------------------------------------------------------------------------------------------------------------- canaries
 
 
-@pytest.mark.parametrize("forgets", ["wait", "compute", "after"])
+@pytest.mark.parametrize("forgets", ["wait", "compute", "copy"])
 def test_a_forgotten_wait_is_seen(forgets):
     """A pass that does not wait for its weights; a slot that is filled while a pass still reads it."""
     transformer = build()
-    with Timeline() as line:
-        lane = line.lane("in")
+    with Actors():
+        lane = CudaLane(CPU)
         streamed(transformer, lane=lane)
         with careless(lane, forgets), pytest.raises(RaceError):
             for _ in range(2):
@@ -446,8 +452,8 @@ def test_a_stale_slot_is_seen(monkeypatch):
 
 
 def test_delayed_copies_deliver_nothing_before_they_are_waited_for():
-    with Timeline() as line:
-        lane, source, target = line.lane("in"), torch.ones(4), torch.zeros(4)
+    with Actors():
+        lane, source, target = CudaLane(CPU), torch.ones(4), torch.zeros(4)
         mark = lane.copy(target, source, after=[lane.compute()])
         with pytest.raises(RaceError):
             target.sum()

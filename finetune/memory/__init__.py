@@ -6,8 +6,8 @@ they meet in a forward and backward pass.
 
 from __future__ import annotations
 
-from finetune.memory.blocks import Blocks, memory_of, weights_changed
+from finetune.memory.blocks import Blocks, memory_of, rewriting_weights
 from finetune.memory.config import Fault, MemoryConfig, Traits
 from finetune.memory.setup import assert_recompute, undo
 
-__all__ = ["Blocks", "Fault", "MemoryConfig", "Traits", "assert_recompute", "memory_of", "undo", "weights_changed"]
+__all__ = ["Blocks", "Fault", "MemoryConfig", "Traits", "assert_recompute", "memory_of", "rewriting_weights", "undo"]

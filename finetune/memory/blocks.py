@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.errors import TrainingError
 from finetune.memory.attention import AttentionTape
-from finetune.memory.parts import BlockInputs, BlockMath, Boundaries, GradientSink, Residency, Wanted
+from finetune.memory.parts import BlockInputs, BlockMath, Boundaries, GradientSink, Residency, Resident, Wanted
 
 _ATTRIBUTE = "_memory_blocks"
 
@@ -150,10 +150,18 @@ class Blocks:
             )
 
 
-def weights_changed(transformer: nn.Module) -> None:
-    """Say that weights were written to by other than an engine: copies of those that stream are made anew."""
-    if (blocks := memory_of(transformer)) is not None:
-        blocks.weights.invalidate()
+@contextmanager
+def rewriting_weights(transformer: nn.Module) -> Iterator[None]:
+    """Around writes to weights by other than an engine, between passes: no copy reads those that stream meanwhile, and
+    what was copied before is copied anew.
+    """
+    blocks = memory_of(transformer)
+    weights: Residency = Resident() if blocks is None else blocks.weights
+    weights.invalidate()
+    try:
+        yield
+    finally:
+        weights.invalidate()
 
 
 def memory_of(transformer: nn.Module) -> Blocks | None:

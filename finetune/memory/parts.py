@@ -90,7 +90,7 @@ class Residency(Protocol):
         """The work of this pass through the block is queued."""
 
     def invalidate(self) -> None:
-        """Weights have been written to, between passes."""
+        """Weights are written to, between passes. To be called before, so that no copy reads them, and after."""
 
 
 class Boundaries(Protocol):

@@ -185,10 +185,15 @@ class HostWeights:
             if name not in self._homes:
                 self._mark = self._lane.copy(self._model[name].detach(), self.trained[name].detach(), after=ready)
 
+    def begin(self) -> None:
+        """All of them are about to be written to, those that stream too."""
+        if self._blocks is not None:
+            self._blocks.weights.invalidate()
+
     def finish(self) -> None:
         """Let the compute wait for what was published, and streamed weights be copied anew."""
         self._lane.wait(self._mark)
-        if self._blocks is not None and isinstance(self._blocks.weights, Streamed):
+        if self._blocks is not None:
             self._blocks.weights.invalidate()
 
 

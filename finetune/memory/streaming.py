@@ -163,9 +163,12 @@ class Streamed:
         return self._views[id(parameter)]
 
     def invalidate(self) -> None:
-        """Forget what the ring holds: weights on the host have changed. To be called between passes."""
+        """Forget what the ring holds, and wait here for copies that are under way: weights on the host are written to.
+        To be called between passes, before that and after.
+        """
         self._let_go()
         for slot in self._slots:
+            self._lane.finish(slot.ready)
             # A change that is still queued on the compute comes before the next copy.
             slot.rank, slot.free = None, self._lane.compute()
 

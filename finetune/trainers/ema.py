@@ -6,8 +6,8 @@ averaging bf16 weights with a decay of 0.999 would round nearly every update awa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,14 +45,22 @@ class Ema:
         self._average.optimization_step = steps
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """The model computes with the average inside, and with exactly its own weights again after."""
+    def applied(self, writing: Callable[[], AbstractContextManager[object]] = nullcontext) -> Iterator[None]:
+        """The model computes with the average inside, and with exactly its own weights again after.
+
+        Args:
+            writing: entered around both exchanges; see ``memory.rewriting_weights``.
+        """
         # On the CPU: after full fine-tuning a copy is as large as the model.
         own = [parameter.detach().to("cpu", copy=True) for parameter in self._parameters.values()]
-        for parameter, shadow in zip(self._parameters.values(), self._average.shadow_params, strict=True):
-            parameter.data.copy_(shadow)
+        with writing():
+            self._write(self._average.shadow_params)
         try:
             yield
         finally:
-            for parameter, kept in zip(self._parameters.values(), own, strict=True):
-                parameter.data.copy_(kept)
+            with writing():
+                self._write(own)
+
+    def _write(self, tensors: Iterable[Tensor]) -> None:
+        for parameter, tensor in zip(self._parameters.values(), tensors, strict=True):
+            parameter.data.copy_(tensor)

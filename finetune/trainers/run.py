@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
 from finetune.errors import TrainingError
 from finetune.facts import Facts
-from finetune.memory import Traits, weights_changed
+from finetune.memory import Traits, rewriting_weights
 from finetune.planning.beside import Prediction
 from finetune.ranks import Ranks
 from finetune.schedule import StepPlan
@@ -114,15 +115,9 @@ class Run:
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """Compute with the averaged weights inside, if an average is kept."""
-        if self.ema is None:
+        applied = nullcontext() if self.ema is None else self.ema.applied(partial(rewriting_weights, self.module))
+        with applied:
             yield
-            return
-        try:
-            with self.ema.applied():
-                weights_changed(self.module)
-                yield
-        finally:
-            weights_changed(self.module)
 
     def save(self, state: RunState) -> Path:
         """Save a checkpoint; all processes call this, and all fail if one of them cannot write.

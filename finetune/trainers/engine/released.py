@@ -115,6 +115,7 @@ class Released(Replicated):
         if saved is not None:
             load_strictly(self.parameters, saved.trainable)
             if self._weights is not None:
+                self._weights.begin()
                 load_strictly(self._weights.trained, saved.trainable)
                 self._weights.finish()
         self.optimizer = optimizer.build(self._trained.items())
@@ -232,6 +233,7 @@ class Released(Replicated):
                 self._gradients.sweep(self._device, self._update_swept)
             else:
                 read = self._up.compute()
+                self._weights.begin()
                 for unit in self._units:
                     swept = {name: self._gradients.read(name) for name in unit if name in self._taken}
                     self._update_swept(swept)

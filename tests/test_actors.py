@@ -1,0 +1,370 @@
+"""Every pair of memory techniques, watched as three kinds of actors: nothing is touched before its time.
+
+What is right by numbers is shown elsewhere (``test_memory.py`` and the files of the techniques). Here a number that is
+not there yet is NaN, and whoever does not wait is named, however fast the copy would have been.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import combinations
+from typing import Any
+
+import pytest
+import torch
+from actors import Actors, RaceError, holding_nothing
+from pydantic import TypeAdapter
+from torch import Tensor, nn
+
+from finetune.datasets.loader import Loader
+from finetune.memory import MemoryConfig, Traits, memory_of, rewriting_weights, undo
+from finetune.memory.lanes import CudaLane
+from finetune.memory.places import host_buffer, host_work
+from finetune.memory.quantize import placement
+from finetune.memory.quantized_linear import QuantisedLinear
+from finetune.memory.release import HostWeights, Staging
+from finetune.planning.training import Alone
+from finetune.schedule import Item, StepPlan
+from finetune.tiny import tiny_transformer
+from finetune.trainers.ema import Ema
+from finetune.trainers.engine import Released, whole_engine
+from finetune.trainers.method import FullMethod, LoraMethod
+from finetune.trainers.optim import OptimizerConfig, begin
+from finetune.types import Batch, Bucket
+
+CPU = torch.device("cpu")
+State = dict[str, Any]
+HOST: State = {"optimizer_states": "host"}
+MOMENTUM: State = {"kind": "custom", "name": "torch.optim.SGD", "lr": 1e-3, "kwargs": {"momentum": 0.9}}
+ADAPTS: dict[str, State] = {
+    "streamed": {"streamed_blocks": "all"},
+    "streamed, a ring of one": {"streamed_blocks": 2, "ring": 1},
+    "activations": {"activations": "host"},
+    "modulation": {"modulation": "host"},
+    "lean": {"block": "lean"},
+    "selective": {"checkpointing": "selective"},
+    "fp8": {"base": "fp8"},
+    "nf4": {"base": "nf4"},
+}
+TRAINS_ALL: dict[str, State] = {
+    "released": {"gradient_release": "exact"},
+    "released at once": {"gradient_release": "per_parameter"},
+    "optimizer": {"gradient_release": "exact", "optimizer_states": "host"},
+    "optimizer, at once": {"gradient_release": "per_parameter", "optimizer_states": "host"},
+    "streamed": {"streamed_blocks": "all"},
+    "streamed, a ring of one": {"streamed_blocks": 2, "ring": 1},
+    "activations": {"activations": "host"},
+    "lean": {"block": "lean"},
+    "selective": {"checkpointing": "selective"},
+}
+NO_COPIES = {"kind", "budget", "ram", "quantize", "keep_attention", "text_encoder", "clips_at_once"}
+"""Of ``MemoryConfig``: what decides about nothing that moves while training."""
+
+
+def pairs(techniques: Mapping[str, State], traits: Traits) -> dict[str, State]:
+    """Every pair that goes together, by its name."""
+    found = {}
+    for (one, first), (other, second) in combinations(techniques.items(), 2):
+        state = {**first, **second}
+        both = {**second, **first} == state
+        if both and not MemoryConfig(**state).faults(traits):
+            found[f"{one} + {other}"] = state
+    return found
+
+
+LORA_PAIRS = pairs(ADAPTS, Traits(accumulation=2))
+FULL_PAIRS = pairs(TRAINS_ALL, Traits(full=True))
+EVERYTHING = {"streamed_blocks": 2, "activations": "host", "block": "lean"}
+
+
+def test_every_option_that_moves_something_is_among_them():
+    """A new technique joins the table the day it joins ``MemoryConfig``."""
+    asked = {key for table in (ADAPTS, TRAINS_ALL) for state in table.values() for key in state}
+    assert asked | NO_COPIES == set(MemoryConfig.model_fields) and not asked & NO_COPIES
+    assert len(LORA_PAIRS) >= 24 and len(FULL_PAIRS) >= 16
+
+
+# ---------------------------------------------------------------------------------------------------------- a training
+
+
+class Training:
+    """Steps of a tiny transformer in a memory state, with an average that is measured after every step."""
+
+    def __init__(self, state: State, *, full: bool) -> None:
+        self.full = full
+        memory = MemoryConfig(**state)
+        self.module: Any = tiny_transformer("5b", num_layers=3, num_attention_heads=2).to(torch.bfloat16)
+        quantise(self.module, memory.base)
+        method = FullMethod() if full else LoraMethod(rank=4)
+        method.apply(self.module, seed=0)
+        memory.apply(self.module, CPU)
+        self.module.train()
+        parameters = method.trainable(self.module)
+        more: State = {"memory": memory, "device": CPU, "max_norm": 1.0}
+        if memory.gradient_release == "none":
+            self.engine: Any = whole_engine(Alone, self.module, parameters, **more)
+        else:  # as on a GPU: updates on the host have a thread of their own
+            self.engine = Released(Alone, self.module, parameters, threaded=True, **more)
+        self.engine.start(TypeAdapter(OptimizerConfig).validate_python(MOMENTUM), None)
+        self.average = Ema(self.engine.parameters, self.engine.precise(), 0.9)
+
+    def look(self, seed: int) -> Tensor:
+        config, generator = self.module.config, torch.Generator().manual_seed(seed)
+        latents = torch.randn(2, 2, config.in_channels, 4, 4, generator=generator)
+        text = torch.randn(2, 8, config.text_embed_dim, generator=generator)
+        steps = torch.randint(1000, (2,), generator=generator)
+        given = (latents.to(self.module.dtype), text.to(self.module.dtype), steps)
+        loss: Tensor = self.module(*given, return_dict=False)[0].float().square().mean()
+        return loss
+
+    def step(self, number: int) -> list[float]:
+        begin(self.engine.optimizer, seed=3, step=number)
+        micros = 1 if self.full else 2
+        for micro in range(micros):
+            with self.engine.micro_batch(last=micro == micros - 1):
+                self.engine.backward(self.look(10 * number + micro))
+        norm = self.engine.clip(1.0)
+        self.engine.step()
+        self.average.step()
+        return [norm, self.measure(number)]
+
+    def measure(self, number: int) -> float:
+        with self.average.applied(partial(rewriting_weights, self.module)), torch.no_grad():
+            return float(self.look(100 + number))
+
+
+def quantise(module: nn.Module, base: str) -> None:
+    if (chosen := placement(base)) is None:  # type: ignore[arg-type]
+        return
+    for name, layer in list(module.named_modules()):
+        if isinstance(layer, nn.Linear) and re.fullmatch(chosen.pattern, name):
+            held = QuantisedLinear.like(layer, chosen.kind)
+            held.quantise(layer.weight.data)
+            held.bias = layer.bias
+            module.set_submodule(name, held)
+
+
+def trained(state: State, *, full: bool) -> list[list[float]]:
+    training = Training(state, full=full)
+    numbers = [training.step(number) for number in range(2)]
+    weights = [float(tensor.double().sum()) for tensor in training.engine.weights().values()]
+    undo(training.module)
+    return [*numbers, weights]
+
+
+def watched(state: State, *, full: bool, quick: bool = False) -> tuple[Actors, list[list[float]]]:
+    with Actors(quick=quick) as actors:
+        numbers = trained(state, full=full)
+    assert all(math.isfinite(number) for row in numbers for number in row)
+    assert actors.compute.clock["compute"] > 1000
+    return actors, numbers
+
+
+@pytest.mark.parametrize("pair", LORA_PAIRS)
+def test_pairs_of_a_lora(pair):
+    actors, _ = watched(LORA_PAIRS[pair], full=False)
+    assert bool(actors.copies) == ("streamed" in pair or "activations" in pair)
+
+
+@pytest.mark.parametrize("pair", FULL_PAIRS)
+def test_pairs_of_full_fine_tuning(pair):
+    actors, _ = watched(FULL_PAIRS[pair], full=True)
+    assert bool(actors.threads) == ("at once" in pair and "optimizer" in pair)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize(
+    ("state", "full"),
+    [
+        ({**EVERYTHING, "modulation": "host", "base": "nf4"}, False),
+        ({**EVERYTHING, "gradient_release": "exact", "optimizer_states": "host"}, True),
+        ({**EVERYTHING, "gradient_release": "per_parameter", "optimizer_states": "host"}, True),
+    ],
+)
+def test_all_of_them_at_once_give_the_same_numbers(state, full, quick):
+    assert watched(state, full=full, quick=quick)[1] == trained(state, full=full)
+
+
+# ---------------------------------------------------------------------------------------- every rule has its canary
+
+
+def lora(**state: Any) -> Callable[[], object]:
+    return lambda: trained(state, full=False)
+
+
+def full(release: str = "exact", **state: Any) -> Callable[[], object]:
+    return lambda: trained({"gradient_release": release, **state}, full=True)
+
+
+def measured_before_the_update() -> None:
+    """Between a backward pass and its update somebody looks, and the next look's first weights are on their way."""
+    training = Training({"gradient_release": "exact", "optimizer_states": "host", "streamed_blocks": "all"}, full=True)
+    with training.engine.micro_batch(last=True):
+        training.engine.backward(training.look(1))
+    with torch.no_grad():
+        training.look(2)
+    training.engine.clip(1.0)
+    training.engine.step()
+
+
+def gradients_compared() -> None:
+    """What ``train.check_ranks`` does before the gradients are clipped."""
+    training = Training({"gradient_release": "exact", **HOST}, full=True)
+    with training.engine.micro_batch(last=True):
+        training.engine.backward(training.look(1))
+    for tensor in training.engine.replicas().values():
+        tensor.double().sum().tolist()
+
+
+def modulated_ahead() -> None:
+    """Passes whose timesteps the host knows already: read from the device, they would hold it up."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.memory.modulation._on_host", lambda tensor: torch.full(tensor.shape, 500))
+        training = Training({"modulation": "host"}, full=False)
+        with torch.no_grad():
+            for seed in range(2):
+                training.look(seed)
+                gc.collect()
+
+
+def read_ahead() -> None:
+    """Batches that a thread makes on the host."""
+
+    def make(step: int, _: object) -> Batch:
+        with host_work("batches"):
+            made = torch.ones(4)
+        return Batch(made, made, made, made, None, (step,), ("a",))
+
+    plan = StepPlan(tuple(Item(Bucket(9, 64, 64), 1.0) for _ in range(4)), 0, batch_size=1, micro_batches=2)
+    ahead = Loader(plan, make, rank=0, processes=1, total_steps=2, device=CPU)
+    for step in range(2):
+        for batch in ahead.step(step):
+            assert batch.latents.tolist() == [1.0] * 4
+    ahead.close()
+
+
+def on_lanes(method: str, result: Any = None) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(CudaLane, method, lambda *_: result)
+
+
+def copies_at_once(patch: pytest.MonkeyPatch) -> None:
+    copy = CudaLane.copy
+    patch.setattr(CudaLane, "copy", lambda lane, target, source, *, after=(): copy(lane, target, source))
+
+
+def without(owner: Any, method: str) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(owner, method, lambda *_, **__: None)
+
+
+def without_waiting_first(patch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def rewriting(module: nn.Module) -> Iterator[None]:
+        yield
+        memory_of(module).weights.invalidate()
+
+    patch.setattr("test_actors.rewriting_weights", rewriting)
+
+
+Rule = tuple[Callable[[pytest.MonkeyPatch], None], Callable[[], object]]
+RULES: dict[str, Rule] = {
+    "a pass waits for streamed weights": (on_lanes("wait"), lora(streamed_blocks="all")),
+    "a slot is filled when its last pass is over": (on_lanes("compute"), lora(streamed_blocks="all")),
+    "a copy waits for what it is told to": (copies_at_once, lora(streamed_blocks="all")),
+    "what leaves a block is there before it is copied": (copies_at_once, lora(activations="host")),
+    "what comes back is waited for": (on_lanes("wait"), lora(activations="host")),
+    "rows are not written while the device reads them": (on_lanes("passed", True), modulated_ahead),
+    "gradients are there before they are copied": (copies_at_once, full()),
+    "gradients are back before they are used": (on_lanes("wait"), full()),
+    "gradients have arrived before the host reads them": (on_lanes("finish"), gradients_compared),
+    "a worker waits for its gradients": (on_lanes("finish"), full("per_parameter", **HOST)),
+    "a worker's buffer is not filled while it reads": (without(Staging, "_wait"), full("per_parameter", **HOST)),
+    "new weights replace those that no pass reads": (copies_at_once, full("per_parameter", **HOST)),
+    "the next pass waits for new weights": (without(HostWeights, "finish"), full(**HOST)),
+    "an update waits for copies of the weights": (without(HostWeights, "begin"), measured_before_the_update),
+    "an average waits for copies of the weights": (without_waiting_first, full(**HOST, streamed_blocks="all")),
+    "a batch is waited for": (
+        lambda patch: patch.setattr("actors.Task.result", lambda task, timeout=None: Future.result(task, timeout)),
+        read_ahead,
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_is_broken_is_a_race(rule, monkeypatch):
+    breaks, work = RULES[rule]
+    breaks(monkeypatch)
+    with pytest.raises(RaceError), Actors():
+        work()
+
+
+@pytest.mark.parametrize("work", [measured_before_the_update, modulated_ahead, gradients_compared, read_ahead])
+def test_as_it_is_the_same_work_is_none(work):
+    with Actors():
+        work()
+
+
+def test_what_the_host_has_is_not_for_the_device():
+    with Actors(), pytest.raises(RaceError, match="mixes host and device"):
+        torch.ones(4).add_(host_buffer(4, pinned=False, what="test").view(torch.float32))
+
+
+def test_a_copy_is_not_there_before_somebody_waits():
+    with Actors():
+        lane, source, target = CudaLane(CPU), torch.ones(4), torch.zeros(4)
+        mark = lane.copy(target, source, after=[lane.compute()])
+        with pytest.raises(RaceError):
+            target.sum()
+        seen = ctypes.c_float.from_address(target.data_ptr()).value  # by one whom nothing here sees
+        lane.wait(mark)
+        assert math.isnan(seen) and target.sum() == 4
+
+
+# ---------------------------------------------------------------------------------------- dropped in the middle of it
+
+
+def streamed_and_dropped() -> None:
+    training = Training({"streamed_blocks": "all"}, full=False)
+    with torch.no_grad():
+        training.look(1)
+
+
+def broken_off_on_the_way_back() -> None:
+    training = Training({"activations": "host"}, full=False)
+    loss = training.look(1)
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    training.module.transformer_blocks[1].attn1.register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        loss.backward()
+
+
+def broken_off_in_an_update() -> None:
+    training = Training({"gradient_release": "exact"}, full=True)
+    with training.engine.micro_batch(last=True):
+        training.engine.backward(training.look(1))
+    training.engine.clip(1.0)
+    training.engine._update = None
+    with pytest.raises(TypeError):
+        training.engine.step()
+
+
+DROPPED = [streamed_and_dropped, broken_off_on_the_way_back, broken_off_in_an_update]
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("work", DROPPED)
+def test_nothing_is_freed_under_a_copy_of_a_model_that_is_dropped(work, held):
+    canary = nullcontext() if held else holding_nothing()
+    with canary, nullcontext() if held else pytest.raises(RaceError, match="freed"), Actors() as actors:
+        work()
+        gc.collect()
+        actors.require_nothing_freed()
