@@ -1,5 +1,6 @@
 # make quickstart   the first hour: environment, demo clips, train a LoRA, verify, sample
 # make test         the fast test suite (no network, no GPU)
+# make test-old-cpu what compares numbers, as a processor without AVX computes them
 # make soak         the slow half: hundreds of kills, a thousand corruptions, ten minutes of fuzzing (docs/reliability.md)
 # make lint         ruff and mypy --strict
 # make docs         regenerate what is generated (docs/config.md, configs/, figures in docs/reliability.md)
@@ -14,7 +15,7 @@ WORKERS ?= 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test soak test-gpu bench-gpu bench-memory lint format docs clean
+.PHONY: install quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -32,6 +33,13 @@ quickstart: install
 
 test: install
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
+
+# The arithmetic again as a processor without AVX does it: other kernels, other last digits.
+OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
+ARITHMETIC := golden train engine distributed export faults
+
+test-old-cpu: install
+	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1 $(ARITHMETIC:%=tests/test_%.py)
 
 # SOAK_KILLS=10 SOAK_FUZZ_SECONDS=30 make soak: the same in a few minutes.
 soak: install

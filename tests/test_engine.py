@@ -435,10 +435,22 @@ def cudnn(monkeypatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(ranks, "on_cpu", lambda: False)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         state = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda", 0))
         monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
 
     return install
+
+
+def test_a_process_computes_on_the_gpu_that_was_current_when_it_began(cudnn, monkeypatch):
+    """In another thread, or after somebody's ``set_device``, "cuda" alone would be another one."""
+    cudnn(91501)
+    alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda"))
+    monkeypatch.setattr("accelerate.PartialState", lambda **_: alone)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert Ranks.current().device == compute_device() == compute_device("cuda") == torch.device("cuda", 1)
+    alone.device = torch.device("cuda", 3)  # as LOCAL_RANK says
+    assert Ranks.current().device == torch.device("cuda", 3) and compute_device("cpu") == torch.device("cpu")
 
 
 ON_A_GPU = {
