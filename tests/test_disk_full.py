@@ -7,7 +7,9 @@ import errno
 import os
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +18,8 @@ from broken_disk import disk, forked, mount_small_disk
 from worlds import fabricate_cache, run_config
 
 from finetune import files
-from finetune.errors import CheckpointError, ExportError
+from finetune.caching.plan import require_room
+from finetune.errors import CacheError, CheckpointError, ExportError
 from finetune.trainers.checkpoint import (
     CheckpointConfig,
     Saver,
@@ -148,6 +151,51 @@ def test_what_would_go_afterwards_is_named_and_not_removed_before(tmp_path, monk
     assert steps(tmp_path) == [10, 20]
 
 
+def few_files(monkeypatch: pytest.MonkeyPatch, room: int, *, counted: bool = True) -> None:
+    """A disk with bytes enough, and ``room`` for so many files more."""
+    blocks = dict.fromkeys(("f_bavail", "f_bfree", "f_blocks", "f_frsize"), 10**6)
+    status = type("status", (), {**blocks, "f_files": 1_000 if counted else 0, "f_favail": room})
+    monkeypatch.setattr(files.os, "statvfs", lambda _: status)
+
+
+def test_room_for_files_is_asked_for_too(tmp_path, monkeypatch):
+    few_files(monkeypatch, 31)
+    with pytest.raises(CheckpointError) as caught, disk() as seen:
+        write(tmp_path, 10)
+    assert seen.calls == []
+    assert caught.value.what == (
+        "the checkpoint makes up to 32 files and the disk has room for 31 more (`df -i`), whatever its bytes"
+    )
+    few_files(monkeypatch, 0, counted=False)  # canary: a file system that does not count them has room
+    write(tmp_path, 10)
+    few_files(monkeypatch, 100)
+    write(tmp_path, 20)
+    assert steps(tmp_path) == [10, 20]
+
+
+def test_as_many_files_as_entries_are_asked_for_before_encoding(tmp_path, monkeypatch):
+    plan = SimpleNamespace(missing={"clips": 40, "prompts": 10}, needed_bytes=1, there=frozenset())
+    few_files(monkeypatch, 99)
+    monkeypatch.setattr("finetune.caching.plan.reserved_bytes", lambda root, there: 0)
+    with pytest.raises(CacheError, match="makes up to 100 files and the disk has room for 99 more"):
+        require_room(plan, tmp_path)
+    few_files(monkeypatch, 100)
+    require_room(plan, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "df -i"), (errno.EDQUOT, "quotas of either"), (errno.EMFILE, "ulimit -n"),
+        (errno.EROFS, "writable"), (errno.EIO, "the kernel's log"),
+    ],
+)  # fmt: skip
+def test_what_can_be_done_follows_from_the_kind_of_error(tmp_path, code, said):
+    with pytest.raises(CheckpointError) as caught, disk(fail_at=3, error=code):
+        write(tmp_path, 10)
+    assert said in caught.value.fix and os.strerror(code) in caught.value.what
+
+
 # ------------------------------------------------------------------------------------------- a disk that really is full
 
 
@@ -186,6 +234,39 @@ def test_on_a_full_file_system_the_last_checkpoint_stands_and_saving_goes_on_lat
     assert seen["after"] == [*seen["saved"], 60]
     words = "the disk has" if check else "No space left on device"
     assert words in seen["error"] and f"step-{last + 1:08d}" in seen["error"] and "MiB" in seen["error"]
+
+
+def fill_with_files(folder: Path, check: bool) -> dict[str, Any] | None:
+    """Save on a disk that has bytes left and no room for files; None where nothing can be mounted."""
+    if not mount_small_disk(folder, "9m,nr_inodes=80"):
+        return None
+    if not check:
+        files.free_files = lambda _: None
+    seen: dict[str, Any] = {}
+    write(folder / "run", 1)
+    number = 0
+    with suppress(OSError):
+        while os.statvfs(folder).f_favail > 3:
+            (folder / f"{(number := number + 1)}").touch()
+    try:
+        write(folder / "run", 2)
+    except CheckpointError as error:
+        seen["error"] = str(error)
+    seen["left"], seen["steps"] = [path.name for path in folder.rglob("*.partial")], steps(folder / "run")
+    for path in folder.glob("[0-9]*"):
+        path.unlink()
+    write(folder / "run", 3)
+    seen["after"] = steps(folder / "run")
+    return seen
+
+
+@pytest.mark.parametrize("check", [True, False], ids=["refused before", "failed while writing"])
+def test_on_a_file_system_without_room_for_files_the_last_checkpoint_stands(tmp_path, check):
+    seen = forked(lambda: fill_with_files(tmp_path, check))
+    if seen is None:
+        pytest.skip("no file system can be mounted here; the errors are injected above")
+    assert seen["left"] == [] and seen["steps"] == [1] and seen["after"] == [1, 3]
+    assert ("room for 3 more" if check else "No space left on device") in seen["error"] and "df -i" in seen["error"]
 
 
 def test_a_file_size_limit_is_an_error_like_a_full_disk(tmp_path):

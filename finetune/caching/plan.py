@@ -212,6 +212,7 @@ def require_room(plan: CachePlan, root: Path) -> None:
         kind=CacheError,
         what=f"encoding {sum(plan.missing.values())} entries{shared}",
         fix="make room (`finetune cache gc`), or set cache.dir to a larger disk",
+        files=2 * sum(plan.missing.values()),  # each may be the first of its folder
     )
 
 
