@@ -355,13 +355,13 @@ def test_a_run_s_folder_is_its_own(tmp_path, monkeypatch, output):
         (tmp_path / folder).mkdir()
     (tmp_path / "model").symlink_to(known_model("5b"))
     values = yaml.safe_load(GOOD) | {"output_dir": output, "model": {"pretrained": "model"}}
-    values["data"]["sources"] = [{"path": "clips"}, {"path": "list/metadata.jsonl"}]
+    values["data"]["sources"] = [{"kind": "folder", "path": "clips"}, {"path": "list/metadata.jsonl"}]
     findings = check_against(RunConfig.from_dict(values, base=tmp_path), facts_of("5b"))
     (error,) = [error for error in findings.errors if "output_dir" in error.where]
     assert "the run's folder is " in error.what and "runs/NAME" in error.fix
-    values["output_dir"] = "runs/x"
-    findings = check_against(RunConfig.from_dict(values, base=tmp_path), facts_of("5b"))
-    assert not [error for error in findings.errors if "output_dir" in error.where], "canary"
+    for fine in ("runs/x", "list/runs/x"):
+        findings = check_against(RunConfig.from_dict(values | {"output_dir": fine}, base=tmp_path), facts_of("5b"))
+        assert not [error for error in findings.errors if "output_dir" in error.where], "canary"
 
 
 def test_a_file_too_large_is_not_read_to_its_end(tmp_path):

@@ -106,10 +106,11 @@ def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
     if (model := Path(config.model.pretrained)).is_dir():
         inside[model.resolve()] = "the model's folder"
     for source in config.data.sources:
-        if source.path.is_dir():
+        if source.kind == "folder":  # all that is in it is read, and so would be the run's samples
             inside[source.path.resolve()] = "a folder of clips"
         else:
-            taken[source.path.parent.resolve()] = "the folder of a dataset's list"
+            folder = source.path if source.path.is_dir() else source.path.parent
+            taken[folder.resolve()] = "the folder of a dataset"
     for folder, what in {**taken, **inside}.items():
         if output == folder or (folder in inside and folder in output.parents):
             yield ConfigError(
