@@ -55,11 +55,6 @@ def to_gib(nbytes: float) -> str:
     return f"{nbytes / GIB:.2f} GiB"
 
 
-def to_gb(nbytes: float) -> str:
-    """As cards are called: ``24 GB``, or ``23.5 GB`` for what one of them reports."""
-    return f"{nbytes / GIB:.1f}".removesuffix(".0") + " GB"
-
-
 def usable(card_bytes: int, processes: int = 1) -> int:
     """What of a card's memory there is for tensors.
 

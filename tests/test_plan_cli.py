@@ -57,7 +57,7 @@ def test_a_table_from_json_files_alone(config_file: Path, capsys: pytest.Capture
     assert main(["plan", "--config", str(config_file), "--card", "24GiB"]) == OK
     said = capsys.readouterr().out
     assert "predicted, not measured" in said and "T5 pass" in said and "training" in said
-    assert re.search(r"a card of 24 GB, 2\d\.\d\d GiB of it for tensors, has", said)
+    assert re.search(r"a card of 24.0 GiB has \d+\.\d\d GiB to spare \(2\d\.\d\d GiB of it are for tensors\)", said)
     assert said.endswith(f"--config {config_file}\n")
     assert "published or assumed" in said
 

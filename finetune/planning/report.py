@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from finetune.cards import GIB, to_gb, to_gib
+from finetune.cards import GIB, to_gib
 from finetune.config import RunConfig
 from finetune.planning.card import beside_tensors
 from finetune.planning.curve import Phase, rank_of
@@ -103,9 +103,10 @@ def sentence(rehearsal: Rehearsal, judged: Verdict) -> str:
     said = f"with {beside / GIB:.1f} GiB beside the tensors: {to_gib(need)}"
     if judged.spare_bytes is not None and judged.card_bytes is not None:
         short = judged.spare_bytes < 0
-        said += f"; a card of {to_gb(judged.card_bytes)}, {to_gib(judged.card_bytes - beside)} of it for tensors, " + (
+        said += f"; a card of {judged.card_bytes / GIB:.1f} GiB " + (
             f"is {to_gib(-judged.spare_bytes)} too small" if short else f"has {to_gib(judged.spare_bytes)} to spare"
         )
+        said += f" ({to_gib(judged.card_bytes - beside)} of it are for tensors)"
     if judged.ram_spare_bytes is not None and judged.ram_spare_bytes < 0:
         said += f"; {to_gib(-judged.ram_spare_bytes)} of host memory are missing"
     return said
