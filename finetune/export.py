@@ -29,17 +29,11 @@ from finetune.exporting.place import arriving, require_replaceable
 from finetune.exporting.source import Source, checkpoint_of, default_folder, find_source
 from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
 from finetune.facts import Facts, read_facts, resolve_pretrained
-from finetune.files import (
-    atomic_write_text,
-    disk_fix,
-    is_complete,
-    publish_dir,
-    require_space,
-    require_writable,
-)
+from finetune.files import atomic_write_text, is_complete, publish_dir, require_writable
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
 from finetune.ranks import compute_device
 from finetune.seals import seal
+from finetune.space import disk_fix, require_space
 from finetune.tensorfiles import file_bytes
 from finetune.trainers.method import LoraMethod
 

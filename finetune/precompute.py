@@ -25,8 +25,8 @@ from finetune.datasets.manifest import KINDS, Kind
 from finetune.datasets.video import DecodePool
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts, read_facts
-from finetune.files import human_size
 from finetune.ranks import Ranks
+from finetune.space import human_size
 
 __all__ = ["DatasetReport", "PlannedClip", "PrecomputeReport", "check_dataset", "ensure_cache", "precompute"]
 

@@ -17,7 +17,7 @@ import torch
 from broken_disk import disk, forked, mount_small_disk
 from worlds import fabricate_cache, run_config
 
-from finetune import files
+from finetune import files, space
 from finetune.caching.plan import require_room
 from finetune.errors import CacheError, CheckpointError, ExportError
 from finetune.trainers.checkpoint import (
@@ -114,7 +114,7 @@ def test_what_is_not_an_error_of_the_disk_is_not_called_one(tmp_path, monkeypatc
 
 def free(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     usage = type("usage", (), {"free": size})
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda _: usage)
 
 
 def size_of(folder: Path) -> int:
@@ -155,7 +155,7 @@ def few_files(monkeypatch: pytest.MonkeyPatch, room: int, *, counted: bool = Tru
     """A disk with bytes enough, and ``room`` for so many files more."""
     blocks = dict.fromkeys(("f_bavail", "f_bfree", "f_blocks", "f_frsize"), 10**6)
     status = type("status", (), {**blocks, "f_files": 1_000 if counted else 0, "f_favail": room})
-    monkeypatch.setattr(files.os, "statvfs", lambda _: status)
+    monkeypatch.setattr(space.os, "statvfs", lambda _: status)
 
 
 def test_room_for_files_is_asked_for_too(tmp_path, monkeypatch):
@@ -203,9 +203,9 @@ def fill_up(folder: Path, check: bool) -> dict[str, Any] | None:
     """Save until the disk is full, make room, and go on; returns what was seen, None where nothing can be mounted."""
     if not mount_small_disk(folder):
         return None
-    free_space = files.free_space
+    free_space = space.free_space
     if not check:  # past the check of free space, so that writing itself has to fail
-        files.free_space = lambda _: 1 << 60
+        space.free_space = lambda _: 1 << 60
     seen: dict[str, Any] = {"saved": []}
     (folder / "ballast").write_bytes(bytes(700_000))
     try:
@@ -218,7 +218,7 @@ def fill_up(folder: Path, check: bool) -> dict[str, Any] | None:
     found = choose_checkpoint(folder / "run", "latest")
     seen["found"] = None if found is None else [found.state.step, float(found.trainable["a"].sum())]
     (folder / "ballast").unlink()
-    files.free_space = free_space
+    space.free_space = free_space
     write(folder / "run", 60, numel=40_000, keep_last=9)
     seen["after"] = steps(folder / "run")
     return seen
@@ -241,7 +241,7 @@ def fill_with_files(folder: Path, check: bool) -> dict[str, Any] | None:
     if not mount_small_disk(folder, "9m,nr_inodes=80"):
         return None
     if not check:
-        files.free_files = lambda _: None
+        space.free_files = lambda _: None
     seen: dict[str, Any] = {}
     write(folder / "run", 1)
     number = 0
@@ -369,7 +369,7 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(tiny_model, tm
     fabricate_cache(config)
     with monkeypatch.context() as patch:
         patch.setattr(save, "free_space", lambda _: 0)
-        patch.setattr(files, "free_space", lambda _: 0)
+        patch.setattr(space, "free_space", lambda _: 0)
         with pytest.raises(CheckpointError, match=r"the disk has 0\.000 MiB free"):
             train(config)
     assert "warning: step 1: the checkpoint needs" in capsys.readouterr().out

@@ -18,7 +18,7 @@ from broken_disk import CALLS, disk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune import files, tensorfiles
+from finetune import files, space, tensorfiles
 from finetune.errors import CheckpointError
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
@@ -284,18 +284,18 @@ def test_the_markers_text_is_what_fill_returned(tmp_path):
 def test_too_little_space_is_told_with_figures(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 5 * 2**20})
     asked = []
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: (asked.append(path), usage)[1])
+    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: (asked.append(path), usage)[1])
     where = tmp_path / "not" / "yet" / "there"
-    files.require_space(where, 5 * 2**20, kind=CheckpointError, what="it", fix="")
+    space.require_space(where, 5 * 2**20, kind=CheckpointError, what="it", fix="")
     with pytest.raises(CheckpointError) as caught:
-        files.require_space(where, 3 * 2**30, kind=CheckpointError, what="the checkpoint", fix="make room")
+        space.require_space(where, 3 * 2**30, kind=CheckpointError, what="the checkpoint", fix="make room")
     assert caught.value.what == "the checkpoint needs 3.00 GiB and the disk has 5.000 MiB free"
     assert (caught.value.where, caught.value.fix) == (str(where), "make room") and asked == [tmp_path, tmp_path]
 
 
 @pytest.mark.parametrize(("size", "words"), [(0, "0.000 MiB"), (2**20, "1.000 MiB"), (2**30 // 5, "0.20 GiB")])
 def test_sizes_for_people(size, words):
-    assert files.human_size(size) == words
+    assert space.human_size(size) == words
 
 
 @pytest.mark.parametrize(
@@ -303,4 +303,4 @@ def test_sizes_for_people(size, words):
     [(errno.ENOSPC, "make room"), (errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "kernel's log")],
 )
 def test_the_fix_follows_the_error(code, words):
-    assert words in files.disk_fix(OSError(code, ""))
+    assert words in space.disk_fix(OSError(code, ""))

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from waiting import HANG_S
 from worlds import merged, run_values
 
-from finetune import files
+from finetune import space
 from finetune.caching import encode as encoding
 from finetune.caching import plan as cache_plan
 from finetune.caching.overview import overview
@@ -599,16 +599,16 @@ def test_a_file_that_changes_while_it_is_encoded_is_not_stored(project, monkeypa
 
 def test_the_disk_is_asked_first(project, monkeypatch):
     home = project()
-    monkeypatch.setattr(files, "free_space", lambda path: 50_000)
+    monkeypatch.setattr(space, "free_space", lambda path: 50_000)
     with pytest.raises(CacheError) as caught:
         home.precompute()
     # 4 clips x 2 x (4x3x4x4) x 2 bytes and 5 captions x 16 x 32 x 4 bytes: 13 312 bytes, and 8 kB for each of 9 files
     assert "encoding 9 entries needs 0.0" in str(caught.value) and "has 0.048 MiB free" in str(caught.value)
     assert str(home.cache.root) in str(caught.value)
     assert not (home.folder / "cache" / "latents").exists()
-    monkeypatch.setattr(files, "free_space", lambda path: 200_000)
+    monkeypatch.setattr(space, "free_space", lambda path: 200_000)
     assert encoded(home.precompute()) == (4, 5, 0)
-    monkeypatch.setattr(files, "free_space", lambda path: 0)
+    monkeypatch.setattr(space, "free_space", lambda path: 0)
     assert encoded(home.precompute()) == (0, 0, 0)  # nothing is missing, so nothing is asked for
 
 

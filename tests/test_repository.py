@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("errors", "text"),
         ("progress",),
         ("section",),
-        ("files", "tensorfiles", "seals"),
+        ("files", "space", "tensorfiles", "seals"),
         ("leases",),
         ("streams",),
         ("version",),

@@ -24,9 +24,10 @@ from finetune.datasets.sources import source_files
 from finetune.datasets.video import PIXEL_RULE
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts, resolve_pretrained
-from finetune.files import digest_of, human_size, require_space
+from finetune.files import digest_of
 from finetune.holdout import choose_holdout
 from finetune.progress import Bar
+from finetune.space import human_size, require_space
 from finetune.types import Bucket
 
 _HASHING_THREADS = 4

@@ -25,8 +25,9 @@ from finetune.datasets.manifest import FileStamp, Kind, Manifest, ManifestItem, 
 from finetune.datasets.reading import Reader
 from finetune.datasets.sealed import move_aside
 from finetune.errors import CacheError
-from finetune.files import atomic_write_bytes, canonical_json, digest_of, disk_fix, free_space, human_size
+from finetune.files import atomic_write_bytes, canonical_json, digest_of
 from finetune.section import Strict
+from finetune.space import disk_fix, free_space, human_size
 from finetune.types import CacheEntry
 
 __all__ = ["Cache", "CacheConfig", "FileStamp", "Kind", "Manifest", "ManifestItem"]

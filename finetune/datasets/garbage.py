@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 from finetune.datasets import jobs
 from finetune.datasets.manifest import KINDS, Kind, Manifest, read_content
 from finetune.errors import CacheError
-from finetune.files import disk_fix, human_size
 from finetune.leases import Holder, Lease, clear_dead, clock, hold, live
+from finetune.space import disk_fix, human_size
 
 if TYPE_CHECKING:
     from finetune.datasets.cache import Cache

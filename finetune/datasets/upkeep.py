@@ -15,8 +15,8 @@ from finetune.datasets.entries import fault_of
 from finetune.datasets.manifest import KINDS, DamagedManifestError, Kind, Manifest, manifest_fault, read_content
 from finetune.datasets.sealed import move_aside
 from finetune.errors import CacheError
-from finetune.files import disk_fix, human_size
 from finetune.progress import Bar
+from finetune.space import disk_fix, human_size
 
 if TYPE_CHECKING:
     from finetune.datasets.cache import Cache

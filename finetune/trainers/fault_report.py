@@ -21,9 +21,10 @@ from finetune.cogvideox import ModelConfig
 from finetune.datasets.manifest import ManifestItem
 from finetune.errors import FinetuneError, TrainingError, first_line
 from finetune.facts import resolve_pretrained
-from finetune.files import atomic_save_tensors, atomic_write_text, checksum_file, free_space, human_size, publish_dir
+from finetune.files import atomic_save_tensors, atomic_write_text, checksum_file, publish_dir
 from finetune.memory import MemoryConfig
 from finetune.seals import DamageError, Sealed, seal
+from finetune.space import free_space, human_size
 from finetune.tensorfiles import file_bytes
 from finetune.trainers.meter import StepRecord
 from finetune.trainers.run import Run

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from finetune import leases
 from finetune.errors import CheckpointError
-from finetune.files import disk_fix
 from finetune.leases import Holder, Lease
 from finetune.ranks import Ranks
+from finetune.space import disk_fix
 from finetune.trainers.checkpoint import LoadedCheckpoint, choose_checkpoint, load_checkpoint, sweep
 
 LEASES = ".in-use"

@@ -11,16 +11,9 @@ from typing import Any
 from torch import Tensor, distributed
 
 from finetune.errors import CheckpointError
-from finetune.files import (
-    atomic_save_tensors,
-    atomic_write_text,
-    disk_fix,
-    free_space,
-    human_size,
-    publish_dir,
-    require_space,
-)
+from finetune.files import atomic_save_tensors, atomic_write_text, publish_dir
 from finetune.seals import seal
+from finetune.space import disk_fix, free_space, human_size, require_space
 from finetune.tensorfiles import file_bytes
 from finetune.trainers.checkpoint.folders import checkpoint_path, outlived, prune
 from finetune.trainers.checkpoint.form import (
