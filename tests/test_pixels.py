@@ -498,6 +498,27 @@ def test_transparent_video_is_laid_on_black(tmp_path, name):
         assert np.abs(centres(frame) - [(0, 255, 0), (128, 0, 0), (0, 0, 0)]).max() <= 6, name
 
 
+@pytest.mark.parametrize("suffix", ["mkv", "webm"])
+@pytest.mark.parametrize("codec", ["vp8", "vp9"])
+def test_what_the_container_states_of_transparent_webm(tmp_path, codec, suffix):
+    """It is decoded by another decoder than FFmpeg's own; and Matroska's tag is in upper case after a copy."""
+    path = encode(tmp_path, "alpha.webm", veiled(), *TRANSPARENT[f"{codec}.webm"], layout="rgba")
+    colours = ["-color_trc", "arib-std-b67", "-color_primaries", "bt2020", "-colorspace", "bt2020nc"]
+    path = copied(path, f"copy.{suffix}", "-display_rotation", "180", after=tuple(colours))
+    header = probe(path)
+    assert header.corrections == ("turned-1", "hlg-bt2020-1", "on-black-1")
+    hidden, half, opaque = centres(shown(path, header)[0])
+    assert hidden.max() <= 6 and 60 < half[0] < opaque[1]
+
+
+def test_transparent_hevc_is_refused(tmp_path):
+    layers = [*X265[:2], "-pix_fmt", "yuva420p", "-x265-params", "log-level=none"]
+    with pytest.raises(DataError, match="HEVC with transparency") as caught:
+        probe(encode(tmp_path, "layers.mov", veiled(), *layers, layout="rgba"))
+    boxes.ffmpeg(*shlex.split(caught.value.fix.partition("convert it: ")[2])[1:], cwd=tmp_path)
+    assert probe(tmp_path / "converted.mp4").corrections == ()
+
+
 def test_the_canary_of_transparency(tmp_path):
     """FFmpeg's own VP9, and decord, show what was hidden."""
     path = encode(tmp_path, "vp9.webm", veiled(), *TRANSPARENT["vp9.webm"], layout="rgba")

@@ -65,6 +65,11 @@ def video_stream(container: Any, where: str) -> Any:
     return stream
 
 
+def tag(stream: Any, name: str) -> str:
+    """A tag of a stream, "" where it has none; Matroska's come in upper case where a file was copied."""
+    return next((value for key, value in stream.metadata.items() if key.lower() == name), "")
+
+
 def is_cover(stream: Any) -> bool:
     """Whether a video stream is an album cover and not a video."""
     from av.stream import Disposition
@@ -74,15 +79,21 @@ def is_cover(stream: Any) -> bool:
 
 def decoded(container: Any, stream: Any, where: str) -> Iterator[Any]:
     """``container.decode``, with the transparency that WebM keeps apart, and FFmpeg's errors as ``DataError``."""
-    name = _WITH_ALPHA.get(stream.codec_context.name) if stream.metadata.get("alpha_mode") == "1" else None
+    name = alpha_decoder(stream)
     return guarded(container.decode(stream) if name is None else _decoded_by(name, container, stream), where)
+
+
+def alpha_decoder(stream: Any) -> str | None:
+    """The decoder of a stream's transparency, where it is another than FFmpeg takes. It gets no side data."""
+    return _WITH_ALPHA.get(stream.codec_context.name) if tag(stream, "alpha_mode") == "1" else None
 
 
 def _decoded_by(name: str, container: Any, stream: Any) -> Iterator[Any]:
     import av
 
-    context = av.CodecContext.create(name, "r")
-    context.options, context.thread_count = stream.codec_context.options, stream.codec_context.thread_count
+    context: Any = av.CodecContext.create(name, "r")
+    for setting in ("options", "thread_count", "color_primaries", "color_trc", "colorspace", "color_range"):
+        setattr(context, setting, getattr(stream.codec_context, setting))
     for packet in container.demux(stream):
         yield from context.decode(packet)
 

@@ -18,6 +18,7 @@ from finetune.datasets.media.colour import to_bt709
 from finetune.datasets.media.limits import check_frame_count, check_frame_size
 from finetune.datasets.media.pyav_file import (
     FIX,
+    alpha_decoder,
     as_array,
     decoded,
     failures,
@@ -91,7 +92,7 @@ def read_header(path: Path) -> StreamHeader:
         if first is None:
             raise DataError("no frame can be decoded", where=where, fix=FIX)
         check_frame_size(first.height, first.width, where)
-        orientation = stated_orientation(stream, first, where) or 1
+        orientation = stated_orientation(stream, first if alpha_decoder(stream) is None else _opaque(path), where) or 1
         return StreamHeader(
             container=container_name,
             height=first.height,
@@ -102,6 +103,13 @@ def read_header(path: Path) -> StreamHeader:
             rate=float(stream.average_rate) if stream.average_rate and stream.average_rate > 0 else None,
             video_streams=sum(not is_cover(other) for other in container.streams.video),
         )
+
+
+def _opaque(path: Path) -> Any:
+    """The first frame of a video as FFmpeg decodes it, transparent or not: with what the container says of it."""
+    with opened(path) as container:
+        stream = video_stream(container, str(path))
+        return next(guarded(container.decode(stream), str(path)))
 
 
 def read_index(path: Path) -> Index:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from finetune.datasets.media.pyav_file import FIX, as_array
+from finetune.datasets.media.pyav_file import FIX, as_array, tag
 from finetune.errors import DataError
 from finetune.types import VideoProbe
 
@@ -40,6 +40,9 @@ _OTHER_MATRICES = {
 }
 _DOLBY_VISION = ("dvh1", "dvhe", "dva1", "dvav", "dav1")
 
+_HEVC_ALPHA = b"\x4e\x01\xa5"
+"""How the message begins that says what the second layer of a stream is for (alpha channel information SEI)."""
+
 _BOTTOM_FIRST = (3, 5)  # FFmpeg's AVFieldOrder: 2 to 5 are interlaced, as stored and as shown: TT, BB, TB, BT
 
 
@@ -56,12 +59,13 @@ def stated_orientation(stream: Any, frame: Any, where: str) -> int | None:
     for side in frame.side_data:
         if side.type.name == "DISPLAYMATRIX":
             return _orientation(np.frombuffer(bytes(side), "<i4", 5).tolist(), where)
-    tag = next((value for name, value in stream.metadata.items() if name.lower() == "rotate"), "")
-    if not re.fullmatch(r"-?[0-9]{1,4}", tag):
+    degrees = tag(stream, "rotate")
+    if not re.fullmatch(r"-?[0-9]{1,4}", degrees):
         return None
-    if int(tag) % 360 not in _QUARTER_TURNS:
-        raise DataError(f"a tag that turns the picture by {int(tag)} degrees; only quarter turns are read", where=where)
-    return _QUARTER_TURNS[int(tag) % 360]
+    if int(degrees) % 360 not in _QUARTER_TURNS:
+        what = f"a tag that turns the picture by {int(degrees)} degrees; only quarter turns are read"
+        raise DataError(what, where=where)
+    return _QUARTER_TURNS[int(degrees) % 360]
 
 
 def _orientation(matrix: list[int], where: str) -> int:
@@ -78,10 +82,16 @@ def stated_corrections(stream: Any, frame: Any, where: str) -> tuple[str, ...]:
     """Which of ``types.CORRECTIONS`` a frame needs.
 
     Raises:
-        DataError: for colours or fields that are not read, with the command that converts them.
+        DataError: for colours, fields or transparency that are not read, with what converts them.
     """
     colours = stated_colours(stream, frame, where)
     converted = ["-".join((*colours, "1"))] if colours else []
+    if stream.codec_context.name == "hevc" and _HEVC_ALPHA in (stream.codec_context.extradata or b""):
+        raise DataError(
+            "HEVC with transparency, which FFmpeg leaves out, so that what is hidden would be shown",
+            where=where,
+            fix=f"export it as ProRes 4444; or, if nothing in it is hidden, {_convert(where, 'null')}",
+        )
     return (*_fields(stream, frame, where), *converted, *_transparency(frame, where))
 
 
