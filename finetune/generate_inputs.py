@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from finetune.errors import ConfigError, FinetuneError, raise_all
-from finetune.facts import Facts
+from finetune.errors import ConfigError, FinetuneError, ModelError, raise_all
+from finetune.facts import Facts, read_json
 from finetune.text import text_fault
 from finetune.trainers.validation import SamplePrompt
 from finetune.types import Bucket
@@ -184,10 +184,9 @@ def training_record(folder: Path) -> dict[str, Any]:
     """What an export says of its training; empty for a file from elsewhere."""
     path = (folder if folder.is_dir() else folder.parent) / TRAINING_RECORD
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except ModelError:
         return {}
-    return record if isinstance(record, dict) else {}
 
 
 def recorded_fps(record: Mapping[str, Any]) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -548,6 +549,20 @@ def more(tensors: dict[str, torch.Tensor], key: str) -> None:
     tensors[f"{key}.more"] = torch.zeros(3)
 
 
+def not_finite(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[key].flatten()[0] = math.nan
+
+
+def endless(tensors: dict[str, torch.Tensor], key: str) -> None:
+    tensors[f"{key.rpartition('.')[0]}.step"].fill_(1e30)
+
+
+def shared_with_nothing(folder: Path) -> None:
+    content = json.loads((folder / form.OPTIMIZER_META).read_text())
+    content["shared"]["state.more.exp_avg"] = "nothing"
+    (folder / form.OPTIMIZER_META).write_text(json.dumps(content))
+
+
 def other_numbers(folder: Path) -> None:
     tensors = load_file(folder / form.TRAINABLE)
     atomic_save_tensors(folder / form.TRAINABLE, {name: tensor + 1 for name, tensor in tensors.items()})
@@ -559,6 +574,12 @@ STRANGE = {
     "negative": (state(samples_seen=-1), "samples_seen -1"),
     "best": (state(best_step=5, best_heldout_loss=0.5), "best_step 5 at step 2"),
     "nan": (state(best_step=1, best_heldout_loss=float("nan")), "best_heldout_loss is nan"),
+    "best without a loss": (state(best_step=1), "best_heldout_loss is None, best_step 1"),
+    "a loss below nothing": (state(best_step=1, best_heldout_loss=-1.0), "best_heldout_loss is -1.0"),
+    "shared with nothing": (shared_with_nothing, "exp_avg is that of nothing, which is missing, which nothing reads"),
+    "endless": (tensors_of(form.OPTIMIZER, endless), r"step is 1\.0\d*e\+30"),
+    "not finite": (tensors_of(form.TRAINABLE, not_finite), "weights, or their average, are not finite"),
+    "average not finite": (tensors_of(form.EMA, not_finite), "weights, or their average, are not finite"),
     "other weights": (other_numbers, "does not hold the weights whose digest"),
     "no average": (lambda folder: (folder / form.EMA).unlink(), "holds no moving average, and this run keeps one"),
     **{

@@ -328,7 +328,8 @@ def test_a_number_of_thousands_of_digits_is_refused_by_name():
         ("(" * 900, "is not a regular expression"),
         ("x" * 1_001, "a target has 1,001 characters"),
         (["x"] * 101, "there are 101 targets"),
-        ("a{99999999999999999999}", "is not a regular expression"),
+        ("(?:a{65535}){65535}", "repeats a part more than 1,000 times"),
+        ("a{99999999999999999999}", "repeats a part more than 1,000 times"),
     ],
 )
 def test_targets_that_are_no_patterns(targets, said):

@@ -212,7 +212,7 @@ def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
 def in_one_process(model: Path, output: Path, steps: int = 4, dtype: str = "auto", **changes: Any) -> TrainReport:
     train_section = {"steps": steps, "accumulation": 2, "batch_size": 2, **changes.pop("train", {})}
     shared = {"cache": {"mode": "require"}, "train": train_section, "optimizer": SMOOTH_ADAM}
-    config = run_config(model, output / "no-videos", output, **shared | changes)
+    config = run_config(model, output.parent / "no-videos", output, **shared | changes)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
     fabricate_cache(config, clips=5)
     return train(config)

@@ -35,6 +35,7 @@ from finetune.generate_inputs import (
     parse_adapter,
     prompts_with_seeds,
     read_prompts,
+    training_record,
     transformer_root,
 )
 from finetune.sampling import SampleRequest, sample_videos
@@ -263,6 +264,11 @@ def test_adapters_act_by_their_strength(tiny_model, tmp_path):
     both = frames(Adapter(one), Adapter(two, -0.5))
     different = [plain, full, half, both]
     assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
+
+
+def test_a_training_record_that_is_no_file_says_nothing(tmp_path):
+    (tmp_path / TRAINING_RECORD).symlink_to("/dev/zero")
+    assert training_record(tmp_path) == {}
 
 
 def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, rates):

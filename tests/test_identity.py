@@ -200,6 +200,18 @@ def test_what_was_saved_before_digests_is_taken_with_a_word(trained, tmp_path, c
         assert "does not say which weights of the base" in caplog.text
 
 
+@pytest.mark.parametrize("trained", ["lora"], indirect=True)
+@pytest.mark.parametrize("source", ["export", "checkpoints/step-00000002"])
+def test_an_adapter_that_is_carried_over_to_another_base_is_told_of(trained, changed, source, tmp_path, capsys):
+    method = trained.method.model_copy(update={"init_from": trained.output_dir / source})
+    config = trained.model_copy(update={"method": method, "output_dir": tmp_path / "same"})
+    train(config)
+    assert "another base transformer" not in capsys.readouterr().out
+    changed(flip)
+    assert train(config.model_copy(update={"output_dir": tmp_path / "other"})).step == 2
+    assert "was trained on another base transformer than this one" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("trained", ["full"], indirect=True)
 def test_a_damaged_export_is_refused_as_a_model(trained, tmp_path):
     config = trained.model_copy(update={"output_dir": tmp_path})

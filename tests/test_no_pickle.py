@@ -57,7 +57,6 @@ ALLOWED: Mapping[tuple[str, str], tuple[int, str]] = {
     ("finetune/ranks.py", "broadcast_object_list"): (1, "between processes of one launch"),
     ("finetune/ranks.py", "all_gather_object"): (1, "between processes of one launch"),
     ("finetune/cogvideox/load.py", "T5Tokenizer.from_pretrained"): (1, "text files, no weights"),
-    ("finetune/cogvideox/load.py", "T5Config.from_pretrained"): (1, "JSON, no weights"),
     ("finetune/cogvideox/load.py", "getattr(diffusers, name).from_pretrained"): (1, "a scheduler: JSON, no weights"),
 }
 """What is allowed: (file, call) -> how often, and why."""

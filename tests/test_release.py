@@ -622,7 +622,7 @@ def run(model: Path, output: Path, **changes: Any) -> TrainReport:
     }
     for name, section in changes.items():
         sections[name] = {**sections.get(name, {}), **section}
-    config = run_config(model, output / "no-videos", output, **sections)
+    config = run_config(model, output.parent / "no-videos", output, **sections)
     config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bf16"})})
     fabricate_cache(config, clips=3)
     return train(config)

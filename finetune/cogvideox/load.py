@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -296,14 +295,14 @@ def _stored_dtype(folder: Path) -> str | None:
     if path is None:
         return None
     require_own_files(folder)
-    with _loading(folder.name, folder.parent), path.open("rb") as source:
-        # Eight bytes of length, then a JSON table of contents; no tensor is read.
-        (length,) = struct.unpack("<Q", source.read(8))
-        numbers: Counter[str] = Counter()
-        for name, entry in json.loads(source.read(length)).items():
-            if name != "__metadata__":
-                numbers[entry["dtype"]] += math.prod(entry["shape"])
-        return numbers.most_common(1)[0][0] if numbers else None
+    from safetensors import safe_open
+
+    numbers: Counter[str] = Counter()
+    with _loading(folder.name, folder.parent), safe_open(path, framework="pt", device="cpu") as source:
+        for name in source.keys():  # noqa: SIM118 - not a mapping
+            piece = source.get_slice(name)  # its entry in the table of contents; no tensor is read
+            numbers[piece.get_dtype()] += math.prod(piece.get_shape())
+    return numbers.most_common(1)[0][0] if numbers else None
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, *, max_shard_size: str = "5GB") -> None:

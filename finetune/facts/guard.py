@@ -43,6 +43,7 @@ _ACTING_KEYS = {
     "_attn_implementation": "it names an attention implementation, which a library would fetch from the hub as code",
 }
 """Keys that make a library do more than build the model, and why they are refused."""
+_WITHOUT_WEIGHTS = ("scheduler", "tokenizer")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 
 
@@ -124,7 +125,7 @@ def require_own_files(place: Path) -> None:
         if path.name.endswith(".safetensors.index.json"):
             require_plain_index(path)
     pickles = [path.name for path in stored if path.suffix in _PICKLES]
-    if pickles and not any(path.suffix == ".safetensors" for path in stored):
+    if pickles and place.name not in _WITHOUT_WEIGHTS and not any(path.suffix == ".safetensors" for path in stored):
         raise ModelError(
             f"the {place.name} has its weights as {pickles[0]}, a format that can run code when it is read",
             where=str(place),

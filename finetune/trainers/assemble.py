@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune.adapter_source import read_sources
 from finetune.caching.overview import run_advice
 from finetune.cards import grow_segments
 from finetune.cogvideox import alpha_bar, base_digest, load_transformer, require_as_sent, require_base
@@ -25,6 +26,7 @@ from finetune.datasets.manifest import WARNING, Manifest
 from finetune.errors import CheckpointError, DataError, ModelError
 from finetune.facts import Facts, read_facts, resolve_pretrained
 from finetune.files import atomic_write_text
+from finetune.generate_inputs import Adapter
 from finetune.memory.quantize import placement
 from finetune.planning.auto import settled
 from finetune.planning.beside import Forecaster
@@ -36,6 +38,7 @@ from finetune.trainers.checkpoint import LoadedCheckpoint, require_same_run
 from finetune.trainers.determinism import repeatable, repeats
 from finetune.trainers.ema import Ema
 from finetune.trainers.engine import Engine, Launch, Replicate, read_launch
+from finetune.trainers.method import LoraMethod
 from finetune.trainers.run import Run
 from finetune.trainers.run_folder import checkpoint_to_continue, hold_run_folder
 from finetune.trainers.spread import make_accelerator, make_engine, require_launch
@@ -150,9 +153,17 @@ def assemble(config: RunConfig, cleanup: ExitStack) -> Run:
         console=console,
         prediction=None if forecaster is None else forecaster.prediction(),
     )
+    if saved is not None and not run.is_finite():  # as versions wrote it that did not look
+        raise CheckpointError(
+            "the checkpoint's weights, or their average, are not finite",
+            where=str(saved.path),
+            fix="move it away and run the same command again: the run continues from the checkpoint before it",
+        )
     ranks.first(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
     if saved is not None and not saved.state.base:
         console.note(f"{saved.path.name} does not record which base transformer it was trained on; the next one does")
+    if saved is None and (warning := _other_base(config, base)):
+        console.note(f"warning: {warning}")
     for label, value in run_sheet(run):
         console.note(f"{label:>24}: {value}")
     return run
@@ -259,6 +270,15 @@ def _same_base(module: nn.Module, config: RunConfig, saved: LoadedCheckpoint | N
             fix="to train on the new base, choose another output_dir",
         )
     return digests[0]
+
+
+def _other_base(config: RunConfig, base: str) -> str:
+    """What to say where the adapter that a run begins with was trained on another base, which may be meant."""
+    if not isinstance(config.method, LoraMethod) or config.method.init_from is None:
+        return ""
+    sources, _ = read_sources([Adapter(config.method.init_from)])
+    recorded = {source.record.get("base_digest") for source in sources} - {None, base}
+    return f"{config.method.init_from} was trained on another base transformer than this one" if recorded else ""
 
 
 def _forecaster(config: RunConfig, launch: Launch, ranks: Ranks) -> Forecaster | None:

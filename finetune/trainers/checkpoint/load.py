@@ -275,7 +275,8 @@ def _state_faults(state: RunState, name: str) -> Iterator[str]:
     if min(state.step, state.samples_seen) < 0:
         yield f"step is {state.step}, samples_seen {state.samples_seen}"
     loss, best = state.best_heldout_loss, state.best_step
-    if not math.isfinite(loss or 0) or not 0 <= (best or 0) <= state.step:
+    none = loss is None and best is None
+    if not none and not (0 <= (-1 if loss is None else loss) < math.inf and 1 <= (best or 0) <= state.step):
         yield f"best_heldout_loss is {loss}, best_step {best} at step {state.step}"
 
 

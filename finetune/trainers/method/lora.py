@@ -30,6 +30,8 @@ PRESETS: Mapping[str, str] = {
 """Module names that a preset selects; like every pattern it must match a whole name, and only linear layers count."""
 
 _MOST_PATTERNS, _LONGEST_PATTERN = 100, 1_000
+_MOST_COUNTED = 1_000
+"""Product of a pattern's counts: ``(a{50}){50}`` becomes 2500 parts when it is compiled, which takes memory."""
 _PATIENCE_S = 0.5
 """For one pattern on one name, which takes microseconds. Some patterns take time exponential in the name's length."""
 
@@ -64,6 +66,8 @@ class LoraMethod(Strict):
         for target in patterns:
             if len(target) > _LONGEST_PATTERN:
                 raise ValueError(f"a target has {len(target):,} characters; at most {_LONGEST_PATTERN:,} are read")
+            if math.prod(max(int(count), 1) for count in re.findall(r"\{\s*(\d+)", target)) > _MOST_COUNTED:
+                raise ValueError(f"{target!r:.100} repeats a part more than {_MOST_COUNTED:,} times")
             try:
                 re.compile(PRESETS.get(target, target))
                 regex.compile(PRESETS.get(target, target))

@@ -6,7 +6,6 @@ The expectation comes from the optimizer itself, which is asked for its state of
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import CheckpointError
+from finetune.section import MOST_STEPS
 from finetune.trainers.optim.rounding import Kahan, Masters, Weights
 
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
@@ -119,8 +119,9 @@ class _Forms:
     """What a state is made of, by name: the dtype and shape of tensors, how they are composed, the kind of numbers."""
 
     def __init__(self, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-        shared = {key: tensors[first] for key, first in meta.get("shared", {}).items() if first in tensors}
-        self._forms: dict[str, str] = {key: _form(tensor) for key, tensor in [*tensors.items(), *shared.items()]}
+        self._forms: dict[str, str] = {key: _form(tensor) for key, tensor in tensors.items()}
+        for key, first in meta.get("shared", {}).items():
+            self._forms[key] = _form(tensors[first]) if first in tensors else f"that of {first}, which is missing"
         self._forms |= {key: json.dumps(form, sort_keys=True) for key, form in meta.get("composed", {}).items()}
         for name, values in meta.get("scalars", {}).items():
             self._forms |= {f"state.{name}.{key}": type(value).__name__ for key, value in values.items()}
@@ -180,7 +181,7 @@ def _odd_counts(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> list[
     return [
         f"{key} is {number}"
         for key, number in numbers.items()
-        if isinstance(number, int | float) and not (0 <= number < math.inf and number == int(number))
+        if isinstance(number, int | float) and not (0 <= number <= MOST_STEPS and number == int(number))
     ]
 
 
