@@ -83,10 +83,16 @@ def _read(adapter: Adapter) -> AdapterSource:
     path, where = adapter.path, f"--adapter {adapter.path}"
     if not math.isfinite(adapter.strength):
         raise ConfigError(f"strength {adapter.strength} is not a number", where=where)
-    if standing := step_folders(path):
-        return _from_checkpoint(adapter, standing[-1][1])
-    if (path / "state.json").is_file() or (path / TRAINABLE).is_file():
-        return _from_checkpoint(adapter, path)
+    standing = step_folders(path)
+    if standing or (path / "state.json").is_file() or (path / TRAINABLE).is_file():
+        try:
+            return _from_checkpoint(adapter, standing[-1][1] if standing else path)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the checkpoint's config.json is none of this package: {error!r:.100}",
+                where=where,
+                fix="bring it back, or use another checkpoint of the run",
+            ) from error
     if (path / "transformer" / "config.json").is_file():
         raise ConfigError("this is a whole transformer, no adapter", where=where, fix=f"give --transformer {path}")
     return _from_file(adapter, where)

@@ -618,6 +618,15 @@ def test_a_whole_checkpoint_that_is_not_what_it_says_is_refused_by_name(ended, c
         assert [path for _, path in list_checkpoints(run)] == [folder]
 
 
+@pytest.mark.parametrize("content", [{}, {"method": 5, "model": {}, "data": {}}, {"method": {"kind": "lora"}}])
+def test_an_adapter_of_a_checkpoint_without_its_settings_is_refused(ended, content):
+    with copied(ended.output_dir) as run:
+        (newest(run) / form.CONFIG).write_text(json.dumps(content))
+        reseal(newest(run))
+        (fault,) = read_sources([Adapter(run)])[1]
+        assert "config.json is none of this package" in fault.what and str(run) in fault.where
+
+
 def test_a_run_that_is_resealed_as_it_was_goes_on(ended):
     """Canary: it is the change that is refused, not the seal."""
     with copied(ended.output_dir) as run:

@@ -212,6 +212,18 @@ def test_an_adapter_that_is_carried_over_to_another_base_is_told_of(trained, cha
     assert "was trained on another base transformer than this one" in capsys.readouterr().out
 
 
+def test_a_base_that_moved_is_known_by_its_digest(trained, tmp_path):
+    shutil.copytree(trained.model.pretrained, tmp_path / "moved")
+    shutil.copytree(trained.output_dir, tmp_path / "run")
+    model = trained.model.model_copy(update={"pretrained": str(tmp_path / "moved")})
+    config = longer(trained).model_copy(update={"model": model, "output_dir": tmp_path / "run"})
+    flip(tmp_path / "moved")
+    with pytest.raises(CheckpointError, match="not the base transformer that this run was trained on"):
+        train(config)
+    shutil.copy(Path(trained.model.pretrained) / WEIGHTS, tmp_path / "moved" / WEIGHTS)
+    assert train(config).step == 4
+
+
 @pytest.mark.parametrize("trained", ["full"], indirect=True)
 def test_a_damaged_export_is_refused_as_a_model(trained, tmp_path):
     config = trained.model_copy(update={"output_dir": tmp_path})

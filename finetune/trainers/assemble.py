@@ -193,8 +193,10 @@ def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, ranks: Ranks)
     if saved is None:
         return None
     path = saved.path
-    processes = (saved.processes, ranks.world)
-    for change in require_same_run(saved.config, config.to_dict(), where=str(path), processes=processes):
+    processes, identified = (saved.processes, ranks.world), bool(saved.state.base)
+    for change in require_same_run(
+        saved.config, config.to_dict(), where=str(path), processes=processes, identified=identified
+    ):
         if ranks.is_main:
             print(f"continuing with {change}", flush=True)
     if saved.state.cache_digest != manifest.digest:

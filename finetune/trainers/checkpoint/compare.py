@@ -86,7 +86,12 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Diff
 
 
 def require_same_run(
-    old: Mapping[str, Any], new: Mapping[str, Any], *, where: str, processes: tuple[int, int] = (1, 1)
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    where: str,
+    processes: tuple[int, int] = (1, 1),
+    identified: bool = False,
 ) -> list[Difference]:
     """Refuse to continue a run under a configuration that would make it another run.
 
@@ -96,6 +101,7 @@ def require_same_run(
         where: the checkpoint, for the message.
         processes: how many processes trained then, and train now. ``train.accumulation`` may change along with them,
             as long as their product, the micro-batches of a step, does not.
+        identified: whether the checkpoint records the digest of its base, which decides then; a folder may have moved.
 
     Returns:
         The differences it can continue with, to be told to the user.
@@ -115,6 +121,13 @@ def require_same_run(
     elif all(change.field != split for change in differences):
         reason = f"a step would have {after} micro-batches, not {before}; train.accumulation can make up for it"
         differences.append(Difference("number of processes", *processes, allowed=False, reason=reason))
+    if identified:
+        differences = [
+            dataclasses.replace(change, allowed=True, reason="the base's weights are compared by their digest")
+            if change.field in ("model.pretrained", "model.revision")
+            else change
+            for change in differences
+        ]
     refused = [f"  {change}" for change in differences if not change.allowed]
     if refused:
         raise CheckpointError(
