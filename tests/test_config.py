@@ -530,7 +530,7 @@ EXPECTED = [
     ("unknown kind 'adam8bit'; did you mean 'adamw8bit'?", "14:3 (optimizer.kind)", "use one of adamw, adamw8bit"),
     ("'steps' is 'ten'", "16:3 (train.steps)", ""),
     ("unknown field 'seeed'; did you mean 'seed'?", "17:3 (train.seeed)", ""),
-    ("'mode' is 'rquire', which is not possible; did you mean 'require'?", "18:9 (cache.mode)", "use one of auto, require"),
+    ("'mode' is 'rquire', which is not possible; did you mean 'require'?", "18:9 (cache.mode)", "one of auto, require"),
     ("'decode_workers' is -1", "18:23 (cache.decode_workers)", ""),
     ("'memory' is 3: should be a mapping of fields", "19:1 (memory)", ""),
     ("text is wanted", "22:8 (validation.samples.0.prompt)", 'put it in quotes: prompt: "3"'),
