@@ -153,7 +153,7 @@ def _check(args: argparse.Namespace) -> None:
     numbers, advice = overview(config, facts, report.clips, identities(config, report.clips, progress=True))
     for label, number in numbers:
         print(f"{label:>16}: {number}")
-    _print_notes([*warnings, *advice])
+    _print_notes([*warnings, *advice], "warning")
     _print_next("train", *_config_words(args))
 
 
@@ -202,7 +202,7 @@ def _precompute(args: argparse.Namespace) -> None:
     ranks = Ranks.current()
     config = pin_model(load_config(args.config, args.set), ranks.first)
     facts = read_facts(config.model.pretrained, config.model.revision)
-    _print_notes(require_valid(config, facts))
+    _print_notes(require_valid(config, facts), "warning")
     config, _ = settled(config)  # it decides how T5 is held
     report = precompute(config, facts=facts, distributed=ranks)
     if _is_main():
@@ -330,9 +330,9 @@ def _config_words(args: argparse.Namespace) -> list[str]:
     return ["--config", str(args.config), *(["--set", *args.set] if args.set else [])]
 
 
-def _print_notes(notes: Sequence[str]) -> None:
+def _print_notes(notes: Sequence[str], kind: str = "note") -> None:
     for note in notes if _is_main() else ():
-        print(f"note: {note}", file=sys.stderr)
+        print(f"{kind}: {note}", file=sys.stderr)
 
 
 _VERBS: dict[str, Callable[[argparse.Namespace], int | None]] = {

@@ -438,7 +438,7 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
     printed = capsys.readouterr()
     assert "4 clips from 4 videos" in printed.out
     assert "3 to train on, 1 held out" in printed.out and "1500, 500.00 epochs on one process" in printed.out
-    assert "note: 3 clips for 1500 steps are 500 epochs" in printed.err
+    assert "warning: 3 clips for 1500 steps are 500 epochs" in printed.err
     # 9 frames are 3 latent ones of 8x8 cells in patches of 2x2, beside 16 tokens of text.
     assert "9x64x64: latents of 4 channels x 3 frames x 8 x 8, 64 tokens with text" in printed.out
     assert main(["check", "--config", str(path), "--set", "data.buckets=[10x63x64]"]) == USER_ERROR

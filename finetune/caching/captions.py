@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from finetune.caching.request import local_folder
 from finetune.cogvideox import TokenizedCaption, load_tokenizer, tokenize
 from finetune.config import RunConfig
+from finetune.datasets.manifest import WARNING
 from finetune.errors import DataError
 from finetune.facts import Facts
 
@@ -62,7 +63,7 @@ def check_captions(config: RunConfig, facts: Facts, captions: Mapping[str, str])
             by_tokens.setdefault(tokens.ids, []).append(text)
     alike = [group for group in by_tokens.values() if len(group) > 1]
     return CaptionFindings(
-        tuple(_notes(unknown, alike, len(texts))),
+        tuple(f"{WARNING}{warning}" for warning in _warnings(unknown, alike, len(texts), facts.max_text_seq_length)),
         tuple(_errors(unknown, alike, captions)) if config.data.unreadable_captions == "error" else (),
     )
 
@@ -76,23 +77,23 @@ def _part(text: str, tokens: TokenizedCaption, added: int) -> float:
     return min(1.0, tokens.unknown / max(1, _letters(text) - added))
 
 
-def _notes(unknown: Mapping[str, float], alike: list[list[str]], count: int) -> list[str]:
-    notes = []
+def _warnings(unknown: Mapping[str, float], alike: list[list[str]], count: int, most_tokens: int) -> list[str]:
+    warnings = []
     if unknown:
         worst = max(unknown, key=unknown.__getitem__)
         mostly = sum(part > MOST_UNKNOWN for part in unknown.values())
-        notes.append(
+        warnings.append(
             f"{len(unknown)} of {count} captions hold characters that the model's text encoder does not know, and reads"
             f" as one unknown mark ({mostly} of them for the most part): such as {_quoted(worst)}, {unknown[worst]:.0%}"
             " unknown"
         )
     if alike:
         first, second = alike[0][:2]
-        notes.append(
-            f"{sum(map(len, alike))} different captions are not different to the model, which reads the same tokens for"
-            f" {_quoted(first)} and {_quoted(second)}"
+        warnings.append(
+            f"{sum(map(len, alike))} different captions are not different to the model, which reads the same tokens (at"
+            f" most {most_tokens}) for {_quoted(first)} and {_quoted(second)}"
         )
-    return notes
+    return warnings
 
 
 def _errors(unknown: Mapping[str, float], alike: list[list[str]], captions: Mapping[str, str]) -> list[DataError]:
