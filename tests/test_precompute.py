@@ -786,7 +786,11 @@ def test_captions_that_the_model_cannot_read_are_told_of(project):
     notes = check_dataset(home.config(), read_facts(str(home.model)), progress=False).notes
     assert "3 of 4 captions hold characters that" in notes[0] and "(2 of them for the most part)" in notes[0]
     assert repr(CHINESE[0]) in notes[0] and "100% unknown" in notes[0]
-    assert notes[0].startswith("warning: ") and notes[1].startswith("warning: 2 different captions are not different to the model") and CHINESE[1] in notes[1]
+    assert (
+        notes[0].startswith("warning: ")
+        and notes[1].startswith("warning: 2 different captions are not different to the model")
+        and CHINESE[1] in notes[1]
+    )
     report = home.precompute()
     assert set(notes) <= set(report.manifest.notes) and notes[0] in str(report).splitlines()
     first, second = (home.cache.read_prompt(item.prompt_key) for item in report.manifest.items[:2])

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from finetune.datasets.media.colour import to_bt709
 from finetune.datasets.media.containers import check_regular
 from finetune.datasets.media.limits import MAX_PIXELS, check_frame_size, too_much_memory
+from finetune.datasets.media.stated import SDR, colours_by_number
 from finetune.errors import DataError
 
 Frame = NDArray[np.uint8]
@@ -25,8 +27,8 @@ _FIX = "save it again as PNG or JPEG, or leave it out"
 def read_image(path: Path) -> Frame:
     """Load a still image as upright RGB, uint8 [H, W, 3].
 
-    EXIF orientation is applied; transparency is laid on black; 16-bit grey is scaled, not clipped. Of an animation the
-    first picture is taken.
+    EXIF orientation is applied; HDR and wide colours that AVIF or PNG state by number become SDR; transparency is laid
+    on black; 16-bit grey is scaled, not clipped. Of an animation the first picture is taken.
 
     Raises:
         DataError: if the file is not an image of ``FORMATS``, is damaged, or is beyond the limits of ``limits``.
@@ -41,7 +43,7 @@ def read_image(path: Path) -> Frame:
             image = Image.open(path, formats=FORMATS)
         with image:
             check_frame_size(image.height, image.width, where)  # from the header, before the pixels are read
-            return _upright(image, where)
+            return _upright(image, _stated_colours(path, image.format), where)
     except DataError:
         raise
     except Image.DecompressionBombError as error:
@@ -54,12 +56,31 @@ def read_image(path: Path) -> Frame:
         raise DataError(f"not an image that can be read ({told:.300})", where=where, fix=_FIX) from None
 
 
-def _upright(image: Image.Image, where: str) -> Frame:
+def _stated_colours(path: Path, kind: str | None) -> tuple[str, str]:
+    """What an AVIF's ``colr`` box or a PNG's ``cICP`` chunk says; SDR of BT.709 where there is none."""
+    with path.open("rb") as file:
+        head = file.read(2**16)
+    name, size = {"AVIF": (b"colrnclx", 2), "PNG": (b"\0\0\0\4cICP", 1)}.get(kind or "", (b"", 0))
+    at = head.find(name) + len(name)
+    if not size or name not in head or len(head) < at + 3 * size:
+        return SDR
+    primaries, transfer, matrix = (int.from_bytes(head[at + i * size : at + (i + 1) * size], "big") for i in range(3))
+    return colours_by_number(transfer, primaries, matrix)
+
+
+def _upright(image: Image.Image, colours: tuple[str, str], where: str) -> Frame:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith(("I", "F")):
         return _grey(np.asarray(upright), where)
-    if upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info:
+    transparent = upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info
+    if transparent:
         upright = upright.convert("RGBA")
+    if colours != SDR:
+        alpha = upright.getchannel("A") if transparent else None
+        upright = Image.fromarray(to_bt709(np.asarray(upright.convert("RGB"), np.uint16) * 256, *colours))
+        if alpha is not None:
+            upright.putalpha(alpha)
+    if transparent:
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, (0, 0, 0, 255)), upright)
     return np.asarray(upright.convert("RGB"))
 

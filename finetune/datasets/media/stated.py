@@ -32,6 +32,7 @@ _QUARTER_TURNS = {0: 1, 90: 6, 180: 3, 270: 8}
 _HDR = {16: "pq", 18: "hlg"}
 _OTHER_TRANSFERS = {8: "linear light", 9: "logarithmic light", 10: "logarithmic light", 17: "SMPTE ST 428"}
 _WIDE = {9: "bt2020", 11: "p3", 12: "p3"}
+SDR = "sdr", "bt709"
 UNSTATED = 2
 BT2020_MATRIX = 9
 _OTHER_MATRICES = {
@@ -156,11 +157,9 @@ def stated_colours(stream: Any, frame: Any, where: str) -> tuple[str, str] | Non
             where=where,
             fix="take another version of it, or convert it with a Dolby Vision player's export or ffmpeg's libplacebo",
         )
-    gamut = _WIDE.get(primaries, "bt709")
-    if primaries == UNSTATED and (transfer in _HDR or matrix in (BT2020_MATRIX, 10)):
-        gamut = "bt2020"
+    colours = colours_by_number(transfer, primaries, matrix)
     if matrix in _OTHER_MATRICES and not frame.format.is_rgb:
-        matrix_read = "2020_ncl" if gamut == "bt2020" else "709"
+        matrix_read = "2020_ncl" if "bt2020" in colours else "709"
         raise DataError(
             f"its colours are stored as {_OTHER_MATRICES[matrix]}, which is not read",
             where=where,
@@ -172,8 +171,15 @@ def stated_colours(stream: Any, frame: Any, where: str) -> tuple[str, str] | Non
             where=where,
             fix=_convert(where, "zscale=pin=709:p=709:t=709:m=709"),
         )
-    colours = _HDR.get(transfer, "sdr"), gamut
-    return None if colours == ("sdr", "bt709") else colours
+    return None if colours == SDR else colours
+
+
+def colours_by_number(transfer: int, primaries: int, matrix: int) -> tuple[str, str]:
+    """Transfer and primaries as ``colour.to_bt709`` names them, by the numbers of H.273."""
+    gamut = _WIDE.get(primaries, "bt709")
+    if primaries == UNSTATED and (transfer in _HDR or matrix in (BT2020_MATRIX, 10)):
+        gamut = "bt2020"
+    return _HDR.get(transfer, "sdr"), gamut
 
 
 def _transparency(frame: Any, where: str) -> tuple[str, ...]:
