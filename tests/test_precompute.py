@@ -904,7 +904,7 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
     from finetune.caching.kept import kept_warnings
     from finetune.caching.report import PlannedClip
     from finetune.facts import known_model
-    from finetune.geometry import plan_clips
+    from finetune.geometry import picture_kept, plan_clips
     from finetune.types import Sample, VideoProbe
 
     facts = read_facts(str(known_model("5b-i2v")))
@@ -921,6 +921,12 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
     clips = [PlannedClip("a.mp4", sample, ten, plan, False) for plan in plan_clips(ten, config, 8, "a")]
     (seconds,) = kept_warnings(clips, config, facts, 8)
     assert seconds.endswith("61% of the seconds of 1 videos: data.span: all with 25x480x720 would keep 94%")
+    # A web dataset has a thousand shapes: the sizes that serve most clips are named, the rest is counted.
+    clips = [replace(clips[0], probe=replace(ten, height=480 + 8 * n)) for n in range(90)]
+    *pictures, rest = [line for line in kept_warnings(clips, config, facts, 8) if "of the picture" in line]
+    numbers = [int(line.split("of the picture of ")[1].split()[0]) for line in (*pictures, rest)]
+    assert len(pictures) == 3 and "clips of more shapes" in rest
+    assert sum(numbers) == sum(picture_kept((480 + 8 * n, 720), clips[0].plan.bucket) < 0.8 for n in range(90))
 
 
 def test_decode_workers_share_the_machine(project, monkeypatch):

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 ENOUGH = 0.8
 """Of pictures or seconds: if less is kept, there is a warning."""
 
+_MOST_SIZES = 3
+"""Of one bucket, that are named as better."""
+
 
 @dataclass(frozen=True)
 class Kept:
@@ -47,20 +50,24 @@ def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, facts: Facts, 
 
 def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], facts: Facts) -> list[str]:
     cropped: dict[Bucket | None, list[tuple[int, int]]] = {}
-    better: dict[tuple[int, int], Bucket | None] = {}
+    better: dict[float, Bucket | None] = {}  # by shape: a web dataset has thousands of sizes
     for clip in clips:
         source_hw = clip.probe.height, clip.probe.width
         if picture_kept(source_hw, bucket) < ENOUGH:
-            if source_hw not in better:
-                better[source_hw] = better_size(source_hw, bucket, facts.size_multiple, lambda b: _takes(facts, b))
-            cropped.setdefault(better[source_hw], []).append(source_hw)
+            shape = round(clip.probe.width / clip.probe.height, 2)
+            if shape not in better:
+                better[shape] = better_size(source_hw, bucket, facts.size_multiple, lambda b: _takes(facts, b))
+            cropped.setdefault(better[shape], []).append(source_hw)
     warnings = []
-    for size, sources in cropped.items():
+    ordered = sorted(cropped.items(), key=lambda pair: -len(pair[1]))
+    for size, sources in ordered[:_MOST_SIZES]:
         example = max(sources, key=sources.count)
         told = f"bucket {bucket} keeps {_mean(sources, bucket):.0%} of the picture of {len(sources)} clips"
         told += f" of {example[0]}x{example[1]}" + (" and others" if len(set(sources)) > 1 else "")
         more = f"{size} would keep {_mean(sources, size):.0%}" if size else "this model takes no size that keeps more"
         warnings.append(f"{told} (height x width): {more}")
+    if rest := sum(len(sources) for _, sources in ordered[_MOST_SIZES:]):
+        warnings.append(f"bucket {bucket} keeps less than {ENOUGH:.0%} of the picture of {rest} clips of more shapes")
     return warnings
 
 
