@@ -195,7 +195,10 @@ class Actors(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs, name, touches = dict(kwargs or {}), func._schema.name, _touches_memory(func)
+        kwargs = dict(kwargs or {})
+        if _is_view(func):
+            return func(*args, **kwargs)
+        name, touches = func._schema.name, _touches_memory(func)
         given = [(self._of(tensor), tensor, writes) for tensor, writes in _arguments(func, args, kwargs)]
         here = [memory.host for memory, _, _ in given]
         by_host = all(here) if given else _host_works()
@@ -392,14 +395,20 @@ def _blocks(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool
 @cache
 def _touches_memory(func: Any) -> bool:
     """Whether an operation reads or writes elements: neither views nor uninitialised memory do."""
-    if func.__name__.startswith(("empty", "new_empty", "detach", "_to_copy.meta")):
+    return not _is_view(func) and not func.__name__.startswith(("empty", "new_empty", "lift_fresh", "_to_copy.meta"))
+
+
+@cache
+def _is_view(func: Any) -> bool:
+    """Whether what an operation returns is its arguments' own memory, and nothing else happens."""
+    if func._schema.name == "aten::lift_fresh":  # a number that is new to the host
         return False
     views = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
-    return not (views and all(views))
+    return bool(views) and all(views)
 
 
 def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[tuple[Tensor, bool]]:
-    for position, (name, writes) in enumerate(_signature(func)):
+    for position, name, writes in _signature(func):
         given = args[position] if position < len(args) else kwargs.get(name)
         for tensor in given if isinstance(given, list | tuple) else (given,):
             if isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu":
@@ -407,6 +416,10 @@ def _arguments(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> I
 
 
 @cache
-def _signature(func: Any) -> list[tuple[str, bool]]:
-    """Names of an operation's arguments, and whether it writes to them."""
-    return [(a.name, a.alias_info is not None and a.alias_info.is_write) for a in func._schema.arguments]
+def _signature(func: Any) -> list[tuple[int, str, bool]]:
+    """Place and name of an operation's arguments that are tensors, and whether it writes to them."""
+    return [
+        (position, a.name, a.alias_info is not None and a.alias_info.is_write)
+        for position, a in enumerate(func._schema.arguments)
+        if "Tensor" in str(a.type)
+    ]
