@@ -92,24 +92,26 @@ def read_header(path: Path) -> StreamHeader:
         if first is None:
             raise DataError("no frame can be decoded", where=where, fix=FIX)
         check_frame_size(first.height, first.width, where)
-        orientation = stated_orientation(stream, first if alpha_decoder(stream) is None else _opaque(path), where) or 1
+        orientation = stated_orientation(
+            stream, first if alpha_decoder(stream) is None else _opaque(path) or first, where
+        )
         return StreamHeader(
             container=container_name,
             height=first.height,
             width=first.width,
             pixel_aspect=_pixel_aspect(stream),
-            orientation=orientation,
-            corrections=(*_missed_turn(first, orientation), *stated_corrections(stream, first, where)),
+            orientation=orientation or 1,
+            corrections=(*_missed_turn(first, orientation or 1), *stated_corrections(stream, first, where)),
             rate=float(stream.average_rate) if stream.average_rate and stream.average_rate > 0 else None,
             video_streams=sum(not is_cover(other) for other in container.streams.video),
         )
 
 
 def _opaque(path: Path) -> Any:
-    """The first frame of a video as FFmpeg decodes it, transparent or not: with what the container says of it."""
+    """The first frame as FFmpeg's own decoder gives it, with what the container says of it; None if it gives none."""
     with opened(path) as container:
         stream = video_stream(container, str(path))
-        return next(guarded(container.decode(stream), str(path)))
+        return next(guarded(container.decode(stream), str(path)), None)
 
 
 def read_index(path: Path) -> Index:
