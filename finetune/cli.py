@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from finetune.arguments import build_parser
 from finetune.cards import grow_segments
-from finetune.console import lasting_streams, open_streams, planning_heard, quiet_libraries
+from finetune.console import lasting_streams, open_streams, own_log, quiet_libraries
 from finetune.errors import CacheError, ConfigError, FinetuneError, first_line, is_out_of_memory, is_refusal
 from finetune.text import shown
 from finetune.version import __version__
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None, *, verb: str | None = None) -> int:
     args = build_parser(verb).parse_args(argv)
     quiet_libraries()
     grow_segments()
-    with lasting_streams() if args.verb in _WORK else nullcontext(), planning_heard():
+    with lasting_streams() if args.verb in _WORK else nullcontext(), own_log():
         return _run(args)
 
 

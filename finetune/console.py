@@ -83,11 +83,20 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+class _Formatter(logging.Formatter):
+    """Warnings in the style of all others, and the rest as it is."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text
+
+
 @contextmanager
-def planning_heard() -> Iterator[None]:
-    """Inside, the planner's steps are told on standard error: it may take a minute."""
-    log, handler = logging.getLogger("finetune.planning"), logging.StreamHandler(sys.stderr)
+def own_log() -> Iterator[None]:
+    """Inside, this package's log goes to standard error: warnings, and the planner's steps, which may take a minute."""
+    log, handler = logging.getLogger("finetune"), logging.StreamHandler(sys.stderr)
     level, propagates = log.level, log.propagate
+    handler.setFormatter(_Formatter())
     log.addHandler(handler)
     log.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING)
     log.propagate = False

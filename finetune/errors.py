@@ -110,16 +110,29 @@ def raise_all(kind: type[FinetuneError], errors: Sequence[FinetuneError], *, wha
         kind: the class to raise.
         errors: what was collected.
         what: a headline such as ``"3 dataset rows cannot be used"``; ``{n}`` in it becomes the count.
-        limit: how many are spelled out; the rest are counted.
+        limit: how many are spelled out; the rest are counted. What is wrong in the same way at several places is one,
+            with the first ``_PLACES`` of them.
     """
     if not errors:
         return
     if len(errors) == 1:
         raise errors[0]
-    body = "\n".join("- " + str(error).replace("\n", "\n  ") for error in errors[:limit])
-    rest = len(errors) - limit
+    alike: dict[tuple[str, str], list[str]] = {}
+    for error in errors:
+        alike.setdefault((error.what, error.fix), []).append(error.where)
+    listed = [FinetuneError(what, where=_places(where), fix=fix) for (what, fix), where in alike.items()]
+    body = "\n".join("- " + str(error).replace("\n", "\n  ") for error in listed[:limit])
+    rest = sum(len(where) for where in [*alike.values()][limit:])
     more = f"\n- and {rest} more" if rest > 0 else ""
     raise kind(f"{what.format(n=len(errors))}\n{body}{more}")
+
+
+_PLACES = 5
+
+
+def _places(where: Sequence[str]) -> str:
+    named = ", ".join(place for place in where[:_PLACES] if place)
+    return f"{named} and {len(where) - _PLACES} more" if len(where) > _PLACES else named
 
 
 def first_line(error: BaseException) -> str:

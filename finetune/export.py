@@ -29,7 +29,7 @@ from finetune.exporting.place import arriving, require_replaceable
 from finetune.exporting.source import Source, checkpoint_of, default_folder, find_source
 from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
 from finetune.facts import Facts, read_facts, resolve_pretrained
-from finetune.files import atomic_write_text, is_complete, publish_dir, require_writable
+from finetune.files import atomic_write_text, from_here, is_complete, publish_dir, require_writable
 from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
 from finetune.ranks import compute_device
 from finetune.seals import seal
@@ -64,7 +64,7 @@ class ExportReport:
 
     def __str__(self) -> str:
         averaged = ", averaged weights" if self.weights == "ema" else ""
-        lines = [f"exported step {self.step}{averaged} to {self.folder}: {', '.join(self.files)}"]
+        lines = [f"exported step {self.step}{averaged} to {from_here(self.folder)}: {', '.join(self.files)}"]
         lines += [str(self.merged)] if self.merged is not None else []
         lines += [f"note: {note}" for note in self.notes]
         lines.append(
@@ -139,7 +139,7 @@ def export(
         record = training_record(found, facts, trained.merged, max_abs_diff=difference, tolerance=tolerance)
         atomic_write_text(partial / TRAINING_RECORD, record)
         card = model_card(
-            found, facts, trained.merged, name=_from_here(folder), samples=samples, full_pipeline=full_pipeline
+            found, facts, trained.merged, name=from_here(folder), samples=samples, full_pipeline=full_pipeline
         )
         atomic_write_text(partial / "README.md", card)
         marker = seal(partial)  # before the base's files: they are others' and large
@@ -173,14 +173,8 @@ def export(
         tolerance,
         merged=what,
         notes=tuple(notes),
-        command=command(found, facts, _from_here(folder), adapter=found.lora and not merged),
+        command=command(found, facts, from_here(folder), adapter=found.lora and not merged),
     )
-
-
-def _from_here(folder: Path) -> str:
-    """How code and commands that are typed here find a folder; below this one, its path tells less of the machine."""
-    here = Path.cwd()
-    return str(folder.relative_to(here)) if folder.is_relative_to(here) else str(folder)
 
 
 def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength: float) -> None:

@@ -244,6 +244,12 @@ def is_complete(path: Path) -> bool:
     return (path / COMPLETE).is_file()
 
 
+def from_here(path: Path) -> str:
+    """How commands and code that are typed in the current folder name a path: below it, without what leads to it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
 def require_writable(folder: Path, *, kind: Callable[..., Exception], what: str, where: str) -> None:
     """Refuse to begin work whose outcome cannot be written to ``folder``, which is made if need be.
 

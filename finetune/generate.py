@@ -105,11 +105,13 @@ def generate(request: GenerateRequest) -> GenerateReport:
     device = _device(request)
     # Sampling takes minutes per video.
     require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
-    notes = [source.note for source in sources if source.note]
-    notes += [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
+    notes = [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
     texts = [*(prompt.prompt for prompt in request.prompts), request.negative_prompt]
     notes += _unread(model, facts, texts)
+    chosen = [source.note for source in sources if source.note]
+    for choice in chosen:
+        _log.info("note: %s", choice)
     for note in notes:  # now, not after minutes of sampling
         _log.warning("%s", note)
     dtype = model.torch_dtype()
@@ -144,7 +146,7 @@ def generate(request: GenerateRequest) -> GenerateReport:
         paths.append(write_mp4(request.out / name, frames, fps))
         rows.append((f"{prompt.prompt} (seed {prompt.seed})", frames))
     sheet = contact_sheet(rows, request.out / "sheet.png")
-    return GenerateReport(tuple(paths), sheet, bucket, tuple(frames for _, frames in rows), tuple(notes))
+    return GenerateReport(tuple(paths), sheet, bucket, tuple(frames for _, frames in rows), (*chosen, *notes))
 
 
 _Record = tuple[str, Path, dict[str, Any]]

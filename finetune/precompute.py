@@ -25,6 +25,7 @@ from finetune.datasets.manifest import KINDS, Kind
 from finetune.datasets.video import DecodePool
 from finetune.errors import CacheError, DataError, raise_all
 from finetune.facts import Facts, read_facts
+from finetune.files import from_here
 from finetune.ranks import Ranks
 from finetune.space import human_size
 
@@ -56,7 +57,7 @@ class PrecomputeReport:
         return self.bytes / 2**30
 
     def __str__(self) -> str:
-        lines = [f"cache {self.cache_dir}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
+        lines = [f"cache {from_here(self.cache_dir)}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
         lines += [
             f"{_TITLES[kind]:<10}{self.encoded[kind]:>10}{self.reused[kind]:>10}"
             for kind in KINDS
@@ -272,7 +273,7 @@ def _trusted(config: RunConfig, answer: Answer, cache: Cache) -> Manifest | None
                 where=str(cache.root),
                 fix="run `finetune precompute` where the videos and the encoders are, or set cache.mode: auto",
             )
-        print(f"cache {cache.root} has to be brought up to date:\n{_listed(answer.faults)}", flush=True)
+        print(f"cache {from_here(cache.root)} has to be brought up to date:\n{_listed(answer.faults)}", flush=True)
         return None
     manifest = answer.manifest
     assert manifest is not None  # an answer without faults has one
@@ -285,7 +286,10 @@ def _trusted(config: RunConfig, answer: Answer, cache: Cache) -> Manifest | None
     with suppress(OSError):  # `gc --unused-days` goes by this time; a cache may be read-only
         os.utime(cache.root / "manifests" / f"{manifest.name}.json")
     held = sum(item.holdout for item in manifest.items)
-    print(f"cache {cache.root}: complete, {len(manifest.items)} clips ({held} held out), nothing to encode", flush=True)
+    print(
+        f"cache {from_here(cache.root)}: complete, {len(manifest.items)} clips ({held} held out), nothing to encode",
+        flush=True,
+    )
     if answer.absent:
         print(f"note: source files are not on this machine and were not compared: {named(answer.absent)}", flush=True)
     if answer.outdated:

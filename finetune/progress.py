@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -33,6 +34,14 @@ class Bar(tqdm):  # type: ignore[misc]  # it has no types
 
 def _style() -> dict[str, Any]:
     if sys.stderr.isatty():
-        return {"leave": False, "dynamic_ncols": True}
+        return {"leave": False, **({"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80})}
     line = "{desc}: {n_fmt} of {total_fmt}{postfix}, {elapsed} gone, {remaining} to go"
     return {"leave": False, "delay": LINE_INTERVAL_S, "mininterval": LINE_INTERVAL_S, "bar_format": line}
+
+
+def _has_size(terminal: TextIO) -> bool:
+    """Whether a terminal says how wide it is: a container's or a recorder's may say 0, and tqdm would draw nothing."""
+    try:
+        return os.get_terminal_size(terminal.fileno()).columns > 0
+    except OSError:
+        return False

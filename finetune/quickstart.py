@@ -24,7 +24,7 @@ from finetune.demo import (
     write_clips,
 )
 from finetune.export import ExportReport, export
-from finetune.files import atomic_write_text
+from finetune.files import atomic_write_text, from_here
 from finetune.generate import GenerateReport, generate
 from finetune.generate_inputs import Adapter, GenerateRequest
 from finetune.precompute import precompute
@@ -209,7 +209,7 @@ def _recognised(videos: Sequence[Frames], scenes: Sequence[Scene]) -> int:
 def _summary(folder: Path, outcome: Outcome) -> str:
     before, after = outcome.train.heldout_before, outcome.train.heldout_after
     loss = "not measured" if before is None or after is None else f"{before:.4f} before, {after:.4f} after"
-    new, old = len(NEW_SCENES), len(OLD_SCENES)
+    new, old, run = len(NEW_SCENES), len(OLD_SCENES), outcome.train.run_dir
     return f"""
 What changed
   held-out loss        {loss}
@@ -219,8 +219,8 @@ What changed
 
 What there is
   {outcome.picture}    look at this first
-  {outcome.export.folder}    the adapter, for diffusers' load_lora_weights
-  {outcome.train.run_dir}    checkpoints, sampled videos, curves: {tensorboard_command(outcome.train.run_dir)}
+  {from_here(outcome.export.folder)}    the adapter, for diffusers' load_lora_weights
+  {from_here(run)}    checkpoints, sampled videos, curves: {tensorboard_command(run)}
   {folder / "run.yaml"}    the configuration that made it
 
 Next, on your own clips (a folder of videos with a .txt caption beside each)

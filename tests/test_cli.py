@@ -6,7 +6,9 @@ import errno
 import io
 import itertools
 import json
+import logging
 import os
+import pty
 import shlex
 import subprocess
 import sys
@@ -26,7 +28,16 @@ from finetune.arguments import build_parser
 from finetune.caching.overview import run_advice
 from finetune.cli import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, main
 from finetune.config import check_against, load_config
-from finetune.errors import CheckpointError, ConfigError, DataError, FinetuneError, ModelError, is_out_of_memory
+from finetune.console import own_log
+from finetune.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    FinetuneError,
+    ModelError,
+    is_out_of_memory,
+    raise_all,
+)
 from finetune.facts import known_model, read_facts
 from finetune.recipes import RECIPES
 from finetune.schedule import Item, StepPlan
@@ -334,6 +345,20 @@ class Stream(io.StringIO):
         self.isatty = lambda: terminal  # type: ignore[method-assign]
 
 
+def test_one_fault_of_thirty_clips_is_said_once():
+    short = [DataError("the clip is too short", where=f"clip-{n}", fix="add a bucket") for n in range(30)]
+    with pytest.raises(DataError) as raised:
+        raise_all(DataError, [*short, DataError("no caption", where="clip-40")], what="{n} clips cannot be used")
+    assert str(raised.value).splitlines() == [
+        "31 clips cannot be used",
+        "- the clip is too short",
+        "    where: clip-0, clip-1, clip-2, clip-3, clip-4 and 25 more",
+        "    fix:   add a bucket",
+        "- no caption",
+        "    where: clip-40",
+    ]
+
+
 def test_a_bar_is_one_on_a_terminal_only(monkeypatch):
     from tqdm import tqdm
 
@@ -351,6 +376,24 @@ def test_a_bar_is_one_on_a_terminal_only(monkeypatch):
         assert ("\r" in stream.getvalue()) is drawn, "the last is the canary"
         if kind is progress.Bar and not terminal:
             assert stream.getvalue().splitlines()[0].startswith("clips: 1 of 3, ")
+
+
+def test_a_bar_is_drawn_on_a_terminal_of_unknown_size():
+    """As a container's is: it has 0 columns."""
+    terminal, end = pty.openpty()
+    code = "from finetune.progress import Bar\nfor _ in Bar(range(3), desc='clips'): pass"
+    subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env={**os.environ, "COLUMNS": ""})
+    assert os.read(terminal, 10_000).startswith(b"\rclips: ")
+    os.close(terminal)
+    os.close(end)
+
+
+def test_the_log_reads_as_all_other_lines(capsys):
+    log = logging.getLogger("finetune.generate")
+    with own_log():
+        log.warning("the prompt lacks the word")
+        log.info("rehearsing")
+    assert capsys.readouterr().err == "warning: the prompt lacks the word\nrehearsing\n"
 
 
 @pytest.mark.parametrize("stderr_too", [False, True])

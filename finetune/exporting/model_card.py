@@ -20,6 +20,7 @@ from finetune.config.plain_yaml import Dumper
 from finetune.exporting.merge import Merged
 from finetune.exporting.source import Source
 from finetune.facts import Facts
+from finetune.files import from_here
 from finetune.generate_inputs import ADAPTER_FILE
 from finetune.text import shown
 from finetune.trainers.method import LoraMethod
@@ -159,7 +160,7 @@ def _method_tags(found: Source, *, adapter: bool) -> list[str]:
 def usage(found: Source, facts: Facts, *, name: str, adapter: bool, full_pipeline: bool) -> str:
     """Python that loads the export and samples a video; it runs as it stands where the export was made.
 
-    A base model that is a folder is named by its whole path here, or it would not run.
+    A base model that is a folder is named where it is from there, or it would not run.
     """
     config = found.config
     pipeline = "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline"
@@ -216,7 +217,7 @@ def usage(found: Source, facts: Facts, *, name: str, adapter: bool, full_pipelin
 
 def _base(found: Source) -> str:
     """The base model where it is now, unless everybody finds it where it was."""
-    return found.trained_on if _is_hub_id(found.trained_on) else found.config.model.pretrained
+    return found.trained_on if _is_hub_id(found.trained_on) else from_here(Path(found.config.model.pretrained))
 
 
 def command(found: Source, facts: Facts, name: str, *, adapter: bool) -> str:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from finetune.config import RunConfig, as_config
 from finetune.errors import first_line, is_out_of_memory
+from finetune.files import from_here
 from finetune.ranks import peers
 from finetune.schedule import is_due, lr_at
 from finetune.streams import address
@@ -75,9 +76,9 @@ class TrainReport:
     """Exports the last step, or the best one where the last is worse and the best was kept."""
 
     def __str__(self) -> str:
-        done = f"{self.step} of {self.total_steps} steps in {self.run_dir}"
+        done = f"{self.step} of {self.total_steps} steps in {from_here(self.run_dir)}"
         if self.stopped_by:
-            saved = "nothing to save yet" if self.checkpoint is None else f"saved {self.checkpoint}"
+            saved = "nothing to save yet" if self.checkpoint is None else f"saved {from_here(self.checkpoint)}"
             return f"{self.stopped_by}: stopped after {done}; {saved}. The same command continues."
         lines = [f"trained {done}"]
         if self.heldout_before is not None and self.heldout_after is not None:
@@ -151,7 +152,7 @@ def _passes(run: Run, ladder: Ladder, meter: Meter, step: int) -> None:
 def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> dict[str, Any]:
     """Which step to export, and why: fields of ``TrainReport``."""
     folder, best = run.config.output_dir, best_of(history, state)
-    command = ["finetune", "export", str(folder)]
+    command = ["finetune", "export", from_here(folder)]
     if best is None or not history:
         why = "validation.every is null" if run.heldout.items else "no clip is held out (data.holdout)"
         return {
@@ -163,7 +164,7 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
         if state.best_step == step:
             command += ["--checkpoint", "best"]
         elif (standing := checkpoint_path(folder, step)).is_dir():
-            command[-1] = str(standing)
+            command[-1] = from_here(standing)
         else:
             text += f"\nthe checkpoint of step {step} was not kept (checkpoint.keep_best)"
     return {"best_step": step, "best_heldout": loss, "verdict": text, "export_command": shlex.join(command)}

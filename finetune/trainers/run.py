@@ -21,6 +21,7 @@ from finetune.datasets.loader import BatchMaker, Loader
 from finetune.datasets.manifest import Manifest
 from finetune.errors import TrainingError
 from finetune.facts import Facts
+from finetune.files import from_here
 from finetune.memory import Traits, rewriting_weights
 from finetune.planning.beside import Prediction
 from finetune.ranks import Ranks
@@ -148,7 +149,7 @@ class Run:
             path = save_shares(output, state, ranks=self.ranks, **contents)
         else:
             path = self.ranks.first(lambda: save_checkpoint(output, state, **contents))
-        self.console.note(f"step {state.step}: saved {path}")
+        self.console.note(f"step {state.step}: saved {from_here(path)}")
         return path
 
     def is_finite(self) -> bool:

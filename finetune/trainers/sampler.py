@@ -15,6 +15,7 @@ import torch
 from finetune.caching.encode import release_memory
 from finetune.cogvideox import load_scheduler, load_vae
 from finetune.errors import FinetuneError, first_line
+from finetune.files import from_here
 from finetune.sampling import SampleRequest, sample_videos
 from finetune.schedule import is_due
 from finetune.trainers.run import Run
@@ -65,7 +66,7 @@ class Sampler:
         shown = sorted(run.ranks.gather(videos), key=lambda pair: pair[0])
         for number, frames in shown:
             run.tracker.log_video(f"samples/{number:02d} {config.samples[number].prompt[:60]}", frames, step, fps)
-        run.console.note(f"step {step}: sampled {len(shown)} of {len(config.samples)} videos to {folder}")
+        run.console.note(f"step {step}: sampled {len(shown)} of {len(config.samples)} videos to {from_here(folder)}")
 
     def _sample_mine(self, videos: list[tuple[int, Frames]]) -> None:
         """Put this process's videos, with their numbers, into ``videos``, as far as it comes."""

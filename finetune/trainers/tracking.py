@@ -22,6 +22,7 @@ from typing import Any, Literal, TextIO
 
 from pydantic import Field
 
+from finetune.files import from_here
 from finetune.section import MOST_STEPS, Strict
 from finetune.text import shown
 from finetune.videos import Frames, gif_bytes
@@ -34,7 +35,7 @@ RUN_NAME = "tensorboard"
 
 def tensorboard_command(run_dir: Path) -> str:
     """What to type to see the curves and videos of a run."""
-    return shlex.join(["tensorboard", "--logdir", str(run_dir)])
+    return shlex.join(["tensorboard", "--logdir", from_here(run_dir)])
 
 
 class TrackingConfig(Strict):

@@ -141,7 +141,9 @@ def _not_a_checkpoint(path: Path) -> CheckpointError:
     return CheckpointError(
         what,
         where=str(path),
-        fix=f"complete ones are {', '.join(other.name for _, other in others)}" if others else "name a folder step-...",
+        fix=f"complete ones are {', '.join(other.name for _, other in others)}"
+        if others
+        else "name a run's folder, or a step-... in its checkpoints",
     )
 
 
