@@ -109,7 +109,7 @@ def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
         if source.kind == "folder":  # all that is in it is read, and so would be the run's samples
             inside[source.path.resolve()] = "a folder of clips"
         else:
-            folder = source.path if source.path.is_dir() else source.path.parent
+            folder = source.path.parent if source.path.is_file() else source.path
             taken[folder.resolve()] = "the folder of a dataset"
     for folder, what in {**taken, **inside}.items():
         if output == folder or (folder in inside and folder in output.parents):
