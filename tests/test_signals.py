@@ -100,6 +100,14 @@ def history(run_dir: Path) -> str:
 # ------------------------------------------------------------------------------------------------- phase by phase
 
 
+@pytest.fixture(autouse=True)
+def hang_ups_are_heard():
+    """Also where nohup runs the tests, under which SIGHUP is ignored by everything that it starts."""
+    own = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, own)
+
+
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
 def test_a_signal_in_a_step_finishes_it_and_saves(make, number, tmp_path):
     calm = train(make("calm"))
