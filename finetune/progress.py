@@ -34,7 +34,7 @@ class Bar(tqdm):  # type: ignore[misc]  # it has no types
 
 def _style() -> dict[str, Any]:
     if sys.stderr.isatty():
-        return {"leave": False, **({"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80})}
+        return {"leave": False, **({"dynamic_ncols": True} if _has_size(sys.stderr) else {"ncols": 80, "nrows": 20})}
     line = "{desc}: {n_fmt} of {total_fmt}{postfix}, {elapsed} gone, {remaining} to go"
     return {"leave": False, "delay": LINE_INTERVAL_S, "mininterval": LINE_INTERVAL_S, "bar_format": line}
 

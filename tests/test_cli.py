@@ -379,8 +379,9 @@ def test_a_bar_is_one_on_a_terminal_only(monkeypatch):
 
 
 def test_a_bar_is_drawn_on_a_terminal_of_unknown_size():
-    """As a container's is: it has 0 columns."""
+    """As a container's is: it has 0 columns and 0 rows."""
     terminal, end = pty.openpty()
+    os.set_blocking(terminal, False)
     code = "from finetune.progress import Bar\nfor _ in Bar(range(3), desc='clips'): pass"
     subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env={**os.environ, "COLUMNS": ""})
     assert os.read(terminal, 10_000).startswith(b"\rclips: ")

@@ -66,7 +66,7 @@ def make_run(
     state = {name: tensor.clone() for name, tensor in config.method.state(transformer).items()}
     save_checkpoint(
         config.output_dir,
-        RunState(step, cache_digest, samples_seen=step, best_step=best_step),
+        RunState(step, cache_digest, step, None if best_step is None else 0.1, best_step),
         trainable=state,
         optimizer=({}, {}),
         ema={name: tensor.float() * 0.5 for name, tensor in state.items()} if ema else None,
@@ -646,6 +646,7 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
 )
 def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_path, caplog, method):
     """And neither needs to be told its base, also where that is a folder of this machine."""
+    caplog.set_level("INFO", "finetune")
     ema = "use_dora" not in method
     make_run(tmp_path, tiny_model("5b"), method, step=2, ema=ema)
     run = make_run(tmp_path, tiny_model("5b"), method, step=3, ema=ema, best_step=2)
