@@ -354,6 +354,7 @@ def test_a_run_s_folder_is_its_own(tmp_path, monkeypatch, output):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for folder in ("clips", "home", "list"):
         (tmp_path / folder).mkdir()
+    (tmp_path / "list" / "metadata.jsonl").touch()
     (tmp_path / "model").symlink_to(known_model("5b"))
     values = yaml.safe_load(GOOD) | {"output_dir": output, "model": {"pretrained": "model"}}
     values["data"]["sources"] = [{"kind": "folder", "path": "clips"}, {"path": "list/metadata.jsonl"}]
