@@ -104,7 +104,7 @@ def test_the_report_holds_what_decides_the_step(make, tmp_path):
     assert report.config == config.to_dict() and report.config_digest == config.digest
     assert report.lr == config.optimizer.lr and report.loss_scale == 1.0 and report.dtype == "float32"
     assert report.non_finite_gradients == list(report.gradient_norms) and report.gradient_norms.keys() == weights.keys()
-    assert report.versions["torch"] == torch.__version__ and "peft" in report.versions
+    assert torch.__version__.startswith(report.versions["torch"]) and "peft" in report.versions
     assert report.model_files.keys() == {"config.json", "diffusion_pytorch_model.safetensors"}
 
 
