@@ -148,7 +148,8 @@ def test_rows_are_kept_as_they_come_and_pieces_fill_one_file(tmp_path, monkeypat
         for case in piece:
             record.add({"case": case, "of": piece})
             found = json.loads(path.read_text())
-            assert torch.__version__.startswith(found["versions"]["torch"]) and case in [row["case"] for row in found["rows"]]
+            assert torch.__version__.startswith(found["versions"]["torch"])
+            assert case in [row["case"] for row in found["rows"]]
     assert [(row["case"], row["of"][0]) for row in found["rows"]] == [("a", "a"), ("b", "b"), ("c", "b")]
     Record(path, "another card", key="case").add({"case": "a"})
     assert json.loads(path.read_text())["rows"] == [{"case": "a"}]  # rows of another machine do not stand beside ours
