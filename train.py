@@ -8,7 +8,7 @@ configuration or the data to mend, 1 a bug; the launchers themselves turn every 
 
 import sys
 
-from finetune.cli import main
+from finetune.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(verb="train"))

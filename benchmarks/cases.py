@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.config import RunConfig, load_config
+from finetune.config.loading import load_config
+from finetune.config.schema import RunConfig
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CASES: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {

@@ -22,21 +22,21 @@ from pathlib import Path
 
 import torch
 
-from finetune.datasets import reading
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.objective import DropoutConfig
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.files import digest_of
+from finetune.core.types import Bucket, ClipPlan
+from finetune.datasets import cache as reading
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import latents_address, prompt_address
-from finetune.datasets.loader import BatchMaker
-from finetune.datasets.manifest import ManifestItem
-from finetune.diffusion import DropoutConfig
-from finetune.facts import Facts, known_model, read_facts
-from finetune.files import digest_of
-from finetune.schedule import MicroBatch
-from finetune.types import Bucket, ClipPlan
+from finetune.datasets.cache_entries import ManifestItem, latents_address, prompt_address
+from finetune.datasets.dataloader import BatchMaker
+from finetune.datasets.schedule import MicroBatch
 
 BUCKET = Bucket(49, 480, 720)
 
 
-def write_entries(cache: Cache, facts: Facts, clips: int) -> list[ManifestItem]:
+def write_entries(cache: Cache, facts: ModelSpec, clips: int) -> list[ManifestItem]:
     """Random latents and embeddings of the true shapes and dtypes."""
     items = []
     for number in range(clips):
@@ -66,7 +66,7 @@ def write_entries(cache: Cache, facts: Facts, clips: int) -> list[ManifestItem]:
     return items
 
 
-def batch_s(facts: Facts, root: Path, item: ManifestItem, *, verify: bool) -> float:
+def batch_s(facts: ModelSpec, root: Path, item: ManifestItem, *, verify: bool) -> float:
     """Seconds to make one clip's batch in a cache object that has verified nothing."""
     maker = BatchMaker(facts, Cache(root), [item], torch.zeros(1), DropoutConfig(caption_dropout=0), seed=1)
     real = reading.read_tensors
@@ -83,7 +83,7 @@ def batch_s(facts: Facts, root: Path, item: ManifestItem, *, verify: bool) -> fl
 def measure(clips: int, rounds: int) -> dict[str, object]:
     """Figures from ``rounds`` epochs of each sort."""
     torch.set_num_threads(1)
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         items = write_entries(Cache(root), facts, clips)

@@ -26,31 +26,32 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.cards import GIB, grow_segments  # noqa: E402 (the repository need not be installed)
+from finetune.core.gpu import grow_segments
 
 grow_segments()
 
-import torch  # noqa: E402
-from cases import cases  # noqa: E402
-from record import Record  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+import torch
+from cases import cases
+from record import Record
+from torch import Tensor, nn
 
-from finetune.caching.encode import release_memory  # noqa: E402
-from finetune.cogvideox import alpha_bar  # noqa: E402
-from finetune.cogvideox.load import empty_transformer  # noqa: E402
-from finetune.cogvideox.weights import place  # noqa: E402
-from finetune.config import RunConfig, load_config  # noqa: E402
-from finetune.facts import Facts, json_folder, read_facts  # noqa: E402
-from finetune.memory import assert_recompute, undo  # noqa: E402
-from finetune.memory.quantize import placement  # noqa: E402
-from finetune.planning.rehearse import longest_bucket  # noqa: E402
-from finetune.planning.training import Alone  # noqa: E402
-from finetune.ranks import require_cudnn  # noqa: E402
-from finetune.recipes import RECIPES  # noqa: E402
-from finetune.trainers.engine import whole_engine  # noqa: E402
-from finetune.trainers.objective import velocity_losses  # noqa: E402
-from finetune.trainers.optim import begin  # noqa: E402
-from finetune.types import Batch, Bucket  # noqa: E402
+from finetune.caching.encode import release_memory
+from finetune.cli.init import RECIPES
+from finetune.cogvideox.latents import alpha_bar
+from finetune.cogvideox.load import empty_transformer, place
+from finetune.cogvideox.model_files import json_folder
+from finetune.cogvideox.objective import velocity_losses
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.loading import load_config
+from finetune.config.schema import RunConfig
+from finetune.core.distributed import require_cudnn
+from finetune.core.gpu import GIB
+from finetune.core.types import Batch, Bucket
+from finetune.memory.quantized_linear import placement
+from finetune.memory.setup import assert_recompute, undo
+from finetune.optim.optimizers import begin
+from finetune.parallel.gradient_release import single_process_strategy
+from finetune.planner.estimate import Alone, longest_bucket
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")
@@ -94,7 +95,7 @@ def build(config: RunConfig, folder: Path, device: torch.device) -> nn.Module:
     return module.train()
 
 
-def random_batch(facts: Facts, bucket: Bucket, dtype: torch.dtype, device: torch.device) -> Batch:
+def random_batch(facts: ModelSpec, bucket: Bucket, dtype: torch.dtype, device: torch.device) -> Batch:
     """One clip of a bucket, as the loader gives it."""
     channels, frames, height, width = facts.latent_shape(bucket)
     shape = (1, channels, frames + facts.front_padding(frames), height, width)
@@ -112,10 +113,10 @@ def random_batch(facts: Facts, bucket: Bucket, dtype: torch.dtype, device: torch
 
 def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.device, steps: int) -> dict[str, Any]:
     """Peak and seconds of optimizer steps after the first, in which the optimizer makes its states."""
-    facts, dtype = read_facts(str(folder)), config.model.torch_dtype()
+    facts, dtype = read_spec(str(folder)), config.model.torch_dtype()
     torch.manual_seed(0)
     module = build(config, folder, device)
-    engine = whole_engine(
+    engine = single_process_strategy(
         Alone,
         module,
         config.method.trainable(module),
@@ -192,7 +193,7 @@ def predictions() -> dict[str, float]:
 
 def tiny_folder(target: Path, variant: str) -> Path:
     """A folder with a tiny model's configurations."""
-    from finetune.tiny import build_tiny
+    from finetune.testing.tiny import build_tiny
 
     return build_tiny(target / variant, variant=variant)
 
@@ -232,7 +233,7 @@ def main() -> int:
                 row["skipped"] = f"{args.seconds:g} s were over"
                 continue  # an earlier row of it is better than none
             folder = json_folder(config.model.pretrained)
-            bucket = longest_bucket(config, read_facts(str(folder)))
+            bucket = longest_bucket(config, read_spec(str(folder)))
             if args.tiny:
                 folder, bucket = tiny_folder(Path(scratch), folder.name), Bucket(9, 64, 64)
             row["bucket"] = str(bucket)

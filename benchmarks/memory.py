@@ -19,13 +19,12 @@ from typing import Any
 
 from cases import cases
 
-from finetune.cards import GIB, OVERHEAD_GIB, usable
-from finetune.config import RunConfig, load_config
-from finetune.planning.cost import step_cost
-from finetune.planning.predict import facts_of, predict
-from finetune.planning.rates import DEFAULTS
-from finetune.recipes import RECIPES, Recipe
-from finetune.starter import EXAMPLE_CARDS_GIB
+from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, Recipe
+from finetune.config.loading import load_config
+from finetune.config.schema import RunConfig
+from finetune.core.gpu import GIB, OVERHEAD_GIB, usable
+from finetune.planner.cost_model import DEFAULTS, step_cost
+from finetune.planner.predict import facts_of, predict
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory_plans.json"

@@ -21,26 +21,26 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from finetune.cogvideox import ModelConfig, denoise, empty_transformer, load_transformer
-from finetune.cogvideox.weights import place
-from finetune.facts import Facts, known_model, read_facts
-from finetune.memory.quantize import output_error, placement
-from finetune.memory.quantized_linear import Kind
-from finetune.streams import stream
-from finetune.tiny import VARIANTS, build_tiny
-from finetune.types import Bucket
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.load import ModelConfig, empty_transformer, load_transformer, place
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.rng import generator
+from finetune.core.types import Bucket
+from finetune.memory.quantized_linear import Kind, output_error, placement
+from finetune.testing.tiny import VARIANTS, build_tiny
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @torch.no_grad()
-def predict(transformer: Any, facts: Facts, bucket: Bucket, device: torch.device) -> Tensor:
+def predict(transformer: Any, facts: ModelSpec, bucket: Bucket, device: torch.device) -> Tensor:
     """The velocity of one noisy clip at the middle of the schedule, on the CPU."""
     channels, _, height, width = facts.latent_shape(bucket)
     shape = (1, channels, facts.padded_latent_frames(bucket.frames), height, width)
 
     def noise(name: str, *size: int) -> Tensor:
-        return torch.randn(size, generator=stream(0, "quantization-error", name)).to(device)
+        return torch.randn(size, generator=generator(0, "quantization-error", name)).to(device)
 
     image = noise("image", 1, channels, 1, height, width) if facts.image_to_video else None
     embeds = noise("embeds", 1, facts.max_text_seq_length, facts.text_embed_dim)
@@ -60,7 +60,7 @@ def errors(outputs: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def tiny(variant: str, folder: Path) -> dict[str, dict[str, float]]:
     """The errors of a look-alike with two blocks."""
-    facts, model = read_facts(str(build_tiny(folder, variant))), ModelConfig(pretrained=str(folder))
+    facts, model = read_spec(str(build_tiny(folder, variant))), ModelConfig(pretrained=str(folder))
     cpu, bucket = torch.device("cpu"), Bucket(9, 64, 64)
     outputs = {
         kind: predict(load_transformer(model, dtype=torch.bfloat16, placement=placement(kind)), facts, bucket, cpu)
@@ -74,7 +74,7 @@ def tiny(variant: str, folder: Path) -> dict[str, dict[str, float]]:
 def random_weights(shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
     """Weights of unit gain, the same in each call, one at a time."""
     for name, shape in shapes.items():
-        drawn = torch.randn(shape, generator=stream(0, "quantization-error", name))
+        drawn = torch.randn(shape, generator=generator(0, "quantization-error", name))
         if len(shape) == 1:  # of a norm, or a bias
             yield name, drawn * 0.02 + (1.0 if name.endswith(("norm.weight", "norm_q.weight", "norm_k.weight")) else 0)
         else:
@@ -83,7 +83,7 @@ def random_weights(shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]
 
 def full(blocks: int, bucket: Bucket, device: torch.device) -> dict[str, dict[str, float]]:
     """The errors of a transformer as wide as CogVideoX-5B's, ``blocks`` deep."""
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     outputs = {}
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / "transformer"

@@ -17,16 +17,16 @@ import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from finetune.version import __version__ as __version__
+from finetune.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from finetune.config import load_config as load_config
+    from finetune.config.loading import load_config as load_config
     from finetune.export import export as export
     from finetune.precompute import precompute as precompute
     from finetune.trainers.loop import train as train
 
 _HOMES = {
-    "load_config": "finetune.config",
+    "load_config": "finetune.config.loading",
     "precompute": "finetune.precompute",
     "train": "finetune.trainers.loop",
     "export": "finetune.export",

@@ -1,17 +1,14 @@
-"""A checkpoint in, weights for the stock diffusers pipeline out; nothing is published that does not reproduce the run.
-
-An adapter leaves as it is or merged into its base, a full fine-tuning as a whole transformer. Each is written into a
-partial folder, loaded again by diffusers' own code, and compared with the model as it was trained: tensor by tensor,
-and in one forward pass. Only then does the folder get its name.
-"""
+"""Where an export goes: what may be replaced there, and what killed exports have left beside it."""
 
 from __future__ import annotations
 
 import gc
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,22 +17,92 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from finetune.cogvideox import ModelConfig, load_transformer, pipeline_class, require_base, save_transformer
-from finetune.config import as_path, pin_model
-from finetune.errors import ExportError
-from finetune.exporting.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
-from finetune.exporting.model_card import command, copy_samples, model_card, training_record
-from finetune.exporting.place import arriving, require_replaceable
-from finetune.exporting.source import Source, checkpoint_of, default_folder, find_source
-from finetune.exporting.verify import Trained, adapter_tensors, forward, verify
-from finetune.facts import Facts, read_facts, resolve_pretrained
-from finetune.files import atomic_write_text, from_here, is_complete, publish_dir, require_writable
-from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD
-from finetune.ranks import compute_device
-from finetune.seals import seal
-from finetune.space import disk_fix, require_space
-from finetune.tensorfiles import file_bytes
-from finetune.trainers.method import LoraMethod
+from finetune.cogvideox.load import ModelConfig, load_transformer, pipeline_class, require_base, save_transformer
+from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.loading import as_path
+from finetune.config.rules import pin_model
+from finetune.convert.merge import Merged, adapter_scaling, merge, set_strength, tensor_checksums
+from finetune.convert.model_card import command, copy_samples, model_card, training_record
+from finetune.convert.source import Source, checkpoint_of, default_folder, find_source
+from finetune.convert.verify import TrainedWeights, adapter_tensors, forward, verify
+from finetune.core import locks
+from finetune.core.checksums import write_checksums
+from finetune.core.distributed import compute_device
+from finetune.core.errors import ExportError
+from finetune.core.files import (
+    PARTIAL,
+    atomic_write_text,
+    clear_leftovers,
+    disk_fix,
+    from_here,
+    is_complete,
+    publish_dir,
+    require_space,
+    require_writable,
+)
+from finetune.core.tensor_files import file_bytes
+from finetune.inference.inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.methods.lora import LoraMethod
+
+
+def require_replaceable(folder: Path) -> Path:
+    """``folder`` with its links followed, so that a link keeps pointing to the export.
+
+    Raises:
+        ExportError: if it holds something that is not an earlier export, or is the folder that the process stands in:
+            replaced, it would be gone under the feet of whoever called.
+    """
+    real = folder.resolve()
+    if real == Path.cwd():
+        raise ExportError(
+            "the place for the export is the folder that this command runs in",
+            where=str(folder),
+            fix="name a folder inside it with --output, or run the command elsewhere",
+        )
+    if not real.exists() or (real.is_dir() and not any(real.iterdir())):
+        return real
+    if not (real.is_dir() and is_complete(real) and (real / TRAINING_RECORD).is_file()):
+        raise ExportError(
+            "the place for the export holds something that is not an earlier export",
+            where=str(folder),
+            fix="name a new or empty folder with --output",
+        )
+    return real
+
+
+@contextmanager
+def arriving(folder: Path) -> Iterator[None]:
+    """Undo and remove what killed exports to ``folder`` have left, unless another one is under way there.
+
+    Raises:
+        OSError: if the place cannot be written to.
+    """
+    users = folder.with_name(f".{folder.name}.exporting")
+    try:
+        with locks.hold(users, {}) as own:
+            # Listed before looking: whoever made one of these and lives has said so already.
+            left = [path for path in folder.parent.glob(f"*{PARTIAL}") if _is_of(path, folder)]
+            if all(holder.path == own.path for holder in locks.live(users)):
+                clear_leftovers(folder, left)
+                locks.clear_dead(users)
+            yield
+    finally:
+        with suppress(OSError):  # another one is there still
+            users.rmdir()
+
+
+def _is_of(path: Path, folder: Path) -> bool:
+    unique = r"\.(\d+-[0-9a-f]{8}|[0-9a-f]{8}\.old)" + re.escape(PARTIAL)  # as files.publish_dir names them
+    return re.fullmatch(re.escape(folder.name) + unique, path.name) is not None
+
+
+# -------- A checkpoint in, weights for the stock diffusers pipeline out; nothing is published that does not reproduce
+# the run.
+#
+# An adapter leaves as it is or merged into its base, a full fine-tuning as a whole transformer. Each is written into a
+# partial folder, loaded again by diffusers' own code, and compared with the model as it was trained: tensor by tensor,
+# and in one forward pass. Only then does the folder get its name.
 
 _SIDE_FILES = 1 << 20
 """Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""
@@ -125,7 +192,7 @@ def export(
     found = find_source(path, weights, None if pretrained is None else str(pretrained))
     config = pin_model(found.config)
     found = replace(found, config=config)
-    facts = read_facts(config.model.pretrained, config.model.revision)
+    facts = read_spec(config.model.pretrained, config.model.revision)
     _require_sense(found, full_pipeline=full_pipeline, merged=merged, strength=strength)
     device = compute_device()
     outcome: list[tuple[float, float, Merged | None]] = []
@@ -142,7 +209,7 @@ def export(
             found, facts, trained.merged, name=from_here(folder), samples=samples, full_pipeline=full_pipeline
         )
         atomic_write_text(partial / "README.md", card)
-        marker = seal(partial)  # before the base's files: they are others' and large
+        marker = write_checksums(partial)  # before the base's files: they are others' and large
         if full_pipeline:
             _add_components(partial, config.model)
         return marker
@@ -199,7 +266,9 @@ def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength
 # ------------------------------------------------------------------------------------------------------------- writing
 
 
-def _write_weights(found: Source, facts: Facts, folder: Path, device: torch.device, merge_at: float | None) -> Trained:
+def _write_weights(
+    found: Source, facts: ModelSpec, folder: Path, device: torch.device, merge_at: float | None
+) -> TrainedWeights:
     """Rebuild the model as it was trained, note what it computes, and write its weights.
 
     Args:
@@ -234,14 +303,16 @@ def _write_weights(found: Source, facts: Facts, folder: Path, device: torch.devi
     if isinstance(method, LoraMethod):
         _require_room(folder, file_bytes(method.peft_state(transformer)))
         _save_adapter(facts, folder, method.peft_state(transformer), method.lora_metadata(transformer))
-        return Trained(velocity, adapter_tensors(transformer), adapter_scaling(transformer))
+        return TrainedWeights(velocity, adapter_tensors(transformer), adapter_scaling(transformer))
     _require_room(folder, file_bytes(transformer.state_dict()))
     save_transformer(transformer, folder / "transformer")
     # The tensors stay in the checkpoint's file, which is mapped, not read.
-    return Trained(velocity, found.tensors, {})
+    return TrainedWeights(velocity, found.tensors, {})
 
 
-def _write_merged(transformer: Any, facts: Facts, folder: Path, device: torch.device, strength: float) -> Trained:
+def _write_merged(
+    transformer: Any, facts: ModelSpec, folder: Path, device: torch.device, strength: float
+) -> TrainedWeights:
     set_strength(transformer, strength)
     if strength == 0:  # DoRA's magnitudes act at any strength
         transformer.disable_adapters()
@@ -249,10 +320,10 @@ def _write_merged(transformer: Any, facts: Facts, folder: Path, device: torch.de
     merged = merge(transformer, strength)
     _require_room(folder, file_bytes(transformer.state_dict()))
     save_transformer(transformer, folder / "transformer")
-    return Trained(velocity, {}, {}, tensor_checksums(transformer.state_dict()), merged)
+    return TrainedWeights(velocity, {}, {}, tensor_checksums(transformer.state_dict()), merged)
 
 
-def _save_adapter(facts: Facts, folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+def _save_adapter(facts: ModelSpec, folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
     pipeline_class(facts).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},

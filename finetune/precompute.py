@@ -14,22 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.caching.check import UNREADABLE, named, note_line, workers_for
 from finetune.caching.encode import Failure, Passed, encode_captions, encode_clips
 from finetune.caching.plan import CachePlan, ImageJob, plan_cache, require_room
-from finetune.caching.report import UNREADABLE, DatasetReport, PlannedClip, check_dataset, named, note_line, workers_for
-from finetune.caching.request import Answer, find_manifest
-from finetune.config import RunConfig, as_config, pin_model, require_valid
-from finetune.datasets.cache import Cache, Manifest
-from finetune.datasets.jobs import Job
-from finetune.datasets.manifest import KINDS, Kind
-from finetune.datasets.video import DecodePool
-from finetune.errors import CacheError, DataError, raise_all
-from finetune.facts import Facts, read_facts
-from finetune.files import from_here
-from finetune.ranks import Ranks
-from finetune.space import human_size
-
-__all__ = ["DatasetReport", "PlannedClip", "PrecomputeReport", "check_dataset", "ensure_cache", "precompute"]
+from finetune.caching.request import CacheAnswer, find_manifest
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.loading import as_config
+from finetune.config.rules import pin_model, require_valid
+from finetune.config.schema import RunConfig
+from finetune.core.distributed import ProcessGroup
+from finetune.core.errors import CacheError, DataError, raise_all
+from finetune.core.files import from_here, human_size
+from finetune.datasets.cache import Cache
+from finetune.datasets.cache_admin import CacheJob
+from finetune.datasets.cache_entries import KINDS, Kind, Manifest
+from finetune.datasets.decode_pool import DecodePool
 
 _TITLES: Mapping[Kind, str] = {"latents": "clips", "prompts": "captions", "images": "images"}
 
@@ -72,8 +71,8 @@ class PrecomputeReport:
 def precompute(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *,
-    facts: Facts | None = None,
-    distributed: Ranks | None = None,
+    facts: ModelSpec | None = None,
+    distributed: ProcessGroup | None = None,
     progress: bool = True,
 ) -> PrecomputeReport:
     """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
@@ -93,21 +92,21 @@ def precompute(
         ModelError: if an encoder cannot be found or loaded.
     """
     config = as_config(config)
-    ranks = distributed or Ranks.current()
+    ranks = distributed or ProcessGroup.current()
     config = pin_model(config, ranks.first)
-    facts = facts or read_facts(config.model.pretrained, config.model.revision)
+    facts = facts or read_spec(config.model.pretrained, config.model.revision)
     cache = Cache(config.cache.dir)
     with _job(cache, "precompute", ranks) as job:
         return _precompute(config, facts, cache, ranks, job, progress=progress and ranks.is_main)
 
 
-def _job(cache: Cache, verb: str, ranks: Ranks) -> AbstractContextManager[Job]:
+def _job(cache: Cache, verb: str, ranks: ProcessGroup) -> AbstractContextManager[CacheJob]:
     """The main process speaks for its launch: the others end with it."""
-    return cache.job(verb) if ranks.is_main else nullcontext(Job(verb))
+    return cache.job(verb) if ranks.is_main else nullcontext(CacheJob(verb))
 
 
 def _precompute(
-    config: RunConfig, known: Facts, cache: Cache, ranks: Ranks, job: Job, *, progress: bool
+    config: RunConfig, known: ModelSpec, cache: Cache, ranks: ProcessGroup, job: CacheJob, *, progress: bool
 ) -> PrecomputeReport:
     begun = time.perf_counter()
 
@@ -167,7 +166,7 @@ def _store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> Passe
 
 def _finish(
     config: RunConfig,
-    facts: Facts,
+    facts: ModelSpec,
     cache: Cache,
     plan: CachePlan,
     passed: Mapping[Kind, Sequence[Passed]],
@@ -212,7 +211,7 @@ def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
     return replace(manifest, items=items, skipped=skipped, notes=(*manifest.notes, *notes))
 
 
-def _cut_captions(manifest: Manifest, cache: Cache, facts: Facts) -> list[str]:
+def _cut_captions(manifest: Manifest, cache: Cache, facts: ModelSpec) -> list[str]:
     """A note on captions longer than the model reads."""
     captions = {item.prompt_key: item.caption for item in manifest.items}
     captions |= {key: prompt for prompt, key in manifest.prompts.items()}
@@ -225,9 +224,9 @@ def _cut_captions(manifest: Manifest, cache: Cache, facts: Facts) -> list[str]:
 
 def ensure_cache(
     config: RunConfig,
-    facts: Facts,
+    facts: ModelSpec,
     *,
-    distributed: Ranks | None = None,
+    distributed: ProcessGroup | None = None,
     progress: bool = True,
     cleanup: ExitStack | None = None,
 ) -> Manifest:
@@ -249,7 +248,7 @@ def ensure_cache(
         CacheError: in mode ``require``, naming what differs; or as ``precompute`` does.
         DataError, ModelError: as ``precompute`` does.
     """
-    ranks = distributed or Ranks.current()
+    ranks = distributed or ProcessGroup.current()
     cache = Cache(config.cache.dir)
     with ExitStack() as until_return:
         job = (cleanup or until_return).enter_context(_job(cache, "train", ranks))
@@ -263,7 +262,7 @@ def ensure_cache(
     return manifest
 
 
-def _trusted(config: RunConfig, answer: Answer, cache: Cache) -> Manifest | None:
+def _trusted(config: RunConfig, answer: CacheAnswer, cache: Cache) -> Manifest | None:
     """The manifest if it can be used as it is, None if something has to be encoded or planned first."""
     require = config.cache.mode == "require"
     if answer.faults:

@@ -13,8 +13,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.config import json_schema  # noqa: E402 (the repository need not be installed)
-from finetune.files import atomic_write_text  # noqa: E402
+from finetune.config.schema import json_schema
+from finetune.core.files import atomic_write_text
 
 INTRODUCTION = """\
 <!-- Written by scripts/make_config_docs.py from the declarations in finetune/. Change those, then run `make docs`. -->

@@ -11,9 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.files import atomic_write_text  # noqa: E402 (the repository need not be installed)
-from finetune.recipes import RECIPES  # noqa: E402
-from finetune.starter import EXAMPLE_CARDS_GIB, example, recipe_example  # noqa: E402
+from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, example, recipe_example
+from finetune.core.files import atomic_write_text
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 """What was measured of every recipe stands there, beside what the planner predicts."""

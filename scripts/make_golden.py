@@ -15,8 +15,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import torch  # noqa: E402 (the repository need not be installed)
-from goldens import (  # noqa: E402
+import torch
+from goldens import (
     FOLDER,
     METHODS,
     deviations,
@@ -28,7 +28,7 @@ from goldens import (  # noqa: E402
     write_stream_numbers,
 )
 
-from finetune.tiny import VARIANTS  # noqa: E402
+from finetune.testing.tiny import VARIANTS
 
 
 def main() -> None:

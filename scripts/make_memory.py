@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.files import atomic_write_text  # noqa: E402 (the repository need not be installed)
+from finetune.core.files import atomic_write_text
 
 BEGIN = "<!-- tables: written by scripts/make_memory.py from benchmarks/results/memory_plans.json; do not edit -->"
 END = "<!-- end of tables -->"

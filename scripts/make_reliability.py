@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.files import atomic_write_text  # noqa: E402 (the repository need not be installed)
+from finetune.core.files import atomic_write_text
 
 BEGIN = "<!-- figures: written by scripts/make_reliability.py from benchmarks/results/soak.json; do not edit -->"
 END = "<!-- end of figures -->"

@@ -27,12 +27,14 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune import demo, tiny
-from finetune.cogvideox import alpha_bar, denoise, encode_prompts, encode_video
-from finetune.demo import COLOURS, KNOWN_SHAPES, MOTIONS, SHAPES, Scene
-from finetune.diffusion import add_noise, v_mse, velocity
-from finetune.facts import Facts, read_facts
-from finetune.streams import address, stream
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.encode import encode_prompts, encode_video
+from finetune.cogvideox.latents import alpha_bar
+from finetune.cogvideox.objective import add_noise, v_mse, velocity
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.rng import generator, seed_for
+from finetune.testing import demo, tiny
+from finetune.testing.demo import COLOURS, KNOWN_SHAPES, MOTIONS, SHAPES, Scene
 
 ASSETS = Path(__file__).parents[1] / "finetune" / "assets" / "demo"
 LATENT_CHANNELS = 8
@@ -82,7 +84,7 @@ def train_vae(seed: int, image_steps: int, video_steps: int) -> AutoencoderKLCog
     started, meter, steps = time.perf_counter(), [], image_steps + video_steps
     for step in range(steps):
         set_lr(optimizer, VAE_LR, step, steps)
-        draw = np.random.default_rng(address(seed, "vae", step))
+        draw = np.random.default_rng(seed_for(seed, "vae", step))
         if step < image_steps:
             frame = draw.integers(demo.FRAMES)
             video = to_model(clips[draw.integers(VAE_CLIPS, size=8), frame : frame + 1])
@@ -133,7 +135,7 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
     started, meter = time.perf_counter(), []
     for step in range(steps):
         set_lr(optimizer, BASE_LR, step, steps)
-        draw = stream(seed, "base", step)
+        draw = generator(seed, "base", step)
         chosen = torch.randint(len(latents), (batch_size,), generator=draw)
         timesteps = torch.randint(facts.num_train_timesteps, (batch_size,), generator=draw)
         eps = torch.randn(batch_size, *latents.shape[1:], generator=draw)
@@ -156,11 +158,11 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
     transformer.eval()
 
 
-def facts_of(pipeline: CogVideoXPipeline) -> Facts:
+def facts_of(pipeline: CogVideoXPipeline) -> ModelSpec:
     """What ``pipeline`` will say of itself once it is saved."""
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
-        return read_facts(folder)
+        return read_spec(folder)
 
 
 def encode(pipeline: CogVideoXPipeline, scenes: list[Scene]) -> Tensor:
@@ -243,14 +245,14 @@ def sample(
         num_inference_steps=steps,
         guidance_scale=guidance_scale,
         max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-        generator=[stream(0, "sample", index) for index in range(len(prompts))],
+        generator=[generator(0, "sample", index) for index in range(len(prompts))],
         output_type="np",
     ).frames
     return list((clips * 255).round().astype(np.uint8))
 
 
 def any_scene(seed: int, *path: int | str) -> Scene:
-    draw = np.random.default_rng(address(seed, *path))
+    draw = np.random.default_rng(seed_for(seed, *path))
     return Scene(
         str(draw.choice(SHAPES)),
         str(draw.choice(list(COLOURS))),
@@ -261,7 +263,7 @@ def any_scene(seed: int, *path: int | str) -> Scene:
 
 def known_scene(seed: int, index: int) -> Scene:
     words = list(product(KNOWN_SHAPES, COLOURS, MOTIONS))[index % (len(KNOWN_SHAPES) * len(COLOURS) * len(MOTIONS))]
-    return Scene(*words, address(seed, "base", index) % 2**31)
+    return Scene(*words, seed_for(seed, "base", index) % 2**31)
 
 
 def to_model(clips: demo.Frames) -> Tensor:

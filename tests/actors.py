@@ -30,8 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from finetune.memory.lanes import CudaLane
-from finetune.memory.places import label_of, working_for
+from finetune.memory.host_buffers import CudaCopyStream, label_of, working_for
 
 Clock = dict[str, int]
 """Per actor, up to which of its operations is known to be done."""
@@ -147,9 +146,9 @@ class Actors(TorchDispatchMode):
     def __enter__(self) -> Actors:
         patch = self._patch = pytest.MonkeyPatch()
         cuda = SimpleNamespace(Stream=self._stream, stream=self._on, current_stream=lambda _: self._current)
-        patch.setattr("finetune.memory.lanes.torch", SimpleNamespace(cuda=cuda))
+        patch.setattr("finetune.memory.host_buffers.torch", SimpleNamespace(cuda=cuda))
         for module in ("memory.streaming", "memory.boundaries", "memory.modulation", "trainers.engine.released"):
-            patch.setattr(f"finetune.{module}.lane_to", CudaLane)
+            patch.setattr(f"finetune.{module}.lane_to", CudaCopyStream)
         for module in ("memory.release", "datasets.loader"):
             patch.setattr(f"finetune.{module}.ThreadPoolExecutor", lambda *_, **__: _Pool(self))
         for name in ("tolist", "numpy"):  # which pass by the dispatcher
@@ -349,9 +348,9 @@ class Task(Future[Any]):
 def holding_nothing() -> Iterator[None]:
     """For canaries: lanes do not hold what they copy."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.memory.lanes.deque", lambda: SimpleNamespace(append=lambda _: None))
-        patch.setattr("finetune.memory.lanes._drain", lambda _: None)
-        patch.setattr(CudaLane, "_let_go", lambda *_: None)
+        patch.setattr("finetune.memory.host_buffers.deque", lambda: SimpleNamespace(append=lambda _: None))
+        patch.setattr("finetune.memory.host_buffers._drain", lambda _: None)
+        patch.setattr(CudaCopyStream, "_let_go", lambda *_: None)
         yield
 
 

@@ -1,4 +1,4 @@
-"""Disks that fail: at the k-th call of ``finetune.files`` to the operating system, or because they are really full."""
+"""Disks that fail: at the k-th call of ``core.files`` to the operating system, or because they are really full."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from finetune import files
+from finetune.core import files
 
 CALLS = ("_create", "_write", "_sync", "_rename", "_mkdir")
-"""Every call through which ``finetune.files`` changes the disk."""
+"""Every call through which ``finetune.core.files`` changes the disk."""
 
 
 class Disk:

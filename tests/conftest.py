@@ -72,7 +72,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_model("5b-i2v")``: the folder of a tiny look-alike, built on first use."""
-    from finetune.tiny import build_tiny
+    from finetune.testing.tiny import build_tiny
 
     root, built = tmp_path_factory.mktemp("models"), {}
 
@@ -88,7 +88,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of four demo clips (9x64x64, 8 fps) with ``metadata.jsonl``."""
-    from finetune.demo import Scene, write_clips
+    from finetune.testing.demo import Scene, write_clips
 
     folder = tmp_path_factory.mktemp("clips")
     scenes = [
@@ -104,8 +104,8 @@ def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def wide_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three demo clips cut to 9x32x64, another aspect ratio than ``demo_clips``."""
-    from finetune.demo import Scene, render
-    from finetune.videos import write_mp4
+    from finetune.inference.videos import write_mp4
+    from finetune.testing.demo import Scene, render
 
     folder = tmp_path_factory.mktemp("wide")
     for colour in ("red", "green", "blue"):
@@ -128,4 +128,4 @@ def real_clips() -> Path:
 def plans_alone(tmp_path_factory, monkeypatch):
     """Rehearsals are kept by the tests of one worker; tiny ones take less time than a second process needs to start."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("finetune.planning.ahead._cores", lambda: 1)
+    monkeypatch.setattr("finetune.planner.helper_process._cores", lambda: 1)

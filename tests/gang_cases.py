@@ -14,7 +14,7 @@ RANK = int(os.environ.get("RANK", "0"))
 
 def command(*words: str) -> int:
     """The command line."""
-    from finetune.cli import main
+    from finetune.cli.main import main
 
     return main(words)
 
@@ -42,8 +42,8 @@ def sabotaged(how: str, where: str, rank: int, *words: str) -> int:
 
 PLACES = {
     "step": "finetune.trainers.loop:batch_losses",
-    "save": "finetune.trainers.checkpoint.save:atomic_save_tensors",
-    "shares": "finetune.trainers.checkpoint.resharding:atomic_save_tensors",
+    "save": "finetune.checkpoint.save:atomic_save_tensors",
+    "shares": "finetune.parallel.sharded_checkpoint:atomic_save_tensors",
     "encode": "finetune.precompute:encode_clips",
 }
 
@@ -72,8 +72,8 @@ def _found(module: str, name: str) -> Callable[..., Any]:
 
 def astray(what: str, *words: str) -> int:
     """The command line, with process 1 holding something other than the others from the second step on."""
-    from finetune.schedule import StepPlan
-    from finetune.trainers.engine import Replicated
+    from finetune.datasets.schedule import StepPlan
+    from finetune.parallel.strategy import DataParallel as Replicated
 
     clip, step = Replicated.clip, StepPlan.step
 
@@ -101,8 +101,9 @@ def pin(config: dict[str, Any], commits: list[str], output: str, together: bool)
     """Settle the model's revision while the hub gives every process another answer: its branch is being moved."""
     from pathlib import Path
 
-    from finetune.config import RunConfig, pin_model
-    from finetune.ranks import Ranks
+    from finetune.config.rules import pin_model
+    from finetune.config.schema import RunConfig
+    from finetune.core.distributed import ProcessGroup as Ranks
 
     ranks = Ranks.current()
     asked = []
@@ -123,8 +124,8 @@ def load_t5(model: str) -> int:
     """Whether T5 has its weights in every process, whatever accelerate is told of loading models."""
     import torch
 
-    from finetune.cogvideox import ModelConfig, load_text
-    from finetune.ranks import Ranks
+    from finetune.cogvideox.load import ModelConfig, load_text
+    from finetune.core.distributed import ProcessGroup as Ranks
 
     ranks = Ranks.current()
     _, encoder = load_text(ModelConfig(pretrained=model))
@@ -142,8 +143,8 @@ def uneven_shares(folder: str, phase: str) -> int:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    from finetune.ranks import Ranks
-    from finetune.trainers.checkpoint.resharding import read_shares, write_shares
+    from finetune.core.distributed import ProcessGroup as Ranks
+    from finetune.parallel.sharded_checkpoint import read_shares, write_shares
 
     ranks = Ranks.current(sharding=True)
     mesh = DeviceMesh.from_group(ranks.group, "cpu")

@@ -20,15 +20,15 @@ import pytest
 import torch
 from worlds import fabricate_cache, run_config
 
-from finetune.cogvideox import ModelConfig, load_transformer
-from finetune.config import RunConfig
-from finetune.diffusion import DropoutConfig, draw
-from finetune.schedule import Item, epoch_items
-from finetune.streams import address, stream
-from finetune.tiny import build_tiny
+from finetune.cogvideox.load import ModelConfig, load_transformer
+from finetune.cogvideox.objective import DropoutConfig, sample_noise
+from finetune.config.schema import RunConfig
+from finetune.core.rng import generator, seed_for
+from finetune.core.types import Bucket
+from finetune.datasets.schedule import Item, epoch_items
+from finetune.testing.tiny import build_tiny
 from finetune.trainers import loop
 from finetune.trainers.run import Run
-from finetune.types import Bucket
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
@@ -48,7 +48,7 @@ def golden_model(variant: str, folder: Path) -> Path:
     transformer = load_transformer(ModelConfig(pretrained=str(folder)))
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=stream(0, "golden", name))
+            drawn = torch.randn(parameter.shape, generator=generator(0, "golden", name))
             if parameter.ndim > 1:
                 parameter.copy_(drawn / math.sqrt(parameter[0].numel()))
             else:
@@ -85,7 +85,7 @@ def golden_run(config: RunConfig, *, clips: int = 5) -> Record:
     record: Record = {"loss": [], "grad_norm": [], "lr": [], "timesteps": []}
     runs: list[Run] = []
     before: dict[str, torch.Tensor] = {}
-    assemble, log_step = loop.assemble, Run.log_step
+    assemble, log_step = loop.setup_run, Run.log_step
 
     def assembled(*arguments: Any) -> Run:
         runs.append(assemble(*arguments))
@@ -101,7 +101,7 @@ def golden_run(config: RunConfig, *, clips: int = 5) -> Record:
 
     fabricate_cache(config, clips)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "assemble", assembled)
+        patch.setattr(loop, "setup_run", assembled)
         patch.setattr(Run, "log_step", logged)
         loop.train(config)
     record["moved"] = {
@@ -179,7 +179,7 @@ def stream_numbers() -> dict[str, Any]:
     """Draws that every run rests on. Whole numbers must never change; normal ones are torch's to round."""
     dropout = DropoutConfig(caption_dropout=0.3, image_dropout=0.3)
     draws = [
-        draw(
+        sample_noise(
             7,
             step,
             slot,
@@ -194,7 +194,7 @@ def stream_numbers() -> dict[str, Any]:
     ]
     items = [Item(Bucket(9, 64, 64), repeats) for repeats in (1.0, 1.0, 1.0, 2.0, 0.5, 0.5)]
     return {
-        "address": [address(0), address(7, "noise", 3, 2), address(2**40, "ä", -1)],
+        "address": [seed_for(0), seed_for(7, "noise", 3, 2), seed_for(2**40, "ä", -1)],
         "timestep": [one.timestep for one in draws],
         "drop_caption": [one.drop_caption for one in draws],
         "drop_image": [one.drop_image for one in draws],

@@ -23,21 +23,22 @@ from actors import Actors, RaceError, holding_nothing
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from finetune.datasets.loader import Loader
-from finetune.memory import MemoryConfig, Traits, memory_of, rewriting_weights, undo
-from finetune.memory.lanes import CudaLane
-from finetune.memory.places import host_buffer, host_work
-from finetune.memory.quantize import placement
-from finetune.memory.quantized_linear import QuantisedLinear
-from finetune.memory.release import HostWeights, Staging
-from finetune.planning.training import Alone
-from finetune.schedule import Item, StepPlan
-from finetune.tiny import tiny_transformer
-from finetune.trainers.ema import Ema
-from finetune.trainers.engine import Released, whole_engine
-from finetune.trainers.method import FullMethod, LoraMethod
-from finetune.trainers.optim import OptimizerConfig, begin
-from finetune.types import Batch, Bucket
+from finetune.core.types import Batch, Bucket
+from finetune.datasets.dataloader import Loader
+from finetune.datasets.schedule import Item, StepPlan
+from finetune.memory.config import MemoryConfig, Traits
+from finetune.memory.gradient_offload import DoubleBuffer, HostWeights
+from finetune.memory.host_buffers import CudaCopyStream, host_buffer, host_work
+from finetune.memory.quantized_linear import QuantisedLinear, placement
+from finetune.memory.runner import memory_of, rewriting_weights
+from finetune.memory.setup import undo
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.optim.ema import Ema
+from finetune.optim.optimizers import OptimizerConfig, begin
+from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
+from finetune.planner.estimate import Alone
+from finetune.testing.tiny import tiny_transformer
 
 CPU = torch.device("cpu")
 State = dict[str, Any]
@@ -110,9 +111,9 @@ class Training:
         parameters = method.trainable(self.module)
         more: State = {"memory": memory, "device": CPU, "max_norm": 1.0}
         if memory.gradient_release == "none":
-            self.engine: Any = whole_engine(Alone, self.module, parameters, **more)
+            self.engine: Any = single_process_strategy(Alone, self.module, parameters, **more)
         else:  # as on a GPU: updates on the host have a thread of their own
-            self.engine = Released(Alone, self.module, parameters, threaded=True, **more)
+            self.engine = GradientRelease(Alone, self.module, parameters, threaded=True, **more)
         self.engine.start(TypeAdapter(OptimizerConfig).validate_python(MOMENTUM), None)
         self.average = Ema(self.engine.parameters, self.engine.precise(), 0.9)
 
@@ -227,7 +228,7 @@ def gradients_compared() -> None:
 def modulated_ahead() -> None:
     """Passes whose timesteps the host knows already: read from the device, they would hold it up."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.memory.modulation._on_host", lambda tensor: torch.full(tensor.shape, 500))
+        patch.setattr("finetune.memory.adaln_offload._on_host", lambda tensor: torch.full(tensor.shape, 500))
         training = Training({"modulation": "host"}, full=False)
         with torch.no_grad():
             for seed in range(2):
@@ -252,12 +253,12 @@ def read_ahead() -> None:
 
 
 def on_lanes(method: str, result: Any = None) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda patch: patch.setattr(CudaLane, method, lambda *_: result)
+    return lambda patch: patch.setattr(CudaCopyStream, method, lambda *_: result)
 
 
 def copies_at_once(patch: pytest.MonkeyPatch) -> None:
-    copy = CudaLane.copy
-    patch.setattr(CudaLane, "copy", lambda lane, target, source, *, after=(): copy(lane, target, source))
+    copy = CudaCopyStream.copy
+    patch.setattr(CudaCopyStream, "copy", lambda lane, target, source, *, after=(): copy(lane, target, source))
 
 
 def without(owner: Any, method: str) -> Callable[[pytest.MonkeyPatch], None]:
@@ -285,7 +286,7 @@ RULES: dict[str, Rule] = {
     "gradients are back before they are used": (on_lanes("wait"), full()),
     "gradients have arrived before the host reads them": (on_lanes("finish"), gradients_compared),
     "a worker waits for its gradients": (on_lanes("finish"), full("per_parameter", **HOST)),
-    "a worker's buffer is not filled while it reads": (without(Staging, "_wait"), full("per_parameter", **HOST)),
+    "a worker's buffer is not filled while it reads": (without(DoubleBuffer, "_wait"), full("per_parameter", **HOST)),
     "new weights replace those that no pass reads": (copies_at_once, full("per_parameter", **HOST)),
     "the next pass waits for new weights": (without(HostWeights, "finish"), full(**HOST)),
     "an update waits for copies of the weights": (without(HostWeights, "begin"), measured_before_the_update),
@@ -318,7 +319,7 @@ def test_what_the_host_has_is_not_for_the_device():
 
 def test_a_copy_is_not_there_before_somebody_waits():
     with Actors():
-        lane, source, target = CudaLane(CPU), torch.ones(4), torch.zeros(4)
+        lane, source, target = CudaCopyStream(CPU), torch.ones(4), torch.zeros(4)
         mark = lane.copy(target, source, after=[lane.compute()])
         with pytest.raises(RaceError):
             target.sum()

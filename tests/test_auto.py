@@ -6,10 +6,10 @@ import pytest
 from test_train import assert_identical, stop_after, weights
 from worlds import run_config
 
-from finetune.config import load_config
-from finetune.errors import ConfigError
-from finetune.memory import MemoryConfig, Traits
-from finetune.planning.auto import settled
+from finetune.config.loading import load_config
+from finetune.core.errors import ConfigError
+from finetune.memory.config import MemoryConfig, Traits
+from finetune.planner.command import settled
 from finetune.trainers.loop import train
 
 pytestmark = pytest.mark.usefixtures("plans_alone")
@@ -45,7 +45,7 @@ def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path
 
 
 def test_without_a_card_it_asks_for_a_budget(tiny_model, demo_clips, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.planning.auto.card_here", lambda: None)
+    monkeypatch.setattr("finetune.planner.command.card_here", lambda: None)
     config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto"})
     with pytest.raises(ConfigError, match="no GPU here to plan for") as caught:
         settled(config)

@@ -12,18 +12,19 @@ from actors import Actors, RaceError, careless, holding_nothing
 from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
 from torch import Tensor, nn
 
-from finetune.memory import memory_of, places
-from finetune.memory.boundaries import OffloadedBoundaries
-from finetune.memory.lanes import CudaLane
-from finetune.memory.parts import Resident
-from finetune.memory.streaming import Streamed
-from finetune.trainers.method import FullMethod, LoraMethod
+from finetune.memory import host_buffers
+from finetune.memory.activation_offload import ActivationOffload
+from finetune.memory.block_streaming import BlockStreaming
+from finetune.memory.host_buffers import CudaCopyStream
+from finetune.memory.runner import OnDevice, memory_of
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
 
 
-def offloaded(transformer: nn.Module, actors: Actors | None = None, keep: int = 2) -> OffloadedBoundaries:
-    lanes = {} if actors is None else {"outward": CudaLane(CPU), "inward": CudaLane(CPU)}
-    boundaries = OffloadedBoundaries(LAYERS, keep=keep, **lanes)
-    run_blocks(transformer, Resident(), boundaries)
+def offloaded(transformer: nn.Module, actors: Actors | None = None, keep: int = 2) -> ActivationOffload:
+    lanes = {} if actors is None else {"outward": CudaCopyStream(CPU), "inward": CudaCopyStream(CPU)}
+    boundaries = ActivationOffload(LAYERS, keep=keep, **lanes)
+    run_blocks(transformer, OnDevice(), boundaries)
     return boundaries
 
 
@@ -45,7 +46,7 @@ def gradients(transformer: nn.Module, *, size: int = 4) -> list[Tensor]:
 @cache
 def expected(variant: str, method: LoraMethod | FullMethod, size: int = 4) -> list[Tensor]:
     transformer = build(variant, method)
-    run_blocks(transformer, Resident())
+    run_blocks(transformer, OnDevice())
     return gradients(transformer, size=size)
 
 
@@ -78,9 +79,9 @@ def test_no_copy_before_or_after_its_time(keep):
 def test_together_with_streamed_weights():
     transformer = build()
     with Actors():
-        weights = Streamed(modules(transformer), range(LAYERS), 2, CPU, lane=CudaLane(CPU))
+        weights = BlockStreaming(modules(transformer), range(LAYERS), 2, CPU, lane=CudaCopyStream(CPU))
         weights.install()
-        boundaries = OffloadedBoundaries(LAYERS, outward=CudaLane(CPU), inward=CudaLane(CPU))
+        boundaries = ActivationOffload(LAYERS, outward=CudaCopyStream(CPU), inward=CudaCopyStream(CPU))
         run_blocks(transformer, weights, boundaries)
         require_equal(gradients(transformer), expected("5b", LORA))
 
@@ -110,7 +111,7 @@ def test_a_pass_that_is_broken_off_is_forgotten(where):
 def test_nothing_arrives_in_memory_that_was_given_back(monkeypatch, waits):
     """A pass is broken off, and the model taken out of its state, while a boundary is on its way to the device."""
     if not waits:  # canary
-        monkeypatch.setattr(OffloadedBoundaries, "remove", lambda self: None)
+        monkeypatch.setattr(ActivationOffload, "remove", lambda self: None)
     transformer = build()
     with nullcontext() if waits else holding_nothing(), Actors() as actors:
         offloaded(transformer, actors, keep=1)
@@ -143,7 +144,7 @@ def test_a_loss_that_is_dropped_gives_its_buffers_back():
     assert len(boundaries._pool._spare) == 2
 
 
-def pieces(boundaries: OffloadedBoundaries) -> list[int]:
+def pieces(boundaries: ActivationOffload) -> list[int]:
     return sorted(piece.flat.data_ptr() for piece in boundaries._pool._spare)
 
 
@@ -174,18 +175,20 @@ def test_every_byte_has_a_label_and_a_size():
     boundaries = offloaded(transformer, keep=0)
     hidden, encoder = torch.randn(1, 16, 32), torch.randn(1, 8, 32)
     kept = [boundaries.put(index, hidden + index, encoder) for index in range(LAYERS)]
-    host = {places.label_of(one.away.flat.untyped_storage()) for one in kept}
-    assert host == {places.Label("offloaded activations", True, True)}
+    host = {host_buffers.label_of(one.away.flat.untyped_storage()) for one in kept}
+    assert host == {host_buffers.BufferLabel("offloaded activations", True, True)}
     assert {one.away.flat.numel() for one in kept} == {(16 + 8) * 32 * 4}
     given = boundaries.get(3, kept.pop())
     assert torch.equal(given[0], hidden + 3) and torch.equal(given[1], encoder)
-    assert {places.label_of(tensor.untyped_storage()) for tensor in given} == {places.Label("offload buffers", False)}
+    assert {host_buffers.label_of(tensor.untyped_storage()) for tensor in given} == {
+        host_buffers.BufferLabel("offload buffers", False)
+    }
     assert [one.returning is not None for one in kept] == [False, False, True]
     assert len(boundaries._arriving) == 1
 
 
 def test_a_boundary_is_given_once():
-    boundaries = OffloadedBoundaries(1, keep=0)
+    boundaries = ActivationOffload(1, keep=0)
     kept = boundaries.put(0, torch.ones(1, 2, 4), torch.ones(1, 1, 4))
     boundaries.get(0, kept)
     with pytest.raises(RuntimeError, match="fetched before"):
@@ -212,10 +215,10 @@ def test_a_forgotten_wait_is_seen(lane, forgets):
 def test_memory_that_is_freed_while_it_is_copied_is_seen(monkeypatch):
     transformer = build()
 
-    def forget(self: OffloadedBoundaries, outward: object) -> None:
+    def forget(self: ActivationOffload, outward: object) -> None:
         self._leaving.clear()
 
-    monkeypatch.setattr(OffloadedBoundaries, "_settle", forget)
+    monkeypatch.setattr(ActivationOffload, "_settle", forget)
     with holding_nothing(), Actors() as actors:
         offloaded(transformer, actors)
         with pytest.raises(RaceError, match="freed before"):

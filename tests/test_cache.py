@@ -15,13 +15,24 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from finetune.datasets.cache import Cache, Manifest, ManifestItem
-from finetune.datasets.entries import image_address, latents_address, prompt_address
-from finetune.datasets.manifest import FORMAT, UNKNOWN, FileStamp, differences, portable, read_content
-from finetune.datasets.sealed import seal
-from finetune.errors import CacheError, DataError
-from finetune.files import digest_of
-from finetune.types import Bucket, ClipPlan
+from finetune.core.errors import CacheError, DataError
+from finetune.core.files import digest_of
+from finetune.core.types import Bucket, ClipPlan
+from finetune.datasets.cache import Cache
+from finetune.datasets.cache_entries import (
+    FORMAT,
+    UNKNOWN,
+    FileStamp,
+    Manifest,
+    ManifestItem,
+    differences,
+    image_address,
+    latents_address,
+    portable,
+    prompt_address,
+    read_content,
+    seal,
+)
 
 BUCKET = Bucket(9, 64, 64)
 PLAN = ClipPlan(tuple(range(9)), (64, 64), (0, 0), BUCKET)
@@ -276,7 +287,7 @@ def test_a_digest_is_taken_once_and_again_only_when_the_file_may_have_changed(tm
     os.utime(file, (1, 1))
     cache, reads = Cache(tmp_path / "cache"), []
     real = digest_reader(reads)
-    monkeypatch.setattr("finetune.datasets.stamps.digest_file", real)
+    monkeypatch.setattr("finetune.datasets.cache_entries.digest_file", real)
     digest = cache.digest_file(file)
     assert cache.digest_file(file) == digest and len(reads) == 1
     os.utime(file, (2, 2))
@@ -288,7 +299,7 @@ def test_a_digest_is_taken_once_and_again_only_when_the_file_may_have_changed(tm
 
 
 def digest_reader(reads):
-    from finetune.files import digest_file
+    from finetune.core.files import digest_file
 
     return lambda path: (reads.append(path), digest_file(path))[1]
 
@@ -343,7 +354,7 @@ def test_reading_needs_no_write_access(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("finetune.datasets.stamps.atomic_write_bytes", refused)
+    monkeypatch.setattr("finetune.datasets.cache_entries.atomic_write_bytes", refused)
     assert cache.digest_file(file) == cache.digest_file(file)
     assert cache.read(manifest.items[0]).latents_mean.shape == (4, 3, 8, 8)
 

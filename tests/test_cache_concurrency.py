@@ -22,18 +22,16 @@ import torch
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config, run_values
 
-from finetune import leases
-from finetune.cli import OK, PREEMPTED, main
-from finetune.datasets import garbage, jobs
+from finetune.cli.main import OK, PREEMPTED, main
+from finetune.cogvideox.spec import read_spec
+from finetune.core import locks
+from finetune.core.errors import CacheError
+from finetune.core.files import digest_of
+from finetune.core.locks import hold, live
+from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import prompt_address
-from finetune.datasets.garbage import GcReport
-from finetune.datasets.jobs import Job
-from finetune.datasets.manifest import Manifest
-from finetune.errors import CacheError
-from finetune.facts import read_facts
-from finetune.files import digest_of
-from finetune.leases import hold, live
+from finetune.datasets.cache_admin import CacheJob, GcReport
+from finetune.datasets.cache_entries import Manifest, prompt_address
 from finetune.precompute import ensure_cache
 
 ROOT = Path(__file__).parents[1]
@@ -74,10 +72,10 @@ class Stage:
         self.settled_at: list[int] = []
         self.events: dict[int, list[Callable[[], object]]] = {}
         for name in STEPS:
-            patch.setattr(garbage._Collection, name, self._around(getattr(garbage._Collection, name)))
-        patch.setattr(garbage, "os", SimpleNamespace(replace=self._around(os.replace)))
-        patch.setattr(garbage, "time", SimpleNamespace(sleep=self._settle, time=time.time))
-        patch.setattr(jobs, "PATIENCE_S", 0.0)  # nobody waits for a collection: the worst case
+            patch.setattr(cache_admin._Collection, name, self._around(getattr(cache_admin._Collection, name)))
+        patch.setattr(cache_admin, "os", SimpleNamespace(replace=self._around(os.replace)))
+        patch.setattr(cache_admin, "time", SimpleNamespace(sleep=self._settle, time=time.time))
+        patch.setattr(cache_admin, "PATIENCE_S", 0.0)  # nobody waits for a collection: the worst case
 
     def reset(self) -> None:
         self.moments, self.settled_at, self.events = 0, [], {}
@@ -129,14 +127,16 @@ class Precompute:
             write(cache, number)
 
     def come(self) -> None:
-        lease = self.stack.enter_context(hold(jobs.folder(self.cache.root), {"verb": "train", "phase": "planning"}))
-        self.job = Job("train", lease)
+        lease = self.stack.enter_context(
+            hold(cache_admin.folder(self.cache.root), {"verb": "train", "phase": "planning"})
+        )
+        self.job = CacheJob("train", lease)
 
     def listing(self) -> set[str]:
         return self.cache.keys("prompts")
 
     def plan(self, there: set[str] | None = None) -> None:
-        jobs.await_collection(self.cache.root)
+        cache_admin.await_collection(self.cache.root)
         self.counted_on = (self.listing() if there is None else there) & self.manifest.keys("prompts")
 
     def begin(self) -> None:
@@ -167,7 +167,7 @@ class Training(Precompute):
         os.utime(path, (time.time() - 40 * 86_400,) * 2)
 
     def plan(self, there: set[str] | None = None) -> None:
-        jobs.await_collection(self.cache.root)
+        cache_admin.await_collection(self.cache.root)
         paths = self.cache.manifest_paths()
         if paths:
             os.utime(paths[0])
@@ -216,7 +216,7 @@ def losses(stage: Stage, tmp_path: Path, kind: type[Precompute], stride: int) ->
         job.stack.close()
         if lost:
             break
-        assert not jobs.taken(tmp_path / str(number))
+        assert not cache_admin.taken(tmp_path / str(number))
     return played, deleted, lost
 
 
@@ -239,13 +239,13 @@ def test_no_order_at_all_loses_an_entry_that_a_job_counts_on(stage, tmp_path, ki
 @pytest.mark.parametrize("kind", [Precompute, Training])
 def test_without_the_second_look_a_job_would_lose_entries(stage, tmp_path, monkeypatch, kind):
     """The canary of the two above."""
-    monkeypatch.setattr(garbage._Collection, "look_again", lambda self, name: (stage.tick(), ([], ""))[1])
+    monkeypatch.setattr(cache_admin._Collection, "look_again", lambda self, name: (stage.tick(), ([], ""))[1])
     _, _, lost = losses(stage, tmp_path, kind, stride=251)
     assert lost
 
 
 def test_without_a_lease_a_job_would_lose_entries(stage, tmp_path, monkeypatch):
-    monkeypatch.setattr(Precompute, "come", lambda self: setattr(self, "job", Job("train")))
+    monkeypatch.setattr(Precompute, "come", lambda self: setattr(self, "job", CacheJob("train")))
     _, _, lost = losses(stage, tmp_path, Precompute, stride=251)
     assert lost
 
@@ -321,21 +321,21 @@ def test_nothing_is_deleted_while_a_job_is_planning(tmp_path, capsys):
 
 def test_a_job_that_cannot_be_understood_counts_as_planning(tmp_path):
     cache = two_orphans(tmp_path)
-    jobs.folder(cache.root).mkdir()
-    (jobs.folder(cache.root) / "node7-1-ab.json").write_text("{")
+    cache_admin.folder(cache.root).mkdir()
+    (cache_admin.folder(cache.root) / "node7-1-ab.json").write_text("{")
     assert cache.gc(delete=True, **AT_ONCE).held_back and len(cache.keys("prompts")) == 2
-    (jobs.folder(cache.root) / "node7-1-ab.json").write_text('{"about": {"phase": "running", "manifests": 3}}')
+    (cache_admin.folder(cache.root) / "node7-1-ab.json").write_text('{"about": {"phase": "running", "manifests": 3}}')
     assert cache.gc(delete=True, **AT_ONCE).held_back and len(cache.keys("prompts")) == 2
 
 
 def test_the_lease_of_a_dead_job_is_cleared_away_and_holds_nothing_back(tmp_path):
     cache = two_orphans(tmp_path)
     with cache.job("train"):
-        (path,) = jobs.folder(cache.root).glob("*.json")
+        (path,) = cache_admin.folder(cache.root).glob("*.json")
         dead = {**json.loads(path.read_text()), "started": "1"}  # another process had this number
     path.write_text(json.dumps(dead))
     assert cache.gc(delete=True, **AT_ONCE).entries == 2
-    assert list(jobs.folder(cache.root).iterdir()) == []
+    assert list(cache_admin.folder(cache.root).iterdir()) == []
 
 
 def test_a_manifest_that_a_running_job_names_is_kept_however_long_unused(tmp_path):
@@ -372,7 +372,7 @@ def test_a_job_waits_for_a_collection_and_says_so(tmp_path, capsys):
         with cache.job("train"):
             came.set()
 
-    with hold(jobs.folder(cache.root), {"verb": "gc", "phase": "running", "manifests": [], "entries": {}}):
+    with hold(cache_admin.folder(cache.root), {"verb": "gc", "phase": "running", "manifests": [], "entries": {}}):
         thread = threading.Thread(target=job)
         thread.start()
         assert not came.wait(0.5)
@@ -383,8 +383,8 @@ def test_a_job_waits_for_a_collection_and_says_so(tmp_path, capsys):
 
 def test_a_job_does_not_wait_for_ever(tmp_path, monkeypatch, capsys):
     cache = two_orphans(tmp_path)
-    monkeypatch.setattr(jobs, "PATIENCE_S", 0.3)
-    with hold(jobs.folder(cache.root), {"verb": "gc", "phase": "running", "manifests": [], "entries": {}}):
+    monkeypatch.setattr(cache_admin, "PATIENCE_S", 0.3)
+    with hold(cache_admin.folder(cache.root), {"verb": "gc", "phase": "running", "manifests": [], "entries": {}}):
         with cache.job("train"):
             assert "going on beside it" in capsys.readouterr().out
         report = cache.gc(delete=True, **AT_ONCE)
@@ -400,11 +400,11 @@ def test_what_a_killed_collection_had_taken_away_comes_back(tmp_path):
 
     def take() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(garbage, "time", SimpleNamespace(sleep=killed, time=time.time))
-            patch.setattr(garbage._Collection, "bring_back", lambda *_: None)  # a dead process tidies nothing up
+            patch.setattr(cache_admin, "time", SimpleNamespace(sleep=killed, time=time.time))
+            patch.setattr(cache_admin._Collection, "bring_back", lambda *_: None)  # a dead process tidies nothing up
             with pytest.raises(SystemExit):
                 cache.gc(delete=True, grace_s=0, settle_s=1)
-        assert not cache.keys("prompts") and len(jobs.taken(cache.root)) == 2
+        assert not cache.keys("prompts") and len(cache_admin.taken(cache.root)) == 2
 
     take()
     with cache.job("train"):
@@ -423,10 +423,14 @@ def test_a_collection_that_is_interrupted_puts_everything_back(tmp_path, monkeyp
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(garbage, "time", SimpleNamespace(sleep=interrupted, time=time.time))
+    monkeypatch.setattr(cache_admin, "time", SimpleNamespace(sleep=interrupted, time=time.time))
     with pytest.raises(KeyboardInterrupt):
         cache.gc(delete=True, grace_s=0, settle_s=1)
-    assert len(cache.keys("prompts")) == 2 and not jobs.taken(cache.root) and not live(jobs.folder(cache.root))
+    assert (
+        len(cache.keys("prompts")) == 2
+        and not cache_admin.taken(cache.root)
+        and not live(cache_admin.folder(cache.root))
+    )
 
 
 def test_a_damaged_manifest_stops_collections_until_it_is_made_anew(tmp_path):
@@ -450,15 +454,15 @@ def test_the_space_that_others_have_yet_to_fill_is_counted(tmp_path):
     def there() -> dict:
         return {"latents": set(), "images": set(), "prompts": cache.keys("prompts")}
 
-    assert jobs.reserved_bytes(cache.root, there()) == 0
+    assert cache_admin.reserved_bytes(cache.root, there()) == 0
     with cache.job("precompute") as job:
-        assert jobs.reserved_bytes(cache.root, there()) == 0  # planning: it has not asked for space yet
+        assert cache_admin.reserved_bytes(cache.root, there()) == 0  # planning: it has not asked for space yet
         job.uses(manifest_of([0, 1, 2, 3]), writes=2, bytes=1000)
-        assert jobs.reserved_bytes(cache.root, there()) == 1000
+        assert cache_admin.reserved_bytes(cache.root, there()) == 1000
         write(cache, 2)
-        assert jobs.reserved_bytes(cache.root, there()) == 500
+        assert cache_admin.reserved_bytes(cache.root, there()) == 500
         write(cache, 3)
-        assert jobs.reserved_bytes(cache.root, there()) == 0
+        assert cache_admin.reserved_bytes(cache.root, there()) == 0
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -467,12 +471,12 @@ def test_the_space_that_others_have_yet_to_fill_is_counted(tmp_path):
 def test_training_holds_its_lease_until_its_cleanup(tiny_model, tmp_path):
     config = run_config(tiny_model(), tmp_path / "none", tmp_path / "run", cache={"mode": "require"})
     fabricate_cache(config)
-    folder = jobs.folder(config.cache.dir)
+    folder = cache_admin.folder(config.cache.dir)
     with ExitStack() as cleanup:
-        manifest = ensure_cache(config, read_facts(config.model.pretrained), cleanup=cleanup)
+        manifest = ensure_cache(config, read_spec(config.model.pretrained), cleanup=cleanup)
         (one,) = live(folder)
         assert one.about["verb"] == "train" and one.about["phase"] == "running"
-        assert one.about["manifests"] == [manifest.name] and len(jobs.entries_of(one)) == 5
+        assert one.about["manifests"] == [manifest.name] and len(cache_admin.entries_of(one)) == 5
         (config.cache.dir / "manifests" / f"{manifest.name}.json").unlink()
         assert Cache(config.cache.dir).gc(delete=True, **AT_ONCE).entries == 0
     assert live(folder) == []
@@ -486,8 +490,8 @@ def test_a_cache_that_is_read_only_can_be_trained_from(tiny_model, tmp_path, mon
     def refused(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(leases.Lease, "_write", refused)
-    manifest = ensure_cache(config, read_facts(config.model.pretrained))
+    monkeypatch.setattr(locks.Lease, "_write", refused)
+    manifest = ensure_cache(config, read_spec(config.model.pretrained))
     assert Cache(config.cache.dir).read(manifest.items[0]).prompt_embeds.ndim == 2
     said = capsys.readouterr().out
     assert "cannot be written to (Read-only file system)" in said and "nothing to encode" in said
@@ -540,7 +544,7 @@ def test_processes_that_come_and_go_beside_a_collector_lose_nothing(tmp_path):
 @pytest.mark.slow
 def test_two_precomputes_a_training_and_a_collector_at_once(tiny_model, demo_clips, tmp_path):
     """The commands themselves, on overlapping datasets in one cache."""
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
 
     def config(name: str, **changes: object) -> Path:
         values = run_values(tiny_model(), demo_clips, tmp_path / "runs" / name, **changes)

@@ -22,13 +22,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from waiting import HANG_S
 
-from finetune.datasets import reading, sealed, stamps
+from finetune.core.errors import CacheError
+from finetune.core.files import digest_of
+from finetune.core.types import Bucket, ClipPlan
+from finetune.datasets import cache as reading
+from finetune.datasets import cache_entries
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import fault_of, image_address, latents_address, prompt_address
-from finetune.datasets.manifest import DamagedManifestError, FileStamp, Manifest, ManifestItem, read_content
-from finetune.errors import CacheError
-from finetune.files import digest_of
-from finetune.types import Bucket, ClipPlan
+from finetune.datasets.cache_entries import (
+    DamagedManifestError,
+    FileStamp,
+    Manifest,
+    ManifestItem,
+    fault_of,
+    image_address,
+    latents_address,
+    prompt_address,
+    read_content,
+)
 
 ROOT = Path(__file__).parents[1]
 BUCKET = Bucket(9, 16, 16)
@@ -150,14 +160,14 @@ def detector(world: World, kind: str, number: int) -> Callable[[bytes], bool]:
         key = world.key(kind, number)
         return lambda content: bool(fault_of(content, kind, key))  # type: ignore[arg-type]
     if kind == "manifest":
-        from finetune.datasets.manifest import manifest_fault
+        from finetune.datasets.cache_entries import manifest_fault
 
         name = world.path(kind, number).stem
         return lambda content: bool(manifest_fault(content, name))
 
     def refused(content: bytes) -> bool:
         try:
-            sealed.unseal(content)
+            cache_entries.unseal(content)
         except ValueError:
             return True
         return False
@@ -240,7 +250,7 @@ def survives_damage(world: World, originals: dict[Path, bytes], kind: str, damag
         found = {damage.path for damage in cache.verify().damaged}
         assert found == (set() if same or kind == "memo" else {path})
         if kind == "memo":  # a wrong digest would give a video another clip's latents
-            assert cache.stamp(world.source(0)).digest == stamps.digest_file(world.source(0))
+            assert cache.stamp(world.source(0)).digest == cache_entries.digest_file(world.source(0))
             return
         read = {
             "latents": lambda: cache.read(world.item(0)),
@@ -328,7 +338,7 @@ def test_without_the_check_a_damaged_memo_would_name_other_bytes(tmp_path, monke
     path.write_bytes(path.read_bytes().replace(truth.encode(), b"0" * 32))
     assert world.cache.stamp(world.source(0)).digest == truth
     path.write_bytes(path.read_bytes().replace(truth.encode(), b"0" * 32))
-    monkeypatch.setattr(stamps, "unseal", json.loads)
+    monkeypatch.setattr(cache_entries, "unseal", json.loads)
     assert world.cache.stamp(world.source(0)).digest == "0" * 32
 
 
@@ -387,7 +397,9 @@ def test_threads_may_read_the_same_entries_at_once(tmp_path, counted):
 def test_a_damaged_entry_on_a_drive_that_is_read_only_stays_and_is_told_of(tmp_path, monkeypatch):
     world = make_world(tmp_path)
     flip(world.path("latents", 0))
-    monkeypatch.setattr(sealed.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
+    monkeypatch.setattr(
+        cache_entries.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only"))
+    )
     with pytest.raises(CacheError, match=r"damaged[\s\S]*0\.mp4[\s\S]*cannot be moved aside[\s\S]*verify --delete"):
         world.cache.read(world.item(0))
     assert world.path("latents", 0).exists()
@@ -397,14 +409,14 @@ def test_an_entry_that_was_written_anew_meanwhile_keeps_its_name(tmp_path, monke
     """Another process mends it between our reading and our renaming."""
     world = make_world(tmp_path)
     whole = flip(world.path("latents", 0))
-    real = sealed.os.replace
+    real = cache_entries.os.replace
 
     def mended_first(source, target):
-        monkeypatch.setattr(sealed.os, "replace", real)
+        monkeypatch.setattr(cache_entries.os, "replace", real)
         world.encode("latents", 0)
         real(source, target)
 
-    monkeypatch.setattr(sealed.os, "replace", mended_first)
+    monkeypatch.setattr(cache_entries.os, "replace", mended_first)
     with pytest.raises(CacheError, match="damaged"):
         world.cache.read(world.item(0))
     assert world.path("latents", 0).read_bytes() == whole
@@ -474,7 +486,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_cache_integrity import World
-from finetune.errors import CacheError
+from finetune.core.errors import CacheError
 
 def fill(folder):
     world, written = World(folder), 0

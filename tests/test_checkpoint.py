@@ -15,27 +15,15 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
-from finetune.errors import CheckpointError
-from finetune.files import COMPLETE
-from finetune.seals import seal
-from finetune.trainers.checkpoint import (
-    CheckpointConfig,
-    LoadedCheckpoint,
-    checkpoint_path,
-    choose_checkpoint,
-    compare,
-    compare_configs,
-    folders,
-    form,
-    list_checkpoints,
-    load_checkpoint,
-    prune,
-    require_same_run,
-    save,
-    save_checkpoint,
-    sweep,
-)
-from finetune.types import RunState
+from finetune.checkpoint import compare, folders, save
+from finetune.checkpoint.compare import compare_configs, require_same_run
+from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, list_checkpoints, prune, sweep
+from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
+from finetune.checkpoint.save import save_checkpoint
+from finetune.core.checksums import write_checksums
+from finetune.core.errors import CheckpointError
+from finetune.core.files import COMPLETE
+from finetune.core.types import RunState
 
 CONFIG: dict[str, Any] = {
     "model": {"pretrained": "base", "dtype": "bf16"},
@@ -96,7 +84,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, ema):
     assert load_checkpoint(path, optimizer=False).optimizer == ({}, {})
 
 
-FILES = [form.TRAINABLE, form.OPTIMIZER, form.OPTIMIZER_META, form.EMA, form.CONFIG, form.STATE]
+FILES = [folders.TRAINABLE, folders.OPTIMIZER, folders.OPTIMIZER_META, folders.EMA, folders.CONFIG, folders.STATE]
 
 
 def test_the_files_are_those_that_the_module_names(tmp_path):
@@ -132,18 +120,18 @@ def test_a_missing_or_short_file_is_found(tmp_path, name, harm):
 def reseal(path: Path) -> None:
     """As if what stands in a checkpoint now had been written: what a forger does, or another version."""
     (path / COMPLETE).unlink()
-    (path / COMPLETE).write_text(seal(path))
+    (path / COMPLETE).write_text(write_checksums(path))
 
 
 def change_state(path: Path, **changes: Any) -> None:
-    content = json.loads((path / form.STATE).read_text())
-    (path / form.STATE).write_text(json.dumps({**content, **changes}))
+    content = json.loads((path / folders.STATE).read_text())
+    (path / folders.STATE).write_text(json.dumps({**content, **changes}))
     reseal(path)
 
 
 def test_a_later_format_is_told_from_damage(tmp_path):
     path = saved(tmp_path, 1)
-    change_state(path, format=form.FORMAT + 1)
+    change_state(path, format=folders.FORMAT + 1)
     with pytest.raises(CheckpointError, match="format 3, this version reads 2"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="format 3"):
@@ -185,7 +173,7 @@ def test_the_state_of_another_version_is_told_from_damage(tmp_path, changes):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("name", [form.STATE, form.CONFIG, form.OPTIMIZER_META])
+@pytest.mark.parametrize("name", [folders.STATE, folders.CONFIG, folders.OPTIMIZER_META])
 def test_a_file_of_another_type_is_no_traceback(tmp_path, name):
     path = saved(tmp_path, 1)
     (path / name).write_text("[1, 2]")
@@ -196,7 +184,7 @@ def test_a_file_of_another_type_is_no_traceback(tmp_path, name):
 
 def test_an_average_of_other_tensors_is_refused(tmp_path):
     path = saved(tmp_path, 1, ema=True)
-    shutil.copy(path / form.OPTIMIZER, path / form.EMA)
+    shutil.copy(path / folders.OPTIMIZER, path / folders.EMA)
     reseal(path)
     with pytest.raises(CheckpointError, match="ema"):
         load_checkpoint(path)
@@ -260,7 +248,7 @@ def test_an_interrupted_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch)
         saved(tmp_path, step)
 
     def killed(path: Path, **_: object) -> None:
-        (path / form.TRAINABLE).unlink()
+        (path / folders.TRAINABLE).unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(folders.shutil, "rmtree", killed)
@@ -491,7 +479,7 @@ def test_processes_and_accumulation_may_trade_places():
 
 def test_every_rule_names_a_field_that_exists():
     """A renamed field would otherwise fall back to its section's rule unseen."""
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
 
     schema = RunConfig.model_json_schema()
     known = {""}

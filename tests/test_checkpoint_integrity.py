@@ -22,33 +22,35 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from worlds import fabricate_cache, run_config
 
-from finetune import seals
-from finetune.adapter_source import read_sources
-from finetune.config import RunConfig, load_config
-from finetune.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.checkpoint import folders
+from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints, prune
+from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
+from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.validation_history import HISTORY
+from finetune.cogvideox.spec import read_spec
+from finetune.config.loading import load_config
+from finetune.config.schema import RunConfig
+from finetune.core import checksums
+from finetune.core.checksums import ChecksummedFolder, DamageError, write_checksums
+from finetune.core.distributed import ProcessGroup
+from finetune.core.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.core.files import COMPLETE, atomic_save_tensors, checksum_file
+from finetune.core.types import RunState, SamplePrompt
 from finetune.export import export
-from finetune.facts import read_facts
-from finetune.files import COMPLETE, atomic_save_tensors, checksum_file
-from finetune.generate_inputs import Adapter, GenerateRequest, check_request, native_bucket
-from finetune.ranks import Ranks
-from finetune.seals import DamageError, Sealed, seal
-from finetune.trainers.checkpoint import (
-    CheckpointConfig,
-    LoadedCheckpoint,
-    choose_checkpoint,
-    form,
-    list_checkpoints,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-)
+from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources, training_bucket
+from finetune.methods.adapter import read_adapter
 from finetune.trainers.loop import train
-from finetune.trainers.method import read_adapter
-from finetune.trainers.run_folder import hold_run_folder
-from finetune.trainers.validation import HISTORY, SamplePrompt
-from finetune.types import RunState
+from finetune.trainers.setup import hold_run_folder
 
-FILES = [form.TRAINABLE, form.OPTIMIZER, form.OPTIMIZER_META, form.EMA, form.CONFIG, form.STATE, COMPLETE]
+FILES = [
+    folders.TRAINABLE,
+    folders.OPTIMIZER,
+    folders.OPTIMIZER_META,
+    folders.EMA,
+    folders.CONFIG,
+    folders.STATE,
+    COMPLETE,
+]
 KINDS = ("lora", "full")
 
 
@@ -184,7 +186,7 @@ QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthC
 @example(Harm("flip", COMPLETE, 0.999))
 @example(Harm("cut", COMPLETE, 0.0))
 @example(Harm("delete", COMPLETE, 0.0))
-@example(Harm("flip", form.STATE, 0.0))
+@example(Harm("flip", folders.STATE, 0.0))
 def test_harm_anywhere_is_named_and_the_one_before_is_used(intact, harm):
     check_case(*intact, harm)
 
@@ -209,20 +211,20 @@ def test_every_single_bit_counts(intact, name):
             changed[place] ^= 1 << (place % 8)
             (folder / name).write_bytes(changed)
             with pytest.raises(DamageError) as caught:
-                sealed = Sealed.open(folder)
+                sealed = ChecksummedFolder.open(folder)
                 sealed.read_bytes(name)
             assert caught.value.path == folder / name
         (folder / name).write_bytes(content)
         assert choose_checkpoint(case, "latest").path == folder
 
 
-@pytest.mark.parametrize("name", [form.TRAINABLE, form.OPTIMIZER, form.EMA])
+@pytest.mark.parametrize("name", [folders.TRAINABLE, folders.OPTIMIZER, folders.EMA])
 def test_without_the_checksums_damage_gets_through(intact, name, monkeypatch):
     """The canary: a flipped bit of a tensor is then loaded as if nothing had happened."""
     kind, run = intact
     with copied(run) as case:
         assert Harm("flip", name, 0.98).do(newest(case))
-        monkeypatch.setattr(Sealed, "_compare", lambda *_: None)
+        monkeypatch.setattr(ChecksummedFolder, "_compare", lambda *_: None)
         found = choose_checkpoint(case, "latest")
         assert found is not None and found.state.step == 20
         with pytest.raises(AssertionError):
@@ -231,9 +233,13 @@ def test_without_the_checksums_damage_gets_through(intact, name, monkeypatch):
 
 def test_large_files_are_verified_and_mapped(intact, monkeypatch):
     kind, run = intact
-    monkeypatch.setattr(seals, "READ_AT_ONCE", 16)
+    monkeypatch.setattr(checksums, "READ_AT_ONCE", 16)
     assert_as_written(choose_checkpoint(run, "latest"), kind, 20)
-    for harm in (Harm("flip", form.TRAINABLE, 0.9), Harm("cut", form.OPTIMIZER, 0.5), Harm("delete", form.EMA, 0)):
+    for harm in (
+        Harm("flip", folders.TRAINABLE, 0.9),
+        Harm("cut", folders.OPTIMIZER, 0.5),
+        Harm("delete", folders.EMA, 0),
+    ):
         assert check_case(kind, run, harm)
 
 
@@ -244,13 +250,13 @@ def test_it_falls_back_as_far_as_it_must_and_says_so(tmp_path, caplog):
     for step in (10, 20, 30, 40):
         write(tmp_path, "lora", step)
     paths = dict(list_checkpoints(tmp_path))
-    Harm("flip", form.TRAINABLE, 0.5).do(paths[40])
-    Harm("cut", form.CONFIG, 0.5).do(paths[30])
-    Harm("flip", form.STATE, 0.5).do(paths[10])
+    Harm("flip", folders.TRAINABLE, 0.5).do(paths[40])
+    Harm("cut", folders.CONFIG, 0.5).do(paths[30])
+    Harm("flip", folders.STATE, 0.5).do(paths[10])
     with caplog.at_level(logging.WARNING):
         assert_as_written(choose_checkpoint(tmp_path, "latest"), "lora", 20)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    for step, name in ((40, form.TRAINABLE), (30, form.CONFIG)):
+    for step, name in ((40, folders.TRAINABLE), (30, folders.CONFIG)):
         assert f"step-000000{step} is damaged: {name} is not as it was written" in caplog.text
     assert "continues from step-00000020" in caplog.text
     assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20], "what is older than the one used is left alone"
@@ -261,11 +267,11 @@ def test_it_falls_back_as_far_as_it_must_and_says_so(tmp_path, caplog):
 
 def test_none_whole_is_an_error_and_never_a_new_start(tmp_path):
     for step in (10, 20):
-        Harm("flip", form.OPTIMIZER, 0.7).do(write(tmp_path, "full", step))
+        Harm("flip", folders.OPTIMIZER, 0.7).do(write(tmp_path, "full", step))
     for _ in ("now", "and whenever it is tried again"):
         with pytest.raises(CheckpointError, match="no checkpoint of this run is whole") as caught:
             choose_checkpoint(tmp_path, "latest")
-        assert "step-00000010" in str(caught.value) and form.OPTIMIZER in str(caught.value)
+        assert "step-00000010" in str(caught.value) and folders.OPTIMIZER in str(caught.value)
         assert len(list_checkpoints(tmp_path)) == 2, "nothing is renamed where nothing is gained"
     for _, path in list_checkpoints(tmp_path):
         path.rename(path.with_name(f"{path.name}.damaged-0123abcd"))
@@ -275,8 +281,8 @@ def test_none_whole_is_an_error_and_never_a_new_start(tmp_path):
 
 def test_a_named_checkpoint_that_is_damaged_is_an_error_that_names_the_whole_ones(tmp_path):
     paths = [write(tmp_path, "lora", step) for step in (10, 20, 30)]
-    Harm("flip", form.OPTIMIZER, 0.5).do(paths[0])
-    Harm("flip", form.EMA, 0.5).do(paths[2])
+    Harm("flip", folders.OPTIMIZER, 0.5).do(paths[0])
+    Harm("flip", folders.EMA, 0.5).do(paths[2])
     with pytest.raises(CheckpointError) as caught:
         choose_checkpoint(tmp_path, paths[2])
     assert caught.value.what == "the checkpoint is damaged: ema.safetensors is not as it was written"
@@ -309,7 +315,7 @@ def test_an_input_output_error_is_damage_and_missing_permission_is_not(tmp_path,
 
     def failing(number: int) -> Callable[[Path], bytes]:
         def read(path: Path) -> bytes:
-            if path == newer / form.CONFIG:
+            if path == newer / folders.CONFIG:
                 raise OSError(number, "failing disk")
             return real(path)
 
@@ -326,7 +332,7 @@ def test_an_input_output_error_is_damage_and_missing_permission_is_not(tmp_path,
 
 def test_a_damaged_one_goes_when_a_newer_one_stands(tmp_path):
     write(tmp_path, "lora", 10)
-    Harm("flip", form.TRAINABLE, 0.5).do(write(tmp_path, "lora", 20))
+    Harm("flip", folders.TRAINABLE, 0.5).do(write(tmp_path, "lora", 20))
     choose_checkpoint(tmp_path, "latest")
     (aside,) = (tmp_path / "checkpoints").glob("*.damaged-*")
     write(tmp_path, "lora", 15)
@@ -338,14 +344,14 @@ def test_a_damaged_one_goes_when_a_newer_one_stands(tmp_path):
 
 def test_a_checkpoint_pruned_while_it_is_read_is_not_called_damaged(tmp_path, monkeypatch):
     path = write(tmp_path, "lora", 10)
-    real = Sealed.open
+    real = ChecksummedFolder.open
 
-    def pruned(folder: Path) -> Sealed:
+    def pruned(folder: Path) -> ChecksummedFolder:
         sealed = real(folder)
         shutil.rmtree(folder)
         return sealed
 
-    monkeypatch.setattr(Sealed, "open", pruned)
+    monkeypatch.setattr(ChecksummedFolder, "open", pruned)
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
         load_checkpoint(path)
 
@@ -375,8 +381,8 @@ def test_any_file_name_can_be_sealed(tmp_path, names):
     (tmp_path / "f" / "inner").mkdir(parents=True)
     for name in names:
         (tmp_path / "f" / "inner" / name).write_bytes(name.encode())
-    (tmp_path / "f" / COMPLETE).write_text(seal(tmp_path / "f"))
-    sealed = Sealed.open(tmp_path / "f")
+    (tmp_path / "f" / COMPLETE).write_text(write_checksums(tmp_path / "f"))
+    sealed = ChecksummedFolder.open(tmp_path / "f")
     assert {name: sealed.read_bytes(f"inner/{name}") for name in names} == {name: name.encode() for name in names}
     assert set(sealed.checksums) == {f"inner/{name}" for name in names}
 
@@ -385,14 +391,14 @@ def test_what_the_marker_does_not_name_is_not_read(tmp_path):
     path = write(tmp_path, "lora", 10)
     (path / "extra.json").write_text("{}")
     with pytest.raises(DamageError, match=r"COMPLETE does not name extra\.json"):
-        Sealed.open(path).read_json("extra.json")
+        ChecksummedFolder.open(path).read_json("extra.json")
 
 
 @pytest.mark.parametrize("marker", [b"", b"\n", b"x", b"\xff\xfe", b"a  b\n", b'0  "\\\n0\n', b"one two three\n\n"])
 def test_a_marker_that_is_none_is_damage(tmp_path, marker):
     (tmp_path / COMPLETE).write_bytes(marker)
     with pytest.raises(DamageError, match="COMPLETE is not as it was written"):
-        Sealed.open(tmp_path)
+        ChecksummedFolder.open(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------ continuing an adapter
@@ -401,13 +407,13 @@ def test_a_marker_that_is_none_is_damage(tmp_path, marker):
 def test_an_adapter_of_a_damaged_checkpoint_or_export_is_not_continued(tmp_path):
     path = write(tmp_path, "lora", 10)
     assert read_adapter(path).settings["alpha"] == 2.0
-    for name in (form.TRAINABLE, form.CONFIG, COMPLETE):
+    for name in (folders.TRAINABLE, folders.CONFIG, COMPLETE):
         with copied(path) as case:
             Harm("flip", name, 0.6).do(case)
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {name}"):
                 read_adapter(case)
     with copied(path) as case:
-        Harm("flip", form.TRAINABLE, 0.9).do(case)
+        Harm("flip", folders.TRAINABLE, 0.9).do(case)
         (case / COMPLETE).unlink()
         assert read_adapter(case).settings["rank"] == 4, "the canary, and the way out for who changed it on purpose"
 
@@ -425,7 +431,7 @@ def test_a_strange_configuration_beside_an_adapter_is_no_traceback(tmp_path):
     path = write(tmp_path, "lora", 10)
     (path / COMPLETE).unlink()
     for text in ("[]", '{"method": 3}', json.dumps({"method": {"alpha": [1]}}), "{"):
-        (path / form.CONFIG).write_text(text)
+        (path / folders.CONFIG).write_text(text)
         with contextlib.suppress(ConfigError):
             assert read_adapter(path).settings["alpha"] == 4.0
 
@@ -442,8 +448,8 @@ def test_a_training_falls_back_and_ends_as_if_nothing_had_happened(tiny_model, t
     train(config)
     paths = dict(list_checkpoints(tmp_path / "run"))
     whole = load_checkpoint(paths[4])
-    Harm("flip", form.OPTIMIZER, 0.9).do(paths[4])
-    Harm("cut", form.TRAINABLE, 0.9).do(paths[3])
+    Harm("flip", folders.OPTIMIZER, 0.9).do(paths[4])
+    Harm("cut", folders.TRAINABLE, 0.9).do(paths[3])
     with (tmp_path / "run" / HISTORY).open("ab") as history:
         history.write(b'{"step": 2, "heldout": \x00\n')
     report = train(config)
@@ -468,8 +474,8 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
     paths = dict(list_checkpoints(tmp_path / "run"))
     exported = export(tmp_path / "run", tmp_path / "whole").folder
     for harm, words in (
-        (Harm("flip", form.TRAINABLE, 0.9), "damaged: trainable"),
-        (Harm("cut", form.CONFIG, 0.5), "damaged: config"),
+        (Harm("flip", folders.TRAINABLE, 0.9), "damaged: trainable"),
+        (Harm("cut", folders.CONFIG, 0.5), "damaged: config"),
         (Harm("delete", COMPLETE, 0), "incomplete: it has no COMPLETE"),
     ):
         with copied(tmp_path / "run") as case:
@@ -477,7 +483,7 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
             with pytest.raises(CheckpointError, match=words) as caught:
                 export(case, tmp_path / "export")
             assert "step-00000001, step-00000002" in caught.value.fix and not (tmp_path / "export").exists()
-    Harm("flip", form.OPTIMIZER, 0.5).do(paths[3])
+    Harm("flip", folders.OPTIMIZER, 0.5).do(paths[3])
     export(tmp_path / "run", tmp_path / "export")  # the optimizer's state is no part of it
     # What an export holds is verified when it is read again.
     assert read_adapter(exported).settings["rank"] == 4
@@ -487,18 +493,18 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
                 read_adapter(case)
             request = GenerateRequest(
-                config.model.pretrained, (SamplePrompt(prompt="x"),), tmp_path, adapters=(Adapter(case),)
+                config.model.pretrained, (SamplePrompt(prompt="x"),), tmp_path, adapters=(AdapterArgument(case),)
             )
-            facts = read_facts(config.model.pretrained)
+            facts = read_spec(config.model.pretrained)
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
-                check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
+                check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
 
 
 def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):
     config = run_config(tiny_model("5b"), tmp_path / "none", tmp_path / "run", cache={"mode": "require"})
     fabricate_cache(config)
     refused = pytest.raises(CheckpointError, match="another training writes to this run folder")
-    with hold_run_folder(tmp_path / "run", Ranks(), print), refused:
+    with hold_run_folder(tmp_path / "run", ProcessGroup(), print), refused:
         train(config)
     assert train(config).step == 4
 
@@ -508,14 +514,14 @@ def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):
 
 def reseal(folder: Path) -> None:
     (folder / COMPLETE).unlink()
-    (folder / COMPLETE).write_text(seal(folder))
+    (folder / COMPLETE).write_text(write_checksums(folder))
 
 
 def state(**changes: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
-        content = json.loads((folder / form.STATE).read_text())
+        content = json.loads((folder / folders.STATE).read_text())
         content["state"] |= changes
-        (folder / form.STATE).write_text(json.dumps(content))
+        (folder / folders.STATE).write_text(json.dumps(content))
 
     return change
 
@@ -527,7 +533,7 @@ def tensors_of(name: str, act: Callable[[dict[str, torch.Tensor], str], None]) -
         tensors = load_file(folder / name)
         act(tensors, next(key for key in sorted(tensors) if tensors[key].numel() > 1))
         atomic_save_tensors(folder / name, tensors)
-        if name == form.TRAINABLE:
+        if name == folders.TRAINABLE:
             state(weights="")(folder)  # or the digest would tell
 
     return change
@@ -558,14 +564,14 @@ def endless(tensors: dict[str, torch.Tensor], key: str) -> None:
 
 
 def shared_with_nothing(folder: Path) -> None:
-    content = json.loads((folder / form.OPTIMIZER_META).read_text())
+    content = json.loads((folder / folders.OPTIMIZER_META).read_text())
     content["shared"]["state.more.exp_avg"] = "nothing"
-    (folder / form.OPTIMIZER_META).write_text(json.dumps(content))
+    (folder / folders.OPTIMIZER_META).write_text(json.dumps(content))
 
 
 def other_numbers(folder: Path) -> None:
-    tensors = load_file(folder / form.TRAINABLE)
-    atomic_save_tensors(folder / form.TRAINABLE, {name: tensor + 1 for name, tensor in tensors.items()})
+    tensors = load_file(folder / folders.TRAINABLE)
+    atomic_save_tensors(folder / folders.TRAINABLE, {name: tensor + 1 for name, tensor in tensors.items()})
 
 
 STRANGE = {
@@ -577,17 +583,17 @@ STRANGE = {
     "best without a loss": (state(best_step=1), "best_heldout_loss is None, best_step 1"),
     "a loss below nothing": (state(best_step=1, best_heldout_loss=-1.0), "best_heldout_loss is -1.0"),
     "shared with nothing": (shared_with_nothing, "exp_avg is that of nothing, which is missing, which nothing reads"),
-    "endless": (tensors_of(form.OPTIMIZER, endless), r"step is 1\.0\d*e\+30"),
-    "not finite": (tensors_of(form.TRAINABLE, not_finite), "weights, or their average, are not finite"),
-    "average not finite": (tensors_of(form.EMA, not_finite), "weights, or their average, are not finite"),
+    "endless": (tensors_of(folders.OPTIMIZER, endless), r"step is 1\.0\d*e\+30"),
+    "not finite": (tensors_of(folders.TRAINABLE, not_finite), "weights, or their average, are not finite"),
+    "average not finite": (tensors_of(folders.EMA, not_finite), "weights, or their average, are not finite"),
     "other weights": (other_numbers, "does not hold the weights whose digest"),
-    "no average": (lambda folder: (folder / form.EMA).unlink(), "holds no moving average, and this run keeps one"),
+    "no average": (lambda folder: (folder / folders.EMA).unlink(), "holds no moving average, and this run keeps one"),
     **{
         f"{act.__name__} of {name}": (tensors_of(name, act), words)
         for name, words in (
-            (form.TRAINABLE, "not this model's trainable tensors|does not hold the tensors of trainable"),
-            (form.OPTIMIZER, "the optimizer's state is not one of AdamW"),
-            (form.EMA, "does not hold the tensors of trainable|in another dtype than float32"),
+            (folders.TRAINABLE, "not this model's trainable tensors|does not hold the tensors of trainable"),
+            (folders.OPTIMIZER, "the optimizer's state is not one of AdamW"),
+            (folders.EMA, "does not hold the tensors of trainable|in another dtype than float32"),
         )
         for act in (cut, halve, drop, more)
     },
@@ -621,9 +627,9 @@ def test_a_whole_checkpoint_that_is_not_what_it_says_is_refused_by_name(ended, c
 @pytest.mark.parametrize("content", [{}, {"method": 5, "model": {}, "data": {}}, {"method": {"kind": "lora"}}])
 def test_an_adapter_of_a_checkpoint_without_its_settings_is_refused(ended, content):
     with copied(ended.output_dir) as run:
-        (newest(run) / form.CONFIG).write_text(json.dumps(content))
+        (newest(run) / folders.CONFIG).write_text(json.dumps(content))
         reseal(newest(run))
-        (fault,) = read_sources([Adapter(run)])[1]
+        (fault,) = read_sources([AdapterArgument(run)])[1]
         assert "config.json is none of this package" in fault.what and str(run) in fault.where
 
 

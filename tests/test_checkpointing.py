@@ -14,11 +14,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.errors import TrainingError
+from finetune.core.errors import TrainingError
 from finetune.memory import checkpointing
-from finetune.memory.attention import AttentionTape, is_attention
 from finetune.memory.checkpointing import assert_recompute
-from finetune.trainers.method import FullMethod
+from finetune.memory.runner import SavedAttention, is_attention
+from finetune.methods.full import FullMethod
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -219,7 +219,7 @@ def test_a_kernel_of_its_own_is_kept_too(kept):
         library.define("_flash_attn_forward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
         library.impl("_flash_attn_forward", forward, "CPU")
         inputs = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
-        tape = AttentionTape(kept=kept)
+        tape = SavedAttention(kept=kept)
         with tape.recording(), torch.no_grad():
             Attention.apply(*inputs)
         with tape.replaying():

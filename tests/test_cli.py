@@ -24,12 +24,14 @@ from waiting import HANG_S
 from worlds import run_config
 
 import finetune
-from finetune.arguments import build_parser
-from finetune.caching.overview import run_advice
-from finetune.cli import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, main
-from finetune.config import check_against, load_config
-from finetune.console import own_log
-from finetune.errors import (
+from finetune.caching.plan import run_advice
+from finetune.cli.init import EXAMPLE_CARDS_GIB, FULL_PEAK_GIB, LORA_PEAK_GIB, RECIPES, Starter
+from finetune.cli.main import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, build_parser, main
+from finetune.cogvideox.model_files import HUB_IDS, known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.config.loading import load_config
+from finetune.config.rules import check_against
+from finetune.core.errors import (
     CheckpointError,
     ConfigError,
     DataError,
@@ -38,11 +40,9 @@ from finetune.errors import (
     is_out_of_memory,
     raise_all,
 )
-from finetune.facts import known_model, read_facts
-from finetune.recipes import RECIPES
-from finetune.schedule import Item, StepPlan
-from finetune.starter import EXAMPLE_CARDS_GIB, FULL_PEAK_GIB, HUB_IDS, LORA_PEAK_GIB, Starter
-from finetune.types import Bucket
+from finetune.core.terminal import own_log
+from finetune.core.types import Bucket
+from finetune.datasets.schedule import Item, StepPlan
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -72,7 +72,7 @@ def config_file(tmp_path: Path) -> Path:
 
 def test_exit_0_for_help_without_importing_what_is_heavy(tmp_path):
     probe = (
-        "import sys; from finetune.cli import main\n"
+        "import sys; from finetune.cli.main import main\n"
         "try: main(['--help'])\n"
         "except SystemExit as stop: print(stop.code, [m for m in ('torch', 'pydantic', 'numpy') if m in sys.modules])"
     )
@@ -117,7 +117,7 @@ def test_exit_2_for_a_fault_of_the_user_from_any_folder(config_file, tmp_path):
 def test_exit_1_for_a_bug(config_file, tmp_path):
     """The injected fault stands for any exception that is not ours."""
     probe = (
-        "import sys, finetune.cli as cli\n"
+        "import sys, finetune.cli.main as cli\n"
         "cli._VERBS['train'] = lambda args: 1 / 0\n"
         f"sys.exit(cli.main(['train', '--config', {str(config_file)!r}]))"
     )
@@ -219,7 +219,7 @@ def test_the_rank_is_named_where_there_are_several(trained, config_file, capsys,
 def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
     """As in ``finetune cache stats | head -1``."""
     probe = (
-        "import sys, finetune.cli as cli\n"
+        "import sys, finetune.cli.main as cli\n"
         "cli._VERBS['cache'] = lambda args: print('line\\n' * 100_000)\n"
         "sys.exit(cli.main(['cache', 'stats', '--dir', '.']))"
     )
@@ -242,7 +242,7 @@ def test_a_reader_that_has_seen_enough_is_no_fault(tmp_path):
 def printing(verb: str, folder: Path, **streams: object) -> subprocess.Popen:
     """A process in which ``verb`` prints much and then writes the file ``done``."""
     probe = (
-        "import pathlib, sys, finetune.cli as cli\n"
+        "import pathlib, sys, finetune.cli.main as cli\n"
         f"cli._VERBS[{verb!r}] = lambda _: [*map(print, range(100_000))] and pathlib.Path('done').write_text('') or 0\n"
         "sys.exit(cli.main([sys.argv[1], *sys.argv[2:]]))"
     )
@@ -252,7 +252,7 @@ def printing(verb: str, folder: Path, **streams: object) -> subprocess.Popen:
 
 
 PRINTS = (
-    "import os, sys, finetune.cli as cli\n"
+    "import os, sys, finetune.cli.main as cli\n"
     "def verb(args):\n"
     "    with open('file', 'w'): print('\u65e5\u672c \U0001f600'); sys.stderr.write('\u65e5'); os.write(1, b'x')\n"
     "cli._VERBS[sys.argv[1]] = verb\n"
@@ -362,7 +362,7 @@ def test_one_fault_of_thirty_clips_is_said_once():
 def test_a_bar_is_one_on_a_terminal_only(monkeypatch):
     from tqdm import tqdm
 
-    from finetune import progress
+    from finetune.core import terminal as progress
 
     package = Path(progress.__file__).parent
     users = {path.name for path in package.rglob("*.py") if "import tqdm" in path.read_text(encoding="utf-8")}
@@ -382,7 +382,7 @@ def test_a_bar_is_drawn_on_a_terminal_of_unknown_size():
     """As a container's is: it has 0 columns and 0 rows."""
     terminal, end = pty.openpty()
     os.set_blocking(terminal, False)
-    code = "from finetune.progress import Bar\nfor _ in Bar(range(3), desc='clips'): pass"
+    code = "from finetune.core.terminal import Bar\nfor _ in Bar(range(3), desc='clips'): pass"
     subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env={**os.environ, "COLUMNS": ""})
     assert os.read(terminal, 10_000).startswith(b"\rclips: ")
     os.close(terminal)
@@ -390,7 +390,7 @@ def test_a_bar_is_drawn_on_a_terminal_of_unknown_size():
 
 
 def test_the_log_reads_as_all_other_lines(capsys):
-    log = logging.getLogger("finetune.generate")
+    log = logging.getLogger("finetune.inference.generate")
     with own_log():
         log.warning("the prompt lacks the word")
         log.info("rehearsing")
@@ -514,10 +514,10 @@ def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_p
 
 
 def test_the_overview_counts_what_training_will_see(tmp_path):
-    from finetune.caching.overview import overview
-    from finetune.caching.report import PlannedClip
-    from finetune.config import RunConfig
-    from finetune.types import Bucket, ClipPlan, Sample, VideoProbe
+    from finetune.caching.check import PlannedClip
+    from finetune.caching.plan import overview
+    from finetune.config.schema import RunConfig
+    from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
 
     bucket = Bucket(81, 768, 1360)
     plan = ClipPlan(tuple(range(81)), (768, 1365), (0, 2), bucket)
@@ -535,7 +535,7 @@ def test_the_overview_counts_what_training_will_see(tmp_path):
         }
     )
     listed, advice = overview(
-        config, read_facts(str(known_model("1.5-5b-i2v"))), clips, {c.sample.video: c.name for c in clips}
+        config, read_spec(str(known_model("1.5-5b-i2v"))), clips, {c.sample.video: c.name for c in clips}
     )
     numbers = dict(listed)
     assert not advice
@@ -580,8 +580,8 @@ def test_a_holdout_that_comes_to_nothing_is_told_of(tmp_path, data, held, told):
 
 
 def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
-    from finetune import generate as generation
-    from finetune.types import Bucket
+    from finetune.core.types import Bucket
+    from finetune.inference import generate as generation
 
     asked = []
     monkeypatch.setattr(generation, "generate", lambda request: asked.append(request) or "done")
@@ -607,7 +607,7 @@ def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
 
 
 def test_replay_hands_on_every_option(monkeypatch, capsys):
-    from finetune import replay as replaying
+    from finetune.trainers import replay as replaying
 
     asked = []
     monkeypatch.setattr(replaying, "replay", lambda *words, **options: asked.append((words, options)) or "table")
@@ -645,7 +645,7 @@ def test_cache_verbs(config_file, tmp_path, capsys):
     import torch
 
     from finetune.datasets.cache import Cache
-    from finetune.datasets.entries import prompt_address
+    from finetune.datasets.cache_entries import prompt_address
 
     cache = Cache(tmp_path / "cache")
     address = prompt_address(text="a", text_encoder="e", max_length=4, dtype="fp32")
@@ -666,15 +666,16 @@ def test_cache_verbs(config_file, tmp_path, capsys):
 
 def test_quickstart_is_told_where(monkeypatch):
     asked = []
-    fake = types.ModuleType("finetune.quickstart")
+    fake = types.ModuleType("finetune.testing.quickstart")
     fake.main = asked.append
-    monkeypatch.setitem(sys.modules, "finetune.quickstart", fake)
+    monkeypatch.setitem(sys.modules, "finetune.testing.quickstart", fake)
     assert main(["quickstart", "--output", "here"]) == OK
     assert asked == [Path("here")]
 
 
 def test_every_verb_of_the_parser_is_wired():
-    from finetune import arguments, cli
+    from finetune.cli import main as arguments
+    from finetune.cli import main as cli
 
     assert set(arguments._VERBS) == set(cli._VERBS) and len(cli._VERBS) == 11
     assert build_parser("train").parse_args(["--config", "a"]).verb == "train"
@@ -688,7 +689,7 @@ def test_a_cache_that_is_not_there_is_said(tmp_path, capsys):
 
 
 def test_a_stopped_training_ends_the_quickstart(tmp_path, monkeypatch, capsys):
-    from finetune import quickstart
+    from finetune.testing import quickstart
     from finetune.trainers.loop import TrainReport
 
     stopped = TrainReport(tmp_path, 3, 9, tmp_path / "step-3", None, None, "SIGINT", None, 0.0)
@@ -751,7 +752,7 @@ def test_init_writes_what_loads_and_fits(tmp_path, model, method, capsys):
     config = load_config(output)
     variant = model if model in HUB_IDS else "5b"
     assert config.model.pretrained == HUB_IDS[variant] and config.method.kind == method
-    assert check_against(config, read_facts(str(known_model(variant)))) == ((), ())
+    assert check_against(config, read_spec(str(known_model(variant)))) == ((), ())
     assert config.output_dir == tmp_path / "configs" / "runs" / "mine"
     header = " ".join(output.read_text().replace("#", "").split())
     assert "GiB, predicted, not measured" in header
@@ -765,7 +766,7 @@ def test_init_of_a_model_folder(tiny_model, tmp_path):
         assert main(["init", "--model", str(folder), "--output", str(output), "--force", "--card", "24"]) == OK
         config = load_config(output)
         assert config.model.pretrained == str(folder)
-        assert check_against(config, read_facts(str(folder))).errors == ()
+        assert check_against(config, read_spec(str(folder))).errors == ()
         assert "there is no figure for this model" in output.read_text()
 
 
@@ -809,7 +810,7 @@ def test_init_says_what_will_not_fit(tmp_path, capsys, model, method, card):
 
 def test_the_examples_are_for_cards_that_they_fit():
     for (known, method), card in EXAMPLE_CARDS_GIB.items():
-        starter = Starter(HUB_IDS[known], read_facts(str(known_model(known))), method, known, card, "a", "b", "c", "d")
+        starter = Starter(HUB_IDS[known], read_spec(str(known_model(known))), method, known, card, "a", "b", "c", "d")
         assert not starter.notes(), (known, method)
     assert set(LORA_PEAK_GIB) == set(FULL_PEAK_GIB) == set(HUB_IDS)
 
@@ -833,7 +834,7 @@ def test_init_writes_the_techniques_that_a_card_needs(tmp_path, model, method, c
     output = tmp_path / "run.yaml"
     assert main(["init", "--model", model, "--method", method, "--card", str(card), "--output", str(output)]) == OK
     config = load_config(output)
-    assert check_against(config, read_facts(str(known_model(model)))) == ((), ())
+    assert check_against(config, read_spec(str(known_model(model)))) == ((), ())
     assert config.memory.streams is streams
     assert (config.memory.block == "lean") is (card < 24)
     assert "predicted to need" not in capsys.readouterr().err

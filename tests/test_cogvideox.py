@@ -19,32 +19,26 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from finetune.cogvideox import (
+from finetune.cogvideox.denoise import denoise, rotary_table
+from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video, tokenize
+from finetune.cogvideox.latents import alpha_bar, condition_latents, model_latents
+from finetune.cogvideox.load import (
     ModelConfig,
-    alpha_bar,
     build_pipeline,
-    condition_latents,
-    count_tokens,
-    denoise,
-    encode_image,
-    encode_prompts,
-    encode_video,
     fingerprint,
     load_scheduler,
     load_text,
     load_transformer,
     load_vae,
-    model_latents,
     pipeline_class,
-    rotary_table,
     save_transformer,
-    tokenize,
 )
-from finetune.diffusion import add_noise, velocity
-from finetune.errors import ModelError
-from finetune.facts import CONFIG_FILES, KNOWN_MODELS, Facts, known_model, read_facts
-from finetune.files import digest_file
-from finetune.types import Bucket
+from finetune.cogvideox.model_files import CONFIG_FILES, KNOWN_MODELS, known_model
+from finetune.cogvideox.objective import add_noise, velocity
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.errors import ModelError
+from finetune.core.files import digest_file
+from finetune.core.types import Bucket
 
 CAPTIONS = ["a red circle moving left", ""]
 
@@ -73,7 +67,7 @@ class Tiny:
     """A look-alike, loaded once with our own functions, and the stock pipeline around the same modules."""
 
     folder: Path
-    facts: Facts
+    facts: ModelSpec
     transformer: Any
     vae: Any
     tokenizer: Any
@@ -89,7 +83,7 @@ def tiny(tiny_model: Callable[..., Path]) -> Callable[..., Tiny]:
         if (variant, native) not in loaded:
             folder = tiny_model(variant, height=native[0], width=native[1])
             model = ModelConfig(pretrained=str(folder))
-            facts, transformer, vae = read_facts(str(folder)), load_transformer(model), load_vae(model)
+            facts, transformer, vae = read_spec(str(folder)), load_transformer(model), load_vae(model)
             tokenizer, encoder = load_text(model)
             pipeline = build_pipeline(
                 facts,
@@ -127,7 +121,7 @@ def random_pixels(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def noisy_latents(facts: Facts, bucket: Bucket, batch: int = 2) -> Tensor:
+def noisy_latents(facts: ModelSpec, bucket: Bucket, batch: int = 2) -> Tensor:
     channels, _, height, width = facts.latent_shape(bucket)
     return seeded(batch, channels, facts.padded_latent_frames(bucket.frames), height, width)
 
@@ -226,7 +220,7 @@ def test_the_comparison_notices_a_wrong_condition(tiny: Callable[..., Tiny]) -> 
     ids=str,
 )
 def test_rotary_table_of_the_published_sizes(name: str, bucket: Bucket) -> None:
-    facts = read_facts(str(known_model(name)))
+    facts = read_spec(str(known_model(name)))
     frames = facts.padded_latent_frames(bucket.frames)
     config = SimpleNamespace(**json.loads((known_model(name) / CONFIG_FILES["transformer"]).read_text()))
     stock = SimpleNamespace(vae_scale_factor_spatial=8, transformer=SimpleNamespace(config=config))
@@ -241,7 +235,7 @@ def test_rotary_table_of_the_published_sizes(name: str, bucket: Bucket) -> None:
 
 def test_the_two_generations_lay_positions_out_differently() -> None:
     # Canary for the test above: sliced positions equal stretched ones at the native size only.
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
 
     def sliced(height: int, width: int) -> Tensor:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -369,7 +363,7 @@ def test_schedule_noise_and_velocity_equal_the_schedulers(name: str, scheduler_c
     import diffusers
 
     theirs = getattr(diffusers, scheduler_class).from_pretrained(known_model(name) / "scheduler")
-    ours = alpha_bar(read_facts(str(known_model(name))))
+    ours = alpha_bar(read_spec(str(known_model(name))))
     assert ours.dtype == theirs.alphas_cumprod.dtype == torch.float64
     torch.testing.assert_close(ours, theirs.alphas_cumprod, rtol=1e-12, atol=1e-15)
     assert ours[-1] == 0 and (ours.diff() < 0).all()
@@ -386,7 +380,7 @@ def test_schedule_without_rescaling_keeps_its_last_signal() -> None:
 
     from diffusers import CogVideoXDDIMScheduler
 
-    facts = replace(read_facts(str(known_model("2b"))), rescale_betas_zero_snr=False, snr_shift_scale=2.0)
+    facts = replace(read_spec(str(known_model("2b"))), rescale_betas_zero_snr=False, snr_shift_scale=2.0)
     theirs = CogVideoXDDIMScheduler(rescale_betas_zero_snr=False, snr_shift_scale=2.0).alphas_cumprod
     torch.testing.assert_close(alpha_bar(facts), theirs, rtol=1e-12, atol=0)
     assert alpha_bar(facts)[-1] > 0
@@ -567,7 +561,7 @@ def test_latents_stored_in_half_precision_are_scaled_in_float32(tiny: Callable[.
 def test_front_padding_follows_the_temporal_patch() -> None:
     from dataclasses import replace
 
-    facts = replace(read_facts(str(known_model("1.5-5b"))), patch_size_t=4, scaling_factor=1.0)
+    facts = replace(read_spec(str(known_model("1.5-5b"))), patch_size_t=4, scaling_factor=1.0)
     latents = torch.arange(5.0).reshape(1, 1, 5, 1, 1)
     padded = model_latents(facts, latents, torch.zeros_like(latents), torch.zeros_like(latents))
     assert padded.flatten().tolist() == [0, 0, 0, 0, 1, 2, 3, 4]  # 5 -> 8: (4 - 5 mod 4) mod 4 = 3 copies

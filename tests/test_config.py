@@ -19,16 +19,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
-from finetune.config import RunConfig, check_against, json_schema, load_config, require_valid
-from finetune.config.document import Document
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.document import Document, Dumper
+from finetune.config.loading import load_config
 from finetune.config.messages import did_you_mean, is_section, validate
-from finetune.config.plain_yaml import Dumper
-from finetune.errors import ConfigError
-from finetune.facts import KNOWN_MODELS, Facts, known_model, read_facts
-from finetune.schedule import Item, StepPlan, lr_at
-from finetune.section import Strict
-from finetune.trainers.method import LoraMethod
-from finetune.types import Bucket
+from finetune.config.rules import check_against, require_valid
+from finetune.config.schema import RunConfig, json_schema
+from finetune.core.errors import ConfigError
+from finetune.core.types import Bucket, Strict
+from finetune.datasets.schedule import Item, StepPlan, lr_at
+from finetune.methods.lora import LoraMethod
 
 GOOD = """\
 model: {pretrained: zai-org/CogVideoX-5b}
@@ -60,8 +61,8 @@ def fault(path: Path, overrides: tuple[str, ...] = ()) -> str:
     return str(caught.value)
 
 
-def facts_of(variant: str) -> Facts:
-    return read_facts(str(known_model(variant)))
+def facts_of(variant: str) -> ModelSpec:
+    return read_spec(str(known_model(variant)))
 
 
 # ------------------------------------------------------------------------------------------------------ what is read

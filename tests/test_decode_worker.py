@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from waiting import HANG_S
 
-from finetune.datasets.media import child, limits, wire
-from finetune.datasets.video import DecodeJob, DecodePool
-from finetune.errors import DataError
-from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.datasets import decode_limits, decode_pool
+from finetune.datasets.decode_pool import DecodeJob, DecodePool
 
 ROOT = Path(__file__).parents[1]
 HEADER = VideoProbe(2, 8.0, 64, 64, array("d", [0.0, 0.125]), 1, "pyav", ("on-black-1",))
@@ -33,46 +33,48 @@ PIXELS = 3 * 2 * 64 * 64
 # --- the wire ---------------------------------------------------------------------------------------------------------
 
 REQUESTS = [
-    wire.ProbeRequest(Path("/a/b\n \udcff é.mp4")),
-    wire.ClipRequest(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 6, "decord"), PLAN, Path("/\udcfe.png")),
-    wire.ClipRequest(Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, "pyav", ("bwdif-tff-1", "pq-bt2020-1")), PLAN),
-    wire.ImageRequest(Path("/a.png"), Bucket(1, 32, 48)),
+    decode_pool.ProbeRequest(Path("/a/b\n \udcff é.mp4")),
+    decode_pool.ClipRequest(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 6, "decord"), PLAN, Path("/\udcfe.png")),
+    decode_pool.ClipRequest(
+        Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, "pyav", ("bwdif-tff-1", "pq-bt2020-1")), PLAN
+    ),
+    decode_pool.ImageRequest(Path("/a.png"), Bucket(1, 32, 48)),
 ]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
 def test_requests_arrive_as_they_were(request_):
     pipe = io.BytesIO()
-    wire.write_request(pipe, request_, 7)
+    decode_pool.write_request(pipe, request_, 7)
     pipe.seek(0)
-    assert wire.read_request(pipe) == (request_, 7)
+    assert decode_pool.read_request(pipe) == (request_, 7)
 
 
-def answered(request: wire.Request, answer: wire.Answer, number: int = 3) -> io.BytesIO:
+def answered(request: decode_pool.Request, answer: decode_pool.DecodeAnswer, number: int = 3) -> io.BytesIO:
     pipe = io.BytesIO()
-    wire.write_answer(pipe, answer, number)
+    decode_pool.write_answer(pipe, answer, number)
     pipe.seek(0)
     return pipe
 
 
 def test_answers_arrive_as_they_were():
     probe, clip, image = REQUESTS[0], REQUESTS[1], REQUESTS[3]
-    assert wire.read_answer(answered(probe, HEADER), probe, 3) == HEADER
+    assert decode_pool.read_answer(answered(probe, HEADER), probe, 3) == HEADER
     pixels = np.arange(PIXELS, dtype=np.uint32).astype(np.uint8).reshape(3, 2, 64, 64)
     still = pixels[:, 0] + 1
-    ours = wire.read_answer(answered(clip, wire.Pixels(pixels, still)), clip, 3)
+    ours = decode_pool.read_answer(answered(clip, decode_pool.Pixels(pixels, still)), clip, 3)
     assert np.array_equal(ours.clip, pixels) and np.array_equal(ours.image, still) and ours.clip.flags.writeable
-    ours = wire.read_answer(answered(image, wire.Pixels(None, pixels[:, 0, :32, :48])), image, 3)
+    ours = decode_pool.read_answer(answered(image, decode_pool.Pixels(None, pixels[:, 0, :32, :48])), image, 3)
     assert ours.clip is None and np.array_equal(ours.image, pixels[:, 0, :32, :48])
     theirs = DataError("frame 3 \x1b[2J is damaged", where=str(clip.image), fix="é")
-    ours = wire.read_answer(answered(clip, theirs), clip, 3)
+    ours = decode_pool.read_answer(answered(clip, theirs), clip, 3)
     assert (ours.what, ours.where, ours.fix) == (theirs.what, theirs.where, theirs.fix)
     elsewhere = DataError("no", where="/etc/passwd")
-    assert wire.read_answer(answered(clip, elsewhere), clip, 3).where == str(clip.path)
-    with pytest.raises(wire.BugError, match="ZeroDivisionError"):
-        wire.read_answer(answered(clip, wire.BugError("ZeroDivisionError")), clip, 3)
-    with pytest.raises(wire.GarbageError, match="another request"):
-        wire.read_answer(answered(probe, HEADER, number=2), probe, 3)
+    assert decode_pool.read_answer(answered(clip, elsewhere), clip, 3).where == str(clip.path)
+    with pytest.raises(decode_pool.BugError, match="ZeroDivisionError"):
+        decode_pool.read_answer(answered(clip, decode_pool.BugError("ZeroDivisionError")), clip, 3)
+    with pytest.raises(decode_pool.GarbageError, match="another request"):
+        decode_pool.read_answer(answered(probe, HEADER, number=2), probe, 3)
 
 
 def said(message: object, body: bytes = b"", length: int | None = None) -> bytes:
@@ -90,7 +92,7 @@ def erred(*words: object) -> bytes:
 
 GOOD = (2, 8.0, 64, 64, 1, "pyav", ["on-black-1"])
 PROBE, CLIP = REQUESTS[0], REQUESTS[2]
-NONSENSE: dict[str, tuple[wire.Request, bytes]] = {
+NONSENSE: dict[str, tuple[decode_pool.Request, bytes]] = {
     "noise": (PROBE, bytes(range(256))),
     "pickle": (PROBE, pickle.dumps(("done", None), protocol=5)),
     "long header": (PROBE, struct.pack("<4sIQ", b"ftm1", 2**32 - 1, 0)),
@@ -107,7 +109,7 @@ NONSENSE: dict[str, tuple[wire.Request, bytes]] = {
     "backwards": (PROBE, probed(*GOOD, times=(0, -1))),
     "endless": (PROBE, probed(*GOOD, times=(0, float("inf")))),
     "later": (PROBE, probed(*GOOD, times=(1, 2))),
-    "too many": (PROBE, said({"number": 1, "kind": "probe", "header": GOOD}, b"", 8 * (limits.MAX_FRAMES + 1))),
+    "too many": (PROBE, said({"number": 1, "kind": "probe", "header": GOOD}, b"", 8 * (decode_limits.MAX_FRAMES + 1))),
     "huge": (PROBE, probed(2, 8.0, 65535, 65535, 1, "pyav", [])),
     "flat": (PROBE, probed(2, 8.0, 0, 64, 1, "pyav", [])),
     "text for a number": (PROBE, probed("2", 8.0, 64, 64, 1, "pyav", [])),
@@ -134,16 +136,17 @@ NONSENSE: dict[str, tuple[wire.Request, bytes]] = {
 @pytest.mark.parametrize("name", NONSENSE)
 def test_what_is_no_answer_is_not_believed(name):
     request, content = NONSENSE[name]
-    with pytest.raises(wire.GarbageError):
-        wire.read_answer(io.BytesIO(content), request, 1)
+    with pytest.raises(decode_pool.GarbageError):
+        decode_pool.read_answer(io.BytesIO(content), request, 1)
 
 
 def test_the_canary_of_nonsense():
-    assert wire.read_answer(io.BytesIO(probed(*GOOD)), PROBE, 1) == HEADER
+    assert decode_pool.read_answer(io.BytesIO(probed(*GOOD)), PROBE, 1) == HEADER
     assert isinstance(
-        wire.read_answer(io.BytesIO(said({"number": 1, "kind": "pixels"}, bytes(PIXELS))), CLIP, 1), wire.Pixels
+        decode_pool.read_answer(io.BytesIO(said({"number": 1, "kind": "pixels"}, bytes(PIXELS))), CLIP, 1),
+        decode_pool.Pixels,
     )
-    assert wire.read_answer(io.BytesIO(erred("a", "b", "c")), CLIP, 1).what == "a"
+    assert decode_pool.read_answer(io.BytesIO(erred("a", "b", "c")), CLIP, 1).what == "a"
 
 
 @settings(max_examples=300, deadline=None)
@@ -152,19 +155,21 @@ def test_no_bytes_make_an_answer_that_is_none(data):
     """Sound answers, damaged: what comes out is an answer of the promised shape, or one of three errors."""
     request = data.draw(st.sampled_from(REQUESTS))
     pixels = np.zeros((3, 2, 64, 64), np.uint8)
-    answers = [HEADER, wire.Pixels(pixels, pixels[:, 0]), DataError("what", where="/a.mp4", fix="fix")]
+    answers = [HEADER, decode_pool.Pixels(pixels, pixels[:, 0]), DataError("what", where="/a.mp4", fix="fix")]
     content = bytearray(answered(request, data.draw(st.sampled_from(answers))).getvalue())
     for _ in range(data.draw(st.integers(0, 4))):
         at = data.draw(st.integers(0, min(len(content), 200) - 1))
         content[at : at + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=6))
     try:
-        found = wire.read_answer(io.BytesIO(bytes(content)), request, 3)
-    except (wire.GarbageError, wire.BugError, EOFError):
+        found = decode_pool.read_answer(io.BytesIO(bytes(content)), request, 3)
+    except (decode_pool.GarbageError, decode_pool.BugError, EOFError):
         return
     if isinstance(found, VideoProbe):
-        assert isinstance(request, wire.ProbeRequest) and len(found.frame_times_s) == found.frames
-    elif isinstance(found, wire.Pixels):
-        assert sum(part.nbytes for part in (found.clip, found.image) if part is not None) == wire.answer_bytes(request)
+        assert isinstance(request, decode_pool.ProbeRequest) and len(found.frame_times_s) == found.frames
+    elif isinstance(found, decode_pool.Pixels):
+        assert sum(part.nbytes for part in (found.clip, found.image) if part is not None) == decode_pool.answer_bytes(
+            request
+        )
     else:
         assert isinstance(found, DataError)
 
@@ -174,14 +179,14 @@ def test_a_clip_of_51_mb_is_copied_once():
     import tracemalloc
 
     plan = ClipPlan(tuple(range(49)), (480, 720), (0, 0), Bucket(49, 480, 720))
-    request = wire.ClipRequest(Path("/a.mp4"), HEADER, plan)
+    request = decode_pool.ClipRequest(Path("/a.mp4"), HEADER, plan)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 49, 480, 720), dtype=np.uint8)
     reader, writer = os.pipe()
     with os.fdopen(writer, "wb") as output, os.fdopen(reader, "rb") as source:
-        sender = threading.Thread(target=wire.write_answer, args=(output, wire.Pixels(pixels, None), 1))
+        sender = threading.Thread(target=decode_pool.write_answer, args=(output, decode_pool.Pixels(pixels, None), 1))
         sender.start()
         tracemalloc.start()
-        ours = wire.read_answer(source, request, 1)
+        ours = decode_pool.read_answer(source, request, 1)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         sender.join()
@@ -209,7 +214,7 @@ def test_only_a_pool_meets_files_of_strangers():
     def taken(text: str) -> set[str]:
         found: set[str] = set()
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.ImportFrom) and node.module == "finetune.datasets.video":
+            if isinstance(node, ast.ImportFrom) and node.module == "finetune.datasets.decode_pool":
                 found |= {name.name for name in node.names}
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("finetune.datasets.media"):
                 found.add(str(node.module))
@@ -221,7 +226,7 @@ def test_only_a_pool_meets_files_of_strangers():
     used = {path.name: taken(path.read_text(encoding="utf-8")) for path in outside}
     assert {name: names - allowed for name, names in used.items() if names - allowed} == {}
     assert "DecodePool" in used["encode.py"] and "DecodePool" in used["report.py"]
-    assert taken("from finetune.datasets.video import probe") - allowed  # canary
+    assert taken("from finetune.datasets.decode_pool import probe") - allowed  # canary
 
 
 # --- workers that misbehave -------------------------------------------------------------------------------------------
@@ -295,7 +300,7 @@ def evil(tmp_path, monkeypatch):
     """A pool whose worker answers as a file's name says."""
     (tmp_path / "evil_worker.py").write_text(EVIL)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(child, "WORKER_MODULE", "evil_worker")
+    monkeypatch.setattr(decode_pool, "WORKER_MODULE", "evil_worker")
 
     def start(deeds: str) -> DecodePool:
         (tmp_path / "deeds.py").write_text(deeds)
@@ -303,9 +308,9 @@ def evil(tmp_path, monkeypatch):
         return DecodePool(workers=1)
 
     # Others get what they need, on a busy machine too.
-    limit_s = child.Child._limit_s
+    limit_s = decode_pool.Child._limit_s
     monkeypatch.setattr(
-        child.Child, "_limit_s", lambda self, asked: 2.0 if "hang" in asked.path.stem else limit_s(self, asked)
+        decode_pool.Child, "_limit_s", lambda self, asked: 2.0 if "hang" in asked.path.stem else limit_s(self, asked)
     )
     return start
 
@@ -340,7 +345,7 @@ def test_what_a_worker_writes_to_its_streams_is_bounded(evil):
         (((_, result)),) = pool.decode_many([DecodeJob(0, Path("/chatter.mp4"), HEADER, PLAN)])
         assert isinstance(result, Clip)
         size = os.fstat(pool._workers[0]._complaints.fileno()).st_size
-        assert 0 < size <= limits.WORKER_LOG
+        assert 0 < size <= decode_limits.WORKER_LOG
 
 
 def test_the_canary_of_pickle(tmp_path):
@@ -351,8 +356,8 @@ def test_the_canary_of_pickle(tmp_path):
             return (Path.touch, (tmp_path / "owned",))
 
     answer = pickle.dumps(("done", Command()))
-    with pytest.raises(wire.GarbageError):
-        wire.read_answer(io.BytesIO(answer), REQUESTS[0], 1)
+    with pytest.raises(decode_pool.GarbageError):
+        decode_pool.read_answer(io.BytesIO(answer), REQUESTS[0], 1)
     assert not (tmp_path / "owned").exists()
     pickle.loads(answer)
     assert (tmp_path / "owned").exists()
@@ -365,8 +370,8 @@ def test_the_canary_of_pickle(tmp_path):
 def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch, content, said, limit_s):
     (tmp_path / "lazy_worker.py").write_text(content)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(child, "WORKER_MODULE", "lazy_worker")
-    monkeypatch.setattr(child, "START_TIMEOUT_S", limit_s)
+    monkeypatch.setattr(decode_pool, "WORKER_MODULE", "lazy_worker")
+    monkeypatch.setattr(decode_pool, "START_TIMEOUT_S", limit_s)
     with DecodePool(workers=1) as pool, pytest.raises(RuntimeError, match=said):
         list(pool.probe_many([Path("/a.mp4")]))
 
@@ -377,7 +382,7 @@ GREEDY = """
 import resource, sys
 from pathlib import Path
 from finetune.datasets.media import limits, tasks, wire
-from finetune.errors import DataError
+from finetune.core.errors import DataError
 
 if "free" not in sys.argv:
     limits.limit_process()
@@ -405,21 +410,24 @@ def test_a_worker_is_under_limits():
 
     ours = run()
     assert "more memory than a worker is given (4 GiB)" in ours and "/a.mp4" in ours
-    assert str([0, limits.WORKER_LOG, limits.WORKER_FILES]) in ours and ours.endswith("1000\n")
+    assert str([0, decode_limits.WORKER_LOG, decode_limits.WORKER_FILES]) in ours and ours.endswith("1000\n")
     assert run("free").startswith("held")  # canary
 
 
 def test_the_limits_leave_room_for_what_people_have():
-    assert 7680 * 4320 <= limits.MAX_PIXELS < 65535**2
-    assert 9 * 3600 * 60 < limits.MAX_FRAMES < 10**9
+    assert 7680 * 4320 <= decode_limits.MAX_PIXELS < 65535**2
+    assert 9 * 3600 * 60 < decode_limits.MAX_FRAMES < 10**9
     # Ten reference frames of 8K at 10 bits and 4:4:4, a picture in RGB, and the libraries.
-    assert limits.WORKER_MEMORY > 10 * 7680 * 4320 * 2 * 3 + 3 * 7680 * 4320 + 2**28
-    assert limits.probe_timeout_s(0) == 60 and limits.probe_timeout_s(10**15) == limits.DECODE_TIMEOUT_S
+    assert decode_limits.WORKER_MEMORY > 10 * 7680 * 4320 * 2 * 3 + 3 * 7680 * 4320 + 2**28
+    assert (
+        decode_limits.probe_timeout_s(0) == 60
+        and decode_limits.probe_timeout_s(10**15) == decode_limits.DECODE_TIMEOUT_S
+    )
     plan = ClipPlan(tuple(range(10**6, 10**6 + 4096)), (1, 1), (0, 0), Bucket(1, 1, 1))
-    request = wire.ClipRequest(Path("/" + "\udcff" * 4000), HEADER, plan)
+    request = decode_pool.ClipRequest(Path("/" + "\udcff" * 4000), HEADER, plan)
     pipe = io.BytesIO()
-    wire.write_request(pipe, request, 1)
-    assert len(pipe.getvalue()) < limits.MAX_REQUEST
+    decode_pool.write_request(pipe, request, 1)
+    assert len(pipe.getvalue()) < decode_limits.MAX_REQUEST
     told = DataError("\udcff" * 10**5, where="\U0001f600" * 10**5, fix="é" * 10**5)
-    assert len(answered(request, told).getvalue()) < limits.MAX_MESSAGE
+    assert len(answered(request, told).getvalue()) < decode_limits.MAX_MESSAGE
     assert struct.calcsize("<4sIQ") == 16 and json.loads(pipe.getvalue()[16:].decode())["number"] == 1

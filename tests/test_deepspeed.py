@@ -17,12 +17,12 @@ from gang import Gang
 from torch import Tensor
 from worlds import SMOOTH_ADAM, run_values
 
-from finetune.config import RunConfig
+from finetune.checkpoint.load import load_checkpoint
+from finetune.config.schema import RunConfig
+from finetune.datasets.schedule import TrainConfig
 from finetune.export import export
-from finetune.schedule import TrainConfig
-from finetune.trainers.checkpoint import load_checkpoint
-from finetune.trainers.engine import Zero
-from finetune.trainers.engine.zero import deepspeed_config
+from finetune.parallel.deepspeed import deepspeed_config
+from finetune.parallel.launch import Zero
 from finetune.trainers.loop import train
 
 needs_deepspeed = pytest.mark.skipif(

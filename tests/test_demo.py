@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import demo
-from finetune.demo import COLOURS, MOTIONS, NEW_SHAPE, SHAPES, Scene
-from finetune.errors import ConfigError, DataError
+from finetune.core.errors import ConfigError, DataError
+from finetune.testing import demo
+from finetune.testing.demo import COLOURS, MOTIONS, NEW_SHAPE, SHAPES, Scene
 
 UNSEEN_SEED = 2_000_000_011
 """The training script draws its scenes from other addresses, so these clips are new to the models."""

@@ -16,10 +16,10 @@ from goldens import FOLDER, faults, golden_config, golden_model, golden_run, rea
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
-from finetune.errors import ConfigError, TrainingError
-from finetune.files import checksum_file
-from finetune.seals import Sealed
-from finetune.trainers.determinism import WORKSPACE, repeatable, repeats, weights_digest
+from finetune.core.checksums import ChecksummedFolder
+from finetune.core.determinism import WORKSPACE, repeatable, repeats, weights_digest
+from finetune.core.errors import ConfigError, TrainingError
+from finetune.core.files import checksum_file
 from finetune.trainers.loop import train
 
 RUNS = """
@@ -69,7 +69,7 @@ def test_a_run_repeats_itself_and_in_a_fresh_process(tmp_path):
     config = golden_config(golden_model("5b", tmp_path / "model"), tmp_path / "here", "lora")
     record = golden_run(config)
     (checkpoint,) = config.output_dir.glob("checkpoints/*")
-    assert there[0] == [Sealed.open(checkpoint).checksums["trainable.safetensors"], record], "other bits"
+    assert there[0] == [ChecksummedFolder.open(checkpoint).checksums["trainable.safetensors"], record], "other bits"
     assert there[1] == there[2], "two threads do not repeat themselves"
     golden = read_golden("5b")
     for (_, method), (_, record) in zip(runs, there, strict=True):
@@ -183,7 +183,7 @@ def test_a_workspace_that_repeats_itself_is_kept_and_another_is_refused(monkeypa
 
 
 def test_an_operation_without_a_deterministic_kernel_stops_the_run(tiny_model, tmp_path, monkeypatch):
-    from finetune.trainers import objective
+    from finetune.cogvideox import objective
 
     real = objective.v_mse
 

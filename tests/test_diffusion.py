@@ -8,8 +8,16 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from finetune.diffusion import Draw, DropoutConfig, add_noise, draw, noise_batch, v_mse, velocity
-from finetune.types import Batch
+from finetune.cogvideox.objective import (
+    DropoutConfig,
+    NoiseSample,
+    add_noise,
+    noise_batch,
+    sample_noise,
+    v_mse,
+    velocity,
+)
+from finetune.core.types import Batch
 
 SCHEDULER = {
     "beta_start": 0.00085,
@@ -114,7 +122,7 @@ def test_noise_batch_takes_each_samples_own_level():
     torch.testing.assert_close(noised.velocity[1], -x0[0], rtol=0, atol=0)
 
 
-def drawn(seed: int = 1, step: int = 2, slot: int = 3, **changes: object) -> Draw:
+def drawn(seed: int = 1, step: int = 2, slot: int = 3, **changes: object) -> NoiseSample:
     arguments: dict[str, object] = {
         "latent_shape": (4, 3, 6, 5),
         "padded_frames": 4,
@@ -122,7 +130,7 @@ def drawn(seed: int = 1, step: int = 2, slot: int = 3, **changes: object) -> Dra
         "dropout": DropoutConfig(),
         "num_train_timesteps": 1000,
     }
-    return draw(seed, step, slot, **(arguments | changes))
+    return sample_noise(seed, step, slot, **(arguments | changes))
 
 
 def test_a_draw_depends_on_its_address_alone():
@@ -144,7 +152,7 @@ def test_dropout_does_not_move_the_other_draws():
 def test_rates_and_timesteps_follow_their_distributions():
     n = 3000
     draws = [
-        draw(
+        sample_noise(
             5, step, 0, latent_shape=(1, 1, 1, 1), padded_frames=1, image_draws=4,
             dropout=DropoutConfig(caption_dropout=0.1, image_dropout=0.05), num_train_timesteps=1000,
         )

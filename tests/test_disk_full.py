@@ -17,19 +17,15 @@ import torch
 from broken_disk import disk, forked, mount_small_disk
 from worlds import fabricate_cache, run_config
 
-from finetune import files, space
 from finetune.caching.plan import require_room
-from finetune.errors import CacheError, CheckpointError, ExportError
-from finetune.trainers.checkpoint import (
-    CheckpointConfig,
-    Saver,
-    choose_checkpoint,
-    list_checkpoints,
-    load_checkpoint,
-    save,
-    save_checkpoint,
-)
-from finetune.types import RunState
+from finetune.checkpoint import save
+from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints
+from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
+from finetune.checkpoint.save import CheckpointManager, save_checkpoint
+from finetune.core import files
+from finetune.core import files as space
+from finetune.core.errors import CacheError, CheckpointError, ExportError
+from finetune.core.types import RunState
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 
@@ -203,9 +199,9 @@ def fill_up(folder: Path, check: bool) -> dict[str, Any] | None:
     """Save until the disk is full, make room, and go on; returns what was seen, None where nothing can be mounted."""
     if not mount_small_disk(folder):
         return None
-    free_space = space.free_space
+    free_space = files.free_space
     if not check:  # past the check of free space, so that writing itself has to fail
-        space.free_space = lambda _: 1 << 60
+        files.free_space = lambda _: 1 << 60
     seen: dict[str, Any] = {"saved": []}
     (folder / "ballast").write_bytes(bytes(700_000))
     try:
@@ -218,7 +214,7 @@ def fill_up(folder: Path, check: bool) -> dict[str, Any] | None:
     found = choose_checkpoint(folder / "run", "latest")
     seen["found"] = None if found is None else [found.state.step, float(found.trainable["a"].sum())]
     (folder / "ballast").unlink()
-    space.free_space = free_space
+    files.free_space = free_space
     write(folder / "run", 60, numel=40_000, keep_last=9)
     seen["after"] = steps(folder / "run")
     return seen
@@ -241,7 +237,7 @@ def fill_with_files(folder: Path, check: bool) -> dict[str, Any] | None:
     if not mount_small_disk(folder, "9m,nr_inodes=80"):
         return None
     if not check:
-        space.free_files = lambda _: None
+        files.free_files = lambda _: None
     seen: dict[str, Any] = {}
     write(folder / "run", 1)
     number = 0
@@ -295,7 +291,7 @@ class FailingRun:
         self.tried: list[int] = []
         self.said: list[str] = []
         self._fails = fails
-        self.saver = Saver(self._save, every, self.said.append, RunState(0, "cache"))
+        self.saver = CheckpointManager(self._save, every, self.said.append, RunState(0, "cache"))
 
     def _save(self, state: RunState) -> Path:
         self.tried.append(state.step)
@@ -348,7 +344,7 @@ def test_a_bug_in_saving_is_not_waited_for():
         raise ValueError("a bug")
 
     with pytest.raises(ValueError, match="a bug"):
-        Saver(bug, 10, lambda _: None, RunState(0, "")).after_step(RunState(10, ""), due=True, must=False)
+        CheckpointManager(bug, 10, lambda _: None, RunState(0, "")).after_step(RunState(10, ""), due=True, must=False)
 
 
 # ------------------------------------------------------------------------------------------------- a whole run, and out
@@ -369,7 +365,7 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(tiny_model, tm
     fabricate_cache(config)
     with monkeypatch.context() as patch:
         patch.setattr(save, "free_space", lambda _: 0)
-        patch.setattr(space, "free_space", lambda _: 0)
+        patch.setattr(files, "free_space", lambda _: 0)
         with pytest.raises(CheckpointError, match=r"the disk has 0\.000 MiB free"):
             train(config)
     assert "warning: step 1: the checkpoint needs" in capsys.readouterr().out

@@ -21,11 +21,10 @@ from torch import Tensor
 from waiting import HANG_S
 from worlds import SMOOTH_ADAM, run_values
 
-from finetune.config import RunConfig
+from finetune.checkpoint.load import Shards, load_checkpoint
+from finetune.config.schema import RunConfig
+from finetune.core.checksums import ChecksummedFolder, write_checksums
 from finetune.export import export
-from finetune.seals import Sealed, seal
-from finetune.trainers.checkpoint import load_checkpoint
-from finetune.trainers.checkpoint.shards import Shards
 from finetune.trainers.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -286,8 +285,8 @@ def test_shares_that_do_not_come_out_even(gang, tmp_path):
     for phase, ranks in (("write", 3), ("read", 3), ("read", 2), ("read", 1)):
         ends = gang.run("gang_cases:uneven_shares", str(tmp_path / "part"), phase, ranks=ranks)
         assert [end.code for end in ends] == [0] * ranks, ends[0].log + ends[-1].log
-    (tmp_path / "COMPLETE").write_text(seal(tmp_path))
-    whole = Shards(Sealed.open(tmp_path), "part")
+    (tmp_path / "COMPLETE").write_text(write_checksums(tmp_path))
+    whole = Shards(ChecksummedFolder.open(tmp_path), "part")
     assert {name: tuple(tensor.shape) for name, tensor in whole.forms().items()} == {
         "steps": (),
         **{f"rows{rows}": (rows, 3) for rows in (1, 2, 5, 12)},

@@ -19,12 +19,14 @@ import pytest
 import yaml
 
 import finetune
-from finetune.arguments import build_parser
-from finetune.config import RunConfig, check_against, json_schema, load_config
-from finetune.errors import ConfigError
-from finetune.facts import known_model, read_facts
-from finetune.recipes import RECIPES
-from finetune.starter import EXAMPLE_CARDS_GIB, HUB_IDS, example
+from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, example
+from finetune.cli.main import build_parser
+from finetune.cogvideox.model_files import HUB_IDS, known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.config.loading import load_config
+from finetune.config.rules import check_against
+from finetune.config.schema import RunConfig, json_schema
+from finetune.core.errors import ConfigError
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -45,7 +47,7 @@ def test_every_example_loads_and_fits_its_model(path):
     config = load_config(path)
     variants = [variant for variant, hub_id in HUB_IDS.items() if hub_id == config.model.pretrained]
     assert variants, f"{path.name} is for a model that no shipped JSON describes"
-    findings = check_against(config, read_facts(str(known_model(variants[0]))))
+    findings = check_against(config, read_spec(str(known_model(variants[0]))))
     assert findings == ((), ())
 
 

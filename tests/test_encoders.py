@@ -11,17 +11,18 @@ import torch
 from torch import Tensor
 from worlds import run_config
 
-from finetune.caching import encode as encoding
+from finetune.caching import encode
 from finetune.caching.request import full_fingerprints, local_fingerprints
-from finetune.cogvideox import ModelConfig, encode_prompts, encode_video, load_text
+from finetune.cogvideox.encode import encode_prompts, encode_video
+from finetune.cogvideox.load import ModelConfig, load_text
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import ModelError
+from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
-from finetune.errors import ModelError
-from finetune.facts import known_model, read_facts
-from finetune.memory.quantize import output_error
-from finetune.memory.quantized_linear import QuantisedLinear
-from finetune.memory.text_encoder import RING, stream_text, text_placement
+from finetune.memory.block_streaming import RING, stream_text, text_placement
+from finetune.memory.quantized_linear import QuantisedLinear, output_error
 from finetune.precompute import precompute
-from finetune.types import Bucket
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red circle moving left", "", "x" * 100]
@@ -32,7 +33,7 @@ def deep_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
     """A look-alike whose T5 has more blocks than the ring holds."""
     import shutil
 
-    from finetune.tiny import tiny_text
+    from finetune.testing.tiny import tiny_text
 
     folder = Path(shutil.copytree(tiny_model("5b"), tmp_path_factory.mktemp("deep") / "model"))
     tiny_text(num_layers=5)[1].save_pretrained(folder / "text_encoder")
@@ -40,7 +41,7 @@ def deep_model(tiny_model: Callable[..., Path], tmp_path_factory: pytest.TempPat
 
 
 def embeddings(encoder: Any, tokenizer: Any, folder: Path, captions: list[str] = CAPTIONS) -> Tensor:
-    return encode_prompts(tokenizer, encoder, captions, read_facts(str(folder)))
+    return encode_prompts(tokenizer, encoder, captions, read_spec(str(folder)))
 
 
 # ------------------------------------------------------------------------------------------------------------ T5
@@ -84,7 +85,7 @@ def test_pinned_memory_is_given_back(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given.append("device"))
     monkeypatch.delattr(torch.accelerator, "empty_host_cache", raising=False)
     monkeypatch.setattr(f"torch.{name}", lambda: given.append(name), raising=False)
-    encoding.release_memory()
+    encode.release_memory()
     assert given == ["device", name]
 
 
@@ -160,15 +161,15 @@ def test_a_cache_is_filled_the_same_whole_and_streamed(deep_model: Path, demo_cl
 
 def test_captions_are_streamed_when_asked(deep_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.device] = []
-    real = encoding.stream_text
-    monkeypatch.setattr(encoding, "stream_text", lambda encoder, device: seen.append(device) or real(encoder, device))
-    model, facts = ModelConfig(pretrained=str(deep_model)), read_facts(str(deep_model))
+    real = encode.stream_text
+    monkeypatch.setattr(encode, "stream_text", lambda encoder, device: seen.append(device) or real(encoder, device))
+    model, facts = ModelConfig(pretrained=str(deep_model)), read_spec(str(deep_model))
     stored = {}
     for how in ("device", "streamed"):
         cache = Cache(tmp_path / how)
-        address = encoding.PromptJob({"kind": "prompts", "text": "a red circle", "how": "the same"}).address
-        jobs = [encoding.PromptJob(address)]
-        encoding.encode_captions(jobs, cache, model, facts, batch_size=2, device=CPU, progress=False, text_encoder=how)
+        address = encode.PromptJob({"kind": "prompts", "text": "a red circle", "how": "the same"}).address
+        jobs = [encode.PromptJob(address)]
+        encode.encode_captions(jobs, cache, model, facts, batch_size=2, device=CPU, progress=False, text_encoder=how)
         stored[how] = {path.name: path.read_bytes() for path in (tmp_path / how).rglob("*.safetensors")}
     assert seen == [CPU] and stored["device"] == stored["streamed"] and len(stored["device"]) == 1
 
@@ -179,12 +180,10 @@ def test_captions_are_streamed_when_asked(deep_model: Path, tmp_path: Path, monk
 def test_tiling_is_a_function_of_size_precision_and_free_memory() -> None:
     small, large = Bucket(49, 480, 720), Bucket(81, 768, 1360)
     gib = 2**30
-    assert not encoding.must_tile(small, torch.bfloat16, 10 * gib) and encoding.must_tile(
-        small, torch.bfloat16, 9 * gib
-    )
-    assert encoding.must_tile(small, torch.float32, 10 * gib)
-    assert encoding.must_tile(large, torch.bfloat16, 29 * gib)
-    assert not encoding.must_tile(large, torch.bfloat16, 30 * gib)
+    assert not encode.must_tile(small, torch.bfloat16, 10 * gib) and encode.must_tile(small, torch.bfloat16, 9 * gib)
+    assert encode.must_tile(small, torch.float32, 10 * gib)
+    assert encode.must_tile(large, torch.bfloat16, 29 * gib)
+    assert not encode.must_tile(large, torch.bfloat16, 30 * gib)
 
 
 @pytest.mark.slow
@@ -204,4 +203,4 @@ def test_the_memory_that_encoding_is_given_is_the_real_vaes_and_a_margin(bucket:
         with StorageCounter() as counter:
             encode_video(vae, torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.uint8))
     assert counter.peak / 2**30 == pytest.approx(gib, rel=0.02)
-    assert 1.15 * counter.peak < encoding.untiled_bytes(torch.bfloat16, bucket) < 1.6 * counter.peak
+    assert 1.15 * counter.peak < encode.untiled_bytes(torch.bfloat16, bucket) < 1.6 * counter.peak

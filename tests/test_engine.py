@@ -20,18 +20,20 @@ from safetensors import safe_open
 from waiting import HANG_S
 from worlds import SMOOTH_ADAM, fabricate_cache, run_config
 
-from finetune import ranks
-from finetune.cogvideox import ModelConfig, load_vae
-from finetune.errors import CheckpointError, ConfigError, ModelError, TrainingError
-from finetune.facts import known_model, read_facts
-from finetune.ranks import LaunchError, Ranks, compute_device, peers
+from finetune.checkpoint.load import load_checkpoint
+from finetune.cogvideox.load import ModelConfig, load_vae
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.core import distributed
+from finetune.core.distributed import LaunchError, ProcessGroup, compute_device, peers
+from finetune.core.errors import CheckpointError, ConfigError, ModelError, TrainingError
+from finetune.parallel import fsdp as sharded_engine
+from finetune.parallel.launch import FullShard, Replicate, Zero, read_launch
+from finetune.parallel.strategy import require_agreement
 from finetune.trainers import loop
-from finetune.trainers.checkpoint import load_checkpoint
-from finetune.trainers.engine import FullShard, Replicate, Zero, read_launch, require_agreement
-from finetune.trainers.engine import sharded as sharded_engine
 from finetune.trainers.loop import TrainReport, train
 
-FACTS = read_facts(str(known_model("5b")))
+FACTS = read_spec(str(known_model("5b")))
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -156,17 +158,17 @@ def test_optimizers_that_cannot_work_on_shares_are_refused(tiny_model, tmp_path,
 
 
 def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_model, tmp_path):
-    from finetune.trainers.spread import require_launch
+    from finetune.trainers.setup import require_launch
 
     def config(**memory: Any):
         settings = {"train": {"batch_size": 2}, "memory": memory}
         return run_config(tiny_model(), tmp_path, tmp_path / "run", **settings)
 
-    two = Ranks(0, 2)
+    two = ProcessGroup(0, 2)
     with pytest.raises(ConfigError, match="equally many forward passes"):
         require_launch(FullShard(), config(clips_at_once=1), FACTS, two)
     require_launch(FullShard(), config(clips_at_once=2), FACTS, two)
-    require_launch(FullShard(), config(clips_at_once=1), FACTS, Ranks())
+    require_launch(FullShard(), config(clips_at_once=1), FACTS, ProcessGroup())
     require_launch(Replicate(), config(clips_at_once=1), FACTS, two)
 
 
@@ -175,30 +177,30 @@ def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_m
     [({"train": {"ema_decay": 0.9}}, "no moving average"), ({"model": {"dtype": "fp16"}}, "fp16 is not supported")],
 )
 def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, monkeypatch, changes, said):
-    from finetune.trainers import spread
+    from finetune.trainers import setup as spread
 
     monkeypatch.setattr(spread, "import_deepspeed", lambda: None)
     values = run_config(tiny_model(), tmp_path, tmp_path / "run").to_dict()
     for section, change in changes.items():
         values[section] |= change
-    from finetune.config import RunConfig
+    from finetune.config.schema import RunConfig
 
     with pytest.raises(ConfigError, match=said):
-        spread.require_launch(Zero(2), RunConfig.from_dict(values), FACTS, Ranks())
+        spread.require_launch(Zero(2), RunConfig.from_dict(values), FACTS, ProcessGroup())
 
 
 def test_a_torch_that_could_not_read_the_shares_is_refused(tmp_path, monkeypatch):
-    from finetune.trainers.spread import require_launch
+    from finetune.trainers.setup import require_launch
 
     config = run_config(tmp_path, tmp_path, tmp_path / "run")
-    require_launch(FullShard(), config, FACTS, Ranks())
+    require_launch(FullShard(), config, FACTS, ProcessGroup())
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
     with pytest.raises(ConfigError, match="cannot read checkpoints in shares"):
-        require_launch(FullShard(), config, FACTS, Ranks())
+        require_launch(FullShard(), config, FACTS, ProcessGroup())
 
 
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
-    from finetune.trainers.engine import import_deepspeed
+    from finetune.parallel.deepspeed import import_deepspeed
 
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match="cannot be imported") as caught:
@@ -225,7 +227,7 @@ def test_the_group_is_closed_by_who_opened_it(tiny_model, tmp_path, fsdp):
     with pytest.raises(ConfigError):
         in_one_process(tiny_model(), tmp_path / "other", steps=1, optimizer={"kind": "adamw8bit"})
     assert not torch.distributed.is_initialized()
-    ranks = Ranks.current(sharding=True)
+    ranks = ProcessGroup.current(sharding=True)
     in_one_process(tiny_model(), tmp_path / "run", steps=2)
     assert torch.distributed.is_initialized()
     ranks.close()
@@ -263,7 +265,7 @@ def test_averaged_weights_do_not_stay_behind_in_the_gathered_ones(tiny_model, de
     # Canary: with torch's default for the root, they do stay.
     inner = sharded_engine._shard
 
-    def lazily(launch: FullShard, ranks: Ranks, module: Any) -> None:
+    def lazily(launch: FullShard, ranks: ProcessGroup, module: Any) -> None:
         inner(launch, ranks, module)
         module.set_reshard_after_forward(False, recurse=False)
 
@@ -289,12 +291,12 @@ def test_a_bad_step_is_not_taken_under_fsdp2(tiny_model, tmp_path, fsdp, monkeyp
 
 
 def test_the_norm_and_the_clipping_are_torchs(tiny_model, tmp_path, fsdp):
-    from finetune.cogvideox import ModelConfig, load_transformer
-    from finetune.trainers.engine import Sharded
-    from finetune.trainers.method import FullMethod
-    from finetune.trainers.optim import AdamW
+    from finetune.cogvideox.load import ModelConfig, load_transformer
+    from finetune.methods.full import FullMethod
+    from finetune.optim.optimizers import AdamW
+    from finetune.parallel.fsdp import FullyShardedDataParallel as Sharded
 
-    ranks = Ranks.current(sharding=True)
+    ranks = ProcessGroup.current(sharding=True)
     try:
         module = load_transformer(ModelConfig(pretrained=str(tiny_model())))
         method = FullMethod()
@@ -354,9 +356,9 @@ def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
     elif damage == "a missing file":
         file.unlink()
     else:
-        from finetune.files import COMPLETE, atomic_save_tensors
-        from finetune.seals import seal
-        from finetune.trainers.checkpoint.shards import HEADER
+        from finetune.checkpoint.load import HEADER
+        from finetune.core.checksums import write_checksums as seal
+        from finetune.core.files import COMPLETE, atomic_save_tensors
 
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -387,16 +389,16 @@ def test_whole_copies_of_what_was_shared_out(in_shares, tiny_model, tmp_path):
 
 def test_agreement_is_between_processes(monkeypatch):
     tensors = {"weight of a": torch.ones(3), "weight of b": torch.zeros(2, dtype=torch.bfloat16)}
-    require_agreement(0, tensors, {"gradient norm": 1.0}, Ranks())
+    require_agreement(0, tensors, {"gradient norm": 1.0}, ProcessGroup())
     for field, said in (("weight of b", "the weight of b"), ("gradient norm", "the gradient norm")):
 
-        def answers(self: Ranks, work: Any, field: str = field) -> list[Any]:
+        def answers(self: ProcessGroup, work: Any, field: str = field) -> list[Any]:
             mine = work()
             return [mine, mine, mine | {field: "other"}]
 
-        monkeypatch.setattr(Ranks, "all", answers)
+        monkeypatch.setattr(ProcessGroup, "all", answers)
         with pytest.raises(TrainingError, match=f"step 7: {said} differs between processes: process 2") as caught:
-            require_agreement(7, tensors, {"gradient norm": 1.0}, Ranks())
+            require_agreement(7, tensors, {"gradient norm": 1.0}, ProcessGroup())
         assert "not updated" in caught.value.what
 
 
@@ -434,7 +436,7 @@ def cudnn(monkeypatch) -> Callable[..., None]:
     def install(version: int | None, cuda: str | None = "12.8") -> None:
         monkeypatch.setattr(torch.backends.cudnn, "version", lambda: version)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        monkeypatch.setattr(ranks, "on_cpu", lambda: False)
+        monkeypatch.setattr(distributed, "on_cpu", lambda: False)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         state = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda", 0))
         monkeypatch.setattr("accelerate.PartialState", lambda **_: state)
@@ -448,13 +450,13 @@ def test_a_process_computes_on_the_gpu_that_was_current_when_it_began(cudnn, mon
     alone = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cuda"))
     monkeypatch.setattr("accelerate.PartialState", lambda **_: alone)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert Ranks.current().device == compute_device() == compute_device("cuda") == torch.device("cuda", 1)
+    assert ProcessGroup.current().device == compute_device() == compute_device("cuda") == torch.device("cuda", 1)
     alone.device = torch.device("cuda", 3)  # as LOCAL_RANK says
-    assert Ranks.current().device == torch.device("cuda", 3) and compute_device("cpu") == torch.device("cpu")
+    assert ProcessGroup.current().device == torch.device("cuda", 3) and compute_device("cpu") == torch.device("cpu")
 
 
 ON_A_GPU = {
-    "train, precompute": Ranks.current,
+    "train, precompute": ProcessGroup.current,
     "export, replay, generate": compute_device,
     "generate --device": lambda: compute_device("cuda:0"),
     "the VAE": lambda: load_vae(ModelConfig(pretrained="/no/such/model"), device="cuda"),

@@ -16,23 +16,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune import export as export_module
-from finetune import leases
-from finetune.arguments import build_parser
-from finetune.cogvideox import denoise, encode_prompts, load_scheduler, load_text, load_transformer, load_vae
-from finetune.config import RunConfig
+from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.validation_history import HISTORY
+from finetune.cli.main import build_parser
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.encode import encode_prompts
+from finetune.cogvideox.load import load_scheduler, load_text, load_transformer, load_vae
+from finetune.cogvideox.spec import read_spec
+from finetune.config.schema import RunConfig
+from finetune.convert import verify
+from finetune.convert.model_card import _code
+from finetune.core import locks
+from finetune.core.errors import CheckpointError, ExportError
+from finetune.core.types import Bucket, RunState, SamplePrompt
 from finetune.datasets.cache import Cache
-from finetune.datasets.manifest import Manifest, ManifestItem
-from finetune.errors import CheckpointError, ExportError
+from finetune.datasets.cache_entries import Manifest, ManifestItem
 from finetune.export import export
-from finetune.exporting import verify as export_verify
-from finetune.exporting.model_card import _code
-from finetune.facts import read_facts
-from finetune.generate import generate
-from finetune.generate_inputs import ADAPTER_FILE, TRAINING_RECORD, Adapter, GenerateRequest
-from finetune.sampling import SampleRequest, sample_videos
-from finetune.trainers.checkpoint import save_checkpoint
-from finetune.trainers.validation import HISTORY, SamplePrompt
-from finetune.types import Bucket, RunState
+from finetune.inference.generate import SampleRequest, generate, sample_videos
+from finetune.inference.inputs import ADAPTER_FILE, TRAINING_RECORD, AdapterArgument, GenerateRequest
 from tests.broken_disk import disk
 from tests.worlds import run_config, run_values
 
@@ -90,7 +91,7 @@ def inputs(facts) -> tuple:
 @torch.no_grad()
 def stock_velocity(model: Path, folder: Path | None, *, strength: float = 1.0, dtype=torch.float32) -> torch.Tensor:
     """What the published pipeline computes with the adapter in ``folder``: diffusers alone, none of our loading."""
-    facts = read_facts(str(model))
+    facts = read_spec(str(model))
     pipeline = export_module.pipeline_class(facts).from_pretrained(model, torch_dtype=dtype)
     if folder is not None:
         pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, adapter_name="tuned")
@@ -106,7 +107,7 @@ def trained_velocity(run: Path, model: Path, method: dict, step: int = 3) -> tor
     config.method.apply(transformer, seed=0)
     config.method.load_state(transformer, load_file(run / f"checkpoints/step-{step:08d}/trainable.safetensors"))
     transformer.eval()
-    facts = read_facts(str(model))
+    facts = read_spec(str(model))
     return denoise(transformer, facts, *inputs(facts))
 
 
@@ -301,13 +302,13 @@ def test_a_tampered_file_is_deleted(tiny_model, tmp_path, monkeypatch, method, d
 
 
 def test_a_pass_that_gives_no_number_fails(tiny_model, tmp_path, monkeypatch):
-    real, calls = export_verify.forward, []
+    real, calls = verify.forward, []
 
     def broken(*args):
         calls.append(1)
         return real(*args) * float("nan")
 
-    monkeypatch.setattr(export_verify, "forward", broken)
+    monkeypatch.setattr(verify, "forward", broken)
     with pytest.raises(ExportError, match="differ by up to nan"):
         export(make_run(tmp_path, tiny_model("5b"), LORA))
     assert calls
@@ -316,7 +317,7 @@ def test_a_pass_that_gives_no_number_fails(tiny_model, tmp_path, monkeypatch):
 def test_a_failed_export_leaves_the_earlier_one(tiny_model, tmp_path, monkeypatch):
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     before = (export(run).folder / ADAPTER_FILE).read_bytes()
-    monkeypatch.setattr(export_verify, "tolerance_of", lambda *args: -1.0)
+    monkeypatch.setattr(verify, "tolerance_of", lambda *args: -1.0)
     with pytest.raises(ExportError):
         export(run)
     assert (run / "export" / ADAPTER_FILE).read_bytes() == before
@@ -342,7 +343,7 @@ def test_never_two_transformers_at_once(tiny_model, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "load_transformer", spy)
 
     counted(export_module)
-    counted(export_verify)
+    counted(verify)
     for name, method in (("lora", LORA), ("full", FULL)):
         export(make_run(tmp_path / name, tiny_model("5b"), method))
     assert len(alive) == 4
@@ -448,7 +449,7 @@ def test_an_export_that_is_under_way_loses_nothing_to_another(tiny_model, tmp_pa
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     theirs = run / "export.4711-00aa11bb.partial"
     theirs.mkdir()
-    with leases.hold(run / ".export.exporting", {}):
+    with locks.hold(run / ".export.exporting", {}):
         export(run)
         assert theirs.is_dir()
     export(run)
@@ -616,7 +617,7 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
     transformer = load_transformer(config.model)
     config.method.apply(transformer, seed=1)
     config.method.load_state(transformer, load_file(run / "checkpoints/step-00000003/trainable.safetensors"))
-    facts = read_facts(str(model))
+    facts = read_spec(str(model))
     empty, prompt = encode_prompts(*load_text(config.model), ["", "a red ring"], facts)
     (ours,) = sample_videos(
         facts,
@@ -632,7 +633,7 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
             base=str(model),
             prompts=(SamplePrompt(prompt="a red ring", seed=5),),
             out=tmp_path / "out",
-            adapters=(Adapter(export(run).folder),),
+            adapters=(AdapterArgument(export(run).folder),),
             bucket=Bucket(9, 32, 48),
             num_inference_steps=2,
             guidance_scale=3.0,
@@ -657,7 +658,7 @@ def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_p
             base=None,
             prompts=(SamplePrompt(prompt="a red ring", seed=5),),
             out=tmp_path / "out",
-            adapters=(Adapter(path),),
+            adapters=(AdapterArgument(path),),
             bucket=Bucket(9, 32, 48),
             num_inference_steps=1,
             guidance_scale=1.0,

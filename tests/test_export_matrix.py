@@ -17,22 +17,22 @@ from test_export import FULL, LORA, inputs, make_run, nothing_left
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
-from finetune import cli
 from finetune import export as export_module
-from finetune.cogvideox import ModelConfig, denoise, load_transformer
-from finetune.errors import ExportError
+from finetune.cli import main
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.load import ModelConfig, load_transformer
+from finetune.cogvideox.spec import read_spec
+from finetune.convert import merge as merging
+from finetune.convert.merge import ADAPTER, merge, set_strength
+from finetune.core.errors import ExportError
+from finetune.core.types import Bucket, SamplePrompt
 from finetune.export import export
-from finetune.exporting import merge as merging
-from finetune.exporting.merge import ADAPTER, merge, set_strength
-from finetune.facts import read_facts
-from finetune.generate import generate
-from finetune.generate_inputs import TRAINING_RECORD, Adapter, GenerateRequest
-from finetune.tiny import VARIANTS
+from finetune.inference.generate import generate
+from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import VARIANTS
 from finetune.trainers import loop
-from finetune.trainers.method import LoraMethod
 from finetune.trainers.run import Run
-from finetune.trainers.validation import SamplePrompt
-from finetune.types import Bucket
 
 METHODS = {
     "lora": {"kind": "lora", "rank": 4, "alpha": 2, "targets": "attention+ff"},
@@ -235,7 +235,7 @@ def test_at_strength_zero_the_merged_weights_are_the_base_s_bit_for_bit(tiny_mod
 
 def test_the_pipeline_s_strength_is_ours(tiny_model):
     """``set_strength`` is what ``pipeline.set_adapters`` does, so that a merge at it is what people hear."""
-    facts = read_facts(str(tiny_model("5b")))
+    facts = read_spec(str(tiny_model("5b")))
     ours, theirs = (adapted(tiny_model("5b"), METHODS["rslora"]) for _ in range(2))
     set_strength(ours, 0.37)
     theirs.set_adapters([ADAPTER], [0.37])
@@ -322,7 +322,7 @@ def test_never_two_transformers_at_once_when_merging(tiny_model, tmp_path, monke
     import gc
     import weakref
 
-    from finetune.exporting import verify
+    from finetune.convert import verify
 
     alive = []
 
@@ -346,7 +346,7 @@ def test_never_two_transformers_at_once_when_merging(tiny_model, tmp_path, monke
 def test_the_command_line_merges_and_generate_samples_the_merged_folder(tiny_model, tmp_path, capsys):
     model = tiny_model("5b")
     run = make_run(tmp_path, model, LORA)
-    assert cli.main(["export", str(run), "--merged", "--strength", "0.5"]) == 0
+    assert main.main(["export", str(run), "--merged", "--strength", "0.5"]) == 0
     assert "merged into the base at strength 0.5" in capsys.readouterr().out
     adapter = export(run).folder
 
@@ -366,6 +366,6 @@ def test_the_command_line_merges_and_generate_samples_the_merged_folder(tiny_mod
             .astype(int)
         )
 
-    merged, loaded = frames("a", transformer=run / "merged"), frames("b", adapters=(Adapter(adapter, 0.5),))
+    merged, loaded = frames("a", transformer=run / "merged"), frames("b", adapters=(AdapterArgument(adapter, 0.5),))
     assert np.abs(merged - loaded).max() <= 1  # one grey level, where round-off falls across a boundary
     assert np.abs(loaded - frames("c")).max() > 1

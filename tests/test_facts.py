@@ -14,10 +14,19 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from finetune.errors import ConfigError, ModelError
-from finetune.facts import CONFIG_FILES, KNOWN_MODELS, Facts, known_model, read_facts, resolve_pretrained
-from finetune.facts.parts import Scheduler, TextEncoder, Transformer, Vae
-from finetune.types import Bucket
+from finetune.cogvideox.model_files import (
+    CONFIG_FILES,
+    KNOWN_MODELS,
+    Scheduler,
+    TextEncoder,
+    Transformer,
+    Vae,
+    known_model,
+    resolve_pretrained,
+)
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.errors import ConfigError, ModelError
+from finetune.core.types import Bucket
 
 NATIVE = Bucket(49, 480, 720)
 NATIVE_15 = Bucket(81, 768, 1360)
@@ -28,8 +37,8 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def facts_of(variant: str) -> Facts:
-    return read_facts(str(known_model(variant)))
+def facts_of(variant: str) -> ModelSpec:
+    return read_spec(str(known_model(variant)))
 
 
 @pytest.fixture
@@ -136,14 +145,14 @@ def test_defaults_are_those_of_t5() -> None:
 def test_a_value_left_out_takes_the_default(folder: Path) -> None:
     edit(folder, "transformer", patch_size=..., max_text_seq_length=..., ofs_embed_dim=...)
     edit(folder, "vae", invert_scale_latents=..., latent_channels=...)
-    assert read_facts(str(folder)) == facts_of("5b")
+    assert read_spec(str(folder)) == facts_of("5b")
     edit(folder, "vae", scaling_factor=...)
-    assert read_facts(str(folder)).scaling_factor == 1.15258426  # canary: the default is not the 5B model's 0.7
+    assert read_spec(str(folder)).scaling_factor == 1.15258426  # canary: the default is not the 5B model's 0.7
 
 
 def test_unknown_keys_do_not_matter(folder: Path) -> None:
     edit(folder, "transformer", a_future_option=3)
-    assert read_facts(str(folder)) == facts_of("5b")
+    assert read_spec(str(folder)) == facts_of("5b")
 
 
 # What is refused
@@ -174,7 +183,7 @@ def test_unknown_keys_do_not_matter(folder: Path) -> None:
 def test_a_part_that_does_not_fit_is_named(folder: Path, component: str, changes: dict[str, Any], said: str) -> None:
     edit(folder, component, **changes)
     with pytest.raises(ModelError, match=said) as raised:
-        read_facts(str(folder))
+        read_spec(str(folder))
     assert raised.value.where == str(folder / CONFIG_FILES[component])
 
 
@@ -182,7 +191,7 @@ def test_all_faults_are_told_at_once(folder: Path) -> None:
     edit(folder, "transformer", in_channels=33)
     edit(folder, "scheduler", prediction_type="epsilon", beta_schedule="linear")
     with pytest.raises(ModelError) as raised:
-        read_facts(str(folder))
+        read_spec(str(folder))
     assert all(
         said in str(raised.value) for said in ("(3 problems)", "in_channels", "prediction_type", "beta_schedule")
     )
@@ -196,7 +205,7 @@ def test_a_file_missing_or_unreadable_is_named(folder: Path, file: str, content:
     else:
         (folder / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ModelError) as raised:
-        read_facts(str(folder))
+        read_spec(str(folder))
     assert raised.value.where == str(folder / file)
 
 
@@ -204,18 +213,18 @@ def test_several_missing_files_are_told_at_once(folder: Path) -> None:
     shutil.rmtree(folder / "vae")
     shutil.rmtree(folder / "scheduler")
     with pytest.raises(ModelError, match=r"(?s)vae.config\.json.*scheduler_config\.json"):
-        read_facts(str(folder))
+        read_spec(str(folder))
 
 
 def test_another_pipeline_is_refused(folder: Path) -> None:
     (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ModelError, match="not a CogVideoX pipeline: _class_name is 'StableDiffusionPipeline'"):
-        read_facts(str(folder))
+        read_spec(str(folder))
 
 
 def test_the_text_encoder_may_be_absent(folder: Path) -> None:
     shutil.rmtree(folder / "text_encoder")
-    assert read_facts(str(folder)) == facts_of("5b")
+    assert read_spec(str(folder)) == facts_of("5b")
 
 
 # Buckets
@@ -278,7 +287,7 @@ def test_advice_on_what_the_model_was_not_made_for(name: str, bucket: Bucket, sa
 
 
 def test_tiny_look_alikes_take_nine_frames(tiny_model: Callable[..., Path], variant: str) -> None:
-    assert read_facts(str(tiny_model(variant))).check_bucket(Bucket(9, 64, 64)) == []
+    assert read_spec(str(tiny_model(variant))).check_bucket(Bucket(9, 64, 64)) == []
 
 
 # Finding a checkpoint
@@ -294,12 +303,12 @@ def test_known_model_names_what_there_is() -> None:
 def test_a_folder_that_does_not_exist_is_not_asked_of_the_hub(pretrained: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
     with pytest.raises(ModelError, match="no such model folder"):
-        read_facts(pretrained)
+        read_spec(pretrained)
 
 
 def test_a_revision_of_a_folder_is_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match="only the hub has revisions"):
-        read_facts(str(folder), "main")
+        read_spec(str(folder), "main")
 
 
 def test_the_hub_is_asked_for_json_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +319,7 @@ def test_the_hub_is_asked_for_json_only(folder: Path, monkeypatch: pytest.Monkey
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert read_facts("some/model", "v1") == facts_of("5b")
+    assert read_spec("some/model", "v1") == facts_of("5b")
     assert (asked["repo"], asked["revision"]) == ("some/model", "v1")
     assert asked["allow_patterns"] and all(pattern.endswith(".json") for pattern in asked["allow_patterns"])
 
@@ -320,7 +329,7 @@ def test_the_hub_is_asked_for_json_only(folder: Path, monkeypatch: pytest.Monkey
 
 def test_offline_is_an_error_a_person_can_act_on() -> None:
     with pytest.raises(ModelError, match="the hub cannot be reached") as raised:
-        read_facts("some/model", "v1")
+        read_spec("some/model", "v1")
     assert "some/model" in raised.value.where and "v1" in raised.value.where
     assert "local folder" in raised.value.fix
 

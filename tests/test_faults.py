@@ -16,18 +16,19 @@ import torch
 from safetensors.torch import load_file
 from worlds import SMOOTH_ADAM, run_config
 
-from finetune import errors
-from finetune.config import RunConfig, memory_traits
+from finetune.cogvideox.spec import read_spec
+from finetune.config.rules import memory_traits
+from finetune.config.schema import RunConfig
+from finetune.core import errors
+from finetune.core.errors import CacheError, FinetuneError, TrainingError, is_out_of_memory
 from finetune.datasets.cache import Cache
-from finetune.datasets.loader import BatchMaker, Loader
-from finetune.errors import CacheError, FinetuneError, TrainingError, is_out_of_memory
-from finetune.facts import read_facts
-from finetune.memory import MemoryConfig
+from finetune.datasets.dataloader import BatchMaker, Loader
+from finetune.datasets.schedule import Item, StepPlan
+from finetune.memory.config import MemoryConfig
 from finetune.precompute import precompute
-from finetune.schedule import Item, StepPlan
-from finetune.trainers import loop, sampler
-from finetune.trainers.ladder import out_of_memory
+from finetune.trainers import loop, sampling
 from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.oom_retry import out_of_memory
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 LEARNS = {"optimizer": {"lr": 1e-2}, "method": {"dropout": 0.2}}
@@ -192,7 +193,7 @@ def test_an_illegal_access_is_not_done_again(make, monkeypatch):
 
 def test_gradients_left_by_the_failed_attempt_would_show(make, tmp_path, monkeypatch):
     """Canary of the test above."""
-    from finetune.trainers.engine import Replicated
+    from finetune.parallel.strategy import DataParallel as Replicated
 
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
     calm = train(make("calm", **shared))
@@ -270,7 +271,7 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated(make, tmp_path, monke
 def test_the_advice_is_for_the_run_that_needs_it(make):
     def fix(**values):
         config = make("run", **values)
-        traits = memory_traits(config, read_facts(config.model.pretrained))
+        traits = memory_traits(config, read_spec(config.model.pretrained))
         run = SimpleNamespace(config=config, traits=traits)
         return out_of_memory(run, config.memory, "full", "now", in_step=True).fix
 
@@ -381,7 +382,7 @@ def test_a_video_is_not_worth_a_run(make, watched, tmp_path, monkeypatch, error,
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(sampler, "sample_videos", fails)
+    monkeypatch.setattr(sampling, "sample_videos", fails)
     hit = train(make("hit", **WATCHED))
     assert hit.step == 4 and not differing(weights(hit), weights(watched))
     assert "could not sample; training goes on" in caplog.text
@@ -392,8 +393,8 @@ def test_a_disk_without_room_for_videos_is_not_worth_a_run_either(make, watched,
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sampler, "sample_videos", lambda *_, **__: [torch.zeros(9, 64, 64, 3, dtype=torch.uint8)])
-    monkeypatch.setattr(sampler, "write_mp4", full)
+    monkeypatch.setattr(sampling, "sample_videos", lambda *_, **__: [torch.zeros(9, 64, 64, 3, dtype=torch.uint8)])
+    monkeypatch.setattr(sampling, "write_mp4", full)
     hit = train(make("hit", **WATCHED))
     assert not differing(weights(hit), weights(watched))
     assert "sampled videos could not be written; training goes on: [Errno 28]" in caplog.text

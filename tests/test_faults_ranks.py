@@ -15,11 +15,11 @@ from test_faults import LEARNS, clip_of_step, damage, differing, saved_steps
 from test_replay import poison
 from worlds import SMOOTH_ADAM, run_config, run_values
 
-from finetune.cli import INTERRUPTED, OK, PREEMPTED, USER_ERROR
-from finetune.config import RunConfig
+from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, USER_ERROR
+from finetune.config.schema import RunConfig
 from finetune.precompute import precompute
-from finetune.replay import replay
 from finetune.trainers.fault_report import read_report
+from finetune.trainers.replay import replay
 
 BOTH = -1
 SHARED = LEARNS | {"cache": {"latents_dtype": "fp32"}, "checkpoint": {"every": 2}}

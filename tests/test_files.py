@@ -18,8 +18,9 @@ from broken_disk import CALLS, disk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune import files, space, tensorfiles
-from finetune.errors import CheckpointError
+from finetune.core import files, tensor_files
+from finetune.core import files as space
+from finetune.core.errors import CheckpointError
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
 
@@ -38,7 +39,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 def every_dtype() -> dict[str, torch.Tensor]:
     numbers = torch.arange(12).reshape(3, 4)
     return {
-        **{str(dtype): numbers.to(dtype) for dtype in tensorfiles.DTYPES},
+        **{str(dtype): numbers.to(dtype) for dtype in tensor_files.DTYPES},
         "empty": torch.zeros(0, 3),
         "scalar": torch.tensor(3.5),
         "odd": torch.ones(5, dtype=torch.uint8),
@@ -78,8 +79,8 @@ def test_the_file_is_the_one_the_library_writes(tmp_path):
 
 def test_the_dtypes_are_the_librarys():
     theirs = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
-    assert {dtype: theirs[dtype] for dtype in tensorfiles.DTYPES} == tensorfiles.DTYPES and len(
-        tensorfiles.DTYPES
+    assert {dtype: theirs[dtype] for dtype in tensor_files.DTYPES} == tensor_files.DTYPES and len(
+        tensor_files.DTYPES
     ) >= 14
 
 
@@ -91,7 +92,7 @@ def test_a_dtype_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
 
 def test_the_space_a_file_takes_is_known_before(tmp_path):
     files.atomic_save_tensors(tmp_path / "t", every_dtype())
-    assert (tmp_path / "t").stat().st_size == tensorfiles.file_bytes(every_dtype()) > 500
+    assert (tmp_path / "t").stat().st_size == tensor_files.file_bytes(every_dtype()) > 500
 
 
 # --------------------------------------------------------------------------------------------------------- checksums
@@ -286,16 +287,16 @@ def test_too_little_space_is_told_with_figures(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(space.shutil, "disk_usage", lambda path: (asked.append(path), usage)[1])
     where = tmp_path / "not" / "yet" / "there"
-    space.require_space(where, 5 * 2**20, kind=CheckpointError, what="it", fix="")
+    files.require_space(where, 5 * 2**20, kind=CheckpointError, what="it", fix="")
     with pytest.raises(CheckpointError) as caught:
-        space.require_space(where, 3 * 2**30, kind=CheckpointError, what="the checkpoint", fix="make room")
+        files.require_space(where, 3 * 2**30, kind=CheckpointError, what="the checkpoint", fix="make room")
     assert caught.value.what == "the checkpoint needs 3.00 GiB and the disk has 5.000 MiB free"
     assert (caught.value.where, caught.value.fix) == (str(where), "make room") and asked == [tmp_path, tmp_path]
 
 
 @pytest.mark.parametrize(("size", "words"), [(0, "0.000 MiB"), (2**20, "1.000 MiB"), (2**30 // 5, "0.20 GiB")])
 def test_sizes_for_people(size, words):
-    assert space.human_size(size) == words
+    assert files.human_size(size) == words
 
 
 @pytest.mark.parametrize(
@@ -303,4 +304,4 @@ def test_sizes_for_people(size, words):
     [(errno.ENOSPC, "make room"), (errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "kernel's log")],
 )
 def test_the_fix_follows_the_error(code, words):
-    assert words in space.disk_fix(OSError(code, ""))
+    assert words in files.disk_fix(OSError(code, ""))

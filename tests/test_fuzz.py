@@ -85,13 +85,13 @@ def test_a_slow_case_is_a_crash(tmp_path):
 
 
 def test_an_unprintable_message_is_a_bug(monkeypatch):
-    from finetune.errors import ConfigError
+    from finetune.core.errors import ConfigError
 
     def refuse() -> None:
         raise ConfigError("\x1b[2J")
 
     assert targets._expect(ConfigError, refuse) is None, "errors write such characters out"
-    monkeypatch.setattr("finetune.errors.shown", lambda text: text)
+    monkeypatch.setattr("finetune.core.errors.shown", lambda text: text)
     with pytest.raises(AssertionError, match="terminal"):
         targets._expect(ConfigError, refuse)
 

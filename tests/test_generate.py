@@ -12,37 +12,31 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune import generate as generate_module
-from finetune import sampling
-from finetune.adapter_source import base_facts, base_faults
-from finetune.cogvideox import (
-    ModelConfig,
-    encode_prompts,
-    load_scheduler,
-    load_text,
-    load_transformer,
-    load_vae,
-    pipeline_class,
-)
-from finetune.errors import ConfigError
-from finetune.facts import KNOWN_MODELS, known_model, read_facts
-from finetune.generate_inputs import (
+from finetune.cogvideox.encode import encode_prompts
+from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae, pipeline_class
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import ConfigError
+from finetune.core.types import Bucket, SamplePrompt
+from finetune.inference import generate
+from finetune.inference.generate import SampleRequest, sample_videos
+from finetune.inference.inputs import (
     ADAPTER_FILE,
     TRAINING_RECORD,
-    Adapter,
+    AdapterArgument,
     GenerateRequest,
-    native_bucket,
+    base_facts,
+    base_faults,
     parse_adapter,
     prompts_with_seeds,
     read_prompts,
+    training_bucket,
     training_record,
     transformer_root,
 )
-from finetune.sampling import SampleRequest, sample_videos
-from finetune.tiny import build_tiny
-from finetune.trainers.method import LoraMethod, read_adapter
-from finetune.trainers.validation import SamplePrompt
-from finetune.types import Bucket
+from finetune.methods.adapter import read_adapter
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import build_tiny
 from tests.broken_disk import disk
 
 SMALL = Bucket(9, 32, 48)
@@ -50,12 +44,12 @@ PROMPT = "a red circle moving left"
 
 
 def bucket_of(facts) -> Bucket:
-    return native_bucket(facts) if facts.use_learned_positions else SMALL
+    return training_bucket(facts) if facts.use_learned_positions else SMALL
 
 
 def parts(folder):
     model = ModelConfig(pretrained=str(folder))
-    facts = read_facts(str(folder))
+    facts = read_spec(str(folder))
     tokenizer, encoder = load_text(model)
     empty, prompt = encode_prompts(tokenizer, encoder, ["", PROMPT], facts)
     picture = None
@@ -75,7 +69,7 @@ def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
     with torch.no_grad():
         for parameter in method.trainable(transformer).values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * scale)
-    pipeline_class(read_facts(str(base))).save_lora_weights(
+    pipeline_class(read_spec(str(base))).save_lora_weights(
         folder,
         transformer_lora_layers=method.peft_state(transformer),
         transformer_lora_adapter_metadata=method.lora_metadata(transformer),
@@ -151,7 +145,7 @@ def test_sampling_leaves_the_modules_and_the_random_state_as_they_were(tiny_mode
 def test_a_bare_pipeline_call_leaves_a_trace(tiny_model):
     """The canary of the test above: what diffusers leaves when nobody cleans up."""
     folder = tiny_model("5b")
-    stock = pipeline_class(read_facts(str(folder))).from_pretrained(folder)
+    stock = pipeline_class(read_spec(str(folder))).from_pretrained(folder)
     before = set(vars(stock.transformer))
     stock("a", num_frames=9, height=32, width=32, num_inference_steps=1, guidance_scale=1, max_sequence_length=16)
     assert set(vars(stock.transformer)) - before == {"_diffusers_hook"}
@@ -186,15 +180,15 @@ def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_mo
         vae, "decode", lambda *args, **options: (seen.append(vae.use_tiling), decode(*args, **options))[1]
     )
     request = SampleRequest(prompt, empty, seed=1, bucket=SMALL)
-    for limit in (sampling.DECODE_WHOLE_BELOW, 1_000_000):
-        monkeypatch.setattr(sampling, "DECODE_WHOLE_BELOW", limit)
+    for limit in (generate.DECODE_WHOLE_BELOW, 1_000_000):
+        monkeypatch.setattr(generate, "DECODE_WHOLE_BELOW", limit)
         sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     assert seen == [False, True] and not vae.use_tiling
     monkeypatch.undo()
-    tiled = [sampling.decodes_in_tiles(Bucket(*sizes), torch.bfloat16) for sizes in ((49, 480, 720), (9, 64, 64))]
+    tiled = [generate.decodes_in_tiles(Bucket(*sizes), torch.bfloat16) for sizes in ((49, 480, 720), (9, 64, 64))]
     assert tiled == [True, False]  # the published size, and the demo's
-    assert sampling.decodes_in_tiles(Bucket(9, 256, 256), torch.float32)
-    assert not sampling.decodes_in_tiles(Bucket(9, 256, 256), torch.bfloat16)
+    assert generate.decodes_in_tiles(Bucket(9, 256, 256), torch.float32)
+    assert not generate.decodes_in_tiles(Bucket(9, 256, 256), torch.bfloat16)
 
 
 def test_images_must_fit_the_model(tiny_model):
@@ -224,24 +218,24 @@ def request_for(folder, out, **changes) -> GenerateRequest:
 @pytest.fixture
 def rates(monkeypatch):
     """The frame rates that ``generate`` writes files with."""
-    written, theirs = [], generate_module.write_mp4
+    written, theirs = [], generate.write_mp4
 
     def write_mp4(path, frames, fps):
         written.append(fps)
         return theirs(path, frames, fps)
 
-    monkeypatch.setattr(generate_module, "write_mp4", write_mp4)
+    monkeypatch.setattr(generate, "write_mp4", write_mp4)
     return written
 
 
 def frames_of(request) -> np.ndarray:
-    (frames,) = generate_module.generate(request).frames
+    (frames,) = generate.generate(request).frames
     return frames
 
 
 def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, rates):
     prompts = prompts_with_seeds([PROMPT, "a Blue/square..  moving"], [], seed=5)
-    report = generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", prompts=prompts))
+    report = generate.generate(request_for(tiny_model("5b"), tmp_path / "out", prompts=prompts))
     assert [path.name for path in report.videos] == [
         "000-a-red-circle-moving-left-seed5.mp4",
         "001-a-blue-square-moving-seed6.mp4",
@@ -259,9 +253,9 @@ def test_adapters_act_by_their_strength(tiny_model, tmp_path):
         return frames_of(request_for(base, tmp_path / "out", adapters=adapters))
 
     plain = frames()
-    assert np.array_equal(frames(Adapter(one, 0.0)), plain)
-    full, half = frames(Adapter(one)), frames(Adapter(one / ADAPTER_FILE, 0.5))
-    both = frames(Adapter(one), Adapter(two, -0.5))
+    assert np.array_equal(frames(AdapterArgument(one, 0.0)), plain)
+    full, half = frames(AdapterArgument(one)), frames(AdapterArgument(one / ADAPTER_FILE, 0.5))
+    both = frames(AdapterArgument(one), AdapterArgument(two, -0.5))
     different = [plain, full, half, both]
     assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
 
@@ -274,7 +268,7 @@ def test_a_training_record_that_is_no_file_says_nothing(tmp_path):
 def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, rates):
     base = tiny_model("1.5-5b")
     adapter = save_adapter(tmp_path / "one", base)
-    request = request_for(base, tmp_path / "out", adapters=(Adapter(adapter),), bucket=None)
+    request = request_for(base, tmp_path / "out", adapters=(AdapterArgument(adapter),), bucket=None)
     assert frames_of(request).shape == (9, 64, 64, 3)
     assert rates[-1] == 16
     (adapter / TRAINING_RECORD).write_text(json.dumps({"buckets": ["5x48x32"], "fps": 12}))
@@ -312,7 +306,7 @@ def test_a_full_fine_tuning_replaces_the_transformer(tiny_model, tmp_path):
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_path, monkeypatch):
     encoders = []
-    load_text_ = generate_module.load_text
+    load_text_ = generate.load_text
 
     def spy_text(*args, **options):
         loaded = load_text_(*args, **options)
@@ -324,10 +318,10 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_p
         assert [encoder() for encoder in encoders] == [None]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate_module, "load_text", spy_text)
-    monkeypatch.setattr(generate_module, "load_transformer", spy_transformer)
+    monkeypatch.setattr(generate, "load_text", spy_text)
+    monkeypatch.setattr(generate, "load_transformer", spy_transformer)
     with pytest.raises(KeyboardInterrupt):
-        generate_module.generate(request_for(tiny_model("5b"), tmp_path))
+        generate.generate(request_for(tiny_model("5b"), tmp_path))
 
 
 # --------------------------------------------------------------------------------------------------------- bad requests
@@ -337,7 +331,7 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_p
 def no_weights(monkeypatch):
     """Fails the test if a weight is loaded."""
     for name in ("load_text", "load_transformer", "load_vae"):
-        monkeypatch.setattr(generate_module, name, lambda *a, **k: pytest.fail("a weight was loaded"))
+        monkeypatch.setattr(generate, name, lambda *a, **k: pytest.fail("a weight was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -345,8 +339,8 @@ def no_weights(monkeypatch):
     [
         ({"prompts": ()}, "there is no prompt"),
         ({"bucket": Bucket(10, 32, 48)}, "10 frames are not possible"),
-        ({"adapters": (Adapter(Path("nowhere")),)}, "no such file or folder"),
-        ({"adapters": (Adapter(Path(), float("nan")),)}, "strength nan is not a number"),
+        ({"adapters": (AdapterArgument(Path("nowhere")),)}, "no such file or folder"),
+        ({"adapters": (AdapterArgument(Path(), float("nan")),)}, "strength nan is not a number"),
         ({"num_inference_steps": 0}, "0 denoising steps"),
         ({"guidance_scale": 0.5}, "guidance scale 0.5"),
         ({"fps": -1.0}, "frames per second"),
@@ -357,7 +351,7 @@ def no_weights(monkeypatch):
 )
 def test_bad_requests_are_refused_before_any_loading(tiny_model, tmp_path, no_weights, changes, message):
     with pytest.raises(ConfigError) as caught:
-        generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", **changes))
+        generate.generate(request_for(tiny_model("5b"), tmp_path / "out", **changes))
     assert message in str(caught.value)
     assert not (tmp_path / "out").exists()
 
@@ -371,7 +365,7 @@ def test_all_mistakes_are_told_at_once(tiny_model, tmp_path, no_weights):
         bucket=Bucket(9, 33, 48),
     )
     with pytest.raises(ConfigError) as caught:
-        generate_module.generate(request)
+        generate.generate(request)
     for message in ("4 things", "needs a first frame", "no such image", "height 33", "guidance scale 0.0"):
         assert message in str(caught.value)
 
@@ -382,17 +376,17 @@ def test_a_file_that_diffusers_would_silently_ignore_is_refused(tiny_model, tmp_
     save_file({"transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 64)}, tmp_path / "bare.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
     for name, message in (("bare", "holds no LoRA for a diffusers transformer"), ("broken", "cannot be read")):
-        adapter = Adapter(tmp_path / f"{name}.safetensors")
+        adapter = AdapterArgument(tmp_path / f"{name}.safetensors")
         with pytest.raises(ConfigError, match=message):
-            generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
+            generate.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
 
 
 @pytest.mark.parametrize("change", [{"attention_head_dim": 32}, {"num_layers": 3}], ids=["wider", "deeper"])
 def test_an_adapter_of_another_base_is_refused(tiny_model, tmp_path, no_weights, change):
     other = build_tiny(tmp_path / "other", "5b", **change)
-    adapter = Adapter(save_adapter(tmp_path / "adapter", other))
+    adapter = AdapterArgument(save_adapter(tmp_path / "adapter", other))
     with pytest.raises(ConfigError, match="does not fit the base model"):
-        generate_module.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
+        generate.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
 
 
 class ArrivedError(Exception):
@@ -405,9 +399,9 @@ def outcome(monkeypatch, request) -> str:
     def load_text(*_, **__):
         raise ArrivedError
 
-    monkeypatch.setattr(generate_module, "load_text", load_text)
+    monkeypatch.setattr(generate, "load_text", load_text)
     try:
-        generate_module.generate(request)
+        generate.generate(request)
     except ArrivedError:
         return ""
     except ConfigError as error:
@@ -415,7 +409,7 @@ def outcome(monkeypatch, request) -> str:
     raise AssertionError("it sampled")
 
 
-FACTS = base_facts(read_facts(str(known_model("5b"))))
+FACTS = base_facts(read_spec(str(known_model("5b"))))
 
 
 @pytest.mark.parametrize(
@@ -438,7 +432,7 @@ def test_a_record_of_another_base_is_refused_by_name(tiny_model, tmp_path, monke
     picture = tmp_path / "x.png"
     Image.new("RGB", (48, 32)).save(picture)
     prompts = prompts_with_seeds(["a"], [picture] if "i2v" in variant else [])
-    changes = {"adapters": (Adapter(adapter),), "prompts": prompts, "bucket": bucket_of(read_facts(str(base)))}
+    changes = {"adapters": (AdapterArgument(adapter),), "prompts": prompts, "bucket": bucket_of(read_spec(str(base)))}
     told = outcome(monkeypatch, request_for(base, tmp_path / "out", **changes))
     assert said in told and (str(base) in told) == bool(said)
 
@@ -454,7 +448,7 @@ def test_a_record_of_another_base_is_refused_by_name(tiny_model, tmp_path, monke
     ],
 )
 def test_names_on_the_hub_tell_models_apart_where_no_digest_does(base, record, refused):
-    faults = list(base_faults(record, "--adapter a", base, read_facts(str(known_model("5b")))))
+    faults = list(base_faults(record, "--adapter a", base, read_spec(str(known_model("5b")))))
     assert bool(faults) == refused
     assert all("was trained on zai-org/CogVideoX-5b, not on somebody/tuned-5b" in str(fault) for fault in faults)
 
@@ -464,7 +458,7 @@ def test_a_whole_transformer_of_another_kind_is_refused(tiny_model, tmp_path, mo
     (tmp_path / "tuned" / TRAINING_RECORD).write_text(json.dumps({"image_to_video": True}))
     request = request_for(tiny_model("5b"), tmp_path / "out", transformer=tmp_path / "tuned")
     assert "an image-to-video model" in outcome(monkeypatch, request)
-    request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(tmp_path / "tuned"),))
+    request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(AdapterArgument(tmp_path / "tuned"),))
     assert f"give --transformer {tmp_path / 'tuned'}" in outcome(monkeypatch, request)
 
 
@@ -474,7 +468,7 @@ def test_a_missing_trigger_word_is_said(tiny_model, tmp_path, monkeypatch, caplo
     for words, lacking in ((["a zkx ring", "a zkxy"], "1 of 2 prompts lack, such as 'a zkxy'"), (["zkx, a ring"], "")):
         caplog.clear()
         prompts = prompts_with_seeds(words, [])
-        request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(adapter),), prompts=prompts)
+        request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(AdapterArgument(adapter),), prompts=prompts)
         assert outcome(monkeypatch, request) == ""
         assert lacking in caplog.text and bool(lacking) == ("trigger word 'zkx'" in caplog.text)
 
@@ -495,8 +489,8 @@ def test_the_base_is_the_one_that_the_record_names(tiny_model, tmp_path, monkeyp
         asked.append((base, revision))
         raise ConfigError("enough")
 
-    monkeypatch.setattr(generate_module, "pin_revision", pinned)
-    request = request_for(None, tmp_path / "out", base=None, adapters=(Adapter(adapter),))
+    monkeypatch.setattr(generate, "pin_revision", pinned)
+    request = request_for(None, tmp_path / "out", base=None, adapters=(AdapterArgument(adapter),))
     for record in ({"base_model": "org/it", "revision": "0" * 40}, {"base_model": str(tiny_model("5b"))}):
         (adapter / TRAINING_RECORD).write_text(json.dumps(record))
         assert outcome(monkeypatch, request) == "enough"
@@ -530,7 +524,7 @@ def test_other_programs_layouts_are_named_at_once(tiny_model, tmp_path, monkeypa
 
     file = tmp_path / "theirs.safetensors"
     save_file({name: torch.zeros(2, 64)}, file)
-    told = outcome(monkeypatch, request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(file),)))
+    told = outcome(monkeypatch, request_for(tiny_model("5b"), tmp_path / "out", adapters=(AdapterArgument(file),)))
     assert said in told and "fix:" in told
     with pytest.raises(ConfigError, match=said) as caught:
         read_adapter(file)
@@ -540,7 +534,7 @@ def test_other_programs_layouts_are_named_at_once(tiny_model, tmp_path, monkeypa
 def test_a_folder_of_peft_s_own_is_named(tiny_model, tmp_path, monkeypatch):
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
-    request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(Adapter(tmp_path),))
+    request = request_for(tiny_model("5b"), tmp_path / "out", adapters=(AdapterArgument(tmp_path),))
     assert "it is in peft's layout" in outcome(monkeypatch, request)
     with pytest.raises(ConfigError, match="it is in peft's layout"):
         read_adapter(tmp_path)
@@ -557,11 +551,11 @@ def test_an_output_that_cannot_be_written_is_found_before_sampling(tiny_model, t
 
 
 def test_parse_adapter(tmp_path):
-    assert parse_adapter("my/lora") == Adapter(Path("my/lora"), 1.0)
-    assert parse_adapter("my/lora:-0.5") == Adapter(Path("my/lora"), -0.5)
+    assert parse_adapter("my/lora") == AdapterArgument(Path("my/lora"), 1.0)
+    assert parse_adapter("my/lora:-0.5") == AdapterArgument(Path("my/lora"), -0.5)
     odd = tmp_path / "a:0.5"
     odd.mkdir()
-    assert parse_adapter(str(odd)) == Adapter(odd)
+    assert parse_adapter(str(odd)) == AdapterArgument(odd)
     with pytest.raises(ConfigError, match="'much' is not a number"):
         parse_adapter("my/lora:much")
 
@@ -602,8 +596,8 @@ def test_images_pair_with_prompts():
 
 
 def test_the_native_size_of_every_published_model_is_legal():
-    sizes = {name: native_bucket(read_facts(str(known_model(name)))) for name in KNOWN_MODELS}
+    sizes = {name: training_bucket(read_spec(str(known_model(name)))) for name in KNOWN_MODELS}
     assert len(sizes) == 5
     for name, size in sizes.items():
-        assert read_facts(str(known_model(name))).check_bucket(size) == []
+        assert read_spec(str(known_model(name))).check_bucket(size) == []
         assert size == (Bucket(81, 768, 1360) if name.startswith("1.5") else Bucket(49, 480, 720))

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from finetune.errors import DataError
-from finetune.geometry import (
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket, VideoProbe
+from finetune.datasets.geometry import (
     MAX_ASPECT_MISMATCH,
     ClipConfig,
     better_size,
@@ -26,7 +27,6 @@ from finetune.geometry import (
     seconds_kept,
     seconds_of,
 )
-from finetune.types import Bucket, VideoProbe
 
 SPANS = ("head", "center", "uniform", "all")
 

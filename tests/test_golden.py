@@ -27,11 +27,11 @@ from goldens import (
 )
 from waiting import HANG_S
 
-from finetune import diffusion, schedule
-from finetune.datasets.loader import BatchMaker
-from finetune.streams import stream
-from finetune.tiny import VARIANTS
-from finetune.trainers import objective
+from finetune.cogvideox import objective
+from finetune.core.rng import generator
+from finetune.datasets import schedule
+from finetune.datasets.dataloader import BatchMaker
+from finetune.testing.tiny import VARIANTS
 
 ROOT = FOLDER.parent.parent
 BF16_LOSS = 0.02
@@ -184,6 +184,6 @@ def test_a_seed_means_what_it_meant():
 
 
 def test_another_way_to_make_addresses_is_noticed(monkeypatch):
-    monkeypatch.setattr(diffusion, "stream", lambda seed, *path: stream(seed + 1, *path))
+    monkeypatch.setattr(objective, "generator", lambda seed, *path: generator(seed + 1, *path))
     golden, numbers = json.loads((FOLDER / "streams.json").read_text()), stream_numbers()
     assert {kind for kind in golden if golden[kind] != numbers[kind]} >= {"timestep", "noise", "posterior_noise"}

@@ -24,9 +24,10 @@ import torch
 from conftest import GPU_PIECES
 from worlds import fabricate_cache, run_config
 
+from finetune.checkpoint.load import load_checkpoint
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import read_spec
 from finetune.export import export
-from finetune.facts import known_model, read_facts
-from finetune.trainers.checkpoint import load_checkpoint
 from finetune.trainers.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -339,11 +340,11 @@ def test_encoders_at_full_size(results):
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5Config, T5EncoderModel
 
-    from finetune.cogvideox import encode_prompts, encode_video
-    from finetune.tiny import tiny_text
+    from finetune.cogvideox.encode import encode_prompts, encode_video
+    from finetune.testing.tiny import tiny_text
 
     folder = known_model("5b")
-    facts = read_facts(str(folder))
+    facts = read_spec(str(folder))
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):

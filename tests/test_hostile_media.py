@@ -27,12 +27,14 @@ from PIL import Image
 from waiting import until
 from worlds import run_config
 
-from finetune.caching.report import check_dataset
-from finetune.datasets.media import containers, pictures, pyav_reader
-from finetune.datasets.video import DecodeJob, DecodePool, decode, load_fitted_image, load_image, probe
-from finetune.errors import DataError
-from finetune.facts import known_model, read_facts
-from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.caching.check import check_dataset
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.datasets import containers, video_streams
+from finetune.datasets import decode as pictures
+from finetune.datasets.decode_pool import DecodeJob, DecodePool, decode, load_fitted_image, load_image, probe
 
 """For any one file here; the slowest takes a fraction of a second on a machine of its own."""
 LIMIT_MIB = 700
@@ -249,7 +251,7 @@ def test_the_canary_of_the_changing_picture(tmp_path, monkeypatch):
     assert header.decoder == "decord"
     with pytest.raises(DataError, match="changes size"):
         decode(tmp_path / "changes.mp4", header, plan)
-    monkeypatch.setattr(pyav_reader, "check_frames", lambda *arguments: None)
+    monkeypatch.setattr(video_streams, "check_frames", lambda *arguments: None)
     assert decode(tmp_path / "changes.mp4", header, plan).pixels.shape == (3, 1, 64, 64)
 
 
@@ -626,7 +628,7 @@ def test_hostile_rows_are_named_and_the_rest_goes_on(good, demo_clips, tmp_path,
             rows.write(json.dumps({"file_name": name, "prompt": "a ball"}) + "\n")
     data = {"unreadable_clips": policy}
     config = run_config(known_model("2b"), folder, tmp_path / "run", data=data, cache={"decode_workers": 1})
-    facts = read_facts(str(known_model("2b")))
+    facts = read_spec(str(known_model("2b")))
     if policy == "skip":
         report = check_dataset(config, facts, progress=False)
         assert len(report.clips) == 4 and {Path(name).name for name in report.skipped["unreadable"]} == set(hostile)

@@ -22,49 +22,42 @@ from safetensors.torch import load_file
 from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
 
-from finetune.adapter_source import read_sources
-from finetune.cogvideox import (
-    ModelConfig,
-    encode_prompts,
-    encode_video,
-    load_scheduler,
-    load_text,
-    load_transformer,
-    load_vae,
-)
-from finetune.config import RunConfig, load_config, pin_model
-from finetune.errors import CheckpointError, ConfigError, ModelError
-from finetune.exporting.model_card import _code, _text, copy_samples, model_card, training_record
-from finetune.exporting.source import DataSummary, Source
-from finetune.facts import (
+from finetune.checkpoint.compare import require_same_run
+from finetune.cogvideox.encode import encode_prompts, encode_video
+from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
+from finetune.cogvideox.model_files import (
     CONFIG_FILES,
+    PARTS,
     is_commit,
+    json_faults,
     known_model,
     pin_revision,
-    read_facts,
     require_plain_index,
-    require_tokenizer,
     resolve_pretrained,
 )
-from finetune.facts.guard import json_faults
-from finetune.facts.parts import PARTS
-from finetune.facts.tokenizer import _read_apart
-from finetune.files import publish_dir
-from finetune.generate_inputs import (
+from finetune.cogvideox.spec import read_spec
+from finetune.cogvideox.tokenizer import _read_apart, require_tokenizer
+from finetune.config.loading import load_config
+from finetune.config.rules import pin_model
+from finetune.config.schema import RunConfig
+from finetune.convert.model_card import _code, _text, copy_samples, model_card, training_record
+from finetune.convert.source import DataSummary, Source
+from finetune.core.errors import CheckpointError, ConfigError, ModelError
+from finetune.core.files import publish_dir
+from finetune.core.types import RunState, SamplePrompt
+from finetune.inference.inputs import (
     ADAPTER_FILE,
     TRAINING_RECORD,
-    Adapter,
+    AdapterArgument,
     GenerateRequest,
     check_request,
-    native_bucket,
     read_prompts,
+    read_sources,
     recorded_fps,
+    training_bucket,
 )
-from finetune.generate_inputs import training_record as find_record
-from finetune.trainers.checkpoint import require_same_run
+from finetune.inference.inputs import training_record as find_record
 from finetune.trainers.loop import train
-from finetune.trainers.validation import SamplePrompt
-from finetune.types import RunState
 
 SHA_A, SHA_B = "a" * 40, "b" * 40
 
@@ -158,7 +151,7 @@ def test_json_that_would_take_all_memory_or_act_is_refused_before_it_is_loaded(m
     file = "scheduler_config.json" if component == "scheduler" else "config.json"
     edit(model / component / file, **changes)
     loaders = {"scheduler": load_scheduler, **{name: load for name, (load, _) in LOADERS.items()}}
-    for attempt in (lambda: read_facts(str(model)), lambda: loaders[component](config_of(model))):
+    for attempt in (lambda: read_spec(str(model)), lambda: loaders[component](config_of(model))):
         with pytest.raises(ModelError) as caught:
             attempt()
         assert said in str(caught.value) and component in str(caught.value)
@@ -170,7 +163,7 @@ WRONG = ("x", [1], {}, None, True, -1, 0, 7, 10**9, 1e300, 0.5, [[1]])
 
 def used(model: Path, component: str) -> None:
     """What training does with a component, as far as its JSON decides it."""
-    facts = read_facts(str(model))
+    facts = read_spec(str(model))
     if component == "transformer":
         load_transformer(config_of(model))
     elif component == "vae":
@@ -225,7 +218,7 @@ def test_numbers_that_are_legal_one_by_one(tmp_path, changes, said):
     folder = Path(shutil.copytree(known_model("2b"), tmp_path / "model"))
     edit(folder / "transformer/config.json", **changes)
     with pytest.raises(ModelError, match=said):
-        read_facts(str(folder))
+        read_spec(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -245,7 +238,7 @@ def test_files_that_are_no_json_of_a_model(tmp_path, content, said):
         kept = (folder / file).read_bytes()
         (folder / file).write_bytes(content)
         with pytest.raises(ModelError, match=said) as caught:
-            read_facts(str(folder))
+            read_spec(str(folder))
         assert "\x1b" not in str(caught.value)
         (folder / file).write_bytes(kept)
 
@@ -341,10 +334,10 @@ def test_a_panic_of_the_tokenizers_library_is_past_what_python_catches():
 
 def test_a_tokenizer_s_reader_that_dies_or_hangs_is_an_error_about_the_file(model, tmp_path, monkeypatch):
     child = tmp_path / "child.py"
-    monkeypatch.setattr("finetune.facts.tokenizer._CHILD", child)
+    monkeypatch.setattr("finetune.cogvideox.tokenizer._CHILD", child)
     for line, said in (("import os; os.abort()", "ended with signal 6"), ("import time; time.sleep(60)", "not read")):
         child.write_text(line)
-        monkeypatch.setattr("finetune.facts.tokenizer._PATIENCE_S", 30 if "abort" in line else 0.2)
+        monkeypatch.setattr("finetune.cogvideox.tokenizer._PATIENCE_S", 30 if "abort" in line else 0.2)
         _read_apart.cache_clear()
         with pytest.raises(ModelError, match=said):
             require_tokenizer(model)
@@ -354,7 +347,7 @@ def test_a_tokenizer_s_reader_that_dies_or_hangs_is_an_error_about_the_file(mode
 def test_a_tokenizer_is_read_apart_once(model, monkeypatch):
     highest = require_tokenizer(model)
     assert highest == len(load_text(config_of(model))[0]) - 1
-    monkeypatch.setattr("finetune.facts.tokenizer.subprocess.run", lambda *words, **options: pytest.fail("again"))
+    monkeypatch.setattr("finetune.cogvideox.tokenizer.subprocess.run", lambda *words, **options: pytest.fail("again"))
     assert require_tokenizer(model) == highest
 
 
@@ -401,7 +394,7 @@ def test_only_files_are_opened(model, file, kind):
         path.symlink_to(path if kind == "loop" else "/dev/zero")
     loaders = {"scheduler": load_scheduler, "vae": load_vae, "transformer": load_transformer}
     load = loaders.get(path.parent.name, load_text)
-    for look in (lambda: read_facts(str(model)), lambda: load(config_of(model))):
+    for look in (lambda: read_spec(str(model)), lambda: load(config_of(model))):
         with pytest.raises(ModelError) as caught:
             look()
         assert str(path) in str(caught.value)
@@ -413,7 +406,7 @@ def test_pickles_are_refused_before_anything_is_encoded(model, component):
     for path in (model / component).glob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
     with pytest.raises(ModelError, match=r"a format that can run code.*\n.*\n.*convert it"):
-        read_facts(str(model))
+        read_spec(str(model))
 
 
 def test_shards_that_are_missing_are_named(model):
@@ -427,7 +420,7 @@ def test_a_header_that_lies_about_its_length_takes_no_memory(model):
     path = model / "transformer/diffusion_pytorch_model.safetensors"
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     config = ModelConfig(pretrained=str(model))
-    for look in (lambda: read_facts(str(model)), config.torch_dtype, lambda: load_transformer(config_of(model))):
+    for look in (lambda: read_spec(str(model)), config.torch_dtype, lambda: load_transformer(config_of(model))):
         with pytest.raises(ModelError, match="claims a table of contents"):
             look()
 
@@ -458,22 +451,22 @@ def adapter_file(folder: Path, settings: str) -> Path:
     ],
 )
 def test_an_adapter_s_header_cannot_ask_for_more_than_its_tensors(tmp_path, settings, said):
-    facts = read_facts(str(known_model("5b")))
-    adapters = (Adapter(adapter_file(tmp_path / "lora", settings)),)
+    facts = read_spec(str(known_model("5b")))
+    adapters = (AdapterArgument(adapter_file(tmp_path / "lora", settings)),)
     request = GenerateRequest("x/y", (SamplePrompt(prompt="x"),), tmp_path / "out", adapters=adapters)
     if said is None:
-        check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
+        check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
         return
     with pytest.raises(ConfigError) as caught:
-        check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
+        check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
     assert said in str(caught.value)
 
 
 def test_a_prompt_that_is_no_text_is_refused(tmp_path):
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     request = GenerateRequest("x/y", (SamplePrompt(prompt="a\x1b[2Jb"),), tmp_path / "out")
     with pytest.raises(ConfigError, match="the prompt is damaged: it holds U\\+001B"):
-        check_request(request, facts, native_bucket(facts))
+        check_request(request, facts, training_bucket(facts))
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="nested too deeply"):
         read_prompts(tmp_path / "p.jsonl")
@@ -691,7 +684,7 @@ def found(tmp_path: Path) -> Callable[..., Source]:
 
 
 def card_of(source: Source, name: str = "export", samples: list[str] | None = None) -> str:
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     return model_card(source, facts, None, name=name, samples=samples or [], full_pipeline=False)
 
 
@@ -732,8 +725,8 @@ def test_a_card_has_the_same_structure_whatever_the_words(found, text):
 
 def test_the_structure_can_break(found, monkeypatch):
     """Canary: without the escapes the same words are markup."""
-    monkeypatch.setattr("finetune.exporting.model_card._code", lambda text: text)
-    monkeypatch.setattr("finetune.exporting.model_card._text", lambda text: text)
+    monkeypatch.setattr("finetune.convert.model_card._code", lambda text: text)
+    monkeypatch.setattr("finetune.convert.model_card._text", lambda text: text)
     _, body = parts_of(card_of(found(NASTY[3], (NASTY[0], NASTY[5]))))
     assert {"html_inline", "image"} <= set(structure(body))
 
@@ -762,7 +755,7 @@ def test_the_card_and_the_record_name_the_commit(found):
     source = found()
     _, body = parts_of(card_of(source))
     assert f"from_pretrained('zai-org/CogVideoX-5b', revision='{SHA_A}'" in body and f"--revision {SHA_A}" in body
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     assert json.loads(training_record(source, facts, None, max_abs_diff=0, tolerance=1))["revision"] == SHA_A
     _, body = parts_of(card_of(replace(source, revision=None)))
     assert "revision" not in body

@@ -18,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
-from finetune.cli import main
-from finetune.datasets import lines, tables
-from finetune.datasets.rows import MAX_CAPTION_CHARS, Gate
+from finetune.cli.main import main
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import ConfigError, DataError, FinetuneError, KilledError
+from finetune.core.text import shown, text_fault, without_invisible
+from finetune.datasets import rows, tables
+from finetune.datasets.rows import MAX_CAPTION_CHARS, PathPolicy
 from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples
-from finetune.errors import ConfigError, DataError, FinetuneError, KilledError
-from finetune.facts import known_model, read_facts
-from finetune.text import shown, text_fault, without_invisible
 
 SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 
@@ -40,7 +41,7 @@ def fails(base: Path, *written: dict[str, Any], **more: Any) -> str:
     return str(caught.value)
 
 
-def rows(path: Path, *written: dict[str, Any]) -> Path:
+def write_rows(path: Path, *written: dict[str, Any]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in written), encoding="utf-8")
     return path
 
@@ -74,7 +75,9 @@ FINE = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_captions_that_are_not_what_they_show_are_refused(data, name):
-    rows(data / "m.jsonl", {"file_name": "a.mp4", "prompt": "fine"}, {"file_name": "b.mp4", "prompt": REFUSED[name]})
+    write_rows(
+        data / "m.jsonl", {"file_name": "a.mp4", "prompt": "fine"}, {"file_name": "b.mp4", "prompt": REFUSED[name]}
+    )
     told = fails(data, {"path": "m.jsonl"})
     assert "the caption is damaged" in told and "m.jsonl:2" in told and "m.jsonl:1" not in told
     kept = read(data, {"path": "m.jsonl"}, skip=True)
@@ -83,20 +86,24 @@ def test_captions_that_are_not_what_they_show_are_refused(data, name):
 
 @pytest.mark.parametrize("name", FINE)
 def test_every_script_and_emoji_is_kept_as_it_is(data, name):
-    rows(data / "m.jsonl", {"file_name": "a.mp4", "prompt": FINE[name]})
+    write_rows(data / "m.jsonl", {"file_name": "a.mp4", "prompt": FINE[name]})
     assert [sample.caption for sample in read(data, {"path": "m.jsonl"}).train] == [FINE[name]]
     assert shown(FINE[name]) == FINE[name]
 
 
 def test_white_space_is_joined_and_what_nobody_sees_is_dropped(data):
-    rows(data / "m.jsonl", {"file_name": "a.mp4", "prompt": "\ufeffa\tred\r\n\u200bball\u00ad \u2060rolls\u2028on"})
+    write_rows(
+        data / "m.jsonl", {"file_name": "a.mp4", "prompt": "\ufeffa\tred\r\n\u200bball\u00ad \u2060rolls\u2028on"}
+    )
     assert read(data, {"path": "m.jsonl"}).train[0].caption == "a red ball rolls on"
     assert without_invisible("zk\u200bx") == "zkx"
     assert CaptionConfig(trigger="zkx").apply("a zk\u200bx cat") == "a zkx cat", "the trigger word stands there already"
 
 
 def test_a_caption_too_long_is_that_row_s_fault_and_costs_nothing(data):
-    rows(data / "m.jsonl", {"file_name": "a.mp4", "prompt": "x " * 50_000}, {"file_name": "b.mp4", "prompt": "fine"})
+    write_rows(
+        data / "m.jsonl", {"file_name": "a.mp4", "prompt": "x " * 50_000}, {"file_name": "b.mp4", "prompt": "fine"}
+    )
     begun = time.process_time()
     assert "100,000 characters" in fails(data, {"path": "m.jsonl"})
     assert [sample.caption for sample in read(data, {"path": "m.jsonl"}, skip=True).train] == ["fine"]
@@ -135,7 +142,9 @@ ATTACK = "\x1b]0;owned\x07\x1b[2J\r\x9b1m\u202e\ud800"
 
 
 def test_no_message_reaches_the_terminal_raw(data, capsys, monkeypatch):
-    rows(data / "m.jsonl", {"file_name": f"{ATTACK}.mp4", "prompt": "x"}, {f"key{ATTACK}": 1, "file_name": ATTACK})
+    write_rows(
+        data / "m.jsonl", {"file_name": f"{ATTACK}.mp4", "prompt": "x"}, {f"key{ATTACK}": 1, "file_name": ATTACK}
+    )
     config = data / "run.yaml"
     config.write_text(
         "model: {pretrained: x/y}\ndata: {sources: [{path: m.jsonl}], buckets: [9x64x64]}\n"
@@ -148,7 +157,7 @@ def test_no_message_reaches_the_terminal_raw(data, capsys, monkeypatch):
     )
     assert "\\x1b[2J" in told and "\\u202e" in told and "\\ud800" in told
     assert not set(told) & set("\x1b\x07\r\x9b\u202e\ud800"), "raw"
-    monkeypatch.setattr("finetune.errors.shown", lambda text: text)  # canary: this is where it is done
+    monkeypatch.setattr("finetune.core.errors.shown", lambda text: text)  # canary: this is where it is done
     assert "\x1b" in str(DataError(ATTACK))
 
 
@@ -192,7 +201,7 @@ def linked(data: Path) -> Path:
 def test_no_row_leads_out_of_the_folder(linked, name, layout):
     video = OUTSIDE[name].format(tmp=linked.parent)
     if layout == "jsonl":
-        rows(linked / "m.jsonl", {"file_name": "a.mp4", "prompt": "x"}, {"file_name": video, "prompt": "y"})
+        write_rows(linked / "m.jsonl", {"file_name": "a.mp4", "prompt": "x"}, {"file_name": video, "prompt": "y"})
         source, place = {"path": "m.jsonl"}, "m.jsonl:2"
     elif layout == "prompts":
         (linked / "prompts.txt").write_text("x\ny\n")
@@ -200,7 +209,7 @@ def test_no_row_leads_out_of_the_folder(linked, name, layout):
         source, place = {"kind": "prompts", "path": "."}, "prompts.txt:2"
     else:
         (linked / "videos").symlink_to(".")  # so that the links above are where CogKit looks
-        rows(linked / "metadata.jsonl", {"id": 1, "file_name": video, "prompt": "y"})
+        write_rows(linked / "metadata.jsonl", {"id": 1, "file_name": video, "prompt": "y"})
         source, place = {"kind": "cogkit", "path": "."}, "metadata.jsonl:1"
     told = fails(linked, source)
     assert place in told and any(words in told for words in ("absolute path", "leads out", "link that leads out"))
@@ -224,7 +233,7 @@ def test_links_out_of_a_folder_of_clips(linked):
 
 @pytest.mark.parametrize("kind", ["auto", "cogkit", "prompts"])
 def test_a_linked_list_in_a_folder_is_not_read(data, kind):
-    outside = rows(data.parent / "list.jsonl", {"file_name": "a.mp4", "prompt": "x"})
+    outside = write_rows(data.parent / "list.jsonl", {"file_name": "a.mp4", "prompt": "x"})
     if kind == "prompts":
         (data / "prompts.txt").symlink_to(data.parent / "secret.txt")
         (data / "videos.txt").write_text("a.mp4\n")
@@ -238,7 +247,7 @@ def test_a_linked_list_in_a_folder_is_not_read(data, kind):
 
 def test_links_inside_and_a_linked_folder_are_fine(data):
     (data / "inside.mp4").symlink_to("a.mp4")
-    rows(data / "metadata.jsonl", {"file_name": "inside.mp4", "prompt": "x"})
+    write_rows(data / "metadata.jsonl", {"file_name": "inside.mp4", "prompt": "x"})
     (data.parent / "elsewhere").symlink_to(data)
     assert len(read(data.parent, {"path": "elsewhere"}).train) == 1
     assert len(read(data.parent, {"path": "elsewhere/metadata.jsonl"}).train) == 1
@@ -246,16 +255,16 @@ def test_links_inside_and_a_linked_folder_are_fine(data):
 
 def test_allow_outside_opens_what_it_says_and_no_more(linked):
     names = [f"{linked.parent}/secret.mp4", "../secret.mp4", "link.mp4"]
-    rows(linked / "m.jsonl", *({"file_name": name, "prompt": name[-5:]} for name in names))
+    write_rows(linked / "m.jsonl", *({"file_name": name, "prompt": name[-5:]} for name in names))
     found = read(linked, {"path": "m.jsonl", "allow_outside": True})
     assert {os.path.realpath(sample.video) for sample in found.train} == {str(linked.parent / "secret.mp4")}
     for name, said in (("~/a.mp4", "absolute"), ("C:\\a.mp4", "absolute"), ("/etc/passwd", "not a known kind")):
-        rows(linked / "m.jsonl", {"file_name": name, "prompt": "x"})
+        write_rows(linked / "m.jsonl", {"file_name": name, "prompt": "x"})
         assert said in fails(linked, {"path": "m.jsonl", "allow_outside": True})
 
 
 def test_a_gate_that_allows_does_not_open_for_the_next_source(linked):
-    gate = Gate()
+    gate = PathPolicy()
     gate.file("link.mp4", linked, (".mp4",), "video", "here", allow_outside=True)
     with pytest.raises(DataError, match="leads out"):
         gate.file("link.mp4", linked, (".mp4",), "video", "here")
@@ -265,7 +274,7 @@ def test_pipes_devices_and_folders_are_no_files(data):
     os.mkfifo(data / "pipe.mp4")
     (data / "null.mp4").symlink_to("/dev/zero")
     (data / "folder.mp4").mkdir()
-    rows(data / "m.jsonl", *({"file_name": f"{name}.mp4", "prompt": "x"} for name in ("pipe", "null", "folder")))
+    write_rows(data / "m.jsonl", *({"file_name": f"{name}.mp4", "prompt": "x"} for name in ("pipe", "null", "folder")))
     told = fails(data, {"path": "m.jsonl", "allow_outside": True})
     assert "is a pipe, not a file" in told and "is a device, not a file" in told and "is a folder, not a file" in told
     assert "3 things" in told
@@ -330,7 +339,7 @@ def test_one_bad_byte_is_one_row_and_every_bad_row_is_named(data):
         ('{"prompt": "x", "prompt": "y"}', "the key 'prompt' stands twice"),
         ('{"n": ' + "9" * 5_000 + "}", "not usable JSON"),
         ('"x"', "not a JSON object"),
-        ('{"x": "' + "y" * lines.MAX_LINE_CHARS + '"}', "more than 1,048,576 characters"),
+        ('{"x": "' + "y" * rows.MAX_LINE_CHARS + '"}', "more than 1,048,576 characters"),
         ("NaN", "not a JSON object"),
         ('{"x": "\t"}', "Invalid control character"),
     ],
@@ -346,12 +355,12 @@ def test_lines_of_hostile_json(data, line, said):
 
 def test_hostile_values_in_columns_nobody_reads_do_not_matter(data):
     row = {"file_name": "a.mp4", "prompt": "x", "n": float("nan"), "m": 10**300, "deep": [[[{"\ud800": "\0"}]]]}
-    rows(data / "m.jsonl", row)
+    write_rows(data / "m.jsonl", row)
     assert len(read(data, {"path": "m.jsonl"}).train) == 1
 
 
 def test_too_many_columns_rows_and_faults(data, monkeypatch):
-    rows(data / "m.jsonl", {f"k{n}": 1 for n in range(2_000)})
+    write_rows(data / "m.jsonl", {f"k{n}": 1 for n in range(2_000)})
     assert "more than 1,000 different keys" in fails(data, {"path": "m.jsonl"})
     (data / "m.csv").write_text(",".join(f"c{n}" for n in range(2_000)) + "\n")
     assert "more than 1,000 columns" in fails(data, {"path": "m.csv"})
@@ -362,7 +371,7 @@ def test_too_many_columns_rows_and_faults(data, monkeypatch):
     (data / "prompts.txt").write_bytes(b"caf\xe9\n" * (tables.MAX_FAULTS + 2))
     (data / "videos.txt").write_text("a.mp4\n")
     assert "more than 10,000 lines that cannot be read" in fails(data, {"kind": "prompts", "path": "."})
-    rows(data / "m.jsonl", *[{"file_name": "gone.mp4", "prompt": "x"}] * 20)
+    write_rows(data / "m.jsonl", *[{"file_name": "gone.mp4", "prompt": "x"}] * 20)
     monkeypatch.setattr("finetune.datasets.sources.MAX_FAULTS", 5)
     assert "too much is wrong" in fails(data, {"path": "m.jsonl"})
     monkeypatch.setattr(tables, "MAX_ROWS", 10)
@@ -401,7 +410,7 @@ def test_a_line_without_end_takes_no_memory(data):
 
 def test_a_file_too_large_is_not_opened(data, monkeypatch):
     with (data / "m.jsonl").open("wb") as file:
-        file.truncate(lines.MAX_FILE_BYTES + 1)  # a hole: it takes no room
+        file.truncate(rows.MAX_FILE_BYTES + 1)  # a hole: it takes no room
     monkeypatch.setattr(Path, "open", lambda *arguments, **options: pytest.fail("opened"))
     assert "1,073,741,825 bytes" in fails(data, {"path": "m.jsonl"})
 
@@ -438,7 +447,7 @@ def test_a_million_rows(data):
 def test_rows_left_out_are_counted_and_named_by_check(demo_clips, tmp_path):
     from worlds import run_config
 
-    from finetune.precompute import check_dataset
+    from finetune.caching.check import check_dataset
 
     listed = (demo_clips / "metadata.jsonl").read_text().splitlines()
     clips = tmp_path / "clips"
@@ -447,7 +456,7 @@ def test_rows_left_out_are_counted_and_named_by_check(demo_clips, tmp_path):
         (clips / video.name).write_bytes(video.read_bytes())
     bad = json.loads(listed[0]) | {"prompt": "a\x1b[2Jb"}
     (clips / "metadata.jsonl").write_text("\n".join([json.dumps(bad), "not json", *listed[1:]]))
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     strict = run_config(known_model("5b"), clips, tmp_path / "run")
     with pytest.raises(DataError, match="2 things are wrong"):
         check_dataset(strict, facts, progress=False)
@@ -479,9 +488,9 @@ def test_parquet_is_read_in_a_process_of_its_own_and_its_death_is_an_error(data,
     assert "the reader ended with signal 6" in fails(data, {"path": "m.parquet"})
     assert "pyarrow.parquet" not in set(sys.modules) - before
     (data / "m.parquet").write_bytes(parquet_bytes({"file_name": ["a.mp4"] * 150, "prompt": ["x" * 2**20] * 150}))
-    monkeypatch.setattr("finetune.datasets.parquet._MEMORY_BYTES", 100 * 2**20)  # 150 times one caption is more
+    monkeypatch.setattr("finetune.datasets.tables._MEMORY_BYTES", 100 * 2**20)  # 150 times one caption is more
     assert "not a readable Parquet file" in fails(data, {"path": "m.parquet"})
-    monkeypatch.setattr("finetune.datasets.parquet._PATIENCE_S", 0.05)
+    monkeypatch.setattr("finetune.datasets.tables._PATIENCE_S", 0.05)
     assert "not read within 0.05 s" in fails(data, {"path": "m.parquet"})
 
 
@@ -491,7 +500,7 @@ def test_a_reader_that_is_killed_from_outside_is_started_again_and_blames_no_fil
     script = tmp_path / "reader"
     script.write_text(f'#!/bin/sh\necho >> "{tmp_path}/runs"\nkill -9 $$\n')
     script.chmod(0o755)
-    monkeypatch.setattr("finetune.datasets.parquet.sys.executable", str(script))
+    monkeypatch.setattr("finetune.datasets.tables.sys.executable", str(script))
     with pytest.raises(KilledError, match=r"killed twice \(SIGKILL\)") as caught:
         read(data, {"path": "m.parquet"})
     assert caught.value.where == str(data / "m.parquet") and len((tmp_path / "runs").read_text()) == 2
@@ -502,7 +511,7 @@ def _here(monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.datasets import parquet_child
 
     monkeypatch.setattr(
-        "finetune.datasets.parquet._run", lambda request, folder: parquet_child.answer(json.loads(request)) or ""
+        "finetune.datasets.tables._run", lambda request, folder: parquet_child.answer(json.loads(request)) or ""
     )
 
 
@@ -561,7 +570,8 @@ def test_parquet_columns_that_are_no_text(data, _here, columns):
 def test_a_video_s_tag_is_one_line_of_text(tmp_path, monkeypatch):
     import numpy as np
 
-    from finetune.trainers.tracking import Tracker, TrackingConfig
+    from finetune.config.schema import TrackingConfig
+    from finetune.trainers.tracking import Tracker
 
     seen: list[Any] = []
     writer = SimpleNamespace(
@@ -579,13 +589,13 @@ def test_a_video_s_tag_is_one_line_of_text(tmp_path, monkeypatch):
 
 
 def test_a_starting_configuration_cannot_be_written_into(tmp_path):
-    from finetune.starter import write_starter
+    from finetune.cli.init import write_starter
 
     with pytest.raises(ConfigError, match="damaged"):
         write_starter(model="5b", method="lora", card_gib=None, clips=Path("x\ny: 1"), output=tmp_path / "run.yaml")
     output = tmp_path / "a run; true.yaml"
     write_starter(model="5b", method="lora", card_gib=None, clips=Path("it's"), output=output)
     assert f"finetune check --config '{output}'" in output.read_text()
-    from finetune.config import load_config
+    from finetune.config.loading import load_config
 
     assert load_config(output).data.sources[0].path.name == "it's"

@@ -16,21 +16,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import run_config
 
-from finetune.cogvideox import ModelConfig, base_digest, load_transformer, require_as_sent
-from finetune.config import RunConfig
+from finetune.checkpoint.load import load_checkpoint
+from finetune.cogvideox.load import ModelConfig, base_digest, load_transformer, require_as_sent
+from finetune.cogvideox.model_files import hub_sha256
+from finetune.cogvideox.spec import read_spec
+from finetune.config.schema import RunConfig
+from finetune.core.checksums import write_checksums
+from finetune.core.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
+from finetune.core.files import COMPLETE, digest_file
+from finetune.core.types import SamplePrompt
 from finetune.datasets.cache import Cache
-from finetune.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
 from finetune.export import export
-from finetune.facts import hub_sha256, read_facts
-from finetune.files import COMPLETE, digest_file
-from finetune.generate import generate
-from finetune.generate_inputs import TRAINING_RECORD, Adapter, GenerateRequest, native_bucket
-from finetune.memory.quantize import placement
-from finetune.seals import seal
-from finetune.trainers.assemble import _same_base
-from finetune.trainers.checkpoint import load_checkpoint
+from finetune.inference.generate import generate
+from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest, training_bucket
+from finetune.memory.quantized_linear import placement
 from finetune.trainers.loop import train
-from finetune.trainers.validation import SamplePrompt
+from finetune.trainers.setup import _same_base
 
 WEIGHTS = Path("transformer", "diffusion_pytorch_model.safetensors")
 SETTINGS = Path("transformer", "config.json")
@@ -125,9 +126,9 @@ def sampled(config: RunConfig, out: Path) -> GenerateRequest:
         base=config.model.pretrained,
         prompts=(SamplePrompt(prompt="a red circle"),),
         out=out,
-        adapters=() if whole else (Adapter(config.output_dir / "export"),),
+        adapters=() if whole else (AdapterArgument(config.output_dir / "export"),),
         transformer=config.output_dir / "export" if whole else None,
-        bucket=native_bucket(read_facts(config.model.pretrained)),
+        bucket=training_bucket(read_spec(config.model.pretrained)),
         num_inference_steps=1,
         guidance_scale=1,
     )
@@ -171,7 +172,7 @@ def test_without_the_comparison_noise_would_be_trained_on(trained, changed, tmp_
     """Canary: what the issue saw, exit code 0 on a base of noise."""
     changed(noise)
     shutil.copytree(trained.output_dir, tmp_path / "run")
-    monkeypatch.setattr("finetune.trainers.assemble.require_base", lambda *_, **__: None)
+    monkeypatch.setattr("finetune.trainers.setup.require_base", lambda *_, **__: None)
     monkeypatch.setattr("finetune.export.require_base", lambda *_, **__: None)
     config = longer(trained).model_copy(update={"output_dir": tmp_path / "run"})
     assert train(config).step == 4
@@ -186,7 +187,7 @@ def test_what_was_saved_before_digests_is_taken_with_a_word(trained, tmp_path, c
     del content["state"]["base"]
     (checkpoint / "state.json").write_text(json.dumps(content))
     (checkpoint / COMPLETE).unlink()
-    (checkpoint / COMPLETE).write_text(seal(checkpoint))
+    (checkpoint / COMPLETE).write_text(write_checksums(checkpoint))
     report = export(run)
     assert "does not record which base" in str(report)
     assert json.loads((run / "export" / TRAINING_RECORD).read_text())["base_digest"] is None
@@ -278,10 +279,11 @@ def test_a_base_that_is_not_what_the_hub_sent_is_refused_before_training(kind, t
 
 def test_a_hash_is_taken_once_and_only_of_what_the_hub_sent(tiny_model, tmp_path, monkeypatch):
     folder = from_hub(tiny_model(), tmp_path / "hub", "cache")
-    monkeypatch.setattr("finetune.datasets.stamps.YOUNG_S", 0)
+    monkeypatch.setattr("finetune.datasets.cache_entries.YOUNG_S", 0)
     read = []
     monkeypatch.setattr(
-        "finetune.datasets.stamps.digest_file", lambda path, *others: read.append(path) or digest_file(path, *others)
+        "finetune.datasets.cache_entries.digest_file",
+        lambda path, *others: read.append(path) or digest_file(path, *others),
     )
     cache = Cache(tmp_path / "cache")
     for _ in range(2):

@@ -14,18 +14,36 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.memory import lean, lean_rotary
-from finetune.memory.attention import AttentionTape, is_attention
-from finetune.memory.blocks import Blocks
-from finetune.memory.lean import LeanMath
-from finetune.memory.lean_chunks import GradientSums, chunks, masks
-from finetune.memory.lean_linear import unread, whole
-from finetune.memory.lean_rotary import Normed, gradient, norm_and_rotate, rotate, rotate_back, undoable
-from finetune.memory.parts import BlockInputs, KeptBoundaries, Resident, Wanted
+from finetune.memory import lean_block
+from finetune.memory.lean_block import (
+    GradientSums,
+    LeanBlock,
+    Normed,
+    chunks,
+    gradient,
+    masks,
+    norm_and_rotate,
+    rotate,
+    rotate_back,
+    undoable,
+    unread,
+    whole,
+)
 from finetune.memory.quantized_linear import QuantisedLinear
-from finetune.memory.stock import StockMath
-from finetune.tiny import VARIANTS, tiny_transformer
-from finetune.trainers.method import FullMethod, LoraMethod, full
+from finetune.memory.runner import (
+    ActivationsOnDevice,
+    BlockInputs,
+    Blocks,
+    OnDevice,
+    SavedAttention,
+    StockBlock,
+    WantedGradients,
+    is_attention,
+)
+from finetune.methods import full
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import VARIANTS, tiny_transformer
 
 METHODS = {
     "none": None,
@@ -95,7 +113,9 @@ def run(
     rotary = angles(tokens, config.attention_head_dim) if config.use_rotary_positional_embeddings else None
     runner = None
     if math_ is not None:
-        runner = Blocks(transformer, math=math_, weights=Resident(), boundaries=KeptBoundaries(), keep_attention=keep)
+        runner = Blocks(
+            transformer, math=math_, weights=OnDevice(), boundaries=ActivationsOnDevice(), keep_attention=keep
+        )
         runner.install()
     try:
         out = transformer(
@@ -152,7 +172,7 @@ class CountAttention(TorchDispatchMode):
 def test_same_loss_same_gradients(variant, method):
     transformer = model(variant, METHODS[method])
     theirs = run(transformer, None)
-    ours = run(transformer, LeanMath(tokens=11))  # divides neither stream
+    ours = run(transformer, LeanBlock(tokens=11))  # divides neither stream
     assert len(ours) >= (4 if method == "none" else 20)
     error, name = worst(errors(ours, theirs))
     assert error < 1e-5, name
@@ -161,7 +181,7 @@ def test_same_loss_same_gradients(variant, method):
 @pytest.mark.parametrize("method", OTHERS)
 def test_same_gradients_whatever_trains(method):
     transformer = model("5b", OTHERS[method])
-    error, name = worst(errors(run(transformer, LeanMath(tokens=20)), run(transformer, None)))
+    error, name = worst(errors(run(transformer, LeanBlock(tokens=20)), run(transformer, None)))
     assert error < 1e-5, name
 
 
@@ -171,7 +191,7 @@ def test_narrow_dtypes_lose_no_more_than_the_stock_block(method, dtype):
     transformer = model("1.5-5b-i2v", METHODS[method], dtype)
     truth = run(widened(transformer), None)
     theirs = errors(run(transformer, None), truth)
-    ours = errors(run(transformer, LeanMath(tokens=11)), truth)
+    ours = errors(run(transformer, LeanBlock(tokens=11)), truth)
     del ours["loss"]  # one number, whose error is luck; the prediction is compared
     error, name = max((error / theirs[name], name) for name, error in ours.items())
     assert error < 1.5, name
@@ -193,7 +213,7 @@ def long_errors(variant: str, method: LoraMethod | FullMethod, math_: object | N
     return found
 
 
-@pytest.mark.parametrize("math_", [None, LeanMath()], ids=["stock", "lean"])
+@pytest.mark.parametrize("math_", [None, LeanBlock()], ids=["stock", "lean"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_long_sequences_cost_a_narrow_gradient_no_digits(variant, math_):
     """Torch's CPU kernel sums a norm's gradients in bfloat16, and would be off by half and more; the bound is some
@@ -204,7 +224,7 @@ def test_long_sequences_cost_a_narrow_gradient_no_digits(variant, math_):
 
 @pytest.mark.parametrize("method", ["attention+ff", "dora"])
 def test_long_sequences_cost_an_adapter_no_digits(method):
-    error, name = worst(long_errors("5b", (METHODS | OTHERS)[method], LeanMath()))
+    error, name = worst(long_errors("5b", (METHODS | OTHERS)[method], LeanBlock()))
     assert error < 0.06, name
 
 
@@ -248,16 +268,16 @@ def test_same_gradients_on_a_quantised_base(kind):
                 setattr(module, name, quantised)
     OTHERS["values"].apply(transformer, seed=0)
     random_(nn.ParameterList(p for p in transformer.parameters() if p.requires_grad))
-    error, name = worst(errors(run(transformer, LeanMath(tokens=20)), run(transformer, None)))
+    error, name = worst(errors(run(transformer, LeanBlock(tokens=20)), run(transformer, None)))
     assert error < 1e-5, name
 
 
 def test_same_gradients_where_attention_is_kept():
     transformer = model("5b", METHODS["attention"])
-    theirs = run(transformer, LeanMath())
+    theirs = run(transformer, LeanBlock())
     calls = CountAttention()
     with calls:
-        ours = run(transformer, LeanMath(), keep=frozenset({1}))
+        ours = run(transformer, LeanBlock(), keep=frozenset({1}))
     assert calls.forward == 3  # two blocks, and one of them again
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -278,18 +298,18 @@ def _streams(run_: type, monkeypatch) -> None:
 
 
 def _sign(run_: type, monkeypatch) -> None:
-    stock = lean.norm_and_rotate
-    monkeypatch.setattr(lean, "norm_and_rotate", lambda h, n, r: stock(h, n, r and (r[0], -r[1])))
+    stock = lean_block.norm_and_rotate
+    monkeypatch.setattr(lean_block, "norm_and_rotate", lambda h, n, r: stock(h, n, r and (r[0], -r[1])))
 
 
 def _sign_back(run_: type, monkeypatch) -> None:
-    stock = lean_rotary.rotate_back
-    monkeypatch.setattr(lean_rotary, "rotate_back", lambda h, r: stock(h, r and (r[0], -r[1])))
+    stock = lean_block.rotate_back
+    monkeypatch.setattr(lean_block, "rotate_back", lambda h, r: stock(h, r and (r[0], -r[1])))
 
 
 def _statistics(run_: type, monkeypatch) -> None:
-    stock = lean.gradient
-    monkeypatch.setattr(lean, "gradient", lambda result, *a: stock(Normed(result[0], result[1] * 1.01), *a))
+    stock = lean_block.gradient
+    monkeypatch.setattr(lean_block, "gradient", lambda result, *a: stock(Normed(result[0], result[1] * 1.01), *a))
 
 
 def _chunk_lost(run_: type, monkeypatch) -> None:
@@ -301,8 +321,8 @@ def test_the_comparison_notices_a_fault(fault, monkeypatch):
     """Canary of the tests above."""
     transformer = model("5b", METHODS["attention"])
     theirs = run(transformer, None)
-    fault(lean._Run, monkeypatch)
-    assert worst(errors(run(transformer, LeanMath(tokens=11)), theirs))[0] > 1e-4
+    fault(lean_block._Run, monkeypatch)
+    assert worst(errors(run(transformer, LeanBlock(tokens=11)), theirs))[0] > 1e-4
 
 
 # -------------------------------------------------------------------------------------------------- one block by itself
@@ -316,13 +336,16 @@ def alone(method: str = "none", *, width: int = 32, text: int = 6, video: int = 
     return transformer.transformer_blocks[0], BlockInputs(hidden, encoder, temb, angles(video, width))
 
 
-def backward(math_: object, block: nn.Module, inputs: BlockInputs, wanted: Wanted = Wanted(True, True, True)):  # noqa: B008
+ALL_GRADIENTS = WantedGradients(True, True, True)
+
+
+def backward(math_: object, block: nn.Module, inputs: BlockInputs, wanted: WantedGradients = ALL_GRADIENTS):
     grads = tuple(
         torch.randn(t.shape, generator=torch.Generator().manual_seed(4)) for t in (inputs.hidden, inputs.encoder)
     )
     parameters = [p for p in block.parameters() if p.requires_grad]
     with torch.no_grad():
-        return math_.backward(block, inputs, grads, parameters, wanted=wanted, attention=AttentionTape(kept=False))
+        return math_.backward(block, inputs, grads, parameters, wanted=wanted, attention=SavedAttention(kept=False))
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -330,8 +353,8 @@ def backward(math_: object, block: nn.Module, inputs: BlockInputs, wanted: Wante
 @pytest.mark.parametrize("method", ["none", "attention+ff"])
 def test_only_what_is_wanted_is_given(method, encoder, hidden):
     block, inputs = alone(method)
-    wanted = Wanted(hidden, encoder, temb=not hidden)
-    ours, theirs = (backward(math_, block, inputs, wanted) for math_ in (LeanMath(tokens=7), StockMath()))
+    wanted = WantedGradients(hidden, encoder, temb=not hidden)
+    ours, theirs = (backward(math_, block, inputs, wanted) for math_ in (LeanBlock(tokens=7), StockBlock()))
     pairs = [(getattr(ours, name), getattr(theirs, name)) for name in ("hidden", "encoder", "temb")]
     for our, their in [*pairs, *zip(ours.parameters, theirs.parameters, strict=True)]:
         assert (our is None) == (their is None)
@@ -343,9 +366,9 @@ def test_only_what_is_wanted_is_given(method, encoder, hidden):
 def test_an_expanded_gradient_is_not_written_to():
     block, inputs = alone()
     ones = (torch.ones(()).expand_as(inputs.hidden), torch.ones(()).expand_as(inputs.encoder))
-    wanted, tape = Wanted(True, True, False), AttentionTape(kept=False)
-    theirs = StockMath().backward(block, inputs, ones, [], wanted=wanted, attention=tape)
-    ours = LeanMath(tokens=7).backward(block, inputs, ones, [], wanted=wanted, attention=tape)
+    wanted, tape = WantedGradients(True, True, False), SavedAttention(kept=False)
+    theirs = StockBlock().backward(block, inputs, ones, [], wanted=wanted, attention=tape)
+    ours = LeanBlock(tokens=7).backward(block, inputs, ones, [], wanted=wanted, attention=tape)
     assert float(ones[0].sum()) == inputs.hidden.numel()
     torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=1e-4, atol=1e-4)
 
@@ -366,7 +389,7 @@ def products(math_: object, block: nn.Module, inputs: BlockInputs) -> float:
     """Matrix products of a backward pass, in passes of all tokens through a linear layer [D, D]."""
     counter = Products()
     with counter:
-        backward(math_, block, inputs, Wanted(True, True, False))
+        backward(math_, block, inputs, WantedGradients(True, True, False))
     (clips, video, dim), text = inputs.hidden.shape, inputs.encoder.shape[1]
     of_modulation = 2 * clips * inputs.temb.shape[1] * 6 * dim
     return (counter.count - of_modulation) / (clips * (video + text) * dim**2)
@@ -375,12 +398,12 @@ def products(math_: object, block: nn.Module, inputs: BlockInputs) -> float:
 def test_nothing_is_computed_again_that_no_gradient_needs():
     block, inputs = alone()
     needed = 3 + 1 + 4  # q, k, v; out; the first half of the feed-forward
-    assert products(StockMath(), block, inputs) == 12 + 12
-    assert products(LeanMath(tokens=7), block, inputs) == needed + 12
+    assert products(StockBlock(), block, inputs) == 12 + 12
+    assert products(LeanBlock(tokens=7), block, inputs) == needed + 12
     with torch.no_grad():
         block.attn1.norm_k.weight[3] = 1e-3  # cannot be undone: both q and k are computed from the tokens again
-    assert products(LeanMath(tokens=7), block, inputs) == needed + 2 + 12
-    ours, theirs = (backward(math_, block, inputs).hidden for math_ in (LeanMath(tokens=7), StockMath()))
+    assert products(LeanBlock(tokens=7), block, inputs) == needed + 2 + 12
+    ours, theirs = (backward(math_, block, inputs).hidden for math_ in (LeanBlock(tokens=7), StockBlock()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -422,14 +445,14 @@ def peak(math_: object, method: str) -> float:
     live.count(inputs.hidden)
     live.count(inputs.encoder)
     with live:
-        backward(math_, block, inputs, Wanted(True, True, False))
+        backward(math_, block, inputs, WantedGradients(True, True, False))
     return (live.peak - before) / (live._sizes[inputs.hidden.untyped_storage()._cdata] * 1515 / 1500)
 
 
 @pytest.mark.parametrize(("method", "most"), [("none", 10.5), ("attention", 10.5), ("full", 12)])
 def test_ten_streams_are_held(method, most):
-    assert 9.9 < peak(LeanMath(tokens=75), method) < most
-    assert peak(StockMath(), method) > 20
+    assert 9.9 < peak(LeanBlock(tokens=75), method) < most
+    assert peak(StockBlock(), method) > 20
 
 
 def test_it_runs_on_fake_tensors():
@@ -440,7 +463,7 @@ def test_it_runs_on_fake_tensors():
             rotary=tuple(mode.from_tensor(table) for table in inputs.rotary),
             seed=7,
         )
-        given = backward(LeanMath(tokens=7), block, fake)
+        given = backward(LeanBlock(tokens=7), block, fake)
     assert given.hidden.shape == inputs.hidden.shape and given.temb.shape == inputs.temb.shape
 
 
@@ -459,10 +482,10 @@ def test_dropout_is_differentiated_with_the_masks_of_the_forward_pass(monkeypatc
     along = {name: torch.randn(p.shape, generator=torch.Generator().manual_seed(8)) for name, p in trains.items()}
 
     def slope() -> float:
-        found = seeded(LeanMath(tokens=11))
+        found = seeded(LeanBlock(tokens=11))
         return sum(float((found[name] * along[name]).sum()) for name in trains)
 
-    def seeded(math_: LeanMath) -> dict[str, Tensor]:
+    def seeded(math_: LeanBlock) -> dict[str, Tensor]:
         torch.manual_seed(21)
         return run(transformer, math_)
 
@@ -470,7 +493,7 @@ def test_dropout_is_differentiated_with_the_masks_of_the_forward_pass(monkeypatc
         with torch.no_grad():
             for name, parameter in trains.items():
                 parameter.add_(distance * along[name])
-        value = float(seeded(LeanMath(tokens=11))["loss"])
+        value = float(seeded(LeanBlock(tokens=11))["loss"])
         with torch.no_grad():
             for name, parameter in trains.items():
                 parameter.sub_(distance * along[name])
@@ -479,7 +502,7 @@ def test_dropout_is_differentiated_with_the_masks_of_the_forward_pass(monkeypatc
     quotient = (loss(step) - loss(-step)) / (2 * step)
     assert slope() == pytest.approx(quotient, rel=2e-3)
     # Canary: with other masks in the backward pass, the two part.
-    monkeypatch.setattr(LeanMath, "backward", other_masks(LeanMath.backward))
+    monkeypatch.setattr(LeanBlock, "backward", other_masks(LeanBlock.backward))
     assert slope() != pytest.approx(quotient, rel=2e-2)
 
 
@@ -496,9 +519,9 @@ def test_random_numbers_are_drawn_once_per_pass_and_only_for_dropout():
     expected = torch.get_rng_state()
     assert not torch.equal(start, expected)
     torch.manual_seed(3)
-    run(transformer, LeanMath(tokens=11))
+    run(transformer, LeanBlock(tokens=11))
     assert torch.equal(torch.get_rng_state(), expected)
-    run(transformer.eval(), LeanMath(tokens=11))
+    run(transformer.eval(), LeanBlock(tokens=11))
     assert torch.equal(torch.get_rng_state(), expected)
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 from waiting import until
 
-from finetune import leases
-from finetune.leases import Lease, clear_dead, hold, live
+from finetune.core import locks
+from finetune.core.locks import Lease, clear_dead, hold, live
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from finetune.leases import hold
+from finetune.core.locks import hold
 with hold(Path(sys.argv[1]), {"verb": "train"}, beat_s=0.05):
     print("held", flush=True)
     time.sleep(60)
@@ -117,7 +117,7 @@ def test_age_is_told_by_the_clock_of_the_file_system(tmp_path, monkeypatch):
     elsewhere(lease.path)
     monkeypatch.setattr(time, "time", lambda: 10**6)  # a machine whose clock is decades behind
     assert live(tmp_path)[0].age_s < 1e5
-    monkeypatch.setattr(leases, "clock", lambda _: time.time() + 10**10)  # canary: by another clock it seems dead
+    monkeypatch.setattr(locks, "clock", lambda _: time.time() + 10**10)  # canary: by another clock it seems dead
     assert live(tmp_path) == []
 
 

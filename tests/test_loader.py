@@ -11,13 +11,13 @@ import torch
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
+from finetune.cogvideox.objective import DropoutConfig
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import CacheError
 from finetune.datasets.cache import Cache
-from finetune.datasets.loader import BatchMaker, Loader
-from finetune.diffusion import DropoutConfig
-from finetune.errors import CacheError
-from finetune.facts import read_facts
+from finetune.datasets.dataloader import BatchMaker, Loader
+from finetune.datasets.schedule import Item, MicroBatch, StepPlan
 from finetune.precompute import ensure_cache
-from finetune.schedule import Item, MicroBatch, StepPlan
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 def maker(model, tmp_path, dropout=None, **changes) -> BatchMaker:
     config = run_config(model, tmp_path / "none", tmp_path / "run", cache={"mode": "require"}, **changes)
     fabricate_cache(config, clips=3)
-    facts, cache = read_facts(str(model)), Cache(config.cache.dir)
+    facts, cache = read_spec(str(model)), Cache(config.cache.dir)
     manifest = ensure_cache(config, facts)
     empty = cache.read_prompt(manifest.empty_prompt_key)
     return BatchMaker(facts, cache, manifest.items, empty, dropout or DropoutConfig(caption_dropout=0), seed=5)
@@ -77,7 +77,7 @@ def test_fixed_batches_never_drop_and_never_change(tiny_model, tmp_path):
 
 
 def loader(make, *, steps: int = 4, items: int = 4) -> Loader:
-    from finetune.types import Bucket
+    from finetune.core.types import Bucket
 
     plan = StepPlan(tuple(Item(Bucket(9, 64, 64), 1.0) for _ in range(items)), 0, batch_size=1, micro_batches=2)
     return Loader(plan, make, rank=0, processes=1, total_steps=steps, device=CPU)
@@ -120,7 +120,7 @@ def test_nothing_is_made_beyond_the_last_step(tiny_model, tmp_path):
 def test_waiting_is_counted(tiny_model, tmp_path, monkeypatch):
     made = maker(tiny_model(), tmp_path)
     clock = count()
-    monkeypatch.setattr("finetune.datasets.loader.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("finetune.datasets.dataloader.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     ahead = loader(lambda step, micro: made.training(step, MicroBatch(items=(0,), slots=micro.slots)), steps=1)
     list(ahead.step(0))
     ahead.close()

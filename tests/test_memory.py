@@ -12,14 +12,16 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from finetune.cogvideox.weights import place
-from finetune.errors import TrainingError
-from finetune.memory import MemoryConfig, Traits, assert_recompute, undo
+from finetune.cogvideox.load import place
+from finetune.core.errors import TrainingError
+from finetune.core.types import Batch
 from finetune.memory.checkpointing import Checkpointing
-from finetune.memory.quantize import placement
-from finetune.tiny import tiny_transformer
-from finetune.trainers.method import FullMethod, LoraMethod
-from finetune.types import Batch
+from finetune.memory.config import MemoryConfig, Traits
+from finetune.memory.quantized_linear import placement
+from finetune.memory.setup import assert_recompute, undo
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import tiny_transformer
 
 KINDS = get_args(Checkpointing)
 METHODS = [LoraMethod(rank=4, dropout=0.2), FullMethod()]

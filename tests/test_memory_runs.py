@@ -14,10 +14,11 @@ from test_faults import fails_where
 from test_train import assert_identical, optimizer, stop_after, weights
 from worlds import merged, run_values
 
-from finetune.config import RunConfig, memory_traits
-from finetune.errors import CheckpointError
-from finetune.facts import read_facts
-from finetune.memory import memory_of
+from finetune.cogvideox.spec import read_spec
+from finetune.config.rules import memory_traits
+from finetune.config.schema import RunConfig
+from finetune.core.errors import CheckpointError
+from finetune.memory.runner import memory_of
 from finetune.trainers import loop
 from finetune.trainers.loop import train
 
@@ -143,7 +144,7 @@ def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monk
     case = Case(memory, method | ({"dropout": 0.0} if method is LORA else {}))
     calm = train(config_of(case, tiny_model(), demo_clips, tmp_path / "calm"))
     config = config_of(case, tiny_model(), demo_clips, tmp_path / "hit")
-    notches = config.memory.notches(memory_traits(config, read_facts(config.model.pretrained)))
+    notches = config.memory.notches(memory_traits(config, read_spec(config.model.pretrained)))
     assert len(notches) >= 4
     with monkeypatch.context() as patch:
         fails_where(patch, lambda run, batch, call: 1 < call <= len(notches))

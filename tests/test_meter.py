@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from finetune.trainers.ema import Ema
-from finetune.trainers.meter import Meter, StepRecord
+from finetune.optim.ema import Ema
+from finetune.trainers.tracking import StepMetrics, StepRecord
 
 
 def exchanged(
@@ -21,11 +21,11 @@ def exchanged(
     tables: list[torch.Tensor] = []
     none = (False,) * len(shares)
     for share, stop, fault in zip(shares, stops or none, faults or none, strict=True):
-        meter = Meter(rows, gather=lambda table: tables.append(table) or table)
+        meter = StepMetrics(rows, gather=lambda table: tables.append(table) or table)
         losses, timesteps = zip(*share, strict=True)
         meter.add(torch.tensor(losses), torch.tensor(timesteps))
         meter.exchange(stop=stop, fault=fault)
-    final = Meter(rows, gather=lambda _: torch.cat(tables))
+    final = StepMetrics(rows, gather=lambda _: torch.cat(tables))
     final.add(torch.tensor([0.0]), torch.tensor([0]))
     return final.exchange()
 
@@ -54,7 +54,7 @@ def test_a_non_finite_loss_survives_the_exchange():
 
 
 def test_a_step_that_is_begun_again_is_counted_once():
-    meter = Meter(2, gather=lambda table: table)
+    meter = StepMetrics(2, gather=lambda table: table)
     meter.add(torch.tensor([7.0, 8.0]), torch.tensor([1, 2]))
     meter.reset()
     for loss, timestep in ((1.0, 1), (2.0, 2)):  # the parts of the same micro-batch

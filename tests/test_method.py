@@ -11,12 +11,18 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from finetune.errors import CheckpointError, ConfigError
-from finetune.files import atomic_save_tensors
-from finetune.tiny import VARIANTS, tiny_transformer
-from finetune.trainers.checkpoint import CheckpointConfig, form, save_checkpoint
-from finetune.trainers.method import FullMethod, LoraMethod, MethodConfig, adapter, read_adapter
-from finetune.types import RunState
+from finetune.checkpoint import folders
+from finetune.checkpoint.folders import CheckpointConfig
+from finetune.checkpoint.save import save_checkpoint
+from finetune.config.schema import MethodConfig
+from finetune.core.errors import CheckpointError, ConfigError
+from finetune.core.files import atomic_save_tensors
+from finetune.core.types import RunState
+from finetune.methods import adapter
+from finetune.methods.adapter import read_adapter
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import VARIANTS, tiny_transformer
 
 MODELS = Path(__file__).parents[1] / "finetune" / "assets" / "models"
 
@@ -366,7 +372,7 @@ def test_without_settings_an_adapter_is_read_as_diffusers_reads_it(tmp_path):
 
 
 def test_a_checkpoint_in_shares_is_refused_with_the_way_out(tmp_path):
-    from finetune.trainers.checkpoint.shards import part_of
+    from finetune.checkpoint.load import part_of
 
     (tmp_path / part_of(adapter.CHECKPOINT_FILE)).mkdir()
     with pytest.raises(ConfigError, match="written in shares by several processes") as caught:
@@ -389,7 +395,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
 
 
 def test_the_checkpoints_file_is_called_the_same_on_both_sides():
-    assert (adapter.CHECKPOINT_FILE, "config.json") == (form.TRAINABLE, form.CONFIG)
+    assert (adapter.CHECKPOINT_FILE, "config.json") == (folders.TRAINABLE, folders.CONFIG)
 
 
 def test_every_field_is_described(tmp_path):

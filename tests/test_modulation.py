@@ -9,18 +9,19 @@ import torch
 from tiny_blocks import CPU, build, forward, modules, run_blocks, values
 from torch import Tensor, nn
 
-from finetune.errors import ConfigError, TrainingError
-from finetune.memory import checkpointing, places
-from finetune.memory.lanes import Lane
-from finetune.memory.modulation import HostModulation
-from finetune.memory.parts import Resident
-from finetune.memory.streaming import Streamed
-from finetune.tiny import tiny_transformer
-from finetune.trainers.method import FullMethod, LoraMethod
+from finetune.core.errors import ConfigError, TrainingError
+from finetune.memory import checkpointing, host_buffers
+from finetune.memory.adaln_offload import AdaLnOffload
+from finetune.memory.block_streaming import BlockStreaming
+from finetune.memory.host_buffers import CopyStream
+from finetune.memory.runner import OnDevice
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import tiny_transformer
 
 
-def install(transformer: nn.Module, **options: object) -> HostModulation:
-    modulation = HostModulation(transformer, CPU, **options)
+def install(transformer: nn.Module, **options: object) -> AdaLnOffload:
+    modulation = AdaLnOffload(transformer, CPU, **options)
     modulation.install()
     return modulation
 
@@ -64,8 +65,8 @@ def test_same_gradients_bit_for_bit(variant, dtype, runner):
     if runner == "torch":
         checkpointing.apply(transformer, "full")
     else:
-        weights = Streamed(modules(transformer), [0, 2], 1, CPU) if runner == "streamed" else Resident()
-        if isinstance(weights, Streamed):
+        weights = BlockStreaming(modules(transformer), [0, 2], 1, CPU) if runner == "streamed" else OnDevice()
+        if isinstance(weights, BlockStreaming):
             weights.install()
         run_blocks(transformer, weights)
     require_equal(gradients(transformer), expected)
@@ -94,7 +95,7 @@ def test_on_a_gpu_rows_agree_within_the_bound(dtype, bound):
     for ours in (False, True):
         transformer = build(dtype=dtype, dropout=False).to(cuda)
         if ours:
-            modulation = HostModulation(transformer, cuda)
+            modulation = AdaLnOffload(transformer, cuda)
             modulation.install()
         for number, block in enumerate(modules(transformer)):
             block.norm1.linear.register_forward_hook(lambda _m, _i, rows, at=(ours, number): seen.update({at: rows}))
@@ -110,7 +111,7 @@ def test_names_weights_and_modules_stay_and_come_back():
     before, layout = values(transformer), str(transformer)
     attributes = {name: list(module.__dict__) for name, module in transformer.named_modules()}
     objects = {name: id(p) for name, p in transformer.named_parameters()}
-    modulation = HostModulation(transformer, CPU)
+    modulation = AdaLnOffload(transformer, CPU)
     for device in (None, CPU):
         modulation.install()
         forward(transformer).backward()
@@ -120,7 +121,7 @@ def test_names_weights_and_modules_stay_and_come_back():
         assert str(transformer) == layout
         assert {name: id(p) for name, p in transformer.named_parameters()} == objects
         assert {name: list(module.__dict__) for name, module in transformer.named_modules()} == attributes
-        assert all(places.label_of(p.untyped_storage()) is None for p in transformer.parameters())
+        assert all(host_buffers.label_of(p.untyped_storage()) is None for p in transformer.parameters())
         assert all(torch.equal(tensor, before[name]) for name, tensor in values(transformer).items())
         assert not transformer._forward_pre_hooks
     modulation.remove()  # once more is harmless
@@ -132,10 +133,14 @@ def test_the_weights_are_on_the_host_and_stay_there():
     host = [
         p for block in modules(transformer) for norm in (block.norm1, block.norm2) for p in norm.linear.parameters()
     ]
-    assert {places.label_of(p.untyped_storage()) for p in host} == {places.Label("modulation", True, False)}
-    weights = Streamed(modules(transformer), [0], 1, CPU)
+    assert {host_buffers.label_of(p.untyped_storage()) for p in host} == {
+        host_buffers.BufferLabel("modulation", True, False)
+    }
+    weights = BlockStreaming(modules(transformer), [0], 1, CPU)
     weights.install()  # takes the rest of the block, and leaves these
-    assert {places.label_of(p.untyped_storage()) for p in host} == {places.Label("modulation", True, False)}
+    assert {host_buffers.label_of(p.untyped_storage()) for p in host} == {
+        host_buffers.BufferLabel("modulation", True, False)
+    }
     weights.remove()
     transformer.to("meta")
     assert not any(p.is_meta for p in host) and len(host) == 16
@@ -175,7 +180,7 @@ def test_nothing_grows_with_the_number_of_passes():
 def test_memory_that_is_still_read_is_not_written():
     """As long as the device has not taken the rows of a pass, the next one stages its own elsewhere."""
 
-    class Busy(Lane):
+    class Busy(CopyStream):
         def passed(self, mark: object) -> bool:
             return False
 
@@ -247,7 +252,7 @@ def test_layers_that_train_are_refused_by_name(method, name):
     method.apply(transformer, seed=0)
     before = values(transformer)
     with pytest.raises(ConfigError, match=name) as caught:
-        HostModulation(transformer, CPU).install()
+        AdaLnOffload(transformer, CPU).install()
     assert "memory.modulation" in caught.value.where and caught.value.fix
     assert values(transformer).keys() == before.keys() and not transformer._forward_pre_hooks
 
@@ -257,4 +262,4 @@ def test_an_adapter_that_does_not_train_is_refused_too():
     LoraMethod(rank=2, targets=r".*norm1\.linear").apply(transformer, seed=0)
     transformer.requires_grad_(False)
     with pytest.raises(ConfigError, match=r"norm1\.linear is not a plain linear layer"):
-        HostModulation(transformer, CPU).install()
+        AdaLnOffload(transformer, CPU).install()

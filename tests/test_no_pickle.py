@@ -15,18 +15,20 @@ import pytest
 import torch
 
 import finetune
-from finetune.adapter_source import read_sources
-from finetune.cogvideox import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
-from finetune.errors import CheckpointError, ConfigError, ModelError
-from finetune.facts import read_facts
-from finetune.files import COMPLETE
-from finetune.generate_inputs import Adapter, GenerateRequest, check_request, native_bucket
-from finetune.seals import seal
-from finetune.trainers.checkpoint import CheckpointConfig, choose_checkpoint, form, load_checkpoint, save_checkpoint
-from finetune.trainers.method import read_adapter
-from finetune.trainers.optim import AdamW, load_optimizer_state, optimizer_state
-from finetune.trainers.validation import SamplePrompt
-from finetune.types import RunState
+from finetune.checkpoint import folders
+from finetune.checkpoint.folders import CheckpointConfig
+from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
+from finetune.checkpoint.save import save_checkpoint
+from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
+from finetune.cogvideox.spec import read_spec
+from finetune.core.checksums import write_checksums
+from finetune.core.errors import CheckpointError, ConfigError, ModelError
+from finetune.core.files import COMPLETE
+from finetune.core.types import RunState, SamplePrompt
+from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources, training_bucket
+from finetune.methods.adapter import read_adapter
+from finetune.optim.optimizers import AdamW
+from finetune.optim.state import load_optimizer_state, optimizer_state
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -200,7 +202,7 @@ def checkpoint(run_dir: Path) -> Path:
     )
 
 
-NAMES = [form.TRAINABLE, form.OPTIMIZER, form.OPTIMIZER_META, form.CONFIG, form.STATE, COMPLETE]
+NAMES = [folders.TRAINABLE, folders.OPTIMIZER, folders.OPTIMIZER_META, folders.CONFIG, folders.STATE, COMPLETE]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,11 +213,11 @@ def test_a_pickle_in_a_checkpoint_is_refused_even_under_a_right_checksum(tmp_pat
         write(path / name)
         if name != COMPLETE:
             (path / COMPLETE).unlink()
-            (path / COMPLETE).write_text(seal(path))
+            (path / COMPLETE).write_text(write_checksums(path))
         for read in (lambda: load_checkpoint(path), lambda: choose_checkpoint(tmp_path, "latest")):
             with pytest.raises(CheckpointError):
                 read()
-    if name in (form.TRAINABLE, COMPLETE):
+    if name in (folders.TRAINABLE, COMPLETE):
         with pytest.raises(ConfigError):
             read_adapter(path)
 
@@ -234,16 +236,18 @@ def test_pickles_beside_a_checkpoints_files_are_not_looked_at(tmp_path, trap):
 def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, trap, suffix, tiny_model):
     content, _ = trap
     model = tiny_model("5b")
-    facts = read_facts(str(model))
+    facts = read_spec(str(model))
     file = tmp_path / f"pytorch_lora_weights{suffix}"
     for write in (lambda: file.write_bytes(content), lambda: torch_file(content, file)):
         write()
         for path in (file, tmp_path):
             with pytest.raises(ConfigError):
                 read_adapter(path)
-            request = GenerateRequest(str(model), (SamplePrompt(prompt="x"),), tmp_path, adapters=(Adapter(path),))
+            request = GenerateRequest(
+                str(model), (SamplePrompt(prompt="x"),), tmp_path, adapters=(AdapterArgument(path),)
+            )
             with pytest.raises(ConfigError):
-                check_request(request, facts, native_bucket(facts), read_sources(request.adapters)[1])
+                check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
 
 
 COMPONENTS = {

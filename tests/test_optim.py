@@ -14,23 +14,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
-from finetune.errors import CheckpointError, ConfigError
-from finetune.files import atomic_save_tensors
-from finetune.trainers.optim import (
-    AdamW,
-    AdamW8bit,
-    CustomOptimizer,
-    NarrowWeights,
-    OptimizerConfig,
-    PagedAdamW8bit,
-    load_optimizer_state,
-    optimizer_state,
-    owner_of,
-    precise_weights,
-    require_same_state,
-    sections,
-    set_lr,
-)
+from finetune.core.errors import CheckpointError, ConfigError
+from finetune.core.files import atomic_save_tensors
+from finetune.optim import optimizers as sections
+from finetune.optim.low_precision import NarrowWeights
+from finetune.optim.optimizers import AdamW, AdamW8bit, CustomOptimizer, OptimizerConfig, PagedAdamW8bit, set_lr
+from finetune.optim.state import load_optimizer_state, optimizer_state, owner_of, precise_weights, require_same_state
 
 UNION = get_args(get_args(OptimizerConfig)[0])
 CUSTOM = [
@@ -58,7 +47,7 @@ def build(monkeypatch: pytest.MonkeyPatch):
         if values["kind"] == "torchao_adamw8bit":
             pytest.importorskip("torchao", reason="the extra 'torchao' is not installed")
         if values["kind"] == "paged_adamw8bit":
-            monkeypatch.setattr("finetune.trainers.optim.sections.torch.cuda.is_available", lambda: True)
+            monkeypatch.setattr("finetune.optim.optimizers.torch.cuda.is_available", lambda: True)
         optimizer = config_of(values).build(parameters.items())
         monkeypatch.undo()
         return optimizer
@@ -312,7 +301,7 @@ def test_custom_is_checked_when_the_configuration_is_read(values, message):
 
 
 def test_every_usable_torch_optimizer_can_be_named():
-    from finetune.trainers.optim.sections import _torch_optimizers
+    from finetune.optim.optimizers import _torch_optimizers
 
     names = set(_torch_optimizers())
     assert {"torch.optim.Adam", "torch.optim.Adafactor", "torch.optim.Muon"} <= names and len(names) >= 12

@@ -13,21 +13,14 @@ import pytest
 import torch
 from worlds import run_config
 
-from finetune.cogvideox import (
-    ModelConfig,
-    build_pipeline,
-    load_scheduler,
-    load_text,
-    load_transformer,
-    load_vae,
-    model_latents,
-)
+from finetune.cogvideox.latents import model_latents
+from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae
+from finetune.cogvideox.spec import read_spec
 from finetune.datasets.cache import Cache
-from finetune.demo import Scene, write_clips
 from finetune.export import export
-from finetune.facts import read_facts
 from finetune.precompute import ensure_cache
-from finetune.tiny import VARIANTS, build_tiny
+from finetune.testing.demo import Scene, write_clips
+from finetune.testing.tiny import VARIANTS, build_tiny
 from finetune.trainers.loop import train
 
 SCENE = Scene("square", "blue", "up")
@@ -89,7 +82,7 @@ def test_one_clip_comes_back_through_the_stock_pipeline(sharp_model, tmp_path, v
         memory={"checkpointing": "none"},
         **(changes | {"train": changes["train"] | {"batch_size": 8}}),
     )
-    facts = read_facts(str(model))
+    facts = read_spec(str(model))
     manifest = ensure_cache(config, facts)
     entry = Cache(config.cache.dir).read(manifest.items[0])
     mean = entry.latents_mean.float()[None]
@@ -110,7 +103,7 @@ def cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tensor:
     """Sample the training caption (and image) with diffusers' own pipeline; latents [1, C, F, H, W] in model space."""
-    facts, settings = read_facts(str(model)), ModelConfig(pretrained=str(model))
+    facts, settings = read_spec(str(model)), ModelConfig(pretrained=str(model))
     transformer = load_transformer(settings)
     if exported is not None and (exported / "transformer").is_dir():
         transformer = type(transformer).from_pretrained(exported / "transformer")
@@ -129,7 +122,7 @@ def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tenso
     if facts.image_to_video:
         from PIL import Image
 
-        from finetune.demo import render
+        from finetune.testing.demo import render
 
         arguments["image"] = Image.fromarray(render(SCENE)[0])
     result = pipeline(

@@ -16,10 +16,11 @@ import pytest
 from fuzz import boxes
 from PIL import Image
 
-from finetune.datasets.media import colour, decord_reader
-from finetune.datasets.video import decode, load_image, probe
-from finetune.errors import DataError
-from finetune.types import CORRECTIONS, Bucket, ClipPlan, VideoProbe
+from finetune.core.errors import DataError
+from finetune.core.types import CORRECTIONS, Bucket, ClipPlan, VideoProbe
+from finetune.datasets import colour
+from finetune.datasets import decode as decord_reader
+from finetune.datasets.decode_pool import decode, load_image, probe
 
 HEIGHT, WIDTH, FRAMES = 32, 64, 4  # decord fails at widths such as 48
 H264 = ["-c:v", "libx264", "-qp", "4", "-pix_fmt", "yuv444p", "-preset", "ultrafast"]

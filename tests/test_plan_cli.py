@@ -17,19 +17,21 @@ from typing import Any
 import pytest
 from waiting import HANG_S
 
-from finetune.cards import GIB
-from finetune.cli import OK, USER_ERROR, main
-from finetune.config import RunConfig, load_config, memory_traits
-from finetune.errors import ConfigError
-from finetune.planning import ahead, command
-from finetune.planning.ahead import Job, beside
-from finetune.planning.beside import Forecaster
-from finetune.planning.cost import step_cost
-from finetune.planning.predict import facts_of
-from finetune.planning.rates import DEFAULTS, keep
-from finetune.planning.rehearse import rehearse
-from finetune.planning.store import is_stored, rehearsed
-from finetune.recipes import RECIPES
+from finetune.cli.init import RECIPES
+from finetune.cli.main import OK, USER_ERROR, main
+from finetune.config.loading import load_config
+from finetune.config.rules import memory_traits
+from finetune.config.schema import RunConfig
+from finetune.core.errors import ConfigError
+from finetune.core.gpu import GIB
+from finetune.planner import command as command_module
+from finetune.planner import helper_process
+from finetune.planner.command import Forecaster
+from finetune.planner.cost_model import DEFAULTS, keep, step_cost
+from finetune.planner.estimate import estimate
+from finetune.planner.helper_process import HelperJob, beside
+from finetune.planner.predict import facts_of
+from finetune.planner.store import is_stored, rehearsed
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,7 +81,7 @@ def test_seconds_are_those_of_the_device_that_was_named(config_file: Path, tmp_p
         assert main(["plan", "--config", str(config_file), "--device", unknown]) == OK
         said = capsys.readouterr().out
         assert f"time: nothing is known of {unknown}, only of H100, H200, A100, 4090" in said and "s/step" not in said
-    monkeypatch.setattr("finetune.planning.command.device_here", lambda: "NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr("finetune.planner.command.device_here", lambda: "NVIDIA GeForce RTX 3060")
     assert main(["plan", "--config", str(config_file)]) == OK
     assert "time: nothing is known of NVIDIA GeForce RTX 3060" in capsys.readouterr().out
     keep(DEFAULTS["4090"].model_copy(update={"device": "NVIDIA GeForce RTX 3060", "source": "measured"}))
@@ -113,10 +115,10 @@ def test_a_calibration_that_cannot_be_kept_is_not_begun(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(command, "device_here", lambda: "card")
-    monkeypatch.setattr(command, "calibrate", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(command_module, "device_here", lambda: "card")
+    monkeypatch.setattr(command_module, "calibrate", lambda *_, **__: pytest.fail("it was measured"))
     with pytest.raises(ConfigError, match="what is measured cannot be written"):
-        command.run_calibration(1.0)
+        command_module.run_calibration(1.0)
 
 
 def test_calibrating_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,8 +184,8 @@ def test_a_helper_whose_master_is_gone_goes_too(config_file: Path, monkeypatch: 
     """Killed in the middle of a job, here one without end, a plan leaves nobody behind who works on."""
     real = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **how: real([command[0], "-c", BUSY], **how))
-    helper = ahead._Helper()
-    helper.begin(Job(load_config(config_file), phases=["train"]))
+    helper = helper_process._Helper()
+    helper.begin(HelperJob(load_config(config_file), phases=["train"]))
     child = helper._child
     assert child is not None and child.stdin is not None and child.stdout is not None
     assert child.stdout.readline() == "begun\n" and child.poll() is None
@@ -197,31 +199,31 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
 ) -> None:
     config = load_config(config_file)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(ahead, "_cores", lambda: 2)
+    monkeypatch.setattr(helper_process, "_cores", lambda: 2)
     asked: dict[str, Any] = {"layers": None, "phases": ["encode"], "card_bytes": None}
-    with beside(Job(config, **asked)):
+    with beside(HelperJob(config, **asked)):
         pass
     assert is_stored(config, *asked.values())
     found = rehearsed(config, **asked)
     # To a few kilobytes: constants that a library makes once belong to whoever comes first.
-    here = rehearse(config, **asked).phase("encode").peak.nbytes
+    here = estimate(config, **asked).phase("encode").peak.nbytes
     assert found.phase("encode").peak.nbytes == pytest.approx(here, rel=0.01)
     # What comes to grief there is made here.
-    monkeypatch.setattr("finetune.planning.ahead.sys.executable", "/bin/false")
+    monkeypatch.setattr("finetune.planner.helper_process.sys.executable", "/bin/false")
     asked["phases"] = ["text"]
-    with beside(Job(config, **asked)):
+    with beside(HelperJob(config, **asked)):
         pass
     assert not is_stored(config, *asked.values())
     # Several questions, one process.
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    monkeypatch.setattr(ahead, "_cores", lambda: 2)
+    monkeypatch.setattr(helper_process, "_cores", lambda: 2)
     started: list[int] = []
-    real = ahead._start
-    monkeypatch.setattr(ahead, "_start", lambda: started.append(1) or real())
-    with ahead.second_core():
+    real = helper_process._start
+    monkeypatch.setattr(helper_process, "_start", lambda: started.append(1) or real())
+    with helper_process.second_core():
         for phases in (["text"], ["encode"]):
-            with beside(Job(config, phases=phases)):
+            with beside(HelperJob(config, phases=phases)):
                 pass
             assert is_stored(config, None, phases, None)
     assert len(started) == 1
@@ -323,6 +325,6 @@ def test_every_goal_is_met_and_a_missed_one_is_told(monkeypatch: pytest.MonkeyPa
 
 
 def _values(name: str) -> dict[str, Any]:
-    from finetune.config import load_config
+    from finetune.config.loading import load_config
 
     return load_config(ROOT / "configs" / name).to_dict()

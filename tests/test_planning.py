@@ -21,36 +21,36 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from finetune.caching.encode import untiled_bytes
-from finetune.cards import ALLOCATOR_SETTINGS, GIB, OVERHEAD_GIB, grow_segments, parse_bytes, usable
-from finetune.config import RunConfig, memory_traits
-from finetune.errors import ConfigError
-from finetune.facts import known_model, read_facts
-from finetune.memory import MemoryConfig
-from finetune.memory.places import host_buffer
-from finetune.planning import auto, command, store
-from finetune.planning import rates as rates_module
-from finetune.planning import search as search_module
-from finetune.planning.beside import Prediction
-from finetune.planning.calibrate import calibrate
-from finetune.planning.candidates import candidates
-from finetune.planning.card import beside_tensors, card_here, held_note, workspace_bytes
-from finetune.planning.cost import step_cost
-from finetune.planning.curve import TRANSIENT, Phase, Point, Span, measure
-from finetune.planning.extend import SHORT, Extended, extend
-from finetune.planning.fakes import empty_transformer, empty_vae, fake_world
-from finetune.planning.ledger import Ledger, attention_workspace
-from finetune.planning.names import PhaseName
-from finetune.planning.parts import Part
-from finetune.planning.plot import draw
-from finetune.planning.predict import facts_of, peaks, predict
-from finetune.planning.rates import DEFAULTS, keep, rates_of
-from finetune.planning.rehearse import Rehearsal, rehearse
-from finetune.planning.repeats import rehearsed_once
-from finetune.planning.report import document, text, verdict
-from finetune.planning.resolve import resolve
-from finetune.planning.search import QUANTISED, Found, Plan, search
-from finetune.planning.training import Training, fake_batches
-from finetune.trainers.objective import velocity_losses
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.objective import velocity_losses
+from finetune.cogvideox.spec import read_spec
+from finetune.config.rules import memory_traits
+from finetune.config.schema import RunConfig
+from finetune.core.errors import ConfigError
+from finetune.core.gpu import ALLOCATOR_SETTINGS, GIB, OVERHEAD_GIB, grow_segments, parse_bytes, usable
+from finetune.memory.config import MemoryConfig
+from finetune.memory.host_buffers import host_buffer
+from finetune.planner import command, cost_model, store
+from finetune.planner import search as search_module
+from finetune.planner.command import Prediction
+from finetune.planner.cost_model import (
+    DEFAULTS,
+    beside_tensors,
+    calibrate,
+    card_here,
+    held_note,
+    keep,
+    rates_of,
+    step_cost,
+    workspace_bytes,
+)
+from finetune.planner.estimate import Estimate, Training, estimate, fake_batches
+from finetune.planner.fakes import empty_transformer, empty_vae, fake_world, rehearsed_once
+from finetune.planner.memory_tracker import TRANSIENT, MemoryTracker, Phase, Point, Span, attention_workspace, measure
+from finetune.planner.phases import EstimatedPart, PhaseName
+from finetune.planner.predict import SHORT, Extended, extend, facts_of, peaks, predict
+from finetune.planner.report import document, draw, text, verdict
+from finetune.planner.search import QUANTISED, Found, Plan, candidates, resolve, search
 
 pytestmark = pytest.mark.usefixtures("plans_alone")
 
@@ -92,8 +92,8 @@ SFT: dict[str, Any] = {"method": {"kind": "full"}, "optimizer": {"kind": "adamw8
 # --------------------------------------------------------------------------------------------------------- the ledger
 
 
-def step_with(ledger: Ledger, config: RunConfig, folder: Path, layers: int) -> Phase:
-    facts = read_facts(str(folder))
+def step_with(ledger: MemoryTracker, config: RunConfig, folder: Path, layers: int) -> Phase:
+    facts = read_spec(str(folder))
     transformer = empty_transformer(folder, torch.bfloat16, config.memory, layers)
     training = Training(ledger, facts, config, transformer, torch.bfloat16)
     return training.step(fake_batches(facts, config, config.data.buckets[0], torch.bfloat16))
@@ -103,7 +103,7 @@ def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path) -> None:
     config = run(look_alike)
     with fake_world() as fake:
         ours = step_with(fake, config, look_alike, 2)
-    with Ledger() as real:
+    with MemoryTracker() as real:
         theirs = step_with(real, config, look_alike, 2)
     # A few scalars: fake tensors copy constants and have no list form of a norm.
     assert abs(ours.peak.nbytes - theirs.peak.nbytes) <= 4096
@@ -115,7 +115,7 @@ def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path) -> None:
 
 def test_the_peak_is_what_the_allocator_hands_out(look_alike: Path) -> None:
     """Against torch's own profiler of real CPU allocations, with no mode that watches."""
-    config, facts = run(look_alike), read_facts(str(look_alike))
+    config, facts = run(look_alike), read_spec(str(look_alike))
     with fake_world() as ledger:
         ours = step_with(ledger, config, look_alike, 2)
     resident = sum(
@@ -123,7 +123,7 @@ def test_the_peak_is_what_the_allocator_hands_out(look_alike: Path) -> None:
         for part, nbytes in ours.peak.parts.items()
         if part.endswith("weights") or "state" in part or part == "batch"
     )
-    with Ledger() as quiet:
+    with MemoryTracker() as quiet:
         transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 2)
         training = Training(quiet, facts, config, transformer, torch.bfloat16)
         (batch,) = fake_batches(facts, config, config.data.buckets[0], torch.bfloat16)
@@ -150,7 +150,7 @@ def test_a_tensor_kept_alive_is_seen(look_alike: Path) -> None:
             kept.append(torch.zeros(1 << 20))
             return super().step(batches)
 
-    facts = read_facts(str(look_alike))
+    facts = read_spec(str(look_alike))
     peaks = []
     for kind in (Training, Leaking):
         with fake_world() as ledger:
@@ -165,7 +165,7 @@ def test_gradients_are_added_in_place_where_autograd_does() -> None:
     size = 1 << 20
 
     def highest(*, twice: bool) -> int:
-        with Ledger() as ledger:
+        with MemoryTracker() as ledger:
             leaf = torch.zeros(size, requires_grad=True)
             middle = leaf * 1.0
             begin = ledger.tick
@@ -174,7 +174,7 @@ def test_gradients_are_added_in_place_where_autograd_does() -> None:
 
     # Two terms and what they are terms of, never a third gradient beside them.
     assert highest(twice=True) - highest(twice=False) <= 2 * 4 * size
-    with Ledger() as ledger:
+    with MemoryTracker() as ledger:
         leaf = torch.zeros(size, requires_grad=True)
         middle = leaf * 1.0
         (middle * 2.0 + middle * 3.0).sum().backward()
@@ -204,9 +204,9 @@ def test_attention_hides_its_gradient_in_float32() -> None:
 def test_8_bit_states_are_those_of_a_real_run(look_alike: Path) -> None:
     config = run(look_alike, **SFT)
     sizes = []
-    for world in (fake_world(), Ledger()):
+    for world in (fake_world(), MemoryTracker()):
         with world as ledger:
-            facts = read_facts(str(look_alike))
+            facts = read_spec(str(look_alike))
             transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 1)
             training = Training(ledger, facts, config, transformer, torch.bfloat16)
             training._warm_up()
@@ -256,7 +256,7 @@ SLOW = {"none", "selective", "fp8"}
 def test_two_short_models_give_the_figures_of_a_long_one(look_alike: Path, name: str) -> None:
     memory, method = STATES[name]
     config = run(look_alike, memory=memory, **method)
-    whole = rehearse(config, phases=("train",)).phase("train")
+    whole = estimate(config, phases=("train",)).phase("train")
     found = peaks(config)["train"]
     assert found.nbytes == pytest.approx(whole.peak.nbytes, abs=65536)
     assert whole.where.startswith(found.where)
@@ -279,7 +279,7 @@ PARTLY: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_blocks_that_are_treated_apart_are_counted(look_alike: Path, name: str) -> None:
     memory, method = PARTLY[name]
     config = run(look_alike, memory=memory, **method)
-    whole = rehearse(config, phases=("train",)).phase("train")
+    whole = estimate(config, phases=("train",)).phase("train")
     found = peaks(config)["train"]
     assert found.nbytes == pytest.approx(whole.peak.nbytes, rel=0.005)
     assert found.pinned == pytest.approx(whole.pinned.nbytes, abs=65536)
@@ -293,7 +293,7 @@ def test_under_ddp_all_gradients_are_there_all_the_time(look_alike: Path, memory
     config = run(look_alike, memory=memory, data=long, **SFT)
     with fake_world() as ledger:
         transformer = empty_transformer(look_alike, torch.bfloat16, config.memory)
-        training = Training(ledger, read_facts(str(look_alike)), config, transformer, torch.bfloat16)
+        training = Training(ledger, read_spec(str(look_alike)), config, transformer, torch.bfloat16)
         training._prepare()
         for parameter in training.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
@@ -369,7 +369,7 @@ def test_a_station_that_overtakes_is_found() -> None:
 def test_every_phase_is_rehearsed(look_alike: Path) -> None:
     validation = {"sample_every": 5, "samples": [{"prompt": "a"}]}
     config = run(look_alike, validation=validation, train={"steps": 3, "accumulation": 2, "ema_decay": 0.9})
-    found = rehearse(config)
+    found = estimate(config)
     assert [phase.name for phase in found.phases] == [
         "T5 pass",
         "VAE pass",
@@ -387,11 +387,11 @@ def test_every_phase_is_rehearsed(look_alike: Path) -> None:
     resting = ("frozen weights", "trainable weights", "optimizer state", "moving average", "VAE weights")
     assert {part: decode[part] for part in resting} == {part: sample[part] for part in resting}
     assert decode["block transient"] > 0 and found.phase("decode").where.startswith("VAE decoder")
-    spacious = rehearse(config, phases=("encode",), card_bytes=80 * GIB)
+    spacious = estimate(config, phases=("encode",), card_bytes=80 * GIB)
     assert spacious.phase("encode").note == "whole frames"
     # The rule by which precomputing decides, at the size where it turns.
     turn = untiled_bytes(torch.bfloat16, config.data.buckets[0]) + spacious.phase("encode").peak.parts["VAE weights"]
-    notes = [rehearse(config, phases=("encode",), card_bytes=size).phase("encode").note for size in (turn - 1, turn)]
+    notes = [estimate(config, phases=("encode",), card_bytes=size).phase("encode").note for size in (turn - 1, turn)]
     assert notes == ["in tiles", "whole frames"]
 
 
@@ -400,7 +400,7 @@ def test_a_rehearsal_is_kept_until_the_code_changes(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     made: list[str] = []
-    monkeypatch.setattr(store, "rehearse", functools.partial(counted, rehearse, made))
+    monkeypatch.setattr(store, "estimate", functools.partial(counted, estimate, made))
     config = run(look_alike)
     options: dict[str, Any] = {"layers": 1, "phases": ("encode", "train")}
     first = store.rehearsed(config, **options)
@@ -424,10 +424,10 @@ def test_a_rehearsal_is_kept_until_the_code_changes(
     assert made[7:] == ["encode", "run"]
 
 
-def counted(make: Any, made: list[str], config: RunConfig, *, through: Any, **options: Any) -> Rehearsal:
+def counted(make: Any, made: list[str], config: RunConfig, *, through: Any, **options: Any) -> Estimate:
     """A rehearsal that says which of its parts it makes."""
 
-    def noting(part: Part) -> tuple[Phase, ...]:
+    def noting(part: EstimatedPart) -> tuple[Phase, ...]:
         def noted() -> tuple[Phase, ...]:
             made.append(part.depends_on["phase"])
             return part.make()
@@ -442,7 +442,7 @@ def counted(make: Any, made: list[str], config: RunConfig, *, through: Any, **op
 
 def test_the_arithmetic_of_5b() -> None:
     config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 128})
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     # Only matrix products count: 169.1 TFLOP of linear layers, 4.7 of adapters, 163.1 of attention (counted by others).
     instant = DEFAULTS["H100"].model_copy(update={"gemm": 1e12, "attention_forward": 1e12, "attention_backward": 1e12})
     instant = instant.model_copy(update={"memory": 1e30})
@@ -457,7 +457,7 @@ def test_the_arithmetic_of_5b() -> None:
 
 def test_copies_hide_behind_computation_until_they_do_not() -> None:
     config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]})
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     rates = DEFAULTS["H100"]
     plain, streamed = MemoryConfig(), MemoryConfig(streamed_blocks="all")
     hidden = step_cost(config, facts, streamed, rates).step_s - step_cost(config, facts, plain, rates).step_s
@@ -469,7 +469,7 @@ def test_copies_hide_behind_computation_until_they_do_not() -> None:
 
 
 def test_weights_are_copied_once_for_all_clips_that_go_together() -> None:
-    facts, rates = read_facts(str(known_model("5b"))), DEFAULTS["4090"]
+    facts, rates = read_spec(str(known_model("5b"))), DEFAULTS["4090"]
 
     def seconds(batch_size: int, accumulation: int = 1, **memory: Any) -> float:
         train = {"steps": 1, "batch_size": batch_size, "accumulation": accumulation}
@@ -629,18 +629,18 @@ def test_rates_are_measured_kept_and_found(tmp_path: Path, monkeypatch: pytest.M
         == rates_of("NVIDIA GeForce RTX 3090").source
         == "of another card"
     )
-    assert rates_module.OTHER in DEFAULTS
+    assert cost_model.OTHER in DEFAULTS
 
 
 # ------------------------------------------------------------------------------------------------------- what is said
 
 
-def some_rehearsal() -> Rehearsal:
+def some_rehearsal() -> Estimate:
     curve = tuple(Point(at / 10, {"frozen weights": 10 * GIB, "block transient": at * GIB // 2}) for at in range(11))
     nothing = Point(0.0, {})
     spans = (Span("forward", 0.0, 0.4), Span("backward", 0.4, 1.0))
     phase = Phase("training", curve[-1], "backward, block 1 of 2", nothing, nothing, curve, spans, {})
-    return Rehearsal((phase,), "9x64x64", 100)
+    return Estimate((phase,), "9x64x64", 100)
 
 
 def test_a_verdict_counts_the_overhead() -> None:
@@ -737,7 +737,7 @@ def test_a_plan_is_made_for_what_is_free(gpu, monkeypatch) -> None:
 
     monkeypatch.setattr(command, "predict", lambda *_, **__: some_rehearsal())
     monkeypatch.setattr(command, "resolve", resolved)
-    monkeypatch.setattr(auto, "resolve", resolved)
+    monkeypatch.setattr(command, "resolve", resolved)
     config = run("5b", memory={"kind": "auto"})
     gpu(24, 24)
     free = command.plan(config).text
@@ -746,7 +746,7 @@ def test_a_plan_is_made_for_what_is_free(gpu, monkeypatch) -> None:
     held = command.plan(config).text
     assert held.startswith("other programs hold 9.50 GiB of this GPU's 24.00 GiB (nvidia-smi): planned for the rest")
     assert "a card of 14.5 GiB is 1.70 GiB too small" in held
-    assert auto.settled(config)[1][0].startswith("other programs hold 9.50 GiB")
+    assert command.settled(config)[1][0].startswith("other programs hold 9.50 GiB")
     asked = command.plan(config, budget="24GiB").text  # for a card that may be elsewhere
     assert "other programs" not in asked and "a card of 24.0 GiB has" in asked
     assert [each / GIB for each in planned_for] == [24, 14.5, 14.5, 24]

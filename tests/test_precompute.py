@@ -25,23 +25,22 @@ from safetensors.torch import load_file, save_file
 from waiting import HANG_S
 from worlds import merged, run_values
 
-from finetune import space
 from finetune.caching import encode as encoding
 from finetune.caching import plan as cache_plan
-from finetune.caching.overview import overview
-from finetune.caching.plan import held_out, identities
-from finetune.caching.report import check_dataset, workers_for
+from finetune.caching.check import check_dataset, workers_for
+from finetune.caching.plan import held_out, identities, overview
 from finetune.caching.request import Fingerprints, full_fingerprints, local_fingerprints
-from finetune.cogvideox import load_text, load_vae
-from finetune.config import RunConfig
+from finetune.cogvideox.load import load_text, load_vae
+from finetune.cogvideox.model_files import known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.config.schema import RunConfig
+from finetune.core import files as space
+from finetune.core.errors import CacheError, DataError, KilledError, ModelError
+from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import read_metadata
-from finetune.datasets.manifest import UNKNOWN
-from finetune.datasets.video import decode, fit_image, load_image, probe
-from finetune.errors import CacheError, DataError, KilledError, ModelError
-from finetune.facts import known_model, read_facts
+from finetune.datasets.cache_entries import UNKNOWN, read_metadata
+from finetune.datasets.decode_pool import decode, fit_image, load_image, probe
 from finetune.precompute import PrecomputeReport, ensure_cache, precompute
-from finetune.types import Bucket
 
 ROOT = Path(__file__).parents[1]
 
@@ -65,7 +64,7 @@ class Project:
 
     def ensure(self, **changes: Any) -> Any:
         config = self.config(**changes)
-        return ensure_cache(config, read_facts(config.model.pretrained), progress=False)
+        return ensure_cache(config, read_spec(config.model.pretrained), progress=False)
 
     @property
     def cache(self) -> Cache:
@@ -124,7 +123,7 @@ def test_latents_and_embeddings_equal_what_diffusers_computes(project):
     vae = AutoencoderKLCogVideoX.from_pretrained(home.model / "vae")
     path = home.folder / item.clip
     header = probe(path)
-    from finetune.geometry import plan_clips
+    from finetune.datasets.geometry import plan_clips
 
     pixels = decode(path, header, plan_clips(header, home.config().data, 8, "")[0]).pixels
     with torch.no_grad():
@@ -289,7 +288,7 @@ def test_a_change_encodes_again_exactly_what_it_changes(filled, tmp_path, name):
     shutil.copytree(filled.folder, home.folder)
     change(home)
     config = home.config()
-    plan = cache_plan.plan_cache(config, read_facts(config.model.pretrained), home.cache, progress=False)
+    plan = cache_plan.plan_cache(config, read_spec(config.model.pretrained), home.cache, progress=False)
     assert (plan.missing["latents"], plan.missing["prompts"]) == expected
     if name in ("one caption", "vae", "text encoder"):  # the plan is what happens
         before = _entries(home)
@@ -416,7 +415,7 @@ def test_a_project_may_move_and_its_resolved_configuration_may_be_used(project, 
     home = project()
     manifest = home.precompute().manifest
     resolved = RunConfig.from_dict(home.config(cache={"mode": "require"}).to_dict(), base=home.folder / "run")
-    assert ensure_cache(resolved, read_facts(str(home.model))).digest == manifest.digest
+    assert ensure_cache(resolved, read_spec(str(home.model))).digest == manifest.digest
     moved = tmp_path / "moved"
     moved.mkdir()
     for name in ("clips", "cache"):
@@ -477,7 +476,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 from finetune.config import load_config
 from finetune.datasets.cache import Cache
-from finetune.datasets.manifest import UNKNOWN
+from finetune.datasets.cache_entries import UNKNOWN
 from finetune.facts import read_facts
 from finetune.precompute import ensure_cache
 config = load_config(sys.argv[1])
@@ -510,7 +509,7 @@ def test_a_complete_cache_is_read_without_decoders_or_datasets(project):
 
 def _break_decoding(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Files whose header is sound and whose frames are not."""
-    from finetune.datasets.media import frames
+    from finetune.datasets import decode as frames
 
     sound = frames.read_clip
 
@@ -557,7 +556,7 @@ def test_a_clip_whose_worker_is_killed_from_outside_is_never_left_out(project, m
         "frames.read_clip = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\nworker.main()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("finetune.datasets.media.child.WORKER_MODULE", "killed_worker")
+    monkeypatch.setattr("finetune.datasets.decode_pool.WORKER_MODULE", "killed_worker")
     home = project(data={"unreadable_clips": "skip"}, cache={"decode_workers": 1})
     with pytest.raises(KilledError, match="SIGKILL") as caught:
         home.precompute()
@@ -741,7 +740,7 @@ def test_a_held_out_source_that_shares_a_video_is_told_of(project):
 
 def _count_held_out(home: Project) -> tuple[int, int, int]:
     """Clips held out as `check` counts them, as precompute does, and as counting by name would."""
-    config, facts = home.config(), read_facts(str(home.model))
+    config, facts = home.config(), read_spec(str(home.model))
     clips = check_dataset(config, facts, progress=False).clips
     drawn, names = identities(config, clips, progress=False), {clip.sample.video: clip.name for clip in clips}
     counted = dict(overview(config, facts, clips, drawn)[0])["clips"]
@@ -764,7 +763,7 @@ def test_counting_reads_files_only_where_numbers_depend_on_it(project, monkeypat
     home = project(data={"holdout": 1})
     sizes = {path.stat().st_size for path in home.clips}
     assert len(sizes) == 4, "files of one size could be copies"
-    clips = check_dataset(home.config(), read_facts(str(home.model)), progress=False).clips
+    clips = check_dataset(home.config(), read_spec(str(home.model)), progress=False).clips
     monkeypatch.setattr(Cache, "stamp", _forbidden)
     assert len(identities(home.config(), clips, progress=False)) == 4
     home.clips[1].write_bytes(home.clips[0].read_bytes())
@@ -783,7 +782,7 @@ CHINESE = ["\u4e00\u53ea\u732b\u5728\u8d70", "\u4e00\u53ea\u72d7\u5728\u8dd1"]
 def test_captions_that_the_model_cannot_read_are_told_of(project):
     home = project()
     _put(home, "prompt", [*CHINESE, "a red \U0001f388"])
-    notes = check_dataset(home.config(), read_facts(str(home.model)), progress=False).notes
+    notes = check_dataset(home.config(), read_spec(str(home.model)), progress=False).notes
     assert "3 of 4 captions hold characters that" in notes[0] and "(2 of them for the most part)" in notes[0]
     assert repr(CHINESE[0]) in notes[0] and "100% unknown" in notes[0]
     assert (
@@ -821,7 +820,7 @@ def test_captions_are_not_compared_where_there_is_no_tokenizer(project, tmp_path
     home.rows(lambda rows: rows[0].update(prompt=CHINESE[0]))
     home.model = Path(shutil.copytree(home.model, tmp_path / "model"))
     shutil.rmtree(home.model / "tokenizer")
-    (note,) = check_dataset(home.config(), read_facts(str(home.model)), progress=False).notes
+    (note,) = check_dataset(home.config(), read_spec(str(home.model)), progress=False).notes
     assert "captions were not compared" in note
     with pytest.raises(ModelError, match="no tokenizer"):
         home.precompute()
@@ -847,7 +846,7 @@ def test_images_are_opened_before_anything_is_encoded(project):
     (home.folder / "start.png").write_bytes(b"no image")
     names = ["good.gif", "cut.png", "wide.jpg"]
     _put(home, "image", names)
-    facts = read_facts(str(home.model))
+    facts = read_spec(str(home.model))
     samples = {"validation": {"samples": [{"prompt": "a ring", "image": "start.png"}]}}
     with pytest.raises(DataError) as caught:
         check_dataset(home.config(**samples), facts, progress=False)
@@ -866,15 +865,15 @@ def test_images_are_opened_before_anything_is_encoded(project):
 def test_check_dataset_plans_without_weights(project, monkeypatch):
     home = project()
     monkeypatch.setattr("finetune.cogvideox.load_vae", _forbidden)
-    report = check_dataset(home.config(), read_facts(str(home.model)), progress=False)
+    report = check_dataset(home.config(), read_spec(str(home.model)), progress=False)
     assert [clip.name for clip in report.clips] == [f"clips/{path.name}" for path in home.clips]
     assert "4 clips from 4 videos, 4 distinct captions, at 8 fps" in str(report)
     assert "bucket 9x32x32: 4 clips of 1.1 s; 100% of the picture and" in str(report)
     with pytest.raises(DataError, match="4 clips, images or captions cannot be used"):
-        check_dataset(home.config(data={"buckets": ["17x32x32"]}), read_facts(str(home.model)), progress=False)
+        check_dataset(home.config(data={"buckets": ["17x32x32"]}), read_spec(str(home.model)), progress=False)
     with pytest.raises(DataError, match="no clip is left to train on: 4 videos too short"):
         skipping = home.config(data={"buckets": ["17x32x32"], "short_clips": "skip"})
-        check_dataset(skipping, read_facts(str(home.model)), progress=False)
+        check_dataset(skipping, read_spec(str(home.model)), progress=False)
     assert not (home.folder / "cache").exists()
 
 
@@ -890,7 +889,7 @@ def test_what_is_cut_off_is_said_with_the_bucket_that_keeps_more(project):
         "warning: bucket 9x64x32 keeps 25% of the picture of 4 clips of 48x96 (height x width): 9x32x64 would keep 100%"
     )
     seconds = "warning: bucket 9x64x32 keeps 75% of the seconds of 4 videos: "
-    report = str(check_dataset(home.config(), read_facts(str(home.model)), progress=False))
+    report = str(check_dataset(home.config(), read_spec(str(home.model)), progress=False))
     assert f"bucket 9x64x32: 4 clips of 1.1 s; {share}" in report and size in report and seconds in report
     report = str(home.precompute())
     assert f"bucket 9x64x32: {share}" in report and size in report and seconds in report
@@ -901,13 +900,12 @@ def test_what_is_cut_off_is_said_with_the_bucket_that_keeps_more(project):
 
 
 def test_a_model_of_one_size_says_that_none_keeps_more(project):
-    from finetune.caching.kept import kept_warnings
-    from finetune.caching.report import PlannedClip
-    from finetune.facts import known_model
-    from finetune.geometry import picture_kept, plan_clips
-    from finetune.types import Sample, VideoProbe
+    from finetune.caching.check import PlannedClip, kept_warnings
+    from finetune.cogvideox.model_files import known_model
+    from finetune.core.types import Sample, VideoProbe
+    from finetune.datasets.geometry import picture_kept, plan_clips
 
-    facts = read_facts(str(known_model("5b-i2v")))
+    facts = read_spec(str(known_model("5b-i2v")))
     config = project(data={"buckets": ["49x480x720"]}).config().data
     probe = VideoProbe(100, 8.0, 720, 480, tuple(n / 8 for n in range(100)), 1, "decord")
     sample = Sample(Path("a.mp4"), "a", None, "a:1")
@@ -916,7 +914,7 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
     assert "44% of the picture of 1 clips of 720x480" in picture and "no size that keeps more" in picture
     assert "49% of the seconds of 1 videos: data.span: all would keep 98%" in seconds
     # Ten seconds hold one clip of 49 frames and three of 25.
-    facts = read_facts(str(known_model("5b")))
+    facts = read_spec(str(known_model("5b")))
     ten = replace(probe, frames=80, frame_times_s=probe.frame_times_s[:80], height=480, width=720)
     clips = [PlannedClip("a.mp4", sample, ten, plan, False) for plan in plan_clips(ten, config, 8, "a")]
     (seconds,) = kept_warnings(clips, config, facts, 8)
@@ -931,7 +929,7 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
 
 def test_decode_workers_share_the_machine(project, monkeypatch):
     config = project().config(cache={"decode_workers": None})
-    monkeypatch.setattr("finetune.caching.report.cpu_cores", lambda: 16)
+    monkeypatch.setattr("finetune.caching.check.cpu_cores", lambda: 16)
     assert [workers_for(config, 100, processes) for processes in (1, 2, 4, 8)] == [4, 4, 2, 1]
     assert workers_for(config, 2) == 2 and workers_for(project().config(), 100) == 0
 
@@ -1015,12 +1013,12 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
 TOGETHER = """
 import sys
 from finetune.datasets.media import frames
-from finetune.errors import DataError
+from finetune.core.errors import DataError
 from finetune.caching import encode as encoding
 from finetune.config import load_config
 from finetune.facts import read_facts
 from finetune.precompute import ensure_cache, precompute
-from finetune.ranks import Ranks
+from finetune.core.distributed import Ranks
 
 ranks = Ranks.current()
 assert ranks.world == 2 and ranks.device.type == "cpu"
@@ -1111,7 +1109,7 @@ def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
     rows = re.findall(r"^\| (5b|1\.5-5b) \| (\d+x\d+x\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
     assert len(rows) >= 2
     for variant, shape, latents, captions, images in rows:
-        facts = read_facts(str(known_model(variant)))
+        facts = read_spec(str(known_model(variant)))
         bucket = Bucket(*map(int, shape.split("x")))
         plain = cache_plan.clip_bytes(facts, bucket, "fp16", draws=0)
         drawn = cache_plan.clip_bytes(facts, bucket, "fp16", draws=4) - plain
@@ -1134,7 +1132,7 @@ def test_the_reader_in_the_documentation_reads(project, monkeypatch, capsys):
 def test_the_space_that_is_asked_for_is_the_space_that_is_taken(project):
     home = project("1.5-5b-i2v")
     config = home.config()
-    plan = cache_plan.plan_cache(config, read_facts(str(home.model)), home.cache, progress=False)
+    plan = cache_plan.plan_cache(config, read_spec(str(home.model)), home.cache, progress=False)
     home.precompute()
     entries = [path for kind in ("latents", "prompts") for path in home.cache.entries(kind)]
     stored = sum(tensor.nbytes for path in entries for tensor in load_file(path).values())

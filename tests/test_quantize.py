@@ -13,14 +13,22 @@ import torch
 from storages import StorageCounter
 from torch import Tensor, nn
 
-from finetune.cogvideox import ModelConfig, denoise, empty_transformer, load_transformer
-from finetune.cogvideox.weights import place, stored_tensors
-from finetune.errors import ModelError
-from finetune.facts import KNOWN_MODELS, known_model, read_facts
-from finetune.memory.quantize import QuantisedPlacement, is_quantised, output_error, placement
-from finetune.memory.quantized_linear import Kind, QuantisedLinear, held_bytes
-from finetune.trainers.method import LoraMethod
-from finetune.types import Bucket
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.load import ModelConfig, empty_transformer, load_transformer, place, stored_tensors
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import ModelError
+from finetune.core.types import Bucket
+from finetune.memory.quantized_linear import (
+    Kind,
+    QuantisedLinear,
+    QuantisedPlacement,
+    held_bytes,
+    is_quantised,
+    output_error,
+    placement,
+)
+from finetune.methods.lora import LoraMethod
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 STEM = "diffusion_pytorch_model"
@@ -201,7 +209,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def predicted(transformer: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
-    facts = read_facts(str(folder))
+    facts = read_spec(str(folder))
     generator = torch.Generator().manual_seed(5)
     shape = (1, facts.in_channels // facts.latent_channels, *facts.latent_shape(Bucket(9, 64, 64)))
     latents = torch.randn(shape, generator=generator)
@@ -325,7 +333,7 @@ def test_shards_are_read_one_after_the_other(tiny_model: Callable[..., Path], tm
 @pytest.fixture(scope="module")
 def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One block of 1024: its largest weight has 16 MiB, four times what is rounded at a time."""
-    from finetune.tiny import tiny_transformer
+    from finetune.testing.tiny import tiny_transformer
 
     folder = tmp_path_factory.mktemp("wide")
     transformer = tiny_transformer("5b", num_layers=1, num_attention_heads=16, attention_head_dim=64)

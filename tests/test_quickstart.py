@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune.demo import NEW_SHAPE
-from finetune.quickstart import NEW_SCENES, OLD_SCENES, main
+from finetune.testing.demo import NEW_SHAPE
+from finetune.testing.quickstart import NEW_SCENES, OLD_SCENES, main
 
 
 def test_the_quickstart_teaches_the_new_shape_and_keeps_the_old_ones(tmp_path, capsys):

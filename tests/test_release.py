@@ -17,30 +17,27 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from worlds import fabricate_cache, run_config
 
-from finetune.errors import ConfigError, TrainingError
-from finetune.facts import read_facts
-from finetune.memory import MemoryConfig, undo
-from finetune.memory import release as release_module
-from finetune.memory.places import label_of
-from finetune.memory.release import norm_of, units_of
-from finetune.planning.ledger import Ledger
-from finetune.planning.training import Alone
-from finetune.ranks import Ranks
-from finetune.tiny import tiny_transformer
+from finetune.cogvideox.spec import read_spec
+from finetune.core.distributed import ProcessGroup
+from finetune.core.errors import ConfigError, TrainingError
+from finetune.memory import gradient_offload
+from finetune.memory.config import MemoryConfig
+from finetune.memory.gradient_offload import norm_of, units_of
+from finetune.memory.host_buffers import label_of
+from finetune.memory.setup import undo
+from finetune.methods.full import FullMethod
+from finetune.optim.ema import Ema
+from finetune.optim.optimizers import OptimizerConfig, begin, set_lr
+from finetune.optim.state import load_optimizer_state, optimizer_state, precise_weights
+from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
+from finetune.parallel.launch import FullShard, Launch, Replicate, Zero
+from finetune.parallel.strategy import DataParallel
+from finetune.planner.estimate import Alone
+from finetune.planner.memory_tracker import MemoryTracker
+from finetune.testing.tiny import tiny_transformer
 from finetune.trainers import loop
-from finetune.trainers.ema import Ema
-from finetune.trainers.engine import FullShard, Launch, Released, Replicate, Replicated, Zero, whole_engine
 from finetune.trainers.loop import TrainReport, train
-from finetune.trainers.method import FullMethod
-from finetune.trainers.optim import (
-    OptimizerConfig,
-    begin,
-    load_optimizer_state,
-    optimizer_state,
-    precise_weights,
-    set_lr,
-)
-from finetune.trainers.spread import require_launch
+from finetune.trainers.setup import require_launch
 
 CPU = torch.device("cpu")
 STATES: dict[str, dict[str, object]] = {
@@ -63,7 +60,7 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
 class _Saved:
     """What a checkpoint gives back, copied as through a file."""
 
-    def __init__(self, engine: Replicated) -> None:
+    def __init__(self, engine: DataParallel) -> None:
         tensors, meta = engine.optimizer_state()
         self.trainable = {name: tensor.clone() for name, tensor in engine.weights().items()}
         self.optimizer = ({name: tensor.clone() for name, tensor in tensors.items()}, meta)
@@ -73,7 +70,7 @@ class _Saved:
 class World:
     """A tiny transformer in training."""
 
-    engine: Replicated
+    engine: DataParallel
     module: Any
     done: int = 0
     device: torch.device = CPU
@@ -128,14 +125,14 @@ def world() -> Any:
         module.train()
         made.append(module)
         parameters = method.trainable(module)
-        built: Replicated
+        built: DataParallel
         if not released:
-            built = Replicated(Alone, module, parameters)
+            built = DataParallel(Alone, module, parameters)
         elif engine:
             limit = math.inf if max_norm is None else max_norm
-            built = Released(Alone, module, parameters, memory=memory, device=device, max_norm=limit, **engine)
+            built = GradientRelease(Alone, module, parameters, memory=memory, device=device, max_norm=limit, **engine)
         else:
-            built = whole_engine(Alone, module, parameters, memory=memory, device=device, max_norm=max_norm)
+            built = single_process_strategy(Alone, module, parameters, memory=memory, device=device, max_norm=max_norm)
         config = TypeAdapter(OptimizerConfig).validate_python({"lr": 1e-3, **(optimizer or {"kind": "adamw"})})
         built.start(config, saved)
         return World(built, module, device=device)
@@ -163,7 +160,7 @@ def test_released_trains_as_without_release_bit_for_bit(world: Maker, state, opt
     """Unclipped: clipping by parameter is another rule, and the factor of the global one is more precise here."""
     theirs = world({"gradient_release": "exact"}, OPTIMIZERS[optimizer], released=False)
     ours = world(STATES[state], OPTIMIZERS[optimizer])
-    assert isinstance(ours.engine, Released) and not isinstance(theirs.engine, Released)
+    assert isinstance(ours.engine, GradientRelease) and not isinstance(theirs.engine, GradientRelease)
     start = ours.weights()
     for _ in range(3):
         norm, their_norm = ours.step(), theirs.step()
@@ -271,7 +268,7 @@ def test_a_norm_that_forgets_a_block_is_noticed(world: Maker, monkeypatch):
         seen.append(gradient)
         return norm_of(gradient) * (0.0 if gradient.shape in shapes else 1.0)
 
-    monkeypatch.setattr("finetune.trainers.engine.released.norm_of", forgetting)
+    monkeypatch.setattr("finetune.parallel.gradient_release.norm_of", forgetting)
     assert other.step() < whole * (1 - 1e-3) and len(seen) == len(other.engine.parameters)
 
 
@@ -467,7 +464,7 @@ def test_weights_that_are_not_copied_back_are_noticed(world: Maker, monkeypatch)
     """Canary of the comparisons: the optimizer trained, and the model did not see it."""
     theirs = world(STATES["exact-host"])
     theirs.step()
-    monkeypatch.setattr(release_module.HostWeights, "publish", lambda *_, **__: None)
+    monkeypatch.setattr(gradient_offload.HostWeights, "publish", lambda *_, **__: None)
     ours = world(STATES["exact-host"])
     ours.step()
     with pytest.raises(AssertionError, match="differ"):
@@ -479,7 +476,7 @@ def test_streamed_weights_are_copied_anew_after_an_update(world: Maker, monkeypa
     norms = []
     for forgetful in (False, True):
         if forgetful:
-            monkeypatch.setattr("finetune.memory.streaming.Streamed.invalidate", lambda _: None)
+            monkeypatch.setattr("finetune.memory.block_streaming.BlockStreaming.invalidate", lambda _: None)
         ours = world(STATES["exact-host-streamed"], {"kind": "adamw", "lr": 0.05})
         norms.append([ours.step() for _ in range(2)])
     assert norms[0][0] == norms[1][0] and norms[0][1] != norms[1][1]
@@ -639,16 +636,16 @@ def test_a_training_that_is_cut_and_continued_is_the_whole_one(tiny_model, tmp_p
 @pytest.mark.parametrize(("state", "told"), [("exact", ""), ("each", "updated already")])
 def test_out_of_memory_is_survived_where_nothing_was_updated(tiny_model, tmp_path, monkeypatch, state, told):
     """After the backward pass, as late as it can come."""
-    backward, failed = Released.backward, []
+    backward, failed = GradientRelease.backward, []
 
-    def full_once(self: Released, loss: Tensor) -> None:
+    def full_once(self: GradientRelease, loss: Tensor) -> None:
         backward(self, loss)
         if not failed:
             failed.append(True)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     calm = run(tiny_model(), tmp_path / "calm", memory=STATES[state])
-    monkeypatch.setattr(Released, "backward", full_once)
+    monkeypatch.setattr(GradientRelease, "backward", full_once)
     if told:
         with pytest.raises(TrainingError, match=told):
             run(tiny_model(), tmp_path / "run", memory=STATES[state])
@@ -676,7 +673,7 @@ def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
         begin(each.engine.optimizer, seed=3, step=0)
         each.passes()
         each.engine.clip(0.1)
-        with Ledger() as ledger:
+        with MemoryTracker() as ledger:
             each.engine.step()
             ledger.read_labels()
         held.append([piece for piece in ledger.pieces if not piece.host])
@@ -685,12 +682,12 @@ def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
 
 
 def test_what_does_not_go_with_a_launch_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.trainers.spread.import_deepspeed", lambda: None)
+    monkeypatch.setattr("finetune.trainers.setup.import_deepspeed", lambda: None)
 
     def said(launch: Launch, **changes: Any) -> str:
         config = run_config(tiny_model(), tmp_path, tmp_path / "run", method={"kind": "full"}, **changes)
         with pytest.raises(ConfigError) as caught:
-            require_launch(launch, config, read_facts(str(tiny_model())), Ranks())
+            require_launch(launch, config, read_spec(str(tiny_model())), ProcessGroup())
         assert caught.value.fix
         return str(caught.value)
 

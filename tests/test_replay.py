@@ -14,19 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worlds import run_config, run_values
 
-from finetune.cli import OK, USER_ERROR, main
-from finetune.config import RunConfig
+from finetune.checkpoint.folders import list_checkpoints
+from finetune.checkpoint.load import load_checkpoint
+from finetune.cli.main import OK, USER_ERROR, main
+from finetune.config.schema import RunConfig
+from finetune.core.errors import CacheError, ModelError, TrainingError
 from finetune.datasets.cache import Cache
-from finetune.errors import CacheError, ModelError, TrainingError
+from finetune.parallel.strategy import DataParallel
 from finetune.precompute import precompute
-from finetune.replay import replay
 from finetune.trainers import fault_report
-from finetune.trainers.checkpoint import list_checkpoints, load_checkpoint
-from finetune.trainers.engine import Replicated
 from finetune.trainers.fault_report import read_report
 from finetune.trainers.loop import train
-from finetune.trainers.meter import StepRecord
+from finetune.trainers.replay import replay
 from finetune.trainers.run import Run
+from finetune.trainers.tracking import StepRecord
 from finetune.trainers.validation import HeldoutLoss
 
 POISON = 1e25
@@ -205,7 +206,7 @@ def test_the_loss_on_training_clips_is_looked_at_as_well(make):
 def test_weights_that_are_not_finite_take_no_good_ones_place(make, measured, monkeypatch):
     """A step whose loss and gradient were finite, and whose update was not: made up here."""
     config = make("run", **watched(checkpoint={"every": 1}, **({} if measured else {"validation": {"every": None}})))
-    updates, inner = [], Replicated.step
+    updates, inner = [], DataParallel.step
 
     def spoilt(self):
         inner(self)
@@ -214,7 +215,7 @@ def test_weights_that_are_not_finite_take_no_good_ones_place(make, measured, mon
             next(iter(self.parameters.values())).data[0] = math.inf
 
     with monkeypatch.context() as patch:
-        patch.setattr(Replicated, "step", spoilt)
+        patch.setattr(DataParallel, "step", spoilt)
         with pytest.raises(TrainingError, match=r"non-finite|not finite") as caught:
             train(config)
     assert ("finetune replay" in caught.value.fix) is measured
@@ -267,8 +268,8 @@ def test_every_change_of_a_report_is_found(copied, name):
 
 
 def test_a_report_of_a_later_version_is_refused(copied):
-    from finetune.files import atomic_write_text
-    from finetune.seals import seal
+    from finetune.core.checksums import write_checksums as seal
+    from finetune.core.files import atomic_write_text
 
     content = json.loads((copied / "report.json").read_text()) | {"format": 99}
     (copied / "COMPLETE").unlink()

@@ -16,9 +16,9 @@ import pytest
 from pydantic import BaseModel
 
 import finetune
-from finetune.config import RunConfig
 from finetune.config.messages import bare, is_section, is_union
-from finetune.section import Strict
+from finetune.config.schema import RunConfig
+from finetune.core.types import Strict
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -199,23 +199,31 @@ def test_imports_point_down():
     ("module", "text", "said"),
     [
         (
-            "finetune.types",
+            "finetune.core.types",
             "from finetune.config import RunConfig",
-            "finetune.types:1 (layer 0) imports finetune.config",
+            "finetune.core.types:1 (layer 0) imports finetune.config",
         ),
         (
-            "finetune.diffusion",
-            "def f():\n    import finetune.cli",
-            "finetune.diffusion:2 (layer 1) imports finetune.cli",
+            "finetune.cogvideox.objective",
+            "def f():\n    import finetune.cli.main",
+            "finetune.cogvideox.objective:2 (layer 1) imports finetune.cli.main",
         ),
-        ("finetune.memory", "if TYPE_CHECKING:\n    from finetune.tiny import x", "imports finetune.tiny (layer 2)"),
-        ("finetune.datasets.video", "from finetune.datasets.cache import Cache", "imports finetune.datasets.cache"),
-        ("finetune.geometry", "from finetune import facts", "imports finetune.facts (layer 1)"),
-        ("finetune.facts.read", "from finetune import train", "imports finetune.trainers.loop"),
         (
-            "finetune.files",
+            "finetune.memory",
+            "if TYPE_CHECKING:\n    from finetune.testing.tiny import x",
+            "imports finetune.testing.tiny (layer 2)",
+        ),
+        (
+            "finetune.datasets.decode_pool",
+            "from finetune.datasets.cache import Cache",
+            "imports finetune.datasets.cache",
+        ),
+        ("finetune.datasets.geometry", "from finetune import facts", "imports finetune.facts (layer 1)"),
+        ("finetune.cogvideox.spec", "from finetune import train", "imports finetune.trainers.loop"),
+        (
+            "finetune.core.files",
             "import finetune\nfinetune.load_config('x')",
-            "finetune.files:2 (layer 0) imports finetune.config",
+            "finetune.core.files:2 (layer 0) imports finetune.config",
         ),
         ("finetune.export", "from . import cli", "write the whole name"),
         ("finetune.novel", "import torch", "finetune.novel stands in no layer"),
@@ -229,11 +237,11 @@ def test_the_import_check_can_fail(module, text, said):
 
 def test_the_import_check_allows_what_is_meant():
     fine = {
-        "finetune.types": "import torch",
-        "finetune.config.load": "from finetune.config.schema import RunConfig\nfrom finetune.facts import Facts",
-        "finetune.datasets.upkeep": "from finetune.datasets.cache import Cache",
-        "finetune.cli": "def f():\n    from finetune import train",
-        "finetune.datasets.video": "import finetune\nprint(finetune.__path__)",
+        "finetune.core.types": "import torch",
+        "finetune.config.loading": "from finetune.config.schema import RunConfig\nfrom finetune.facts import Facts",
+        "finetune.datasets.cache_admin": "from finetune.datasets.cache import Cache",
+        "finetune.cli.main": "def f():\n    from finetune import train",
+        "finetune.datasets.decode_pool": "import finetune\nprint(finetune.__path__)",
     }
     assert not import_faults(fine, sources())
 

@@ -13,21 +13,13 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from finetune.errors import CheckpointError, ConfigError
-from finetune.files import atomic_save_tensors
-from finetune.trainers.checkpoint import require_same_run
-from finetune.trainers.optim import (
-    NarrowWeights,
-    OptimizerConfig,
-    Weights,
-    begin,
-    load_optimizer_state,
-    optimizer_state,
-    owner_of,
-    precise_weights,
-    rounding,
-)
-from finetune.trainers.optim.rounding import round_stochastically_
+from finetune.checkpoint.compare import require_same_run
+from finetune.core.errors import CheckpointError, ConfigError
+from finetune.core.files import atomic_save_tensors
+from finetune.optim import low_precision
+from finetune.optim.low_precision import NarrowWeights, Weights, round_stochastically_
+from finetune.optim.optimizers import OptimizerConfig, begin
+from finetune.optim.state import load_optimizer_state, optimizer_state, owner_of, precise_weights
 
 WAYS = get_args(Weights)
 INNER: dict[str, dict[str, Any]] = {
@@ -192,7 +184,7 @@ def test_kahan_stays_within_its_bound_of_the_masters():
 def test_a_lost_compensation_is_noticed(monkeypatch):
     """Canary of the bound."""
     (_, masters), (start, _) = trained("master"), trained("kahan", steps=1)
-    monkeypatch.setattr(rounding.Kahan, "narrow", _without_compensation)
+    monkeypatch.setattr(low_precision.Kahan, "narrow", _without_compensation)
     ours, _ = trained("kahan")
     name = "block.0.weight"
     master = precise_weights(masters, start)[name].detach()
@@ -202,7 +194,7 @@ def test_a_lost_compensation_is_noticed(monkeypatch):
 
 def _without_compensation(self: Any, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
     parameter.copy_(shell)
-    shell.data = rounding._placeholder(parameter)
+    shell.data = low_precision._placeholder(parameter)
 
 
 def test_stochastic_weights_stay_around_the_masters():

@@ -19,12 +19,13 @@ import torch
 from broken_disk import forked, mount_small_disk
 from waiting import HANG_S
 
-from finetune import files, leases
-from finetune.errors import CheckpointError
-from finetune.ranks import Ranks
-from finetune.trainers.checkpoint import CheckpointConfig, Saver, list_checkpoints, save_checkpoint
-from finetune.trainers.run_folder import LEASES, checkpoint_to_continue, hold_run_folder
-from finetune.types import RunState
+from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints
+from finetune.checkpoint.save import CheckpointManager, save_checkpoint
+from finetune.core import files, locks
+from finetune.core.distributed import ProcessGroup
+from finetune.core.errors import CheckpointError
+from finetune.core.types import RunState
+from finetune.trainers.setup import LEASES, checkpoint_to_continue, hold_run_folder
 
 FORK = multiprocessing.get_context("fork")
 FAST = {"beat_s": 0.1, "stale_s": 1.0}
@@ -32,7 +33,7 @@ FAST = {"beat_s": 0.1, "stale_s": 1.0}
 
 def held(run_dir: Path, **times: float) -> Any:
     """As the only process of a launch holds it."""
-    return hold_run_folder(run_dir, Ranks(), print, **times)
+    return hold_run_folder(run_dir, ProcessGroup(), print, **times)
 
 
 def write(run_dir: Path, step: int) -> Path:
@@ -98,7 +99,7 @@ def test_a_second_job_is_refused_at_once_and_told_who_is_there(tmp_path):
 
 def test_another_folder_is_nobodys_business(tmp_path):
     with somebody_holds(tmp_path / "a"), held(tmp_path / "b"):
-        assert len(leases.live(tmp_path / "b" / LEASES)) == 1
+        assert len(locks.live(tmp_path / "b" / LEASES)) == 1
 
 
 def test_a_finished_job_leaves_nothing_in_the_way(tmp_path):
@@ -123,14 +124,14 @@ def test_without_asking_the_system_a_killed_job_would_stand_in_the_way(tmp_path,
     with somebody_holds(tmp_path) as holder:
         holder.kill()
         holder.join()
-        monkeypatch.setattr(leases, "_running", lambda *_: True)
+        monkeypatch.setattr(locks, "_running", lambda *_: True)
         with pytest.raises(CheckpointError), held(tmp_path):
             pytest.fail("it was believed dead")
 
 
 def test_a_silent_job_of_another_machine_is_waited_for_and_then_succeeded(tmp_path):
     lease, said = from_another_machine(tmp_path), []
-    with hold_run_folder(tmp_path, Ranks(), said.append, **FAST):
+    with hold_run_folder(tmp_path, ProcessGroup(), said.append, **FAST):
         assert not lease.exists()
     assert len(said) == 1 and said[0].startswith(f"waiting up to 1 s for the job that wrote to {tmp_path} before: host")
     assert "node7, process 4711, since 2026-11-23 10:15" in said[0]
@@ -159,7 +160,7 @@ def test_an_unreadable_lease_is_no_traceback(tmp_path):
     path = from_another_machine(tmp_path)
     path.write_bytes(b"\xff{")
     said: list[str] = []
-    with hold_run_folder(tmp_path, Ranks(), said.append, **FAST):
+    with hold_run_folder(tmp_path, ProcessGroup(), said.append, **FAST):
         assert "host unknown" in said[0]
 
 
@@ -192,8 +193,8 @@ def test_of_many_that_start_together_never_two_write(tmp_path):
 
 def test_looking_before_saying_would_let_two_in(tmp_path, monkeypatch):
     """The canary of the test above: who does not see the others gets in beside them."""
-    monkeypatch.setattr(leases, "live", lambda *_, **__: [])
-    monkeypatch.setattr(leases, "clear_dead", lambda *_, **__: 0)
+    monkeypatch.setattr(locks, "live", lambda *_, **__: [])
+    monkeypatch.setattr(locks, "clear_dead", lambda *_, **__: 0)
     with somebody_holds(tmp_path), held(tmp_path):
         assert len(list((tmp_path / LEASES).glob("*.json"))) == 2
 
@@ -260,11 +261,11 @@ def test_pruning_leaves_another_writers_unfinished_files_alone(tmp_path):
 
 def _as_rank(rank: int, folder: Path, outcomes: Any) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
-    ranks = Ranks(rank, 2, group=torch.distributed.new_group(backend="gloo"))
+    ranks = ProcessGroup(rank, 2, group=torch.distributed.new_group(backend="gloo"))
     run = folder / "run"
     try:
         with hold_run_folder(run, ranks, print):
-            held = len(leases.live(run / LEASES))
+            held = len(locks.live(run / LEASES))
             found = checkpoint_to_continue(run, "latest", ranks)
             outcomes.put((rank, held, None if found is None else float(found.trainable["a"][0])))
             torch.distributed.barrier()
@@ -276,14 +277,14 @@ def _as_rank(rank: int, folder: Path, outcomes: Any) -> None:
 def _saving_as_rank(rank: int, folder: Path, outcomes: Any) -> None:
     """Steps 1 to 4, a checkpoint after each; the disk of the main process has no room for those after 2 and 3."""
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
-    ranks = Ranks(rank, 2, group=torch.distributed.new_group(backend="gloo"))
+    ranks = ProcessGroup(rank, 2, group=torch.distributed.new_group(backend="gloo"))
 
     def save(state: RunState) -> Path:
         if rank == 0 and state.step > 1:
             files.shutil.disk_usage = lambda _: type("usage", (), {"free": 0})
         return ranks.first(lambda: write(folder / "run", state.step))
 
-    saver = Saver(save, 1, lambda _: None, RunState(0, "cache"))
+    saver = CheckpointManager(save, 1, lambda _: None, RunState(0, "cache"))
     seen: list[Any] = []
     try:
         for step in range(1, 5):
@@ -334,11 +335,11 @@ def test_a_new_run_begins_on_all_processes(tmp_path):
 
 
 def test_the_main_process_reads_its_checkpoint_once(tmp_path, monkeypatch):
-    from finetune.seals import Sealed
+    from finetune.core.checksums import ChecksummedFolder as Sealed
 
     write(tmp_path, 10)
     read: list[str] = []
     real = Sealed.read_bytes
     monkeypatch.setattr(Sealed, "read_bytes", lambda self, name: (read.append(name), real(self, name))[1])
-    found = checkpoint_to_continue(tmp_path, "latest", Ranks())
+    found = checkpoint_to_continue(tmp_path, "latest", ProcessGroup())
     assert found is not None and len(read) == len(set(read)) == 5

@@ -7,19 +7,9 @@ from collections import Counter
 import pytest
 from pydantic import ValidationError
 
-from finetune.holdout import HoldoutConfig, choose_holdout
-from finetune.schedule import (
-    Constant,
-    Cosine,
-    Item,
-    Linear,
-    StepPlan,
-    TrainConfig,
-    epoch_items,
-    is_due,
-    lr_at,
-)
-from finetune.types import Bucket
+from finetune.core.types import Bucket
+from finetune.datasets.schedule import Constant, Cosine, Item, Linear, StepPlan, TrainConfig, epoch_items, is_due, lr_at
+from finetune.datasets.sources import ValSplitConfig, choose_val_split
 
 WIDE, TALL = Bucket(9, 64, 96), Bucket(9, 96, 64)
 ITEMS = tuple(Item(WIDE if i % 3 else TALL, 1.0) for i in range(11))
@@ -122,22 +112,22 @@ def test_bucket_order_does_not_depend_on_other_buckets():
 
 def test_holdout_moves_little_when_a_video_is_added():
     videos = [f"video{i}" for i in range(40)]
-    before, after = choose_holdout(videos, 10), choose_holdout([*videos, "new"], 10)
+    before, after = choose_val_split(videos, 10), choose_val_split([*videos, "new"], 10)
     assert len(before) == 10 and len(before & after) >= 9
 
 
 @pytest.mark.parametrize("holdout,expected", [(0, 0), (0.1, 1), (0.5, 2), (3, 3), (99, 3)])
 def test_holdout_counts(holdout, expected):
-    assert len(choose_holdout(["a", "b", "c", "d", "a"], holdout)) == expected
+    assert len(choose_val_split(["a", "b", "c", "d", "a"], holdout)) == expected
 
 
 def test_one_video_is_never_held_out():
-    assert choose_holdout(["only"], 0.5) == frozenset()
+    assert choose_val_split(["only"], 0.5) == frozenset()
 
 
 def test_a_fractional_count_is_refused():
     with pytest.raises(ValidationError, match="whole number"):
-        HoldoutConfig(holdout=2.5)
+        ValSplitConfig(holdout=2.5)
 
 
 def test_train_length_is_given_once():

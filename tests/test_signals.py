@@ -20,12 +20,12 @@ from safetensors.torch import load_file
 from waiting import HANG_S, until
 from worlds import run_config, run_values
 
-from finetune.cli import INTERRUPTED, OK, PREEMPTED, main
-from finetune.config import RunConfig
-from finetune.datasets.loader import BatchMaker
+from finetune.checkpoint import save
+from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, main
+from finetune.config.schema import RunConfig
+from finetune.datasets.dataloader import BatchMaker
 from finetune.precompute import precompute
-from finetune.trainers import loop, sampler
-from finetune.trainers.checkpoint import save as checkpoint_save
+from finetune.trainers import loop, sampling
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import SIGNALS, StopRequest
@@ -169,7 +169,7 @@ def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(make):
         send(signal.SIGINT)
         send(signal.SIGINT)
 
-    with before(checkpoint_save, "atomic_save_tensors", 3, twice), pytest.raises(KeyboardInterrupt):
+    with before(save, "atomic_save_tensors", 3, twice), pytest.raises(KeyboardInterrupt):
         train(config)  # two files a checkpoint: in the middle of the second one's
     assert saved_steps(config.output_dir) == [1]
     assert same(weights(train(config)), weights(train(make("calm"))))
@@ -228,14 +228,14 @@ def test_a_kill_between_saving_and_sampling_costs_no_video(make, round_):
     def killed() -> None:
         raise SystemExit
 
-    with before(sampler.Sampler, "sample", round_, killed), pytest.raises(SystemExit):
+    with before(sampling.Sampler, "sample", round_, killed), pytest.raises(SystemExit):
         train(config)
     assert len(videos(config.output_dir)) == 2 * (round_ - 1) < len(videos(calm.run_dir)) == 4
     with before(loop, "batch_losses", 1, lambda: None) as passes:
         again = train(config)
     assert videos(again.run_dir) == videos(calm.run_dir) and not again.stopped_by
     assert len(passes) == (2 if round_ == 1 else 0) and saved_steps(again.run_dir) == [2, 4]
-    with before(sampler, "sample_videos", 1, lambda: None) as calls:  # and what is there is not made again
+    with before(sampling, "sample_videos", 1, lambda: None) as calls:  # and what is there is not made again
         train(config)
     assert not calls
 
@@ -254,7 +254,7 @@ def test_a_video_that_cannot_be_made_is_no_stop(make, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(sampler, "sample_videos", fails)
+    monkeypatch.setattr(sampling, "sample_videos", fails)
     assert not train(make("run", **SAMPLED)).stopped_by
 
 
@@ -271,7 +271,7 @@ def test_under_nohup_a_hang_up_is_none(make):
 def test_sampling_stops_between_two_videos(make):
     calm = train(make("calm", data=WATCHED["data"]))
     config = make("run", **SAMPLED)
-    with before(sampler, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
+    with before(sampling, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
         stopped = train(config)
     assert len(calls) == 1 and len(list(config.output_dir.rglob("*.mp4"))) == 1
     assert saved_steps(config.output_dir) == [3] and stopped.step == 3  # the next step is where all can agree

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from finetune.core.errors import DataError
 from finetune.datasets import parquet_child
 from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples, source_files
-from finetune.errors import DataError
 
 CAPTIONS = ["A red ball, rolling.", "NA", 'She says "go" in 2024-01-01']
 CLIPS = ["clips/a.mp4", "clips/b.mp4", "clips/deep/a.mp4"]
@@ -54,7 +54,7 @@ def _parquet_here(monkeypatch: pytest.MonkeyPatch) -> None:
         parquet_child.answer(json.loads(request))
         return ""
 
-    monkeypatch.setattr("finetune.datasets.parquet._run", run)
+    monkeypatch.setattr("finetune.datasets.tables._run", run)
 
 
 @pytest.fixture

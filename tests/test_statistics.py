@@ -18,15 +18,16 @@ from hypothesis import strategies as st
 from test_loader import maker
 from worlds import fabricate_cache, run_config
 
-from finetune import diffusion, schedule
-from finetune.datasets.loader import Loader
-from finetune.diffusion import DropoutConfig, draw, drawn_timestep
-from finetune.errors import TrainingError
-from finetune.schedule import Item, MicroBatch, StepPlan
-from finetune.streams import address
-from finetune.trainers.audit import Audit
+from finetune.cogvideox import objective
+from finetune.cogvideox.objective import DropoutConfig, sample_noise, sample_timestep
+from finetune.core.errors import TrainingError
+from finetune.core.rng import seed_for
+from finetune.core.types import Bucket
+from finetune.datasets import schedule
+from finetune.datasets.dataloader import Loader
+from finetune.datasets.schedule import Item, MicroBatch, StepPlan
 from finetune.trainers.loop import train
-from finetune.types import Bucket
+from finetune.trainers.run import Audit
 
 Z = 3.3
 """Standard deviations; 1 in 1000, two-sided."""
@@ -78,7 +79,7 @@ def draws() -> dict[str, torch.Tensor]:
     """What the real ``draw`` gives over many steps and slots of one seed; [DRAWS] each."""
     rows = []
     for number in range(DRAWS):
-        one = draw(
+        one = sample_noise(
             42,
             number // SLOTS,
             number % SLOTS,
@@ -147,7 +148,7 @@ def test_neighbours_are_independent(draws, apart):
 
 
 def test_seeds_are_independent(draws):
-    other = torch.tensor([drawn_timestep(43, n // SLOTS, n % SLOTS, TIMESTEPS) for n in range(20_000)])
+    other = torch.tensor([sample_timestep(43, n // SLOTS, n % SLOTS, TIMESTEPS) for n in range(20_000)])
     ours = draws["timestep"][:20_000]
     assert abs(correlation_z(ours, other)) < Z
     assert 5 < int((ours == other).sum()) < 40  # a thousandth of them by chance
@@ -160,7 +161,7 @@ def test_noise_is_standard_normal(draws):
         assert normal_ks(draws[name]) < 1.95
     # Large tensors are drawn by another, vectorised code of torch than single numbers.
     options = {"latent_shape": (4, 3, 8, 8), "padded_frames": 4, "image_draws": 0, "num_train_timesteps": TIMESTEPS}
-    tensors = [draw(42, step, 0, dropout=DropoutConfig(), **options) for step in range(100)]
+    tensors = [sample_noise(42, step, 0, dropout=DropoutConfig(), **options) for step in range(100)]
     noise = torch.stack([one.noise for one in tensors])
     posterior = torch.stack([one.posterior_noise for one in tensors])
     assert normal_ks(noise.flatten()) < 1.95 and normal_ks(posterior.flatten()) < 1.95
@@ -169,17 +170,17 @@ def test_noise_is_standard_normal(draws):
     assert normal_ks(noise.flatten() * 1.02) > 1.95  # a canary
 
 
-def used_addresses(monkeypatch, make=draw) -> list[tuple]:
+def used_addresses(monkeypatch, make=sample_noise) -> list[tuple]:
     """The address of every stream that 60 steps of 4 samples, their validation and their order open."""
     used: list[tuple] = []
-    real = diffusion.stream
+    real = objective.generator
 
     def noting(seed: int, *path):
         used.append((seed, *path))
         return real(seed, *path)
 
-    monkeypatch.setattr(diffusion, "stream", noting)
-    monkeypatch.setattr(schedule, "stream", noting)
+    monkeypatch.setattr(objective, "generator", noting)
+    monkeypatch.setattr(schedule, "generator", noting)
     options = {"latent_shape": (1, 1, 1, 1), "padded_frames": 1, "image_draws": 2, "num_train_timesteps": TIMESTEPS}
     for seed in (7, 8):
         order = StepPlan(tuple(Item(Bucket(9, 64, 64), 1.5) for _ in range(5)), seed, batch_size=2, micro_batches=2)
@@ -198,12 +199,12 @@ def test_no_two_choices_of_a_run_share_a_stream(monkeypatch):
     used = [one for one in used if one[1] != "extra"]
     assert len(used) > 2000
     assert [one for one, count in Counter(used).items() if count > 1] == []
-    assert len({address(*one) for one in used}) == len(used)
+    assert len({seed_for(*one) for one in used}) == len(used)
 
 
 def test_a_shared_stream_is_noticed(monkeypatch):
     def forgetful(seed, step, slot, **options):
-        return draw(seed, step, slot // 2, **options)
+        return sample_noise(seed, step, slot // 2, **options)
 
     assert max(Counter(used_addresses(monkeypatch, forgetful)).values()) > 1
 
@@ -362,7 +363,7 @@ def test_the_account_of_every_epoch_comes_out(items, seed, batch_size, accumulat
 
 
 def timesteps_of(plan: StepPlan, step: int) -> list[int]:
-    return [drawn_timestep(plan.seed, step, slot, TIMESTEPS) for micro in plan.step(step) for slot in micro.slots]
+    return [sample_timestep(plan.seed, step, slot, TIMESTEPS) for micro in plan.step(step) for slot in micro.slots]
 
 
 def test_an_account_that_does_not_come_out_stops_the_run():

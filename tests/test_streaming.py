@@ -13,21 +13,21 @@ from actors import Actors, RaceError, careless
 from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks, values
 from torch import Tensor, nn
 
-from finetune.errors import TrainingError
-from finetune.memory import places
-from finetune.memory.arena import ALIGNMENT, Layout, arena, rounded
-from finetune.memory.boundaries import OffloadedBoundaries
-from finetune.memory.lanes import CudaLane
-from finetune.memory.parts import Resident
+from finetune.core.errors import TrainingError
+from finetune.memory import host_buffers
+from finetune.memory.activation_offload import ActivationOffload
+from finetune.memory.block_streaming import BlockStreaming
+from finetune.memory.host_buffers import ALIGNMENT, BufferLayout, CudaCopyStream, flat_buffer, rounded
 from finetune.memory.quantized_linear import QuantisedLinear
-from finetune.memory.streaming import Streamed
-from finetune.trainers.method import FullMethod, LoraMethod
+from finetune.memory.runner import OnDevice
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
 
 
 def streamed(
     transformer: nn.Module, indices: Sequence[int] = range(LAYERS), ring: int = 2, **options: object
-) -> Streamed:
-    weights = Streamed(modules(transformer), indices, ring, CPU, **options)
+) -> BlockStreaming:
+    weights = BlockStreaming(modules(transformer), indices, ring, CPU, **options)
     weights.install()
     run_blocks(transformer, weights)
     return weights
@@ -79,7 +79,7 @@ def test_training_is_the_same_bit_for_bit(variant, dtype):
 def resident(method: LoraMethod | FullMethod, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and weights of a run whose weights stay on the device."""
     transformer = build(method=method)
-    run_blocks(transformer, Resident())  # adds up the time embedding's gradient block by block, unlike plain autograd
+    run_blocks(transformer, OnDevice())  # adds up the time embedding's gradient block by block, unlike plain autograd
     return torch.stack(train(transformer, steps)), values(transformer)
 
 
@@ -101,7 +101,7 @@ def require_resident_run(method: LoraMethod | FullMethod, indices: list[int], ri
     # An optimizer of the device's cannot take weights of the host: test_actors.py watches an engine that can.
     full = method.kind == "full"
     with nullcontext() if full else Actors():
-        residency = streamed(transformer, indices, ring, trainable=full, lane=None if full else CudaLane(CPU))
+        residency = streamed(transformer, indices, ring, trainable=full, lane=None if full else CudaCopyStream(CPU))
         ours = train(transformer, len(losses) // 3, after=residency.invalidate if full else None)
     assert torch.equal(torch.stack(ours), losses)
     require_equal(values(transformer), weights)
@@ -132,7 +132,7 @@ def test_weights_of_several_dtypes_and_buffers_stream():
         {name: t.detach().clone() for name, t in chain(b.named_parameters(), b.named_buffers())} for b in blocks
     ]
     with Actors():
-        weights = Streamed(blocks, range(3), 2, CPU, lane=CudaLane(CPU))
+        weights = BlockStreaming(blocks, range(3), 2, CPU, lane=CudaCopyStream(CPU))
         weights.install()
         homes = [block.adapter.data_ptr() for block in blocks]
         for index in [0, 1, 2, 2, 1, 0]:
@@ -149,10 +149,10 @@ def test_weights_of_several_dtypes_and_buffers_stream():
 
 def test_gradients_go_to_the_sink_when_weights_that_train_stream():
     theirs = build(method=FullMethod())
-    run_blocks(theirs, Resident())
+    run_blocks(theirs, OnDevice())
     forward(theirs).backward()
     ours = build(method=FullMethod())
-    weights = Streamed(modules(ours), range(LAYERS), 2, CPU, trainable=True)
+    weights = BlockStreaming(modules(ours), range(LAYERS), 2, CPU, trainable=True)
     weights.install()
     blocks, seen = run_blocks(ours, weights), {}
     blocks.sink = lambda index, pairs: seen.update({id(parameter): gradient for parameter, gradient in pairs})
@@ -172,7 +172,7 @@ def test_two_forward_passes_before_their_backward_passes():
         transformer = build()
         with Actors():
             if streams:
-                streamed(transformer, lane=CudaLane(CPU))
+                streamed(transformer, lane=CudaCopyStream(CPU))
             torch.manual_seed(0)
             first, second = forward(transformer, 1), forward(transformer, 2)
             with torch.no_grad():
@@ -190,7 +190,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(where, backward):
     transformer = build()
     before = values(transformer)
     with Actors():
-        streamed(transformer, lane=CudaLane(CPU))
+        streamed(transformer, lane=CudaCopyStream(CPU))
         block, armed = modules(transformer)[where], []
 
         def fail(*_: object) -> None:
@@ -278,16 +278,19 @@ def test_weights_are_on_the_host_between_passes_and_in_the_ring_within():
     seen = []
 
     def labels(tensors: Sequence[Tensor]) -> set[object]:
-        return {places.label_of(tensor.untyped_storage()) for tensor in tensors}
+        return {host_buffers.label_of(tensor.untyped_storage()) for tensor in tensors}
 
     block.attn1.register_forward_pre_hook(lambda *_: seen.append((labels(frozen), labels(adapters))))
     forward(transformer).backward()
-    ring, home = places.Label("streaming ring", False), places.Label("streamed weights", True, True)
+    ring, home = (
+        host_buffers.BufferLabel("streaming ring", False),
+        host_buffers.BufferLabel("streamed weights", True, True),
+    )
     assert seen == [({ring}, {None})] * 2
     assert labels(frozen) == {home}
     assert labels(modules(transformer)[1].parameters()) == {None}
     slots = {p.untyped_storage().nbytes() for p in [weights._slots[0].flat, weights._slots[1].flat]}
-    assert slots == {Layout.of(frozen).nbytes}
+    assert slots == {BufferLayout.of(frozen).nbytes}
 
 
 def test_the_model_may_be_moved_and_only_the_rest_moves():
@@ -326,7 +329,7 @@ def test_removing_restores_everything():
     transformer = build()
     before, attributes = values(transformer), [dict(block.__dict__) for block in modules(transformer)]
     objects = {name: id(p) for name, p in transformer.named_parameters()}
-    weights = Streamed(modules(transformer), range(LAYERS), 2, CPU)
+    weights = BlockStreaming(modules(transformer), range(LAYERS), 2, CPU)
     for device in (None, CPU):
         weights.install()
         blocks = run_blocks(transformer, weights)
@@ -335,7 +338,7 @@ def test_removing_restores_everything():
         weights.remove(device)
         require_equal(values(transformer), before)
         assert {name: id(p) for name, p in transformer.named_parameters()} == objects
-        assert all(places.label_of(p.untyped_storage()) is None for p in transformer.parameters())
+        assert all(host_buffers.label_of(p.untyped_storage()) is None for p in transformer.parameters())
         assert [list(block.__dict__) for block in modules(transformer)] == [list(names) for names in attributes]
         assert not any(block._forward_pre_hooks for block in modules(transformer))
 
@@ -343,7 +346,7 @@ def test_removing_restores_everything():
 def test_a_block_with_nothing_to_stream_is_refused():
     transformer = build(method=FullMethod())
     with pytest.raises(TrainingError, match="block 0 has no frozen weights"):
-        Streamed(modules(transformer), [0], 2, CPU).install()
+        BlockStreaming(modules(transformer), [0], 2, CPU).install()
 
 
 # --------------------------------------------------------------------------------------------------------- the arena
@@ -359,8 +362,8 @@ def test_an_arena_rounds_up_little():
             return torch.empty(nbytes, dtype=torch.uint8, device="meta")
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("finetune.memory.arena.host_buffer", fake)
-            pieces = [piece.numel() for piece in arena(sizes, pinned=True, what="streamed weights")]
+            patch.setattr("finetune.memory.host_buffers.host_buffer", fake)
+            pieces = [piece.numel() for piece in flat_buffer(sizes, pinned=True, what="streamed weights")]
         assert pieces == sizes
         assert sum(map(rounded, taken)) <= bound * max(sum(sizes), ALIGNMENT)
 
@@ -368,10 +371,10 @@ def test_an_arena_rounds_up_little():
 def test_an_arena_allocates_as_it_is_used(monkeypatch):
     made = []
     monkeypatch.setattr(
-        "finetune.memory.arena.host_buffer",
+        "finetune.memory.host_buffers.host_buffer",
         lambda nbytes, **_: made.append(nbytes) or torch.empty(nbytes, dtype=torch.uint8, device="meta"),
     )
-    pieces = arena([2**30 - 1] * 4, pinned=True, what="streamed weights")
+    pieces = flat_buffer([2**30 - 1] * 4, pinned=True, what="streamed weights")
     next(pieces), next(pieces)
     assert len(made) == 1
     next(pieces)
@@ -379,7 +382,7 @@ def test_an_arena_allocates_as_it_is_used(monkeypatch):
 
 
 def test_pieces_do_not_overlap_and_are_aligned():
-    pieces = list(arena([300, 1, 0, 512], pinned=False, what="streamed weights"))
+    pieces = list(flat_buffer([300, 1, 0, 512], pinned=False, what="streamed weights"))
     spans = sorted((piece.data_ptr(), piece.data_ptr() + piece.numel()) for piece in pieces if piece.numel())
     assert all(a[1] <= b[0] for a, b in pairwise(spans)) and len(spans) == 3
     offsets = [piece.storage_offset() for piece in pieces]
@@ -397,9 +400,9 @@ def test_a_host_that_refuses_to_pin_gives_pageable_memory_and_says_so(monkeypatc
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "empty", refuse)
     with pytest.warns(UserWarning, match="cannot be pinned for streamed weights"):
-        (piece,) = arena([64], pinned=True, what="streamed weights")
-    label = places.label_of(piece.untyped_storage())
-    assert label == places.Label("streamed weights", True, False)
+        (piece,) = flat_buffer([64], pinned=True, what="streamed weights")
+    label = host_buffers.label_of(piece.untyped_storage())
+    assert label == host_buffers.BufferLabel("streamed weights", True, False)
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
@@ -414,11 +417,11 @@ def test_on_a_gpu_the_same_bit_for_bit(ring):
     for streams in (False, True):
         transformer = build(heads=64, dropout=False).to(cuda)
         if streams:
-            weights = Streamed(modules(transformer), range(LAYERS), ring, cuda)
+            weights = BlockStreaming(modules(transformer), range(LAYERS), ring, cuda)
             weights.install()
-            run_blocks(transformer, weights, OffloadedBoundaries(LAYERS, keep=1))
+            run_blocks(transformer, weights, ActivationOffload(LAYERS, keep=1))
         else:
-            run_blocks(transformer, Resident())
+            run_blocks(transformer, OnDevice())
         with math:
             results.append(train(transformer, 3))
         if streams:
@@ -435,7 +438,7 @@ def test_a_forgotten_wait_is_seen(forgets):
     """A pass that does not wait for its weights; a slot that is filled while a pass still reads it."""
     transformer = build()
     with Actors():
-        lane = CudaLane(CPU)
+        lane = CudaCopyStream(CPU)
         streamed(transformer, lane=lane)
         with careless(lane, forgets), pytest.raises(RaceError):
             for _ in range(2):
@@ -447,13 +450,13 @@ def test_a_stale_slot_is_seen(monkeypatch):
     expected = forward(build())
     transformer = build()
     streamed(transformer)
-    monkeypatch.setattr(Streamed, "_load", lambda self, slot, rank: setattr(slot, "rank", rank))
+    monkeypatch.setattr(BlockStreaming, "_load", lambda self, slot, rank: setattr(slot, "rank", rank))
     assert not torch.equal(forward(transformer), expected)
 
 
 def test_delayed_copies_deliver_nothing_before_they_are_waited_for():
     with Actors():
-        lane, source, target = CudaLane(CPU), torch.ones(4), torch.zeros(4)
+        lane, source, target = CudaCopyStream(CPU), torch.ones(4), torch.zeros(4)
         mark = lane.copy(target, source, after=[lane.compute()])
         with pytest.raises(RaceError):
             target.sum()

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.errors import ConfigError
-from finetune.tiny import VARIANTS, build_tiny, tiny_scheduler, tiny_text, tiny_transformer, tiny_vae
+from finetune.core.errors import ConfigError
+from finetune.testing.tiny import VARIANTS, build_tiny, tiny_scheduler, tiny_text, tiny_transformer, tiny_vae
 
 # position, in/out channels, temporal patch, patch bias, ofs, scaling factor, inverted, snr shift, text tokens
 FACTS = {

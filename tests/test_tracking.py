@@ -16,8 +16,9 @@ from broken_disk import forked, mount_small_disk
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune.config.schema import TrackingConfig
 from finetune.trainers import tracking
-from finetune.trainers.tracking import Console, Tracker, TrackingConfig, duration, flatten_settings
+from finetune.trainers.tracking import Console, Tracker, duration, flatten_settings
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from worlds import run_config
 
-from finetune.errors import CheckpointError, ConfigError, TrainingError
+from finetune.core.errors import CheckpointError, ConfigError, TrainingError
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
-from finetune.trainers.validation import HeldoutLoss
-from finetune.trainers.validator import Validator
+from finetune.trainers.validation import HeldoutLoss, Validator
 
 
 def tangled(demo_clips: Path, wide_clips: Path) -> dict[str, object]:
@@ -138,7 +137,7 @@ def test_what_check_would_advise_is_said_before_the_first_step(tiny_model, demo_
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(next(iter(sorted(demo_clips.glob("*.mp4")))).read_bytes())
     (tmp_path / "clips" / "a.txt").write_text("a red circle moving left")
-    monkeypatch.setattr("finetune.caching.overview.MOST_EPOCHS", 1)
+    monkeypatch.setattr("finetune.caching.plan.MOST_EPOCHS", 1)
     train(run_config(tiny_model(), tmp_path / "clips", tmp_path / "run", data={"holdout": 0.1}, train={"steps": 2}))
     before, _, _ = capsys.readouterr().out.partition("training clips")
     assert "warning: no clip is held out" in before and "warning: 1 clips for 2 steps are 2 epochs" in before
@@ -314,7 +313,7 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
         train={"steps": 1, "batch_size": 3, "accumulation": 2, "max_grad_norm": None},
     )
     runs, ours = [], []
-    real_assemble, real_check = loop.assemble, loop.require_finite
+    real_assemble, real_check = loop.setup_run, loop.require_finite
 
     def assembled(config, cleanup):
         runs.append(real_assemble(config, cleanup))
@@ -325,7 +324,7 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
         return real_check(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "assemble", assembled)
+        patch.setattr(loop, "setup_run", assembled)
         patch.setattr(loop, "require_finite", captured)
         patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)  # the weights stay the initial ones
         train(config)
@@ -339,7 +338,7 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
 
 
 def test_the_run_folder_says_what_was_run(tiny_model, demo_clips, tmp_path):
-    from finetune.config import load_config
+    from finetune.config.loading import load_config
 
     config = run_config(tiny_model(), demo_clips, tmp_path / "run")
     train(config)

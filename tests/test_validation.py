@@ -14,19 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from finetune.bands import band_of, loss_by_band
-from finetune.trainers.validation import (
-    HISTORY,
-    Measurement,
-    ValidationConfig,
-    best_of,
-    evaluate,
-    fixed_timesteps,
-    read_history,
-    training_state_untouched,
-    verdict,
-)
-from finetune.types import Batch, RunState
+from finetune.checkpoint.validation_history import HISTORY, Measurement, best_of, read_history, verdict
+from finetune.config.schema import ValidationConfig
+from finetune.core.determinism import training_state_untouched
+from finetune.core.types import Batch, RunState
+from finetune.trainers.tracking import loss_by_timestep_bucket, timestep_bucket
+from finetune.trainers.validation import evaluate, fixed_timesteps
 
 
 def batch(timesteps: list[int], value: float = 0.0) -> Batch:
@@ -46,28 +39,28 @@ def batch(timesteps: list[int], value: float = 0.0) -> Batch:
 
 
 def test_bands_tile_the_schedule_in_order():
-    labels = [band_of(t, 1000) for t in range(1000)]
+    labels = [timestep_bucket(t, 1000) for t in range(1000)]
     assert sorted(set(labels)) == ["t000-249", "t250-499", "t500-749", "t750-999"]
     assert labels == sorted(labels)
 
 
 @pytest.mark.parametrize(("length", "bands"), [(1000, 4), (1000, 3), (10, 4), (7, 7), (50, 6)])
 def test_every_timestep_is_inside_its_label(length, bands):
-    labels = {band_of(t, length, bands) for t in range(length)}
+    labels = {timestep_bucket(t, length, bands) for t in range(length)}
     assert len(labels) == bands
     for t in range(length):
-        first, last = (int(edge) for edge in band_of(t, length, bands)[1:].split("-"))
+        first, last = (int(edge) for edge in timestep_bucket(t, length, bands)[1:].split("-"))
         assert first <= t <= last
 
 
 @pytest.mark.parametrize("timestep", [-1, 1000])
 def test_a_timestep_outside_the_schedule_is_refused(timestep):
     with pytest.raises(ValueError, match=r"not in 0\.\.999"):
-        band_of(timestep, 1000)
+        timestep_bucket(timestep, 1000)
 
 
 def test_loss_by_band_is_the_mean_of_each_group():
-    assert loss_by_band([1.0, 3.0, 10.0], [0, 249, 900], 1000) == {"t000-249": 2.0, "t750-999": 10.0}
+    assert loss_by_timestep_bucket([1.0, 3.0, 10.0], [0, 249, 900], 1000) == {"t000-249": 2.0, "t750-999": 10.0}
 
 
 # ----------------------------------------------------------------------------------------------------------- evaluate

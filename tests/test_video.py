@@ -18,11 +18,13 @@ import torch
 from PIL import Image
 from waiting import HANG_S
 
-from finetune.datasets.media import child, decord_reader, frames, limits
-from finetune.datasets.video import DecodeJob, DecodePool, decode, fit_image, load_image, probe
-from finetune.errors import DataError, KilledError
-from finetune.geometry import ClipConfig, plan_clips, resize_and_crop
-from finetune.types import Bucket, ClipPlan, VideoProbe
+from finetune.core.errors import DataError, KilledError
+from finetune.core.types import Bucket, ClipPlan, VideoProbe
+from finetune.datasets import decode as decord_reader
+from finetune.datasets import decode as frames
+from finetune.datasets import decode_limits, decode_pool
+from finetune.datasets.decode_pool import DecodeJob, DecodePool, decode, fit_image, load_image, probe
+from finetune.datasets.geometry import ClipConfig, plan_clips, resize_and_crop
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 HEIGHT, WIDTH, FRAMES, FPS = 64, 96, 60, 30
@@ -335,10 +337,10 @@ def test_boxes_within_boxes_within_boxes_end(tmp_path):
 
 
 def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
-    monkeypatch.setattr(limits, "MAX_FRAMES", 59)
+    monkeypatch.setattr(decode_limits, "MAX_FRAMES", 59)
     with pytest.raises(DataError, match="60 frames"):
         probe(media / "cfr.mkv")
-    monkeypatch.setattr(limits, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(decode_limits, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(DataError, match="64x96"):
         probe(media / "cfr.mkv")
 
@@ -346,8 +348,8 @@ def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
 MEMORY = """
 import sys, time
 from pathlib import Path
-from finetune.datasets.media.frames import probe_file, read_clip
-from finetune.types import Bucket, ClipPlan
+from finetune.datasets.decode import probe_file, read_clip
+from finetune.core.types import Bucket, ClipPlan
 
 def peak_mib():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) // 1024
@@ -431,7 +433,7 @@ worker.main()
 def crashing_worker(tmp_path, monkeypatch):
     (tmp_path / "crashing_worker.py").write_text(CRASHING_WORKER)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(child, "WORKER_MODULE", "crashing_worker")
+    monkeypatch.setattr(decode_pool, "WORKER_MODULE", "crashing_worker")
 
 
 def named(job: DecodeJob, folder: Path, name: str) -> DecodeJob:
@@ -506,7 +508,7 @@ def test_a_worker_that_is_killed_from_outside_blames_no_file(media, tmp_path, cr
 
 def test_a_worker_that_hangs_is_given_up(media, tmp_path, crashing_worker, monkeypatch):
     (good,) = jobs_of(media, ["cfr.mp4"])
-    monkeypatch.setattr(child.Child, "_limit_s", lambda _, asked: 3.0 if "hang" in asked.path.stem else HANG_S)
+    monkeypatch.setattr(decode_pool.Child, "_limit_s", lambda _, asked: 3.0 if "hang" in asked.path.stem else HANG_S)
     with DecodePool(workers=1) as pool:
         results = [result for _, result in pool.decode_many([named(good, tmp_path, "hang.mp4"), good])]
     assert "longer than 3 s" in results[0].what
@@ -520,7 +522,7 @@ def test_a_bug_in_a_worker_is_no_data_error(media, tmp_path, crashing_worker):
 
 
 def test_a_worker_that_cannot_start_says_why(media, monkeypatch):
-    monkeypatch.setattr(child, "WORKER_MODULE", "no_such_worker_module")
+    monkeypatch.setattr(decode_pool, "WORKER_MODULE", "no_such_worker_module")
     with DecodePool(workers=1) as pool, pytest.raises(RuntimeError, match="no_such_worker_module"):
         list(pool.probe_many([media / "cfr.mp4"]))
 
@@ -528,7 +530,7 @@ def test_a_worker_that_cannot_start_says_why(media, monkeypatch):
 def test_a_worker_that_is_killed_when_it_starts_is_no_bug(media, tmp_path, monkeypatch):
     (tmp_path / "dying_worker.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(child, "WORKER_MODULE", "dying_worker")
+    monkeypatch.setattr(decode_pool, "WORKER_MODULE", "dying_worker")
     with DecodePool(workers=1) as pool, pytest.raises(KilledError, match=r"when it started \(SIGKILL\)"):
         list(pool.probe_many([media / "cfr.mp4"]))
 
@@ -576,8 +578,8 @@ def test_closing_ends_processes_and_threads(media, tmp_path, crashing_worker):
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
-    worker = "import finetune.datasets.media.worker, finetune.datasets.media.frames as f, sys; f.read_image"
-    here = "import finetune.datasets.video, finetune.datasets.sources, finetune.geometry, sys"
+    worker = "import finetune.datasets.decode_worker, finetune.datasets.decode as f, sys; f.read_image"
+    here = "import finetune.datasets.decode_pool, finetune.datasets.sources, finetune.datasets.geometry, sys"
     for code, forbidden in ((worker, "torch pydantic datasets av decord"), (here, "av decord datasets diffusers")):
         check = f"{code}; print(sorted(set('{forbidden}'.split()) & set(sys.modules)))"
         assert (

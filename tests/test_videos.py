@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune.errors import FinetuneError
-from finetune.videos import contact_sheet, gif_bytes, side_by_side, write_mp4
+from finetune.core.errors import FinetuneError
+from finetune.inference.videos import contact_sheet, gif_bytes, side_by_side, write_mp4
 
 
 def moving(frames: int = 9, height: int = 32, width: int = 48) -> np.ndarray:

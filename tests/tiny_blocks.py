@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from finetune.memory.blocks import Blocks
-from finetune.memory.parts import KeptBoundaries
-from finetune.memory.stock import StockMath
-from finetune.tiny import tiny_transformer
-from finetune.trainers.method import FullMethod, LoraMethod
+from finetune.memory.runner import ActivationsOnDevice, Blocks, StockBlock
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.testing.tiny import tiny_transformer
 
 CPU = torch.device("cpu")
 LORA = LoraMethod(rank=4, dropout=0.2)
@@ -48,7 +47,7 @@ def forward(transformer: nn.Module, seed: int = 5, size: int = 4) -> Tensor:
 
 
 def run_blocks(transformer: nn.Module, weights: object, boundaries: object | None = None) -> Blocks:
-    blocks = Blocks(transformer, math=StockMath(), weights=weights, boundaries=boundaries or KeptBoundaries())
+    blocks = Blocks(transformer, math=StockBlock(), weights=weights, boundaries=boundaries or ActivationsOnDevice())
     blocks.install()
     return blocks
 

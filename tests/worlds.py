@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from finetune.caching.request import local_fingerprints, make_request
-from finetune.config import RunConfig
+from finetune.cogvideox.spec import read_spec
+from finetune.config.schema import RunConfig
+from finetune.core.files import digest_of
+from finetune.core.types import ClipPlan
 from finetune.datasets.cache import Cache
-from finetune.datasets.entries import DTYPES, latents_address, prompt_address
-from finetune.datasets.manifest import Manifest, ManifestItem, portable
-from finetune.datasets.video import PIXEL_RULE
-from finetune.facts import read_facts
-from finetune.files import digest_of
-from finetune.types import ClipPlan
+from finetune.datasets.cache_entries import DTYPES, Manifest, ManifestItem, latents_address, portable, prompt_address
+from finetune.datasets.decode_pool import PIXEL_RULE
 
 SMOOTH_ADAM: dict[str, Any] = {"kind": "adamw", "lr": 1e-3, "eps": 1e-3}
 """For runs whose weights are compared although their gradients differ by rounding: sums in another order, on several
@@ -59,7 +58,7 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
 
     Neither videos nor encoders are needed; the run must use ``cache.mode: require``.
     """
-    facts = read_facts(config.model.pretrained)
+    facts = read_spec(config.model.pretrained)
     cache = Cache(config.cache.dir)
     bucket = config.data.buckets[0]
     encoders = local_fingerprints(config.model, cache)

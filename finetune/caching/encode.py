@@ -13,17 +13,19 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.cogvideox import ModelConfig, count_tokens, encode_image, encode_prompts, encode_video
-from finetune.datasets.cache import Cache, CacheConfig, FileStamp
-from finetune.datasets.video import DecodeJob, DecodePool
-from finetune.errors import CacheError, DataError, is_out_of_memory
-from finetune.facts import Facts
-from finetune.files import digest_of
-from finetune.memory.quantize import TextEncoder
-from finetune.memory.text_encoder import stream_text, text_placement
-from finetune.progress import Bar
-from finetune.streams import stream
-from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
+from finetune.cogvideox.load import ModelConfig
+from finetune.cogvideox.spec import ModelSpec
+from finetune.core.errors import CacheError, DataError, is_out_of_memory
+from finetune.core.files import digest_of
+from finetune.core.rng import generator
+from finetune.core.terminal import Bar
+from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.datasets.cache import Cache, CacheConfig
+from finetune.datasets.cache_entries import FileStamp
+from finetune.datasets.decode_pool import DecodeJob, DecodePool
+from finetune.memory.block_streaming import stream_text, text_placement
+from finetune.memory.quantized_linear import TextEncoder
 
 NOISE_SEED = 0
 """Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""
@@ -114,7 +116,7 @@ def encode_clips(
     """
     if not jobs:
         return Passed(0, 0)
-    from finetune.cogvideox import load_vae
+    from finetune.cogvideox.load import load_vae
 
     encoded, size, failures = 0, 0, []
     vae = load_vae(model, device=device)
@@ -168,7 +170,7 @@ def _encode_clip(job: LatentsJob, clip: Clip, vae: Any, cache: Cache, tiling: Li
 def image_noise(address: Mapping[str, Any], draws: int) -> list[torch.Generator]:
     """One generator per draw of a clip's noise-augmented image: a function of content, not of order or process."""
     content = digest_of([address["media"], address["image"], address["plan"]])
-    return [stream(NOISE_SEED, "image-noise", content, k) for k in range(draws)]
+    return [generator(NOISE_SEED, "image-noise", content, k) for k in range(draws)]
 
 
 def set_tiling(vae: Any, setting: Literal["auto", "on", "off"], bucket: Bucket) -> bool:
@@ -206,7 +208,7 @@ def encode_captions(
     jobs: Sequence[PromptJob],
     cache: Cache,
     model: ModelConfig,
-    facts: Facts,
+    facts: ModelSpec,
     *,
     batch_size: int,
     device: torch.device,
@@ -227,7 +229,7 @@ def encode_captions(
     """
     if not jobs:
         return Passed(0, 0)
-    from finetune.cogvideox import load_text
+    from finetune.cogvideox.load import load_text
 
     size = 0
     start = torch.device("cpu") if text_encoder == "streamed" else device

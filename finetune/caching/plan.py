@@ -12,28 +12,40 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from finetune.caching.check import UNREADABLE, PlannedClip, check_dataset, named
 from finetune.caching.encode import LatentsJob, PromptJob
-from finetune.caching.report import UNREADABLE, PlannedClip, check_dataset, named
 from finetune.caching.request import Fingerprints, full_fingerprints, make_request, sample_bucket
-from finetune.config import RunConfig
-from finetune.datasets.cache import Cache, FileStamp, Manifest, ManifestItem
-from finetune.datasets.entries import DTYPES, Dtype, image_address, latents_address, prompt_address
-from finetune.datasets.jobs import reserved_bytes
-from finetune.datasets.manifest import KINDS, Kind, portable
-from finetune.datasets.sources import source_files
-from finetune.datasets.video import PIXEL_RULE
-from finetune.errors import CacheError, DataError, raise_all
-from finetune.facts import Facts, resolve_pretrained
-from finetune.files import digest_of
-from finetune.holdout import choose_holdout
-from finetune.progress import Bar
-from finetune.space import human_size, require_space
-from finetune.types import Bucket
+from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.cogvideox.spec import ModelSpec
+from finetune.config.schema import RunConfig
+from finetune.core.errors import CacheError, DataError, raise_all
+from finetune.core.files import digest_of, human_size, require_space
+from finetune.core.terminal import Bar
+from finetune.core.types import Bucket
+from finetune.datasets.cache import Cache
+from finetune.datasets.cache_admin import reserved_bytes
+from finetune.datasets.cache_entries import (
+    DTYPES,
+    KINDS,
+    Dtype,
+    FileStamp,
+    Kind,
+    Manifest,
+    ManifestItem,
+    image_address,
+    latents_address,
+    portable,
+    prompt_address,
+)
+from finetune.datasets.decode_pool import PIXEL_RULE
+from finetune.datasets.schedule import Item, StepPlan
+from finetune.datasets.sources import choose_val_split, source_files
 
 _HASHING_THREADS = 4
 
 ENTRY_OVERHEAD = 8192
 """Bytes that an entry takes beside its tensors: a header of one or two kB, and what rounding up to blocks costs."""
+
 MARGIN = 0.01
 """Part of the computed space that is asked for on top: folders, digests, and what the file system keeps for itself."""
 
@@ -66,7 +78,7 @@ class CachePlan:
         return {"latents": len(self.latents), "prompts": len(self.prompts), "images": len(self.images)}
 
 
-def plan_cache(config: RunConfig, facts: Facts, cache: Cache, *, progress: bool) -> CachePlan:
+def plan_cache(config: RunConfig, facts: ModelSpec, cache: Cache, *, progress: bool) -> CachePlan:
     """Read the dataset, digest its files and list the entries it needs.
 
     Raises:
@@ -119,7 +131,7 @@ class _Needs:
     """Collects the entries that a dataset needs, each once however often it is asked for."""
 
     def __init__(
-        self, config: RunConfig, facts: Facts, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
+        self, config: RunConfig, facts: ModelSpec, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
     ) -> None:
         self._config, self._facts, self._encoders, self._stamps = config, facts, encoders, stamps
         self._image_draws = config.cache.image_draws if facts.image_to_video else None
@@ -186,13 +198,13 @@ class _Needs:
         return CachePlan(manifest, latents, prompts, images, needed, there)
 
 
-def clip_bytes(facts: Facts, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
+def clip_bytes(facts: ModelSpec, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
     """Size of one clip's tensors: mean and deviation, and for image-to-video ``draws`` single frames."""
     channels, frames, height, width = facts.latent_shape(bucket)
     return (2 * frames + draws) * channels * height * width * DTYPES[dtype].itemsize
 
 
-def prompt_bytes(facts: Facts, dtype: Dtype) -> int:
+def prompt_bytes(facts: ModelSpec, dtype: Dtype) -> int:
     """Size of one caption's embedding."""
     return facts.max_text_seq_length * facts.text_embed_dim * DTYPES[dtype].itemsize
 
@@ -248,7 +260,7 @@ def held_out(clips: Sequence[PlannedClip], identities: Mapping[Path, str], holdo
         identities: what tells one video from another, by file: the digest of its bytes, so that copies are one video.
         holdout: ``HoldoutConfig.holdout``.
     """
-    chosen = choose_holdout([identities[clip.sample.video] for clip in clips if not clip.holdout], holdout)
+    chosen = choose_val_split([identities[clip.sample.video] for clip in clips if not clip.holdout], holdout)
     return tuple(clip.holdout or identities[clip.sample.video] in chosen for clip in clips)
 
 
@@ -284,3 +296,85 @@ def _both_sides(clips: Iterable[PlannedClip], stamps: Mapping[Path, FileStamp]) 
     if not both:
         return []
     return [f"videos stand in a training source and in a held-out one, which flatters the held-out loss: {named(both)}"]
+
+
+# -------- What follows from a configuration, its model's JSON and its clips' headers: numbers with their units.
+
+MOST_EPOCHS = 100
+"""How often a clip may be seen before a run is told of it: docs/training.md has 50 to 100 for ten clips."""
+
+
+def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> list[str]:
+    """What a person should know of a run's length and of what it is measured on, before the first step.
+
+    Args:
+        config: the run's configuration.
+        plan: over its training clips.
+        steps: in all.
+        held: number of different videos that are kept out of training.
+    """
+    advice = []
+    asked = config.data.holdout
+    if not held and (asked or any(source.split == "holdout" for source in config.data.sources)):
+        why = (
+            f"data.holdout is {asked:g}, and no video can be spared"
+            if asked
+            else "none of the held-out sources is left"
+        )
+        advice.append(f"no clip is held out, so no held-out loss is measured and overfitting stays unseen: {why}")
+    elif 1 <= held < asked:
+        advice.append(f"data.holdout asks for {asked:g} videos, and {held} can be kept out: training needs one")
+    epochs = steps / plan.steps_per_epoch
+    times = epochs * max(item.repeats for item in plan.items)
+    if times > MOST_EPOCHS:
+        advice.append(
+            f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: what is seen {times:.5g} times is"
+            f" learnt by heart. Lower train.steps to {max(1, round(steps * MOST_EPOCHS / times))} or less, or add clips"
+            " (docs/training.md says how many suit what)"
+        )
+    return advice
+
+
+def overview(
+    config: RunConfig, facts: ModelSpec, clips: Sequence[PlannedClip], identities: Mapping[Path, str]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Derived numbers as (label, value), for one process; and advice on them.
+
+    Args:
+        config: the run's configuration.
+        facts: of its model.
+        clips: all clips of the dataset, from ``check_dataset``.
+        identities: of their videos, from ``plan.identities``.
+    """
+    split = held_out(clips, identities, config.data.holdout)
+    training = [clip for clip, is_held in zip(clips, split, strict=True) if not is_held]
+    train = config.train
+    plan = StepPlan(
+        items=tuple(Item(clip.plan.bucket, clip.sample.repeats) for clip in training),
+        seed=train.seed,
+        batch_size=train.batch_size,
+        micro_batches=train.accumulation,
+    )
+    steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
+    held = {identities[clip.sample.video] for clip, is_held in zip(clips, split, strict=True) if is_held}
+    kind = "image-to-video" if facts.image_to_video else "text-to-video"
+    numbers = [
+        ("model", f"{config.model.pretrained}, {kind}, {facts.num_layers} blocks, dtype {config.model.dtype}"),
+        *(("bucket", _size(facts, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
+        ("clips", f"{len(training)} to train on, {sum(split)} held out"),
+        ("effective batch", f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes"),
+        ("epoch", f"{plan.samples_per_epoch} clips with repeats, {plan.steps_per_epoch:.2f} steps on one process"),
+        ("steps", f"{steps}, {steps / plan.steps_per_epoch:.2f} epochs on one process"),
+        ("method", config.method.kind),
+        ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
+        ("output", str(config.output_dir)),
+    ]
+    return numbers, run_advice(config, plan, steps, held=len(held))
+
+
+def _size(facts: ModelSpec, bucket: Bucket) -> str:
+    channels, frames, height, width = facts.latent_shape(bucket)
+    padding = facts.front_padding(frames)
+    padded = f" + {padding} in front" if padding else ""
+    shape = f"{channels} channels x {frames}{padded} frames x {height} x {width}"
+    return f"{bucket}: latents of {shape}, {facts.tokens(bucket):,} tokens with text"

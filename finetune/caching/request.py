@@ -9,27 +9,30 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.cogvideox import ModelConfig, fingerprint
-from finetune.config import RunConfig
-from finetune.datasets.cache import Cache, Manifest
-from finetune.datasets.entries import DTYPES, Dtype
-from finetune.datasets.manifest import (
+from finetune.cogvideox.load import ModelConfig, fingerprint
+from finetune.cogvideox.model_files import canonical_name, id_in_cache, require_plain_index, resolve_pretrained
+from finetune.cogvideox.objective import DropoutConfig
+from finetune.cogvideox.spec import ModelSpec
+from finetune.config.schema import RunConfig
+from finetune.core.errors import DataError, ModelError
+from finetune.core.files import digest_of
+from finetune.core.types import Bucket
+from finetune.datasets.cache import Cache
+from finetune.datasets.cache_entries import (
+    DTYPES,
     FORMAT,
     KINDS,
     UNKNOWN,
     DamagedManifestError,
+    Dtype,
+    Manifest,
     differences,
     portable,
     read_content,
 )
+from finetune.datasets.decode_pool import PIXEL_RULE
 from finetune.datasets.sources import source_files
-from finetune.datasets.video import PIXEL_RULE
-from finetune.diffusion import DropoutConfig
-from finetune.errors import DataError, ModelError
-from finetune.facts import Facts, canonical_name, id_in_cache, require_plain_index, resolve_pretrained
-from finetune.files import digest_of
-from finetune.memory.quantize import TextEncoder
-from finetune.types import Bucket
+from finetune.memory.quantized_linear import TextEncoder
 
 _HEADERS = 1
 """Of the rules by which headers are read. Another number has every dataset planned anew; what is encoded anew is only
@@ -115,7 +118,7 @@ def dtype_name(dtype: torch.dtype) -> Dtype:
     return next(name for name, candidate in DTYPES.items() if candidate == dtype)
 
 
-def make_request(config: RunConfig, facts: Facts, encoders: Fingerprints) -> dict[str, Any]:
+def make_request(config: RunConfig, facts: ModelSpec, encoders: Fingerprints) -> dict[str, Any]:
     """Everything that decides which entries a dataset needs, under the names that the configuration has for it.
 
     Paths are ``Path`` objects (``manifest.portable`` writes them out). Of ``data``, every field counts but those of
@@ -157,7 +160,7 @@ def sample_bucket(config: RunConfig) -> Bucket:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CacheAnswer:
     """What the cache has for a request."""
 
     manifest: Manifest | None
@@ -172,7 +175,7 @@ class Answer:
     """Whether headers were read by an older version's rules, which took videos that are not plain for plain ones."""
 
 
-def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
+def find_manifest(config: RunConfig, facts: ModelSpec, cache: Cache) -> CacheAnswer:
     """Look for a manifest that answers this configuration, and say what stands against it.
 
     A damaged manifest is moved aside with a warning in mode ``auto``: the one that is made anew finds its entries.
@@ -198,10 +201,10 @@ def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
             if shelf.old
             else ""
         )
-        return Answer(None, (f"nothing has been precomputed in {cache.root} yet{old}",))
+        return CacheAnswer(None, (f"nothing has been precomputed in {cache.root} yet{old}",))
     nearest = candidates[0]
     if nearest.differences:
-        return Answer(None, nearest.differences)
+        return CacheAnswer(None, nearest.differences)
     manifest = Manifest.from_content(nearest.content, nearest.base)
     faults, absent = [], []
     if not manifest.complete:
@@ -219,7 +222,7 @@ def find_manifest(config: RunConfig, facts: Facts, cache: Cache) -> Answer:
     named = (("vae", encoders.vae), ("text_encoder", encoders.text_encoder))
     unknown = tuple(component for component, value in named if value == UNKNOWN)
     outdated = manifest.request["format"].get("headers") != _HEADERS
-    return Answer(manifest, tuple(faults), tuple(absent), unknown, outdated)
+    return CacheAnswer(manifest, tuple(faults), tuple(absent), unknown, outdated)
 
 
 def _sources_now(config: RunConfig) -> list[str]:

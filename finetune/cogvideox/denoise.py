@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.facts import Facts
+from finetune.cogvideox.spec import ModelSpec
 
 OFS = 2.0
 """The offset that a model with an offset embedding is given; the stock pipeline knows no other."""
@@ -15,7 +15,7 @@ OFS = 2.0
 
 def denoise(
     transformer: nn.Module,
-    facts: Facts,
+    facts: ModelSpec,
     noisy_latents: Tensor,
     prompt_embeds: Tensor,
     timesteps: Tensor,
@@ -71,7 +71,9 @@ def _dtype_of(transformer: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
 
 
-def rotary_table(facts: Facts, frames: int, height: int, width: int, *, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    facts: ModelSpec, frames: int, height: int, width: int, *, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions, as the stock pipelines lay them out.
 
     Not memoised: it is a few dozen small kernels beside a forward pass of seconds, and a kept table would outlive the

@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from finetune.facts import Facts
+from finetune.cogvideox.spec import ModelSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
     from transformers import T5EncoderModel, T5Tokenizer
 
+
 IMAGE_NOISE_LOG_MEAN = -3.0
+
 IMAGE_NOISE_LOG_STD = 0.5
 """Pixel noise on an image condition has sigma = exp(N(-3, 0.5)), on pixels in [-1, 1]: CogVideoX's own training."""
 
@@ -95,7 +97,9 @@ def _posterior(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], facts: Facts) -> Tensor:
+def encode_prompts(
+    tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], facts: ModelSpec
+) -> Tensor:
     """T5 embeddings of captions, as the stock pipeline makes them.
 
     Captions are padded and cut to ``max_text_seq_length``. There is no attention mask, neither in T5 nor later:
@@ -133,7 +137,7 @@ class TokenizedCaption:
     token (``</s>``)."""
 
 
-def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], facts: Facts) -> list[TokenizedCaption]:
+def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], facts: ModelSpec) -> list[TokenizedCaption]:
     """Each caption as ``encode_prompts`` hands it to the encoder."""
     encoded: Any = tokenizer(list(captions), add_special_tokens=True, return_offsets_mapping=True, verbose=False)
     special = set(tokenizer.all_special_ids)

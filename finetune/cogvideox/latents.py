@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from finetune.facts import Facts
+from finetune.cogvideox.spec import ModelSpec
 
 
-def alpha_bar(facts: Facts) -> Tensor:
+def alpha_bar(facts: ModelSpec) -> Tensor:
     """Cumulative signal power of every timestep, [num_train_timesteps], float64, falling.
 
     Betas are equally spaced in their square roots; the product of 1 - beta is shifted in signal-to-noise ratio by
@@ -26,7 +26,7 @@ def alpha_bar(facts: Facts) -> Tensor:
     return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
 
 
-def model_latents(facts: Facts, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+def model_latents(facts: ModelSpec, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
     """One posterior sample in model space: ``(mean + std * eps) * scaling_factor``, padded in front.
 
     Args:
@@ -44,7 +44,7 @@ def model_latents(facts: Facts, mean: Tensor, std: Tensor, eps: Tensor) -> Tenso
     return torch.cat([x0[:, :, :1].expand(-1, -1, copies, -1, -1), x0], dim=2) if copies else x0
 
 
-def condition_latents(facts: Facts, image_latents: Tensor) -> Tensor:
+def condition_latents(facts: ModelSpec, image_latents: Tensor) -> Tensor:
     """Scale the latents of an image condition as the stock image-to-video pipeline does.
 
     Args:

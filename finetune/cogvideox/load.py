@@ -1,54 +1,370 @@
-"""A checkpoint's components, each loaded in the dtype it will run in; and the way back to a folder."""
+"""What identifies a model's parts: an encoder by the bytes of its files, the transformer by its tensors."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import torch
+from torch import Tensor, nn
 
-from finetune.cogvideox.fingerprint import note_base, require_as_published
-from finetune.cogvideox.weights import (
-    Placement,
-    make_room,
-    noting,
-    on_meta,
-    place,
-    require_all_weights,
-    require_exact,
-    stored_tensors,
-)
-from finetune.errors import FinetuneError, ModelError, is_out_of_memory
-from finetune.facts import (
+from finetune.cogvideox.model_files import (
     CONFIG_FILES,
     SchedulerClass,
+    hub_sha256,
     read_json,
     read_part,
     require_loadable,
     require_own_files,
-    require_tokenizer,
+    require_plain_index,
     resolve_pretrained,
 )
-from finetune.files import atomic_write_text
-from finetune.ranks import require_cudnn
-from finetune.section import Strict
+from finetune.cogvideox.spec import ModelSpec
+from finetune.cogvideox.tokenizer import require_tokenizer
+from finetune.core.checksums import ChecksummedFolder, DamageError
+from finetune.core.distributed import require_cudnn
+from finetune.core.errors import DataError, FinetuneError, ModelError, is_out_of_memory
+from finetune.core.files import COMPLETE, atomic_write_text, digest_of
+from finetune.core.files import digest_file as digest_file_now
+from finetune.core.tensor_files import checksum_tensor
+from finetune.core.types import Strict
 
 if TYPE_CHECKING:
     from diffusers import (
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
+        CogVideoXImageToVideoPipeline,
+        CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
     from transformers import T5EncoderModel, T5Tokenizer
 
+
+Component = Literal["transformer", "vae", "text_encoder"]
+
+_COVERED: Mapping[Component, tuple[str, ...]] = {
+    "transformer": ("transformer",),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder", "tokenizer"),
+}
+
+
+def fingerprint(
+    folder: Path,
+    component: Component,
+    *,
+    digest_file: Callable[[Path], str] = digest_file_now,
+    form: str = "",
+) -> str:
+    """A digest of everything that decides what an encoder computes: the bytes of its weights and of its configuration.
+
+    Args:
+        folder: the checkpoint's local folder (``resolve_pretrained``).
+        component: ``vae``, or ``text_encoder``, which covers the tokenizer.
+        digest_file: how a file is digested; a caller with a memo passes its own, since T5 is 10 GB.
+        form: how its weights are held while it computes, such as ``int8``; empty for as they are stored.
+
+    Raises:
+        ModelError: if the component has no weights there, or ``digest_file`` finds a file damaged.
+    """
+    files = _files(folder, component)
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ModelError(
+            f"the {component} has no weights",
+            where=str(folder / component),
+            fix="fetch the checkpoint again; its weights have to be safetensors files",
+        )
+    stored = digest_of({path.relative_to(folder).as_posix(): _of_model(digest_file, path) for path in files})
+    return digest_of({"stored": stored, "form": form}) if form else stored
+
+
+def require_as_sent(folder: Path, component: Component, digest_file: Callable[[Path], str]) -> None:
+    """Have ``digest_file`` look at those files of a component that the hub gave a hash for; others are not read.
+
+    Raises:
+        ModelError: if it finds one damaged.
+    """
+    for path in _files(folder, component):
+        if hub_sha256(path) is not None:
+            _of_model(digest_file, path)
+
+
+def require_as_published(folder: Path, component: Component) -> None:
+    """Verify a component of an export against the export's marker; what no marker names is not read.
+
+    Raises:
+        ModelError: if a file is not as it was written.
+    """
+    marker = folder / COMPLETE
+    if not marker.is_file() or not marker.stat().st_size:  # a model that was built here has an empty one
+        return
+    try:
+        sealed = ChecksummedFolder.open(folder)
+        for name in sealed.checksums:
+            if name.startswith(f"{component}/"):
+                sealed.verify(name)
+    except (DamageError, OSError) as damage:
+        raise ModelError(
+            f"the {component} is damaged: {damage}",
+            where=str(folder),
+            fix=f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it",
+        ) from None
+
+
+def _files(folder: Path, component: Component) -> list[Path]:
+    parts = _COVERED[component]
+    return [path for part in parts for path in sorted((folder / part).glob("*")) if path.suffix in _DECIDING]
+
+
+def _of_model(digest_file: Callable[[Path], str], path: Path) -> str:
+    try:
+        return digest_file(path)
+    except DataError as error:
+        raise ModelError(error.what, where=error.where, fix=error.fix) from None
+
+
+_DECIDING = (".json", ".safetensors", ".model", ".txt")
+"""Suffixes of the files that loading reads: configuration, weights, sentencepiece models, vocabularies."""
+
+
+# ----------------------------------------------------------------------------------------------------- the transformer
+
+
+def note_base(transformer: nn.Module, checksums: Mapping[str, str]) -> None:
+    """Let ``base_digest`` know what a transformer was filled with.
+
+    Args:
+        transformer: as diffusers built it.
+        checksums: of every stored tensor, by name.
+    """
+    noted: Any = transformer
+    arguments = inspect.signature(type(transformer).__init__).parameters
+    # What equals a default is as good as not written down: which of them are, differs between versions of diffusers.
+    settings = {
+        name: value for name, value in noted.config.items() if name in arguments and value != arguments[name].default
+    }
+    noted.base_digest = digest_of({"tensors": dict(checksums), "settings": settings})
+
+
+def base_digest(transformer: nn.Module) -> str:
+    """The identity of the stored weights that ``load_transformer`` filled a transformer with.
+
+    It covers name, dtype, shape and content of every tensor, as stored, and the settings in ``config.json`` that are
+    not diffusers' defaults. How the tensors are shared out over files does not count, nor does the form they are held
+    in, nor what is trained later.
+    """
+    digest: str = transformer.base_digest  # type: ignore[assignment]  # a module's attributes are modules to the checker
+    return digest
+
+
+def require_base(
+    transformer: nn.Module, recorded: str, kind: type[FinetuneError], *, by: str, where: str, fix: str
+) -> None:
+    """Refuse another base transformer than the recorded one; none was recorded by earlier versions, and all are taken.
+
+    Args:
+        transformer: as loaded.
+        recorded: its digest in a checkpoint or an adapter's record; empty if there is none.
+        kind: of the error.
+        by: what recorded it, such as ``the checkpoint``.
+        where: the files of both.
+        fix: what to do, besides bringing the old weights back.
+
+    Raises:
+        FinetuneError: of ``kind``.
+    """
+    if recorded and (found := base_digest(transformer)) != recorded:
+        raise kind(
+            f"this is not the base transformer that {by} was trained on: its weights have the digest {found},"
+            f" recorded is {recorded}",
+            where=where,
+            fix=f"bring the old files back, or fetch them again if these are damaged; {fix}",
+        )
+
+
+# -------- Putting a checkpoint's tensors into a module that has none, one at a time: each where it belongs, and
+# nowhere else.
+#
+# A module is built on the meta device, which costs nothing. Then every tensor is read, cast and placed, so that beside
+# what is finished there is never more than the one tensor in hand.
+
+
+class Placement(Protocol):
+    """Has a say in where a checkpoint's tensors go, and in what form."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Change ``module``, which is on the meta device, before its weights are read."""
+
+    def put(self, module: nn.Module, name: str, tensor: Tensor, device: torch.device) -> bool:
+        """Place a tensor of the checkpoint, or return False for it to be placed as it is.
+
+        Args:
+            module: the whole.
+            name: of the tensor in the checkpoint.
+            tensor: as stored, on the CPU; it may lie in a mapped file, so what is kept of it has to be copied.
+            device: where the model goes.
+        """
+
+
+def stored_tensors(folder: Path, stem: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and content of every tensor of a component, mapped from its file: memory is taken as they are copied.
+
+    Args:
+        folder: of the component.
+        stem: of its file names: ``diffusion_pytorch_model``, or ``model`` for T5.
+
+    Raises:
+        OSError: if a file is missing.
+        safetensors.SafetensorError: if one is damaged.
+    """
+    from safetensors import safe_open
+
+    for path in _weights_files(folder, stem):
+        with safe_open(path, framework="pt", device="cpu") as source:
+            for name in source.keys():  # noqa: SIM118 - not a mapping
+                yield name, source.get_tensor(name)
+
+
+def noting(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors, each checksum put into ``checksums`` as it passes."""
+    for name, tensor in tensors:
+        checksums[name] = checksum_tensor(tensor)
+        yield name, tensor
+
+
+def require_exact(module: nn.Module, folder: Path, stem: str, *, allow_unexpected: bool) -> None:
+    """Compare the tables of contents of a component's files with what ``module`` holds; no tensor is read.
+
+    Raises:
+        ValueError: if a weight is missing, unknown or of another shape.
+        OSError, safetensors.SafetensorError: as ``stored_tensors``.
+    """
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _weights_files(folder, stem):
+        with safe_open(path, framework="pt", device="cpu") as source:
+            shapes |= {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
+    held = module.state_dict(keep_vars=True)
+    missing = [names[0] for names in _aliases(module).values() if not any(name in shapes for name in names)]
+    require_all_weights(
+        missing=missing,
+        mismatched=[
+            f"{name} (stored {list(shapes[name])}, by config.json {list(tensor.shape)})"
+            for name, tensor in held.items()
+            if name in shapes and shapes[name] != tuple(tensor.shape)
+        ],
+        unexpected=[] if allow_unexpected else [name for name in shapes if name not in held],
+    )
+
+
+def require_all_weights(*, missing: Iterable[str], mismatched: Iterable[object], unexpected: Iterable[str]) -> None:
+    """Refuse what the libraries would only warn of, and then train or sample with random numbers in a weight's place.
+
+    Raises:
+        ValueError: naming one of each.
+    """
+    problems = {"missing": missing, "of another shape": mismatched, "unknown": unexpected}
+    found = {fault: sorted(map(str, names)) for fault, names in problems.items()}
+    said = [f"{len(names)} weights are {fault}, such as {names[0]}" for fault, names in found.items() if names]
+    if said:
+        raise ValueError("; ".join(said))
+
+
+@torch.no_grad()
+def place(
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    placement: Placement | None = None,
+) -> None:
+    """Fill ``module``, which is on the meta device and in ``dtype``, with ``tensors``; names it does not have are left.
+
+    Args:
+        module: before ``placement.prepare``.
+        tensors: name and content, as ``stored_tensors`` gives them. Each is copied, so files may change afterwards.
+        dtype: of everything floating.
+        device: of everything.
+        placement: whom to ask first.
+    """
+    # Tied weights have one content and several names; each may be the one that was stored.
+    aliases = {name: names for names in _aliases(module).values() for name in names}
+    if placement is not None:
+        placement.prepare(module)
+    for name, tensor in tensors:
+        if name not in aliases or (placement is not None and placement.put(module, name, tensor, device)):
+            continue
+        kept = torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=device)
+        _set(module, aliases[name], kept.copy_(tensor))
+
+
+@torch.no_grad()
+def make_room(module: nn.Module, device: torch.device) -> None:
+    """Give every tensor of a module on the meta device memory on ``device``; nothing is written there.
+
+    ``nn.Module.to_empty`` does that too, but not under ``FakeTensorMode``.
+    """
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    aliases: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        aliases.setdefault(id(tensor), []).append(name)
+    for names in aliases.values():
+        _set(module, names, torch.empty_like(attrgetter(names[0])(module), device=device))
+
+
+@contextmanager
+def on_meta(dtype: torch.dtype) -> Iterator[None]:
+    """Modules that are built within have shapes and no memory, and parameters in ``dtype``.
+
+    Casting them afterwards is what ``FakeTensorMode`` does not allow.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _weights_files(folder: Path, stem: str) -> list[Path]:
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.is_file():
+        return [folder / name for name in require_plain_index(index)]
+    return [folder / f"{stem}.safetensors"]
+
+
+def _aliases(module: nn.Module) -> dict[int, list[str]]:
+    """The names of each tensor of the state dict, by its identity."""
+    found: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), []).append(name)
+    return found
+
+
+def _set(module: nn.Module, names: list[str], tensor: Tensor) -> None:
+    before = attrgetter(names[0])(module)
+    held = nn.Parameter(tensor, before.requires_grad) if isinstance(before, nn.Parameter) else tensor
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, held)
+
+
+# -------- A checkpoint's components, each loaded in the dtype it will run in; and the way back to a folder.
+
 _TRANSFORMER_STEM, _TEXT_STEM = "diffusion_pytorch_model", "model"
 """How diffusers and transformers name their weight files."""
+
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -323,3 +639,49 @@ def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, *, 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+# -------- The stock diffusers pipeline around modules that are already loaded: for sampling, and to verify exports
+# against.
+
+
+def pipeline_class(facts: ModelSpec) -> type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline]:
+    """``CogVideoXImageToVideoPipeline`` or ``CogVideoXPipeline``, by the facts."""
+    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
+    kind: type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline]
+    kind = CogVideoXImageToVideoPipeline if facts.image_to_video else CogVideoXPipeline
+    return kind
+
+
+def build_pipeline(
+    facts: ModelSpec,
+    *,
+    transformer: Any,
+    scheduler: Any,
+    vae: Any = None,
+    tokenizer: Any = None,
+    text_encoder: Any = None,
+) -> Any:
+    """The stock pipeline around these modules, which stay where and as they are; building one costs nothing.
+
+    Pass ``max_sequence_length=facts.max_text_seq_length`` when calling it with prompts: the pipeline's own default is
+    the first generation's, whatever the model.
+
+    Args:
+        facts: of the model.
+        transformer: a ``CogVideoXTransformer3DModel``, with or without adapters, unwrapped.
+        scheduler: a CogVideoX scheduler.
+        vae: may be absent where latents are sampled and not decoded; an image-to-video pipeline always calls it.
+        tokenizer: may be absent where embeddings are given instead of prompts.
+        text_encoder: as ``tokenizer``.
+    """
+    pipeline = pipeline_class(facts)(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
+    )
+    if vae is None:
+        # The pipeline derives these from the VAE, and without one assumes the published VAE's.
+        pipeline.vae_scale_factor_spatial = facts.vae_spatial
+        pipeline.vae_scale_factor_temporal = facts.vae_temporal
+        pipeline.vae_scaling_factor_image = facts.scaling_factor
+    return pipeline

@@ -13,14 +13,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from finetune.config.document import Document
-from finetune.config.plain_yaml import Keys
-from finetune.errors import ConfigError, raise_all
-from finetune.text import text_fault
+from finetune.config.document import Document, Keys
+from finetune.core.errors import ConfigError, raise_all
+from finetune.core.text import text_fault
 
 M = TypeVar("M", bound=BaseModel)
 
 _MOST_FAULTS = 200
+
 _MOST_SHOWN = 200
 """Characters of a value, and of what is said of it."""
 

@@ -1,18 +1,62 @@
-"""Cross-field rules: what no section can see alone, checked against the model's own JSON before a weight is loaded."""
+"""What of a run decides which memory techniques it can use."""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from finetune.checkpoint.folders import list_checkpoints
+from finetune.cogvideox.model_files import canonical_name, is_commit, pin_revision
+from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
-from finetune.config.traits import memory_errors, memory_traits
-from finetune.errors import ConfigError, raise_all
-from finetune.facts import Facts
-from finetune.text import holds_word
-from finetune.trainers.method import LoraMethod
+from finetune.core.errors import ConfigError, raise_all
+from finetune.core.text import holds_word
+from finetune.memory.config import Traits
+from finetune.methods.lora import LoraMethod
+
+
+def memory_traits(config: RunConfig, facts: ModelSpec, *, processes: int = 1, sharded: bool = False) -> Traits:
+    """The traits of a run.
+
+    Args:
+        config: of the run.
+        facts: of its model.
+        processes: of the launch.
+        sharded: whether FSDP2 or ZeRO spreads the model over them.
+    """
+    method = config.method
+    lora = method if isinstance(method, LoraMethod) else None
+    return Traits(
+        full=lora is None,
+        adapts_modulation=lora is not None and any(map(lora.matches, _modulation(facts))),
+        dora=lora is not None and lora.use_dora,
+        processes=processes,
+        sharded=sharded,
+        accumulation=config.train.accumulation,
+        batch_size=config.train.batch_size,
+    )
+
+
+def memory_errors(config: RunConfig, traits: Traits) -> list[ConfigError]:
+    """What of the memory section cannot be used in a run of such traits, each with the place where it is written."""
+    return [
+        ConfigError(fault.what, where=config.where(f"memory.{fault.option}"), fix=fault.fix)
+        for fault in config.memory.faults(traits)
+    ]
+
+
+def _modulation(facts: ModelSpec) -> list[str]:
+    """Names of the linear layers between the timestep and the blocks' scales, shifts and gates."""
+    embeddings = [f"{name}.linear_{part}" for name in ("time_embedding", "ofs_embedding") for part in (1, 2)]
+    blocks = [f"transformer_blocks.{index}.norm{part}.linear" for index in range(facts.num_layers) for part in (1, 2)]
+    return embeddings + blocks
+
+
+# -------- Cross-field rules: what no section can see alone, checked against the model's own JSON before a weight is
+# loaded.
 
 
 class Findings(NamedTuple):
@@ -22,7 +66,7 @@ class Findings(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def check_against(config: RunConfig, facts: Facts) -> Findings:
+def check_against(config: RunConfig, facts: ModelSpec) -> Findings:
     """Check a configuration against the facts of its model; nothing is raised and no file but images is looked at."""
     errors = [*_bucket_errors(config, facts), *_sample_errors(config, facts), *_run_errors(config, facts)]
     warnings = [
@@ -34,7 +78,7 @@ def check_against(config: RunConfig, facts: Facts) -> Findings:
     return Findings(tuple(errors), tuple(f"{said} [{config.where(path)}]" for path, said in warnings))
 
 
-def require_valid(config: RunConfig, facts: Facts) -> tuple[str, ...]:
+def require_valid(config: RunConfig, facts: ModelSpec) -> tuple[str, ...]:
     """Raise every error of ``check_against`` as one; return its warnings.
 
     Raises:
@@ -45,7 +89,7 @@ def require_valid(config: RunConfig, facts: Facts) -> tuple[str, ...]:
     return findings.warnings
 
 
-def _bucket_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
+def _bucket_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
     buckets = {f"data.buckets.{index}": bucket for index, bucket in enumerate(config.data.buckets)}
     if config.validation.bucket is not None:
         buckets["validation.bucket"] = config.validation.bucket
@@ -54,7 +98,7 @@ def _bucket_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
             yield ConfigError(fault, where=config.where(path))
 
 
-def _sample_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
+def _sample_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
     for index, sample in enumerate(config.validation.samples):
         path = f"validation.samples.{index}"
         if facts.image_to_video and sample.image is None:
@@ -78,7 +122,7 @@ def _sample_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
         )
 
 
-def _run_errors(config: RunConfig, facts: Facts) -> Iterator[ConfigError]:
+def _run_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
     if all(source.split == "holdout" for source in config.data.sources):
         yield ConfigError(
             "every source is held out, so there is nothing to train on",
@@ -120,7 +164,7 @@ def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
             )
 
 
-def _bucket_warnings(config: RunConfig, facts: Facts) -> Iterator[tuple[str, str]]:
+def _bucket_warnings(config: RunConfig, facts: ModelSpec) -> Iterator[tuple[str, str]]:
     for index, bucket in enumerate(config.data.buckets):
         for advice in () if facts.check_bucket(bucket) else facts.advise_bucket(bucket):
             yield f"data.buckets.{index}", advice
@@ -133,7 +177,7 @@ def _bucket_warnings(config: RunConfig, facts: Facts) -> Iterator[tuple[str, str
         )
 
 
-def _model_warnings(config: RunConfig, facts: Facts) -> Iterator[tuple[str, str]]:
+def _model_warnings(config: RunConfig, facts: ModelSpec) -> Iterator[tuple[str, str]]:
     # Of the published models only the 2B, the one without rotary positions, was trained in fp16.
     if config.model.dtype == "fp16" and facts.use_rotary:
         yield "model.dtype", "this model was trained in bf16; in fp16 its activations can overflow (use bf16)"
@@ -185,3 +229,56 @@ def _run_warnings(config: RunConfig) -> Iterator[tuple[str, str]]:
         )
     if config.validation.every is None and held_out:
         yield "validation.every", "clips are held out, but validation.every is null: nothing is measured on them"
+
+
+# -------- Which version of the model a run uses: decided once, recorded, and the same for as long as the run goes on.
+
+
+def pin_model(config: RunConfig, decide: Callable[[Callable[[], Any]], Any] = lambda work: work()) -> RunConfig:
+    """The same configuration with ``model.revision`` as a commit; nothing changes for a model in a folder.
+
+    A run that goes on uses the commit that it began with, also where its branch has moved since. If the configuration
+    names another commit, it is left as it is, and the comparison with the checkpoint refuses it.
+
+    Args:
+        config: the run's.
+        decide: runs a function where one process has to decide for all (``Ranks.first``).
+
+    Raises:
+        ModelError: if the model or the revision cannot be found.
+    """
+    revision = decide(lambda: _revision_of(config))
+    if revision == config.model.revision:
+        return config
+    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
+
+
+def _revision_of(config: RunConfig) -> str | None:
+    model = config.model
+    if not is_commit(model.revision) and (recorded := recorded_revision(config)) is not None:
+        return recorded
+    return pin_revision(model.pretrained, model.revision)
+
+
+def recorded_revision(config: RunConfig) -> str | None:
+    """The commit that the run in ``output_dir`` began with; None for a new run, or one of another or a local model.
+
+    What cannot be read is no record here: whoever continues from the checkpoint reads it whole, and says what is wrong.
+    """
+    resume = config.checkpoint.resume
+    if resume == "none":
+        return None
+    standing = [path for _, path in reversed(list_checkpoints(config.output_dir))]
+    for folder in standing if resume == "latest" else [Path(resume)]:
+        file = folder / "config.json"
+        if not file.is_file():  # a pipe would keep us waiting
+            continue
+        try:
+            recorded = json.loads(file.read_text(encoding="utf-8"))["model"]
+            if canonical_name(str(recorded["pretrained"])) == config.model.pretrained and is_commit(
+                recorded["revision"]
+            ):
+                return str(recorded["revision"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return None

@@ -1,4 +1,8 @@
-"""``RunConfig``: which sections a run has. A field is declared, documented and given its default where it is read."""
+"""What trains: a LoRA adapter (through peft), or every weight of the transformer.
+
+A method prepares a transformer in place (``apply``), and from then on names what trains. Names are the ones the
+finished product needs: peft's state-dict names for LoRA, the plain diffusers parameter names for full fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -8,31 +12,81 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
-from finetune.cogvideox import ModelConfig
-from finetune.config.document import Document
+from finetune.checkpoint.folders import CheckpointConfig
+from finetune.cogvideox.load import ModelConfig
+from finetune.cogvideox.model_files import canonical_name
+from finetune.cogvideox.objective import DropoutConfig
+from finetune.config.document import Document, Dumper
 from finetune.config.messages import validate
-from finetune.config.plain_yaml import Dumper
+from finetune.core.errors import ConfigError
+from finetune.core.files import digest_of
+from finetune.core.types import MOST_STEPS, SamplePrompt, Strict
 from finetune.datasets.cache import CacheConfig
-from finetune.datasets.sources import CaptionConfig, SourceConfig
-from finetune.diffusion import DropoutConfig
-from finetune.errors import ConfigError
-from finetune.facts import canonical_name
-from finetune.files import digest_of
-from finetune.geometry import ClipConfig
-from finetune.holdout import HoldoutConfig
-from finetune.memory import MemoryConfig
-from finetune.schedule import Constant, LRScheduleConfig, TrainConfig
-from finetune.section import Strict
-from finetune.trainers.checkpoint import CheckpointConfig
-from finetune.trainers.method import LoraMethod, MethodConfig
-from finetune.trainers.optim import AdamW8bit, OptimizerConfig
-from finetune.trainers.tracking import TrackingConfig
-from finetune.trainers.validation import ValidationConfig
+from finetune.datasets.geometry import BucketField, ClipConfig
+from finetune.datasets.schedule import Constant, LRScheduleConfig, TrainConfig
+from finetune.datasets.sources import CaptionConfig, SourceConfig, ValSplitConfig
+from finetune.memory.config import MemoryConfig
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.optim.optimizers import AdamW8bit, OptimizerConfig
+
+
+class ValidationConfig(Strict):
+    """What is measured and sampled while training, and how often."""
+
+    every: int | None = Field(200, ge=1, le=MOST_STEPS)
+    """Optimizer steps between two measurements of the held-out loss, and one after the last step; null for none."""
+    at_start: bool = True
+    """Measure, and sample, before the first step as well: what the base model does is what the run is compared with."""
+    clips: int = Field(8, ge=1, le=1_000_000)
+    """At most this many held-out clips are measured, and as many training clips, whose difference is the
+    generalisation gap. A measurement takes ``2 x clips x timesteps`` forward passes, a training step about four."""
+    timesteps: int = Field(4, ge=1, le=1000)
+    """Each clip is measured at this many timesteps, spread evenly over the noise schedule."""
+    samples: tuple[SamplePrompt, ...] = ()
+    """Videos to sample, each from its prompt (and image) and seed."""
+    sample_every: int | None = Field(500, ge=1, le=MOST_STEPS)
+    """Optimizer steps between two rounds of sampling, and one after the last step; null for none."""
+    num_inference_steps: int = Field(50, ge=1, le=1000)
+    """Denoising steps per sampled video."""
+    guidance_scale: float = Field(6.0, ge=1, le=1_000)
+    """Classifier-free guidance; 1 for none, which halves the time."""
+    dynamic_cfg: bool = False
+    """Let the guidance grow with the denoising steps, as CogVideoX's demo does with the DPM scheduler."""
+    bucket: BucketField | None = None
+    """Frames x height x width of the sampled videos; left out: the first of ``data.buckets``."""
+
+
+class TrackingConfig(Strict):
+    """Where the run's numbers go."""
+
+    kind: Literal["tensorboard", "none"] = "tensorboard"
+    """``tensorboard`` writes event files to ``output_dir/tensorboard``; ``none`` leaves the console only."""
+    every: int = Field(1, ge=1, le=MOST_STEPS)
+    """Optimizer steps between two records of the training metrics. Held-out losses and videos are always recorded."""
+    console_interval_s: float = Field(10.0, gt=0, le=86_400)
+    """Seconds between two progress lines where the output is no terminal (a terminal's line follows every step)."""
+
+    def accelerator_options(self, run_dir: Path) -> dict[str, Any]:
+        """Arguments that ``Accelerator(...)`` needs for a ``Tracker`` of this section to write to ``run_dir``."""
+        return {"log_with": None if self.kind == "none" else self.kind, "project_dir": str(run_dir)}
+
+
+# -------- What trains: a LoRA adapter (through peft), or every weight of the transformer.
+#
+# A method prepares a transformer in place (``apply``), and from then on names what trains. Names are the ones the
+# finished product needs: peft's state-dict names for LoRA, the plain diffusers parameter names for full fine-tuning.
+
+MethodConfig = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
+
+
+# -------- ``RunConfig``: which sections a run has. A field is declared, documented and given its default where it is
+# read.
 
 _Section = TypeVar("_Section", bound=Strict)
 
@@ -41,7 +95,7 @@ def _defaults(section: type[_Section]) -> _Section:
     return section.model_validate({})
 
 
-class DataConfig(HoldoutConfig, DropoutConfig, CaptionConfig, ClipConfig):
+class DataConfig(ValSplitConfig, DropoutConfig, CaptionConfig, ClipConfig):
     """What to train on: where the clips are, how they are cut, and what is done to their captions."""
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)

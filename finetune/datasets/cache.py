@@ -1,36 +1,151 @@
-"""A content-addressed store of VAE latents and text embeddings, in safetensors files.
-
-The address of an entry says everything that decides its tensors: the digest of the media's bytes, how the clip is cut,
-which encoder at which precision. Its key is the digest of that address, so two clips with one file name stay apart, the
-same clip under two names is stored once, and whatever changes is encoded again while everything else is found. Entries
-appear whole or not at all and are never changed. ``docs/cache.md`` describes the files for other tools.
-
-Reading needs neither a video decoder nor the ``datasets`` library.
-"""
+"""Reading entries: each is verified, to the bit, when a process first reads it."""
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from finetune.datasets import garbage, jobs, stamps, upkeep
-from finetune.datasets.entries import DTYPES, Dtype, serialise
-from finetune.datasets.manifest import FileStamp, Kind, Manifest, ManifestItem, manifest_fault, read_content
-from finetune.datasets.reading import Reader
-from finetune.datasets.sealed import move_aside
-from finetune.errors import CacheError
-from finetune.files import atomic_write_bytes, canonical_json, digest_of
-from finetune.section import Strict
-from finetune.space import disk_fix, free_space, human_size
-from finetune.types import CacheEntry
+from finetune.core.errors import CacheError
+from finetune.core.files import atomic_write_bytes, canonical_json, digest_of, disk_fix, free_space, human_size
+from finetune.core.types import CacheEntry, Strict
+from finetune.datasets import cache_admin, cache_entries
+from finetune.datasets.cache_entries import (
+    DTYPES,
+    Dtype,
+    FileStamp,
+    Kind,
+    Manifest,
+    ManifestItem,
+    fault_of,
+    manifest_fault,
+    move_aside,
+    read_content,
+    read_metadata,
+    read_tensors,
+    serialise,
+)
 
-__all__ = ["Cache", "CacheConfig", "FileStamp", "Kind", "Manifest", "ManifestItem"]
+_ANEW = (
+    "run the same command again: it encodes that entry anew. With cache.mode: require, run `finetune precompute` where"
+    " the videos and the encoders are, first"
+)
+
+
+class CacheReader:
+    """Reads entries of one cache, from any thread.
+
+    Args:
+        root: the cache's folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._verified: dict[str, tuple[int, int, int]] = {}
+        """Of every entry found whole: inode, size and time of change, by its key."""
+
+    def tensors(self, kind: Kind, key: str, path: Path, of: str, *, again: bool = True) -> dict[str, Tensor]:
+        """The tensors of an entry.
+
+        Args:
+            kind: of entry.
+            key: its key.
+            path: its file.
+            of: the clip it belongs to, for messages.
+            again: whether to read once more where another machine has put an equal file in its place (NFS).
+
+        Raises:
+            CacheError: if it is missing, cannot be read, or is damaged; it is then moved aside, so that it counts as
+                missing from now on.
+        """
+        where = f"{path} ({of})" if of else str(path)
+        with self._open(path, where) as entry:
+            try:
+                status = os.fstat(entry.fileno())
+                identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+                tensors = read_tensors(entry, key, verify=self._verified.get(key) != identity)
+            except ValueError as error:
+                raise _damaged(path, kind, key, str(error), where) from None
+            except OSError as error:
+                if error.errno == errno.ESTALE and again:
+                    return self.tensors(kind, key, path, of, again=False)
+                raise _unreadable(error, where) from None
+        self._verified[key] = identity
+        return tensors
+
+    def metadata(self, kind: Kind, key: str, path: Path) -> dict[str, str]:
+        """The metadata of an entry; its header alone is read, and verified. Raises as ``tensors``."""
+        where = str(path)
+        try:
+            with self._open(path, where) as entry:
+                return read_metadata(entry, key)
+        except ValueError as error:
+            raise _damaged(path, kind, key, str(error), where) from None
+        except OSError as error:
+            raise _unreadable(error, where) from None
+
+    def size(self, path: Path) -> int:
+        """Bytes of an entry's file. Raises as ``tensors`` where it is not there."""
+        try:
+            return path.stat().st_size
+        except OSError:
+            with self._open(path, str(path)) as entry:
+                return os.fstat(entry.fileno()).st_size
+
+    def _open(self, path: Path, where: str) -> BinaryIO:
+        """Open an entry; where it is not there, a collection may have taken it away and be about to bring it back."""
+        try:
+            try:
+                return path.open("rb", buffering=0)
+            except FileNotFoundError:
+                cache_admin.await_collection(self._root)
+                return path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise CacheError("a cache entry is missing", where=where, fix=_ANEW) from None
+        except OSError as error:
+            raise _unreadable(error, where) from None
+
+
+def _damaged(path: Path, kind: Kind, key: str, reason: str, where: str) -> CacheError:
+    """Move a damaged entry aside and say what is to be done."""
+    fix = _ANEW
+    try:
+        move_aside(path, lambda content: fault_of(content, kind, key))
+    except OSError as error:
+        fix = (
+            f"it cannot be moved aside from here ({error.strerror}): where it can, run `finetune cache verify --delete`"
+            " and then `finetune precompute`"
+        )
+    return CacheError(f"a cache entry is damaged: {reason}", where=where, fix=fix)
+
+
+def _unreadable(error: OSError, where: str) -> CacheError:
+    return CacheError(
+        f"a cache entry cannot be read: {error.strerror}",
+        where=where,
+        fix="look at the disk or the network drive, and at the file's permissions; the same command then continues. A"
+        " file that stays unreadable is taken out by `finetune cache verify --delete`",
+    )
+
+
+# -------- A content-addressed store of VAE latents and text embeddings, in safetensors files.
+#
+# The address of an entry says everything that decides its tensors: the digest of the media's bytes, how the clip is
+# cut,
+# which encoder at which precision. Its key is the digest of that address, so two clips with one file name stay apart,
+# the
+# same clip under two names is stored once, and whatever changes is encoded again while everything else is found.
+# Entries
+# appear whole or not at all and are never changed. ``docs/cache.md`` describes the files for other tools.
+#
+# Reading needs neither a video decoder nor the ``datasets`` library.
 
 
 class CacheConfig(Strict):
@@ -65,7 +180,7 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._reader = Reader(root)
+        self._reader = CacheReader(root)
 
     def path(self, kind: Kind, key: str) -> Path:
         """Where an entry is filed."""
@@ -239,23 +354,25 @@ class Cache:
 
     # -------------------------------------------------------------------------------------------------------- jobs
 
-    def job(self, verb: str) -> AbstractContextManager[jobs.Job]:
+    def job(self, verb: str) -> AbstractContextManager[cache_admin.CacheJob]:
         """``jobs.take_part``: be known as a user of this cache; to be entered before entries are listed."""
-        return jobs.take_part(self.root, verb)
+        return cache_admin.take_part(self.root, verb)
 
     # ------------------------------------------------------------------------------------------------------ upkeep
 
-    def verify(self, *, delete: bool = False, progress: bool = False) -> upkeep.VerifyReport:
+    def verify(self, *, delete: bool = False, progress: bool = False) -> cache_admin.VerifyReport:
         """``upkeep.verify``: is every file whole, and is one missing?"""
-        return upkeep.verify(self, delete=delete, progress=progress)
+        return cache_admin.verify(self, delete=delete, progress=progress)
 
-    def gc(self, *, delete: bool = False, unused_days: float | None = None, **patience_s: float) -> garbage.GcReport:
+    def gc(
+        self, *, delete: bool = False, unused_days: float | None = None, **patience_s: float
+    ) -> cache_admin.GcReport:
         """``garbage.gc``: find, and on demand delete, what no manifest and no running job refers to."""
-        return garbage.gc(self, delete=delete, unused_days=unused_days, **patience_s)
+        return cache_admin.gc(self, delete=delete, unused_days=unused_days, **patience_s)
 
-    def stats(self) -> upkeep.CacheStats:
+    def stats(self) -> cache_admin.CacheStats:
         """``upkeep.stats``: count what is there."""
-        return upkeep.stats(self)
+        return cache_admin.stats(self)
 
     # ----------------------------------------------------------------------------------------------------- digests
 
@@ -265,8 +382,8 @@ class Cache:
 
     def stamp(self, path: Path) -> FileStamp:
         """``stamps.take_stamp``: what a file or folder looks like now."""
-        return stamps.take_stamp(path, self.root / "digests")
+        return cache_entries.take_stamp(path, self.root / "digests")
 
     def is_unchanged(self, path: Path, stamp: FileStamp) -> bool | None:
         """``stamps.is_unchanged``: whether a file or folder is still what ``stamp`` says; None if it is gone."""
-        return stamps.is_unchanged(path, stamp, self.root / "digests")
+        return cache_entries.is_unchanged(path, stamp, self.root / "digests")

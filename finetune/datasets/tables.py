@@ -1,34 +1,143 @@
-"""Rows of ``jsonl``, ``json``, ``csv`` and ``parquet`` files, each with the line it stands on.
-
-JSON and CSV are read with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV for a word,
-and never move the columns of a row with an unquoted comma. JSON may be an object per line or one list of objects,
-whatever the file is called. Parquet is read with HF ``datasets``, in a process of its own. Whatever a file claims,
-rows, columns and bytes are bounded.
-"""
+"""Which column of a metadata file is the video, the caption, the image."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import json
+import os
 import re
+import subprocess
+import sys
+import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.datasets.lines import MAX_FILE_BYTES, read_lines, require_file
-from finetune.datasets.parquet import read_columns
-from finetune.errors import DataError, raise_all
+import finetune
+from finetune.core.errors import DataError, raise_all, raise_if_killed
+from finetune.datasets.rows import MAX_FILE_BYTES, read_lines, require_file
+
+VIDEO_COLUMNS = ("file_name", "video", "video_path", "path", "file_path", "file")
+
+CAPTION_COLUMNS = ("prompt", "caption", "text")
+
+IMAGE_COLUMNS = ("image", "image_path", "image_file")
+
+
+def column_of(table: Table, named: str | None, usual: tuple[str, ...], option: str, file: Path) -> str:
+    """The column to read: the named one, or the only one with a usual name; "" where there is no image column.
+
+    Raises:
+        DataError: if there is no such column, several could be meant, or it holds no text.
+    """
+    held = f"the columns are: {listed(table.columns)}"
+    if named is not None:
+        if named not in table.columns:
+            raise DataError(f"there is no column '{named}'; {held}", where=str(file), fix=f"correct {option}")
+        found = [named]
+    else:
+        found = [name for name in usual if name in table.columns]
+    if len(found) > 1:
+        told = f"the columns {' and '.join(found)} could both be meant"
+        raise DataError(told, where=str(file), fix=f"name one with {option} (kind: metadata)")
+    if not found and option != "image_column":
+        told = f"none of the usual columns is there ({', '.join(usual)}); {held}"
+        raise DataError(told, where=str(file), fix=f"name the column with {option} (kind: metadata)")
+    if found and table.columns[found[0]] and (named is not None or option != "image_column"):
+        told = f"the column {found[0]} holds {table.columns[found[0]]}, not text"
+        raise DataError(told, where=str(file), fix=f"name a column of text with {option} (kind: metadata)")
+    return found[0] if found else ""
+
+
+# -------- Columns of text out of a Parquet file, read in a process of its own (``parquet_child`` says why).
+
+_MEMORY_BYTES = 4 << 30
+"""What reading may take beside the libraries; a file of the greatest size that is read takes half of it."""
+
+_PATIENCE_S = 900.0
+
+
+def read_columns(
+    path: Path, wanted: Collection[str], *, most_rows: int, most_columns: int, most_bytes: int
+) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    """Read the wanted columns of a Parquet file, as far as they hold text.
+
+    Returns:
+        Every column of the file with what is wrong with it as a column of text (empty: nothing), and the rows.
+
+    Raises:
+        DataError: if it is damaged, claims more than the limits allow, or cannot be read in the memory and time given.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # Under a plain name: HF datasets takes some names for patterns, addresses or archives.
+        link, output = Path(folder) / "table.parquet", Path(folder) / "rows.jsonl"
+        link.symlink_to(path.absolute())
+        request = {
+            "path": str(link),
+            "output": str(output),
+            "cache": folder,
+            "wanted": sorted(wanted),
+            "memory_bytes": _MEMORY_BYTES,
+            "most_rows": most_rows,
+            "most_columns": most_columns,
+            "most_bytes": most_bytes,
+        }
+        ended = _run(json.dumps(request), folder)
+        answers = [] if ended else [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    *told, verdict = answers or [{"fault": f"not a readable Parquet file: {ended}"}]
+    if verdict["fault"]:
+        raise DataError(verdict["fault"], where=str(path), fix="write the file again, or a smaller one")
+    return told[0], told[1:]
+
+
+def _run(request: str, folder: str) -> str:
+    """Run the child, twice if a signal ends it; what ended it, if it did not end by itself."""
+    package = str(Path(finetune.__file__).parents[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": folder,
+    }
+    # -P: a dataset's folder may be the working one, and must not be where modules are looked for.
+    words = [sys.executable, "-P", "-m", "finetune.datasets.parquet_child"]
+    for _ in range(2):
+        try:
+            done = subprocess.run(
+                words, input=request.encode(), env=environment, timeout=_PATIENCE_S, check=False, capture_output=True
+            )
+        except subprocess.TimeoutExpired:
+            return f"it was not read within {_PATIENCE_S:g} s"
+        if done.returncode >= 0:
+            break
+    table = Path(folder, "table.parquet").readlink()
+    raise_if_killed(done.returncode, "the reader of a Parquet file", where=str(table))
+    if done.returncode == 0:
+        return ""
+    return f"the reader ended with {'signal' if done.returncode < 0 else 'code'} {abs(done.returncode)}"
+
+
+# -------- Rows of ``jsonl``, ``json``, ``csv`` and ``parquet`` files, each with the line it stands on.
+#
+# JSON and CSV are read with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV for a word,
+# and never move the columns of a row with an unquoted comma. JSON may be an object per line or one list of objects,
+# whatever the file is called. Parquet is read with HF ``datasets``, in a process of its own. Whatever a file claims,
+# rows, columns and bytes are bounded.
 
 SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 
 MAX_ROWS = 2_000_000
 """Of one source: more want sources of their own, or another tool."""
+
 MAX_LIST_BYTES = 1 << 28
 """Of a file that is one JSON list: its text is held in memory as a whole."""
+
 MAX_COLUMNS = 1_000
+
 MAX_FAULTS = 10_000
 """Rows of one source that are told to be unusable; with more of them it is the wrong file."""
 
@@ -211,6 +320,7 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+
 _TEXT = re.compile(r"\S")
 
 

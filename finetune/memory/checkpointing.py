@@ -18,8 +18,8 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from finetune.errors import TrainingError
-from finetune.memory.attention import is_attention
+from finetune.core.errors import TrainingError
+from finetune.memory.runner import is_attention
 
 Checkpointing = Literal["full", "selective", "none"]
 """``full``: every block is run again in the backward pass, a third more compute for the least memory. ``selective``:

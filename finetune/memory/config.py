@@ -1,21 +1,54 @@
-"""``MemoryConfig``: which techniques a run uses, which of them go together, and what to try next."""
+"""Splitting micro-batches: fewer clips in the model at a time, for the same step.
+
+The gradient of a step is a sum over its clips, so the parts of a micro-batch may go through the model one after the
+other. What is equal: which clips, timesteps, noise and weights; each clip's loss and the gradient up to the order of
+summation, that is to rounding. What is not: LoRA's dropout draws a mask of its own for every part.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
-from finetune.cards import parse_bytes
-from finetune.memory import splitting
+from finetune.core.gpu import parse_bytes
+from finetune.core.types import Batch, Strict
 from finetune.memory.checkpointing import Checkpointing
-from finetune.memory.quantize import Base, TextEncoder
-from finetune.section import Strict
-from finetune.types import Batch
+from finetune.memory.quantized_linear import Base, TextEncoder
+
+
+def parts(batch: Batch, clips: int | None) -> Iterator[Batch]:
+    """Cut a micro-batch into parts of at most ``clips`` clips, in order; views, not copies.
+
+    Args:
+        batch: [B, ...].
+        clips: None for the whole at once.
+    """
+    size = len(batch.slots)
+    step = size if clips is None else clips
+    for first in range(0, size, step):
+        yield _rows(batch, slice(first, min(first + step, size)))
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    image: Tensor | None = batch.image_latents
+    return replace(
+        batch,
+        latents=batch.latents[rows],
+        noise=batch.noise[rows],
+        timesteps=batch.timesteps[rows],
+        prompt_embeds=batch.prompt_embeds[rows],
+        image_latents=None if image is None else image[rows],
+        slots=batch.slots[rows],
+        clips=batch.clips[rows],
+    )
+
+
+# -------- ``MemoryConfig``: which techniques a run uses, which of them go together, and what to try next.
 
 
 class Fault(NamedTuple):
@@ -138,7 +171,7 @@ class MemoryConfig(Strict):
 
     def parts(self, batch: Batch) -> Iterator[Batch]:
         """What of a micro-batch goes through the model at a time; see ``splitting.parts``."""
-        return splitting.parts(batch, self.clips_at_once)
+        return parts(batch, self.clips_at_once)
 
     def faults(self, traits: Traits) -> list[Fault]:
         """Why this state cannot be used in a run; empty where it can."""
@@ -171,8 +204,10 @@ class MemoryConfig(Strict):
 
 _ASKED = ("budget", "ram", "quantize")
 """What ``auto`` is asked for."""
+
 _LEFT = ("text_encoder", "clips_at_once")
 """What may be set beside ``auto``."""
+
 _MEASURES: tuple[dict[str, object], ...] = (
     {"checkpointing": "full", "keep_attention": None},
     {"block": "lean"},

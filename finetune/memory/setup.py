@@ -8,11 +8,18 @@ import torch
 from torch import nn
 
 from finetune.memory import checkpointing
-from finetune.memory.blocks import Blocks, memory_of
 from finetune.memory.config import MemoryConfig
-from finetune.memory.parts import BlockMath, Boundaries, KeptBoundaries, Residency, Resident
-from finetune.memory.places import label_of
-from finetune.memory.stock import StockMath
+from finetune.memory.host_buffers import label_of
+from finetune.memory.runner import (
+    ActivationsOnDevice,
+    ActivationStore,
+    BlockForwardBackward,
+    Blocks,
+    OnDevice,
+    StockBlock,
+    WeightPlacement,
+    memory_of,
+)
 
 _ATTRIBUTE = "_memory_set_up"
 
@@ -33,14 +40,14 @@ def apply(transformer: nn.Module, config: MemoryConfig, device: torch.device | N
             stack.callback(checkpointing.apply, transformer, "none", None)
         blocks = _modules(transformer)
         if config.modulation == "host":
-            from finetune.memory.modulation import HostModulation
+            from finetune.memory.adaln_offload import AdaLnOffload as HostModulation
 
             modulation = HostModulation(transformer, device or _device_of(transformer))
             modulation.install()
             stack.callback(modulation.remove)
-        weights: Residency = Resident()
+        weights: WeightPlacement = OnDevice()
         if config.streams:
-            from finetune.memory.streaming import Streamed
+            from finetune.memory.block_streaming import BlockStreaming as Streamed
 
             streamed = Streamed(
                 blocks,
@@ -90,20 +97,20 @@ def _modules(transformer: nn.Module) -> list[nn.Module]:
     return list(transformer.get_submodule("transformer_blocks").children())
 
 
-def _math(config: MemoryConfig) -> BlockMath:
+def _math(config: MemoryConfig) -> BlockForwardBackward:
     if config.block == "lean":
-        from finetune.memory.lean import LeanMath
+        from finetune.memory.lean_block import LeanBlock as LeanMath
 
         return LeanMath()
-    return StockMath()
+    return StockBlock()
 
 
-def _boundaries(config: MemoryConfig, number: int) -> Boundaries:
+def _boundaries(config: MemoryConfig, number: int) -> ActivationStore:
     if config.activations == "host":
-        from finetune.memory.boundaries import OffloadedBoundaries
+        from finetune.memory.activation_offload import ActivationOffload as OffloadedBoundaries
 
         return OffloadedBoundaries(number)
-    return KeptBoundaries()
+    return ActivationsOnDevice()
 
 
 def _keeping(config: MemoryConfig, number: int) -> range:

@@ -17,21 +17,30 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from finetune.cogvideox import ModelConfig
-from finetune.datasets.manifest import ManifestItem
-from finetune.errors import FinetuneError, TrainingError, first_line
-from finetune.facts import resolve_pretrained
-from finetune.files import atomic_save_tensors, atomic_write_text, checksum_file, publish_dir
-from finetune.memory import MemoryConfig
-from finetune.seals import DamageError, Sealed, seal
-from finetune.space import free_space, human_size
-from finetune.tensorfiles import file_bytes
-from finetune.trainers.meter import StepRecord
+from finetune.cogvideox.load import ModelConfig
+from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.core.checksums import ChecksummedFolder, DamageError, write_checksums
+from finetune.core.errors import FinetuneError, TrainingError, first_line
+from finetune.core.files import (
+    atomic_save_tensors,
+    atomic_write_text,
+    checksum_file,
+    free_space,
+    human_size,
+    publish_dir,
+)
+from finetune.core.tensor_files import file_bytes
+from finetune.datasets.cache_entries import ManifestItem
+from finetune.memory.config import MemoryConfig
 from finetune.trainers.run import Run
+from finetune.trainers.tracking import StepRecord
 
 FOLDER = "reports"
+
 REPORT = "report.json"
+
 WEIGHTS = "trainable.safetensors"
+
 FORMAT = 1
 """Raised whenever an older reader would misread a newer report."""
 
@@ -295,7 +304,7 @@ def _write(path: Path, report: Report, tensors: dict[str, Tensor]) -> str:
         known = {REPORT: atomic_write_text(folder / REPORT, report.model_dump_json(indent=1) + "\n")}
         if tensors:
             known[WEIGHTS] = atomic_save_tensors(folder / WEIGHTS, tensors)
-        return seal(folder, known)
+        return write_checksums(folder, known)
 
     publish_dir(path, fill)
     return ""
@@ -320,7 +329,7 @@ def read_report(path: Path) -> tuple[Report, dict[str, Tensor]]:
         TrainingError: if it is no report, is damaged, or is of a later version of this package.
     """
     try:
-        sealed = Sealed.open(path)
+        sealed = ChecksummedFolder.open(path)
         content = sealed.read_json(REPORT)
         if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
             raise TrainingError(

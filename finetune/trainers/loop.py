@@ -22,26 +22,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config import RunConfig, as_config
-from finetune.errors import first_line, is_out_of_memory
-from finetune.files import from_here
-from finetune.ranks import peers
-from finetune.schedule import is_due, lr_at
-from finetune.streams import address
-from finetune.trainers.assemble import assemble
-from finetune.trainers.checkpoint import Saver, checkpoint_path
+from finetune.checkpoint.folders import checkpoint_path
+from finetune.checkpoint.save import CheckpointManager
+from finetune.checkpoint.validation_history import Measurement, best_of, verdict
+from finetune.cogvideox.objective import velocity_losses
+from finetune.config.loading import as_config
+from finetune.config.schema import RunConfig
+from finetune.core.distributed import peers
+from finetune.core.errors import first_line, is_out_of_memory
+from finetune.core.files import from_here
+from finetune.core.rng import seed_for
+from finetune.core.types import Batch, RunState
+from finetune.datasets.schedule import is_due, lr_at
+from finetune.optim.optimizers import begin, set_lr
 from finetune.trainers.fault_report import require_finite
-from finetune.trainers.ladder import Ladder, out_of_memory
-from finetune.trainers.meter import Meter
-from finetune.trainers.objective import velocity_losses
-from finetune.trainers.optim import begin, set_lr
+from finetune.trainers.oom_retry import OomRetry, out_of_memory
 from finetune.trainers.run import Run
-from finetune.trainers.sampler import Sampler
+from finetune.trainers.sampling import Sampler
+from finetune.trainers.setup import fault_ahead, require_batches, setup_run
 from finetune.trainers.stopping import StopRequest
-from finetune.trainers.supply import fault_ahead, require_batches
-from finetune.trainers.validation import Measurement, best_of, verdict
-from finetune.trainers.validator import Validator
-from finetune.types import Batch, RunState
+from finetune.trainers.tracking import StepMetrics
+from finetune.trainers.validation import Validator
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
     config = as_config(config)
     # The last to leave: a launcher repeats its signals while the tracker is being closed.
     with StopRequest() as stop, peers(), ExitStack() as cleanup:
-        run = assemble(config, cleanup)
+        run = setup_run(config, cleanup)
         cleanup.callback(run.engine.drop_gradients)  # a notebook keeps the traceback, and what it refers to
         # Not before: what assembling does survives a kill, and has no step to finish.
         stop.begin()
-        ladder = Ladder(run)
+        ladder = OomRetry(run)
         try:
             report = _loop(run, ladder, stop)
             if run.prediction is not None and (compared := run.prediction.compared(run.peak_gib())):
@@ -133,13 +134,13 @@ def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tens
     return velocity_losses(run.engine.model if model is None else model, run.facts, run.alpha_bar, batch)
 
 
-def _passes(run: Run, ladder: Ladder, meter: Meter, step: int) -> None:
+def _passes(run: Run, ladder: OomRetry, meter: StepMetrics, step: int) -> None:
     """The forward and backward passes of one step: its gradient, as a mean over its samples, is left in the engine."""
     samples = sum(len(micro.items) for micro in run.plan.step(step))
     for number, batch in enumerate(run.loader.step(step), start=1):
         for part in ladder.state.parts(batch):
             # LoRA dropout draws from the global generator: give that an address too.
-            torch.manual_seed(address(run.config.train.seed, "model", step, part.slots[0]))
+            torch.manual_seed(seed_for(run.config.train.seed, "model", step, part.slots[0]))
             last = number == run.config.train.accumulation and part.slots[-1] == batch.slots[-1]
             with run.engine.micro_batch(last=last):
                 losses = batch_losses(run, part)
@@ -170,14 +171,14 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
     return {"best_step": step, "best_heldout": loss, "verdict": text, "export_command": shlex.join(command)}
 
 
-def _loop(run: Run, ladder: Ladder, stop: StopRequest) -> TrainReport:
+def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
     config = run.config
     # Where processes make unequally many passes, through the module itself: a wrapper may communicate in each.
     direct = None if run.engine.lockstep else run.module
     validator = Validator(run, lambda batch: batch_losses(run, batch, direct), stop)
     sampler = Sampler(run, stop)
-    saver = Saver(run.save, config.checkpoint.every, run.console.note, run.state)
-    meter = Meter(config.train.accumulation * config.train.batch_size, run.accelerator.gather)
+    saver = CheckpointManager(run.save, config.checkpoint.every, run.console.note, run.state)
+    meter = StepMetrics(config.train.accumulation * config.train.batch_size, run.accelerator.gather)
     state = run.state
     saved = run.resumed_from
     durations_s: list[float] = []

@@ -1,10 +1,16 @@
-"""One assembled run: the objects of a training, and the few things that loop and validation ask of them together."""
+"""That a run trains on what its plan says: no clip left out, none counted twice, whoever trained on it.
+
+Every step comes back from all processes with one timestep per sample. Which timestep a sample has follows from its slot
+alone, so the timesteps of a step are its fingerprint: two processes that train on the same clips, or a batch that gets
+lost, change it. The count over a run is in its state, so an epoch's account is complete also where a run was resumed in
+the middle of it.
+"""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,27 +20,98 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.bands import loss_by_band
-from finetune.config import RunConfig, memory_traits
+from finetune.checkpoint.save import save_checkpoint
+from finetune.cogvideox.objective import sample_timestep
+from finetune.cogvideox.spec import ModelSpec
+from finetune.config.rules import memory_traits
+from finetune.config.schema import RunConfig
+from finetune.core.determinism import weights_digest
+from finetune.core.distributed import ProcessGroup
+from finetune.core.errors import TrainingError
+from finetune.core.files import from_here
+from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
-from finetune.datasets.loader import BatchMaker, Loader
-from finetune.datasets.manifest import Manifest
-from finetune.errors import TrainingError
-from finetune.facts import Facts
-from finetune.files import from_here
-from finetune.memory import Traits, rewriting_weights
-from finetune.planning.beside import Prediction
-from finetune.ranks import Ranks
-from finetune.schedule import StepPlan
-from finetune.trainers.audit import Audit
-from finetune.trainers.checkpoint import save_checkpoint
-from finetune.trainers.checkpoint.resharding import save_shares
-from finetune.trainers.determinism import weights_digest
-from finetune.trainers.ema import Ema
-from finetune.trainers.engine import Engine, require_agreement
-from finetune.trainers.meter import StepRecord
-from finetune.trainers.tracking import Console, Tracker
-from finetune.types import RunState
+from finetune.datasets.cache_entries import Manifest
+from finetune.datasets.dataloader import BatchMaker, Loader
+from finetune.datasets.schedule import StepPlan
+from finetune.memory.config import Traits
+from finetune.memory.runner import rewriting_weights
+from finetune.optim.ema import Ema
+from finetune.parallel.sharded_checkpoint import save_shares
+from finetune.parallel.strategy import ParallelStrategy, require_agreement
+from finetune.planner.command import Prediction
+from finetune.trainers.tracking import Console, StepRecord, Tracker, loss_by_timestep_bucket
+
+
+@dataclass(frozen=True)
+class EpochAccount:
+    """One epoch whose last clip has been trained on."""
+
+    epoch: int
+    """Counted from 1."""
+    samples: int
+    """Clips trained on in it, repeats counted; as many as the plan holds."""
+
+
+@dataclass(frozen=True)
+class Audit:
+    """Compares what was trained on with the plan.
+
+    Args:
+        plan: of the run.
+        num_train_timesteps: of the model.
+    """
+
+    plan: StepPlan
+    num_train_timesteps: int
+
+    def step(self, step: int, timesteps: Sequence[int], samples_seen: int) -> list[EpochAccount]:
+        """Check one step.
+
+        Args:
+            step: which, from 0.
+            timesteps: of all its samples, of every process, in any order.
+            samples_seen: by the whole run, this step included.
+
+        Returns:
+            The epochs that ended in it.
+
+        Raises:
+            TrainingError: if the samples were not those of the plan, or an epoch's count does not come out.
+        """
+        slots = [slot for micro in self.plan.step(step) for slot in micro.slots]
+        due = [sample_timestep(self.plan.seed, step, slot, self.num_train_timesteps) for slot in slots]
+        if sorted(due) != sorted(timesteps):
+            raise _not_as_planned(
+                f"step {step}: {len(timesteps)} samples were trained on, and they are not the {len(due)} of the plan"
+            )
+        first = step * self.plan.micro_batches
+        begun, going_on = self.plan.epoch_of(first), self.plan.epoch_of(first + self.plan.micro_batches)
+        accounts = [self._account(epoch, step, samples_seen) for epoch in range(begun, going_on)]
+        return [account for account in accounts if account.samples]  # fractional repeats alone leave epochs empty
+
+    def _account(self, epoch: int, step: int, samples_seen: int) -> EpochAccount:
+        plan = self.plan
+        in_epoch = plan.start_of(epoch + 1) - step * plan.micro_batches
+        later = sum(len(micro.items) for micro in plan.step(step)[in_epoch:])
+        counted, expected = samples_seen - later, plan.samples_before(epoch + 1)
+        if counted != expected:
+            raise _not_as_planned(
+                f"after epoch {epoch + 1} the run has trained on {counted} samples, and the plan has {expected}"
+            )
+        return EpochAccount(epoch + 1, expected - plan.samples_before(epoch))
+
+
+def _not_as_planned(what: str) -> TrainingError:
+    return TrainingError(
+        what,
+        where="the order of samples",
+        fix="this is a bug, not your configuration: please report it; the last checkpoint is from before this step",
+    )
+
+
+# -------- One assembled run: the objects of a training, and the few things that loop and validation ask of them
+# together.
 
 FP16_LOSS_SCALE = 1024.0
 """Constant factor on the loss under fp16 compute, taken off the gradients again. Activation gradients of a mean over a
@@ -47,13 +124,13 @@ class Run:
     """The objects of one training run; see ``assemble`` for how they come to be."""
 
     config: RunConfig
-    facts: Facts
+    facts: ModelSpec
     manifest: Manifest
     cache: Cache
     accelerator: Any
-    ranks: Ranks
+    ranks: ProcessGroup
     """This process among those of the launch."""
-    engine: Engine
+    engine: ParallelStrategy
     """What runs forward and backward passes on this process among the others."""
     module: nn.Module
     """The diffusers transformer itself."""
@@ -180,7 +257,7 @@ class Run:
         """Record one optimizer step: means over all processes and micro-batches."""
         peak_gib = self.peak_gib()
         if state.step % self.config.tracking.every == 0 or state.step in (1, self.total_steps):
-            bands = loss_by_band(record.losses, record.timesteps, self.facts.num_train_timesteps)
+            bands = loss_by_timestep_bucket(record.losses, record.timesteps, self.facts.num_train_timesteps)
             self.tracker.log(
                 state.step,
                 {

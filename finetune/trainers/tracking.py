@@ -1,31 +1,162 @@
-"""Metrics to TensorBoard (through accelerate) and to the console; on the main process only.
+"""Timestep bands: the same cut of the noise schedule for the training loss, the held-out loss and every chart.
 
-Names in use: ``train/loss`` (mean over processes and micro-batches), ``train/loss/t000-249`` ... (by timestep band),
-``train/grad_norm`` (before clipping), ``train/lr``, ``train/samples_seen``, ``perf/s_per_step``, ``perf/data_wait_s``
-(time the device waited for a batch), ``perf/peak_gib``, ``perf/predicted_peak_gib`` (at the end of a run on one GPU),
-``perf/oom_notches`` (notches gone along the memory plan, where a step ran out of memory), ``train/epoch`` and
-``train/samples_in_epoch`` (as an epoch ends); ``heldout/loss``, ``heldout/loss/t000-249`` ..., ``trainsubset/loss`` and
-``heldout/gap`` (held-out minus training subset: it grows when the run memorises). Steps are completed optimizer steps.
+The loss at a low timestep (little noise, fine detail) and at a high one (almost pure noise, layout) differ
+several-fold, so one mean over random timesteps is mostly the luck of the draw. By band, a curve says what is learnt.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
-from pydantic import Field
+import torch
+from torch import Tensor
 
-from finetune.files import from_here
-from finetune.section import MOST_STEPS, Strict
-from finetune.text import shown
-from finetune.videos import Frames, gif_bytes
+from finetune.config.schema import TrackingConfig
+from finetune.core.files import from_here
+from finetune.core.text import shown
+from finetune.inference.videos import Frames, gif_bytes
+
+TIMESTEP_BUCKETS = 4
+"""How many bands the schedule is cut into."""
+
+
+def timestep_bucket(timestep: int, num_train_timesteps: int, bands: int = TIMESTEP_BUCKETS) -> str:
+    """The label of the band that holds ``timestep``, such as ``t000-249``; labels sort in order of time.
+
+    Raises:
+        ValueError: for a timestep outside 0 ... ``num_train_timesteps - 1``.
+    """
+    if not 0 <= timestep < num_train_timesteps:
+        raise ValueError(f"timestep {timestep} is not in 0..{num_train_timesteps - 1}")
+    index = timestep * bands // num_train_timesteps
+    # The first t with t * bands // T == index; ceil, so that bands that do not divide T still tile it.
+    first, end = (-(-edge * num_train_timesteps // bands) for edge in (index, index + 1))
+    digits = len(str(num_train_timesteps - 1))
+    return f"t{first:0{digits}d}-{end - 1:0{digits}d}"
+
+
+def loss_by_timestep_bucket(
+    losses: Sequence[float], timesteps: Sequence[int], num_train_timesteps: int, bands: int = TIMESTEP_BUCKETS
+) -> dict[str, float]:
+    """Mean loss per band, in order of time; a band no sample fell into is absent.
+
+    Args:
+        losses: one per sample.
+        timesteps: one per sample, in the same order.
+        num_train_timesteps: length of the schedule.
+        bands: how many bands.
+    """
+    grouped: dict[str, list[float]] = {}
+    for loss, timestep in zip(losses, timesteps, strict=True):
+        grouped.setdefault(timestep_bucket(timestep, num_train_timesteps, bands), []).append(loss)
+    # fsum is exact, so neither the order of samples nor their split over processes moves the last digit.
+    return {band: math.fsum(members) / len(members) for band, members in sorted(grouped.items())}
+
+
+# -------- What one optimizer step was like, over all processes: losses by sample, and what any of them has to tell
+# the others.
+#
+# Leaf: arithmetic on plain tensors, so that the loop keeps to what happens and this keeps to what it amounted to.
+
+_PADDING = -2.0
+
+_FLAGS = -1.0
+
+_STOP, _FAULT = 1, 2
+"""Bits of the row that stands under ``_FLAGS``."""
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step's samples, of every process: by rank, and in each rank's own order.
+
+    ``losses`` and ``timesteps`` have one number per sample.
+    """
+
+    losses: tuple[float, ...]
+    timesteps: tuple[int, ...]
+    stop: bool
+    """Whether any process was asked to stop."""
+    fault: bool
+    """Whether any process cannot go on after this step."""
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples of the step, each counted once."""
+        return math.fsum(self.losses) / len(self.losses)
+
+    def is_finite(self, grad_norm: float) -> bool:
+        """Whether the step may be taken: every loss, and the norm of the gradient, is a number."""
+        return math.isfinite(grad_norm) and all(math.isfinite(loss) for loss in self.losses)
+
+
+@dataclass
+class StepMetrics:
+    """Collects one process's part of a step and exchanges it in a single collective.
+
+    Args:
+        rows: most samples a process can have in a step (accumulation x batch size); shorter parts are padded, because a
+            collective needs equal shapes.
+        gather: concatenates a [rows + 1, 2] tensor over processes, such as ``Accelerator.gather``.
+    """
+
+    rows: int
+    gather: Callable[[Tensor], Tensor]
+    _losses: list[Tensor] = field(default_factory=list)
+    _timesteps: list[Tensor] = field(default_factory=list)
+
+    def add(self, losses: Tensor, timesteps: Tensor) -> None:
+        """Note one pass: per-sample losses [B] and timesteps [B]. Nothing is read from the device yet."""
+        self._losses.append(losses.detach().double())
+        self._timesteps.append(timesteps.double())
+
+    def exchange(self, *, stop: bool = False, fault: bool = False) -> StepRecord:
+        """Share the step with every process. This is where a step waits for the device, once.
+
+        Args:
+            stop: this process was asked to stop.
+            fault: this process cannot go on after this step.
+        """
+        mine = torch.stack([torch.cat(self._losses), torch.cat(self._timesteps)], dim=1)
+        table = mine.new_full((self.rows + 1, 2), _PADDING)
+        table[: len(mine)] = mine
+        table[-1] = torch.tensor([_STOP * stop + _FAULT * fault, _FLAGS], dtype=mine.dtype)
+        every = self.gather(table).tolist()
+        samples = [(loss, int(timestep)) for loss, timestep in every if timestep >= 0]
+        flags = [int(value) for value, kind in every if kind == _FLAGS]
+        return StepRecord(
+            losses=tuple(loss for loss, _ in samples),
+            timesteps=tuple(timestep for _, timestep in samples),
+            stop=any(flag & _STOP for flag in flags),
+            fault=any(flag & _FAULT for flag in flags),
+        )
+
+    def reset(self) -> None:
+        """Forget the step, or what there is of one that is begun again."""
+        self._losses.clear()
+        self._timesteps.clear()
+
+
+# -------- Metrics to TensorBoard (through accelerate) and to the console; on the main process only.
+#
+# Names in use: ``train/loss`` (mean over processes and micro-batches), ``train/loss/t000-249`` ... (by timestep band),
+# ``train/grad_norm`` (before clipping), ``train/lr``, ``train/samples_seen``, ``perf/s_per_step``, ``perf/data_wait_s``
+# (time the device waited for a batch), ``perf/peak_gib``, ``perf/predicted_peak_gib`` (at the end of a run on one GPU),
+# ``perf/oom_notches`` (notches gone along the memory plan, where a step ran out of memory), ``train/epoch`` and
+# ``train/samples_in_epoch`` (as an epoch ends); ``heldout/loss``, ``heldout/loss/t000-249`` ..., ``trainsubset/loss``
+# and
+# ``heldout/gap`` (held-out minus training subset: it grows when the run memorises). Steps are completed optimizer
+# steps.
 
 _log = logging.getLogger(__name__)
 
@@ -36,21 +167,6 @@ RUN_NAME = "tensorboard"
 def tensorboard_command(run_dir: Path) -> str:
     """What to type to see the curves and videos of a run."""
     return shlex.join(["tensorboard", "--logdir", from_here(run_dir)])
-
-
-class TrackingConfig(Strict):
-    """Where the run's numbers go."""
-
-    kind: Literal["tensorboard", "none"] = "tensorboard"
-    """``tensorboard`` writes event files to ``output_dir/tensorboard``; ``none`` leaves the console only."""
-    every: int = Field(1, ge=1, le=MOST_STEPS)
-    """Optimizer steps between two records of the training metrics. Held-out losses and videos are always recorded."""
-    console_interval_s: float = Field(10.0, gt=0, le=86_400)
-    """Seconds between two progress lines where the output is no terminal (a terminal's line follows every step)."""
-
-    def accelerator_options(self, run_dir: Path) -> dict[str, Any]:
-        """Arguments that ``Accelerator(...)`` needs for a ``Tracker`` of this section to write to ``run_dir``."""
-        return {"log_with": None if self.kind == "none" else self.kind, "project_dir": str(run_dir)}
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -6,157 +6,28 @@ same number, and a difference between two numbers is a difference between weight
 
 from __future__ import annotations
 
-import logging
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
-from torch import Tensor, nn
+from torch import Tensor
 
-from finetune.bands import loss_by_band
-from finetune.geometry import BucketField
-from finetune.section import MOST_STEPS, Strict
-from finetune.types import Batch, RunState
-
-_log = logging.getLogger(__name__)
-
-HISTORY = "heldout.jsonl"
-"""In the run's folder: one JSON line per measurement (``step``, ``heldout``, ``trainsubset``, ``by_band``)."""
-
-
-class SamplePrompt(Strict):
-    """One video to sample: what for, from which image, with which noise."""
-
-    prompt: str
-    """The text to sample for, as it stands: caption prefix, suffix and trigger word are not added."""
-    image: Path | None = None
-    """First frame, for image-to-video models; a relative path starts at the configuration file's folder."""
-    seed: int = Field(0, ge=0, lt=2**63)
-    """Of the noise that sampling starts from: the same at every step, so that only the weights differ."""
-
-
-def round_folder(run_dir: Path, step: int) -> Path:
-    """Where a run's videos sampled after ``step`` optimizer steps stand."""
-    return run_dir / "samples" / f"step-{step:08d}"
-
-
-def sample_name(number: int, sample: SamplePrompt) -> str:
-    """The file of one video of a round; ``number`` counts ``ValidationConfig.samples``."""
-    return f"{number:02d}-seed{sample.seed}.mp4"
-
-
-class ValidationConfig(Strict):
-    """What is measured and sampled while training, and how often."""
-
-    every: int | None = Field(200, ge=1, le=MOST_STEPS)
-    """Optimizer steps between two measurements of the held-out loss, and one after the last step; null for none."""
-    at_start: bool = True
-    """Measure, and sample, before the first step as well: what the base model does is what the run is compared with."""
-    clips: int = Field(8, ge=1, le=1_000_000)
-    """At most this many held-out clips are measured, and as many training clips, whose difference is the
-    generalisation gap. A measurement takes ``2 x clips x timesteps`` forward passes, a training step about four."""
-    timesteps: int = Field(4, ge=1, le=1000)
-    """Each clip is measured at this many timesteps, spread evenly over the noise schedule."""
-    samples: tuple[SamplePrompt, ...] = ()
-    """Videos to sample, each from its prompt (and image) and seed."""
-    sample_every: int | None = Field(500, ge=1, le=MOST_STEPS)
-    """Optimizer steps between two rounds of sampling, and one after the last step; null for none."""
-    num_inference_steps: int = Field(50, ge=1, le=1000)
-    """Denoising steps per sampled video."""
-    guidance_scale: float = Field(6.0, ge=1, le=1_000)
-    """Classifier-free guidance; 1 for none, which halves the time."""
-    dynamic_cfg: bool = False
-    """Let the guidance grow with the denoising steps, as CogVideoX's demo does with the DPM scheduler."""
-    bucket: BucketField | None = None
-    """Frames x height x width of the sampled videos; left out: the first of ``data.buckets``."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One line of ``HISTORY``: the held-out loss after ``step`` optimizer steps, and the same on training clips."""
-
-    step: int
-    heldout: FiniteFloat
-    trainsubset: FiniteFloat
-    by_band: dict[str, FiniteFloat]
-    """Held-out loss by timestep band."""
-
-
-_MEASUREMENT = TypeAdapter(Measurement)
-
-
-def read_history(path: Path) -> list[Measurement]:
-    """The measurements in a run's ``HISTORY``, oldest first; none where there is no such file.
-
-    Nothing that is computed follows from them, so a damaged line is passed over with a warning that counts it.
-    """
-    try:
-        lines = path.read_bytes().splitlines()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        _log.warning("%s cannot be read, and its measurements are not shown: %s", path, error)
-        return []
-    rows: dict[int, Measurement] = {}
-    damaged = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = _MEASUREMENT.validate_json(line, strict=True)
-            rows[row.step] = row
-        except ValidationError:
-            damaged.append(number)
-    if damaged:
-        shown = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
-        _log.warning("%s: %d damaged lines are passed over (line %s)", path, len(damaged), shown)
-    return [rows[step] for step in sorted(rows)]
-
-
-def best_of(history: Iterable[Measurement], state: RunState) -> tuple[int, float] | None:
-    """The step with the lowest held-out loss, and that loss; None where no step was measured.
-
-    Args:
-        history: what was measured; the base model's own loss, at step 0, is passed over.
-        state: remembers the best step also where ``HISTORY`` was lost.
-    """
-    losses = {row.step: row.heldout for row in history if row.step > 0 and math.isfinite(row.heldout)}
-    if state.best_step is not None and state.best_heldout_loss is not None:
-        losses.setdefault(state.best_step, state.best_heldout_loss)
-    return min(losses.items(), key=lambda item: (item[1], item[0]), default=None)
-
-
-def verdict(history: Sequence[Measurement], best: tuple[int, float]) -> str:
-    """Which step was best by held-out loss, and what became of the gap to the training clips since.
-
-    Args:
-        history: oldest first, not empty.
-        best: as ``best_of`` gives it.
-    """
-    rows = {row.step: row for row in history}
-    last, (step, loss) = history[-1], best
-    if loss >= last.heldout:
-        text = f"best by held-out loss: the last step measured, {last.step}, with {last.heldout:.4f}"
-    else:
-        text = f"best by held-out loss: step {step} with {loss:.4f}; step {last.step} has {last.heldout:.4f}"
-        if then := rows.get(step):
-            gaps = [row.heldout - row.trainsubset for row in (then, last)]
-            text += (
-                f"\nsince then the gap (held-out minus training clips) went from {gaps[0]:+.4f} to {gaps[1]:+.4f}: "
-                + (
-                    "training clips went on improving, which is memorising"
-                    if last.trainsubset < then.trainsubset
-                    else "training clips got worse as well, so rather a smaller learning rate than fewer steps"
-                )
-            )
-    if 0 in rows and rows[0].heldout <= loss:
-        text += f"\nno step was better than the base model, with {rows[0].heldout:.4f}"
-    return text
-
+from finetune.checkpoint.validation_history import HISTORY, Measurement, read_history
+from finetune.core.determinism import training_state_untouched
+from finetune.core.distributed import ProcessGroup
+from finetune.core.files import atomic_write_text
+from finetune.core.rng import seed_for
+from finetune.core.types import Batch, RunState
+from finetune.datasets.dataloader import BatchMaker, to_device
+from finetune.datasets.schedule import is_due
+from finetune.trainers.fault_report import ReportedSample, refuse_measurement
+from finetune.trainers.run import Run
+from finetune.trainers.stopping import StopRequest
+from finetune.trainers.tracking import loss_by_timestep_bucket
 
 Pair = tuple[float, int]
 """Loss and timestep of one sample."""
@@ -222,27 +93,214 @@ def evaluate(
     every_loss = [loss for loss, _ in pairs]
     return HeldoutLoss(
         mean=math.fsum(every_loss) / len(every_loss),
-        by_band=loss_by_band(every_loss, [timestep for _, timestep in pairs], num_train_timesteps),
+        by_band=loss_by_timestep_bucket(every_loss, [timestep for _, timestep in pairs], num_train_timesteps),
         losses=tuple(every_loss),
     )
 
 
-@contextmanager
-def training_state_untouched(*modules: nn.Module) -> Iterator[None]:
-    """Measure or sample inside; on leaving, also through an exception, training goes on as if nothing had happened.
+# -------- Measuring while training: the held-out loss, and its gap to the training clips.
+#
+# Everything it reads is fixed (clips, timesteps, noise) and everything it touches is put back, so a run
+# with validation is bit for bit the run without.
 
-    Inside, ``modules`` are in eval mode (LoRA dropout off) and no gradient is recorded. Afterwards the train/eval flag
-    of every submodule is what it was, and so is the state of the global random generators of the CPU and of every CUDA
-    device. Parameters, buffers and gradients are not copied: what runs inside must not write to them.
+
+@dataclass(frozen=True)
+class _Job:
+    """One clip at a few of the fixed timesteps: what one forward pass measures."""
+
+    maker: BatchMaker
+    index: int
+    timesteps: Sequence[int]
+
+    def batch(self) -> Batch:
+        return self.maker.fixed(self.index, self.timesteps)
+
+
+class _CutShortError(Exception):
+    """A stop was asked for in the middle of a measurement."""
+
+
+class Validator:
+    """Measures a run on its held-out clips.
+
+    Whoever asks a run to stop has seconds to give: once ``stop`` is requested, a measurement ends with the forward pass
+    it is in, on every process.
+
+    Args:
+        run: the assembled run.
+        losses: per-sample loss of a batch on the device, as training computes it.
+        stop: the request.
     """
-    flags = {module: module.training for root in modules for module in root.modules()}
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+
+    def __init__(self, run: Run, losses: Callable[[Batch], Tensor], stop: StopRequest) -> None:
+        self._run = run
+        self._stop = stop
+        self._losses = losses
+        config = run.config.validation
+        self._heldout = _subset(run.heldout, config.clips)
+        self._trainsubset = _subset(run.training, config.clips)
+        self._timesteps = fixed_timesteps(config.timesteps, run.facts.num_train_timesteps)
+        self._history = _read_history(run.config.output_dir / HISTORY, before=run.state.step)
+        self.cut_short = False
+        """Whether a measurement was ended by ``stop``; the same on every process."""
+
+    @property
+    def before(self) -> float | None:
+        """Held-out loss at step 0; None where it was not measured."""
+        return self._history[0].heldout if self._history and self._history[0].step == 0 else None
+
+    @property
+    def history(self) -> Sequence[Measurement]:
+        """What was measured so far, oldest first."""
+        return self._history
+
+    @property
+    def latest(self) -> float | None:
+        """Held-out loss at the last measurement; None before the first."""
+        return self._history[-1].heldout if self._history else None
+
+    def owes(self, step: int) -> bool:
+        """Whether the measurement that falls on ``step`` is missing, because a stop was asked for before it."""
+        run = self._run
+        due = step > 0 and is_due(step, run.config.validation.every, last=run.total_steps) and bool(self._heldout)
+        return run.ranks.first(lambda: due and all(row.step != step for row in self._history))
+
+    def judge(self, state: RunState) -> tuple[RunState, bool]:
+        """Measure after a step; returns the state with the best loss so far, and whether this is it."""
+        loss = self.measure(state.step)
+        if loss is None or not self._run.config.checkpoint.keep_best:
+            return state, False
+        if state.best_heldout_loss is not None and loss >= state.best_heldout_loss:
+            return state, False
+        return replace(state, best_heldout_loss=loss, best_step=state.step), True
+
+    def measure(self, step: int) -> float | None:
+        """Held-out loss and the training subset's, logged; None where no clip is held out, or if it was cut short.
+
+        Raises:
+            TrainingError: if a loss is not finite; nothing is logged then, and the measurement stays owed.
+            Exception: on every process, if one of them could not measure.
+        """
+        if not self._heldout:
+            return None
         try:
-            for root in modules:
-                root.eval()
-            yield
-        finally:
-            # Flag by flag: `train()` on the root would also wake a submodule that was in eval mode on purpose.
-            for module, training in flags.items():
-                module.training = training
+            with self._run.averaged_weights(), training_state_untouched(self._run.engine.model):
+                heldout = self._evaluate(self._heldout)
+                trainsubset = self._evaluate(self._trainsubset)
+                if not (heldout.is_finite and trainsubset.is_finite):
+                    # Here, where the weights are those that were measured.
+                    measured = self._samples(self._heldout, heldout) + self._samples(self._trainsubset, trainsubset)
+                    refuse_measurement(self._run, measured, step=step)
+        except _CutShortError:
+            self.cut_short = True
+            self._run.console.note(f"step {step}: the measurement was cut short; the next start makes up for it")
+            return None
+        gap = heldout.mean - trainsubset.mean
+        self._run.tracker.log(
+            step,
+            {
+                "heldout/loss": heldout.mean,
+                **{f"heldout/loss/{band}": loss for band, loss in heldout.by_band.items()},
+                "trainsubset/loss": trainsubset.mean,
+                "heldout/gap": gap,
+            },
+        )
+        self._run.console.note(
+            f"step {step}: held-out loss {heldout.mean:.4f},"
+            f" same on training clips {trainsubset.mean:.4f} (gap {gap:+.4f})"
+        )
+        self._remember(Measurement(step, heldout.mean, trainsubset.mean, heldout.by_band))
+        return heldout.mean
+
+    def _evaluate(self, makers: Sequence[tuple[BatchMaker, int]]) -> HeldoutLoss:
+        """Evaluate clips at the fixed timesteps, shared out over the processes and put together again."""
+        run, jobs = self._run, self._jobs(makers)
+        mine = jobs[run.ranks.rank :: run.ranks.world]
+        exchanged = False
+
+        def exchange(pairs: list[Pair]) -> list[Pair]:
+            nonlocal exchanged
+            exchanged = True
+            # Beyond its own jobs a process has only kept the others company (``_in_step``).
+            whole = run.ranks.gather(pairs[: sum(len(job.timesteps) for job in mine)])
+            if len(whole) < sum(len(job.timesteps) for job in jobs):
+                raise _CutShortError
+            return whole
+
+        batches = self._in_step(jobs, mine) if run.engine.lockstep else self._freely(mine)
+        try:
+            return evaluate(self._losses, batches, run.facts.num_train_timesteps, gather=exchange)
+        except Exception as error:
+            if not exchanged:  # the others wait there
+                _raise_everywhere(run.ranks, error)
+            raise
+
+    def _jobs(self, makers: Sequence[tuple[BatchMaker, int]]) -> list[_Job]:
+        size = self._run.config.train.batch_size
+        return [
+            _Job(maker, index, self._timesteps[first : first + size])
+            for maker, index in makers
+            for first in range(0, len(self._timesteps), size)
+        ]
+
+    def _samples(self, makers: Sequence[tuple[BatchMaker, int]], found: HeldoutLoss) -> list[ReportedSample]:
+        """What was measured, with what came of it."""
+        jobs, world = self._jobs(makers), self._run.ranks.world
+        places = [
+            (rank, number, slot, job.maker.items[job.index], timestep)
+            for rank in range(world)
+            for number, job in enumerate(jobs[rank::world])
+            for slot, timestep in enumerate(job.timesteps)
+        ]
+        return [
+            ReportedSample(rank=rank, micro_batch=number, slot=slot, item=item, timestep=timestep, loss=loss)
+            for (rank, number, slot, item, timestep), loss in zip(places, found.losses, strict=True)
+        ]
+
+    def _freely(self, mine: Sequence[_Job]) -> Iterator[Batch]:
+        """Batches of one process, which may make more or fewer forward passes than the others."""
+        for job in mine:
+            if self._stop.requested:
+                return
+            yield to_device(job.batch(), self._run.device)
+
+    def _in_step(self, jobs: Sequence[_Job], mine: Sequence[_Job]) -> Iterator[Batch]:
+        """Batches where processes communicate in every forward pass: as many for each, made or given up by all."""
+        ranks = self._run.ranks
+        for number in range(math.ceil(len(jobs) / ranks.world)):
+            job = mine[number] if number < len(mine) else jobs[0]
+            made: list[Batch] = []
+            if any(ranks.all(partial(self._make, job, made))):
+                return
+            yield to_device(made[0], self._run.device)
+
+    def _make(self, job: _Job, made: list[Batch]) -> bool:
+        made.append(job.batch())
+        return self._stop.requested
+
+    def _remember(self, measured: Measurement) -> None:
+        self._history.append(measured)
+        if self._run.ranks.is_main:
+            lines = "".join(json.dumps(asdict(row)) + "\n" for row in self._history)
+            try:
+                atomic_write_text(self._run.config.output_dir / HISTORY, lines)
+            except OSError as error:  # the next measurement writes this line as well
+                self._run.console.note(f"warning: {HISTORY} could not be written: {error}")
+
+
+def _raise_everywhere(ranks: ProcessGroup, error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    ranks.all(fail)
+
+
+def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:
+    """At most ``count`` clips, the same ones for the same dataset, chosen by their content."""
+    order = sorted(range(len(maker.items)), key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
+    return [(maker, index) for index in order[:count]]
+
+
+def _read_history(path: Path, *, before: int) -> list[Measurement]:
+    """Measurements up to the step a run resumes at; those of a run that begins anew are dropped."""
+    return [row for row in read_history(path) if row.step <= before] if before else []

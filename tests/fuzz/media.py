@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from finetune.datasets.media.limits import WORKER_MEMORY
-from finetune.datasets.video import DecodeJob, DecodePool
-from finetune.errors import DataError
-from finetune.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.datasets.decode_limits import WORKER_MEMORY
+from finetune.datasets.decode_pool import DecodeJob, DecodePool
 
 from . import boxes, mutation
 

@@ -6,7 +6,7 @@ import io
 import json
 from pathlib import Path
 
-from finetune.facts import CONFIG_FILES, KNOWN_MODELS, known_model
+from finetune.cogvideox.model_files import CONFIG_FILES, KNOWN_MODELS, known_model
 
 
 def _pieces(*texts: str) -> tuple[bytes, ...]:

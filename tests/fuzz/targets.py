@@ -17,13 +17,22 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from finetune.config import RunConfig, load_config
-from finetune.datasets import parquet, parquet_child
-from finetune.datasets.layouts import CogKitSource, FolderSource, MetadataSource, PromptsSource
-from finetune.datasets.sources import CaptionConfig, read_samples, source_files
+from finetune.cogvideox.model_files import CONFIG_FILES, known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.config.loading import load_config
+from finetune.config.schema import RunConfig
+from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError
+from finetune.datasets import parquet_child, tables
+from finetune.datasets.sources import (
+    CaptionConfig,
+    CogKitSource,
+    FolderSource,
+    MetadataSource,
+    PromptsSource,
+    read_samples,
+    source_files,
+)
 from finetune.datasets.tables import Table, read_table
-from finetune.errors import ConfigError, DataError, FinetuneError, ModelError
-from finetune.facts import CONFIG_FILES, known_model, read_facts
 
 from . import media, seeds
 from .mutation import mutate
@@ -133,7 +142,7 @@ def fuzz_parquet(data: bytes) -> int | None:
     takes a second, and some cases in a minute find nothing.
     """
     (_folder() / "metadata.parquet").write_bytes(data)
-    with mock.patch.object(parquet, "_run", _forked):
+    with mock.patch.object(tables, "_run", _forked):
         table: Table | None = _expect(
             DataError, lambda: read_table(_folder() / "metadata.parquet", ("file_name", "prompt"))
         )
@@ -185,7 +194,7 @@ def fuzz_model_json(data: bytes) -> object:
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data[1:] if name == chosen else (known / name).read_bytes())
-    facts = _expect(ModelError, lambda: read_facts(str(folder)))
+    facts = _expect(ModelError, lambda: read_spec(str(folder)))
     if facts is not None:
         facts.tokens(facts.native_bucket)
     return facts

@@ -164,7 +164,7 @@ class Job:
 
 def _working(command: list[str], probe: Probe, sabotage: str | None, profile: Path) -> Callable[[], int]:
     def work() -> int:
-        from finetune import cli
+        from finetune.cli import main as cli
 
         probe.install()
         if sabotage is not None:

@@ -1,6 +1,7 @@
 """Processes that begin with everything imported: forked from one that has, so that a start costs milliseconds.
 
-A forked child runs one function, usually ``finetune.cli.main``, and ends as a program would. The process that forks
+A forked child runs one function, usually ``finetune.cli.main.main``, and ends as a program would. The process that
+forks
 must have a single thread and must not have computed anything.
 """
 
@@ -20,13 +21,13 @@ from pathlib import Path
 PRELOADED = (
     "torch",
     "torch._dynamo",
-    "finetune.cli",
+    "finetune.cli.main",
     "finetune.precompute",
     "finetune.trainers.loop",
-    "finetune.datasets.upkeep",
+    "finetune.datasets.cache_admin",
     "finetune.export",
-    "finetune.tiny",
-    "finetune.demo",
+    "finetune.testing.tiny",
+    "finetune.testing.demo",
     "safetensors.torch",
     "av",
     "accelerate",

@@ -15,7 +15,7 @@ def plain_writes() -> None:
 
     def instead(_: Callable[..., Any]) -> Callable[..., Any]:
         def write(path: Path, parts: Iterable[memoryview]) -> str:
-            from finetune.files import checksum_bytes
+            from finetune.core.files import checksum_bytes
 
             path.parent.mkdir(parents=True, exist_ok=True)
             content = b"".join(parts)
@@ -27,12 +27,12 @@ def plain_writes() -> None:
 
         return write
 
-    replace_everywhere("finetune.files:_atomically", instead)
+    replace_everywhere("finetune.core.files:_atomically", instead)
 
 
 def forgotten_optimizer() -> None:
     """A resumed run begins with an empty optimizer."""
-    replace_everywhere("finetune.trainers.optim:load_optimizer_state", lambda _: lambda *_a, **_k: None)
+    replace_everywhere("finetune.optim.optimizers:load_optimizer_state", lambda _: lambda *_a, **_k: None)
 
 
 def old_one_first() -> None:
@@ -57,7 +57,7 @@ def immortal_workers() -> None:
     real = subprocess.Popen
 
     def popen(command: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(command, list) and "finetune.datasets.media.worker" in command:
+        if isinstance(command, list) and "finetune.datasets.decode_worker" in command:
             real(["sleep", "15"])
         return real(command, *args, **kwargs)
 
@@ -68,7 +68,7 @@ def endless_patience() -> None:
     """A process that loses another waits instead of ending."""
     import time
 
-    from finetune import cli
+    from finetune.cli import main as cli
 
     main = cli.main
 

@@ -211,9 +211,9 @@ class World:
         # was made.
         from PIL import Image
 
-        from finetune.demo import Scene, render, write_clips
-        from finetune.tiny import build_tiny
-        from finetune.videos import write_mp4
+        from finetune.inference.videos import write_mp4
+        from finetune.testing.demo import Scene, render, write_clips
+        from finetune.testing.tiny import build_tiny
 
         for variant in sorted(variants):
             build_tiny(self.folder / "models" / variant, variant)
@@ -258,7 +258,7 @@ class World:
 
     def newest_step(self) -> int:
         """Step of the newest complete checkpoint; -1 without one."""
-        from finetune.trainers.checkpoint import list_checkpoints
+        from finetune.checkpoint.folders import list_checkpoints
 
         standing = list_checkpoints(self.work / "run")
         return standing[-1][0] if standing else -1

@@ -1,0 +1,447 @@
+"""Captions as the text encoder gets them: what it does not know of them, and which of them it cannot tell apart."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.caching.request import local_folder, sample_bucket
+from finetune.cogvideox.encode import TokenizedCaption, tokenize
+from finetune.cogvideox.load import load_tokenizer
+from finetune.cogvideox.spec import ModelSpec
+from finetune.config.schema import RunConfig
+from finetune.core.errors import DataError, raise_all
+from finetune.core.terminal import Bar
+from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
+from finetune.datasets.cache_entries import WARNING, portable
+from finetune.datasets.decode_pool import DecodePool
+from finetune.datasets.geometry import (
+    ClipConfig,
+    Span,
+    better_size,
+    picture_kept,
+    plan_clips,
+    plan_notes,
+    seconds_fitting,
+    seconds_kept,
+    seconds_of,
+)
+from finetune.datasets.sources import read_samples
+
+MOST_UNKNOWN = 0.5
+"""Part of a caption's own characters; above it, what is left is no description of a clip."""
+
+_AT_A_TIME = 1_000
+
+_NOT_COMPARED = (
+    "captions were not compared with what the model can read: its tokenizer is not on this machine (precompute does it,"
+    " before it encodes anything)"
+)
+
+
+@dataclass(frozen=True)
+class CaptionFindings:
+    """What is wrong with the captions of a dataset."""
+
+    notes: tuple[str, ...] = ()
+    errors: tuple[DataError, ...] = ()
+    """Only with ``data.unreadable_captions: error``."""
+
+
+def check_captions(config: RunConfig, facts: ModelSpec, captions: Mapping[str, str]) -> CaptionFindings:
+    """Read captions with the model's own tokenizer, where it is on this machine; nothing is fetched.
+
+    T5 was made for English and knows the letters of a few more languages. Each run of characters that it does not know
+    becomes one and the same unknown mark, so that whole captions become equal.
+
+    Args:
+        config: the run's configuration.
+        facts: of its model.
+        captions: each caption as it is trained on, and where it is written.
+
+    Raises:
+        ModelError: if the tokenizer is there and cannot be loaded.
+    """
+    folder = local_folder(config.model)
+    if folder is None or not any(
+        (folder / "tokenizer" / name).is_file() for name in ("spiece.model", "tokenizer.json")
+    ):
+        return CaptionFindings((_NOT_COMPARED,))
+    tokenizer = load_tokenizer(config.model)
+    added = _letters(config.data.apply(""))
+    texts = list(captions)
+    unknown: dict[str, float] = {}
+    by_tokens: dict[tuple[int, ...], list[str]] = {}
+    for first in range(0, len(texts), _AT_A_TIME):
+        batch = texts[first : first + _AT_A_TIME]
+        for text, tokens in zip(batch, tokenize(tokenizer, batch, facts), strict=True):
+            if tokens.unknown:
+                unknown[text] = _part(text, tokens, added)
+            by_tokens.setdefault(tokens.ids, []).append(text)
+    alike = [group for group in by_tokens.values() if len(group) > 1]
+    return CaptionFindings(
+        tuple(f"{WARNING}{warning}" for warning in _warnings(unknown, alike, len(texts), facts.max_text_seq_length)),
+        tuple(_errors(unknown, alike, captions)) if config.data.unreadable_captions == "error" else (),
+    )
+
+
+def _letters(text: str) -> int:
+    return sum(not character.isspace() for character in text)
+
+
+def _part(text: str, tokens: TokenizedCaption, added: int) -> float:
+    """How much of what was written for this clip is unknown; prefix, suffix and trigger word are not counted."""
+    return min(1.0, tokens.unknown / max(1, _letters(text) - added))
+
+
+def _warnings(unknown: Mapping[str, float], alike: list[list[str]], count: int, most_tokens: int) -> list[str]:
+    warnings = []
+    if unknown:
+        worst = max(unknown, key=unknown.__getitem__)
+        mostly = sum(part > MOST_UNKNOWN for part in unknown.values())
+        warnings.append(
+            f"{len(unknown)} of {count} captions hold characters that the model's text encoder does not know, and reads"
+            f" as one unknown mark ({mostly} of them for the most part): such as {_quoted(worst)}, {unknown[worst]:.0%}"
+            " unknown"
+        )
+    if alike:
+        first, second = alike[0][:2]
+        warnings.append(
+            f"{sum(map(len, alike))} different captions are not different to the model, which reads the same tokens (at"
+            f" most {most_tokens}) for {_quoted(first)} and {_quoted(second)}"
+        )
+    return warnings
+
+
+def _errors(unknown: Mapping[str, float], alike: list[list[str]], captions: Mapping[str, str]) -> list[DataError]:
+    lost = {text: f"{part:.0%} of the caption is unknown" for text, part in unknown.items() if part > MOST_UNKNOWN}
+    for group in alike:
+        for text in group:
+            if text in unknown:
+                lost.setdefault(text, "the caption is another's, but for characters that are unknown")
+    fix = "write it in English, or set data.unreadable_captions: warn"
+    return [
+        DataError(f"{what} to the model's text encoder: {_quoted(text)}", where=captions[text], fix=fix)
+        for text, what in lost.items()
+    ]
+
+
+def _quoted(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# -------- How much of a dataset's pictures and seconds its clips keep, by bucket, and which bucket would keep more.
+
+ENOUGH = 0.8
+"""Of pictures or seconds: if less is kept, there is a warning."""
+
+_MOST_SIZES = 3
+"""Of one bucket, that are named as better."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Shares of 0 to 1, of the clips of one bucket."""
+
+    picture: float
+    """The mean over the clips."""
+    seconds: float
+    """Of all videos that the clips were cut from, together."""
+
+    def __str__(self) -> str:
+        return f"{self.picture:.0%} of the picture and {self.seconds:.0%} of the seconds are kept"
+
+
+def kept_by_bucket(clips: Iterable[PlannedClip], fps: float) -> dict[Bucket, Kept]:
+    """What clips at ``fps`` keep, by bucket."""
+    return {bucket: _kept(those, fps) for bucket, those in _by_bucket(clips).items()}
+
+
+def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, facts: ModelSpec, fps: float) -> list[str]:
+    """Where less than ``ENOUGH`` is kept, and what this model takes that would keep more."""
+    warnings = []
+    for bucket, those in _by_bucket(clips).items():
+        warnings += _of_pictures(bucket, those, facts)
+        if _kept(those, fps).seconds < ENOUGH:
+            warnings.append(_of_seconds(bucket, those, data, facts, fps))
+    return warnings
+
+
+def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], facts: ModelSpec) -> list[str]:
+    cropped: dict[Bucket | None, list[tuple[int, int]]] = {}
+    better: dict[float, Bucket | None] = {}  # by shape: a web dataset has thousands of sizes
+    for clip in clips:
+        source_hw = clip.probe.height, clip.probe.width
+        if picture_kept(source_hw, bucket) < ENOUGH:
+            shape = round(clip.probe.width / clip.probe.height, 2)
+            if shape not in better:
+                better[shape] = better_size(source_hw, bucket, facts.size_multiple, lambda b: _takes(facts, b))
+            cropped.setdefault(better[shape], []).append(source_hw)
+    warnings = []
+    ordered = sorted(cropped.items(), key=lambda pair: -len(pair[1]))
+    for size, sources in ordered[:_MOST_SIZES]:
+        example = max(sources, key=sources.count)
+        told = f"bucket {bucket} keeps {_mean(sources, bucket):.0%} of the picture of {len(sources)} clips"
+        told += f" of {example[0]}x{example[1]}" + (" and others" if len(set(sources)) > 1 else "")
+        more = f"{size} would keep {_mean(sources, size):.0%}" if size else "this model takes no size that keeps more"
+        warnings.append(f"{told} (height x width): {more}")
+    if rest := sum(len(sources) for _, sources in ordered[_MOST_SIZES:]):
+        warnings.append(f"bucket {bucket} keeps less than {ENOUGH:.0%} of the picture of {rest} clips of more shapes")
+    return warnings
+
+
+def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, facts: ModelSpec, fps: float) -> str:
+    probes = [probe for probe, _ in _videos(clips)]
+    share = _kept(clips, fps).seconds
+
+    def kept(frames: int, span: Span) -> float:
+        return sum(seconds_fitting(probe, frames, fps, span) for probe in probes) / sum(map(seconds_of, probes))
+
+    # Of clips not half as long motion would be lost, which is what a video is for.
+    sizes = (Bucket(n, bucket.height, bucket.width) for n in range(bucket.frames // 2, facts.sample_frames + 1))
+    takes = [size for size in sizes if size.frames and _takes(facts, size)]
+    spans: list[tuple[str, Span]] = [("", data.span), ("data.span: all", "all")]
+    options: dict[str, float] = {}
+    for name, span in spans:
+        options[name] = kept(bucket.frames, span)
+        best = max(takes, key=lambda size: kept(size.frames, span), default=bucket)
+        options[f"{name} with {best}" if name else str(best)] = kept(best.frames, span)
+    more, reached = [], share
+    for name, option in options.items():
+        if name and option >= reached + 0.05:  # the least change first, a greater one if it keeps more still
+            more.append(f"{name} would keep {option:.0%}")
+            reached = option
+    told = f"bucket {bucket} keeps {share:.0%} of the seconds of {len(probes)} videos"
+    return f"{told}: {' and '.join(more) or 'no bucket of this model would keep more'}"
+
+
+def _kept(clips: Sequence[PlannedClip], fps: float) -> Kept:
+    bucket = clips[0].plan.bucket
+    videos = _videos(clips)
+    seconds = sum(seconds_kept(probe, plans, fps) for probe, plans in videos)
+    return Kept(
+        picture=_mean([(clip.probe.height, clip.probe.width) for clip in clips], bucket),
+        seconds=seconds / sum(seconds_of(probe) for probe, _ in videos),
+    )
+
+
+def _by_bucket(clips: Iterable[PlannedClip]) -> dict[Bucket, list[PlannedClip]]:
+    grouped: dict[Bucket, list[PlannedClip]] = {}
+    for clip in sorted(clips, key=lambda clip: str(clip.plan.bucket)):
+        grouped.setdefault(clip.plan.bucket, []).append(clip)
+    return grouped
+
+
+def _videos(clips: Iterable[PlannedClip]) -> list[tuple[VideoProbe, list[ClipPlan]]]:
+    """Each row's video, with the clips that were cut from it."""
+    grouped: dict[str, tuple[VideoProbe, list[ClipPlan]]] = {}
+    for clip in clips:
+        grouped.setdefault(f"{clip.sample.where}\n{clip.sample.video}", (clip.probe, []))[1].append(clip.plan)
+    return list(grouped.values())
+
+
+def _mean(sources: Sequence[tuple[int, int]], bucket: Bucket) -> float:
+    return sum(picture_kept(source_hw, bucket) for source_hw in sources) / len(sources)
+
+
+def _takes(facts: ModelSpec, bucket: Bucket) -> bool:
+    return not facts.check_bucket(bucket)
+
+
+# -------- What is in a dataset, and how it would be cut: every row and every video's header, no pixel and no weight.
+
+TOO_SHORT = "too short"
+
+UNREADABLE = "unreadable"
+
+UNUSABLE = "with unusable text"
+
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip that training would see."""
+
+    name: str
+    """The video relative to the configuration's folder, and ``#2`` for the second clip cut from it."""
+    sample: Sample
+    probe: VideoProbe
+    plan: ClipPlan
+    holdout: bool
+    """Whether its source is held out; ``data.holdout`` may hold out more."""
+
+    @property
+    def where(self) -> str:
+        """For messages: the clip and the row that names it."""
+        return f"{self.name} ({self.sample.where})"
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """Every clip of a dataset and what there is to say about it; its text is a table."""
+
+    clips: tuple[PlannedClip, ...]
+    skipped: Mapping[str, tuple[str, ...]]
+    """What is left out, by reason: videos (``too short``, ``unreadable``), and rows (``with unusable text``)."""
+    notes: tuple[str, ...]
+    fps: float
+    """Of the clips."""
+    kept: Mapping[Bucket, Kept]
+    """How much of pictures and videos the clips show."""
+
+    def __str__(self) -> str:
+        videos = len({clip.sample.video for clip in self.clips})
+        captions = len({clip.sample.caption for clip in self.clips})
+        lines = [f"{len(self.clips)} clips from {videos} videos, {captions} distinct captions, at {self.fps:g} fps"]
+        counts = Counter((clip.plan.bucket, clip.holdout) for clip in self.clips)
+        for bucket in sorted({bucket for bucket, _ in counts}, key=str):
+            seconds = bucket.frames / self.fps
+            held = counts[bucket, True]
+            also = f", {held} of them from held-out sources" if held else ""
+            number = counts[bucket, False] + held
+            lines.append(f"  bucket {bucket}: {number} clips of {seconds:.1f} s{also}; {self.kept[bucket]}")
+        for reason, names in self.skipped.items():
+            lines.append(f"  left out, {reason}: {named(names)}")
+        return "\n".join([*lines, *map(note_line, self.notes)])
+
+
+def check_dataset(config: RunConfig, facts: ModelSpec, *, progress: bool = True) -> DatasetReport:
+    """Read every source and every video's header, and plan the clips. No weights are loaded.
+
+    Args:
+        config: the run's configuration.
+        facts: of its model.
+        progress: draw a bar.
+
+    Raises:
+        DataError: one that lists every row and file that cannot be used, or says that no clip is left.
+    """
+    skip = config.data.unreadable_clips == "skip"
+    read = read_samples(
+        config.data.sources, config.data, image_to_video=facts.image_to_video, base=config.base, skip=skip
+    )
+    fps = config.data.fps or facts.native_fps
+    probes = _probe(config, {sample.video for sample in (*read.train, *read.holdout)}, progress)
+    clips: list[PlannedClip] = []
+    skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
+    skipped[UNUSABLE] = [f"{error.where}: {error.what}" for error in read.unusable]
+    errors: list[DataError] = []
+    advice: Counter[str] = Counter()
+    rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
+    for sample, holdout in rows:
+        name = portable(sample.video, config.base)
+        probe = probes[sample.video]
+        if isinstance(probe, DataError):
+            if skip:
+                skipped[UNREADABLE].append(name)
+            else:
+                errors.append(DataError(probe.what, where=f"{name} ({sample.where})", fix=probe.fix))
+            continue
+        try:
+            plans = plan_clips(probe, config.data, fps, f"{name} ({sample.where})")
+        except DataError as error:
+            errors.append(error)
+            continue
+        if not plans:
+            skipped[TOO_SHORT].append(name)
+        for number, plan in enumerate(plans, start=1):
+            label = name if len(plans) == 1 else f"{name}#{number}"
+            clips.append(PlannedClip(label, sample, probe, plan, holdout))
+            advice.update(plan_notes(probe, plan, fps, config.data.span))
+    clips = _with_sound_images(clips, config, facts, skipped[UNREADABLE] if skip else None, errors, progress)
+    captions: dict[str, str] = {}
+    for sample, _ in rows:
+        captions.setdefault(sample.caption, sample.where)
+    for shown in config.validation.samples:
+        captions.setdefault(shown.prompt, "validation.samples")
+    findings = check_captions(config, facts, captions)
+    errors += findings.errors
+    raise_all(DataError, errors, what="{n} clips, images or captions cannot be used")
+    if not any(not clip.holdout for clip in clips):
+        counts = {
+            why: f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in skipped.items()
+        }
+        reasons = "; ".join(counts[why] for why, names in skipped.items() if names)
+        raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
+    left_out = {why: tuple(names) for why, names in skipped.items() if names}
+    notes = [*read.notes, *findings.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
+    notes += [f"{WARNING}{said}" for said in kept_warnings(clips, config.data, facts, fps)]
+    return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps))
+
+
+def _with_sound_images(
+    clips: list[PlannedClip],
+    config: RunConfig,
+    facts: ModelSpec,
+    left_out: list[str] | None,
+    errors: list[DataError],
+    progress: bool,
+) -> list[PlannedClip]:
+    """The clips whose first-frame images can be read and fit; others go to ``left_out``, or to ``errors`` if None.
+
+    Validation images are read too. Each image is decoded, once for every size it is cut to, as it will be encoded.
+    """
+    if not facts.image_to_video:
+        return clips
+    wanted = {(clip.sample.image, clip.plan.bucket) for clip in clips if clip.sample.image is not None}
+    shown = {sample.image for sample in config.validation.samples if sample.image is not None}
+    if config.cache.mode == "require":  # they may be elsewhere
+        shown = {image for image in shown if image.is_file()}
+    jobs = sorted(wanted | {(image, sample_bucket(config)) for image in shown}, key=str)
+    with DecodePool(workers_for(config, len(jobs))) as pool:
+        found = pool.load_images(jobs)
+        bar = Bar(found, total=len(jobs), desc="reading images", disable=not progress)
+        faults = {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
+    for path in sorted(shown):
+        if fault := faults.get((path, sample_bucket(config))):
+            errors.append(DataError(fault.what, where=f"{path} (validation.samples)", fix=fault.fix))
+    sound, told = [], set()
+    for clip in clips:
+        fault = faults.get((clip.sample.image, clip.plan.bucket)) if clip.sample.image is not None else None
+        if fault is None:
+            sound.append(clip)
+        elif (clip.sample.where, clip.plan.bucket) not in told:  # once for all clips of a video
+            told.add((clip.sample.where, clip.plan.bucket))
+            image = portable(clip.sample.image, config.base)
+            if left_out is None:
+                where = f"{image}, first frame of {portable(clip.sample.video, config.base)} ({clip.sample.where})"
+                errors.append(DataError(fault.what, where=where, fix=fault.fix))
+            else:
+                left_out.append(image)
+    return sound
+
+
+def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
+    paths = sorted(videos)
+    with DecodePool(workers_for(config, len(paths))) as pool:
+        found = pool.probe_many(paths)
+        return dict(Bar(found, total=len(paths), desc="reading headers of videos", disable=not progress))
+
+
+def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:
+    """How many decode processes to start for ``jobs`` files, where ``processes`` of a launch share the machine."""
+    wanted = config.cache.decode_workers
+    if wanted is None:
+        wanted = max(1, min(4, cpu_cores() // (2 * processes)))
+    return min(wanted, jobs)
+
+
+def cpu_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def note_line(note: str) -> str:
+    """One of a report's notes, for print."""
+    return note if note.startswith(WARNING) else f"note: {note}"
+
+
+def named(names: Iterable[str]) -> str:
+    """A count and the first few names, for messages."""
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return f"{len(listed)} ({', '.join(listed[:_NAMED])}{more})"

@@ -1,0 +1,183 @@
+"""What may change in the configuration when a run goes on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from finetune.cogvideox.model_files import canonical_name, is_commit
+from finetune.core.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One field that is not as it was."""
+
+    field: str
+    """Dotted, such as ``optimizer.lr``."""
+    old: Any
+    new: Any
+    allowed: bool
+    """Whether a run can go on with it."""
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {_shown(self.old)} -> {_shown(self.new)} ({self.reason})"
+
+
+_RULES: Mapping[str, tuple[bool, str]] = {
+    "": (False, "what a step trains on or computes follows from it"),
+    "model": (False, "the trained weights belong to the base model and its dtype"),
+    "method": (False, "it decides which tensors are trained"),
+    "method.dropout": (True, "holds from the next step"),
+    "method.init_from": (True, "read at step 0 only"),
+    "optimizer": (False, "the optimizer's accumulated state belongs to its kind"),
+    "optimizer.lr": (True, "holds from the next step"),
+    "optimizer.betas": (True, "holds from the next step"),
+    "optimizer.eps": (True, "holds from the next step"),
+    "optimizer.weight_decay": (True, "holds from the next step"),
+    "lr_schedule": (True, "the learning rate is a function of the step"),
+    "train": (False, "the order of samples or the meaning of a step follows from it"),
+    "train.steps": (True, "the length of the run; a linear or cosine schedule is stretched to it"),
+    "train.epochs": (True, "the length of the run; a linear or cosine schedule is stretched to it"),
+    "train.max_grad_norm": (True, "holds from the next step"),
+    "train.deterministic": (True, "holds from the next step"),
+    "train.check_ranks": (True, "it does not touch training"),
+    "train.ema_decay": (False, "the average in the checkpoint was made with it"),
+    # Clips, captions, buckets and their encoding are compared through the cache's digest, which sees their content.
+    "data": (True, "the training data are compared by content"),
+    "cache": (True, "the training data are compared by content"),
+    "memory": (True, "it does not change what is computed"),
+    "memory.base": (False, "the weights in another format are another model"),
+    "validation": (True, "it does not touch training"),
+    "checkpoint": (True, "it does not touch training"),
+    "tracking": (True, "it does not touch training"),
+    "output_dir": (True, "it does not touch training"),
+}
+"""What may change when a run goes on, by dotted prefix; the longest one that fits decides."""
+
+_SINCE: Mapping[str, object] = {
+    "optimizer.weights": "master",
+    "memory.base": "native",
+    "data.unreadable_captions": "warn",
+}
+"""Fields that configurations did not always have, and what was done before."""
+
+
+def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """Every field in which two resolved configurations differ, in the order of their names."""
+    before, after = dict(_flat(_as_json(old))), dict(_flat(_as_json(new)))
+    found = []
+    for field, value in _SINCE.items():
+        before.setdefault(field, value)
+        after.setdefault(field, value)
+    for values in (before, after):
+        if isinstance(name := values.get("model.pretrained"), str):
+            values["model.pretrained"] = canonical_name(name)
+    for field in sorted(before.keys() | after.keys()):
+        if before.get(field) != after.get(field):
+            allowed, reason = _rule(field)
+            found.append(Difference(field, before.get(field), after.get(field), allowed, reason))
+    return found
+
+
+def require_same_run(
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    *,
+    where: str,
+    processes: tuple[int, int] = (1, 1),
+    identified: bool = False,
+) -> list[Difference]:
+    """Refuse to continue a run under a configuration that would make it another run.
+
+    Args:
+        old: the checkpoint's configuration.
+        new: this run's.
+        where: the checkpoint, for the message.
+        processes: how many processes trained then, and train now. ``train.accumulation`` may change along with them,
+            as long as their product, the micro-batches of a step, does not.
+        identified: whether the checkpoint records the digest of its base, which decides then; a folder may have moved.
+
+    Returns:
+        The differences it can continue with, to be told to the user.
+
+    Raises:
+        CheckpointError: listing the differences it cannot continue with, each with its reason.
+    """
+    differences = [_unpinned(change) for change in compare_configs(old, new)]
+    before, after = (_accumulation(config, where) * count for config, count in zip((old, new), processes, strict=True))
+    split = "train.accumulation"
+    if before == after:
+        reason = "with that many processes a step has the same micro-batches"
+        differences = [
+            dataclasses.replace(change, allowed=True, reason=reason) if change.field == split else change
+            for change in differences
+        ]
+    elif all(change.field != split for change in differences):
+        reason = f"a step would have {after} micro-batches, not {before}; train.accumulation can make up for it"
+        differences.append(Difference("number of processes", *processes, allowed=False, reason=reason))
+    if identified:
+        differences = [
+            dataclasses.replace(change, allowed=True, reason="the base's weights are compared by their digest")
+            if change.field in ("model.pretrained", "model.revision")
+            else change
+            for change in differences
+        ]
+    refused = [f"  {change}" for change in differences if not change.allowed]
+    if refused:
+        raise CheckpointError(
+            "the configuration changed in what a run cannot change on its way:\n" + "\n".join(refused),
+            where=where,
+            fix="restore it to continue, or train anew into another output_dir (method.init_from keeps the adapter)",
+        )
+    return differences
+
+
+def _accumulation(config: Mapping[str, Any], where: str) -> int:
+    train = config.get("train", {})
+    value = train.get("accumulation", 1) if isinstance(train, Mapping) else None
+    if not isinstance(value, int):
+        raise CheckpointError(
+            "the checkpoint's configuration is not of this version of the package: train.accumulation is no number",
+            where=where,
+            fix="continue with the version that wrote it",
+        )
+    return value
+
+
+def _unpinned(change: Difference) -> Difference:
+    """A run that did not record its commit cannot be held to it."""
+    if change.field != "model.revision" or is_commit(change.old):
+        return change
+    return dataclasses.replace(change, allowed=True, reason="the run did not record which commit it began with")
+
+
+def _rule(field: str) -> tuple[bool, str]:
+    parts = field.split(".")
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((_RULES[prefix] for prefix in prefixes if prefix in _RULES), _RULES[""])
+
+
+def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As a file would give it back, so that a path equals its text and a tuple its list."""
+    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    return plain
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names and leaves. A list is a leaf: an inserted entry is one difference, not a shift of all after it."""
+    leaves: list[tuple[str, Any]] = []
+    for key, entry in value.items():
+        if isinstance(entry, Mapping) and entry:
+            leaves += _flat(entry, f"{prefix}{key}.")
+        else:
+            leaves.append((f"{prefix}{key}", entry))
+    return leaves
+
+
+def _shown(value: Any) -> str:
+    return "not set" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,177 @@
+"""The training objective as pure functions: what is drawn, how latents are diffused, and what the loss is.
+
+CogVideoX predicts velocity. Its original trainers turn that prediction into an estimate of x0 and weight the squared
+error by 1 / (1 - alpha_bar); algebraically this *is* the mean squared error on velocity, which is what stands here,
+without the division that breaks in bfloat16 (Salimans & Ho 2022, appendix D, has the identity;
+``tests/test_diffusion.py`` checks it).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.spec import ModelSpec
+from finetune.core.rng import generator
+from finetune.core.types import Batch, Noised, Strict
+
+
+class DropoutConfig(Strict):
+    """How often the conditions are withheld, so that classifier-free guidance has something to guide away from."""
+
+    caption_dropout: float = Field(0.1, ge=0, le=1)
+    """Probability that a sample trains on the unconditional text. The original CogVideoX training used 0.1."""
+    image_dropout: float = Field(0.05, ge=0, le=1)
+    """Probability that an image-to-video sample trains on an all-zero image. The original training used 0.05."""
+    unconditional_text: Literal["empty", "zeros"] = "empty"
+    """What stands for "no caption": the embedding of the empty caption, as diffusers samples, or zeros, as SAT did."""
+
+
+@dataclass(frozen=True)
+class NoiseSample:
+    """Every random choice about one sample in one optimizer step."""
+
+    timestep: int
+    noise: Tensor
+    """Standard normal, float32 [C, F, H, W], F after front padding."""
+    posterior_noise: Tensor
+    """Standard normal, float32 [C, F, H, W], F before front padding."""
+    drop_caption: bool
+    drop_image: bool
+    image_draw: int
+    """Which of the K cached noise-augmented images to use."""
+
+
+def sample_noise(
+    seed: int,
+    step: int,
+    slot: int,
+    *,
+    latent_shape: tuple[int, int, int, int],
+    padded_frames: int,
+    image_draws: int,
+    dropout: DropoutConfig,
+    num_train_timesteps: int,
+    purpose: str = "train",
+) -> NoiseSample:
+    """Make every random choice for one sample: a pure function of ``(seed, purpose, step, slot)``.
+
+    Each choice has its own stream, so that adding one later does not move the others.
+
+    Args:
+        seed: the run's seed.
+        step: optimizer step, counted from 0.
+        slot: the sample's global index inside that step.
+        latent_shape: (C, F, H, W) of the cached posterior.
+        padded_frames: F after front padding (equal to F for models without a temporal patch).
+        image_draws: how many image latents the cache holds for this sample; 0 for text-to-video.
+        dropout: the probabilities.
+        num_train_timesteps: timesteps are uniform on {0, ..., this - 1}.
+        purpose: separates the streams of training from those of validation.
+    """
+    channels, frames, height, width = latent_shape
+
+    def source(what: str) -> torch.Generator:
+        return generator(seed, purpose, what, step, slot)
+
+    return NoiseSample(
+        timestep=sample_timestep(seed, step, slot, num_train_timesteps, purpose=purpose),
+        noise=torch.randn(channels, padded_frames, height, width, generator=source("noise")),
+        posterior_noise=torch.randn(channels, frames, height, width, generator=source("posterior")),
+        drop_caption=_bernoulli(dropout.caption_dropout, source("caption")),
+        drop_image=image_draws > 0 and _bernoulli(dropout.image_dropout, source("image")),
+        image_draw=int(torch.randint(image_draws, (), generator=source("image_draw"))) if image_draws else 0,
+    )
+
+
+def sample_timestep(seed: int, step: int, slot: int, num_train_timesteps: int, *, purpose: str = "train") -> int:
+    """The timestep of ``draw``, alone; arguments as there."""
+    return int(torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, "timestep", step, slot)))
+
+
+def _bernoulli(probability: float, generator: torch.Generator) -> bool:
+    return bool(torch.rand((), generator=generator) < probability)
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """Diffuse clean latents to the noise level ``alpha_bar`` (DDPM, Ho et al. 2020, eq. 4).
+
+    Args:
+        x0: clean latents in model space, [B, C, F, H, W], float32 (float64 in tests).
+        eps: standard-normal noise, same shape and dtype as ``x0``.
+        alpha_bar: cumulative signal power per sample, [B], float32 or wider, in [0, 1].
+
+    Raises:
+        TypeError: if an input is narrower than float32.
+    """
+    a = _per_sample(alpha_bar, x0, eps)
+    return a.sqrt() * x0 + (1 - a).sqrt() * eps
+
+
+def velocity(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The target: sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x0 (Salimans & Ho 2022). Arguments as in ``add_noise``."""
+    a = _per_sample(alpha_bar, x0, eps)
+    return a.sqrt() * eps - (1 - a).sqrt() * x0
+
+
+def _per_sample(alpha_bar: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
+    # fp32 is a correctness rule, not a preference: in bfloat16 `1 - alpha_bar` is exactly zero for the two smallest
+    # CogVideoX-5B timesteps, so those samples would train on no noise.
+    for name, tensor in (("x0", x0), ("eps", eps), ("alpha_bar", alpha_bar)):
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name} is {tensor.dtype}; the diffusion arithmetic needs float32 or float64")
+    return alpha_bar.to(x0.dtype).reshape(-1, *(1,) * (x0.ndim - 1))
+
+
+def noise_batch(batch: Batch, alpha_bar: Tensor) -> Noised:
+    """Diffuse a micro-batch and form its target.
+
+    Args:
+        batch: latents and noise on the device where the arithmetic should run.
+        alpha_bar: the whole schedule, [num_train_timesteps], on the same device, float32 or wider.
+    """
+    level = alpha_bar[batch.timesteps]
+    return Noised(
+        noisy_latents=add_noise(batch.latents, batch.noise, level),
+        velocity=velocity(batch.latents, batch.noise, level),
+    )
+
+
+def v_mse(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error on velocity per sample.
+
+    Args:
+        prediction: the model's velocity, [B, C, F, H, W], float32 or wider.
+        target: ``Noised.velocity``, same shape and dtype.
+
+    Returns:
+        [B], the mean over everything but the batch.
+
+    Raises:
+        TypeError: if an input is narrower than float32.
+    """
+    if prediction.dtype not in (torch.float32, torch.float64) or prediction.dtype != target.dtype:
+        raise TypeError(f"loss of {prediction.dtype} against {target.dtype}; both must be float32 or wider, and equal")
+    return (prediction - target).square().flatten(1).mean(1)
+
+
+# -------- What CogVideoX is trained on, as a function of model, noise schedule and batch.
+
+
+def velocity_losses(model: nn.Module, facts: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:
+    """The velocity's mean squared error per sample, float32 [B].
+
+    Args:
+        model: the transformer, or what wraps it.
+        facts: of the model.
+        alpha_bar: the noise schedule, float32 [num_train_timesteps].
+        batch: on the device of both.
+    """
+    noised = noise_batch(batch, alpha_bar)
+    prediction = denoise(model, facts, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)
+    return v_mse(prediction, noised.velocity)

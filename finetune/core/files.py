@@ -1,0 +1,390 @@
+"""Room on a disk, in bytes and in files, and what can be done where there is none."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from torch import Tensor
+
+from finetune.core.tensor_files import layout
+
+
+def human_size(size: int) -> str:
+    """Bytes for a person: GiB from a tenth of one up, MiB below."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3f} MiB"
+
+
+def require_space(
+    path: Path, needed: int, *, kind: Callable[..., Exception], what: str, fix: str, files: int = 32
+) -> None:
+    """Refuse to begin what the disk has no room for, in bytes or in files.
+
+    Args:
+        path: what will be written, or where; it need not exist yet.
+        needed: bytes that must be free.
+        kind: the error to raise: any ``FinetuneError``.
+        what: the subject of the message, such as ``the checkpoint``.
+        fix: how to make room.
+        files: how many files and folders will be made, at most.
+
+    Raises:
+        Exception: of ``kind``, with the path, what is needed and what is free.
+    """
+    free = free_space(path)
+    if free < needed:
+        raise kind(
+            f"{what} needs {human_size(needed)} and the disk has {human_size(free)} free", where=str(path), fix=fix
+        )
+    room = free_files(path)
+    if room is not None and room < files:
+        raise kind(
+            f"{what} makes up to {files:,} files and the disk has room for {room:,} more (`df -i`), whatever its bytes",
+            where=str(path),
+            fix=fix,
+        )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that this user may still write on the disk of ``path`` or of the nearest folder above that exists."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def free_files(path: Path) -> int | None:
+    """Files that may still be made there (inodes); None where the file system does not count them."""
+    if not hasattr(os, "statvfs"):
+        return None
+    status = os.statvfs(_existing(path))
+    return status.f_favail if status.f_files > 0 else None
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def disk_fix(error: OSError) -> str:
+    """What a person can do about a failed write, by its error number."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room, in bytes or in files (`df -h`, `df -i`, quotas of either), and run the same command again"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "let the process open more files (`ulimit -n`) and run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make the folder writable, or choose another one, and run the same command again"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a part of the path is a file: choose another folder"
+    return "look at the disk or the network drive (the kernel's log says more), then run the same command again"
+
+
+# -------- Files that appear whole or not at all, and digests of what they hold.
+#
+# Everything this package writes itself goes through five calls to the operating system (``_create``, ``_write``,
+# ``_sync``, ``_rename``, ``_mkdir``), so that a test can let each of them fail in turn (``tests/broken_disk.py``).
+
+COMPLETE = "COMPLETE"
+"""Name of the marker file that ``publish_dir`` writes last into a directory."""
+
+PARTIAL = ".partial"
+"""Ending of what is being written or removed; readers pass it over."""
+
+_REPLACED = f".old{PARTIAL}"
+"""Ending of a directory whose successor is about to take its name."""
+
+_CHUNK = 1 << 22
+"""Bytes hashed and written at a time, while they are in the processor's cache."""
+
+
+# ------------------------------------------------------------------------------------ calls to the operating system
+
+
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+
+
+def _write(descriptor: int, content: memoryview) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _sync(descriptor: int) -> None:
+    os.fsync(descriptor)
+
+
+def _rename(source: Path, target: Path) -> None:
+    os.replace(source, target)
+
+
+def _mkdir(path: Path) -> None:
+    path.mkdir(exist_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ writing
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> str:
+    """Write ``content`` so that readers see the old file or the whole new one, also after a crash or a power cut.
+
+    Returns:
+        The content's ``checksum_bytes``.
+
+    Raises:
+        OSError: the old file stands then, and nothing is left of the new one. (Only if the very last step fails, the
+            flush of the directory, does the new one stand already.)
+    """
+    return _atomically(path, [memoryview(content)])
+
+
+def atomic_write_text(path: Path, content: str) -> str:
+    """``atomic_write_bytes`` for UTF-8 text."""
+    return atomic_write_bytes(path, content.encode("utf-8"))
+
+
+def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file atomically; see ``atomic_write_bytes``.
+
+    Tensors come to the CPU one at a time and are hashed on their way to the disk, so that a checkpoint of 40 GB neither
+    needs 40 GB of host memory nor is read again for its checksum. Equal arguments give equal bytes.
+
+    Raises:
+        OSError: as ``atomic_write_bytes``.
+        TypeError: if a tensor is of a dtype that safetensors does not hold.
+    """
+    return _atomically(path, layout(tensors, metadata or {}))
+
+
+def _atomically(path: Path, parts: Iterable[memoryview]) -> str:
+    _make_folders(path.parent)
+    # The name is unique per writer, so two processes that write the same file cannot mix their bytes.
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+    digest = xxhash.xxh3_128()
+    try:
+        descriptor = _create(partial)
+        try:
+            for part in parts:
+                for first in range(0, len(part), _CHUNK):
+                    chunk = part[first : first + _CHUNK]
+                    digest.update(chunk)
+                    _write(descriptor, chunk)
+            _sync(descriptor)
+        finally:
+            os.close(descriptor)
+        _rename(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+    return digest.hexdigest()
+
+
+def publish_dir(path: Path, fill: Callable[[Path], str | None]) -> None:
+    """Create a directory whose content appears at once, ending with the ``COMPLETE`` marker.
+
+    ``fill`` writes into a sibling ``<name>.<unique>.partial``, in whatever way, and may return the marker's text; only
+    when all it wrote is on the disk does the directory get its marker and its real name. An existing directory of that
+    name is replaced, and removed only after the new one stands.
+
+    Raises:
+        OSError: nothing has changed at ``path`` then, and nothing is left of the new directory.
+    """
+    _make_folders(path.parent)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+    try:
+        _mkdir(partial)
+        marker = fill(partial) or ""
+        _sync_tree(partial)
+        atomic_write_text(partial / COMPLETE, marker)
+        _take_place(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _take_place(new: Path, path: Path) -> None:
+    old = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{_REPLACED}")
+    replaces = path.exists()
+    if replaces:
+        _rename(path, old)
+    try:
+        _rename(new, path)
+        _sync_folder(path.parent)
+    except BaseException:
+        if path.exists():  # it stands, and nobody knows whether it still will after a power cut
+            _rename(path, new)
+        if replaces:
+            _rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_replaced(folder: Path) -> list[Path]:
+    """Give directories in ``folder`` their names back that a killed ``publish_dir`` was about to replace.
+
+    Only for who alone writes in ``folder``: another's replacement may be under way.
+
+    Returns:
+        What stands again.
+    """
+    restored = []
+    for old in sorted(folder.glob(f"*{_REPLACED}")):
+        path = old.with_name(old.name.removesuffix(_REPLACED).rpartition(".")[0])
+        if not path.exists():
+            _rename(old, path)
+            restored.append(path)
+    return restored
+
+
+def clear_leftovers(path: Path, leftovers: Iterable[Path]) -> None:
+    """Make good for killed calls of ``publish_dir(path, ...)``.
+
+    If one died between its two renames, the directory that it was about to replace gets its name back.
+
+    Args:
+        path: what was to be published.
+        leftovers: siblings that such calls made, of which none runs any more.
+
+    Raises:
+        OSError: if the earlier directory cannot get its name back.
+    """
+    for leftover in leftovers:
+        if leftover.name.endswith(_REPLACED) and not path.exists():
+            _rename(leftover, path)
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def move(source: Path, target: Path) -> None:
+    """Rename within one file system, so that a power cut does not undo it."""
+    _rename(source, target)
+    _sync_folder(target.parent)
+
+
+def remove_dir(path: Path) -> None:
+    """Remove a directory so that an interruption leaves no half of it under its name.
+
+    Raises:
+        OSError: if it cannot be renamed; what is left of it otherwise ends in ``PARTIAL``.
+    """
+    doomed = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    _rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _make_folders(path: Path) -> None:
+    if path.is_dir():
+        return
+    if path.parent != path:
+        _make_folders(path.parent)
+    _mkdir(path)
+    _sync_folder(path.parent)
+
+
+def _sync_tree(folder: Path) -> None:
+    """Flush every file and directory below ``folder``, whoever wrote them."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            _sync_path(Path(root, name))
+        _sync_folder(Path(root))
+
+
+def _sync_folder(path: Path) -> None:
+    """Flush a directory's entries, so that a rename survives a power cut, on file systems that can."""
+    try:
+        _sync_path(path)
+    except OSError as error:
+        # Some network and FUSE file systems, and Windows, know no such thing; a disk's own fault is another number.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES):
+            raise
+
+
+def _sync_path(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        _sync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether ``path`` is a directory that ``publish_dir`` finished."""
+    return (path / COMPLETE).is_file()
+
+
+def from_here(path: Path) -> str:
+    """How commands and code that are typed in the current folder name a path: below it, without what leads to it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def require_writable(folder: Path, *, kind: Callable[..., Exception], what: str, where: str) -> None:
+    """Refuse to begin work whose outcome cannot be written to ``folder``, which is made if need be.
+
+    The arguments are those of ``require_space``; ``where`` is the option or path that names the folder.
+    """
+    try:
+        _make_folders(folder)
+        probe = folder / f".{uuid.uuid4().hex[:8]}{PARTIAL}"
+        os.close(_create(probe))
+        probe.unlink()
+    except OSError as error:
+        said = f"{what} cannot be written: {error.strerror or error}"
+        raise kind(said, where=where, fix=disk_fix(error)) from error
+
+
+# ------------------------------------------------------------------------------------------------------------ digests
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """A 128-bit hexadecimal digest of a JSON-serialisable value: its identity (blake2b)."""
+    return hashlib.blake2b(canonical_json(value).encode("utf-8"), digest_size=16).hexdigest()
+
+
+def digest_file(path: Path, *others: Any) -> str:
+    """A 128-bit hexadecimal digest of a file's bytes: their identity (blake2b); about 1 GB/s.
+
+    ``others``, further digests of ``hashlib``, are updated on the way.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as source:
+        while chunk := source.read(_CHUNK):
+            for one in (digest, *others):
+                one.update(chunk)
+    return digest.hexdigest()
+
+
+def checksum_bytes(*parts: bytes | memoryview) -> str:
+    """A 128-bit hexadecimal checksum of the parts' bytes laid end to end (xxh3, tens of GB/s).
+
+    Against damage, not against forgery: who can change a file on purpose can change its checksum as well.
+    """
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def checksum_file(path: Path) -> str:
+    """``checksum_bytes`` of a file."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(_CHUNK))
+    with path.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def user_folder() -> Path:
+    """Where this package keeps what can be made again: ``$XDG_CACHE_HOME/cogvideox-finetune``, or in ``~/.cache``."""
+    root = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification has relative paths ignored.
+    base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
+    return base / "cogvideox-finetune"

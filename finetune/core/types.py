@@ -1,0 +1,181 @@
+"""The hand-over types: what one part of the package gives to the next. Frozen, without behaviour.
+
+Shape legend, used in every docstring of the package:
+``B`` batch, ``C`` channels, ``F`` frames (pixel or latent), ``H`` height, ``W`` width, ``L`` text tokens, ``D`` text
+width, ``K`` noise-augmented draws of an image condition. Video and latents are always ``[..., C, F, H, W]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of a dataset: a video, its caption, and where the row was written (for messages)."""
+
+    video: Path
+    caption: str
+    image: Path | None
+    where: str
+    """Such as ``metadata.jsonl:17``: the file and line (or row) a person can open."""
+    repeats: float = 1.0
+    """How often per epoch: 3 = three times, 0.5 = in every other epoch on average (see ``schedule.epoch_items``)."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A shape that every clip in one micro-batch shares."""
+
+    frames: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+_PRIMARIES = {"bt709": "BT.709", "bt2020": "BT.2020", "p3": "P3"}
+
+CORRECTIONS: Mapping[str, str] = {
+    "turned-1": "turned as the file states",
+    "bwdif-auto-1": "interlaced: made progressive (bwdif)",
+    "bwdif-tff-1": "interlaced, by its container, top field first: made progressive (bwdif)",
+    "bwdif-bff-1": "interlaced, by its container, bottom field first: made progressive (bwdif)",
+    "on-black-1": "transparent: laid on black",
+    **{f"pq-{name}-1": f"HDR (PQ, {title}): tone-mapped to SDR (BT.2390)" for name, title in _PRIMARIES.items()},
+    **{f"hlg-{name}-1": f"HDR (HLG, {title}): tone-mapped to SDR (BT.2390)" for name, title in _PRIMARIES.items()},
+    **{f"sdr-{name}-1": f"colours of {_PRIMARIES[name]}: converted to BT.709" for name in ("bt2020", "p3")},
+}
+"""What is done to a video that is not plain (upright, progressive, opaque, SDR), in words for the user. The names stand
+in cache addresses, so one whose arithmetic changes gets a new number; plain videos have none."""
+
+
+@dataclass(frozen=True)
+class VideoProbe:
+    """What a container's header says of its video stream, after its orientation is applied."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+    frame_times_s: Sequence[float]
+    """Presentation time of every frame in seconds from the first, ascending; its length is ``frames``."""
+    orientation: int
+    """How stored frames are made upright, by EXIF's numbers 1 to 8; height and width are after it."""
+    decoder: str
+    """``decord`` or ``pyav``: what opened this file and will decode it."""
+    corrections: tuple[str, ...] = ()
+    """Of ``CORRECTIONS``: what is done to its frames; empty for a plain video."""
+
+
+@dataclass(frozen=True)
+class ClipPlan:
+    """How one clip is cut out of one video. Two equal plans on equal bytes give equal pixels."""
+
+    frame_indices: tuple[int, ...]
+    """Source frame numbers in presentation order; the last one is repeated where ``short_clips: pad`` pads."""
+    resize_hw: tuple[int, int]
+    crop_yx: tuple[int, int]
+    bucket: Bucket
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Decoded pixels: uint8 RGB, [3, F, H, W]."""
+
+    pixels: Tensor
+    image: Tensor | None = None
+    """The image that stands for the first frame, [3, H, W]; None where the first frame itself does."""
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What the cache holds for one clip and its caption; all tensors on the CPU.
+
+    ``latents_mean`` and ``latents_std`` are the VAE posterior before any scaling factor, [C, F, H, W];
+    ``image_latents`` are K posterior samples of the noise-augmented first frame, before any scaling, [K, C, 1, H, W].
+    """
+
+    latents_mean: Tensor
+    latents_std: Tensor
+    prompt_embeds: Tensor
+    image_latents: Tensor | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch with every random choice already made on the CPU (``schedule``, ``diffusion.draw``).
+
+    ``latents`` and ``noise`` are float32 [B, C, F, H, W]: posterior samples in model space (scaled, and padded in front
+    where the model has a temporal patch). ``image_latents`` are scaled the way the stock pipeline scales them and
+    zeroed where image dropout fell, [B, C, 1, H, W], or None for text-to-video.
+    """
+
+    latents: Tensor
+    noise: Tensor
+    timesteps: Tensor
+    prompt_embeds: Tensor
+    image_latents: Tensor | None
+    slots: tuple[int, ...]
+    """Each sample's global index inside its optimizer step."""
+    clips: tuple[str, ...]
+    """Names of the clips, for messages."""
+
+
+@dataclass(frozen=True)
+class Noised:
+    """The diffused input and its target: ``noisy_latents``, ``velocity`` float32 [B, C, F, H, W]."""
+
+    noisy_latents: Tensor
+    velocity: Tensor
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Beside the tensors, the whole of "resume"."""
+
+    step: int
+    cache_digest: str
+    samples_seen: int = 0
+    best_heldout_loss: float | None = None
+    best_step: int | None = None
+    weights: str = ""
+    """``determinism.weights_digest`` of what trains, in a saved state: equal where two runs are equal, bit for bit."""
+    base: str = ""
+    """``cogvideox.base_digest`` of the transformer that is fine-tuned; empty in states from before it was recorded."""
+
+
+# -------- The base of every configuration section: strict, frozen, and with one place per default.
+#
+# A section is declared in the module that reads it; ``finetune.config`` only composes sections.
+
+MOST_STEPS = 100_000_000
+"""Bound of every count of optimizer steps: three years at one a second."""
+
+
+class Strict(BaseModel):
+    """A configuration section: unknown keys are errors, values cannot be changed after validation."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class SamplePrompt(Strict):
+    """One video to sample: what for, from which image, with which noise."""
+
+    prompt: str
+    """The text to sample for, as it stands: caption prefix, suffix and trigger word are not added."""
+    image: Path | None = None
+    """First frame, for image-to-video models; a relative path starts at the configuration file's folder."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Of the noise that sampling starts from: the same at every step, so that only the weights differ."""

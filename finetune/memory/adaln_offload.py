@@ -1,0 +1,247 @@
+"""adaLN weights that stay on the host: what they are applied to is known before the blocks run.
+
+Every block turns the time embedding into twelve shifts, scales and gates with two linear layers: a seventh of 5B's
+weights, for one vector per clip. Where they are frozen, the result follows from the timestep alone. It is computed on
+the CPU, time embedding included, in the model's dtype and by the model's own operations: on a CPU bit for bit what the
+model computes, on a GPU up to rounding (both within 1 % of the largest entry in bf16, 0.001 % in fp32).
+
+A layer's rows are computed when its block is queued, while the device is busy with the blocks before, and are kept with
+their pass for the backward pass: several passes may be under way, each with timesteps of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional
+
+from finetune.core.errors import ConfigError, TrainingError
+from finetune.memory import host_buffers
+from finetune.memory.host_buffers import (
+    BufferLayout,
+    CopyStream,
+    StreamEvent,
+    copy_stream,
+    device_buffer,
+    flat_buffer,
+    host_buffer,
+    host_work,
+)
+
+_WHAT = "modulation"
+
+
+class _Staging:
+    """Pinned memory through which the rows of a pass travel, [layers, B, 6D]."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self.left: StreamEvent = None
+        """The end of the last copy that read it."""
+
+
+class _Pass:
+    """One forward pass of the model, and the backward pass that may follow.
+
+    Args:
+        conditioning: what the adaLN layers are applied to, on the host, [B, E].
+        staging: its own until the pass is over.
+        rows: on the device, [layers, B, 6D].
+    """
+
+    def __init__(self, conditioning: Tensor, staging: _Staging, rows: Tensor) -> None:
+        self.conditioning = conditioning
+        self.staging = staging
+        self.rows = rows
+        self.done: set[int] = set()
+        """Numbers of the layers whose rows are in ``rows``."""
+
+
+class AdaLnOffload:
+    """Runs the adaLN layers of a transformer's blocks on the host, from ``install`` to ``remove``.
+
+    The modules stay where they are in the model, and so do their names; only what they compute is looked up.
+
+    Args:
+        transformer: a diffusers CogVideoX transformer.
+        device: where it computes.
+        lane: tells when a buffer may be used again; by default one that fits ``device``.
+    """
+
+    def __init__(self, transformer: nn.Module, device: torch.device, *, lane: CopyStream | None = None) -> None:
+        self._transformer: Any = transformer
+        self._device = device
+        self._lane = lane or copy_stream(device)
+        self._norms: dict[str, Any] = {
+            f"transformer_blocks.{index}.{name}": getattr(block, name)
+            for index, block in enumerate(transformer.get_submodule("transformer_blocks").children())
+            for name in ("norm1", "norm2")
+        }
+        self._linears: list[nn.Linear] = [norm.linear for norm in self._norms.values()]
+        self._embeddings: dict[str, nn.Module] = {}
+        self._signature = inspect.signature(type(transformer).forward)
+        self._hook: Any = None
+        self._announced: _Pass | None = None
+        self._passes: dict[int, tuple[StorageWeakRef, _Pass]] = {}
+        self._spare: list[_Staging] = []
+
+    def install(self) -> None:
+        """Move the layers' weights to the host, and take over what they compute.
+
+        Raises:
+            ConfigError: one of them trains or carries an adapter, or the time embedding in front of them does.
+        """
+        self._refuse_what_trains()
+        layouts = [BufferLayout.of(linear.parameters()) for linear in self._linears]
+        pieces = flat_buffer([layout.nbytes for layout in layouts], pinned=False, what=_WHAT)
+        for linear, layout, piece in zip(self._linears, layouts, pieces, strict=True):
+            _rebind(linear, layout.views(piece))
+            host_buffers.pin_to_host(linear, linear.parameters())
+        for name in ("time_embedding", "ofs_embedding"):
+            original = getattr(self._transformer, name)
+            if original is not None:
+                self._embeddings[name] = _host_twin(original)
+        for number, norm in enumerate(self._norms.values()):
+            # As attributes of the instances: nothing that walks the model's modules, names or weights sees a change.
+            norm.silu.forward = _unchanged
+            norm.linear.forward = partial(self._rows, number)
+        self._hook = self._transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
+
+    def remove(self, device: torch.device | None = None) -> None:
+        """Give the layers back as they were, their weights on ``device``, or in ordinary host memory if None."""
+        if self._hook is None:
+            return
+        self._hook.remove()
+        self._hook = None
+        for norm in self._norms.values():
+            del norm.silu.forward, norm.linear.forward
+            host_buffers.unpin_from_host(norm.linear)
+            _rebind(norm.linear, [torch.empty_like(p, device=device) for p in norm.linear.parameters()])
+        for staging in (*self._spare, *(entry.staging for _, entry in self._passes.values())):
+            self._lane.finish(staging.left)
+        self._embeddings, self._passes, self._spare, self._announced = {}, {}, [], None
+
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a forward pass: the time embedding, as ``CogVideoXTransformer3DModel.forward`` computes it."""
+        given = self._signature.bind(self._transformer, *args, **kwargs).arguments
+        dtype = given["hidden_states"].dtype
+        with torch.no_grad(), host_work(_WHAT):
+            condition = given.get("timestep_cond")
+            embedding = self._embeddings["time_embedding"](
+                self._transformer.time_proj(_on_host(given["timestep"])).to(dtype),
+                None if condition is None else _on_host(condition),
+            )
+            if "ofs_embedding" in self._embeddings:
+                ofs = self._transformer.ofs_proj(_on_host(given["ofs"])).to(dtype)
+                embedding = embedding + self._embeddings["ofs_embedding"](ofs)
+            conditioning = functional.silu(embedding)
+        self._forget_passes()
+        shape = (len(self._linears), conditioning.shape[0], self._linears[0].out_features)
+        like = torch.empty(shape, dtype=dtype, device="meta")
+        layout = BufferLayout.of([like])
+        staging = self._staging(layout)
+        rows = layout.views(device_buffer(layout.nbytes, self._device, _WHAT))[0]
+        self._announced = _Pass(conditioning, staging, rows)
+
+    def _rows(self, number: int, temb: Tensor) -> Tensor:
+        """What layer ``number`` gives for a pass, [B, 6D] on the device.
+
+        Args:
+            number: of the layer, in the model's order.
+            temb: the pass's time embedding, on the device, [B, E]. Only its memory tells which pass it is, forward or
+                run again: its values are not read, and may not be there yet.
+        """
+        found = self._pass_of(temb)
+        if number not in found.done:
+            linear, staged = self._linears[number], found.staging.rows[number]
+            with torch.no_grad():
+                with host_work(_WHAT):
+                    staged.copy_(functional.linear(found.conditioning, linear.weight, linear.bias))
+                # On the compute's own stream: a few kB, in order with what reads them.
+                found.rows[number].copy_(staged, non_blocking=True)
+            found.staging.left = self._lane.compute()
+            found.done.add(number)
+        # Apart from the rest of the buffer, which autograd would otherwise take for a change of these rows.
+        return found.rows[number].data
+
+    def _pass_of(self, temb: Tensor) -> _Pass:
+        storage = temb.untyped_storage()
+        known = self._passes.get(storage._cdata)
+        if known is not None and not known[0].expired():  # type: ignore[no-untyped-call]
+            return known[1]
+        if self._announced is None:
+            raise TrainingError(
+                "a block was called with a time embedding that no forward pass of the transformer has made",
+                where="memory.modulation: host",
+                fix="call the transformer itself, or set memory.modulation: device",
+            )
+        # While the weak reference is held, no other storage gets this one's address.
+        self._passes[storage._cdata] = (StorageWeakRef(storage), self._announced)  # type: ignore[no-untyped-call]
+        found, self._announced = self._announced, None
+        return found
+
+    def _forget_passes(self) -> None:
+        """Take back what belongs to passes of which no block will ask again: their time embedding is gone."""
+        over = [key for key, (reference, _) in self._passes.items() if reference.expired()]  # type: ignore[no-untyped-call]
+        self._spare += [self._passes.pop(key)[1].staging for key in over]
+        if self._announced is not None:  # a pass that never reached a block
+            self._spare.append(self._announced.staging)
+            self._announced = None
+
+    def _staging(self, layout: BufferLayout) -> _Staging:
+        for number, staging in enumerate(self._spare):
+            if BufferLayout.of([staging.rows]) == layout and self._lane.passed(staging.left):
+                return self._spare.pop(number)
+        # Of another batch size, or still being read: rather a few MiB more than waiting for the device.
+        self._spare = [staging for staging in self._spare if not self._lane.passed(staging.left)]
+        return _Staging(layout.views(host_buffer(layout.nbytes, pinned=True, what=_WHAT))[0])
+
+    def _refuse_what_trains(self) -> None:
+        modules: dict[str, nn.Module] = {f"{name}.linear": norm.linear for name, norm in self._norms.items()}
+        for name in ("time_embedding", "ofs_embedding"):
+            if getattr(self._transformer, name) is not None:
+                modules[name] = getattr(self._transformer, name)
+        for name, module in modules.items():
+            trains = any(parameter.requires_grad for parameter in module.parameters())
+            if trains or (name.endswith(".linear") and type(module) is not nn.Linear):
+                raise ConfigError(
+                    f"{name} {'trains' if trains else 'is not a plain linear layer'}, so the modulations cannot be"
+                    " computed ahead",
+                    where="memory.modulation: host",
+                    fix="set memory.modulation: device, or choose method.targets without adaLN or time embeddings",
+                )
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype)
+    host.copy_(tensor)
+    return host
+
+
+def _host_twin(module: nn.Module) -> nn.Module:
+    """A copy of a module that computes on the host."""
+    layout = BufferLayout.of(module.parameters())
+    views = layout.views(host_buffer(layout.nbytes, pinned=False, what=_WHAT))
+    twins: dict[int, Any] = {}
+    for parameter, view in zip(module.parameters(), views, strict=True):
+        view.copy_(parameter.data)
+        twins[id(parameter)] = nn.Parameter(view, requires_grad=False)
+    # As if they were copied already: by itself, deepcopy would allocate on the device.
+    return copy.deepcopy(module, twins)
+
+
+def _rebind(module: nn.Module, homes: list[Tensor]) -> None:
+    """Move a module's parameters into other memory."""
+    for parameter, home in zip(module.parameters(), homes, strict=True):
+        home.data.copy_(parameter.data)
+        parameter.data = home.data

@@ -1,0 +1,248 @@
+"""Named tensors of a model: comparing, copying, counting."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from finetune.core.checksums import DamageError, read_published
+from finetune.core.errors import CheckpointError, ConfigError
+from finetune.core.files import COMPLETE
+
+
+def load_strictly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy each tensor into the parameter of the same name, bit for bit.
+
+    Raises:
+        CheckpointError: as ``require_same``; nothing is copied then.
+    """
+    require_same(parameters, tensors)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse a checkpoint's tensors that are not the model's; their content is not looked at.
+
+    Raises:
+        CheckpointError: if names, shapes or dtypes are not the same on both sides.
+    """
+    problems = differences(parameters, tensors)
+    if problems:
+        raise CheckpointError(
+            "the checkpoint's tensors are not this model's trainable tensors: " + "; ".join(problems),
+            fix="resume with the model and method the checkpoint was made with",
+        )
+
+
+def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
+    problems = []
+    if missing := sorted(expected.keys() - found.keys()):
+        problems.append(f"missing: {some(missing)}")
+    if unknown := sorted(found.keys() - expected.keys()):
+        problems.append(f"not in this run: {some(unknown)}")
+    forms = {name: (_form(expected[name]), _form(found[name])) for name in expected.keys() & found.keys()}
+    if differing := [f"{name} is {a} here, {b} there" for name, (a, b) in sorted(forms.items()) if a != b]:
+        problems.append(some(differing))
+    return problems
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def some(names: Iterable[str], limit: int = 4) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
+
+
+def count_lines(transformer: nn.Module) -> list[tuple[str, str]]:
+    """Trainable and frozen parameters, with their dtypes."""
+    lines = []
+    for label, trains in (("trainable parameters", True), ("frozen parameters", False)):
+        counts: dict[str, int] = {}
+        for parameter in transformer.parameters():
+            if parameter.requires_grad is trains:
+                dtype = str(parameter.dtype).removeprefix("torch.")
+                counts[dtype] = counts.get(dtype, 0) + parameter.numel()
+        for layer in () if trains else transformer.modules():
+            if kind := getattr(layer, "kind", None):  # of a weight held in fewer bits, which is no parameter
+                weight: Any = layer.weight
+                counts[kind] = counts.get(kind, 0) + math.prod(weight.shape)
+        if counts:
+            lines.append((label, ", ".join(f"{count:,} in {dtype}" for dtype, count in counts.items())))
+    return lines
+
+
+# -------- Reading a LoRA adapter from disk, whoever wrote it.
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The adapter file of an export, as diffusers names it."""
+
+CHECKPOINT_FILE = "trainable.safetensors"
+"""The trainable tensors of one of our checkpoints (``checkpoint.TRAINABLE``; a test keeps the two equal)."""
+
+METADATA_KEY = "lora_adapter_metadata"
+"""Header entry under which diffusers keeps an adapter's settings."""
+
+COMPONENT = "transformer"
+"""Prefix of every tensor and setting in diffusers' adapter files."""
+
+_PEFT = "adapter_config.json"
+"""Beside a file of peft's own."""
+
+_RENAME = (
+    "rename its tensors to diffusers' `transformer.transformer_blocks.0.attn1.to_q.lora_A.weight` and so on, and write"
+    " them with `CogVideoXPipeline.save_lora_weights`, r and lora_alpha as its `transformer_lora_adapter_metadata`"
+)
+
+_LAYOUTS = (
+    (r"base_model\.model\.", "peft's layout", f"{_RENAME}; r and lora_alpha stand in {_PEFT}"),
+    (r"diffusion_model\.", "ComfyUI's layout", _RENAME),
+    (
+        r"lora_(unet|transformer|te\d?)_|.*\.lora_(down|up)\.",
+        "kohya's layout",
+        f"{_RENAME}; lora_down is lora_A and lora_up is lora_B, and lora_alpha is what its .alpha tensors hold",
+    ),
+    (
+        r".*\.(matrix_[AB]\.\d|query_key_value\b|dense_h_to_4h\b)",
+        "SAT's layout, CogVideo's own",
+        "convert it with CogVideo's tools/export_sat_lora_weight.py; SAT scales by 1 / r, so lora_alpha is 1",
+    ),
+    (r".*\.processor\..*_lora\.", "the layout of diffusers before peft", _RENAME),
+    (
+        r".*\.(lokr_|hada_|lora_mid)",
+        "a LoHa, LoKr or LoCon of LyCORIS, no LoRA",
+        "merge it into a model where it was made",
+    ),
+)
+"""How other programs name a LoRA's tensors: a pattern for the name's start, whose it is, and the way to diffusers'."""
+
+
+def foreign_layout(names: Iterable[str], path: Path) -> tuple[str, str] | None:
+    """Whose layout a LoRA has that is not in diffusers', and what to do with it; None where nothing is known of it.
+
+    Args:
+        names: of its tensors; none where ``path`` is a folder without a file that is known.
+        path: its file or folder, which peft marks by a file of its own.
+    """
+    names = list(names)
+    if not names and (path / _PEFT).is_file():
+        return f"it is in {_LAYOUTS[0][1]}", _LAYOUTS[0][2]
+    for pattern, layout, fix in _LAYOUTS:
+        if any(re.match(pattern, name) for name in names):
+            return f"it is in {layout}" if "layout" in layout else f"it is {layout}", fix
+    return None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter as found on disk."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    """By peft's state-dict names, without any prefix."""
+    settings: Mapping[str, Any]
+    """``rank``, ``alpha``, ``use_rslora`` and ``use_dora``, as ``LoraMethod`` names them."""
+    note: str = ""
+    """What a reader of an error should know about where the settings come from."""
+
+
+def read_adapter(source: Path) -> Adapter:
+    """Read an adapter and its settings from a safetensors file, an export's folder or one of our checkpoints.
+
+    Settings stand in the file's header (diffusers' layout) or in the checkpoint's ``config.json``. A file with neither
+    is read as diffusers reads it: rank from the shapes, alpha equal to the rank.
+
+    Raises:
+        ConfigError: if there is no adapter at ``source``, it is damaged (a file of an export or a checkpoint is
+            verified against its folder's marker), or it varies rank or alpha from layer to layer.
+    """
+    where = f"method.init_from: {source}"
+    candidates = [source / LORA_FILE, source / CHECKPOINT_FILE] if source.is_dir() else [source]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        if source.is_dir() and (known := foreign_layout([], source)):
+            raise ConfigError(known[0], where=where, fix=known[1])
+        if (source / CHECKPOINT_FILE.removesuffix(".safetensors")).is_dir():
+            raise ConfigError(
+                "this checkpoint was written in shares by several processes, and an adapter is read from one file",
+                where=where,
+                fix=f"run `finetune export {source} --output FOLDER` and name that folder",
+            )
+        raise ConfigError(
+            f"there is no adapter: the folder holds neither {LORA_FILE} nor {CHECKPOINT_FILE}"
+            if source.is_dir()
+            else "there is no such file or folder",
+            where=where,
+            fix="name a LoRA safetensors file, an export's folder or a folder <run>/checkpoints/step-...",
+        )
+    try:
+        recorded, tensors = _read(path)
+        method = _method_of(path) if not recorded else {}
+    except DamageError as damage:
+        raise ConfigError(
+            f"the adapter is damaged: {damage}",
+            where=where,
+            fix=f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it",
+        ) from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the adapter file cannot be read: {error}", where=where) from None
+    if known := foreign_layout(tensors, path):
+        raise ConfigError(known[0], where=where, fix=known[1])
+    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim})
+    if not ranks:
+        raise ConfigError("the file holds no LoRA tensors", where=where, fix="name a file with *.lora_A.weight tensors")
+    if len(ranks) > 1 or recorded.get("rank_pattern") or recorded.get("alpha_pattern"):
+        raise ConfigError(f"the adapter varies rank or alpha between layers (ranks {ranks})", where=where)
+    names = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
+    recorded = recorded or {theirs: method[ours] for theirs, ours in names.items() if ours in method}
+    alpha = recorded.get("lora_alpha", ranks[0])
+    if not isinstance(alpha, int | float):
+        raise ConfigError(f"the adapter's alpha is {alpha!r}, not a number", where=where)
+    return Adapter(
+        path=path,
+        tensors=tensors,
+        settings={
+            "rank": ranks[0],
+            "alpha": float(alpha),
+            "use_rslora": bool(recorded.get("use_rslora", False)),
+            "use_dora": any(".lora_magnitude_vector" in name for name in tensors),
+        },
+        note="" if recorded else " (the file does not state its alpha; like diffusers we take alpha = rank)",
+    )
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings (empty where the file states none) and tensors, both without the component's prefix."""
+    content = read_published(path)
+    tensors = load(content)  # first: it checks the header
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    settings = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{METADATA_KEY} in its header is no object")
+    return {_bare(key): value for key, value in settings.items()}, {_bare(key): t for key, t in tensors.items()}
+
+
+def _method_of(path: Path) -> dict[str, Any]:
+    """The method section of a checkpoint's configuration; empty where there is none beside the file."""
+    config = path.with_name("config.json")
+    value = json.loads(read_published(config)) if config.is_file() else {}
+    method = value.get("method") if isinstance(value, dict) else None
+    return method if isinstance(method, dict) else {}
+
+
+def _bare(key: str) -> str:
+    return key.removeprefix(f"{COMPONENT}.")

@@ -1,0 +1,260 @@
+"""LoRA: low-rank updates of some linear layers, through peft."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import regex
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from finetune.core.errors import ConfigError
+from finetune.core.rng import generator
+from finetune.core.types import Strict
+from finetune.methods.adapter import count_lines, differences, load_strictly, read_adapter, some
+
+ADAPTER = "default"
+"""The adapter's name inside the model. It is not part of any saved name."""
+
+PRESETS: Mapping[str, str] = {
+    "attention": r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
+    "attention+ff": r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
+    "all-linear": r".*",
+}
+"""Module names that a preset selects; like every pattern it must match a whole name, and only linear layers count."""
+
+_MOST_PATTERNS, _LONGEST_PATTERN = 100, 1_000
+
+_MOST_COUNTED = 1_000
+"""Product of a pattern's counts: ``(a{50}){50}`` becomes 2500 parts when it is compiled, which takes memory."""
+
+_PATIENCE_S = 0.5
+"""For one pattern on one name, which takes microseconds. Some patterns take time exponential in the name's length."""
+
+
+class LoraMethod(Strict):
+    """Train low-rank updates of some linear layers; everything else stays frozen in the model's dtype."""
+
+    kind: Literal["lora"] = "lora"
+    rank: int = Field(128, ge=1, le=16_384)
+    """Width of the update. CogVideoX's own recipe uses 128."""
+    alpha: float = Field(64, ge=1e-6, le=1e6)
+    """The update counts ``alpha / rank`` (``alpha / sqrt(rank)`` with ``use_rslora``). The exported file carries it."""
+    dropout: float = Field(0, ge=0, lt=1)
+    """Probability that an element of an adapted layer's input is withheld from the update."""
+    targets: str | tuple[str, ...] = "attention"
+    """Which linear layers: ``attention``, ``attention+ff``, ``all-linear``, or a regular expression that must match a
+    module's whole name; a list takes the union."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling (Kalajdzievski 2023): for ranks of 64 and more with alpha of the order of sqrt(rank)."""
+    use_dora: bool = False
+    """Learn each output's magnitude apart from its direction (Liu et al. 2024); slower per step."""
+    init_from: Path | None = None
+    """Adapter to continue from: a LoRA safetensors file, an export's folder, or one of our checkpoints."""
+
+    @field_validator("targets")
+    @classmethod
+    def _patterns_compile(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not targets:
+            raise ValueError(f"name at least one target: {', '.join(PRESETS)}, or a regular expression")
+        if len(patterns := _as_tuple(targets)) > _MOST_PATTERNS:
+            raise ValueError(f"there are {len(patterns):,} targets; at most {_MOST_PATTERNS} are read")
+        for target in patterns:
+            if len(target) > _LONGEST_PATTERN:
+                raise ValueError(f"a target has {len(target):,} characters; at most {_LONGEST_PATTERN:,} are read")
+            if math.prod(max(int(count), 1) for count in re.findall(r"\{\s*(\d+)", target)) > _MOST_COUNTED:
+                raise ValueError(f"{target!r:.100} repeats a part more than {_MOST_COUNTED:,} times")
+            try:
+                re.compile(PRESETS.get(target, target))
+                regex.compile(PRESETS.get(target, target))
+            except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
+                raise ValueError(f"{target!r:.100} is not a regular expression: {error!s:.100}") from None
+        return targets
+
+    @property
+    def scaling(self) -> float:
+        """What the low-rank product is multiplied by."""
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def matches(self, name: str) -> bool:
+        """Whether a linear layer of this name gets an adapter."""
+        return any(_selects(target, name) for target in _as_tuple(self.targets))
+
+    def target_modules(self, transformer: nn.Module) -> list[str]:
+        """Names of the linear layers that get an adapter, in the model's order.
+
+        Raises:
+            ConfigError: if a target matches no linear layer; the message lists the names that come closest.
+        """
+        linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+        chosen: set[str] = set()
+        for target in _as_tuple(self.targets):
+            matched = [name for name in linear if _selects(target, name)]
+            if not matched:
+                raise _nothing_matched(target, linear, transformer)
+            chosen.update(matched)
+        return [name for name in linear if name in chosen]
+
+    def apply(self, transformer: nn.Module, *, seed: int) -> None:
+        """Freeze ``transformer`` and insert the adapter, in place. Until it is trained, the model computes what it did.
+
+        Adapter parameters are float32, the base keeps its dtype. The initial values follow from ``seed`` and each
+        layer's name, so they depend neither on the global random state, which is left as it was, nor on the device, the
+        base's dtype or which other layers are adapted.
+
+        Raises:
+            ConfigError: if a target matches nothing, an adapter is in place already, or ``init_from`` does not fit.
+        """
+        model: Any = transformer
+        if getattr(model, "peft_config", None):
+            raise ConfigError(
+                "the transformer already carries an adapter",
+                where="method",
+                fix="load the base model anew; to train an existing adapter further set method.init_from",
+            )
+        names = self.target_modules(transformer)
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=self.rank,
+            # An integral alpha is kept as an integer, the type that every reader of adapter files knows.
+            lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+        )
+        transformer.requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):  # peft fills the new layers from the global generator; we refill them
+            model.add_adapter(config, ADAPTER)
+        for name in names:
+            self._initialise(transformer.get_submodule(name), generator(seed, "lora", name))
+        if self.init_from is not None:
+            self._continue_from(transformer, self.init_from)
+
+    def _initialise(self, layer: nn.Module, generator: torch.Generator) -> None:
+        """A as peft draws it (uniform, Kaiming with a = sqrt 5), B zero, DoRA's magnitude the base's row norms."""
+        lora: Any = layer
+        down, up = lora.lora_A[ADAPTER], lora.lora_B[ADAPTER]
+        # peft creates the tensors in the base's dtype; fp32 is what a learning rate of 1e-4 needs to move them at all.
+        down.float()
+        up.float()
+        drawn = nn.init.kaiming_uniform_(torch.empty(down.weight.shape), a=math.sqrt(5), generator=generator)
+        with torch.no_grad():
+            down.weight.copy_(drawn)
+            up.weight.zero_()
+            if self.use_dora:
+                # Recomputed in fp32: peft takes the norm in the base's dtype, and in bf16 the adapter would then change
+                # the model before it has learned anything.
+                magnitude = lora.lora_magnitude_vector[ADAPTER].float()
+                magnitude.weight.copy_(torch.linalg.norm(lora.base_layer.weight.float(), dim=1))
+
+    def _continue_from(self, transformer: nn.Module, source: Path) -> None:
+        adapter = read_adapter(source)
+        tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
+        problems = [
+            f"method.{field} is {getattr(self, field)}, the adapter has {value}"
+            for field, value in adapter.settings.items()
+            if getattr(self, field) != value
+        ]
+        # With another rank every shape differs, which would say the same a hundred times over.
+        problems = problems or differences(self.trainable(transformer), tensors)
+        if problems:
+            raise ConfigError(
+                "the adapter to continue from does not fit this run: " + "; ".join(problems),
+                where=f"method.init_from: {adapter.path}",
+                fix="give method the adapter's own settings, and train on the base model it was made for"
+                + adapter.note,
+            )
+        self.load_state(transformer, tensors)
+
+    def trainable(self, transformer: nn.Module) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by peft's state-dict names, in the model's order."""
+        return {_saved_name(name): p for name, p in transformer.named_parameters() if p.requires_grad}
+
+    def state(self, transformer: nn.Module) -> dict[str, Tensor]:
+        """The trainable tensors (not copies), named as in ``trainable``."""
+        return {name: parameter.detach() for name, parameter in self.trainable(transformer).items()}
+
+    def load_state(self, transformer: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+        """Copy ``tensors`` into the model; see ``load_strictly``."""
+        load_strictly(self.trainable(transformer), tensors)
+
+    def peft_state(self, transformer: nn.Module) -> dict[str, Tensor]:
+        """What ``save_lora_weights(transformer_lora_layers=...)`` of a diffusers pipeline takes."""
+        return self.state(transformer)
+
+    def lora_metadata(self, transformer: nn.Module) -> dict[str, Any]:
+        """The adapter's settings for ``save_lora_weights(transformer_lora_adapter_metadata=...)``, JSON types.
+
+        With them in the file, a reader scales by alpha / rank itself: nobody may scale the tensors as well. Only what
+        decides the adapter's function is in them. A reader hands every entry to its own peft, which refuses options
+        newer than itself, and would sample with dropout on if one were named.
+        """
+        model: Any = transformer
+        config = model.peft_config[ADAPTER]
+        settings = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
+        # diffusers 0.36 insists on the patterns, which every layer's rank and alpha being the same leaves empty.
+        return {
+            **settings,
+            "target_modules": sorted(config.target_modules),
+            "rank_pattern": {},
+            "alpha_pattern": {},
+        }
+
+    def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
+        """What trains, as lines of (label, value)."""
+        variants = [name for name, on in (("rsLoRA", self.use_rslora), ("DoRA", self.use_dora)) if on]
+        layers = dict.fromkeys(name.split(".lora_")[0] for name in self.trainable(transformer))
+        start = [("continued from", str(self.init_from))] if self.init_from is not None else []
+        return [
+            ("method", " + ".join(["LoRA", *variants])),
+            ("adapted layers", f"{len(layers)} ({', '.join(_as_tuple(self.targets))})"),
+            ("rank, alpha", f"{self.rank}, {self.alpha:g} (scale {self.scaling:g})"),
+            *start,
+            *count_lines(transformer),
+        ]
+
+
+def _selects(target: str, name: str) -> bool:
+    try:
+        return regex.fullmatch(PRESETS.get(target, target), name, timeout=_PATIENCE_S) is not None
+    except TimeoutError:
+        raise ConfigError(
+            f"the target {target!r:.100} takes more than {_PATIENCE_S:g} s on the name {name}",
+            where="method.targets",
+            fix="write it without repetitions inside repetitions",
+        ) from None
+
+
+def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (targets,) if isinstance(targets, str) else targets
+
+
+def _nothing_matched(target: str, linear: list[str], transformer: nn.Module) -> ConfigError:
+    others = [name for name, _ in transformer.named_modules() if re.fullmatch(target, name)]
+    if others:
+        detail = f"{some(others)} is no linear layer"
+        close = linear
+    else:
+        detail = "no module has such a name"
+        # One block stands for all, and a bare layer name is what people usually mean.
+        close = difflib.get_close_matches(target, linear, n=4, cutoff=0.3)
+        close += [name for name in linear if name.endswith(f".{target}")]
+    return ConfigError(
+        f"the target {target!r} selects nothing: {detail}",
+        where="method.targets",
+        fix=f"use {', '.join(PRESETS)}, or a regular expression for whole names such as {some(dict.fromkeys(close))}",
+    )
+
+
+def _saved_name(name: str) -> str:
+    """Peft's state-dict name of a parameter: without the adapter's name, and a DoRA magnitude without ``.weight``."""
+    name = name.replace(f".{ADAPTER}.", ".")
+    return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name

@@ -1,0 +1,219 @@
+"""FSDP2: every parameter, its gradient and its optimizer state cut into one share per process.
+
+torch's own ``fully_shard``, on GPUs over NCCL and on CPUs over gloo alike, so that what two CPU processes prove is the
+code that runs on GPUs. A block's weights are gathered for its forward pass and again for its backward pass, and its
+gradients are averaged and cut up as soon as they are there.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from finetune.checkpoint.load import LoadedCheckpoint, Shards, forms_of
+from finetune.core.distributed import ProcessGroup
+from finetune.core.errors import CheckpointError, ConfigError
+from finetune.methods.adapter import require_same
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.optim.optimizers import OptimizerConfig
+from finetune.optim.state import (
+    OptimizerState,
+    load_optimizer_state,
+    optimizer_state,
+    owner_of,
+    precise_weights,
+    require_same_state,
+)
+from finetune.parallel.launch import FullShard
+from finetune.parallel.sharded_checkpoint import read_shares
+
+
+class FullyShardedDataParallel:
+    """The ``Engine`` of FSDP2.
+
+    The optimizer works on plain tensors, this process's shares, and knows nothing of the others: right for optimizers
+    that treat each element by itself, which ``start`` insists on.
+
+    Args:
+        launch: what the launcher asks for.
+        ranks: the processes; ``Ranks.current(sharding=True)``.
+        module: the transformer, on the CPU, so that no device ever holds all of it; it is sharded in place.
+        method: names what trains.
+    """
+
+    lockstep = True
+    sharded = True
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self, launch: FullShard, ranks: ProcessGroup, module: nn.Module, method: LoraMethod | FullMethod
+    ) -> None:
+        self.name = "FSDP2, a share of the model in each process" + (", kept on the host" if launch.offload else "")
+        self.model = module
+        self._ranks = ranks
+        self._host: Any = _host_mesh(ranks)
+        _shard(launch, ranks, module)
+        self._whole: dict[str, Any] = dict(method.trainable(module))
+        self.parameters = {name: nn.Parameter(parameter.detach().to_local()) for name, parameter in self._whole.items()}
+
+    def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
+        """See ``Engine``."""
+        if not optimizer.elementwise:
+            raise ConfigError(
+                f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
+                where="optimizer.kind, under FSDP2",
+                fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
+            )
+        if saved is not None:
+            require_same(self._whole, forms_of(saved.trainable))
+            for name, share in (self.read(saved, "trainable") or {}).items():
+                self.parameters[name].data.copy_(share)
+        self.optimizer = optimizer.build(self.parameters.items())
+        if saved is not None:
+            tensors, meta = saved.optimizer
+            require_same_state(self.optimizer, saved.optimizer, self._whole, forms=forms_of(tensors))
+            load_optimizer_state(self.optimizer, (self._read(tensors, owner_of), meta), self.parameters)
+
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
+        """See ``Engine``; every micro-batch's gradients are cut up at once, so that none is ever held whole."""
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        """See ``Engine``."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, limit: float, *, scale: float = 1.0) -> float:
+        """See ``Engine``."""
+        gradients = list(self._gradients().values())
+        if scale != 1.0 and gradients:
+            torch._foreach_div_(gradients, scale)
+        total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        for gradient in gradients:
+            if gradient.numel():
+                norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
+                total += norm.to(total.device, torch.float64).square()
+        distributed.all_reduce(total)
+        norm_of_all = math.sqrt(total.item())  # of NaN and infinity: themselves
+        if norm_of_all > limit and gradients:
+            torch._foreach_mul_(gradients, limit / (norm_of_all + 1e-6))
+        return norm_of_all
+
+    def step(self) -> None:
+        """See ``Engine``."""
+        for name, gradient in self._gradients().items():
+            self.parameters[name].grad = gradient
+        self.optimizer.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """See ``Engine``."""
+        for name, parameter in self.parameters.items():
+            parameter.grad = None
+            self._whole[name].grad = None
+
+    def _gradients(self) -> dict[str, Tensor]:
+        """This process's shares of the gradients, by name; they are the model's own."""
+        return {name: whole.grad.to_local() for name, whole in self._whole.items() if whole.grad is not None}
+
+    def replicas(self) -> Mapping[str, Tensor]:
+        """See ``Engine``: of a sharded model nothing is held twice but buffers."""
+        return {f"buffer {name}": buffer for name, buffer in self.model.named_buffers()}
+
+    # ---------------------------------------------------------------------------------------------------- checkpoints
+
+    def precise(self) -> Mapping[str, Tensor]:
+        """See ``Engine``."""
+        return precise_weights(self.optimizer, self.parameters)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """See ``Engine``."""
+        return self.shares(self.parameters)
+
+    def optimizer_state(self) -> OptimizerState:
+        """See ``Engine``."""
+        tensors, meta = optimizer_state(self.optimizer, self.parameters)
+        return {key: self._as_share(owner_of(key), tensor) for key, tensor in tensors.items()}, meta
+
+    def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """See ``Engine``."""
+        return {name: self._as_share(name, tensor) for name, tensor in tensors.items()}
+
+    def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
+        """See ``Engine``."""
+        tensors: Mapping[str, Tensor] | None = getattr(saved, part)
+        return None if tensors is None else self._read(tensors, lambda key: key)
+
+    def _as_share(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor shaped like this process's share, as a part of one that is shaped like the whole parameter."""
+        from torch.distributed.tensor import DTensor
+
+        whole, tensor = self._whole[name], tensor.detach()
+        if tensor.shape != self.parameters[name].shape:  # a number of steps
+            return tensor
+        # On the mesh of its own device: on another's, torch would copy it there.
+        mesh = self._host if tensor.device.type == "cpu" else whole.device_mesh
+        return DTensor.from_local(
+            tensor, mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
+        )
+
+    def _read(self, tensors: Mapping[str, Tensor], owner: Any) -> dict[str, Tensor]:
+        """This process's shares of what a checkpoint holds, whoever wrote it."""
+        if not isinstance(tensors, Shards):
+            return {key: self._cut(owner(key), tensors[key]) for key in tensors}
+        targets: dict[str, Tensor] = {}
+        for key, form in tensors.forms().items():
+            name = owner(key)
+            if name not in self._whole:
+                raise CheckpointError(f"the checkpoint holds {key}, which this run does not train")
+            shared = form.shape == self._whole[name].shape
+            empty = torch.empty(self.parameters[name].shape if shared else form.shape, dtype=form.dtype)
+            targets[key] = self._as_share(name, empty) if shared else empty
+        read_shares(tensors.folder, targets, group=self._ranks.group)
+        return {key: getattr(target, "_local_tensor", target) for key, target in targets.items()}
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        """This process's share of a whole tensor; of one that is not shaped like its parameter, all of it."""
+        if name not in self._whole or tensor.shape != self._whole[name].shape:
+            return tensor
+        whole = self._whole[name]
+        (placement,) = whole.placements
+        mesh = whole.device_mesh
+        parts = tensor.chunk(mesh.size(), dim=placement.dim)
+        mine = mesh.get_local_rank()
+        return parts[mine] if mine < len(parts) else tensor.narrow(placement.dim, 0, 0)
+
+
+def _host_mesh(ranks: ProcessGroup) -> Any:
+    """The processes as a mesh for tensors on the host, which communicate through the patient group."""
+    from torch.distributed.device_mesh import DeviceMesh
+
+    return DeviceMesh.from_group(ranks.group, "cpu")
+
+
+def _shard(launch: FullShard, ranks: ProcessGroup, module: nn.Module) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+    # Every forward pass returns a view, which nobody writes to.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    offload = CPUOffloadPolicy(pin_memory=ranks.device.type != "cpu") if launch.offload else OffloadPolicy()
+    settings: dict[str, Any] = {
+        "mesh": mesh,
+        "offload_policy": offload,
+        # Weights and compute stay in the model's dtype; gradients are summed over processes in float32.
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "reshard_after_forward": launch.reshard_after_forward,
+    }
+    for block in module.get_submodule("transformer_blocks").children():
+        fully_shard(block, **settings)
+    # The rest, always resharded: torch keeps the root's gathered weights after a forward pass without gradients, and
+    # the next training step would compute with them, whatever became of the shares in between (averaged weights).
+    fully_shard(module, **(settings | {"reshard_after_forward": True}))

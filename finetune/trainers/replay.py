@@ -1,0 +1,422 @@
+"""What a replay found, as a table and a diagnosis for a person."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from finetune.cogvideox.latents import alpha_bar
+from finetune.cogvideox.load import load_transformer
+from finetune.cogvideox.objective import velocity_losses
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.schema import RunConfig
+from finetune.core.distributed import compute_device
+from finetune.core.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
+from finetune.core.rng import seed_for
+from finetune.core.text import shown
+from finetune.core.types import Batch
+from finetune.datasets.cache import Cache
+from finetune.datasets.dataloader import BatchMaker, to_device
+from finetune.datasets.schedule import MicroBatch
+from finetune.memory.quantized_linear import placement
+from finetune.trainers.fault_report import Report, ReportedSample, model_files, read_report
+from finetune.trainers.run import FP16_LOSS_SCALE
+
+EXTREME_LATENTS = 100.0
+"""Scaled latents have about unit variance; beyond this one is no picture any more."""
+
+EXTREME_WEIGHTS = 1e3
+"""No weight of a model that still works is as large."""
+
+SAME = 1e-2
+"""Relative difference between two losses that are taken for the same: bf16 in micro-batches of another size."""
+
+
+@dataclass(frozen=True)
+class TensorRange:
+    """Smallest and largest finite value, and how many values are not finite."""
+
+    low: float
+    high: float
+    non_finite: int
+
+    @classmethod
+    def of(cls, *tensors: Tensor) -> TensorRange:
+        """Over all of ``tensors``."""
+        finite = [tensor.detach()[torch.isfinite(tensor.detach())] for tensor in tensors]
+        present = [values for values in finite if values.numel()]
+        return cls(
+            low=min((float(values.min()) for values in present), default=math.nan),
+            high=max((float(values.max()) for values in present), default=math.nan),
+            non_finite=sum(tensor.numel() for tensor in tensors) - sum(values.numel() for values in finite),
+        )
+
+    def exceeds(self, limit: float) -> bool:
+        """Whether a value is not finite or larger than ``limit``."""
+        return bool(self.non_finite) or max(abs(self.low), abs(self.high)) > limit
+
+    def __str__(self) -> str:
+        return f"{self.low:.3g} to {self.high:.3g}" + (f", {self.non_finite} not finite" if self.non_finite else "")
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One sample, run alone."""
+
+    sample: ReportedSample
+    loss: float
+    grad_norm: float
+    """Of this sample's own loss, over everything that trains."""
+    bad_gradients: tuple[str, ...]
+    """Parameters whose gradient is not finite, in the model's order."""
+    bad_module: str
+    """The first module, in the order of the forward pass, whose output is not finite; empty where all are."""
+    peak_module: str
+    peak: float
+    """The largest finite output of a module."""
+    latents: TensorRange
+    """In model space, as they enter the noising."""
+    conditions: TensorRange
+    """Caption embedding and image latents."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
+    @property
+    def has_bad_input(self) -> bool:
+        """Whether the clip itself is the fault."""
+        return self.latents.exceeds(EXTREME_LATENTS) or bool(self.conditions.non_finite)
+
+
+@dataclass(frozen=True)
+class ReplayReport:
+    """What a replay found; ``str`` is the table and the diagnosis."""
+
+    path: Path
+    report: Report
+    dtype: str
+    device: str
+    has_weights: bool
+    weights: TensorRange
+    """Of everything that trains, as it was in the step."""
+    samples: tuple[Replayed, ...]
+
+    @property
+    def bad(self) -> tuple[Replayed, ...]:
+        """The samples that are not finite here."""
+        return tuple(sample for sample in self.samples if not sample.is_finite)
+
+    @property
+    def reproduced(self) -> bool | None:
+        """Whether this shows what was recorded; None where it cannot: without the weights, or in another dtype."""
+        if not self.has_weights or self.dtype != self.report.dtype:
+            return None
+        return bool(self.bad) and all(_same(each.sample.loss, each.loss) for each in self.samples)
+
+    @property
+    def kind(self) -> str:
+        """``weights``, ``clip``, ``overflow``, ``overflow?``, ``unexplained`` or ``gone``."""
+        if self.weights.exceeds(EXTREME_WEIGHTS):
+            return "weights"
+        if any(sample.has_bad_input for sample in self.samples):
+            return "clip"
+        if self.bad:
+            return "overflow?" if self.dtype == "float16" else "unexplained"
+        return "overflow" if self.dtype == "float32" != self.report.dtype else "gone"
+
+    @property
+    def diagnosis(self) -> str:
+        """What went wrong, and what to do, in words."""
+        clips = ", ".join(shown(each.sample.item.clip) for each in self.samples if each.has_bad_input)
+        where = next((each.bad_module for each in self.bad if each.bad_module), "")
+        place = f"first in {where}" if where else "in the backward pass only"
+        return {
+            "weights": f"the weights have diverged ({self.weights}), before this step: continue from a checkpoint in"
+            " which they had not, with a lower optimizer.lr or a longer lr_schedule.warmup_steps",
+            "clip": f"bad clip: what the cache holds for {clips} is extreme or not finite. Look at the video; encode it"
+            " in another precision (model.dtype, cache.latents_dtype) or leave it out",
+            "overflow": f"overflow: not finite in {self.report.dtype}, finite in {self.dtype}, with sane latents and"
+            " weights. Train with model.dtype bf16 or fp32",
+            "overflow?": f"most likely an overflow of {self.dtype} ({place}): latents and weights are sane. Replay with"
+            " --dtype fp32; if all is finite there, train with model.dtype bf16 or fp32",
+            "unexplained": f"not finite {place}, although latents and weights are sane. Please report it",
+            "gone": "every sample is finite here. Either the fault is in no single sample, or it was the machine's (an"
+            " unstable GPU, a kernel that is not deterministic). Continue from the last checkpoint",
+        }[self.kind]
+
+    def __str__(self) -> str:
+        report = self.report
+        rest = "" if report.measured else f", learning rate {report.lr:g}, gradient norm {report.grad_norm}"
+        lines = [
+            f"{'measured after step' if report.measured else 'step'} {report.step} of {report.config['output_dir']}:"
+            f" samples: {len(self.samples)}, processes: {report.processes}{rest}",
+            f"recorded in {report.dtype} on {report.device} ({report.engine})",
+            f"replayed in {self.dtype} on {self.device}",
+            "weights: "
+            + (f"of the step, {self.weights}" if self.has_weights else f"as at step 0, because {report.weights_note}"),
+            "",
+            *_table(self.samples),
+            "",
+        ]
+        if report.non_finite_gradients:
+            names = report.non_finite_gradients
+            lines.append(
+                f"recorded gradients not finite: {len(names)} of {len(report.gradient_norms)}, {names[-1]} last"
+            )
+        said = {True: "yes", False: "no", None: "cannot be said (other weights or another dtype)"}[self.reproduced]
+        return "\n".join([*lines, f"reproduced: {said}", f"diagnosis: {self.diagnosis}"])
+
+
+def _same(recorded: float, replayed: float) -> bool:
+    if not math.isfinite(recorded) or not math.isfinite(replayed):
+        return math.isfinite(recorded) == math.isfinite(replayed)
+    return math.isclose(recorded, replayed, rel_tol=SAME)
+
+
+def _table(samples: tuple[Replayed, ...]) -> list[str]:
+    header = ("clip", "timestep", "recorded", "loss", "gradient", "finite", "latents", "first module not finite")
+    rows = [
+        (
+            shown(each.sample.item.clip),
+            str(each.sample.timestep),
+            f"{each.sample.loss:.4g}",
+            f"{each.loss:.4g}",
+            f"{each.grad_norm:.4g}",
+            "yes" if each.is_finite else "no",
+            str(each.latents),
+            each.bad_module or f"none; largest output {each.peak:.3g} in {each.peak_module}",
+        )
+        for each in samples
+    ]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+
+
+# -------- ``finetune replay REPORT``: the samples of a step that was not taken, run one at a time.
+#
+# A report (``trainers.fault_report``) holds everything that decides the step but the cache and the base model. They are
+# read again here, and must be what they were: a replay on other data would explain another fault.
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def replay(
+    path: Path,
+    *,
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    device: str | None = None,
+    pretrained: str | None = None,
+    cache: Path | None = None,
+) -> ReplayReport:
+    """Run every sample of a report in isolation, forward and backward, in one process.
+
+    Args:
+        path: the report's folder.
+        dtype: what frozen weights are held and computed in; None for what the step was computed in.
+        device: such as ``cuda:1``; None for the GPU where there is one.
+        pretrained: where the base model is now; None for where the run had it.
+        cache: where the run's cache is now; None for where the run had it.
+
+    Raises:
+        TrainingError: if the report is damaged, or memory does not hold the model.
+        ModelError: if the base model is not the one the step was computed with.
+        CacheError: if an entry that the step read is gone or damaged.
+    """
+    report, weights = read_report(path)
+    config = _moved(report, pretrained, cache)
+    facts = read_spec(config.model.pretrained, config.model.revision)
+    _require_same_model(report, config)
+    batches = _batches(report, config, facts)
+    compute = _DTYPES[dtype] if dtype else getattr(torch, report.dtype)
+    place = compute_device(device)
+    try:
+        module, parameters = _rebuild(report, config, weights, place, compute)
+        schedule = alpha_bar(facts).float().to(place)
+        step = _Step(report, facts, module, parameters, schedule, compute)
+        samples = tuple(
+            step.run(sample, to_device(batch, place)) for sample, batch in zip(report.samples, batches, strict=True)
+        )
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"the memory of {place} does not hold the replay: {first_line(error)}",
+            where=str(path),
+            fix="free it, or replay with --device cpu",
+        ) from None
+    return ReplayReport(
+        path=path,
+        report=report,
+        dtype=str(compute).removeprefix("torch."),
+        device=str(place),
+        has_weights=bool(weights),
+        weights=TensorRange.of(*parameters.values()),
+        samples=samples,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- rebuilding
+
+
+def _moved(report: Report, pretrained: str | None, cache: Path | None) -> RunConfig:
+    values: dict[str, Any] = dict(report.config)
+    if pretrained is not None:
+        values["model"] = {**values["model"], "pretrained": pretrained, "revision": None}
+    if cache is not None:
+        values["cache"] = {**values["cache"], "dir": str(cache)}
+    return RunConfig.from_dict(values)
+
+
+def _require_same_model(report: Report, config: RunConfig) -> None:
+    here = model_files(config.model)
+    # After full fine-tuning the report has every weight, and of the folder only the architecture counts.
+    whole = config.method.kind == "full" and not report.weights_note
+    names = sorted(name for name in report.model_files.keys() | here.keys() if not whole or name.endswith(".json"))
+    if changed := [name for name in names if report.model_files.get(name) != here.get(name)]:
+        raise ModelError(
+            f"the base model is not the one the step was computed with: {', '.join(changed)} changed",
+            where=f"{config.model.pretrained}, transformer",
+            fix="bring the old files back, or name their folder with --model",
+        )
+
+
+def _batches(report: Report, config: RunConfig, facts: ModelSpec) -> list[Batch]:
+    """Each sample as a micro-batch of its own, with every random choice as it was: they follow from step and slot."""
+    cache = Cache(config.cache.dir)
+    items = [sample.item for sample in report.samples]
+    missing = sorted(
+        {item.clip for item in items if not cache.has("latents", item.latents_key)}
+        | {item.clip for item in items if not cache.has("prompts", item.prompt_key)}
+    )
+    if missing or not cache.has("prompts", report.empty_prompt_key):
+        raise CacheError(
+            f"the cache does not hold what the step read: {', '.join(missing) or 'the empty caption'}",
+            where=str(config.cache.dir),
+            fix="name the cache's folder with --cache, or encode the same data again with `finetune precompute`",
+        )
+    empty = cache.read_prompt(report.empty_prompt_key)
+    if config.data.unconditional_text == "zeros":
+        empty = torch.zeros_like(empty)
+    maker = BatchMaker(facts, cache, items, empty, config.data, config.train.seed)
+    return [
+        maker.fixed(index, [sample.timestep])
+        if report.measured
+        else maker.training(report.step, MicroBatch(items=(index,), slots=(sample.slot,)))
+        for index, sample in enumerate(report.samples)
+    ]
+
+
+def _rebuild(
+    report: Report, config: RunConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+    # Gradients are looked at, not released; all else is as it was.
+    memory = report.memory.model_copy(
+        update={"gradient_release": "none", "optimizer_states": "device"}
+        | ({"streamed_blocks": 0} if config.method.kind == "full" else {})
+    )
+    module = load_transformer(
+        config.model, device="cpu" if memory.streams else device, dtype=dtype, placement=placement(memory.base)
+    )
+    method = config.method
+    if weights and method.kind == "lora":
+        method = method.model_copy(update={"init_from": None})  # the report's weights are later ones
+    if report.measured and method.kind == "lora":
+        method = method.model_copy(update={"dropout": 0.0})
+    method.apply(module, seed=config.train.seed)
+    memory.apply(module, device)
+    module.train()
+    parameters = method.trainable(module)
+    if weights:
+        # Adapters are float32 whatever the base; after full fine-tuning the weights follow the dtype asked for.
+        method.load_state(
+            module,
+            {
+                name: tensor.to(parameters[name].dtype) if name in parameters else tensor
+                for name, tensor in weights.items()
+            },
+        )
+    return module, parameters
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+@dataclass(frozen=True)
+class _Step:
+    report: Report
+    facts: ModelSpec
+    module: nn.Module
+    parameters: dict[str, nn.Parameter]
+    alpha_bar: Tensor
+    dtype: torch.dtype
+
+    def run(self, sample: ReportedSample, batch: Batch) -> Replayed:
+        """One sample, forward and backward, as ``memory.clips_at_once: 1`` would have run it."""
+        scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
+        count = len(self.report.samples)
+        torch.manual_seed(seed_for(self.report.config["train"]["seed"], "model", self.report.step, sample.slot))
+        with _watched(self.module) as seen:
+            losses = velocity_losses(self.module, self.facts, self.alpha_bar, batch)
+        # The same factor as in the step, so that what overflowed there overflows here.
+        (losses.sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
+        norms = {
+            name: float(torch.linalg.vector_norm(parameter.grad.float())) * count / scale
+            for name, parameter in self.parameters.items()
+            if parameter.grad is not None
+        }
+        self.module.zero_grad(set_to_none=True)
+        conditions = [batch.prompt_embeds] + ([] if batch.image_latents is None else [batch.image_latents])
+        return Replayed(
+            sample=sample,
+            loss=float(losses.detach()),
+            grad_norm=math.hypot(*norms.values()),
+            bad_gradients=tuple(name for name, norm in norms.items() if not math.isfinite(norm)),
+            bad_module=seen.bad,
+            peak_module=seen.peak_module,
+            peak=seen.peak,
+            latents=TensorRange.of(batch.latents),
+            conditions=TensorRange.of(*conditions),
+        )
+
+
+@dataclass
+class _Seen:
+    bad: str = ""
+    """The first module, in the order of the forward pass, whose output is not finite."""
+    peak: float = 0.0
+    peak_module: str = ""
+    """Where the largest finite output was, and how large."""
+    names: dict[nn.Module, str] = field(default_factory=dict)
+
+    def note(self, module: nn.Module, _: object, output: Any) -> None:
+        for tensor in output if isinstance(output, tuple | list) else (output,):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                peak = float(tensor.detach().abs().max())
+                if not math.isfinite(peak):
+                    self.bad = self.bad or self.names[module]
+                elif peak > self.peak:
+                    self.peak, self.peak_module = peak, self.names[module]
+
+
+@contextmanager
+def _watched(root: nn.Module) -> Iterator[_Seen]:
+    """Look at every module's output inside. Only around the forward pass: in the backward pass blocks run again."""
+    seen = _Seen(names={module: name or "the whole model" for name, module in root.named_modules()})
+    hooks = [module.register_forward_hook(seen.note) for module in seen.names]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()

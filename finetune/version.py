@@ -1,3 +1,0 @@
-"""The version of this package; ``pyproject.toml`` states the same number, and a test compares them."""
-
-__version__ = "0.1.0"
