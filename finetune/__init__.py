@@ -7,60 +7,57 @@
     report = train(config)
     export(report.run_dir)
 
-Names are loaded when they are first used: ``import finetune`` itself costs nothing.
+``import finetune`` costs nothing: a verb loads what it needs when it is called.
 """
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.core.version import __version__ as __version__
+from finetune.export import export as export
+from finetune.precompute import precompute as precompute
 
 if TYPE_CHECKING:
-    from finetune.config.loading import load_config as load_config
-    from finetune.export import export as export
-    from finetune.precompute import precompute as precompute
-    from finetune.trainers.loop import train as train
+    from finetune.config.schema import RunConfig
+    from finetune.trainers.loop import TrainReport
 
-_HOMES = {
-    "load_config": "finetune.config.loading",
-    "precompute": "finetune.precompute",
-    "train": "finetune.trainers.loop",
-    "export": "finetune.export",
-}
 __all__ = ["__version__", "export", "load_config", "precompute", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'finetune' has no attribute '{name}'")
-    home = importlib.import_module(_HOMES[name])
-    return home if _HOMES[name] == f"finetune.{name}" else getattr(home, name)
+def load_config(path: str | Path, overrides: str | Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Read a YAML configuration.
 
+    Args:
+        path: the file. Relative paths in it, and in the overrides, start at its folder.
+        overrides: assignments such as ``optimizer.lr=2e-4``, applied in order as though the file had said so; the value
+            is YAML, and ``data.sources.0.path=clips`` reaches into a list. A single string is one assignment. A mapping
+            holds values instead of YAML: ``{"optimizer.lr": 2e-4}``, or nested, ``{"optimizer": {"lr": 2e-4}}``.
 
-def __dir__() -> list[str]:
-    return sorted(__all__)
-
-
-class _NamedLikeItsFunction(ModuleType):
-    """A sub-module that can be called: ``finetune.precompute`` is at once a module and its main function.
-
-    Importing a sub-module binds it in the package under its own name, over whatever stood there. Without this, what
-    ``from finetune import precompute`` gives would depend on what was imported before.
+    Raises:
+        ConfigError: if the file is unreadable or says something that a run cannot be; all faults are reported together,
+            each with its line and column.
     """
+    from finetune.config.loading import load_config
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
-class _Package(ModuleType):
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and _HOMES.get(name) == value.__name__:
-            value.__class__ = _NamedLikeItsFunction
-        super().__setattr__(name, value)
+    return load_config(path, overrides)
 
 
-sys.modules[__name__].__class__ = _Package
+def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
+    """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+
+    Raises:
+        ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
+        CacheError: in training, if an entry turned out to be damaged; the steps before it are saved.
+        TrainingError: a loss or gradient was not finite, gradient checkpointing did not recompute, or the GPU's memory
+            does not hold a step.
+        LaunchError: another process of the launch failed or is gone.
+    """
+    from finetune.trainers.loop import train
+
+    return train(config)

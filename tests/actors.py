@@ -147,9 +147,14 @@ class Actors(TorchDispatchMode):
         patch = self._patch = pytest.MonkeyPatch()
         cuda = SimpleNamespace(Stream=self._stream, stream=self._on, current_stream=lambda _: self._current)
         patch.setattr("finetune.memory.host_buffers.torch", SimpleNamespace(cuda=cuda))
-        for module in ("memory.streaming", "memory.boundaries", "memory.modulation", "trainers.engine.released"):
-            patch.setattr(f"finetune.{module}.lane_to", CudaCopyStream)
-        for module in ("memory.release", "datasets.loader"):
+        for module in (
+            "memory.block_streaming",
+            "memory.activation_offload",
+            "memory.adaln_offload",
+            "parallel.gradient_release",
+        ):
+            patch.setattr(f"finetune.{module}.copy_stream", CudaCopyStream)
+        for module in ("memory.gradient_offload", "datasets.dataloader"):
             patch.setattr(f"finetune.{module}.ThreadPoolExecutor", lambda *_, **__: _Pool(self))
         for name in ("tolist", "numpy"):  # which pass by the dispatcher
             patch.setattr(Tensor, name, self._read_directly(getattr(Tensor, name)))

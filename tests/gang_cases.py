@@ -44,7 +44,7 @@ PLACES = {
     "step": "finetune.trainers.loop:batch_losses",
     "save": "finetune.checkpoint.save:atomic_save_tensors",
     "shares": "finetune.parallel.sharded_checkpoint:atomic_save_tensors",
-    "encode": "finetune.precompute:encode_clips",
+    "encode": "finetune.caching.precompute:encode_clips",
 }
 
 

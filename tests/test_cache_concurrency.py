@@ -22,6 +22,7 @@ import torch
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config, run_values
 
+from finetune.caching.precompute import ensure_cache
 from finetune.cli.main import OK, PREEMPTED, main
 from finetune.cogvideox.spec import read_spec
 from finetune.core import locks
@@ -32,7 +33,6 @@ from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_admin import CacheJob, GcReport
 from finetune.datasets.cache_entries import Manifest, prompt_address
-from finetune.precompute import ensure_cache
 
 ROOT = Path(__file__).parents[1]
 AT_ONCE = {"grace_s": 0.0, "settle_s": 0.0}

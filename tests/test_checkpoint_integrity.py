@@ -30,13 +30,13 @@ from finetune.checkpoint.validation_history import HISTORY
 from finetune.cogvideox.spec import read_spec
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
+from finetune.convert.export import export
 from finetune.core import checksums
 from finetune.core.checksums import ChecksummedFolder, DamageError, write_checksums
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.core.files import COMPLETE, atomic_save_tensors, checksum_file
 from finetune.core.types import RunState, SamplePrompt
-from finetune.export import export
 from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources, training_bucket
 from finetune.methods.adapter import read_adapter
 from finetune.trainers.loop import train

@@ -207,7 +207,7 @@ def test_bombs_are_refused_in_bounded_time_and_words(write, name):
 )
 def test_the_bombs_are_live(write, monkeypatch, limit, name):
     """Canary: with one limit taken away the other, or Python's own, is what stops them."""
-    monkeypatch.setattr(f"finetune.config.plain_yaml.{limit}", 10**9)
+    monkeypatch.setattr(f"finetune.config.document.{limit}", 10**9)
     text = BOMBS[name] if limit != "MAX_VALUES" else "\n".join(BOMBS[name].splitlines()[:4])
     path = write(text)
     if limit == "_MAX_WORK":

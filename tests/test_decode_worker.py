@@ -216,16 +216,19 @@ def test_only_a_pool_meets_files_of_strangers():
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ImportFrom) and node.module == "finetune.datasets.decode_pool":
                 found |= {name.name for name in node.names}
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("finetune.datasets.media"):
+            elif isinstance(node, ast.ImportFrom) and node.module in (
+                "finetune.datasets.decode",
+                "finetune.datasets.video_streams",
+            ):
                 found.add(str(node.module))
         return found
 
     room = ROOT / "finetune" / "datasets"
-    inside = [room / "video.py", *(room / "media").glob("*.py")]
+    inside = [room / name for name in ("decode_pool.py", "decode_worker.py", "decode.py", "video_streams.py")]
     outside = [path for path in (ROOT / "finetune").rglob("*.py") if path not in inside]
     used = {path.name: taken(path.read_text(encoding="utf-8")) for path in outside}
     assert {name: names - allowed for name, names in used.items() if names - allowed} == {}
-    assert "DecodePool" in used["encode.py"] and "DecodePool" in used["report.py"]
+    assert "DecodePool" in used["encode.py"] and "DecodePool" in used["check.py"]
     assert taken("from finetune.datasets.decode_pool import probe") - allowed  # canary
 
 
@@ -233,7 +236,7 @@ def test_only_a_pool_meets_files_of_strangers():
 
 EVIL = """
 import json, os, struct, sys, time
-from finetune.datasets.media import limits, wire
+from finetune.datasets import decode_limits as limits, decode_pool as wire
 
 limits.limit_process()
 pipe = os.fdopen(os.dup(1), "wb")
@@ -381,13 +384,13 @@ def test_a_worker_that_never_gets_ready(tmp_path, monkeypatch, content, said, li
 GREEDY = """
 import resource, sys
 from pathlib import Path
-from finetune.datasets.media import limits, tasks, wire
+from finetune.datasets import decode_limits as limits, decode_pool as tasks, decode_pool as wire
 from finetune.core.errors import DataError
 
 if "free" not in sys.argv:
     limits.limit_process()
 import numpy as np
-from finetune.datasets.media import frames
+from finetune.datasets import decode as frames
 
 held = []
 def greedy(path):

@@ -19,8 +19,8 @@ from worlds import SMOOTH_ADAM, run_values
 
 from finetune.checkpoint.load import load_checkpoint
 from finetune.config.schema import RunConfig
+from finetune.convert.export import export
 from finetune.datasets.schedule import TrainConfig
-from finetune.export import export
 from finetune.parallel.deepspeed import deepspeed_config
 from finetune.parallel.launch import Zero
 from finetune.trainers.loop import train

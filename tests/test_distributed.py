@@ -23,8 +23,8 @@ from worlds import SMOOTH_ADAM, run_values
 
 from finetune.checkpoint.load import Shards, load_checkpoint
 from finetune.config.schema import RunConfig
+from finetune.convert.export import export
 from finetune.core.checksums import ChecksummedFolder, write_checksums
-from finetune.export import export
 from finetune.trainers.loop import train
 
 ROOT = Path(__file__).parents[1]

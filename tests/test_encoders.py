@@ -12,6 +12,7 @@ from torch import Tensor
 from worlds import run_config
 
 from finetune.caching import encode
+from finetune.caching.precompute import precompute
 from finetune.caching.request import full_fingerprints, local_fingerprints
 from finetune.cogvideox.encode import encode_prompts, encode_video
 from finetune.cogvideox.load import ModelConfig, load_text
@@ -22,7 +23,6 @@ from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
 from finetune.memory.block_streaming import RING, stream_text, text_placement
 from finetune.memory.quantized_linear import QuantisedLinear, output_error
-from finetune.precompute import precompute
 
 CPU = torch.device("cpu")
 CAPTIONS = ["a red circle moving left", "", "x" * 100]

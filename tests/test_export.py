@@ -15,7 +15,6 @@ from diffusers import CogVideoXPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune import export as export_module
 from finetune.checkpoint.save import save_checkpoint
 from finetune.checkpoint.validation_history import HISTORY
 from finetune.cli.main import build_parser
@@ -24,14 +23,15 @@ from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
+from finetune.convert import export as export_module
 from finetune.convert import verify
+from finetune.convert.export import export
 from finetune.convert.model_card import _code
 from finetune.core import locks
 from finetune.core.errors import CheckpointError, ExportError
 from finetune.core.types import Bucket, RunState, SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest, ManifestItem
-from finetune.export import export
 from finetune.inference.generate import SampleRequest, generate, sample_videos
 from finetune.inference.inputs import ADAPTER_FILE, TRAINING_RECORD, AdapterArgument, GenerateRequest
 from tests.broken_disk import disk

@@ -17,16 +17,16 @@ from test_export import FULL, LORA, inputs, make_run, nothing_left
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
-from finetune import export as export_module
 from finetune.cli import main
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.load import ModelConfig, load_transformer
 from finetune.cogvideox.spec import read_spec
+from finetune.convert import export as export_module
 from finetune.convert import merge as merging
+from finetune.convert.export import export
 from finetune.convert.merge import ADAPTER, merge, set_strength
 from finetune.core.errors import ExportError
 from finetune.core.types import Bucket, SamplePrompt
-from finetune.export import export
 from finetune.inference.generate import generate
 from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
 from finetune.methods.lora import LoraMethod

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from worlds import SMOOTH_ADAM, run_config
 
+from finetune.caching.precompute import precompute
 from finetune.cogvideox.spec import read_spec
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
@@ -25,7 +26,6 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, Loader
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.memory.config import MemoryConfig
-from finetune.precompute import precompute
 from finetune.trainers import loop, sampling
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.oom_retry import out_of_memory

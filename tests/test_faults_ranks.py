@@ -15,9 +15,9 @@ from test_faults import LEARNS, clip_of_step, damage, differing, saved_steps
 from test_replay import poison
 from worlds import SMOOTH_ADAM, run_config, run_values
 
+from finetune.caching.precompute import precompute
 from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, USER_ERROR
 from finetune.config.schema import RunConfig
-from finetune.precompute import precompute
 from finetune.trainers.fault_report import read_report
 from finetune.trainers.replay import replay
 

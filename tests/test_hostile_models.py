@@ -280,7 +280,7 @@ def test_without_our_look_at_it_an_index_would_be_obeyed(model):
 def test_without_its_limits_json_would_be_believed(monkeypatch):
     assert list(json_faults({"num_layers": 10**9}, ())) != []
     for limit in ("_LARGEST_NUMBER", "_MOST_REPEATS"):
-        monkeypatch.setattr(f"finetune.facts.guard.{limit}", 10**10)
+        monkeypatch.setattr(f"finetune.cogvideox.model_files.{limit}", 10**10)
     assert list(json_faults({"num_layers": 10**9}, ())) == []
 
 

@@ -11,13 +11,13 @@ import torch
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
+from finetune.caching.precompute import ensure_cache
 from finetune.cogvideox.objective import DropoutConfig
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import CacheError
 from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, Loader
 from finetune.datasets.schedule import Item, MicroBatch, StepPlan
-from finetune.precompute import ensure_cache
 
 CPU = torch.device("cpu")
 

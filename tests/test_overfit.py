@@ -13,12 +13,12 @@ import pytest
 import torch
 from worlds import run_config
 
+from finetune.caching.precompute import ensure_cache
 from finetune.cogvideox.latents import model_latents
 from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
+from finetune.convert.export import export
 from finetune.datasets.cache import Cache
-from finetune.export import export
-from finetune.precompute import ensure_cache
 from finetune.testing.demo import Scene, write_clips
 from finetune.testing.tiny import VARIANTS, build_tiny
 from finetune.trainers.loop import train

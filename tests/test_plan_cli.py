@@ -72,7 +72,7 @@ def test_it_says_what_it_is_at(config_file: Path, tmp_path: Path, monkeypatch, c
     first, *lines = printed.err.splitlines()
     assert first.startswith(f"planning {config_file}") and "rehearsing: training" in lines
     assert json.loads(printed.out)["s_per_step"] > 0
-    assert not logging.getLogger("finetune.planning").handlers, "what was heard is heard no longer"
+    assert not logging.getLogger("finetune.planner").handlers, "what was heard is heard no longer"
 
 
 def test_seconds_are_those_of_the_device_that_was_named(config_file: Path, tmp_path: Path, monkeypatch, capsys) -> None:

@@ -771,7 +771,7 @@ def test_segments_grow_unless_the_user_says_otherwise(name: str | None, monkeypa
 def test_the_command_line_says_so_before_torch_is_there() -> None:
     code = """
 import sys
-from finetune import cli
+from finetune.cli import main as cli
 cli.grow_segments = lambda: print("torch" in sys.modules)
 cli.main(["plan", "--config", "no-such.yaml"])
 """

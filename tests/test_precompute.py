@@ -29,6 +29,7 @@ from finetune.caching import encode as encoding
 from finetune.caching import plan as cache_plan
 from finetune.caching.check import check_dataset, workers_for
 from finetune.caching.plan import held_out, identities, overview
+from finetune.caching.precompute import PrecomputeReport, ensure_cache, precompute
 from finetune.caching.request import Fingerprints, full_fingerprints, local_fingerprints
 from finetune.cogvideox.load import load_text, load_vae
 from finetune.cogvideox.model_files import known_model
@@ -40,7 +41,6 @@ from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN, read_metadata
 from finetune.datasets.decode_pool import decode, fit_image, load_image, probe
-from finetune.precompute import PrecomputeReport, ensure_cache, precompute
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,8 +156,8 @@ def test_one_encoder_is_in_memory_at_a_time(project, monkeypatch):
         seen.append(None)
         return load_text(*args, **options)
 
-    monkeypatch.setattr("finetune.cogvideox.load_vae", vae)
-    monkeypatch.setattr("finetune.cogvideox.load_text", text)
+    monkeypatch.setattr("finetune.cogvideox.load.load_vae", vae)
+    monkeypatch.setattr("finetune.cogvideox.load.load_text", text)
     project().precompute()
     assert len(seen) == 2
 
@@ -335,7 +335,11 @@ def _forbidden(*args: Any, **options: Any) -> Any:
 def test_a_complete_cache_opens_nothing(project, monkeypatch, capsys):
     home = project()
     manifest = home.precompute().manifest
-    for name in ("finetune.caching.plan.check_dataset", "finetune.cogvideox.load_vae", "finetune.cogvideox.load_text"):
+    for name in (
+        "finetune.caching.plan.check_dataset",
+        "finetune.cogvideox.load.load_vae",
+        "finetune.cogvideox.load.load_text",
+    ):
         monkeypatch.setattr(name, _forbidden)
     assert home.ensure().digest == manifest.digest
     assert "complete, 4 clips (0 held out), nothing to encode" in capsys.readouterr().out
@@ -478,7 +482,7 @@ from finetune.config import load_config
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN
 from finetune.facts import read_facts
-from finetune.precompute import ensure_cache
+from finetune.caching.precompute import ensure_cache
 config = load_config(sys.argv[1])
 facts = read_facts(config.model.pretrained)
 manifest = ensure_cache(config, facts)
@@ -676,8 +680,8 @@ def test_a_damaged_manifest_is_made_anew_without_encoding_anything(project, monk
     path.write_bytes(whole.replace(b'"holdout": false', b'"holdout": true ', 1))
     with pytest.raises(CacheError, match=rf"manifest of the cache is damaged[\s\S]*{path.name}[\s\S]*precompute"):
         home.ensure(cache={"mode": "require"})
-    monkeypatch.setattr("finetune.cogvideox.load_vae", _forbidden)
-    monkeypatch.setattr("finetune.cogvideox.load_text", _forbidden)
+    monkeypatch.setattr("finetune.cogvideox.load.load_vae", _forbidden)
+    monkeypatch.setattr("finetune.cogvideox.load.load_text", _forbidden)
     home.ensure()
     assert f"warning: a manifest of the cache is damaged: its checksum does not fit: moved aside as {path}" in (
         capsys.readouterr().out
@@ -864,7 +868,7 @@ def test_images_are_opened_before_anything_is_encoded(project):
 
 def test_check_dataset_plans_without_weights(project, monkeypatch):
     home = project()
-    monkeypatch.setattr("finetune.cogvideox.load_vae", _forbidden)
+    monkeypatch.setattr("finetune.cogvideox.load.load_vae", _forbidden)
     report = check_dataset(home.config(), read_spec(str(home.model)), progress=False)
     assert [clip.name for clip in report.clips] == [f"clips/{path.name}" for path in home.clips]
     assert "4 clips from 4 videos, 4 distinct captions, at 8 fps" in str(report)
@@ -969,7 +973,7 @@ SLOW = """
 import sys, time
 from finetune.caching import encode as encoding
 from finetune.config import load_config
-from finetune.precompute import precompute
+from finetune.caching.precompute import precompute
 real = encoding.encode_video
 def slowly(vae, pixels):
     result = real(vae, pixels)
@@ -1017,7 +1021,7 @@ from finetune.core.errors import DataError
 from finetune.caching import encode as encoding
 from finetune.config import load_config
 from finetune.facts import read_facts
-from finetune.precompute import ensure_cache, precompute
+from finetune.caching.precompute import ensure_cache, precompute
 from finetune.core.distributed import Ranks
 
 ranks = Ranks.current()

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from worlds import run_config, run_values
 
+from finetune.caching.precompute import precompute
 from finetune.checkpoint.folders import list_checkpoints
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cli.main import OK, USER_ERROR, main
@@ -21,7 +22,6 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, ModelError, TrainingError
 from finetune.datasets.cache import Cache
 from finetune.parallel.strategy import DataParallel
-from finetune.precompute import precompute
 from finetune.trainers import fault_report
 from finetune.trainers.fault_report import read_report
 from finetune.trainers.loop import train

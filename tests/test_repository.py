@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: imports point down, no option is dead, files stay readable.
+"""What holds for the package as a whole: folders are layers, no option is dead.
 
 Every check is a function of its input, so that a canary can feed it something wrong and watch it fail.
 """
@@ -34,224 +34,52 @@ def sources(folder: str = "finetune") -> dict[str, str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ imports point down
+# ------------------------------------------------------------------------------------------------ folders are layers
 
-_SOURCES = ("sources", "layouts", "folders", "columns", "rows", "tables", "parquet", "parquet_child", "lines")
-LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
-    (
-        ("types",),
-        ("errors", "text"),
-        ("progress",),
-        ("section",),
-        ("files", "space", "tensorfiles", "seals"),
-        ("leases",),
-        ("streams",),
-        ("version",),
-    ),
-    (
-        ("facts",),
-        ("diffusion",),
-        ("schedule",),
-        ("holdout",),
-        ("geometry",),
-        ("bands",),
-        ("videos",),
-        ("ranks",),
-        ("cards",),
-    ),
-    (
-        ("cogvideox",),
-        (
-            "datasets.cache",
-            "datasets.entries",
-            "datasets.garbage",
-            "datasets.jobs",
-            "datasets.manifest",
-            "datasets.reading",
-            "datasets.sealed",
-            "datasets.stamps",
-            "datasets.upkeep",
-        ),
-        tuple(f"datasets.{name}" for name in _SOURCES),
-        ("datasets.video", "datasets.media"),
-        ("trainers.method",),
-        ("trainers.optim",),
-        ("trainers.checkpoint",),
-        ("trainers.validation",),
-        ("trainers.tracking",),
-        ("trainers.meter",),
-        ("trainers.ema",),
-        ("trainers.determinism",),
-        ("trainers.audit",),
-        ("trainers.stopping",),
-        ("memory",),
-        ("demo",),
-        ("tiny",),
-        ("starter_text",),
-        ("recipes",),
-    ),
-    (
-        ("config",),
-        ("datasets.loader",),
-        ("caching.encode",),
-        ("generate_inputs", "adapter_source"),
-        ("sampling",),
-        ("trainers.engine",),
-        ("trainers.objective",),
-        ("trainers.run_folder",),
-    ),
-    (
-        ("precompute", "caching"),
-        ("export", "exporting"),
-        ("generate",),
-        ("starter",),
-        ("planning",),
-    ),
-    (
-        (
-            "trainers.loop",
-            "trainers.assemble",
-            "trainers.fault_report",
-            "trainers.ladder",
-            "trainers.sampler",
-            "trainers.supply",
-            "replay",
-            "replay_report",
-            "trainers.spread",
-            "trainers.run",
-            "trainers.validator",
-        ),
-    ),
-    (("", "__main__", "cli", "arguments", "console", "quickstart"),),
+LAYERS = (
+    *("core", "cogvideox", "datasets", "memory", "optim", "methods", "checkpoint", "parallel", "config", "caching"),
+    *("inference", "convert", "planner", "trainers", "", "testing", "cli"),
 )
-"""From the bottom up: layers of rooms. A room is one or a few modules or packages that belong together; they may import
-each other, and any lower room. The empty name is ``finetune/__init__.py``."""
-EMPTY_PACKAGES = ("finetune.datasets", "finetune.trainers", "finetune.assets")
-API = {"load_config": "config", "precompute": "precompute", "train": "trainers.loop", "export": "export"}
+"""From the bottom up; the empty name stands for the files beside the folders: the library's verbs."""
 
 
-def place_of(module: str) -> tuple[int, int] | None:
-    """(layer, room) of ``finetune.<...>``, by the longest name that matches; None where the table does not know it."""
-    name = module.removeprefix("finetune").removeprefix(".")
-    found = [
-        (len(member), (layer, room))
-        for layer, rooms in enumerate(LAYERS)
-        for room, members in enumerate(rooms)
-        for member in members
-        if name == member or (member and name.startswith(member + "."))
-    ]
-    return max(found)[1] if found else None
-
-
-def imports_of(text: str, known: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """(line, module) of every import of ours, wherever it stands: inside functions and under TYPE_CHECKING too."""
-    known = set(known)
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "finetune" and alias.name != "finetune":
-                    yield node.lineno, alias.name
-        elif isinstance(node, ast.ImportFrom):
-            if node.level:
-                yield node.lineno, "." * node.level + (node.module or "")
-            elif (node.module or "").split(".")[0] == "finetune":
-                for alias in node.names:
-                    inner = f"{node.module}.{alias.name}"
-                    api = API.get(alias.name) if node.module == "finetune" else None
-                    yield node.lineno, f"finetune.{api}" if api else inner if inner in known else str(node.module)
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "finetune" and node.attr in API:
-            yield node.lineno, f"finetune.{API[node.attr]}"  # `import finetune` is harmless, its lazy names are imports
-
-
-def import_faults(modules: Mapping[str, str], known: Iterable[str]) -> list[str]:
-    """What is wrong with the imports of ``modules`` (name -> text), of which ``known`` are all there are."""
+def imports_from_above(modules: Mapping[str, str]) -> list[str]:
+    """Every import of a folder that is not below the importer's, wherever it stands in ``modules`` (name -> text)."""
     faults = []
     for module, text in modules.items():
-        if module in EMPTY_PACKAGES:
-            if text.strip():
-                faults.append(f"{module}/__init__.py must stay empty: importing any part of it runs it")
-            continue
-        own = place_of(module)
-        if own is None:
-            faults.append(f"{module} stands in no layer: add it to LAYERS and to docs/architecture.md")
-            continue
-        for line, target in imports_of(text, known):
-            other = place_of(target) if not target.startswith(".") else None
-            if target.startswith("."):
-                faults.append(f"{module}:{line} imports {target}: write the whole name")
-            elif other is None:
-                faults.append(f"{module}:{line} imports {target}, which stands in no layer")
-            elif other != own and other[0] >= own[0]:
-                faults.append(f"{module}:{line} (layer {own[0]}) imports {target} (layer {other[0]})")
+        for node in ast.walk(ast.parse(text)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
+            if isinstance(node, ast.ImportFrom):  # a relative import must be written out, too
+                names = [f"{'.' * node.level or node.module}.{name}" for name in names]
+            for target in (name for name in names if name.split(".")[0] in ("finetune", "")):
+                folders = (f"{name}.".split(".")[1] for name in (module, target))
+                own, other = (LAYERS.index(folder if folder in LAYERS else "") for folder in folders)
+                if target[0] == "." or other > own:
+                    faults.append(f"{module}:{node.lineno} imports {target}")
     return faults
 
 
-def test_imports_point_down():
-    modules = sources()
-    assert len(modules) >= 25
-    counted = sum(1 for text in modules.values() for _ in imports_of(text, modules))
-    assert counted >= 100
-    faults = import_faults(modules, modules)
-    assert not faults, "\n".join(faults)
+def test_a_folder_imports_only_from_folders_below_it():
+    folders = {path.name for path in (ROOT / "finetune").iterdir() if (path / "__init__.py").exists()}
+    assert folders | {""} == set(LAYERS)
+    assert not imports_from_above({name: text for name, text in sources().items() if name != "finetune.__main__"})
 
 
 @pytest.mark.parametrize(
-    ("module", "text", "said"),
+    ("module", "text", "fault"),
     [
-        (
-            "finetune.core.types",
-            "from finetune.config import RunConfig",
-            "finetune.core.types:1 (layer 0) imports finetune.config",
-        ),
-        (
-            "finetune.cogvideox.objective",
-            "def f():\n    import finetune.cli.main",
-            "finetune.cogvideox.objective:2 (layer 1) imports finetune.cli.main",
-        ),
-        (
-            "finetune.memory",
-            "if TYPE_CHECKING:\n    from finetune.testing.tiny import x",
-            "imports finetune.testing.tiny (layer 2)",
-        ),
-        (
-            "finetune.datasets.decode_pool",
-            "from finetune.datasets.cache import Cache",
-            "imports finetune.datasets.cache",
-        ),
-        ("finetune.datasets.geometry", "from finetune import facts", "imports finetune.facts (layer 1)"),
-        ("finetune.cogvideox.spec", "from finetune import train", "imports finetune.trainers.loop"),
-        (
-            "finetune.core.files",
-            "import finetune\nfinetune.load_config('x')",
-            "finetune.core.files:2 (layer 0) imports finetune.config",
-        ),
-        ("finetune.export", "from . import cli", "write the whole name"),
-        ("finetune.novel", "import torch", "finetune.novel stands in no layer"),
-        ("finetune.trainers", "import torch", "must stay empty"),
+        ("finetune.core.types", "def f():\n    from finetune.config.schema import RunConfig", "core.types:2 imports"),
+        ("finetune.memory.config", "if 1:\n    import finetune.methods.lora", "imports finetune.methods.lora"),
+        ("finetune.planner.search", "from finetune import train", "imports finetune.train"),
+        ("finetune.convert.export", "from finetune.cli import main", "imports finetune.cli.main"),
+        ("finetune.core.files", "from . import types", "imports ..types"),
+        ("finetune.trainers.loop", "from finetune.planner.search import x", None),
+        ("finetune.cli.main", "from finetune import train", None),
     ],
 )
-def test_the_import_check_can_fail(module, text, said):
-    faults = import_faults({module: text}, sources())
-    assert len(faults) == 1 and said in faults[0]
-
-
-def test_the_import_check_allows_what_is_meant():
-    fine = {
-        "finetune.core.types": "import torch",
-        "finetune.config.loading": "from finetune.config.schema import RunConfig\nfrom finetune.facts import Facts",
-        "finetune.datasets.cache_admin": "from finetune.datasets.cache import Cache",
-        "finetune.cli.main": "def f():\n    from finetune import train",
-        "finetune.datasets.decode_pool": "import finetune\nprint(finetune.__path__)",
-    }
-    assert not import_faults(fine, sources())
-
-
-def test_the_layers_name_only_what_is_there():
-    """A module that is gone must leave the table, and one must not stand in two rooms."""
-    names = [member for rooms in LAYERS for members in rooms for member in members if member]
-    assert len(names) == len(set(names))
-    missing = [name for name in names if f"finetune.{name}" not in sources()]
-    assert not missing, missing
+def test_an_import_from_above_is_seen(module, text, fault):
+    faults = imports_from_above({module: text})
+    assert (fault in faults[0] and len(faults) == 1) if fault else faults == []
 
 
 # --------------------------------------------------------------------------------------------------- no option is dead
@@ -377,25 +205,6 @@ def test_the_dead_option_check_can_fail():
     assert dead_options(Root, [code, by_annotation]) == ([], 6)
     by_assignment = "def h(run):\n    a, x = run.config, run.config.inner\n    return x.dead"
     assert dead_options(Root, [code, by_assignment]) == (["Item.never"], 6)
-
-
-# ------------------------------------------------------------------------------------------------ files stay readable
-
-MAX_LINES = 350
-
-
-def oversized(texts: Mapping[str, str]) -> list[str]:
-    return [f"{name}: {count} lines" for name, text in texts.items() if (count := len(text.splitlines())) > MAX_LINES]
-
-
-def test_no_file_is_too_long_to_read():
-    texts = sources() | sources("scripts") | {"train": (ROOT / "train.py").read_text(encoding="utf-8")}
-    assert len(texts) >= 25
-    assert not oversized(texts), oversized(texts)
-
-
-def test_the_length_check_can_fail():
-    assert oversized({"a": "x\n" * MAX_LINES, "b": "x\n" * (MAX_LINES + 1)}) == [f"b: {MAX_LINES + 1} lines"]
 
 
 def test_one_version():

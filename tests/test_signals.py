@@ -20,11 +20,11 @@ from safetensors.torch import load_file
 from waiting import HANG_S, until
 from worlds import run_config, run_values
 
+from finetune.caching.precompute import precompute
 from finetune.checkpoint import save
 from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, main
 from finetune.config.schema import RunConfig
 from finetune.datasets.dataloader import BatchMaker
-from finetune.precompute import precompute
 from finetune.trainers import loop, sampling
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.run import Run

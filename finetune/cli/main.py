@@ -516,12 +516,12 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _precompute(args: argparse.Namespace) -> None:
+    from finetune.caching.precompute import precompute
     from finetune.cogvideox.spec import read_spec as read_facts
     from finetune.config.loading import load_config
     from finetune.config.rules import pin_model, require_valid
     from finetune.core.distributed import ProcessGroup as Ranks
     from finetune.planner.command import settled
-    from finetune.precompute import precompute
 
     ranks = Ranks.current()
     config = pin_model(load_config(args.config, args.set), ranks.first)
@@ -553,7 +553,7 @@ def _replay(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from finetune.export import export
+    from finetune.convert.export import export
 
     print(
         export(

@@ -35,7 +35,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import finetune
 from finetune.core.errors import DataError, raise_if_killed
 from finetune.core.text import shown
 from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, VideoProbe
@@ -445,7 +444,7 @@ class Child:
     def _start(self) -> subprocess.Popen[bytes]:
         # A plain child with pipes, not `multiprocessing`: that would import the main script again in every worker (with
         # it torch and diffusers), need a main guard in scripts, and leave shared memory behind after a crash.
-        root = str(Path(finetune.__path__[0]).parent)
+        root = str(Path(__file__).parents[2])
         inherited = os.environ.get("PYTHONPATH")
         with self._lock:
             if self._stopped:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import finetune
 from finetune.core.errors import DataError, raise_all, raise_if_killed
 from finetune.datasets.rows import MAX_FILE_BYTES, read_lines, require_file
 
@@ -95,7 +94,7 @@ def read_columns(
 
 def _run(request: str, folder: str) -> str:
     """Run the child, twice if a signal ends it; what ended it, if it did not end by itself."""
-    package = str(Path(finetune.__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),

@@ -11,14 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetune.caching.precompute import precompute
 from finetune.config.loading import load_config
+from finetune.convert.export import ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.types import SamplePrompt
-from finetune.export import ExportReport, export
 from finetune.inference.generate import GenerateReport, generate
 from finetune.inference.inputs import AdapterArgument, GenerateRequest
 from finetune.inference.videos import Frames, side_by_side
-from finetune.precompute import precompute
 from finetune.testing.demo import (
     KNOWN_SHAPES,
     NEW_SHAPE,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.caching.plan import run_advice
+from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
 from finetune.checkpoint.folders import sweep
 from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
@@ -62,7 +63,6 @@ from finetune.parallel.sharded_checkpoint import reader_class
 from finetune.parallel.strategy import ParallelStrategy
 from finetune.planner.command import Forecaster, settled
 from finetune.planner.cost_model import card_here, held_note
-from finetune.precompute import ensure_cache
 from finetune.trainers.run import Run
 from finetune.trainers.tracking import Console, Tracker, tensorboard_command
 
