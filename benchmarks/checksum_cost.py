@@ -36,7 +36,7 @@ from finetune.datasets.schedule import MicroBatch
 BUCKET = Bucket(49, 480, 720)
 
 
-def write_entries(cache: Cache, facts: ModelSpec, clips: int) -> list[ManifestItem]:
+def write_entries(cache: Cache, spec: ModelSpec, clips: int) -> list[ManifestItem]:
     """Random latents and embeddings of the true shapes and dtypes."""
     items = []
     for number in range(clips):
@@ -52,11 +52,11 @@ def write_entries(cache: Cache, facts: ModelSpec, clips: int) -> list[ManifestIt
             image_draws=None,
         )
         prompt = prompt_address(
-            text=f"caption {number}", text_encoder="benchmark", max_length=facts.max_text_seq_length, dtype="bf16"
+            text=f"caption {number}", text_encoder="benchmark", max_length=spec.max_text_seq_length, dtype="bf16"
         )
-        mean = torch.randn(facts.latent_shape(BUCKET))
+        mean = torch.randn(spec.latent_shape(BUCKET))
         cache.write_latents(address, mean, mean.abs(), None)
-        embeds = torch.randn(facts.max_text_seq_length, facts.text_embed_dim).bfloat16()
+        embeds = torch.randn(spec.max_text_seq_length, spec.text_embed_dim).bfloat16()
         cache.write_prompt(prompt, embeds, tokens=40)
         items.append(
             ManifestItem(
@@ -66,9 +66,9 @@ def write_entries(cache: Cache, facts: ModelSpec, clips: int) -> list[ManifestIt
     return items
 
 
-def batch_s(facts: ModelSpec, root: Path, item: ManifestItem, *, verify: bool) -> float:
+def batch_s(spec: ModelSpec, root: Path, item: ManifestItem, *, verify: bool) -> float:
     """Seconds to make one clip's batch in a cache object that has verified nothing."""
-    maker = BatchMaker(facts, Cache(root), [item], torch.zeros(1), DropoutConfig(caption_dropout=0), seed=1)
+    maker = BatchMaker(spec, Cache(root), [item], torch.zeros(1), DropoutConfig(caption_dropout=0), seed=1)
     real = reading.read_tensors
     reading.read_tensors = lambda entry, key, *, verify: real(entry, key, verify=wanted)
     wanted = verify
@@ -83,14 +83,14 @@ def batch_s(facts: ModelSpec, root: Path, item: ManifestItem, *, verify: bool) -
 def measure(clips: int, rounds: int) -> dict[str, object]:
     """Figures from ``rounds`` epochs of each sort."""
     torch.set_num_threads(1)
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        items = write_entries(Cache(root), facts, clips)
+        items = write_entries(Cache(root), spec, clips)
         for item in items:  # files into the page cache, code into memory
-            batch_s(facts, root, item, verify=True)
+            batch_s(spec, root, item, verify=True)
         pairs = [
-            tuple(batch_s(facts, root, item, verify=verify) for verify in (False, True))
+            tuple(batch_s(spec, root, item, verify=verify) for verify in (False, True))
             for _ in range(rounds)
             for item in items
         ]

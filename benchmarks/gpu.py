@@ -95,16 +95,16 @@ def build(config: RunConfig, folder: Path, device: torch.device) -> nn.Module:
     return module.train()
 
 
-def random_batch(facts: ModelSpec, bucket: Bucket, dtype: torch.dtype, device: torch.device) -> Batch:
+def random_batch(spec: ModelSpec, bucket: Bucket, dtype: torch.dtype, device: torch.device) -> Batch:
     """One clip of a bucket, as the loader gives it."""
-    channels, frames, height, width = facts.latent_shape(bucket)
-    shape = (1, channels, frames + facts.front_padding(frames), height, width)
-    image = torch.randn(1, channels, 1, height, width, device=device) if facts.image_to_video else None
+    channels, frames, height, width = spec.latent_shape(bucket)
+    shape = (1, channels, frames + spec.front_padding(frames), height, width)
+    image = torch.randn(1, channels, 1, height, width, device=device) if spec.image_to_video else None
     return Batch(
         latents=torch.randn(shape, device=device),
         noise=torch.randn(shape, device=device),
         timesteps=torch.full((1,), 500, device=device),
-        prompt_embeds=torch.randn(1, facts.max_text_seq_length, facts.text_embed_dim, dtype=dtype, device=device),
+        prompt_embeds=torch.randn(1, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype, device=device),
         image_latents=image,
         slots=(0,),
         clips=("random",),
@@ -113,7 +113,7 @@ def random_batch(facts: ModelSpec, bucket: Bucket, dtype: torch.dtype, device: t
 
 def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.device, steps: int) -> dict[str, Any]:
     """Peak and seconds of optimizer steps after the first, in which the optimizer makes its states."""
-    facts, dtype = read_spec(str(folder)), config.model.torch_dtype()
+    spec, dtype = read_spec(str(folder)), config.model.torch_dtype()
     torch.manual_seed(0)
     module = build(config, folder, device)
     engine = single_process_strategy(
@@ -125,8 +125,8 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
         max_norm=config.train.max_grad_norm,
     )
     engine.start(config.optimizer, None)
-    schedule = alpha_bar(facts).float().to(device)
-    batch = random_batch(facts, bucket, dtype, device)
+    schedule = alpha_bar(spec).float().to(device)
+    batch = random_batch(spec, bucket, dtype, device)
     loaded = allocated(device)
     durations, losses, norm = [], [], math.nan
     for step in range(steps + 1):
@@ -136,7 +136,7 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
         begun = time.perf_counter()
         begin(engine.optimizer, seed=0, step=step)
         with assert_recompute(module, config.memory), engine.micro_batch(last=True):
-            loss = velocity_losses(engine.model, facts, schedule, batch).sum()
+            loss = velocity_losses(engine.model, spec, schedule, batch).sum()
             engine.backward(loss)
         norm = engine.clip(config.train.max_grad_norm or math.inf)
         engine.step()

@@ -24,7 +24,7 @@ from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
 from finetune.core.gpu import GIB, OVERHEAD_GIB, usable
 from finetune.planner.cost_model import DEFAULTS, step_cost
-from finetune.planner.predict import facts_of, predict
+from finetune.planner.predict import predict, spec_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory_plans.json"
@@ -36,7 +36,7 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
     begun = time.process_time()
     rehearsal = predict(config, card_bytes=usable(recipe.card_gib * GIB), exact=exact)
     training = rehearsal.phase("train")
-    facts = facts_of(config)
+    spec = spec_of(config)
     return {
         "model": recipe.model,
         "method": recipe.method,
@@ -51,7 +51,7 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
         "phases_gib": {phase.name: _gib(phase.peak.nbytes) for phase in rehearsal.phases},
         "host_gib": _gib(rehearsal.host_bytes),
         "s_per_step": {
-            name: round(step_cost(config, facts, config.memory, rates).step_s, 2) for name, rates in DEFAULTS.items()
+            name: round(step_cost(config, spec, config.memory, rates).step_s, 2) for name, rates in DEFAULTS.items()
         },
         "exact": exact,
         "took_cpu_s": round(time.process_time() - begun, 1),

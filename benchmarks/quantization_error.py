@@ -34,19 +34,17 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @torch.no_grad()
-def predict(transformer: Any, facts: ModelSpec, bucket: Bucket, device: torch.device) -> Tensor:
+def predict(transformer: Any, spec: ModelSpec, bucket: Bucket, device: torch.device) -> Tensor:
     """The velocity of one noisy clip at the middle of the schedule, on the CPU."""
-    channels, _, height, width = facts.latent_shape(bucket)
-    shape = (1, channels, facts.padded_latent_frames(bucket.frames), height, width)
+    channels, _, height, width = spec.latent_shape(bucket)
+    shape = (1, channels, spec.padded_latent_frames(bucket.frames), height, width)
 
     def noise(name: str, *size: int) -> Tensor:
         return torch.randn(size, generator=generator(0, "quantization-error", name)).to(device)
 
-    image = noise("image", 1, channels, 1, height, width) if facts.image_to_video else None
-    embeds = noise("embeds", 1, facts.max_text_seq_length, facts.text_embed_dim)
-    return denoise(
-        transformer, facts, noise("latents", *shape), embeds, torch.tensor([500], device=device), image
-    ).cpu()
+    image = noise("image", 1, channels, 1, height, width) if spec.image_to_video else None
+    embeds = noise("embeds", 1, spec.max_text_seq_length, spec.text_embed_dim)
+    return denoise(transformer, spec, noise("latents", *shape), embeds, torch.tensor([500], device=device), image).cpu()
 
 
 def errors(outputs: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -60,14 +58,14 @@ def errors(outputs: dict[str, Tensor]) -> dict[str, dict[str, float]]:
 
 def tiny(variant: str, folder: Path) -> dict[str, dict[str, float]]:
     """The errors of a look-alike with two blocks."""
-    facts, model = read_spec(str(build_tiny(folder, variant))), ModelConfig(pretrained=str(folder))
+    spec, model = read_spec(str(build_tiny(folder, variant))), ModelConfig(pretrained=str(folder))
     cpu, bucket = torch.device("cpu"), Bucket(9, 64, 64)
     outputs = {
-        kind: predict(load_transformer(model, dtype=torch.bfloat16, placement=placement(kind)), facts, bucket, cpu)
+        kind: predict(load_transformer(model, dtype=torch.bfloat16, placement=placement(kind)), spec, bucket, cpu)
         for kind in KINDS
     }
-    outputs["bf16"] = predict(load_transformer(model, dtype=torch.bfloat16), facts, bucket, cpu)
-    outputs["fp32"] = predict(load_transformer(model, dtype=torch.float32), facts, bucket, cpu)
+    outputs["bf16"] = predict(load_transformer(model, dtype=torch.bfloat16), spec, bucket, cpu)
+    outputs["fp32"] = predict(load_transformer(model, dtype=torch.float32), spec, bucket, cpu)
     return errors(outputs)
 
 
@@ -83,7 +81,7 @@ def random_weights(shapes: dict[str, torch.Size]) -> Iterator[tuple[str, Tensor]
 
 def full(blocks: int, bucket: Bucket, device: torch.device) -> dict[str, dict[str, float]]:
     """The errors of a transformer as wide as CogVideoX-5B's, ``blocks`` deep."""
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     outputs = {}
     with tempfile.TemporaryDirectory() as folder:
         own = Path(folder) / "transformer"
@@ -94,7 +92,7 @@ def full(blocks: int, bucket: Bucket, device: torch.device) -> dict[str, dict[st
             module = empty_transformer(Path(folder), dtype=torch.bfloat16, device="meta")
             weights = random_weights({name: tensor.shape for name, tensor in module.state_dict().items()})
             place(module, weights, dtype=torch.bfloat16, device=device, placement=placement(kind))
-            outputs["bf16" if kind == "native" else kind] = predict(module.eval(), facts, bucket, device)
+            outputs["bf16" if kind == "native" else kind] = predict(module.eval(), spec, bucket, device)
     return errors(outputs)
 
 

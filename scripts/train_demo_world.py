@@ -119,15 +119,15 @@ def untrained_pipeline(vae: AutoencoderKLCogVideoX, seed: int) -> CogVideoXPipel
 
 def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: int = 32) -> None:
     """Plain velocity MSE at uniform timesteps, a tenth of the captions dropped; keeps the averaged (EMA) weights."""
-    transformer, facts = pipeline.transformer, facts_of(pipeline)
+    transformer, spec = pipeline.transformer, spec_of(pipeline)
     scenes = [known_scene(seed, index) for index in range(BASE_CLIPS)]
     started = time.perf_counter()
     latents = encode(pipeline, scenes)
     print(f"base: {len(latents)} clips encoded in {time.perf_counter() - started:.0f} s, std {latents.std():.3f}")
     captions = ["", *sorted({scene.caption for scene in scenes})]  # the unconditional text is row 0
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions, facts)
+    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions, spec)
     row = torch.tensor([captions.index(scene.caption) for scene in scenes])
-    levels = alpha_bar(facts).float()
+    levels = alpha_bar(spec).float()
 
     transformer.train()
     averaged = {name: value.detach().clone() for name, value in transformer.named_parameters()}
@@ -137,12 +137,12 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
         set_lr(optimizer, BASE_LR, step, steps)
         draw = generator(seed, "base", step)
         chosen = torch.randint(len(latents), (batch_size,), generator=draw)
-        timesteps = torch.randint(facts.num_train_timesteps, (batch_size,), generator=draw)
+        timesteps = torch.randint(spec.num_train_timesteps, (batch_size,), generator=draw)
         eps = torch.randn(batch_size, *latents.shape[1:], generator=draw)
         kept = torch.rand(batch_size, generator=draw) >= 0.1
         x0, level = latents[chosen], levels[timesteps]
         prediction = denoise(
-            transformer, facts, add_noise(x0, eps, level), embeds[row[chosen] * kept], timesteps, image_latents=None
+            transformer, spec, add_noise(x0, eps, level), embeds[row[chosen] * kept], timesteps, image_latents=None
         )
         loss = v_mse(prediction, velocity(x0, eps, level)).mean()
         loss.backward()
@@ -158,7 +158,7 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
     transformer.eval()
 
 
-def facts_of(pipeline: CogVideoXPipeline) -> ModelSpec:
+def spec_of(pipeline: CogVideoXPipeline) -> ModelSpec:
     """What ``pipeline`` will say of itself once it is saved."""
     with tempfile.TemporaryDirectory() as folder:
         pipeline.save_pretrained(folder)
@@ -184,8 +184,8 @@ def ship(pipeline: CogVideoXPipeline, out: Path) -> None:
             save_file({name: value.half() for name, value in load_file(weights).items()}, weights)
         # With --keep-vae, diffusers notes the temporary folder that the VAE was loaded from: no fact about it.
         config = fresh / "vae" / "config.json"
-        facts = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
-        config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n")
+        spec = {name: value for name, value in json.loads(config.read_text()).items() if name != "_name_or_path"}
+        config.write_text(json.dumps(spec, indent=2, sort_keys=True) + "\n")
         shutil.rmtree(out, ignore_errors=True)
         os.replace(fresh, out)
     total = sum(path.stat().st_size for path in out.rglob("*.safetensors"))

@@ -495,9 +495,9 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
             request = GenerateRequest(
                 config.model.pretrained, (SamplePrompt(prompt="x"),), tmp_path, adapters=(AdapterArgument(case),)
             )
-            facts = read_spec(config.model.pretrained)
+            spec = read_spec(config.model.pretrained)
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
-                check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
+                check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
 
 
 def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):

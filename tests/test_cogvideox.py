@@ -67,7 +67,7 @@ class Tiny:
     """A look-alike, loaded once with our own functions, and the stock pipeline around the same modules."""
 
     folder: Path
-    facts: ModelSpec
+    spec: ModelSpec
     transformer: Any
     vae: Any
     tokenizer: Any
@@ -83,10 +83,10 @@ def tiny(tiny_model: Callable[..., Path]) -> Callable[..., Tiny]:
         if (variant, native) not in loaded:
             folder = tiny_model(variant, height=native[0], width=native[1])
             model = ModelConfig(pretrained=str(folder))
-            facts, transformer, vae = read_spec(str(folder)), load_transformer(model), load_vae(model)
+            spec, transformer, vae = read_spec(str(folder)), load_transformer(model), load_vae(model)
             tokenizer, encoder = load_text(model)
             pipeline = build_pipeline(
-                facts,
+                spec,
                 transformer=transformer,
                 vae=vae,
                 scheduler=load_scheduler(model),
@@ -94,7 +94,7 @@ def tiny(tiny_model: Callable[..., Path]) -> Callable[..., Tiny]:
                 text_encoder=encoder,
             )
             pipeline.set_progress_bar_config(disable=True)
-            loaded[variant, native] = Tiny(folder, facts, transformer, vae, tokenizer, encoder, pipeline)
+            loaded[variant, native] = Tiny(folder, spec, transformer, vae, tokenizer, encoder, pipeline)
         return loaded[variant, native]
 
     return load
@@ -121,9 +121,9 @@ def random_pixels(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def noisy_latents(facts: ModelSpec, bucket: Bucket, batch: int = 2) -> Tensor:
-    channels, _, height, width = facts.latent_shape(bucket)
-    return seeded(batch, channels, facts.padded_latent_frames(bucket.frames), height, width)
+def noisy_latents(spec: ModelSpec, bucket: Bucket, batch: int = 2) -> Tensor:
+    channels, _, height, width = spec.latent_shape(bucket)
+    return seeded(batch, channels, spec.padded_latent_frames(bucket.frames), height, width)
 
 
 # The transformer's inputs and output
@@ -134,11 +134,11 @@ def test_denoise_gives_the_transformer_what_the_stock_pipeline_gives_it(
     tiny: Callable[..., Tiny], variant: str, native: tuple[int, int], bucket: Bucket
 ) -> None:
     model = tiny(variant, native)
-    facts = model.facts
-    assert facts.check_bucket(bucket) == []
-    noise, images = noisy_latents(facts, bucket), random_pixels(2, 3, bucket.height, bucket.width)
+    spec = model.spec
+    assert spec.check_bucket(bucket) == []
+    noise, images = noisy_latents(spec, bucket), random_pixels(2, 3, bucket.height, bucket.width)
     options: dict[str, Any] = {}
-    if facts.image_to_video:
+    if spec.image_to_video:
         options["image"] = images / 255
 
     with recorded(model.transformer) as theirs:
@@ -150,30 +150,30 @@ def test_denoise_gives_the_transformer_what_the_stock_pipeline_gives_it(
             latents=noise.transpose(1, 2),
             num_inference_steps=3,
             guidance_scale=1.0,
-            max_sequence_length=facts.max_text_seq_length,
+            max_sequence_length=spec.max_text_seq_length,
             generator=[torch.Generator().manual_seed(seed) for seed in (7, 8)],
             output_type="latent",
             **options,
         )
     assert len(theirs) == 3 and theirs[0]["timestep"].tolist() == [999, 999]
 
-    prompt_embeds = encode_prompts(model.tokenizer, model.encoder, CAPTIONS, facts)
+    prompt_embeds = encode_prompts(model.tokenizer, model.encoder, CAPTIONS, spec)
     image_latents = None
-    if facts.image_to_video:
+    if spec.image_to_video:
         draws = [
             encode_image(model.vae, image, 1, [torch.Generator().manual_seed(seed)], noise=False)
             for image, seed in zip(images, (7, 8), strict=True)
         ]
-        image_latents = condition_latents(facts, torch.cat(draws))
+        image_latents = condition_latents(spec, torch.cat(draws))
     for call in theirs:
         # The first call starts from our noise; the later ones from wherever the stock sampler went.
-        latents = call["hidden_states"][:, :, : facts.latent_channels].transpose(1, 2)
+        latents = call["hidden_states"][:, :, : spec.latent_channels].transpose(1, 2)
         with torch.no_grad(), recorded(model.transformer) as ours:
-            prediction = denoise(model.transformer, facts, latents, prompt_embeds, call["timestep"], image_latents)
+            prediction = denoise(model.transformer, spec, latents, prompt_embeds, call["timestep"], image_latents)
         assert len(ours) == 1
         assert_same(ours[0], call)
         assert torch.equal(prediction, call["output"].transpose(1, 2))
-    assert torch.equal(theirs[0]["hidden_states"][:, :, : facts.latent_channels], noise.transpose(1, 2))
+    assert torch.equal(theirs[0]["hidden_states"][:, :, : spec.latent_channels], noise.transpose(1, 2))
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -193,18 +193,18 @@ def test_the_comparison_notices_a_wrong_condition(tiny: Callable[..., Tiny]) -> 
     # A canary for the test above: an image condition of the other scale, or one frame late, must not pass.
     model = tiny("1.5-5b-i2v", (128, 128))
     bucket = Bucket(9, 64, 64)
-    noise, image = noisy_latents(model.facts, bucket, 1), seeded(1, 4, 1, 8, 8, seed=3)
+    noise, image = noisy_latents(model.spec, bucket, 1), seeded(1, 4, 1, 8, 8, seed=3)
     embeds, timesteps = seeded(1, 14, 32), torch.tensor([500])
 
     def call(image_latents: Tensor) -> dict[str, Any]:
         with torch.no_grad(), recorded(model.transformer) as calls:
-            denoise(model.transformer, model.facts, noise, embeds, timesteps, image_latents)
+            denoise(model.transformer, model.spec, noise, embeds, timesteps, image_latents)
         return calls[0]
 
-    right = call(condition_latents(model.facts, image))
+    right = call(condition_latents(model.spec, image))
     assert_same(right, right)
     with pytest.raises(AssertionError, match="hidden_states"):
-        assert_same(call(image * model.facts.scaling_factor), right)
+        assert_same(call(image * model.spec.scaling_factor), right)
     late = {**right, "hidden_states": right["hidden_states"].roll(1, dims=1)}
     with pytest.raises(AssertionError, match="hidden_states"):
         assert_same(late, right)
@@ -220,22 +220,22 @@ def test_the_comparison_notices_a_wrong_condition(tiny: Callable[..., Tiny]) -> 
     ids=str,
 )
 def test_rotary_table_of_the_published_sizes(name: str, bucket: Bucket) -> None:
-    facts = read_spec(str(known_model(name)))
-    frames = facts.padded_latent_frames(bucket.frames)
+    spec = read_spec(str(known_model(name)))
+    frames = spec.padded_latent_frames(bucket.frames)
     config = SimpleNamespace(**json.loads((known_model(name) / CONFIG_FILES["transformer"]).read_text()))
     stock = SimpleNamespace(vae_scale_factor_spatial=8, transformer=SimpleNamespace(config=config))
-    theirs = pipeline_class(facts)._prepare_rotary_positional_embeddings(
+    theirs = pipeline_class(spec)._prepare_rotary_positional_embeddings(
         stock, bucket.height, bucket.width, frames, torch.device("cpu")
     )
-    ours = rotary_table(facts, frames, bucket.height // 8, bucket.width // 8, device=torch.device("cpu"))
-    assert ours[0].shape == (facts.tokens(bucket) - facts.max_text_seq_length, 64)
+    ours = rotary_table(spec, frames, bucket.height // 8, bucket.width // 8, device=torch.device("cpu"))
+    assert ours[0].shape == (spec.tokens(bucket) - spec.max_text_seq_length, 64)
     for mine, stock_table in zip(ours, theirs, strict=True):
         assert mine.dtype == stock_table.dtype == torch.float32 and torch.equal(mine, stock_table)
 
 
 def test_the_two_generations_lay_positions_out_differently() -> None:
     # Canary for the test above: sliced positions equal stretched ones at the native size only.
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
 
     def sliced(height: int, width: int) -> Tensor:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -244,7 +244,7 @@ def test_the_two_generations_lay_positions_out_differently() -> None:
         return cos
 
     def difference(height: int, width: int) -> float:
-        cos, _ = rotary_table(facts, 3, height, width, device=torch.device("cpu"))
+        cos, _ = rotary_table(spec, 3, height, width, device=torch.device("cpu"))
         return float((cos - sliced(height, width)).abs().max())
 
     assert difference(60, 90) < 1e-4
@@ -256,10 +256,10 @@ def test_learned_positions_allow_nothing_but_their_size(tiny: Callable[..., Tiny
     model = tiny("5b-i2v")
 
     def predict(bucket: Bucket) -> Tensor:
-        noise = noisy_latents(model.facts, bucket, 1)
+        noise = noisy_latents(model.spec, bucket, 1)
         image = seeded(1, *noise.shape[1:2], 1, *noise.shape[3:])
         with torch.no_grad():
-            return denoise(model.transformer, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), image)
+            return denoise(model.transformer, model.spec, noise, seeded(1, 16, 32), torch.tensor([9]), image)
 
     table = model.transformer.patch_embed.pos_embedding
     original = table.clone()
@@ -272,13 +272,13 @@ def test_learned_positions_allow_nothing_but_their_size(tiny: Callable[..., Tiny
         table.copy_(original)
     with pytest.raises(ValueError, match="different resolution"):
         predict(Bucket(9, 64, 80))
-    assert all(model.facts.check_bucket(bucket) for bucket in (Bucket(5, 64, 64), Bucket(9, 64, 80)))
+    assert all(model.spec.check_bucket(bucket) for bucket in (Bucket(5, 64, 64), Bucket(9, 64, 80)))
 
 
 def test_a_size_beyond_the_position_table_fails_in_diffusers(tiny: Callable[..., Tiny]) -> None:
     model = tiny("1.5-5b", (128, 128))
     bucket = Bucket(9, 144, 64)
-    assert model.facts.check_bucket(bucket)
+    assert model.spec.check_bucket(bucket)
     with pytest.raises(RuntimeError):
         model.pipeline._prepare_rotary_positional_embeddings(bucket.height, bucket.width, 4, torch.device("cpu"))
 
@@ -286,10 +286,10 @@ def test_a_size_beyond_the_position_table_fails_in_diffusers(tiny: Callable[...,
 @pytest.mark.parametrize("variant", ["5b", "5b-i2v"])
 def test_an_image_for_the_wrong_kind_of_model_is_refused(tiny: Callable[..., Tiny], variant: str) -> None:
     model = tiny(variant)
-    noise = noisy_latents(model.facts, Bucket(9, 64, 64), 1)
-    wrong = None if model.facts.image_to_video else noise[:, :, :1]
+    noise = noisy_latents(model.spec, Bucket(9, 64, 64), 1)
+    wrong = None if model.spec.image_to_video else noise[:, :, :1]
     with pytest.raises(ValueError, match="image_latents is"):
-        denoise(model.transformer, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), wrong)
+        denoise(model.transformer, model.spec, noise, seeded(1, 16, 32), torch.tensor([9]), wrong)
 
 
 # Wrappers, dtypes and modes
@@ -308,8 +308,8 @@ def test_a_wrapper_is_called_and_gradients_flow(tiny: Callable[..., Tiny]) -> No
             return self.module(*args, **kwargs)
 
     wrapper = Wrapper(model.transformer)
-    noise = noisy_latents(model.facts, Bucket(9, 64, 64), 1).requires_grad_()
-    prediction = denoise(wrapper, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), None)
+    noise = noisy_latents(model.spec, Bucket(9, 64, 64), 1).requires_grad_()
+    prediction = denoise(wrapper, model.spec, noise, seeded(1, 16, 32), torch.tensor([9]), None)
     (gradient,) = torch.autograd.grad(prediction.sum(), noise)
     assert wrapper.calls == 1 and gradient.isfinite().all() and gradient.abs().sum() > 0
 
@@ -323,9 +323,9 @@ def test_bf16_weights_and_fp32_adapters_give_float32(tiny: Callable[..., Tiny]) 
     for name, parameter in transformer.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
-    noise = noisy_latents(model.facts, Bucket(9, 64, 64), 1)
+    noise = noisy_latents(model.spec, Bucket(9, 64, 64), 1)
     with torch.no_grad(), recorded(transformer) as calls:
-        prediction = denoise(transformer, model.facts, noise, seeded(1, 16, 32), torch.tensor([9]), None)
+        prediction = denoise(transformer, model.spec, noise, seeded(1, 16, 32), torch.tensor([9]), None)
     assert calls[0]["hidden_states"].dtype == calls[0]["encoder_hidden_states"].dtype == torch.bfloat16
     assert calls[0]["timestep"].dtype == torch.int64  # bfloat16 cannot count to 1000
     assert calls[0]["image_rotary_emb"][0].dtype == prediction.dtype == torch.float32
@@ -338,10 +338,10 @@ def test_denoise_runs_on_fake_tensors_after_real_ones(tiny: Callable[..., Tiny])
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     model = tiny("5b")
-    noise, embeds = noisy_latents(model.facts, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
+    noise, embeds = noisy_latents(model.spec, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
 
     def run(transformer: nn.Module, *tensors: Tensor) -> Tensor:
-        return denoise(transformer, model.facts, tensors[0], tensors[1], tensors[2], None)
+        return denoise(transformer, model.spec, tensors[0], tensors[1], tensors[2], None)
 
     with torch.no_grad():
         before = run(model.transformer, noise, embeds, torch.tensor([9]))
@@ -380,10 +380,10 @@ def test_schedule_without_rescaling_keeps_its_last_signal() -> None:
 
     from diffusers import CogVideoXDDIMScheduler
 
-    facts = replace(read_spec(str(known_model("2b"))), rescale_betas_zero_snr=False, snr_shift_scale=2.0)
+    spec = replace(read_spec(str(known_model("2b"))), rescale_betas_zero_snr=False, snr_shift_scale=2.0)
     theirs = CogVideoXDDIMScheduler(rescale_betas_zero_snr=False, snr_shift_scale=2.0).alphas_cumprod
-    torch.testing.assert_close(alpha_bar(facts), theirs, rtol=1e-12, atol=0)
-    assert alpha_bar(facts)[-1] > 0
+    torch.testing.assert_close(alpha_bar(spec), theirs, rtol=1e-12, atol=0)
+    assert alpha_bar(spec)[-1] > 0
 
 
 # Encoding
@@ -400,7 +400,7 @@ def test_encode_video_equals_the_vae_on_preprocessed_frames(tiny: Callable[..., 
     with torch.no_grad():
         # Contiguous, because convolutions round by memory layout too.
         theirs = model.vae.encode(model.pipeline.video_processor.preprocess_video(videos).contiguous()).latent_dist
-    assert mean.shape == (2, 4, model.facts.latent_frames(frames), 4, 6) and mean.dtype == std.dtype == torch.float32
+    assert mean.shape == (2, 4, model.spec.latent_frames(frames), 4, 6) and mean.dtype == std.dtype == torch.float32
     assert not mean.requires_grad
     assert torch.equal(mean, theirs.mean) and torch.equal(std, theirs.std)
 
@@ -461,14 +461,14 @@ def test_image_noise_has_one_log_normal_sigma_per_draw() -> None:
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b"])
 def test_prompts_equal_the_stock_pipelines(tiny: Callable[..., Tiny], variant: str) -> None:
     model = tiny(variant)
-    length = model.facts.max_text_seq_length
+    length = model.spec.max_text_seq_length
     captions = [*CAPTIONS, "a blue square moving right " * 20]
     theirs = model.pipeline._get_t5_prompt_embeds(captions, max_sequence_length=length)
-    ours = encode_prompts(model.tokenizer, model.encoder, captions, model.facts)
-    assert ours.shape == (3, length, model.facts.text_embed_dim) and not ours.requires_grad
+    ours = encode_prompts(model.tokenizer, model.encoder, captions, model.spec)
+    assert ours.shape == (3, length, model.spec.text_embed_dim) and not ours.requires_grad
     assert torch.equal(ours, theirs)
     # T5 pads without a mask, so a caption's embedding does not depend on what it is batched with.
-    torch.testing.assert_close(encode_prompts(model.tokenizer, model.encoder, captions[:1], model.facts), ours[:1])
+    torch.testing.assert_close(encode_prompts(model.tokenizer, model.encoder, captions[:1], model.spec), ours[:1])
 
 
 @pytest.mark.parametrize(
@@ -486,16 +486,16 @@ def test_what_the_tokenizer_does_not_know_is_counted(
     tiny: Callable[..., Tiny], caption: str, unknown: int, tokens: list[str]
 ) -> None:
     model = tiny("5b")
-    (found,) = tokenize(model.tokenizer, [caption], model.facts)
+    (found,) = tokenize(model.tokenizer, [caption], model.spec)
     assert found.unknown == unknown
     assert model.tokenizer.convert_ids_to_tokens(list(found.ids)) == tokens
 
 
 def test_tokens_are_those_that_are_encoded(tiny: Callable[..., Tiny]) -> None:
     model = tiny("5b")
-    length = model.facts.max_text_seq_length
+    length = model.spec.max_text_seq_length
     for caption in ("a red circle", "a red circle " * 20, "猫 red"):
-        (found,) = tokenize(model.tokenizer, [caption], model.facts)
+        (found,) = tokenize(model.tokenizer, [caption], model.spec)
         theirs = model.tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
         assert list(found.ids) == theirs[: len(found.ids)] and len(found.ids) <= length
 
@@ -504,7 +504,7 @@ def test_tokens_are_counted_before_cutting(tiny: Callable[..., Tiny]) -> None:
     model = tiny("5b")
     counts = count_tokens(model.tokenizer, ["a red circle", "", "red " * 40])
     assert counts == [4, 1, 41]  # words and the closing token
-    assert [count > model.facts.max_text_seq_length for count in counts] == [False, False, True]
+    assert [count > model.spec.max_text_seq_length for count in counts] == [False, False, True]
 
 
 # From the cache to model space, and back through the stock pipeline
@@ -516,11 +516,11 @@ def test_the_stock_pipeline_decodes_our_latents_to_the_posterior_sample(
 ) -> None:
     # A sampler that lands exactly on our x0 must hand the VAE the posterior sample: same scale, same frames dropped.
     model = tiny(variant, native)
-    facts = model.facts
-    mean, eps = (seeded(1, *facts.latent_shape(bucket), seed=seed) for seed in (1, 2))
-    std = seeded(1, *facts.latent_shape(bucket), seed=3).abs()
-    x0 = model_latents(facts, mean, std, eps)
-    assert x0.shape[2] == facts.padded_latent_frames(bucket.frames) and x0.dtype == torch.float32
+    spec = model.spec
+    mean, eps = (seeded(1, *spec.latent_shape(bucket), seed=seed) for seed in (1, 2))
+    std = seeded(1, *spec.latent_shape(bucket), seed=3).abs()
+    x0 = model_latents(spec, mean, std, eps)
+    assert x0.shape[2] == spec.padded_latent_frames(bucket.frames) and x0.dtype == torch.float32
     padding = x0.shape[2] - mean.shape[2]
     assert all(torch.equal(x0[:, :, frame], x0[:, :, padding]) for frame in range(padding))
 
@@ -531,9 +531,9 @@ def test_the_stock_pipeline_decodes_our_latents_to_the_posterior_sample(
     landed = x0.transpose(1, 2)
     result = (landed, landed) if "DPM" in type(model.pipeline.scheduler).__name__ else (landed,)
     monkeypatch.setattr(type(model.pipeline.scheduler), "step", lambda *_, **__: result)
-    options = {"image": torch.zeros(1, 3, bucket.height, bucket.width)} if facts.image_to_video else {}
+    options = {"image": torch.zeros(1, 3, bucket.height, bucket.width)} if spec.image_to_video else {}
     model.pipeline(
-        prompt_embeds=seeded(1, facts.max_text_seq_length, 32),
+        prompt_embeds=seeded(1, spec.max_text_seq_length, 32),
         num_frames=bucket.frames,
         height=bucket.height,
         width=bucket.width,
@@ -546,14 +546,14 @@ def test_the_stock_pipeline_decodes_our_latents_to_the_posterior_sample(
 
 
 def test_latents_stored_in_half_precision_are_scaled_in_float32(tiny: Callable[..., Tiny]) -> None:
-    facts = tiny("5b").facts
+    spec = tiny("5b").spec
     mean, std, eps = (
         seeded(1, 4, 3, 2, 2).half(),
         seeded(1, 4, 3, 2, 2, seed=1).abs().half(),
         seeded(1, 4, 3, 2, 2, seed=2),
     )
     theirs = (mean.double() + std.double() * eps.double()) * 0.7
-    ours = model_latents(facts, mean, std, eps)
+    ours = model_latents(spec, mean, std, eps)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=1e-6)
 
@@ -561,9 +561,9 @@ def test_latents_stored_in_half_precision_are_scaled_in_float32(tiny: Callable[.
 def test_front_padding_follows_the_temporal_patch() -> None:
     from dataclasses import replace
 
-    facts = replace(read_spec(str(known_model("1.5-5b"))), patch_size_t=4, scaling_factor=1.0)
+    spec = replace(read_spec(str(known_model("1.5-5b"))), patch_size_t=4, scaling_factor=1.0)
     latents = torch.arange(5.0).reshape(1, 1, 5, 1, 1)
-    padded = model_latents(facts, latents, torch.zeros_like(latents), torch.zeros_like(latents))
+    padded = model_latents(spec, latents, torch.zeros_like(latents), torch.zeros_like(latents))
     assert padded.flatten().tolist() == [0, 0, 0, 0, 1, 2, 3, 4]  # 5 -> 8: (4 - 5 mod 4) mod 4 = 3 copies
 
 
@@ -605,9 +605,9 @@ def test_casting_positions_once_changes_no_value(tiny: Callable[..., Tiny]) -> N
     theirs = CogVideoXTransformer3DModel.from_pretrained(model.folder / "transformer", torch_dtype=torch.bfloat16)
     ours = load_transformer(ModelConfig(pretrained=str(model.folder), dtype="bf16"))
     assert theirs.patch_embed.pos_embedding.dtype == torch.float64  # what the cast is for
-    noise, embeds = noisy_latents(model.facts, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
+    noise, embeds = noisy_latents(model.spec, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
     with torch.no_grad():
-        a, b = (denoise(module, model.facts, noise, embeds, torch.tensor([9]), None) for module in (ours, theirs))
+        a, b = (denoise(module, model.spec, noise, embeds, torch.tensor([9]), None) for module in (ours, theirs))
     assert torch.equal(a, b)
 
 
@@ -675,11 +675,11 @@ def test_a_saved_transformer_is_what_diffusers_loads(tiny: Callable[..., Tiny], 
 
 def test_pipelines_can_be_built_without_encoders(tiny: Callable[..., Tiny]) -> None:
     model = tiny("5b")
-    pipeline = build_pipeline(model.facts, transformer=model.transformer, scheduler=model.pipeline.scheduler)
+    pipeline = build_pipeline(model.spec, transformer=model.transformer, scheduler=model.pipeline.scheduler)
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {
         "prompt_embeds": seeded(1, 16, 32),
-        "latents": noisy_latents(model.facts, Bucket(9, 64, 64), 1).transpose(1, 2),
+        "latents": noisy_latents(model.spec, Bucket(9, 64, 64), 1).transpose(1, 2),
         "num_frames": 9,
         "num_inference_steps": 2,
         "guidance_scale": 1.0,

@@ -1,4 +1,4 @@
-"""The configuration: strict YAML, all faults at once with their lines, and rules against the facts of the model."""
+"""The configuration: strict YAML, all faults at once with their lines, and rules against the spec of the model."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def fault(path: Path, overrides: tuple[str, ...] = ()) -> str:
     return str(caught.value)
 
 
-def facts_of(variant: str) -> ModelSpec:
+def spec_of(variant: str) -> ModelSpec:
     return read_spec(str(known_model(variant)))
 
 
@@ -287,7 +287,7 @@ def configured(path: tuple[str | int, ...], number: float) -> dict[str, Any]:
 
 def derived(config: RunConfig) -> None:
     """What a run's numbers become before its first step."""
-    check_against(config, facts_of("5b"))
+    check_against(config, spec_of("5b"))
     items = [Item(Bucket(49, 480, 720), source.repeats) for source in config.data.sources]
     plan = StepPlan(items=tuple(items), seed=config.train.seed, batch_size=config.train.batch_size, micro_batches=2)
     steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
@@ -359,11 +359,11 @@ def test_a_run_s_folder_is_its_own(tmp_path, monkeypatch, output):
     (tmp_path / "model").symlink_to(known_model("5b"))
     values = yaml.safe_load(GOOD) | {"output_dir": output, "model": {"pretrained": "model"}}
     values["data"]["sources"] = [{"kind": "folder", "path": "clips"}, {"path": "list/metadata.jsonl"}]
-    findings = check_against(RunConfig.from_dict(values, base=tmp_path), facts_of("5b"))
+    findings = check_against(RunConfig.from_dict(values, base=tmp_path), spec_of("5b"))
     (error,) = [error for error in findings.errors if "output_dir" in error.where]
     assert "the run's folder is " in error.what and "runs/NAME" in error.fix
     for fine in ("runs/x", "list/runs/x"):
-        findings = check_against(RunConfig.from_dict(values | {"output_dir": fine}, base=tmp_path), facts_of("5b"))
+        findings = check_against(RunConfig.from_dict(values | {"output_dir": fine}, base=tmp_path), spec_of("5b"))
         assert not [error for error in findings.errors if "output_dir" in error.where], "canary"
 
 
@@ -807,7 +807,7 @@ def test_every_field_says_what_it_means():
     assert not silent, silent
 
 
-# ------------------------------------------------------------------------------------- rules against the model's facts
+# ------------------------------------------------------------------------------------- rules against the model's spec
 
 NATIVE = {
     "2b": "49x480x720",
@@ -833,7 +833,7 @@ def run_of(variant: str, **changes: object) -> RunConfig:
 
 @pytest.mark.parametrize("variant", KNOWN_MODELS)
 def test_a_plain_run_of_every_model_is_clean(variant):
-    assert check_against(run_of(variant), facts_of(variant)) == ((), ())
+    assert check_against(run_of(variant), spec_of(variant)) == ((), ())
 
 
 @pytest.mark.parametrize(
@@ -854,7 +854,7 @@ def test_a_plain_run_of_every_model_is_clean(variant):
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_do_is_an_error(variant, changes, said, path):
-    errors, _ = check_against(run_of(variant, **changes), facts_of(variant))
+    errors, _ = check_against(run_of(variant, **changes), spec_of(variant))
     assert len(errors) == 1
     assert said in errors[0].what and path in errors[0].where
 
@@ -877,7 +877,7 @@ def test_what_the_model_cannot_do_is_an_error(variant, changes, said, path):
     ],
 )
 def test_what_is_unwise_is_a_warning(variant, changes, said, path):
-    errors, warnings = check_against(run_of(variant, **changes), facts_of(variant))
+    errors, warnings = check_against(run_of(variant, **changes), spec_of(variant))
     assert not errors
     assert len(warnings) == 1 and said in warnings[0] and path in warnings[0]
 
@@ -893,11 +893,11 @@ def test_what_looks_alike_and_is_fine_is_not_warned_of():
         ("5b", {"method": {"kind": "full"}, "lr_schedule__warmup_steps": 99}),
     ]
     for variant, changes in fine:
-        assert check_against(run_of(variant, **changes), facts_of(variant)) == ((), ()), (variant, changes)
+        assert check_against(run_of(variant, **changes), spec_of(variant)) == ((), ()), (variant, changes)
 
 
 def test_too_many_validation_timesteps_for_the_schedule():
-    short = dataclasses.replace(facts_of("5b"), num_train_timesteps=4)
+    short = dataclasses.replace(spec_of("5b"), num_train_timesteps=4)
     errors, _ = check_against(run_of("5b", validation__timesteps=8), short)
     assert "8 timesteps are wanted; the model has 4" in errors[0].what
 
@@ -907,10 +907,10 @@ def test_require_valid_raises_everything_with_lines_and_returns_warnings(write):
         GOOD.replace("49x480x720", "48x480x720").replace("holdout: 0.1", "fps: 4") + "validation: {bucket: 9x9x9}\n"
     )
     with pytest.raises(ConfigError) as caught:
-        require_valid(load_config(path), facts_of("5b"))
+        require_valid(load_config(path), spec_of("5b"))
     message = str(caught.value)
     assert "run.yaml:6:13 (data.buckets.0)" in message and "run.yaml:11:14 (validation.bucket)" in message
-    (warning,) = require_valid(load_config(write(), ["data.fps=4"]), facts_of("5b"))
+    (warning,) = require_valid(load_config(write(), ["data.fps=4"]), spec_of("5b"))
     assert "twice" in warning or "2 times as fast" in warning
 
 
@@ -919,7 +919,7 @@ def test_the_rules_report_everything_that_a_run_breaks():
         "5b", data__buckets=["50x481x721"], validation__bucket="50x481x721", output_dir="/dev/null",
         validation__samples=[{"prompt": "a", "image": "b"}], data__sources=[{"path": "a", "split": "holdout"}],
     )  # fmt: skip
-    errors, _ = check_against(config, facts_of("5b"))
+    errors, _ = check_against(config, spec_of("5b"))
     assert len(errors) >= 9 and all(error.where for error in errors)
 
 
@@ -935,7 +935,7 @@ def test_sampled_prompts_that_never_call_what_is_learnt_are_a_warning(write):
     def warnings(*prompts: str) -> str:
         samples = {"samples": [{"prompt": prompt} for prompt in prompts]}
         overrides = {"data.trigger": "zkx", "validation": samples}
-        return "\n".join(require_valid(load_config(write(), overrides), facts_of("5b")))
+        return "\n".join(require_valid(load_config(write(), overrides), spec_of("5b")))
 
     assert "no sampled prompt holds the trigger word 'zkx'" in warnings("a ring", "a zkxy ring")
     assert "trigger" not in warnings("a ring", "a zkx ring") + warnings()

@@ -33,7 +33,7 @@ from finetune.parallel.strategy import require_agreement
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
 
-FACTS = read_spec(str(known_model("5b")))
+SPEC = read_spec(str(known_model("5b")))
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = {
@@ -166,10 +166,10 @@ def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_m
 
     two = ProcessGroup(0, 2)
     with pytest.raises(ConfigError, match="equally many forward passes"):
-        require_launch(FullShard(), config(clips_at_once=1), FACTS, two)
-    require_launch(FullShard(), config(clips_at_once=2), FACTS, two)
-    require_launch(FullShard(), config(clips_at_once=1), FACTS, ProcessGroup())
-    require_launch(Replicate(), config(clips_at_once=1), FACTS, two)
+        require_launch(FullShard(), config(clips_at_once=1), SPEC, two)
+    require_launch(FullShard(), config(clips_at_once=2), SPEC, two)
+    require_launch(FullShard(), config(clips_at_once=1), SPEC, ProcessGroup())
+    require_launch(Replicate(), config(clips_at_once=1), SPEC, two)
 
 
 @pytest.mark.parametrize(
@@ -186,17 +186,17 @@ def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, m
     from finetune.config.schema import RunConfig
 
     with pytest.raises(ConfigError, match=said):
-        spread.require_launch(Zero(2), RunConfig.from_dict(values), FACTS, ProcessGroup())
+        spread.require_launch(Zero(2), RunConfig.from_dict(values), SPEC, ProcessGroup())
 
 
 def test_a_torch_that_could_not_read_the_shares_is_refused(tmp_path, monkeypatch):
     from finetune.trainers.setup import require_launch
 
     config = run_config(tmp_path, tmp_path, tmp_path / "run")
-    require_launch(FullShard(), config, FACTS, ProcessGroup())
+    require_launch(FullShard(), config, SPEC, ProcessGroup())
     monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
     with pytest.raises(ConfigError, match="cannot read checkpoints in shares"):
-        require_launch(FullShard(), config, FACTS, ProcessGroup())
+        require_launch(FullShard(), config, SPEC, ProcessGroup())
 
 
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):

@@ -77,26 +77,26 @@ def make_run(
     return config.output_dir
 
 
-def inputs(facts) -> tuple:
+def inputs(spec) -> tuple:
     generator = torch.Generator().manual_seed(9)
-    frames = 2 * (facts.patch_size_t or 1)
+    frames = 2 * (spec.patch_size_t or 1)
     return (
         torch.randn(1, 4, frames, 8, 8, generator=generator),
-        torch.randn(1, facts.max_text_seq_length, facts.text_embed_dim, generator=generator),
+        torch.randn(1, spec.max_text_seq_length, spec.text_embed_dim, generator=generator),
         torch.tensor([321]),
-        torch.randn(1, 4, 1, 8, 8, generator=generator) if facts.image_to_video else None,
+        torch.randn(1, 4, 1, 8, 8, generator=generator) if spec.image_to_video else None,
     )
 
 
 @torch.no_grad()
 def stock_velocity(model: Path, folder: Path | None, *, strength: float = 1.0, dtype=torch.float32) -> torch.Tensor:
     """What the published pipeline computes with the adapter in ``folder``: diffusers alone, none of our loading."""
-    facts = read_spec(str(model))
-    pipeline = export_module.pipeline_class(facts).from_pretrained(model, torch_dtype=dtype)
+    spec = read_spec(str(model))
+    pipeline = export_module.pipeline_class(spec).from_pretrained(model, torch_dtype=dtype)
     if folder is not None:
         pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, adapter_name="tuned")
         pipeline.set_adapters("tuned", strength)
-    return denoise(pipeline.transformer, facts, *inputs(facts))
+    return denoise(pipeline.transformer, spec, *inputs(spec))
 
 
 @torch.no_grad()
@@ -107,8 +107,8 @@ def trained_velocity(run: Path, model: Path, method: dict, step: int = 3) -> tor
     config.method.apply(transformer, seed=0)
     config.method.load_state(transformer, load_file(run / f"checkpoints/step-{step:08d}/trainable.safetensors"))
     transformer.eval()
-    facts = read_spec(str(model))
-    return denoise(transformer, facts, *inputs(facts))
+    spec = read_spec(str(model))
+    return denoise(transformer, spec, *inputs(spec))
 
 
 # ----------------------------------------------------------------------------------------------------------------- LoRA
@@ -280,8 +280,8 @@ def test_a_missing_alpha_is_noticed_also_where_the_adapter_is_weak(tiny_model, t
 def test_a_tampered_file_is_deleted(tiny_model, tmp_path, monkeypatch, method, damage):
     write = export_module._write_weights
 
-    def tampering(found, facts, folder, device, merge_at):
-        trained = write(found, facts, folder, device, merge_at)
+    def tampering(found, spec, folder, device, merge_at):
+        trained = write(found, spec, folder, device, merge_at)
         (path,) = folder.rglob("*.safetensors")
         with safe_open(path, framework="pt") as file:
             header = file.metadata()
@@ -617,10 +617,10 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
     transformer = load_transformer(config.model)
     config.method.apply(transformer, seed=1)
     config.method.load_state(transformer, load_file(run / "checkpoints/step-00000003/trainable.safetensors"))
-    facts = read_spec(str(model))
-    empty, prompt = encode_prompts(*load_text(config.model), ["", "a red ring"], facts)
+    spec = read_spec(str(model))
+    empty, prompt = encode_prompts(*load_text(config.model), ["", "a red ring"], spec)
     (ours,) = sample_videos(
-        facts,
+        spec,
         transformer,
         load_scheduler(config.model),
         load_vae(config.model),

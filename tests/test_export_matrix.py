@@ -235,12 +235,12 @@ def test_at_strength_zero_the_merged_weights_are_the_base_s_bit_for_bit(tiny_mod
 
 def test_the_pipeline_s_strength_is_ours(tiny_model):
     """``set_strength`` is what ``pipeline.set_adapters`` does, so that a merge at it is what people hear."""
-    facts = read_spec(str(tiny_model("5b")))
+    spec = read_spec(str(tiny_model("5b")))
     ours, theirs = (adapted(tiny_model("5b"), METHODS["rslora"]) for _ in range(2))
     set_strength(ours, 0.37)
     theirs.set_adapters([ADAPTER], [0.37])
     with torch.no_grad():
-        assert torch.equal(denoise(ours, facts, *inputs(facts)), denoise(theirs, facts, *inputs(facts)))
+        assert torch.equal(denoise(ours, spec, *inputs(spec)), denoise(theirs, spec, *inputs(spec)))
 
 
 # --------------------------------------------------------------------------------------------- what must not get out
@@ -262,8 +262,8 @@ def test_a_merged_file_that_was_tampered_with_is_deleted(tiny_model, tmp_path, m
 
     write = export_module._write_merged
 
-    def tampering(transformer, facts, folder, device, strength):
-        noted = write(transformer, facts, folder, device, strength)
+    def tampering(transformer, spec, folder, device, strength):
+        noted = write(transformer, spec, folder, device, strength)
         (path,) = folder.rglob("*.safetensors")
         tensors = load_file(path)
         # An output bias of 1e-6 moves no velocity by more than its tolerance.

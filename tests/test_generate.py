@@ -25,8 +25,8 @@ from finetune.inference.inputs import (
     TRAINING_RECORD,
     AdapterArgument,
     GenerateRequest,
-    base_facts,
     base_faults,
+    base_numbers,
     parse_adapter,
     prompts_with_seeds,
     read_prompts,
@@ -43,21 +43,21 @@ SMALL = Bucket(9, 32, 48)
 PROMPT = "a red circle moving left"
 
 
-def bucket_of(facts) -> Bucket:
-    return training_bucket(facts) if facts.use_learned_positions else SMALL
+def bucket_of(spec) -> Bucket:
+    return training_bucket(spec) if spec.use_learned_positions else SMALL
 
 
 def parts(folder):
     model = ModelConfig(pretrained=str(folder))
-    facts = read_spec(str(folder))
+    spec = read_spec(str(folder))
     tokenizer, encoder = load_text(model)
-    empty, prompt = encode_prompts(tokenizer, encoder, ["", PROMPT], facts)
+    empty, prompt = encode_prompts(tokenizer, encoder, ["", PROMPT], spec)
     picture = None
-    if facts.image_to_video:
+    if spec.image_to_video:
         generator = torch.Generator().manual_seed(3)
-        bucket = bucket_of(facts)
+        bucket = bucket_of(spec)
         picture = torch.randint(0, 255, (3, bucket.height, bucket.width), generator=generator, dtype=torch.uint8)
-    return facts, load_transformer(model), load_scheduler(model), load_vae(model), prompt, empty, picture
+    return spec, load_transformer(model), load_scheduler(model), load_vae(model), prompt, empty, picture
 
 
 def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
@@ -83,10 +83,10 @@ def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
 @pytest.mark.parametrize("variant", ["2b", "5b", "5b-i2v", "1.5-5b-i2v"])
 def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
     folder = tiny_model(variant)
-    facts, transformer, scheduler, vae, prompt, empty, picture = parts(folder)
-    bucket = bucket_of(facts)
+    spec, transformer, scheduler, vae, prompt, empty, picture = parts(folder)
+    bucket = bucket_of(spec)
     (ours,) = sample_videos(
-        facts,
+        spec,
         transformer,
         scheduler,
         vae,
@@ -94,7 +94,7 @@ def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
         num_inference_steps=2,
         guidance_scale=3.0,
     )
-    stock = pipeline_class(facts).from_pretrained(folder)
+    stock = pipeline_class(spec).from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
     extra = {} if picture is None else {"image": Image.fromarray(picture.permute(1, 2, 0).numpy())}
     theirs = stock(
@@ -106,7 +106,7 @@ def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(7),
         output_type="np",
-        max_sequence_length=facts.max_text_seq_length,
+        max_sequence_length=spec.max_text_seq_length,
         **extra,
     ).frames[0]
     assert ours.dtype == np.uint8 and ours.shape == (bucket.frames, bucket.height, bucket.width, 3)
@@ -115,7 +115,7 @@ def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
 
 
 def test_sampling_leaves_the_modules_and_the_random_state_as_they_were(tiny_model):
-    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
     LoraMethod(rank=2, alpha=4, dropout=0.5).apply(transformer, seed=0)
     transformer.train()
     scheduler.set_timesteps(10)
@@ -131,10 +131,10 @@ def test_sampling_leaves_the_modules_and_the_random_state_as_they_were(tiny_mode
     weights = {name: p.clone() for name, p in transformer.named_parameters()}
     before = everything()
     request = SampleRequest(prompt, empty, seed=7, bucket=SMALL)
-    first = sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    first = sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     torch.rand(3)
     state = torch.get_rng_state()
-    second = sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    second = sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     assert np.array_equal(first[0], second[0])  # also: LoRA dropout is off, and nothing depends on the global state
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_rng_state(torch.tensor(before[-1], dtype=torch.uint8))
@@ -152,11 +152,11 @@ def test_a_bare_pipeline_call_leaves_a_trace(tiny_model):
 
 
 def test_a_video_depends_on_its_seed_and_not_on_its_neighbours(tiny_model):
-    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
     requests = [SampleRequest(prompt, empty, seed=seed, bucket=SMALL) for seed in (1, 2)]
 
     def sample(chosen):
-        return sample_videos(facts, transformer, scheduler, vae, chosen, num_inference_steps=1, guidance_scale=2.0)
+        return sample_videos(spec, transformer, scheduler, vae, chosen, num_inference_steps=1, guidance_scale=2.0)
 
     together = sample(requests)
     (alone,) = sample(requests[1:])
@@ -165,15 +165,15 @@ def test_a_video_depends_on_its_seed_and_not_on_its_neighbours(tiny_model):
 
 
 def test_values_that_are_not_numbers_are_shown_black_and_said(tiny_model, caplog):
-    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
     request = SampleRequest(prompt * float("nan"), empty, seed=1, bucket=SMALL)
-    (frames,) = sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    (frames,) = sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     assert frames.max() == 0
     assert "seed 1 holds values that are not numbers" in caplog.text
 
 
 def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_model, monkeypatch):
-    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
     seen = []
     decode = vae.decode
     monkeypatch.setattr(
@@ -182,7 +182,7 @@ def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_mo
     request = SampleRequest(prompt, empty, seed=1, bucket=SMALL)
     for limit in (generate.DECODE_WHOLE_BELOW, 1_000_000):
         monkeypatch.setattr(generate, "DECODE_WHOLE_BELOW", limit)
-        sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+        sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     assert seen == [False, True] and not vae.use_tiling
     monkeypatch.undo()
     tiled = [generate.decodes_in_tiles(Bucket(*sizes), torch.bfloat16) for sizes in ((49, 480, 720), (9, 64, 64))]
@@ -192,12 +192,12 @@ def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_mo
 
 
 def test_images_must_fit_the_model(tiny_model):
-    facts, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
     request = SampleRequest(prompt, empty, seed=1, bucket=SMALL, image=torch.zeros(3, 32, 48, dtype=torch.uint8))
     with pytest.raises(ValueError, match="text-to-video, but an image is given"):
-        sample_videos(facts, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+        sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
     with pytest.raises(ValueError, match=r"VAE is torch.bfloat16"):
-        sample_videos(facts, transformer, scheduler, vae.bfloat16(), [], num_inference_steps=1, guidance_scale=1.0)
+        sample_videos(spec, transformer, scheduler, vae.bfloat16(), [], num_inference_steps=1, guidance_scale=1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -409,7 +409,7 @@ def outcome(monkeypatch, request) -> str:
     raise AssertionError("it sampled")
 
 
-FACTS = base_facts(read_spec(str(known_model("5b"))))
+SPEC = base_numbers(read_spec(str(known_model("5b"))))
 
 
 @pytest.mark.parametrize(

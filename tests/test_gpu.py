@@ -344,7 +344,7 @@ def test_encoders_at_full_size(results):
     from finetune.testing.tiny import tiny_text
 
     folder = known_model("5b")
-    facts = read_spec(str(folder))
+    spec = read_spec(str(folder))
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
@@ -379,5 +379,5 @@ def test_encoders_at_full_size(results):
         torch.set_default_dtype(torch.float32)
     tokenizer, _ = tiny_text()
     with torch.no_grad():
-        embeds = timed("t5 encode 1 caption", lambda: encode_prompts(tokenizer, encoder, ["a red circle"], facts))
+        embeds = timed("t5 encode 1 caption", lambda: encode_prompts(tokenizer, encoder, ["a red circle"], spec))
     assert embeds.shape == (1, 226, 4096)

@@ -628,13 +628,13 @@ def test_hostile_rows_are_named_and_the_rest_goes_on(good, demo_clips, tmp_path,
             rows.write(json.dumps({"file_name": name, "prompt": "a ball"}) + "\n")
     data = {"unreadable_clips": policy}
     config = run_config(known_model("2b"), folder, tmp_path / "run", data=data, cache={"decode_workers": 1})
-    facts = read_spec(str(known_model("2b")))
+    spec = read_spec(str(known_model("2b")))
     if policy == "skip":
-        report = check_dataset(config, facts, progress=False)
+        report = check_dataset(config, spec, progress=False)
         assert len(report.clips) == 4 and {Path(name).name for name in report.skipped["unreadable"]} == set(hostile)
         return
     with pytest.raises(DataError, match="3 clips, images or captions cannot be used") as caught:
-        check_dataset(config, facts, progress=False)
+        check_dataset(config, spec, progress=False)
     told = str(caught.value)
     for name, said in (("frames", "1,000,000,000 frames"), ("pixels", "65535x65535"), ("list", "a concat script")):
         assert f"{name}.mp4 (" in told and said in told

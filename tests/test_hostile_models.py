@@ -163,7 +163,7 @@ WRONG = ("x", [1], {}, None, True, -1, 0, 7, 10**9, 1e300, 0.5, [[1]])
 
 def used(model: Path, component: str) -> None:
     """What training does with a component, as far as its JSON decides it."""
-    facts = read_spec(str(model))
+    spec = read_spec(str(model))
     if component == "transformer":
         load_transformer(config_of(model))
     elif component == "vae":
@@ -174,7 +174,7 @@ def used(model: Path, component: str) -> None:
         assert scheduler.alphas_cumprod.isfinite().all()
     else:
         tokenizer, encoder = load_text(config_of(model))
-        assert encode_prompts(tokenizer, encoder, ["a red circle"], facts).isfinite().all()
+        assert encode_prompts(tokenizer, encoder, ["a red circle"], spec).isfinite().all()
 
 
 @pytest.mark.parametrize("component", CONFIG_FILES)
@@ -451,22 +451,22 @@ def adapter_file(folder: Path, settings: str) -> Path:
     ],
 )
 def test_an_adapter_s_header_cannot_ask_for_more_than_its_tensors(tmp_path, settings, said):
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     adapters = (AdapterArgument(adapter_file(tmp_path / "lora", settings)),)
     request = GenerateRequest("x/y", (SamplePrompt(prompt="x"),), tmp_path / "out", adapters=adapters)
     if said is None:
-        check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
+        check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
         return
     with pytest.raises(ConfigError) as caught:
-        check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
+        check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
     assert said in str(caught.value)
 
 
 def test_a_prompt_that_is_no_text_is_refused(tmp_path):
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     request = GenerateRequest("x/y", (SamplePrompt(prompt="a\x1b[2Jb"),), tmp_path / "out")
     with pytest.raises(ConfigError, match="the prompt is damaged: it holds U\\+001B"):
-        check_request(request, facts, training_bucket(facts))
+        check_request(request, spec, training_bucket(spec))
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="nested too deeply"):
         read_prompts(tmp_path / "p.jsonl")
@@ -684,8 +684,8 @@ def found(tmp_path: Path) -> Callable[..., Source]:
 
 
 def card_of(source: Source, name: str = "export", samples: list[str] | None = None) -> str:
-    facts = read_spec(str(known_model("5b")))
-    return model_card(source, facts, None, name=name, samples=samples or [], full_pipeline=False)
+    spec = read_spec(str(known_model("5b")))
+    return model_card(source, spec, None, name=name, samples=samples or [], full_pipeline=False)
 
 
 def tokens_of(body: str) -> list[Any]:
@@ -755,8 +755,8 @@ def test_the_card_and_the_record_name_the_commit(found):
     source = found()
     _, body = parts_of(card_of(source))
     assert f"from_pretrained('zai-org/CogVideoX-5b', revision='{SHA_A}'" in body and f"--revision {SHA_A}" in body
-    facts = read_spec(str(known_model("5b")))
-    assert json.loads(training_record(source, facts, None, max_abs_diff=0, tolerance=1))["revision"] == SHA_A
+    spec = read_spec(str(known_model("5b")))
+    assert json.loads(training_record(source, spec, None, max_abs_diff=0, tolerance=1))["revision"] == SHA_A
     _, body = parts_of(card_of(replace(source, revision=None)))
     assert "revision" not in body
 

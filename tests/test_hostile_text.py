@@ -456,12 +456,12 @@ def test_rows_left_out_are_counted_and_named_by_check(demo_clips, tmp_path):
         (clips / video.name).write_bytes(video.read_bytes())
     bad = json.loads(listed[0]) | {"prompt": "a\x1b[2Jb"}
     (clips / "metadata.jsonl").write_text("\n".join([json.dumps(bad), "not json", *listed[1:]]))
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     strict = run_config(known_model("5b"), clips, tmp_path / "run")
     with pytest.raises(DataError, match="2 things are wrong"):
-        check_dataset(strict, facts, progress=False)
+        check_dataset(strict, spec, progress=False)
     lenient = run_config(known_model("5b"), clips, tmp_path / "run", data={"unreadable_clips": "skip"})
-    report = check_dataset(lenient, facts, progress=False)
+    report = check_dataset(lenient, spec, progress=False)
     assert len(report.clips) == len(listed) - 1
     assert "left out, with unusable text: 2 (" in str(report) and "\x1b" not in str(report)
     assert "metadata.jsonl:1" in str(report) and "metadata.jsonl:2" in str(report)

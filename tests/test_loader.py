@@ -25,26 +25,26 @@ CPU = torch.device("cpu")
 def maker(model, tmp_path, dropout=None, **changes) -> BatchMaker:
     config = run_config(model, tmp_path / "none", tmp_path / "run", cache={"mode": "require"}, **changes)
     fabricate_cache(config, clips=3)
-    facts, cache = read_spec(str(model)), Cache(config.cache.dir)
-    manifest = ensure_cache(config, facts)
+    spec, cache = read_spec(str(model)), Cache(config.cache.dir)
+    manifest = ensure_cache(config, spec)
     empty = cache.read_prompt(manifest.empty_prompt_key)
-    return BatchMaker(facts, cache, manifest.items, empty, dropout or DropoutConfig(caption_dropout=0), seed=5)
+    return BatchMaker(spec, cache, manifest.items, empty, dropout or DropoutConfig(caption_dropout=0), seed=5)
 
 
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
 def test_a_batch_has_the_shapes_the_model_wants(tiny_model, tmp_path, variant):
     made = maker(tiny_model(variant), tmp_path)
     batch = made.training(0, MicroBatch(items=(0, 2), slots=(0, 1)))
-    facts = made.facts
-    channels, frames, height, width = facts.latent_shape(made.items[0].bucket)
-    padded = facts.padded_latent_frames(9)
+    spec = made.spec
+    channels, frames, height, width = spec.latent_shape(made.items[0].bucket)
+    padded = spec.padded_latent_frames(9)
     assert batch.latents.shape == batch.noise.shape == (2, channels, padded, height, width)
     assert batch.latents.dtype == torch.float32 and batch.timesteps.dtype == torch.int64
-    assert (batch.image_latents is not None) == facts.image_to_video
+    assert (batch.image_latents is not None) == spec.image_to_video
     if batch.image_latents is not None:
         assert batch.image_latents.shape == (2, channels, 1, height, width)
-    for copy in range(facts.front_padding(frames)):
-        assert torch.equal(batch.latents[:, :, copy], batch.latents[:, :, facts.front_padding(frames)])
+    for copy in range(spec.front_padding(frames)):
+        assert torch.equal(batch.latents[:, :, copy], batch.latents[:, :, spec.front_padding(frames)])
 
 
 def test_a_batch_depends_on_its_address_alone(tiny_model, tmp_path):

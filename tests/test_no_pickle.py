@@ -236,7 +236,7 @@ def test_pickles_beside_a_checkpoints_files_are_not_looked_at(tmp_path, trap):
 def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, trap, suffix, tiny_model):
     content, _ = trap
     model = tiny_model("5b")
-    facts = read_spec(str(model))
+    spec = read_spec(str(model))
     file = tmp_path / f"pytorch_lora_weights{suffix}"
     for write in (lambda: file.write_bytes(content), lambda: torch_file(content, file)):
         write()
@@ -247,7 +247,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, trap, suffix, tiny_mod
                 str(model), (SamplePrompt(prompt="x"),), tmp_path, adapters=(AdapterArgument(path),)
             )
             with pytest.raises(ConfigError):
-                check_request(request, facts, training_bucket(facts), read_sources(request.adapters)[1])
+                check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
 
 
 COMPONENTS = {

@@ -82,11 +82,11 @@ def test_one_clip_comes_back_through_the_stock_pipeline(sharp_model, tmp_path, v
         memory={"checkpointing": "none"},
         **(changes | {"train": changes["train"] | {"batch_size": 8}}),
     )
-    facts = read_spec(str(model))
-    manifest = ensure_cache(config, facts)
+    spec = read_spec(str(model))
+    manifest = ensure_cache(config, spec)
     entry = Cache(config.cache.dir).read(manifest.items[0])
     mean = entry.latents_mean.float()[None]
-    clip = model_latents(facts, mean, torch.zeros_like(mean), torch.zeros_like(mean))
+    clip = model_latents(spec, mean, torch.zeros_like(mean), torch.zeros_like(mean))
 
     before = cosine(sample(model, None, clip.shape), clip)
     report = train(config)
@@ -103,13 +103,13 @@ def cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tensor:
     """Sample the training caption (and image) with diffusers' own pipeline; latents [1, C, F, H, W] in model space."""
-    facts, settings = read_spec(str(model)), ModelConfig(pretrained=str(model))
+    spec, settings = read_spec(str(model)), ModelConfig(pretrained=str(model))
     transformer = load_transformer(settings)
     if exported is not None and (exported / "transformer").is_dir():
         transformer = type(transformer).from_pretrained(exported / "transformer")
     tokenizer, text_encoder = load_text(settings)
     pipeline = build_pipeline(
-        facts,
+        spec,
         transformer=transformer,
         vae=load_vae(settings),
         scheduler=load_scheduler(settings),
@@ -119,7 +119,7 @@ def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tenso
     if exported is not None and not (exported / "transformer").is_dir():
         pipeline.load_lora_weights(exported)
     arguments: dict[str, object] = {}
-    if facts.image_to_video:
+    if spec.image_to_video:
         from PIL import Image
 
         from finetune.testing.demo import render
@@ -134,7 +134,7 @@ def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tenso
         guidance_scale=1.0,
         generator=torch.Generator().manual_seed(5),
         output_type="latent",
-        max_sequence_length=facts.max_text_seq_length,
+        max_sequence_length=spec.max_text_seq_length,
         **arguments,
     )
     latents: torch.Tensor = result.frames.float().transpose(1, 2)

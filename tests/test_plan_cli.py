@@ -30,7 +30,7 @@ from finetune.planner.command import Forecaster
 from finetune.planner.cost_model import DEFAULTS, keep, step_cost
 from finetune.planner.estimate import estimate
 from finetune.planner.helper_process import HelperJob, beside
-from finetune.planner.predict import facts_of
+from finetune.planner.predict import spec_of
 from finetune.planner.store import is_stored, rehearsed
 
 ROOT = Path(__file__).parents[1]
@@ -267,7 +267,7 @@ def test_everything_that_is_measured_was_predicted(monkeypatch: pytest.MonkeyPat
     runs = dict(benchmark.runs())
     assert len(runs) >= 20 and [name for name in runs if not predicted.get(name)] == []
     for config in runs.values():
-        assert config.memory.faults(memory_traits(config, facts_of(config))) == []
+        assert config.memory.faults(memory_traits(config, spec_of(config))) == []
     # No two of them are the same run.
     states = [config.to_dict() for config in runs.values()]
     assert all(states.count(state) == 1 for state in states)
@@ -279,7 +279,7 @@ def test_every_piece_of_the_benchmark_fits_ten_minutes(monkeypatch: pytest.Monke
     seconds = dict.fromkeys(benchmark.PIECES, 0.0)
     for name, config in benchmark.runs():
         (piece,) = [piece for piece, pattern in benchmark.PIECES.items() if re.search(pattern, name)]
-        step_s = step_cost(config, facts_of(config), config.memory, DEFAULTS["H100"]).step_s
+        step_s = step_cost(config, spec_of(config), config.memory, DEFAULTS["H100"]).step_s
         seconds[piece] += 30 + 3 * step_s  # to make the model; one step that is not timed and two that are
     assert all(0 < total < 540 for total in seconds.values()), seconds
     readme = (ROOT / "benchmarks" / "README.md").read_text()

@@ -48,7 +48,7 @@ from finetune.planner.estimate import Estimate, Training, estimate, fake_batches
 from finetune.planner.fakes import empty_transformer, empty_vae, fake_world, rehearsed_once
 from finetune.planner.memory_tracker import TRANSIENT, MemoryTracker, Phase, Point, Span, attention_workspace, measure
 from finetune.planner.phases import EstimatedPart, PhaseName
-from finetune.planner.predict import SHORT, Extended, extend, facts_of, peaks, predict
+from finetune.planner.predict import SHORT, Extended, extend, peaks, predict, spec_of
 from finetune.planner.report import document, draw, text, verdict
 from finetune.planner.search import QUANTISED, Found, Plan, candidates, resolve, search
 
@@ -93,10 +93,10 @@ SFT: dict[str, Any] = {"method": {"kind": "full"}, "optimizer": {"kind": "adamw8
 
 
 def step_with(ledger: MemoryTracker, config: RunConfig, folder: Path, layers: int) -> Phase:
-    facts = read_spec(str(folder))
+    spec = read_spec(str(folder))
     transformer = empty_transformer(folder, torch.bfloat16, config.memory, layers)
-    training = Training(ledger, facts, config, transformer, torch.bfloat16)
-    return training.step(fake_batches(facts, config, config.data.buckets[0], torch.bfloat16))
+    training = Training(ledger, spec, config, transformer, torch.bfloat16)
+    return training.step(fake_batches(spec, config, config.data.buckets[0], torch.bfloat16))
 
 
 def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path) -> None:
@@ -115,7 +115,7 @@ def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path) -> None:
 
 def test_the_peak_is_what_the_allocator_hands_out(look_alike: Path) -> None:
     """Against torch's own profiler of real CPU allocations, with no mode that watches."""
-    config, facts = run(look_alike), read_spec(str(look_alike))
+    config, spec = run(look_alike), read_spec(str(look_alike))
     with fake_world() as ledger:
         ours = step_with(ledger, config, look_alike, 2)
     resident = sum(
@@ -125,11 +125,11 @@ def test_the_peak_is_what_the_allocator_hands_out(look_alike: Path) -> None:
     )
     with MemoryTracker() as quiet:
         transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 2)
-        training = Training(quiet, facts, config, transformer, torch.bfloat16)
-        (batch,) = fake_batches(facts, config, config.data.buckets[0], torch.bfloat16)
+        training = Training(quiet, spec, config, transformer, torch.bfloat16)
+        (batch,) = fake_batches(spec, config, config.data.buckets[0], torch.bfloat16)
         training._warm_up()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        velocity_losses(transformer, facts, training.alpha_bar, batch).sum().backward()
+        velocity_losses(transformer, spec, training.alpha_bar, batch).sum().backward()
     assert profiled.profiler is not None and profiled.profiler.kineto_results is not None
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = highest = 0
@@ -150,13 +150,13 @@ def test_a_tensor_kept_alive_is_seen(look_alike: Path) -> None:
             kept.append(torch.zeros(1 << 20))
             return super().step(batches)
 
-    facts = read_spec(str(look_alike))
+    spec = read_spec(str(look_alike))
     peaks = []
     for kind in (Training, Leaking):
         with fake_world() as ledger:
             transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 2)
-            training = kind(ledger, facts, config, transformer, torch.bfloat16)
-            peaks.append(training.step(fake_batches(facts, config, config.data.buckets[0], torch.bfloat16)).peak.nbytes)
+            training = kind(ledger, spec, config, transformer, torch.bfloat16)
+            peaks.append(training.step(fake_batches(spec, config, config.data.buckets[0], torch.bfloat16)).peak.nbytes)
     assert peaks[1] - peaks[0] == 4 << 20
 
 
@@ -206,9 +206,9 @@ def test_8_bit_states_are_those_of_a_real_run(look_alike: Path) -> None:
     sizes = []
     for world in (fake_world(), MemoryTracker()):
         with world as ledger:
-            facts = read_spec(str(look_alike))
+            spec = read_spec(str(look_alike))
             transformer = empty_transformer(look_alike, torch.bfloat16, config.memory, 1)
-            training = Training(ledger, facts, config, transformer, torch.bfloat16)
+            training = Training(ledger, spec, config, transformer, torch.bfloat16)
             training._warm_up()
             training._name_residents()
             end = ledger.tick
@@ -298,7 +298,7 @@ def test_under_ddp_all_gradients_are_there_all_the_time(look_alike: Path, memory
         for parameter in training.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         training.ledger.name("gradients", [p.grad for p in training.parameters.values() if p.grad is not None])
-        true = training.step(fake_batches(training.facts, config, config.data.buckets[0], torch.bfloat16)).peak.nbytes
+        true = training.step(fake_batches(training.spec, config, config.data.buckets[0], torch.bfloat16)).peak.nbytes
     alone, each = (peaks(config, processes=count)["train"].nbytes for count in (1, 2))
     largest = 2 * max(math.prod(parameter.shape) for parameter in training.parameters.values())
     assert abs(each - true) <= largest < (true - alone) / 2
@@ -442,39 +442,39 @@ def counted(make: Any, made: list[str], config: RunConfig, *, through: Any, **op
 
 def test_the_arithmetic_of_5b() -> None:
     config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 128})
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     # Only matrix products count: 169.1 TFLOP of linear layers, 4.7 of adapters, 163.1 of attention (counted by others).
     instant = DEFAULTS["H100"].model_copy(update={"gemm": 1e12, "attention_forward": 1e12, "attention_backward": 1e12})
     instant = instant.model_copy(update={"memory": 1e30})
-    cost = step_cost(config, facts, MemoryConfig(), instant)
+    cost = step_cost(config, spec, MemoryConfig(), instant)
     assert cost.forward_s == pytest.approx(169.1 + 163.1 + 4.7, rel=0.01)
     assert cost.recompute_s == pytest.approx(cost.forward_s)
     assert cost.backward_s == pytest.approx(169.1 + 2.5 * 163.1 + 9.4, rel=0.01)
-    kept = step_cost(config, facts, MemoryConfig(checkpointing="selective"), instant)
+    kept = step_cost(config, spec, MemoryConfig(checkpointing="selective"), instant)
     assert cost.recompute_s - kept.recompute_s == pytest.approx(163.1, rel=0.01)
-    assert step_cost(config, facts, MemoryConfig(checkpointing="none"), instant).recompute_s == 0
+    assert step_cost(config, spec, MemoryConfig(checkpointing="none"), instant).recompute_s == 0
 
 
 def test_copies_hide_behind_computation_until_they_do_not() -> None:
     config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]})
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     rates = DEFAULTS["H100"]
     plain, streamed = MemoryConfig(), MemoryConfig(streamed_blocks="all")
-    hidden = step_cost(config, facts, streamed, rates).step_s - step_cost(config, facts, plain, rates).step_s
+    hidden = step_cost(config, spec, streamed, rates).step_s - step_cost(config, spec, plain, rates).step_s
     slow = rates.model_copy(update={"host_to_device": 1e9})
-    seen = step_cost(config, facts, streamed, slow).step_s - step_cost(config, facts, plain, slow).step_s
-    alone = step_cost(config, facts, MemoryConfig(streamed_blocks="all", ring=1), rates).waiting_s
+    seen = step_cost(config, spec, streamed, slow).step_s - step_cost(config, spec, plain, slow).step_s
+    alone = step_cost(config, spec, MemoryConfig(streamed_blocks="all", ring=1), rates).waiting_s
     assert 0 < hidden < 0.05 < 1 < seen
     assert alone > 0.3
 
 
 def test_weights_are_copied_once_for_all_clips_that_go_together() -> None:
-    facts, rates = read_spec(str(known_model("5b"))), DEFAULTS["4090"]
+    spec, rates = read_spec(str(known_model("5b"))), DEFAULTS["4090"]
 
     def seconds(batch_size: int, accumulation: int = 1, **memory: Any) -> float:
         train = {"steps": 1, "batch_size": batch_size, "accumulation": accumulation}
         config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["9x256x256"]}, train=train)
-        return step_cost(config, facts, MemoryConfig(**memory), rates).step_s
+        return step_cost(config, spec, MemoryConfig(**memory), rates).step_s
 
     assert seconds(8) == pytest.approx(8 * seconds(1), rel=0.01) == pytest.approx(seconds(4, 2), rel=0.01)
     # One clip computes for less time than its weights need to arrive; eight hide them.
@@ -525,9 +525,9 @@ CARDS, RAMS = (3.0, 6.0, 8.0, 10.0, 13.0, 15.0, 17.0, 24.0), (None, 4.0, 8.0, 12
 def test_no_plan_is_much_faster_than_what_is_found(reckoned: None, device: str) -> None:
     """Against every legal memory section, on cards and hosts of many sizes."""
     config = run("5b", data={"sources": [{"path": "c"}], "buckets": ["49x480x720"]}, method={"rank": 128})
-    facts, rates = facts_of(config), DEFAULTS[device]
+    spec, rates = spec_of(config), DEFAULTS[device]
     every = []
-    for one in candidates(config, facts, memory_traits(config, facts), rates, ["native", *QUANTISED]):
+    for one in candidates(config, spec, memory_traits(config, spec), rates, ["native", *QUANTISED]):
         (peak,) = reckon(config.model_copy(update={"memory": one.memory})).values()
         every.append((one, peak.nbytes, peak.pinned))
     fits = none = 0

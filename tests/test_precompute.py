@@ -481,16 +481,16 @@ sys.meta_path.insert(0, Block())
 from finetune.config import load_config
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN
-from finetune.facts import read_facts
+from finetune.cogvideox.spec import read_spec
 from finetune.caching.precompute import ensure_cache
 config = load_config(sys.argv[1])
-facts = read_facts(config.model.pretrained)
-manifest = ensure_cache(config, facts)
+spec = read_spec(config.model.pretrained)
+manifest = ensure_cache(config, spec)
 entry = Cache(config.cache.dir).read(manifest.items[0])
 assert entry.latents_mean.shape == (4, 3, 4, 4)
 assert not {"decord", "av", "datasets", "diffusers", "transformers"} & set(sys.modules)
 print("read", manifest.digest, flush=True)
-ensure_cache(load_config(sys.argv[1], ["data.fps=4", "cache.decode_workers=0"]), facts)
+ensure_cache(load_config(sys.argv[1], ["data.fps=4", "cache.decode_workers=0"]), spec)
 """
 
 
@@ -744,10 +744,10 @@ def test_a_held_out_source_that_shares_a_video_is_told_of(project):
 
 def _count_held_out(home: Project) -> tuple[int, int, int]:
     """Clips held out as `check` counts them, as precompute does, and as counting by name would."""
-    config, facts = home.config(), read_spec(str(home.model))
-    clips = check_dataset(config, facts, progress=False).clips
+    config, spec = home.config(), read_spec(str(home.model))
+    clips = check_dataset(config, spec, progress=False).clips
     drawn, names = identities(config, clips, progress=False), {clip.sample.video: clip.name for clip in clips}
-    counted = dict(overview(config, facts, clips, drawn)[0])["clips"]
+    counted = dict(overview(config, spec, clips, drawn)[0])["clips"]
     checked = int(re.search(r"(\d+) held out", counted).group(1))
     manifest = home.precompute().manifest
     return checked, sum(item.holdout for item in manifest.items), sum(held_out(clips, names, config.data.holdout))
@@ -850,10 +850,10 @@ def test_images_are_opened_before_anything_is_encoded(project):
     (home.folder / "start.png").write_bytes(b"no image")
     names = ["good.gif", "cut.png", "wide.jpg"]
     _put(home, "image", names)
-    facts = read_spec(str(home.model))
+    spec = read_spec(str(home.model))
     samples = {"validation": {"samples": [{"prompt": "a ring", "image": "start.png"}]}}
     with pytest.raises(DataError) as caught:
-        check_dataset(home.config(**samples), facts, progress=False)
+        check_dataset(home.config(**samples), spec, progress=False)
     said = str(caught.value)
     assert said.startswith("3 clips, images or captions") and "good.gif" not in said
     assert "clips/cut.png, first frame of" in said and "metadata.jsonl:2" in said
@@ -909,23 +909,23 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
     from finetune.core.types import Sample, VideoProbe
     from finetune.datasets.geometry import picture_kept, plan_clips
 
-    facts = read_spec(str(known_model("5b-i2v")))
+    spec = read_spec(str(known_model("5b-i2v")))
     config = project(data={"buckets": ["49x480x720"]}).config().data
     probe = VideoProbe(100, 8.0, 720, 480, tuple(n / 8 for n in range(100)), 1, "decord")
     sample = Sample(Path("a.mp4"), "a", None, "a:1")
     clips = [PlannedClip("a.mp4", sample, probe, plan, False) for plan in plan_clips(probe, config, 8, "a")]
-    picture, seconds = kept_warnings(clips, config, facts, 8)
+    picture, seconds = kept_warnings(clips, config, spec, 8)
     assert "44% of the picture of 1 clips of 720x480" in picture and "no size that keeps more" in picture
     assert "49% of the seconds of 1 videos: data.span: all would keep 98%" in seconds
     # Ten seconds hold one clip of 49 frames and three of 25.
-    facts = read_spec(str(known_model("5b")))
+    spec = read_spec(str(known_model("5b")))
     ten = replace(probe, frames=80, frame_times_s=probe.frame_times_s[:80], height=480, width=720)
     clips = [PlannedClip("a.mp4", sample, ten, plan, False) for plan in plan_clips(ten, config, 8, "a")]
-    (seconds,) = kept_warnings(clips, config, facts, 8)
+    (seconds,) = kept_warnings(clips, config, spec, 8)
     assert seconds.endswith("61% of the seconds of 1 videos: data.span: all with 25x480x720 would keep 94%")
     # A web dataset has a thousand shapes: the sizes that serve most clips are named, the rest is counted.
     clips = [replace(clips[0], probe=replace(ten, height=480 + 8 * n)) for n in range(90)]
-    *pictures, rest = [line for line in kept_warnings(clips, config, facts, 8) if "of the picture" in line]
+    *pictures, rest = [line for line in kept_warnings(clips, config, spec, 8) if "of the picture" in line]
     numbers = [int(line.split("of the picture of ")[1].split()[0]) for line in (*pictures, rest)]
     assert len(pictures) == 3 and "clips of more shapes" in rest
     assert sum(numbers) == sum(picture_kept((480 + 8 * n, 720), clips[0].plan.bucket) < 0.8 for n in range(90))
@@ -1020,7 +1020,7 @@ from finetune.datasets.media import frames
 from finetune.core.errors import DataError
 from finetune.caching import encode as encoding
 from finetune.config import load_config
-from finetune.facts import read_facts
+from finetune.cogvideox.spec import read_spec
 from finetune.caching.precompute import ensure_cache, precompute
 from finetune.core.distributed import Ranks
 
@@ -1042,7 +1042,7 @@ def tell(title, said):
 
 attempt("shared")
 config = load_config(sys.argv[1])
-manifest = ensure_cache(config, read_facts(config.model.pretrained))
+manifest = ensure_cache(config, read_spec(config.model.pretrained))
 tell("trusted", manifest.digest)
 
 real_encode, real_read = encoding.encode_video, frames.read_clip
@@ -1113,11 +1113,11 @@ def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
     rows = re.findall(r"^\| (5b|1\.5-5b) \| (\d+x\d+x\d+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.MULTILINE)
     assert len(rows) >= 2
     for variant, shape, latents, captions, images in rows:
-        facts = read_spec(str(known_model(variant)))
+        spec = read_spec(str(known_model(variant)))
         bucket = Bucket(*map(int, shape.split("x")))
-        plain = cache_plan.clip_bytes(facts, bucket, "fp16", draws=0)
-        drawn = cache_plan.clip_bytes(facts, bucket, "fp16", draws=4) - plain
-        ours = [plain, cache_plan.prompt_bytes(facts, "bf16"), drawn]
+        plain = cache_plan.clip_bytes(spec, bucket, "fp16", draws=0)
+        drawn = cache_plan.clip_bytes(spec, bucket, "fp16", draws=4) - plain
+        ours = [plain, cache_plan.prompt_bytes(spec, "bf16"), drawn]
         for written, size in zip((latents, captions, images), ours, strict=True):
             assert float(written) == pytest.approx(1000 * size / 2**30, abs=0.006), (variant, shape)
 

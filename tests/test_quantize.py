@@ -209,15 +209,15 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 
 
 def predicted(transformer: Any, folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
-    facts = read_spec(str(folder))
+    spec = read_spec(str(folder))
     generator = torch.Generator().manual_seed(5)
-    shape = (1, facts.in_channels // facts.latent_channels, *facts.latent_shape(Bucket(9, 64, 64)))
+    shape = (1, spec.in_channels // spec.latent_channels, *spec.latent_shape(Bucket(9, 64, 64)))
     latents = torch.randn(shape, generator=generator)
-    if facts.front_padding(shape[3]):
-        latents = torch.cat([latents[..., :1, :, :]] * facts.front_padding(shape[3]) + [latents], dim=3)
-    embeds = torch.randn(1, facts.max_text_seq_length, facts.text_embed_dim, generator=generator).to(dtype)
-    image = latents[:, 1, :, :1] if facts.image_to_video else None
-    return denoise(transformer, facts, latents[:, 0], embeds, torch.tensor([500]), image)
+    if spec.front_padding(shape[3]):
+        latents = torch.cat([latents[..., :1, :, :]] * spec.front_padding(shape[3]) + [latents], dim=3)
+    embeds = torch.randn(1, spec.max_text_seq_length, spec.text_embed_dim, generator=generator).to(dtype)
+    image = latents[:, 1, :, :1] if spec.image_to_video else None
+    return denoise(transformer, spec, latents[:, 0], embeds, torch.tensor([500]), image)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -221,7 +221,7 @@ def test_latents_are_samples_of_the_cached_posterior(tiny_model, tmp_path, monke
     monkeypatch.setattr(type(made.cache), "read", lambda cache, item: entry)
     frames = entry.latents_mean.shape[1]
     batches = [made.training(step, MicroBatch((0,) * 4, tuple(range(4)))) for step in range(count // 4)]
-    latents = torch.cat([batch.latents[:, :, -frames:] for batch in batches]) / made.facts.scaling_factor
+    latents = torch.cat([batch.latents[:, :, -frames:] for batch in batches]) / made.spec.scaling_factor
     z = ((latents - entry.latents_mean.float()) / entry.latents_std.float()).double()
     assert posterior_faults(z) == []
     assert posterior_faults(z * 1.02) and posterior_faults(z + 0.01)  # canaries

@@ -1,4 +1,4 @@
-"""The tiny look-alikes: complete, loadable by the stock classes, and telling the same facts as the published models."""
+"""The tiny look-alikes: complete, loadable by the stock classes, and telling the same spec as the published models."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune.core.errors import ConfigError
 from finetune.testing.tiny import VARIANTS, build_tiny, tiny_scheduler, tiny_text, tiny_transformer, tiny_vae
 
 # position, in/out channels, temporal patch, patch bias, ofs, scaling factor, inverted, snr shift, text tokens
-FACTS = {
+SPEC = {
     "2b": ("sincos", (4, 4), None, True, False, 1.15258426, False, 3.0, 16),
     "5b": ("rope", (4, 4), None, True, False, 0.7, False, 1.0, 16),
     "5b-i2v": ("rope+learned", (8, 4), None, True, False, 0.7, False, 1.0, 16),
@@ -28,7 +28,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_the_table_covers_every_variant() -> None:
-    assert tuple(FACTS) == VARIANTS
+    assert tuple(SPEC) == VARIANTS
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -56,8 +56,8 @@ def test_the_stock_pipeline_loads_it_and_samples(folders: dict[str, Path], varia
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_its_json_tells_the_variants_facts(folders: dict[str, Path], variant: str) -> None:
-    position, channels, patch_size_t, patch_bias, ofs, scaling_factor, inverted, snr_shift, tokens = FACTS[variant]
+def test_its_json_tells_the_variants_apart(folders: dict[str, Path], variant: str) -> None:
+    position, channels, patch_size_t, patch_bias, ofs, scaling_factor, inverted, snr_shift, tokens = SPEC[variant]
     transformer, vae, scheduler = (
         json.loads((folders[variant] / part).read_text())
         for part in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json")

@@ -58,23 +58,23 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
 
     Neither videos nor encoders are needed; the run must use ``cache.mode: require``.
     """
-    facts = read_spec(config.model.pretrained)
+    spec = read_spec(config.model.pretrained)
     cache = Cache(config.cache.dir)
     bucket = config.data.buckets[0]
     encoders = local_fingerprints(config.model, cache)
     generator = torch.Generator().manual_seed(0)
-    channels, frames, height, width = facts.latent_shape(bucket)
+    channels, frames, height, width = spec.latent_shape(bucket)
 
     def prompt(text: str) -> str:
         address = prompt_address(
-            text=text, text_encoder="elsewhere", max_length=facts.max_text_seq_length, dtype=encoders.dtype
+            text=text, text_encoder="elsewhere", max_length=spec.max_text_seq_length, dtype=encoders.dtype
         )
-        embeds = torch.randn(facts.max_text_seq_length, facts.text_embed_dim, generator=generator)
+        embeds = torch.randn(spec.max_text_seq_length, spec.text_embed_dim, generator=generator)
         cache.write_prompt(address, embeds.to(DTYPES[encoders.dtype]), tokens=4)
         return digest_of(address)
 
     def clip(number: int) -> ManifestItem:
-        draws = config.cache.image_draws if facts.image_to_video else None
+        draws = config.cache.image_draws if spec.image_to_video else None
         address = latents_address(
             media_digest=f"clip {number}",
             image_digest=None,
@@ -104,7 +104,7 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
     manifest = Manifest(
         items=tuple(clip(number) for number in range(clips)),
         empty_prompt_key=prompt(""),
-        request=portable(make_request(config, facts, encoders), config.base),
+        request=portable(make_request(config, spec, encoders), config.base),
         inputs={},
         notes=("a note", "warning: three quarters are lost"),
         kept={str(bucket): "25% of the picture and 75% of the seconds are kept"},

@@ -51,7 +51,7 @@ class CaptionFindings:
     """Only with ``data.unreadable_captions: error``."""
 
 
-def check_captions(config: RunConfig, facts: ModelSpec, captions: Mapping[str, str]) -> CaptionFindings:
+def check_captions(config: RunConfig, spec: ModelSpec, captions: Mapping[str, str]) -> CaptionFindings:
     """Read captions with the model's own tokenizer, where it is on this machine; nothing is fetched.
 
     T5 was made for English and knows the letters of a few more languages. Each run of characters that it does not know
@@ -59,7 +59,7 @@ def check_captions(config: RunConfig, facts: ModelSpec, captions: Mapping[str, s
 
     Args:
         config: the run's configuration.
-        facts: of its model.
+        spec: of its model.
         captions: each caption as it is trained on, and where it is written.
 
     Raises:
@@ -77,13 +77,13 @@ def check_captions(config: RunConfig, facts: ModelSpec, captions: Mapping[str, s
     by_tokens: dict[tuple[int, ...], list[str]] = {}
     for first in range(0, len(texts), _AT_A_TIME):
         batch = texts[first : first + _AT_A_TIME]
-        for text, tokens in zip(batch, tokenize(tokenizer, batch, facts), strict=True):
+        for text, tokens in zip(batch, tokenize(tokenizer, batch, spec), strict=True):
             if tokens.unknown:
                 unknown[text] = _part(text, tokens, added)
             by_tokens.setdefault(tokens.ids, []).append(text)
     alike = [group for group in by_tokens.values() if len(group) > 1]
     return CaptionFindings(
-        tuple(f"{WARNING}{warning}" for warning in _warnings(unknown, alike, len(texts), facts.max_text_seq_length)),
+        tuple(f"{WARNING}{warning}" for warning in _warnings(unknown, alike, len(texts), spec.max_text_seq_length)),
         tuple(_errors(unknown, alike, captions)) if config.data.unreadable_captions == "error" else (),
     )
 
@@ -160,17 +160,17 @@ def kept_by_bucket(clips: Iterable[PlannedClip], fps: float) -> dict[Bucket, Kep
     return {bucket: _kept(those, fps) for bucket, those in _by_bucket(clips).items()}
 
 
-def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, facts: ModelSpec, fps: float) -> list[str]:
+def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float) -> list[str]:
     """Where less than ``ENOUGH`` is kept, and what this model takes that would keep more."""
     warnings = []
     for bucket, those in _by_bucket(clips).items():
-        warnings += _of_pictures(bucket, those, facts)
+        warnings += _of_pictures(bucket, those, spec)
         if _kept(those, fps).seconds < ENOUGH:
-            warnings.append(_of_seconds(bucket, those, data, facts, fps))
+            warnings.append(_of_seconds(bucket, those, data, spec, fps))
     return warnings
 
 
-def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], facts: ModelSpec) -> list[str]:
+def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelSpec) -> list[str]:
     cropped: dict[Bucket | None, list[tuple[int, int]]] = {}
     better: dict[float, Bucket | None] = {}  # by shape: a web dataset has thousands of sizes
     for clip in clips:
@@ -178,7 +178,7 @@ def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], facts: ModelSpec)
         if picture_kept(source_hw, bucket) < ENOUGH:
             shape = round(clip.probe.width / clip.probe.height, 2)
             if shape not in better:
-                better[shape] = better_size(source_hw, bucket, facts.size_multiple, lambda b: _takes(facts, b))
+                better[shape] = better_size(source_hw, bucket, spec.size_multiple, lambda b: _takes(spec, b))
             cropped.setdefault(better[shape], []).append(source_hw)
     warnings = []
     ordered = sorted(cropped.items(), key=lambda pair: -len(pair[1]))
@@ -193,7 +193,7 @@ def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], facts: ModelSpec)
     return warnings
 
 
-def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, facts: ModelSpec, fps: float) -> str:
+def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float) -> str:
     probes = [probe for probe, _ in _videos(clips)]
     share = _kept(clips, fps).seconds
 
@@ -201,8 +201,8 @@ def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, 
         return sum(seconds_fitting(probe, frames, fps, span) for probe in probes) / sum(map(seconds_of, probes))
 
     # Of clips not half as long motion would be lost, which is what a video is for.
-    sizes = (Bucket(n, bucket.height, bucket.width) for n in range(bucket.frames // 2, facts.sample_frames + 1))
-    takes = [size for size in sizes if size.frames and _takes(facts, size)]
+    sizes = (Bucket(n, bucket.height, bucket.width) for n in range(bucket.frames // 2, spec.sample_frames + 1))
+    takes = [size for size in sizes if size.frames and _takes(spec, size)]
     spans: list[tuple[str, Span]] = [("", data.span), ("data.span: all", "all")]
     options: dict[str, float] = {}
     for name, span in spans:
@@ -247,8 +247,8 @@ def _mean(sources: Sequence[tuple[int, int]], bucket: Bucket) -> float:
     return sum(picture_kept(source_hw, bucket) for source_hw in sources) / len(sources)
 
 
-def _takes(facts: ModelSpec, bucket: Bucket) -> bool:
-    return not facts.check_bucket(bucket)
+def _takes(spec: ModelSpec, bucket: Bucket) -> bool:
+    return not spec.check_bucket(bucket)
 
 
 # -------- What is in a dataset, and how it would be cut: every row and every video's header, no pixel and no weight.
@@ -309,12 +309,12 @@ class DatasetReport:
         return "\n".join([*lines, *map(note_line, self.notes)])
 
 
-def check_dataset(config: RunConfig, facts: ModelSpec, *, progress: bool = True) -> DatasetReport:
+def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) -> DatasetReport:
     """Read every source and every video's header, and plan the clips. No weights are loaded.
 
     Args:
         config: the run's configuration.
-        facts: of its model.
+        spec: of its model.
         progress: draw a bar.
 
     Raises:
@@ -322,9 +322,9 @@ def check_dataset(config: RunConfig, facts: ModelSpec, *, progress: bool = True)
     """
     skip = config.data.unreadable_clips == "skip"
     read = read_samples(
-        config.data.sources, config.data, image_to_video=facts.image_to_video, base=config.base, skip=skip
+        config.data.sources, config.data, image_to_video=spec.image_to_video, base=config.base, skip=skip
     )
-    fps = config.data.fps or facts.native_fps
+    fps = config.data.fps or spec.native_fps
     probes = _probe(config, {sample.video for sample in (*read.train, *read.holdout)}, progress)
     clips: list[PlannedClip] = []
     skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
@@ -352,13 +352,13 @@ def check_dataset(config: RunConfig, facts: ModelSpec, *, progress: bool = True)
             label = name if len(plans) == 1 else f"{name}#{number}"
             clips.append(PlannedClip(label, sample, probe, plan, holdout))
             advice.update(plan_notes(probe, plan, fps, config.data.span))
-    clips = _with_sound_images(clips, config, facts, skipped[UNREADABLE] if skip else None, errors, progress)
+    clips = _with_sound_images(clips, config, spec, skipped[UNREADABLE] if skip else None, errors, progress)
     captions: dict[str, str] = {}
     for sample, _ in rows:
         captions.setdefault(sample.caption, sample.where)
     for shown in config.validation.samples:
         captions.setdefault(shown.prompt, "validation.samples")
-    findings = check_captions(config, facts, captions)
+    findings = check_captions(config, spec, captions)
     errors += findings.errors
     raise_all(DataError, errors, what="{n} clips, images or captions cannot be used")
     if not any(not clip.holdout for clip in clips):
@@ -369,14 +369,14 @@ def check_dataset(config: RunConfig, facts: ModelSpec, *, progress: bool = True)
         raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
     left_out = {why: tuple(names) for why, names in skipped.items() if names}
     notes = [*read.notes, *findings.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
-    notes += [f"{WARNING}{said}" for said in kept_warnings(clips, config.data, facts, fps)]
+    notes += [f"{WARNING}{said}" for said in kept_warnings(clips, config.data, spec, fps)]
     return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps))
 
 
 def _with_sound_images(
     clips: list[PlannedClip],
     config: RunConfig,
-    facts: ModelSpec,
+    spec: ModelSpec,
     left_out: list[str] | None,
     errors: list[DataError],
     progress: bool,
@@ -385,7 +385,7 @@ def _with_sound_images(
 
     Validation images are read too. Each image is decoded, once for every size it is cut to, as it will be encoded.
     """
-    if not facts.image_to_video:
+    if not spec.image_to_video:
         return clips
     wanted = {(clip.sample.image, clip.plan.bucket) for clip in clips if clip.sample.image is not None}
     shown = {sample.image for sample in config.validation.samples if sample.image is not None}

@@ -208,7 +208,7 @@ def encode_captions(
     jobs: Sequence[PromptJob],
     cache: Cache,
     model: ModelConfig,
-    facts: ModelSpec,
+    spec: ModelSpec,
     *,
     batch_size: int,
     device: torch.device,
@@ -221,7 +221,7 @@ def encode_captions(
         jobs: what is missing; their addresses name the encoder as ``text_encoder`` makes it.
         cache: where entries go.
         model: whose T5 encodes, in the model's dtype.
-        facts: of the model.
+        spec: of the model.
         batch_size: captions at a time.
         device: where T5 computes.
         progress: draw a bar.
@@ -241,7 +241,7 @@ def encode_captions(
             batch = jobs[first : first + batch_size]
             texts = [job.text for job in batch]
             try:
-                embeds = encode_prompts(tokenizer, encoder, texts, facts).cpu()
+                embeds = encode_prompts(tokenizer, encoder, texts, spec).cpu()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise

@@ -78,7 +78,7 @@ class CachePlan:
         return {"latents": len(self.latents), "prompts": len(self.prompts), "images": len(self.images)}
 
 
-def plan_cache(config: RunConfig, facts: ModelSpec, cache: Cache, *, progress: bool) -> CachePlan:
+def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) -> CachePlan:
     """Read the dataset, digest its files and list the entries it needs.
 
     Raises:
@@ -89,16 +89,16 @@ def plan_cache(config: RunConfig, facts: ModelSpec, cache: Cache, *, progress: b
     inputs = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
     # Captions are compared with it, before an encoder of 10 GB is fetched.
     resolve_pretrained(config.model.pretrained, config.model.revision, components=["tokenizer"])
-    report = check_dataset(config, facts, progress=progress)
+    report = check_dataset(config, spec, progress=progress)
     encoders = full_fingerprints(config.model, cache, config.memory.text_encoder)
     samples = config.validation.samples
-    images = {sample.image for sample in samples if sample.image and facts.image_to_video}
-    conditions = {clip.sample.image for clip in report.clips if clip.sample.image and facts.image_to_video}
+    images = {sample.image for sample in samples if sample.image and spec.image_to_video}
+    conditions = {clip.sample.image for clip in report.clips if clip.sample.image and spec.image_to_video}
     left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
     media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
     inputs |= stamp_files(media | conditions | images, cache, progress)
 
-    needs = _Needs(config, facts, encoders, inputs)
+    needs = _Needs(config, spec, encoders, inputs)
     held = held_out(report.clips, {path: stamp.digest for path, stamp in inputs.items()}, config.data.holdout)
     manifest = Manifest(
         items=tuple(
@@ -116,7 +116,7 @@ def plan_cache(config: RunConfig, facts: ModelSpec, cache: Cache, *, progress: b
             for clip, is_held in zip(report.clips, held, strict=True)
         ),
         empty_prompt_key=needs.prompt(""),
-        request=portable(make_request(config, facts, encoders), config.base),
+        request=portable(make_request(config, spec, encoders), config.base),
         inputs={str(path): stamp for path, stamp in inputs.items()},
         prompts={sample.prompt: needs.prompt(sample.prompt) for sample in samples},
         images={str(path): needs.image(path) for path in sorted(images)},
@@ -131,17 +131,17 @@ class _Needs:
     """Collects the entries that a dataset needs, each once however often it is asked for."""
 
     def __init__(
-        self, config: RunConfig, facts: ModelSpec, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
+        self, config: RunConfig, spec: ModelSpec, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
     ) -> None:
-        self._config, self._facts, self._encoders, self._stamps = config, facts, encoders, stamps
-        self._image_draws = config.cache.image_draws if facts.image_to_video else None
+        self._config, self._spec, self._encoders, self._stamps = config, spec, encoders, stamps
+        self._image_draws = config.cache.image_draws if spec.image_to_video else None
         self._latents: dict[str, LatentsJob] = {}
         self._prompts: dict[str, PromptJob] = {}
         self._images: dict[str, ImageJob] = {}
 
     def clip(self, clip: PlannedClip) -> str:
         """The key of a clip's latents."""
-        image = clip.sample.image if self._facts.image_to_video else None
+        image = clip.sample.image if self._spec.image_to_video else None
         stamp = self._stamps[clip.sample.video]
         address = latents_address(
             media_digest=stamp.digest,
@@ -167,7 +167,7 @@ class _Needs:
             prompt_address(
                 text=text,
                 text_encoder=self._encoders.text_encoder,
-                max_length=self._facts.max_text_seq_length,
+                max_length=self._spec.max_text_seq_length,
                 dtype=self._encoders.dtype,
             )
         )
@@ -190,23 +190,23 @@ class _Needs:
         prompts = tuple(job for key, job in self._prompts.items() if key not in there["prompts"])
         images = tuple(job for key, job in self._images.items() if key not in there["images"])
         dtype, draws = self._config.cache.latents_dtype, self._image_draws or 0
-        needed = sum(clip_bytes(self._facts, job.plan.bucket, dtype, draws=draws) for job in latents)
-        needed += len(prompts) * prompt_bytes(self._facts, self._encoders.dtype)
+        needed = sum(clip_bytes(self._spec, job.plan.bucket, dtype, draws=draws) for job in latents)
+        needed += len(prompts) * prompt_bytes(self._spec, self._encoders.dtype)
         needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
         needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(images))
         needed += 2 * len(manifest.to_bytes(self._config.base))  # the old one stands until the new one is whole
         return CachePlan(manifest, latents, prompts, images, needed, there)
 
 
-def clip_bytes(facts: ModelSpec, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
+def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
     """Size of one clip's tensors: mean and deviation, and for image-to-video ``draws`` single frames."""
-    channels, frames, height, width = facts.latent_shape(bucket)
+    channels, frames, height, width = spec.latent_shape(bucket)
     return (2 * frames + draws) * channels * height * width * DTYPES[dtype].itemsize
 
 
-def prompt_bytes(facts: ModelSpec, dtype: Dtype) -> int:
+def prompt_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     """Size of one caption's embedding."""
-    return facts.max_text_seq_length * facts.text_embed_dim * DTYPES[dtype].itemsize
+    return spec.max_text_seq_length * spec.text_embed_dim * DTYPES[dtype].itemsize
 
 
 def require_room(plan: CachePlan, root: Path) -> None:
@@ -336,13 +336,13 @@ def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> l
 
 
 def overview(
-    config: RunConfig, facts: ModelSpec, clips: Sequence[PlannedClip], identities: Mapping[Path, str]
+    config: RunConfig, spec: ModelSpec, clips: Sequence[PlannedClip], identities: Mapping[Path, str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
     """Derived numbers as (label, value), for one process; and advice on them.
 
     Args:
         config: the run's configuration.
-        facts: of its model.
+        spec: of its model.
         clips: all clips of the dataset, from ``check_dataset``.
         identities: of their videos, from ``plan.identities``.
     """
@@ -357,10 +357,10 @@ def overview(
     )
     steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
     held = {identities[clip.sample.video] for clip, is_held in zip(clips, split, strict=True) if is_held}
-    kind = "image-to-video" if facts.image_to_video else "text-to-video"
+    kind = "image-to-video" if spec.image_to_video else "text-to-video"
     numbers = [
-        ("model", f"{config.model.pretrained}, {kind}, {facts.num_layers} blocks, dtype {config.model.dtype}"),
-        *(("bucket", _size(facts, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
+        ("model", f"{config.model.pretrained}, {kind}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
+        *(("bucket", _size(spec, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
         ("clips", f"{len(training)} to train on, {sum(split)} held out"),
         ("effective batch", f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes"),
         ("epoch", f"{plan.samples_per_epoch} clips with repeats, {plan.steps_per_epoch:.2f} steps on one process"),
@@ -372,9 +372,9 @@ def overview(
     return numbers, run_advice(config, plan, steps, held=len(held))
 
 
-def _size(facts: ModelSpec, bucket: Bucket) -> str:
-    channels, frames, height, width = facts.latent_shape(bucket)
-    padding = facts.front_padding(frames)
+def _size(spec: ModelSpec, bucket: Bucket) -> str:
+    channels, frames, height, width = spec.latent_shape(bucket)
+    padding = spec.front_padding(frames)
     padded = f" + {padding} in front" if padding else ""
     shape = f"{channels} channels x {frames}{padded} frames x {height} x {width}"
-    return f"{bucket}: latents of {shape}, {facts.tokens(bucket):,} tokens with text"
+    return f"{bucket}: latents of {shape}, {spec.tokens(bucket):,} tokens with text"

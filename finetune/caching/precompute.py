@@ -71,7 +71,7 @@ class PrecomputeReport:
 def precompute(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *,
-    facts: ModelSpec | None = None,
+    spec: ModelSpec | None = None,
     distributed: ProcessGroup | None = None,
     progress: bool = True,
 ) -> PrecomputeReport:
@@ -81,7 +81,7 @@ def precompute(
 
     Args:
         config: the run's configuration, its values, or its file (``config.as_config``).
-        facts: of its model; read from it if None.
+        spec: of its model; read from it if None.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
 
@@ -94,10 +94,10 @@ def precompute(
     config = as_config(config)
     ranks = distributed or ProcessGroup.current()
     config = pin_model(config, ranks.first)
-    facts = facts or read_spec(config.model.pretrained, config.model.revision)
+    spec = spec or read_spec(config.model.pretrained, config.model.revision)
     cache = Cache(config.cache.dir)
     with _job(cache, "precompute", ranks) as job:
-        return _precompute(config, facts, cache, ranks, job, progress=progress and ranks.is_main)
+        return _precompute(config, spec, cache, ranks, job, progress=progress and ranks.is_main)
 
 
 def _job(cache: Cache, verb: str, ranks: ProcessGroup) -> AbstractContextManager[CacheJob]:
@@ -166,7 +166,7 @@ def _store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> Passe
 
 def _finish(
     config: RunConfig,
-    facts: ModelSpec,
+    spec: ModelSpec,
     cache: Cache,
     plan: CachePlan,
     passed: Mapping[Kind, Sequence[Passed]],
@@ -183,7 +183,7 @@ def _finish(
     manifest = _without(plan.manifest, failures)
     if all(item.holdout for item in manifest.items):
         raise_all(DataError, [failure.error for failure in failures], what="no clip is left to train on; {n} failed")
-    manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, facts)))
+    manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, spec)))
     cache.save_manifest(manifest, config.base)
     encoded: dict[Kind, int] = {kind: sum(one.encoded for one in passed[kind]) for kind in KINDS}
     sizes = [cache.size(kind, key) for kind in KINDS for key in manifest.keys(kind)]
@@ -211,20 +211,20 @@ def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
     return replace(manifest, items=items, skipped=skipped, notes=(*manifest.notes, *notes))
 
 
-def _cut_captions(manifest: Manifest, cache: Cache, facts: ModelSpec) -> list[str]:
+def _cut_captions(manifest: Manifest, cache: Cache, spec: ModelSpec) -> list[str]:
     """A note on captions longer than the model reads."""
     captions = {item.prompt_key: item.caption for item in manifest.items}
     captions |= {key: prompt for prompt, key in manifest.prompts.items()}
-    cut = [text for key, text in captions.items() if cache.prompt_tokens(key) > facts.max_text_seq_length]
+    cut = [text for key, text in captions.items() if cache.prompt_tokens(key) > spec.max_text_seq_length]
     if not cut:
         return []
     shown = named(repr(text if len(text) <= 60 else text[:57] + "...") for text in cut)
-    return [f"captions are longer than the {facts.max_text_seq_length} tokens the model reads, and are cut: {shown}"]
+    return [f"captions are longer than the {spec.max_text_seq_length} tokens the model reads, and are cut: {shown}"]
 
 
 def ensure_cache(
     config: RunConfig,
-    facts: ModelSpec,
+    spec: ModelSpec,
     *,
     distributed: ProcessGroup | None = None,
     progress: bool = True,
@@ -238,7 +238,7 @@ def ensure_cache(
 
     Args:
         config: the run's configuration.
-        facts: of its model.
+        spec: of its model.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
         cleanup: takes the lease that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
@@ -252,9 +252,9 @@ def ensure_cache(
     cache = Cache(config.cache.dir)
     with ExitStack() as until_return:
         job = (cleanup or until_return).enter_context(_job(cache, "train", ranks))
-        manifest = ranks.first(lambda: _trusted(config, find_manifest(config, facts, cache), cache))
+        manifest = ranks.first(lambda: _trusted(config, find_manifest(config, spec, cache), cache))
         if manifest is None:
-            report = _precompute(config, facts, cache, ranks, job, progress=progress and ranks.is_main)
+            report = _precompute(config, spec, cache, ranks, job, progress=progress and ranks.is_main)
             if ranks.is_main:
                 print(report, flush=True)
             manifest = report.manifest

@@ -118,7 +118,7 @@ def dtype_name(dtype: torch.dtype) -> Dtype:
     return next(name for name, candidate in DTYPES.items() if candidate == dtype)
 
 
-def make_request(config: RunConfig, facts: ModelSpec, encoders: Fingerprints) -> dict[str, Any]:
+def make_request(config: RunConfig, spec: ModelSpec, encoders: Fingerprints) -> dict[str, Any]:
     """Everything that decides which entries a dataset needs, under the names that the configuration has for it.
 
     Paths are ``Path`` objects (``manifest.portable`` writes them out). Of ``data``, every field counts but those of
@@ -128,20 +128,20 @@ def make_request(config: RunConfig, facts: ModelSpec, encoders: Fingerprints) ->
     if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
         del data["unreadable_captions"]
     samples = config.validation.samples
-    images = sorted({sample.image for sample in samples if sample.image} if facts.image_to_video else ())
+    images = sorted({sample.image for sample in samples if sample.image} if spec.image_to_video else ())
     return {
         "format": {"cache": FORMAT, "pixels": PIXEL_RULE, "headers": _HEADERS},
-        "data": {**data, "fps": config.data.fps or facts.native_fps},
+        "data": {**data, "fps": config.data.fps or spec.native_fps},
         "model": {
             "vae": encoders.vae,
             "text_encoder": encoders.text_encoder,
             "dtype": encoders.dtype,
-            "max_text_seq_length": facts.max_text_seq_length,
-            "image_to_video": facts.image_to_video,
+            "max_text_seq_length": spec.max_text_seq_length,
+            "image_to_video": spec.image_to_video,
         },
         "cache": {
             "latents_dtype": config.cache.latents_dtype,
-            "image_draws": config.cache.image_draws if facts.image_to_video else None,
+            "image_draws": config.cache.image_draws if spec.image_to_video else None,
         },
         "validation": {
             "prompts": sorted({sample.prompt for sample in samples}),
@@ -175,7 +175,7 @@ class CacheAnswer:
     """Whether headers were read by an older version's rules, which took videos that are not plain for plain ones."""
 
 
-def find_manifest(config: RunConfig, facts: ModelSpec, cache: Cache) -> CacheAnswer:
+def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> CacheAnswer:
     """Look for a manifest that answers this configuration, and say what stands against it.
 
     A damaged manifest is moved aside with a warning in mode ``auto``: the one that is made anew finds its entries.
@@ -186,7 +186,7 @@ def find_manifest(config: RunConfig, facts: ModelSpec, cache: Cache) -> CacheAns
         ModelError: if the dtype of the model cannot be told.
     """
     encoders = local_fingerprints(config.model, cache, config.memory.text_encoder)
-    request = make_request(config, facts, encoders)
+    request = make_request(config, spec, encoders)
     shelf = _Shelf.of(cache, first=f"{digest_of(portable(request, config.base))}.json")
     if config.cache.mode == "require":  # the videos need not be here to read their headers again
         request["format"]["headers"] = UNKNOWN

@@ -26,7 +26,7 @@ class Recipe:
     """A model, a method and the memory techniques that fit them to a card."""
 
     model: str
-    """One of ``facts.KNOWN_MODELS``."""
+    """One of ``model_files.KNOWN_MODELS``."""
     method: Literal["lora", "full"]
     card_gib: int
     goal_gib: float
@@ -85,7 +85,7 @@ def recipe_for(model: str, method: str, card_gib: float) -> Recipe | None:
     """The recipe for the largest card that is not larger than ``card_gib``; None where there is none.
 
     Args:
-        model: one of ``facts.KNOWN_MODELS``; an image-to-video model has the blocks and tokens of its twin.
+        model: one of ``model_files.KNOWN_MODELS``; an image-to-video model has the blocks and tokens of its twin.
         method: ``lora`` or ``full``.
         card_gib: the card's memory.
     """
@@ -333,7 +333,7 @@ class Starter:
 
     pretrained: str
     """As it will stand in ``model.pretrained``."""
-    facts: ModelSpec
+    spec: ModelSpec
     method: Method
     known: str | None
     """Which published model it is, for the memory figures; None for another checkpoint."""
@@ -386,9 +386,9 @@ class Starter:
         ) + body(
             pretrained=self.pretrained,
             clips=self.clips,
-            bucket=str(training_bucket(self.facts)),
-            fps=self.facts.native_fps,
-            image_to_video=self.facts.image_to_video,
+            bucket=str(training_bucket(self.spec)),
+            fps=self.spec.native_fps,
+            image_to_video=self.spec.image_to_video,
             cache_dir=self.cache_dir,
             lora=self.method == "lora",
             output_dir=self.output_dir,
@@ -398,7 +398,7 @@ class Starter:
 
     @property
     def _memory(self) -> str:
-        at = f"at {training_bucket(self.facts)} (frames x height x width) and batch size 1"
+        at = f"at {training_bucket(self.spec)} (frames x height x width) and batch size 1"
         if self.peak_gib is None:
             return f"Peak memory: there is no figure for this model {at}; `finetune plan` predicts one."
         measured = f"measured {self.measured}" if self.measured else "not measured"
@@ -448,7 +448,7 @@ def write_starter(
     known = None if folder.is_dir() else published_variant(model)
     starter = Starter(
         pretrained=HUB_IDS[known] if known else _from_folder_of(output, folder) if folder.is_dir() else model,
-        facts=read_spec(str(json_folder(model))),
+        spec=read_spec(str(json_folder(model))),
         method=method,
         known=known,
         card_gib=card_gib,
@@ -497,7 +497,7 @@ def example(known: str, method: Method) -> tuple[str, str]:
 def _example(known: str, method: Method, name: str, card_gib: int) -> Starter:
     return Starter(
         pretrained=HUB_IDS[known],
-        facts=read_spec(str(known_model(known))),
+        spec=read_spec(str(known_model(known))),
         method=method,
         known=known,
         card_gib=card_gib,

@@ -464,16 +464,16 @@ def _check(args: argparse.Namespace) -> None:
     from finetune.caching.check import check_dataset
     from finetune.caching.plan import identities, overview
     from finetune.cogvideox.model_files import json_folder
-    from finetune.cogvideox.spec import read_spec as read_facts
+    from finetune.cogvideox.spec import read_spec as read_spec
     from finetune.config.loading import load_config
     from finetune.config.rules import require_valid
 
     config = load_config(args.config, args.set)
-    facts = read_facts(str(json_folder(config.model.pretrained, config.model.revision)))
-    warnings = require_valid(config, facts)
-    report = check_dataset(config, facts)
+    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+    warnings = require_valid(config, spec)
+    report = check_dataset(config, spec)
     print(report)
-    numbers, advice = overview(config, facts, report.clips, identities(config, report.clips, progress=True))
+    numbers, advice = overview(config, spec, report.clips, identities(config, report.clips, progress=True))
     for label, number in numbers:
         print(f"{label:>16}: {number}")
     _print_notes([*warnings, *advice], "warning")
@@ -517,7 +517,7 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _precompute(args: argparse.Namespace) -> None:
     from finetune.caching.precompute import precompute
-    from finetune.cogvideox.spec import read_spec as read_facts
+    from finetune.cogvideox.spec import read_spec as read_spec
     from finetune.config.loading import load_config
     from finetune.config.rules import pin_model, require_valid
     from finetune.core.distributed import ProcessGroup as Ranks
@@ -525,10 +525,10 @@ def _precompute(args: argparse.Namespace) -> None:
 
     ranks = Ranks.current()
     config = pin_model(load_config(args.config, args.set), ranks.first)
-    facts = read_facts(config.model.pretrained, config.model.revision)
-    _print_notes(require_valid(config, facts), "warning")
+    spec = read_spec(config.model.pretrained, config.model.revision)
+    _print_notes(require_valid(config, spec), "warning")
     config, _ = settled(config)  # it decides how T5 is held
-    report = precompute(config, facts=facts, distributed=ranks)
+    report = precompute(config, spec=spec, distributed=ranks)
     if _is_main():
         print(report)
         _print_next("train", *_config_words(args))

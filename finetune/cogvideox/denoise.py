@@ -15,7 +15,7 @@ OFS = 2.0
 
 def denoise(
     transformer: nn.Module,
-    facts: ModelSpec,
+    spec: ModelSpec,
     noisy_latents: Tensor,
     prompt_embeds: Tensor,
     timesteps: Tensor,
@@ -26,9 +26,9 @@ def denoise(
     Args:
         transformer: a ``CogVideoXTransformer3DModel``, or what wraps one (DDP, FSDP, ``torch.compile``); the wrapper is
             what is called, because it is the one that synchronises gradients.
-        facts: of the model; nothing is read off the transformer but its dtype.
+        spec: of the model; nothing is read off the transformer but its dtype.
         noisy_latents: [B, C, F, H, W], F after front padding.
-        prompt_embeds: [B, L, D], L = ``facts.max_text_seq_length``.
+        prompt_embeds: [B, L, D], L = ``spec.max_text_seq_length``.
         timesteps: [B], int64.
         image_latents: scaled (``condition_latents``), [B, C, 1, H, W]; None for a text-to-video model.
 
@@ -38,9 +38,9 @@ def denoise(
     Raises:
         ValueError: if ``image_latents`` is given to a text-to-video model or missing for an image-to-video one.
     """
-    if (image_latents is not None) != facts.image_to_video:
+    if (image_latents is not None) != spec.image_to_video:
         raise ValueError(
-            f"the model is {'image' if facts.image_to_video else 'text'}-to-video, "
+            f"the model is {'image' if spec.image_to_video else 'text'}-to-video, "
             f"but image_latents is {'missing' if image_latents is None else 'given'}"
         )
     dtype = _dtype_of(transformer)
@@ -52,12 +52,12 @@ def denoise(
         condition = torch.zeros_like(hidden_states)
         condition[:, :1] = image_latents.to(dtype).transpose(1, 2)
         hidden_states = torch.cat([hidden_states, condition], dim=2)
-    positions = rotary_table(facts, frames, height, width, device=noisy_latents.device) if facts.use_rotary else None
+    positions = rotary_table(spec, frames, height, width, device=noisy_latents.device) if spec.use_rotary else None
     (velocity,) = transformer(
         hidden_states=hidden_states,
         encoder_hidden_states=prompt_embeds.to(dtype),
         timestep=timesteps,
-        ofs=None if facts.ofs_embed_dim is None else hidden_states.new_full((1,), OFS),
+        ofs=None if spec.ofs_embed_dim is None else hidden_states.new_full((1,), OFS),
         image_rotary_emb=positions,
         return_dict=False,
     )
@@ -72,7 +72,7 @@ def _dtype_of(transformer: nn.Module) -> torch.dtype:
 
 
 def rotary_table(
-    facts: ModelSpec, frames: int, height: int, width: int, *, device: torch.device
+    spec: ModelSpec, frames: int, height: int, width: int, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions, as the stock pipelines lay them out.
 
@@ -80,7 +80,7 @@ def rotary_table(
     inference or fake-tensor mode it was made in.
 
     Args:
-        facts: of a model with ``use_rotary``.
+        spec: of a model with ``use_rotary``.
         frames: latent frames after front padding.
         height: of the latents, in cells.
         width: of the latents, in cells.
@@ -92,10 +92,10 @@ def rotary_table(
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-    grid = (height // facts.patch_size, width // facts.patch_size)
-    native_height, native_width = facts.sample_height // facts.patch_size, facts.sample_width // facts.patch_size
+    grid = (height // spec.patch_size, width // spec.patch_size)
+    native_height, native_width = spec.sample_height // spec.patch_size, spec.sample_width // spec.patch_size
     layout: dict[str, Any]
-    if facts.patch_size_t is None:
+    if spec.patch_size_t is None:
         # First generation: the grid is stretched over the native one, keeping its aspect.
         region = get_resize_crop_region_for_grid(grid, native_width, native_height)
         layout = {"crops_coords": region, "temporal_size": frames}
@@ -103,9 +103,9 @@ def rotary_table(
         # Second generation: the grid is the corner of a table for the largest size, at the table's own pitch.
         layout = {
             "crops_coords": None,
-            "temporal_size": frames // facts.patch_size_t,
+            "temporal_size": frames // spec.patch_size_t,
             "grid_type": "slice",
             "max_size": (native_height, native_width),
         }
-    cos, sin = get_3d_rotary_pos_embed(embed_dim=facts.attention_head_dim, grid_size=grid, device=device, **layout)
+    cos, sin = get_3d_rotary_pos_embed(embed_dim=spec.attention_head_dim, grid_size=grid, device=device, **layout)
     return cos, sin

@@ -97,9 +97,7 @@ def _posterior(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def encode_prompts(
-    tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], facts: ModelSpec
-) -> Tensor:
+def encode_prompts(tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], spec: ModelSpec) -> Tensor:
     """T5 embeddings of captions, as the stock pipeline makes them.
 
     Captions are padded and cut to ``max_text_seq_length``. There is no attention mask, neither in T5 nor later:
@@ -109,7 +107,7 @@ def encode_prompts(
         tokenizer: the checkpoint's.
         encoder: the checkpoint's.
         captions: B of them, at least one; the empty caption is the unconditional text.
-        facts: of the model.
+        spec: of the model.
 
     Returns:
         [B, L, D] in the encoder's dtype, on its device. ``count_tokens`` tells what was cut off.
@@ -117,7 +115,7 @@ def encode_prompts(
     tokens = tokenizer(
         list(captions),
         padding="max_length",
-        max_length=facts.max_text_seq_length,
+        max_length=spec.max_text_seq_length,
         truncation=True,
         add_special_tokens=True,
         return_tensors="pt",
@@ -137,7 +135,7 @@ class TokenizedCaption:
     token (``</s>``)."""
 
 
-def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], facts: ModelSpec) -> list[TokenizedCaption]:
+def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], spec: ModelSpec) -> list[TokenizedCaption]:
     """Each caption as ``encode_prompts`` hands it to the encoder."""
     encoded: Any = tokenizer(list(captions), add_special_tokens=True, return_offsets_mapping=True, verbose=False)
     special = set(tokenizer.all_special_ids)
@@ -146,8 +144,8 @@ def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], facts: ModelSpec) 
         # The closing token spans nothing. A run of unknown characters is one token, so characters are counted.
         lost = [caption[begin:end] for token, (begin, end) in zip(ids, spans, strict=True) if token in special]
         unknown = sum(not character.isspace() for text in lost for character in text)
-        if len(ids) > facts.max_text_seq_length:  # what is cut keeps its closing token
-            ids = [*ids[: facts.max_text_seq_length - 1], ids[-1]]
+        if len(ids) > spec.max_text_seq_length:  # what is cut keeps its closing token
+            ids = [*ids[: spec.max_text_seq_length - 1], ids[-1]]
         found.append(TokenizedCaption(tuple(ids), unknown))
     return found
 

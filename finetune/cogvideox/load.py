@@ -449,7 +449,7 @@ def empty_transformer(
     Under ``FakeTensorMode`` it takes no memory, whatever its size.
 
     Args:
-        folder: of the checkpoint; ``facts.known_model`` has those of the published ones.
+        folder: of the checkpoint; ``model_files.known_model`` has those of the published ones.
         dtype: of its weights.
         device: of its weights; ``meta`` takes no memory either.
         placement: as for ``load_transformer``.
@@ -645,17 +645,17 @@ def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, *, 
 # against.
 
 
-def pipeline_class(facts: ModelSpec) -> type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline]:
-    """``CogVideoXImageToVideoPipeline`` or ``CogVideoXPipeline``, by the facts."""
+def pipeline_class(spec: ModelSpec) -> type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline]:
+    """``CogVideoXImageToVideoPipeline`` or ``CogVideoXPipeline``, by the spec."""
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
     kind: type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline]
-    kind = CogVideoXImageToVideoPipeline if facts.image_to_video else CogVideoXPipeline
+    kind = CogVideoXImageToVideoPipeline if spec.image_to_video else CogVideoXPipeline
     return kind
 
 
 def build_pipeline(
-    facts: ModelSpec,
+    spec: ModelSpec,
     *,
     transformer: Any,
     scheduler: Any,
@@ -665,23 +665,23 @@ def build_pipeline(
 ) -> Any:
     """The stock pipeline around these modules, which stay where and as they are; building one costs nothing.
 
-    Pass ``max_sequence_length=facts.max_text_seq_length`` when calling it with prompts: the pipeline's own default is
+    Pass ``max_sequence_length=spec.max_text_seq_length`` when calling it with prompts: the pipeline's own default is
     the first generation's, whatever the model.
 
     Args:
-        facts: of the model.
+        spec: of the model.
         transformer: a ``CogVideoXTransformer3DModel``, with or without adapters, unwrapped.
         scheduler: a CogVideoX scheduler.
         vae: may be absent where latents are sampled and not decoded; an image-to-video pipeline always calls it.
         tokenizer: may be absent where embeddings are given instead of prompts.
         text_encoder: as ``tokenizer``.
     """
-    pipeline = pipeline_class(facts)(
+    pipeline = pipeline_class(spec)(
         tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, transformer=transformer, scheduler=scheduler
     )
     if vae is None:
         # The pipeline derives these from the VAE, and without one assumes the published VAE's.
-        pipeline.vae_scale_factor_spatial = facts.vae_spatial
-        pipeline.vae_scale_factor_temporal = facts.vae_temporal
-        pipeline.vae_scaling_factor_image = facts.scaling_factor
+        pipeline.vae_scale_factor_spatial = spec.vae_spatial
+        pipeline.vae_scale_factor_temporal = spec.vae_temporal
+        pipeline.vae_scaling_factor_image = spec.scaling_factor
     return pipeline

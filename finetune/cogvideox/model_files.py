@@ -226,8 +226,8 @@ def resolve_pretrained(pretrained: str, revision: str | None = None, *, componen
     """The local folder that holds these components of a checkpoint, downloaded from the hub if it lives there.
 
     Args:
-        pretrained: as for ``read_facts``.
-        revision: as for ``read_facts``.
+        pretrained: as for ``read_spec``.
+        revision: as for ``read_spec``.
         components: sub-folders that are needed, such as ``["vae"]``; nothing else is downloaded.
 
     Raises:
@@ -250,7 +250,7 @@ def pin_revision(pretrained: str, revision: str | None = None) -> str | None:
     that a run never mixes two versions of a model. Without a network it is the commit that the local cache has.
 
     Args:
-        pretrained: as for ``read_facts``.
+        pretrained: as for ``read_spec``.
         revision: branch, tag or commit; None for the main branch. A whole commit is returned as it is: nobody is asked.
 
     Raises:
@@ -382,8 +382,8 @@ def json_folder(pretrained: str, revision: str | None = None) -> Path:
     Nothing is asked of a network for a folder or a published model, under any of its names.
 
     Args:
-        pretrained: as for ``read_facts``.
-        revision: as for ``read_facts``; of no consequence for a published model, whose shapes are the same in all.
+        pretrained: as for ``read_spec``.
+        revision: as for ``read_spec``; of no consequence for a published model, whose shapes are the same in all.
 
     Raises:
         ModelError: if it cannot be found.

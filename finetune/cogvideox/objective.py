@@ -163,15 +163,15 @@ def v_mse(prediction: Tensor, target: Tensor) -> Tensor:
 # -------- What CogVideoX is trained on, as a function of model, noise schedule and batch.
 
 
-def velocity_losses(model: nn.Module, facts: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:
+def velocity_losses(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:
     """The velocity's mean squared error per sample, float32 [B].
 
     Args:
         model: the transformer, or what wraps it.
-        facts: of the model.
+        spec: of the model.
         alpha_bar: the noise schedule, float32 [num_train_timesteps].
         batch: on the device of both.
     """
     noised = noise_batch(batch, alpha_bar)
-    prediction = denoise(model, facts, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)
+    prediction = denoise(model, spec, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)
     return v_mse(prediction, noised.velocity)

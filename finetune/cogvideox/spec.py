@@ -195,7 +195,7 @@ def _nearest(value: int, step: int, *, offset: int, largest: int | None) -> str:
     return f"{below} or {above}" if below < value and (largest is None or above <= largest) else str(below)
 
 
-# -------- From a checkpoint's JSON files to ``Facts``, with every wrong file and key named.
+# -------- From a checkpoint's JSON files to ``ModelSpec``, with every wrong file and key named.
 
 _LARGEST_TABLE = 1 << 30
 """Numbers in a stored table of positions; CogVideoX-5B-I2V's, the largest, has 54 million."""
@@ -210,7 +210,7 @@ class _Parts(NamedTuple):
 
 
 def read_spec(pretrained: str, revision: str | None = None) -> ModelSpec:
-    """Read a checkpoint's facts from its JSON; no weight is read or downloaded.
+    """Read a checkpoint's spec from its JSON; no weight is read or downloaded.
 
     Args:
         pretrained: a diffusers pipeline folder, or the id of one on the Hugging Face hub.

@@ -1,4 +1,4 @@
-"""The process that reads a tokenizer's file: ``python tokenizer_child.py FILE``, started by ``facts.tokenizer``.
+"""The process that reads a tokenizer's file: ``python tokenizer_child.py FILE``, started by ``cogvideox.tokenizer``.
 
 It does what transformers will do with the file, and then puts every character there is through it. It imports none of
 this package, so that it starts at once. It answers with one JSON object on standard output.

@@ -18,12 +18,12 @@ from finetune.memory.config import Traits
 from finetune.methods.lora import LoraMethod
 
 
-def memory_traits(config: RunConfig, facts: ModelSpec, *, processes: int = 1, sharded: bool = False) -> Traits:
+def memory_traits(config: RunConfig, spec: ModelSpec, *, processes: int = 1, sharded: bool = False) -> Traits:
     """The traits of a run.
 
     Args:
         config: of the run.
-        facts: of its model.
+        spec: of its model.
         processes: of the launch.
         sharded: whether FSDP2 or ZeRO spreads the model over them.
     """
@@ -31,7 +31,7 @@ def memory_traits(config: RunConfig, facts: ModelSpec, *, processes: int = 1, sh
     lora = method if isinstance(method, LoraMethod) else None
     return Traits(
         full=lora is None,
-        adapts_modulation=lora is not None and any(map(lora.matches, _modulation(facts))),
+        adapts_modulation=lora is not None and any(map(lora.matches, _modulation(spec))),
         dora=lora is not None and lora.use_dora,
         processes=processes,
         sharded=sharded,
@@ -48,10 +48,10 @@ def memory_errors(config: RunConfig, traits: Traits) -> list[ConfigError]:
     ]
 
 
-def _modulation(facts: ModelSpec) -> list[str]:
+def _modulation(spec: ModelSpec) -> list[str]:
     """Names of the linear layers between the timestep and the blocks' scales, shifts and gates."""
     embeddings = [f"{name}.linear_{part}" for name in ("time_embedding", "ofs_embedding") for part in (1, 2)]
-    blocks = [f"transformer_blocks.{index}.norm{part}.linear" for index in range(facts.num_layers) for part in (1, 2)]
+    blocks = [f"transformer_blocks.{index}.norm{part}.linear" for index in range(spec.num_layers) for part in (1, 2)]
     return embeddings + blocks
 
 
@@ -66,48 +66,48 @@ class Findings(NamedTuple):
     warnings: tuple[str, ...]
 
 
-def check_against(config: RunConfig, facts: ModelSpec) -> Findings:
-    """Check a configuration against the facts of its model; nothing is raised and no file but images is looked at."""
-    errors = [*_bucket_errors(config, facts), *_sample_errors(config, facts), *_run_errors(config, facts)]
+def check_against(config: RunConfig, spec: ModelSpec) -> Findings:
+    """Check a configuration against the spec of its model; nothing is raised and no file but images is looked at."""
+    errors = [*_bucket_errors(config, spec), *_sample_errors(config, spec), *_run_errors(config, spec)]
     warnings = [
-        *_bucket_warnings(config, facts),
-        *_model_warnings(config, facts),
+        *_bucket_warnings(config, spec),
+        *_model_warnings(config, spec),
         *_method_warnings(config),
         *_run_warnings(config),
     ]
     return Findings(tuple(errors), tuple(f"{said} [{config.where(path)}]" for path, said in warnings))
 
 
-def require_valid(config: RunConfig, facts: ModelSpec) -> tuple[str, ...]:
+def require_valid(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
     """Raise every error of ``check_against`` as one; return its warnings.
 
     Raises:
         ConfigError: naming each fault with its line.
     """
-    findings = check_against(config, facts)
+    findings = check_against(config, spec)
     raise_all(ConfigError, findings.errors, what="{n} faults in the configuration for this model", limit=1000)
     return findings.warnings
 
 
-def _bucket_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
+def _bucket_errors(config: RunConfig, spec: ModelSpec) -> Iterator[ConfigError]:
     buckets = {f"data.buckets.{index}": bucket for index, bucket in enumerate(config.data.buckets)}
     if config.validation.bucket is not None:
         buckets["validation.bucket"] = config.validation.bucket
     for path, bucket in buckets.items():
-        for fault in facts.check_bucket(bucket):
+        for fault in spec.check_bucket(bucket):
             yield ConfigError(fault, where=config.where(path))
 
 
-def _sample_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
+def _sample_errors(config: RunConfig, spec: ModelSpec) -> Iterator[ConfigError]:
     for index, sample in enumerate(config.validation.samples):
         path = f"validation.samples.{index}"
-        if facts.image_to_video and sample.image is None:
+        if spec.image_to_video and sample.image is None:
             yield ConfigError(
                 "an image-to-video model samples from an image, and this prompt has none",
                 where=config.where(path),
                 fix="add `image: PATH` beside the prompt",
             )
-        elif sample.image is not None and not facts.image_to_video:
+        elif sample.image is not None and not spec.image_to_video:
             yield ConfigError(
                 "a text-to-video model takes no image",
                 where=config.where(f"{path}.image"),
@@ -115,14 +115,14 @@ def _sample_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]
             )
         elif sample.image is not None and config.cache.mode != "require" and not sample.image.is_file():
             yield ConfigError(f"there is no image {sample.image}", where=config.where(f"{path}.image"))
-    if config.validation.timesteps > facts.num_train_timesteps:
+    if config.validation.timesteps > spec.num_train_timesteps:
         yield ConfigError(
-            f"{config.validation.timesteps} timesteps are wanted; the model has {facts.num_train_timesteps}",
+            f"{config.validation.timesteps} timesteps are wanted; the model has {spec.num_train_timesteps}",
             where=config.where("validation.timesteps"),
         )
 
 
-def _run_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
+def _run_errors(config: RunConfig, spec: ModelSpec) -> Iterator[ConfigError]:
     if all(source.split == "holdout" for source in config.data.sources):
         yield ConfigError(
             "every source is held out, so there is nothing to train on",
@@ -135,7 +135,7 @@ def _run_errors(config: RunConfig, facts: ModelSpec) -> Iterator[ConfigError]:
             where=config.where("model.dtype"),
             fix="set model.dtype: bf16, or train a LoRA, whose gradients are float32",
         )
-    yield from memory_errors(config, memory_traits(config, facts))
+    yield from memory_errors(config, memory_traits(config, spec))
     yield from _output_errors(config)
     if config.output_dir.exists() and not config.output_dir.is_dir():
         yield ConfigError(f"{config.output_dir} is a file, not a folder", where=config.where("output_dir"))
@@ -164,24 +164,24 @@ def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
             )
 
 
-def _bucket_warnings(config: RunConfig, facts: ModelSpec) -> Iterator[tuple[str, str]]:
+def _bucket_warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     for index, bucket in enumerate(config.data.buckets):
-        for advice in () if facts.check_bucket(bucket) else facts.advise_bucket(bucket):
+        for advice in () if spec.check_bucket(bucket) else spec.advise_bucket(bucket):
             yield f"data.buckets.{index}", advice
     fps = config.data.fps
-    if fps is not None and fps != facts.native_fps and config.data.span != "uniform":
+    if fps is not None and fps != spec.native_fps and config.data.span != "uniform":
         yield (
             "data.fps",
-            f"clips are cut at {fps:g} frames per second; the model was made for {facts.native_fps}, and learns to "
-            f"move {facts.native_fps / fps:.2g} times as fast as the footage",
+            f"clips are cut at {fps:g} frames per second; the model was made for {spec.native_fps}, and learns to "
+            f"move {spec.native_fps / fps:.2g} times as fast as the footage",
         )
 
 
-def _model_warnings(config: RunConfig, facts: ModelSpec) -> Iterator[tuple[str, str]]:
+def _model_warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
     # Of the published models only the 2B, the one without rotary positions, was trained in fp16.
-    if config.model.dtype == "fp16" and facts.use_rotary:
+    if config.model.dtype == "fp16" and spec.use_rotary:
         yield "model.dtype", "this model was trained in bf16; in fp16 its activations can overflow (use bf16)"
-    if not facts.image_to_video:
+    if not spec.image_to_video:
         for section, name in ((config.data, "image_dropout"), (config.cache, "image_draws")):
             if getattr(section, name) != type(section).model_fields[name].default:
                 where = f"{'data' if section is config.data else 'cache'}.{name}"

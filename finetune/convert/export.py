@@ -192,21 +192,21 @@ def export(
     found = find_source(path, weights, None if pretrained is None else str(pretrained))
     config = pin_model(found.config)
     found = replace(found, config=config)
-    facts = read_spec(config.model.pretrained, config.model.revision)
+    spec = read_spec(config.model.pretrained, config.model.revision)
     _require_sense(found, full_pipeline=full_pipeline, merged=merged, strength=strength)
     device = compute_device()
     outcome: list[tuple[float, float, Merged | None]] = []
 
     def fill(partial: Path) -> str:
-        trained = _write_weights(found, facts, partial, device, strength if merged and found.lora else None)
+        trained = _write_weights(found, spec, partial, device, strength if merged and found.lora else None)
         _free()  # from here on the trained transformer is gone: never two in memory
-        difference, tolerance = verify(partial, found, facts, trained, device)
+        difference, tolerance = verify(partial, found, spec, trained, device)
         outcome.append((difference, tolerance, trained.merged))
         samples = copy_samples(found, trained.merged, partial)
-        record = training_record(found, facts, trained.merged, max_abs_diff=difference, tolerance=tolerance)
+        record = training_record(found, spec, trained.merged, max_abs_diff=difference, tolerance=tolerance)
         atomic_write_text(partial / TRAINING_RECORD, record)
         card = model_card(
-            found, facts, trained.merged, name=from_here(folder), samples=samples, full_pipeline=full_pipeline
+            found, spec, trained.merged, name=from_here(folder), samples=samples, full_pipeline=full_pipeline
         )
         atomic_write_text(partial / "README.md", card)
         marker = write_checksums(partial)  # before the base's files: they are others' and large
@@ -240,7 +240,7 @@ def export(
         tolerance,
         merged=what,
         notes=tuple(notes),
-        command=command(found, facts, from_here(folder), adapter=found.lora and not merged),
+        command=command(found, spec, from_here(folder), adapter=found.lora and not merged),
     )
 
 
@@ -267,13 +267,13 @@ def _require_sense(found: Source, *, full_pipeline: bool, merged: bool, strength
 
 
 def _write_weights(
-    found: Source, facts: ModelSpec, folder: Path, device: torch.device, merge_at: float | None
+    found: Source, spec: ModelSpec, folder: Path, device: torch.device, merge_at: float | None
 ) -> TrainedWeights:
     """Rebuild the model as it was trained, note what it computes, and write its weights.
 
     Args:
         found: the checkpoint.
-        facts: of the model.
+        spec: of the model.
         folder: where to.
         device: to compute on.
         merge_at: the strength to merge an adapter at; None to write it as it is, or what is no adapter.
@@ -298,11 +298,11 @@ def _write_weights(
     )
     transformer.eval()
     if merge_at is not None:
-        return _write_merged(transformer, facts, folder, device, merge_at)
-    velocity = forward(transformer, facts, device)
+        return _write_merged(transformer, spec, folder, device, merge_at)
+    velocity = forward(transformer, spec, device)
     if isinstance(method, LoraMethod):
         _require_room(folder, file_bytes(method.peft_state(transformer)))
-        _save_adapter(facts, folder, method.peft_state(transformer), method.lora_metadata(transformer))
+        _save_adapter(spec, folder, method.peft_state(transformer), method.lora_metadata(transformer))
         return TrainedWeights(velocity, adapter_tensors(transformer), adapter_scaling(transformer))
     _require_room(folder, file_bytes(transformer.state_dict()))
     save_transformer(transformer, folder / "transformer")
@@ -311,20 +311,20 @@ def _write_weights(
 
 
 def _write_merged(
-    transformer: Any, facts: ModelSpec, folder: Path, device: torch.device, strength: float
+    transformer: Any, spec: ModelSpec, folder: Path, device: torch.device, strength: float
 ) -> TrainedWeights:
     set_strength(transformer, strength)
     if strength == 0:  # DoRA's magnitudes act at any strength
         transformer.disable_adapters()
-    velocity = forward(transformer, facts, device)
+    velocity = forward(transformer, spec, device)
     merged = merge(transformer, strength)
     _require_room(folder, file_bytes(transformer.state_dict()))
     save_transformer(transformer, folder / "transformer")
     return TrainedWeights(velocity, {}, {}, tensor_checksums(transformer.state_dict()), merged)
 
 
-def _save_adapter(facts: ModelSpec, folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
-    pipeline_class(facts).save_lora_weights(
+def _save_adapter(spec: ModelSpec, folder: Path, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    pipeline_class(spec).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         transformer_lora_adapter_metadata=dict(settings),

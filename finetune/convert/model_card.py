@@ -22,7 +22,7 @@ from finetune.convert.merge import Merged
 from finetune.convert.source import Source
 from finetune.core.files import from_here
 from finetune.core.text import shown
-from finetune.inference.inputs import ADAPTER_FILE, base_facts
+from finetune.inference.inputs import ADAPTER_FILE, base_numbers
 from finetune.methods.lora import LoraMethod
 
 _CAPTION_LENGTH = 240
@@ -34,7 +34,7 @@ _STOCK_TEXT_LENGTH = 226
 
 
 def training_record(
-    found: Source, facts: ModelSpec, merged: Merged | None, *, max_abs_diff: float, tolerance: float
+    found: Source, spec: ModelSpec, merged: Merged | None, *, max_abs_diff: float, tolerance: float
 ) -> str:
     """What programs may want to know of an export, as JSON: ``generate`` takes size and rate from it.
 
@@ -49,12 +49,12 @@ def training_record(
             "base_model": _public_name(found.trained_on),
             "revision": found.revision,
             "base_digest": found.state.base or None,
-            "image_to_video": facts.image_to_video,
-            "base_facts": base_facts(facts),
+            "image_to_video": spec.image_to_video,
+            "base_facts": base_numbers(spec),
             "step": found.state.step,
             "weights": found.weights,
             "buckets": [str(bucket) for bucket in config.data.buckets],
-            "fps": config.data.fps or facts.native_fps,
+            "fps": config.data.fps or spec.native_fps,
             "trigger": config.data.trigger,
             "method": config.method.model_dump(mode="json", exclude={"init_from"}),
             "optimizer": config.optimizer.model_dump(mode="json"),
@@ -104,7 +104,7 @@ def copy_samples(found: Source, merged: Merged | None, folder: Path) -> list[str
 
 
 def model_card(
-    found: Source, facts: ModelSpec, merged: Merged | None, *, name: str, samples: list[str], full_pipeline: bool
+    found: Source, spec: ModelSpec, merged: Merged | None, *, name: str, samples: list[str], full_pipeline: bool
 ) -> str:
     """README.md: front matter for the hub, then what was trained, on what, how well, and how to load it."""
     config = found.config
@@ -112,17 +112,17 @@ def model_card(
     base = _public_name(found.trained_on)
     adapter = found.lora and merged is None
     sections = [
-        _front_matter(found, facts, adapter=adapter),
+        _front_matter(found, spec, adapter=adapter),
         f"# {_text(config.output_dir.name)}\n\n{kind} of {_code(base)}"
-        f" ({'image' if facts.image_to_video else 'text'} to video), {found.state.step} optimizer steps"
+        f" ({'image' if spec.image_to_video else 'text'} to video), {found.state.step} optimizer steps"
         f"{', exponential moving average of the weights' if found.weights == 'ema' else ''}."
         + ("" if merged is None else f" In this folder {merged}: it needs no adapter file, and no adapter loader."),
         "## Use\n\n"
-        + _fenced("python", usage(found, facts, name=name, adapter=adapter, full_pipeline=full_pipeline))
+        + _fenced("python", usage(found, spec, name=name, adapter=adapter, full_pipeline=full_pipeline))
         + "\n\nor, with the package that trained it:\n\n"
-        + _fenced("bash", command(found, facts, name, adapter=adapter)),
+        + _fenced("bash", command(found, spec, name, adapter=adapter)),
         "## Training data\n\n" + _data(found),
-        "## Settings\n\n" + _settings(found, facts),
+        "## Settings\n\n" + _settings(found, spec),
         "## Held-out loss\n\n" + _heldout(found, merged),
     ]
     if samples:
@@ -134,8 +134,8 @@ def model_card(
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(found: Source, facts: ModelSpec, *, adapter: bool) -> str:
-    task = "image-to-video" if facts.image_to_video else "text-to-video"
+def _front_matter(found: Source, spec: ModelSpec, *, adapter: bool) -> str:
+    task = "image-to-video" if spec.image_to_video else "text-to-video"
     values: dict[str, Any] = {
         "library_name": "diffusers",
         "pipeline_tag": task,
@@ -158,13 +158,13 @@ def _method_tags(found: Source, *, adapter: bool) -> list[str]:
     return ["lora"] if adapter else ["lora-merged"] if found.lora else ["full-fine-tuning"]
 
 
-def usage(found: Source, facts: ModelSpec, *, name: str, adapter: bool, full_pipeline: bool) -> str:
+def usage(found: Source, spec: ModelSpec, *, name: str, adapter: bool, full_pipeline: bool) -> str:
     """Python that loads the export and samples a video; it runs as it stands where the export was made.
 
     A base model that is a folder is named where it is from there, or it would not run.
     """
     config = found.config
-    pipeline = "CogVideoXImageToVideoPipeline" if facts.image_to_video else "CogVideoXPipeline"
+    pipeline = "CogVideoXImageToVideoPipeline" if spec.image_to_video else "CogVideoXPipeline"
     dtype = str(config.model.torch_dtype())
     base = repr(_base(found))
     if found.revision is not None:  # the branch may have moved by the time this is read
@@ -175,7 +175,7 @@ def usage(found: Source, facts: ModelSpec, *, name: str, adapter: bool, full_pip
     lines = [
         "import torch",
         f"from diffusers import {', '.join(classes)}",
-        f"from diffusers.utils import export_to_video{', load_image' if facts.image_to_video else ''}",
+        f"from diffusers.utils import export_to_video{', load_image' if spec.image_to_video else ''}",
         "",
     ]
     if adapter:
@@ -198,20 +198,20 @@ def usage(found: Source, facts: ModelSpec, *, name: str, adapter: bool, full_pip
         "    pipeline.vae.enable_tiling()",
         "video = pipeline(",
         f"    prompt={caption!r},",
-        *(['    image=load_image("first_frame.png"),'] if facts.image_to_video else []),
+        *(['    image=load_image("first_frame.png"),'] if spec.image_to_video else []),
         f"    num_frames={bucket.frames},",
         f"    height={bucket.height},",
         f"    width={bucket.width},",
         f"    num_inference_steps={config.validation.num_inference_steps},",
         f"    guidance_scale={config.validation.guidance_scale:g},",
         *(
-            [f"    max_sequence_length={facts.max_text_seq_length},"]
-            if facts.max_text_seq_length != _STOCK_TEXT_LENGTH
+            [f"    max_sequence_length={spec.max_text_seq_length},"]
+            if spec.max_text_seq_length != _STOCK_TEXT_LENGTH
             else []
         ),
         "    generator=torch.Generator().manual_seed(0),",
         ").frames[0]",
-        f'export_to_video(video, "video.mp4", fps={round(config.data.fps or facts.native_fps)})',
+        f'export_to_video(video, "video.mp4", fps={round(config.data.fps or spec.native_fps)})',
     ]
     return "\n".join(lines) + "\n"
 
@@ -221,11 +221,11 @@ def _base(found: Source) -> str:
     return found.trained_on if _is_hub_id(found.trained_on) else from_here(Path(found.config.model.pretrained))
 
 
-def command(found: Source, facts: ModelSpec, name: str, *, adapter: bool) -> str:
+def command(found: Source, spec: ModelSpec, name: str, *, adapter: bool) -> str:
     """The command that samples with the export ``name``."""
     words = ["finetune", "generate", "--model", _base(found), "--adapter" if adapter else "--transformer", name]
     words += ["--revision", found.revision] if found.revision is not None else []
-    words += ["--image", "first_frame.png"] if facts.image_to_video else []
+    words += ["--image", "first_frame.png"] if spec.image_to_video else []
     return shlex.join([*words, "--prompt", _example_caption(found)])
 
 
@@ -246,14 +246,14 @@ def _data(found: Source) -> str:
     return "\n".join([*lines, *(f"- {_code(caption)}" for caption in data.captions)])
 
 
-def _settings(found: Source, facts: ModelSpec) -> str:
+def _settings(found: Source, spec: ModelSpec) -> str:
     config = found.config
     rows = [
         ("steps", str(found.state.step)),
         ("samples seen", str(found.state.samples_seen)),
         ("micro-batch x accumulation", f"{config.train.batch_size} x {config.train.accumulation}"),
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
-        ("frame rate", f"{config.data.fps or facts.native_fps:g} per second"),
+        ("frame rate", f"{config.data.fps or spec.native_fps:g} per second"),
         ("caption dropout", f"{config.data.caption_dropout:g}"),
         ("weights held in", str(config.model.torch_dtype()).removeprefix("torch.")),
         ("seed", str(config.train.seed)),

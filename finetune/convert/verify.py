@@ -36,7 +36,7 @@ class TrainedWeights:
 
 
 def verify(
-    folder: Path, found: Source, facts: ModelSpec, trained: TrainedWeights, device: torch.device
+    folder: Path, found: Source, spec: ModelSpec, trained: TrainedWeights, device: torch.device
 ) -> tuple[float, float]:
     """Load the export with diffusers' own code and compare; returns the largest difference and what is allowed.
 
@@ -46,7 +46,7 @@ def verify(
     dtype = found.config.model.torch_dtype()
     adapter = found.lora and trained.merged is None
     try:
-        transformer = _reload(folder, found, facts, device, adapter=adapter)
+        transformer = _reload(folder, found, spec, device, adapter=adapter)
         if trained.merged is not None:
             problems = _unequal_checksums(trained.checksums, tensor_checksums(transformer.state_dict()))
         else:
@@ -58,7 +58,7 @@ def verify(
             raise
         raise _not_the_same(found, [f"it cannot be loaded: {error}"]) from error
     problems += _unequal_scales(trained.scaling, adapter_scaling(transformer))
-    velocity = forward(transformer, facts, device)
+    velocity = forward(transformer, spec, device)
     difference = (velocity - trained.velocity).abs().max().item()
     tolerance = tolerance_of(trained.velocity, dtype)
     # `not <=`, so that a NaN fails too.
@@ -69,13 +69,13 @@ def verify(
     return difference, tolerance
 
 
-def _reload(folder: Path, found: Source, facts: ModelSpec, device: torch.device, *, adapter: bool) -> Any:
+def _reload(folder: Path, found: Source, spec: ModelSpec, device: torch.device, *, adapter: bool) -> Any:
     """The exported transformer, or the base with the exported adapter, as anybody with diffusers would load it."""
     model = found.config.model
     if not adapter:
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
     transformer = load_transformer(model, device=device)
-    pipeline = build_pipeline(facts, transformer=transformer, scheduler=load_scheduler(model))
+    pipeline = build_pipeline(spec, transformer=transformer, scheduler=load_scheduler(model))
     pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER, use_safetensors=True)
     return transformer
 
@@ -103,24 +103,24 @@ def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
 
 
 @torch.no_grad()
-def forward(transformer: Any, facts: ModelSpec, device: torch.device) -> Tensor:
+def forward(transformer: Any, spec: ModelSpec, device: torch.device) -> Tensor:
     """The velocity predicted for seeded inputs, float32 on the CPU: a few tokens, two deep in time."""
-    frames = 2 * (facts.patch_size_t or 1)
-    height, width = facts.sample_height, facts.sample_width
-    if not facts.use_learned_positions:  # those are refused at another height or width, though not at another length
-        height, width = min(height, 4 * facts.patch_size), min(width, 6 * facts.patch_size)
+    frames = 2 * (spec.patch_size_t or 1)
+    height, width = spec.sample_height, spec.sample_width
+    if not spec.use_learned_positions:  # those are refused at another height or width, though not at another length
+        height, width = min(height, 4 * spec.patch_size), min(width, 6 * spec.patch_size)
 
     def draw(name: str, *shape: int) -> Tensor:
         return torch.randn(1, *shape, generator=generator(0, "export", name)).to(device)
 
-    channels = facts.latent_channels
+    channels = spec.latent_channels
     return denoise(
         transformer,
-        facts,
+        spec,
         draw("latents", channels, frames, height, width),
-        draw("prompt", facts.max_text_seq_length, facts.text_embed_dim),
-        torch.tensor([facts.num_train_timesteps // 2], device=device),
-        draw("image", channels, 1, height, width) if facts.image_to_video else None,
+        draw("prompt", spec.max_text_seq_length, spec.text_embed_dim),
+        torch.tensor([spec.num_train_timesteps // 2], device=device),
+        draw("image", channels, 1, height, width) if spec.image_to_video else None,
     ).cpu()
 
 

@@ -28,7 +28,7 @@ class BatchMaker:
     """Turns clips of the cache into training input.
 
     Args:
-        facts: the model's facts (scaling, front padding, number of timesteps).
+        spec: the model's spec (scaling, front padding, number of timesteps).
         cache: where the entries are read.
         items: the clips that indices in ``MicroBatch.items`` refer to.
         empty_prompt: embedding that stands for "no caption", [L, D].
@@ -36,7 +36,7 @@ class BatchMaker:
         seed: the run's seed.
     """
 
-    facts: ModelSpec
+    spec: ModelSpec
     cache: Cache
     items: Sequence[ManifestItem]
     empty_prompt: Tensor
@@ -81,10 +81,10 @@ class BatchMaker:
             step,
             slot,
             latent_shape=tuple(entry.latents_mean.shape),  # type: ignore[arg-type]  # always four numbers
-            padded_frames=frames + self.facts.front_padding(frames),
+            padded_frames=frames + self.spec.front_padding(frames),
             image_draws=0 if entry.image_latents is None else entry.image_latents.shape[0],
             dropout=dropout,
-            num_train_timesteps=self.facts.num_train_timesteps,
+            num_train_timesteps=self.spec.num_train_timesteps,
             purpose=purpose,
         )
         return self._prepare(entry, choice if timestep is None else replace(choice, timestep=timestep))
@@ -95,9 +95,9 @@ class BatchMaker:
         if entry.image_latents is not None:
             chosen = entry.image_latents[choice.image_draw].float()[None]
             image = torch.zeros_like(chosen) if choice.drop_image else chosen
-            image = condition_latents(self.facts, image)[0]
+            image = condition_latents(self.spec, image)[0]
         return _Row(
-            latents=model_latents(self.facts, mean, std, choice.posterior_noise[None])[0],
+            latents=model_latents(self.spec, mean, std, choice.posterior_noise[None])[0],
             noise=choice.noise,
             timestep=choice.timestep,
             prompt_embeds=self.empty_prompt if choice.drop_caption else entry.prompt_embeds,

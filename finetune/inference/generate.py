@@ -89,7 +89,7 @@ class SampleRequest:
 
 
 def sample_videos(
-    facts: ModelSpec,
+    spec: ModelSpec,
     transformer: Any,
     scheduler: Any,
     vae: Any,
@@ -108,7 +108,7 @@ def sample_videos(
     comes from a CPU generator with the request's seed.
 
     Args:
-        facts: of the model.
+        spec: of the model.
         transformer: unwrapped, with or without adapters.
         scheduler: the checkpoint's own.
         vae: in the transformer's dtype.
@@ -132,7 +132,7 @@ def sample_videos(
         raise ValueError(f"the VAE is {vae.dtype} and the transformer {dtype}; the pipeline needs them equal")
     videos = []
     with training_state_untouched(transformer, vae), _no_traces(transformer):
-        pipeline = build_pipeline(facts, transformer=transformer, scheduler=_fresh(scheduler), vae=vae)
+        pipeline = build_pipeline(spec, transformer=transformer, scheduler=_fresh(scheduler), vae=vae)
         pipeline.progress_bar = lambda iterable=None, total=None: Bar(
             iterable, total=total, desc="denoising", disable=not progress
         )
@@ -143,7 +143,7 @@ def sample_videos(
             for request in requests:
                 with _tiled(vae, request.bucket):
                     output = pipeline(
-                        **_image_argument(facts, request),
+                        **_image_argument(spec, request),
                         prompt_embeds=request.prompt_embeds[None].to(device, dtype),
                         negative_prompt_embeds=request.negative_embeds[None].to(device, dtype),
                         num_frames=request.bucket.frames,
@@ -190,10 +190,10 @@ def _tiled(vae: Any, bucket: Bucket) -> Iterator[None]:
         vae.use_tiling = before
 
 
-def _image_argument(facts: ModelSpec, request: SampleRequest) -> dict[str, Any]:
-    if (request.image is not None) != facts.image_to_video:
+def _image_argument(spec: ModelSpec, request: SampleRequest) -> dict[str, Any]:
+    if (request.image is not None) != spec.image_to_video:
         raise ValueError(
-            f"the model is {'image' if facts.image_to_video else 'text'}-to-video, "
+            f"the model is {'image' if spec.image_to_video else 'text'}-to-video, "
             f"but an image is {'missing' if request.image is None else 'given'}"
         )
     if request.image is None:
@@ -255,23 +255,23 @@ def generate(request: GenerateRequest) -> GenerateReport:
     records = _records(request, sources)
     base, revision = _base(request, records, faults)
     revision = pin_revision(base, revision)
-    facts = read_spec(base, revision)
+    spec = read_spec(base, revision)
     record = next((record for _, _, record in records if record), {})
-    bucket = request.bucket or _recorded_bucket(record, facts) or training_bucket(facts)
+    bucket = request.bucket or _recorded_bucket(record, spec) or training_bucket(spec)
     check_request(
         request,
-        facts,
+        spec,
         bucket,
-        [*faults, *_misfits(base, tuned or json_folder(base, revision), facts, sources, records)],
+        [*faults, *_misfits(base, tuned or json_folder(base, revision), spec, sources, records)],
     )
-    fps = request.fps or recorded_fps(record) or float(facts.native_fps)
+    fps = request.fps or recorded_fps(record) or float(spec.native_fps)
     device = _device(request)
     # Sampling takes minutes per video.
     require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
     notes = [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
     texts = [*(prompt.prompt for prompt in request.prompts), request.negative_prompt]
-    notes += _unread(model, facts, texts)
+    notes += _unread(model, spec, texts)
     chosen = [source.note for source in sources if source.note]
     for choice in chosen:
         _log.info("note: %s", choice)
@@ -280,20 +280,20 @@ def generate(request: GenerateRequest) -> GenerateReport:
     dtype = model.torch_dtype()
     loaded_on = torch.device("cpu") if request.offload else device
 
-    embeds = _embed(model, facts, texts, device)
+    embeds = _embed(model, spec, texts, device)
     own = model if tuned is None else ModelConfig(pretrained=str(tuned))
     transformer = load_transformer(own, device=loaded_on, dtype=dtype)
     if tuned is None:  # an adapter that is put on another transformer is so on purpose
         _require_same_base(transformer, base, sources)
     scheduler = load_scheduler(model)
-    load_adapters(facts, transformer, scheduler, sources)
+    load_adapters(spec, transformer, scheduler, sources)
     vae = load_vae(model, device=loaded_on, dtype=dtype)
 
     paths: list[Path] = []
     rows: list[tuple[str, Frames]] = []
     for index, prompt in enumerate(request.prompts):
         (frames,) = sample_videos(
-            facts,
+            spec,
             transformer,
             scheduler,
             vae,
@@ -341,10 +341,10 @@ def _base(request: GenerateRequest, records: Sequence[_Record], faults: list[Fin
 
 
 def _misfits(
-    base: str, folder: Path, facts: ModelSpec, sources: Sequence[AdapterSource], records: Sequence[_Record]
+    base: str, folder: Path, spec: ModelSpec, sources: Sequence[AdapterSource], records: Sequence[_Record]
 ) -> list[FinetuneError]:
     """Where the base, or the transformer in its place, is not what an adapter was made for."""
-    faults = [fault for where, _, record in records for fault in base_faults(record, where, base, facts)]
+    faults = [fault for where, _, record in records for fault in base_faults(record, where, base, spec)]
     if not faults and (active := [source for source in sources if source.adapter.strength]):
         shapes = empty_transformer(folder, dtype=torch.float32, device="meta")
         faults = [fault for source in active for fault in shape_faults(source, shapes)]
@@ -370,7 +370,7 @@ def _require_same_base(transformer: Any, base: str, sources: Sequence[AdapterSou
         )
 
 
-def load_adapters(facts: ModelSpec, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:
+def load_adapters(spec: ModelSpec, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:
     """Load adapters with the stock pipeline's own loader and set their strengths; one of strength 0 is left out.
 
     Raises:
@@ -379,7 +379,7 @@ def load_adapters(facts: ModelSpec, transformer: Any, scheduler: Any, sources: S
     from peft import get_peft_model_state_dict
 
     active = [source for source in sources if source.adapter.strength != 0]
-    pipeline = build_pipeline(facts, transformer=transformer, scheduler=scheduler)
+    pipeline = build_pipeline(spec, transformer=transformer, scheduler=scheduler)
     names = [f"adapter_{index}" for index in range(len(active))]
     for name, source in zip(names, active, strict=True):
         try:
@@ -406,9 +406,9 @@ def load_adapters(facts: ModelSpec, transformer: Any, scheduler: Any, sources: S
         pipeline.set_adapters(names, [source.adapter.strength for source in active])
 
 
-def _unread(model: ModelConfig, facts: ModelSpec, texts: Sequence[str]) -> list[str]:
+def _unread(model: ModelConfig, spec: ModelSpec, texts: Sequence[str]) -> list[str]:
     """A note on each prompt of which the text encoder does not get every character."""
-    tokenized = tokenize(load_tokenizer(model), texts, facts)
+    tokenized = tokenize(load_tokenizer(model), texts, spec)
     return [
         f"{tokens.unknown} characters of the prompt {text!r:.80} are unknown to the text encoder, which reads one mark"
         " for each run of them"
@@ -417,10 +417,10 @@ def _unread(model: ModelConfig, facts: ModelSpec, texts: Sequence[str]) -> list[
     ]
 
 
-def _embed(model: ModelConfig, facts: ModelSpec, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
+def _embed(model: ModelConfig, spec: ModelSpec, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
     """T5 embeddings [L, D] on the CPU; the encoder is gone from memory afterwards."""
     tokenizer, encoder = load_text(model, device=device)
-    embeds = [encode_prompts(tokenizer, encoder, [prompt], facts)[0].cpu() for prompt in prompts]
+    embeds = [encode_prompts(tokenizer, encoder, [prompt], spec)[0].cpu() for prompt in prompts]
     del tokenizer, encoder
     gc.collect()
     if device.type == "cuda":
@@ -428,13 +428,13 @@ def _embed(model: ModelConfig, facts: ModelSpec, prompts: Sequence[str], device:
     return embeds
 
 
-def _recorded_bucket(record: dict[str, Any], facts: ModelSpec) -> Bucket | None:
+def _recorded_bucket(record: dict[str, Any], spec: ModelSpec) -> Bucket | None:
     """The first bucket of a training record, if this base can sample it."""
     try:
         bucket = parse_bucket(record["buckets"][0])
     except (KeyError, IndexError, TypeError, ValueError):
         return None
-    return None if facts.check_bucket(bucket) else bucket
+    return None if spec.check_bucket(bucket) else bucket
 
 
 def _device(request: GenerateRequest) -> torch.device:

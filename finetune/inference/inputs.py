@@ -178,15 +178,15 @@ def _reason(error: ValueError) -> str:
     return str(error)
 
 
-def training_bucket(facts: ModelSpec) -> Bucket:
+def training_bucket(spec: ModelSpec) -> Bucket:
     """The size a model was made for, as far as its JSON says; for the second generation 81x768x1360 where it fits.
 
     Its JSON gives the reach of the position table instead, 300x300 cells, a size that nobody trained at.
     """
-    reach = Bucket(facts.sample_frames, facts.sample_height * facts.vae_spatial, facts.sample_width * facts.vae_spatial)
-    if facts.patch_size_t is None:
+    reach = Bucket(spec.sample_frames, spec.sample_height * spec.vae_spatial, spec.sample_width * spec.vae_spatial)
+    if spec.patch_size_t is None:
         return reach
-    published = Bucket(facts.sample_frames, 768, 1360)
+    published = Bucket(spec.sample_frames, 768, 1360)
     fits = published.height <= reach.height and published.width <= reach.width
     return published if fits else reach
 
@@ -223,23 +223,23 @@ def transformer_root(folder: Path) -> Path:
 
 
 def check_request(
-    request: GenerateRequest, facts: ModelSpec, bucket: Bucket, others: Iterable[FinetuneError] = ()
+    request: GenerateRequest, spec: ModelSpec, bucket: Bucket, others: Iterable[FinetuneError] = ()
 ) -> None:
     """Raise one ``ConfigError`` for everything that is wrong with a request, and for ``others`` of its faults."""
-    faults = [*_faults(request, facts, bucket), *others]
+    faults = [*_faults(request, spec, bucket), *others]
     raise_all(ConfigError, faults, what="{n} things are wrong with the request")
 
 
-def _faults(request: GenerateRequest, facts: ModelSpec, bucket: Bucket) -> Iterator[FinetuneError]:
+def _faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket) -> Iterator[FinetuneError]:
     if not request.prompts:
         yield ConfigError("there is no prompt", fix="give --prompt TEXT or --prompts FILE")
     for index, prompt in enumerate(request.prompts):
-        yield from _prompt_faults(prompt, facts, where=f"prompt {index + 1} ({prompt.prompt[:40]!r})")
-    for problem in facts.check_bucket(bucket):
+        yield from _prompt_faults(prompt, spec, where=f"prompt {index + 1} ({prompt.prompt[:40]!r})")
+    for problem in spec.check_bucket(bucket):
         yield ConfigError(problem, where=f"size {bucket}")
-    if not 1 <= request.num_inference_steps <= facts.num_train_timesteps:
+    if not 1 <= request.num_inference_steps <= spec.num_train_timesteps:
         steps = request.num_inference_steps
-        yield ConfigError(f"{steps} denoising steps", where="--steps", fix=f"give 1 to {facts.num_train_timesteps}")
+        yield ConfigError(f"{steps} denoising steps", where="--steps", fix=f"give 1 to {spec.num_train_timesteps}")
     if not (math.isfinite(request.guidance_scale) and request.guidance_scale >= 1):
         yield ConfigError(f"guidance scale {request.guidance_scale}", where="--guidance", fix="give 1 (none) or more")
     if request.fps is not None and not (math.isfinite(request.fps) and request.fps > 0):
@@ -248,12 +248,12 @@ def _faults(request: GenerateRequest, facts: ModelSpec, bucket: Bucket) -> Itera
         yield ConfigError("the output is a file, not a folder", where=str(request.out))
 
 
-def _prompt_faults(prompt: SamplePrompt, facts: ModelSpec, *, where: str) -> Iterator[FinetuneError]:
+def _prompt_faults(prompt: SamplePrompt, spec: ModelSpec, *, where: str) -> Iterator[FinetuneError]:
     if fault := text_fault(prompt.prompt):
         yield ConfigError(f"the prompt is damaged: {fault}", where=where, fix="write it again as text")
-    if facts.image_to_video and prompt.image is None:
+    if spec.image_to_video and prompt.image is None:
         yield ConfigError("the model is image-to-video and needs a first frame", where=where, fix="give --image FILE")
-    if prompt.image is not None and not facts.image_to_video:
+    if prompt.image is not None and not spec.image_to_video:
         yield ConfigError("the model is text-to-video and takes no image", where=where, fix="leave the image out")
     elif prompt.image is not None and not prompt.image.is_file():
         yield ConfigError("there is no such image", where=f"{where}: {prompt.image}")
@@ -277,7 +277,7 @@ _STRUCTURE = (
     "latent_channels",
     "snr_shift_scale",
 )
-"""Facts in which two models differ that are not the same one; the five published ones all do."""
+"""Numbers in which two models differ that are not the same one; the five published ones all do."""
 
 
 @dataclass(frozen=True)
@@ -300,9 +300,9 @@ class AdapterSource:
         return f"--adapter {self.adapter.path}"
 
 
-def base_facts(facts: ModelSpec) -> dict[str, Any]:
+def base_numbers(spec: ModelSpec) -> dict[str, Any]:
     """What a training record keeps of its base, JSON types: enough to tell it from another model."""
-    return {name: asdict(facts)[name] for name in _STRUCTURE}
+    return {name: asdict(spec)[name] for name in _STRUCTURE}
 
 
 def read_sources(adapters: Iterable[AdapterArgument]) -> tuple[list[AdapterSource], list[FinetuneError]]:
@@ -364,7 +364,7 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
         "base_model": model["pretrained"],
         "revision": model.get("revision"),
         "base_digest": loaded.state.base or None,
-        "base_facts": _facts_of(model["pretrained"]),
+        "base_facts": _numbers_of(model["pretrained"]),
         "buckets": data["buckets"],
         "fps": data["fps"],
         "trigger": data["trigger"],
@@ -383,10 +383,10 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
     )
 
 
-def _facts_of(pretrained: str) -> dict[str, Any]:
+def _numbers_of(pretrained: str) -> dict[str, Any]:
     """Of a base in a folder that is still there; of others a name says as much."""
     try:
-        return base_facts(read_spec(pretrained)) if Path(pretrained).is_dir() else {}
+        return base_numbers(read_spec(pretrained)) if Path(pretrained).is_dir() else {}
     except ModelError:
         return {}
 
@@ -472,7 +472,7 @@ def named_base(record: Mapping[str, Any], folder: Path) -> tuple[str, str | None
     return None
 
 
-def base_faults(record: Mapping[str, Any], where: str, base: str, facts: ModelSpec) -> Iterator[ConfigError]:
+def base_faults(record: Mapping[str, Any], where: str, base: str, spec: ModelSpec) -> Iterator[ConfigError]:
     """What a training record says that ``base`` is not: its kind, its numbers or its name.
 
     Weights are compared by their digest where the record has one (``base_digest``); a name counts only without.
@@ -483,9 +483,9 @@ def base_faults(record: Mapping[str, Any], where: str, base: str, facts: ModelSp
     named = f", {name}" if name else ""
     fix = f"use --model {name}" if name else "use the base that it was trained on"
     here = base if Path(base).exists() else canonical_name(base)
-    ours, theirs = base_facts(facts), record.get("base_facts")
+    ours, theirs = base_numbers(spec), record.get("base_facts")
     theirs = theirs if isinstance(theirs, Mapping) else {}
-    theirs = theirs or (_facts_of_published(name) if _is_hub_id(name) else {})
+    theirs = theirs or (_numbers_of_published(name) if _is_hub_id(name) else {})
     kind = record.get("image_to_video")
     if not isinstance(kind, bool) and "in_channels" in theirs:
         kind = theirs["in_channels"] != theirs.get("latent_channels")
@@ -494,7 +494,7 @@ def base_faults(record: Mapping[str, Any], where: str, base: str, facts: ModelSp
         for field in _STRUCTURE
         if theirs.get(field, ours[field]) != ours[field]
     ]
-    if isinstance(kind, bool) and kind != facts.image_to_video:
+    if isinstance(kind, bool) and kind != spec.image_to_video:
         kinds = ["a text-to-video", "an image-to-video"]
         yield ConfigError(
             f"it was trained on {kinds[kind]} model{named}, and {base} is {kinds[not kind]} model", where=where, fix=fix
@@ -515,9 +515,9 @@ def _is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
-def _facts_of_published(name: str) -> dict[str, Any]:
+def _numbers_of_published(name: str) -> dict[str, Any]:
     variant = published_variant(name)
-    return {} if variant is None else base_facts(read_spec(str(known_model(variant))))
+    return {} if variant is None else base_numbers(read_spec(str(known_model(variant))))
 
 
 def shape_faults(source: AdapterSource, transformer: nn.Module) -> Iterator[ConfigError]:

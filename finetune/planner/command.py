@@ -38,7 +38,7 @@ from finetune.planner.cost_model import (
 )
 from finetune.planner.helper_process import child_environment
 from finetune.planner.phases import OF_THE_RUN, PHASES
-from finetune.planner.predict import facts_of, predict
+from finetune.planner.predict import predict, spec_of
 from finetune.planner.report import document, draw, table, text, verdict
 from finetune.planner.search import Found, Plan, resolve
 
@@ -84,8 +84,8 @@ def plan(
         ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
         ModelError: if the model's JSON cannot be found or used.
     """
-    facts = facts_of(config)
-    require_valid(config, facts)
+    spec = spec_of(config)
+    require_valid(config, spec)
     if plot is not None:
         _require_drawable(plot)
     if processes < 1:
@@ -110,7 +110,7 @@ def plan(
         )
         lines += [*search_lines(config.memory, found, rates, card_bytes, ram_bytes, processes), ""]
     else:
-        refused = memory_errors(config, memory_traits(config, facts, processes=processes))
+        refused = memory_errors(config, memory_traits(config, spec, processes=processes))
         raise_all(ConfigError, refused, what="{n} settings of memory do not go with several processes")
     room = None if card_bytes is None else usable(card_bytes, processes)
     rehearsal = predict(config, card_bytes=room, processes=processes, exact=exact or plot is not None)
@@ -119,7 +119,7 @@ def plan(
     judged = verdict(rehearsal, card_bytes, ram_bytes, beside=beside)
     if plot is not None:
         draw(rehearsal.phase("train"), _title(config, rehearsal.bucket), plot, card_bytes=card_bytes)
-    step_s = None if rates.source == OF_ANOTHER else step_cost(config, facts, config.memory, rates).step_s
+    step_s = None if rates.source == OF_ANOTHER else step_cost(config, spec, config.memory, rates).step_s
     if as_json:
         content: dict[str, Any] = document(rehearsal, judged) | {
             "processes": processes,

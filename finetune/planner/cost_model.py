@@ -331,36 +331,36 @@ class Cost:
         return self.forward_s + self.backward_s + self.recompute_s + self.waiting_s + self.update_s
 
 
-def step_cost(config: RunConfig, facts: ModelSpec, memory: MemoryConfig, rates: Rates) -> Cost:
+def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: Rates) -> Cost:
     """Predict an optimizer step.
 
     Args:
         config: of the run; its memory section is not looked at.
-        facts: of the model.
+        spec: of the model.
         memory: the memory state.
         rates: of the machine.
     """
-    work = _Work.of(config, facts)
+    work = _Work.of(config, spec)
     batch = config.train.batch_size
     clips = min(memory.clips_at_once or batch, batch)
     passes = config.train.accumulation * -(-batch // clips)
     kind = config.method.kind
-    traffic = work.tokens_bytes * facts.num_layers * (_LEAN_TRAFFIC if memory.block == "lean" else 1.0)
+    traffic = work.tokens_bytes * spec.num_layers * (_LEAN_TRAFFIC if memory.block == "lean" else 1.0)
     # Weights are decoded, and copied, once for all clips that go through together.
-    held = work.block_weights * facts.num_layers * _DEQUANTISED[memory.base] / rates.memory
+    held = work.block_weights * spec.num_layers * _DEQUANTISED[memory.base] / rates.memory
     linear, attention = work.linear / rates.gemm, clips * work.attention / rates.attention_forward
     adapters, moved = work.adapters / rates.gemm, traffic / rates.memory
     forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + held
     again = 0.0
     if memory.checkpointing != "none":
-        kept = 0 if memory.checkpointing == "full" else (memory.keep_attention or facts.num_layers)
-        again = forward - attention * min(kept / facts.num_layers, 1.0)
+        kept = 0 if memory.checkpointing == "full" else (memory.keep_attention or spec.num_layers)
+        again = forward - attention * min(kept / spec.num_layers, 1.0)
     backward = (
         clips * (linear * (2 if kind == "full" else 1) + 2 * adapters + moved * _BACKWARD_TRAFFIC[kind])
         + clips * work.attention * _BACKWARD_ATTENTION / rates.attention_backward
         + held
     )
-    waiting = _waiting(work, facts, memory, rates, clips, forward, backward + again)
+    waiting = _waiting(work, spec, memory, rates, clips, forward, backward + again)
     return Cost(
         forward_s=passes * forward,
         backward_s=passes * backward,
@@ -387,10 +387,10 @@ class _Work:
     """Weights that train."""
 
     @classmethod
-    def of(cls, config: RunConfig, facts: ModelSpec) -> _Work:
-        tokens = max(facts.tokens(bucket) for bucket in config.data.buckets)
-        width = facts.num_attention_heads * facts.attention_head_dim
-        layers = facts.num_layers
+    def of(cls, config: RunConfig, spec: ModelSpec) -> _Work:
+        tokens = max(spec.tokens(bucket) for bucket in config.data.buckets)
+        width = spec.num_attention_heads * spec.attention_head_dim
+        layers = spec.num_layers
         block, modulation = 12.0 * width**2, 12.0 * width * 512
         adapters = trained = 0.0
         if isinstance(config.method, LoraMethod):
@@ -415,10 +415,10 @@ BYTES = {"native": 2.0, "fp8": 1.0, "fp8_64": 1.06, "int8": 1.0, "nf4": 0.53}
 
 
 def _waiting(
-    work: _Work, facts: ModelSpec, memory: MemoryConfig, rates: Rates, clips: int, forward_s: float, backward_s: float
+    work: _Work, spec: ModelSpec, memory: MemoryConfig, rates: Rates, clips: int, forward_s: float, backward_s: float
 ) -> float:
     """What copies beside one forward and backward pass of some clips add, in seconds."""
-    layers = facts.num_layers
+    layers = spec.num_layers
     streamed = layers if memory.streamed_blocks == "all" else min(memory.streamed_blocks, layers)
     weights = streamed * work.block_weights * BYTES[memory.base]
     if memory.modulation == "device":

@@ -66,16 +66,16 @@ class Training:
 
     Args:
         ledger: entered.
-        facts: of the model.
+        spec: of the model.
         config: of the run.
         transformer: in ``dtype``, nothing done to it yet.
         dtype: of compute.
     """
 
     def __init__(
-        self, ledger: MemoryTracker, facts: ModelSpec, config: RunConfig, transformer: nn.Module, dtype: torch.dtype
+        self, ledger: MemoryTracker, spec: ModelSpec, config: RunConfig, transformer: nn.Module, dtype: torch.dtype
     ) -> None:
-        self.ledger, self.facts, self.config, self.transformer, self.dtype = ledger, facts, config, transformer, dtype
+        self.ledger, self.spec, self.config, self.transformer, self.dtype = ledger, spec, config, transformer, dtype
         config.method.apply(transformer, seed=config.train.seed)
         config.memory.apply(transformer, CPU)
         transformer.train()
@@ -93,7 +93,7 @@ class Training:
         self.ema: Ema | None = None
         if config.train.ema_decay is not None:
             self.ema = Ema(self.parameters, self.engine.precise(), config.train.ema_decay)
-        self.alpha_bar = torch.linspace(0.999, 0.0, facts.num_train_timesteps)
+        self.alpha_bar = torch.linspace(0.999, 0.0, spec.num_train_timesteps)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
 
@@ -129,7 +129,7 @@ class Training:
             here.enter("forward")
             begun = ledger.tick
             with engine.micro_batch(last=last):
-                losses = velocity_losses(engine.model, self.facts, self.alpha_bar, part)
+                losses = velocity_losses(engine.model, self.spec, self.alpha_bar, part)
                 ledger.read_labels()
                 ledger.name_since(begun, "saved activations")
                 marks.setdefault("backward", ledger.tick)
@@ -181,14 +181,14 @@ class Training:
         with torch.enable_grad():
             self._prepare()
         guided = self.config.validation.guidance_scale > 1
-        (batch,) = fake_batches(self.facts, self.config, bucket, self.dtype, clips=2 if guided else 1)
+        (batch,) = fake_batches(self.spec, self.config, bucket, self.dtype, clips=2 if guided else 1)
         self.ledger.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
         self.transformer.eval()
         with following(self.ledger, self.transformer) as here:
             begin = self.ledger.tick
             here.enter("sampling")
             denoise(
-                self.transformer, self.facts, batch.latents, batch.prompt_embeds, batch.timesteps, batch.image_latents
+                self.transformer, self.spec, batch.latents, batch.prompt_embeds, batch.timesteps, batch.image_latents
             )
             here.enter("")
         self.transformer.train()
@@ -213,26 +213,26 @@ def _step_note(batches: list[Batch]) -> str:
 
 
 def fake_batches(
-    facts: ModelSpec, config: RunConfig, bucket: Bucket, dtype: torch.dtype, clips: int | None = None
+    spec: ModelSpec, config: RunConfig, bucket: Bucket, dtype: torch.dtype, clips: int | None = None
 ) -> list[Batch]:
     """Micro-batches of true shapes; two where gradients are accumulated, because the second meets the first's.
 
     Args:
-        facts: of the model.
+        spec: of the model.
         config: of the run.
         bucket: of the clips.
         dtype: of the encoders' output.
         clips: in a single micro-batch; None for the configuration's sizes.
     """
     size = clips or config.train.batch_size
-    channels, frames, height, width = facts.latent_shape(bucket)
-    shape = (size, channels, frames + facts.front_padding(frames), height, width)
-    image = torch.zeros(size, channels, 1, height, width) if facts.image_to_video else None
+    channels, frames, height, width = spec.latent_shape(bucket)
+    shape = (size, channels, frames + spec.front_padding(frames), height, width)
+    image = torch.zeros(size, channels, 1, height, width) if spec.image_to_video else None
     batch = Batch(
         latents=torch.zeros(shape),
         noise=torch.zeros(shape),
         timesteps=torch.zeros(size, dtype=torch.long),
-        prompt_embeds=torch.zeros(size, facts.max_text_seq_length, facts.text_embed_dim, dtype=dtype),
+        prompt_embeds=torch.zeros(size, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype),
         image_latents=image,
         slots=tuple(range(size)),
         clips=tuple(f"clip {number}" for number in range(size)),
@@ -267,17 +267,17 @@ def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
 VAE_WEIGHTS = "VAE weights"
 
 
-def encode_text(folder: Path, facts: ModelSpec, config: RunConfig) -> EstimatedPart | None:
+def encode_text(folder: Path, spec: ModelSpec, config: RunConfig) -> EstimatedPart | None:
     """T5 over one batch of captions; None where the checkpoint has no T5.
 
     Args:
         folder: of the checkpoint's JSON.
-        facts: of the model.
+        spec: of the model.
         config: of the run.
     """
     if not (folder / CONFIG_FILES["text_encoder"]).is_file():
         return None
-    captions, length = config.cache.text_batch_size, facts.max_text_seq_length
+    captions, length = config.cache.text_batch_size, spec.max_text_seq_length
     held, dtype = config.memory.text_encoder, config.model.torch_dtype()
 
     def make() -> tuple[Phase, ...]:
@@ -328,17 +328,17 @@ def _encode(folder: Path, dtype: torch.dtype, bucket: Bucket, *, tiled: bool) ->
     )
 
 
-def decode(folder: Path, facts: ModelSpec, dtype: torch.dtype, bucket: Bucket) -> EstimatedPart:
+def decode(folder: Path, spec: ModelSpec, dtype: torch.dtype, bucket: Bucket) -> EstimatedPart:
     """The VAE's decoder over one sampled video, without what else is in memory then.
 
     Args:
         folder: of the checkpoint's JSON.
-        facts: of the model.
+        spec: of the model.
         dtype: of the VAE.
         bucket: of the video.
     """
-    channels, frames, height, width = facts.latent_shape(bucket)
-    shape = (1, channels, frames + facts.front_padding(frames), height, width)
+    channels, frames, height, width = spec.latent_shape(bucket)
+    shape = (1, channels, frames + spec.front_padding(frames), height, width)
     tiled = decodes_in_tiles(bucket, dtype)
 
     def video(_: MemoryTracker, vae: Any) -> None:
@@ -436,28 +436,28 @@ def estimate(
     """
     folder = json_folder(config.model.pretrained, config.model.revision)
     config = _local(config, folder)
-    facts = read_spec(str(folder))
-    bucket = longest_bucket(config, facts)
+    spec = read_spec(str(folder))
+    bucket = longest_bucket(config, spec)
     found: list[Phase] = []
-    if "text" in phases and (text := encode_text(folder, facts, config)) is not None:
+    if "text" in phases and (text := encode_text(folder, spec, config)) is not None:
         found += through(text)
     if "encode" in phases:
         found.append(encode(folder, config, bucket, card_bytes, through))
     videos = bool({"sample", "decode"} & set(phases)) and samples_videos(config)
     if "train" in phases or videos:
-        run = through(_run(folder, facts, config, bucket, layers, train="train" in phases, videos=videos))
+        run = through(_run(folder, spec, config, bucket, layers, train="train" in phases, videos=videos))
         found += [phase for phase in run if phase.name != RESTING]
         if "decode" in phases and videos:
             sampled = config.validation.bucket or bucket
-            (decoder,) = through(decode(folder, facts, config.model.torch_dtype(), sampled))
+            (decoder,) = through(decode(folder, spec, config.model.torch_dtype(), sampled))
             found += [_beside(decoder, phase) for phase in run if phase.name == RESTING]
     wanted = {PHASES[name] for name in phases}
-    return Estimate(tuple(phase for phase in found if phase.name in wanted), str(bucket), facts.tokens(bucket))
+    return Estimate(tuple(phase for phase in found if phase.name in wanted), str(bucket), spec.tokens(bucket))
 
 
-def longest_bucket(config: RunConfig, facts: ModelSpec) -> Bucket:
+def longest_bucket(config: RunConfig, spec: ModelSpec) -> Bucket:
     """The bucket with the longest sequence, which needs the most memory."""
-    return max(config.data.buckets, key=facts.tokens)
+    return max(config.data.buckets, key=spec.tokens)
 
 
 def samples_videos(config: RunConfig) -> bool:
@@ -475,7 +475,7 @@ def _local(config: RunConfig, folder: Path) -> RunConfig:
 
 
 def _run(
-    folder: Path, facts: ModelSpec, config: RunConfig, bucket: Bucket, layers: int | None, *, train: bool, videos: bool
+    folder: Path, spec: ModelSpec, config: RunConfig, bucket: Bucket, layers: int | None, *, train: bool, videos: bool
 ) -> EstimatedPart:
     """The phases with the transformer in them; with ``videos`` also ``RESTING``, beside which one is decoded."""
     dtype = config.model.torch_dtype()
@@ -485,9 +485,9 @@ def _run(
         with fake_world() as ledger, ExitStack() as stack, _uncollected():
             transformer = empty_transformer(folder, dtype, config.memory, layers)
             stack.callback(undo, transformer)  # with its model go what techniques put into registers
-            trained = Training(ledger, facts, config, transformer, dtype)
+            trained = Training(ledger, spec, config, transformer, dtype)
             if train:
-                found.append(trained.step(fake_batches(facts, config, bucket, dtype)))
+                found.append(trained.step(fake_batches(spec, config, bucket, dtype)))
             if videos:
                 found.append(_sampling(trained, empty_vae(folder, dtype), config.validation.bucket or bucket))
                 found.append(trained.rest())

@@ -113,8 +113,8 @@ def _along(start: int, end: int, steps: float) -> int:
 # them seconds, and give the same figures (see ``extend``).
 
 
-def facts_of(config: RunConfig) -> ModelSpec:
-    """The facts of a run's model, from its JSON.
+def spec_of(config: RunConfig) -> ModelSpec:
+    """The spec of a run's model, from its JSON.
 
     Raises:
         ModelError: if it cannot be found or used.
@@ -142,12 +142,12 @@ def predict(
     Raises:
         ModelError, ConfigError: as ``rehearse``.
     """
-    facts = facts_of(config)
+    spec = spec_of(config)
     run, others = _of_the_run(config, phases), tuple(name for name in phases if name not in OF_THE_RUN)
     encoding = HelperJob(config, phases=others, card_bytes=card_bytes)
     # Two cores are worth two processes; what the other one made is read back.
     after: tuple[Phase, ...] = ()
-    if run and (exact or not _extendable(config, facts.num_layers)):
+    if run and (exact or not _extendable(config, spec.num_layers)):
         with beside(encoding):
             after = rehearsed(config, phases=run).phases
         if processes > 1:
@@ -156,8 +156,8 @@ def predict(
         found = peaks(config, run, encoding, processes=processes)
         after = tuple(_whole(name, extended) for name, extended in found.items())
     before = rehearsed(config, phases=others, card_bytes=card_bytes).phases
-    bucket = longest_bucket(config, facts)
-    return Estimate((*before, *after), str(bucket), facts.tokens(bucket))
+    bucket = longest_bucket(config, spec)
+    return Estimate((*before, *after), str(bucket), spec.tokens(bucket))
 
 
 def peaks(
@@ -174,7 +174,7 @@ def peaks(
     Raises:
         ModelError, ConfigError: as ``rehearse``.
     """
-    layers = facts_of(config).num_layers
+    layers = spec_of(config).num_layers
     run = _of_the_run(config, phases)
     if not _extendable(config, layers):
         found = rehearsed(config, phases=run)

@@ -21,7 +21,7 @@ from finetune.planner.estimate import longest_bucket
 from finetune.planner.helper_process import second_core
 from finetune.planner.memory_tracker import Phase
 from finetune.planner.phases import PHASES, PhaseName
-from finetune.planner.predict import facts_of, peaks, predict
+from finetune.planner.predict import peaks, predict, spec_of
 
 _STEPS = 14
 """In how many steps a number of blocks is varied."""
@@ -48,18 +48,18 @@ class Candidate:
 
 
 def candidates(
-    config: RunConfig, facts: ModelSpec, traits: Traits, rates: Rates, bases: Sequence[str]
+    config: RunConfig, spec: ModelSpec, traits: Traits, rates: Rates, bases: Sequence[str]
 ) -> list[Candidate]:
     """Legal memory sections, the fastest first; of equally fast ones, those with fewer techniques.
 
     Args:
         config: of the run; what of its memory section is not searched is kept: T5, clips at once, the ring.
-        facts: of its model.
+        spec: of its model.
         traits: of the run.
         rates: of the machine.
         bases: how the base may be held.
     """
-    layers = facts.num_layers
+    layers = spec.num_layers
     counts = sorted({*range(0, layers, max(layers // _STEPS, 1)), layers})
     found: list[Candidate] = []
     for family in _families(config, traits, bases):
@@ -67,7 +67,7 @@ def candidates(
         streaming = counts if can_stream(family, traits) else (0,)
         for kept, streamed in itertools.product(keeping, streaming):
             memory = family.model_copy(update=_numbers(kept, streamed, layers))
-            seconds = step_cost(config, facts, memory, rates).step_s
+            seconds = step_cost(config, spec, memory, rates).step_s
             found.append(Candidate(memory, family, kept / layers, streamed / layers, seconds))
     return sorted(found, key=lambda one: (round(one.step_s, 3), _techniques(one.memory)))
 
@@ -236,8 +236,8 @@ class Finder:
         self._processes = processes
         self._card, self._ram = card_bytes, ram_bytes
         self._room = usable(card_bytes, processes)
-        self._facts: ModelSpec = facts_of(config)
-        self._traits: Traits = memory_traits(config, self._facts, processes=processes)
+        self._spec: ModelSpec = spec_of(config)
+        self._traits: Traits = memory_traits(config, self._spec, processes=processes)
         self._plans: dict[MemoryConfig, Plan] = {}
         self._families: dict[MemoryConfig, tuple[_Estimate, _Estimate, _Estimate]] = {}
         self._off: dict[MemoryConfig, _Estimate] = {}
@@ -250,13 +250,13 @@ class Finder:
             found = peaks(self._config.model_copy(update={"memory": memory}), processes=self._processes)
             host = max(phase.pinned + phase.pageable for phase in found.values())
             by_phase = tuple((name, phase.nbytes) for name, phase in found.items())
-            seconds = step_cost(self._config, self._facts, memory, self._rates).step_s
+            seconds = step_cost(self._config, self._spec, memory, self._rates).step_s
             self._plans[memory] = Plan(memory, seconds, by_phase, host)
         return self._plans[memory]
 
     def candidates(self, bases: Sequence[str]) -> list[Candidate]:
         """See ``candidates``."""
-        return candidates(self._config, self._facts, self._traits, self._rates, bases)
+        return candidates(self._config, self._spec, self._traits, self._rates, bases)
 
     def run(self, every: Sequence[Candidate]) -> Found:
         """Look at candidates, the fastest first, until three families have one that fits.
@@ -335,7 +335,7 @@ class Finder:
             return estimate, keeping, nothing
         streaming = self._difference(family, plain, "streamed_blocks", "all")
         if family.modulation == "host":  # where it is by then, a block has no adaLN weights left to stream
-            away = 1 - family.ring / self._facts.num_layers
+            away = 1 - family.ring / self._spec.num_layers
             streaming = streaming.plus(self._difference(family, plain, "modulation", "host"), -away)
         return estimate, keeping, nothing.plus(streaming, BYTES[family.base] / BYTES["native"])
 
@@ -460,7 +460,7 @@ def remedies(
     for words, changed in _changes(config, videos=found.smallest.highest != "train"):
         finder = Finder(changed, rates, card_bytes, ram_bytes, processes)
         state = found.smallest.memory
-        traits = memory_traits(changed, facts_of(changed), processes=processes)
+        traits = memory_traits(changed, spec_of(changed), processes=processes)
         if state.faults(traits):  # what full fine-tuning needs is not for a LoRA
             state = MemoryConfig().notches(traits)[-1]
         plan = finder.plan(state)
@@ -476,11 +476,11 @@ def _changes(config: RunConfig, *, videos: bool) -> Iterator[tuple[str, RunConfi
     if train.batch_size > 1:
         smaller = train.model_copy(update={"batch_size": 1, "accumulation": train.accumulation * train.batch_size})
         yield "train.batch_size: 1", config.model_copy(update={"train": smaller})
-    facts = facts_of(config)
-    longest = longest_bucket(config, facts)
+    spec = spec_of(config)
+    longest = longest_bucket(config, spec)
     for frames in (25, 17, 9):
         bucket = parse_bucket(f"{frames}x{longest.height}x{longest.width}")
-        if frames < longest.frames and not facts.check_bucket(bucket):
+        if frames < longest.frames and not spec.check_bucket(bucket):
             buckets = data.model_copy(update={"buckets": (bucket,)})
             yield f"data.buckets: [{bucket}]", config.model_copy(update={"data": buckets})
             break

@@ -131,7 +131,7 @@ def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tens
         model: what to call; the wrapper that synchronises gradients if None. Validation calls the module itself: its
             processes do not make equally many calls, and a wrapper may communicate in each.
     """
-    return velocity_losses(run.engine.model if model is None else model, run.facts, run.alpha_bar, batch)
+    return velocity_losses(run.engine.model if model is None else model, run.spec, run.alpha_bar, batch)
 
 
 def _passes(run: Run, ladder: OomRetry, meter: StepMetrics, step: int) -> None:

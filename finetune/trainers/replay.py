@@ -236,15 +236,15 @@ def replay(
     """
     report, weights = read_report(path)
     config = _moved(report, pretrained, cache)
-    facts = read_spec(config.model.pretrained, config.model.revision)
+    spec = read_spec(config.model.pretrained, config.model.revision)
     _require_same_model(report, config)
-    batches = _batches(report, config, facts)
+    batches = _batches(report, config, spec)
     compute = _DTYPES[dtype] if dtype else getattr(torch, report.dtype)
     place = compute_device(device)
     try:
         module, parameters = _rebuild(report, config, weights, place, compute)
-        schedule = alpha_bar(facts).float().to(place)
-        step = _Step(report, facts, module, parameters, schedule, compute)
+        schedule = alpha_bar(spec).float().to(place)
+        step = _Step(report, spec, module, parameters, schedule, compute)
         samples = tuple(
             step.run(sample, to_device(batch, place)) for sample, batch in zip(report.samples, batches, strict=True)
         )
@@ -292,7 +292,7 @@ def _require_same_model(report: Report, config: RunConfig) -> None:
         )
 
 
-def _batches(report: Report, config: RunConfig, facts: ModelSpec) -> list[Batch]:
+def _batches(report: Report, config: RunConfig, spec: ModelSpec) -> list[Batch]:
     """Each sample as a micro-batch of its own, with every random choice as it was: they follow from step and slot."""
     cache = Cache(config.cache.dir)
     items = [sample.item for sample in report.samples]
@@ -309,7 +309,7 @@ def _batches(report: Report, config: RunConfig, facts: ModelSpec) -> list[Batch]
     empty = cache.read_prompt(report.empty_prompt_key)
     if config.data.unconditional_text == "zeros":
         empty = torch.zeros_like(empty)
-    maker = BatchMaker(facts, cache, items, empty, config.data, config.train.seed)
+    maker = BatchMaker(spec, cache, items, empty, config.data, config.train.seed)
     return [
         maker.fixed(index, [sample.timestep])
         if report.measured
@@ -356,7 +356,7 @@ def _rebuild(
 @dataclass(frozen=True)
 class _Step:
     report: Report
-    facts: ModelSpec
+    spec: ModelSpec
     module: nn.Module
     parameters: dict[str, nn.Parameter]
     alpha_bar: Tensor
@@ -368,7 +368,7 @@ class _Step:
         count = len(self.report.samples)
         torch.manual_seed(seed_for(self.report.config["train"]["seed"], "model", self.report.step, sample.slot))
         with _watched(self.module) as seen:
-            losses = velocity_losses(self.module, self.facts, self.alpha_bar, batch)
+            losses = velocity_losses(self.module, self.spec, self.alpha_bar, batch)
         # The same factor as in the step, so that what overflowed there overflows here.
         (losses.sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
         norms = {

@@ -124,7 +124,7 @@ class Run:
     """The objects of one training run; see ``assemble`` for how they come to be."""
 
     config: RunConfig
-    facts: ModelSpec
+    spec: ModelSpec
     manifest: Manifest
     cache: Cache
     accelerator: Any
@@ -172,7 +172,7 @@ class Run:
     @property
     def traits(self) -> Traits:
         """What decides which memory states the run may be in."""
-        return memory_traits(self.config, self.facts, processes=self.ranks.world, sharded=self.engine.sharded)
+        return memory_traits(self.config, self.spec, processes=self.ranks.world, sharded=self.engine.sharded)
 
     @property
     def loss_scale(self) -> float:
@@ -187,8 +187,8 @@ class Run:
     def check_ranks(self, step: int, grad_norm: float) -> None:
         """With ``train.check_ranks``, raise unless all processes are about to make the same update."""
         if self.config.train.check_ranks:
-            facts = {"samples of the step": self.plan.step(step), "gradient norm": grad_norm}
-            require_agreement(step, self.engine.replicas(), facts, self.ranks)
+            spec = {"samples of the step": self.plan.step(step), "gradient norm": grad_norm}
+            require_agreement(step, self.engine.replicas(), spec, self.ranks)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -244,7 +244,7 @@ class Run:
         Raises:
             TrainingError: if it did not.
         """
-        audit = Audit(self.plan, self.facts.num_train_timesteps)
+        audit = Audit(self.plan, self.spec.num_train_timesteps)
         for epoch in audit.step(state.step - 1, record.timesteps, state.samples_seen):
             self.tracker.log(state.step, {"train/epoch": epoch.epoch, "train/samples_in_epoch": epoch.samples})
         if state.step == self.total_steps:
@@ -257,7 +257,7 @@ class Run:
         """Record one optimizer step: means over all processes and micro-batches."""
         peak_gib = self.peak_gib()
         if state.step % self.config.tracking.every == 0 or state.step in (1, self.total_steps):
-            bands = loss_by_timestep_bucket(record.losses, record.timesteps, self.facts.num_train_timesteps)
+            bands = loss_by_timestep_bucket(record.losses, record.timesteps, self.spec.num_train_timesteps)
             self.tracker.log(
                 state.step,
                 {

@@ -57,7 +57,7 @@ class Sampler:
         if not config.samples:
             return
         folder = round_folder(run.config.output_dir, step)
-        fps = run.config.data.fps or run.facts.native_fps
+        fps = run.config.data.fps or run.spec.native_fps
         videos: list[tuple[int, Frames]] = []
         try:
             self._sample_mine(videos)
@@ -82,7 +82,7 @@ class Sampler:
                 if self._stops():
                     return
                 (frames,) = sample_videos(
-                    run.facts,
+                    run.spec,
                     transformer=run.module,
                     vae=vae,
                     scheduler=load_scheduler(run.config.model),

@@ -179,13 +179,13 @@ def _require_plain(accelerator: Any, config: RunConfig) -> None:
         )
 
 
-def require_launch(launch: Launch, config: RunConfig, facts: ModelSpec, ranks: ProcessGroup) -> None:
+def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: ProcessGroup) -> None:
     """Refuse settings of the run that do not go with how it is spread over processes.
 
     Raises:
         ConfigError: naming the setting.
     """
-    traits = memory_traits(config, facts, processes=ranks.world, sharded=not isinstance(launch, Replicate))
+    traits = memory_traits(config, spec, processes=ranks.world, sharded=not isinstance(launch, Replicate))
     refused = memory_errors(config, traits)
     raise_all(ConfigError, refused, what="{n} settings of memory do not go with this launch")
     if isinstance(launch, FullShard):
@@ -370,9 +370,9 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
     cleanup.callback(ranks.close)
     config = pin_model(config, ranks.first)
-    facts = read_spec(config.model.pretrained, config.model.revision)
-    warnings = require_valid(config, facts)
-    require_launch(launch, config, facts, ranks)
+    spec = read_spec(config.model.pretrained, config.model.revision)
+    warnings = require_valid(config, spec)
+    require_launch(launch, config, spec, ranks)
     config, choice = settled(config)
     accelerator = make_accelerator(config)
     for warning in warnings:
@@ -380,10 +380,10 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     for line in choice:
         accelerator.print(line)
 
-    manifest = ensure_cache(config, facts, distributed=ranks, cleanup=cleanup)
+    manifest = ensure_cache(config, spec, distributed=ranks, cleanup=cleanup)
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
     cache = Cache(config.cache.dir)
-    training, heldout = _batch_makers(config, facts, cache, manifest)
+    training, heldout = _batch_makers(config, spec, cache, manifest)
     plan = StepPlan(
         items=tuple(Item(item.bucket, item.repeats) for item in training.items),
         seed=config.train.seed,
@@ -442,7 +442,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     cleanup.callback(loader.close)
     run = Run(
         config=config,
-        facts=facts,
+        spec=spec,
         manifest=manifest,
         cache=cache,
         accelerator=accelerator,
@@ -452,7 +452,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         dtype=dtype,
         parameters=config.method.trainable(module),
         ema=ema,
-        alpha_bar=alpha_bar(facts).float().to(ranks.device),
+        alpha_bar=alpha_bar(spec).float().to(ranks.device),
         plan=plan,
         loader=loader,
         training=training,
@@ -481,7 +481,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
 
 
 def _batch_makers(
-    config: RunConfig, facts: ModelSpec, cache: Cache, manifest: Manifest
+    config: RunConfig, spec: ModelSpec, cache: Cache, manifest: Manifest
 ) -> tuple[BatchMaker, BatchMaker]:
     training = [item for item in manifest.items if not item.holdout]
     heldout = [item for item in manifest.items if item.holdout]
@@ -496,7 +496,7 @@ def _batch_makers(
         empty = torch.zeros_like(empty)
 
     def maker(items: list[Any]) -> BatchMaker:
-        return BatchMaker(facts, cache, items, empty, config.data, config.train.seed)
+        return BatchMaker(spec, cache, items, empty, config.data, config.train.seed)
 
     return maker(training), maker(heldout)
 
@@ -607,16 +607,16 @@ def _forecaster(config: RunConfig, launch: Launch, ranks: ProcessGroup) -> Forec
 
 def run_sheet(run: Run) -> list[tuple[str, str]]:
     """Every derived number of a run with its unit, to be read before the first step."""
-    config, plan, facts = run.config, run.plan, run.facts
+    config, plan, spec = run.config, run.plan, run.spec
     buckets: dict[str, int] = {}
     for item in run.training.items:
-        name = f"{item.bucket} ({facts.tokens(item.bucket)} tokens)"
+        name = f"{item.bucket} ({spec.tokens(item.bucket)} tokens)"
         buckets[name] = buckets.get(name, 0) + 1
     effective = config.train.batch_size * plan.micro_batches
     return [
         ("run", str(config.output_dir)),
         *([("curves", tensorboard_command(config.output_dir))] if config.tracking.kind == "tensorboard" else []),
-        ("model", f"{config.model.pretrained}, {'image' if facts.image_to_video else 'text'}-to-video, {run.dtype}"),
+        ("model", f"{config.model.pretrained}, {'image' if spec.image_to_video else 'text'}-to-video, {run.dtype}"),
         *([("commit", config.model.revision)] if config.model.revision else []),
         ("training clips", f"{len(run.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),

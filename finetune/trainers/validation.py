@@ -139,7 +139,7 @@ class Validator:
         config = run.config.validation
         self._heldout = _subset(run.heldout, config.clips)
         self._trainsubset = _subset(run.training, config.clips)
-        self._timesteps = fixed_timesteps(config.timesteps, run.facts.num_train_timesteps)
+        self._timesteps = fixed_timesteps(config.timesteps, run.spec.num_train_timesteps)
         self._history = _read_history(run.config.output_dir / HISTORY, before=run.state.step)
         self.cut_short = False
         """Whether a measurement was ended by ``stop``; the same on every process."""
@@ -229,7 +229,7 @@ class Validator:
 
         batches = self._in_step(jobs, mine) if run.engine.lockstep else self._freely(mine)
         try:
-            return evaluate(self._losses, batches, run.facts.num_train_timesteps, gather=exchange)
+            return evaluate(self._losses, batches, run.spec.num_train_timesteps, gather=exchange)
         except Exception as error:
             if not exchanged:  # the others wait there
                 _raise_everywhere(run.ranks, error)

@@ -194,10 +194,10 @@ def fuzz_model_json(data: bytes) -> object:
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data[1:] if name == chosen else (known / name).read_bytes())
-    facts = _expect(ModelError, lambda: read_spec(str(folder)))
-    if facts is not None:
-        facts.tokens(facts.native_bucket)
-    return facts
+    spec = _expect(ModelError, lambda: read_spec(str(folder)))
+    if spec is not None:
+        spec.tokens(spec.native_bucket)
+    return spec
 
 
 def fuzz_media(data: bytes) -> str:

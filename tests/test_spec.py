@@ -1,4 +1,4 @@
-"""Facts: what is read off the published checkpoints' JSON, and what is refused."""
+"""The spec: what is read off the published checkpoints' JSON, and what is refused."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def variant(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def facts_of(variant: str) -> ModelSpec:
+def spec_of(variant: str) -> ModelSpec:
     return read_spec(str(known_model(variant)))
 
 
@@ -87,26 +87,26 @@ def test_shipped_json_builds_the_published_models(name: str, parameters: int, bu
     assert sum(parameter.numel() for parameter in transformer.parameters()) == parameters
     assert sum(parameter.numel() for parameter in vae.parameters()) == 215_583_907
     assert sum(parameter.numel() for parameter in text_encoder.parameters()) == 4_762_310_656
-    assert facts_of(name).tokens(bucket) == tokens
-    assert facts_of(name).check_bucket(bucket) == []
-    assert facts_of(name).advise_bucket(bucket) == []
+    assert spec_of(name).tokens(bucket) == tokens
+    assert spec_of(name).check_bucket(bucket) == []
+    assert spec_of(name).advise_bucket(bucket) == []
 
 
 def test_what_tells_the_published_models_apart() -> None:
-    facts = {name: facts_of(name) for name in KNOWN_MODELS}
-    assert [name for name in KNOWN_MODELS if facts[name].image_to_video] == ["5b-i2v", "1.5-5b-i2v"]
-    assert [name for name in KNOWN_MODELS if not facts[name].use_rotary] == ["2b"]
-    assert [name for name in KNOWN_MODELS if facts[name].use_learned_positions] == ["5b-i2v"]
-    assert [name for name in KNOWN_MODELS if facts[name].ofs_embed_dim] == ["1.5-5b-i2v"]
-    assert [facts[name].native_fps for name in KNOWN_MODELS] == [8, 8, 8, 16, 16]
-    assert [facts[name].max_text_seq_length for name in KNOWN_MODELS] == [226, 226, 226, 224, 224]
-    assert [facts[name].snr_shift_scale for name in KNOWN_MODELS] == [3.0, 1.0, 1.0, 1.0, 1.0]
-    assert [facts[name].invert_scale_latents for name in KNOWN_MODELS] == [False, False, False, True, True]
-    assert len(set(facts.values())) == len(KNOWN_MODELS) == 5
+    spec = {name: spec_of(name) for name in KNOWN_MODELS}
+    assert [name for name in KNOWN_MODELS if spec[name].image_to_video] == ["5b-i2v", "1.5-5b-i2v"]
+    assert [name for name in KNOWN_MODELS if not spec[name].use_rotary] == ["2b"]
+    assert [name for name in KNOWN_MODELS if spec[name].use_learned_positions] == ["5b-i2v"]
+    assert [name for name in KNOWN_MODELS if spec[name].ofs_embed_dim] == ["1.5-5b-i2v"]
+    assert [spec[name].native_fps for name in KNOWN_MODELS] == [8, 8, 8, 16, 16]
+    assert [spec[name].max_text_seq_length for name in KNOWN_MODELS] == [226, 226, 226, 224, 224]
+    assert [spec[name].snr_shift_scale for name in KNOWN_MODELS] == [3.0, 1.0, 1.0, 1.0, 1.0]
+    assert [spec[name].invert_scale_latents for name in KNOWN_MODELS] == [False, False, False, True, True]
+    assert len(set(spec.values())) == len(KNOWN_MODELS) == 5
 
 
 def test_latent_shapes_and_front_padding() -> None:
-    first, second = facts_of("5b"), facts_of("1.5-5b")
+    first, second = spec_of("5b"), spec_of("1.5-5b")
     assert first.latent_shape(NATIVE) == (16, 13, 60, 90)
     assert second.latent_shape(NATIVE_15) == (16, 21, 96, 170)  # before padding
     assert [first.padded_latent_frames(frames) for frames in (1, 9, 49)] == [1, 3, 13]
@@ -145,14 +145,14 @@ def test_defaults_are_those_of_t5() -> None:
 def test_a_value_left_out_takes_the_default(folder: Path) -> None:
     edit(folder, "transformer", patch_size=..., max_text_seq_length=..., ofs_embed_dim=...)
     edit(folder, "vae", invert_scale_latents=..., latent_channels=...)
-    assert read_spec(str(folder)) == facts_of("5b")
+    assert read_spec(str(folder)) == spec_of("5b")
     edit(folder, "vae", scaling_factor=...)
     assert read_spec(str(folder)).scaling_factor == 1.15258426  # canary: the default is not the 5B model's 0.7
 
 
 def test_unknown_keys_do_not_matter(folder: Path) -> None:
     edit(folder, "transformer", a_future_option=3)
-    assert read_spec(str(folder)) == facts_of("5b")
+    assert read_spec(str(folder)) == spec_of("5b")
 
 
 # What is refused
@@ -224,7 +224,7 @@ def test_another_pipeline_is_refused(folder: Path) -> None:
 
 def test_the_text_encoder_may_be_absent(folder: Path) -> None:
     shutil.rmtree(folder / "text_encoder")
-    assert read_spec(str(folder)) == facts_of("5b")
+    assert read_spec(str(folder)) == spec_of("5b")
 
 
 # Buckets
@@ -246,17 +246,17 @@ def test_the_text_encoder_may_be_absent(folder: Path) -> None:
     ],
 )
 def test_impossible_buckets_are_told_with_the_nearest_possible(name: str, bucket: Bucket, said: list[str]) -> None:
-    problems = " ".join(facts_of(name).check_bucket(bucket))
+    problems = " ".join(spec_of(name).check_bucket(bucket))
     assert all(words in problems for words in said), problems
 
 
 def test_every_named_neighbour_is_possible() -> None:
     # The fix that a message proposes must itself pass.
-    facts = facts_of("5b")
+    spec = spec_of("5b")
     for frames in range(1, 70):
-        for problem in facts.check_bucket(Bucket(frames, 480, 720)):
+        for problem in spec.check_bucket(Bucket(frames, 480, 720)):
             for neighbour in problem.split("nearest: ")[1].split(" or "):
-                assert facts.check_bucket(Bucket(int(neighbour), 480, 720)) == []
+                assert spec.check_bucket(Bucket(int(neighbour), 480, 720)) == []
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_every_named_neighbour_is_possible() -> None:
     ],
 )
 def test_possible_buckets_pass(name: str, bucket: Bucket) -> None:
-    assert facts_of(name).check_bucket(bucket) == []
+    assert spec_of(name).check_bucket(bucket) == []
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_possible_buckets_pass(name: str, bucket: Bucket) -> None:
     ],
 )
 def test_advice_on_what_the_model_was_not_made_for(name: str, bucket: Bucket, said: str) -> None:
-    assert facts_of(name).check_bucket(bucket) == []
-    assert said in " ".join(facts_of(name).advise_bucket(bucket))
+    assert spec_of(name).check_bucket(bucket) == []
+    assert said in " ".join(spec_of(name).advise_bucket(bucket))
 
 
 def test_tiny_look_alikes_take_nine_frames(tiny_model: Callable[..., Path], variant: str) -> None:
@@ -319,7 +319,7 @@ def test_the_hub_is_asked_for_json_only(folder: Path, monkeypatch: pytest.Monkey
         return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    assert read_spec("some/model", "v1") == facts_of("5b")
+    assert read_spec("some/model", "v1") == spec_of("5b")
     assert (asked["repo"], asked["revision"]) == ("some/model", "v1")
     assert asked["allow_patterns"] and all(pattern.endswith(".json") for pattern in asked["allow_patterns"])
 
