@@ -36,7 +36,7 @@ test: install
 
 # The arithmetic again as a processor without AVX does it: other kernels, other last digits.
 OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
-ARITHMETIC := golden train engine distributed export faults
+ARITHMETIC := golden train parallel distributed export faults
 
 test-old-cpu: install
 	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1 $(ARITHMETIC:%=tests/test_%.py)

@@ -116,7 +116,7 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
     spec, dtype = read_spec(str(folder)), config.model.torch_dtype()
     torch.manual_seed(0)
     module = build(config, folder, device)
-    engine = single_process_strategy(
+    strategy = single_process_strategy(
         Alone,
         module,
         config.method.trainable(module),
@@ -124,7 +124,7 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
         device=device,
         max_norm=config.train.max_grad_norm,
     )
-    engine.start(config.optimizer, None)
+    strategy.start(config.optimizer, None)
     schedule = alpha_bar(spec).float().to(device)
     batch = random_batch(spec, bucket, dtype, device)
     loaded = allocated(device)
@@ -134,12 +134,12 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
             torch.cuda.reset_peak_memory_stats(device)
         synchronise(device)
         begun = time.perf_counter()
-        begin(engine.optimizer, seed=0, step=step)
-        with assert_recompute(module, config.memory), engine.micro_batch(last=True):
-            loss = velocity_losses(engine.model, spec, schedule, batch).sum()
-            engine.backward(loss)
-        norm = engine.clip(config.train.max_grad_norm or math.inf)
-        engine.step()
+        begin(strategy.optimizer, seed=0, step=step)
+        with assert_recompute(module, config.memory), strategy.micro_batch(last=True):
+            loss = velocity_losses(strategy.model, spec, schedule, batch).sum()
+            strategy.backward(loss)
+        norm = strategy.clip(config.train.max_grad_norm or math.inf)
+        strategy.step()
         synchronise(device)
         durations.append(time.perf_counter() - begun)
         losses.append(float(loss.detach()))

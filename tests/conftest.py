@@ -18,7 +18,7 @@ LONGEST = (
     "test_signals",
     "test_faults_ranks",
     "test_export_matrix",
-    "test_engine",
+    "test_parallel",
     "test_deepspeed",
     "test_golden",
     "test_determinism",

@@ -1,4 +1,4 @@
-"""What the processes of a ``gang`` run in tests of faults: the command line, with one of them hit in a forward pass."""
+"""What the processes of a ``launcher`` run in tests of faults: the command line, one of them hit in a forward pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 from typing import Any
 from unittest import mock
 
-from gang_cases import RANK, command
+from launcher_cases import RANK, command
 
 
 def hit(how: str, call: int, rank: int, *words: str) -> int:

@@ -111,11 +111,11 @@ class Training:
         parameters = method.trainable(self.module)
         more: State = {"memory": memory, "device": CPU, "max_norm": 1.0}
         if memory.gradient_release == "none":
-            self.engine: Any = single_process_strategy(Alone, self.module, parameters, **more)
+            self.strategy: Any = single_process_strategy(Alone, self.module, parameters, **more)
         else:  # as on a GPU: updates on the host have a thread of their own
-            self.engine = GradientRelease(Alone, self.module, parameters, threaded=True, **more)
-        self.engine.start(TypeAdapter(OptimizerConfig).validate_python(MOMENTUM), None)
-        self.average = Ema(self.engine.parameters, self.engine.precise(), 0.9)
+            self.strategy = GradientRelease(Alone, self.module, parameters, threaded=True, **more)
+        self.strategy.start(TypeAdapter(OptimizerConfig).validate_python(MOMENTUM), None)
+        self.average = Ema(self.strategy.parameters, self.strategy.precise(), 0.9)
 
     def look(self, seed: int) -> Tensor:
         config, generator = self.module.config, torch.Generator().manual_seed(seed)
@@ -127,13 +127,13 @@ class Training:
         return loss
 
     def step(self, number: int) -> list[float]:
-        begin(self.engine.optimizer, seed=3, step=number)
+        begin(self.strategy.optimizer, seed=3, step=number)
         micros = 1 if self.full else 2
         for micro in range(micros):
-            with self.engine.micro_batch(last=micro == micros - 1):
-                self.engine.backward(self.look(10 * number + micro))
-        norm = self.engine.clip(1.0)
-        self.engine.step()
+            with self.strategy.micro_batch(last=micro == micros - 1):
+                self.strategy.backward(self.look(10 * number + micro))
+        norm = self.strategy.clip(1.0)
+        self.strategy.step()
         self.average.step()
         return [norm, self.measure(number)]
 
@@ -156,7 +156,7 @@ def quantise(module: nn.Module, base: str) -> None:
 def trained(state: State, *, full: bool) -> list[list[float]]:
     training = Training(state, full=full)
     numbers = [training.step(number) for number in range(2)]
-    weights = [float(tensor.double().sum()) for tensor in training.engine.weights().values()]
+    weights = [float(tensor.double().sum()) for tensor in training.strategy.weights().values()]
     undo(training.module)
     return [*numbers, weights]
 
@@ -208,20 +208,20 @@ def full(release: str = "exact", **state: Any) -> Callable[[], object]:
 def measured_before_the_update() -> None:
     """Between a backward pass and its update somebody looks, and the next look's first weights are on their way."""
     training = Training({"gradient_release": "exact", "optimizer_states": "host", "streamed_blocks": "all"}, full=True)
-    with training.engine.micro_batch(last=True):
-        training.engine.backward(training.look(1))
+    with training.strategy.micro_batch(last=True):
+        training.strategy.backward(training.look(1))
     with torch.no_grad():
         training.look(2)
-    training.engine.clip(1.0)
-    training.engine.step()
+    training.strategy.clip(1.0)
+    training.strategy.step()
 
 
 def gradients_compared() -> None:
     """What ``train.check_ranks`` does before the gradients are clipped."""
     training = Training({"gradient_release": "exact", **HOST}, full=True)
-    with training.engine.micro_batch(last=True):
-        training.engine.backward(training.look(1))
-    for tensor in training.engine.replicas().values():
+    with training.strategy.micro_batch(last=True):
+        training.strategy.backward(training.look(1))
+    for tensor in training.strategy.replicas().values():
         tensor.double().sum().tolist()
 
 
@@ -351,12 +351,12 @@ def broken_off_on_the_way_back() -> None:
 
 def broken_off_in_an_update() -> None:
     training = Training({"gradient_release": "exact"}, full=True)
-    with training.engine.micro_batch(last=True):
-        training.engine.backward(training.look(1))
-    training.engine.clip(1.0)
-    training.engine._update = None
+    with training.strategy.micro_batch(last=True):
+        training.strategy.backward(training.look(1))
+    training.strategy.clip(1.0)
+    training.strategy._update = None
     with pytest.raises(TypeError):
-        training.engine.step()
+        training.strategy.step()
 
 
 DROPPED = [streamed_and_dropped, broken_off_on_the_way_back, broken_off_in_an_update]

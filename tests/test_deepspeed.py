@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from gang import Gang
+from launcher import Launcher
 from torch import Tensor
 from worlds import SMOOTH_ADAM, run_values
 
@@ -85,10 +85,10 @@ def test_deepspeeds_parser_does_refuse(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
-    gang = Gang(tmp_path_factory.mktemp("gang"))
-    yield gang
-    gang.close()
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +138,13 @@ def state(values: dict[str, Any]) -> dict[str, Tensor]:
 @needs_deepspeed
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", ZERO)
-def test_two_processes_under_zero_train_like_one(world, alone, gang, tmp_path, name, method):
+def test_two_processes_under_zero_train_like_one(world, alone, launcher, tmp_path, name, method):
     one, env = alone(method), environment(ZERO[name])
     # Stopped after two steps and continued: two starts out of one checkpoint format.
     half = world(f"{name}-{method}", method, steps=2)
-    gang.train(written(half), env=env)
+    launcher.train(written(half), env=env)
     two = {**half, "train": {**half["train"], "steps": 4}}
-    gang.train(written(two), env=env)
+    launcher.train(written(two), env=env)
     ours, theirs = state(two), state(one)
     assert ours.keys() == theirs.keys()
     for key in theirs:
@@ -154,12 +154,12 @@ def test_two_processes_under_zero_train_like_one(world, alone, gang, tmp_path, n
 
 
 @needs_deepspeed
-def test_a_run_goes_on_under_another_stage_with_one_process(world, alone, gang):
+def test_a_run_goes_on_under_another_stage_with_one_process(world, alone, launcher):
     one = alone("full")
     values = world("moved", "full", steps=2)
-    gang.train(written(values), env=environment(ZERO["zero2"]))
+    launcher.train(written(values), env=environment(ZERO["zero2"]))
     values = {**values, "train": {**values["train"], "steps": 4, "accumulation": 2}}
-    gang.train(written(values), env=environment(ZERO["zero3"]), ranks=1)
+    launcher.train(written(values), env=environment(ZERO["zero3"]), ranks=1)
     ours, theirs = state(values), state(one)
     assert ours.keys() == theirs.keys()
     for key in theirs:
@@ -168,14 +168,14 @@ def test_a_run_goes_on_under_another_stage_with_one_process(world, alone, gang):
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_masters_of_a_bf16_model_survive_a_resume(world, gang, name):
+def test_masters_of_a_bf16_model_survive_a_resume(world, launcher, name):
     def narrow(run: str, steps: int) -> dict[str, Any]:
         values = world(f"{name}-bf16-{run}", "full", steps=steps)
         return {**values, "model": {**values["model"], "dtype": "bf16"}}
 
     straight, half = narrow("straight", 4), narrow("half", 2)
     for values in (straight, half, {**half, "train": {**half["train"], "steps": 4}}):
-        gang.train(written(values), env=environment(ZERO[name]))
+        launcher.train(written(values), env=environment(ZERO[name]))
     ours, theirs = state(half), state(straight)
     assert any(key.startswith("master.") for key in theirs) and ours.keys() == theirs.keys()
     assert not [key for key in theirs if not torch.equal(ours[key], theirs[key])]
@@ -183,11 +183,11 @@ def test_masters_of_a_bf16_model_survive_a_resume(world, gang, name):
 
 @needs_deepspeed
 @pytest.mark.parametrize("name", ["zero2", "zero3"])
-def test_a_bad_step_is_not_taken_under_zero(world, gang, name):
+def test_a_bad_step_is_not_taken_under_zero(world, launcher, name):
     quiet = {"every": None, "at_start": False}
     values = {**world(f"{name}-bad", "lora"), "checkpoint": {"every": 1}, "validation": quiet}
     arguments = ("train", "--config", str(written(values)))
-    ends = gang.run("gang_cases:sabotaged", "not a number", "step", 1, *arguments, env=environment(ZERO[name]))
+    ends = launcher.run("launcher_cases:sabotaged", "not a number", "step", 1, *arguments, env=environment(ZERO[name]))
     assert [end.code for end in ends] == [2, 2], ends[0].log[-2000:]
     assert "non-finite" in ends[0].log
     last = max((Path(values["output_dir"]) / "checkpoints").glob("step-*"))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from gang import FSDP, OFFLOAD, Gang
+from launcher import FSDP, OFFLOAD, Launcher
 from safetensors.torch import load_file
 from torch import Tensor
 from waiting import HANG_S
@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 LORA = {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}
 METHODS = {"lora": LORA, "full": {"kind": "full"}}
 OTHERS = {"dora": {**LORA, "use_dora": True, "use_rslora": True}}
-ENGINES: dict[str, dict[str, str]] = {"ddp": {}, "fsdp2": FSDP, "fsdp2_offload": OFFLOAD}
+STRATEGIES: dict[str, dict[str, str]] = {"ddp": {}, "fsdp2": FSDP, "fsdp2_offload": OFFLOAD}
 
 
 def fast(cases: Iterable[str], *chosen: str) -> list[Any]:
@@ -41,10 +41,10 @@ def fast(cases: Iterable[str], *chosen: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def gang(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gang]:
-    gang = Gang(tmp_path_factory.mktemp("gang"))
-    yield gang
-    gang.close()
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="module")
@@ -127,25 +127,25 @@ SAMPLES = {"samples": [{"prompt": "a ring", "seed": 3}], "sample_every": 4, "num
 VALIDATION = {"every": 2, "at_start": True, "timesteps": 3, **SAMPLES}
 
 
-@pytest.mark.parametrize("engine", fast(ENGINES, "ddp", "fsdp2"))
+@pytest.mark.parametrize("strategy", fast(STRATEGIES, "ddp", "fsdp2"))
 @pytest.mark.parametrize(
     ("method", "variant"),
     [("lora", "2b"), ("full", "5b"), pytest.param("dora", "1.5-5b", marks=pytest.mark.slow)],
 )
-def test_two_processes_train_like_one(world, alone, gang, method, variant, engine):
+def test_two_processes_train_like_one(world, alone, launcher, method, variant, strategy):
     # 2B has a buffer, which DDP would broadcast; one held-out clip at three timesteps is one forward pass: one process
     # has none, and under FSDP2 keeps the other company.
     one = alone(method, variant)
-    two = world(f"{engine}-{method}", variant, method=(METHODS | OTHERS)[method], validation=VALIDATION)
+    two = world(f"{strategy}-{method}", variant, method=(METHODS | OTHERS)[method], validation=VALIDATION)
     two = changed(two, check_ranks=True, ema_decay=0.5)
-    gang.train(written(two), env=ENGINES[engine])
+    launcher.train(written(two), env=STRATEGIES[strategy])
     assert_close(weights(two), weights(one))
     ours, theirs = load_checkpoint(checkpoint(two)), load_checkpoint(checkpoint(one))
     assert ours.ema is not None and theirs.ema is not None
     assert_close(dict(ours.ema), dict(theirs.ema))
     assert ours.optimizer[1] == theirs.optimizer[1]
     assert_close(dict(ours.optimizer[0]), dict(theirs.optimizer[0]))
-    assert (checkpoint(two) / "trainable").is_dir() == (engine != "ddp")
+    assert (checkpoint(two) / "trainable").is_dir() == (strategy != "ddp")
     mine, reference = metrics(two), metrics(one)
     assert mine.keys() == reference.keys()
     for tag in ("train/loss", "train/grad_norm", "heldout/loss", "trainsubset/loss", "train/samples_seen"):
@@ -156,7 +156,7 @@ def test_two_processes_train_like_one(world, alone, gang, method, variant, engin
     assert len(list((Path(two["output_dir"]) / "samples").rglob("*.mp4"))) == 2
 
 
-def test_the_comparison_can_fail(world, alone, gang):
+def test_the_comparison_can_fail(world, alone, launcher):
     """Canary of the test above: without accumulation the other process's samples are missing."""
     one = alone("lora", "2b")
     half = changed(world("half", "2b", method=LORA), accumulation=1)
@@ -167,7 +167,7 @@ def test_the_comparison_can_fail(world, alone, gang):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_a_bf16_model_like_one(world, gang, method):
+def test_two_processes_train_a_bf16_model_like_one(world, launcher, method):
     """LoRA: float32 adapters in one group with a bf16 base. Full: float32 masters of the shares.
 
     A gradient in bf16 has three digits, and one process adds up two of them before they are averaged: Adam's first
@@ -179,7 +179,7 @@ def test_two_processes_train_a_bf16_model_like_one(world, gang, method):
         values = changed(world(f"bf16-{name}-{method}", method=METHODS[method]), accumulation=accumulation, steps=2)
         runs[name] = {**values, "model": {**values["model"], "dtype": "bf16"}}
     train(RunConfig.from_dict(runs["alone"]))
-    gang.train(written(runs["fsdp2"]), env=FSDP)
+    launcher.train(written(runs["fsdp2"]), env=FSDP)
     ours, theirs = (load_checkpoint(checkpoint(runs[name], 2)) for name in ("fsdp2", "alone"))
     masters = {key: tensor for key, tensor in ours.optimizer[0].items() if key.startswith("master.")}
     assert bool(masters) == (method == "full")
@@ -196,16 +196,16 @@ def test_two_processes_train_a_bf16_model_like_one(world, gang, method):
 
 
 @pytest.fixture(scope="module")
-def halfway(world, gang):
-    """Runs of two processes that ended after two of four steps, by engine and method, to be continued from copies."""
+def halfway(world, launcher):
+    """Runs of two processes that ended after two of four steps, by strategy and method, to be continued from copies."""
     made: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def run(engine: str, method: str) -> dict[str, Any]:
-        if (engine, method) not in made:
-            values = world(f"halfway-{engine}-{method}", method=METHODS[method])
-            made[engine, method] = changed(values, steps=2, ema_decay=0.5)
-            gang.train(written(made[engine, method]), env=ENGINES[engine])
-        return made[engine, method]
+    def run(strategy: str, method: str) -> dict[str, Any]:
+        if (strategy, method) not in made:
+            values = world(f"halfway-{strategy}-{method}", method=METHODS[method])
+            made[strategy, method] = changed(values, steps=2, ema_decay=0.5)
+            launcher.train(written(made[strategy, method]), env=STRATEGIES[strategy])
+        return made[strategy, method]
 
     return run
 
@@ -219,16 +219,16 @@ def copied(values: Mapping[str, Any], name: str, **train: Any) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def straight(world, gang):
-    """The same four steps without a break, by engine and method."""
+def straight(world, launcher):
+    """The same four steps without a break, by strategy and method."""
     made: dict[tuple[str, str], dict[str, Any]] = {}
 
-    def run(engine: str, method: str) -> dict[str, Any]:
-        if (engine, method) not in made:
-            values = world(f"straight-{engine}-{method}", method=METHODS[method])
-            made[engine, method] = changed(values, ema_decay=0.5)
-            gang.train(written(made[engine, method]), env=ENGINES[engine])
-        return made[engine, method]
+    def run(strategy: str, method: str) -> dict[str, Any]:
+        if (strategy, method) not in made:
+            values = world(f"straight-{strategy}-{method}", method=METHODS[method])
+            made[strategy, method] = changed(values, ema_decay=0.5)
+            launcher.train(written(made[strategy, method]), env=STRATEGIES[strategy])
+        return made[strategy, method]
 
     return run
 
@@ -241,13 +241,13 @@ def state(values: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", fast(METHODS, "full"))
-def test_a_sharded_run_resumes_bit_for_bit(halfway, straight, gang, method):
+def test_a_sharded_run_resumes_bit_for_bit(halfway, straight, launcher, method):
     again = copied(halfway("fsdp2", method), f"resumed-{method}")
-    gang.train(written(again), env=FSDP)
+    launcher.train(written(again), env=FSDP)
     assert_identical(state(again), state(straight("fsdp2", method)))
 
 
-# From an engine to another, or to another number of processes: environment, processes, accumulation.
+# From a strategy to another, or to another number of processes: environment, processes, accumulation.
 MOVES = {
     "fsdp2 x2 to fsdp2 x1": ("fsdp2", FSDP, 1, 2),
     "fsdp2 x2 to one process": ("fsdp2", {}, 1, 2),
@@ -259,31 +259,31 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", fast(MOVES, "fsdp2 x2 to one process"))
-def test_a_run_goes_on_with_another_engine_and_number_of_processes(halfway, straight, gang, move):
+def test_a_run_goes_on_with_another_engine_and_number_of_processes(halfway, straight, launcher, move):
     before, env, ranks, accumulation = MOVES[move]
     again = copied(halfway(before, "full"), move.replace(" ", "-"), accumulation=accumulation)
-    gang.train(written(again), ranks=ranks, env=env)
+    launcher.train(written(again), ranks=ranks, env=env)
     assert_close(state(again), state(straight("fsdp2", "full")))
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_on_with_four(world, gang):
+def test_a_run_of_two_processes_goes_on_with_four(world, launcher):
     """Two steps of two processes that accumulate twice, two of four processes that do not; four of one, four times."""
     shared = {"method": METHODS["full"], "data": {**world("x")["data"], "buckets": ["9x64x64"]}}
     one = changed(world("four-times", **shared), accumulation=4, batch_size=1, ema_decay=0.5)
     train(RunConfig.from_dict(one))
     two = changed(world("two-to-four", **shared), accumulation=2, batch_size=1, ema_decay=0.5, steps=2)
-    gang.train(written(two), env=FSDP)
+    launcher.train(written(two), env=FSDP)
     four = changed(two, accumulation=1, steps=4)
-    gang.train(written(four), ranks=4, env=FSDP)
+    launcher.train(written(four), ranks=4, env=FSDP)
     assert len(list((checkpoint(four) / "trainable").iterdir())) == 4
     assert_close(state(four), state(one))
 
 
-def test_shares_that_do_not_come_out_even(gang, tmp_path):
+def test_shares_that_do_not_come_out_even(launcher, tmp_path):
     """Rows of one, two and five tensors over three processes, read by three, two and one, and without any launch."""
     for phase, ranks in (("write", 3), ("read", 3), ("read", 2), ("read", 1)):
-        ends = gang.run("gang_cases:uneven_shares", str(tmp_path / "part"), phase, ranks=ranks)
+        ends = launcher.run("launcher_cases:uneven_shares", str(tmp_path / "part"), phase, ranks=ranks)
         assert [end.code for end in ends] == [0] * ranks, ends[0].log + ends[-1].log
     (tmp_path / "COMPLETE").write_text(write_checksums(tmp_path))
     whole = Shards(ChecksummedFolder.open(tmp_path), "part")
@@ -328,7 +328,7 @@ GRIEF = {
         "a full disk, FSDP2",
     ),
 )
-def test_all_processes_end_when_one_comes_to_grief(world, gang, grief):
+def test_all_processes_end_when_one_comes_to_grief(world, launcher, grief):
     """Without a launcher's agent: nobody kills the others, they find out by themselves."""
     how, where, rank, env = GRIEF[grief]
     # A full disk is forgiven (once, between two checkpoints) unless it is the last one's.
@@ -336,7 +336,7 @@ def test_all_processes_end_when_one_comes_to_grief(world, gang, grief):
     name = f"grief-{grief}".replace(" ", "-").replace(",", "")
     values = {**world(name, method=LORA), "checkpoint": {"every": None if how == "disk full" else 2}}
     arguments = ("train", "--config", str(written(values)))
-    ends = gang.run("gang_cases:sabotaged", how, where, rank, *arguments, env=env)
+    ends = launcher.run("launcher_cases:sabotaged", how, where, rank, *arguments, env=env)
     victim, other = ends[rank], ends[1 - rank]
     assert other.code == 2 and victim.code == {"die": -9, "raise": 1, "disk full": 2}[how], victim.log + other.log
     if how == "disk full":
@@ -348,23 +348,23 @@ def test_all_processes_end_when_one_comes_to_grief(world, gang, grief):
     left = sorted(path.name for path in (Path(values["output_dir"]) / "checkpoints").glob("*"))
     assert not [name for name in left if not name.endswith(".partial")], left
     # And the same command continues, or begins anew, clearing away what was left.
-    gang.train(written(values), env=env)
+    launcher.train(written(values), env=env)
     standing = sorted((Path(values["output_dir"]) / "checkpoints").iterdir())
     assert standing == [checkpoint(values, step) for step in steps]
 
 
-def test_all_processes_end_when_one_is_killed_while_it_encodes(world, gang, tmp_path):
+def test_all_processes_end_when_one_is_killed_while_it_encodes(world, launcher, tmp_path):
     values = {**world("encode"), "cache": {"dir": str(tmp_path / "cache"), "decode_workers": 0}}
-    ends = gang.run("gang_cases:sabotaged", "die", "encode", 1, "precompute", "--config", str(written(values)))
+    ends = launcher.run("launcher_cases:sabotaged", "die", "encode", 1, "precompute", "--config", str(written(values)))
     assert [end.code for end in ends] == [2, -9] and LOST in ends[0].log
-    ends = gang.run("gang_cases:command", "precompute", "--config", str(written(values)))
+    ends = launcher.run("launcher_cases:command", "precompute", "--config", str(written(values)))
     assert [end.code for end in ends] == [0, 0]
     assert "encoded" in ends[0].log and "encoded" not in ends[1].log
 
 
-def test_a_user_error_ends_all_processes_and_says_it(world, gang):
+def test_a_user_error_ends_all_processes_and_says_it(world, launcher):
     values = world("error", cache={"mode": "require", "dir": "/nowhere/at/all"})
-    ends = gang.run("gang_cases:command", "train", "--config", str(written(values)))
+    ends = launcher.run("launcher_cases:command", "train", "--config", str(written(values)))
     assert [end.code for end in ends] == [2, 2] and all("fix:" in end.log for end in ends)
 
 
@@ -386,35 +386,35 @@ def test_torchrun_ends_when_a_process_fails(world):
 
 
 @pytest.mark.parametrize("what", fast(["gradient", "weight", "samples"], "gradient", "samples"))
-def test_a_process_that_goes_astray_is_named(world, gang, what):
+def test_a_process_that_goes_astray_is_named(world, launcher, what):
     values = changed(world(f"astray-{what}", method=LORA), check_ranks=True)
-    ends = gang.run("gang_cases:astray", what, "train", "--config", str(written(values)))
+    ends = launcher.run("launcher_cases:astray", what, "train", "--config", str(written(values)))
     assert [end.code for end in ends] == [2, 2], "\n".join(end.log[-2000:] for end in ends)
     for end in ends:
         assert f"the {what}" in end.log and "process 1 and process 0 do not hold the same" in end.log
     assert not list((Path(values["output_dir"]) / "checkpoints").glob("step-*"))
 
 
-def test_without_the_check_it_trains_on(world, gang):
+def test_without_the_check_it_trains_on(world, launcher):
     """Canary: what the check finds would otherwise go unnoticed."""
     values = world("astray-unnoticed", method=LORA)
-    ends = gang.run("gang_cases:astray", "gradient", "train", "--config", str(written(values)))
+    ends = launcher.run("launcher_cases:astray", "gradient", "train", "--config", str(written(values)))
     assert [end.code for end in ends] == [0, 0]
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_all_processes_use_one_commit_of_the_model(gang, tmp_path, together):
+def test_all_processes_use_one_commit_of_the_model(launcher, tmp_path, together):
     """While its branch moves every process would get another answer: one asks, and the others use what it got."""
     config = run_values(Path("org/model"), tmp_path / "clips", tmp_path / "run")
     commits = ["a" * 40, "b" * 40]
-    ends = gang.run("gang_cases:pin", config, commits, str(tmp_path), together)
+    ends = launcher.run("launcher_cases:pin", config, commits, str(tmp_path), together)
     assert [end.code for end in ends] == [0, 0], ends[0].log + ends[1].log
     used = [(tmp_path / rank).read_text().split() for rank in "01"]
     canary = [[commits[0], "1"], [commits[1], "1"]]
     assert used == ([[commits[0], "1"], [commits[0], "0"]] if together else canary)
 
 
-def test_text_encoders_are_whole_in_every_process(tiny_model, gang):
+def test_text_encoders_are_whole_in_every_process(tiny_model, launcher):
     """With accelerate's default for FSDP, transformers would leave all but the first process with empty weights."""
     env = FSDP | {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-    assert [end.code for end in gang.run("gang_cases:load_t5", str(tiny_model()), env=env)] == [0, 0]
+    assert [end.code for end in launcher.run("launcher_cases:load_t5", str(tiny_model()), env=env)] == [0, 0]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from gang import FSDP, Ended, Gang
+from launcher import FSDP, Ended, Launcher
 from safetensors.torch import load_file
 from test_faults import LEARNS, clip_of_step, damage, differing, saved_steps
 from test_replay import poison
@@ -26,10 +26,10 @@ SHARED = LEARNS | {"cache": {"latents_dtype": "fp32"}, "checkpoint": {"every": 2
 
 
 @pytest.fixture(scope="module")
-def gang(tmp_path_factory) -> Iterator[Gang]:
-    gang = Gang(tmp_path_factory.mktemp("gang"))
-    yield gang
-    gang.close()
+def launcher(tmp_path_factory) -> Iterator[Launcher]:
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +52,11 @@ def make(tiny_model, demo_clips, root) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="module")
-def calm(tiny_model, demo_clips, root, gang) -> dict[str, torch.Tensor]:
+def calm(tiny_model, demo_clips, root, launcher) -> dict[str, torch.Tensor]:
     """Weights of two processes that nothing happened to."""
     path = root / "calm.yaml"
     path.write_text(yaml.safe_dump(run_values(tiny_model(), demo_clips, root / "calm", **SHARED)))
-    gang.train(path)
+    launcher.train(path)
     return weights(path)
 
 
@@ -68,53 +68,53 @@ def codes(ends: list[Ended]) -> list[int]:
     return [end.code for end in ends]
 
 
-def hit(gang: Gang, run_yaml: Path, how: str, call: int, rank: int, **options: object) -> list[Ended]:
-    return gang.run("fault_cases:hit", how, call, rank, "train", "--config", str(run_yaml), **options)
+def hit(launcher: Launcher, run_yaml: Path, how: str, call: int, rank: int, **options: object) -> list[Ended]:
+    return launcher.run("fault_cases:hit", how, call, rank, "train", "--config", str(run_yaml), **options)
 
 
 @pytest.mark.parametrize("how,rank", [("SIGUSR1", 1), ("SIGTERM+SIGTERM", BOTH)])
-def test_a_signal_makes_both_save_the_same_step_and_the_same_command_continues(gang, make, calm, how, rank):
+def test_a_signal_makes_both_save_the_same_step_and_the_same_command_continues(launcher, make, calm, how, rank):
     run_yaml = make(f"{how}{rank}")
-    ends = hit(gang, run_yaml, how, 3, rank)
+    ends = hit(launcher, run_yaml, how, 3, rank)
     assert codes(ends) == [PREEMPTED, PREEMPTED], ends[0].log[-2000:]
     assert saved_steps(run_yaml.with_suffix(""))[-1] == 3
     assert "stopped after 3 of 4 steps" in ends[0].log and "Traceback" not in ends[0].log + ends[1].log
-    gang.train(run_yaml)
+    launcher.train(run_yaml)
     assert not differing(weights(run_yaml), calm)
     if rank == BOTH:
-        assert codes(gang.train(run_yaml)) == [OK, OK]  # done is done
+        assert codes(launcher.train(run_yaml)) == [OK, OK]  # done is done
 
 
-def test_a_second_ctrl_c_on_one_ends_both_unsaved(gang, make):
+def test_a_second_ctrl_c_on_one_ends_both_unsaved(launcher, make):
     run_yaml = make("twice")
-    ends = hit(gang, run_yaml, "SIGINT+SIGINT", 4, 1)
+    ends = hit(launcher, run_yaml, "SIGINT+SIGINT", 4, 1)
     assert ends[1].code == INTERRUPTED and ends[0].code not in (OK, PREEMPTED, 124)
     assert saved_steps(run_yaml.with_suffix("")) == [2]
 
 
-def test_out_of_memory_on_one_ends_both_and_names_the_notch(gang, make, calm):
+def test_out_of_memory_on_one_ends_both_and_names_the_notch(launcher, make, calm):
     """Replaying is not possible: the other process waits in the middle of the step."""
     run_yaml = make("oom", memory={"checkpointing": "none"})
-    ends = hit(gang, run_yaml, "oom", 4, 1)
+    ends = hit(launcher, run_yaml, "oom", 4, 1)
     assert ends[1].code == USER_ERROR and ends[0].code not in (OK, PREEMPTED, 124)
     assert "set memory.checkpointing: full: with several processes a step cannot be done again" in ends[1].log
     assert saved_steps(run_yaml.with_suffix("")) == [2]
-    gang.train(make("oom"))  # as it says: with full checkpointing the same command continues
+    launcher.train(make("oom"))  # as it says: with full checkpointing the same command continues
     assert not differing(weights(run_yaml), calm)
 
 
-def test_split_micro_batches_exchange_gradients_once_at_the_end(gang, make):
+def test_split_micro_batches_exchange_gradients_once_at_the_end(launcher, make):
     """``clips_at_once`` on two processes with micro-batches of three clips and of one is the step without it."""
     trains = {"train": {"batch_size": 3}, "method": {"dropout": 0.0}, "optimizer": SMOOTH_ADAM}
     whole, split = make("whole", **trains), make("split", **trains, memory={"clips_at_once": 1})
-    gang.train(whole)
-    gang.train(split)
+    launcher.train(whole)
+    launcher.train(split)
     theirs = weights(whole)
     for name, ours in weights(split).items():
         torch.testing.assert_close(ours, theirs[name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_damaged_entry_of_one_is_the_end_of_both_after_saving(gang, tiny_model, demo_clips, root, calm, tmp_path):
+def test_a_damaged_entry_of_one_is_the_end_of_both_after_saving(launcher, tiny_model, demo_clips, root, calm, tmp_path):
     shutil.copytree(root / "cache", tmp_path / "cache")
     values = run_values(tiny_model(), demo_clips, tmp_path / "run", **SHARED)
     run_yaml = tmp_path / "run.yaml"
@@ -123,16 +123,16 @@ def test_a_damaged_entry_of_one_is_the_end_of_both_after_saving(gang, tiny_model
     entry = clip_of_step(one, 1)
     whole = entry.read_bytes()
     damage(entry)
-    ends = gang.run("gang_cases:command", "train", "--config", str(run_yaml))
+    ends = launcher.run("launcher_cases:command", "train", "--config", str(run_yaml))
     assert codes(ends) == [USER_ERROR, USER_ERROR] and all("damaged" in end.log for end in ends)
     assert saved_steps(tmp_path / "run") == [1]
-    gang.train(run_yaml)
+    launcher.train(run_yaml)
     assert entry.read_bytes() == whole and not differing(weights(run_yaml), calm)
 
 
-@pytest.mark.parametrize("engine", [{}, FSDP], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [{}, FSDP], ids=["ddp", "fsdp2"])
 def test_a_step_that_is_not_finite_is_one_report_for_one_process_to_replay(
-    gang, tiny_model, demo_clips, root, tmp_path, engine
+    launcher, tiny_model, demo_clips, root, tmp_path, strategy
 ):
     shutil.copytree(root / "cache", tmp_path / "cache")
     values = run_values(
@@ -141,7 +141,7 @@ def test_a_step_that_is_not_finite_is_one_report_for_one_process_to_replay(
     run_yaml = tmp_path / "run.yaml"
     run_yaml.write_text(yaml.safe_dump(values))
     bad = poison(RunConfig.from_dict(values))
-    ends = gang.run("gang_cases:command", "train", "--config", str(run_yaml), env=engine)
+    ends = launcher.run("launcher_cases:command", "train", "--config", str(run_yaml), env=strategy)
     assert codes(ends) == [USER_ERROR, USER_ERROR], ends[0].log[-3000:]
     for rank, end in enumerate(ends):
         assert f"[rank {rank}] error: step 0: non-finite loss" in end.log and bad in end.log

@@ -190,7 +190,7 @@ def test_full_size(tmp_path, results, variant, method):
     assert row["peak_gib"] < 80
 
 
-ENGINES = {
+STRATEGIES = {
     "fsdp2": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
     "fsdp2_offload": {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
     "zero2": {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"},
@@ -204,24 +204,24 @@ ENGINES = {
 }
 
 
-def in_a_process(run_yaml: Path, engine: str) -> None:
-    """``finetune train`` under an engine that shards, in a process of its own: DeepSpeed can be set up only once."""
+def in_a_process(run_yaml: Path, strategy: str) -> None:
+    """``finetune train`` under a strategy that shards, in a process of its own: DeepSpeed can be set up only once."""
     command = [sys.executable, "-m", "finetune", "train", "--config", str(run_yaml)]
     finished = subprocess.run(
-        command, env=os.environ | ENGINES.get(engine, {}), capture_output=True, text=True, timeout=600
+        command, env=os.environ | STRATEGIES.get(strategy, {}), capture_output=True, text=True, timeout=600
     )
     assert finished.returncode == 0, finished.stdout[-2000:] + finished.stderr[-3000:]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", [LORA | {"rank": 4}, FULL], ids=["lora", "full"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_sharding_engines_on_one_gpu(tiny_model, tmp_path, engine, method):
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_sharding_strategies_on_one_gpu(tiny_model, tmp_path, strategy, method):
     """A group of one over NCCL: two steps, two more after a resume, and an export, against a plain run."""
-    if engine.startswith("zero"):
+    if strategy.startswith("zero"):
         pytest.importorskip("deepspeed", reason="the extra 'deepspeed' is not installed")
     saved = {}
-    for name in (engine, "plain"):
+    for name in (strategy, "plain"):
         for steps in (2, 4):
             config = run_config(
                 tiny_model("5b"),
@@ -237,15 +237,15 @@ def test_sharding_engines_on_one_gpu(tiny_model, tmp_path, engine, method):
             in_a_process(run_yaml, name)
         saved[name] = load_checkpoint(tmp_path / name / "checkpoints" / "step-00000004").trainable
     for key, theirs in saved["plain"].items():
-        torch.testing.assert_close(saved[engine][key], theirs, rtol=1e-3, atol=1e-5, msg=key)
-    exported = export(tmp_path / engine, tmp_path / "export")
+        torch.testing.assert_close(saved[strategy][key], theirs, rtol=1e-3, atol=1e-5, msg=key)
+    exported = export(tmp_path / strategy, tmp_path / "export")
     assert exported.max_abs_diff <= exported.tolerance
 
 
 @pytest.mark.gpu
 def test_full_size_under_fsdp2(tmp_path, results, monkeypatch):
     """What gathering costs where there is nobody to gather from: 5B LoRA, to compare with the row of ``5b-lora``."""
-    for name, value in ENGINES["fsdp2"].items():
+    for name, value in STRATEGIES["fsdp2"].items():
         monkeypatch.setenv(name, value)
     model = random_model("5b", tmp_path / "model", torch.device("cuda"))
     try:

@@ -1022,9 +1022,9 @@ from finetune.caching import encode as encoding
 from finetune.config import load_config
 from finetune.cogvideox.spec import read_spec
 from finetune.caching.precompute import ensure_cache, precompute
-from finetune.core.distributed import Ranks
+from finetune.core.distributed import ProcessGroup
 
-ranks = Ranks.current()
+ranks = ProcessGroup.current()
 assert ranks.world == 2 and ranks.device.type == "cpu"
 
 def attempt(title, *overrides):

@@ -60,9 +60,9 @@ OPTIMIZERS: dict[str, dict[str, object]] = {
 class _Saved:
     """What a checkpoint gives back, copied as through a file."""
 
-    def __init__(self, engine: DataParallel) -> None:
-        tensors, meta = engine.optimizer_state()
-        self.trainable = {name: tensor.clone() for name, tensor in engine.weights().items()}
+    def __init__(self, strategy: DataParallel) -> None:
+        tensors, meta = strategy.optimizer_state()
+        self.trainable = {name: tensor.clone() for name, tensor in strategy.weights().items()}
         self.optimizer = ({name: tensor.clone() for name, tensor in tensors.items()}, meta)
 
 
@@ -70,7 +70,7 @@ class _Saved:
 class World:
     """A tiny transformer in training."""
 
-    engine: DataParallel
+    strategy: DataParallel
     module: Any
     done: int = 0
     device: torch.device = CPU
@@ -82,21 +82,21 @@ class World:
         text = torch.randn(2, config.max_text_seq_length, config.text_embed_dim, generator=generator)
         dtype = self.module.dtype
         given = (latents.to(dtype), text.to(dtype), torch.tensor([500, 3]))
-        with self.engine.micro_batch(last=True):
+        with self.strategy.micro_batch(last=True):
             prediction = self.module(*(tensor.to(self.device) for tensor in given), return_dict=False)[0]
             loss = prediction.float().square().mean()
-            self.engine.backward(loss * math.nan if spoil else loss)
+            self.strategy.backward(loss * math.nan if spoil else loss)
 
     def step(self, limit: float = math.inf, scale: float = 1.0) -> float:
-        begin(self.engine.optimizer, seed=3, step=self.done)
+        begin(self.strategy.optimizer, seed=3, step=self.done)
         self.passes()
-        norm = self.engine.clip(limit, scale=scale)
-        self.engine.step()
+        norm = self.strategy.clip(limit, scale=scale)
+        self.strategy.step()
         self.done += 1
         return norm
 
     def weights(self) -> dict[str, Tensor]:
-        return {name: tensor.clone() for name, tensor in self.engine.weights().items()}
+        return {name: tensor.clone() for name, tensor in self.strategy.weights().items()}
 
 
 Maker = Callable[..., World]
@@ -115,7 +115,7 @@ def world() -> Any:
         released: bool = True,
         max_norm: float | None = None,
         device: torch.device = CPU,
-        **engine: Any,
+        **strategy: Any,
     ) -> World:
         memory = MemoryConfig.model_validate(state)
         module = tiny_transformer(num_attention_heads=2).to(dtype)
@@ -128,9 +128,9 @@ def world() -> Any:
         built: DataParallel
         if not released:
             built = DataParallel(Alone, module, parameters)
-        elif engine:
+        elif strategy:
             limit = math.inf if max_norm is None else max_norm
-            built = GradientRelease(Alone, module, parameters, memory=memory, device=device, max_norm=limit, **engine)
+            built = GradientRelease(Alone, module, parameters, memory=memory, device=device, max_norm=limit, **strategy)
         else:
             built = single_process_strategy(Alone, module, parameters, memory=memory, device=device, max_norm=max_norm)
         config = TypeAdapter(OptimizerConfig).validate_python({"lr": 1e-3, **(optimizer or {"kind": "adamw"})})
@@ -160,13 +160,16 @@ def test_released_trains_as_without_release_bit_for_bit(world: Maker, state, opt
     """Unclipped: clipping by parameter is another rule, and the factor of the global one is more precise here."""
     theirs = world({"gradient_release": "exact"}, OPTIMIZERS[optimizer], released=False)
     ours = world(STATES[state], OPTIMIZERS[optimizer])
-    assert isinstance(ours.engine, GradientRelease) and not isinstance(theirs.engine, GradientRelease)
+    assert isinstance(ours.strategy, GradientRelease) and not isinstance(theirs.strategy, GradientRelease)
     start = ours.weights()
     for _ in range(3):
         norm, their_norm = ours.step(), theirs.step()
         assert norm == pytest.approx(their_norm, rel=2**-7)
     assert_identical(ours.weights(), theirs.weights())
-    (our_state, our_meta), (their_state, their_meta) = ours.engine.optimizer_state(), theirs.engine.optimizer_state()
+    (our_state, our_meta), (their_state, their_meta) = (
+        ours.strategy.optimizer_state(),
+        theirs.strategy.optimizer_state(),
+    )
     assert our_meta["parameters"] == their_meta["parameters"] and our_meta.get("weights") == their_meta.get("weights")
     assert our_state.keys() == their_state.keys() or optimizer == "8bit-stochastic"  # which name a table stands under
     assert all(torch.equal(our_state[key], their_state[key]) for key in our_state.keys() & their_state.keys())
@@ -230,16 +233,16 @@ def test_exact_clips_by_the_norm_of_all(world: Maker, state, dtype):
     )
     ours = world(STATES[state], {"kind": "custom", "name": "torch.optim.SGD"}, dtype=dtype)
     for each in (theirs, ours):
-        set_lr(each.engine.optimizer, 1.0)
+        set_lr(each.strategy.optimizer, 1.0)
     theirs.passes()
-    gradients = [p.grad.double() for p in theirs.engine.parameters.values() if p.grad is not None]
+    gradients = [p.grad.double() for p in theirs.strategy.parameters.values() if p.grad is not None]
     true = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     limit = true / 64
     start = theirs.weights()
-    norm, their_norm = theirs.engine.clip(limit / 2, scale=2.0), ours.step(limit / 2, scale=2.0)
-    theirs.engine.step()
+    norm, their_norm = theirs.strategy.clip(limit / 2, scale=2.0), ours.step(limit / 2, scale=2.0)
+    theirs.strategy.step()
     bound = 2**-7 if dtype == torch.bfloat16 else 1e-6
-    assert their_norm == pytest.approx(true / 2, rel=1e-6), "the engine's own norm"
+    assert their_norm == pytest.approx(true / 2, rel=1e-6), "the strategy's own norm"
     assert norm == pytest.approx(true / 2, rel=bound)
     for name, tensor in ours.weights().items():
         moved, their_move = (
@@ -260,7 +263,7 @@ def test_a_norm_that_forgets_a_block_is_noticed(world: Maker, monkeypatch):
     ours = world(STATES["exact"])
     whole = ours.step()
     other = world(STATES["exact"])
-    forgotten = list(units_of(other.engine.parameters)[0].values())
+    forgotten = list(units_of(other.strategy.parameters)[0].values())
     shapes = [p.shape for p in forgotten]
     seen: list[Tensor] = []
 
@@ -269,7 +272,7 @@ def test_a_norm_that_forgets_a_block_is_noticed(world: Maker, monkeypatch):
         return norm_of(gradient) * (0.0 if gradient.shape in shapes else 1.0)
 
     monkeypatch.setattr("finetune.parallel.gradient_release.norm_of", forgetting)
-    assert other.step() < whole * (1 - 1e-3) and len(seen) == len(other.engine.parameters)
+    assert other.step() < whole * (1 - 1e-3) and len(seen) == len(other.strategy.parameters)
 
 
 @pytest.mark.parametrize("state", ["each", "each-host", "each-host-streamed"])
@@ -277,10 +280,10 @@ def test_per_parameter_clips_each_gradient_by_its_own_norm(world: Maker, state):
     sgd = {"kind": "custom", "name": "torch.optim.SGD"}
     theirs = world({"gradient_release": "exact"}, sgd, dtype=torch.float32, released=False)
     theirs.passes()
-    gradients = {name: p.grad.clone() for name, p in theirs.engine.parameters.items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in theirs.strategy.parameters.items() if p.grad is not None}
     limit = float(torch.stack([gradient.norm() for gradient in gradients.values()]).median())
     ours = world(STATES[state], sgd, dtype=torch.float32, max_norm=limit)
-    set_lr(ours.engine.optimizer, 1.0)
+    set_lr(ours.strategy.optimizer, 1.0)
     start = ours.weights()
     norm = ours.step(limit)
     assert norm == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values())), rel=1e-6)
@@ -295,13 +298,13 @@ def test_per_parameter_clips_each_gradient_by_its_own_norm(world: Maker, state):
 def test_a_worker_in_a_thread_changes_nothing(world: Maker):
     ours, theirs = world(STATES["each-host"], threaded=True), world(STATES["each-host"], threaded=False)
     workers: set[int] = set()
-    update = ours.engine._update
+    update = ours.strategy._update
 
     def watched(named: Any) -> None:
         workers.add(threading.get_ident())
         update(named)
 
-    ours.engine._update = watched
+    ours.strategy._update = watched
     for _ in range(2):
         assert ours.step() == theirs.step()
     assert_identical(ours.weights(), theirs.weights())
@@ -314,7 +317,7 @@ def test_what_a_worker_raises_reaches_the_step(world: Maker):
     def broken(_: Any) -> None:
         raise MemoryError("no host memory")
 
-    ours.engine._update = broken
+    ours.strategy._update = broken
     with pytest.raises(MemoryError, match="no host memory"):
         ours.step()
 
@@ -335,13 +338,13 @@ def test_n_steps_are_k_steps_and_a_resume(world: Maker, state, optimizer):
     whole = world(STATES[state], OPTIMIZERS[optimizer], max_norm=0.1)
     for _ in range(2):
         whole.step(0.1)
-    saved = _Saved(whole.engine)
+    saved = _Saved(whole.strategy)
     whole.step(0.1)
     resumed = world(STATES[state], OPTIMIZERS[optimizer], saved=saved, max_norm=0.1)
     resumed.done = 2
     resumed.step(0.1)
     assert_identical(resumed.weights(), whole.weights())
-    ours, theirs = resumed.engine.optimizer_state(), whole.engine.optimizer_state()
+    ours, theirs = resumed.strategy.optimizer_state(), whole.strategy.optimizer_state()
     assert ours[1] == theirs[1] and all(torch.equal(ours[0][key], theirs[0][key]) for key in theirs[0])
 
 
@@ -349,7 +352,7 @@ def test_a_run_may_change_its_memory_state_on_its_way(world: Maker):
     """Where states are does not show in a checkpoint."""
     whole = world(STATES["exact"])
     whole.step()
-    saved = _Saved(whole.engine)
+    saved = _Saved(whole.strategy)
     whole.step()
     resumed = world(STATES["exact-host-streamed"], saved=saved)
     resumed.done = 1
@@ -367,18 +370,18 @@ def test_a_notch_down_may_make_blocks_stream(world: Maker, state):
         ours.step()
         theirs.step()
     assert_identical(ours.weights(), theirs.weights())
-    block = next(iter(ours.engine.parameters))
-    name = next(name for name in ours.engine.parameters if "transformer_blocks.1." in name)
-    home = ours.engine.parameters[name]
-    assert ours.engine._weights.trained[name].data_ptr() == home.data_ptr(), "trained where it lives"
-    assert ours.engine._weights.trained[block].data_ptr() != ours.engine.parameters[block].data_ptr()
+    block = next(iter(ours.strategy.parameters))
+    name = next(name for name in ours.strategy.parameters if "transformer_blocks.1." in name)
+    home = ours.strategy.parameters[name]
+    assert ours.strategy._weights.trained[name].data_ptr() == home.data_ptr(), "trained where it lives"
+    assert ours.strategy._weights.trained[block].data_ptr() != ours.strategy.parameters[block].data_ptr()
 
 
 def test_the_average_is_over_the_masters_on_the_host(world: Maker):
     ours, theirs = world(STATES["exact-host"]), world({"gradient_release": "exact"}, released=False)
     averages = []
     for each in (ours, theirs):
-        ema = Ema(each.engine.parameters, precise_weights(each.engine.optimizer, each.engine.parameters), 0.9)
+        ema = Ema(each.strategy.parameters, precise_weights(each.strategy.optimizer, each.strategy.parameters), 0.9)
         for _ in range(2):
             each.step()
             ema.step()
@@ -395,22 +398,22 @@ def test_the_average_is_over_the_masters_on_the_host(world: Maker):
 @pytest.mark.parametrize("state", STATES)
 def test_no_gradient_is_left_on_the_model(world: Maker, state):
     ours = world(STATES[state])
-    begin(ours.engine.optimizer, seed=3, step=0)
+    begin(ours.strategy.optimizer, seed=3, step=0)
     ours.passes()
-    assert all(parameter.grad is None for parameter in ours.engine.parameters.values())
-    ours.engine.clip(math.inf)
-    replicas = ours.engine.replicas()
+    assert all(parameter.grad is None for parameter in ours.strategy.parameters.values())
+    ours.strategy.clip(math.inf)
+    replicas = ours.strategy.replicas()
     gradients = [tensor for name, tensor in replicas.items() if name.startswith("gradient")]
-    assert len(gradients) == (len(ours.engine.parameters) if state.startswith("exact") else 0)
+    assert len(gradients) == (len(ours.strategy.parameters) if state.startswith("exact") else 0)
     assert all(label_of(tensor.untyped_storage()).host for tensor in gradients)
-    ours.engine.step()
+    ours.strategy.step()
 
 
 @pytest.mark.parametrize("state", ["exact-host", "each-host"])
 def test_everything_of_the_optimizer_is_on_the_host(world: Maker, state):
     ours = world(STATES[state], {"kind": "adamw"})
     ours.step()
-    tensors, _ = ours.engine.optimizer_state()
+    tensors, _ = ours.strategy.optimizer_state()
     labels = {label_of(tensor.untyped_storage()) for tensor in tensors.values()}
     assert len(tensors) > 3 * 16 and {label.what for label in labels if label} == {"host optimizer"}
     assert None not in labels and all(label.host for label in labels)
@@ -426,7 +429,7 @@ def test_copies_wait_for_what_they_must(world: Maker, state, monkeypatch):
         for _ in range(2):
             ours.step()
     assert_identical(ours.weights(), theirs.weights())
-    down, up = actors.copied(ours.engine._down), actors.copied(ours.engine._up)
+    down, up = actors.copied(ours.strategy._down), actors.copied(ours.strategy._up)
     assert actors.compute.clock["compute"] > 1000
     assert (down > 0) == (state != "each") and (up > 0) == ("host" in state)
 
@@ -446,7 +449,7 @@ def test_a_forgotten_wait_is_a_race(world: Maker, state, lane, method):
     with Actors():
         ours = world(STATES[state], threaded=True)
         ours.step()
-        with pytest.raises(RaceError), careless(getattr(ours.engine, lane), method):
+        with pytest.raises(RaceError), careless(getattr(ours.strategy, lane), method):
             for _ in range(2):
                 ours.step()
 
@@ -456,7 +459,7 @@ def test_a_worker_that_does_not_wait_for_its_gradients_is_noticed(world: Maker):
     with Actors():
         ours = world(STATES["each-host"], threaded=True)
         assert math.isfinite(ours.step())
-        with careless(ours.engine._down, "finish"), pytest.raises(RaceError, match="tolist reads"):
+        with careless(ours.strategy._down, "finish"), pytest.raises(RaceError, match="tolist reads"):
             ours.step()
 
 
@@ -491,10 +494,10 @@ def test_exact_takes_back_what_is_dropped(world: Maker, state):
     ours, theirs = world(STATES[state]), world(STATES[state])
     before = ours.weights()
     ours.passes()
-    ours.engine.drop_gradients()
+    ours.strategy.drop_gradients()
     ours.passes(spoil=True)
-    assert math.isnan(ours.engine.clip(1.0))
-    ours.engine.drop_gradients()
+    assert math.isnan(ours.strategy.clip(1.0))
+    ours.strategy.drop_gradients()
     assert_identical(ours.weights(), before)
     assert ours.step(0.1) == theirs.step(0.1)
     assert_identical(ours.weights(), theirs.weights())
@@ -505,7 +508,7 @@ def test_per_parameter_cannot_do_a_step_again(world: Maker, state):
     ours = world(STATES[state])
     ours.step()
     ours.passes()
-    ours.engine.drop_gradients()
+    ours.strategy.drop_gradients()
     with pytest.raises(TrainingError, match="updated already") as caught:
         ours.passes()
     assert "exact" in caught.value.fix
@@ -516,9 +519,9 @@ def test_per_parameter_may_begin_again_where_nothing_was_updated(world: Maker, s
     ours, theirs = world(STATES[state]), world(STATES[state])
     before = ours.weights()
     ours.passes(spoil=True)
-    assert math.isnan(ours.engine.clip(1.0)), "the step must not be taken"
+    assert math.isnan(ours.strategy.clip(1.0)), "the step must not be taken"
     assert_identical(ours.weights(), before)
-    ours.engine.drop_gradients()
+    ours.strategy.drop_gradients()
     theirs.step()
     ours.step()
     assert_identical(ours.weights(), theirs.weights())
@@ -529,17 +532,17 @@ def test_per_parameter_stops_at_the_first_bad_gradient(world: Maker, state):
     ours = world(STATES[state])
     before = ours.weights()
     bad = "transformer_blocks.1.attn1.to_q.weight"
-    take = ours.engine._take
+    take = ours.strategy._take
 
     def spoiling(pairs: Any) -> None:
         for parameter, gradient in pairs:
-            if parameter is ours.engine.parameters[bad]:
+            if parameter is ours.strategy.parameters[bad]:
                 gradient.fill_(math.inf)
         take(pairs)
 
-    ours.engine._take = spoiling
+    ours.strategy._take = spoiling
     ours.passes()
-    assert not math.isfinite(ours.engine.clip(1.0))
+    assert not math.isfinite(ours.strategy.clip(1.0))
     after = ours.weights()
     assert not torch.equal(after["proj_out.weight"], before["proj_out.weight"]), "came before it"
     later = [name for name in before if "transformer_blocks" in name or "patch_embed" in name]
@@ -549,7 +552,7 @@ def test_per_parameter_stops_at_the_first_bad_gradient(world: Maker, state):
 @pytest.mark.parametrize("state", STATES)
 def test_a_gradient_may_come_transposed(world: Maker, state):
     ours, theirs = world(STATES[state]), world(STATES[state])
-    take, transposed = ours.engine._take, 0
+    take, transposed = ours.strategy._take, 0
 
     def transposing(pairs: Any) -> None:
         nonlocal transposed
@@ -557,7 +560,7 @@ def test_a_gradient_may_come_transposed(world: Maker, state):
         transposed += sum(not gradient.is_contiguous() for _, gradient in turned)
         take(turned)
 
-    ours.engine._take = transposing
+    ours.strategy._take = transposing
     assert ours.step() == theirs.step() and transposed > 8
     assert_identical(ours.weights(), theirs.weights())
 
@@ -574,19 +577,19 @@ def test_per_parameter_refuses_a_scaled_loss(world: Maker):
     ours = world(STATES["each"])
     ours.passes()
     with pytest.raises(ConfigError, match="scale of an fp16 loss"):
-        ours.engine.clip(1.0, scale=1024.0)
+        ours.strategy.clip(1.0, scale=1024.0)
 
 
 def test_a_parameter_that_is_updated_twice_is_noticed(world: Maker):
     """Canary of the comparisons."""
     ours, theirs = world(STATES["exact"]), world(STATES["exact"])
-    sweep = ours.engine._gradients.sweep
+    sweep = ours.strategy._gradients.sweep
 
     def twice(device: torch.device, update: Any) -> None:
         sweep(device, update)
         sweep(device, update)
 
-    ours.engine._gradients.sweep = twice
+    ours.strategy._gradients.sweep = twice
     ours.step()
     theirs.step()
     with pytest.raises(AssertionError, match="differ"):
@@ -602,9 +605,9 @@ def test_units_are_blocks_in_order_and_the_rest():
 def test_states_load_into_an_optimizer_of_the_host(world: Maker):
     ours = world(STATES["exact-host"])
     ours.step()
-    tensors, meta = ours.engine.optimizer_state()
-    load_optimizer_state(ours.engine.optimizer, (tensors, meta), ours.engine._trained)
-    assert optimizer_state(ours.engine.optimizer, dict(ours.engine._trained))[0].keys() == tensors.keys()
+    tensors, meta = ours.strategy.optimizer_state()
+    load_optimizer_state(ours.strategy.optimizer, (tensors, meta), ours.strategy._trained)
+    assert optimizer_state(ours.strategy.optimizer, dict(ours.strategy._trained))[0].keys() == tensors.keys()
 
 
 # ----------------------------------------------------------------------------------------------------- whole trainings
@@ -670,11 +673,11 @@ def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
     ours, theirs = world(STATES["exact-host"]), world(STATES["exact"])
     held = []
     for each in (ours, theirs):
-        begin(each.engine.optimizer, seed=3, step=0)
+        begin(each.strategy.optimizer, seed=3, step=0)
         each.passes()
-        each.engine.clip(0.1)
+        each.strategy.clip(0.1)
         with MemoryTracker() as ledger:
-            each.engine.step()
+            each.strategy.step()
             ledger.read_labels()
         held.append([piece for piece in ledger.pieces if not piece.host])
     small, large = (sum(piece.nbytes for piece in pieces) for pieces in held)

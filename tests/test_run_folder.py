@@ -282,7 +282,7 @@ def _saving_as_rank(rank: int, folder: Path, outcomes: Any) -> None:
     def save(state: RunState) -> Path:
         if rank == 0 and state.step > 1:
             files.shutil.disk_usage = lambda _: type("usage", (), {"free": 0})
-        return ranks.first(lambda: write(folder / "run", state.step))
+        return ranks.run_on_main(lambda: write(folder / "run", state.step))
 
     saver = CheckpointManager(save, 1, lambda _: None, RunState(0, "cache"))
     seen: list[Any] = []

@@ -98,7 +98,7 @@ def test_weights_that_train_stream_too(indices, ring):
 def require_resident_run(method: LoraMethod | FullMethod, indices: list[int], ring: int) -> None:
     losses, weights = resident(method, 2 if method.kind == "full" else 1)
     transformer = build(method=method)
-    # An optimizer of the device's cannot take weights of the host: test_actors.py watches an engine that can.
+    # An optimizer of the device's cannot take weights of the host: test_actors.py watches a strategy that can.
     full = method.kind == "full"
     with nullcontext() if full else Actors():
         residency = streamed(transformer, indices, ring, trainable=full, lane=None if full else CudaCopyStream(CPU))

@@ -93,7 +93,7 @@ def precompute(
     """
     config = as_config(config)
     ranks = distributed or ProcessGroup.current()
-    config = pin_model(config, ranks.first)
+    config = pin_model(config, ranks.run_on_main)
     spec = spec or read_spec(config.model.pretrained, config.model.revision)
     cache = Cache(config.cache.dir)
     with _job(cache, "precompute", ranks) as job:
@@ -119,14 +119,14 @@ def _precompute(
             cache.save_manifest(plan.manifest.pending(), config.base)
         return plan
 
-    plan = ranks.first(prepare)
+    plan = ranks.run_on_main(prepare)
     mine = slice(ranks.rank, None, ranks.world)
     passed: dict[Kind, list[Passed]] = {
         # First, because it takes no time and a damaged image should not be found after hours.
-        "images": ranks.all(
+        "images": ranks.run_on_all(
             lambda: _store_images(plan.images[mine], cache, workers_for(config, len(plan.images), ranks.world))
         ),
-        "latents": ranks.all(
+        "latents": ranks.run_on_all(
             lambda: encode_clips(
                 plan.latents[mine],
                 cache,
@@ -137,7 +137,7 @@ def _precompute(
                 progress=progress,
             )
         ),
-        "prompts": ranks.all(
+        "prompts": ranks.run_on_all(
             lambda: encode_captions(
                 plan.prompts[mine],
                 cache,
@@ -150,7 +150,7 @@ def _precompute(
             )
         ),
     }
-    return ranks.first(lambda: _finish(config, known, cache, plan, passed, time.perf_counter() - begun))
+    return ranks.run_on_main(lambda: _finish(config, known, cache, plan, passed, time.perf_counter() - begun))
 
 
 def _store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> Passed:
@@ -252,7 +252,7 @@ def ensure_cache(
     cache = Cache(config.cache.dir)
     with ExitStack() as until_return:
         job = (cleanup or until_return).enter_context(_job(cache, "train", ranks))
-        manifest = ranks.first(lambda: _trusted(config, find_manifest(config, spec, cache), cache))
+        manifest = ranks.run_on_main(lambda: _trusted(config, find_manifest(config, spec, cache), cache))
         if manifest is None:
             report = _precompute(config, spec, cache, ranks, job, progress=progress and ranks.is_main)
             if ranks.is_main:

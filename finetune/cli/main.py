@@ -520,11 +520,11 @@ def _precompute(args: argparse.Namespace) -> None:
     from finetune.cogvideox.spec import read_spec as read_spec
     from finetune.config.loading import load_config
     from finetune.config.rules import pin_model, require_valid
-    from finetune.core.distributed import ProcessGroup as Ranks
+    from finetune.core.distributed import ProcessGroup
     from finetune.planner.command import settled
 
-    ranks = Ranks.current()
-    config = pin_model(load_config(args.config, args.set), ranks.first)
+    ranks = ProcessGroup.current()
+    config = pin_model(load_config(args.config, args.set), ranks.run_on_main)
     spec = read_spec(config.model.pretrained, config.model.revision)
     _print_notes(require_valid(config, spec), "warning")
     config, _ = settled(config)  # it decides how T5 is held

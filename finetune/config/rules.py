@@ -242,7 +242,7 @@ def pin_model(config: RunConfig, decide: Callable[[Callable[[], Any]], Any] = la
 
     Args:
         config: the run's.
-        decide: runs a function where one process has to decide for all (``Ranks.first``).
+        decide: runs a function where one process has to decide for all (``ProcessGroup.run_on_main``).
 
     Raises:
         ModelError: if the model or the revision cannot be found.

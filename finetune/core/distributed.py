@@ -21,7 +21,7 @@ from torch import distributed
 from finetune.core.errors import FinetuneError, is_out_of_memory
 
 PATIENCE = timedelta(days=7)
-"""Of what goes through ``Ranks``."""
+"""Of what goes through ``ProcessGroup``."""
 
 TIMEOUT = timedelta(minutes=10)
 """Of a collective of training: gradients, weights, losses. Whoever is not there by then is not coming."""
@@ -162,7 +162,7 @@ class ProcessGroup:
         """Whether this process is the one that speaks and decides."""
         return self.rank == 0
 
-    def first(self, work: Callable[[], _Result]) -> _Result:
+    def run_on_main(self, work: Callable[[], _Result]) -> _Result:
         """Run ``work`` on the main process alone and give every process its result.
 
         Raises:
@@ -180,7 +180,7 @@ class ProcessGroup:
             raise error
         return result  # type: ignore[return-value]  # there is a result where there was no error
 
-    def all(self, work: Callable[[], _Result]) -> list[_Result]:
+    def run_on_all(self, work: Callable[[], _Result]) -> list[_Result]:
         """Run ``work`` on every process and give every process all results, in order of rank.
 
         One that fails is waited for like the others, so that none hangs in a collective.
@@ -206,7 +206,7 @@ class ProcessGroup:
 
     def gather(self, mine: list[_Result]) -> list[_Result]:
         """Every process's objects in one list, in order of rank."""
-        return [entry for part in self.all(lambda: mine) for entry in part]
+        return [entry for part in self.run_on_all(lambda: mine) for entry in part]
 
 
 @contextmanager

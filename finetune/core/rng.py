@@ -1,6 +1,6 @@
 """Randomness has an address, not a history.
 
-Every random number of a run is drawn from ``stream(seed, *path)``, a generator that depends on its arguments alone.
+Every random number of a run is drawn from ``generator(seed, *path)``, a generator that depends on its arguments alone.
 Nothing accumulates, so a resumed run needs no generator state, validation cannot disturb training, and the split of
 an optimizer step over processes and micro-batches does not change what a sample sees.
 """
@@ -21,7 +21,7 @@ def seed_for(seed: int, *path: PathPart) -> int:
 
 
 def generator(seed: int, *path: PathPart) -> torch.Generator:
-    """A CPU generator for one purpose, such as ``stream(seed, "noise", step, slot)``.
+    """A CPU generator for one purpose, such as ``generator(seed, "noise", step, index)``.
 
     It lives on the CPU also in GPU runs: a seed then means the same run on every device.
     """

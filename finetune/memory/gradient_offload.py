@@ -1,7 +1,7 @@
 """Gradient release: what moves between device and host when gradients are let go of block by block.
 
-The pieces of ``trainers.engine.released``, which says in what order they are used. A *unit* is what is updated at once:
-a block of the transformer, or everything outside the blocks.
+The pieces of ``parallel.gradient_release``, which says in what order they are used. A *unit* is what is updated at
+once: a block of the transformer, or everything outside the blocks.
 """
 
 from __future__ import annotations

@@ -439,7 +439,7 @@ class Blocks:
 
 @contextmanager
 def rewriting_weights(transformer: nn.Module) -> Iterator[None]:
-    """Around writes to weights by other than an engine, between passes: no copy reads those that stream meanwhile, and
+    """Around writes to weights by other than a strategy, between passes: no copy reads those that stream meanwhile, and
     what was copied before is copied anew.
     """
     blocks = memory_of(transformer)

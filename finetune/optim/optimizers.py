@@ -47,7 +47,7 @@ class _Optimizer(Strict):
         return self._build(self._groups(named))
 
     def build_in_place(self, params: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """As ``build``, without regard to ``weights``: for an engine that keeps master copies of its own."""
+        """As ``build``, without regard to ``weights``: for a strategy that keeps master copies of its own."""
         return self._build(self._groups(list(params)))
 
     def _groups(self, named: NamedParameters) -> Groups:

@@ -80,7 +80,7 @@ def require_state(
         inner: the library's optimizer.
         saved: as ``optimizer_state`` gave it.
         parameters: what it trains, by name; whole also where it works on shares of them.
-        weights: how narrow parameters are kept; None where none is narrow, or an engine keeps them.
+        weights: how narrow parameters are kept; None where none is narrow, or a strategy keeps them.
         kept: dtype of what is kept of them, by the name it is saved under.
         forms: tensors of the saved ones' shapes and dtypes, with or without content.
 
@@ -355,7 +355,7 @@ def require_same_state(
         optimizer: as for ``optimizer_state``.
         saved: as it gave it.
         parameters: what trains, by name; whole also where the optimizer works on shares of it.
-        kept: as for ``require_state``, where an engine keeps masters in the optimizer's place.
+        kept: as for ``require_state``, where a strategy keeps masters in the optimizer's place.
         forms: as for ``require_state``, where looking at the tensors themselves would read them.
 
     Raises:

@@ -2,7 +2,7 @@
 
 DeepSpeed itself, configured from the run's configuration and from nothing else. Its own checkpoints are pickles; here
 weights and optimizer states are gathered to the main process and saved in this package's ordinary form, so that a run
-can go on with any number of processes and with any other engine, and be exported.
+can go on with any number of processes and with any other strategy, and be exported.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _STATES = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedZero:
-    """The ``Engine`` of DeepSpeed ZeRO.
+    """The ``ParallelStrategy`` of DeepSpeed ZeRO.
 
-    A step is DeepSpeed's own, but for one thing: it finds the gradient's norm and updates in one call, and this engine
+    A step is DeepSpeed's own, but for one thing: it finds the norm and updates in one call, and this strategy
     asks for the norm first, so that a bad step is not taken.
 
     Args:
         launch: what the launcher asks for.
-        ranks: the processes; ``Ranks.current(sharding=True)``.
+        ranks: the processes; ``ProcessGroup.current(sharding=True)``.
         module: the transformer, on the CPU.
         parameters: what trains, by name.
         train: batch size, accumulation.
@@ -61,13 +61,12 @@ class DeepSpeedZero:
     ) -> None:
         import_deepspeed()
         self.name = f"DeepSpeed ZeRO-{launch.stage}" + (", offloaded to the host" if launch.offload_optimizer else "")
-        self.lockstep = launch.stage == 3
+        self.collective_forward = launch.stage == 3
         self.parameters = dict(parameters)
         self._launch, self._ranks, self._module, self._train = launch, ranks, module, train
         self._narrow = any(parameter.dtype == torch.bfloat16 for parameter in self.parameters.values())
 
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
-        """See ``Engine``."""
         if not isinstance(optimizer, AdamW):
             raise ConfigError(
                 f"{optimizer.title} is not supported under DeepSpeed ZeRO",
@@ -93,16 +92,13 @@ class DeepSpeedZero:
             self._restore(saved)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        """See ``Engine``."""
         self.model.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """See ``Engine``."""
         self.model.backward(loss, scale_wrt_gas=False)  # the loss is weighted by its share in the step already
 
     def clip(self, limit: float, *, scale: float = 1.0) -> float:
-        """See ``Engine``."""
         assert scale == 1.0  # fp16, the one dtype with a scale, is refused under ZeRO
         if self._launch.stage == 2:
             norm = float(self._zero.scaled_global_norm())
@@ -113,29 +109,28 @@ class DeepSpeedZero:
         return norm if norm >= 0 else math.nan  # DeepSpeed writes -1 for what is not finite
 
     def step(self) -> None:
-        """See ``Engine``."""
         self.model.step()
 
     def drop_gradients(self) -> None:
-        """See ``Engine``; DeepSpeed keeps a step's gradients to itself, so this is for a run that ends."""
+        """DeepSpeed keeps a step's gradients to itself, so this is for a run that ends."""
         self.model.zero_grad()
 
     def replicas(self) -> Mapping[str, Tensor]:
-        """See ``Engine``: under stage 2, the weights."""
-        if self.lockstep:
+        """Under stage 2, the weights."""
+        if self.collective_forward:
             return {}
         return {f"weight of {name}": parameter.detach() for name, parameter in self.parameters.items()}
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def weights(self) -> Mapping[str, Tensor]:
-        """See ``Engine``: whole, on the main process; nothing on the others."""
+        """Whole, on the main process; nothing on the others."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         return self._gathered(lambda p: {"": safe_get_full_fp32_param(p).to(p.dtype)})
 
     def optimizer_state(self) -> OptimizerState:
-        """See ``Engine``: whole, on the main process; nothing on the others."""
+        """Whole, on the main process; nothing on the others."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         self._find_states()
@@ -158,15 +153,13 @@ class DeepSpeedZero:
         return kept
 
     def precise(self) -> Mapping[str, Tensor]:
-        """See ``Engine``; DeepSpeed's own copies cannot be reached, and no average is kept of them."""
+        """DeepSpeed's own copies cannot be reached, and no average is kept of them."""
         return self.parameters
 
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return tensors
 
     def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        """See ``Engine``."""
         tensors: Mapping[str, Tensor] | None = getattr(saved, part)
         return tensors
 

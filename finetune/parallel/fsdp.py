@@ -36,19 +36,19 @@ from finetune.parallel.sharded_checkpoint import read_shares
 
 
 class FullyShardedDataParallel:
-    """The ``Engine`` of FSDP2.
+    """The ``ParallelStrategy`` of FSDP2.
 
     The optimizer works on plain tensors, this process's shares, and knows nothing of the others: right for optimizers
     that treat each element by itself, which ``start`` insists on.
 
     Args:
         launch: what the launcher asks for.
-        ranks: the processes; ``Ranks.current(sharding=True)``.
+        ranks: the processes; ``ProcessGroup.current(sharding=True)``.
         module: the transformer, on the CPU, so that no device ever holds all of it; it is sharded in place.
         method: names what trains.
     """
 
-    lockstep = True
+    collective_forward = True
     sharded = True
     optimizer: torch.optim.Optimizer
 
@@ -64,7 +64,6 @@ class FullyShardedDataParallel:
         self.parameters = {name: nn.Parameter(parameter.detach().to_local()) for name, parameter in self._whole.items()}
 
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
-        """See ``Engine``."""
         if not optimizer.elementwise:
             raise ConfigError(
                 f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
@@ -82,15 +81,13 @@ class FullyShardedDataParallel:
             load_optimizer_state(self.optimizer, (self._read(tensors, owner_of), meta), self.parameters)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        """See ``Engine``; every micro-batch's gradients are cut up at once, so that none is ever held whole."""
+        """Every micro-batch's gradients are cut up at once, so that none is ever held whole."""
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """See ``Engine``."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self, limit: float, *, scale: float = 1.0) -> float:
-        """See ``Engine``."""
         gradients = list(self._gradients().values())
         if scale != 1.0 and gradients:
             torch._foreach_div_(gradients, scale)
@@ -106,14 +103,12 @@ class FullyShardedDataParallel:
         return norm_of_all
 
     def step(self) -> None:
-        """See ``Engine``."""
         for name, gradient in self._gradients().items():
             self.parameters[name].grad = gradient
         self.optimizer.step()
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
-        """See ``Engine``."""
         for name, parameter in self.parameters.items():
             parameter.grad = None
             self._whole[name].grad = None
@@ -123,30 +118,25 @@ class FullyShardedDataParallel:
         return {name: whole.grad.to_local() for name, whole in self._whole.items() if whole.grad is not None}
 
     def replicas(self) -> Mapping[str, Tensor]:
-        """See ``Engine``: of a sharded model nothing is held twice but buffers."""
+        """Of a sharded model nothing is held twice but buffers."""
         return {f"buffer {name}": buffer for name, buffer in self.model.named_buffers()}
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def precise(self) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return precise_weights(self.optimizer, self.parameters)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return self.shares(self.parameters)
 
     def optimizer_state(self) -> OptimizerState:
-        """See ``Engine``."""
         tensors, meta = optimizer_state(self.optimizer, self.parameters)
         return {key: self._as_share(owner_of(key), tensor) for key, tensor in tensors.items()}, meta
 
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return {name: self._as_share(name, tensor) for name, tensor in tensors.items()}
 
     def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        """See ``Engine``."""
         tensors: Mapping[str, Tensor] | None = getattr(saved, part)
         return None if tensors is None else self._read(tensors, lambda key: key)
 

@@ -52,7 +52,7 @@ from finetune.parallel.strategy import DataParallel
 
 
 class GradientRelease(DataParallel):
-    """The ``Engine`` of one process that releases gradients.
+    """The ``ParallelStrategy`` of one process that releases gradients.
 
     A step has one backward pass; a second one, which would have to be added to gradients that are gone, is refused. The
     order of updates is fixed: blocks from the first, then the rest (``exact``), or as the backward pass meets them.
@@ -119,7 +119,6 @@ class GradientRelease(DataParallel):
         return self.parameters if self._weights is None else self._weights.trained
 
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
-        """See ``Engine``."""
         if saved is not None:
             load_strictly(self.parameters, saved.trainable)
             if self._weights is not None:
@@ -134,7 +133,6 @@ class GradientRelease(DataParallel):
     # ------------------------------------------------------------------------------------------------------- the step
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        """See ``Engine``."""
         blocks = memory_of(self._module)
         if blocks is not None:
             blocks.sink = lambda _, pairs: self._take(pairs)
@@ -143,7 +141,7 @@ class GradientRelease(DataParallel):
         return super().micro_batch(last=last)
 
     def backward(self, loss: Tensor) -> None:
-        """See ``Engine``. Under ``per_parameter`` this is the update as well, unless the loss is not finite.
+        """Under ``per_parameter`` this is the update as well, unless the loss is not finite.
 
         Raises:
             TrainingError: if this step has had a backward pass.
@@ -211,7 +209,7 @@ class GradientRelease(DataParallel):
                 self._trained[name].grad = None
 
     def clip(self, limit: float, *, scale: float = 1.0) -> float:
-        """See ``Engine``. Under ``per_parameter`` the gradients are gone: only the norm is told, as it was before
+        """Under ``per_parameter`` the gradients are gone: only the norm is told, as it was before
         clipping, and it is NaN where something was not finite.
 
         Raises:
@@ -235,7 +233,7 @@ class GradientRelease(DataParallel):
         return math.nan if self._spoilt else norm
 
     def step(self) -> None:
-        """See ``Engine``. Under ``per_parameter`` all has happened, and this only ends the step."""
+        """Under ``per_parameter`` all has happened, and this only ends the step."""
         if self._gradients is not None and self._taken:
             if self._weights is None:
                 self._gradients.sweep(self._device, self._update_swept)
@@ -262,7 +260,7 @@ class GradientRelease(DataParallel):
         self._update(found)
 
     def drop_gradients(self) -> None:
-        """See ``Engine``. Updates that were made are not undone by it: ``backward`` refuses what would follow."""
+        """Updates that were made are not undone by it: ``backward`` refuses what would follow."""
         if self._staging is not None:
             self._staging.finish()
         if self._gradients is not None:
@@ -280,18 +278,16 @@ class GradientRelease(DataParallel):
     # --------------------------------------------------------------------------------------------------- what is saved
 
     def replicas(self) -> Mapping[str, Tensor]:
-        """See ``Engine``; gradients only under ``exact``, before they are scaled and clipped."""
+        """Gradients only under ``exact``, before they are scaled and clipped."""
         named: dict[str, Tensor] = {f"weight of {name}": p.detach() for name, p in self.parameters.items()}
         if self._gradients is None:
             return named
         return named | {f"gradient of {name}": self._gradients.read(name) for name in sorted(self._taken)}
 
     def precise(self) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return precise_weights(self.optimizer, self._trained)
 
     def optimizer_state(self) -> OptimizerState:
-        """See ``Engine``."""
         return optimizer_state(self.optimizer, {name: self._trained[name] for name in self.parameters})
 
 
@@ -304,7 +300,7 @@ def single_process_strategy(
     device: torch.device,
     max_norm: float | None,
 ) -> DataParallel:
-    """The engine of a model that is whole in each process, as ``memory`` asks for.
+    """The strategy of a model that is whole in each process, as ``memory`` asks for.
 
     Args:
         accelerator: the launch.

@@ -1,4 +1,4 @@
-"""What the launcher asks for: which engine, and which of its settings this package does not do.
+"""What the launcher asks for: which strategy, and which of its settings this package does not do.
 
 ``accelerate launch`` turns its configuration file into environment variables. They are read here and nowhere else; a
 setting that would do nothing, or something behind the run configuration's back, is refused by its name.
@@ -44,7 +44,7 @@ Launch = Replicate | FullShard | Zero
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
-    """Which engine the launcher's environment asks for.
+    """Which strategy the launcher's environment asks for.
 
     Raises:
         ConfigError: naming the setting that is not supported.

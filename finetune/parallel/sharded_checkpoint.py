@@ -174,7 +174,7 @@ def save_shares(
         CheckpointError: if there is no room, or any process cannot write; on every process.
     """
     parts = {TRAINABLE: trainable, OPTIMIZER: optimizer[0]} | ({} if ema is None else {EMA: ema})
-    needed = sum(ranks.all(lambda: sum(map(_bytes, parts.values()))))
+    needed = sum(ranks.run_on_all(lambda: sum(map(_bytes, parts.values()))))
 
     def write_mine(folder: Path) -> dict[str, str]:
         written: dict[str, str] = {}
@@ -187,15 +187,17 @@ def save_shares(
     def write(folder: Path) -> dict[str, str]:
         for name in parts:
             (folder / part_of(name)).mkdir()
-        ranks.first(lambda: folder)
-        written = {file: checksum for mine in ranks.all(lambda: write_mine(folder)) for file, checksum in mine.items()}
+        ranks.run_on_main(lambda: folder)
+        written = {
+            file: checksum for mine in ranks.run_on_all(lambda: write_mine(folder)) for file, checksum in mine.items()
+        }
         absent = [file for file in written if not (folder / file).is_file()]
         if absent:
             raise OSError(f"{absent[0]} was written by another process and is not to be seen from this one")
         return written
 
     if ranks.is_main:
-        return ranks.first(
+        return ranks.run_on_main(
             lambda: publish_checkpoint(
                 run_dir,
                 state,
@@ -208,14 +210,14 @@ def save_shares(
             )
         )
     # The main process goes through the same three exchanges inside of the last one.
-    folder = ranks.first(_of_the_main_process)
+    folder = ranks.run_on_main(_of_the_main_process)
     failed: Exception | None = None
     try:
-        ranks.all(lambda: write_mine(folder))
+        ranks.run_on_all(lambda: write_mine(folder))
     except Exception as error:
         failed = error
     try:
-        path: Path = ranks.first(_of_the_main_process)
+        path: Path = ranks.run_on_main(_of_the_main_process)
     except FinetuneError as error:
         raise error from failed
     return path

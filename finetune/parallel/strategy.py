@@ -32,7 +32,7 @@ def require_agreement(step: int, named: Mapping[str, Tensor], facts: Mapping[str
             the first one.
     """
     mine = {name: str(fact) for name, fact in facts.items()} | {name: _checksum(t) for name, t in named.items()}
-    everyone = ranks.all(lambda: mine)
+    everyone = ranks.run_on_all(lambda: mine)
     first = everyone[0]
     for name in {name: None for values in everyone for name in values}:
         odd = [rank for rank, values in enumerate(everyone) if values.get(name) != first.get(name)]
@@ -65,7 +65,7 @@ class ParallelStrategy(Protocol):
 
     name: str
     """For people, such as ``DDP``."""
-    lockstep: bool
+    collective_forward: bool
     """Whether every forward pass communicates, also outside training: then all processes must make equally many."""
     sharded: bool
     """Whether ``weights`` and ``optimizer_state`` give parts of the whole, to be saved by all processes together."""
@@ -86,7 +86,7 @@ class ParallelStrategy(Protocol):
         """Make the optimizer, over the weights of a checkpoint if one is continued.
 
         Raises:
-            ConfigError: if this engine cannot train with this optimizer.
+            ConfigError: if this strategy cannot train with this optimizer.
             CheckpointError: if the checkpoint belongs to another model, method or optimizer.
         """
 
@@ -133,7 +133,7 @@ class ParallelStrategy(Protocol):
 
 
 class DataParallel:
-    """The ``Engine`` of one process and of DDP.
+    """The ``ParallelStrategy`` of one process and of DDP.
 
     Args:
         accelerator: the launch; it wraps the model for DDP where there are several processes.
@@ -141,7 +141,7 @@ class DataParallel:
         parameters: what trains, by name.
     """
 
-    lockstep = False
+    collective_forward = False
     sharded = False
     optimizer: torch.optim.Optimizer
 
@@ -151,7 +151,6 @@ class DataParallel:
         self.parameters = dict(parameters)
 
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
-        """See ``Engine``."""
         if saved is not None:
             load_strictly(self.parameters, saved.trainable)
         # Built after the weights are final: master copies are taken from them. It is not handed to accelerate, which
@@ -161,52 +160,41 @@ class DataParallel:
             load_optimizer_state(self.optimizer, saved.optimizer, self.parameters)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        """See ``Engine``."""
         no_sync = getattr(self.model, "no_sync", None)
         context: AbstractContextManager[object] = nullcontext() if last or no_sync is None else no_sync()
         return context
 
     def backward(self, loss: Tensor) -> None:
-        """See ``Engine``."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self, limit: float, *, scale: float = 1.0) -> float:
-        """See ``Engine``."""
         if scale != 1.0:
             torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], scale)
         return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
 
     def step(self) -> None:
-        """See ``Engine``."""
         self.optimizer.step()
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
-        """See ``Engine``."""
         self.optimizer.zero_grad()
 
     def replicas(self) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         named: dict[str, Tensor] = {f"weight of {name}": p.detach() for name, p in self.parameters.items()}
         return named | {f"gradient of {name}": p.grad for name, p in self.parameters.items() if p.grad is not None}
 
     def precise(self) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return precise_weights(self.optimizer, self.parameters)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return {name: parameter.detach() for name, parameter in self.parameters.items()}
 
     def optimizer_state(self) -> OptimizerState:
-        """See ``Engine``."""
         return optimizer_state(self.optimizer, self.parameters)
 
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """See ``Engine``."""
         return tensors
 
     def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        """See ``Engine``."""
         tensors: Mapping[str, Tensor] | None = getattr(saved, part)
         return tensors

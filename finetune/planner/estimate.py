@@ -80,7 +80,7 @@ class Training:
         config.memory.apply(transformer, CPU)
         transformer.train()
         self.parameters = config.method.trainable(transformer)
-        self.engine: ParallelStrategy = single_process_strategy(
+        self.strategy: ParallelStrategy = single_process_strategy(
             Alone,
             transformer,
             self.parameters,
@@ -88,11 +88,11 @@ class Training:
             device=CPU,
             max_norm=config.train.max_grad_norm,
         )
-        self.engine.start(_rehearsable(config), None)
+        self.strategy.start(_rehearsable(config), None)
         self._ready = False
         self.ema: Ema | None = None
         if config.train.ema_decay is not None:
-            self.ema = Ema(self.parameters, self.engine.precise(), config.train.ema_decay)
+            self.ema = Ema(self.parameters, self.strategy.precise(), config.train.ema_decay)
         self.alpha_bar = torch.linspace(0.999, 0.0, spec.num_train_timesteps)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
@@ -103,7 +103,7 @@ class Training:
 
     def step(self, batches: list[Batch]) -> Phase:
         """One optimizer step over micro-batches, after the optimizer has made its states."""
-        ledger, engine = self.ledger, self.engine
+        ledger, strategy = self.ledger, self.strategy
         self._prepare()
         with following(ledger, self.transformer) as here:
             begin = ledger.tick
@@ -112,9 +112,9 @@ class Training:
                 self._micro_batch(batch, here, marks, last=number == len(batches))
             marks["optimizer"] = ledger.tick
             here.enter("gradient clipping")
-            engine.clip(self.config.train.max_grad_norm or math.inf)
+            strategy.clip(self.config.train.max_grad_norm or math.inf)
             here.enter("optimizer")
-            engine.step()
+            strategy.step()
             if self.ema is not None:
                 self.ema.step()
             here.enter("")
@@ -122,19 +122,19 @@ class Training:
         return measure(PHASES["train"], ledger.pieces, begin, ledger.tick, marks, note=_step_note(batches))
 
     def _micro_batch(self, batch: Batch, here: ModuleTracker, marks: dict[str, int], *, last: bool) -> None:
-        ledger, engine = self.ledger, self.engine
+        ledger, strategy = self.ledger, self.strategy
         ledger.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
         for part in self.config.memory.parts(batch):
             marks.setdefault("forward", ledger.tick)
             here.enter("forward")
             begun = ledger.tick
-            with engine.micro_batch(last=last):
-                losses = velocity_losses(engine.model, self.spec, self.alpha_bar, part)
+            with strategy.micro_batch(last=last):
+                losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part)
                 ledger.read_labels()
                 ledger.name_since(begun, "saved activations")
                 marks.setdefault("backward", ledger.tick)
                 here.enter("backward")
-                engine.backward(losses.sum())
+                strategy.backward(losses.sum())
 
     def _prepare(self) -> None:
         """Before the first phase: as everything is between two steps."""
@@ -146,8 +146,8 @@ class Training:
         self._name_residents()
 
     def _warm_up(self) -> None:
-        """Have the optimizer make its states, through its own step; then the engine, which may move them."""
-        optimizer = self.engine.optimizer
+        """Have the optimizer make its states, through its own step; then the strategy, which may move them."""
+        optimizer = self.strategy.optimizer
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
@@ -155,7 +155,7 @@ class Training:
         optimizer.step()
         for parameter in trained:
             parameter.grad = None
-        self.engine.step()
+        self.strategy.step()
         if isinstance(self.config.optimizer, PagedAdamW8bit):
             # Unified memory: what of it is on the device at a time is the driver's business, and given way.
             for tensors in _kept_by(optimizer).values():
@@ -168,7 +168,7 @@ class Training:
         trained = {id(parameter) for parameter in self.parameters.values()}
         ledger.name("frozen weights", (t for t in tensors_of(self.transformer) if id(t) not in trained))
         ledger.name("trainable weights", self.parameters.values())
-        for what, tensors in _kept_by(self.engine.optimizer).items():
+        for what, tensors in _kept_by(self.strategy.optimizer).items():
             ledger.name(what, tensors)
         if self.ema is not None:
             ledger.name("moving average", self.ema.state().values())
@@ -379,7 +379,7 @@ def _of_model(folder: Path, component: str, dtype: torch.dtype) -> dict[str, Any
 
 # -------- A run's phases on fake tensors: what each holds at its peak, when, and what that is made of.
 #
-# What is rehearsed is the package's own code: method, memory state, engine, loss, clipping, optimizer. One process is
+# What is rehearsed is the package's own code: method, memory state, strategy, loss, clipping, optimizer. One process is
 # rehearsed, with a whole model. Optimizer states exist before the measured step, as in every step but the first.
 
 

@@ -171,7 +171,7 @@ def _describe(
         loss_scale=run.loss_scale,
         dtype=str(run.dtype).removeprefix("torch."),
         device=str(run.device),
-        engine=run.engine.name,
+        engine=run.strategy.name,
         processes=run.ranks.world,
         memory=memory,
         config=run.config.to_dict(),
@@ -187,8 +187,8 @@ def _describe(
 def _write_down(run: Run, path: Path, report: Report) -> str:
     """Publish the report with the weights; every process calls this. Returns why it could not, or nothing."""
     # Of all processes, in the same order: where the model is sharded, each tensor is a collective.
-    tensors = {name: _whole(tensor, keep=run.ranks.is_main) for name, tensor in run.engine.weights().items()}
-    return run.ranks.first(lambda: _publish(path, report, run.config.model, tensors))
+    tensors = {name: _whole(tensor, keep=run.ranks.is_main) for name, tensor in run.strategy.weights().items()}
+    return run.ranks.run_on_main(lambda: _publish(path, report, run.config.model, tensors))
 
 
 def _error(report: Report, path: Path, failed: str) -> TrainingError:
@@ -241,17 +241,17 @@ def reported_samples(run: Run, step: int, record: StepRecord) -> tuple[ReportedS
 
 
 _GRADIENT = "gradient of "
-"""How ``Engine.replicas`` names gradients."""
+"""How ``ParallelStrategy.replicas`` names gradients."""
 
 
 def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float], str]:
     """Gradient norms by parameter, and why there are none."""
-    run.engine.drop_gradients()
+    run.strategy.drop_gradients()
     try:
         again()
         gradients = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
-        if not gradients:  # released: the engine has them elsewhere
-            held = run.engine.replicas().items()
+        if not gradients:  # released: the strategy has them elsewhere
+            held = run.strategy.replicas().items()
             gradients = {name.removeprefix(_GRADIENT): g for name, g in held if name.startswith(_GRADIENT)}
         norms = {
             name: float(_whole(torch.linalg.vector_norm(gradient.detach().float()))) / run.loss_scale
@@ -259,8 +259,8 @@ def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float],
         }
     except Exception as error:  # the report is worth having without them, and the error of the step is the one to raise
         return {}, f"the second pass failed: {first_line(error)}"
-    run.engine.drop_gradients()
-    return norms, "" if norms else f"the engine ({run.engine.name}) does not show gradients by parameter"
+    run.strategy.drop_gradients()
+    return norms, "" if norms else f"the strategy ({run.strategy.name}) does not show gradients by parameter"
 
 
 def _whole(tensor: Tensor, *, keep: bool = True) -> Tensor:

@@ -105,7 +105,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
     # The last to leave: a launcher repeats its signals while the tracker is being closed.
     with StopRequest() as stop, peers(), ExitStack() as cleanup:
         run = setup_run(config, cleanup)
-        cleanup.callback(run.engine.drop_gradients)  # a notebook keeps the traceback, and what it refers to
+        cleanup.callback(run.strategy.drop_gradients)  # a notebook keeps the traceback, and what it refers to
         # Not before: what assembling does survives a kill, and has no step to finish.
         stop.begin()
         ladder = OomRetry(run)
@@ -131,22 +131,22 @@ def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tens
         model: what to call; the wrapper that synchronises gradients if None. Validation calls the module itself: its
             processes do not make equally many calls, and a wrapper may communicate in each.
     """
-    return velocity_losses(run.engine.model if model is None else model, run.spec, run.alpha_bar, batch)
+    return velocity_losses(run.strategy.model if model is None else model, run.spec, run.alpha_bar, batch)
 
 
 def _passes(run: Run, ladder: OomRetry, meter: StepMetrics, step: int) -> None:
-    """The forward and backward passes of one step: its gradient, as a mean over its samples, is left in the engine."""
+    """The forward and backward passes of one step: its gradient, a mean over its samples, is left in the strategy."""
     samples = sum(len(micro.items) for micro in run.plan.step(step))
     for number, batch in enumerate(run.loader.step(step), start=1):
         for part in ladder.state.parts(batch):
             # LoRA dropout draws from the global generator: give that an address too.
             torch.manual_seed(seed_for(run.config.train.seed, "model", step, part.slots[0]))
             last = number == run.config.train.accumulation and part.slots[-1] == batch.slots[-1]
-            with run.engine.micro_batch(last=last):
+            with run.strategy.micro_batch(last=last):
                 losses = batch_losses(run, part)
-                # The engine averages over processes; with this weight the gradient is the mean over the step's
+                # The strategy averages over processes; with this weight the gradient is the mean over the step's
                 # samples, also where a bucket's last micro-batch is smaller.
-                run.engine.backward(losses.sum() * (run.ranks.world / samples * run.loss_scale))
+                run.strategy.backward(losses.sum() * (run.ranks.world / samples * run.loss_scale))
                 meter.add(losses, part.timesteps)
 
 
@@ -174,7 +174,7 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
 def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
     config = run.config
     # Where processes make unequally many passes, through the module itself: a wrapper may communicate in each.
-    direct = None if run.engine.lockstep else run.module
+    direct = None if run.strategy.collective_forward else run.module
     validator = Validator(run, lambda batch: batch_losses(run, batch, direct), stop)
     sampler = Sampler(run, stop)
     saver = CheckpointManager(run.save, config.checkpoint.every, run.console.note, run.state)
@@ -186,7 +186,7 @@ def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
     def report() -> TrainReport:
         unfinished = state.step < run.total_steps or validator.owes(state.step)
         # What cannot be sampled is a warning; what a stop has kept from being sampled is owed.
-        unfinished |= any(run.ranks.all(lambda: stop.requested)) and sampler.owes(state.step)
+        unfinished |= any(run.ranks.run_on_all(lambda: stop.requested)) and sampler.owes(state.step)
         return TrainReport(
             run_dir=config.output_dir,
             step=state.step,
@@ -224,12 +224,12 @@ def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
         begin(run.optimizer, seed=config.train.seed, step=step)
         passes = partial(_passes, run, ladder, meter, step)
         ladder.replayed(step, passes, forget=meter.reset)
-        grad_norm = run.engine.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)
+        grad_norm = run.strategy.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)
         fault = fault_ahead(run, step + 1)
         record = meter.exchange(stop=stop.requested, fault=fault is not None)
         require_finite(record, grad_norm, run, ladder.state, step=step, lr=lr, again=passes)
         run.check_ranks(step, grad_norm)
-        run.engine.step()
+        run.strategy.step()
         meter.reset()
         run.ema_step()
         state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(record.losses))

@@ -60,7 +60,7 @@ class OomRetry:
                     raise self._stuck(step, said) from error
             # Not in the handler: there, the error's traceback still holds the activations of the attempt.
             forget()
-            self._run.engine.drop_gradients()
+            self._run.strategy.drop_gradients()
             release_memory()
             self._move(step, said)
 

@@ -130,7 +130,7 @@ class Run:
     accelerator: Any
     ranks: ProcessGroup
     """This process among those of the launch."""
-    engine: ParallelStrategy
+    strategy: ParallelStrategy
     """What runs forward and backward passes on this process among the others."""
     module: nn.Module
     """The diffusers transformer itself."""
@@ -167,12 +167,12 @@ class Run:
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """What updates the weights."""
-        return self.engine.optimizer
+        return self.strategy.optimizer
 
     @property
     def traits(self) -> Traits:
         """What decides which memory states the run may be in."""
-        return memory_traits(self.config, self.spec, processes=self.ranks.world, sharded=self.engine.sharded)
+        return memory_traits(self.config, self.spec, processes=self.ranks.world, sharded=self.strategy.sharded)
 
     @property
     def loss_scale(self) -> float:
@@ -188,7 +188,7 @@ class Run:
         """With ``train.check_ranks``, raise unless all processes are about to make the same update."""
         if self.config.train.check_ranks:
             spec = {"samples of the step": self.plan.step(step), "gradient norm": grad_norm}
-            require_agreement(step, self.engine.replicas(), spec, self.ranks)
+            require_agreement(step, self.strategy.replicas(), spec, self.ranks)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -211,21 +211,21 @@ class Run:
                 fix="lower optimizer.lr or lengthen lr_schedule.warmup_steps, and run the same command again: it"
                 " continues from the last checkpoint, which is intact",
             )
-        trainable = self.engine.weights()
+        trainable = self.strategy.weights()
         self.weights = weights_digest(trainable)
         state = replace(state, weights=self.weights)
         contents: dict[str, Any] = {
             "trainable": trainable,
-            "optimizer": self.engine.optimizer_state(),
-            "ema": None if self.ema is None else self.engine.shares(self.ema.state()),
+            "optimizer": self.strategy.optimizer_state(),
+            "ema": None if self.ema is None else self.strategy.shares(self.ema.state()),
             "config": self.config.to_dict(),
             "policy": self.config.checkpoint,
         }
         output = self.config.output_dir
-        if self.engine.sharded:
+        if self.strategy.sharded:
             path = save_shares(output, state, ranks=self.ranks, **contents)
         else:
-            path = self.ranks.first(lambda: save_checkpoint(output, state, **contents))
+            path = self.ranks.run_on_main(lambda: save_checkpoint(output, state, **contents))
         self.console.note(f"step {state.step}: saved {from_here(path)}")
         return path
 
@@ -233,10 +233,10 @@ class Run:
         """Whether all that trains is, and its average; all processes call this."""
 
         def mine() -> bool:
-            tensors = [*self.engine.parameters.values(), *({} if self.ema is None else self.ema.state()).values()]
+            tensors = [*self.strategy.parameters.values(), *({} if self.ema is None else self.ema.state()).values()]
             return all(bool(torch.isfinite(tensor.detach()).all()) for tensor in tensors)
 
-        return all(self.ranks.all(mine))
+        return all(self.ranks.run_on_all(mine))
 
     def account(self, state: RunState, record: StepRecord) -> None:
         """Check that the step just done trained on what the plan says, and log the epochs that ended in it.

@@ -46,7 +46,7 @@ class Sampler:
         due = step > 0 and is_due(step, config.sample_every, last=run.total_steps)
         folder = round_folder(run.config.output_dir, step)
         names = [sample_name(number, sample) for number, sample in enumerate(config.samples)]
-        return run.ranks.first(lambda: due and not all((folder / name).is_file() for name in names))
+        return run.ranks.run_on_main(lambda: due and not all((folder / name).is_file() for name in names))
 
     def sample(self, step: int) -> None:
         """Sample every configured prompt with the weights of this step, to files and to the tracker.
@@ -105,13 +105,13 @@ class Sampler:
     def _turns(self, count: int) -> range:
         """Which videos this process samples: from ``count`` on only to keep the others company, in lockstep."""
         world = self._run.ranks.world
-        end = math.ceil(count / world) * world if self._run.engine.lockstep else count
+        end = math.ceil(count / world) * world if self._run.strategy.collective_forward else count
         return range(self._run.ranks.rank, end, world)
 
     def _stops(self) -> bool:
         """Whether to begin no further video; where processes sample in lockstep, all of them say the same."""
-        if self._run.engine.lockstep:
-            return any(self._run.ranks.all(lambda: self._stop.requested))
+        if self._run.strategy.collective_forward:
+            return any(self._run.ranks.run_on_all(lambda: self._stop.requested))
         return self._stop.requested
 
     def _request(self, sample: SamplePrompt) -> SampleRequest:

@@ -96,7 +96,7 @@ def require_batches(run: Run, fault: Exception | None) -> None:
         if fault is not None:
             raise fault
 
-    run.ranks.all(give)
+    run.ranks.run_on_all(give)
 
 
 # -------- How a run is spread over processes: what the launcher asks for, made, or refused by name.
@@ -105,7 +105,7 @@ def require_batches(run: Run, fault: Exception | None) -> None:
 def make_strategy(
     launch: Launch, ranks: ProcessGroup, accelerator: Any, module: torch.nn.Module, config: RunConfig
 ) -> ParallelStrategy:
-    """The engine that the launcher asks for, around ``module``.
+    """The strategy that the launcher asks for, around ``module``.
 
     Args:
         launch: what it asks for.
@@ -278,7 +278,7 @@ def hold_run_folder(
                     fix=disk_fix(error),
                 ) from error
 
-        ranks.first(acquire)
+        ranks.run_on_main(acquire)
         yield
 
 
@@ -339,7 +339,7 @@ def checkpoint_to_continue(run_dir: Path, resume: str | Path, ranks: ProcessGrou
         chosen.append(choose_checkpoint(run_dir, resume))
         return None if chosen[0] is None else chosen[0].path
 
-    path = ranks.first(choose)
+    path = ranks.run_on_main(choose)
     if path is None:
         return None
 
@@ -347,7 +347,7 @@ def checkpoint_to_continue(run_dir: Path, resume: str | Path, ranks: ProcessGrou
         if not chosen:
             chosen.append(load_checkpoint(path))
 
-    ranks.all(read)
+    ranks.run_on_all(read)
     return chosen[0]
 
 
@@ -369,7 +369,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     launch = read_launch(os.environ)
     ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
     cleanup.callback(ranks.close)
-    config = pin_model(config, ranks.first)
+    config = pin_model(config, ranks.run_on_main)
     spec = read_spec(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
@@ -398,7 +398,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     if saved is not None:
         _require_planned(saved, plan, total_steps)
 
-    ranks.first(lambda: _require_base_as_sent(config, cache))
+    ranks.run_on_main(lambda: _require_base_as_sent(config, cache))
     forecaster = _forecaster(config, launch, ranks)  # while the model is read
     if forecaster is not None:
         cleanup.callback(forecaster.close)
@@ -415,14 +415,14 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     config.method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
-    engine = make_strategy(launch, ranks, accelerator, module, config)
+    strategy = make_strategy(launch, ranks, accelerator, module, config)
     with _naming(saved):
-        engine.start(config.optimizer, saved)
+        strategy.start(config.optimizer, saved)
         ema = None
         if config.train.ema_decay is not None:
-            ema = Ema(engine.parameters, engine.precise(), config.train.ema_decay)
+            ema = Ema(strategy.parameters, strategy.precise(), config.train.ema_decay)
             if saved is not None:
-                ema.load(_average(engine, saved), saved.state.step)
+                ema.load(_average(strategy, saved), saved.state.step)
 
     state = replace(RunState(0, manifest.digest) if saved is None else saved.state, base=base)
     tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
@@ -447,7 +447,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         cache=cache,
         accelerator=accelerator,
         ranks=ranks,
-        engine=engine,
+        strategy=strategy,
         module=module,
         dtype=dtype,
         parameters=config.method.trainable(module),
@@ -470,7 +470,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
             where=str(saved.path),
             fix="move it away and run the same command again: the run continues from the checkpoint before it",
         )
-    ranks.first(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
+    ranks.run_on_main(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
     if saved is not None and not saved.state.base:
         console.note(f"{saved.path.name} does not record which base transformer it was trained on; the next one does")
     if saved is None and (warning := _other_base(config, base)):
@@ -539,8 +539,8 @@ def _require_planned(saved: LoadedCheckpoint, plan: StepPlan, total_steps: int) 
         )
 
 
-def _average(engine: ParallelStrategy, saved: LoadedCheckpoint) -> Mapping[str, Tensor]:
-    average = engine.read(saved, "ema")
+def _average(strategy: ParallelStrategy, saved: LoadedCheckpoint) -> Mapping[str, Tensor]:
+    average = strategy.read(saved, "ema")
     if average is None:
         raise CheckpointError(
             "the checkpoint holds no moving average, and this run keeps one",
@@ -567,7 +567,7 @@ def _require_base_as_sent(config: RunConfig, cache: Cache) -> None:
 def _same_base(module: nn.Module, config: RunConfig, saved: LoadedCheckpoint | None, ranks: ProcessGroup) -> str:
     """The digest of the base transformer, which every process has read and the checkpoint was trained on."""
     # Through the patient group: reading a model takes as long as it takes, and a collective of training does not wait.
-    digests = ranks.all(lambda: base_digest(module))
+    digests = ranks.run_on_all(lambda: base_digest(module))
     where = f"{config.model.pretrained}, transformer"
     if len(set(digests)) > 1:
         raise ModelError(
@@ -636,7 +636,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ),
         *config.method.describe(run.module),
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
-        ("spread", run.engine.name),
+        ("parallel", run.strategy.name),
         ("device", f"{run.device} ({_device_name(run.device)})"),
         *([("peak memory", run.prediction.said)] if run.prediction is not None else []),
         ("seed", str(config.train.seed)),

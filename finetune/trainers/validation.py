@@ -163,7 +163,7 @@ class Validator:
         """Whether the measurement that falls on ``step`` is missing, because a stop was asked for before it."""
         run = self._run
         due = step > 0 and is_due(step, run.config.validation.every, last=run.total_steps) and bool(self._heldout)
-        return run.ranks.first(lambda: due and all(row.step != step for row in self._history))
+        return run.ranks.run_on_main(lambda: due and all(row.step != step for row in self._history))
 
     def judge(self, state: RunState) -> tuple[RunState, bool]:
         """Measure after a step; returns the state with the best loss so far, and whether this is it."""
@@ -184,7 +184,7 @@ class Validator:
         if not self._heldout:
             return None
         try:
-            with self._run.averaged_weights(), training_state_untouched(self._run.engine.model):
+            with self._run.averaged_weights(), training_state_untouched(self._run.strategy.model):
                 heldout = self._evaluate(self._heldout)
                 trainsubset = self._evaluate(self._trainsubset)
                 if not (heldout.is_finite and trainsubset.is_finite):
@@ -227,7 +227,7 @@ class Validator:
                 raise _CutShortError
             return whole
 
-        batches = self._in_step(jobs, mine) if run.engine.lockstep else self._freely(mine)
+        batches = self._in_step(jobs, mine) if run.strategy.collective_forward else self._freely(mine)
         try:
             return evaluate(self._losses, batches, run.spec.num_train_timesteps, gather=exchange)
         except Exception as error:
@@ -270,7 +270,7 @@ class Validator:
         for number in range(math.ceil(len(jobs) / ranks.world)):
             job = mine[number] if number < len(mine) else jobs[0]
             made: list[Batch] = []
-            if any(ranks.all(partial(self._make, job, made))):
+            if any(ranks.run_on_all(partial(self._make, job, made))):
                 return
             yield to_device(made[0], self._run.device)
 
@@ -292,7 +292,7 @@ def _raise_everywhere(ranks: ProcessGroup, error: Exception) -> None:
     def fail() -> None:
         raise error
 
-    ranks.all(fail)
+    ranks.run_on_all(fail)
 
 
 def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:

@@ -1,4 +1,4 @@
-"""What the processes of a ``gang`` run: the command line, whole or with one process coming to grief on the way."""
+"""What the processes of a ``launcher`` run: the command line, whole or with one process coming to grief on the way."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def pin(config: dict[str, Any], commits: list[str], output: str, together: bool)
 
     from finetune.config.rules import pin_model
     from finetune.config.schema import RunConfig
-    from finetune.core.distributed import ProcessGroup as Ranks
+    from finetune.core.distributed import ProcessGroup
 
-    ranks = Ranks.current()
+    ranks = ProcessGroup.current()
     asked = []
 
     def download(repo: str, **_: Any) -> str:
@@ -114,7 +114,7 @@ def pin(config: dict[str, Any], commits: list[str], output: str, together: bool)
 
     with mock.patch("huggingface_hub.snapshot_download", download):
         config_ = RunConfig.from_dict(config)
-        pinned = pin_model(config_, ranks.first) if together else pin_model(config_)
+        pinned = pin_model(config_, ranks.run_on_main) if together else pin_model(config_)
     Path(output, str(ranks.rank)).write_text(f"{pinned.model.revision} {len(asked)}")
     ranks.close()
     return 0
@@ -125,11 +125,11 @@ def load_t5(model: str) -> int:
     import torch
 
     from finetune.cogvideox.load import ModelConfig, load_text
-    from finetune.core.distributed import ProcessGroup as Ranks
+    from finetune.core.distributed import ProcessGroup
 
-    ranks = Ranks.current()
+    ranks = ProcessGroup.current()
     _, encoder = load_text(ModelConfig(pretrained=model))
-    sums = ranks.all(lambda: float(sum(p.double().abs().sum() for p in encoder.parameters())))
+    sums = ranks.run_on_all(lambda: float(sum(p.double().abs().sum() for p in encoder.parameters())))
     ranks.close()
     assert not torch.distributed.is_initialized()
     return 0 if sums[0] == sums[1] > 0 else 3
@@ -143,10 +143,10 @@ def uneven_shares(folder: str, phase: str) -> int:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-    from finetune.core.distributed import ProcessGroup as Ranks
+    from finetune.core.distributed import ProcessGroup
     from finetune.parallel.sharded_checkpoint import read_shares, write_shares
 
-    ranks = Ranks.current(sharding=True)
+    ranks = ProcessGroup.current(sharding=True)
     mesh = DeviceMesh.from_group(ranks.group, "cpu")
     wholes = {f"rows{rows}": torch.arange(rows * 3, dtype=torch.float32).reshape(rows, 3) for rows in (1, 2, 5, 12)}
     place = {"rank": ranks.rank, "world": ranks.world, "group": ranks.group}

@@ -34,7 +34,7 @@ class Ended:
     log: str
 
 
-class Gang:
+class Launcher:
     """Runs jobs, one at a time.
 
     Args:
@@ -51,7 +51,7 @@ class Gang:
             "HF_HUB_OFFLINE": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, str(HERE / "gang.py")],
+            [sys.executable, str(HERE / "launcher.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -78,7 +78,7 @@ class Gang:
 
     def train(self, run_yaml: Path, **options: Any) -> list[Ended]:
         """``finetune train`` in every process; all must succeed."""
-        ends = self.run("gang_cases:command", "train", "--config", str(run_yaml), **options)
+        ends = self.run("launcher_cases:command", "train", "--config", str(run_yaml), **options)
         assert [end.code for end in ends] == [0] * len(ends), "\n".join(end.log[-3000:] for end in ends)
         return ends
 

@@ -1,4 +1,4 @@
-"""Which engine a launch gets, what is refused by name, and the engines in a single process."""
+"""Which strategy a launch gets, what is refused by name, and the strategies in a single process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from gang import FSDP
+from launcher import FSDP
 from safetensors import safe_open
 from waiting import HANG_S
 from worlds import SMOOTH_ADAM, fabricate_cache, run_config
@@ -237,12 +237,12 @@ def test_the_group_is_closed_by_who_opened_it(tiny_model, tmp_path, fsdp):
 def test_float32_adapters_share_a_group_with_a_bf16_base(tiny_model, tmp_path, monkeypatch):
     method = {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}
     saved = {}
-    for engine in ({}, FSDP):
-        for name, value in engine.items():
+    for strategy in ({}, FSDP):
+        for name, value in strategy.items():
             monkeypatch.setenv(name, value)
-        report = in_one_process(tiny_model(), tmp_path / f"run{len(engine)}", steps=2, dtype="bf16", method=method)
+        report = in_one_process(tiny_model(), tmp_path / f"run{len(strategy)}", steps=2, dtype="bf16", method=method)
         assert report.checkpoint is not None
-        saved[len(engine)] = load_checkpoint(report.checkpoint)
+        saved[len(strategy)] = load_checkpoint(report.checkpoint)
     ours, theirs = saved[len(FSDP)], saved[0]
     assert {tensor.dtype for tensor in ours.trainable.values()} == {torch.float32}
     for name in theirs.trainable:
@@ -301,21 +301,21 @@ def test_the_norm_and_the_clipping_are_torchs(tiny_model, tmp_path, fsdp):
         module = load_transformer(ModelConfig(pretrained=str(tiny_model())))
         method = FullMethod()
         method.apply(module, seed=0)
-        engine = Sharded(FullShard(), ranks, module, method)
-        engine.start(AdamW(), None)
+        strategy = Sharded(FullShard(), ranks, module, method)
+        strategy.start(AdamW(), None)
         theirs = []
         generator = torch.Generator().manual_seed(1)
         for name, parameter in method.trainable(module).items():
-            gradient = torch.randn(engine.parameters[name].shape, generator=generator) * 1e3
-            parameter.grad = engine.shares({name: gradient})[name]
+            gradient = torch.randn(strategy.parameters[name].shape, generator=generator) * 1e3
+            parameter.grad = strategy.shares({name: gradient})[name]
             theirs.append(torch.nn.Parameter(torch.zeros_like(gradient)))
             theirs[-1].grad = gradient.clone() / 8
         expected = torch.nn.utils.clip_grad_norm_(theirs, 2.0)
-        assert engine.clip(2.0, scale=8.0) == pytest.approx(expected.item(), rel=1e-6)
-        for ours, reference in zip(engine._gradients().values(), theirs, strict=True):
+        assert strategy.clip(2.0, scale=8.0) == pytest.approx(expected.item(), rel=1e-6)
+        for ours, reference in zip(strategy._gradients().values(), theirs, strict=True):
             torch.testing.assert_close(ours, reference.grad, rtol=1e-5, atol=0)
         next(iter(method.trainable(module).values())).grad.to_local()[0] = float("nan")
-        assert math.isnan(engine.clip(1.0))
+        assert math.isnan(strategy.clip(1.0))
     finally:
         ranks.close()
 
