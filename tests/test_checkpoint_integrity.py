@@ -37,7 +37,7 @@ from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError, ConfigError, FinetuneError
 from finetune.core.files import COMPLETE, atomic_save_tensors, checksum_file
 from finetune.core.types import RunState, SamplePrompt
-from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources, training_bucket
+from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources
 from finetune.methods.adapter import read_adapter
 from finetune.trainers.loop import train
 from finetune.trainers.setup import hold_run_folder
@@ -497,7 +497,7 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
             )
             spec = read_spec(config.model.pretrained)
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {file}"):
-                check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
+                check_request(request, spec, spec.training_bucket, read_sources(request.adapters)[1])
 
 
 def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):

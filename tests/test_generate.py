@@ -30,7 +30,6 @@ from finetune.inference.inputs import (
     parse_adapter,
     prompts_with_seeds,
     read_prompts,
-    training_bucket,
     training_record,
     transformer_root,
 )
@@ -44,7 +43,7 @@ PROMPT = "a red circle moving left"
 
 
 def bucket_of(spec) -> Bucket:
-    return training_bucket(spec) if spec.use_learned_positions else SMALL
+    return spec.training_bucket if spec.use_learned_positions else SMALL
 
 
 def parts(folder):
@@ -596,7 +595,7 @@ def test_images_pair_with_prompts():
 
 
 def test_the_native_size_of_every_published_model_is_legal():
-    sizes = {name: training_bucket(read_spec(str(known_model(name)))) for name in KNOWN_MODELS}
+    sizes = {name: read_spec(str(known_model(name))).training_bucket for name in KNOWN_MODELS}
     assert len(sizes) == 5
     for name, size in sizes.items():
         assert read_spec(str(known_model(name))).check_bucket(size) == []

@@ -54,7 +54,6 @@ from finetune.inference.inputs import (
     read_prompts,
     read_sources,
     recorded_fps,
-    training_bucket,
 )
 from finetune.inference.inputs import training_record as find_record
 from finetune.trainers.loop import train
@@ -455,10 +454,10 @@ def test_an_adapter_s_header_cannot_ask_for_more_than_its_tensors(tmp_path, sett
     adapters = (AdapterArgument(adapter_file(tmp_path / "lora", settings)),)
     request = GenerateRequest("x/y", (SamplePrompt(prompt="x"),), tmp_path / "out", adapters=adapters)
     if said is None:
-        check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
+        check_request(request, spec, spec.training_bucket, read_sources(request.adapters)[1])
         return
     with pytest.raises(ConfigError) as caught:
-        check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
+        check_request(request, spec, spec.training_bucket, read_sources(request.adapters)[1])
     assert said in str(caught.value)
 
 
@@ -466,7 +465,7 @@ def test_a_prompt_that_is_no_text_is_refused(tmp_path):
     spec = read_spec(str(known_model("5b")))
     request = GenerateRequest("x/y", (SamplePrompt(prompt="a\x1b[2Jb"),), tmp_path / "out")
     with pytest.raises(ConfigError, match="the prompt is damaged: it holds U\\+001B"):
-        check_request(request, spec, training_bucket(spec))
+        check_request(request, spec, spec.training_bucket)
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="nested too deeply"):
         read_prompts(tmp_path / "p.jsonl")

@@ -28,7 +28,7 @@ from finetune.core.files import COMPLETE, digest_file
 from finetune.core.types import SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.inference.generate import generate
-from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest, training_bucket
+from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
 from finetune.memory.quantized_linear import placement
 from finetune.trainers.loop import train
 from finetune.trainers.setup import _same_base
@@ -128,7 +128,7 @@ def sampled(config: RunConfig, out: Path) -> GenerateRequest:
         out=out,
         adapters=() if whole else (AdapterArgument(config.output_dir / "export"),),
         transformer=config.output_dir / "export" if whole else None,
-        bucket=training_bucket(read_spec(config.model.pretrained)),
+        bucket=read_spec(config.model.pretrained).training_bucket,
         num_inference_steps=1,
         guidance_scale=1,
     )

@@ -25,7 +25,7 @@ from finetune.core.checksums import write_checksums
 from finetune.core.errors import CheckpointError, ConfigError, ModelError
 from finetune.core.files import COMPLETE
 from finetune.core.types import RunState, SamplePrompt
-from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources, training_bucket
+from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources
 from finetune.methods.adapter import read_adapter
 from finetune.optim.optimizers import AdamW
 from finetune.optim.state import load_optimizer_state, optimizer_state
@@ -247,7 +247,7 @@ def test_an_adapter_that_is_a_pickle_is_refused(tmp_path, trap, suffix, tiny_mod
                 str(model), (SamplePrompt(prompt="x"),), tmp_path, adapters=(AdapterArgument(path),)
             )
             with pytest.raises(ConfigError):
-                check_request(request, spec, training_bucket(spec), read_sources(request.adapters)[1])
+                check_request(request, spec, spec.training_bucket, read_sources(request.adapters)[1])
 
 
 COMPONENTS = {

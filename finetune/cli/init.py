@@ -18,7 +18,6 @@ from finetune.core.errors import ConfigError
 from finetune.core.files import atomic_write_text
 from finetune.core.gpu import OVERHEAD_GIB
 from finetune.core.text import text_fault
-from finetune.inference.inputs import training_bucket
 
 
 @dataclass(frozen=True)
@@ -386,7 +385,7 @@ class Starter:
         ) + body(
             pretrained=self.pretrained,
             clips=self.clips,
-            bucket=str(training_bucket(self.spec)),
+            bucket=str(self.spec.training_bucket),
             fps=self.spec.native_fps,
             image_to_video=self.spec.image_to_video,
             cache_dir=self.cache_dir,
@@ -398,7 +397,7 @@ class Starter:
 
     @property
     def _memory(self) -> str:
-        at = f"at {training_bucket(self.spec)} (frames x height x width) and batch size 1"
+        at = f"at {self.spec.training_bucket} (frames x height x width) and batch size 1"
         if self.peak_gib is None:
             return f"Peak memory: there is no figure for this model {at}; `finetune plan` predicts one."
         measured = f"measured {self.measured}" if self.measured else "not measured"

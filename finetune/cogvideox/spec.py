@@ -93,7 +93,17 @@ class ModelSpec:
         return self.vae_spatial * self.patch_size
 
     @property
-    def native_bucket(self) -> Bucket:
+    def training_bucket(self) -> Bucket:
+        """The size a model was made for; of the second generation 81x768x1360, where its position table allows it.
+
+        The JSON of the second generation states the reach of that table instead, a size that nobody trained at.
+        """
+        published, stated = Bucket(self.sample_frames, 768, 1360), self.stated_bucket
+        fits = published.height <= stated.height and published.width <= stated.width
+        return published if self.patch_size_t is not None and fits else stated
+
+    @property
+    def stated_bucket(self) -> Bucket:
         """Frames, height and width in pixels as the JSON states them: of the second generation, the largest size."""
         return Bucket(self.sample_frames, self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial)
 
@@ -146,9 +156,9 @@ class ModelSpec:
           The first stretches them, and sine positions are computed for any size.
         """
         if self.use_learned_positions:
-            if bucket == self.native_bucket:
+            if bucket == self.stated_bucket:
                 return []
-            fixed = f"its learned positions fix it to {self.native_bucket} (frames x height x width)"
+            fixed = f"its learned positions fix it to {self.stated_bucket} (frames x height x width)"
             return [f"{bucket} is not possible for this model: {fixed}"]
         first_generation = self.patch_size_t is None
         longest = self.sample_frames if first_generation else None
@@ -158,7 +168,7 @@ class ModelSpec:
             problems.append(f"{bucket.frames} frames are not possible: this model takes {rule}; nearest: {legal}")
         bounded = self.use_rotary and not first_generation
         for side in ("height", "width"):
-            pixels, largest = getattr(bucket, side), getattr(self.native_bucket, side) if bounded else None
+            pixels, largest = getattr(bucket, side), getattr(self.stated_bucket, side) if bounded else None
             if legal := _nearest(pixels, self.size_multiple, offset=0, largest=largest):
                 rule = f"a multiple of {self.size_multiple}" + (f", at most {largest}" if largest else "")
                 problems.append(f"{side} {pixels} is not possible: it must be {rule}; nearest: {legal}")
@@ -174,7 +184,7 @@ class ModelSpec:
                     f"nearest: {legal} (others train, with a padded first frame where needed)"
                 ]
             return []
-        native = self.native_bucket
+        native = self.stated_bucket
         if (bucket.height, bucket.width) != (native.height, native.width):
             return [
                 f"{bucket.height}x{bucket.width}: the model was made for {native.height}x{native.width} (height x "

@@ -50,7 +50,6 @@ from finetune.inference.inputs import (
     read_sources,
     recorded_fps,
     shape_faults,
-    training_bucket,
     training_record,
     transformer_root,
     trigger_notes,
@@ -257,7 +256,7 @@ def generate(request: GenerateRequest) -> GenerateReport:
     revision = pin_revision(base, revision)
     spec = read_spec(base, revision)
     record = next((record for _, _, record in records if record), {})
-    bucket = request.bucket or _recorded_bucket(record, spec) or training_bucket(spec)
+    bucket = request.bucket or _recorded_bucket(record, spec) or spec.training_bucket
     check_request(
         request,
         spec,

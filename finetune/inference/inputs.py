@@ -178,19 +178,6 @@ def _reason(error: ValueError) -> str:
     return str(error)
 
 
-def training_bucket(spec: ModelSpec) -> Bucket:
-    """The size a model was made for, as far as its JSON says; for the second generation 81x768x1360 where it fits.
-
-    Its JSON gives the reach of the position table instead, 300x300 cells, a size that nobody trained at.
-    """
-    reach = Bucket(spec.sample_frames, spec.sample_height * spec.vae_spatial, spec.sample_width * spec.vae_spatial)
-    if spec.patch_size_t is None:
-        return reach
-    published = Bucket(spec.sample_frames, 768, 1360)
-    fits = published.height <= reach.height and published.width <= reach.width
-    return published if fits else reach
-
-
 def training_record(folder: Path) -> dict[str, Any]:
     """What an export says of its training; empty for a file from elsewhere."""
     path = (folder if folder.is_dir() else folder.parent) / TRAINING_RECORD

@@ -196,7 +196,7 @@ def fuzz_model_json(data: bytes) -> object:
         (folder / name).write_bytes(data[1:] if name == chosen else (known / name).read_bytes())
     spec = _expect(ModelError, lambda: read_spec(str(folder)))
     if spec is not None:
-        spec.tokens(spec.native_bucket)
+        spec.tokens(spec.stated_bucket)
     return spec
 
 
