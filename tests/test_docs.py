@@ -72,7 +72,7 @@ def generated_docs() -> dict[str, str]:
 
 def _script(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    module = importlib.util.module_from_spec, spec.training_bucket
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 

@@ -235,7 +235,7 @@ def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
 def script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec, spec.training_bucket
+    module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

@@ -72,7 +72,7 @@ def faults(page: str) -> list[str]:
 
 def generator() -> Any:
     spec = importlib.util.spec_from_file_location("make_reliability", ROOT / "scripts" / "make_reliability.py")
-    module = importlib.util.module_from_spec, spec.training_bucket
+    module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
