@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
+    from finetune.trainers.loop import TrainReport
 
 LONGEST = (
     "test_quickstart",
@@ -99,6 +105,54 @@ def demo_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     write_clips(folder, scenes)
     return folder
+
+
+@pytest.fixture(scope="session")
+def encoded_cache(
+    tiny_model: Callable[..., Path], demo_clips: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``encoded_cache("5b-i2v")``: a cache with the demo clips and a few prompts, filled on first use; copy it."""
+    from worlds import run_config
+
+    from finetune.caching.precompute import precompute
+
+    root = tmp_path_factory.mktemp("encoded")
+
+    def encode(variant: str = "5b") -> Path:
+        output = root / variant / "run"
+        if not output.parent.exists():
+            prompts = ("a red circle", "a blue square", "a red circle moving left")
+            samples = {"samples": [{"prompt": prompt} for prompt in prompts]} if "i2v" not in variant else {}
+            precompute(run_config(tiny_model(variant), demo_clips, output, validation=samples), progress=False)
+        return output.parent / "cache"
+
+    return encode
+
+
+@pytest.fixture
+def tiny_run(
+    tiny_model: Callable[..., Path], demo_clips: Path, encoded_cache: Callable[..., Path], tmp_path: Path
+) -> Callable[..., RunConfig]:
+    """``tiny_run("name", **changes)``: a run of four demo clips in ``tmp_path``; those of a test share one cache.
+
+    ``changes`` are sections as ``run_values`` takes them; ``variant`` chooses another model than 5b.
+    """
+    from worlds import run_config
+
+    def configure(name: str = "run", *, variant: str = "5b", **changes: Any) -> RunConfig:
+        if not (tmp_path / "cache").exists():
+            shutil.copytree(encoded_cache(variant), tmp_path / "cache")
+        return run_config(tiny_model(variant), demo_clips, tmp_path / name, **changes)
+
+    return configure
+
+
+@pytest.fixture
+def train_tiny(tiny_run: Callable[..., RunConfig]) -> Callable[..., TrainReport]:
+    """``train_tiny("name", **changes)``: the report of such a run, trained to its end."""
+    from finetune.trainers.loop import train
+
+    return lambda *names, **changes: train(tiny_run(*names, **changes))
 
 
 @pytest.fixture(scope="session")

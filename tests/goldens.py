@@ -29,6 +29,7 @@ from finetune.datasets.schedule import Item, epoch_items
 from finetune.testing.tiny import build_tiny
 from finetune.trainers import loop
 from finetune.trainers.run import Run
+from finetune.trainers.tracking import StepRecord
 
 FOLDER = Path(__file__).parent / "golden"
 STEPS = 20
@@ -85,25 +86,23 @@ def golden_run(config: RunConfig, *, clips: int = 5) -> Record:
     record: Record = {"loss": [], "grad_norm": [], "lr": [], "timesteps": []}
     runs: list[Run] = []
     before: dict[str, torch.Tensor] = {}
-    assemble, log_step = loop.setup_run, Run.log_step
+    setup_run = loop.setup_run
 
-    def assembled(*arguments: Any) -> Run:
-        runs.append(assemble(*arguments))
+    def noted(*arguments: Any) -> Run:
+        runs.append(setup_run(*arguments))
         before.update({name: parameter.detach().clone() for name, parameter in runs[0].parameters.items()})
         return runs[0]
 
-    def logged(run: Run, state: Any, step: Any, grad_norm: float, lr: float, *rest: Any) -> None:
+    def on_step(step: StepRecord) -> None:
         record["loss"].append(step.loss)
-        record["grad_norm"].append(grad_norm)
-        record["lr"].append(lr)
+        record["grad_norm"].append(step.grad_norm)
+        record["lr"].append(step.lr)
         record["timesteps"].append(sorted(step.timesteps))
-        log_step(run, state, step, grad_norm, lr, *rest)
 
     fabricate_cache(config, clips)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "setup_run", assembled)
-        patch.setattr(Run, "log_step", logged)
-        loop.train(config)
+        patch.setattr(loop, "setup_run", noted)
+        loop.train(config, on_step)
     record["moved"] = {
         name: float((parameter.detach() - before[name]).float().norm())
         for name, parameter in runs[0].parameters.items()

@@ -27,7 +27,7 @@ from finetune.trainers.fault_report import read_report
 from finetune.trainers.loop import train
 from finetune.trainers.replay import replay
 from finetune.trainers.run import Run
-from finetune.trainers.tracking import StepRecord
+from finetune.trainers.tracking import GatheredStep
 from finetune.trainers.validation import HeldoutLoss
 
 POISON = 1e25
@@ -113,9 +113,9 @@ def test_the_weights_are_those_before_the_update(make, tmp_path, monkeypatch):
     """A fault of the third step, made up, so that there is a step before to have moved the weights."""
     config = make("run", optimizer={"lr": 1e-2}, train={"accumulation": 2}, checkpoint={"every": 1})
     checks = []
-    inner = StepRecord.is_finite
+    inner = GatheredStep.is_finite
     monkeypatch.setattr(
-        StepRecord, "is_finite", lambda self, norm: checks.append(norm) or (inner(self, norm) and len(checks) < 3)
+        GatheredStep, "is_finite", lambda self, norm: checks.append(norm) or (inner(self, norm) and len(checks) < 3)
     )
     path, _ = fails(config)
     report, weights = read_report(path)
@@ -339,7 +339,7 @@ def test_without_the_check_the_weights_would_be_lost(make, monkeypatch):
     """Canary: what a step that is not finite does to a run that does not look."""
     config = make("run")
     poison(config)
-    monkeypatch.setattr(StepRecord, "is_finite", lambda self, norm: True)
+    monkeypatch.setattr(GatheredStep, "is_finite", lambda self, norm: True)
     monkeypatch.setattr(Run, "is_finite", lambda self: True)
     trained = load_file(train(config).checkpoint / "trainable.safetensors")
     assert any(not torch.isfinite(tensor).all() for tensor in trained.values())

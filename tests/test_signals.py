@@ -293,7 +293,7 @@ def test_handlers_are_set_for_the_steps_alone(make):
     def note() -> None:
         seen.append({number: signal.getsignal(number) for number in SIGNALS})
 
-    with before(loop, "assemble", 1, note), before(loop, "batch_losses", 1, note):
+    with before(loop, "setup_run", 1, note), before(loop, "batch_losses", 1, note):
         train(make("run"))
     assert seen[0] == own == {number: signal.getsignal(number) for number in SIGNALS}
     assert all(seen[1][number] != own[number] for number in SIGNALS)

@@ -65,6 +65,27 @@ def test_training_moves_only_what_trains(tiny_model, demo_clips, tmp_path, metho
         assert any(not torch.equal(trained[name], before[name]) for name in trained)
 
 
+def test_every_step_is_handed_to_the_caller(tiny_model, demo_clips, tmp_path):
+    changes = {"train": {"steps": 3, "batch_size": 2, "accumulation": 2}, "checkpoint": {"every": 2}}
+    config = run_config(tiny_model(), demo_clips, tmp_path / "run", **changes)
+    records = []
+    train(config, on_step=records.append)
+    assert [record.step for record in records] == [1, 2, 3] and [record.samples_seen for record in records] == [
+        4,
+        8,
+        12,
+    ]
+    for record in records:
+        assert record.loss == pytest.approx(sum(record.losses) / 4) and len(record.timesteps) == 4
+        assert record.grad_norm > 0 and record.lr == 1e-3 and record.s_per_step > 0 and record.peak_gib > 0
+
+    def stop(record):
+        raise KeyError(record.step)
+
+    with pytest.raises(KeyError, match="1"):
+        train(run_config(tiny_model(), demo_clips, tmp_path / "other", **changes), on_step=stop)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tmp_path, method, kind):
@@ -163,27 +184,19 @@ def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path)
         "sample_every": 2,
         "num_inference_steps": 2,
     }
-    states = {}
+    steps = {"with": [], "without": []}
 
-    def noted(name):
-        inner = loop.require_finite
+    def run(name, validation):
+        config = run_config(tiny_model(), demo_clips, tmp_path / name, **shared, validation=validation)
+        return train(
+            config,
+            lambda step: steps[name].append(
+                (step.losses, step.timesteps, step.grad_norm, torch.get_rng_state().tolist())
+            ),
+        )
 
-        def note(record, grad_norm, *others, **named):
-            states.setdefault(name, []).append((record.losses, record.timesteps, grad_norm, torch.get_rng_state()))
-            return inner(record, grad_norm, *others, **named)
-
-        return note
-
-    reports = {}
-    for name, validation in (("without", {"every": None, "at_start": False}), ("with", watching)):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "require_finite", noted(name))
-            reports[name] = train(
-                run_config(tiny_model(), demo_clips, tmp_path / name, **shared, validation=validation)
-            )
-    for ours, theirs in zip(states["with"], states["without"], strict=True):
-        assert ours[:3] == theirs[:3]
-        assert torch.equal(ours[3], theirs[3])
+    reports = {"without": run("without", {"every": None, "at_start": False}), "with": run("with", watching)}
+    assert steps["with"] == steps["without"] and len(steps["with"]) == 4
     assert_identical(weights(reports["with"]), weights(reports["without"]))
     assert_identical(optimizer(reports["with"]), optimizer(reports["without"]))
     videos = sorted(path.relative_to(tmp_path / "with" / "samples") for path in (tmp_path / "with").rglob("*.mp4"))

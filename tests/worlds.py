@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from finetune.caching.request import local_fingerprints, make_request
+from finetune.checkpoint.folders import checkpoint_path, list_checkpoints
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.files import digest_of
@@ -16,6 +18,7 @@ from finetune.core.types import ClipPlan
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import DTYPES, Manifest, ManifestItem, latents_address, portable, prompt_address
 from finetune.datasets.decode_pool import PIXEL_RULE
+from finetune.trainers.loop import TrainReport
 
 SMOOTH_ADAM: dict[str, Any] = {"kind": "adamw", "lr": 1e-3, "eps": 1e-3}
 """For runs whose weights are compared although their gradients differ by rounding: sums in another order, on several
@@ -115,3 +118,30 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
 def run_config(model: Path, clips: Path, output: Path, **changes: Any) -> RunConfig:
     """``run_values`` as a configuration."""
     return RunConfig.from_dict(run_values(model, clips, output, **changes))
+
+
+# -------- what a run left behind
+
+
+def tensors(run: TrainReport | Path, name: str = "trainable", step: int | None = None) -> dict[str, torch.Tensor]:
+    """One file of a checkpoint: ``trainable``, ``optimizer`` or ``ema``, of ``step`` or the newest."""
+    folder = run if isinstance(run, Path) else run.run_dir
+    return load_file(checkpoint_path(folder, saved_steps(folder)[-1] if step is None else step) / f"{name}.safetensors")
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps of a run's checkpoints."""
+    return [step for step, _ in list_checkpoints(run_dir)]
+
+
+def differing(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are not equal, bit for bit."""
+    assert ours.keys() == theirs.keys() and ours
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def assert_same_run(ours: TrainReport | Path, theirs: TrainReport | Path) -> None:
+    """The newest checkpoints hold the same weights and the same optimizer state, bit for bit."""
+    for name in ("trainable", "optimizer"):
+        names = differing(tensors(ours, name), tensors(theirs, name))
+        assert not names, f"{len(names)} tensors of {name} differ, {names[:3]} first"

@@ -33,7 +33,7 @@ from finetune.core.tensor_files import file_bytes
 from finetune.datasets.cache_entries import ManifestItem
 from finetune.memory.config import MemoryConfig
 from finetune.trainers.run import Run
-from finetune.trainers.tracking import StepRecord
+from finetune.trainers.tracking import GatheredStep
 
 FOLDER = "reports"
 
@@ -102,7 +102,7 @@ class Report(_Part):
 
 
 def require_finite(
-    record: StepRecord,
+    gathered: GatheredStep,
     grad_norm: float,
     run: Run,
     memory: MemoryConfig,
@@ -116,7 +116,7 @@ def require_finite(
     Every process sees the same record and the same gradient norm, so all of them raise or none.
 
     Args:
-        record: the step, of all processes.
+        gathered: the step, of all processes.
         grad_norm: global norm before clipping.
         run: with the weights as they were in the step.
         memory: the state it was computed in.
@@ -128,9 +128,9 @@ def require_finite(
     Raises:
         TrainingError: naming the step, the samples, and the report.
     """
-    if record.is_finite(grad_norm):
+    if gathered.is_finite(grad_norm):
         return
-    samples = reported_samples(run, step, record)
+    samples = reported_samples(run, step, gathered)
     norms, gradient_note = _second_pass(run, again)
     report = _describe(run, memory, step=step, lr=lr, grad_norm=grad_norm, samples=samples).model_copy(
         update={"gradient_norms": norms, "gradient_note": gradient_note}
@@ -225,7 +225,7 @@ def _error(report: Report, path: Path, failed: str) -> TrainingError:
     )
 
 
-def reported_samples(run: Run, step: int, record: StepRecord) -> tuple[ReportedSample, ...]:
+def reported_samples(run: Run, step: int, gathered: GatheredStep) -> tuple[ReportedSample, ...]:
     """The samples of a step, of all processes, each with its place, clip and loss."""
     world = run.ranks.world
     places = [
@@ -236,7 +236,7 @@ def reported_samples(run: Run, step: int, record: StepRecord) -> tuple[ReportedS
     ]
     return tuple(
         ReportedSample(rank=rank, micro_batch=number, slot=slot, item=item, timestep=timestep, loss=loss)
-        for (rank, number, slot, item), timestep, loss in zip(places, record.timesteps, record.losses, strict=True)
+        for (rank, number, slot, item), timestep, loss in zip(places, gathered.timesteps, gathered.losses, strict=True)
     )
 
 

@@ -12,7 +12,7 @@ import math
 import shlex
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,7 +41,7 @@ from finetune.trainers.run import Run
 from finetune.trainers.sampling import Sampler
 from finetune.trainers.setup import fault_ahead, require_batches, setup_run
 from finetune.trainers.stopping import StopRequest
-from finetune.trainers.tracking import StepMetrics
+from finetune.trainers.tracking import StepMetrics, StepRecord
 from finetune.trainers.validation import Validator
 
 
@@ -88,11 +88,14 @@ class TrainReport:
         return "\n".join(lines)
 
 
-def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path, on_step: Callable[[StepRecord], None] | None = None
+) -> TrainReport:
     """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.
 
     Args:
         config: a configuration, the values of one, or its file.
+        on_step: called on the main process after each optimizer step; what it raises ends the run as it is.
 
     Raises:
         ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
@@ -110,7 +113,7 @@ def train(config: RunConfig | Mapping[str, Any] | str | Path) -> TrainReport:
         stop.begin()
         ladder = OomRetry(run)
         try:
-            report = _loop(run, ladder, stop)
+            report = _loop(run, ladder, stop, on_step)
             if run.prediction is not None and (compared := run.prediction.compared(run.peak_gib())):
                 run.console.note(compared)
                 run.tracker.log(report.step, {"perf/predicted_peak_gib": (run.prediction.nbytes or 0) / 2**30})
@@ -171,7 +174,7 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
     return {"best_step": step, "best_heldout": loss, "verdict": text, "export_command": shlex.join(command)}
 
 
-def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
+def _loop(run: Run, ladder: OomRetry, stop: StopRequest, on_step: Callable[[StepRecord], None] | None) -> TrainReport:
     config = run.config
     # Where processes make unequally many passes, through the module itself: a wrapper may communicate in each.
     direct = None if run.strategy.collective_forward else run.module
@@ -226,19 +229,32 @@ def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
         ladder.replayed(step, passes, forget=meter.reset)
         grad_norm = run.strategy.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)
         fault = fault_ahead(run, step + 1)
-        record = meter.exchange(stop=stop.requested, fault=fault is not None)
-        require_finite(record, grad_norm, run, ladder.state, step=step, lr=lr, again=passes)
+        gathered = meter.exchange(stop=stop.requested, fault=fault is not None)
+        require_finite(gathered, grad_norm, run, ladder.state, step=step, lr=lr, again=passes)
         run.check_ranks(step, grad_norm)
         run.strategy.step()
         meter.reset()
         run.ema_step()
-        state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(record.losses))
+        state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(gathered.losses))
         durations_s.append(time.perf_counter() - begun)
-        run.account(state, record)
-        run.log_step(state, record, grad_norm, lr, durations_s[-1], run.loader.waited_s - waited)
+        run.account(state, gathered)
+        record = StepRecord(
+            step=state.step,
+            losses=gathered.losses,
+            timesteps=gathered.timesteps,
+            grad_norm=grad_norm,
+            lr=lr,
+            samples_seen=state.samples_seen,
+            s_per_step=durations_s[-1],
+            data_wait_s=run.loader.waited_s - waited,
+            peak_gib=run.peak_gib(),
+        )
+        run.log_step(record)
+        if on_step is not None and run.ranks.is_main:
+            on_step(record)
 
         # Who asks for a stop has seconds to give, not minutes: save, and no more.
-        best, ending = False, record.stop or record.fault
+        best, ending = False, gathered.stop or gathered.fault
         if not ending and is_due(state.step, config.validation.every, last=run.total_steps):
             try:
                 state, best = validator.judge(state)
@@ -250,7 +266,7 @@ def _loop(run: Run, ladder: OomRetry, stop: StopRequest) -> TrainReport:
         due = is_due(state.step, config.checkpoint.every) or best
         state, path = saver.after_step(state, due=due, must=ending or state.step == run.total_steps)
         saved = path or saved
-        if record.fault:
+        if gathered.fault:
             require_batches(run, fault)
         if ending:
             break

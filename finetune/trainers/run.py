@@ -40,7 +40,7 @@ from finetune.optim.ema import Ema
 from finetune.parallel.sharded_checkpoint import save_shares
 from finetune.parallel.strategy import ParallelStrategy, require_agreement
 from finetune.planner.command import Prediction
-from finetune.trainers.tracking import Console, StepRecord, Tracker, loss_by_timestep_bucket
+from finetune.trainers.tracking import Console, GatheredStep, StepRecord, Tracker, loss_by_timestep_bucket
 
 
 @dataclass(frozen=True)
@@ -238,40 +238,37 @@ class Run:
 
         return all(self.ranks.run_on_all(mine))
 
-    def account(self, state: RunState, record: StepRecord) -> None:
+    def account(self, state: RunState, gathered: GatheredStep) -> None:
         """Check that the step just done trained on what the plan says, and log the epochs that ended in it.
 
         Raises:
             TrainingError: if it did not.
         """
         audit = Audit(self.plan, self.spec.num_train_timesteps)
-        for epoch in audit.step(state.step - 1, record.timesteps, state.samples_seen):
+        for epoch in audit.step(state.step - 1, gathered.timesteps, state.samples_seen):
             self.tracker.log(state.step, {"train/epoch": epoch.epoch, "train/samples_in_epoch": epoch.samples})
         if state.step == self.total_steps:
             epochs = self.plan.epoch_of(state.step * self.plan.micro_batches)
             self.console.note(f"{state.samples_seen} samples, {epochs} whole epochs; no clip left out, none too often")
 
-    def log_step(
-        self, state: RunState, record: StepRecord, grad_norm: float, lr: float, took_s: float, waited_s: float
-    ) -> None:
-        """Record one optimizer step: means over all processes and micro-batches."""
-        peak_gib = self.peak_gib()
-        if state.step % self.config.tracking.every == 0 or state.step in (1, self.total_steps):
-            bands = loss_by_timestep_bucket(record.losses, record.timesteps, self.spec.num_train_timesteps)
+    def log_step(self, record: StepRecord) -> None:
+        """Write one optimizer step to the tracker and to the console."""
+        if record.step % self.config.tracking.every == 0 or record.step in (1, self.total_steps):
+            by_bucket = loss_by_timestep_bucket(record.losses, record.timesteps, self.spec.num_train_timesteps)
             self.tracker.log(
-                state.step,
+                record.step,
                 {
                     "train/loss": record.loss,
-                    **{f"train/loss/{band}": loss for band, loss in bands.items()},
-                    "train/grad_norm": grad_norm,
-                    "train/lr": lr,
-                    "train/samples_seen": state.samples_seen,
-                    "perf/s_per_step": took_s,
-                    "perf/data_wait_s": waited_s,
-                    "perf/peak_gib": peak_gib,
+                    **{f"train/loss/{bucket}": loss for bucket, loss in by_bucket.items()},
+                    "train/grad_norm": record.grad_norm,
+                    "train/lr": record.lr,
+                    "train/samples_seen": record.samples_seen,
+                    "perf/s_per_step": record.s_per_step,
+                    "perf/data_wait_s": record.data_wait_s,
+                    "perf/peak_gib": record.peak_gib,
                 },
             )
-        self.console.step(state.step, loss=record.loss, lr=lr, s_per_step=took_s, peak_gib=peak_gib)
+        self.console.step(record)
 
     def peak_gib(self) -> float:
         """Most memory this process has held: allocated on its GPU since the cache was full, or resident where there is

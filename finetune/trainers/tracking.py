@@ -77,27 +77,49 @@ _STOP, _FAULT = 1, 2
 
 
 @dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step's samples, of every process: by rank, and in each rank's own order.
-
-    ``losses`` and ``timesteps`` have one number per sample.
-    """
+class GatheredStep:
+    """What all processes report of a step before it is taken: samples by rank, and in each rank's own order."""
 
     losses: tuple[float, ...]
+    """One per sample."""
     timesteps: tuple[int, ...]
+    """One per sample."""
     stop: bool
     """Whether any process was asked to stop."""
     fault: bool
     """Whether any process cannot go on after this step."""
 
+    def is_finite(self, grad_norm: float) -> bool:
+        """Whether the step may be taken: every loss, and the norm of the gradient, is a number."""
+        return math.isfinite(grad_norm) and all(math.isfinite(loss) for loss in self.losses)
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One optimizer step that was taken, over all processes."""
+
+    step: int
+    """Completed optimizer steps, this one included."""
+    losses: tuple[float, ...]
+    """One per sample of the step, by rank, and in each rank's own order."""
+    timesteps: tuple[int, ...]
+    """One per sample, in the same order."""
+    grad_norm: float
+    """Global L2 norm of the gradient, before clipping."""
+    lr: float
+    samples_seen: int
+    """By the whole run so far."""
+    s_per_step: float
+    """Seconds this step took on the main process."""
+    data_wait_s: float
+    """Seconds of them in which the main process waited for a batch."""
+    peak_gib: float
+    """Most memory the main process has held: allocated on its GPU, or resident where there is none."""
+
     @property
     def loss(self) -> float:
         """Mean over the samples of the step, each counted once."""
         return math.fsum(self.losses) / len(self.losses)
-
-    def is_finite(self, grad_norm: float) -> bool:
-        """Whether the step may be taken: every loss, and the norm of the gradient, is a number."""
-        return math.isfinite(grad_norm) and all(math.isfinite(loss) for loss in self.losses)
 
 
 @dataclass
@@ -120,7 +142,7 @@ class StepMetrics:
         self._losses.append(losses.detach().double())
         self._timesteps.append(timesteps.double())
 
-    def exchange(self, *, stop: bool = False, fault: bool = False) -> StepRecord:
+    def exchange(self, *, stop: bool = False, fault: bool = False) -> GatheredStep:
         """Share the step with every process. This is where a step waits for the device, once.
 
         Args:
@@ -134,7 +156,7 @@ class StepMetrics:
         every = self.gather(table).tolist()
         samples = [(loss, int(timestep)) for loss, timestep in every if timestep >= 0]
         flags = [int(value) for value, kind in every if kind == _FLAGS]
-        return StepRecord(
+        return GatheredStep(
             losses=tuple(loss for loss, _ in samples),
             timesteps=tuple(timestep for _, timestep in samples),
             stop=any(flag & _STOP for flag in flags),
@@ -316,18 +338,20 @@ class Console:
         self._last_line_s: float | None = None
         self._open_line = False
 
-    def step(self, step: int, *, loss: float, lr: float, s_per_step: float, peak_gib: float | None = None) -> None:
-        """Show that ``step`` optimizer steps are complete."""
-        now = self._clock()
+    def step(self, record: StepRecord) -> None:
+        """Show a step that is complete."""
+        step, now = record.step, self._clock()
         if self._origin is None:
             # The first step is slow (allocator, kernel selection), so the estimate starts after it.
             self._origin = (step, now)
         if not self._enabled or not self._is_due(step, now):
             return
-        parts = [f"step {step:>{len(str(self._total))}}/{self._total}", f"loss {loss:.4f}", f"lr {lr:.2e}"]
-        parts.append(f"{s_per_step:.2f} s/step")
-        if peak_gib is not None:
-            parts.append(f"peak {peak_gib:.2f} GiB")
+        parts = [
+            f"step {step:>{len(str(self._total))}}/{self._total}",
+            f"loss {record.loss:.4f}",
+            f"lr {record.lr:.2e}",
+        ]
+        parts += [f"{record.s_per_step:.2f} s/step", f"peak {record.peak_gib:.2f} GiB"]
         if (left_s := self._left_s(step, now)) is not None:
             parts.append(f"ETA {duration(left_s)}")
         self._write("  ".join(parts))
