@@ -140,7 +140,7 @@ def _make_inputs(checkout: Path, folder: Path) -> Path:
     places = ("finetune.testing.demo", "finetune.testing.tiny") if moved else ("finetune.demo", "finetune.tiny")
     imports = f"from {places[0]} import Scene, write_clips\nfrom {places[1]} import build_tiny"
     code = MAKE_INPUTS.format(imports=imports, variants=VARIANTS)
-    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env=_environment(checkout))
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=checkout, env=_environment(checkout))
     return folder
 
 
