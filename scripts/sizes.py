@@ -117,7 +117,7 @@ def walks(folder: Path) -> dict[str, set[str]]:
         return {function.__code__ for function in functions}
 
     found: dict[str, set[str]] = {}
-    clip = code(read_samples, encode_clips, BatchMaker.__call__, batch_losses)
+    clip = code(read_samples, encode_clips, BatchMaker.training, batch_losses)
     with files_run(clip) as found["one clip, from its row to its loss"]:
         precompute(load_config(config(1)), progress=False)
         report = train(load_config(config(1)))
