@@ -22,8 +22,8 @@ from pathlib import Path
 
 import torch
 
+from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import known_model
-from finetune.cogvideox.objective import DropoutConfig
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.files import digest_of
 from finetune.core.types import Bucket, ClipPlan

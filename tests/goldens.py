@@ -20,8 +20,9 @@ import pytest
 import torch
 from worlds import fabricate_cache, run_config
 
-from finetune.cogvideox.load import ModelConfig, load_transformer
-from finetune.cogvideox.objective import DropoutConfig, sample_noise
+from finetune.cogvideox.config import DropoutConfig, ModelConfig
+from finetune.cogvideox.load import load_transformer
+from finetune.cogvideox.objective import sample_noise
 from finetune.config.schema import RunConfig
 from finetune.core.rng import generator, seed_for
 from finetune.core.types import Bucket

@@ -199,7 +199,7 @@ def test_without_its_types_json_ends_as_a_traceback(model, monkeypatch):
     """Canary: what reaches a library unread is not an error of ours."""
     edit(model / "vae/config.json", norm_num_groups="2")
     monkeypatch.setattr("finetune.cogvideox.load.require_loadable", lambda folder, component: None)
-    monkeypatch.setattr("finetune.cogvideox.load._loading", lambda component, folder: nullcontext())
+    monkeypatch.setattr("finetune.cogvideox.load.loading", lambda component, folder: nullcontext())
     with pytest.raises(TypeError):
         load_vae(config_of(model))
 

@@ -40,7 +40,7 @@ from finetune.memory.runner import (
     WantedGradients,
     is_attention,
 )
-from finetune.methods import full
+from finetune.methods import layer_norm
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import VARIANTS, tiny_transformer
@@ -230,7 +230,7 @@ def test_long_sequences_cost_an_adapter_no_digits(method):
 
 def test_torchs_own_norm_loses_them(monkeypatch):
     """Canary; and should it fail one day, torch sums in float32 itself, and ``SummedLayerNorm`` may go."""
-    monkeypatch.setattr(full, "SummedLayerNorm", nn.LayerNorm)
+    monkeypatch.setattr(layer_norm, "SummedLayerNorm", nn.LayerNorm)
     error, name = worst(long_errors("5b", METHODS["full"]))
     assert error > 0.3 and ".norm" in name
 
@@ -246,9 +246,9 @@ def test_a_summed_norm_changes_nothing_else(dtype):
         output = norm(entered)
         return [output, *torch.autograd.grad(output, [entered, norm.weight, norm.bias], grad.to(dtype))]
 
-    ours, theirs = (gradients(kind(64), dtype) for kind in (full.SummedLayerNorm, nn.LayerNorm))
+    ours, theirs = (gradients(kind(64), dtype) for kind in (layer_norm.SummedLayerNorm, nn.LayerNorm))
     assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
-    wide = [gradients(kind(64), torch.float32) for kind in (full.SummedLayerNorm, nn.LayerNorm)]
+    wide = [gradients(kind(64), torch.float32) for kind in (layer_norm.SummedLayerNorm, nn.LayerNorm)]
     assert all(map(torch.equal, *wide))
     for our, their, truth in zip(ours[2:], theirs[2:], wide[0][2:], strict=True):
         error, before = (float((found.float() - truth).norm() / truth.norm()) for found in (our, their))

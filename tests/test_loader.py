@@ -12,7 +12,7 @@ from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
 from finetune.caching.precompute import ensure_cache
-from finetune.cogvideox.objective import DropoutConfig
+from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import CacheError
 from finetune.datasets.cache import Cache

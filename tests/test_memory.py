@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from finetune.cogvideox.load import place
 from finetune.core.errors import TrainingError
 from finetune.core.types import Batch
-from finetune.memory.checkpointing import Checkpointing
-from finetune.memory.config import MemoryConfig, Traits
+from finetune.memory.config import Checkpointing, MemoryConfig, Traits
 from finetune.memory.quantized_linear import placement
 from finetune.memory.setup import assert_recompute, undo
 from finetune.methods.full import FullMethod

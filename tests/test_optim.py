@@ -47,7 +47,7 @@ def build(monkeypatch: pytest.MonkeyPatch):
         if values["kind"] == "torchao_adamw8bit":
             pytest.importorskip("torchao", reason="the extra 'torchao' is not installed")
         if values["kind"] == "paged_adamw8bit":
-            monkeypatch.setattr("finetune.optim.optimizers.torch.cuda.is_available", lambda: True)
+            monkeypatch.setattr("torch.cuda.is_available", lambda: True)
         optimizer = config_of(values).build(parameters.items())
         monkeypatch.undo()
         return optimizer

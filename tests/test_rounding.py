@@ -17,8 +17,8 @@ from finetune.checkpoint.compare import require_same_run
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.files import atomic_save_tensors
 from finetune.optim import low_precision
-from finetune.optim.low_precision import NarrowWeights, Weights, round_stochastically_
-from finetune.optim.optimizers import OptimizerConfig, begin
+from finetune.optim.low_precision import NarrowWeights, round_stochastically_
+from finetune.optim.optimizers import OptimizerConfig, Weights, begin
 from finetune.optim.state import load_optimizer_state, optimizer_state, owner_of, precise_weights
 
 WAYS = get_args(Weights)

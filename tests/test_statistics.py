@@ -19,7 +19,8 @@ from test_loader import maker
 from worlds import fabricate_cache, run_config
 
 from finetune.cogvideox import objective
-from finetune.cogvideox.objective import DropoutConfig, sample_noise, sample_timestep
+from finetune.cogvideox.config import DropoutConfig
+from finetune.cogvideox.objective import sample_noise, sample_timestep
 from finetune.core.errors import TrainingError
 from finetune.core.rng import seed_for
 from finetune.core.types import Bucket

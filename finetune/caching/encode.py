@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
-from finetune.cogvideox.load import ModelConfig
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import CacheError, DataError, is_out_of_memory
 from finetune.core.files import digest_of
@@ -25,7 +25,7 @@ from finetune.datasets.cache import Cache, CacheConfig
 from finetune.datasets.cache_entries import FileStamp
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.memory.block_streaming import stream_text, text_placement
-from finetune.memory.quantized_linear import TextEncoder
+from finetune.memory.config import TextEncoder
 
 NOISE_SEED = 0
 """Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""

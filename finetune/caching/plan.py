@@ -25,7 +25,7 @@ from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_admin import reserved_bytes
 from finetune.datasets.cache_entries import (
-    DTYPES,
+    BYTES,
     KINDS,
     Dtype,
     FileStamp,
@@ -201,12 +201,12 @@ class _Needs:
 def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
     """Size of one clip's tensors: mean and deviation, and for image-to-video ``draws`` single frames."""
     channels, frames, height, width = spec.latent_shape(bucket)
-    return (2 * frames + draws) * channels * height * width * DTYPES[dtype].itemsize
+    return (2 * frames + draws) * channels * height * width * BYTES[dtype]
 
 
 def prompt_bytes(spec: ModelSpec, dtype: Dtype) -> int:
     """Size of one caption's embedding."""
-    return spec.max_text_seq_length * spec.text_embed_dim * DTYPES[dtype].itemsize
+    return spec.max_text_seq_length * spec.text_embed_dim * BYTES[dtype]
 
 
 def require_room(plan: CachePlan, root: Path) -> None:

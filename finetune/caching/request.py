@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from finetune.cogvideox.load import ModelConfig, fingerprint
+from finetune.cogvideox.config import DropoutConfig, ModelConfig
+from finetune.cogvideox.load import fingerprint
 from finetune.cogvideox.model_files import canonical_name, id_in_cache, require_plain_index, resolve_pretrained
-from finetune.cogvideox.objective import DropoutConfig
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError, ModelError
@@ -19,7 +17,6 @@ from finetune.core.files import digest_of
 from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import (
-    DTYPES,
     FORMAT,
     KINDS,
     UNKNOWN,
@@ -32,7 +29,7 @@ from finetune.datasets.cache_entries import (
 )
 from finetune.datasets.decode_pool import PIXEL_RULE
 from finetune.datasets.sources import source_files
-from finetune.memory.quantized_linear import TextEncoder
+from finetune.memory.config import TextEncoder
 
 _HEADERS = 1
 """Of the rules by which headers are read. Another number has every dataset planned anew; what is encoded anew is only
@@ -64,7 +61,7 @@ def full_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncode
     return Fingerprints(
         vae=fingerprint(folder, "vae", digest_file=cache.digest_file),
         text_encoder=fingerprint(folder, "text_encoder", digest_file=cache.digest_file, form=_form(text_encoder)),
-        dtype=dtype_name(model.torch_dtype()),
+        dtype=model.dtype_name(),
     )
 
 
@@ -81,7 +78,7 @@ def local_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncod
         form = _form(text_encoder) if component == "text_encoder" else ""
         return fingerprint(folder, component, digest_file=cache.digest_file, form=form)
 
-    return Fingerprints(taken("vae"), taken("text_encoder"), dtype_name(model.torch_dtype()))
+    return Fingerprints(taken("vae"), taken("text_encoder"), model.dtype_name())
 
 
 def _form(text_encoder: TextEncoder) -> str:
@@ -111,11 +108,6 @@ def _has_weights(folder: Path) -> bool:
     except ModelError:
         return False
     return all((folder / shard).is_file() for shard in shards) and any(folder.glob("*.safetensors"))
-
-
-def dtype_name(dtype: torch.dtype) -> Dtype:
-    """``bf16`` for ``torch.bfloat16``, and so on."""
-    return next(name for name, candidate in DTYPES.items() if candidate == dtype)
 
 
 def make_request(config: RunConfig, spec: ModelSpec, encoders: Fingerprints) -> dict[str, Any]:

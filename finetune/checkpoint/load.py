@@ -32,7 +32,7 @@ from finetune.checkpoint.folders import (
 from finetune.core.checksums import ChecksummedFolder, DamageError
 from finetune.core.errors import CheckpointError
 from finetune.core.files import COMPLETE, is_complete
-from finetune.core.tensor_files import DTYPES
+from finetune.core.tensor_files import BY_NAME
 from finetune.core.types import RunState
 
 HEADER = "DCP_SHARDING_INFO"
@@ -113,15 +113,12 @@ class Shards(Mapping[str, Tensor]):
 
     def _form(self, key: str) -> Tensor:
         file, _ = self._shares[key][0]
-        return torch.empty(self._shapes[key], dtype=_BY_NAME[file.get_slice(key).get_dtype()], device="meta")
+        return torch.empty(self._shapes[key], dtype=BY_NAME[file.get_slice(key).get_dtype()], device="meta")
 
 
 def forms_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """Tensors of these shapes and dtypes, without reading any that is in shares."""
     return tensors.forms() if isinstance(tensors, Shards) else tensors
-
-
-_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 # -------- Reading a checkpoint, byte for byte as it was written or not at all, and which one a run continues from.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
@@ -15,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import torch
 from torch import Tensor, nn
 
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import (
     CONFIG_FILES,
     SchedulerClass,
     hub_sha256,
+    loading,
     read_json,
     read_part,
     require_loadable,
-    require_own_files,
     require_plain_index,
     resolve_pretrained,
 )
@@ -30,11 +29,10 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.cogvideox.tokenizer import require_tokenizer
 from finetune.core.checksums import ChecksummedFolder, DamageError
 from finetune.core.distributed import require_cudnn
-from finetune.core.errors import DataError, FinetuneError, ModelError, is_out_of_memory
+from finetune.core.errors import DataError, FinetuneError, ModelError
 from finetune.core.files import COMPLETE, atomic_write_text, digest_of
 from finetune.core.files import digest_file as digest_file_now
 from finetune.core.tensor_files import checksum_tensor
-from finetune.core.types import Strict
 
 if TYPE_CHECKING:
     from diffusers import (
@@ -365,32 +363,6 @@ def _set(module: nn.Module, names: list[str], tensor: Tensor) -> None:
 _TRANSFORMER_STEM, _TEXT_STEM = "diffusion_pytorch_model", "model"
 """How diffusers and transformers name their weight files."""
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-class ModelConfig(Strict):
-    """Which checkpoint is fine-tuned, and in which precision its frozen weights are held."""
-
-    pretrained: str
-    """A CogVideoX checkpoint in diffusers format: a folder, or an id on the Hugging Face hub such as
-    ``zai-org/CogVideoX-5b``."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub; left out, its main branch. A commit makes a run repeatable."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """What weights are held and computed in. ``auto`` is ``fp32`` where the stored transformer is, else ``bf16``.
-    LoRA weights, the optimizer's master copies and the loss are float32 in any case."""
-
-    def torch_dtype(self) -> torch.dtype:
-        """The dtype that ``dtype`` stands for; ``auto`` looks at the transformer's files, and so needs them here.
-
-        Raises:
-            ModelError: if ``auto`` has to look and the transformer cannot be found.
-        """
-        if self.dtype != "auto":
-            return _DTYPES[self.dtype]
-        folder = resolve_pretrained(self.pretrained, self.revision, components=["transformer"])
-        return torch.float32 if _stored_dtype(folder / "transformer") == "F32" else torch.bfloat16
-
 
 def load_transformer(
     model: ModelConfig,
@@ -421,7 +393,7 @@ def load_transformer(
     require_loadable(folder, "transformer")
     require_as_published(folder, "transformer")
     dtype, device, own = dtype or model.torch_dtype(), torch.device(device), folder / "transformer"
-    with _loading("transformer", folder):
+    with loading("transformer", folder):
         module = _meta_transformer(folder, dtype)
         require_exact(module, own, _TRANSFORMER_STEM, allow_unexpected=False)
         checksums: dict[str, str] = {}
@@ -459,7 +431,7 @@ def empty_transformer(
         ModelError: if the configuration cannot be read, or is none of a transformer.
     """
     read_part(folder, "transformer")
-    with _loading("transformer", folder):
+    with loading("transformer", folder):
         module = _meta_transformer(folder, dtype, layers)
         if placement is not None:
             placement.prepare(module)
@@ -495,7 +467,7 @@ def load_vae(
     folder = resolve_pretrained(model.pretrained, model.revision, components=["vae"])
     require_loadable(folder, "vae")
     dtype = dtype or model.torch_dtype()
-    with _loading("vae", folder):
+    with loading("vae", folder):
         # safetensors only: the other format is pickle, which runs code. local_files_only: what is missing here is
         # an error, not a reason to ask the hub for a model of the folder's name.
         module, report = AutoencoderKLCogVideoX.from_pretrained(
@@ -517,7 +489,7 @@ def load_tokenizer(model: ModelConfig) -> T5Tokenizer:
 
     folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer"])
     require_tokenizer(folder)
-    with _loading("tokenizer", folder):
+    with loading("tokenizer", folder):
         tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         tokenizer("a caption", padding="max_length", max_length=8, truncation=True)  # as every caption will be
     return tokenizer
@@ -535,7 +507,7 @@ def load_text(
     require_loadable(folder, "text_encoder")
     tokenizer = load_tokenizer(model)
     dtype = dtype or model.torch_dtype()
-    with _loading("text_encoder", folder):
+    with loading("text_encoder", folder):
         encoder = _encoder(folder, dtype, torch.device(device), placement)
         if (pieces := require_tokenizer(folder) + 1) > encoder.config.vocab_size:
             raise ValueError(f"it knows {encoder.config.vocab_size:,} pieces, and the tokenizer has {pieces:,}")
@@ -578,47 +550,11 @@ def load_scheduler(model: ModelConfig) -> CogVideoXDDIMScheduler | CogVideoXDPMS
 
     folder = resolve_pretrained(model.pretrained, model.revision, components=["scheduler"])
     require_loadable(folder, "scheduler")
-    with _loading("scheduler", folder):
+    with loading("scheduler", folder):
         name = read_json(folder / CONFIG_FILES["scheduler"]).get("_class_name")
         if not isinstance(name, str) or name not in get_args(SchedulerClass):
             raise ValueError(f"_class_name is {name!r}; expected {' or '.join(get_args(SchedulerClass))}")
         return getattr(diffusers, name).from_pretrained(folder / "scheduler")
-
-
-@contextmanager
-def _loading(component: str, folder: Path) -> Iterator[None]:
-    """Turn what the libraries raise over a damaged or incomplete folder into one kind of error."""
-    try:
-        yield
-    except FinetuneError:
-        raise
-    except Exception as error:  # tokenizers raises plain ones, safetensors its own
-        if is_out_of_memory(error):  # says nothing of the folder
-            raise
-        raise ModelError(
-            f"the {component} cannot be loaded: {error}",
-            where=str(folder / component),
-            fix="fetch the whole folder again: its weights have to be safetensors files, and its JSON theirs",
-        ) from error
-
-
-def _stored_dtype(folder: Path) -> str | None:
-    """The dtype of most stored numbers, in safetensors' spelling (``BF16``); None where no weights are stored.
-
-    The first file tells: a checkpoint is saved in one dtype, but for a few tables such as learned positions.
-    """
-    path = next(iter(sorted(folder.glob("*.safetensors"))), None)
-    if path is None:
-        return None
-    require_own_files(folder)
-    from safetensors import safe_open
-
-    numbers: Counter[str] = Counter()
-    with _loading(folder.name, folder.parent), safe_open(path, framework="pt", device="cpu") as source:
-        for name in source.keys():  # noqa: SIM118 - not a mapping
-            piece = source.get_slice(name)  # its entry in the table of contents; no tensor is read
-            numbers[piece.get_dtype()] += math.prod(piece.get_shape())
-    return numbers.most_common(1)[0][0] if numbers else None
 
 
 def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path, *, max_shard_size: str = "5GB") -> None:

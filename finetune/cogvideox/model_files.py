@@ -10,12 +10,13 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
 
-from finetune.core.errors import ModelError, raise_all
+from finetune.core.errors import FinetuneError, ModelError, is_out_of_memory, raise_all
 from finetune.core.terminal import Bar
 
 SchedulerClass = Literal["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"]
@@ -577,3 +578,20 @@ def json_faults(value: Any, path: tuple[str, ...]) -> Iterator[str]:
         if not abs(value) <= most:
             shown = f"{value}" if abs(value) < 10**18 else "a number"
             yield f"{name}: {shown} is more than any model has (at most {most:,})"
+
+
+@contextmanager
+def loading(component: str, folder: Path) -> Iterator[None]:
+    """Turn what the libraries raise over a damaged or incomplete folder into one kind of error."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:  # tokenizers raises plain ones, safetensors its own
+        if is_out_of_memory(error):  # says nothing of the folder
+            raise
+        raise ModelError(
+            f"the {component} cannot be loaded: {error}",
+            where=str(folder / component),
+            fix="fetch the whole folder again: its weights have to be safetensors files, and its JSON theirs",
+        ) from error

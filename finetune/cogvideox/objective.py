@@ -9,27 +9,15 @@ without the division that breaks in bfloat16 (Salimans & Ho 2022, appendix D, ha
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
+from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import generator
-from finetune.core.types import Batch, Noised, Strict
-
-
-class DropoutConfig(Strict):
-    """How often the conditions are withheld, so that classifier-free guidance has something to guide away from."""
-
-    caption_dropout: float = Field(0.1, ge=0, le=1)
-    """Probability that a sample trains on the unconditional text. The original CogVideoX training used 0.1."""
-    image_dropout: float = Field(0.05, ge=0, le=1)
-    """Probability that an image-to-video sample trains on an all-zero image. The original training used 0.05."""
-    unconditional_text: Literal["empty", "zeros"] = "empty"
-    """What stands for "no caption": the embedding of the empty caption, as diffusers samples, or zeros, as SAT did."""
+from finetune.core.types import Batch, Noised
 
 
 @dataclass(frozen=True)

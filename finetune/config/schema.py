@@ -18,9 +18,8 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, field_validator
 
 from finetune.checkpoint.folders import CheckpointConfig
-from finetune.cogvideox.load import ModelConfig
+from finetune.cogvideox.config import DropoutConfig, ModelConfig
 from finetune.cogvideox.model_files import canonical_name
-from finetune.cogvideox.objective import DropoutConfig
 from finetune.config.document import Document, Dumper
 from finetune.config.messages import validate
 from finetune.core.errors import ConfigError

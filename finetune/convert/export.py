@@ -17,7 +17,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from finetune.cogvideox.load import ModelConfig, load_transformer, pipeline_class, require_base, save_transformer
+from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.loading import as_path

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.denoise import denoise
-from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_transformer
+from finetune.cogvideox.load import build_pipeline, load_scheduler, load_transformer
 from finetune.cogvideox.spec import ModelSpec
 from finetune.convert.merge import ADAPTER, Merged, adapter_scaling, tensor_checksums
 from finetune.convert.source import Source

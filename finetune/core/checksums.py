@@ -13,11 +13,12 @@ import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from finetune.core.files import COMPLETE, checksum_bytes, checksum_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READ_AT_ONCE = 2 << 30
 """Files up to so many bytes are read once: what is verified is what is used. Larger ones are verified and then mapped,

@@ -10,12 +10,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
-from torch import Tensor
 
-from finetune.core.tensor_files import layout
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def human_size(size: int) -> str:
@@ -156,6 +156,8 @@ def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Map
         OSError: as ``atomic_write_bytes``.
         TypeError: if a tensor is of a dtype that safetensors does not hold.
     """
+    from finetune.core.tensor_files import layout  # which imports torch
+
     return _atomically(path, layout(tensors, metadata or {}))
 
 

@@ -8,8 +8,10 @@ an optimizer step over processes and micro-batches does not change what a sample
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PathPart = int | str
 
@@ -25,4 +27,14 @@ def generator(seed: int, *path: PathPart) -> torch.Generator:
 
     It lives on the CPU also in GPU runs: a seed then means the same run on every device.
     """
+    import torch  # here, so that a configuration is read without it
+
     return torch.Generator("cpu").manual_seed(seed_for(seed, *path))
+
+
+def permutation(size: int, seed: int, *path: PathPart) -> list[int]:
+    """The numbers below ``size`` in an order drawn for one purpose."""
+    import torch
+
+    order: list[int] = torch.randperm(size, generator=generator(seed, *path)).tolist()
+    return order

@@ -34,6 +34,11 @@ DTYPES: Mapping[torch.dtype, str] = {
 }
 """The library's names."""
 
+BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+
+BY_SHORT_NAME = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""As a configuration and a cache address name them."""
+
 
 def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
     """The bytes of a safetensors file, one part after the other; equal arguments give equal bytes.

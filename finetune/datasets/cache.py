@@ -7,18 +7,15 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import torch
 from pydantic import Field
-from torch import Tensor
 
 from finetune.core.errors import CacheError
 from finetune.core.files import atomic_write_bytes, canonical_json, digest_of, disk_fix, free_space, human_size
 from finetune.core.types import CacheEntry, Strict
 from finetune.datasets import cache_admin, cache_entries
 from finetune.datasets.cache_entries import (
-    DTYPES,
     Dtype,
     FileStamp,
     Kind,
@@ -32,6 +29,9 @@ from finetune.datasets.cache_entries import (
     read_tensors,
     serialise,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _ANEW = (
     "run the same command again: it encodes that entry anew. With cache.mode: require, run `finetune precompute` where"
@@ -233,7 +233,9 @@ class Cache:
         Raises:
             CacheError: if a value is not finite, in the encoder's output or after rounding to the stored dtype.
         """
-        dtype = DTYPES[address["dtype"]]
+        from finetune.core.tensor_files import BY_SHORT_NAME
+
+        dtype = BY_SHORT_NAME[address["dtype"]]
         tensors = {"latents_mean": mean.to(dtype), "latents_std": std.to(dtype)}
         if image_latents is not None:
             tensors["image_latents"] = image_latents.to(dtype)
@@ -255,7 +257,7 @@ class Cache:
     ) -> int:
         key = digest_of(address)
         for name, tensor in tensors.items():
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise CacheError(
                     f"{name} has values that are not finite in {tensor.dtype}",
                     where=str(self.path(kind, key)),

@@ -12,19 +12,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import torch
 import xxhash
-from torch import Tensor
 
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.core.errors import CacheError, DataError
 from finetune.core.files import atomic_write_bytes, canonical_json, checksum_bytes, digest_file, digest_of
-from finetune.core.tensor_files import DTYPES as NAMES
-from finetune.core.tensor_files import layout
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets.geometry import parse_bucket
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ZEROS = b"0" * 32
 """What stands in the place of a checksum while it is taken."""
@@ -333,7 +332,8 @@ def read_content(path: Path) -> dict[str, Any] | None:
 
 Dtype = Literal["fp16", "bf16", "fp32"]
 
-DTYPES: Mapping[Dtype, torch.dtype] = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+BYTES: Mapping[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
+"""Of one number."""
 
 
 # ------------------------------------------------------------------------------------------------------- addresses
@@ -419,6 +419,8 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     ``data_checksum`` is that of all bytes after the header. ``checksum`` is that of the header (its length, its padding
     and ``data_checksum`` included), with zeros in its own place, so that a header can be trusted without its tensors.
     """
+    from finetune.core.tensor_files import layout
+
     data = list(layout(tensors, {}))[1:]
     sealed = {"checksum": ZEROS.decode("ascii"), "data_checksum": checksum_bytes(*data), **metadata}
     header = fill(bytes(next(layout(tensors, sealed))), _CHECKSUM_AT)
@@ -455,6 +457,8 @@ def read_tensors(entry: BinaryIO, key: str, *, verify: bool) -> dict[str, Tensor
         ValueError: if it is not, to the bit, the entry that was written under this name.
         OSError: if it cannot be read.
     """
+    import torch
+
     size = os.fstat(entry.fileno()).st_size
     buffer = torch.empty(size, dtype=torch.uint8)
     whole: memoryview = buffer.numpy().data
@@ -481,8 +485,6 @@ def read_tensors(entry: BinaryIO, key: str, *, verify: bool) -> dict[str, Tensor
 _CHUNK = 1 << 18
 """Bytes read and hashed at a time: less than a core's own cache."""
 
-_TORCH_DTYPES = {name: dtype for dtype, name in NAMES.items()}
-
 
 def _fill(entry: BinaryIO, part: memoryview) -> int:
     """Read into ``part`` until it is full or the file ends; returns the bytes read."""
@@ -493,8 +495,10 @@ def _fill(entry: BinaryIO, part: memoryview) -> int:
 
 
 def _tensor(data: Tensor, part: Mapping[str, Any]) -> Tensor:
+    from finetune.core.tensor_files import BY_NAME
+
     begin, end = part["data_offsets"]
-    return data[begin:end].view(_TORCH_DTYPES[part["dtype"]]).view(part["shape"])
+    return data[begin:end].view(BY_NAME[part["dtype"]]).view(part["shape"])
 
 
 def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.latents import condition_latents, model_latents
-from finetune.cogvideox.objective import DropoutConfig, NoiseSample, sample_noise
+from finetune.cogvideox.objective import NoiseSample, sample_noise
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.types import Batch, CacheEntry
 from finetune.datasets.cache import Cache

@@ -15,10 +15,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Literal
 
-import torch
 from pydantic import Field, model_validator
 
-from finetune.core.rng import generator
+from finetune.core.rng import permutation
 from finetune.core.types import MOST_STEPS, Bucket, Strict
 
 
@@ -103,8 +102,7 @@ def _extra_before(repeats: float, members: int, epoch: int) -> int:
 
 
 def _permuted(members: Sequence[int], seed: int, *path: int | str) -> list[int]:
-    order = torch.randperm(len(members), generator=generator(seed, *path))
-    return [members[int(position)] for position in order]
+    return [members[position] for position in permutation(len(members), seed, *path)]
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, so that the epoch cache is cheap
@@ -222,8 +220,7 @@ def _epoch(plan: StepPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
     batches: list[tuple[int, ...]] = []
     for members in epoch_items(plan.items, plan.seed, epoch).values():
         batches += [tuple(members[i : i + plan.batch_size]) for i in range(0, len(members), plan.batch_size)]
-    order = torch.randperm(len(batches), generator=generator(plan.seed, "batches", epoch))
-    return tuple(batches[int(position)] for position in order)
+    return tuple(batches[position] for position in permutation(len(batches), plan.seed, "batches", epoch))
 
 
 # ---------------------------------------------------------------------------------------------------- learning rate

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.encode import encode_prompts, tokenize
 from finetune.cogvideox.load import (
-    ModelConfig,
     build_pipeline,
     empty_transformer,
     load_scheduler,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from finetune.core.errors import TrainingError
 from finetune.memory import host_buffers
+from finetune.memory.config import TextEncoder
 from finetune.memory.host_buffers import (
     BufferLayout,
     CopyStream,
@@ -26,7 +27,7 @@ from finetune.memory.host_buffers import (
     flat_buffer,
     label_of,
 )
-from finetune.memory.quantized_linear import QuantisedPlacement, TextEncoder
+from finetune.memory.quantized_linear import QuantisedPlacement
 
 
 class _Home:

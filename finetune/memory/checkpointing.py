@@ -12,18 +12,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from finetune.core.errors import TrainingError
+from finetune.memory.config import Checkpointing
 from finetune.memory.runner import is_attention
-
-Checkpointing = Literal["full", "selective", "none"]
-"""``full``: every block is run again in the backward pass, a third more compute for the least memory. ``selective``:
-the same, but what attention computed, half of the work, is kept in some blocks. ``none``: all activations are kept."""
 
 
 def apply(transformer: nn.Module, kind: Checkpointing, keep_attention: int | None = None) -> None:

@@ -9,16 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
-import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
 
 from finetune.core.gpu import parse_bytes
 from finetune.core.types import Batch, Strict
-from finetune.memory.checkpointing import Checkpointing
-from finetune.memory.quantized_linear import Base, TextEncoder
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+Checkpointing = Literal["full", "selective", "none"]
+"""``full``: every block is run again in the backward pass, a third more compute for the least memory. ``selective``:
+the same, but what attention computed, half of the work, is kept in some blocks. ``none``: all activations are kept."""
+
+Base = Literal["native", "fp8", "fp8_64", "int8", "nf4"]
+"""How a frozen base's weights are held: ``native``, in the model's dtype, or in a format of ``quantized_linear``."""
+
+TextEncoder = Literal["device", "streamed", "int8"]
+"""Where T5 is while it encodes: whole on the device in the model's dtype, there block by block, or there in int8."""
 
 
 def parts(batch: Batch, clips: int | None) -> Iterator[Batch]:

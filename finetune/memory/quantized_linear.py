@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.core.errors import ModelError
+from finetune.memory.config import Base
 
 Kind = Literal["fp8", "fp8_64", "int8", "nf4"]
 """``fp8``: E4M3 with a scale per output; ``fp8_64``: with a scale per 64 inputs of an output; ``int8``: with a scale
@@ -315,12 +316,6 @@ def held_bytes(outputs: int, inputs: int, kind: Kind) -> int:
 # are
 # quantised. Embeddings, norms, the modulation (adaLN) and the output head stay as they are: what they compute scales or
 # shifts whole rows, so their rounding would not average out.
-
-Base = Literal["native", "fp8", "fp8_64", "int8", "nf4"]
-"""How a frozen base's weights are held: ``native``, in the model's dtype, or in a format of ``quantized_linear``."""
-
-TextEncoder = Literal["device", "streamed", "int8"]
-"""Where T5 is while it encodes: whole on the device in the model's dtype, there block by block, or there in int8."""
 
 _TRANSFORMER = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
 

@@ -8,16 +8,14 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from finetune.core.checksums import DamageError, read_published
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.files import COMPLETE
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def load_strictly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -26,6 +24,8 @@ def load_strictly(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     Raises:
         CheckpointError: as ``require_same``; nothing is copied then.
     """
+    import torch
+
     require_same(parameters, tensors)
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -170,6 +170,8 @@ def read_adapter(source: Path) -> Adapter:
         ConfigError: if there is no adapter at ``source``, it is damaged (a file of an export or a checkpoint is
             verified against its folder's marker), or it varies rank or alpha from layer to layer.
     """
+    from safetensors import SafetensorError
+
     where = f"method.init_from: {source}"
     candidates = [source / LORA_FILE, source / CHECKPOINT_FILE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -227,6 +229,8 @@ def read_adapter(source: Path) -> Adapter:
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Settings (empty where the file states none) and tensors, both without the component's prefix."""
+    from safetensors.torch import load
+
     content = read_published(path)
     tensors = load(content)  # first: it checks the header
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -7,17 +7,19 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import regex
-import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
 
 from finetune.core.errors import ConfigError
 from finetune.core.rng import generator
 from finetune.core.types import Strict
 from finetune.methods.adapter import count_lines, differences, load_strictly, read_adapter, some
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 ADAPTER = "default"
 """The adapter's name inside the model. It is not part of any saved name."""
@@ -92,6 +94,8 @@ class LoraMethod(Strict):
         Raises:
             ConfigError: if a target matches no linear layer; the message lists the names that come closest.
         """
+        from torch import nn
+
         linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
         chosen: set[str] = set()
         for target in _as_tuple(self.targets):
@@ -119,6 +123,7 @@ class LoraMethod(Strict):
                 fix="load the base model anew; to train an existing adapter further set method.init_from",
             )
         names = self.target_modules(transformer)
+        import torch
         from peft import LoraConfig
 
         config = LoraConfig(
@@ -140,6 +145,9 @@ class LoraMethod(Strict):
 
     def _initialise(self, layer: nn.Module, generator: torch.Generator) -> None:
         """A as peft draws it (uniform, Kaiming with a = sqrt 5), B zero, DoRA's magnitude the base's row norms."""
+        import torch
+        from torch import nn
+
         lora: Any = layer
         down, up = lora.lora_A[ADAPTER], lora.lora_B[ADAPTER]
         # peft creates the tensors in the base's dtype; fp32 is what a learning rate of 1e-4 needs to move them at all.

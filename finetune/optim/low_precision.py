@@ -13,15 +13,14 @@ of the ways here the optimizer updates a float32 tensor; they differ in where it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from finetune.core.errors import ConfigError
 from finetune.core.rng import seed_for
-
-Weights = Literal["master", "stochastic", "kahan"]
+from finetune.optim.optimizers import Weights
 
 
 class MasterWeightPolicy(Protocol):

@@ -10,15 +10,20 @@ import difflib
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
 
 from finetune.core.errors import ConfigError, is_out_of_memory
 from finetune.core.types import Strict
-from finetune.optim.low_precision import NamedParameters, NarrowWeights, Weights, is_narrow
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from finetune.optim.low_precision import NamedParameters
+
+Weights = Literal["master", "stochastic", "kahan"]
 
 Groups = list[dict[str, Any]]
 
@@ -41,6 +46,8 @@ class _Optimizer(Strict):
         Raises:
             ConfigError: if the library behind this kind, or the device it needs, is absent, or it refuses a parameter.
         """
+        from finetune.optim.low_precision import NarrowWeights, is_narrow
+
         named = list(params)
         if any(is_narrow(parameter) for _, parameter in named):
             return NarrowWeights(named, lambda shells: self._build(self._groups(shells)), self.weights)
@@ -95,6 +102,8 @@ class AdamW(_Adam):
         return True
 
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
+        import torch
+
         # Fused: the default on CUDA makes temporary copies as large as all parameters together.
         return torch.optim.AdamW(groups, **self._arguments, fused=True)
 
@@ -115,6 +124,8 @@ class PagedAdamW8bit(_Adam):
     kind: Literal["paged_adamw8bit"] = "paged_adamw8bit"
 
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
+        import torch
+
         bitsandbytes = _import("bitsandbytes", self.kind)
         # On a CPU bitsandbytes warns once and does not page.
         if not torch.cuda.is_available():
@@ -200,6 +211,8 @@ _ELEMENTWISE = frozenset(
 
 def _torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
     """The usable classes of ``torch.optim`` by dotted name."""
+    import torch
+
     # LBFGS wants to call the loss again within a step, and SparseAdam wants sparse gradients; this loop has neither.
     unusable = {"Optimizer", "LBFGS", "SparseAdam"}
     return {
@@ -235,6 +248,8 @@ def _import(module: str, kind: str, *, extra: str = "") -> Any:
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Set the learning rate of every group; torchao keeps it in a tensor that its compiled step reads."""
+    from torch import Tensor
+
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -250,5 +265,7 @@ def begin(optimizer: torch.optim.Optimizer, *, seed: int, step: int) -> None:
         seed: of the run.
         step: from 0.
     """
+    from finetune.optim.low_precision import NarrowWeights
+
     if isinstance(optimizer, NarrowWeights):
         optimizer.begin(seed, step)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from finetune.core.errors import CheckpointError
 from finetune.core.types import MOST_STEPS
-from finetune.optim.low_precision import Fp32Masters, Kahan, NarrowWeights, Weights
+from finetune.optim.low_precision import Fp32Masters, Kahan, NarrowWeights
+from finetune.optim.optimizers import Weights
 
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 """Tensors by name, and the JSON-serialisable remainder."""

@@ -16,8 +16,8 @@ from finetune.cogvideox import load
 from finetune.cogvideox.load import make_room, on_meta
 from finetune.cogvideox.model_files import read_json
 from finetune.memory.block_streaming import stream_text, text_placement
-from finetune.memory.config import MemoryConfig
-from finetune.memory.quantized_linear import TextEncoder, placement
+from finetune.memory.config import MemoryConfig, TextEncoder
+from finetune.memory.quantized_linear import placement
 from finetune.planner.memory_tracker import CPU, Allocation, MemoryTracker
 
 

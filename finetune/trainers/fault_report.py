@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from finetune.cogvideox.load import ModelConfig
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.core.checksums import ChecksummedFolder, DamageError, write_checksums
 from finetune.core.errors import FinetuneError, TrainingError, first_line

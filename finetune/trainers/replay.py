@@ -20,6 +20,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
 from finetune.core.rng import seed_for
+from finetune.core.tensor_files import BY_SHORT_NAME
 from finetune.core.text import shown
 from finetune.core.types import Batch
 from finetune.datasets.cache import Cache
@@ -209,8 +210,6 @@ def _table(samples: tuple[Replayed, ...]) -> list[str]:
 # A report (``trainers.fault_report``) holds everything that decides the step but the cache and the base model. They are
 # read again here, and must be what they were: a replay on other data would explain another fault.
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
 
 def replay(
     path: Path,
@@ -239,7 +238,7 @@ def replay(
     spec = read_spec(config.model.pretrained, config.model.revision)
     _require_same_model(report, config)
     batches = _batches(report, config, spec)
-    compute = _DTYPES[dtype] if dtype else getattr(torch, report.dtype)
+    compute = BY_SHORT_NAME[dtype] if dtype else getattr(torch, report.dtype)
     place = compute_device(device)
     try:
         module, parameters = _rebuild(report, config, weights, place, compute)
