@@ -3,6 +3,7 @@
 # make test-old-cpu what compares numbers, as a processor without AVX computes them
 # make soak         the slow half: hundreds of kills, a thousand corruptions, ten minutes of fuzzing (docs/reliability.md)
 # make lint         ruff and mypy --strict
+# make size         code lines per folder, and how many files four walks through the package touch
 # make docs         regenerate what is generated (docs/config.md, configs/, figures in docs/reliability.md)
 # make bench-memory predicted peaks of the shipped configurations against their goals; docs/memory.md
 # make test-gpu     what needs a CUDA device
@@ -15,7 +16,7 @@ WORKERS ?= 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory lint format docs clean
+.PHONY: install quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory size lint format docs clean
 
 install: $(VENV)/.installed
 
@@ -60,6 +61,9 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+size: install
+	$(TEST_ENV) $(BIN)/python scripts/sizes.py
+
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -69,6 +73,7 @@ docs: install
 	$(BIN)/python scripts/make_configs.py
 	$(BIN)/python scripts/make_reliability.py
 	$(BIN)/python scripts/make_memory.py
+	$(BIN)/python scripts/draw_layers.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -68,18 +68,19 @@ def draw(imports: dict[str, set[str]]) -> str:
     for folder in sorted(rows):
         members[rows[folder]].append(folder)
     most, top = max(map(len, members.values())), max(rows.values())
-    width, height = most * COLUMN + 24, (top + 1) * ROW + 12
+    width, height = most * COLUMN + 24, top * ROW + HEIGHT + 24
     centre = {
         folder: (width / 2 + (column - (len(folders) - 1) / 2) * COLUMN, (top - row) * ROW + 12 + HEIGHT / 2)
         for row, folders in members.items()
         for column, folder in enumerate(folders)
     }
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="14">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
+        'font-family="sans-serif" font-size="14">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
     for folder, others in sorted(without_detours(imports).items()):
-        (x1, y1), bottom = centre[folder], centre[folder][1] + HEIGHT / 2
+        x1, bottom = centre[folder][0], centre[folder][1] + HEIGHT / 2
         for x2, y2 in (centre[other] for other in sorted(others)):
             end = y2 - HEIGHT / 2
             bend = (end - bottom) / 2

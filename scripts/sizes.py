@@ -3,8 +3,8 @@
     python scripts/sizes.py [--no-walks]
 
 Code lines are lines that hold code: no blanks, comments or docstrings. A walk is measured, not listed: a tiny model is
-cached, trained, saved, continued and exported, and a file counts if a function of it runs between a walk's first and last
-function. ``core`` is left out: errors, types and files are the words that every walk is told in.
+cached, trained, saved, continued and exported, and a file counts if one of its functions runs between the walk's first
+and last. ``core`` is left out: errors, types and files are the words that every walk is told in.
 """
 
 from __future__ import annotations
