@@ -74,7 +74,9 @@ class Stage:
         for name in STEPS:
             patch.setattr(cache_admin._Collection, name, self._around(getattr(cache_admin._Collection, name)))
         patch.setattr(cache_admin, "os", SimpleNamespace(replace=self._around(os.replace)))
-        patch.setattr(cache_admin, "time", SimpleNamespace(sleep=self._settle, time=time.time))
+        patch.setattr(
+            cache_admin, "time", SimpleNamespace(sleep=self._settle, time=time.time, monotonic=time.monotonic)
+        )
         patch.setattr(cache_admin, "PATIENCE_S", 0.0)  # nobody waits for a collection: the worst case
 
     def reset(self) -> None:

@@ -478,7 +478,7 @@ class Block:
             raise ImportError(f"{name} was imported")
 
 sys.meta_path.insert(0, Block())
-from finetune.config import load_config
+from finetune.config.loading import load_config
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN
 from finetune.cogvideox.spec import read_spec
@@ -513,7 +513,7 @@ def test_a_complete_cache_is_read_without_decoders_or_datasets(project):
 
 def _break_decoding(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Files whose header is sound and whose frames are not."""
-    from finetune.datasets import decode as frames
+    from finetune.datasets import decode_pool as frames
 
     sound = frames.read_clip
 
@@ -556,7 +556,7 @@ def test_unreadable_clips_can_be_left_out(project, monkeypatch):
 def test_a_clip_whose_worker_is_killed_from_outside_is_never_left_out(project, monkeypatch, tmp_path):
     """The system ends workers for want of memory: with `skip` the dataset would shrink, and the exit code be 0."""
     (tmp_path / "killed_worker.py").write_text(
-        "import os, signal\nfrom finetune.datasets.media import frames, worker\n"
+        "import os, signal\nfrom finetune.datasets import decode_pool as frames, decode_worker as worker\n"
         "frames.read_clip = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\nworker.main()\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -972,7 +972,7 @@ def test_tiling_is_recorded_and_leaves_the_address_alone(project):
 SLOW = """
 import sys, time
 from finetune.caching import encode as encoding
-from finetune.config import load_config
+from finetune.config.loading import load_config
 from finetune.caching.precompute import precompute
 real = encoding.encode_video
 def slowly(vae, pixels):
@@ -1016,10 +1016,10 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
 
 TOGETHER = """
 import sys
-from finetune.datasets.media import frames
+from finetune.datasets import decode_pool as frames
 from finetune.core.errors import DataError
 from finetune.caching import encode as encoding
-from finetune.config import load_config
+from finetune.config.loading import load_config
 from finetune.cogvideox.spec import read_spec
 from finetune.caching.precompute import ensure_cache, precompute
 from finetune.core.distributed import ProcessGroup
