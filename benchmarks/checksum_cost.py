@@ -25,7 +25,7 @@ import torch
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.core.files import digest_of
+from finetune.core.checksums import digest_of
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets import cache as reading
 from finetune.datasets.cache import Cache

@@ -45,8 +45,7 @@ from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import require_cudnn
-from finetune.core.gpu import GIB
-from finetune.core.types import Batch, Bucket
+from finetune.core.types import GIB, Batch, Bucket
 from finetune.memory.quantized_linear import placement
 from finetune.memory.setup import assert_recompute, undo
 from finetune.optim.optimizers import begin

@@ -22,7 +22,8 @@ from cases import cases
 from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, Recipe
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
-from finetune.core.gpu import GIB, OVERHEAD_GIB, usable
+from finetune.core.gpu import OVERHEAD_GIB, usable
+from finetune.core.types import GIB
 from finetune.planner.cost_model import DEFAULTS, step_cost
 from finetune.planner.predict import predict, spec_of
 

@@ -15,8 +15,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from finetune.core.checksums import checksummed_json, digest_of
 from finetune.core.errors import CacheError, DataError
-from finetune.core.files import digest_of
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import (
@@ -31,7 +31,6 @@ from finetune.datasets.cache_entries import (
     portable,
     prompt_address,
     read_content,
-    seal,
 )
 
 BUCKET = Bucket(9, 64, 64)
@@ -268,7 +267,7 @@ def test_paths_inside_the_base_are_portable():
 def test_a_newer_cache_is_left_alone(tmp_path):
     cache, _, path = filled(tmp_path)
     content = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
-    path.write_bytes(seal(json.dumps({**content, "format": FORMAT + 1})))
+    path.write_bytes(checksummed_json(json.dumps({**content, "format": FORMAT + 1})))
     with pytest.raises(CacheError, match="newer version"):
         cache.gc(delete=True)
     assert len(cache.keys("latents")) == 2
@@ -299,7 +298,7 @@ def test_a_digest_is_taken_once_and_again_only_when_the_file_may_have_changed(tm
 
 
 def digest_reader(reads):
-    from finetune.core.files import digest_file
+    from finetune.core.checksums import digest_file
 
     return lambda path: (reads.append(path), digest_file(path))[1]
 

@@ -26,8 +26,8 @@ from finetune.caching.precompute import ensure_cache
 from finetune.cli.main import OK, PREEMPTED, main
 from finetune.cogvideox.spec import read_spec
 from finetune.core import locks
+from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError
-from finetune.core.files import digest_of
 from finetune.core.locks import hold, live
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from waiting import HANG_S
 
+from finetune.core.checksums import digest_of, parse_checksummed_json
 from finetune.core.errors import CacheError
-from finetune.core.files import digest_of
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets import cache as reading
 from finetune.datasets import cache_entries
@@ -167,7 +167,7 @@ def detector(world: World, kind: str, number: int) -> Callable[[bytes], bool]:
 
     def refused(content: bytes) -> bool:
         try:
-            cache_entries.unseal(content)
+            parse_checksummed_json(content)
         except ValueError:
             return True
         return False
@@ -338,7 +338,7 @@ def test_without_the_check_a_damaged_memo_would_name_other_bytes(tmp_path, monke
     path.write_bytes(path.read_bytes().replace(truth.encode(), b"0" * 32))
     assert world.cache.stamp(world.source(0)).digest == truth
     path.write_bytes(path.read_bytes().replace(truth.encode(), b"0" * 32))
-    monkeypatch.setattr(cache_entries, "unseal", json.loads)
+    monkeypatch.setattr(cache_entries, "parse_checksummed_json", json.loads)
     assert world.cache.stamp(world.source(0)).digest == "0" * 32
 
 

@@ -20,9 +20,9 @@ from finetune.checkpoint.compare import compare_configs, require_same_run
 from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, list_checkpoints, prune, sweep
 from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
 from finetune.checkpoint.save import save_checkpoint
-from finetune.core.checksums import write_checksums
+from finetune.core.checksums import folder_checksums
 from finetune.core.errors import CheckpointError
-from finetune.core.files import COMPLETE
+from finetune.core.files import COMPLETE, TRAINABLE
 from finetune.core.types import RunState
 
 CONFIG: dict[str, Any] = {
@@ -84,7 +84,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path, ema):
     assert load_checkpoint(path, optimizer=False).optimizer == ({}, {})
 
 
-FILES = [folders.TRAINABLE, folders.OPTIMIZER, folders.OPTIMIZER_META, folders.EMA, folders.CONFIG, folders.STATE]
+FILES = [TRAINABLE, folders.OPTIMIZER, folders.OPTIMIZER_META, folders.EMA, folders.CONFIG, folders.STATE]
 
 
 def test_the_files_are_those_that_the_module_names(tmp_path):
@@ -120,7 +120,7 @@ def test_a_missing_or_short_file_is_found(tmp_path, name, harm):
 def reseal(path: Path) -> None:
     """As if what stands in a checkpoint now had been written: what a forger does, or another version."""
     (path / COMPLETE).unlink()
-    (path / COMPLETE).write_text(write_checksums(path))
+    (path / COMPLETE).write_text(folder_checksums(path))
 
 
 def change_state(path: Path, **changes: Any) -> None:
@@ -248,7 +248,7 @@ def test_an_interrupted_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch)
         saved(tmp_path, step)
 
     def killed(path: Path, **_: object) -> None:
-        (path / folders.TRAINABLE).unlink()
+        (path / TRAINABLE).unlink()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(folders.shutil, "rmtree", killed)

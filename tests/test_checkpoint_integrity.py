@@ -32,10 +32,11 @@ from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
 from finetune.convert.export import export
 from finetune.core import checksums
-from finetune.core.checksums import ChecksummedFolder, DamageError, write_checksums
+from finetune.core.checksums import ChecksummedFolder, DamageError, checksum_file, folder_checksums
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError, ConfigError, FinetuneError
-from finetune.core.files import COMPLETE, atomic_save_tensors, checksum_file
+from finetune.core.files import COMPLETE, TRAINABLE
+from finetune.core.tensor_files import atomic_save_tensors
 from finetune.core.types import RunState, SamplePrompt
 from finetune.inference.inputs import AdapterArgument, GenerateRequest, check_request, read_sources
 from finetune.methods.adapter import read_adapter
@@ -43,7 +44,7 @@ from finetune.trainers.loop import train
 from finetune.trainers.setup import hold_run_folder
 
 FILES = [
-    folders.TRAINABLE,
+    TRAINABLE,
     folders.OPTIMIZER,
     folders.OPTIMIZER_META,
     folders.EMA,
@@ -218,7 +219,7 @@ def test_every_single_bit_counts(intact, name):
         assert choose_checkpoint(case, "latest").path == folder
 
 
-@pytest.mark.parametrize("name", [folders.TRAINABLE, folders.OPTIMIZER, folders.EMA])
+@pytest.mark.parametrize("name", [TRAINABLE, folders.OPTIMIZER, folders.EMA])
 def test_without_the_checksums_damage_gets_through(intact, name, monkeypatch):
     """The canary: a flipped bit of a tensor is then loaded as if nothing had happened."""
     kind, run = intact
@@ -233,10 +234,10 @@ def test_without_the_checksums_damage_gets_through(intact, name, monkeypatch):
 
 def test_large_files_are_verified_and_mapped(intact, monkeypatch):
     kind, run = intact
-    monkeypatch.setattr(checksums, "READ_AT_ONCE", 16)
+    monkeypatch.setattr(checksums, "MAPPED_ABOVE", 16)
     assert_as_written(choose_checkpoint(run, "latest"), kind, 20)
     for harm in (
-        Harm("flip", folders.TRAINABLE, 0.9),
+        Harm("flip", TRAINABLE, 0.9),
         Harm("cut", folders.OPTIMIZER, 0.5),
         Harm("delete", folders.EMA, 0),
     ):
@@ -250,13 +251,13 @@ def test_it_falls_back_as_far_as_it_must_and_says_so(tmp_path, caplog):
     for step in (10, 20, 30, 40):
         write(tmp_path, "lora", step)
     paths = dict(list_checkpoints(tmp_path))
-    Harm("flip", folders.TRAINABLE, 0.5).do(paths[40])
+    Harm("flip", TRAINABLE, 0.5).do(paths[40])
     Harm("cut", folders.CONFIG, 0.5).do(paths[30])
     Harm("flip", folders.STATE, 0.5).do(paths[10])
     with caplog.at_level(logging.WARNING):
         assert_as_written(choose_checkpoint(tmp_path, "latest"), "lora", 20)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
-    for step, name in ((40, folders.TRAINABLE), (30, folders.CONFIG)):
+    for step, name in ((40, TRAINABLE), (30, folders.CONFIG)):
         assert f"step-000000{step} is damaged: {name} is not as it was written" in caplog.text
     assert "continues from step-00000020" in caplog.text
     assert [step for step, _ in list_checkpoints(tmp_path)] == [10, 20], "what is older than the one used is left alone"
@@ -332,7 +333,7 @@ def test_an_input_output_error_is_damage_and_missing_permission_is_not(tmp_path,
 
 def test_a_damaged_one_goes_when_a_newer_one_stands(tmp_path):
     write(tmp_path, "lora", 10)
-    Harm("flip", folders.TRAINABLE, 0.5).do(write(tmp_path, "lora", 20))
+    Harm("flip", TRAINABLE, 0.5).do(write(tmp_path, "lora", 20))
     choose_checkpoint(tmp_path, "latest")
     (aside,) = (tmp_path / "checkpoints").glob("*.damaged-*")
     write(tmp_path, "lora", 15)
@@ -381,7 +382,7 @@ def test_any_file_name_can_be_sealed(tmp_path, names):
     (tmp_path / "f" / "inner").mkdir(parents=True)
     for name in names:
         (tmp_path / "f" / "inner" / name).write_bytes(name.encode())
-    (tmp_path / "f" / COMPLETE).write_text(write_checksums(tmp_path / "f"))
+    (tmp_path / "f" / COMPLETE).write_text(folder_checksums(tmp_path / "f"))
     sealed = ChecksummedFolder.open(tmp_path / "f")
     assert {name: sealed.read_bytes(f"inner/{name}") for name in names} == {name: name.encode() for name in names}
     assert set(sealed.checksums) == {f"inner/{name}" for name in names}
@@ -407,13 +408,13 @@ def test_a_marker_that_is_none_is_damage(tmp_path, marker):
 def test_an_adapter_of_a_damaged_checkpoint_or_export_is_not_continued(tmp_path):
     path = write(tmp_path, "lora", 10)
     assert read_adapter(path).settings["alpha"] == 2.0
-    for name in (folders.TRAINABLE, folders.CONFIG, COMPLETE):
+    for name in (TRAINABLE, folders.CONFIG, COMPLETE):
         with copied(path) as case:
             Harm("flip", name, 0.6).do(case)
             with pytest.raises(ConfigError, match=f"the adapter is damaged: {name}"):
                 read_adapter(case)
     with copied(path) as case:
-        Harm("flip", folders.TRAINABLE, 0.9).do(case)
+        Harm("flip", TRAINABLE, 0.9).do(case)
         (case / COMPLETE).unlink()
         assert read_adapter(case).settings["rank"] == 4, "the canary, and the way out for who changed it on purpose"
 
@@ -449,7 +450,7 @@ def test_a_training_falls_back_and_ends_as_if_nothing_had_happened(tiny_model, t
     paths = dict(list_checkpoints(tmp_path / "run"))
     whole = load_checkpoint(paths[4])
     Harm("flip", folders.OPTIMIZER, 0.9).do(paths[4])
-    Harm("cut", folders.TRAINABLE, 0.9).do(paths[3])
+    Harm("cut", TRAINABLE, 0.9).do(paths[3])
     with (tmp_path / "run" / HISTORY).open("ab") as history:
         history.write(b'{"step": 2, "heldout": \x00\n')
     report = train(config)
@@ -474,7 +475,7 @@ def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_mode
     paths = dict(list_checkpoints(tmp_path / "run"))
     exported = export(tmp_path / "run", tmp_path / "whole").folder
     for harm, words in (
-        (Harm("flip", folders.TRAINABLE, 0.9), "damaged: trainable"),
+        (Harm("flip", TRAINABLE, 0.9), "damaged: trainable"),
         (Harm("cut", folders.CONFIG, 0.5), "damaged: config"),
         (Harm("delete", COMPLETE, 0), "incomplete: it has no COMPLETE"),
     ):
@@ -514,7 +515,7 @@ def test_a_second_training_of_a_run_folder_is_refused(tiny_model, tmp_path):
 
 def reseal(folder: Path) -> None:
     (folder / COMPLETE).unlink()
-    (folder / COMPLETE).write_text(write_checksums(folder))
+    (folder / COMPLETE).write_text(folder_checksums(folder))
 
 
 def state(**changes: Any) -> Callable[[Path], None]:
@@ -533,7 +534,7 @@ def tensors_of(name: str, act: Callable[[dict[str, torch.Tensor], str], None]) -
         tensors = load_file(folder / name)
         act(tensors, next(key for key in sorted(tensors) if tensors[key].numel() > 1))
         atomic_save_tensors(folder / name, tensors)
-        if name == folders.TRAINABLE:
+        if name == TRAINABLE:
             state(weights="")(folder)  # or the digest would tell
 
     return change
@@ -570,8 +571,8 @@ def shared_with_nothing(folder: Path) -> None:
 
 
 def other_numbers(folder: Path) -> None:
-    tensors = load_file(folder / folders.TRAINABLE)
-    atomic_save_tensors(folder / folders.TRAINABLE, {name: tensor + 1 for name, tensor in tensors.items()})
+    tensors = load_file(folder / TRAINABLE)
+    atomic_save_tensors(folder / TRAINABLE, {name: tensor + 1 for name, tensor in tensors.items()})
 
 
 STRANGE = {
@@ -584,14 +585,14 @@ STRANGE = {
     "a loss below nothing": (state(best_step=1, best_heldout_loss=-1.0), "best_heldout_loss is -1.0"),
     "shared with nothing": (shared_with_nothing, "exp_avg is that of nothing, which is missing, which nothing reads"),
     "endless": (tensors_of(folders.OPTIMIZER, endless), r"step is 1\.0\d*e\+30"),
-    "not finite": (tensors_of(folders.TRAINABLE, not_finite), "weights, or their average, are not finite"),
+    "not finite": (tensors_of(TRAINABLE, not_finite), "weights, or their average, are not finite"),
     "average not finite": (tensors_of(folders.EMA, not_finite), "weights, or their average, are not finite"),
     "other weights": (other_numbers, "does not hold the weights whose digest"),
     "no average": (lambda folder: (folder / folders.EMA).unlink(), "holds no moving average, and this run keeps one"),
     **{
         f"{act.__name__} of {name}": (tensors_of(name, act), words)
         for name, words in (
-            (folders.TRAINABLE, "not this model's trainable tensors|does not hold the tensors of trainable"),
+            (TRAINABLE, "not this model's trainable tensors|does not hold the tensors of trainable"),
             (folders.OPTIMIZER, "the optimizer's state is not one of AdamW"),
             (folders.EMA, "does not hold the tensors of trainable|in another dtype than float32"),
         )
@@ -634,7 +635,7 @@ def test_an_adapter_of_a_checkpoint_without_its_settings_is_refused(ended, conte
 
 
 def test_a_run_that_is_resealed_as_it_was_goes_on(ended):
-    """Canary: it is the change that is refused, not the seal."""
+    """Canary: it is the change that is refused, not the checksum."""
     with copied(ended.output_dir) as run:
         folder = newest(run)
         state()(folder)

@@ -36,8 +36,8 @@ from finetune.cogvideox.load import (
 from finetune.cogvideox.model_files import CONFIG_FILES, KNOWN_MODELS, known_model
 from finetune.cogvideox.objective import add_noise, velocity
 from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.checksums import digest_file
 from finetune.core.errors import ModelError
-from finetune.core.files import digest_file
 from finetune.core.types import Bucket
 
 CAPTIONS = ["a red circle moving left", ""]

@@ -16,10 +16,10 @@ from goldens import FOLDER, faults, golden_config, golden_model, golden_run, rea
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
-from finetune.core.checksums import ChecksummedFolder
-from finetune.core.determinism import WORKSPACE, repeatable, repeats, weights_digest
+from finetune.core.checksums import ChecksummedFolder, checksum_file
 from finetune.core.errors import ConfigError, TrainingError
-from finetune.core.files import checksum_file
+from finetune.core.rng import WORKSPACE, deterministic_kernels, repeatability
+from finetune.core.tensor_files import weights_digest
 from finetune.trainers.loop import train
 
 RUNS = """
@@ -159,7 +159,7 @@ def other_settings(monkeypatch):
 @pytest.mark.parametrize("ending", ["well", "with an error"])
 def test_deterministic_kernels_are_asked_for_and_given_back(other_settings, ending):
     expected = nullcontext() if ending == "well" else pytest.raises(ZeroDivisionError)
-    with expected, repeatable(True):
+    with expected, deterministic_kernels(True):
         assert settings() == (True, False, False, ":4096:8")
         if ending != "well":
             raise ZeroDivisionError
@@ -167,17 +167,17 @@ def test_deterministic_kernels_are_asked_for_and_given_back(other_settings, endi
 
 
 def test_not_asked_for_nothing_changes(other_settings):
-    with repeatable(False):
+    with deterministic_kernels(False):
         assert settings() == other_settings
 
 
 def test_a_workspace_that_repeats_itself_is_kept_and_another_is_refused(monkeypatch):
     monkeypatch.setenv(WORKSPACE, ":16:8")
-    with repeatable(True):
+    with deterministic_kernels(True):
         assert os.environ[WORKSPACE] == ":16:8"
     assert os.environ[WORKSPACE] == ":16:8"
     monkeypatch.setenv(WORKSPACE, ":1024:2")
-    with pytest.raises(ConfigError, match=":1024:2") as caught, repeatable(True):
+    with pytest.raises(ConfigError, match=":1024:2") as caught, deterministic_kernels(True):
         pytest.fail("entered all the same")
     assert WORKSPACE in str(caught.value) and ":4096:8" in caught.value.fix
 
@@ -201,7 +201,7 @@ def test_an_operation_without_a_deterministic_kernel_stops_the_run(tiny_model, t
 
 
 def test_other_errors_pass_through_as_they_are():
-    with pytest.raises(RuntimeError, match="something else"), repeatable(True):
+    with pytest.raises(RuntimeError, match="something else"), deterministic_kernels(True):
         raise RuntimeError("something else")
 
 
@@ -212,8 +212,8 @@ def test_the_run_sheet_says_what_repeats_and_what_is_kept(tiny_model, tmp_path, 
     assert re.search(r"bucket: \d+x\d+x\d+: 25% of the picture and 75% of the seconds are kept", said)
     assert "warning: three quarters are lost" in said and "a note" not in said
     cuda = torch.device("cuda")
-    assert "not the same bits" in repeats(False, cuda) and "train.deterministic" in repeats(False, cuda)
-    assert repeats(True, cuda).startswith("bit for bit on this model of GPU")
+    assert "not the same bits" in repeatability(False, cuda) and "train.deterministic" in repeatability(False, cuda)
+    assert repeatability(True, cuda).startswith("bit for bit on this model of GPU")
 
 
 def test_a_run_may_take_it_up_on_its_way(tiny_model, tmp_path, capfd):

@@ -24,7 +24,7 @@ from worlds import SMOOTH_ADAM, run_values
 from finetune.checkpoint.load import Shards, load_checkpoint
 from finetune.config.schema import RunConfig
 from finetune.convert.export import export
-from finetune.core.checksums import ChecksummedFolder, write_checksums
+from finetune.core.checksums import ChecksummedFolder, folder_checksums
 from finetune.trainers.loop import train
 
 ROOT = Path(__file__).parents[1]
@@ -285,7 +285,7 @@ def test_shares_that_do_not_come_out_even(launcher, tmp_path):
     for phase, ranks in (("write", 3), ("read", 3), ("read", 2), ("read", 1)):
         ends = launcher.run("launcher_cases:uneven_shares", str(tmp_path / "part"), phase, ranks=ranks)
         assert [end.code for end in ends] == [0] * ranks, ends[0].log + ends[-1].log
-    (tmp_path / "COMPLETE").write_text(write_checksums(tmp_path))
+    (tmp_path / "COMPLETE").write_text(folder_checksums(tmp_path))
     whole = Shards(ChecksummedFolder.open(tmp_path), "part")
     assert {name: tuple(tensor.shape) for name, tensor in whole.forms().items()} == {
         "steps": (),

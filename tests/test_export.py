@@ -29,11 +29,12 @@ from finetune.convert.export import export
 from finetune.convert.model_card import _code
 from finetune.core import locks
 from finetune.core.errors import CheckpointError, ExportError
+from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket, RunState, SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest, ManifestItem
 from finetune.inference.generate import SampleRequest, generate, sample_videos
-from finetune.inference.inputs import ADAPTER_FILE, TRAINING_RECORD, AdapterArgument, GenerateRequest
+from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
 from tests.broken_disk import disk
 from tests.worlds import run_config, run_values
 
@@ -94,7 +95,7 @@ def stock_velocity(model: Path, folder: Path | None, *, strength: float = 1.0, d
     spec = read_spec(str(model))
     pipeline = export_module.pipeline_class(spec).from_pretrained(model, torch_dtype=dtype)
     if folder is not None:
-        pipeline.load_lora_weights(folder, weight_name=ADAPTER_FILE, adapter_name="tuned")
+        pipeline.load_lora_weights(folder, weight_name=LORA_FILE, adapter_name="tuned")
         pipeline.set_adapters("tuned", strength)
     return denoise(pipeline.transformer, spec, *inputs(spec))
 
@@ -134,7 +135,7 @@ def test_a_lora_means_the_same_to_the_stock_pipeline(tiny_model, tmp_path, optio
     assert (ours - base).abs().max() > 0.05  # the adapter does something, so that the next line says something
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     assert report.folder == run / "export" and report.max_abs_diff <= report.tolerance
-    assert {ADAPTER_FILE, "README.md", TRAINING_RECORD} <= set(report.files)
+    assert {LORA_FILE, "README.md", TRAINING_RECORD} <= set(report.files)
     assert str(report.folder) in str(report)
 
 
@@ -159,12 +160,12 @@ def test_half_precision_stays_inside_the_stated_tolerance(tiny_model, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), LORA | {"targets": "all-linear"}, dtype="bf16")
     report = export(run)
     assert 0 < report.max_abs_diff <= report.tolerance  # not zero: diffusers rounds the adapter to bfloat16
-    assert {tensor.dtype for tensor in load_file(report.folder / ADAPTER_FILE).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in load_file(report.folder / LORA_FILE).values()} == {torch.float32}
 
 
 def test_the_header_states_what_decides_and_nothing_newer(tiny_model, tmp_path):
     folder = export(make_run(tmp_path, tiny_model("5b"), LORA | {"dropout": 0.25})).folder
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+    with safe_open(folder / LORA_FILE, framework="pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     settings = {name.removeprefix("transformer."): value for name, value in header.items()}
     assert (settings["r"], settings["lora_alpha"]) == (4, 2)
@@ -192,7 +193,7 @@ def test_the_starting_adapter_may_be_gone(tiny_model, tmp_path):
     model = tiny_model("5b")
     first = export(make_run(tmp_path / "a", model, LORA)).folder
     run = make_run(tmp_path / "b", model, LORA | {"init_from": str(first)})
-    (first / ADAPTER_FILE).unlink()
+    (first / LORA_FILE).unlink()
     assert export(run).max_abs_diff == 0
 
 
@@ -316,11 +317,11 @@ def test_a_pass_that_gives_no_number_fails(tiny_model, tmp_path, monkeypatch):
 
 def test_a_failed_export_leaves_the_earlier_one(tiny_model, tmp_path, monkeypatch):
     run = make_run(tmp_path, tiny_model("5b"), LORA)
-    before = (export(run).folder / ADAPTER_FILE).read_bytes()
+    before = (export(run).folder / LORA_FILE).read_bytes()
     monkeypatch.setattr(verify, "tolerance_of", lambda *args: -1.0)
     with pytest.raises(ExportError):
         export(run)
-    assert (run / "export" / ADAPTER_FILE).read_bytes() == before
+    assert (run / "export" / LORA_FILE).read_bytes() == before
     assert not list(run.glob("*.partial"))
 
 
@@ -360,7 +361,7 @@ def test_latest_best_and_named_checkpoints(tiny_model, tmp_path):
     assert export(run, tmp_path / "b", checkpoint="best").step == 2
     named = export(run / "checkpoints" / "step-00000002", tmp_path / "c")
     assert named.step == 2
-    last, best, second = (load_file(tmp_path / name / ADAPTER_FILE) for name in "abc")
+    last, best, second = (load_file(tmp_path / name / LORA_FILE) for name in "abc")
     assert all(torch.equal(best[name], second[name]) and not torch.equal(best[name], last[name]) for name in best)
 
 
@@ -462,7 +463,7 @@ def test_a_linked_place_stays_a_link_and_the_current_folder_is_refused(tiny_mode
     (tmp_path / "link").symlink_to("disk")
     for _ in range(2):
         export(run, tmp_path / "link")
-        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / ADAPTER_FILE).is_file()
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / LORA_FILE).is_file()
     monkeypatch.chdir(tmp_path / "disk")
     for here in (Path(), tmp_path / "link"):
         with pytest.raises(ExportError, match="the folder that this command runs in"):

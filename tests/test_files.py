@@ -18,7 +18,7 @@ from broken_disk import CALLS, disk
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.core import files, tensor_files
+from finetune.core import checksums, files, tensor_files
 from finetune.core import files as space
 from finetune.core.errors import CheckpointError
 
@@ -51,7 +51,7 @@ def every_dtype() -> dict[str, torch.Tensor]:
 
 def test_tensors_come_back_through_the_library_bit_for_bit(tmp_path):
     ours = every_dtype()
-    files.atomic_save_tensors(tmp_path / "t.safetensors", ours, {"who": "ü"})
+    tensor_files.atomic_save_tensors(tmp_path / "t.safetensors", ours, {"who": "ü"})
     with safetensors.safe_open(tmp_path / "t.safetensors", framework="pt") as file:
         assert file.metadata() == {"who": "ü"}
     theirs = safetensors.torch.load_file(tmp_path / "t.safetensors")
@@ -69,7 +69,7 @@ def test_tensors_come_back_through_the_library_bit_for_bit(tmp_path):
 
 def test_the_file_is_the_one_the_library_writes(tmp_path):
     ours = {name: tensor.detach().contiguous() for name, tensor in every_dtype().items()}
-    files.atomic_save_tensors(tmp_path / "ours", ours)
+    tensor_files.atomic_save_tensors(tmp_path / "ours", ours)
     safetensors.torch.save_file(ours, tmp_path / "theirs")
     ours_bytes, theirs_bytes = ((tmp_path / name).read_bytes() for name in ("ours", "theirs"))
     assert len(ours_bytes) == len(theirs_bytes)
@@ -86,12 +86,12 @@ def test_the_dtypes_are_the_librarys():
 
 def test_a_dtype_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(TypeError, match="x is torch"):
-        files.atomic_save_tensors(tmp_path / "t", {"x": torch.zeros(1, dtype=torch.complex128)})
+        tensor_files.atomic_save_tensors(tmp_path / "t", {"x": torch.zeros(1, dtype=torch.complex128)})
     assert tree(tmp_path) == {}
 
 
 def test_the_space_a_file_takes_is_known_before(tmp_path):
-    files.atomic_save_tensors(tmp_path / "t", every_dtype())
+    tensor_files.atomic_save_tensors(tmp_path / "t", every_dtype())
     assert (tmp_path / "t").stat().st_size == tensor_files.file_bytes(every_dtype()) > 500
 
 
@@ -100,20 +100,20 @@ def test_the_space_a_file_takes_is_known_before(tmp_path):
 
 @given(st.lists(st.binary(max_size=300), max_size=5))
 def test_a_checksum_sees_the_bytes_and_not_their_parts(parts):
-    assert files.checksum_bytes(*parts) == files.checksum_bytes(memoryview(b"".join(parts)))
-    assert files.checksum_bytes(*parts) == xxhash.xxh3_128_hexdigest(b"".join(parts))
-    assert files.checksum_bytes(*parts, b"x") != files.checksum_bytes(*parts)
+    assert checksums.checksum_bytes(*parts) == checksums.checksum_bytes(memoryview(b"".join(parts)))
+    assert checksums.checksum_bytes(*parts) == xxhash.xxh3_128_hexdigest(b"".join(parts))
+    assert checksums.checksum_bytes(*parts, b"x") != checksums.checksum_bytes(*parts)
 
 
-@pytest.mark.parametrize("size", [0, 1, files._CHUNK - 1, files._CHUNK, 2 * files._CHUNK + 5])
+@pytest.mark.parametrize("size", [0, 1, files.CHUNK - 1, files.CHUNK, 2 * files.CHUNK + 5])
 def test_a_files_checksum_is_what_writing_it_returned(tmp_path, size):
     content = os.urandom(size)
     said = files.atomic_write_bytes(tmp_path / "f", content)
-    assert said == files.checksum_file(tmp_path / "f") == files.checksum_bytes(content)
-    said = files.atomic_save_tensors(
+    assert said == checksums.checksum_file(tmp_path / "f") == checksums.checksum_bytes(content)
+    said = tensor_files.atomic_save_tensors(
         tmp_path / "t", {"x": torch.frombuffer(bytearray(content + b"!"), dtype=torch.uint8)}
     )
-    assert said == files.checksum_file(tmp_path / "t")
+    assert said == checksums.checksum_file(tmp_path / "t")
 
 
 # ------------------------------------------------------------------------------------------ whole or absent, on errors
@@ -124,7 +124,7 @@ def write_file(folder: Path) -> None:
 
 
 def write_tensors(folder: Path) -> None:
-    files.atomic_save_tensors(folder / "t", {"x": torch.ones(64), "y": torch.ones(3)})
+    tensor_files.atomic_save_tensors(folder / "t", {"x": torch.ones(64), "y": torch.ones(3)})
 
 
 def write_folder(folder: Path) -> None:

@@ -17,11 +17,11 @@ from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError
+from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket, SamplePrompt
 from finetune.inference import generate
 from finetune.inference.generate import SampleRequest, sample_videos
 from finetune.inference.inputs import (
-    ADAPTER_FILE,
     TRAINING_RECORD,
     AdapterArgument,
     GenerateRequest,
@@ -253,7 +253,7 @@ def test_adapters_act_by_their_strength(tiny_model, tmp_path):
 
     plain = frames()
     assert np.array_equal(frames(AdapterArgument(one, 0.0)), plain)
-    full, half = frames(AdapterArgument(one)), frames(AdapterArgument(one / ADAPTER_FILE, 0.5))
+    full, half = frames(AdapterArgument(one)), frames(AdapterArgument(one / LORA_FILE, 0.5))
     both = frames(AdapterArgument(one), AdapterArgument(two, -0.5))
     different = [plain, full, half, both]
     assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])

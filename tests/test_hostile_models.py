@@ -43,10 +43,9 @@ from finetune.config.schema import RunConfig
 from finetune.convert.model_card import _code, _text, copy_samples, model_card, training_record
 from finetune.convert.source import DataSummary, Source
 from finetune.core.errors import CheckpointError, ConfigError, ModelError
-from finetune.core.files import publish_dir
+from finetune.core.files import LORA_FILE, publish_dir
 from finetune.core.types import RunState, SamplePrompt
 from finetune.inference.inputs import (
-    ADAPTER_FILE,
     TRAINING_RECORD,
     AdapterArgument,
     GenerateRequest,
@@ -432,7 +431,7 @@ def adapter_file(folder: Path, settings: str) -> Path:
 
     folder.mkdir(exist_ok=True)
     tensors = {f"transformer.x.lora_{side}.weight": torch.zeros(4, 4) for side in "AB"}
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"lora_adapter_metadata": settings})
+    save_file(tensors, folder / LORA_FILE, metadata={"lora_adapter_metadata": settings})
     return folder
 
 

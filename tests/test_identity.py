@@ -22,9 +22,9 @@ from finetune.cogvideox.model_files import hub_sha256
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.convert.export import export
-from finetune.core.checksums import write_checksums
+from finetune.core.checksums import digest_file, folder_checksums
 from finetune.core.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
-from finetune.core.files import COMPLETE, digest_file
+from finetune.core.files import COMPLETE
 from finetune.core.types import SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.inference.generate import generate
@@ -187,7 +187,7 @@ def test_what_was_saved_before_digests_is_taken_with_a_word(trained, tmp_path, c
     del content["state"]["base"]
     (checkpoint / "state.json").write_text(json.dumps(content))
     (checkpoint / COMPLETE).unlink()
-    (checkpoint / COMPLETE).write_text(write_checksums(checkpoint))
+    (checkpoint / COMPLETE).write_text(folder_checksums(checkpoint))
     report = export(run)
     assert "does not record which base" in str(report)
     assert json.loads((run / "export" / TRAINING_RECORD).read_text())["base_digest"] is None
@@ -241,7 +241,7 @@ def test_processes_that_read_different_bases_are_told_apart(tiny_model):
     config = run_config(tiny_model(), Path("clips"), Path("run"))
     module = load_transformer(config.model)
     for others, told in ((lambda work: [work(), work()], False), (lambda work: [work(), "0" * 32], True)):
-        ranks = SimpleNamespace(all=others)
+        ranks = SimpleNamespace(run_on_all=others)
         with pytest.raises(ModelError, match="different base") if told else nullcontext():
             assert _same_base(module, config, None, ranks) == base_digest(module)
 

@@ -16,7 +16,7 @@ from finetune.checkpoint.folders import CheckpointConfig
 from finetune.checkpoint.save import save_checkpoint
 from finetune.config.schema import MethodConfig
 from finetune.core.errors import CheckpointError, ConfigError
-from finetune.core.files import atomic_save_tensors
+from finetune.core.tensor_files import atomic_save_tensors
 from finetune.core.types import RunState
 from finetune.methods import adapter
 from finetune.methods.adapter import read_adapter
@@ -374,7 +374,7 @@ def test_without_settings_an_adapter_is_read_as_diffusers_reads_it(tmp_path):
 def test_a_checkpoint_in_shares_is_refused_with_the_way_out(tmp_path):
     from finetune.checkpoint.load import part_of
 
-    (tmp_path / part_of(adapter.CHECKPOINT_FILE)).mkdir()
+    (tmp_path / part_of(adapter.TRAINABLE)).mkdir()
     with pytest.raises(ConfigError, match="written in shares by several processes") as caught:
         adapter.read_adapter(tmp_path)
     assert f"`finetune export {tmp_path} --output FOLDER`" in caught.value.fix
@@ -395,7 +395,7 @@ def test_what_is_no_adapter_is_refused(tmp_path):
 
 
 def test_the_checkpoints_file_is_called_the_same_on_both_sides():
-    assert (adapter.CHECKPOINT_FILE, "config.json") == (folders.TRAINABLE, folders.CONFIG)
+    assert folders.CONFIG == "config.json"
 
 
 def test_every_field_is_described(tmp_path):

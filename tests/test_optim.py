@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from finetune.core.errors import CheckpointError, ConfigError
-from finetune.core.files import atomic_save_tensors
+from finetune.core.tensor_files import atomic_save_tensors
 from finetune.optim import optimizers as sections
 from finetune.optim.low_precision import NarrowWeights
 from finetune.optim.optimizers import AdamW, AdamW8bit, CustomOptimizer, OptimizerConfig, PagedAdamW8bit, set_lr

@@ -25,8 +25,8 @@ from finetune.cogvideox.load import ModelConfig, load_vae
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core import distributed
-from finetune.core.distributed import LaunchError, ProcessGroup, compute_device, peers
-from finetune.core.errors import CheckpointError, ConfigError, ModelError, TrainingError
+from finetune.core.distributed import ProcessGroup, compute_device, peers
+from finetune.core.errors import CheckpointError, ConfigError, LaunchError, ModelError, TrainingError
 from finetune.parallel import fsdp as sharded_engine
 from finetune.parallel.launch import FullShard, Replicate, Zero, read_launch
 from finetune.parallel.strategy import require_agreement
@@ -357,8 +357,9 @@ def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
         file.unlink()
     else:
         from finetune.checkpoint.load import HEADER
-        from finetune.core.checksums import write_checksums as seal
-        from finetune.core.files import COMPLETE, atomic_save_tensors
+        from finetune.core.checksums import folder_checksums
+        from finetune.core.files import COMPLETE
+        from finetune.core.tensor_files import atomic_save_tensors
 
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
@@ -367,7 +368,7 @@ def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
         header[HEADER] = header[HEADER].replace(f'"{name}": {{"saved_offsets": [0', f'"{name}": {{"saved_offsets": [9')
         atomic_save_tensors(file, tensors, header)
         (path / COMPLETE).unlink()
-        (path / COMPLETE).write_text(seal(path))
+        (path / COMPLETE).write_text(folder_checksums(path))
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(path)
 

@@ -23,7 +23,7 @@ from finetune.config.loading import load_config
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
-from finetune.core.gpu import GIB
+from finetune.core.types import GIB
 from finetune.planner import command as command_module
 from finetune.planner import helper_process
 from finetune.planner.command import Forecaster

@@ -27,7 +27,8 @@ from finetune.cogvideox.spec import read_spec
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
-from finetune.core.gpu import ALLOCATOR_SETTINGS, GIB, OVERHEAD_GIB, grow_segments, parse_bytes, usable
+from finetune.core.gpu import ALLOCATOR_SETTINGS, OVERHEAD_GIB, grow_segments, parse_bytes, usable
+from finetune.core.types import GIB
 from finetune.memory.config import MemoryConfig
 from finetune.memory.host_buffers import host_buffer
 from finetune.planner import command, cost_model, store

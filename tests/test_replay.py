@@ -268,13 +268,13 @@ def test_every_change_of_a_report_is_found(copied, name):
 
 
 def test_a_report_of_a_later_version_is_refused(copied):
-    from finetune.core.checksums import write_checksums as seal
+    from finetune.core.checksums import folder_checksums
     from finetune.core.files import atomic_write_text
 
     content = json.loads((copied / "report.json").read_text()) | {"format": 99}
     (copied / "COMPLETE").unlink()
     (copied / "report.json").write_text(json.dumps(content))
-    atomic_write_text(copied / "COMPLETE", seal(copied))
+    atomic_write_text(copied / "COMPLETE", folder_checksums(copied))
     with pytest.raises(TrainingError, match="format 99"):
         replay(copied)
 

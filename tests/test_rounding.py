@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.checkpoint.compare import require_same_run
 from finetune.core.errors import CheckpointError, ConfigError
-from finetune.core.files import atomic_save_tensors
+from finetune.core.tensor_files import atomic_save_tensors
 from finetune.optim import low_precision
 from finetune.optim.low_precision import NarrowWeights, round_stochastically_
 from finetune.optim.optimizers import OptimizerConfig, Weights, begin

@@ -16,7 +16,7 @@ from torch import nn
 
 from finetune.checkpoint.validation_history import HISTORY, Measurement, best_of, read_history, verdict
 from finetune.config.schema import ValidationConfig
-from finetune.core.determinism import training_state_untouched
+from finetune.core.rng import training_state_untouched
 from finetune.core.types import Batch, RunState
 from finetune.trainers.tracking import loss_by_timestep_bucket, timestep_bucket
 from finetune.trainers.validation import evaluate, fixed_timesteps

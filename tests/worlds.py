@@ -13,9 +13,8 @@ from finetune.caching.request import local_fingerprints, make_request
 from finetune.checkpoint.folders import checkpoint_path, list_checkpoints
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.core.files import digest_of
-from finetune.core.tensor_files import BY_SHORT_NAME
-from finetune.core.types import ClipPlan
+from finetune.core.checksums import digest_of
+from finetune.core.types import ClipPlan, torch_dtype
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest, ManifestItem, latents_address, portable, prompt_address
 from finetune.datasets.decode_pool import PIXEL_RULE
@@ -74,7 +73,7 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
             text=text, text_encoder="elsewhere", max_length=spec.max_text_seq_length, dtype=encoders.dtype
         )
         embeds = torch.randn(spec.max_text_seq_length, spec.text_embed_dim, generator=generator)
-        cache.write_prompt(address, embeds.to(BY_SHORT_NAME[encoders.dtype]), tokens=4)
+        cache.write_prompt(address, embeds.to(torch_dtype(encoders.dtype)), tokens=4)
         return digest_of(address)
 
     def clip(number: int) -> ManifestItem:

@@ -16,8 +16,8 @@ import torch
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
 from finetune.cogvideox.spec import ModelSpec
+from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, is_out_of_memory
-from finetune.core.files import digest_of
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe

@@ -18,16 +18,15 @@ from finetune.caching.request import Fingerprints, full_fingerprints, make_reque
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
+from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, raise_all
-from finetune.core.files import digest_of, human_size, require_space
+from finetune.core.files import human_size, require_space
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket
+from finetune.core.types import DTYPE_BYTES, Bucket, DtypeName
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_admin import reserved_bytes
 from finetune.datasets.cache_entries import (
-    BYTES,
     KINDS,
-    Dtype,
     FileStamp,
     Kind,
     Manifest,
@@ -198,15 +197,15 @@ class _Needs:
         return CachePlan(manifest, latents, prompts, images, needed, there)
 
 
-def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: Dtype, *, draws: int) -> int:
+def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
     """Size of one clip's tensors: mean and deviation, and for image-to-video ``draws`` single frames."""
     channels, frames, height, width = spec.latent_shape(bucket)
-    return (2 * frames + draws) * channels * height * width * BYTES[dtype]
+    return (2 * frames + draws) * channels * height * width * DTYPE_BYTES[dtype]
 
 
-def prompt_bytes(spec: ModelSpec, dtype: Dtype) -> int:
+def prompt_bytes(spec: ModelSpec, dtype: DtypeName) -> int:
     """Size of one caption's embedding."""
-    return spec.max_text_seq_length * spec.text_embed_dim * BYTES[dtype]
+    return spec.max_text_seq_length * spec.text_embed_dim * DTYPE_BYTES[dtype]
 
 
 def require_room(plan: CachePlan, root: Path) -> None:

@@ -12,16 +12,15 @@ from finetune.cogvideox.load import fingerprint
 from finetune.cogvideox.model_files import canonical_name, id_in_cache, require_plain_index, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
+from finetune.core.checksums import digest_of
 from finetune.core.errors import DataError, ModelError
-from finetune.core.files import digest_of
-from finetune.core.types import Bucket
+from finetune.core.types import Bucket, DtypeName
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import (
     FORMAT,
     KINDS,
     UNKNOWN,
     DamagedManifestError,
-    Dtype,
     Manifest,
     differences,
     portable,
@@ -42,7 +41,7 @@ class Fingerprints:
 
     vae: str
     text_encoder: str
-    dtype: Dtype
+    dtype: DtypeName
     """``bf16``, ``fp16`` or ``fp32``: what both encoders compute in."""
 
 

@@ -14,8 +14,6 @@ from pydantic import Field
 from finetune.core.files import PARTIAL, is_complete, move, remove_dir, restore_replaced
 from finetune.core.types import MOST_STEPS, Strict
 
-TRAINABLE = "trainable.safetensors"
-
 OPTIMIZER = "optimizer.safetensors"
 
 OPTIMIZER_META = "optimizer.json"

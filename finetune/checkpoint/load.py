@@ -22,7 +22,6 @@ from finetune.checkpoint.folders import (
     OPTIMIZER,
     OPTIMIZER_META,
     STATE,
-    TRAINABLE,
     damaged_folders,
     list_checkpoints,
     set_aside,
@@ -31,8 +30,8 @@ from finetune.checkpoint.folders import (
 )
 from finetune.core.checksums import ChecksummedFolder, DamageError
 from finetune.core.errors import CheckpointError
-from finetune.core.files import COMPLETE, is_complete
-from finetune.core.tensor_files import BY_NAME
+from finetune.core.files import COMPLETE, TRAINABLE, is_complete
+from finetune.core.tensor_files import DTYPES_BY_NAME
 from finetune.core.types import RunState
 
 HEADER = "DCP_SHARDING_INFO"
@@ -113,7 +112,7 @@ class Shards(Mapping[str, Tensor]):
 
     def _form(self, key: str) -> Tensor:
         file, _ = self._shares[key][0]
-        return torch.empty(self._shapes[key], dtype=BY_NAME[file.get_slice(key).get_dtype()], device="meta")
+        return torch.empty(self._shapes[key], dtype=DTYPES_BY_NAME[file.get_slice(key).get_dtype()], device="meta")
 
 
 def forms_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -314,7 +313,7 @@ def _read(path: Path, optimizer: bool) -> LoadedCheckpoint:
     if ema is not None and (odd := [name for name, form in forms_of(ema).items() if form.dtype != torch.float32]):
         raise _foreign(path, f"{EMA} holds {odd[0]} in another dtype than float32")
     state = _run_state(content.get("state"), path)
-    # Of one file, the digest of the weights is its checksum (``determinism.weights_digest``).
+    # Of one file, the digest of the weights is its checksum (``tensor_files.weights_digest``).
     if state.weights and TRAINABLE in sealed and state.weights != sealed.checksums[TRAINABLE]:
         raise _foreign(path, f"{TRAINABLE} does not hold the weights whose digest stands in {STATE}")
     return LoadedCheckpoint(

@@ -18,16 +18,15 @@ from finetune.checkpoint.folders import (
     OPTIMIZER,
     OPTIMIZER_META,
     STATE,
-    TRAINABLE,
     CheckpointConfig,
     checkpoint_path,
     outlived,
     prune,
 )
-from finetune.core.checksums import write_checksums
+from finetune.core.checksums import folder_checksums
 from finetune.core.errors import CheckpointError
 from finetune.core.files import (
-    atomic_save_tensors,
+    TRAINABLE,
     atomic_write_text,
     disk_fix,
     free_space,
@@ -35,7 +34,7 @@ from finetune.core.files import (
     publish_dir,
     require_space,
 )
-from finetune.core.tensor_files import file_bytes
+from finetune.core.tensor_files import atomic_save_tensors, file_bytes
 from finetune.core.types import RunState
 
 _BLOCKS = 1 << 16
@@ -128,7 +127,7 @@ def publish_checkpoint(
     def fill(folder: Path) -> str:
         known = {**write(folder)}
         known |= {name: atomic_write_text(folder / name, text) for name, text in texts.items()}
-        return write_checksums(folder, known)
+        return folder_checksums(folder, known)
 
     try:
         _require_room(path, needed, outlived(run_dir, policy.keep_last, best_step, also=state.step))

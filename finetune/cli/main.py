@@ -443,7 +443,8 @@ def _bug_note() -> str:
 
 def _init(args: argparse.Namespace) -> None:
     from finetune.cli.init import write_starter
-    from finetune.core.gpu import GIB, amount
+    from finetune.core.gpu import amount
+    from finetune.core.types import GIB
 
     card_bytes = amount("--card", args.card)
     method = {"lora": "lora", "full": "full"}[args.method]

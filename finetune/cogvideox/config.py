@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from finetune.cogvideox.model_files import loading, require_own_files, resolve_pretrained
-from finetune.core.types import Strict
+from finetune.core.types import DtypeName, Strict, torch_dtype
 
 if TYPE_CHECKING:
     import torch
-
-DtypeName = Literal["bf16", "fp16", "fp32"]
 
 
 class ModelConfig(Strict):
@@ -26,7 +24,7 @@ class ModelConfig(Strict):
     ``zai-org/CogVideoX-5b``."""
     revision: str | None = None
     """Branch, tag or commit on the hub; left out, its main branch. A commit makes a run repeatable."""
-    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    dtype: Literal["auto", DtypeName] = "auto"
     """What weights are held and computed in. ``auto`` is ``fp32`` where the stored transformer is, else ``bf16``.
     LoRA weights, the optimizer's master copies and the loss are float32 in any case."""
 
@@ -43,9 +41,7 @@ class ModelConfig(Strict):
 
     def torch_dtype(self) -> torch.dtype:
         """``dtype_name`` as torch has it. Raises as that does."""
-        from finetune.core.tensor_files import BY_SHORT_NAME
-
-        return BY_SHORT_NAME[self.dtype_name()]
+        return torch_dtype(self.dtype_name())
 
 
 def _stored_dtype(folder: Path) -> str | None:

@@ -27,11 +27,11 @@ from finetune.cogvideox.model_files import (
 )
 from finetune.cogvideox.spec import ModelSpec
 from finetune.cogvideox.tokenizer import require_tokenizer
-from finetune.core.checksums import ChecksummedFolder, DamageError
+from finetune.core.checksums import ChecksummedFolder, DamageError, digest_of
+from finetune.core.checksums import digest_file as digest_file_now
 from finetune.core.distributed import require_cudnn
 from finetune.core.errors import DataError, FinetuneError, ModelError
-from finetune.core.files import COMPLETE, atomic_write_text, digest_of
-from finetune.core.files import digest_file as digest_file_now
+from finetune.core.files import COMPLETE, atomic_write_text
 from finetune.core.tensor_files import checksum_tensor
 
 if TYPE_CHECKING:

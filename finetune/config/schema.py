@@ -22,8 +22,8 @@ from finetune.cogvideox.config import DropoutConfig, ModelConfig
 from finetune.cogvideox.model_files import canonical_name
 from finetune.config.document import Document, Dumper
 from finetune.config.messages import validate
+from finetune.core.checksums import digest_of
 from finetune.core.errors import ConfigError
-from finetune.core.files import digest_of
 from finetune.core.types import MOST_STEPS, SamplePrompt, Strict
 from finetune.datasets.cache import CacheConfig
 from finetune.datasets.geometry import BucketField, ClipConfig

@@ -28,10 +28,11 @@ from finetune.convert.model_card import command, copy_samples, model_card, train
 from finetune.convert.source import Source, checkpoint_of, default_folder, find_source
 from finetune.convert.verify import TrainedWeights, adapter_tensors, forward, verify
 from finetune.core import locks
-from finetune.core.checksums import write_checksums
+from finetune.core.checksums import folder_checksums
 from finetune.core.distributed import compute_device
 from finetune.core.errors import ExportError
 from finetune.core.files import (
+    LORA_FILE,
     PARTIAL,
     atomic_write_text,
     clear_leftovers,
@@ -43,7 +44,7 @@ from finetune.core.files import (
     require_writable,
 )
 from finetune.core.tensor_files import file_bytes
-from finetune.inference.inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.inference.inputs import TRAINING_RECORD
 from finetune.methods.lora import LoraMethod
 
 
@@ -210,7 +211,7 @@ def export(
             found, spec, trained.merged, name=from_here(folder), samples=samples, full_pipeline=full_pipeline
         )
         atomic_write_text(partial / "README.md", card)
-        marker = write_checksums(partial)  # before the base's files: they are others' and large
+        marker = folder_checksums(partial)  # before the base's files: they are others' and large
         if full_pipeline:
             _add_components(partial, config.model)
         return marker
@@ -329,7 +330,7 @@ def _save_adapter(spec: ModelSpec, folder: Path, tensors: Mapping[str, Tensor], 
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         transformer_lora_adapter_metadata=dict(settings),
-        weight_name=ADAPTER_FILE,
+        weight_name=LORA_FILE,
     )
 
 

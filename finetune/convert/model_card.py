@@ -20,9 +20,9 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.config.document import Dumper
 from finetune.convert.merge import Merged
 from finetune.convert.source import Source
-from finetune.core.files import from_here
+from finetune.core.files import LORA_FILE, from_here
 from finetune.core.text import shown
-from finetune.inference.inputs import ADAPTER_FILE, base_numbers
+from finetune.inference.inputs import base_numbers
 from finetune.methods.lora import LoraMethod
 
 _CAPTION_LENGTH = 240
@@ -181,7 +181,7 @@ def usage(found: Source, spec: ModelSpec, *, name: str, adapter: bool, full_pipe
     if adapter:
         lines += [
             f"pipeline = {pipeline}.from_pretrained({base}, torch_dtype={dtype})",
-            f'pipeline.load_lora_weights({name!r}, weight_name="{ADAPTER_FILE}", adapter_name="tuned")',
+            f'pipeline.load_lora_weights({name!r}, weight_name="{LORA_FILE}", adapter_name="tuned")',
             'pipeline.set_adapters("tuned", 1.0)  # the strength; the file brings its own alpha, so 1.0 is as trained',
         ]
     elif full_pipeline:

@@ -17,8 +17,8 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.convert.merge import ADAPTER, Merged, adapter_scaling, tensor_checksums
 from finetune.convert.source import Source
 from finetune.core.errors import ExportError, ModelError, is_out_of_memory
+from finetune.core.files import LORA_FILE
 from finetune.core.rng import generator
-from finetune.inference.inputs import ADAPTER_FILE
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _reload(folder: Path, found: Source, spec: ModelSpec, device: torch.device, 
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
     transformer = load_transformer(model, device=device)
     pipeline = build_pipeline(spec, transformer=transformer, scheduler=load_scheduler(model))
-    pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER, use_safetensors=True)
+    pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True)
     return transformer
 
 

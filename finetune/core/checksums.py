@@ -1,31 +1,121 @@
-"""Sealed folders: the ``COMPLETE`` marker holds a checksum of every file, and files are read against it.
+"""Whether bytes are still what was written: digests, checksums, and files and folders that carry theirs.
 
-The marker reads like the output of ``xxhsum -H2``, one line per file (checksum, two spaces, name) in the order of the
-names, and ends with the checksum of these lines. So any change of any byte in the folder, the marker included, is found
-when the file is read, and it is known which file it was. Against damage, not against forgery.
+Checksums (xxh3, tens of GB/s) are against damage, not against forgery: who can change a file on purpose can change its
+checksum as well. Digests (blake2b, about 1 GB/s) are identities: of a source file, a request, a model. The same
+checksum stands in three places: in the marker of a published folder (``ChecksummedFolder``), as the first member of a
+JSON file (``checksummed_json``), and in the header of a cache entry (``datasets.cache_entries``).
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from finetune.core.files import COMPLETE, checksum_bytes, checksum_file
+import xxhash
+
+from finetune.core.files import CHUNK, COMPLETE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-READ_AT_ONCE = 2 << 30
-"""Files up to so many bytes are read once: what is verified is what is used. Larger ones are verified and then mapped,
-which reads them from the page cache again: held in memory they would take tens of GB for every process of a machine,
-mapped they share one copy that the system can drop."""
-
 T = TypeVar("T")
+
+# ------------------------------------------------------------------------------------------------------------ digests
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """A 128-bit hexadecimal digest of a JSON-serialisable value: its identity."""
+    return hashlib.blake2b(canonical_json(value).encode("utf-8"), digest_size=16).hexdigest()
+
+
+def digest_file(path: Path, *others: Any) -> str:
+    """A 128-bit hexadecimal digest of a file's bytes: their identity.
+
+    ``others``, further digests of ``hashlib``, are updated on the way.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as source:
+        while chunk := source.read(CHUNK):
+            for one in (digest, *others):
+                one.update(chunk)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------- checksums
+
+
+def checksum_bytes(*parts: bytes | memoryview) -> str:
+    """A 128-bit hexadecimal checksum of the parts' bytes laid end to end."""
+    return checksum_parts(parts)
+
+
+def checksum_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """``checksum_bytes`` of parts that are made one at a time."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def checksum_file(path: Path) -> str:
+    """``checksum_bytes`` of a file."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(CHUNK))
+    with path.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------- content that carries its own checksum
+
+NO_CHECKSUM = b"0" * 32
+"""What stands in the place of a checksum while it is taken."""
+
+
+def insert_checksum(content: bytes, at: int) -> bytes:
+    """``content`` with ``NO_CHECKSUM`` at ``at`` replaced by the checksum of the whole."""
+    return content[:at] + checksum_bytes(content).encode("ascii") + content[at + len(NO_CHECKSUM) :]
+
+
+def checksum_fits(content: bytes | memoryview, at: int) -> bool:
+    """Whether the 32 characters at ``at`` are what ``insert_checksum`` put there."""
+    content, end = memoryview(content), at + len(NO_CHECKSUM)
+    return bytes(content[at:end]) == checksum_bytes(content[:at], NO_CHECKSUM, content[end:]).encode("ascii")
+
+
+_OPENING = b'{"checksum":"'
+
+
+def checksummed_json(text: str) -> bytes:
+    """The file of a JSON object of at least one member, with its checksum as the first."""
+    return insert_checksum(_OPENING + NO_CHECKSUM + b'",' + text[1:].encode("utf-8"), len(_OPENING))
+
+
+def parse_checksummed_json(content: bytes) -> dict[str, Any]:
+    """The object in a file of ``checksummed_json``, ``checksum`` included.
+
+    Raises:
+        ValueError: if it is not, to the bit, what was written.
+    """
+    if not content.startswith(_OPENING) or not checksum_fits(content, len(_OPENING)):
+        raise ValueError("its checksum does not fit")
+    value: dict[str, Any] = json.loads(content)
+    return value
+
+
+# --------------------------------------------------------------------------------------------------- published folders
 
 
 class DamageError(Exception):
@@ -42,8 +132,8 @@ class DamageError(Exception):
         super().__init__(f"{path.name} {reason}")
 
 
-def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> str:
-    """The marker's text for everything in ``folder``; return it from the ``fill`` of ``files.publish_dir``.
+def folder_checksums(folder: Path, known: Mapping[str, str] | None = None) -> str:
+    """The text of ``COMPLETE`` for everything in ``folder``; return it from the ``fill`` of ``files.publish_dir``.
 
     Args:
         folder: about to be published.
@@ -51,25 +141,37 @@ def write_checksums(folder: Path, known: Mapping[str, str] | None = None) -> str
     """
     known = known or {}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return _text({name: known.get(name) or checksum_file(folder / name) for name in names})
+    return _marker({name: known.get(name) or checksum_file(folder / name) for name in names})
 
 
 def read_published(path: Path) -> bytes:
-    """A file's content, verified if it stands in a sealed folder that names it; a file from elsewhere as it is.
+    """A file's content, verified if it stands in a published folder that names it; a file from elsewhere as it is.
 
     Raises:
         DamageError: if it is not as it was written, or the folder's marker is not.
         OSError: if it cannot be read.
     """
-    if not (path.parent / COMPLETE).is_file():
-        return path.read_bytes()
-    sealed = ChecksummedFolder.open(path.parent)
-    return sealed.read_bytes(path.name) if path.name in sealed else path.read_bytes()
+    if (path.parent / COMPLETE).is_file():
+        folder = ChecksummedFolder.open(path.parent)
+        if path.name in folder.checksums:
+            return folder.read_bytes(path.name)
+    return path.read_bytes()
+
+
+MAPPED_ABOVE = 2 << 30
+"""Safetensors files up to so many bytes are read once: what is verified is what is used. Larger ones are verified and
+then mapped, which reads them from the page cache again: held in memory they would take tens of GB for every process of
+a machine, mapped they share one copy that the system can drop."""
 
 
 @dataclass(frozen=True)
 class ChecksummedFolder:
-    """A published folder whose marker was found whole. Its files are verified as they are read."""
+    """A published folder whose ``COMPLETE`` holds a checksum of every file; files are verified as they are read.
+
+    The marker reads like the output of ``xxhsum -H2``, one line per file (checksum, two spaces, name) in the order of
+    the names, and ends with the checksum of these lines. So any change of any byte in the folder, the marker included,
+    is found when the file is read, and it is known which file it was.
+    """
 
     folder: Path
     checksums: Mapping[str, str]
@@ -86,13 +188,12 @@ class ChecksummedFolder:
         marker = folder / COMPLETE
         content = _attempt(marker, marker.read_bytes)
         try:
-            lines = content.decode("ascii").splitlines()
-            pairs = [line.split("  ", 1) for line in lines[:-1]]
+            pairs = [line.split("  ", 1) for line in content.decode("ascii").splitlines()[:-1]]
             checksums = {str(json.loads(f'"{name}"')): checksum for checksum, name in pairs}
-            whole = content == _text(checksums).encode("ascii")
+            intact = content == _marker(checksums).encode("ascii")
         except ValueError:  # not ASCII, a line without a name, or no name
-            whole = False
-        if not whole:
+            intact = False
+        if not intact:
             raise DamageError(marker, "is not as it was written")
         return cls(folder, checksums)
 
@@ -133,7 +234,7 @@ class ChecksummedFolder:
             raise DamageError(self.folder / name, f"is no JSON: {error}") from None
 
     def read_tensors(self, name: str) -> dict[str, Tensor]:
-        """A safetensors file's tensors, on the CPU; see ``READ_AT_ONCE``.
+        """A safetensors file's tensors, on the CPU; see ``MAPPED_ABOVE``.
 
         Raises:
             DamageError, OSError: as ``read_bytes``.
@@ -143,7 +244,7 @@ class ChecksummedFolder:
 
         path = self.folder / name
         try:
-            if _attempt(path, path.stat).st_size <= READ_AT_ONCE:
+            if _attempt(path, path.stat).st_size <= MAPPED_ABOVE:
                 tensors: dict[str, Tensor] = load(self.read_bytes(name))
             else:
                 self.verify(name)
@@ -152,14 +253,14 @@ class ChecksummedFolder:
             raise DamageError(path, f"is no safetensors file: {error}") from None
         return tensors
 
-    def _compare(self, name: str, found: str) -> None:
+    def _compare(self, name: str, checksum: str) -> None:
         if name not in self.checksums:
             raise DamageError(self.folder / COMPLETE, f"does not name {name}")
-        if found != self.checksums[name]:
+        if checksum != self.checksums[name]:
             raise DamageError(self.folder / name, "is not as it was written")
 
 
-def _text(checksums: Mapping[str, str]) -> str:
+def _marker(checksums: Mapping[str, str]) -> str:
     # JSON's escapes keep a name on its line, and in ASCII.
     lines = "".join(f"{checksums[name]}  {json.dumps(name)[1:-1]}\n" for name in sorted(checksums))
     return f"{lines}{checksum_bytes(lines.encode())}\n"

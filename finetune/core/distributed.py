@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from finetune.core.errors import FinetuneError, is_out_of_memory
+from finetune.core.errors import FinetuneError, LaunchError, is_out_of_memory
 
 PATIENCE = timedelta(days=7)
 """Of what goes through ``ProcessGroup``."""
@@ -27,10 +27,6 @@ TIMEOUT = timedelta(minutes=10)
 """Of a collective of training: gradients, weights, losses. Whoever is not there by then is not coming."""
 
 _Result = TypeVar("_Result")
-
-
-class LaunchError(FinetuneError):
-    """A process of the launch failed or is gone."""
 
 
 def on_cpu() -> bool:

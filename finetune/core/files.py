@@ -1,92 +1,21 @@
-"""Room on a disk, in bytes and in files, and what can be done where there is none."""
+"""Files that appear whole or not at all, and the room that a disk has for them.
+
+Everything this package writes itself goes through five calls to the operating system (``_create``, ``_write``,
+``_sync``, ``_rename``, ``_mkdir``), so that a test can let each of them fail in turn (``tests/broken_disk.py``).
+"""
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def human_size(size: int) -> str:
-    """Bytes for a person: GiB from a tenth of one up, MiB below."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.3f} MiB"
-
-
-def require_space(
-    path: Path, needed: int, *, kind: Callable[..., Exception], what: str, fix: str, files: int = 32
-) -> None:
-    """Refuse to begin what the disk has no room for, in bytes or in files.
-
-    Args:
-        path: what will be written, or where; it need not exist yet.
-        needed: bytes that must be free.
-        kind: the error to raise: any ``FinetuneError``.
-        what: the subject of the message, such as ``the checkpoint``.
-        fix: how to make room.
-        files: how many files and folders will be made, at most.
-
-    Raises:
-        Exception: of ``kind``, with the path, what is needed and what is free.
-    """
-    free = free_space(path)
-    if free < needed:
-        raise kind(
-            f"{what} needs {human_size(needed)} and the disk has {human_size(free)} free", where=str(path), fix=fix
-        )
-    room = free_files(path)
-    if room is not None and room < files:
-        raise kind(
-            f"{what} makes up to {files:,} files and the disk has room for {room:,} more (`df -i`), whatever its bytes",
-            where=str(path),
-            fix=fix,
-        )
-
-
-def free_space(path: Path) -> int:
-    """Bytes that this user may still write on the disk of ``path`` or of the nearest folder above that exists."""
-    return shutil.disk_usage(_existing(path)).free
-
-
-def free_files(path: Path) -> int | None:
-    """Files that may still be made there (inodes); None where the file system does not count them."""
-    if not hasattr(os, "statvfs"):
-        return None
-    status = os.statvfs(_existing(path))
-    return status.f_favail if status.f_files > 0 else None
-
-
-def _existing(path: Path) -> Path:
-    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-
-
-def disk_fix(error: OSError) -> str:
-    """What a person can do about a failed write, by its error number."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "make room, in bytes or in files (`df -h`, `df -i`, quotas of either), and run the same command again"
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "let the process open more files (`ulimit -n`) and run the same command again"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "make the folder writable, or choose another one, and run the same command again"
-    if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        return "a part of the path is a file: choose another folder"
-    return "look at the disk or the network drive (the kernel's log says more), then run the same command again"
-
-
-# -------- Files that appear whole or not at all, and digests of what they hold.
-#
-# Everything this package writes itself goes through five calls to the operating system (``_create``, ``_write``,
-# ``_sync``, ``_rename``, ``_mkdir``), so that a test can let each of them fail in turn (``tests/broken_disk.py``).
+from finetune.core.types import GIB, MIB
 
 COMPLETE = "COMPLETE"
 """Name of the marker file that ``publish_dir`` writes last into a directory."""
@@ -97,7 +26,13 @@ PARTIAL = ".partial"
 _REPLACED = f".old{PARTIAL}"
 """Ending of a directory whose successor is about to take its name."""
 
-_CHUNK = 1 << 22
+TRAINABLE = "trainable.safetensors"
+"""In checkpoints and fault reports: what trains, by the names of the model's parameters."""
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""In exports: an adapter, as diffusers names it."""
+
+CHUNK = 1 << 22
 """Bytes hashed and written at a time, while they are in the processor's cache."""
 
 
@@ -138,7 +73,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> str:
         OSError: the old file stands then, and nothing is left of the new one. (Only if the very last step fails, the
             flush of the directory, does the new one stand already.)
     """
-    return _atomically(path, [memoryview(content)])
+    return atomic_write(path, [memoryview(content)])
 
 
 def atomic_write_text(path: Path, content: str) -> str:
@@ -146,22 +81,8 @@ def atomic_write_text(path: Path, content: str) -> str:
     return atomic_write_bytes(path, content.encode("utf-8"))
 
 
-def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file atomically; see ``atomic_write_bytes``.
-
-    Tensors come to the CPU one at a time and are hashed on their way to the disk, so that a checkpoint of 40 GB neither
-    needs 40 GB of host memory nor is read again for its checksum. Equal arguments give equal bytes.
-
-    Raises:
-        OSError: as ``atomic_write_bytes``.
-        TypeError: if a tensor is of a dtype that safetensors does not hold.
-    """
-    from finetune.core.tensor_files import layout  # which imports torch
-
-    return _atomically(path, layout(tensors, metadata or {}))
-
-
-def _atomically(path: Path, parts: Iterable[memoryview]) -> str:
+def atomic_write(path: Path, parts: Iterable[memoryview]) -> str:
+    """``atomic_write_bytes`` of parts laid end to end, each made when the one before is written."""
     _make_folders(path.parent)
     # The name is unique per writer, so two processes that write the same file cannot mix their bytes.
     partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
@@ -170,8 +91,8 @@ def _atomically(path: Path, parts: Iterable[memoryview]) -> str:
         descriptor = _create(partial)
         try:
             for part in parts:
-                for first in range(0, len(part), _CHUNK):
-                    chunk = part[first : first + _CHUNK]
+                for first in range(0, len(part), CHUNK):
+                    chunk = part[first : first + CHUNK]
                     digest.update(chunk)
                     _write(descriptor, chunk)
             _sync(descriptor)
@@ -316,10 +237,72 @@ def is_complete(path: Path) -> bool:
     return (path / COMPLETE).is_file()
 
 
-def from_here(path: Path) -> str:
-    """How commands and code that are typed in the current folder name a path: below it, without what leads to it."""
-    here = Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+# ------------------------------------------------------------------------------------------------------- room on a disk
+
+
+def human_size(size: int) -> str:
+    """Bytes for a person: GiB from a tenth of one up, MiB below."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / MIB:.3f} MiB"
+
+
+def require_space(
+    path: Path, needed: int, *, kind: Callable[..., Exception], what: str, fix: str, files: int = 32
+) -> None:
+    """Refuse to begin what the disk has no room for, in bytes or in files.
+
+    Args:
+        path: what will be written, or where; it need not exist yet.
+        needed: bytes that must be free.
+        kind: the error to raise: any ``FinetuneError``.
+        what: the subject of the message, such as ``the checkpoint``.
+        fix: how to make room.
+        files: how many files and folders will be made, at most.
+
+    Raises:
+        Exception: of ``kind``, with the path, what is needed and what is free.
+    """
+    free = free_space(path)
+    if free < needed:
+        raise kind(
+            f"{what} needs {human_size(needed)} and the disk has {human_size(free)} free", where=str(path), fix=fix
+        )
+    room = free_files(path)
+    if room is not None and room < files:
+        raise kind(
+            f"{what} makes up to {files:,} files and the disk has room for {room:,} more (`df -i`), whatever its bytes",
+            where=str(path),
+            fix=fix,
+        )
+
+
+def free_space(path: Path) -> int:
+    """Bytes that this user may still write on the disk of ``path`` or of the nearest folder above that exists."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def free_files(path: Path) -> int | None:
+    """Files that may still be made there (inodes); None where the file system does not count them."""
+    if not hasattr(os, "statvfs"):
+        return None
+    status = os.statvfs(_existing(path))
+    return status.f_favail if status.f_files > 0 else None
+
+
+def _existing(path: Path) -> Path:
+    return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+
+
+def disk_fix(error: OSError) -> str:
+    """What a person can do about a failed write, by its error number."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "make room, in bytes or in files (`df -h`, `df -i`, quotas of either), and run the same command again"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "let the process open more files (`ulimit -n`) and run the same command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "make the folder writable, or choose another one, and run the same command again"
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return "a part of the path is a file: choose another folder"
+    return "look at the disk or the network drive (the kernel's log says more), then run the same command again"
 
 
 def require_writable(folder: Path, *, kind: Callable[..., Exception], what: str, where: str) -> None:
@@ -337,51 +320,7 @@ def require_writable(folder: Path, *, kind: Callable[..., Exception], what: str,
         raise kind(said, where=where, fix=disk_fix(error)) from error
 
 
-# ------------------------------------------------------------------------------------------------------------ digests
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def digest_of(value: Any) -> str:
-    """A 128-bit hexadecimal digest of a JSON-serialisable value: its identity (blake2b)."""
-    return hashlib.blake2b(canonical_json(value).encode("utf-8"), digest_size=16).hexdigest()
-
-
-def digest_file(path: Path, *others: Any) -> str:
-    """A 128-bit hexadecimal digest of a file's bytes: their identity (blake2b); about 1 GB/s.
-
-    ``others``, further digests of ``hashlib``, are updated on the way.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as source:
-        while chunk := source.read(_CHUNK):
-            for one in (digest, *others):
-                one.update(chunk)
-    return digest.hexdigest()
-
-
-def checksum_bytes(*parts: bytes | memoryview) -> str:
-    """A 128-bit hexadecimal checksum of the parts' bytes laid end to end (xxh3, tens of GB/s).
-
-    Against damage, not against forgery: who can change a file on purpose can change its checksum as well.
-    """
-    digest = xxhash.xxh3_128()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def checksum_file(path: Path) -> str:
-    """``checksum_bytes`` of a file."""
-    digest = xxhash.xxh3_128()
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as source:
-        while count := source.readinto(buffer):
-            digest.update(buffer[:count])
-    return digest.hexdigest()
+# ---------------------------------------------------------------------------------------------------------------- paths
 
 
 def user_folder() -> Path:
@@ -390,3 +329,9 @@ def user_folder() -> Path:
     # The specification has relative paths ignored.
     base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"
     return base / "cogvideox-finetune"
+
+
+def from_here(path: Path) -> str:
+    """How commands and code that are typed in the current folder name a path: below it, without what leads to it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

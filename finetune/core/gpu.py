@@ -6,11 +6,10 @@ import os
 import re
 
 from finetune.core.errors import ConfigError
+from finetune.core.types import GIB, MIB
 
 OVERHEAD_GIB = 1.2
 """What a CUDA context, libraries' workspaces and fragmentation take beside the tensors of a training."""
-
-GIB = 2**30
 
 NCCL_BYTES = 32 * 2 * (4096 + 4800 + 512) * 1024
 """More, where several processes train: at most 32 channels, each with two neighbours, and for each the buffers of
@@ -19,7 +18,7 @@ NCCL's three protocols. From the defaults in NCCL's source; few machines take al
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Variables that torch reads its allocator's settings from; the first is torch's name for it from 2.9 on."""
 
-_UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": GIB, "mib": 2**20, "mb": 2**20, "tib": 2**40, "tb": 2**40}
+_UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": GIB, "mib": MIB, "mb": MIB, "tib": 1024 * GIB, "tb": 1024 * GIB}
 """Memory is made in powers of two whatever it is called: a card of "24 GB" has 24 GiB."""
 
 

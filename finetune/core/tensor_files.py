@@ -1,4 +1,4 @@
-"""The layout of a safetensors file, so that one can be written, and hashed on the way, tensor by tensor.
+"""Writing safetensors files tensor by tensor, with their checksum taken on the way.
 
 The library's own writer wants all tensors in host memory at once, and tells nobody what it wrote. Files are read by the
 library.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
+
+from finetune.core.checksums import checksum_bytes, checksum_parts
+from finetune.core.files import atomic_write
 
 DTYPES: Mapping[torch.dtype, str] = {
     torch.float64: "F64",
@@ -34,10 +37,23 @@ DTYPES: Mapping[torch.dtype, str] = {
 }
 """The library's names."""
 
-BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
-BY_SHORT_NAME = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""As a configuration and a cache address name them."""
+
+def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file as ``files.atomic_write_bytes`` does; equal arguments give equal bytes.
+
+    Tensors come to the CPU one at a time and are hashed on their way to the disk, so that a checkpoint of 40 GB neither
+    needs 40 GB of host memory nor is read again for its checksum.
+
+    Returns:
+        The file's ``checksum_file``.
+
+    Raises:
+        OSError: as ``atomic_write_bytes``.
+        TypeError: if a tensor is of a dtype that safetensors does not hold.
+    """
+    return atomic_write(path, layout(tensors, metadata or {}))
 
 
 def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
@@ -54,18 +70,29 @@ def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     text = _header(names, tensors, metadata)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in names:
-        tensor = tensors[name].detach()
+        tensor = tensors[name]
         gather = getattr(tensor, "full_tensor", None)  # of one that is spread over processes
-        ready = (tensor if gather is None else gather()).to("cpu").contiguous()
-        yield ready.reshape(-1).view(torch.uint8).numpy().data
+        yield _content(tensor if gather is None else gather())
+
+
+def _content(tensor: Tensor) -> memoryview:
+    """A tensor's bytes, on the CPU, in the order of its elements."""
+    content: memoryview = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return content
 
 
 def checksum_tensor(tensor: Tensor) -> str:
-    """The xxh3-128 of a tensor's dtype, shape and content, in hexadecimal."""
-    whole = tensor.detach().cpu().contiguous().reshape(-1)
-    digest = xxhash.xxh3_128(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(whole.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    """The checksum of a tensor's dtype, shape and content."""
+    return checksum_bytes(f"{tensor.dtype} {list(tensor.shape)}".encode(), _content(tensor))
+
+
+def weights_digest(tensors: Mapping[str, Tensor]) -> str:
+    """One number for named tensors, whoever holds them: the checksum of their safetensors file.
+
+    It is that of ``trainable.safetensors`` in a checkpoint of one file. Shares of sharded tensors are put together for
+    it, one tensor at a time, so all processes that hold some must call this.
+    """
+    return checksum_parts(layout(tensors, {}))
 
 
 def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:

@@ -10,12 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+GIB = 2**30
+
+MIB = 2**20
+
+DtypeName = Literal["bf16", "fp16", "fp32"]
+"""What weights are held and computed in, as configurations name it."""
+
+
+def torch_dtype(name: DtypeName) -> torch.dtype:
+    """Torch's dtype of this name."""
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
+
+
+DTYPE_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+"""Of one number."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +168,7 @@ class RunState:
     best_heldout_loss: float | None = None
     best_step: int | None = None
     weights: str = ""
-    """``determinism.weights_digest`` of what trains, in a saved state: equal where two runs are equal, bit for bit."""
+    """``tensor_files.weights_digest`` of what trains, in a saved state: equal where two runs are equal, bit for bit."""
     base: str = ""
     """``cogvideox.base_digest`` of the transformer that is fine-tuned; empty in states from before it was recorded."""
 

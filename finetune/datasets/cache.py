@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import Field
 
+from finetune.core.checksums import canonical_json, digest_of
 from finetune.core.errors import CacheError
-from finetune.core.files import atomic_write_bytes, canonical_json, digest_of, disk_fix, free_space, human_size
-from finetune.core.types import CacheEntry, Strict
+from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
+from finetune.core.types import CacheEntry, DtypeName, Strict, torch_dtype
 from finetune.datasets import cache_admin, cache_entries
 from finetune.datasets.cache_entries import (
-    Dtype,
     FileStamp,
     Kind,
     Manifest,
@@ -159,7 +159,7 @@ class CacheConfig(Strict):
     image_draws: int = Field(4, ge=1, le=64)
     """Image-to-video: how many noise-augmented encodings of each clip's first frame are stored; training picks one at
     random each time."""
-    latents_dtype: Dtype = "fp16"
+    latents_dtype: DtypeName = "fp16"
     """Precision of stored latents. fp16 keeps 11 significant bits, far finer than the VAE's own noise; bf16 keeps 8."""
     decode_workers: int | None = Field(None, ge=0, le=64)
     """Processes that decode videos ahead of the encoder; left out: one per two CPU cores, at most 4. 0 decodes in the
@@ -233,9 +233,7 @@ class Cache:
         Raises:
             CacheError: if a value is not finite, in the encoder's output or after rounding to the stored dtype.
         """
-        from finetune.core.tensor_files import BY_SHORT_NAME
-
-        dtype = BY_SHORT_NAME[address["dtype"]]
+        dtype = torch_dtype(address["dtype"])
         tensors = {"latents_mean": mean.to(dtype), "latents_std": std.to(dtype)}
         if image_latents is not None:
             tensors["image_latents"] = image_latents.to(dtype)

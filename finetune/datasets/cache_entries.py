@@ -17,52 +17,24 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import xxhash
 
 from finetune.cogvideox.model_files import hub_sha256
+from finetune.core.checksums import (
+    NO_CHECKSUM,
+    canonical_json,
+    checksum_bytes,
+    checksum_fits,
+    checksummed_json,
+    digest_file,
+    digest_of,
+    insert_checksum,
+    parse_checksummed_json,
+)
 from finetune.core.errors import CacheError, DataError
-from finetune.core.files import atomic_write_bytes, canonical_json, checksum_bytes, digest_file, digest_of
-from finetune.core.types import Bucket, ClipPlan
+from finetune.core.files import atomic_write_bytes
+from finetune.core.types import Bucket, ClipPlan, DtypeName
 from finetune.datasets.geometry import parse_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-ZEROS = b"0" * 32
-"""What stands in the place of a checksum while it is taken."""
-
-_OPENING = b'{"checksum":"'
-
-
-def seal(text: str) -> bytes:
-    """The file of a JSON object, with its checksum as the first member.
-
-    Args:
-        text: a JSON object with at least one member.
-    """
-    body = _OPENING + ZEROS + b'",' + text[1:].encode("utf-8")
-    return fill(body, len(_OPENING))
-
-
-def unseal(content: bytes) -> dict[str, Any]:
-    """The object in a file that ``seal`` made, ``checksum`` included.
-
-    Raises:
-        ValueError: if it is not, to the bit, what was written.
-    """
-    if not content.startswith(_OPENING) or not is_filled(content, len(_OPENING)):
-        raise ValueError("its checksum does not fit")
-    value: dict[str, Any] = json.loads(content)
-    return value
-
-
-def fill(content: bytes, at: int) -> bytes:
-    """``content`` with the 32 zeros at ``at`` replaced by the checksum of the whole."""
-    return content[:at] + checksum_bytes(content).encode("ascii") + content[at + len(ZEROS) :]
-
-
-def is_filled(content: bytes | memoryview, at: int) -> bool:
-    """Whether the 32 characters at ``at`` are the checksum of ``content`` with zeros in their place."""
-    whole = memoryview(content)
-    end = at + len(ZEROS)
-    return bytes(whole[at:end]) == checksum_bytes(whole[:at], ZEROS, whole[end:]).encode("ascii")
 
 
 def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
@@ -196,7 +168,7 @@ class Manifest:
         return {item.prompt_key for item in self.items} | {self.empty_prompt_key} | set(self.prompts.values())
 
     def to_bytes(self, base: Path) -> bytes:
-        """Its file: one sealed JSON document, with paths in ``base`` written relative to it."""
+        """Its file: one JSON document with its checksum, with paths in ``base`` written relative to it."""
         content = {
             "format": FORMAT,
             "complete": self.complete,
@@ -215,7 +187,7 @@ class Manifest:
             "notes": self.notes,
             "kept": self.kept,
         }
-        return seal(json.dumps(content, ensure_ascii=False, indent=1))
+        return checksummed_json(json.dumps(content, ensure_ascii=False, indent=1))
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], base: Path) -> Manifest:
@@ -288,7 +260,7 @@ def manifest_fault(content: bytes, name: str) -> str:
     if content.startswith(_OPENING_OF_1):
         return ""
     try:
-        request = unseal(content)["request"]
+        request = parse_checksummed_json(content)["request"]
     except ValueError as error:
         return str(error)
     return "" if digest_of(request) == name else "it is another manifest under this name"
@@ -317,7 +289,7 @@ def read_content(path: Path) -> dict[str, Any] | None:
         )
     if text.startswith(_OPENING_OF_1):
         return None
-    content = unseal(text)
+    content = parse_checksummed_json(text)
     number = content["format"]
     if number > FORMAT:
         raise CacheError(
@@ -330,12 +302,6 @@ def read_content(path: Path) -> dict[str, Any] | None:
 
 # -------- What an entry of the cache is: the address that decides its tensors, and a file that can prove itself whole.
 
-Dtype = Literal["fp16", "bf16", "fp32"]
-
-BYTES: Mapping[Dtype, int] = {"fp16": 2, "bf16": 2, "fp32": 4}
-"""Of one number."""
-
-
 # ------------------------------------------------------------------------------------------------------- addresses
 
 
@@ -347,7 +313,7 @@ def latents_address(
     pixel_rule: str,
     vae: str,
     vae_dtype: str,
-    latents_dtype: Dtype,
+    latents_dtype: DtypeName,
     image_draws: int | None,
     corrections: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -422,8 +388,8 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     from finetune.core.tensor_files import layout
 
     data = list(layout(tensors, {}))[1:]
-    sealed = {"checksum": ZEROS.decode("ascii"), "data_checksum": checksum_bytes(*data), **metadata}
-    header = fill(bytes(next(layout(tensors, sealed))), _CHECKSUM_AT)
+    checked = {"checksum": NO_CHECKSUM.decode("ascii"), "data_checksum": checksum_bytes(*data), **metadata}
+    header = insert_checksum(bytes(next(layout(tensors, checked))), _CHECKSUM_AT)
     return b"".join([header, *data])
 
 
@@ -495,10 +461,10 @@ def _fill(entry: BinaryIO, part: memoryview) -> int:
 
 
 def _tensor(data: Tensor, part: Mapping[str, Any]) -> Tensor:
-    from finetune.core.tensor_files import BY_NAME
+    from finetune.core.tensor_files import DTYPES_BY_NAME
 
     begin, end = part["data_offsets"]
-    return data[begin:end].view(BY_NAME[part["dtype"]]).view(part["shape"])
+    return data[begin:end].view(DTYPES_BY_NAME[part["dtype"]]).view(part["shape"])
 
 
 def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:
@@ -526,7 +492,7 @@ def _checked_header(header: bytes, key: str) -> dict[str, Any]:
     """The JSON of a header, found whole and of this key."""
     if len(header) < 8 or len(header) != _header_end(header):
         raise ValueError("it is cut off")
-    if header[8:_CHECKSUM_AT] != _ENTRIES_OPENING or not is_filled(header, _CHECKSUM_AT):
+    if header[8:_CHECKSUM_AT] != _ENTRIES_OPENING or not checksum_fits(header, _CHECKSUM_AT):
         raise ValueError("its header is not what was written")
     parsed: dict[str, Any] = json.loads(header[8:])
     if parsed["__metadata__"]["key"] != key:
@@ -573,7 +539,7 @@ def _stamp_file(path: Path, memos: Path) -> FileStamp:
         return FileStamp(status.st_size, -1, digest)
     stamp = FileStamp(status.st_size, status.st_mtime_ns, digest)
     with suppress(OSError):  # a cache that cannot be written to can still be read
-        atomic_write_bytes(memo, seal(canonical_json({"path": name, **asdict(stamp)})))
+        atomic_write_bytes(memo, checksummed_json(canonical_json({"path": name, **asdict(stamp)})))
     return stamp
 
 
@@ -593,7 +559,7 @@ def _digest(path: Path) -> str:
 
 def _remembered(memo: Path) -> Mapping[str, Any]:
     try:
-        return unseal(memo.read_bytes())
+        return parse_checksummed_json(memo.read_bytes())
     except (OSError, ValueError):
         return {}  # none, or a damaged one: the digest is taken anew
 

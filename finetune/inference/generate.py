@@ -32,10 +32,10 @@ from finetune.cogvideox.load import (
 )
 from finetune.cogvideox.model_files import json_folder, pin_revision
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.core.determinism import training_state_untouched
 from finetune.core.distributed import compute_device
 from finetune.core.errors import ConfigError, FinetuneError, is_out_of_memory, raise_all
 from finetune.core.files import require_writable
+from finetune.core.rng import training_state_untouched
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket
 from finetune.datasets.geometry import parse_bucket

@@ -15,19 +15,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from finetune.checkpoint.folders import TRAINABLE, step_folders
+from finetune.checkpoint.folders import step_folders
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cogvideox.model_files import canonical_name, known_model, published_variant, read_json
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.checksums import DamageError, read_published
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, raise_all
-from finetune.core.files import COMPLETE
+from finetune.core.files import COMPLETE, LORA_FILE, TRAINABLE
 from finetune.core.text import holds_word, text_fault
 from finetune.core.types import Bucket, SamplePrompt
 from finetune.methods.adapter import COMPONENT, METADATA_KEY, foreign_layout
-
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"
-"""Name of an adapter's file in its folder: diffusers' own."""
 
 TRAINING_RECORD = "finetune.json"
 """Beside an export's weights: what it was trained on and with, for programs (the model card is for people)."""
@@ -51,7 +48,7 @@ class AdapterArgument:
     @property
     def file(self) -> Path:
         """The safetensors file itself."""
-        return self.path / ADAPTER_FILE if self.path.is_dir() else self.path
+        return self.path / LORA_FILE if self.path.is_dir() else self.path
 
 
 @dataclass(frozen=True)
@@ -390,7 +387,7 @@ def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
         if path.is_dir() and (known := foreign_layout([], path)):
             raise ConfigError(known[0], where=where, fix=known[1])
         raise ConfigError(
-            f"the folder holds no {ADAPTER_FILE}" if path.is_dir() else "there is no such file or folder",
+            f"the folder holds no {LORA_FILE}" if path.is_dir() else "there is no such file or folder",
             where=where,
             fix="give a LoRA safetensors file, an export's folder, a checkpoint or a run's folder",
         )

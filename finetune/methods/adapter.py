@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.core.checksums import DamageError, read_published
 from finetune.core.errors import CheckpointError, ConfigError
-from finetune.core.files import COMPLETE
+from finetune.core.files import COMPLETE, LORA_FILE, TRAINABLE
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,12 +87,6 @@ def count_lines(transformer: nn.Module) -> list[tuple[str, str]]:
 
 
 # -------- Reading a LoRA adapter from disk, whoever wrote it.
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
-"""The adapter file of an export, as diffusers names it."""
-
-CHECKPOINT_FILE = "trainable.safetensors"
-"""The trainable tensors of one of our checkpoints (``checkpoint.TRAINABLE``; a test keeps the two equal)."""
 
 METADATA_KEY = "lora_adapter_metadata"
 """Header entry under which diffusers keeps an adapter's settings."""
@@ -173,19 +167,19 @@ def read_adapter(source: Path) -> Adapter:
     from safetensors import SafetensorError
 
     where = f"method.init_from: {source}"
-    candidates = [source / LORA_FILE, source / CHECKPOINT_FILE] if source.is_dir() else [source]
+    candidates = [source / LORA_FILE, source / TRAINABLE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         if source.is_dir() and (known := foreign_layout([], source)):
             raise ConfigError(known[0], where=where, fix=known[1])
-        if (source / CHECKPOINT_FILE.removesuffix(".safetensors")).is_dir():
+        if (source / TRAINABLE.removesuffix(".safetensors")).is_dir():
             raise ConfigError(
                 "this checkpoint was written in shares by several processes, and an adapter is read from one file",
                 where=where,
                 fix=f"run `finetune export {source} --output FOLDER` and name that folder",
             )
         raise ConfigError(
-            f"there is no adapter: the folder holds neither {LORA_FILE} nor {CHECKPOINT_FILE}"
+            f"there is no adapter: the folder holds neither {LORA_FILE} nor {TRAINABLE}"
             if source.is_dir()
             else "there is no such file or folder",
             where=where,

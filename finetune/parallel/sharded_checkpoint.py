@@ -24,13 +24,13 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from finetune.checkpoint.folders import EMA, OPTIMIZER, TRAINABLE, CheckpointConfig
+from finetune.checkpoint.folders import EMA, OPTIMIZER, CheckpointConfig
 from finetune.checkpoint.load import HEADER, OFFSETS, part_of
 from finetune.checkpoint.save import publish_checkpoint
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import ConfigError, FinetuneError
-from finetune.core.files import atomic_save_tensors
-from finetune.core.tensor_files import file_bytes
+from finetune.core.files import TRAINABLE
+from finetune.core.tensor_files import atomic_save_tensors, file_bytes
 from finetune.core.types import RunState
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint.load import LoadedCheckpoint
+from finetune.core.checksums import checksum_bytes
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import TrainingError
-from finetune.core.files import checksum_bytes
 from finetune.methods.adapter import load_strictly
 from finetune.optim.optimizers import OptimizerConfig
 from finetune.optim.state import OptimizerState, load_optimizer_state, optimizer_state, precise_weights

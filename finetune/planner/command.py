@@ -15,10 +15,11 @@ import torch
 
 from finetune.config.rules import memory_errors, memory_traits, require_valid
 from finetune.config.schema import RunConfig
-from finetune.core.determinism import DETERMINISTIC_WORKSPACE
 from finetune.core.errors import ConfigError, first_line, raise_all
 from finetune.core.files import require_writable
-from finetune.core.gpu import GIB, amount, parse_bytes, to_gib, usable
+from finetune.core.gpu import amount, parse_bytes, to_gib, usable
+from finetune.core.rng import DETERMINISTIC_WORKSPACE
+from finetune.core.types import GIB
 from finetune.memory.config import MemoryConfig
 from finetune.planner.cost_model import (
     OF_ANOTHER,

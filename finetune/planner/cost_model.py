@@ -21,8 +21,8 @@ from torch.nn import functional
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.files import atomic_write_text, user_folder
-from finetune.core.gpu import GIB, NCCL_BYTES, OVERHEAD_GIB, to_gib
-from finetune.core.types import Strict
+from finetune.core.gpu import NCCL_BYTES, OVERHEAD_GIB, to_gib
+from finetune.core.types import GIB, Strict
 from finetune.memory.config import MemoryConfig
 from finetune.methods.lora import LoraMethod
 

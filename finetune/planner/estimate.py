@@ -23,7 +23,7 @@ from finetune.cogvideox.model_files import CONFIG_FILES, json_folder
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
-from finetune.core.files import digest_file
+from finetune.core.checksums import digest_file
 from finetune.core.types import Batch, Bucket
 from finetune.inference.generate import decodes_in_tiles
 from finetune.memory.host_buffers import label_buffer

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import RunConfig
-from finetune.core.gpu import GIB, OVERHEAD_GIB, to_gib
+from finetune.core.gpu import OVERHEAD_GIB, to_gib
+from finetune.core.types import GIB
 from finetune.planner.cost_model import OTHER, beside_tensors
 from finetune.planner.estimate import Estimate
 from finetune.planner.memory_tracker import Phase, rank_of

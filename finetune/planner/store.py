@@ -12,7 +12,8 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.config.schema import RunConfig
-from finetune.core.files import atomic_write_text, digest_file, digest_of, user_folder
+from finetune.core.checksums import digest_file, digest_of
+from finetune.core.files import atomic_write_text, user_folder
 from finetune.planner.estimate import Estimate, estimate
 from finetune.planner.memory_tracker import Phase
 from finetune.planner.phases import PHASES, EstimatedPart, PhaseName

@@ -24,8 +24,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.core.errors import ConfigError, DataError
-from finetune.core.files import atomic_save_tensors, atomic_write_bytes, atomic_write_text, publish_dir
+from finetune.core.files import atomic_write_bytes, atomic_write_text, publish_dir
 from finetune.core.rng import seed_for
+from finetune.core.tensor_files import atomic_save_tensors
 
 FRAMES, SIZE, FPS = 9, 64, 8
 """Frames of a clip, its height and width in pixels, its frames per second."""

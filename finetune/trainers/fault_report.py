@@ -1,7 +1,7 @@
 """The report of a loss or gradient that is not finite, for ``finetune replay``: of a step, or of a measurement.
 
 ``<run>/reports/nonfinite-step-00000123/`` (or ``nonfinite-heldout-00000123``) holds ``report.json``,
-``trainable.safetensors`` (the weights it was computed with) and a seal over both (``seals``). Nothing in it runs code
+``trainable.safetensors`` (the weights it was computed with) and a checksum of both. Nothing in it runs code
 when it is read.
 """
 
@@ -19,17 +19,10 @@ from torch import Tensor
 
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import resolve_pretrained
-from finetune.core.checksums import ChecksummedFolder, DamageError, write_checksums
+from finetune.core.checksums import ChecksummedFolder, DamageError, checksum_file, folder_checksums
 from finetune.core.errors import FinetuneError, TrainingError, first_line
-from finetune.core.files import (
-    atomic_save_tensors,
-    atomic_write_text,
-    checksum_file,
-    free_space,
-    human_size,
-    publish_dir,
-)
-from finetune.core.tensor_files import file_bytes
+from finetune.core.files import TRAINABLE, atomic_write_text, free_space, human_size, publish_dir
+from finetune.core.tensor_files import atomic_save_tensors, file_bytes
 from finetune.datasets.cache_entries import ManifestItem
 from finetune.memory.config import MemoryConfig
 from finetune.trainers.run import Run
@@ -38,8 +31,6 @@ from finetune.trainers.tracking import GatheredStep
 FOLDER = "reports"
 
 REPORT = "report.json"
-
-WEIGHTS = "trainable.safetensors"
 
 FORMAT = 1
 """Raised whenever an older reader would misread a newer report."""
@@ -303,8 +294,8 @@ def _write(path: Path, report: Report, tensors: dict[str, Tensor]) -> str:
     def fill(folder: Path) -> str:
         known = {REPORT: atomic_write_text(folder / REPORT, report.model_dump_json(indent=1) + "\n")}
         if tensors:
-            known[WEIGHTS] = atomic_save_tensors(folder / WEIGHTS, tensors)
-        return write_checksums(folder, known)
+            known[TRAINABLE] = atomic_save_tensors(folder / TRAINABLE, tensors)
+        return folder_checksums(folder, known)
 
     publish_dir(path, fill)
     return ""
@@ -329,15 +320,15 @@ def read_report(path: Path) -> tuple[Report, dict[str, Tensor]]:
         TrainingError: if it is no report, is damaged, or is of a later version of this package.
     """
     try:
-        sealed = ChecksummedFolder.open(path)
-        content = sealed.read_json(REPORT)
+        contents = ChecksummedFolder.open(path)
+        content = contents.read_json(REPORT)
         if isinstance(content, dict) and isinstance(content.get("format"), int) and content["format"] > FORMAT:
             raise TrainingError(
                 f"the report has format {content['format']}, this version reads {FORMAT}",
                 where=str(path),
                 fix="update cogvideox-finetune",
             )
-        return Report.model_validate(content), sealed.read_tensors(WEIGHTS) if WEIGHTS in sealed else {}
+        return Report.model_validate(content), contents.read_tensors(TRAINABLE) if TRAINABLE in contents else {}
     except (DamageError, OSError, ValidationError) as error:
         raise TrainingError(
             f"the report cannot be read: {first_line(error)}",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,8 @@ from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
 from finetune.core.rng import seed_for
-from finetune.core.tensor_files import BY_SHORT_NAME
 from finetune.core.text import shown
-from finetune.core.types import Batch
+from finetune.core.types import Batch, DtypeName, torch_dtype
 from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, to_device
 from finetune.datasets.schedule import MicroBatch
@@ -214,7 +213,7 @@ def _table(samples: tuple[Replayed, ...]) -> list[str]:
 def replay(
     path: Path,
     *,
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None,
+    dtype: DtypeName | None = None,
     device: str | None = None,
     pretrained: str | None = None,
     cache: Path | None = None,
@@ -238,7 +237,7 @@ def replay(
     spec = read_spec(config.model.pretrained, config.model.revision)
     _require_same_model(report, config)
     batches = _batches(report, config, spec)
-    compute = BY_SHORT_NAME[dtype] if dtype else getattr(torch, report.dtype)
+    compute = torch_dtype(dtype) if dtype else getattr(torch, report.dtype)
     place = compute_device(device)
     try:
         module, parameters = _rebuild(report, config, weights, place, compute)

@@ -25,10 +25,10 @@ from finetune.cogvideox.objective import sample_timestep
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
-from finetune.core.determinism import weights_digest
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import TrainingError
 from finetune.core.files import from_here
+from finetune.core.tensor_files import weights_digest
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest

@@ -15,9 +15,9 @@ import torch
 from finetune.caching.encode import release_memory
 from finetune.checkpoint.validation_history import round_folder, sample_name
 from finetune.cogvideox.load import load_scheduler, load_vae
-from finetune.core.determinism import training_state_untouched
 from finetune.core.errors import FinetuneError, first_line
 from finetune.core.files import from_here
+from finetune.core.rng import training_state_untouched
 from finetune.core.types import SamplePrompt
 from finetune.datasets.schedule import is_due
 from finetune.inference.generate import SampleRequest, sample_videos

@@ -32,7 +32,6 @@ from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import memory_errors, memory_traits, pin_model, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core import locks
-from finetune.core.determinism import repeatable, repeats
 from finetune.core.distributed import ProcessGroup, on_cpu, plain_launch
 from finetune.core.errors import (
     CheckpointError,
@@ -46,6 +45,7 @@ from finetune.core.errors import (
 from finetune.core.files import atomic_write_text, disk_fix
 from finetune.core.gpu import grow_segments
 from finetune.core.locks import Holder, Lease
+from finetune.core.rng import deterministic_kernels, repeatability
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import WARNING, Manifest
@@ -364,7 +364,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         FinetuneError: of the kind that names what has to be mended, before any training.
     """
     # Both before anything touches a GPU.
-    cleanup.enter_context(repeatable(config.train.deterministic))
+    cleanup.enter_context(deterministic_kernels(config.train.deterministic))
     grow_segments()
     launch = read_launch(os.environ)
     ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
@@ -640,7 +640,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("device", f"{run.device} ({_device_name(run.device)})"),
         *([("peak memory", run.prediction.said)] if run.prediction is not None else []),
         ("seed", str(config.train.seed)),
-        ("repeatable", repeats(config.train.deterministic, run.device)),
+        ("repeatable", repeatability(config.train.deterministic, run.device)),
     ]
 
 

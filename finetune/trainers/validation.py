@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from finetune.checkpoint.validation_history import HISTORY, Measurement, read_history
-from finetune.core.determinism import training_state_untouched
 from finetune.core.distributed import ProcessGroup
 from finetune.core.files import atomic_write_text
-from finetune.core.rng import seed_for
+from finetune.core.rng import seed_for, training_state_untouched
 from finetune.core.types import Batch, RunState
 from finetune.datasets.dataloader import BatchMaker, to_device
 from finetune.datasets.schedule import is_due

@@ -15,7 +15,7 @@ def plain_writes() -> None:
 
     def instead(_: Callable[..., Any]) -> Callable[..., Any]:
         def write(path: Path, parts: Iterable[memoryview]) -> str:
-            from finetune.core.files import checksum_bytes
+            from finetune.core.checksums import checksum_bytes
 
             path.parent.mkdir(parents=True, exist_ok=True)
             content = b"".join(parts)
@@ -27,7 +27,7 @@ def plain_writes() -> None:
 
         return write
 
-    replace_everywhere("finetune.core.files:_atomically", instead)
+    replace_everywhere("finetune.core.files:atomic_write", instead)
 
 
 def forgotten_optimizer() -> None:
