@@ -272,6 +272,11 @@ def pin_revision(pretrained: str, revision: str | None = None) -> str | None:
     return folder.name
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can be that of a model on the hub, and is no folder."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+
+
 def is_commit(revision: str | None) -> bool:
     """Whether this is the whole name of a commit, which never stands for anything else: 40 hexadecimal digits."""
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None

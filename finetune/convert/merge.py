@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.core.tensor_files import checksum_tensor
-
-ADAPTER = "default"
-"""The adapter's name in the transformers handled here; it is no part of any file."""
+from finetune.methods.lora import ADAPTER
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Merged:
 
 def set_strength(transformer: nn.Module, strength: float) -> None:
     """Let the adapter count ``strength`` times what it was trained at, as ``pipeline.set_adapters`` does."""
-    for _, layer in _adapted(transformer):
+    for _, layer in adapted_layers(transformer):
         layer.set_scale(ADAPTER, strength)
 
 
@@ -52,16 +49,14 @@ def merge(transformer: nn.Module, strength: float) -> Merged:
         strength: as ``set_strength`` takes it. 0 gives the base's own weights, bit for bit, with DoRA too.
     """
     lost, update = 0.0, 0.0
-    for _, layer in _adapted(transformer):
-        if strength == 0:
-            continue
+    for _, layer in adapted_layers(transformer) if strength != 0 else ():
         layer.set_scale(ADAPTER, strength)
         weight: Tensor = layer.base_layer.weight
         exact = _merged_weight(layer)
-        stored = exact.to(weight.dtype)
-        lost += (stored.float() - exact).square().sum().item()
+        rounded = exact.to(weight.dtype)
+        lost += (rounded.float() - exact).square().sum().item()
         update += (exact - weight.float()).square().sum().item()
-        weight.copy_(stored)
+        weight.copy_(rounded)
     unloading: Any = transformer
     unloading.unload_lora()
     return Merged(strength, math.sqrt(lost / update) if update else 0.0)
@@ -77,17 +72,8 @@ def _merged_weight(layer: Any) -> Tensor:
     return weight
 
 
-def _adapted(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+def adapted_layers(transformer: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Name and module of every layer with an adapter."""
     for name, module in transformer.named_modules():
         if ADAPTER in getattr(module, "scaling", {}):
             yield name, module
-
-
-def adapter_scaling(transformer: nn.Module) -> dict[str, float]:
-    """By what every adapted layer multiplies its update."""
-    return {name: float(layer.scaling[ADAPTER]) for name, layer in _adapted(transformer)}
-
-
-def tensor_checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Each tensor's checksum, so that weights can be compared with others that are no longer in memory."""
-    return {name: checksum_tensor(tensor) for name, tensor in tensors.items()}

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from finetune.checkpoint.folders import FOLDER, checkpoint_path, list_checkpoints, step_folders
 from finetune.checkpoint.load import load_checkpoint
 from finetune.checkpoint.validation_history import HISTORY, Measurement, best_of, read_history
+from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, CheckpointError, ExportError
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
 from finetune.methods.lora import LoraMethod
+
+_CAPTIONS = 5
+"""How many are shown."""
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,19 @@ class DataSummary:
 
     clips: int
     heldout: int
-    by_bucket: dict[str, int]
+    by_bucket: Mapping[str, int]
     """Training clips per bucket."""
     captions: tuple[str, ...]
     """A few distinct captions, as they were encoded."""
 
 
 @dataclass(frozen=True)
-class Source:
+class ExportSource:
     """A checkpoint to export, read and verified."""
 
     checkpoint: Path
-    run_dir: Path | None
-    """The run's folder; None where the checkpoint was moved out of it."""
     config: RunConfig
-    """Of the run, with the base model where it is now."""
+    """Of the run, with the base model where it is now, at one commit."""
     trained_on: str
     """The base model as the run had it."""
     revision: str | None
@@ -54,7 +57,12 @@ class Source:
     """The weights that the run measured and sampled with: the average, if it kept one."""
 
     @property
-    def lora(self) -> bool:
+    def run_dir(self) -> Path | None:
+        """The run's folder; None where the checkpoint was moved out of it."""
+        return _run_of(self.checkpoint)
+
+    @property
+    def is_lora(self) -> bool:
         """Whether the run trained an adapter, not the whole transformer."""
         return isinstance(self.config.method, LoraMethod)
 
@@ -70,24 +78,20 @@ class Source:
         return losses.get(0), losses.get(self.state.step) if self.state.step else None
 
     @property
-    def better(self) -> str:
-        """The checkpoint with a lower held-out loss that stands in the run's folder, as a note; empty without one."""
-        standing = dict(list_checkpoints(self.run_dir)) if self.run_dir else {}
-        best = best_of((row for step, row in self.history.items() if step in standing), self.state)
-        own = self.heldout[1]
-        if (
-            best is None
-            or best[0] not in standing
-            or best[0] == self.state.step
-            or (own is not None and best[1] >= own)
-        ):
+    def better_checkpoint(self) -> str:
+        """A note on the checkpoint with a lower held-out loss that stands in the run's folder; empty without one."""
+        checkpoints = dict(list_checkpoints(self.run_dir)) if self.run_dir else {}
+        best = best_of((row for step, row in self.history.items() if step in checkpoints), self.state)
+        if best is None or best[0] not in checkpoints or best[0] == self.state.step:
             return ""
-        newest = self.state.step == max(standing) and self.state.best_step == best[0]
-        command = [str(self.run_dir), "--checkpoint", "best"] if newest else [str(standing[best[0]])]
-        return (
-            f"step {best[0]} has a lower held-out loss, {best[1]:.4f}; step {self.state.step}"
-            + (" was not measured" if own is None else f" has {own:.4f}")
-            + f": {shlex.join(['finetune', 'export', *command])}"
+        (step, loss), own_loss = best, self.heldout[1]
+        if own_loss is not None and loss >= own_loss:
+            return ""
+        is_newest = self.state.step == max(checkpoints) and self.state.best_step == step
+        words = [str(self.run_dir), "--checkpoint", "best"] if is_newest else [str(checkpoints[step])]
+        own = "was not measured" if own_loss is None else f"has {own_loss:.4f}"
+        return f"step {step} has a lower held-out loss, {loss:.4f}; step {self.state.step} {own}: " + shlex.join(
+            ["finetune", "export", *words]
         )
 
     @cached_property
@@ -100,19 +104,15 @@ class Source:
             contents = [content for _, content in Cache(root).manifests()]
         except CacheError:  # an export must not fail for a cache that it does not need
             return None
-        for content in contents:
-            if content.get("digest") == self.state.cache_digest:
-                return _summary(content["items"])
-        return None
-
-
-def _summary(items: list[dict[str, Any]]) -> DataSummary:
-    training = [item for item in items if not item["holdout"]]
-    buckets: dict[str, int] = {}
-    for item in training:
-        buckets[item["bucket"]] = buckets.get(item["bucket"], 0) + 1
-    captions = dict.fromkeys(item["caption"] for item in training)
-    return DataSummary(len(training), len(items) - len(training), dict(sorted(buckets.items())), tuple(captions)[:5])
+        items = next((each["items"] for each in contents if each.get("digest") == self.state.cache_digest), None)
+        if items is None:
+            return None
+        training = [item for item in items if not item["holdout"]]
+        captions = tuple(dict.fromkeys(item["caption"] for item in training))
+        buckets = Counter(item["bucket"] for item in training)
+        return DataSummary(
+            len(training), len(items) - len(training), dict(sorted(buckets.items())), captions[:_CAPTIONS]
+        )
 
 
 def default_folder(checkpoint: Path, name: str) -> Path:
@@ -125,69 +125,66 @@ def _run_of(checkpoint: Path) -> Path | None:
     return checkpoint.parent.parent if checkpoint.parent.name == FOLDER else None
 
 
-def find_source(path: Path, weights: Literal["auto", "ema", "raw"], pretrained: str | None) -> Source:
-    """Read a checkpoint that is to be exported.
-
-    Args:
-        path: its folder, as ``checkpoint_of`` finds it.
-        weights: the moving average, the trained weights, or ``auto``: the average if there is one.
-        pretrained: where the base model is now; None for where the run had it.
-
-    Raises:
-        CheckpointError: if it is no complete checkpoint, or damaged.
-        ExportError: if it has no average.
-    """
-    loaded = load_checkpoint(path, optimizer=False)
-    chosen: Literal["raw", "ema"] = "raw" if weights == "raw" or (weights == "auto" and loaded.ema is None) else "ema"
-    if chosen == "ema" and loaded.ema is None:
-        raise ExportError(
-            "the run kept no moving average of its weights", where=str(path), fix="export with --weights raw"
-        )
-    values = loaded.config
-    config = RunConfig.from_dict(values)
-    trained_on, revision = config.model.pretrained, config.model.revision
-    if pretrained is not None:
-        values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
-        config = RunConfig.from_dict(values)
-    return Source(
-        checkpoint=path,
-        run_dir=_run_of(path),
-        config=config,
-        trained_on=trained_on,
-        revision=revision,
-        state=loaded.state,
-        tensors=loaded.trainable if chosen == "raw" or loaded.ema is None else loaded.ema,
-        weights=chosen,
-        measured="raw" if loaded.ema is None else "ema",
-    )
-
-
-def checkpoint_of(source: Path, checkpoint: Literal["latest", "best"]) -> Path:
+def find_checkpoint(path: Path, which: Literal["latest", "best"]) -> Path:
     """Which checkpoint is meant by a run's folder, or by one checkpoint's.
 
     Raises:
         CheckpointError: if there is none in the folder.
         ExportError: if the run has no best one.
     """
-    standing = step_folders(source)  # the incomplete ones too: the newest must not be passed over in silence
-    if not standing:
-        if source.is_dir() and not (source / "state.json").is_file():
+    checkpoints = dict(step_folders(path))  # the incomplete ones too: the newest must not be passed over in silence
+    if not checkpoints:
+        if path.is_dir() and not (path / "state.json").is_file():
             raise CheckpointError(
                 "the folder holds no complete checkpoint",
-                where=str(source),
+                where=str(path),
                 fix="give a run's folder (output_dir) or one of its checkpoints/step-... folders",
             )
-        return source
-    newest = standing[-1][1]
-    if checkpoint == "latest":
+        return path
+    newest = checkpoints[max(checkpoints)]
+    if which == "latest":
         return newest
     best_step = load_checkpoint(newest, optimizer=False).state.best_step
-    best = None if best_step is None else checkpoint_path(source, best_step)
-    if best is None or best not in [path for _, path in standing]:
+    if best_step is None or best_step not in checkpoints:
+        why = "no held-out loss was measured" if best_step is None else f"step {best_step} is not there any more"
         raise ExportError(
-            "the run has no best checkpoint: "
-            + ("no held-out loss was measured" if best is None else f"step {best_step} is not there any more"),
-            where=str(source),
+            f"the run has no best checkpoint: {why}",
+            where=str(path),
             fix="export the latest one; a best one needs data.holdout, validation.every and checkpoint.keep_best",
         )
-    return best
+    return checkpoint_path(path, best_step)
+
+
+def read_source(path: Path, weights: Literal["auto", "ema", "raw"], pretrained: str | None) -> ExportSource:
+    """Read a checkpoint that is to be exported.
+
+    Args:
+        path: its folder, as ``find_checkpoint`` finds it.
+        weights: the moving average, the trained weights, or ``auto``: the average if there is one.
+        pretrained: where the base model is now; None for where the run had it.
+
+    Raises:
+        CheckpointError: if it is no complete checkpoint, or damaged.
+        ModelError: if the base model or its revision cannot be found.
+        ExportError: if it has no average.
+    """
+    loaded = load_checkpoint(path, optimizer=False)
+    if weights == "ema" and loaded.ema is None:
+        raise ExportError(
+            "the run kept no moving average of its weights", where=str(path), fix="export with --weights raw"
+        )
+    trained_with = RunConfig.from_dict(loaded.config)
+    values = loaded.config
+    if pretrained is not None:
+        values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
+    averaged = weights != "raw" and loaded.ema is not None
+    return ExportSource(
+        checkpoint=path,
+        config=pin_model(RunConfig.from_dict(values)),
+        trained_on=trained_with.model.pretrained,
+        revision=trained_with.model.revision,
+        state=loaded.state,
+        tensors=loaded.ema if averaged and loaded.ema is not None else loaded.trainable,
+        weights="ema" if averaged else "raw",
+        measured="raw" if loaded.ema is None else "ema",
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.checkpoint.folders import step_folders
 from finetune.checkpoint.load import load_checkpoint
-from finetune.cogvideox.model_files import canonical_name, known_model, published_variant, read_json
+from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant, read_json
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.checksums import DamageError, read_published
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, raise_all
@@ -445,7 +444,7 @@ def named_base(record: Mapping[str, Any], folder: Path) -> tuple[str, str | None
     name, revision = record.get("base_model"), record.get("revision")
     if not isinstance(name, str) or not name:
         return None
-    if _is_hub_id(name) or Path(name).is_absolute():
+    if is_hub_id(name) or Path(name).is_absolute():
         return name, revision if isinstance(revision, str) else None
     for _, checkpoint in reversed(step_folders(folder.resolve().parent)):
         try:
@@ -469,7 +468,7 @@ def base_faults(record: Mapping[str, Any], where: str, base: str, spec: ModelSpe
     here = base if Path(base).exists() else canonical_name(base)
     ours, theirs = base_numbers(spec), record.get("base_facts")
     theirs = theirs if isinstance(theirs, Mapping) else {}
-    theirs = theirs or (_numbers_of_published(name) if _is_hub_id(name) else {})
+    theirs = theirs or (_numbers_of_published(name) if is_hub_id(name) else {})
     kind = record.get("image_to_video")
     if not isinstance(kind, bool) and "in_channels" in theirs:
         kind = theirs["in_channels"] != theirs.get("latent_channels")
@@ -487,16 +486,12 @@ def base_faults(record: Mapping[str, Any], where: str, base: str, spec: ModelSpe
         yield ConfigError(
             f"it was trained on another model{named}, not on {base}: {', '.join(odd[:3])}", where=where, fix=fix
         )
-    elif not record.get("base_digest") and _is_hub_id(name) and _is_hub_id(here) and name != here:
+    elif not record.get("base_digest") and is_hub_id(name) and is_hub_id(here) and name != here:
         yield ConfigError(
             f"it was trained on {name}, not on {base}",
             where=where,
             fix=f"{fix}; to try it on another base, move its file away from {TRAINING_RECORD}",
         )
-
-
-def _is_hub_id(name: str) -> bool:
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 def _numbers_of_published(name: str) -> dict[str, Any]:
