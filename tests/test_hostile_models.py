@@ -10,14 +10,12 @@ import shutil
 import struct
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
@@ -40,11 +38,9 @@ from finetune.cogvideox.tokenizer import _read_apart, require_tokenizer
 from finetune.config.loading import load_config
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
-from finetune.convert.model_card import _code, _text, copy_samples, model_card, training_record
-from finetune.convert.source import DataSummary, Source
 from finetune.core.errors import CheckpointError, ConfigError, ModelError
 from finetune.core.files import LORA_FILE, publish_dir
-from finetune.core.types import RunState, SamplePrompt
+from finetune.core.types import SamplePrompt
 from finetune.inference.inputs import (
     TRAINING_RECORD,
     AdapterArgument,
@@ -638,139 +634,6 @@ def test_training_asks_once_and_records_the_commit(hub, tmp_path, monkeypatch):
     assert json.loads((report.checkpoint / "config.json").read_text())["model"]["revision"] == SHA_A
     again = train(hub_run(tmp_path, clips, train={"steps": 2}, cache={"mode": "require"}))
     assert again.step == 2 and load_config(again.run_dir / "config.yaml").model.revision == SHA_A
-
-
-# --------------------------------------------------------------------------------------------------------- model cards
-
-NASTY = [
-    "a `red`` ring | <img src=x onerror=alert(1)> [x](javascript:alert(1))\n# heading",
-    "```\n</code></pre><script>alert(1)</script>",
-    "--- \n...\nlicense: mit",
-    "![x](http://evil/x.png) https://evil.example www.evil.example",
-    "\\` \\| \\\\| | a | b |",
-    "<!-- --> <b>&lt;script&gt;</b> &#60;",
-    "\x1b[31m \u202e",
-]
-
-
-@pytest.fixture
-def found(tmp_path: Path) -> Callable[..., Source]:
-    def make(trigger: str = "zkx", captions: tuple[str, ...] = ("a ring",), **changes: Any) -> Source:
-        config = RunConfig.from_dict(
-            {
-                "model": {"pretrained": "zai-org/CogVideoX-5b", "revision": SHA_A, "dtype": "bf16"},
-                "data": {"sources": [{"path": "x"}], "buckets": ["49x480x720"], "trigger": trigger},
-                "method": {"kind": "lora", "rank": 4, "alpha": 4, "targets": ["to_q|<b>x</b>"]},
-                "train": {"steps": 1},
-                "output_dir": str(tmp_path / "run [x](y) <img> www.evil.example"),
-            }
-        )
-        source = Source(
-            checkpoint=tmp_path,
-            run_dir=None,
-            config=config,
-            trained_on=config.model.pretrained,
-            revision=SHA_A,
-            state=RunState(3, "x"),
-            tensors={},
-            weights="raw",
-        )
-        source.__dict__["data"] = DataSummary(len(captions), 0, {"49x480x720": 1}, captions)
-        return replace(source, **changes) if changes else source
-
-    return make
-
-
-def card_of(source: Source, name: str = "export", samples: list[str] | None = None) -> str:
-    spec = read_spec(str(known_model("5b")))
-    return model_card(source, spec, None, name=name, samples=samples or [], full_pipeline=False)
-
-
-def tokens_of(body: str) -> list[Any]:
-    from markdown_it import MarkdownIt
-
-    flat: list[Any] = []
-    for token in MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).parse(body):
-        flat += [token, *(token.children or [])]
-    return flat
-
-
-def structure(body: str) -> list[str]:
-    """What a Markdown reader makes of a card, without the words."""
-    return [token.type for token in tokens_of(body) if token.type not in ("text", "text_special", "softbreak")]
-
-
-def parts_of(card: str) -> tuple[dict[str, Any], str]:
-    _, front, body = card.split("---\n", 2)
-    return yaml.safe_load(front), body
-
-
-@pytest.mark.parametrize("text", NASTY)
-def test_a_card_has_the_same_structure_whatever_the_words(found, text):
-    trigger = " ".join(text.split()) if text.isprintable() or "\n" in text else "zkx"  # others are refused as settings
-    usual, plain = parts_of(card_of(found(captions=("a ring", "second"))))
-    values, body = parts_of(card_of(found(trigger, (text, "second")), name=trigger.replace("/", "_")))
-    assert structure(body) == structure(plain)
-    assert not {"html_block", "html_inline", "link_open", "image"} & set(structure(body))
-    assert values == {**usual, "instance_prompt": trigger}
-    assert not set(body) & set("\x1b\u202e")
-    for line in body.splitlines():
-        if line.startswith(("# ", "|")):  # GitHub and the hub make links of bare addresses in what is no code
-            assert "www." not in line and "://" not in line
-    rendered = "".join(token.content for token in tokens_of(body) if token.type in ("text", "text_special"))
-    assert trigger in rendered, "what is escaped is still read as it was written"
-
-
-def test_the_structure_can_break(found, monkeypatch):
-    """Canary: without the escapes the same words are markup."""
-    monkeypatch.setattr("finetune.convert.model_card._code", lambda text: text)
-    monkeypatch.setattr("finetune.convert.model_card._text", lambda text: text)
-    _, body = parts_of(card_of(found(NASTY[3], (NASTY[0], NASTY[5]))))
-    assert {"html_inline", "image"} <= set(structure(body))
-
-
-def test_a_caption_cannot_end_the_code_it_stands_in(found):
-    captions = ("x\n```\n<script>alert(1)</script>\n```", "````")
-    _, body = parts_of(card_of(found(captions=captions)))
-    assert "html_block" not in structure(body) and structure(body).count("fence") == 2
-
-
-def test_words_that_look_like_numbers_or_truth_stay_words(found):
-    for trigger in ("1e-4", "no", "null", "2024-01-01", "0x1F", "~", "- x", "a: b", "&x", "*x", "!!str"):
-        values, _ = parts_of(card_of(found(trigger)))
-        assert values["instance_prompt"] == trigger
-    assert "instance_prompt: '1e-4'" in card_of(found("1e-4")), "a number to YAML 1.2, which the hub reads"
-
-
-def test_names_and_code_as_markdown():
-    for text in NASTY:
-        flat = tokens_of(f"# {_text(text)}\n\n- {_code(text)}\n")
-        assert not {"html_inline", "html_block", "link_open", "image", "em_open"} & {token.type for token in flat}
-        assert sum(token.type == "code_inline" for token in flat) == 1
-
-
-def test_the_card_and_the_record_name_the_commit(found):
-    source = found()
-    _, body = parts_of(card_of(source))
-    assert f"from_pretrained('zai-org/CogVideoX-5b', revision='{SHA_A}'" in body and f"--revision {SHA_A}" in body
-    spec = read_spec(str(known_model("5b")))
-    assert json.loads(training_record(source, spec, None, max_abs_diff=0, tolerance=1))["revision"] == SHA_A
-    _, body = parts_of(card_of(replace(source, revision=None)))
-    assert "revision" not in body
-
-
-def test_only_what_a_run_writes_is_published(found, tmp_path):
-    folder = tmp_path / "samples" / "step-00000003"
-    folder.mkdir(parents=True)
-    (tmp_path / "secret").write_text("secret")
-    (tmp_path / "out").mkdir()
-    for name in ("00-seed4.mp4", "x](javascript:alert(1)).mp4", "<b>.mp4", "a b.mp4", "\u05d0.mp4"):
-        (folder / name).write_bytes(b"x")
-    (folder / "01-seed5.mp4").symlink_to(tmp_path / "secret")
-    config = found().config
-    prompts = tuple(SamplePrompt(prompt="a ring", seed=seed) for seed in (4, 5))
-    config = config.model_copy(update={"validation": config.validation.model_copy(update={"samples": prompts})})
-    assert copy_samples(found(config=config, run_dir=tmp_path), None, tmp_path / "out") == ["00-seed4.mp4"]
 
 
 def test_the_bomb_of_these_tests_is_no_safetensors_file(tmp_path):

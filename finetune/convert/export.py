@@ -39,10 +39,11 @@ from finetune.convert.verify import (
     verify,
 )
 from finetune.core import locks
-from finetune.core.checksums import write_checksums
+from finetune.core.checksums import folder_checksums
 from finetune.core.distributed import compute_device
 from finetune.core.errors import ExportError
 from finetune.core.files import (
+    LORA_FILE,
     PARTIAL,
     atomic_write_text,
     clear_leftovers,
@@ -54,7 +55,7 @@ from finetune.core.files import (
     require_writable,
 )
 from finetune.core.tensor_files import file_bytes
-from finetune.inference.inputs import ADAPTER_FILE, TRAINING_RECORD
+from finetune.inference.inputs import TRAINING_RECORD
 
 _SIDE_FILES = 1 << 20
 """Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""
@@ -129,7 +130,7 @@ def export(
 
     def fill(partial: Path) -> str:
         outcome.append(_write(partial, run, spec, merge_at, name=from_here(folder), full_pipeline=full_pipeline))
-        marker = write_checksums(partial)  # before the base's files: they are others' and large
+        marker = folder_checksums(partial)  # before the base's files: they are others' and large
         if full_pipeline:
             _add_components(partial, run.config.model)
         return marker
@@ -271,7 +272,7 @@ def _write(
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    verification = verify(folder, trained, config.model, spec, device)
+    verification = verify(folder, trained, config.model, spec, device, where=str(run.checkpoint))
     model = ExportedModel(run, spec, merged, name, full_pipeline)
     samples = copy_samples(model, folder)
     atomic_write_text(folder / TRAINING_RECORD, training_record(model, verification))
@@ -308,7 +309,7 @@ def _save_adapter(transformer: Any, method: Any, spec: ModelSpec, folder: Path) 
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         transformer_lora_adapter_metadata=method.lora_metadata(transformer),
-        weight_name=ADAPTER_FILE,
+        weight_name=LORA_FILE,
     )
 
 

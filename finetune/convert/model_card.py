@@ -21,9 +21,9 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.convert.merge import Merged
 from finetune.convert.source import ExportSource
 from finetune.convert.verify import Verification
-from finetune.core.files import from_here
+from finetune.core.files import LORA_FILE, from_here
 from finetune.core.text import shown
-from finetune.inference.inputs import ADAPTER_FILE, base_numbers
+from finetune.inference.inputs import base_numbers
 
 _CAPTION_LENGTH = 240
 
@@ -165,7 +165,7 @@ def model_card(model: ExportedModel, samples: dict[str, str]) -> str:
         bucket=config.data.buckets[0],
         fps=config.data.fps or spec.native_fps,
         dtype=str(config.model.torch_dtype()),
-        adapter_file=ADAPTER_FILE,
+        adapter_file=LORA_FILE,
         samples=samples,
         versions=_versions(),
         weights_names=_WEIGHTS_NAMES,

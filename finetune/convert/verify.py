@@ -16,9 +16,9 @@ from finetune.cogvideox.load import build_pipeline, load_scheduler, load_transfo
 from finetune.cogvideox.spec import ModelSpec
 from finetune.convert.merge import adapted_layers
 from finetune.core.errors import ExportError, ModelError, is_out_of_memory
+from finetune.core.files import LORA_FILE
 from finetune.core.rng import generator
 from finetune.core.tensor_files import checksum_tensor
-from finetune.inference.inputs import ADAPTER_FILE
 from finetune.methods.lora import ADAPTER
 
 
@@ -45,9 +45,11 @@ class Verification:
 
 
 def verify(
-    folder: Path, trained: TrainedModel, model: ModelConfig, spec: ModelSpec, device: torch.device
+    folder: Path, trained: TrainedModel, model: ModelConfig, spec: ModelSpec, device: torch.device, *, where: str
 ) -> Verification:
     """Load the export in ``folder`` with diffusers' own code, onto ``model`` where it is an adapter, and compare.
+
+    ``where`` is what was exported, for messages.
 
     Raises:
         ExportError: if a tensor or a scale is not what was trained, or the forward pass differs.
@@ -60,7 +62,7 @@ def verify(
     except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
         if is_out_of_memory(error):  # says nothing of the export
             raise
-        raise _not_the_same([f"it cannot be loaded: {error}"]) from error
+        raise _not_the_same([f"it cannot be loaded: {error}"], where) from error
     problems = []
     if unequal := _unequal(trained.checksums, checksums):
         problems.append(f"{len(unequal)} of {len(trained.checksums)} tensors differ, such as {unequal[0]}")
@@ -75,7 +77,7 @@ def verify(
     if not difference <= tolerance:
         problems.append(f"predicted velocities differ by up to {difference:.3g}, allowed are {tolerance:.3g}")
     if problems:
-        raise _not_the_same(problems)
+        raise _not_the_same(problems, where)
     return Verification(difference, tolerance)
 
 
@@ -85,13 +87,14 @@ def _reload(folder: Path, model: ModelConfig, spec: ModelSpec, device: torch.dev
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
     transformer = load_transformer(model, device=device)
     pipeline = build_pipeline(spec, transformer=transformer, scheduler=load_scheduler(model))
-    pipeline.load_lora_weights(str(folder), weight_name=ADAPTER_FILE, adapter_name=ADAPTER, use_safetensors=True)
+    pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True)
     return transformer
 
 
-def _not_the_same(problems: list[str]) -> ExportError:
+def _not_the_same(problems: list[str], where: str) -> ExportError:
     return ExportError(
         "the export, loaded by diffusers, is not the model that was trained, and was deleted: " + "; ".join(problems),
+        where=where,
         fix="update diffusers and peft; if it persists this is a bug, and the checkpoint itself is unharmed",
     )
 
