@@ -11,4 +11,4 @@ import sys
 from finetune.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(verb="train"))
+    sys.exit(main(["train", *sys.argv[1:]]))

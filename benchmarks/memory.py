@@ -19,7 +19,7 @@ from typing import Any
 
 from cases import cases
 
-from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, Recipe
+from finetune.cli.init import EXAMPLES, RECIPES, Recipe
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
 from finetune.core.gpu import OVERHEAD_GIB, usable
@@ -123,7 +123,7 @@ def main() -> int:
         print(f"{recipe.name:44} {plan['training_gib']:6.2f} GiB, goal {plan['goal_gib']:5.1f}", flush=True)
     examples, techniques = before.get("examples", {}), before.get("techniques", {})
     if not args.only:
-        names = [f"cogvideox-{model}-{method}.yaml" for model, method in EXAMPLE_CARDS_GIB]
+        names = [example.name for example in EXAMPLES]
         examples = {name: predict_step(load_config(ROOT / "configs" / name)) for name in names}
         techniques = {name: predict_step(config) for name, config in cases()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

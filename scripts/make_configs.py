@@ -11,17 +11,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, example, recipe_example
+from finetune.cli.init import EXAMPLES, RECIPES, example
 from finetune.core.files import atomic_write_text
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 """What was measured of every recipe stands there, beside what the planner predicts."""
 
 
-def recipe_examples() -> list[tuple[str, str]]:
-    """Name and text of every recipe's file."""
+def generate() -> dict[str, str]:
+    """File name in ``configs/`` -> its text."""
     plans = json.loads(PLANS.read_text(encoding="utf-8"))["plans"] if PLANS.is_file() else {}
-    return [recipe_example(recipe, plans.get(recipe.name, {}).get("measured", "")) for recipe in RECIPES]
+    recipes = {recipe.name: recipe for recipe in (*EXAMPLES, *RECIPES)}
+    return {
+        name: example(recipe, plans.get(name, {}).get("measured", "")).text(f"configs/{name}")
+        for name, recipe in recipes.items()
+    }
 
 
 def main() -> int:
@@ -30,8 +34,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
     check = parser.parse_args().check
     stale = []
-    examples = [example(known, method) for known, method in EXAMPLE_CARDS_GIB]
-    for name, text in examples + recipe_examples():
+    for name, text in generate().items():
         path = ROOT / "configs" / name
         if path.is_file() and path.read_text(encoding="utf-8") == text:
             continue

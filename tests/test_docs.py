@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import runpy
 import shlex
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 import yaml
 
 import finetune
-from finetune.cli.init import EXAMPLE_CARDS_GIB, RECIPES, example
-from finetune.cli.main import build_parser
+from finetune.cli.init import EXAMPLES, RECIPES
+from finetune.cli.main import app, one_value_each
 from finetune.cogvideox.model_files import HUB_IDS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.loading import load_config
@@ -32,11 +32,9 @@ ROOT = Path(finetune.__file__).parent.parent
 
 
 def test_configs_are_what_the_generator_writes():
-    generator = runpy.run_path(str(ROOT / "scripts" / "make_configs.py"))
-    written = dict([*(example(known, method) for known, method in EXAMPLE_CARDS_GIB), *generator["recipe_examples"]()])
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("cogvideox-*.yaml")}
-    assert len(written) == 10 + len(RECIPES)
-    assert files == written, "run `make docs`"
+    assert len(files) == len(EXAMPLES) + len(RECIPES) == 21
+    assert files == _script("make_configs").generate(), "run `make docs`"
 
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -61,7 +59,6 @@ def test_the_example_check_can_fail(tmp_path):
     (tmp_path / "a.yaml").write_text(text.replace("caption_dropout", "caption_droput"), encoding="utf-8")
     with pytest.raises(ConfigError, match="did you mean 'caption_dropout'"):
         load_config(tmp_path / "a.yaml")
-    assert example("5b", "lora")[1] != example("5b", "full")[1]
 
 
 def generated_docs() -> dict[str, str]:
@@ -158,23 +155,29 @@ def _launch_fault(program: str, words: list[str]) -> str | None:
     return None if program.startswith("python") else f"{program} starts nothing of ours"
 
 
+COMMAND = typer.main.get_command(app)
+"""The whole command line; typer shows the parsers of its verbs as ``commands``."""
+
+
 def _parse_fault(words: list[str], verb: str | None = None) -> str | None:
-    said = StringIO()
+    words = [*([verb] if verb else []), *one_value_each(words)]
     try:
-        with redirect_stderr(said):
-            build_parser(verb).parse_args(words)
-    except SystemExit as stop:
-        return None if stop.code == 0 else said.getvalue().strip().splitlines()[-1]
+        with redirect_stdout(StringIO()):
+            context = COMMAND.make_context("finetune", words)
+            name, parser, rest = COMMAND.resolve_command(context, [*context._protected_args, *context.args])
+            parser.make_context(name, rest, parent=context)
+    except typer.Exit:
+        return None
+    except typer.TyperException as error:
+        return error.format_message()
     return None
 
 
 def mention_fault(verb: str, rest: str) -> str | None:
     """What is wrong with a command named in passing, such as `finetune cache gc`: its verb and options must exist."""
-    parser = build_parser()
-    verbs = parser._subparsers._group_actions[0].choices  # type: ignore[union-attr]  # argparse shows it nowhere else
-    if verb not in verbs:
+    if verb not in COMMAND.commands:
         return f"there is no verb {verb}"
-    known = verbs[verb]._option_string_actions
+    known = {name for parameter in COMMAND.commands[verb].params for name in parameter.opts}
     unknown = [word for word in re.findall(r"(?<=\s)--[\w-]+", rest) if word not in known]
     return f"{verb} has no option {unknown}" if unknown else None
 
@@ -206,20 +209,19 @@ def test_every_command_named_in_passing_exists():
 
 def test_the_options_that_errors_name_exist():
     """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
-    for verb, least in (("export", 3), ("generate", 8)):
-        paths = [*(ROOT / "finetune").glob(f"{verb}*.py"), *(ROOT / "finetune").glob(f"{verb}ing/*.py")]
-        texts = [path.read_text(encoding="utf-8") for path in paths if path.stem != "model_card"]  # shows another verb
+    for verb, folder, least in (("export", "convert", 3), ("generate", "inference", 8)):
+        paths = [
+            path for path in (ROOT / "finetune" / folder).glob("*.py") if path.stem != "model_card"
+        ]  # other verbs'
+        texts = [path.read_text(encoding="utf-8") for path in paths]
         named = {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
         assert len(named) >= least
         assert mention_fault(verb, " " + " ".join(sorted(named))) is None
 
 
 def test_the_examples_of_the_command_line_can_be_typed():
-    helps = [build_parser().format_help()]
-    helps += [build_parser(verb).format_help() for verb in build_parser()._subparsers._group_actions[0].choices]
-    examples = [
-        line.strip() for text in helps for line in text.splitlines() if re.match(r"  (finetune|accelerate) ", line)
-    ]
+    texts = [COMMAND.help, *(command.epilog for command in COMMAND.commands.values())]
+    examples = [line for text in texts for line in re.findall(r"^  ((?:finetune|accelerate) .*)", text, re.M)]
     assert len(examples) >= 18
     faults = [f"{line}: {fault}" for line in examples if (fault := command_fault(line))]
     assert not faults, "\n".join(faults)
@@ -228,11 +230,11 @@ def test_the_examples_of_the_command_line_can_be_typed():
 @pytest.mark.parametrize(
     ("command", "said"),
     [
-        ("finetune trian --config run.yaml", "invalid choice: 'trian'"),
+        ("finetune trian --config run.yaml", "No such command 'trian'"),
         ("finetune train", "--config"),
-        ("finetune export runs/run --too diffusers", "unrecognized arguments"),
+        ("finetune export runs/run --too diffusers", "No such option: --too"),
         ("make quickstrat", "no target"),
-        ("accelerate launch train.py --confg run.yaml", "--config"),
+        ("accelerate launch train.py --confg run.yaml", "--confg"),
         ("accelerate launch --config_file accelerate_configs/none.yaml train.py --config a", "no file"),
         ("accelerate launch", "starts nothing"),
         ("python scripts/none.py", "no file"),

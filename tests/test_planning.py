@@ -773,7 +773,8 @@ def test_the_command_line_says_so_before_torch_is_there() -> None:
     code = """
 import sys
 from finetune.cli import main as cli
-cli.grow_segments = lambda: print("torch" in sys.modules)
+from finetune.core import gpu
+gpu.grow_segments = lambda: print("torch" in sys.modules)
 cli.main(["plan", "--config", "no-such.yaml"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

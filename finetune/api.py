@@ -1,0 +1,334 @@
+"""The library's verbs, as functions: what each command does, for programs. Nothing heavy is imported before a call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+
+if TYPE_CHECKING:
+    from finetune.caching.check import DatasetReport
+    from finetune.caching.precompute import PrecomputeReport
+    from finetune.config.schema import RunConfig
+    from finetune.convert.export import ExportReport
+    from finetune.core.types import Bucket, SamplePrompt
+    from finetune.inference.generate import GenerateReport
+    from finetune.planner.command import Planned
+    from finetune.trainers.loop import TrainReport
+    from finetune.trainers.tracking import StepRecord
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _checked(function: Callable[P, R]) -> Callable[P, R]:
+    """Refuse arguments of a wrong type as one ``ConfigError``; a configuration is checked by whoever reads it."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        import inspect
+
+        from pydantic import create_model
+
+        from finetune.config.document import Document
+        from finetune.config.messages import validate
+        from finetune.core import types
+
+        bound = inspect.signature(function).bind(*args, **kwargs)  # TypeError for words that the function does not have
+        names = [name for name in bound.arguments if name != "config"]
+        hints = inspect.get_annotations(function)
+        scope = {**vars(types), **function.__globals__, "StepRecord": Any}
+        fields: dict[str, Any] = {name: (eval(hints[name], scope), ...) for name in names}
+        model = create_model(function.__name__, __base__=types.Strict, **fields)
+        document = Document.of({name: bound.arguments[name] for name in names}, f"{function.__name__}()")
+        bound.arguments.update({name: getattr(validate(model, document), name) for name in names})
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def load_config(path: str | Path, overrides: str | Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Read a YAML configuration.
+
+    Args:
+        path: the file. Relative paths in it, and in the overrides, start at its folder.
+        overrides: assignments such as ``optimizer.lr=2e-4``, applied in order as though the file had said so; the value
+            is YAML, and ``data.sources.0.path=clips`` reaches into a list. A single string is one assignment. A mapping
+            holds values instead of YAML: ``{"optimizer.lr": 2e-4}``, or nested, ``{"optimizer": {"lr": 2e-4}}``.
+
+    Raises:
+        ConfigError: if the file is unreadable or says something that a run cannot be; all faults are reported together,
+            each with its line and column.
+    """
+    from finetune.config.loading import load_config
+
+    return load_config(path, overrides)
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What ``check`` found; ``str()`` of it is what the command prints."""
+
+    dataset: DatasetReport
+    """Every clip, and what is to be said of the dataset."""
+    numbers: tuple[tuple[str, str], ...]
+    """What follows for the run, as (label, value)."""
+    warnings: tuple[str, ...]
+    """What is possible and unwise."""
+
+    def __str__(self) -> str:
+        return "\n".join([str(self.dataset), *(f"{label:>16}: {value}" for label, value in self.numbers)])
+
+
+def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
+    """Check a configuration, its model's JSON and every clip's header, without loading a weight.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+
+    Raises:
+        ConfigError: naming everything that the model or the run cannot do.
+        DataError: listing every row and file that cannot be used.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    from finetune.caching.check import check_dataset
+    from finetune.caching.plan import identities, overview
+    from finetune.cogvideox.model_files import json_folder
+    from finetune.cogvideox.spec import read_spec
+    from finetune.config.loading import as_config
+    from finetune.config.rules import require_valid
+
+    config = as_config(config)
+    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+    warnings = require_valid(config, spec)
+    dataset = check_dataset(config, spec)
+    numbers, advice = overview(config, spec, dataset.clips, identities(config, dataset.clips, progress=True))
+    return CheckReport(dataset, tuple(numbers), (*warnings, *advice))
+
+
+@_checked
+def plan(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    card: str | None = None,
+    ram: str | None = None,
+    budget: str | None = None,
+    device: str | None = None,
+    processes: int = 1,
+    quantize: bool = False,
+    plot: Path | None = None,
+    exact: bool = False,
+    as_json: bool = False,
+) -> Planned:
+    """Predict a run's memory, phase by phase, from its model's JSON; with ``budget``, choose its memory section first.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        card: memory of the GPU, such as ``24GB``; None for the one that is here, if any.
+        ram: host memory that the run may take.
+        budget: search for the fastest memory section within this much GPU memory.
+        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
+        processes: how many train a whole model each (DDP); the figures are of one of them.
+        quantize: whether the search may quantise the base to be faster.
+        plot: a PNG to draw the training step's curve into.
+        exact: run every block, where two short models would do.
+        as_json: a JSON document in place of tables.
+
+    Raises:
+        ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    from finetune.config.loading import as_config
+    from finetune.planner.command import plan
+
+    options = {"card": card, "ram": ram, "budget": budget, "device": device, "processes": processes}
+    flags = {"quantize": quantize, "plot": plot, "exact": exact, "as_json": as_json}
+    return plan(as_config(config), **options, **flags)  # type: ignore[arg-type]
+
+
+@_checked
+def precompute(config: RunConfig | Mapping[str, Any] | str | Path, *, progress: bool = True) -> PrecomputeReport:
+    """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
+
+    What is encoded stays, whatever happens: killed at any moment, the next call goes on where this one stopped.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        progress: draw progress bars, on the main process.
+
+    Raises:
+        DataError: listing every row and file that cannot be used, before anything is encoded; or every clip whose
+            pixels could not be decoded, after all others are encoded.
+        CacheError: if the disk or the GPU is too small, or another process of the launch failed.
+        ModelError: if an encoder cannot be found or loaded.
+    """
+    import logging
+
+    from finetune.caching.precompute import precompute
+    from finetune.cogvideox.spec import read_spec
+    from finetune.config.loading import as_config
+    from finetune.config.rules import pin_model, require_valid
+    from finetune.core.distributed import ProcessGroup
+    from finetune.planner.command import settled
+
+    ranks = ProcessGroup.current()
+    config = pin_model(as_config(config), ranks.run_on_main)
+    spec = read_spec(config.model.pretrained, config.model.revision)
+    for warning in require_valid(config, spec) if ranks.is_main else ():
+        logging.getLogger("finetune").warning(warning)
+    config, _ = settled(config)  # it decides how T5 is held
+    return precompute(config, spec=spec, distributed=ranks, progress=progress)
+
+
+@_checked
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path, *, on_step: Callable[[StepRecord], None] | None = None
+) -> TrainReport:
+    """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        on_step: called on the main process after each optimizer step, with its number, losses and times; what it raises
+            ends the run as it is.
+
+    Raises:
+        ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
+        CacheError: in training, if an entry turned out to be damaged; the steps before it are saved.
+        TrainingError: a loss or gradient was not finite, gradient checkpointing did not recompute, or the GPU's memory
+            does not hold a step.
+        LaunchError: another process of the launch failed or is gone.
+    """
+    from finetune.trainers.loop import train
+
+    return train(config, on_step)
+
+
+@_checked
+def export(
+    source: str | Path,
+    to: str | Path | None = None,
+    *,
+    checkpoint: Literal["latest", "best"] = "latest",
+    full_pipeline: bool = False,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+    pretrained: str | Path | None = None,
+    merged: bool = False,
+    strength: float = 1.0,
+) -> ExportReport:
+    """Export a run or one of its checkpoints.
+
+    A LoRA becomes ``pytorch_lora_weights.safetensors`` with its settings in the header, or merged into its base a
+    ``transformer`` folder, which is what a full fine-tuning becomes in any case. All get a model card, a record for
+    programs and the run's sampled videos.
+
+    Args:
+        source: a run's folder, or one checkpoint's.
+        to: the export's folder, replaced if it is an earlier export; None for ``<run>/export``, or ``<run>/merged``.
+        checkpoint: of a run's folder, the newest checkpoint or the one with the lowest held-out loss.
+        full_pipeline: put the base's other components beside a whole transformer, so that the folder is a whole
+            pipeline (hard links where the file system has them, copies elsewhere).
+        weights: the moving average or the trained weights themselves; ``auto`` takes the average if one was kept.
+        pretrained: where the base model is now, if not where the run had it.
+        merged: put the adapter into the base's weights; a full fine-tuning is whole already, and exported as ever.
+        strength: how much of the adapter is merged: 1 as trained, 0 none of it.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing or damaged; the message names those of the run that are whole.
+        ModelError: if the base model cannot be found or loaded.
+        ExportError: if what was written does not give back what was trained.
+    """
+    from finetune.convert.export import export
+
+    return export(
+        source,
+        to,
+        checkpoint=checkpoint,
+        full_pipeline=full_pipeline,
+        weights=weights,
+        pretrained=pretrained,
+        merged=merged,
+        strength=strength,
+    )
+
+
+@_checked
+def generate(
+    prompts: str | Sequence[str | SamplePrompt],
+    out: Path = Path("videos"),
+    *,
+    model: str | Path | None = None,
+    revision: str | None = None,
+    transformer: Path | None = None,
+    adapters: str | Path | Sequence[str | Path] = (),
+    images: Path | Sequence[Path] = (),
+    seed: int = 0,
+    bucket: str | Bucket | None = None,
+    fps: float | None = None,
+    negative_prompt: str = "",
+    num_inference_steps: int = 50,
+    guidance_scale: float = 6.0,
+    dynamic_cfg: bool = False,
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    offload: bool = False,
+    device: str | None = None,
+) -> GenerateReport:
+    """Sample a video for each prompt from a base model with any number of adapters.
+
+    Args:
+        prompts: one text or several; a ``SamplePrompt`` has an image and a seed of its own.
+        out: folder for the videos.
+        model: the base model, a folder or a hub id; None for what the first adapter was trained on.
+        revision: branch, tag or commit of a hub id.
+        transformer: a fully fine-tuned transformer in place of the base's, from an export.
+        adapters: LoRAs, each a file, an export, a checkpoint or a run, as ``PATH`` or ``PATH:STRENGTH``.
+        images: first frames, for image-to-video models: one for all texts, or one for each.
+        seed: of the first text; each further one has the next.
+        bucket: frames x height x width, such as ``49x480x720``; None: as the first adapter was trained.
+        fps: of the written files; None: as the first adapter was trained.
+        negative_prompt: what to steer away from.
+        num_inference_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 for none.
+        dynamic_cfg: let the guidance grow with the steps.
+        dtype: what to compute in.
+        offload: keep on the GPU only the component that runs; slower.
+        device: such as ``cuda:1`` or ``cpu``; None for the GPU if there is one.
+
+    Raises:
+        ModelError: if the base cannot be found or loaded.
+        ConfigError: for a prompt, image, adapter, size or number that cannot be used; all of them at once.
+        DataError: if an image cannot be read.
+    """
+    from finetune.core.errors import ConfigError
+    from finetune.datasets.geometry import parse_bucket
+    from finetune.inference.generate import generate
+    from finetune.inference.inputs import GenerateRequest, parse_adapter, prompts_with_seeds
+
+    listed = [adapters] if isinstance(adapters, str | Path) else adapters
+    items = [prompts] if isinstance(prompts, str) else prompts
+    texts = [item for item in items if isinstance(item, str)]
+    seeded = iter(prompts_with_seeds(texts, [images] if isinstance(images, Path) else [*images], seed=seed))
+    try:
+        shape = None if bucket is None else parse_bucket(bucket)
+    except ValueError as error:
+        raise ConfigError(str(error), where=f"--bucket {bucket}") from None
+    return generate(
+        GenerateRequest(
+            base=None if model is None else str(model),
+            prompts=tuple(next(seeded) if isinstance(item, str) else item for item in items),
+            out=out,
+            revision=revision,
+            transformer=transformer,
+            adapters=tuple(parse_adapter(str(adapter)) for adapter in listed),
+            bucket=shape,
+            fps=fps,
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            dynamic_cfg=dynamic_cfg,
+            dtype=dtype,
+            offload=offload,
+            device=device,
+        )
+    )
