@@ -47,7 +47,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.distributed import require_cudnn
 from finetune.core.types import GIB, Batch, Bucket
 from finetune.memory.quantized_linear import placement
-from finetune.memory.setup import assert_recompute, undo
+from finetune.memory.runner import assert_recompute, undo
 from finetune.optim.optimizers import begin
 from finetune.parallel.gradient_release import single_process_strategy
 from finetune.planner.estimate import Alone, longest_bucket

@@ -14,7 +14,6 @@ import json
 import platform
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,10 +26,11 @@ from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.rng import generator
 from finetune.core.types import Bucket
-from finetune.memory.quantized_linear import Kind, output_error, placement
+from finetune.memory.config import QuantisedFormat
+from finetune.memory.quantized_linear import placement
 from finetune.testing.tiny import VARIANTS, build_tiny
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+FORMATS: tuple[QuantisedFormat, ...] = get_args(QuantisedFormat)
 
 
 @torch.no_grad()
@@ -50,10 +50,17 @@ def predict(transformer: Any, spec: ModelSpec, bucket: Bucket, device: torch.dev
 def errors(outputs: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Every output against bfloat16; and bfloat16 against float32, where that is there."""
     native = outputs["bf16"]
-    found = {kind: asdict(output_error(outputs[kind], native)) for kind in KINDS}
+    found = {kind: _error(outputs[kind], native) for kind in FORMATS}
     if "fp32" in outputs:
-        found["bf16 against fp32"] = asdict(output_error(native, outputs["fp32"]))
+        found["bf16 against fp32"] = _error(native, outputs["fp32"])
     return {kind: {name: round(value, 6) for name, value in error.items()} for kind, error in found.items()}
+
+
+def _error(output: Tensor, reference: Tensor) -> dict[str, float]:
+    """Norm of the difference over the norm of the reference, and the cosine of the angle between the two."""
+    ours, theirs = output.float().flatten(), reference.float().flatten()
+    distance = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
+    return {"relative_l2": distance.item(), "cosine": torch.cosine_similarity(ours, theirs, dim=0).item()}
 
 
 def tiny(variant: str, folder: Path) -> dict[str, dict[str, float]]:
@@ -62,7 +69,7 @@ def tiny(variant: str, folder: Path) -> dict[str, dict[str, float]]:
     cpu, bucket = torch.device("cpu"), Bucket(9, 64, 64)
     outputs = {
         kind: predict(load_transformer(model, dtype=torch.bfloat16, placement=placement(kind)), spec, bucket, cpu)
-        for kind in KINDS
+        for kind in FORMATS
     }
     outputs["bf16"] = predict(load_transformer(model, dtype=torch.bfloat16), spec, bucket, cpu)
     outputs["fp32"] = predict(load_transformer(model, dtype=torch.float32), spec, bucket, cpu)
@@ -88,7 +95,7 @@ def full(blocks: int, bucket: Bucket, device: torch.device) -> dict[str, dict[st
         own.mkdir()
         config = json.loads((known_model("5b") / "transformer/config.json").read_text())
         (own / "config.json").write_text(json.dumps({**config, "num_layers": blocks}))
-        for kind in ("native", *KINDS):
+        for kind in ("native", *FORMATS):
             module = empty_transformer(Path(folder), dtype=torch.bfloat16, device="meta")
             weights = random_weights({name: tensor.shape for name, tensor in module.state_dict().items()})
             place(module, weights, dtype=torch.bfloat16, device=device, placement=placement(kind))

@@ -66,11 +66,6 @@ class Event:
     def synchronize(self) -> None:
         self.actors.learn(self.actors.host, self.clock)
 
-    def query(self) -> bool:
-        if self.actors.quick:
-            self.synchronize()
-        return all(self.actors.host.knows(name, at) for name, at in self.clock.items())
-
 
 @dataclass(eq=False)
 class Stream(Actor):
@@ -116,15 +111,10 @@ class _Copy:
 
 
 class Actors(TorchDispatchMode):
-    """Watches everything that runs while it is entered.
+    """Watches everything that runs while it is entered."""
 
-    Args:
-        quick: whether the device is done with something whenever it is asked; otherwise never before it is waited for.
-    """
-
-    def __init__(self, *, quick: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.quick = quick
         self._raced = False
         self.host = Actor("host")
         """The thread of the host that works now."""
@@ -145,12 +135,12 @@ class Actors(TorchDispatchMode):
 
     def __enter__(self) -> Actors:
         patch = self._patch = pytest.MonkeyPatch()
-        cuda = SimpleNamespace(Stream=self._stream, stream=self._on, current_stream=lambda _: self._current)
-        patch.setattr("finetune.memory.host_buffers.torch", SimpleNamespace(cuda=cuda))
+        own = {"Stream": self._stream, "stream": self._on, "current_stream": lambda _: self._current}
+        cuda = SimpleNamespace(**(vars(torch.cuda) | own))
+        patch.setattr("finetune.memory.host_buffers.torch", SimpleNamespace(**(vars(torch) | {"cuda": cuda})))
         for module in (
             "memory.block_streaming",
             "memory.activation_offload",
-            "memory.adaln_offload",
             "parallel.gradient_release",
         ):
             patch.setattr(f"finetune.{module}.copy_stream", CudaCopyStream)

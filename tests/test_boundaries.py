@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from finetune.memory import host_buffers
 from finetune.memory.activation_offload import ActivationOffload
 from finetune.memory.block_streaming import BlockStreaming
-from finetune.memory.host_buffers import CudaCopyStream
-from finetune.memory.runner import OnDevice, memory_of
+from finetune.memory.runner import block_runner
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
 
 
-def offloaded(transformer: nn.Module, actors: Actors | None = None, keep: int = 2) -> ActivationOffload:
-    lanes = {} if actors is None else {"outward": CudaCopyStream(CPU), "inward": CudaCopyStream(CPU)}
-    boundaries = ActivationOffload(LAYERS, keep=keep, **lanes)
-    run_blocks(transformer, OnDevice(), boundaries)
+def offloaded(transformer: nn.Module, keep: int = 2) -> ActivationOffload:
+    boundaries = ActivationOffload(LAYERS, CPU, keep=keep)
+    run_blocks(transformer, activations=boundaries)
     return boundaries
 
 
@@ -46,7 +44,7 @@ def gradients(transformer: nn.Module, *, size: int = 4) -> list[Tensor]:
 @cache
 def expected(variant: str, method: LoraMethod | FullMethod, size: int = 4) -> list[Tensor]:
     transformer = build(variant, method)
-    run_blocks(transformer, OnDevice())
+    run_blocks(transformer)
     return gradients(transformer, size=size)
 
 
@@ -68,7 +66,7 @@ def test_same_gradients_bit_for_bit(variant, method):
 def test_no_copy_before_or_after_its_time(keep):
     transformer = build()
     with Actors() as actors:
-        boundaries = offloaded(transformer, actors, keep)
+        boundaries = offloaded(transformer, keep)
         ours = gradients(transformer, size=8)
     require_equal(ours, expected("5b", LORA, 8))
     assert boundaries.stalls == (3 if keep == 0 else 0)  # with none kept, the first one wanted has no time to come
@@ -79,9 +77,9 @@ def test_no_copy_before_or_after_its_time(keep):
 def test_together_with_streamed_weights():
     transformer = build()
     with Actors():
-        weights = BlockStreaming(modules(transformer), range(LAYERS), 2, CPU, lane=CudaCopyStream(CPU))
+        weights = BlockStreaming(modules(transformer), range(LAYERS), 2, CPU)
         weights.install()
-        boundaries = ActivationOffload(LAYERS, outward=CudaCopyStream(CPU), inward=CudaCopyStream(CPU))
+        boundaries = ActivationOffload(LAYERS, CPU)
         run_blocks(transformer, weights, boundaries)
         require_equal(gradients(transformer), expected("5b", LORA))
 
@@ -89,8 +87,8 @@ def test_together_with_streamed_weights():
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_pass_that_is_broken_off_is_forgotten(where):
     transformer = build()
-    with Actors() as actors:
-        boundaries = offloaded(transformer, actors, keep=1)
+    with Actors():
+        boundaries = offloaded(transformer, keep=1)
         block, armed = modules(transformer)[1], [True]
 
         def fail(*_: object) -> None:
@@ -111,10 +109,10 @@ def test_a_pass_that_is_broken_off_is_forgotten(where):
 def test_nothing_arrives_in_memory_that_was_given_back(monkeypatch, waits):
     """A pass is broken off, and the model taken out of its state, while a boundary is on its way to the device."""
     if not waits:  # canary
-        monkeypatch.setattr(ActivationOffload, "remove", lambda self: None)
+        monkeypatch.setattr(ActivationOffload, "close", lambda self: None)
     transformer = build()
     with nullcontext() if waits else holding_nothing(), Actors() as actors:
-        offloaded(transformer, actors, keep=1)
+        offloaded(transformer, keep=1)
         block = modules(transformer)[1]
 
         def fail(*_: object) -> None:
@@ -125,7 +123,7 @@ def test_nothing_arrives_in_memory_that_was_given_back(monkeypatch, waits):
         with pytest.raises(MemoryError):
             forward(transformer).backward()
         handle.remove()
-        blocks = memory_of(transformer)
+        blocks = block_runner(transformer)
         assert blocks is not None
         with nullcontext() if waits else pytest.raises(RaceError, match="freed before"):
             blocks.remove()
@@ -175,9 +173,9 @@ def test_every_byte_has_a_label_and_a_size():
     boundaries = offloaded(transformer, keep=0)
     hidden, encoder = torch.randn(1, 16, 32), torch.randn(1, 8, 32)
     kept = [boundaries.put(index, hidden + index, encoder) for index in range(LAYERS)]
-    host = {host_buffers.label_of(one.away.flat.untyped_storage()) for one in kept}
+    host = {host_buffers.label_of(one.on_host.flat.untyped_storage()) for one in kept}
     assert host == {host_buffers.BufferLabel("offloaded activations", True, True)}
-    assert {one.away.flat.numel() for one in kept} == {(16 + 8) * 32 * 4}
+    assert {one.on_host.flat.numel() for one in kept} == {(16 + 8) * 32 * 4}
     given = boundaries.get(3, kept.pop())
     assert torch.equal(given[0], hidden + 3) and torch.equal(given[1], encoder)
     assert {host_buffers.label_of(tensor.untyped_storage()) for tensor in given} == {
@@ -188,7 +186,7 @@ def test_every_byte_has_a_label_and_a_size():
 
 
 def test_a_boundary_is_given_once():
-    boundaries = ActivationOffload(1, keep=0)
+    boundaries = ActivationOffload(1, CPU, keep=0)
     kept = boundaries.put(0, torch.ones(1, 2, 4), torch.ones(1, 1, 4))
     boundaries.get(0, kept)
     with pytest.raises(RuntimeError, match="fetched before"):
@@ -205,8 +203,8 @@ def test_a_forgotten_wait_is_seen(lane, forgets):
     transformer = build()
     # What is copied out is held until somebody waits: without a wait it would be for good, but no race.
     held = holding_nothing() if (lane, forgets) == ("outward", "wait") else nullcontext()
-    with held, Actors() as actors:
-        boundaries = offloaded(transformer, actors)
+    with held, Actors():
+        boundaries = offloaded(transformer)
         with careless(getattr(boundaries, f"_{lane}"), forgets), pytest.raises(RaceError):
             for _ in range(2):
                 forward(transformer).backward()
@@ -215,12 +213,12 @@ def test_a_forgotten_wait_is_seen(lane, forgets):
 def test_memory_that_is_freed_while_it_is_copied_is_seen(monkeypatch):
     transformer = build()
 
-    def forget(self: ActivationOffload, outward: object) -> None:
+    def forget(self: ActivationOffload) -> None:
         self._leaving.clear()
 
-    monkeypatch.setattr(ActivationOffload, "_settle", forget)
+    monkeypatch.setattr(ActivationOffload, "_release_sent", forget)
     with holding_nothing(), Actors() as actors:
-        offloaded(transformer, actors)
+        offloaded(transformer)
         with pytest.raises(RaceError, match="freed before"):
             forward(transformer).backward()
             actors.require_nothing_freed()
@@ -232,5 +230,5 @@ def test_a_buffer_that_is_overwritten_too_early_is_seen(monkeypatch):
     boundaries = offloaded(transformer, keep=0)
     theirs = expected("5b", LORA)
     taken = boundaries._pool.take
-    monkeypatch.setattr(boundaries._pool, "take", lambda nbytes: [p := taken(nbytes), boundaries._pool.give(p)][0])
+    monkeypatch.setattr(boundaries._pool, "take", lambda nbytes: [p := taken(nbytes), boundaries._pool.give_back(p)][0])
     assert not all(torch.equal(*pair) for pair in zip(gradients(transformer), theirs, strict=True))

@@ -16,8 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from finetune.core.errors import TrainingError
 from finetune.memory import checkpointing
-from finetune.memory.checkpointing import assert_recompute
-from finetune.memory.runner import SavedAttention, is_attention
+from finetune.memory.checkpointing import SavedAttention, is_attention, watch_recompute
 from finetune.methods.full import FullMethod
 
 FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -67,7 +66,7 @@ def expected(variant: str, method: Any, dtype: torch.dtype) -> list[Tensor]:
 )
 def test_attention_runs_once_in_kept_blocks_and_gradients_are_the_same(variant, method, dtype, keep):
     transformer = set_up("selective", keep, variant=variant, method=method, dtype=dtype)
-    with Count() as count, assert_recompute(transformer, "selective", keep):
+    with Count() as count, watch_recompute(transformer, "selective", keep):
         ours = gradients(transformer)
     theirs = expected(variant, method, dtype)
     assert len(ours) == len(theirs) >= 33
@@ -80,7 +79,7 @@ def test_attention_runs_once_in_kept_blocks_and_gradients_are_the_same(variant, 
 def test_full_runs_attention_twice():
     """Canary of the count above."""
     transformer = set_up("full")
-    with Count() as count, assert_recompute(transformer, "full"):
+    with Count() as count, watch_recompute(transformer, "full"):
         gradients(transformer)
     assert count.of[FORWARD] == 2 * LAYERS
 
@@ -124,14 +123,14 @@ def test_it_can_be_changed_again():
     transformer = set_up("selective", 1)
     for kind, keep, runs in [("full", None, 2 * LAYERS), ("selective", 2, 2 * LAYERS - 2), ("none", None, LAYERS)]:
         checkpointing.apply(transformer, kind, keep)
-        with Count() as count, assert_recompute(transformer, kind, keep):
+        with Count() as count, watch_recompute(transformer, kind, keep):
             gradients(transformer)
         assert count.of[FORWARD] == runs
 
 
 def test_accumulated_micro_batches_and_validation():
     transformer = set_up("selective", 3)
-    with assert_recompute(transformer, "selective", 3):
+    with watch_recompute(transformer, "selective", 3):
         for _ in range(2):
             forward(transformer).backward()
             with torch.no_grad():
@@ -144,7 +143,7 @@ def test_adapters_in_the_last_blocks_only():
     transformer = set_up("selective", 3)
     for block in modules(transformer)[:2]:
         block.requires_grad_(False)
-    with Count() as count, assert_recompute(transformer, "selective", 3):
+    with Count() as count, watch_recompute(transformer, "selective", 3):
         forward(transformer).backward()
     assert count.of[FORWARD] == LAYERS
 
@@ -155,15 +154,15 @@ def test_adapters_in_the_last_blocks_only():
 @pytest.mark.parametrize(
     ("kind", "keep", "asked", "message"),
     [
-        ("full", None, None, "attention of block 0 was computed 1 times, and 1 times again"),
+        ("full", None, None, "attention of block 0 ran forward 1 times and was run again 1 times"),
         ("selective", 2, 3, "attention of block 1 .*1 of 4 blocks"),
-        ("selective", 3, 2, "attention of block 1 .* 0 times again in the backward pass, expected 1"),
+        ("selective", 3, 2, "attention of block 1 .* again 0 times in the backward pass, expected 1"),
         ("none", None, None, "block 0 ran forward 1 times and was run again 0 times"),
     ],
 )
 def test_attention_that_is_not_kept_as_asked_is_seen(kind, keep, asked, message):
     transformer = set_up(kind, keep)
-    with pytest.raises(TrainingError, match=message) as caught, assert_recompute(transformer, "selective", asked):
+    with pytest.raises(TrainingError, match=message) as caught, watch_recompute(transformer, "selective", asked):
         gradients(transformer)
     assert caught.value.fix and "memory.checkpointing" in caught.value.where
 
@@ -175,7 +174,7 @@ def test_attention_that_cannot_be_kept_is_seen():
     with (
         math,
         pytest.raises(TrainingError, match="attention cannot be kept"),
-        assert_recompute(transformer, "selective"),
+        watch_recompute(transformer, "selective"),
     ):
         gradients(transformer)
 
@@ -219,12 +218,12 @@ def test_a_kernel_of_its_own_is_kept_too(kept):
         library.define("_flash_attn_forward(Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor)")
         library.impl("_flash_attn_forward", forward, "CPU")
         inputs = [torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3)]
-        tape = SavedAttention(kept=kept)
+        tape = SavedAttention(enabled=kept)
         with tape.recording(), torch.no_grad():
             Attention.apply(*inputs)
         with tape.replaying():
             Attention.apply(*inputs).sum().backward()
-    assert len(calls) == (1 if kept else 2) and tape.replayed is kept
+    assert len(calls) == (1 if kept else 2)
     expected = torch.autograd.grad(nn.functional.scaled_dot_product_attention(*inputs).sum(), inputs)
     for tensor, gradient in zip(inputs, expected, strict=True):
         torch.testing.assert_close(tensor.grad, gradient)

@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.memory import lean_block
+from finetune.memory.checkpointing import SavedAttention, is_attention
 from finetune.memory.lean_block import (
     GradientSums,
     LeanBlock,
     Normed,
     chunks,
+    decoded_once,
     gradient,
     masks,
     norm_and_rotate,
@@ -27,19 +29,9 @@ from finetune.memory.lean_block import (
     rotate_back,
     undoable,
     unread,
-    whole,
 )
 from finetune.memory.quantized_linear import QuantisedLinear
-from finetune.memory.runner import (
-    ActivationsOnDevice,
-    BlockInputs,
-    Blocks,
-    OnDevice,
-    SavedAttention,
-    StockBlock,
-    WantedGradients,
-    is_attention,
-)
+from finetune.memory.runner import BlockInputs, BlockRunner, StockBlock
 from finetune.methods import layer_norm
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
@@ -93,7 +85,7 @@ def widened(transformer: nn.Module) -> nn.Module:
 def run(
     transformer: nn.Module,
     math_: object | None,
-    keep: frozenset[int] = frozenset(),
+    keep: tuple[int, ...] = (),
     *,
     clips: int = 2,
     side: int = 8,
@@ -113,9 +105,7 @@ def run(
     rotary = angles(tokens, config.attention_head_dim) if config.use_rotary_positional_embeddings else None
     runner = None
     if math_ is not None:
-        runner = Blocks(
-            transformer, math=math_, weights=OnDevice(), boundaries=ActivationsOnDevice(), keep_attention=keep
-        )
+        runner = BlockRunner(transformer, compute=math_, keep_attention=keep)
         runner.install()
     try:
         out = transformer(
@@ -277,7 +267,7 @@ def test_same_gradients_where_attention_is_kept():
     theirs = run(transformer, LeanBlock())
     calls = CountAttention()
     with calls:
-        ours = run(transformer, LeanBlock(), keep=frozenset({1}))
+        ours = run(transformer, LeanBlock(), keep=(1,))
     assert calls.forward == 3  # two blocks, and one of them again
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
@@ -321,7 +311,7 @@ def test_the_comparison_notices_a_fault(fault, monkeypatch):
     """Canary of the tests above."""
     transformer = model("5b", METHODS["attention"])
     theirs = run(transformer, None)
-    fault(lean_block._Run, monkeypatch)
+    fault(lean_block._Pass, monkeypatch)
     assert worst(errors(run(transformer, LeanBlock(tokens=11)), theirs))[0] > 1e-4
 
 
@@ -336,16 +326,22 @@ def alone(method: str = "none", *, width: int = 32, text: int = 6, video: int = 
     return transformer.transformer_blocks[0], BlockInputs(hidden, encoder, temb, angles(video, width))
 
 
-ALL_GRADIENTS = WantedGradients(True, True, True)
-
-
-def backward(math_: object, block: nn.Module, inputs: BlockInputs, wanted: WantedGradients = ALL_GRADIENTS):
+def backward(
+    math_: object, block: nn.Module, inputs: BlockInputs, wanted: tuple[bool, bool, bool] = (True, True, True)
+):
     grads = tuple(
         torch.randn(t.shape, generator=torch.Generator().manual_seed(4)) for t in (inputs.hidden, inputs.encoder)
     )
     parameters = [p for p in block.parameters() if p.requires_grad]
     with torch.no_grad():
-        return math_.backward(block, inputs, grads, parameters, wanted=wanted, attention=SavedAttention(kept=False))
+        return math_.backward(block, wanting(inputs, *wanted), grads, parameters, SavedAttention(enabled=False))
+
+
+def wanting(inputs: BlockInputs, *wanted: bool) -> BlockInputs:
+    """Leaves, of which those that are ``wanted`` get gradients: hidden, encoder and temb."""
+    names = ("hidden", "encoder", "temb")
+    leaves = {name: getattr(inputs, name).detach().requires_grad_(on) for name, on in zip(names, wanted, strict=True)}
+    return replace(inputs, **leaves)
 
 
 @pytest.mark.parametrize("hidden", [False, True])
@@ -353,24 +349,23 @@ def backward(math_: object, block: nn.Module, inputs: BlockInputs, wanted: Wante
 @pytest.mark.parametrize("method", ["none", "attention+ff"])
 def test_only_what_is_wanted_is_given(method, encoder, hidden):
     block, inputs = alone(method)
-    wanted = WantedGradients(hidden, encoder, temb=not hidden)
+    wanted = (hidden, encoder, not hidden)
     ours, theirs = (backward(math_, block, inputs, wanted) for math_ in (LeanBlock(tokens=7), StockBlock()))
-    pairs = [(getattr(ours, name), getattr(theirs, name)) for name in ("hidden", "encoder", "temb")]
-    for our, their in [*pairs, *zip(ours.parameters, theirs.parameters, strict=True)]:
+    for our, their in zip(ours, theirs, strict=True):
         assert (our is None) == (their is None)
         if our is not None:
             torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5 * float(their.abs().max()))
-    assert [our is not None for our, _ in pairs] == [hidden, encoder, not hidden]
+    assert [our is not None for our in ours[:3]] == [hidden, encoder, not hidden]
 
 
 def test_an_expanded_gradient_is_not_written_to():
     block, inputs = alone()
     ones = (torch.ones(()).expand_as(inputs.hidden), torch.ones(()).expand_as(inputs.encoder))
-    wanted, tape = WantedGradients(True, True, False), SavedAttention(kept=False)
-    theirs = StockBlock().backward(block, inputs, ones, [], wanted=wanted, attention=tape)
-    ours = LeanBlock(tokens=7).backward(block, inputs, ones, [], wanted=wanted, attention=tape)
+    inputs = wanting(inputs, True, True, False)
+    theirs, *_ = StockBlock().backward(block, inputs, ones, [], SavedAttention(enabled=False))
+    ours, *_ = LeanBlock(tokens=7).backward(block, inputs, ones, [], SavedAttention(enabled=False))
     assert float(ones[0].sum()) == inputs.hidden.numel()
-    torch.testing.assert_close(ours.hidden, theirs.hidden, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 class Products(TorchDispatchMode):
@@ -389,7 +384,7 @@ def products(math_: object, block: nn.Module, inputs: BlockInputs) -> float:
     """Matrix products of a backward pass, in passes of all tokens through a linear layer [D, D]."""
     counter = Products()
     with counter:
-        backward(math_, block, inputs, WantedGradients(True, True, False))
+        backward(math_, block, inputs, (True, True, False))
     (clips, video, dim), text = inputs.hidden.shape, inputs.encoder.shape[1]
     of_modulation = 2 * clips * inputs.temb.shape[1] * 6 * dim
     return (counter.count - of_modulation) / (clips * (video + text) * dim**2)
@@ -403,7 +398,7 @@ def test_nothing_is_computed_again_that_no_gradient_needs():
     with torch.no_grad():
         block.attn1.norm_k.weight[3] = 1e-3  # cannot be undone: both q and k are computed from the tokens again
     assert products(LeanBlock(tokens=7), block, inputs) == needed + 2 + 12
-    ours, theirs = (backward(math_, block, inputs).hidden for math_ in (LeanBlock(tokens=7), StockBlock()))
+    ours, theirs = (backward(math_, block, inputs)[0] for math_ in (LeanBlock(tokens=7), StockBlock()))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
@@ -445,7 +440,7 @@ def peak(math_: object, method: str) -> float:
     live.count(inputs.hidden)
     live.count(inputs.encoder)
     with live:
-        backward(math_, block, inputs, WantedGradients(True, True, False))
+        backward(math_, block, inputs, (True, True, False))
     return (live.peak - before) / (live._sizes[inputs.hidden.untyped_storage()._cdata] * 1515 / 1500)
 
 
@@ -464,7 +459,7 @@ def test_it_runs_on_fake_tensors():
             seed=7,
         )
         given = backward(LeanBlock(tokens=7), block, fake)
-    assert given.hidden.shape == inputs.hidden.shape and given.temb.shape == inputs.temb.shape
+    assert given[0].shape == inputs.hidden.shape and given[2].shape == inputs.temb.shape
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
@@ -635,7 +630,7 @@ def test_a_quantised_weight_is_decoded_once(monkeypatch):
     monkeypatch.setattr(QuantisedLinear, "dequantised", lambda *a: decoded.append(1) or stock(*a))
     features = torch.randn(3, 64, requires_grad=True)
     expected = layer(features)
-    with whole(layer), unread(layer):
+    with decoded_once(layer), unread(layer):
         for _ in range(3):
             layer(features).sum().backward()
     assert len(decoded) == 2

@@ -17,7 +17,7 @@ from finetune.core.errors import TrainingError
 from finetune.core.types import Batch
 from finetune.memory.config import Checkpointing, MemoryConfig, Traits
 from finetune.memory.quantized_linear import placement
-from finetune.memory.setup import assert_recompute, undo
+from finetune.memory.runner import assert_recompute, undo
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import tiny_transformer
@@ -200,7 +200,7 @@ def a_batch(clips: int, *, image: bool = False) -> Batch:
 @pytest.mark.parametrize("clips,sizes", [(None, [5]), (5, [5]), (9, [5]), (3, [3, 2]), (1, [1] * 5)])
 def test_parts_are_the_whole_in_its_order(clips, sizes, image):
     batch = a_batch(5, image=image)
-    parts = list(MemoryConfig(clips_at_once=clips).parts(batch))
+    parts = list(MemoryConfig(clips_at_once=clips).split(batch))
     assert [len(part.slots) for part in parts] == sizes
     assert sum((part.slots for part in parts), ()) == batch.slots
     assert sum((part.clips for part in parts), ()) == batch.clips
@@ -219,7 +219,7 @@ def test_splitting_keeps_losses_and_gradients_to_rounding(method):
     for clips in (None, 2, 1):
         transformer, _ = prepared("none", method)
         losses = []
-        for part in MemoryConfig(clips_at_once=clips).parts(a_batch(4)):
+        for part in MemoryConfig(clips_at_once=clips).split(a_batch(4)):
             prediction = transformer(
                 part.latents.transpose(1, 2), part.prompt_embeds, part.timesteps, return_dict=False
             )[0]
@@ -237,7 +237,7 @@ def test_splitting_keeps_losses_and_gradients_to_rounding(method):
 
 def said(memory: MemoryConfig, traits: Traits) -> list[str]:
     """Each notch in the words of the one before."""
-    notches = memory.notches(traits)
+    notches = memory.fallbacks(traits)
     assert notches[0] is memory
     return [before.difference(after) for before, after in pairwise(notches)]
 
@@ -260,7 +260,7 @@ def clips(*numbers: int) -> list[str]:
             ["memory.checkpointing: full, memory.keep_attention: null", *DOWN[1:]],
         ),
         (MemoryConfig(), EVERYTHING, [DOWN[0], DOWN[2]]),
-        (MemoryConfig(), replace(LORA, adapts_modulation=True), [DOWN[0], DOWN[2], DOWN[3]]),
+        (MemoryConfig(), replace(LORA, adapts_adaln=True), [DOWN[0], DOWN[2], DOWN[3]]),
         (MemoryConfig(base="fp8"), LORA, DOWN),
         (MemoryConfig(), replace(LORA, processes=2), [DOWN[0], DOWN[2]]),
         (MemoryConfig(checkpointing="none"), replace(LORA, processes=2, sharded=True), ["memory.checkpointing: full"]),
@@ -279,7 +279,7 @@ def test_notches_go_down_one_technique_at_a_time(memory, traits, steps):
 
 
 def test_every_notch_can_be_written_into_a_configuration():
-    notches = MemoryConfig(checkpointing="none").notches(replace(LORA, batch_size=7))
+    notches = MemoryConfig(checkpointing="none").fallbacks(replace(LORA, batch_size=7))
     assert len(notches) == 9
     for notch in notches:
         assert MemoryConfig.model_validate(notch.model_dump(mode="json")) == notch
@@ -305,7 +305,7 @@ def sorted_like(steps: list[str]) -> list[str]:
         ({"base": "nf4"}, EVERYTHING, "base", "full fine-tuning trains it"),
         ({"base": "fp8"}, Traits(dora=True), "base", "DoRA needs the norms"),
         ({"modulation": "host"}, EVERYTHING, "modulation", "the adaLN layers train"),
-        ({"modulation": "host"}, Traits(adapts_modulation=True), "modulation", "the adaLN layers train"),
+        ({"modulation": "host"}, Traits(adapts_adaln=True), "modulation", "the adaLN layers train"),
         ({"gradient_release": "exact"}, LORA, "gradient_release", "gradients are small"),
         ({"gradient_release": "exact"}, Traits(full=True, accumulation=2), "gradient_release", "cannot be accumulated"),
         (
@@ -421,7 +421,7 @@ def step_of(
     batch = on(device, a_batch(2))
     losses = []
     with assert_recompute(transformer, memory):
-        for part in memory.parts(batch):
+        for part in memory.split(batch):
             prediction = denoise_tiny(transformer, part)
             loss = prediction.square().flatten(1).mean(1)
             loss.sum().backward()
@@ -479,7 +479,7 @@ def test_attention_that_cannot_be_kept_is_seen(block):
     math = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with (
         math,
-        pytest.raises(TrainingError, match="attention cannot be kept: 2 of 2 blocks"),
+        pytest.raises(TrainingError, match="attention cannot be kept"),
         assert_recompute(transformer, memory),
     ):
         forward(transformer).backward()

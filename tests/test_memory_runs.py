@@ -18,7 +18,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CheckpointError
-from finetune.memory.runner import memory_of
+from finetune.memory.runner import block_runner
 from finetune.trainers import loop
 from finetune.trainers.loop import train
 
@@ -144,7 +144,7 @@ def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monk
     case = Case(memory, method | ({"dropout": 0.0} if method is LORA else {}))
     calm = train(config_of(case, tiny_model(), demo_clips, tmp_path / "calm"))
     config = config_of(case, tiny_model(), demo_clips, tmp_path / "hit")
-    notches = config.memory.notches(memory_traits(config, read_spec(config.model.pretrained)))
+    notches = config.memory.fallbacks(memory_traits(config, read_spec(config.model.pretrained)))
     assert len(notches) >= 4
     with monkeypatch.context() as patch:
         fails_where(patch, lambda run, batch, call: 1 < call <= len(notches))
@@ -161,7 +161,7 @@ def test_measuring_and_sampling_pass_through_the_same_state(tiny_model, demo_cli
     seen = []
     inner = loop.Sampler.sample
     monkeypatch.setattr(
-        loop.Sampler, "sample", lambda self, step: (seen.append(memory_of(self._run.module)), inner(self, step))[1]
+        loop.Sampler, "sample", lambda self, step: (seen.append(block_runner(self._run.module)), inner(self, step))[1]
     )
     quiet = train(config_of(case, tiny_model(), demo_clips, tmp_path / "quiet", data={"holdout": 0.25}))
     watched = train(

@@ -19,18 +19,15 @@ from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ModelError
 from finetune.core.types import Bucket
+from finetune.memory.config import QuantisedFormat
 from finetune.memory.quantized_linear import (
-    Kind,
     QuantisedLinear,
     QuantisedPlacement,
-    held_bytes,
-    is_quantised,
-    output_error,
     placement,
 )
 from finetune.methods.lora import LoraMethod
 
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS: tuple[QuantisedFormat, ...] = get_args(QuantisedFormat)
 STEM = "diffusion_pytorch_model"
 
 # Relative L2 of a weight of normal numbers, [512, 384], as it is rounded; seed 0. E4M3 has 3 fraction bits: uniform
@@ -43,7 +40,7 @@ def weight(outputs: int = 512, inputs: int = 384, dtype: torch.dtype = torch.flo
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def layers(kind: Kind, dtype: torch.dtype) -> tuple[QuantisedLinear, nn.Linear]:
+def layers(kind: QuantisedFormat, dtype: torch.dtype) -> tuple[QuantisedLinear, nn.Linear]:
     """A quantised layer, and a plain one with the same rounded weight."""
     plain = nn.Linear(384, 512, dtype=dtype)
     ours = QuantisedLinear.like(plain, kind)
@@ -55,22 +52,22 @@ def layers(kind: Kind, dtype: torch.dtype) -> tuple[QuantisedLinear, nn.Linear]:
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
-    return output_error(ours, theirs).relative_l2
+    return float((ours.float() - theirs.float()).norm() / theirs.float().norm())
 
 
 # ------------------------------------------------------------------------------------------------------- one layer
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_error_of_a_weight_is_bounded(kind: Kind) -> None:
+def test_the_error_of_a_weight_is_bounded(kind: QuantisedFormat) -> None:
     ours, _ = layers(kind, torch.float32)
     assert WEIGHT_ERROR[kind] / 2 < relative(ours.dequantised(), weight()) < WEIGHT_ERROR[kind]
     held = sum(buffer.nbytes for buffer in ours.buffers())
-    assert held == held_bytes(512, 384, kind) < {"nf4": 0.53}.get(kind, 1.07) * weight().numel()
+    assert held < {"nf4": 0.53}.get(kind, 1.07) * weight().numel()
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])
-def test_a_wrong_scale_axis_is_noticed(kind: Kind) -> None:
+def test_a_wrong_scale_axis_is_noticed(kind: QuantisedFormat) -> None:
     """Canary: outputs that differ a thousandfold in size need a scale each."""
     uneven = weight() * torch.logspace(-4, 4, 512)[:, None]
     layer = QuantisedLinear(384, 512, kind)
@@ -98,7 +95,7 @@ def test_a_scale_per_group_keeps_what_stands_beside_an_outlier() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", KINDS)
-def test_loss_and_gradients_are_those_of_the_rounded_weight(kind: Kind, dtype: torch.dtype) -> None:
+def test_loss_and_gradients_are_those_of_the_rounded_weight(kind: QuantisedFormat, dtype: torch.dtype) -> None:
     ours, theirs = layers(kind, dtype)
     inputs = [torch.randn(2, 5, 384, generator=torch.Generator().manual_seed(1)).to(dtype) for _ in range(2)]
     outputs = [layer(x.requires_grad_()) for layer, x in zip((ours, theirs), inputs, strict=True)]
@@ -115,7 +112,7 @@ def test_loss_and_gradients_are_those_of_the_rounded_weight(kind: Kind, dtype: t
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_of_the_weight_is_kept_between_the_passes(kind: Kind) -> None:
+def test_nothing_of_the_weight_is_kept_between_the_passes(kind: QuantisedFormat) -> None:
     ours, plain = layers(kind, torch.float32)
 
     def kept(layer: nn.Module) -> int:
@@ -143,7 +140,7 @@ def test_the_backward_pass_reads_the_weight_where_it_is_then() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_moving_and_casting_leave_codes_and_scales_alone(kind: Kind) -> None:
+def test_moving_and_casting_leave_codes_and_scales_alone(kind: QuantisedFormat) -> None:
     ours, _ = layers(kind, torch.float32)
     before = {name: buffer.clone() for name, buffer in ours.stored.items()}
     cast = copy.deepcopy(ours).to(torch.bfloat16).half().to("cpu", torch.bfloat16)
@@ -192,7 +189,7 @@ def test_slabs_do_not_change_nf4(rows: int) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_of_zeros_stay_zero(kind: Kind) -> None:
+def test_rows_of_zeros_stay_zero(kind: QuantisedFormat) -> None:
     layer = QuantisedLinear(64, 8, kind, dtype=torch.bfloat16)
     layer.quantise(torch.zeros(8, 64))
     assert not layer.dequantised().any()
@@ -221,13 +218,13 @@ def predicted(transformer: Any, folder: Path, dtype: torch.dtype = torch.float32
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_loaded_model_holds_what_quantising_it_gives(tiny_model: Callable[..., Path], kind: Kind) -> None:
+def test_a_loaded_model_holds_what_quantising_it_gives(tiny_model: Callable[..., Path], kind: QuantisedFormat) -> None:
     model = ModelConfig(pretrained=str(tiny_model("5b")))
     native = load_transformer(model, dtype=torch.bfloat16)
     held = load_transformer(model, dtype=torch.bfloat16, placement=placement(kind))
     quantised = {name: layer for name, layer in held.named_modules() if isinstance(layer, QuantisedLinear)}
     blocks = len(native.transformer_blocks)
-    assert len(quantised) == 6 * blocks and is_quantised(held) and not is_quantised(native)
+    assert len(quantised) == 6 * blocks
     stored = dict(stored_tensors(tiny_model("5b") / "transformer", STEM))
     for name, layer in quantised.items():
         exact = stored[f"{name}.weight"]
@@ -245,12 +242,15 @@ def test_the_output_error_is_bounded_for_every_variant(tiny_model: Callable[...,
     with torch.no_grad():
         native = predicted(load_transformer(model), folder)
         for kind, bound in (("fp8", 0.03), ("fp8_64", 0.03), ("int8", 0.006), ("nf4", 0.11)):
-            error = output_error(predicted(load_transformer(model, placement=placement(kind)), folder), native)
-            assert 1e-5 < error.relative_l2 < bound and error.cosine > 1 - bound**2
+            assert (
+                1e-5 < relative(predicted(load_transformer(model, placement=placement(kind)), folder), native) < bound
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_lora_learns_around_it_as_around_the_rounded_weights(tiny_model: Callable[..., Path], kind: Kind) -> None:
+def test_lora_learns_around_it_as_around_the_rounded_weights(
+    tiny_model: Callable[..., Path], kind: QuantisedFormat
+) -> None:
     folder = tiny_model("5b")
     model = ModelConfig(pretrained=str(folder))
     ours = load_transformer(model, dtype=torch.bfloat16, placement=placement(kind))
@@ -351,7 +351,7 @@ def is_mapped(tensor: Tensor, folder: Path) -> bool:
     return False
 
 
-def peak_of_loading(folder: Path, kind: Kind | None, *, at_once: bool = False) -> tuple[int, int]:
+def peak_of_loading(folder: Path, kind: QuantisedFormat | None, *, at_once: bool = False) -> tuple[int, int]:
     """Peak of the memory taken while a transformer is filled, and what remains taken, in bytes."""
     module = empty_transformer(folder, dtype=torch.float32, device="meta")
     own = folder / "transformer"
@@ -371,7 +371,7 @@ def peak_of_loading(folder: Path, kind: Kind | None, *, at_once: bool = False) -
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells mapped files from memory by Linux' /proc")
 @pytest.mark.parametrize("kind", [None, *KINDS])
-def test_the_whole_model_never_exists_beside_what_it_becomes(wide_model: Path, kind: Kind | None) -> None:
+def test_the_whole_model_never_exists_beside_what_it_becomes(wide_model: Path, kind: QuantisedFormat | None) -> None:
     largest = max(tensor.nbytes for _, tensor in stored_tensors(wide_model / "transformer", STEM))
     peak, left = peak_of_loading(wide_model, kind)
     assert largest == 16 << 20
@@ -386,7 +386,7 @@ def test_a_model_that_is_read_whole_is_seen(wide_model: Path) -> None:
 
 @pytest.mark.parametrize("kind", [None, *KINDS])
 def test_an_empty_transformer_has_the_shapes_of_a_loaded_one(
-    tiny_model: Callable[..., Path], kind: Kind | None
+    tiny_model: Callable[..., Path], kind: QuantisedFormat | None
 ) -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -430,11 +430,3 @@ def test_an_unknown_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "transformer/config.json").write_text('{"num_layers": "many"}')
     with pytest.raises(ModelError, match="num_layers: Input should be a valid integer"):
         empty_transformer(tmp_path, dtype=torch.float32)
-
-
-def test_outputs_that_cannot_be_compared_are_refused() -> None:
-    with pytest.raises(ValueError, match="compared"):
-        output_error(torch.ones(2), torch.ones(3))
-    with pytest.raises(ValueError, match="zero"):
-        output_error(torch.ones(2), torch.zeros(2))
-    assert output_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])).relative_l2 == pytest.approx(4 / 3)

@@ -24,7 +24,7 @@ from finetune.memory import gradient_offload
 from finetune.memory.config import MemoryConfig
 from finetune.memory.gradient_offload import norm_of, units_of
 from finetune.memory.host_buffers import label_of
-from finetune.memory.setup import undo
+from finetune.memory.runner import undo
 from finetune.methods.full import FullMethod
 from finetune.optim.ema import Ema
 from finetune.optim.optimizers import OptimizerConfig, begin, set_lr
@@ -467,7 +467,7 @@ def test_weights_that_are_not_copied_back_are_noticed(world: Maker, monkeypatch)
     """Canary of the comparisons: the optimizer trained, and the model did not see it."""
     theirs = world(STATES["exact-host"])
     theirs.step()
-    monkeypatch.setattr(gradient_offload.HostWeights, "publish", lambda *_, **__: None)
+    monkeypatch.setattr(gradient_offload.HostWeights, "copy_to_model", lambda *_, **__: None)
     ours = world(STATES["exact-host"])
     ours.step()
     with pytest.raises(AssertionError, match="differ"):
@@ -583,13 +583,13 @@ def test_per_parameter_refuses_a_scaled_loss(world: Maker):
 def test_a_parameter_that_is_updated_twice_is_noticed(world: Maker):
     """Canary of the comparisons."""
     ours, theirs = world(STATES["exact"]), world(STATES["exact"])
-    sweep = ours.strategy._gradients.sweep
+    sweep = ours.strategy._gradients.apply_updates
 
     def twice(device: torch.device, update: Any) -> None:
         sweep(device, update)
         sweep(device, update)
 
-    ours.strategy._gradients.sweep = twice
+    ours.strategy._gradients.apply_updates = twice
     ours.step()
     theirs.step()
     with pytest.raises(AssertionError, match="differ"):

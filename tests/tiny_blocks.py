@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from finetune.memory.runner import ActivationsOnDevice, Blocks, StockBlock
+from finetune.memory.runner import ActivationStore, BlockRunner, WeightPlacement
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import tiny_transformer
@@ -46,10 +46,12 @@ def forward(transformer: nn.Module, seed: int = 5, size: int = 4) -> Tensor:
     return prediction.float().square().mean()
 
 
-def run_blocks(transformer: nn.Module, weights: object, boundaries: object | None = None) -> Blocks:
-    blocks = Blocks(transformer, math=StockBlock(), weights=weights, boundaries=boundaries or ActivationsOnDevice())
-    blocks.install()
-    return blocks
+def run_blocks(
+    transformer: nn.Module, weights: WeightPlacement | None = None, activations: ActivationStore | None = None
+) -> BlockRunner:
+    runner = BlockRunner(transformer, weights=weights, activations=activations)
+    runner.install()
+    return runner
 
 
 def modules(transformer: nn.Module) -> list[nn.Module]:

@@ -31,7 +31,7 @@ def memory_traits(config: RunConfig, spec: ModelSpec, *, processes: int = 1, sha
     lora = method if isinstance(method, LoraMethod) else None
     return Traits(
         full=lora is None,
-        adapts_modulation=lora is not None and any(map(lora.matches, _modulation(spec))),
+        adapts_adaln=lora is not None and any(map(lora.matches, _modulation(spec))),
         dora=lora is not None and lora.use_dora,
         processes=processes,
         sharded=sharded,

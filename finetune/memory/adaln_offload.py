@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -22,45 +23,35 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 
 from finetune.core.errors import ConfigError, TrainingError
-from finetune.memory import host_buffers
+from finetune.memory.checkpointing import blocks_of
 from finetune.memory.host_buffers import (
     BufferLayout,
-    CopyStream,
-    StreamEvent,
-    copy_stream,
     device_buffer,
-    flat_buffer,
+    flat_buffers,
     host_buffer,
     host_work,
+    pin_to_host,
+    unpin_from_host,
 )
 
-_WHAT = "modulation"
+LABEL = "modulation"
+
+_EMBEDDINGS = ("time_embedding", "ofs_embedding")
 
 
-class _Staging:
-    """Pinned memory through which the rows of a pass travel, [layers, B, 6D]."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.rows = rows
-        self.left: StreamEvent = None
-        """The end of the last copy that read it."""
-
-
+@dataclass
 class _Pass:
-    """One forward pass of the model, and the backward pass that may follow.
+    """One forward pass of the model, and the backward pass that may follow."""
 
-    Args:
-        conditioning: what the adaLN layers are applied to, on the host, [B, E].
-        staging: its own until the pass is over.
-        rows: on the device, [layers, B, 6D].
-    """
-
-    def __init__(self, conditioning: Tensor, staging: _Staging, rows: Tensor) -> None:
-        self.conditioning = conditioning
-        self.staging = staging
-        self.rows = rows
-        self.done: set[int] = set()
-        """Numbers of the layers whose rows are in ``rows``."""
+    conditioning: Tensor
+    """What the adaLN layers are applied to, on the host, [B, E]."""
+    staged: Tensor
+    """Pinned memory from which the rows are copied, [layers, B, 6D]. torch's allocator of pinned memory gives it to
+    nobody else before the copies are done."""
+    rows: Tensor
+    """On the device."""
+    done: set[int] = field(default_factory=set)
+    """Numbers of the layers whose rows are in ``rows``."""
 
 
 class AdaLnOffload:
@@ -71,16 +62,14 @@ class AdaLnOffload:
     Args:
         transformer: a diffusers CogVideoX transformer.
         device: where it computes.
-        lane: tells when a buffer may be used again; by default one that fits ``device``.
     """
 
-    def __init__(self, transformer: nn.Module, device: torch.device, *, lane: CopyStream | None = None) -> None:
+    def __init__(self, transformer: nn.Module, device: torch.device) -> None:
         self._transformer: Any = transformer
         self._device = device
-        self._lane = lane or copy_stream(device)
         self._norms: dict[str, Any] = {
             f"transformer_blocks.{index}.{name}": getattr(block, name)
-            for index, block in enumerate(transformer.get_submodule("transformer_blocks").children())
+            for index, block in enumerate(blocks_of(transformer))
             for name in ("norm1", "norm2")
         }
         self._linears: list[nn.Linear] = [norm.linear for norm in self._norms.values()]
@@ -88,8 +77,12 @@ class AdaLnOffload:
         self._signature = inspect.signature(type(transformer).forward)
         self._hook: Any = None
         self._announced: _Pass | None = None
+        """The pass that has begun, and whose time embedding no block has seen yet."""
         self._passes: dict[int, tuple[StorageWeakRef, _Pass]] = {}
-        self._spare: list[_Staging] = []
+
+    def weights(self) -> list[Tensor]:
+        """What stays on the host."""
+        return [parameter for linear in self._linears for parameter in linear.parameters()]
 
     def install(self) -> None:
         """Move the layers' weights to the host, and take over what they compute.
@@ -97,16 +90,15 @@ class AdaLnOffload:
         Raises:
             ConfigError: one of them trains or carries an adapter, or the time embedding in front of them does.
         """
-        self._refuse_what_trains()
+        originals = {name: getattr(self._transformer, name) for name in _EMBEDDINGS}
+        originals = {name: module for name, module in originals.items() if module is not None}
+        _require_frozen({f"{name}.linear": norm.linear for name, norm in self._norms.items()} | originals)
         layouts = [BufferLayout.of(linear.parameters()) for linear in self._linears]
-        pieces = flat_buffer([layout.nbytes for layout in layouts], pinned=False, what=_WHAT)
-        for linear, layout, piece in zip(self._linears, layouts, pieces, strict=True):
-            _rebind(linear, layout.views(piece))
-            host_buffers.pin_to_host(linear, linear.parameters())
-        for name in ("time_embedding", "ofs_embedding"):
-            original = getattr(self._transformer, name)
-            if original is not None:
-                self._embeddings[name] = _host_twin(original)
+        buffers = flat_buffers([layout.nbytes for layout in layouts], pinned=False, what=LABEL)
+        for linear, layout, flat in zip(self._linears, layouts, buffers, strict=True):
+            _move(linear, layout.views(flat))
+            pin_to_host(linear, linear.parameters())
+        self._embeddings = {name: _copy_on_host(module) for name, module in originals.items()}
         for number, norm in enumerate(self._norms.values()):
             # As attributes of the instances: nothing that walks the model's modules, names or weights sees a change.
             norm.silu.forward = _unchanged
@@ -121,17 +113,15 @@ class AdaLnOffload:
         self._hook = None
         for norm in self._norms.values():
             del norm.silu.forward, norm.linear.forward
-            host_buffers.unpin_from_host(norm.linear)
-            _rebind(norm.linear, [torch.empty_like(p, device=device) for p in norm.linear.parameters()])
-        for staging in (*self._spare, *(entry.staging for _, entry in self._passes.values())):
-            self._lane.finish(staging.left)
-        self._embeddings, self._passes, self._spare, self._announced = {}, {}, [], None
+            unpin_from_host(norm.linear)
+            _move(norm.linear, [torch.empty_like(p, device=device) for p in norm.linear.parameters()])
+        self._embeddings, self._passes, self._announced = {}, {}, None
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a forward pass: the time embedding, as ``CogVideoXTransformer3DModel.forward`` computes it."""
         given = self._signature.bind(self._transformer, *args, **kwargs).arguments
         dtype = given["hidden_states"].dtype
-        with torch.no_grad(), host_work(_WHAT):
+        with torch.no_grad(), host_work(LABEL):
             condition = given.get("timestep_cond")
             embedding = self._embeddings["time_embedding"](
                 self._transformer.time_proj(_on_host(given["timestep"])).to(dtype),
@@ -143,11 +133,13 @@ class AdaLnOffload:
             conditioning = functional.silu(embedding)
         self._forget_passes()
         shape = (len(self._linears), conditioning.shape[0], self._linears[0].out_features)
-        like = torch.empty(shape, dtype=dtype, device="meta")
-        layout = BufferLayout.of([like])
-        staging = self._staging(layout)
-        rows = layout.views(device_buffer(layout.nbytes, self._device, _WHAT))[0]
-        self._announced = _Pass(conditioning, staging, rows)
+        layout = BufferLayout.of([torch.empty(shape, dtype=dtype, device="meta")])
+        flats = (
+            host_buffer(layout.nbytes, pinned=True, what=LABEL),
+            device_buffer(layout.nbytes, self._device, LABEL),
+        )
+        staged, rows = (layout.views(flat)[0] for flat in flats)
+        self._announced = _Pass(conditioning, staged, rows)
 
     def _rows(self, number: int, temb: Tensor) -> Tensor:
         """What layer ``number`` gives for a pass, [B, 6D] on the device.
@@ -157,18 +149,17 @@ class AdaLnOffload:
             temb: the pass's time embedding, on the device, [B, E]. Only its memory tells which pass it is, forward or
                 run again: its values are not read, and may not be there yet.
         """
-        found = self._pass_of(temb)
-        if number not in found.done:
-            linear, staged = self._linears[number], found.staging.rows[number]
+        current = self._pass_of(temb)
+        if number not in current.done:
+            linear, staged = self._linears[number], current.staged[number]
             with torch.no_grad():
-                with host_work(_WHAT):
-                    staged.copy_(functional.linear(found.conditioning, linear.weight, linear.bias))
+                with host_work(LABEL):
+                    staged.copy_(functional.linear(current.conditioning, linear.weight, linear.bias))
                 # On the compute's own stream: a few kB, in order with what reads them.
-                found.rows[number].copy_(staged, non_blocking=True)
-            found.staging.left = self._lane.compute()
-            found.done.add(number)
+                current.rows[number].copy_(staged, non_blocking=True)
+            current.done.add(number)
         # Apart from the rest of the buffer, which autograd would otherwise take for a change of these rows.
-        return found.rows[number].data
+        return current.rows[number].data
 
     def _pass_of(self, temb: Tensor) -> _Pass:
         storage = temb.untyped_storage()
@@ -183,39 +174,27 @@ class AdaLnOffload:
             )
         # While the weak reference is held, no other storage gets this one's address.
         self._passes[storage._cdata] = (StorageWeakRef(storage), self._announced)  # type: ignore[no-untyped-call]
-        found, self._announced = self._announced, None
-        return found
+        current, self._announced = self._announced, None
+        return current
 
     def _forget_passes(self) -> None:
-        """Take back what belongs to passes of which no block will ask again: their time embedding is gone."""
-        over = [key for key, (reference, _) in self._passes.items() if reference.expired()]  # type: ignore[no-untyped-call]
-        self._spare += [self._passes.pop(key)[1].staging for key in over]
-        if self._announced is not None:  # a pass that never reached a block
-            self._spare.append(self._announced.staging)
-            self._announced = None
+        """Let go of passes of which no block will ask again: their time embedding is gone, or never reached a block."""
+        for key, (reference, _) in list(self._passes.items()):
+            if reference.expired():  # type: ignore[no-untyped-call]
+                del self._passes[key]
+        self._announced = None
 
-    def _staging(self, layout: BufferLayout) -> _Staging:
-        for number, staging in enumerate(self._spare):
-            if BufferLayout.of([staging.rows]) == layout and self._lane.passed(staging.left):
-                return self._spare.pop(number)
-        # Of another batch size, or still being read: rather a few MiB more than waiting for the device.
-        self._spare = [staging for staging in self._spare if not self._lane.passed(staging.left)]
-        return _Staging(layout.views(host_buffer(layout.nbytes, pinned=True, what=_WHAT))[0])
 
-    def _refuse_what_trains(self) -> None:
-        modules: dict[str, nn.Module] = {f"{name}.linear": norm.linear for name, norm in self._norms.items()}
-        for name in ("time_embedding", "ofs_embedding"):
-            if getattr(self._transformer, name) is not None:
-                modules[name] = getattr(self._transformer, name)
-        for name, module in modules.items():
-            trains = any(parameter.requires_grad for parameter in module.parameters())
-            if trains or (name.endswith(".linear") and type(module) is not nn.Linear):
-                raise ConfigError(
-                    f"{name} {'trains' if trains else 'is not a plain linear layer'}, so the modulations cannot be"
-                    " computed ahead",
-                    where="memory.modulation: host",
-                    fix="set memory.modulation: device, or choose method.targets without adaLN or time embeddings",
-                )
+def _require_frozen(modules: dict[str, nn.Module]) -> None:
+    for name, module in modules.items():
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if trains or (name.endswith(".linear") and type(module) is not nn.Linear):
+            raise ConfigError(
+                f"{name} {'trains' if trains else 'is not a plain linear layer'}, so the adaLN layers' result cannot be"
+                " computed ahead",
+                where="memory.modulation: host",
+                fix="set memory.modulation: device, or choose method.targets without adaLN or time embeddings",
+            )
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
@@ -223,25 +202,23 @@ def _unchanged(tensor: Tensor) -> Tensor:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    host = torch.empty(tensor.shape, dtype=tensor.dtype)
-    host.copy_(tensor)
-    return host
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
 
-def _host_twin(module: nn.Module) -> nn.Module:
+def _copy_on_host(module: nn.Module) -> nn.Module:
     """A copy of a module that computes on the host."""
     layout = BufferLayout.of(module.parameters())
-    views = layout.views(host_buffer(layout.nbytes, pinned=False, what=_WHAT))
-    twins: dict[int, Any] = {}
+    views = layout.views(host_buffer(layout.nbytes, pinned=False, what=LABEL))
+    copies: dict[int, Any] = {}
     for parameter, view in zip(module.parameters(), views, strict=True):
         view.copy_(parameter.data)
-        twins[id(parameter)] = nn.Parameter(view, requires_grad=False)
+        copies[id(parameter)] = nn.Parameter(view, requires_grad=False)
     # As if they were copied already: by itself, deepcopy would allocate on the device.
-    return copy.deepcopy(module, twins)
+    return copy.deepcopy(module, copies)
 
 
-def _rebind(module: nn.Module, homes: list[Tensor]) -> None:
+def _move(module: nn.Module, targets: list[Tensor]) -> None:
     """Move a module's parameters into other memory."""
-    for parameter, home in zip(module.parameters(), homes, strict=True):
-        home.data.copy_(parameter.data)
-        parameter.data = home.data
+    for parameter, target in zip(module.parameters(), targets, strict=True):
+        target.data.copy_(parameter.data)
+        parameter.data = target.data

@@ -1,14 +1,12 @@
-"""Splitting micro-batches: fewer clips in the model at a time, for the same step.
+"""``MemoryConfig``: which memory techniques a run uses, which of them go together, and what to try next.
 
-The gradient of a step is a sum over its clips, so the parts of a micro-batch may go through the model one after the
-other. What is equal: which clips, timesteps, noise and weights; each clip's loss and the gradient up to the order of
-summation, that is to rounding. What is not: LoRA's dropout draws a mask of its own for every part.
+Nothing here needs torch: a configuration is checked before anything heavy is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
@@ -18,47 +16,19 @@ from finetune.core.types import Batch, Strict
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 Checkpointing = Literal["full", "selective", "none"]
-"""``full``: every block is run again in the backward pass, a third more compute for the least memory. ``selective``:
-the same, but what attention computed, half of the work, is kept in some blocks. ``none``: all activations are kept."""
 
-Base = Literal["native", "fp8", "fp8_64", "int8", "nf4"]
-"""How a frozen base's weights are held: ``native``, in the model's dtype, or in a format of ``quantized_linear``."""
+QuantisedFormat = Literal["fp8", "fp8_64", "int8", "nf4"]
+"""``fp8``: E4M3 with a scale per output; ``fp8_64``: with a scale per 64 inputs of an output; ``int8``: with a scale
+per output; ``nf4``: QLoRA's four bits with a scale per 64 numbers, the scales held in eight bits themselves."""
+
+Base = Literal["native", QuantisedFormat]
+"""How a frozen base's weights are held: ``native``, in the model's dtype, or quantised."""
 
 TextEncoder = Literal["device", "streamed", "int8"]
 """Where T5 is while it encodes: whole on the device in the model's dtype, there block by block, or there in int8."""
-
-
-def parts(batch: Batch, clips: int | None) -> Iterator[Batch]:
-    """Cut a micro-batch into parts of at most ``clips`` clips, in order; views, not copies.
-
-    Args:
-        batch: [B, ...].
-        clips: None for the whole at once.
-    """
-    size = len(batch.slots)
-    step = size if clips is None else clips
-    for first in range(0, size, step):
-        yield _rows(batch, slice(first, min(first + step, size)))
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    image: Tensor | None = batch.image_latents
-    return replace(
-        batch,
-        latents=batch.latents[rows],
-        noise=batch.noise[rows],
-        timesteps=batch.timesteps[rows],
-        prompt_embeds=batch.prompt_embeds[rows],
-        image_latents=None if image is None else image[rows],
-        slots=batch.slots[rows],
-        clips=batch.clips[rows],
-    )
-
-
-# -------- ``MemoryConfig``: which techniques a run uses, which of them go together, and what to try next.
 
 
 class Fault(NamedTuple):
@@ -76,7 +46,7 @@ class Traits:
 
     full: bool = False
     """Whether every weight trains."""
-    adapts_modulation: bool = False
+    adapts_adaln: bool = False
     """Whether adaLN layers train, or carry an adapter."""
     dora: bool = False
     processes: int = 1
@@ -146,27 +116,24 @@ class MemoryConfig(Strict):
 
     @model_validator(mode="after")
     def _one_kind(self) -> MemoryConfig:
-        asked = [name for name in _ASKED if getattr(self, name) != type(self).model_fields[name].default]
-        if self.kind == "manual" and asked:
-            raise ValueError(f"{', '.join(asked)} only means something with kind: auto")
-        chosen = [
-            name
-            for name, field in type(self).model_fields.items()
-            if name not in ("kind", *_ASKED, *_LEFT) and getattr(self, name) != field.default
-        ]
+        changed = self.changed()
+        for_auto = [name for name in changed if name in _FOR_AUTO]
+        if self.kind == "manual" and for_auto:
+            raise ValueError(f"{', '.join(for_auto)} only means something with kind: auto")
+        chosen = [name for name in changed if name not in ("kind", *_FOR_AUTO, *_BESIDE_AUTO)]
         if self.kind == "auto" and chosen:
             raise ValueError(f"kind: auto chooses {', '.join(chosen)} itself; leave them out, or set kind: manual")
         return self
 
+    def changed(self) -> dict[str, Any]:
+        """The fields that are not at their defaults, in the section's order."""
+        default = type(self).model_fields
+        return {name: value for name, value in self if value != default[name].default}
+
     @property
-    def plain(self) -> bool:
-        """Whether diffusers' own model runs its own blocks; otherwise ``blocks.Blocks`` does."""
-        return (
-            self.block == "stock"
-            and self.activations == "device"
-            and self.streamed_blocks == 0
-            and self.gradient_release == "none"
-        )
+    def needs_block_runner(self) -> bool:
+        """Whether ``runner.BlockRunner`` runs the blocks; otherwise diffusers' own model does."""
+        return self.streams or not self.changed().keys().isdisjoint(("block", "activations", "gradient_release"))
 
     @property
     def streams(self) -> bool:
@@ -174,37 +141,53 @@ class MemoryConfig(Strict):
         return self.streamed_blocks != 0
 
     def apply(self, transformer: nn.Module, device: torch.device | None = None) -> None:
-        """Put ``transformer`` into this state; see ``setup.apply``. To be called after what trains is in it."""
-        from finetune.memory.setup import apply  # which knows this class
+        """Put ``transformer`` into this state, out of whatever state it was in.
+
+        Args:
+            transformer: what trains is in it already.
+            device: where everything goes that does not stay on the host; None leaves the model where it is, which a
+                state that keeps weights on the host does not allow.
+        """
+        from finetune.memory.runner import apply
 
         apply(transformer, self, device)
 
-    def parts(self, batch: Batch) -> Iterator[Batch]:
-        """What of a micro-batch goes through the model at a time; see ``splitting.parts``."""
-        return parts(batch, self.clips_at_once)
+    def split(self, batch: Batch) -> Iterator[Batch]:
+        """What of a micro-batch [B, ...] goes through the model at a time: at most ``clips_at_once`` clips, in order.
+
+        The gradient of a step is a sum over its clips, so it is the same up to the order of summation; LoRA's dropout
+        draws a mask of its own for every part. The parts are views.
+        """
+        size = len(batch.slots)
+        step = self.clips_at_once or size
+        for first in range(0, size, step):
+            rows = slice(first, first + step)
+            values = ((field.name, getattr(batch, field.name)) for field in fields(batch))
+            part: dict[str, Any] = {name: None if value is None else value[rows] for name, value in values}
+            yield Batch(**part)
 
     def faults(self, traits: Traits) -> list[Fault]:
         """Why this state cannot be used in a run; empty where it can."""
-        return list(_faults(self, traits))
+        return [fault for applies, fault in _rules(self, traits) if applies]
 
-    def notches(self, traits: Traits) -> tuple[MemoryConfig, ...]:
-        """States that need less and less memory, this one first, in the order in which they cost more time.
+    def fallbacks(self, traits: Traits) -> tuple[MemoryConfig, ...]:
+        """States that need less and less memory, this one first, which a run can change to between two steps.
 
         Each is a section as it could stand in a configuration: ``difference`` says what to write. What is computed
         stays the same, so ``base`` is never changed.
         """
-        states = [self]
-        for change in _MEASURES:
-            following = states[-1].model_copy(update=change)
-            if following != states[-1] and not following.faults(traits):
-                states.append(following)
-        clips = min(traits.batch_size, self.clips_at_once or traits.batch_size)
+        states = _descend(self, (step.change for step in MEMORY_LADDER if step.in_run), traits)
+        clips, halves = min(traits.batch_size, self.clips_at_once or traits.batch_size), []
         while clips > 1:
             clips = (clips + 1) // 2
-            following = states[-1].model_copy(update={"clips_at_once": clips})
-            if not following.faults(traits):
-                states.append(following)
-        return tuple(states)
+            halves.append({"clips_at_once": clips})
+        return (self, *states, *_descend(states[-1] if states else self, halves, traits))
+
+    def restart_fallbacks(self, traits: Traits) -> tuple[MemoryConfig, ...]:
+        """States below the last of ``fallbacks`` in which only a new start can train."""
+        smaller = {"base": "fp8" if self.base == "native" else "nf4"}
+        changes = [*(step.change for step in MEMORY_LADDER if not step.in_run), smaller]
+        return tuple(_descend(self.fallbacks(traits)[-1], changes, traits))
 
     def difference(self, other: MemoryConfig) -> str:
         """What must be written to come from this state to ``other``, such as ``memory.checkpointing: full``."""
@@ -212,127 +195,108 @@ class MemoryConfig(Strict):
         return ", ".join(f"memory.{name}: {_yaml(theirs[name])}" for name in theirs if theirs[name] != ours[name])
 
 
-_ASKED = ("budget", "ram", "quantize")
-"""What ``auto`` is asked for."""
+_FOR_AUTO = ("budget", "ram", "quantize")
+"""What ``auto`` is told."""
 
-_LEFT = ("text_encoder", "clips_at_once")
+_BESIDE_AUTO = ("text_encoder", "clips_at_once")
 """What may be set beside ``auto``."""
 
-_MEASURES: tuple[dict[str, object], ...] = (
-    {"checkpointing": "full", "keep_attention": None},
-    {"block": "lean"},
-    {"modulation": "host"},
-    {"activations": "host"},
-    {"streamed_blocks": "all"},
+
+class LadderStep(NamedTuple):
+    """A change to a memory section that saves memory."""
+
+    change: Mapping[str, object]
+    in_run: bool = True
+    """Whether a run can take it between two steps."""
+
+
+MEMORY_LADDER = (
+    LadderStep({"checkpointing": "full", "keep_attention": None}),
+    LadderStep({"block": "lean"}),
+    LadderStep({"modulation": "host"}),
+    LadderStep({"activations": "host"}),
+    LadderStep({"streamed_blocks": "all"}),
+    LadderStep({"gradient_release": "exact"}, in_run=False),
+    LadderStep({"optimizer_states": "host"}, in_run=False),
+    LadderStep({"streamed_blocks": "all"}, in_run=False),  # of weights that train, whose states must be on the host
 )
-"""What the next notch changes, in the order in which it costs more time."""
+"""The techniques in the order in which they cost more time; a step is passed over where it has faults."""
+
+
+def _descend(state: MemoryConfig, changes: Iterable[Mapping[str, object]], traits: Traits) -> list[MemoryConfig]:
+    """The states that the changes lead to, each from the one before; those without effect or with faults left out."""
+    states = []
+    for change in changes:
+        following = state.model_copy(update=change)
+        if following != state and not following.faults(traits):
+            states.append(state := following)
+    return states
 
 
 def _yaml(value: object) -> str:
     return "null" if value is None else str(value)
 
 
-def _faults(state: MemoryConfig, traits: Traits) -> Iterator[Fault]:
-    yield from _checkpointing_faults(state)
-    yield from _frozen_faults(state, traits)
-    yield from _release_faults(state, traits)
-    yield from _process_faults(state, traits)
+def _rules(state: MemoryConfig, traits: Traits) -> Iterator[tuple[bool, Fault]]:
+    """Every rule for what goes together: whether it is broken, and what to say then."""
+    changed = state.changed()
 
+    def value(option: str) -> str:
+        return f"memory.{option}: {getattr(state, option)}"
 
-def _checkpointing_faults(state: MemoryConfig) -> Iterator[Fault]:
-    if state.keep_attention is not None and state.checkpointing != "selective":
-        yield Fault(
-            "keep_attention",
-            f"only selective checkpointing keeps attention, and memory.checkpointing is {state.checkpointing}",
-            "set memory.checkpointing: selective, or leave keep_attention out",
+    what = f"only selective checkpointing keeps attention, and memory.checkpointing is {state.checkpointing}"
+    fix = "set memory.checkpointing: selective, or leave keep_attention out"
+    broken = state.keep_attention is not None and state.checkpointing != "selective"
+    yield broken, Fault("keep_attention", what, fix)
+    for option in ("block", "activations", "streamed_blocks", "gradient_release"):
+        what = (
+            f"{value(option)} runs every block again in the backward pass, and memory.checkpointing: none asks for the"
+            " opposite"
         )
-    if state.checkpointing == "none":
-        for option in ("block", "activations", "streamed_blocks", "gradient_release"):
-            if getattr(state, option) != MemoryConfig.model_fields[option].default:
-                yield Fault(
-                    option,
-                    f"memory.{option}: {getattr(state, option)} runs every block again in the backward pass, and"
-                    " memory.checkpointing: none asks for the opposite",
-                    "set memory.checkpointing: full or selective",
-                )
+        fix = "set memory.checkpointing: full or selective"
+        yield state.checkpointing == "none" and option in changed, Fault(option, what, fix)
 
+    quantised = state.base != "native"
+    what = f"a base in {state.base} cannot train, and full fine-tuning trains it"
+    yield quantised and traits.full, Fault("base", what, "set base: native")
+    what = f"DoRA needs the norms of the base's weights, which a base in {state.base} has only approximately"
+    yield quantised and traits.dora, Fault("base", what, "set memory.base: native, or method.use_dora: false")
+    what = "the adaLN layers train, so their result cannot be computed ahead"
+    fix = "set memory.modulation: device, or choose method.targets without adaLN layers"
+    yield state.modulation == "host" and (traits.full or traits.adapts_adaln), Fault("modulation", what, fix)
 
-def _frozen_faults(state: MemoryConfig, traits: Traits) -> Iterator[Fault]:
-    if state.base != "native" and traits.full:
-        yield Fault("base", f"a base in {state.base} cannot train, and full fine-tuning trains it", "set base: native")
-    if state.base != "native" and traits.dora:
-        yield Fault(
-            "base",
-            f"DoRA needs the norms of the base's weights, which a base in {state.base} has only approximately",
-            "set memory.base: native, or method.use_dora: false",
-        )
-    if state.modulation == "host" and (traits.full or traits.adapts_modulation):
-        yield Fault(
-            "modulation",
-            "the adaLN layers train, so their result cannot be computed ahead",
-            "set memory.modulation: device, or choose method.targets without adaLN layers",
-        )
+    releases = state.gradient_release != "none"
+    what, fix = "a LoRA's gradients are small, and are not released", "set memory.gradient_release: none"
+    yield releases and not traits.full, Fault("gradient_release", what, fix)
+    splits = state.clips_at_once is not None and state.clips_at_once < traits.batch_size
+    what = (
+        "gradients that are released after every backward pass cannot be accumulated over several"
+        f" (train.accumulation: {traits.accumulation}, train.batch_size: {traits.batch_size},"
+        f" memory.clips_at_once: {_yaml(state.clips_at_once)})"
+    )
+    fix = "set train.accumulation: 1 and leave memory.clips_at_once out, or set memory.gradient_release: none"
+    yield releases and (traits.accumulation > 1 or splits), Fault("gradient_release", what, fix)
+    what, fix = "a LoRA's optimizer states are small, and stay on the device", "set memory.optimizer_states: device"
+    if traits.full:
+        what = "states on the host are updated block by block, from gradients that are released"
+        fix = "set memory.gradient_release: exact"
+    host_states = state.optimizer_states == "host"
+    yield host_states and not releases, Fault("optimizer_states", what, fix)
+    what = "blocks that train can only stream if they are updated on the host"
+    fix = "set memory.optimizer_states: host and memory.gradient_release: exact"
+    yield state.streams and traits.full and not host_states, Fault("streamed_blocks", what, fix)
 
-
-def _release_faults(state: MemoryConfig, traits: Traits) -> Iterator[Fault]:
-    if state.gradient_release != "none":
-        if not traits.full:
-            yield Fault(
-                "gradient_release",
-                "a LoRA's gradients are small, and are not released",
-                "set memory.gradient_release: none",
-            )
-        splits = state.clips_at_once is not None and state.clips_at_once < traits.batch_size
-        if traits.accumulation > 1 or splits:
-            yield Fault(
-                "gradient_release",
-                "gradients that are released after every backward pass cannot be accumulated over several"
-                f" (train.accumulation: {traits.accumulation}, train.batch_size: {traits.batch_size},"
-                f" memory.clips_at_once: {_yaml(state.clips_at_once)})",
-                "set train.accumulation: 1 and leave memory.clips_at_once out, or set memory.gradient_release: none",
-            )
-    if state.optimizer_states == "host" and state.gradient_release == "none":
-        yield Fault(
-            "optimizer_states",
-            "states on the host are updated block by block, from gradients that are released"
-            if traits.full
-            else "a LoRA's optimizer states are small, and stay on the device",
-            "set memory.gradient_release: exact" if traits.full else "set memory.optimizer_states: device",
-        )
-    if state.streams and traits.full and state.optimizer_states == "device":
-        yield Fault(
-            "streamed_blocks",
-            "blocks that train can only stream if they are updated on the host",
-            "set memory.optimizer_states: host and memory.gradient_release: exact",
-        )
-
-
-def _process_faults(state: MemoryConfig, traits: Traits) -> Iterator[Fault]:
-    if state.kind == "auto" and (traits.processes > 1 or traits.sharded):
-        yield Fault(
-            "kind",
-            "the planner chooses for a run of one process",
-            "set memory.kind: manual, with the section that `finetune plan --budget 24GiB --processes N` finds",
-        )
-    default = MemoryConfig.model_fields
+    several = traits.processes > 1 or traits.sharded
+    what = "the planner chooses for a run of one process"
+    fix = "set memory.kind: manual, with the section that `finetune plan --budget 24GiB --processes N` finds"
+    yield state.kind == "auto" and several, Fault("kind", what, fix)
+    single: tuple[str, ...] = ("streamed_blocks", "modulation", "gradient_release", "optimizer_states")
+    why = "DDP wants every parameter on one device and every gradient at once"
+    fix = "leave it out, launch one process, or shard the model with accelerate_configs/fsdp2.yaml"
     if traits.sharded:
-        alone: tuple[str, ...] = (
-            "block",
-            "activations",
-            "streamed_blocks",
-            "base",
-            "modulation",
-            "gradient_release",
-            "optimizer_states",
-        )
-        said = "FSDP2 and ZeRO place weights, gradients and states by themselves"
+        single = ("block", "activations", "base", *single)
+        why = "FSDP2 and ZeRO place weights, gradients and states by themselves"
         fix = "leave it out, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml"
-    elif traits.processes > 1:
-        alone = ("streamed_blocks", "modulation", "gradient_release", "optimizer_states")
-        said = "DDP wants every parameter on one device and every gradient at once"
-        fix = "leave it out, launch one process, or shard the model with accelerate_configs/fsdp2.yaml"
-    else:
-        return
-    for option in alone:
-        if getattr(state, option) != default[option].default:
-            yield Fault(option, f"memory.{option}: {getattr(state, option)} works in a single process: {said}", fix)
+    for option in single:
+        what = f"{value(option)} works in a single process: {why}"
+        yield several and option in changed, Fault(option, what, fix)

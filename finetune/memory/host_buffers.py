@@ -1,7 +1,8 @@
-"""The large buffers of memory techniques, and a register of what each is for.
+"""The large buffers of memory techniques, and the copies between host and device that run beside the compute.
 
-A technique asks here for host and device memory and copies between the two explicitly. The register lets the planner,
-which runs the same code on fake CPU tensors, tell host from device and say what every byte is for.
+A technique asks here for host and device memory, lays many tensors into one flat buffer so that they travel as one
+copy, and copies explicitly. Every buffer is labelled, for the planner: it runs the same code on fake CPU tensors, and
+tells host from device, and what each byte is for, by the labels. No technique reads them.
 """
 
 from __future__ import annotations
@@ -98,19 +99,19 @@ def device_buffer(nbytes: int, device: torch.device, what: str) -> Tensor:
     return label_buffer(torch.empty(nbytes, dtype=torch.uint8, device=device), what)
 
 
-# -------- Many tensors in one flat buffer, and many flat buffers in few allocations.
-#
-# A block's tensors travel as one copy if they lie in one buffer, in the same places on the host and on the device.
+# ------------------------------------------------------------------------------------- many tensors in one flat buffer
 
 ALIGNMENT = 256
 """Bytes: what CUDA's own allocations are aligned to, and what kernels with vector loads rely on."""
 
 LARGEST_CHUNK = 2**31
-"""Bytes: an allocation of an arena is not larger, unless one piece is."""
+"""Bytes: ``flat_buffers`` makes no allocation that is larger, unless one buffer is."""
 
 
 @dataclass(frozen=True)
 class TensorSlot:
+    """Where in a flat buffer one tensor lies."""
+
     offset: int
     nbytes: int
     dtype: torch.dtype
@@ -121,50 +122,47 @@ class TensorSlot:
 class BufferLayout:
     """Where in a flat buffer tensors lie, whatever their dtypes; equal for blocks that are formed alike."""
 
-    places: tuple[TensorSlot, ...]
+    slots: tuple[TensorSlot, ...]
     nbytes: int
     """Of the whole, a multiple of ``ALIGNMENT``."""
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor]) -> BufferLayout:
         """One after the other, each contiguous and aligned."""
-        places, end = [], 0
+        slots, end = [], 0
         for tensor in tensors:
             nbytes = prod(tensor.shape) * tensor.element_size()
-            places.append(TensorSlot(end, nbytes, tensor.dtype, tensor.shape))
-            end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return cls(tuple(places), end)
+            slots.append(TensorSlot(end, nbytes, tensor.dtype, tensor.shape))
+            end += _aligned(nbytes)
+        return cls(tuple(slots), end)
 
     def views(self, flat: Tensor) -> list[Tensor]:
         """The tensors in ``flat``, uint8 of at least ``nbytes``; they share its memory."""
-        return [
-            flat[place.offset : place.offset + place.nbytes].view(place.dtype).view(place.shape)
-            for place in self.places
-        ]
+        return [flat[slot.offset : slot.offset + slot.nbytes].view(slot.dtype).view(slot.shape) for slot in self.slots]
 
 
-def flat_buffer(sizes: Sequence[int], *, pinned: bool, what: str) -> Iterator[Tensor]:
-    """Flat uint8 host buffers, cut from few allocations, each of which is made when its first piece is asked for.
+def flat_buffers(sizes: Sequence[int], *, pinned: bool, what: str) -> Iterator[Tensor]:
+    """Flat uint8 host buffers, cut from few allocations, each of which is made when its first buffer is asked for.
 
     torch rounds an allocation of pinned memory up to a power of two: one of 10.4 GiB would take 16, and 252 MiB each
     take 256. So neighbours share allocations in the way that rounds up least.
 
     Args:
-        sizes: of the pieces, in bytes, in order.
-        pinned: see ``places.host_buffer``.
-        what: see ``places.host_buffer``.
+        sizes: of the buffers, in bytes, in order.
+        pinned: see ``host_buffer``.
+        what: see ``host_buffer``.
     """
-    aligned = [-(-size // ALIGNMENT) * ALIGNMENT for size in sizes]
-    for first, last in _chunks(aligned):
+    aligned = [_aligned(size) for size in sizes]
+    for first, last in _shared_allocations(aligned):
         buffer, begin = host_buffer(sum(aligned[first:last]), pinned=pinned, what=what), 0
         for size, taken in zip(sizes[first:last], aligned[first:last], strict=True):
             yield buffer[begin : begin + size]
             begin += taken
 
 
-def _chunks(sizes: Sequence[int]) -> list[tuple[int, int]]:
+def _shared_allocations(sizes: Sequence[int]) -> list[tuple[int, int]]:
     """Cuts ``sizes`` into runs ``[first, last)`` with the least sum of their totals, rounded up to powers of two."""
-    # Best way to cut the first n pieces: bytes, number of allocations, where the last one begins.
+    # Best way to cut the first n sizes: bytes, number of allocations, where the last one begins.
     best: list[tuple[int, int, int]] = [(0, 0, 0)]
     for last in range(1, len(sizes) + 1):
         total, ways = 0, []
@@ -186,22 +184,25 @@ def rounded(nbytes: int) -> int:
     return 1 << max(nbytes - 1, 0).bit_length()
 
 
-# -------- Copies between host and device that run beside the compute.
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+# --------------------------------------------------------------------------------------- copies that run beside compute
 #
-# A ``Lane`` is the only place that knows streams and events. Techniques say what a copy must wait for and what must
-# wait
-# for the copy, in marks; on a CPU every copy is done at once and marks are empty, through the same calls.
+# A copy stream is the only place that knows CUDA's streams and events. Techniques say what a copy must wait for and
+# what must wait for the copy, in events; on a CPU every copy is done at once and events are None, through the same
+# calls.
 #
-# Three rules keep the host, the compute and the lanes apart; ``tests/actors.py`` watches them:
+# Three rules keep the host, the compute and the copy streams apart; ``tests/actors.py`` watches them:
 #
-# - What a lane writes is read by the compute after ``wait``, by the host after ``finish``.
-# - What a lane reads or writes is overwritten by another lane or the compute only in the order of marks, and by the
-# host
-# only after ``finish``: whoever writes to weights on the host does it inside ``blocks.rewriting_weights``.
-# - What a lane reads or writes is not freed before somebody has waited for it: the lane holds it until then.
+# - What a copy writes is read by the compute after ``wait``, by the host after ``finish``.
+# - What a copy reads or writes is overwritten by another stream only in the order of events, and by the host only after
+#   ``finish``: whoever writes to weights on the host does it inside ``runner.rewriting_weights``.
+# - What a copy reads or writes is not freed before somebody has waited for it: the copy stream holds it until then.
 
 StreamEvent = Any
-"""A point in the order of queued work, on a lane or on the compute; None for one that has passed already."""
+"""A point in the order of queued work, on a copy stream or on the compute; None for one that has passed already."""
 
 
 class CopyStream:
@@ -213,7 +214,7 @@ class CopyStream:
         Args:
             target: same shape and dtype as ``source``.
             source: what to copy.
-            after: what the copy waits for, besides earlier copies on this lane.
+            after: what the copy waits for, besides earlier copies on this stream.
 
         Returns:
             The end of the copy.
@@ -225,19 +226,15 @@ class CopyStream:
         """The end of everything that is queued on the compute so far."""
         return None
 
-    def wait(self, mark: StreamEvent) -> None:
-        """Let the compute that is queued from here on wait for ``mark``."""
+    def wait(self, event: StreamEvent) -> None:
+        """Let the compute that is queued from here on wait for ``event``."""
 
-    def finish(self, mark: StreamEvent) -> None:
-        """Wait here, on the host, for ``mark``."""
-
-    def passed(self, mark: StreamEvent) -> bool:
-        """Whether ``mark`` lies in the past."""
-        return True
+    def finish(self, event: StreamEvent) -> None:
+        """Wait here, on the host, for ``event``."""
 
 
 class CudaCopyStream(CopyStream):
-    """A lane on a stream of its own.
+    """Copies on a CUDA stream of their own; with pageable memory on the host, each returns when it is done.
 
     Args:
         device: the CUDA device; the compute is what is current there when a method is called.
@@ -254,47 +251,39 @@ class CudaCopyStream(CopyStream):
         weakref.finalize(self, _drain, self._under_way).atexit = False
 
     def copy(self, target: Tensor, source: Tensor, *, after: Iterable[StreamEvent] = ()) -> StreamEvent:
-        """See ``Lane``. With pageable memory on the host, this returns when the copy is done."""
-        for mark in after:
-            if mark is not None:
-                self._stream.wait_event(mark)
+        for event in after:
+            if event is not None:
+                self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
             target.copy_(source, non_blocking=True)
-        mark = self._stream.record_event()
+        end = self._stream.record_event()
         with self._lock:
-            self._under_way.append((mark, target, source))
-        return mark
+            self._under_way.append((end, target, source))
+        return end
 
     def compute(self) -> StreamEvent:
-        """See ``Lane``."""
         return torch.cuda.current_stream(self._device).record_event()
 
-    def wait(self, mark: StreamEvent) -> None:
-        """See ``Lane``."""
-        if mark is not None:
-            torch.cuda.current_stream(self._device).wait_event(mark)
-            self._let_go(mark)
+    def wait(self, event: StreamEvent) -> None:
+        if event is not None:
+            torch.cuda.current_stream(self._device).wait_event(event)
+            self._let_go(event)
 
-    def finish(self, mark: StreamEvent) -> None:
-        """See ``Lane``."""
-        if mark is not None:
-            mark.synchronize()
-            self._let_go(mark)
+    def finish(self, event: StreamEvent) -> None:
+        if event is not None:
+            event.synchronize()
+            self._let_go(event)
 
-    def passed(self, mark: StreamEvent) -> bool:
-        """See ``Lane``."""
-        return mark is None or bool(mark.query())
-
-    def _let_go(self, mark: StreamEvent) -> None:
-        """Of what was copied up to ``mark``, a copy of this lane or another point in time."""
+    def _let_go(self, event: StreamEvent) -> None:
+        """Of what was copied up to ``event``, a copy of this stream or another point in time."""
         with self._lock:
-            if any(mark is end for end, *_ in self._under_way):
-                while self._under_way.popleft()[0] is not mark:
+            if any(event is end for end, *_ in self._under_way):
+                while self._under_way.popleft()[0] is not event:
                     pass
 
 
 def _drain(under_way: deque[tuple[StreamEvent, Tensor, Tensor]]) -> None:
-    """Wait for a lane's last copy, and let go of what it copied; a device that has failed copies no more."""
+    """Wait for a stream's last copy, and let go of what it copied; a device that has failed copies no more."""
     with suppress(RuntimeError):
         if under_way:
             under_way[-1][0].synchronize()
@@ -302,27 +291,26 @@ def _drain(under_way: deque[tuple[StreamEvent, Tensor, Tensor]]) -> None:
 
 
 def copy_stream(device: torch.device) -> CopyStream:
-    """A lane for copies between the host and ``device``."""
+    """A stream for copies between the host and ``device``."""
     return CudaCopyStream(device) if device.type == "cuda" else CopyStream()
 
 
-# -------- Tensors that stay where they are when their module is moved.
-#
-# Whatever prepares a model calls ``model.to(device)`` on the whole of it, and so would bring to the device what a
-# technique keeps on the host.
+# --------------------------------------------------------- tensors that stay where they are when their module is moved
 
 
 def pin_to_host(module: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Let ``module.to(...)`` and the like pass over these parameters and buffers; the rest moves as usual.
 
-    A change of dtype raises TrainingError: left undone without a word, it would be a model of two dtypes.
+    Whatever prepares a model calls ``model.to(device)`` on the whole of it, and so would bring to the device what a
+    technique keeps on the host. A change of dtype raises TrainingError: left undone without a word, it would be a model
+    of two dtypes.
     """
-    anchored = {id(tensor) for tensor in tensors}
+    pinned = {id(tensor) for tensor in tensors}
     original: Callable[..., nn.Module] = type(module)._apply
 
     def apply(fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def passing_over(tensor: Tensor) -> Tensor:
-            if id(tensor) not in anchored:
+            if id(tensor) not in pinned:
                 return fn(tensor)
             # Buffers of a block are codes and scales, which no cast is meant for.
             if isinstance(tensor, nn.Parameter) and fn(torch.empty(0, dtype=tensor.dtype)).dtype != tensor.dtype:
@@ -340,5 +328,5 @@ def pin_to_host(module: nn.Module, tensors: Iterable[Tensor]) -> None:
 
 
 def unpin_from_host(module: nn.Module) -> None:
-    """Undo ``anchor``."""
+    """Undo ``pin_to_host``."""
     module.__dict__.pop("_apply", None)

@@ -1,8 +1,19 @@
-"""Working through a block in chunks of tokens: where they lie, their dropout masks, and sums over them."""
+"""A CogVideoX block that holds what its gradient needs, and no more.
+
+All of a block but attention works on each token alone. So attention's inputs and output, and their gradients, are the
+only tensors of full size; everything before and behind is run in chunks of tokens and forgotten. With u for the size of
+the token streams (text and video, [B, T + S, D]), the backward pass holds ten of them at most, while attention is
+differentiated: the block's input, q, k, v, attention's output, the gradients of these four, and the gradient of the
+residual stream, which is written where the outputs' gradient was. Stock autograd holds about twenty-three.
+
+What the backward pass does not compute again: the outputs of ``ff.net.2``, ``to_v``, and, where the norm of queries and
+keys can be undone, ``to_q`` and ``to_k``: their gradients do not depend on them. Numbers are the stock block's, but for
+the order of sums and what narrow dtypes make of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,8 +26,284 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from finetune.memory.checkpointing import SavedAttention
 from finetune.memory.quantized_linear import QuantisedLinear
-from finetune.memory.runner import BlockGradients, BlockInputs, SavedAttention, WantedGradients
+from finetune.memory.runner import BlockInputs, gradients_of
+
+TOKENS = 2048
+"""Tokens per clip in a chunk: the feed-forward's four-fold width on them is small beside one full stream, and the
+products are large enough to keep a GPU busy."""
+
+_ADALN, _BEFORE_ATTENTION, _BEHIND_ATTENTION = range(3)
+"""The parts of a block, as dropout masks are addressed."""
+
+
+class LeanBlock:
+    """The ``BlockForwardBackward`` of this file.
+
+    Args:
+        tokens: most tokens per clip in a chunk.
+    """
+
+    seeded = True
+
+    def __init__(self, tokens: int = TOKENS) -> None:
+        self.tokens = tokens
+        self._undoable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+    @torch.no_grad()
+    def forward(self, block: nn.Module, inputs: BlockInputs, attention: SavedAttention) -> tuple[Tensor, Tensor]:
+        part = _Pass(block, inputs, self.tokens, temb=inputs.temb.detach())
+        q, k, v, _ = part.project()
+        with attention.recording():
+            attended = _attend(q, k, v)
+        del q, k, v
+        hidden, encoder = torch.empty_like(inputs.hidden), torch.empty_like(inputs.encoder)
+        with decoded_once(*part.behind):
+            for chunk in part.chunks:
+                with part.masks(_BEHIND_ATTENTION, chunk):
+                    tokens, fed, gate = part.behind_attention(chunk, part.tokens(chunk), _features(attended, chunk))
+                (encoder if chunk.text else hidden)[:, chunk.within] = tokens + gate * fed
+        return hidden, encoder
+
+    @torch.no_grad()
+    def backward(
+        self,
+        block: nn.Module,
+        inputs: BlockInputs,
+        grads: tuple[Tensor, Tensor],
+        parameters: Sequence[nn.Parameter],
+        attention: SavedAttention,
+    ) -> list[Tensor | None]:
+        part = _BackwardPass(block, inputs, self.tokens, grads, parameters)
+        undo = self._may_undo(part.block)
+        q, k, v, rstd = part.project()
+        leaves = [tensor.detach().requires_grad_(part.through_attention) for tensor in (q, k, v)]
+        del v
+        with torch.enable_grad(), attention.replaying():
+            attended = _attend(*leaves)
+        of_attended = torch.empty_like(q) if part.through_attention else None
+        with decoded_once(*part.behind):
+            for chunk in part.chunks:
+                part.backward_behind(chunk, attended, of_attended)
+        part.sums.settle()
+        if of_attended is not None:
+            of_q, of_k, of_v = torch.autograd.grad(attended, leaves, of_attended)
+            del attended, of_attended, leaves
+            with decoded_once(*part.before):
+                for chunk in part.chunks:
+                    here = chunk.joint
+                    results = [Normed(q[:, here], rstd[0][:, here]), Normed(k[:, here], rstd[1][:, here])]
+                    of_results = [of_q[:, here], of_k[:, here], of_v[:, here]]
+                    part.backward_before(chunk, results if undo else None, of_results)
+        of_temb = part.backward_adaln()
+        of_hidden, of_encoder = part.of_streams
+        return [
+            of_hidden if inputs.hidden.requires_grad else None,
+            of_encoder if inputs.encoder.requires_grad else None,
+            of_temb,
+            *part.sums.settle(),
+        ]
+
+    def _may_undo(self, block: Any) -> bool:
+        """``undoable`` for both norms. Their values are looked at once: frozen, they stay what they are."""
+        norms = (block.attn1.norm_q, block.attn1.norm_k)
+        if any(parameter.requires_grad for norm in norms for parameter in norm.parameters()):
+            return False
+        for norm in norms:
+            if norm not in self._undoable:
+                self._undoable[norm] = undoable(norm)
+        return all(self._undoable[norm] for norm in norms)
+
+
+class _Projected(NamedTuple):
+    """Attention's inputs in the joint sequence, [B, T + S, H, head dim]."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rstd: tuple[Tensor, Tensor]
+    """Of q's and k's norm, [B, T + S, H, 1]."""
+
+
+class _Pass:
+    """One pass through one block.
+
+    Args:
+        block: the block.
+        inputs: of it.
+        most: tokens per clip in a chunk.
+        temb: the time embedding, as a leaf.
+    """
+
+    def __init__(self, block: Any, inputs: BlockInputs, most: int, *, temb: Tensor) -> None:
+        self.block: Any = block
+        self.before = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        self.behind = (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
+        self.inputs = inputs
+        self.chunks = chunks(inputs.encoder.shape[1], inputs.hidden.shape[1], most)
+        with torch.enable_grad(), masks(inputs.seed, _ADALN, 0, temb.device):
+            self.adaln = [norm.linear(norm.silu(temb)) for norm in (block.norm1, block.norm2)]
+        self.rows = [made.detach().requires_grad_(made.requires_grad) for made in self.adaln]
+        """Of ``norm1`` and ``norm2``: shifts, scales and gates of both streams, [B, 6 D]."""
+
+    def masks(self, segment: int, chunk: Chunk) -> AbstractContextManager[None]:
+        """Dropout masks of this chunk."""
+        return masks(self.inputs.seed, segment, chunk.index, self.inputs.hidden.device)
+
+    def tokens(self, chunk: Chunk) -> Tensor:
+        """What enters the block, [B, n, D]."""
+        return (self.inputs.encoder if chunk.text else self.inputs.hidden)[:, chunk.within]
+
+    def rotary(self, chunk: Chunk) -> Rotary | None:
+        """Positions of these tokens; text has none."""
+        tables = self.inputs.rotary
+        return None if chunk.text or tables is None else (tables[0][chunk.within], tables[1][chunk.within])
+
+    def _of_stream(self, norm: int, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
+        """Shift, scale and gate, [B, 1, D] each."""
+        shift, scale, gate = self.rows[norm][:, None, :].chunk(6, dim=-1)[3 * chunk.text : 3 * chunk.text + 3]
+        return shift, scale, gate
+
+    def before_attention(self, chunk: Chunk, tokens: Tensor) -> list[Tensor]:
+        """Queries, keys and values as the linear layers give them, [B, n, H, head dim] each."""
+        shift, scale, _ = self._of_stream(0, chunk)
+        modulated = self.block.norm1.norm(tokens) * (1 + scale) + shift
+        return [linear(modulated).unflatten(-1, (self.block.attn1.heads, -1)) for linear in self.before]
+
+    def behind_attention(self, chunk: Chunk, tokens: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream behind attention, the feed-forward's output on it (both [B, n, D]), and the gate between them."""
+        shift, scale, gate = self._of_stream(1, chunk)
+        projected = attended
+        for module in self.block.attn1.to_out:
+            projected = module(projected)
+        middle = tokens + self._of_stream(0, chunk)[2] * projected
+        return middle, self.block.ff(self.block.norm2.norm(middle) * (1 + scale) + shift), gate
+
+    def project(self) -> _Projected:
+        """Everything in front of attention, for both streams."""
+        attn, hidden = self.block.attn1, self.inputs.hidden
+        shape = (len(hidden), self.chunks[-1].joint.stop, attn.heads, attn.inner_dim // attn.heads)
+        q, k, v = (hidden.new_empty(shape) for _ in range(3))
+        rstd: list[Tensor] = []
+        with decoded_once(*self.before):
+            for chunk in self.chunks:
+                with self.masks(_BEFORE_ATTENTION, chunk):
+                    queries, keys, values = self.before_attention(chunk, self.tokens(chunk))
+                rotary = self.rotary(chunk)
+                for index, (features, norm, into) in enumerate(((queries, attn.norm_q, q), (keys, attn.norm_k, k))):
+                    into[:, chunk.joint], own = norm_and_rotate(features, norm, rotary)
+                    if chunk.index == 0:
+                        rstd.append(own.new_empty(*shape[:-1], 1))
+                    rstd[index][:, chunk.joint] = own
+                v[:, chunk.joint] = values
+        return _Projected(q, k, v, (rstd[0], rstd[1]))
+
+
+class _BackwardPass(_Pass):
+    """A pass with what its gradients are summed into.
+
+    Args:
+        block: the block.
+        inputs: of it, leaves.
+        most: tokens per clip in a chunk.
+        grads: of the block's outputs.
+        parameters: that train.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        inputs: BlockInputs,
+        most: int,
+        grads: tuple[Tensor, Tensor],
+        parameters: Sequence[nn.Parameter],
+    ) -> None:
+        super().__init__(block, inputs, most, temb=inputs.temb)
+        self.sums = GradientSums(parameters)
+        self.row_sums = GradientSums(self.rows)
+        self.of_streams = writable(grads[0]), writable(grads[1])
+        """Of video and text: the outputs' gradients, which chunk by chunk become the inputs'."""
+        attn = self.block.attn1
+        modules = (self.block.norm1, *self.before, attn.norm_q, attn.norm_k)
+        before = {id(parameter) for module in modules for parameter in module.parameters()}
+        self.through_attention = any(
+            (inputs.hidden.requires_grad, inputs.encoder.requires_grad, inputs.temb.requires_grad)
+        ) or any(id(parameter) in before for parameter in parameters)
+        """Whether a gradient is wanted that comes through attention."""
+
+    def _leaf(self, chunk: Chunk) -> Tensor:
+        wanted = (self.inputs.encoder if chunk.text else self.inputs.hidden).requires_grad
+        return self.tokens(chunk).detach().requires_grad_(wanted)
+
+    def backward_behind(self, chunk: Chunk, attended: Tensor, of_attended: Tensor | None) -> None:
+        """What lies behind attention: turn the chunk of the outputs' gradient into that of the residual stream at
+        attention's side, and fill in that of attention's output.
+        """
+        tokens = self._leaf(chunk)
+        own = _features(attended.detach(), chunk).requires_grad_(of_attended is not None)
+        grad = self.of_streams[chunk.text][:, chunk.within]
+        gated = self.rows[1].requires_grad
+        with torch.enable_grad(), self.masks(_BEHIND_ATTENTION, chunk):
+            # Only a gate that trains needs to know what it was multiplied with.
+            with unread(*(() if gated else self.behind[2:])):
+                middle, fed, gate = self.behind_attention(chunk, tokens, own)
+            outputs, of_outputs = ([middle + gate * fed], [grad]) if gated else ([middle, fed], [grad, grad * gate])
+        of_tokens, of_own, *others = gradients_of(outputs, of_outputs, [tokens, own, *self.rows, *self.sums.tensors])
+        if of_tokens is not None:
+            grad.copy_(of_tokens)
+        if of_attended is not None and of_own is not None:
+            of_attended[:, chunk.joint] = of_own.view(*of_own.shape[:2], *of_attended.shape[2:])
+        self.row_sums.add(others[:2])
+        self.sums.add(others[2:])
+
+    def backward_before(self, chunk: Chunk, results: list[Normed] | None, of_results: list[Tensor]) -> None:
+        """What lies in front of attention: add its share to the residual stream's gradient.
+
+        Args:
+            chunk: which tokens.
+            results: queries and keys as attention took them, if their norm is undone; None to run it again.
+            of_results: gradients of queries, keys and values.
+        """
+        rotary, tokens = self.rotary(chunk), self._leaf(chunk)
+        norms = (self.block.attn1.norm_q, self.block.attn1.norm_k)
+        skipped = self.before[2:] if results is None else self.before
+        with torch.enable_grad(), self.masks(_BEFORE_ATTENTION, chunk), unread(*skipped):
+            outputs = self.before_attention(chunk, tokens)
+            if results is None:
+                outputs[:2] = [rotate(norm(output), rotary) for norm, output in zip(norms, outputs[:2], strict=True)]
+        if results is not None:
+            of_results[:2] = [
+                gradient(result, grad, norm, rotary)
+                for result, grad, norm in zip(results, of_results[:2], norms, strict=True)
+            ]
+        of_tokens, *others = gradients_of(outputs, of_results, [tokens, *self.rows, *self.sums.tensors])
+        if of_tokens is not None:
+            self.of_streams[chunk.text][:, chunk.within] += of_tokens
+        self.row_sums.add(others[:2])
+        self.sums.add(others[2:])
+
+    def backward_adaln(self) -> Tensor | None:
+        """The time embedding's gradient; that of the adaLN layers' own parameters is added to ``sums``."""
+        pairs = [(made, of) for made, of in zip(self.adaln, self.row_sums.settle(), strict=True) if of is not None]
+        inputs = [self.inputs.temb, *self.sums.tensors]
+        of_temb, *others = gradients_of([made for made, _ in pairs], [of for _, of in pairs], inputs)
+        self.sums.add(others)
+        return of_temb
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over the joint sequence, [B, T + S, H, head dim] to the same."""
+    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+
+def _features(attended: Tensor, chunk: Chunk) -> Tensor:
+    """A chunk of attention's output, [B, n, D]; contiguous, or a linear layer would repeat its weight per clip."""
+    return attended[:, chunk.joint].flatten(2).contiguous()
+
+
+# ---------------------------------------------------------------------- chunks: where they lie, masks, sums over them
 
 
 @dataclass(frozen=True)
@@ -41,13 +328,13 @@ def chunks(text: int, video: int, most: int) -> list[Chunk]:
         video: video tokens per clip.
         most: tokens in a chunk at most.
     """
-    found: list[Chunk] = []
+    cut: list[Chunk] = []
     for is_text, count, start in ((True, text, 0), (False, video, text)):
         size = -(-count // -(-count // most))  # of as few chunks as there can be, none much smaller than the others
         for first in range(0, count, size):
             last = min(first + size, count)
-            found.append(Chunk(len(found), is_text, slice(first, last), slice(start + first, start + last)))
-    return found
+            cut.append(Chunk(len(cut), is_text, slice(first, last), slice(start + first, start + last)))
+    return cut
 
 
 @contextmanager
@@ -88,15 +375,14 @@ class GradientSums:
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Add one chunk's share, in the order of ``tensors``; None where a tensor had no part in it."""
         for index, gradient in enumerate(gradients):
+            total = self._sums[index]
             if gradient is None:
                 continue
-            total = self._sums[index]
-            if total is None:
-                # A copy, even where nothing widens: autograd may hand out one tensor as the gradient of two.
-                wide = torch.promote_types(gradient.dtype, torch.float32)
-                self._sums[index] = gradient.to(wide, copy=True)
-            else:
+            if total is not None:
                 total.add_(gradient)
+                continue
+            # A copy, even where nothing widens: autograd may hand out one tensor as the gradient of two.
+            self._sums[index] = gradient.to(torch.promote_types(gradient.dtype, torch.float32), copy=True)
 
     def settle(self) -> list[Tensor | None]:
         """The sums in their tensors' dtypes; call it when what was added so far is complete, to drop the wide ones."""
@@ -106,30 +392,17 @@ class GradientSums:
         return list(self._sums)
 
 
-def gradients_of(outputs: Sequence[Tensor], grads: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
-    """``torch.autograd.grad`` over those ``outputs`` and ``inputs`` that a gradient can reach; None for the others."""
-    pairs = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if output.requires_grad]
-    leaves = [tensor for tensor in inputs if tensor.requires_grad]
-    if not pairs or not leaves:
-        return [None] * len(inputs)
-    found = iter(
-        torch.autograd.grad([output for output, _ in pairs], leaves, [grad for _, grad in pairs], allow_unused=True)
-    )
-    return [next(found) if tensor.requires_grad else None for tensor in inputs]
-
-
 def writable(grad: Tensor) -> Tensor:
     """``grad`` itself, unless its elements share memory as an expanded tensor's do."""
     shared = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return grad.clone(memory_format=torch.contiguous_format) if shared else grad
 
 
-# -------- The norm of queries and keys together with the rotary embedding, and its backward pass from its own result.
+# -------------------------------------------------------------- the norm of queries and keys with the rotary embedding
 #
 # Both steps can be undone: a rotation by its transpose, ``normed * weight + bias`` by a division. So attention's
-# rotated
-# queries and keys, which its own backward pass keeps anyway, and one number per head say all that the gradient of the
-# norm needs, and the unnormed ones are not computed again.
+# rotated queries and keys, which its own backward pass keeps anyway, and one number per head say all that the gradient
+# of the norm needs, and the unnormed ones are not computed again.
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, float32 [n, head dim], neighbouring pairs equal; a rotation of each pair."""
@@ -147,12 +420,6 @@ class Normed(NamedTuple):
     """Reciprocal standard deviation of each head, [B, n, H, 1]."""
 
 
-def _turned(heads: Tensor) -> Tensor:
-    """Each pair (a, b) of the last axis as (-b, a)."""
-    first, second = heads.reshape(*heads.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack([-second, first], dim=-1).flatten(-2)
-
-
 def rotate(heads: Tensor, rotary: Rotary | None) -> Tensor:
     """The rotary embedding, to the digit as diffusers' CogVideoX processor applies it.
 
@@ -163,7 +430,9 @@ def rotate(heads: Tensor, rotary: Rotary | None) -> Tensor:
     if rotary is None:
         return heads
     cos, sin = (table[:, None, :].to(heads.device) for table in rotary)
-    return (heads.float() * cos + _turned(heads).float() * sin).to(heads.dtype)
+    first, second = heads.reshape(*heads.shape[:-1], -1, 2).unbind(-1)
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)
+    return (heads.float() * cos + turned.float() * sin).to(heads.dtype)
 
 
 def rotate_back(heads: Tensor, rotary: Rotary | None) -> Tensor:
@@ -222,7 +491,7 @@ def undoable(norm: nn.LayerNorm) -> bool:
     return True if fits.is_meta or isinstance(fits, FakeTensor) else bool(fits)
 
 
-# -------- Linear layers worked through in chunks: products that nobody reads, and weights that are made whole once.
+# -------------------------------------------------------------------------- linear layers that are worked in chunks
 #
 # A linear layer's gradient needs its input and its weight, not its output. Where a block is run again only for its
 # gradients and nothing behind a layer looks at what it computed, the product need not be formed a second time.
@@ -238,51 +507,52 @@ def unread(*layers: nn.Module) -> Iterator[None]:
     Args:
         layers: ``nn.Linear`` and ``QuantisedLinear``, or peft's LoRA layers around them.
     """
-    bases = [base for layer in layers if (base := _base(layer)) is not None]
-    for base in bases:
-        # mypy sees a method here; torch looks `forward` up on the instance.
-        base.forward = partial(_forward, base)  # type: ignore[method-assign]
-    try:
+    bases = [base for layer in layers if (base := _base_without_reader(layer)) is not None]
+    with _replaced("forward", {base: partial(_unread_forward, base) for base in bases}):
         yield
-    finally:
-        for base in bases:
-            del base.forward  # the instance's: the class's is there again
 
 
 @contextmanager
-def whole(*layers: nn.Module) -> Iterator[None]:
+def decoded_once(*layers: nn.Module) -> Iterator[None]:
     """While it lasts, the quantised ones of ``layers`` keep their weight in the layer's dtype: one decoding for all
     chunks, which would otherwise cost about as much as the products.
 
     Args:
         layers: linear layers of any kind, or peft's LoRA layers around them.
     """
-    quantised = [base for layer in layers if isinstance(base := getattr(layer, "base_layer", layer), QuantisedLinear)]
-    for base in quantised:
-        weight = base.dequantised()
-        base.dequantised = partial(_held, weight)  # type: ignore[method-assign]
+    bases = [getattr(layer, "base_layer", layer) for layer in layers]
+    quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
+    with _replaced("dequantised", {base: partial(_as_dtype, base.dequantised()) for base in quantised}):
+        yield
+
+
+@contextmanager
+def _replaced(method: str, replacements: dict[Any, Callable[..., Tensor]]) -> Iterator[None]:
+    """Instances' own methods in place of their classes'."""
+    for instance, replacement in replacements.items():
+        setattr(instance, method, replacement)
     try:
         yield
     finally:
-        for base in quantised:
-            del base.dequantised  # the instance's: the class's is there again
+        for instance in replacements:
+            delattr(instance, method)
 
 
-def _held(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _as_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return weight if dtype is None else weight.to(dtype)
 
 
-def _base(layer: nn.Module) -> nn.Linear | None:
+def _base_without_reader(layer: nn.Module) -> nn.Linear | None:
     """The linear layer of which no output is needed; None if it has to be computed."""
-    inner: Any = getattr(layer, "base_layer", layer)
-    if inner is not layer and getattr(layer, "lora_variant", None):
+    base: Any = getattr(layer, "base_layer", layer)
+    if base is not layer and getattr(layer, "lora_variant", None):
         return None  # anything but `base + update`: DoRA rescales the sum, and its magnitudes' gradient is the sum's
     # A subclass may hold its weight in another shape, and an instance's own `forward` may do more than a product.
-    known = type(inner) is nn.Linear or isinstance(inner, QuantisedLinear)
-    return inner if known and "forward" not in vars(inner) else None
+    known = type(base) is nn.Linear or isinstance(base, QuantisedLinear)
+    return base if known and "forward" not in vars(base) else None
 
 
-def _forward(layer: nn.Linear, features: Tensor) -> Tensor:
+def _unread_forward(layer: nn.Linear, features: Tensor) -> Tensor:
     weight = None if isinstance(layer, QuantisedLinear) else layer.weight
     result: Tensor = _Unread.apply(features, weight, layer.bias, layer)  # type: ignore[no-untyped-call]
     return result
@@ -311,294 +581,3 @@ class _Unread(torch.autograd.Function):
             rows.sum(0) if of_bias else None,
             None,
         )
-
-
-# -------- A CogVideoX block that holds what its gradient needs, and no more.
-#
-# All of a block but attention works on each token alone. So attention's inputs and output, and their gradients, are the
-# only tensors of full size; everything before and behind is run in chunks of tokens and forgotten. With u for the
-# size of
-# the token streams (text and video, [B, T + S, D]), the backward pass holds ten of them at most, while attention is
-# differentiated: the block's input, q, k, v, attention's output, the gradients of these four, and the gradient of the
-# residual stream, which is written where the outputs' gradient was. Stock autograd holds about twenty-three.
-#
-# What the backward pass does not compute again: the outputs of ``ff.net.2``, ``to_v``, and, where the norm of queries
-# and keys can be undone, ``to_q`` and ``to_k``: their gradients do not depend on them. Numbers are the stock block's,
-# but
-# for the order of sums and what narrow dtypes make of it.
-
-TOKENS = 2048
-"""Tokens per clip in a chunk: the feed-forward's four-fold width on them is small beside one full stream, and the
-products are large enough to keep a GPU busy."""
-
-_MODULATION, _INWARD, _OUTWARD = range(3)
-"""The parts of a block, as dropout masks are addressed."""
-
-
-class _Projected(NamedTuple):
-    """Attention's inputs in the joint sequence, [B, T + S, H, head dim]."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    rstd: tuple[Tensor, Tensor]
-    """Of q's and k's norm, [B, T + S, H, 1]."""
-
-
-class LeanBlock:
-    """The ``BlockMath`` of this file.
-
-    Args:
-        tokens: most tokens per clip in a chunk.
-    """
-
-    seeded = True
-
-    def __init__(self, tokens: int = TOKENS) -> None:
-        self.tokens = tokens
-        self._undoable: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-
-    @torch.no_grad()
-    def forward(self, block: nn.Module, inputs: BlockInputs, attention: SavedAttention) -> tuple[Tensor, Tensor]:
-        """See ``BlockMath``."""
-        run = _Run(block, inputs, self.tokens, wanted=False)
-        q, k, v, _ = run.project()
-        with attention.recording():
-            attended = _attend(q, k, v)
-        del q, k, v
-        hidden, encoder = torch.empty_like(inputs.hidden), torch.empty_like(inputs.encoder)
-        with whole(*run.behind):
-            for chunk in run.chunks:
-                with run.masks(_OUTWARD, chunk):
-                    tokens, fed, gate = run.outward(chunk, run.tokens(chunk), _features(attended, chunk))
-                (encoder if chunk.text else hidden)[:, chunk.within] = tokens + gate * fed
-        return hidden, encoder
-
-    @torch.no_grad()
-    def backward(
-        self,
-        block: nn.Module,
-        inputs: BlockInputs,
-        grads: tuple[Tensor, Tensor],
-        parameters: Sequence[nn.Parameter],
-        *,
-        wanted: WantedGradients,
-        attention: SavedAttention,
-    ) -> BlockGradients:
-        """See ``BlockMath``. ``grads`` are overwritten."""
-        run = _Run(block, inputs, self.tokens, wanted=wanted.temb)
-        sums = GradientSums(parameters)
-        inward = wanted.hidden or wanted.encoder or wanted.temb or _any_inward(block, parameters)
-        undo = self._may_undo(block)
-        q, k, v, rstd = run.project()
-        leaves = [tensor.detach().requires_grad_(inward) for tensor in (q, k, v)]
-        del v
-        with torch.enable_grad(), attention.replaying():
-            attended = _attend(*leaves)
-        of_streams = writable(grads[0]), writable(grads[1])
-        of_attended = torch.empty_like(q) if inward else None
-        with whole(*run.behind):
-            for chunk in run.chunks:
-                is_wanted = wanted.encoder if chunk.text else wanted.hidden
-                self._outward(run, chunk, attended, of_streams[chunk.text], of_attended, sums, is_wanted)
-        sums.settle()
-        if of_attended is not None:
-            of_q, of_k, of_v = torch.autograd.grad(attended, leaves, of_attended)
-            del attended, of_attended, leaves
-            with whole(*run.in_front):
-                for chunk in run.chunks:
-                    is_wanted, here = wanted.encoder if chunk.text else wanted.hidden, chunk.joint
-                    results = [Normed(q[:, here], rstd[0][:, here]), Normed(k[:, here], rstd[1][:, here])]
-                    of_results = [of_q[:, here], of_k[:, here], of_v[:, here]]
-                    of_stream = of_streams[chunk.text]
-                    self._inward(run, chunk, results if undo else None, of_results, of_stream, sums, is_wanted)
-        of_temb = run.modulation_gradient(sums)
-        return BlockGradients(
-            hidden=of_streams[0] if wanted.hidden else None,
-            encoder=of_streams[1] if wanted.encoder else None,
-            temb=of_temb,
-            parameters=sums.settle(),
-        )
-
-    @staticmethod
-    def _outward(
-        run: _Run,
-        chunk: Chunk,
-        attended: Tensor,
-        of_stream: Tensor,
-        of_attended: Tensor | None,
-        sums: GradientSums,
-        wanted: bool,
-    ) -> None:
-        """What lies behind attention: turn the chunk of ``of_stream`` from the output's gradient into that of the
-        residual stream at attention's side, and fill in that of attention's output.
-        """
-        tokens = run.tokens(chunk).detach().requires_grad_(wanted)
-        own = _features(attended.detach(), chunk).requires_grad_(of_attended is not None)
-        grad = of_stream[:, chunk.within]
-        gated = run.rows[1].requires_grad
-        with torch.enable_grad(), run.masks(_OUTWARD, chunk):
-            # Only a gate that trains needs to know what it was multiplied with.
-            with unread(*(() if gated else run.behind[2:])):
-                middle, fed, gate = run.outward(chunk, tokens, own)
-            outputs, of_outputs = ([middle + gate * fed], [grad]) if gated else ([middle, fed], [grad, grad * gate])
-        found = gradients_of(outputs, of_outputs, [tokens, own, *run.rows, *sums.tensors])
-        if found[0] is not None:
-            grad.copy_(found[0])
-        if of_attended is not None and found[1] is not None:
-            of_attended[:, chunk.joint] = found[1].view(*found[1].shape[:2], *of_attended.shape[2:])
-        run.row_sums.add(found[2:4])
-        sums.add(found[4:])
-
-    @staticmethod
-    def _inward(
-        run: _Run,
-        chunk: Chunk,
-        results: list[Normed] | None,
-        of_results: list[Tensor],
-        of_stream: Tensor,
-        sums: GradientSums,
-        wanted: bool,
-    ) -> None:
-        """What lies in front of attention: add its share to the residual stream's gradient.
-
-        Args:
-            run: this pass.
-            chunk: which tokens.
-            results: queries and keys as attention took them, if their norm is undone; None to run it again.
-            of_results: gradients of queries, keys and values.
-            of_stream: of the whole stream; added to in place.
-            sums: of the parameters' gradients; added to.
-            wanted: whether the stream's gradient is.
-        """
-        attn, rotary = run.block.attn1, run.rotary(chunk)
-        tokens = run.tokens(chunk).detach().requires_grad_(wanted)
-        skipped = run.in_front[2:] if results is None else run.in_front
-        with torch.enable_grad(), run.masks(_INWARD, chunk), unread(*skipped):
-            outputs = run.inward(chunk, tokens)
-            if results is None:
-                outputs = [rotate(attn.norm_q(outputs[0]), rotary), rotate(attn.norm_k(outputs[1]), rotary), outputs[2]]
-        if results is not None:
-            norms = (attn.norm_q, attn.norm_k)
-            of_results = [
-                *(gradient(r, g, n, rotary) for r, g, n in zip(results, of_results[:2], norms, strict=True)),
-                of_results[2],
-            ]
-        found = gradients_of(outputs, of_results, [tokens, *run.rows, *sums.tensors])
-        if found[0] is not None:
-            of_stream[:, chunk.within] += found[0]
-        run.row_sums.add(found[1:3])
-        sums.add(found[3:])
-
-    def _may_undo(self, block: Any) -> bool:
-        """``undoable`` for both norms. Their values are looked at once: frozen, they stay what they are."""
-        norms = (block.attn1.norm_q, block.attn1.norm_k)
-        if any(parameter.requires_grad for norm in norms for parameter in norm.parameters()):
-            return False
-        for norm in norms:
-            if norm not in self._undoable:
-                self._undoable[norm] = undoable(norm)
-        return all(self._undoable[norm] for norm in norms)
-
-
-class _Run:
-    """One pass through one block.
-
-    Args:
-        block: the block.
-        inputs: of it.
-        most: tokens per clip in a chunk.
-        wanted: whether the time embedding's gradient is.
-    """
-
-    def __init__(self, block: Any, inputs: BlockInputs, most: int, *, wanted: bool) -> None:
-        self.block: Any = block
-        self.in_front = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
-        self.behind = (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
-        self._inputs = inputs
-        self.chunks = chunks(inputs.encoder.shape[1], inputs.hidden.shape[1], most)
-        self._temb = inputs.temb.detach().requires_grad_(wanted)
-        with torch.enable_grad(), masks(inputs.seed, _MODULATION, 0, inputs.temb.device):
-            self._made = [norm.linear(norm.silu(self._temb)) for norm in (block.norm1, block.norm2)]
-        self.rows = [made.detach().requires_grad_(made.requires_grad) for made in self._made]
-        """Of ``norm1`` and ``norm2``: shifts, scales and gates of both streams, [B, 6 D]."""
-        self.row_sums = GradientSums(self.rows)
-
-    def masks(self, segment: int, chunk: Chunk) -> AbstractContextManager[None]:
-        """Dropout masks of this chunk."""
-        return masks(self._inputs.seed, segment, chunk.index, self._inputs.hidden.device)
-
-    def tokens(self, chunk: Chunk) -> Tensor:
-        """What enters the block, [B, n, D]."""
-        return (self._inputs.encoder if chunk.text else self._inputs.hidden)[:, chunk.within]
-
-    def rotary(self, chunk: Chunk) -> Rotary | None:
-        """Positions of these tokens; text has none."""
-        tables = self._inputs.rotary
-        return None if chunk.text or tables is None else (tables[0][chunk.within], tables[1][chunk.within])
-
-    def _of_stream(self, norm: int, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Shift, scale and gate, [B, 1, D] each."""
-        shift, scale, gate = self.rows[norm][:, None, :].chunk(6, dim=-1)[3 * chunk.text : 3 * chunk.text + 3]
-        return shift, scale, gate
-
-    def inward(self, chunk: Chunk, tokens: Tensor) -> list[Tensor]:
-        """Queries, keys and values as the linear layers give them, [B, n, H, head dim] each."""
-        shift, scale, _ = self._of_stream(0, chunk)
-        attn = self.block.attn1
-        modulated = self.block.norm1.norm(tokens) * (1 + scale) + shift
-        return [linear(modulated).unflatten(-1, (attn.heads, -1)) for linear in self.in_front]
-
-    def outward(self, chunk: Chunk, tokens: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The stream behind attention, the feed-forward's output on it (both [B, n, D]), and the gate between them."""
-        shift, scale, gate = self._of_stream(1, chunk)
-        projected = attended
-        for module in self.block.attn1.to_out:
-            projected = module(projected)
-        middle = tokens + self._of_stream(0, chunk)[2] * projected
-        return middle, self.block.ff(self.block.norm2.norm(middle) * (1 + scale) + shift), gate
-
-    def project(self) -> _Projected:
-        """Everything in front of attention, for both streams."""
-        attn, hidden = self.block.attn1, self._inputs.hidden
-        shape = (len(hidden), self.chunks[-1].joint.stop, attn.heads, attn.inner_dim // attn.heads)
-        q, k, v = (hidden.new_empty(shape) for _ in range(3))
-        rstd: list[Tensor] = []
-        with whole(*self.in_front):
-            for chunk in self.chunks:
-                with self.masks(_INWARD, chunk):
-                    queries, keys, values = self.inward(chunk, self.tokens(chunk))
-                rotary = self.rotary(chunk)
-                for index, (features, norm, into) in enumerate(((queries, attn.norm_q, q), (keys, attn.norm_k, k))):
-                    into[:, chunk.joint], own = norm_and_rotate(features, norm, rotary)
-                    if chunk.index == 0:
-                        rstd.append(own.new_empty(*shape[:-1], 1))
-                    rstd[index][:, chunk.joint] = own
-                v[:, chunk.joint] = values
-        return _Projected(q, k, v, (rstd[0], rstd[1]))
-
-    def modulation_gradient(self, sums: GradientSums) -> Tensor | None:
-        """The time embedding's gradient; that of the modulations' own parameters is added to ``sums``."""
-        pairs = [(made, of) for made, of in zip(self._made, self.row_sums.settle(), strict=True) if of is not None]
-        found = gradients_of([m for m, _ in pairs], [of for _, of in pairs], [self._temb, *sums.tensors])
-        sums.add(found[1:])
-        return found[0]
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over the joint sequence, [B, T + S, H, head dim] to the same."""
-    q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-
-
-def _features(attended: Tensor, chunk: Chunk) -> Tensor:
-    """A chunk of attention's output, [B, n, D]; contiguous, or a linear layer would repeat its weight per clip."""
-    return attended[:, chunk.joint].flatten(2).contiguous()
-
-
-def _any_inward(block: Any, parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether a gradient of ``parameters`` comes through attention."""
-    attn = block.attn1
-    parts = (block.norm1, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
-    inward = {id(parameter) for part in parts for parameter in part.parameters()}
-    return any(id(parameter) in inward for parameter in parameters)

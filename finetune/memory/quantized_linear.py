@@ -6,11 +6,10 @@ linear layer with the rounded weight computes, in the dtype of its input, so an 
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.core.errors import ModelError
-from finetune.memory.config import Base
-
-Kind = Literal["fp8", "fp8_64", "int8", "nf4"]
-"""``fp8``: E4M3 with a scale per output; ``fp8_64``: with a scale per 64 inputs of an output; ``int8``: with a scale
-per output; ``nf4``: QLoRA's four bits with a scale per 64 numbers, the scales held in eight bits themselves."""
+from finetune.memory.config import Base, QuantisedFormat
 
 _SLAB = 1 << 20
 """Numbers that are rounded at a time: what rounding holds in float32 is a few times 4 MiB, however large the weight."""
@@ -116,9 +111,10 @@ class _Nf4:
             absmax[part.start // self.BLOCK : -(-part.stop // self.BLOCK)] = state.absmax
         mean = absmax.mean()
         rounded, outer = bnb.quantize_blockwise(absmax - mean, blocksize=self.OUTER)
-        found = {"absmax": rounded, "absmax_scale": outer.absmax, "absmax_map": outer.code, "absmax_mean": mean}
-        for name, tensor in found.items():
-            into[name].copy_(tensor)
+        into["absmax"].copy_(rounded)
+        into["absmax_scale"].copy_(outer.absmax)
+        into["absmax_map"].copy_(outer.code)
+        into["absmax_mean"].copy_(mean)
 
     def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         from bitsandbytes import functional as bnb
@@ -141,7 +137,7 @@ class _Nf4:
 
 # int8 is bitsandbytes' row-wise form, `round(127 w / absmax)`, in torch's own arithmetic: its CUDA kernel takes float16
 # alone, which bfloat16 weights overflow, and one arithmetic for every device is one result for every device.
-_FORMATS: Mapping[Kind, _Format] = {
+_FORMATS: Mapping[QuantisedFormat, _Format] = {
     "fp8": _Scaled(torch.float8_e4m3fn, 448.0),
     "fp8_64": _Scaled(torch.float8_e4m3fn, 448.0, _GROUP),
     "int8": _Scaled(torch.int8, 127.0),
@@ -196,7 +192,7 @@ class QuantisedLinear(nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        kind: Kind,
+        kind: QuantisedFormat,
         *,
         bias: bool = True,
         dtype: torch.dtype = torch.float32,
@@ -213,7 +209,7 @@ class QuantisedLinear(nn.Linear):
         self.register_parameter("bias", offset)
 
     @classmethod
-    def like(cls, linear: nn.Linear, kind: Kind) -> QuantisedLinear:
+    def like(cls, linear: nn.Linear, kind: QuantisedFormat) -> QuantisedLinear:
         """An empty layer in the place of ``linear``: its sizes, dtype, device, and bias of its own."""
         made = cls(
             linear.in_features,
@@ -275,8 +271,8 @@ class QuantisedLinear(nn.Linear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device)).dtype
 
         def moved(tensor: Tensor) -> Tensor:
-            found = fn(tensor)
-            return tensor.to(found.device) if id(tensor) in scales and found.dtype != tensor.dtype else found
+            result = fn(tensor)
+            return tensor.to(result.device) if id(tensor) in scales and result.dtype != tensor.dtype else result
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
@@ -305,16 +301,10 @@ class _Product(torch.autograd.Function):
         )
 
 
-def held_bytes(outputs: int, inputs: int, kind: Kind) -> int:
-    """Bytes that a weight [outputs, inputs] is held in."""
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in _FORMATS[kind].layout(outputs, inputs).values())
-
-
-# -------- Which layers are held in few bits, and how they come to be so while a checkpoint is loaded.
+# ----------------------------------------------------------- which layers are quantised, while a checkpoint is loaded
 #
 # The base of an adapter only has to compute; nobody updates it. In the blocks, the attention and feed-forward layers
-# are
-# quantised. Embeddings, norms, the modulation (adaLN) and the output head stay as they are: what they compute scales or
+# are quantised. Embeddings, norms, the adaLN layers and the output head stay as they are: what they compute scales or
 # shifts whole rows, so their rounding would not average out.
 
 _TRANSFORMER = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))"
@@ -324,7 +314,7 @@ _TRANSFORMER = r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\
 class QuantisedPlacement:
     """Has the linear layers of a model quantised as their weights are read; a ``cogvideox.Placement``."""
 
-    kind: Kind
+    kind: QuantisedFormat
     pattern: str
     """Of whole module names."""
 
@@ -360,31 +350,3 @@ class QuantisedPlacement:
 def placement(base: Base) -> QuantisedPlacement | None:
     """How ``load_transformer`` places a transformer's weights for ``base``; None for as they are."""
     return None if base == "native" else QuantisedPlacement(base, _TRANSFORMER)
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether any layer of ``module`` is held in few bits."""
-    return any(isinstance(layer, QuantisedLinear) for layer in module.modules())
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """How far an output is from the one it stands for."""
-
-    relative_l2: float
-    """Norm of the difference over the norm of the reference."""
-    cosine: float
-    """Of the angle between the two, each taken as one vector."""
-
-
-def output_error(output: Tensor, reference: Tensor) -> OutputError:
-    """Compare two outputs of one shape; computed in float32 on their device.
-
-    Raises:
-        ValueError: if they differ in shape, or the reference is zero.
-    """
-    ours, theirs = output.detach().float().flatten(), reference.detach().float().flatten()
-    if output.shape != reference.shape or not theirs.any():
-        raise ValueError(f"{tuple(output.shape)} cannot be compared with {tuple(reference.shape)}, or that is zero")
-    distance = torch.linalg.vector_norm(ours - theirs) / torch.linalg.vector_norm(theirs)
-    return OutputError(distance.item(), functional.cosine_similarity(ours, theirs, dim=0).item())

@@ -1,0 +1,1 @@
+"""What trains: LoRA adapters or every weight."""

@@ -33,12 +33,12 @@ from finetune.memory.gradient_offload import (
     DoubleBuffer,
     HostGradients,
     HostWeights,
+    label_optimizer_tensors,
     norm_of,
-    tag_states,
     units_of,
 )
 from finetune.memory.host_buffers import CopyStream, StreamEvent, copy_stream, host_work
-from finetune.memory.runner import memory_of
+from finetune.memory.runner import block_runner
 from finetune.methods.adapter import load_strictly
 from finetune.optim.optimizers import OptimizerConfig
 from finetune.optim.state import (
@@ -105,12 +105,12 @@ class GradientRelease(DataParallel):
             self._gradients = HostGradients(self._units, self._down)
         if memory.optimizer_states == "host":
             self.name += ", updated on the host"
-            self._weights = HostWeights(self._units, self._up, memory_of(module))
+            self._weights = HostWeights(self._units, self._up, block_runner(module))
             if not self._exact:
                 beside = device.type == "cuda" if threaded is None else threaded
                 self._staging = DoubleBuffer(self._units, self._down, threaded=beside)
         for parameter in self.parameters.values():
-            # Of those outside the blocks; the blocks' own come through ``Blocks.sink``.
+            # Of those outside the blocks; the blocks' own come through ``BlockRunner.sink``.
             parameter.register_post_accumulate_grad_hook(self._take_accumulated)  # type: ignore[no-untyped-call]
 
     @property
@@ -122,9 +122,9 @@ class GradientRelease(DataParallel):
         if saved is not None:
             load_strictly(self.parameters, saved.trainable)
             if self._weights is not None:
-                self._weights.begin()
+                self._weights.begin_update()
                 load_strictly(self._weights.trained, saved.trainable)
-                self._weights.finish()
+                self._weights.end_update()
         self.optimizer = optimizer.build(self._trained.items())
         if saved is not None:
             load_optimizer_state(self.optimizer, saved.optimizer, self._trained)
@@ -133,9 +133,9 @@ class GradientRelease(DataParallel):
     # ------------------------------------------------------------------------------------------------------- the step
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[object]:
-        blocks = memory_of(self._module)
+        blocks = block_runner(self._module)
         if blocks is not None:
-            blocks.sink = lambda _, pairs: self._take(pairs)
+            blocks.sink = self._take
         if self._weights is not None:
             self._weights.follow(blocks)
         return super().micro_batch(last=last)
@@ -196,7 +196,7 @@ class GradientRelease(DataParallel):
         self._updated = True
         self._update(named)
         if self._weights is not None:
-            self._weights.publish(named, after=read)
+            self._weights.copy_to_model(named, after=read)
 
     @torch.no_grad()
     def _update(self, named: Mapping[str, Tensor]) -> None:
@@ -218,7 +218,7 @@ class GradientRelease(DataParallel):
         if self._staging is not None:
             self._staging.finish()
         if self._gradients is not None:
-            self._gradients.sent()
+            self._gradients.end_step()
         total = float(torch.stack(self._squares).sum()) if self._squares else 0.0
         norm = math.sqrt(total) / scale  # of NaN and infinity: themselves
         if self._exact:
@@ -236,16 +236,16 @@ class GradientRelease(DataParallel):
         """Under ``per_parameter`` all has happened, and this only ends the step."""
         if self._gradients is not None and self._taken:
             if self._weights is None:
-                self._gradients.sweep(self._device, self._update_swept)
+                self._gradients.apply_updates(self._device, self._update_swept)
             else:
                 read = self._up.compute()
-                self._weights.begin()
+                self._weights.begin_update()
                 for unit in self._units:
                     swept = {name: self._gradients.read(name) for name in unit if name in self._taken}
                     self._update_swept(swept)
-                    self._weights.publish(swept, after=read)
+                    self._weights.copy_to_model(swept, after=read)
         if self._weights is not None:
-            self._weights.finish()
+            self._weights.end_update()
         self._tag()
         self._updated = False
         self.drop_gradients()
@@ -264,7 +264,7 @@ class GradientRelease(DataParallel):
         if self._staging is not None:
             self._staging.finish()
         if self._gradients is not None:
-            self._gradients.sent()
+            self._gradients.end_step()
         for parameter in (*self.parameters.values(), *self._trained.values()):
             parameter.grad = None
         self._taken.clear()
@@ -273,7 +273,7 @@ class GradientRelease(DataParallel):
 
     def _tag(self) -> None:
         if self._weights is not None:
-            tag_states(optimizer_tensors(self.optimizer))
+            label_optimizer_tensors(optimizer_tensors(self.optimizer))
 
     # --------------------------------------------------------------------------------------------------- what is saved
 

@@ -27,7 +27,7 @@ from finetune.core.checksums import digest_file
 from finetune.core.types import Batch, Bucket
 from finetune.inference.generate import decodes_in_tiles
 from finetune.memory.host_buffers import label_buffer
-from finetune.memory.setup import undo
+from finetune.memory.runner import undo
 from finetune.optim.ema import Ema
 from finetune.optim.low_precision import NarrowWeights
 from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
@@ -124,7 +124,7 @@ class Training:
     def _micro_batch(self, batch: Batch, here: ModuleTracker, marks: dict[str, int], *, last: bool) -> None:
         ledger, strategy = self.ledger, self.strategy
         ledger.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
-        for part in self.config.memory.parts(batch):
+        for part in self.config.memory.split(batch):
             marks.setdefault("forward", ledger.tick)
             here.enter("forward")
             begun = ledger.tick

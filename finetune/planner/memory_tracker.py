@@ -103,7 +103,7 @@ class Allocation:
 class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Enter it inside a ``FakeTensorMode``, or alone over real CPU tensors.
 
-    Storages without a label of ``memory.places`` are taken to be on the device.
+    Storages without a label of ``memory.host_buffers`` are taken to be on the device.
 
     Args:
         scalar: what reading a number off a tensor gives; None really reads it, which a fake tensor cannot.
@@ -206,7 +206,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             piece.what, piece.host, piece.pinned = label.what, label.host, label.pinned
 
     def name(self, what: str, tensors: Iterable[Tensor]) -> None:
-        """Say what the storages of ``tensors`` are for; a label of ``memory.places`` goes before."""
+        """Say what the storages of ``tensors`` are for; a label of ``memory.host_buffers`` goes before."""
         self._settle()
         for tensor in tensors:
             storage = tensor.untyped_storage()

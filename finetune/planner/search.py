@@ -462,7 +462,7 @@ def remedies(
         state = found.smallest.memory
         traits = memory_traits(changed, spec_of(changed), processes=processes)
         if state.faults(traits):  # what full fine-tuning needs is not for a LoRA
-            state = MemoryConfig().notches(traits)[-1]
+            state = MemoryConfig().fallbacks(traits)[-1]
         plan = finder.plan(state)
         if plan.fits(card_bytes, ram_bytes, processes):
             yield f"{words} fits, with {to_gib(plan.peak_bytes)}"

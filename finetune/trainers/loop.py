@@ -141,7 +141,7 @@ def _passes(run: Run, ladder: OomRetry, meter: StepMetrics, step: int) -> None:
     """The forward and backward passes of one step: its gradient, a mean over its samples, is left in the strategy."""
     samples = sum(len(micro.items) for micro in run.plan.step(step))
     for number, batch in enumerate(run.loader.step(step), start=1):
-        for part in ladder.state.parts(batch):
+        for part in ladder.state.split(batch):
             # LoRA dropout draws from the global generator: give that an address too.
             torch.manual_seed(seed_for(run.config.train.seed, "model", step, part.slots[0]))
             last = number == run.config.train.accumulation and part.slots[-1] == batch.slots[-1]

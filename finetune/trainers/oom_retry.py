@@ -1,7 +1,7 @@
 """Out of memory in a step: the same step once more, in a memory state that needs less.
 
-The states are ``MemoryConfig.notches``; this only moves along them. A state is kept to the end of the process, so that
-a run does not meet the same wall at every step.
+The states are ``MemoryConfig.fallbacks``; this only moves along them. A state is kept to the end of the process, so
+that a run does not meet the same wall at every step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune.caching.encode import release_memory
 from finetune.config.schema import RunConfig
 from finetune.core.errors import TrainingError, first_line, is_out_of_memory
 from finetune.memory.config import MemoryConfig, Traits
-from finetune.memory.setup import assert_recompute
+from finetune.memory.runner import assert_recompute
 from finetune.methods.lora import LoraMethod
 from finetune.trainers.run import Run
 
@@ -27,7 +27,7 @@ class OomRetry:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.state, *self._below = run.config.memory.notches(run.traits)
+        self.state, *self._below = run.config.memory.fallbacks(run.traits)
         self.moved = 0
         """Notches moved so far."""
         self._unchecked = True
@@ -117,26 +117,12 @@ def out_of_memory(run: Run, memory: MemoryConfig, said: str, when: str, *, in_st
     )
 
 
-_ANEW: tuple[dict[str, object], ...] = (
-    {"gradient_release": "exact"},
-    {"gradient_release": "exact", "optimizer_states": "host"},
-    {"gradient_release": "exact", "optimizer_states": "host", "streamed_blocks": "all"},
-)
-"""Measures that no run can take in its middle."""
-
-
 def _advice(config: RunConfig, memory: MemoryConfig, traits: Traits, *, videos: bool) -> Iterator[str]:
     """What this run has not tried yet, the cheapest first."""
     state = memory
-    for following in memory.notches(traits)[1:]:
+    for following in (*memory.fallbacks(traits)[1:], *memory.restart_fallbacks(traits)):
         yield state.difference(following)
         state = following
-    smaller: dict[str, object] = {"base": "fp8" if memory.base == "native" else "nf4"}
-    for change in (*_ANEW, smaller):
-        following = state.model_copy(update=change)
-        if following != state and not following.faults(traits):
-            yield state.difference(following)
-            state = following
     if config.train.batch_size > 1:
         yield "train.batch_size: 1 and more accumulation"
     if config.optimizer.kind == "adamw" and memory.optimizer_states == "device":
