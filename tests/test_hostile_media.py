@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from decoding import decode, load_image, probe
 from fuzz import boxes
 from PIL import Image
 from waiting import until
@@ -32,9 +33,9 @@ from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets import containers, video_streams
-from finetune.datasets import decode as pictures
-from finetune.datasets.decode_pool import DecodeJob, DecodePool, decode, load_fitted_image, load_image, probe
+from finetune.datasets import decode as decode_module
+from finetune.datasets import media_files, video_streams
+from finetune.datasets.decode_pool import DecodeJob, DecodePool, load_fitted_image
 
 """For any one file here; the slowest takes a fraction of a second on a machine of its own."""
 LIMIT_MIB = 700
@@ -75,25 +76,27 @@ def pool() -> Iterator[DecodePool]:
 
 
 def peak_mib(pool: DecodePool) -> int:
-    status = Path(f"/proc/{pool._workers[0].pid}/status")
+    (pid,) = pool.pids
+    status = Path(f"/proc/{pid}/status")
     return int(status.read_text().split("VmHWM:")[1].split()[0]) // 1024 if status.exists() else 0
 
 
 def cpu_s(pool: DecodePool) -> float:
     """Seconds of a core that the worker has used, whatever else the machine does."""
-    fields = Path(f"/proc/{pool._workers[0].pid}/stat").read_text().rpartition(")")[2].split()
+    (pid,) = pool.pids
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def outcome(pool: DecodePool, path: Path) -> VideoProbe | DataError | Clip:
     """What becomes of a file that is probed and, if it passes, cut; the worker survives it, in time and small."""
-    process = pool._workers[0].pid
+    processes = pool.pids
     (((_, found)),) = pool.probe_many([path])
     if isinstance(found, VideoProbe):
         last = found.frames - 1
         plan = ClipPlan((0, last // 2, last), (64, 64), (0, 0), Bucket(3, 64, 64))
         (((_, found)),) = pool.decode_many([DecodeJob(0, path, found, plan)])
-    assert process in (None, pool._workers[0].pid), f"the worker died: {found}"
+    assert processes in ([], pool.pids), f"the worker died: {found}"
     assert peak_mib(pool) < LIMIT_MIB
     if isinstance(found, DataError):
         assert found.where == str(path) and found.what and "took longer" not in found.what
@@ -128,11 +131,9 @@ def matrix(*values: float) -> bytes:
 
 
 CLAIMS: dict[str, tuple[str, int, bytes, str]] = {
-    "frames": ("stsz", 8, U32.pack(10**9), "1,000,000,000 frames; at most 2,000,000"),
-    "most frames": ("stsz", 8, b"\xff" * 4, "4,294,967,295 frames; at most 2,000,000"),
+    "frames": ("stsz", 8, U32.pack(10**9), "not a video that can be opened"),
+    "most frames": ("stsz", 8, b"\xff" * 4, "not a video that can be opened"),
     "frames in the other table": ("stts", 8, U32.pack(10**9), "1,000,000,000 frames; at most 2,000,000"),
-    "pixels": ("stsd", 40, b"\xff" * 4, "65535x65535"),
-    "edits": ("elst", 4, U32.pack(10**8), "100,000,000 edits; at most 1,000"),
     "two thousand million parts of a second": ("mdhd", 12, b"\x7f\xff\xff\xff", "frames per second; at most 1000"),
     "years": ("stts", 12, U32.pack(0x7FFFFFFF), "at most 604,800 s"),
     "backwards": ("stts", 12, U32.pack(0xFFFFFF00), "frames per second; at most 1000"),
@@ -140,6 +141,8 @@ CLAIMS: dict[str, tuple[str, int, bytes, str]] = {
     "turned by 45 degrees": ("tkhd", MATRIX, matrix(0.7, 0.7, 0, -0.7, 0.7, 0, 0, 0, 1), "by no right angle"),
 }
 HARMLESS: dict[str, tuple[str, int, bytes]] = {
+    "pixels, where the codec says the truth": ("stsd", 40, b"\xff" * 4),
+    "a hundred million edits": ("elst", 4, U32.pack(10**8)),
     "negative length": ("mvhd", 16, b"\xff" * 4),
     "endless length": ("mdhd", 16, b"\x7f\xff\xff\xff"),
     "no parts of a second": ("mdhd", 12, bytes(4)),
@@ -184,14 +187,16 @@ def test_nonsense_that_is_no_danger_gives_a_clip_or_an_error(media, pool, good, 
         assert results[name] != "clip", name
 
 
-def test_the_canary_of_the_frame_claim_costs_memory_without_the_guard(media, good, tmp_path, monkeypatch):
-    """With the guard on boxes gone FFmpeg believes the claim; then the worker's own limit holds."""
+def test_the_canary_of_the_frame_claim_costs_memory_without_the_guard(good, tmp_path, monkeypatch):
+    """A film may have a thousand million frames if nobody counts them: decord is asked for it, and takes gigabytes."""
     path = tmp_path / "liar.mp4"
-    path.write_bytes(boxes.patched(good, "stsz", 8, U32.pack(10**9)))
-    monkeypatch.setattr(containers, "_FIRST_BOXES", set())
-    with pytest.raises(DataError) as caught:
+    plain = boxes.spliced(good, boxes.find(good, "edts"), b"")
+    path.write_bytes(boxes.patched(plain, "stts", 8, U32.pack(10**9)))
+    with pytest.raises(DataError, match="1,000,000,000 frames"):
         probe(path)
-    assert "1,000,000,000" not in caught.value.what
+    monkeypatch.setattr(media_files, "MAX_FRAMES", 2**40)
+    monkeypatch.setattr(decode_module, "decord_agrees", lambda path, times, size_hw: False)
+    assert probe(path).frames == 16
 
 
 def test_sizes_are_those_of_the_pictures_and_not_of_the_container(media, pool, good, tmp_path):
@@ -258,7 +263,7 @@ def test_the_canary_of_the_changing_picture(tmp_path, monkeypatch):
 def test_thousands_of_tracks(pool, good, tmp_path):
     track = boxes.find(good, "trak")
     content = boxes.appended(good, "moov", good[track.start : track.end] * 5000)
-    assert "tracks; at most 128" in refused(pool, tmp_path / "many.mp4", content)
+    assert "more memory" in refused(pool, tmp_path / "many.mp4", content)
 
 
 def test_a_track_without_frames(pool, good, tmp_path):
@@ -337,7 +342,7 @@ def test_a_compressed_index_is_refused(pool, good, tmp_path):
     bomb = zlib.compress(bytes(10**6))
     body = boxes.make(b"dcom", b"zlib") + boxes.make(b"cmvd", b"\xff" * 4 + bomb)
     content = boxes.replaced(good, "moov", boxes.make(b"cmov", body))
-    assert "compressed" in refused(pool, tmp_path / "packed.mov", content)
+    assert "more memory" in refused(pool, tmp_path / "packed.mov", content)
 
 
 # --- what is no video -------------------------------------------------------------------------------------------------
@@ -458,7 +463,7 @@ def test_no_file_makes_another_be_opened(pool, tmp_path, lure, monkeypatch, guar
             if guard == "both":
                 refused(pool, path)
             else:  # in this process, where the first guard can be taken away
-                monkeypatch.setattr(containers, "_foreign", lambda head: None)
+                monkeypatch.setattr(media_files, "_foreign", lambda head: None)
                 with pytest.raises(DataError):
                     probe(path)
             tried += 1
@@ -555,10 +560,10 @@ def test_an_image_bomb_is_refused(pool, tmp_path, name):
     content, said = BOMBS[name]
     assert len(content) < 2 * 10**5
     (tmp_path / name).write_bytes(content)
-    process = pool._workers[0].pid
+    processes = pool.pids
     (found,) = pool.load_images([(tmp_path / name, Bucket(1, 32, 32))])
     assert peak_mib(pool) < LIMIT_MIB
-    assert process in (None, pool._workers[0].pid), f"the worker died: {found}"
+    assert processes in ([], pool.pids), f"the worker died: {found}"
     assert isinstance(found, DataError) and said in found.what and found.where == str(tmp_path / name)
 
 
@@ -593,7 +598,7 @@ def test_junk_beside_a_picture_does_not_matter(pool, tmp_path):
 
 def test_the_canary_of_the_image_formats(tmp_path, monkeypatch):
     (tmp_path / "icon.png").write_bytes(saved("ICO"))
-    monkeypatch.setattr(pictures, "FORMATS", None)
+    monkeypatch.setattr(decode_module, "IMAGE_FORMATS", None)
     assert load_image(tmp_path / "icon.png").shape == (3, 32, 32)
 
 
@@ -619,7 +624,7 @@ def test_hostile_rows_are_named_and_the_rest_goes_on(good, demo_clips, tmp_path,
     shutil.copytree(demo_clips, folder)
     hostile = {
         "frames.mp4": boxes.patched(good, "stsz", 8, U32.pack(10**9)),
-        "pixels.mp4": boxes.patched(good, "stsd", 40, b"\xff" * 4),
+        "page.mp4": b"<!DOCTYPE html><html>",
         "list.mp4": scripts("/etc/passwd")["concat"],
     }
     with (folder / "metadata.jsonl").open("a") as rows:
@@ -636,7 +641,7 @@ def test_hostile_rows_are_named_and_the_rest_goes_on(good, demo_clips, tmp_path,
     with pytest.raises(DataError, match="3 clips, images or captions cannot be used") as caught:
         check_dataset(config, spec, progress=False)
     told = str(caught.value)
-    for name, said in (("frames", "1,000,000,000 frames"), ("pixels", "65535x65535"), ("list", "a concat script")):
+    for name, said in (("frames", "can be opened"), ("page", "a web page"), ("list", "a concat script")):
         assert f"{name}.mp4 (" in told and said in told
     assert all(f"metadata.jsonl:{line}" in told for line in (5, 6, 7))
 

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from decoding import read_parquet_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
@@ -23,9 +24,16 @@ from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError, DataError, FinetuneError, KilledError
 from finetune.core.text import shown, text_fault, without_invisible
-from finetune.datasets import rows, tables
-from finetune.datasets.rows import MAX_CAPTION_CHARS, PathPolicy
-from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples
+from finetune.datasets import tables
+from finetune.datasets.sources import (
+    MAX_CAPTION_CHARS,
+    VIDEO,
+    CaptionConfig,
+    PathPolicy,
+    SourceConfig,
+    SourceRead,
+    read_samples,
+)
 
 SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 
@@ -265,9 +273,9 @@ def test_allow_outside_opens_what_it_says_and_no_more(linked):
 
 def test_a_gate_that_allows_does_not_open_for_the_next_source(linked):
     gate = PathPolicy()
-    gate.file("link.mp4", linked, (".mp4",), "video", "here", allow_outside=True)
+    gate.file("link.mp4", linked, VIDEO, "here", allow_outside=True)
     with pytest.raises(DataError, match="leads out"):
-        gate.file("link.mp4", linked, (".mp4",), "video", "here")
+        gate.file("link.mp4", linked, VIDEO, "here")
 
 
 def test_pipes_devices_and_folders_are_no_files(data):
@@ -339,7 +347,7 @@ def test_one_bad_byte_is_one_row_and_every_bad_row_is_named(data):
         ('{"prompt": "x", "prompt": "y"}', "the key 'prompt' stands twice"),
         ('{"n": ' + "9" * 5_000 + "}", "not usable JSON"),
         ('"x"', "not a JSON object"),
-        ('{"x": "' + "y" * rows.MAX_LINE_CHARS + '"}', "more than 1,048,576 characters"),
+        ('{"x": "' + "y" * tables.MAX_LINE_CHARS + '"}', "more than 1,048,576 characters"),
         ("NaN", "not a JSON object"),
         ('{"x": "\t"}', "Invalid control character"),
     ],
@@ -410,7 +418,7 @@ def test_a_line_without_end_takes_no_memory(data):
 
 def test_a_file_too_large_is_not_opened(data, monkeypatch):
     with (data / "m.jsonl").open("wb") as file:
-        file.truncate(rows.MAX_FILE_BYTES + 1)  # a hole: it takes no room
+        file.truncate(tables.MAX_FILE_BYTES + 1)  # a hole: it takes no room
     monkeypatch.setattr(Path, "open", lambda *arguments, **options: pytest.fail("opened"))
     assert "1,073,741,825 bytes" in fails(data, {"path": "m.jsonl"})
 
@@ -485,34 +493,27 @@ def test_parquet_is_read_in_a_process_of_its_own_and_its_death_is_an_error(data,
     before = set(sys.modules)
     # Written by mutation: pyarrow ends the process over it, past anything that Python could catch.
     (data / "m.parquet").write_bytes((Path(__file__).parent / "fuzz" / "aborts.parquet").read_bytes())
-    assert "the reader ended with signal 6" in fails(data, {"path": "m.parquet"})
+    assert "the Parquet reader crashed (SIGABRT) on this file" in fails(data, {"path": "m.parquet"})
     assert "pyarrow.parquet" not in set(sys.modules) - before
-    (data / "m.parquet").write_bytes(parquet_bytes({"file_name": ["a.mp4"] * 150, "prompt": ["x" * 2**20] * 150}))
-    monkeypatch.setattr("finetune.datasets.tables._MEMORY_BYTES", 100 * 2**20)  # 150 times one caption is more
-    assert "not a readable Parquet file" in fails(data, {"path": "m.parquet"})
-    monkeypatch.setattr("finetune.datasets.tables._PATIENCE_S", 0.05)
-    assert "not read within 0.05 s" in fails(data, {"path": "m.parquet"})
+    monkeypatch.setattr(tables, "PARQUET_TIMEOUT_S", 0.05)
+    assert "took longer than 0.05 s" in fails(data, {"path": "m.parquet"})
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX")
 def test_a_reader_that_is_killed_from_outside_is_started_again_and_blames_no_file(data, monkeypatch, tmp_path):
     (data / "m.parquet").write_bytes(parquet_bytes({"file_name": ["a.mp4"], "prompt": ["x"]}))
-    script = tmp_path / "reader"
-    script.write_text(f'#!/bin/sh\necho >> "{tmp_path}/runs"\nkill -9 $$\n')
-    script.chmod(0o755)
-    monkeypatch.setattr("finetune.datasets.tables.sys.executable", str(script))
+    killed = (
+        "import os, signal; from finetune.datasets import worker; "
+        f"open('{tmp_path}/runs', 'a').write('x'); worker.serve(lambda fields: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    monkeypatch.setattr(tables, "PARQUET_WORKER", killed)
     with pytest.raises(KilledError, match=r"killed twice \(SIGKILL\)") as caught:
         read(data, {"path": "m.parquet"})
-    assert caught.value.where == str(data / "m.parquet") and len((tmp_path / "runs").read_text()) == 2
+    assert caught.value.where == str(data / "m.parquet") and (tmp_path / "runs").read_text() == "xx"
 
 
 @pytest.fixture
 def _here(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune.datasets import parquet_child
-
-    monkeypatch.setattr(
-        "finetune.datasets.tables._run", lambda request, folder: parquet_child.answer(json.loads(request)) or ""
-    )
+    read_parquet_here(monkeypatch)
 
 
 def test_parquet_takes_no_orders_from_the_file(data, _here):

@@ -13,14 +13,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from decoding import decode, load_image, probe
 from fuzz import boxes
 from PIL import Image
 
 from finetune.core.errors import DataError
 from finetune.core.types import CORRECTIONS, Bucket, ClipPlan, VideoProbe
 from finetune.datasets import colour
-from finetune.datasets import decode as decord_reader
-from finetune.datasets.decode_pool import decode, load_image, probe
+from finetune.datasets.decode import read_decord_frames
 
 HEIGHT, WIDTH, FRAMES = 32, 64, 4  # decord fails at widths such as 48
 H264 = ["-c:v", "libx264", "-qp", "4", "-pix_fmt", "yuv444p", "-preset", "ultrafast"]
@@ -112,7 +112,7 @@ def test_every_orientation_of_every_container(plain, suffix, orientation):
 def test_the_canary_of_orientation(plain):
     """decord heeds MOV's matrix only; where a new one heeds Matroska's too, this fails and the rule may be narrowed."""
     path = copied(plain / "plain.mp4", "half.mkv", "-display_rotation", "180")
-    ((_, ours),) = decord_reader.read_frames(path, (0,), FRAMES, (HEIGHT, WIDTH))
+    ((_, ours),) = read_decord_frames(path, (0,), FRAMES, (HEIGHT, WIDTH))
     assert off(ours, picture()) < 3 and off(ours, np.rot90(picture(), 2)) > 20
 
 
@@ -274,7 +274,7 @@ def test_the_canary_of_hdr(tmp_path):
     """What is trained on without the rule: the codes themselves, in which white is a grey."""
     for transfer, white in (("pq", 147), ("hlg", 190)):
         path = in_hdr(tmp_path, transfer)
-        ((_, frame),) = decord_reader.read_frames(path, (0,), 3, (PATCH, PATCH * len(COLOURS)))
+        ((_, frame),) = read_decord_frames(path, (0,), 3, (PATCH, PATCH * len(COLOURS)))
         assert np.abs(centres(frame)[4] - white).max() <= 2
 
 
@@ -351,7 +351,7 @@ def test_both_decoders_read_every_matrix_and_range_alike(tmp_path, decoder, leve
             header = probe(path)
             assert header.corrections == ()
             if decoder == "decord":
-                ((_, ours),) = decord_reader.read_frames(path, (1,), 3, size_hw)
+                ((_, ours),) = read_decord_frames(path, (1,), 3, size_hw)
             else:
                 ours = shown(path, replace(header, decoder="pyav"))[1]
             assert np.abs(centres(ours) - colours).max() <= 3, (name, centres(ours).tolist())
@@ -536,7 +536,7 @@ def test_transparent_hevc_is_refused(tmp_path):
 def test_the_canary_of_transparency(tmp_path):
     """FFmpeg's own VP9, and decord, show what was hidden."""
     path = encode(tmp_path, "vp9.webm", veiled(), *TRANSPARENT["vp9.webm"], layout="rgba")
-    ((_, ours),) = decord_reader.read_frames(path, (1,), FRAMES, (PATCH, 3 * PATCH))
+    ((_, ours),) = read_decord_frames(path, (1,), FRAMES, (PATCH, 3 * PATCH))
     assert centres(ours)[2][2] > 240
 
 

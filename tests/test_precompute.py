@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from broken_disk import disk
+from decoding import decode, load_image, probe
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from waiting import HANG_S
@@ -40,7 +41,7 @@ from finetune.core.errors import CacheError, DataError, KilledError, ModelError
 from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN, read_metadata
-from finetune.datasets.decode_pool import decode, fit_image, load_image, probe
+from finetune.datasets.decode_pool import fit_image
 
 ROOT = Path(__file__).parents[1]
 
@@ -555,12 +556,11 @@ def test_unreadable_clips_can_be_left_out(project, monkeypatch):
 
 def test_a_clip_whose_worker_is_killed_from_outside_is_never_left_out(project, monkeypatch, tmp_path):
     """The system ends workers for want of memory: with `skip` the dataset would shrink, and the exit code be 0."""
-    (tmp_path / "killed_worker.py").write_text(
-        "import os, signal\nfrom finetune.datasets import decode_pool as frames, decode_worker as worker\n"
-        "frames.read_clip = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)\nworker.main()\n"
+    killed = (
+        "import os, signal; from finetune.datasets import decode, decode_pool, worker; "
+        "decode.read_clip = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL); worker.serve(decode_pool.handle)"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr("finetune.datasets.decode_pool.WORKER_MODULE", "killed_worker")
+    monkeypatch.setattr("finetune.datasets.decode_pool.WORKER", killed)
     home = project(data={"unreadable_clips": "skip"}, cache={"decode_workers": 1})
     with pytest.raises(KilledError, match="SIGKILL") as caught:
         home.precompute()
@@ -1016,7 +1016,7 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
 
 TOGETHER = """
 import sys
-from finetune.datasets import decode_pool as frames
+from finetune.datasets import decode as frames
 from finetune.core.errors import DataError
 from finetune.caching import encode as encoding
 from finetune.config.loading import load_config

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from decoding import read_parquet_here
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.core.errors import DataError
-from finetune.datasets import parquet_child
 from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples, source_files
 
 CAPTIONS = ["A red ball, rolling.", "NA", 'She says "go" in 2024-01-01']
@@ -48,13 +48,7 @@ def jsonl(path: Path, rows: list) -> Path:
 
 @pytest.fixture(autouse=True)
 def _parquet_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read Parquet in this process: to start one takes a second each (test_hostile_text has the real thing)."""
-
-    def run(request: str, folder: str) -> str:
-        parquet_child.answer(json.loads(request))
-        return ""
-
-    monkeypatch.setattr("finetune.datasets.tables._run", run)
+    read_parquet_here(monkeypatch)  # test_hostile_text has the real thing
 
 
 @pytest.fixture

@@ -1,8 +1,17 @@
-"""What is in a folder of clips: every file, each folder once, what belongs to which clip, and what nobody reads."""
+"""The layouts that a dataset may have on disk, and from them its samples.
+
+Every bad row is reported at once, with its file and line, before a video is opened. A layout only says which video,
+caption and image belong together, and where that is written (``RawRow``); what makes a row usable is checked in one
+place for all of them. A new layout is a new ``_Source`` here, joined to ``SourceConfig`` and to
+``AutoSource.recognise``.
+"""
 
 from __future__ import annotations
 
+import ntpath
 import os
+import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -13,24 +22,8 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
-from finetune.core.text import holds_word, text_fault, without_invisible
+from finetune.core.text import holds_word, stripped, text_fault, without_invisible
 from finetune.core.types import Sample, Strict
-from finetune.datasets.rows import (
-    IMAGE_SUFFIXES,
-    MAX_CAPTION_CHARS,
-    OTHER_IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
-    PathPolicy,
-    RawRow,
-    RowReport,
-    alike,
-    check_caption,
-    is_inside,
-    joined,
-    paired_lines,
-    read_text,
-    require_inside,
-)
 from finetune.datasets.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -40,35 +33,251 @@ from finetune.datasets.tables import (
     VIDEO_COLUMNS,
     Row,
     column_of,
+    kind_of,
+    read_lines,
     read_table,
+    read_text,
 )
 
-PICTURES = (*IMAGE_SUFFIXES, *OTHER_IMAGE_SUFFIXES)
+MAX_CAPTION_CHARS = 10_000
+"""About ten times what 226 tokens hold: a longer caption is a wrong column or a wrong file."""
 
-_MOST_FILES = 4_000_000
+MAX_NAME_CHARS = 4_096
+"""Of a file name with its folders: what operating systems allow."""
 
-_OF_USE = (*VIDEO_SUFFIXES, *PICTURES, ".txt")
+_MAX_CAPTION_BYTES = 4 * MAX_CAPTION_CHARS + 1024
+"""Of a caption's own file: the longest caption in the widest letters, and blank lines after it."""
+
+_MAX_FILES = 4_000_000
+"""In a folder of clips."""
+
+
+@dataclass(frozen=True)
+class FileKind:
+    """What a row may name: for messages, and the endings in lower case."""
+
+    name: str
+    suffixes: tuple[str, ...]
+
+
+VIDEO = FileKind(
+    "video",
+    (
+        *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".divx", ".ogv", ".ogm"),
+        *(".mpg", ".mpeg", ".mpe", ".vob", ".ts", ".mts", ".m2t", ".m2ts", ".flv", ".wmv", ".asf"),
+    ),
+)
+
+IMAGE = FileKind("image", (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"))
+
+_PICTURES = (*IMAGE.suffixes, ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".exr", ".dng")
+"""The others are not read: one beside a clip is an error, so that the clip's own first frame never stands in for it
+unnoticed."""
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RawRow:
+    """Values that belong together, as a layout gives them: nothing is checked yet."""
+
+    video: object
+    caption: object
+    image: object
+    """Or the DataError that says why it cannot be told which image it is: one for image-to-video only."""
+    root: Path
+    """The folder that ``video`` and ``image`` start at and may not lead out of."""
+    where: str
+    """File and line."""
 
 
 @dataclass
-class Listing:
-    """What is in a folder and its sub-folders, each folder once however many links lead to it."""
+class RowReport:
+    """What reading a source, or listing its folder, collects."""
 
-    files: list[Path] = field(default_factory=list)
-    """Sorted."""
-    faults: list[DataError] = field(default_factory=list)
-    """Folders that are not read, and names that are no text: what is in them may be part of the dataset."""
-    hidden: list[Path] = field(default_factory=list)
-    """Videos that are left out because a name begins with a dot."""
-    again: list[Path] = field(default_factory=list)
-    """Links to folders that are read under another name."""
+    rows: list[RawRow] = field(default_factory=list)
+    errors: list[DataError] = field(default_factory=list)
+    """What has to be mended before anything is trained."""
+    unusable: list[DataError] = field(default_factory=list)
+    """Rows whose text cannot be read: errors too, unless such rows are to be left out."""
+    notes: list[str] = field(default_factory=list)
 
 
-def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
-    """List every file in a folder and its sub-folders.
+def check_caption(value: object, where: str) -> str:
+    """A caption as written, or a DataError that says why it is none."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise DataError("the caption is empty", where=where, fix="write one, or take the row out")
+    if not isinstance(value, str):
+        raise DataError(f"the caption is {type(value).__name__}, not text", where=where, fix="write it as text")
+    if len(value) > MAX_CAPTION_CHARS:
+        raise DataError(
+            f"the caption has {len(value):,} characters; at most {MAX_CAPTION_CHARS:,} are read, about 1 000 are seen",
+            where=where,
+            fix="check that the right column is read as the caption",
+        )
+    if fault := text_fault(value):
+        raise DataError(f"the caption is damaged: {fault}", where=where, fix="save the file as UTF-8, or take it out")
+    return value
+
+
+class PathPolicy:
+    """Lets rows name files inside their dataset's folder and nothing else; remembers which file a path really is.
+
+    One policy serves one reading: where folders really are is looked up once, so a million rows cost a million looks at
+    files and no more. Whoever changes links while a dataset is being read is not kept out.
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+        self._files: dict[str, str] = {}
+        self._names: dict[str, dict[str, list[str]]] = {}
+
+    def real(self, path: Path) -> str:
+        """The file that a checked path is, every link followed: two paths of one file give the same."""
+        return self._files[str(path)]
+
+    def file(self, value: object, root: Path, kind: FileKind, where: str, *, allow_outside: bool = False) -> Path:
+        """The path of a usable file; one that differs from the name in case, Unicode form or slashes only is taken too.
+
+        Args:
+            value: a relative path with forward slashes.
+            root: the dataset's folder.
+            kind: of file.
+            where: file and line, for messages.
+            allow_outside: accept absolute paths, ``..`` and links that lead out of ``root``.
+
+        Raises:
+            DataError: if it is no text, leads out of ``root`` (absolute, ``..`` or a symbolic link), has another
+                ending, is not there, no regular file, or empty.
+        """
+        name = _checked_name(value, root, kind.name, where, allow_outside=allow_outside)
+        if os.path.splitext(name)[1].lower() not in kind.suffixes:  # noqa: PTH122 - strings, here and below: a million
+            raise DataError(
+                f"{name:.200} is not a known kind of {kind.name} file",
+                where=where,
+                fix=f"convert it to one of: {' '.join(kind.suffixes)}",
+            )
+        path = str(root / name)
+        try:
+            try:
+                real, status = self._status(path)
+            except FileNotFoundError:
+                path = self._spelled_otherwise(root, name)
+                real, status = self._status(path)
+        except FileNotFoundError:
+            fix = "write the whole name: no variable is filled in here" if "$" in name else "check its name"
+            raise DataError(f"there is no file {root / name}", where=where, fix=f"{fix}, or take the row out") from None
+        except OSError as error:  # a name too long for the file system; links in a circle; no permission
+            what = f"the {kind.name} {name:.200} cannot be read: {error.strerror or error}"
+            raise DataError(what, where=where, fix="check its name") from None
+        if not allow_outside and not is_inside(real, self._folder(str(root))):
+            what = f"the {kind.name} {name:.200} is a link that leads out of {root}"
+            raise DataError(what, where=where, fix=_inside(root))
+        if not stat.S_ISREG(status.st_mode):
+            what = f"{path} is {kind_of(status.st_mode)}, not a file"
+            raise DataError(what, where=where, fix="name a regular file, or take the row out")
+        if status.st_size == 0:
+            raise DataError(
+                f"the file {path} is empty (0 bytes)", where=where, fix="copy it again, or take the row out"
+            )
+        checked = Path(path)
+        self._files[str(checked)] = real
+        return checked
+
+    def _status(self, path: str) -> tuple[str, os.stat_result]:
+        """Where a path really leads, and what is there."""
+        folder, name = os.path.split(path)
+        real = os.path.join(self._folder(folder), name)  # noqa: PTH118
+        status = os.lstat(real)
+        if stat.S_ISLNK(status.st_mode):
+            real = os.path.realpath(real, strict=True)
+            status = os.lstat(real)
+        return real, status
+
+    def _spelled_otherwise(self, root: Path, name: str) -> str:
+        """The one file that ``name`` can mean where it is not spelled as on the disk. Raises FileNotFoundError."""
+        folder = "/" if name.startswith("/") else str(root)
+        for part in name.replace("\\", "/").split("/"):
+            if folder not in self._names:
+                names = self._names[folder] = {}
+                for entry in os.listdir(folder) if os.path.isdir(folder) else ():  # noqa: PTH112, PTH208
+                    names.setdefault(fold_name(entry), []).append(entry)
+            alike = self._names[folder].get(fold_name(part), [])
+            chosen = [part] if part in ("", ".", "..") or part in alike else alike
+            if len(chosen) != 1:
+                raise FileNotFoundError(name)
+            folder = os.path.join(folder, chosen[0])  # noqa: PTH118
+        return folder
+
+    def _folder(self, folder: str) -> str:
+        if folder not in self._folders:
+            self._folders[folder] = os.path.realpath(folder)
+        return self._folders[folder]
+
+
+def require_inside(path: Path, root: Path, *, allow_outside: bool) -> None:
+    """Refuse a text file of a dataset's folder that is a link to somewhere else: its lines would become captions.
+
+    Raises:
+        DataError: if ``path`` leads out of ``root`` and that is not allowed.
+    """
+    if not allow_outside and not is_inside(os.path.realpath(path), os.path.realpath(root)):
+        fix = "copy the file into the folder, or set allow_outside for a folder that you trust"
+        raise DataError(f"{path.name} is a link that leads out of {root}", where=str(path), fix=fix)
+
+
+def is_inside(real: str, root: str) -> bool:
+    """Whether a path lies in a folder or is it; both with every link followed."""
+    return real == root or real.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def fold_name(name: str) -> str:
+    """Equal for names that differ only in case or in how Unicode composes their letters (macOS takes them apart)."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+
+
+def _checked_name(value: object, root: Path, kind: str, where: str, *, allow_outside: bool) -> str:
+    if not isinstance(value, str) or not value.strip():
+        fault = "is missing" if value is None or value == "" else f"is {value!r:.60}, not a path"
+        raise DataError(f"the {kind}'s file name {fault}", where=where, fix=f"name a file inside {root}")
+    if len(value) > MAX_NAME_CHARS:
+        what = f"the {kind}'s file name has {len(value):,} characters"
+        raise DataError(what, where=where, fix="check that the right column is read as the file name")
+    if fault := text_fault(value, one_line=True) or "":
+        raise DataError(f"the {kind}'s file name is damaged: {fault}", where=where, fix="rename it, in UTF-8")
+    if _is_foreign_absolute(value):
+        fault = "is an absolute path as a shell or Windows writes it"
+    elif not allow_outside and value.startswith("/"):
+        fault = "is an absolute path"
+    elif not allow_outside and ".." in value and ".." in value.replace("\\", "/").split("/"):
+        fault = "leads out of the dataset's folder"
+    if fault:
+        raise DataError(f"the {kind} {value:.200} {fault}", where=where, fix=_inside(root))
+    return value
+
+
+def _is_foreign_absolute(name: str) -> bool:
+    return name.startswith(("~", "\\")) or bool(ntpath.splitdrive(name)[0])
+
+
+def _inside(root: Path) -> str:
+    return (
+        f"write it relative to {root}, or name a folder above both as `root` of a metadata source"
+        " (for a list that you trust: allow_outside: true)"
+    )
+
+
+# --- folders of clips -------------------------------------------------------------------------------------------------
+
+
+def list_folder(folder: Path, report: RowReport, *, allow_outside: bool) -> list[Path]:
+    """Every file in a folder and its sub-folders, each folder once however many links lead to it; sorted.
 
     Args:
         folder: the dataset's folder.
+        report: gets an error for every folder that is not read and every name that is no text, for what is in them may
+            be part of the dataset; and notes on what nobody reads.
         allow_outside: follow links to folders outside of it; those to folders inside are followed in any case.
 
     Raises:
@@ -76,67 +285,81 @@ def list_folder(folder: Path, *, allow_outside: bool) -> Listing:
     """
     if not folder.is_dir():
         raise DataError("there is no such folder", where=str(folder), fix="check data.sources")
-    listing = Listing()
+    files: list[Path] = []
+    hidden: list[Path] = []
+    again: list[Path] = []
     root = os.path.realpath(folder)
     seen: set[str] = set()
-    places = [(folder, False)]
+    waiting = [(folder, False)]
     links: list[Path] = []
     count = 0
-    while places or links:
+    while waiting or links:
         # Links come last, so that a folder is read under its own name and not again under a link's.
-        place, hidden = places.pop() if places else (links.pop(), False)
+        place, is_hidden = waiting.pop() if waiting else (links.pop(), False)
         real = os.path.realpath(place)
-        if not hidden:
+        if not is_hidden:
             if not allow_outside and not is_inside(real, root):
-                told = f"{place.name} is a link to a folder outside of {folder}, which is not read"
+                what = f"{place.name} is a link to a folder outside of {folder}, which is not read"
                 fix = "set allow_outside: true for a folder that you trust, or name it as a source of its own"
-                listing.faults.append(DataError(told, where=str(place), fix=fix))
+                report.errors.append(DataError(what, where=str(place), fix=fix))
                 continue
             if real in seen:
                 if place.is_symlink():
-                    listing.again.append(place)
+                    again.append(place)
                 continue
             seen.add(real)
         try:
             entries = sorted(os.scandir(place), key=lambda entry: entry.name)
         except OSError as error:
-            if not hidden:
-                told = f"the folder cannot be read: {error.strerror}"
-                listing.faults.append(DataError(told, where=str(place), fix="make it readable, or take it out"))
+            if not is_hidden:
+                what = f"the folder cannot be read: {error.strerror}"
+                report.errors.append(DataError(what, where=str(place), fix="make it readable, or take it out"))
             continue
         count += len(entries)
-        if count > _MOST_FILES:
+        if count > _MAX_FILES:
             fix = "name the folder of the clips, or list them in a metadata file"
-            raise DataError(f"more than {_MOST_FILES:,} files are in the folder", where=str(folder), fix=fix)
+            raise DataError(f"more than {_MAX_FILES:,} files are in the folder", where=str(folder), fix=fix)
         for entry in entries:
             path, suffix = place / entry.name, os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
             is_link = entry.is_symlink()
             is_folder = entry.is_dir(follow_symlinks=False) or (is_link and path.is_dir())
-            if hidden or entry.name.startswith("."):
+            if is_hidden or entry.name.startswith("."):
                 if is_folder and not is_link:
-                    places.append((path, True))
-                elif suffix in VIDEO_SUFFIXES and not entry.name.startswith("._"):  # which macOS puts beside every file
-                    listing.hidden.append(path)
-            elif (is_folder or suffix in _OF_USE) and (fault := text_fault(entry.name, one_line=True)):
+                    waiting.append((path, True))
+                elif suffix in VIDEO.suffixes and not entry.name.startswith("._"):  # which macOS puts beside every file
+                    hidden.append(path)
+            elif (is_folder or suffix in _READ) and (fault := text_fault(entry.name, one_line=True)):
                 # No record of the run could name it, and no terminal should.
-                told = f"a {'folder' if is_folder else 'file'}'s name is damaged: {fault}"
-                listing.faults.append(DataError(told, where=str(path), fix="rename it, in UTF-8"))
+                what = f"a {'folder' if is_folder else 'file'}'s name is damaged: {fault}"
+                report.errors.append(DataError(what, where=str(path), fix="rename it, in UTF-8"))
             elif is_folder and is_link:
                 links.append(path)
             elif is_folder:
-                places.append((path, False))
-            elif is_link and suffix not in _OF_USE and not path.exists():
-                told = f"{entry.name} is a link that leads nowhere"
-                listing.faults.append(DataError(told, where=str(path), fix="mend it, or take it out"))
+                waiting.append((path, False))
+            elif is_link and suffix not in _READ and not path.exists():
+                what = f"{entry.name} is a link that leads nowhere"
+                report.errors.append(DataError(what, where=str(path), fix="mend it, or take it out"))
             else:
-                listing.files.append(path)
-    listing.files.sort()
+                files.append(path)
     # A folder may be hidden by its own name and read under that of a link.
-    listing.hidden = sorted(path for path in listing.hidden if os.path.realpath(path.parent) not in seen)
-    return listing
+    hidden = sorted(path for path in hidden if os.path.realpath(path.parent) not in seen)
+    others = sorted(file for file in files if file.suffix.lower() not in _READ)
+    kinds = Counter(file.suffix.lower() or "without ending" for file in others).most_common(8)
+    listed = ", ".join(f"{count} {kind:.20}" for kind, count in kinds)
+    for paths, what in (
+        (others, f"files in {folder} are of no kind that is read: {listed};"),
+        (hidden, f"videos in {folder} have a name or folder that begins with a dot,"),
+        (again, f"links in {folder} lead to a folder that is read already,"),
+    ):
+        if paths:
+            report.notes.append(f"{len(paths)} {what} such as {paths[0].relative_to(folder).as_posix()}")
+    return sorted(files)
 
 
-class Beside:
+_READ = (*VIDEO.suffixes, *_PICTURES, ".txt")
+
+
+class Sidecars:
     """Files that lie beside videos under their names; where a name is no video's, case and Unicode form do not matter.
 
     Args:
@@ -155,60 +378,30 @@ class Beside:
 
     @staticmethod
     def _key(stem: Path) -> tuple[Path, str]:
-        return stem.parent, alike(stem.name)
+        return stem.parent, fold_name(stem.name)
 
-    def _group(self, video: Path) -> list[Path]:
+    def all_of(self, video: Path) -> list[Path]:
+        """The files beside a video."""
         stem = video.with_suffix("")
         return self._groups.get(stem) or self._groups.get(self._key(stem), [])
 
     def of(self, video: Path) -> Path | None:
         """The file beside a video, if there is one. Raises DataError if there are several."""
-        found = self._group(video)
-        if len(found) > 1:
-            names = " and ".join(file.name for file in found)
+        files = self.all_of(video)
+        if len(files) > 1:
+            names = " and ".join(file.name for file in files)
             raise DataError(f"{names} could both belong to it", where=str(video), fix="leave one of them there")
-        return found[0] if found else None
+        return files[0] if files else None
 
-    def of_any(self, videos: Iterable[Path]) -> bool:
-        """Whether a file lies beside any of the videos."""
-        return any(self._group(video) for video in videos)
-
-    def of_none(self, videos: Iterable[Path]) -> list[Path]:
+    def unclaimed(self, videos: Iterable[Path]) -> list[Path]:
         """The files that lie beside none of the videos."""
-        taken = {file for video in videos for file in self._group(video)}
-        return [file for files in self._groups.values() for file in files if file not in taken]
+        claimed = {file for video in videos for file in self.all_of(video)}
+        return [file for files in self._groups.values() for file in files if file not in claimed]
 
 
-def left_out(folder: Path, listing: Listing) -> list[str]:
-    """Notes on what a folder of clips holds and nobody reads."""
-    others = [file for file in listing.files if file.suffix.lower() not in _OF_USE]
-    notes = []
-    if others:
-        kinds = Counter(file.suffix.lower() or "without ending" for file in others)
-        told = ", ".join(f"{count} {kind:.20}" for kind, count in kinds.most_common(8))
-        notes.append(f"{len(others)} files in {folder} are of no kind that is read: {told}; such as {others[0].name}")
-    if listing.hidden:
-        name = listing.hidden[0].relative_to(folder).as_posix()
-        notes.append(
-            f"{len(listing.hidden)} videos in {folder} have a name or folder that begins with a dot, such as {name}"
-        )
-    if listing.again:
-        name = listing.again[0].relative_to(folder).as_posix()
-        notes.append(f"{len(listing.again)} links in {folder} lead to a folder that is read already, such as {name}")
-    return notes
-
-
-# -------- The layouts that a dataset may have on disk: which video, caption and image belong together, and where it
-# is written.
-#
-# What makes a row usable is checked in one place for all of them (``rows``).
-#
-# A new layout is a new ``_Source`` here, joined to ``SourceConfig`` and to ``AutoSource.recognise``.
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 Split = Literal["train", "holdout"]
-
-_MOST_CAPTION_BYTES = 4 * MAX_CAPTION_CHARS + 1024
-"""Of a caption's own file: the longest caption in the widest letters, and blank lines after it."""
 
 
 class _Source(Strict):
@@ -223,6 +416,18 @@ class _Source(Strict):
     """Let file names be absolute, hold ``..`` and be links out of the dataset's folder, as in lists of files on a
     network drive. Whoever writes the list can then have any video or image read that this account can read, and a
     linked caption file show any text: only for lists that you trust."""
+
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add this source's rows; raises DataError for what concerns the whole file or folder."""
+        raise NotImplementedError
+
+    def files(self, base: Path) -> list[Path]:
+        """What decides which rows are read: a file by its content, a folder by its listing."""
+        raise NotImplementedError
+
+    def _located(self, base: Path, path: Path | None = None) -> Path:
+        # Takes out "..", follows no links.
+        return Path(os.path.abspath(base / (path or self.path).expanduser()))  # noqa: PTH100
 
 
 class MetadataSource(_Source):
@@ -241,12 +446,12 @@ class MetadataSource(_Source):
     """Column of first-frame images, for image-to-video only; left out, the one column called ``image``, ``image_path``
     or ``image_file``, if there is one. An empty cell means the video's own first frame."""
 
-    def read(self, base: Path, reading: RowReport) -> None:
-        """Add this source's rows; raises DataError for what concerns the whole file."""
-        file = _located(base, self.path)
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add the rows of the file."""
+        file = self._located(base)
         named = {self.video_column, self.caption_column, self.image_column} - {None}
         table = read_table(file, {*VIDEO_COLUMNS, *CAPTION_COLUMNS, *IMAGE_COLUMNS, *map(str, named)})
-        reading.unusable += table.faults
+        report.unusable += table.faults
         if not table.columns:
             return
         video = column_of(table, self.video_column, VIDEO_COLUMNS, "video_column", file)
@@ -254,16 +459,16 @@ class MetadataSource(_Source):
         image = column_of(table, self.image_column, IMAGE_COLUMNS, "image_column", file)
         if image and table.columns[image]:
             # No fault of a text-to-video run; for image-to-video its own first frame stands in, and it is said.
-            reading.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
+            report.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
             image = ""
-        root = file.parent if self.root is None else _located(base, self.root)
+        root = file.parent if self.root is None else self._located(base, self.root)
         for row in table.rows:
             picture = (row.values.get(image) or None) if image else None
-            reading.rows.append(RawRow(row.values.get(video), row.values.get(caption), picture, root, row.where))
+            report.rows.append(RawRow(row.values.get(video), row.values.get(caption), picture, root, row.where))
 
     def files(self, base: Path) -> list[Path]:
-        """What decides which rows are read: a file by its content, a folder by its listing."""
-        return [_located(base, self.path)]
+        """The file."""
+        return [self._located(base)]
 
 
 class PromptsSource(_Source):
@@ -273,34 +478,69 @@ class PromptsSource(_Source):
 
     kind: Literal["prompts"] = "prompts"
 
-    def read(self, base: Path, reading: RowReport) -> None:
-        """Add this source's rows; raises DataError for what concerns the whole folder."""
-        folder = _located(base, self.path)
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add a row for every line."""
+        folder = self._located(base)
         columns: list[list[str | DataError]] = []
         faults: list[DataError] = []
         for file in self.files(base):
             try:
                 require_inside(file, folder, allow_outside=self.allow_outside)
-                columns.append(paired_lines(file, most=MAX_ROWS, most_faults=MAX_FAULTS))
+                columns.append(_paired_lines(file))
             except DataError as error:
                 faults.append(error)
         raise_all(DataError, faults, what="{n} of the files that pair line by line cannot be used")
-        reading.unusable += [line for column in columns for line in column if isinstance(line, DataError)]
+        report.unusable += [line for column in columns for line in column if isinstance(line, DataError)]
         counts = [len(column) for column in columns]
         if len(set(counts)) > 1 or not counts[0]:
-            told = ", ".join(f"{file.name} {count}" for file, count in zip(self.files(base), counts, strict=True))
-            what = f"the files pair line by line, but their counts of lines are: {told}"
+            listed = ", ".join(f"{file.name} {count}" for file, count in zip(self.files(base), counts, strict=True))
+            what = f"the files pair line by line, but their counts of lines are: {listed}"
             raise DataError(what, where=str(folder), fix="write one line per clip in each file")
         for number, (caption, video, *image) in enumerate(zip(*columns, strict=True), start=1):
             if not any(isinstance(value, DataError) for value in (caption, video, *image)):
                 where = f"{folder / 'prompts.txt'}:{number}"
-                reading.rows.append(RawRow(video, caption, image[0] if image else None, folder, where))
+                report.rows.append(RawRow(video, caption, image[0] if image else None, folder, where))
 
     def files(self, base: Path) -> list[Path]:
-        """What decides which rows are read: a file by its content, a folder by its listing."""
-        folder = _located(base, self.path)
+        """Its two or three files."""
+        folder = self._located(base)
         optional = [folder / "images.txt"] if (folder / "images.txt").is_file() else []
         return [folder / "prompts.txt", folder / "videos.txt", *optional]
+
+
+def _paired_lines(path: Path) -> list[str | DataError]:
+    """The lines of a file that pairs line by line with another: line 1 first, stripped, blank ones at the end left out.
+
+    Returns:
+        Text, or an error for a line that cannot be read.
+
+    Raises:
+        DataError: if the file cannot be read, if there are too many lines or errors, and for the blank lines that
+            others follow: nobody can say which line of the other file belongs to what comes after them.
+    """
+    lines: list[str | DataError] = []
+    faults: list[DataError] = []
+    blank: list[DataError] = []
+    waiting: list[int] = []
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            faults.append(line)
+        elif not (line := stripped(line)):
+            if len(waiting) <= MAX_FAULTS:
+                waiting.append(number)
+            continue
+        fix = "write what belongs there, or take the line out of every file"
+        blank += [DataError("the line is blank, and more follow", where=f"{path}:{at}", fix=fix) for at in waiting]
+        waiting = []
+        lines.append(line)
+        if len(lines) > MAX_ROWS or len(faults) + len(blank) > MAX_FAULTS:
+            most = f"{MAX_ROWS:,} lines" if len(lines) > MAX_ROWS else f"{MAX_FAULTS:,} lines that cannot be read"
+            fix = "check that this is the right file"
+            raise DataError(f"the file has more than {most}", where=f"{path}:{number}", fix=fix)
+    if blank:
+        what = "{n} lines cannot be used, so that it cannot be told what belongs together"
+        raise_all(DataError, [*blank, *faults], what=what)
+    return lines
 
 
 class CogKitSource(_Source):
@@ -311,43 +551,70 @@ class CogKitSource(_Source):
 
     kind: Literal["cogkit"] = "cogkit"
 
-    def read(self, base: Path, reading: RowReport) -> None:
-        """Add this source's rows; raises DataError for what concerns the whole folder."""
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add the rows, paired by their ids where the layout has them."""
         folder = self._folder(base)
-        if not (folder / "videos" / "metadata.jsonl").is_file():
-            require_inside(folder / "metadata.jsonl", folder, allow_outside=self.allow_outside)
-            MetadataSource(path=folder / "metadata.jsonl", allow_outside=self.allow_outside).read(base, reading)
-            return
         for file in self.files(base):
             require_inside(file, folder, allow_outside=self.allow_outside)
-        videos = _by_id(folder / "videos", reading)
-        images = _by_id(folder / "images", reading) if (folder / "images" / "metadata.jsonl").is_file() else {}
-        prompts: set[str] = set()
-        for row in _rows(folder / "metadata.jsonl", reading):
-            key = _id_of(row, prompts, reading)
-            if key is None:
-                continue
+        if not (folder / "videos" / "metadata.jsonl").is_file():
+            MetadataSource(path=folder / "metadata.jsonl", allow_outside=self.allow_outside).read(base, report)
+            return
+        videos = _rows_by_id(folder / "videos" / "metadata.jsonl", report)
+        images = _rows_by_id(folder / "images" / "metadata.jsonl", report)
+        prompts = _rows_by_id(folder / "metadata.jsonl", report)
+        for key, row in prompts.items():
             if key not in videos:
-                told = f"id {key!r} is not in videos/metadata.jsonl"
-                reading.errors.append(DataError(told, where=row.where, fix="add it there, or take the row out"))
+                what = f"id {key!r} is not in videos/metadata.jsonl"
+                report.errors.append(DataError(what, where=row.where, fix="add it there, or take the row out"))
                 continue
-            image = images[key][0] if key in images else None
-            reading.rows.append(RawRow(videos[key][0], row.values.get("prompt"), image, folder, row.where))
-        for key, (_, where) in videos.items():
+            image = _inner_name("images", images[key]) if key in images else None
+            video = _inner_name("videos", videos[key])
+            report.rows.append(RawRow(video, row.values.get("prompt"), image, folder, row.where))
+        for key, row in videos.items():
             if key not in prompts:
-                told = f"id {key!r} has no prompt in {folder / 'metadata.jsonl'}"
-                reading.errors.append(DataError(told, where=where, fix="add it there, or take the row out"))
+                what = f"id {key!r} has no prompt in {folder / 'metadata.jsonl'}"
+                report.errors.append(DataError(what, where=row.where, fix="add it there, or take the row out"))
 
     def files(self, base: Path) -> list[Path]:
-        """What decides which rows are read: a file by its content, a folder by its listing."""
+        """Its one to three files."""
         folder = self._folder(base)
         parts = [folder / part / "metadata.jsonl" for part in ("videos", "images")]
         return [folder / "metadata.jsonl", *(part for part in parts if part.is_file())]
 
     def _folder(self, base: Path) -> Path:
-        folder = _located(base, self.path)
+        folder = self._located(base)
         nested = not (folder / "metadata.jsonl").is_file() and (folder / "train" / "metadata.jsonl").is_file()
         return folder / "train" if nested else folder
+
+
+def _rows_by_id(file: Path, report: RowReport) -> dict[str, Row]:
+    """The rows of one of CogKit's files by their id, as text so that 7 and "7" are the same; none if there is no file.
+
+    Rows that cannot be read, have no id or one that another has are handed on.
+    """
+    rows: dict[str, Row] = {}
+    if file.parent.name == "images" and not file.is_file():
+        return rows
+    table = read_table(file, ("id", "file_name", "prompt"))
+    report.unusable += table.faults
+    for row in table.rows:
+        value = row.values.get("id")
+        if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
+            fix = 'write "id" as a number or text'
+            report.errors.append(DataError("the row has no id", where=row.where, fix=fix))
+        elif str(value) in rows:
+            fix = "give every row its own"
+            report.errors.append(DataError(f"id {value!r} is there twice", where=row.where, fix=fix))
+        else:
+            rows[str(value)] = row
+    return rows
+
+
+def _inner_name(folder: str, row: Row) -> object:
+    """A file name seen from the folder above ``folder``; as it is where it names no file below ``folder`` at all."""
+    name = row.values.get("file_name")
+    is_inner = isinstance(name, str) and name and not name.startswith("/") and not _is_foreign_absolute(name)
+    return f"{folder}/{name}" if is_inner else name
 
 
 class FolderSource(_Source):
@@ -357,17 +624,15 @@ class FolderSource(_Source):
 
     kind: Literal["folder"] = "folder"
 
-    def read(self, base: Path, reading: RowReport) -> None:
-        """Add this source's rows; raises DataError for what concerns the whole folder."""
-        folder = _located(base, self.path)
-        listing = list_folder(folder, allow_outside=self.allow_outside)
-        reading.errors += listing.faults
-        videos = [file for file in listing.files if file.suffix.lower() in VIDEO_SUFFIXES]
-        captions, images = (Beside(listing.files, videos, suffixes) for suffixes in ((".txt",), PICTURES))
-        reading.notes += left_out(folder, listing)
-        if not videos and not listing.faults:
-            known = f"known are {' '.join(VIDEO_SUFFIXES)}"
-            raise DataError("; ".join(["the folder holds no videos", *reading.notes]), where=str(folder), fix=known)
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add a row for every video."""
+        folder = self._located(base)
+        files = list_folder(folder, report, allow_outside=self.allow_outside)
+        videos = _videos(files)
+        captions, images = (Sidecars(files, videos, suffixes) for suffixes in ((".txt",), _PICTURES))
+        if not videos and not report.errors:
+            fix = f"known are {' '.join(VIDEO.suffixes)}"
+            raise DataError("; ".join(["the folder holds no videos", *report.notes]), where=str(folder), fix=fix)
         for video in videos:
             try:
                 caption = captions.of(video)
@@ -377,30 +642,34 @@ class FolderSource(_Source):
                     raise DataError(f"there is no {name} beside it", where=str(video), fix=fix)
                 require_inside(caption, folder, allow_outside=self.allow_outside)
             except DataError as error:
-                reading.errors.append(error)
+                report.errors.append(error)
                 continue
             try:
-                text = read_text(caption, most_bytes=_MOST_CAPTION_BYTES)
+                text = read_text(caption, most_bytes=_MAX_CAPTION_BYTES)
             except DataError as error:
-                reading.unusable.append(error)
+                report.unusable.append(error)
                 continue
             image: object
             try:
-                found = images.of(video)
-                image = None if found is None else found.relative_to(folder).as_posix()
+                picture = images.of(video)
+                image = None if picture is None else picture.relative_to(folder).as_posix()
             except DataError as error:
                 image = error
-            reading.rows.append(RawRow(video.relative_to(folder).as_posix(), text, image, folder, str(caption)))
-        for what, beside in (("text files", captions), ("images", images)):
-            if strays := beside.of_none(videos):
-                reading.notes.append(f"{len(strays)} {what} in {folder} belong to no clip, such as {strays[0].name}")
+            report.rows.append(RawRow(video.relative_to(folder).as_posix(), text, image, folder, str(caption)))
+        for what, sidecars in (("text files", captions), ("images", images)):
+            if strays := sidecars.unclaimed(videos):
+                report.notes.append(f"{len(strays)} {what} in {folder} belong to no clip, such as {strays[0].name}")
 
     def files(self, base: Path) -> list[Path]:
-        """What decides which rows are read: a file by its content, a folder by its listing."""
-        folder = _located(base, self.path)
-        below = list_folder(folder, allow_outside=self.allow_outside).files
-        folders = dict.fromkeys([folder, *(file.parent for file in below)])
-        return [*folders, *(file for file in below if file.suffix.lower() == ".txt")]
+        """Its folders and its text files."""
+        folder = self._located(base)
+        files = list_folder(folder, RowReport(), allow_outside=self.allow_outside)
+        folders = dict.fromkeys([folder, *(file.parent for file in files)])
+        return [*folders, *(file for file in files if file.suffix.lower() == ".txt")]
+
+
+def _videos(files: Iterable[Path]) -> list[Path]:
+    return [file for file in files if file.suffix.lower() in VIDEO.suffixes]
 
 
 class AutoSource(_Source):
@@ -408,55 +677,54 @@ class AutoSource(_Source):
 
     kind: Literal["auto"] = "auto"
 
-    def read(self, base: Path, reading: RowReport) -> None:
-        """Add this source's rows; raises DataError for what concerns the whole path."""
-        self.recognise(base).read(base, reading)
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add the rows of what the path is."""
+        self.recognise(base).read(base, report)
 
     def files(self, base: Path) -> list[Path]:
-        """What decides which rows are read: a file by its content, a folder by its listing."""
+        """Those of what the path is."""
         return self.recognise(base).files(base)
 
     def recognise(self, base: Path) -> MetadataSource | PromptsSource | CogKitSource | FolderSource:
         """The source that this path is. Raises DataError if it is none, or could be several."""
-        path = _located(base, self.path)
+        path, allow_outside = self._located(base), self.allow_outside
         if path.is_file():
             if path.suffix.lower() in SUFFIXES:
-                return MetadataSource(path=path, allow_outside=self.allow_outside)
-            raise DataError(
-                "the file is no dataset",
-                where=str(path),
-                fix=f"name a {', '.join(SUFFIXES)} file, or the clips' folder",
-            )
+                return MetadataSource(path=path, allow_outside=allow_outside)
+            fix = f"name a {', '.join(SUFFIXES)} file, or the clips' folder"
+            raise DataError("the file is no dataset", where=str(path), fix=fix)
         if not path.is_dir():
             raise DataError("there is no such file or folder", where=str(path), fix="check data.sources")
-        found: list[MetadataSource | PromptsSource | CogKitSource | FolderSource] = []
+        candidates: list[MetadataSource | PromptsSource | CogKitSource | FolderSource] = []
         if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
-            found.append(PromptsSource(path=path, allow_outside=self.allow_outside))
+            candidates.append(PromptsSource(path=path, allow_outside=allow_outside))
         if any((path / name).is_file() for name in ("videos/metadata.jsonl", "train/metadata.jsonl")):
-            found.append(CogKitSource(path=path, allow_outside=self.allow_outside))
+            candidates.append(CogKitSource(path=path, allow_outside=allow_outside))
         else:
             for table in (path / f"metadata{suffix}" for suffix in SUFFIXES):
                 # A .json beside one of the others describes the dataset, more likely than not.
-                if table.is_file() and (table.suffix != ".json" or not found):
-                    require_inside(table, path, allow_outside=self.allow_outside)
-                    found.append(MetadataSource(path=table, allow_outside=self.allow_outside))
-        listing = list_folder(path, allow_outside=self.allow_outside)
-        videos = [file for file in listing.files if file.suffix.lower() in VIDEO_SUFFIXES]
-        captions = Beside(listing.files, videos, (".txt",))
-        if captions.of_any(videos):
-            found.append(FolderSource(path=path, allow_outside=self.allow_outside))
-        if not found:
-            raise_all(DataError, listing.faults, what="{n} things are wrong with the folder")
-        if len(found) != 1:
-            kinds = " or ".join(f"{source.kind} ({source.path.name})" for source in found)
-            what = f"the folder could be read as {kinds}" if found else "the folder is no dataset that is known"
-            layouts = (
-                "prompts.txt and videos.txt; metadata.jsonl, .csv, .parquet or .json; or clips with a .txt beside each"
+                if table.is_file() and (table.suffix != ".json" or not candidates):
+                    require_inside(table, path, allow_outside=allow_outside)
+                    candidates.append(MetadataSource(path=table, allow_outside=allow_outside))
+        listing = RowReport()
+        files = list_folder(path, listing, allow_outside=allow_outside)
+        videos = _videos(files)
+        captions = Sidecars(files, videos, (".txt",))
+        if any(captions.all_of(video) for video in videos):
+            candidates.append(FolderSource(path=path, allow_outside=allow_outside))
+        if not candidates:
+            raise_all(DataError, listing.errors, what="{n} things are wrong with the folder")
+            what = "; ".join(["the folder is no dataset that is known", *listing.notes])
+            fix = (
+                "a dataset's folder holds prompts.txt and videos.txt; metadata.jsonl, .csv, .parquet or .json;"
+                " or clips with a .txt beside each"
             )
-            what = "; ".join([what, *([] if found else left_out(path, listing))])
-            fix = "write the source's kind and path" if found else f"a dataset's folder holds {layouts}"
             raise DataError(what, where=str(path), fix=fix)
-        return found[0]
+        if len(candidates) > 1:
+            kinds = " or ".join(f"{source.kind} ({source.path.name})" for source in candidates)
+            fix = "write the source's kind and path"
+            raise DataError(f"the folder could be read as {kinds}", where=str(path), fix=fix)
+        return candidates[0]
 
 
 def _kind_of(value: Any) -> str:
@@ -476,45 +744,7 @@ SourceConfig = Annotated[
 """One entry of ``data.sources``; without a ``kind`` the format is recognised (``auto``)."""
 
 
-def _located(base: Path, path: Path) -> Path:
-    return Path(os.path.abspath(base / path.expanduser()))  # noqa: PTH100 - takes out "..", follows no links
-
-
-def _rows(file: Path, reading: RowReport) -> list[Row]:
-    """The rows of one of CogKit's files; those that cannot be read are handed on."""
-    table = read_table(file, ("id", "file_name", "prompt"))
-    reading.unusable += table.faults
-    return table.rows
-
-
-def _by_id(folder: Path, reading: RowReport) -> dict[str, tuple[object, str]]:
-    """A CogKit sub-folder's ``metadata.jsonl``: id -> (file name seen from the folder above, where it is written)."""
-    seen: set[str] = set()
-    files: dict[str, tuple[object, str]] = {}
-    for row in _rows(folder / "metadata.jsonl", reading):
-        key = _id_of(row, seen, reading)
-        if key is not None:
-            files[key] = joined(folder.name, row.values.get("file_name")), row.where
-    return files
-
-
-def _id_of(row: Row, seen: set[str], reading: RowReport) -> str | None:
-    """The row's id, as text so that 7 and "7" are the same; None, and an error, if it has none or another has it."""
-    value = row.values.get("id")
-    if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
-        reading.errors.append(DataError("the row has no id", where=row.where, fix='write "id" as a number or text'))
-        return None
-    if str(value) in seen:
-        reading.errors.append(DataError(f"id {value!r} is there twice", where=row.where, fix="give every row its own"))
-        return None
-    seen.add(str(value))
-    return str(value)
-
-
-# -------- From the sources of a dataset to its samples, with every bad row reported at once, before anything is
-# decoded.
-
-_Value = TypeVar("_Value")
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 
 class CaptionConfig(Strict):
@@ -580,36 +810,37 @@ def read_samples(
         DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
             read, a video in both splits, or no training clip at all.
     """
-    errors: list[DataError] = []
-    unusable: list[DataError] = []
-    notes: list[str] = []
-    split: dict[Split, list[Sample]] = {"train": [], "holdout": []}
-    gate = PathPolicy()
+    dataset = RowReport()
+    samples: dict[Split, list[Sample]] = {"train": [], "holdout": []}
+    policy = PathPolicy()
     for source in sources:
-        reading = RowReport()
+        report = RowReport()
         try:
-            source.read(base, reading)
+            source.read(base, report)
         except DataError as error:
-            errors.append(error)
-        errors += reading.errors
-        unusable += reading.unusable
-        notes += reading.notes
-        for row in reading.rows:
-            sample = _check(row, captions, source, image_to_video, base, gate, (errors, unusable))
-            if sample is not None:
-                split[source.split].append(sample)
-            if len(errors) + len(unusable) > MAX_FAULTS:
-                errors.append(DataError("too much is wrong with the dataset to go on reading it", where=row.where))
+            dataset.errors.append(error)
+        dataset.errors += report.errors
+        dataset.unusable += report.unusable
+        dataset.notes += report.notes
+        for row in report.rows:
+            checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
+            if checked is not None:
+                video, image, caption = checked
+                where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
+                sample = Sample(video, captions.apply(caption), image, where, source.repeats)
+                samples[source.split].append(sample)
+            if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
+                what = "too much is wrong with the dataset to go on reading it"
+                dataset.errors.append(DataError(what, where=row.where))
                 break
-    if not skip:
-        errors += unusable
-    errors += _leaks(split["train"], split["holdout"], gate)
-    if not errors and not split["train"]:
-        fault = DataError("the sources hold no training clip", where="data.sources", fix="add one of split: train")
-        errors += [*unusable, fault]
+    train, holdout = samples["train"], samples["holdout"]
+    errors = [*dataset.errors, *([] if skip else dataset.unusable), *_leaks(train, holdout, policy)]
+    if not errors and not train:
+        what = "the sources hold no training clip"
+        errors = [*dataset.unusable, DataError(what, where="data.sources", fix="add one of split: train")]
     raise_all(DataError, errors, what="{n} things are wrong with the dataset")
-    notes += _duplicates([*split["train"], *split["holdout"]], gate)
-    return SourceRead(tuple(split["train"]), tuple(split["holdout"]), tuple(notes), tuple(unusable) if skip else ())
+    notes = (*dataset.notes, *_duplicates([*train, *holdout], policy))
+    return SourceRead(tuple(train), tuple(holdout), notes, tuple(dataset.unusable) if skip else ())
 
 
 def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
@@ -621,60 +852,57 @@ def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
     return list(dict.fromkeys(file for source in sources for file in source.files(base)))
 
 
-def _check(
-    row: RawRow,
-    captions: CaptionConfig,
-    source: SourceConfig,
-    image_to_video: bool,
-    base: Path,
-    gate: PathPolicy,
-    faults: tuple[list[DataError], list[DataError]],
-) -> Sample | None:
-    """The sample that a row gives; None, and all that is wrong with its files and its text in ``faults``, if none."""
+_Value = TypeVar("_Value")
 
-    def tried(into: list[DataError], check: Callable[..., _Value], *arguments: Any, **options: Any) -> _Value | None:
+
+def _checked_row(
+    row: RawRow, source: SourceConfig, dataset: RowReport, policy: PathPolicy, *, image_to_video: bool
+) -> tuple[Path, Path | None, str] | None:
+    """The video, image and caption of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
+
+    def attempt(
+        faults: list[DataError], check: Callable[..., _Value], *arguments: Any, **options: Any
+    ) -> _Value | None:
         try:
             return check(*arguments, row.where, **options)
         except DataError as error:
-            into.append(error)
+            faults.append(error)
             return None
 
-    of_files, of_text = faults
     allowed = {"allow_outside": source.allow_outside}
-    wrong_before = len(of_files)
-    video = tried(of_files, gate.file, row.video, row.root, VIDEO_SUFFIXES, "video", **allowed)
+    faults: list[DataError] = []
+    video = attempt(faults, policy.file, row.video, row.root, VIDEO, **allowed)
     image = None
     if image_to_video and isinstance(row.image, DataError):
-        of_files.append(row.image)
+        faults.append(row.image)
     elif image_to_video and row.image is not None:
-        image = tried(of_files, gate.file, row.image, row.root, IMAGE_SUFFIXES, "image", **allowed)
-    caption = tried(of_text, check_caption, row.caption)
-    if video is None or caption is None or len(of_files) > wrong_before:
-        return None
-    where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as layouts writes it
-    return Sample(video, captions.apply(caption), image, where, source.repeats)
+        image = attempt(faults, policy.file, row.image, row.root, IMAGE, **allowed)
+    dataset.errors += faults
+    caption = attempt(dataset.unusable, check_caption, row.caption)
+    return None if faults or video is None or caption is None else (video, image, caption)
 
 
-def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], gate: PathPolicy) -> Iterator[DataError]:
+def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], policy: PathPolicy) -> Iterator[DataError]:
     """Held-out clips that are trained on: the held-out loss would measure memory."""
-    trained = {gate.real(sample.video): sample.where for sample in train} if holdout else {}
+    trained = {policy.real(sample.video): sample.where for sample in train} if holdout else {}
     for sample in holdout:
-        if (where := trained.get(gate.real(sample.video))) is not None:
+        if (where := trained.get(policy.real(sample.video))) is not None:
             what = f"{sample.video} is held out, and also a training clip ({where})"
             yield DataError(what, where=sample.where, fix="take it out of one of the two")
 
 
-def _duplicates(samples: Iterable[Sample], gate: PathPolicy) -> list[str]:
+def _duplicates(samples: Iterable[Sample], policy: PathPolicy) -> list[str]:
     first: dict[tuple[str, str], str] = {}
-    twice: list[str] = []
+    repeated: list[str] = []
     for sample in samples:
-        where = first.setdefault((gate.real(sample.video), sample.caption), sample.where)
+        where = first.setdefault((policy.real(sample.video), sample.caption), sample.where)
         if where != sample.where:
-            twice.append(f"{sample.where} repeats {where}")
-    return [f"{len(twice)} rows have the video and caption of another row, such as: {twice[0]}"] if twice else []
+            repeated.append(f"{sample.where} repeats {where}")
+    rows = f"{len(repeated)} rows have the video and caption of another row"
+    return [f"{rows}, such as: {repeated[0]}"] if repeated else []
 
 
-# -------- Which clips are kept out of training, to measure on.
+# --- held-out clips ---------------------------------------------------------------------------------------------------
 
 
 class ValSplitConfig(Strict):
@@ -696,7 +924,7 @@ def choose_val_split(videos: Sequence[str], holdout: float) -> frozenset[str]:
 
     Args:
         videos: one identity per video (its content digest); repeats count once.
-        holdout: ``HoldoutConfig.holdout``.
+        holdout: ``ValSplitConfig.holdout``.
 
     Returns:
         The identities held out; never all of them, because training needs one.

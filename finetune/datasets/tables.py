@@ -1,4 +1,10 @@
-"""Which column of a metadata file is the video, the caption, the image."""
+"""Files of text and tables of a dataset: bounded, in UTF-8, and every fault with its line.
+
+JSON and CSV are read with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV for a word,
+and never move the columns of a row with an unquoted comma. JSON may be an object per line or one list of objects,
+whatever the file is called. Parquet is read with HF ``datasets``, in a worker: over a damaged file it ends the process,
+past anything that Python could catch.
+"""
 
 from __future__ import annotations
 
@@ -7,138 +13,172 @@ import csv
 import json
 import os
 import re
-import subprocess
-import sys
+import stat
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune.core.errors import DataError, raise_all, raise_if_killed
-from finetune.datasets.rows import MAX_FILE_BYTES, read_lines, require_file
+from finetune.core.errors import DataError, raise_all
+from finetune.datasets.worker import Worker
+
+MAX_FILE_BYTES = 1 << 30
+"""Of one metadata file: about a thousand bytes for each of a million rows."""
+
+MAX_LINE_CHARS = 1 << 20
+"""Of one line: a hundred times the longest caption."""
+
+MAX_LIST_BYTES = 1 << 28
+"""Of a file that is one JSON list: its text is held in memory as a whole."""
+
+MAX_ROWS = 2_000_000
+"""Of one source: more want sources of their own, or another tool."""
+
+MAX_COLUMNS = 1_000
+
+MAX_FAULTS = 10_000
+"""Rows of one source that are told to be unusable; with more of them it is the wrong file."""
+
+# --- lines ------------------------------------------------------------------------------------------------------------
+
+
+def require_file(path: Path, *, most_bytes: int = MAX_FILE_BYTES) -> None:
+    """Make sure that ``path`` can be opened and read to its end: a pipe would wait, a device would never end.
+
+    Raises:
+        DataError: if it is missing, no regular file, or larger than ``most_bytes``.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        raise DataError("there is no such file", where=str(path), fix="check data.sources") from None
+    except (OSError, ValueError) as error:
+        raise _unreadable(error, path) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise DataError(f"this is {kind_of(status.st_mode)}, not a file", where=str(path), fix="name a regular file")
+    if status.st_size > most_bytes:
+        raise DataError(
+            f"the file has {status.st_size:,} bytes; at most {most_bytes:,} are read",
+            where=str(path),
+            fix="check that it is the right file, or split it into several sources",
+        )
+
+
+def kind_of(mode: int) -> str:
+    """What a file that is no regular one is, in words; ``mode`` as ``os.stat`` gives it."""
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def read_lines(path: Path, *, most_chars: int = MAX_LINE_CHARS) -> Iterator[tuple[int, str | DataError]]:
+    """Every line with its number from 1, without its end; an error in the place of one that cannot be read.
+
+    A byte order mark is taken out; ``\\n``, ``\\r\\n`` and ``\\r`` end a line, which may have ``most_chars``.
+
+    Raises:
+        DataError: as ``require_file`` does; if the file is UTF-16 or UTF-32; if it cannot be read.
+    """
+    require_file(path)
+    try:
+        with path.open("rb") as raw:
+            _require_utf8(raw.read(4096), path)
+        # Bytes that are no UTF-8 come through as marks, so that one of them spoils its own line only.
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as source:
+            number = 0
+            while text := source.readline(most_chars + 1):
+                number += 1
+                piece = text
+                while not piece.endswith("\n") and len(piece) >= most_chars:  # the rest of an endless line
+                    piece = source.readline(most_chars)
+                line = text.removesuffix("\n")
+                yield number, _line_fault(line, f"{path}:{number}", most_chars) or line
+    except OSError as error:
+        raise _unreadable(error, path) from None
+
+
+def read_text(path: Path, *, most_bytes: int) -> str:
+    """A whole UTF-8 file of at most ``most_bytes``, byte order mark taken out and line ends made ``\\n``.
+
+    Raises:
+        DataError: as ``read_lines`` does, and for its first line that cannot be read.
+    """
+    require_file(path, most_bytes=most_bytes)
+    return "\n".join(_sound(line) for _, line in read_lines(path))
+
+
+def _sound(line: str | DataError) -> str:
+    if isinstance(line, DataError):
+        raise line
+    return line
+
+
+_BYTE = re.compile("[\udc80-\udcff]")
+"""What the decoder makes of a byte that is not UTF-8: 0xDC00 plus the byte."""
+
+
+def _line_fault(line: str, where: str, most_chars: int) -> DataError | None:
+    if len(line) > most_chars:
+        fix = "check that this is the right file"
+        return DataError(f"the line has more than {most_chars:,} characters", where=where, fix=fix)
+    if match := _BYTE.search(line):
+        byte = ord(match.group()) - 0xDC00
+        return DataError(f"the text is not UTF-8 (byte 0x{byte:02x})", where=where, fix=_conversion(byte))
+    if "\0" in line:
+        return DataError("the text holds NUL characters", where=where, fix="save the file as UTF-8")
+    return None
+
+
+def _conversion(byte: int) -> str:
+    try:
+        letter = bytes([byte]).decode("windows-1252")
+    except UnicodeDecodeError:
+        return "save the file as UTF-8"
+    return (
+        f"if {letter!r} is meant, it was written as Windows-1252 (Latin-1): `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW`;"
+        " else save it as UTF-8 where it was made"
+    )
+
+
+def _require_utf8(head: bytes, path: Path) -> None:
+    if encoding := _wide_encoding(head):
+        raise DataError(
+            f"the file is {encoding} text, and UTF-8 is read",
+            where=str(path),
+            fix=f"convert it: `iconv -f {encoding} -t UTF-8 OLD > NEW` (PowerShell: `Out-File -Encoding utf8`)",
+        )
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """UTF-16 or UTF-32, by its mark or by the zeros that it puts beside ASCII; None for anything else."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    pairs = len(head) // 2
+    if pairs >= 8:
+        for start, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):
+            zeros, others = head[start : 2 * pairs : 2].count(0), head[1 - start : 2 * pairs : 2].count(0)
+            if zeros > 0.4 * pairs and others == 0:
+                return name
+    return None
+
+
+def _unreadable(error: OSError | ValueError, path: Path) -> DataError:
+    reason = (isinstance(error, OSError) and os.strerror(error.errno or 0)) or str(error)
+    return DataError(f"the file cannot be read: {reason}", where=str(path))
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
 
 VIDEO_COLUMNS = ("file_name", "video", "video_path", "path", "file_path", "file")
 
 CAPTION_COLUMNS = ("prompt", "caption", "text")
 
 IMAGE_COLUMNS = ("image", "image_path", "image_file")
-
-
-def column_of(table: Table, named: str | None, usual: tuple[str, ...], option: str, file: Path) -> str:
-    """The column to read: the named one, or the only one with a usual name; "" where there is no image column.
-
-    Raises:
-        DataError: if there is no such column, several could be meant, or it holds no text.
-    """
-    held = f"the columns are: {listed(table.columns)}"
-    if named is not None:
-        if named not in table.columns:
-            raise DataError(f"there is no column '{named}'; {held}", where=str(file), fix=f"correct {option}")
-        found = [named]
-    else:
-        found = [name for name in usual if name in table.columns]
-    if len(found) > 1:
-        told = f"the columns {' and '.join(found)} could both be meant"
-        raise DataError(told, where=str(file), fix=f"name one with {option} (kind: metadata)")
-    if not found and option != "image_column":
-        told = f"none of the usual columns is there ({', '.join(usual)}); {held}"
-        raise DataError(told, where=str(file), fix=f"name the column with {option} (kind: metadata)")
-    if found and table.columns[found[0]] and (named is not None or option != "image_column"):
-        told = f"the column {found[0]} holds {table.columns[found[0]]}, not text"
-        raise DataError(told, where=str(file), fix=f"name a column of text with {option} (kind: metadata)")
-    return found[0] if found else ""
-
-
-# -------- Columns of text out of a Parquet file, read in a process of its own (``parquet_child`` says why).
-
-_MEMORY_BYTES = 4 << 30
-"""What reading may take beside the libraries; a file of the greatest size that is read takes half of it."""
-
-_PATIENCE_S = 900.0
-
-
-def read_columns(
-    path: Path, wanted: Collection[str], *, most_rows: int, most_columns: int, most_bytes: int
-) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Read the wanted columns of a Parquet file, as far as they hold text.
-
-    Returns:
-        Every column of the file with what is wrong with it as a column of text (empty: nothing), and the rows.
-
-    Raises:
-        DataError: if it is damaged, claims more than the limits allow, or cannot be read in the memory and time given.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        # Under a plain name: HF datasets takes some names for patterns, addresses or archives.
-        link, output = Path(folder) / "table.parquet", Path(folder) / "rows.jsonl"
-        link.symlink_to(path.absolute())
-        request = {
-            "path": str(link),
-            "output": str(output),
-            "cache": folder,
-            "wanted": sorted(wanted),
-            "memory_bytes": _MEMORY_BYTES,
-            "most_rows": most_rows,
-            "most_columns": most_columns,
-            "most_bytes": most_bytes,
-        }
-        ended = _run(json.dumps(request), folder)
-        answers = [] if ended else [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
-    *told, verdict = answers or [{"fault": f"not a readable Parquet file: {ended}"}]
-    if verdict["fault"]:
-        raise DataError(verdict["fault"], where=str(path), fix="write the file again, or a smaller one")
-    return told[0], told[1:]
-
-
-def _run(request: str, folder: str) -> str:
-    """Run the child, twice if a signal ends it; what ended it, if it did not end by itself."""
-    package = str(Path(__file__).parents[2])
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])]),
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": folder,
-    }
-    # -P: a dataset's folder may be the working one, and must not be where modules are looked for.
-    words = [sys.executable, "-P", "-m", "finetune.datasets.parquet_child"]
-    for _ in range(2):
-        try:
-            done = subprocess.run(
-                words, input=request.encode(), env=environment, timeout=_PATIENCE_S, check=False, capture_output=True
-            )
-        except subprocess.TimeoutExpired:
-            return f"it was not read within {_PATIENCE_S:g} s"
-        if done.returncode >= 0:
-            break
-    table = Path(folder, "table.parquet").readlink()
-    raise_if_killed(done.returncode, "the reader of a Parquet file", where=str(table))
-    if done.returncode == 0:
-        return ""
-    return f"the reader ended with {'signal' if done.returncode < 0 else 'code'} {abs(done.returncode)}"
-
-
-# -------- Rows of ``jsonl``, ``json``, ``csv`` and ``parquet`` files, each with the line it stands on.
-#
-# JSON and CSV are read with Python's own parsers: they name the line of a broken row, take ``NA`` in a CSV for a word,
-# and never move the columns of a row with an unquoted comma. JSON may be an object per line or one list of objects,
-# whatever the file is called. Parquet is read with HF ``datasets``, in a process of its own. Whatever a file claims,
-# rows, columns and bytes are bounded.
-
-SUFFIXES = (".jsonl", ".csv", ".parquet", ".json")
-
-MAX_ROWS = 2_000_000
-"""Of one source: more want sources of their own, or another tool."""
-
-MAX_LIST_BYTES = 1 << 28
-"""Of a file that is one JSON list: its text is held in memory as a whole."""
-
-MAX_COLUMNS = 1_000
-
-MAX_FAULTS = 10_000
-"""Rows of one source that are told to be unusable; with more of them it is the wrong file."""
 
 
 @dataclass(frozen=True)
@@ -200,35 +240,63 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
     return table
 
 
-def listed(columns: Collection[str]) -> str:
+def column_of(table: Table, named: str | None, usual: tuple[str, ...], option: str, file: Path) -> str:
+    """The column to read: the named one, or the only one with a usual name; "" where there is no image column.
+
+    Raises:
+        DataError: if there is no such column, several could be meant, or it holds no text.
+    """
+    columns = f"the columns are: {_listed(table.columns)}"
+    if named is not None:
+        if named not in table.columns:
+            raise DataError(f"there is no column '{named}'; {columns}", where=str(file), fix=f"correct {option}")
+        names = [named]
+    else:
+        names = [name for name in usual if name in table.columns]
+    optional = option == "image_column"
+    fix = f"name a column of text with {option} (kind: metadata)"
+    if len(names) > 1:
+        raise DataError(f"the columns {' and '.join(names)} could both be meant", where=str(file), fix=fix)
+    if not names and not optional:
+        what = f"none of the usual columns is there ({', '.join(usual)}); {columns}"
+        raise DataError(what, where=str(file), fix=fix)
+    if names and table.columns[names[0]] and (named is not None or not optional):
+        what = f"the column {names[0]} holds {table.columns[names[0]]}, not text"
+        raise DataError(what, where=str(file), fix=fix)
+    return names[0] if names else ""
+
+
+def _listed(columns: Collection[str]) -> str:
     """Names of columns for a message, however many and however long they are."""
     names = [name if len(name) <= 40 else f"{name[:37]}..." for name in list(columns)[:20]]
     return ", ".join([*names, *([f"and {len(columns) - 20} more"] if len(columns) > 20 else [])])
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSON
+# --- JSON -------------------------------------------------------------------------------------------------------------
 
 
 def _read_json(path: Path, wanted: frozenset[str], table: Table) -> None:
-    for where, value in _list_items(path) if _spans_lines(path) else _line_values(path):
+    for where, value in _list_items(path) if _spans_lines(path) else _line_items(path):
         if isinstance(value, DataError):
             table.refuse(value)
             continue
         for name in value:
-            if name not in table.columns:
-                table.columns[name] = ""
+            table.columns.setdefault(name, "")
         if len(table.columns) > MAX_COLUMNS:
             raise DataError(f"the rows have more than {MAX_COLUMNS:,} different keys", where=where)
         table.add({name: value[name] for name in wanted if name in value}, where)
 
 
-def _line_values(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
+def _line_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
     for number, line in read_lines(path):
         where = f"{path}:{number}"
         if isinstance(line, DataError):
             yield where, line
         elif line.strip():
-            yield where, _parse(line, where)
+            try:
+                yield where, _object(_DECODER.decode(line), where)
+            except (ValueError, RecursionError) as error:
+                yield where, _no_json(error, where)
 
 
 def _spans_lines(path: Path) -> bool:
@@ -269,7 +337,7 @@ def _list_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
             raise fault(f"{error.msg} at column {error.colno}") from None
         except (ValueError, RecursionError) as error:
             raise _no_json(error, where) from None
-        yield where, value if isinstance(value, dict) else _no_object(where)
+        yield where, _object(value, where)
         at = _next(text, at)
         if is_list and text[at : at + 1] == ",":
             at = _next(text, at + 1)
@@ -283,19 +351,13 @@ def _list_items(path: Path) -> Iterator[tuple[str, dict[str, Any] | DataError]]:
 
 def _next(text: str, at: int) -> int:
     """Where the next character that is no white space stands."""
-    found = _TEXT.search(text, at)
-    return found.start() if found else len(text)
+    match = _VISIBLE.search(text, at)
+    return match.start() if match else len(text)
 
 
-def _parse(line: str, where: str) -> dict[str, Any] | DataError:
-    try:
-        value = _DECODER.decode(line)
-    except (ValueError, RecursionError) as error:
-        return _no_json(error, where)
-    return value if isinstance(value, dict) else _no_object(where)
-
-
-def _no_object(where: str) -> DataError:
+def _object(value: Any, where: str) -> dict[str, Any] | DataError:
+    if isinstance(value, dict):
+        return value
     return DataError("not a JSON object", where=where, fix='write {"file_name": ..., "prompt": ...}')
 
 
@@ -309,26 +371,27 @@ def _no_json(error: Exception, where: str) -> DataError:
     return DataError(what, where=where, fix="write one JSON object per line")
 
 
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:40]!r} stands twice")
-    return found
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"the key {name[:40]!r} stands twice")
+        values[name] = value
+    return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once_each)
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
-_TEXT = re.compile(r"\S")
+_VISIBLE = re.compile(r"\S")
 
 
-# ----------------------------------------------------------------------------------------------------------------- CSV
+# --- CSV --------------------------------------------------------------------------------------------------------------
 
 
 def _read_csv(path: Path, wanted: frozenset[str], table: Table) -> None:
     """Everything in a CSV is text: a caption may be a number, and "NA" or "None" are words."""
-    reader = csv.reader(_whole_lines(path), strict=True)
+    # A line that cannot be read may stand in the middle of a quoted cell: it is about the file.
+    reader = csv.reader((_sound(line) + "\n" for _, line in read_lines(path)), strict=True)
     header: list[str] = []
     begin = 1
     try:
@@ -337,8 +400,12 @@ def _read_csv(path: Path, wanted: frozenset[str], table: Table) -> None:
             if not fields:
                 continue
             if not header:
-                header = _header(fields, where)
+                header = fields
                 table.columns = dict.fromkeys(header, "")
+                if len(table.columns) < len(header):
+                    raise DataError("two columns have the same name", where=where, fix="rename one")
+                if len(header) > MAX_COLUMNS:
+                    raise DataError(f"there are more than {MAX_COLUMNS:,} columns", where=where)
                 kept = [(place, name) for place, name in enumerate(header) if name in wanted]
             elif len(fields) != len(header):
                 what = f"the row has {len(fields)} fields, the header {len(header)}"
@@ -350,27 +417,111 @@ def _read_csv(path: Path, wanted: frozenset[str], table: Table) -> None:
         raise DataError(f"not valid CSV: {error}", where=f"{path}:{begin}", fix="close every quote") from None
 
 
-def _whole_lines(path: Path) -> Iterator[str]:
-    for _, line in read_lines(path):
-        if isinstance(line, DataError):  # in the middle of a quoted cell, perhaps: about the file
-            raise line
-        yield line + "\n"
+# --- Parquet ----------------------------------------------------------------------------------------------------------
 
+PARQUET_WORKER = (
+    "import os; os.environ.update(HF_DATASETS_OFFLINE='1', HF_HUB_OFFLINE='1'); "
+    "from finetune.datasets import tables, worker; worker.serve(tables.handle_parquet)"
+)
 
-def _header(fields: list[str], where: str) -> list[str]:
-    if len(set(fields)) < len(fields):
-        raise DataError("two columns have the same name", where=where, fix="rename one")
-    if len(fields) > MAX_COLUMNS:
-        raise DataError(f"there are more than {MAX_COLUMNS:,} columns", where=where)
-    return fields
+PARQUET_TIMEOUT_S = 900.0
 
-
-# ------------------------------------------------------------------------------------------------------------- Parquet
+_PARQUET_BATCH = 256
+"""Rows in memory at once."""
 
 
 def _read_parquet(path: Path, wanted: frozenset[str], table: Table) -> None:
     require_file(path)
-    limits = {"most_rows": MAX_ROWS, "most_columns": MAX_COLUMNS, "most_bytes": MAX_FILE_BYTES}
-    table.columns, rows = read_columns(path, wanted, **limits)
-    for number, values in enumerate(rows, start=1):
-        table.add(values, f"{path}, row {number}")
+    with closing(Worker("Parquet reader", PARQUET_WORKER)) as worker:
+        request = {"wanted": sorted(wanted)}
+        fields, body = worker.ask(path.absolute(), request, most_bytes=MAX_FILE_BYTES, timeout_s=PARQUET_TIMEOUT_S)
+    table.columns = fields["columns"]
+    for number, line in enumerate(body.splitlines(), start=1):
+        table.add(dict(zip(fields["names"], json.loads(line), strict=True)), f"{path}, row {number}")
+
+
+def handle_parquet(fields: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
+    """Read the wanted columns of a Parquet file, as far as they hold text; in a worker.
+
+    Returns:
+        Every column of the file with what is wrong with it as a column of text (empty: nothing), and the names of those
+        that are read; and a line of JSON for each row.
+
+    Raises:
+        DataError: if the file is damaged or claims more than is read.
+    """
+    path = Path(fields["path"])
+    fix = "write the file again, or a smaller one"
+    try:
+        columns, fault = _parquet_columns(path, set(fields["wanted"]))
+        names = [name for name, trouble in columns.items() if name in fields["wanted"] and not trouble]
+        lines = _parquet_lines(path, names) if names and not fault else []
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's and datasets' own kinds: all say that the file is not as it should be
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(f"not a readable Parquet file: {reason:.300}", where=str(path), fix=fix) from None
+    if fault:
+        raise DataError(fault, where=str(path), fix=fix)
+    return {"columns": columns, "names": names}, lines
+
+
+def _parquet_columns(path: Path, wanted: set[str]) -> tuple[dict[str, str], str]:
+    """The columns with what is wrong with each, and what the file claims amiss."""
+    import pyarrow
+    from pyarrow import parquet
+
+    pyarrow.set_cpu_count(1)  # a thread for every core would take memory of its own
+    columns: dict[str, str] = {}
+    with parquet.ParquetFile(path) as file:
+        schema, claims = file.schema_arrow, file.metadata
+        if len(set(schema.names)) < len(schema.names):
+            return {}, "two columns have the same name"
+        if len(schema.names) > MAX_COLUMNS:
+            return {}, f"there are more than {MAX_COLUMNS:,} columns"
+        if not 0 < claims.num_rows <= MAX_ROWS:
+            return {}, f"the file has {claims.num_rows:,} rows; 1 to {MAX_ROWS:,} are read"
+        for column in schema:
+            kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+            text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
+            columns[column.name] = "" if text else f"{column.type}"[:60]
+        # What compressed text unfolds to is written beside it.
+        groups = [claims.row_group(number) for number in range(claims.num_row_groups)]
+        chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
+        read = {name for name in wanted if columns.get(name) == ""}
+        claimed = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in read)
+        if claimed > MAX_FILE_BYTES:
+            return {}, f"its text unfolds to {claimed:,} bytes; at most {MAX_FILE_BYTES:,} are read"
+    return columns, ""
+
+
+def _parquet_lines(path: Path, names: list[str]) -> list[bytes]:
+    """The rows, read with HF ``datasets``.
+
+    It is told what the columns are. Left to itself it would follow what the file says of them, and open the images,
+    sounds and addresses that rows name.
+    """
+    import datasets
+
+    lines: list[bytes] = []
+    characters = 0
+    with tempfile.TemporaryDirectory() as folder:
+        # Under a plain name: HF datasets takes some names for patterns, addresses or archives.
+        link = Path(folder) / "table.parquet"
+        link.symlink_to(path.absolute())
+        rows = datasets.Dataset.from_parquet(
+            str(link),
+            columns=names,
+            features=datasets.Features({name: datasets.Value("string") for name in names}),
+            batch_size=_PARQUET_BATCH,
+            cache_dir=folder,
+            streaming=True,
+        )
+        for row in rows:
+            values = [row[name] for name in names]
+            characters += sum(len(value) for value in values if value is not None)
+            if characters > MAX_FILE_BYTES:
+                what = f"its text unfolds to more than {MAX_FILE_BYTES:,} characters"
+                raise DataError(what, where=str(path), fix="write the file again, or a smaller one")
+            lines.append(json.dumps(values, ensure_ascii=False).encode() + b"\n")
+    return lines

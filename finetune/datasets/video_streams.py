@@ -19,14 +19,13 @@ from numpy.typing import NDArray
 from finetune.core.errors import DataError
 from finetune.core.types import VideoProbe
 from finetune.datasets.colour import to_bt709
-from finetune.datasets.decode_limits import (
+from finetune.datasets.media_files import (
     MAX_PIXELS,
     MAX_STREAMS,
-    check_count,
     check_frame_count,
     check_frame_size,
-    too_much_memory,
 )
+from finetune.datasets.worker import too_much_memory
 
 DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg"
 """Containers that are opened. FFmpeg knows a format by its content, so a playlist or a concat script named ``.mp4``
@@ -66,7 +65,9 @@ def _unknown(kinds: Any, value: int) -> Any:
 
 def video_stream(container: Any, where: str) -> Any:
     """The first real video stream, with a limit on what its decoder may allocate. Raises DataError if there is none."""
-    check_count(len(container.streams), MAX_STREAMS, "streams", where)
+    if len(container.streams) > MAX_STREAMS:
+        count = f"the file has {len(container.streams):,} streams; at most {MAX_STREAMS:,} are read"
+        raise DataError(count, where=where, fix="re-encode it, or leave it out")
     stream = next((stream for stream in container.streams.video if not is_cover(stream)), None)
     if stream is None:
         held = ", ".join(sorted({other.type for other in container.streams})) or "nothing"

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets.decode_limits import WORKER_MEMORY
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
+from finetune.datasets.worker import MEMORY_BYTES
 
 from . import boxes, mutation
 
@@ -43,8 +43,8 @@ class _World:
     def check(self) -> None:
         """Make sure that a sound file is decoded as ever, and that nothing has grown."""
         assert isinstance(_decoded(self, self.good), Clip), "the pool no longer decodes a sound file"
-        worker = _resident(self.pool._workers[0].pid, "VmHWM")
-        assert worker < WORKER_MEMORY + 2**30, f"a worker of {worker / 2**20:.0f} MiB"
+        worker = _resident(self.pool.pids[0], "VmHWM")
+        assert worker < MEMORY_BYTES + 2**30, f"a worker of {worker / 2**20:.0f} MiB"
         here = _resident(os.getpid(), "VmRSS")
         self.resident = self.resident or here
         assert here < self.resident + _PARENT_GROWTH, f"this process grew to {here / 2**20:.0f} MiB"
@@ -93,7 +93,7 @@ def _decoded(world: _World, path: Path) -> Clip | DataError:
     return clip
 
 
-def _resident(pid: int | None, what: str) -> int:
+def _resident(pid: int, what: str) -> int:
     """Bytes of a process by the line ``what`` of its status; 0 where there is no such file."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()

@@ -7,7 +7,6 @@ To add one, write a function and its seeds and put them into ``TARGETS``.
 from __future__ import annotations
 
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError
-from finetune.datasets import parquet_child, tables
+from finetune.datasets import tables
 from finetune.datasets.sources import (
     CaptionConfig,
     CogKitSource,
@@ -33,6 +32,7 @@ from finetune.datasets.sources import (
     source_files,
 )
 from finetune.datasets.tables import Table, read_table
+from finetune.datasets.worker import Worker
 
 from . import media, seeds
 from .mutation import mutate
@@ -138,36 +138,23 @@ def fuzz_csv(data: bytes) -> int | None:
 
 
 def fuzz_parquet(data: bytes) -> int | None:
-    """``metadata.parquet``, read in a process that is forked with the libraries in it instead of started: starting one
-    takes a second, and some cases in a minute find nothing.
-    """
+    """``metadata.parquet``, read in one worker for all cases: starting one takes a second."""
     (_folder() / "metadata.parquet").write_bytes(data)
-    with mock.patch.object(tables, "_run", _forked):
+    with mock.patch.object(tables, "Worker", lambda name, program: _parquet_reader()):
         table: Table | None = _expect(
             DataError, lambda: read_table(_folder() / "metadata.parquet", ("file_name", "prompt"))
         )
     return table and len(table.rows)
 
 
-def _forked(request: str, folder: str) -> str:
-    """What ``parquet._run`` does, with the same limits and the same verdict on how the process ended."""
-    import datasets  # noqa: F401 - what is imported here need not be in the fork
-    import pyarrow.parquet
+class _LastingWorker(Worker):
+    def close(self) -> None:
+        """Stay for the next case."""
 
-    pyarrow.set_cpu_count(1)
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            asked = json.loads(request)
-            parquet_child._limit_memory(asked["memory_bytes"])
-            parquet_child.answer(asked)
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return f"the reader ended with {'signal' if code < 0 else 'code'} {abs(code)}" if code else ""
+
+@cache
+def _parquet_reader() -> Worker:
+    return _LastingWorker("Parquet reader", tables.PARQUET_WORKER)
 
 
 def fuzz_layouts(data: bytes) -> int | None:

@@ -57,7 +57,7 @@ def immortal_workers() -> None:
     real = subprocess.Popen
 
     def popen(command: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(command, list) and "finetune.datasets.decode_worker" in command:
+        if "worker.serve(decode_pool.handle)" in str(command):
             real(["sleep", "15"])
         return real(command, *args, **kwargs)
 
