@@ -17,7 +17,7 @@ from torch import nn
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.tensor_files import atomic_save_tensors
 from finetune.optim import optimizers as sections
-from finetune.optim.low_precision import NarrowWeights
+from finetune.optim.low_precision import LowPrecisionOptimizer
 from finetune.optim.optimizers import AdamW, AdamW8bit, CustomOptimizer, OptimizerConfig, PagedAdamW8bit, set_lr
 from finetune.optim.state import load_optimizer_state, optimizer_state, owner_of, precise_weights, require_same_state
 
@@ -200,7 +200,7 @@ def test_masters_match_an_fp32_model_fed_with_the_same_gradients():
     wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in narrow.items()}
     optimizer = AdamW(lr=1e-4).build(narrow.items())
     theirs = AdamW(lr=1e-4).build(wide.items())
-    assert isinstance(optimizer, NarrowWeights) and not isinstance(theirs, NarrowWeights)
+    assert isinstance(optimizer, LowPrecisionOptimizer) and not isinstance(theirs, LowPrecisionOptimizer)
     for step in range(50):
         generator = torch.Generator().manual_seed(step)
         for name, parameter in narrow.items():
@@ -233,7 +233,7 @@ def test_chunks_change_memory_and_nothing_else():
     for chunk_elements in (1 << 28, 100):
         parameters = make_parameters(torch.bfloat16)
         parameters["wide.weight"] = nn.Parameter(torch.ones(4, 4))
-        optimizer = NarrowWeights(
+        optimizer = LowPrecisionOptimizer(
             list(parameters.items()), lambda masters: torch.optim.AdamW(masters, lr=1e-2), "master", chunk_elements
         )
         inner_step, seen = optimizer.inner.step, []

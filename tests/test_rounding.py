@@ -17,7 +17,7 @@ from finetune.checkpoint.compare import require_same_run
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.tensor_files import atomic_save_tensors
 from finetune.optim import low_precision
-from finetune.optim.low_precision import NarrowWeights, round_stochastically_
+from finetune.optim.low_precision import LowPrecisionOptimizer, round_stochastically_
 from finetune.optim.optimizers import OptimizerConfig, Weights, begin
 from finetune.optim.state import load_optimizer_state, optimizer_state, owner_of, precise_weights
 
@@ -116,7 +116,7 @@ def test_noise_belongs_to_seed_step_and_name():
         parameters = {name: nn.Parameter(torch.ones(32, 32, dtype=torch.bfloat16))}
         if beside:
             parameters = {"other": nn.Parameter(torch.ones(5, dtype=torch.bfloat16)), **parameters}
-        optimizer = NarrowWeights(
+        optimizer = LowPrecisionOptimizer(
             list(parameters.items()), lambda shells: torch.optim.SGD(shells, lr=1e-3), "stochastic", chunk
         )
         for parameter in parameters.values():
@@ -175,7 +175,7 @@ def test_kahan_stays_within_its_bound_of_the_masters():
     """2^-16 of the weight per step, and what weight decay makes of it."""
     (_, masters), (ours, kahan) = trained("master"), trained("kahan")
     for name, master in precise_weights(masters, ours).items():
-        value = ours[name].detach().double() + kahan.keeping.kept[name].double()
+        value = ours[name].detach().double() + kahan.policy.saved[name].double()
         largest = float(master.detach().abs().max())
         assert (value - master.double()).abs().max() <= 100 * 2**-16 * largest, name
         assert (value - master.double()).abs().mean() <= 10 * 2**-16 * largest, "errors of either sign cancel"
@@ -184,7 +184,7 @@ def test_kahan_stays_within_its_bound_of_the_masters():
 def test_a_lost_compensation_is_noticed(monkeypatch):
     """Canary of the bound."""
     (_, masters), (start, _) = trained("master"), trained("kahan", steps=1)
-    monkeypatch.setattr(low_precision.Kahan, "narrow", _without_compensation)
+    monkeypatch.setattr(low_precision.Kahan, "round_back", _without_compensation)
     ours, _ = trained("kahan")
     name = "block.0.weight"
     master = precise_weights(masters, start)[name].detach()
@@ -218,7 +218,7 @@ def test_nothing_wide_is_left_between_steps(weights):
         for _, parameter, shell in optimizer.members():
             assert shell.shape == parameter.shape and shell.untyped_storage().nbytes() == 4
         train(optimizer, parameters, steps)
-    assert {t.dtype for t in optimizer.keeping.kept.values()} == ({torch.bfloat16} if weights == "kahan" else set())
+    assert {t.dtype for t in optimizer.policy.saved.values()} == ({torch.bfloat16} if weights == "kahan" else set())
     assert set(precise_weights(optimizer, parameters)) == set(parameters)
     assert all(precise is parameters[name] for name, precise in precise_weights(optimizer, parameters).items())
 

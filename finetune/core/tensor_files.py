@@ -7,7 +7,7 @@ library.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Map
         TypeError: if a tensor is of a dtype that safetensors does not hold.
     """
     return atomic_write(path, layout(tensors, metadata or {}))
+
+
+def form_of(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """What a tensor is, but for its content, such as ``float32 [4, 64]``."""
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
 def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:

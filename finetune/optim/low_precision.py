@@ -13,7 +13,7 @@ of the ways here the optimizer updates a float32 tensor; they differ in where it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,98 +23,92 @@ from finetune.core.rng import seed_for
 from finetune.optim.optimizers import Weights
 
 
-class MasterWeightPolicy(Protocol):
-    """What stands behind a narrow parameter between two steps, and how it becomes the float32 tensor of one."""
+class MasterWeightPolicy:
+    """What stands behind a parameter of 16 bits between two steps, and how it becomes the float32 tensor of one: here
+    nothing, and the parameter itself.
+    """
 
     kind: Weights
-    label: str
+    label = ""
     """Names its tensors in a checkpoint."""
-    kept: dict[str, Tensor]
-    """What it keeps, by parameter name."""
-
-    def shell(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """The float32 parameter that the optimizer knows, and keys its state to."""
-
-    def widen(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """Give ``shell`` its values, before an update."""
-
-    def narrow(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """Round the updated values into ``parameter``."""
-
-
-class Fp32Masters:
-    """``Keeping`` a float32 copy of every narrow parameter."""
-
-    kind: Weights = "master"
-    label = "master"
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+        self.saved: dict[str, Tensor] = {}
+        """What it keeps, by parameter name."""
 
-    def shell(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """See ``Keeping``."""
+    def fp32_proxy(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """The float32 parameter that the optimizer knows, and keys its state to; empty between steps."""
+        return nn.Parameter(_placeholder(parameter))
+
+    def to_fp32(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        """Give ``proxy`` its values, before an update."""
+        proxy.data = parameter.detach().float()
+
+    def round_back(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        """Round the updated values into ``parameter``."""
+        raise NotImplementedError
+
+
+class Fp32Masters(MasterWeightPolicy):
+    """A float32 copy of every parameter, which is its proxy."""
+
+    kind = "master"
+    label = "master"
+
+    def fp32_proxy(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
         master = nn.Parameter(parameter.detach().float())
-        self.kept[name] = master
+        self.saved[name] = master
         return master
 
-    def widen(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """See ``Keeping``."""
-        if shell.device != parameter.device:  # the model was moved after the optimizer was built
-            shell.data = shell.data.to(parameter.device)
+    def to_fp32(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        if proxy.device != parameter.device:  # the model was moved after the optimizer was built
+            proxy.data = proxy.data.to(parameter.device)
 
-    def narrow(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """See ``Keeping``."""
-        parameter.copy_(shell)
+    def round_back(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        parameter.copy_(proxy)
 
 
-class Kahan:
-    """``Keeping`` what rounding took away, in the parameter's own dtype (Kahan's compensated summation).
+class Kahan(MasterWeightPolicy):
+    """What rounding took away, in the parameter's own dtype (Kahan's compensated summation).
 
     Weight and compensation together hold the float32 value to about 16 bits: rounding moves it by at most
     2^-16 of the weight in a step (2^-22 in float16).
     """
 
-    kind: Weights = "kahan"
+    kind = "kahan"
     label = "compensation"
 
-    def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
+    def fp32_proxy(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        self.saved[name] = torch.zeros_like(parameter, requires_grad=False)
+        return super().fp32_proxy(name, parameter)
 
-    def shell(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """See ``Keeping``."""
-        self.kept[name] = torch.zeros_like(parameter, requires_grad=False)
-        return nn.Parameter(_placeholder(parameter))
+    def to_fp32(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        if self.saved[name].device != parameter.device:
+            self.saved[name] = self.saved[name].to(parameter.device)
+        proxy.data = parameter.detach().float().add_(self.saved[name])
 
-    def widen(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """See ``Keeping``."""
-        if self.kept[name].device != parameter.device:
-            self.kept[name] = self.kept[name].to(parameter.device)
-        shell.data = parameter.detach().float().add_(self.kept[name])
-
-    def narrow(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """See ``Keeping``."""
-        parameter.copy_(shell)
-        self.kept[name].copy_(shell.data.sub_(parameter))
-        shell.data = _placeholder(parameter)
+    def round_back(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        parameter.copy_(proxy)
+        self.saved[name].copy_(proxy.data.sub_(parameter))
+        proxy.data = _placeholder(parameter)
 
 
-class StochasticRounding:
-    """``Keeping`` nothing: a value between two bfloat16 numbers becomes the upper one as often as it is near to it.
+class StochasticRounding(MasterWeightPolicy):
+    """A value between two bfloat16 numbers becomes the upper one as often as it is near to it.
 
     The noise is a function of (seed, step, parameter name), on the parameter's device: one number per weight is too
     many to draw on the CPU and copy, so other than elsewhere a seed means other noise on another kind of device.
     """
 
-    kind: Weights = "stochastic"
-    label = ""
+    kind = "stochastic"
 
     def __init__(self) -> None:
-        self.kept: dict[str, Tensor] = {}
-        self.at: tuple[int, int] | None = None
-        """Seed and optimizer step of the next update."""
+        super().__init__()
+        self.seed_and_step: tuple[int, int] | None = None
+        """Of the next update."""
 
-    def shell(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
-        """See ``Keeping``.
+    def fp32_proxy(self, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        """As ever.
 
         Raises:
             ConfigError: if the parameter is not bfloat16, whose bits are the upper half of float32's.
@@ -125,26 +119,19 @@ class StochasticRounding:
                 where="optimizer.weights: stochastic",
                 fix="set model.dtype: bf16, or optimizer.weights: master",
             )
-        return nn.Parameter(_placeholder(parameter))
+        return super().fp32_proxy(name, parameter)
 
-    def widen(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """See ``Keeping``."""
-        shell.data = parameter.detach().float()
-
-    def narrow(self, name: str, parameter: nn.Parameter, shell: nn.Parameter) -> None:
-        """See ``Keeping``."""
-        if self.at is None:
-            raise RuntimeError("stochastic rounding draws by seed and step: call optim.begin before an update")
-        seed, step = self.at
+    def round_back(self, name: str, parameter: nn.Parameter, proxy: nn.Parameter) -> None:
+        if self.seed_and_step is None:
+            raise RuntimeError("stochastic rounding draws by seed and step: call optimizers.begin before an update")
+        seed, step = self.seed_and_step
         generator = torch.Generator(parameter.device).manual_seed(seed_for(seed, "rounding", step, name))
-        parameter.copy_(round_stochastically_(shell.data, generator))
-        shell.data = _placeholder(parameter)
+        parameter.copy_(round_stochastically_(proxy.data, generator))
+        proxy.data = _placeholder(parameter)
 
 
 MASTER_WEIGHT_POLICIES: dict[Weights, type[MasterWeightPolicy]] = {
-    "master": Fp32Masters,
-    "stochastic": StochasticRounding,
-    "kahan": Kahan,
+    policy.kind: policy for policy in (Fp32Masters, StochasticRounding, Kahan)
 }
 
 
@@ -171,7 +158,7 @@ def round_stochastically_(values: Tensor, generator: torch.Generator) -> Tensor:
     return values
 
 
-def is_narrow(parameter: Tensor) -> bool:
+def needs_master(parameter: Tensor) -> bool:
     """Whether a parameter has fewer bits than float32."""
     return parameter.dtype.itemsize < torch.float32.itemsize
 
@@ -181,7 +168,7 @@ def _placeholder(parameter: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=parameter.device).expand(parameter.shape)
 
 
-# -------- An optimizer for parameters that are too narrow to be trained in place.
+# ------------------------------------------------------------------------------------------------------- the optimizer
 
 NamedParameters = list[tuple[str, nn.Parameter]]
 
@@ -189,20 +176,27 @@ _MEMBERS = ("params", "param_names")
 """Entries of a parameter group that say who belongs to it; the others are its settings."""
 
 
-class NarrowWeights(torch.optim.Optimizer):
-    """An optimizer in float32 of parameters that are narrower; see ``rounding`` for why, and for the ways.
+class _Trained(NamedTuple):
+    name: str
+    parameter: nn.Parameter
+    proxy: nn.Parameter
+    """What the inner optimizer trains; the parameter itself where that is float32."""
 
-    For each parameter narrower than fp32 the inner optimizer trains a float32 one (its *shell*), to which its state
-    belongs. In a step shells are filled chunk by chunk, updated, and rounded back into their parameters. Gradients stay
-    in the parameter's dtype; clipping sees them as usual.
+
+class LowPrecisionOptimizer(torch.optim.Optimizer):
+    """An optimizer in float32 of parameters of 16 bits.
+
+    For each parameter narrower than float32 the inner optimizer trains a float32 proxy, to which its state belongs. In
+    a step proxies are filled chunk by chunk, updated, and rounded back into their parameters. Gradients stay in the
+    parameter's dtype; clipping sees them as usual.
 
     Args:
         named: names and parameters, with the values to start from.
-        build: makes the inner optimizer over (name, shell) pairs; wider parameters are their own shells.
+        build: makes the inner optimizer over (name, proxy) pairs; float32 parameters are their own proxies.
         weights: what is kept of a parameter's float32 value between steps. Under ``master`` a parameter that is written
             to later, other than by ``step``, is overwritten by its master at the next one.
-        chunk_elements: how many elements are widened to fp32 at a time. It bounds the extra memory (per element 4 bytes
-            of gradient; 10 in all where there is no master), and changes nothing else: all optimizers here treat each
+        chunk_elements: how many elements are float32 at a time. It bounds the extra memory (per element 4 bytes of
+            gradient; 10 in all where there is no master), and changes nothing else: all optimizers here treat each
             parameter by itself.
     """
 
@@ -213,8 +207,8 @@ class NarrowWeights(torch.optim.Optimizer):
         weights: Weights = "master",
         chunk_elements: int = 1 << 26,
     ) -> None:
-        self.keeping: MasterWeightPolicy = MASTER_WEIGHT_POLICIES[weights]()
-        self.inner = build([(name, self.keeping.shell(name, p) if is_narrow(p) else p) for name, p in named])
+        self.policy = MASTER_WEIGHT_POLICIES[weights]()
+        self.inner = build([(name, self.policy.fp32_proxy(name, p) if needs_master(p) else p) for name, p in named])
         self._chunk_elements = chunk_elements
         parameters = dict(named)
         groups = [
@@ -223,15 +217,10 @@ class NarrowWeights(torch.optim.Optimizer):
         ]
         super().__init__(groups, dict(self.inner.defaults))
 
-    def members(self) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
-        """(name, parameter, shell) of everything that trains; a wide parameter is its own shell."""
+    def members(self) -> Iterator[_Trained]:
+        """Everything that trains."""
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
-            yield from zip(outer["param_names"], outer["params"], inner["params"], strict=True)
-
-    def begin(self, seed: int, step: int) -> None:
-        """Say which optimizer step the next updates belong to; several updates may, of different parameters."""
-        if isinstance(self.keeping, StochasticRounding):
-            self.keeping.at = (seed, step)
+            yield from map(_Trained, outer["param_names"], outer["params"], inner["params"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -242,47 +231,45 @@ class NarrowWeights(torch.optim.Optimizer):
                 loss = closure()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update(_settings(outer))  # the learning rate above all
-        pending = [(name, p, shell, p.grad) for name, p, shell in self.members() if p.grad is not None]
-        for _, parameter, _, _ in pending:
-            parameter.grad = None  # the inner optimizer must see one chunk at a time, also of its own shells
+        pending = [(member, member.parameter.grad) for member in self.members() if member.parameter.grad is not None]
+        for member, _ in pending:
+            member.parameter.grad = None  # the inner optimizer must see one chunk at a time, also of its own proxies
         for chunk in self._chunks(pending):
-            for name, parameter, shell, gradient in chunk:
-                if shell is not parameter:
-                    self.keeping.widen(name, parameter, shell)
-                shell.grad = gradient.to(shell.dtype)
+            for (name, parameter, proxy), gradient in chunk:
+                if proxy is not parameter:
+                    self.policy.to_fp32(name, parameter, proxy)
+                proxy.grad = gradient.to(proxy.dtype)
             self.inner.step()
-            for name, parameter, shell, _ in chunk:
-                shell.grad = None
-                if shell is not parameter:
-                    self.keeping.narrow(name, parameter, shell)
-        for _, parameter, _, gradient in pending:
-            parameter.grad = gradient
+            for (name, parameter, proxy), _ in chunk:
+                proxy.grad = None
+                if proxy is not parameter:
+                    self.policy.round_back(name, parameter, proxy)
+        for member, gradient in pending:
+            member.parameter.grad = gradient
         return loss
 
-    def _chunks(
-        self, pending: list[tuple[str, nn.Parameter, nn.Parameter, Tensor]]
-    ) -> Iterator[list[tuple[str, nn.Parameter, nn.Parameter, Tensor]]]:
-        chunk: list[tuple[str, nn.Parameter, nn.Parameter, Tensor]] = []
+    def _chunks(self, pending: list[tuple[_Trained, Tensor]]) -> Iterator[list[tuple[_Trained, Tensor]]]:
+        chunk: list[tuple[_Trained, Tensor]] = []
         elements = 0
-        for member in pending:
-            if chunk and elements + member[1].numel() > self._chunk_elements:
+        for member, gradient in pending:
+            if chunk and elements + gradient.numel() > self._chunk_elements:
                 yield chunk
                 chunk, elements = [], 0
-            chunk.append(member)
-            elements += member[1].numel()
+            chunk.append((member, gradient))
+            elements += gradient.numel()
         if chunk:
             yield chunk
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimizer's state and what is kept of each parameter, by name; not copies of them."""
-        kept = {name: tensor.detach() for name, tensor in self.keeping.kept.items()}
-        return {"inner": self.inner.state_dict(), "kept": kept}
+        saved = {name: tensor.detach() for name, tensor in self.policy.saved.items()}
+        return {"inner": self.inner.state_dict(), "saved": saved}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave, on whatever device the parameters are now (accelerate does this once)."""
         for name, parameter, _ in self.members():
-            if name in self.keeping.kept:
-                self.keeping.kept[name].data = state_dict["kept"][name].to(parameter.device)
+            if name in self.policy.saved:
+                self.policy.saved[name].data = state_dict["saved"][name].to(parameter.device)
         self.inner.load_state_dict(state_dict["inner"])
 
 

@@ -7,6 +7,7 @@ matrices and convolutions alone: shrinking a bias, a norm's scale or a DoRA magn
 from __future__ import annotations
 
 import difflib
+import importlib
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
@@ -46,11 +47,11 @@ class _Optimizer(Strict):
         Raises:
             ConfigError: if the library behind this kind, or the device it needs, is absent, or it refuses a parameter.
         """
-        from finetune.optim.low_precision import NarrowWeights, is_narrow
+        from finetune.optim.low_precision import LowPrecisionOptimizer, needs_master
 
         named = list(params)
-        if any(is_narrow(parameter) for _, parameter in named):
-            return NarrowWeights(named, lambda shells: self._build(self._groups(shells)), self.weights)
+        if any(needs_master(parameter) for _, parameter in named):
+            return LowPrecisionOptimizer(named, lambda proxies: self._build(self._groups(proxies)), self.weights)
         return self._build(self._groups(named))
 
     def build_in_place(self, params: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
@@ -144,9 +145,8 @@ class TorchaoAdamW8bit(_Adam):
     kind: Literal["torchao_adamw8bit"] = "torchao_adamw8bit"
 
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = _import("torchao.optim", self.kind, extra="torchao").AdamW8bit(
-            groups, **self._arguments
-        )
+        library = _import("torchao.optim", self.kind, extra="torchao")
+        optimizer: torch.optim.Optimizer = library.AdamW8bit(groups, **self._arguments)
         return optimizer
 
 
@@ -230,8 +230,6 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def _import(module: str, kind: str, *, extra: str = "") -> Any:
-    import importlib
-
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -241,9 +239,6 @@ def _import(module: str, kind: str, *, extra: str = "") -> Any:
             where=f"optimizer.kind: {kind}",
             fix=f"pip install {package}, or set optimizer.kind: adamw",
         ) from error
-
-
-# -------- Optimizers, the precision of narrow weights, and optimizer state without pickle.
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -265,7 +260,7 @@ def begin(optimizer: torch.optim.Optimizer, *, seed: int, step: int) -> None:
         seed: of the run.
         step: from 0.
     """
-    from finetune.optim.low_precision import NarrowWeights
+    from finetune.optim.low_precision import LowPrecisionOptimizer, StochasticRounding
 
-    if isinstance(optimizer, NarrowWeights):
-        optimizer.begin(seed, step)
+    if isinstance(optimizer, LowPrecisionOptimizer) and isinstance(optimizer.policy, StochasticRounding):
+        optimizer.policy.seed_and_step = (seed, step)

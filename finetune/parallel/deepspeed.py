@@ -78,7 +78,7 @@ class DeepSpeedZero:
         self.optimizer = optimizer.build_in_place(self.parameters.items())
         if saved is not None:
             masters = {f"master.{name}": torch.float32 for name in self.parameters} if self._narrow else {}
-            require_same_state(self.optimizer, saved.optimizer, self.parameters, kept=masters)
+            require_same_state(self.optimizer, saved.optimizer, self.parameters, masters=masters)
         config = deepspeed_config(self._launch, self._train, narrow=self._narrow)
         os.environ.setdefault("LOCAL_RANK", "0")  # it reads this at every step, also in a process that nobody launched
         self.model, self._zero, _, _ = import_deepspeed().initialize(

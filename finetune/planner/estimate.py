@@ -29,7 +29,7 @@ from finetune.inference.generate import decodes_in_tiles
 from finetune.memory.host_buffers import label_buffer
 from finetune.memory.runner import undo
 from finetune.optim.ema import Ema
-from finetune.optim.low_precision import NarrowWeights
+from finetune.optim.low_precision import LowPrecisionOptimizer
 from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
 from finetune.parallel.gradient_release import single_process_strategy
 from finetune.parallel.strategy import ParallelStrategy
@@ -253,8 +253,8 @@ def _rehearsable(config: RunConfig) -> Any:
 def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
     """What an optimizer keeps from step to step, by what it is for."""
     kept: dict[str, list[Tensor]] = {}
-    if isinstance(optimizer, NarrowWeights):
-        kept["master copies"] = list(optimizer.keeping.kept.values())
+    if isinstance(optimizer, LowPrecisionOptimizer):
+        kept["master copies"] = list(optimizer.policy.saved.values())
         optimizer = optimizer.inner
     states = [value for state in optimizer.state.values() for value in state.values()]
     kept["optimizer state"] = [value for value in states if isinstance(value, Tensor)]
