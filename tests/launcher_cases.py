@@ -43,7 +43,7 @@ def sabotaged(how: str, where: str, rank: int, *words: str) -> int:
 PLACES = {
     "step": "finetune.trainers.loop:batch_losses",
     "save": "finetune.checkpoint.save:atomic_save_tensors",
-    "shares": "finetune.parallel.sharded_checkpoint:atomic_save_tensors",
+    "shares": "finetune.checkpoint.shares:atomic_save_tensors",
     "encode": "finetune.caching.precompute:encode_clips",
 }
 
@@ -141,27 +141,25 @@ def uneven_shares(folder: str, phase: str) -> int:
 
     import torch
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
+    from finetune.checkpoint.shares import Shares, region_of, write_shares
+    from finetune.core.checksums import ChecksummedFolder, folder_checksums
     from finetune.core.distributed import ProcessGroup
-    from finetune.parallel.sharded_checkpoint import read_shares, write_shares
 
     ranks = ProcessGroup.current(sharding=True)
     mesh = DeviceMesh.from_group(ranks.group, "cpu")
     wholes = {f"rows{rows}": torch.arange(rows * 3, dtype=torch.float32).reshape(rows, 3) for rows in (1, 2, 5, 12)}
-    place = {"rank": ranks.rank, "world": ranks.world, "group": ranks.group}
     if phase == "write":
         shares = {name: distribute_tensor(whole, mesh, [Shard(0)]) for name, whole in wholes.items()}
-        write_shares(Path(folder), shares | {"steps": torch.tensor(7.0)}, **place)
+        write_shares(Path(folder, "part"), shares | {"steps": torch.tensor(7.0)}, rank=ranks.rank, world=ranks.world)
+        ranks.run_on_all(lambda: None)
+        ranks.run_on_main(lambda: Path(folder, "COMPLETE").write_text(folder_checksums(Path(folder))))
     else:
-        targets = {
-            name: distribute_tensor(torch.full_like(whole, -1), mesh, [Shard(0)]) for name, whole in wholes.items()
-        }
-        steps = torch.tensor(0.0)
-        read_shares(Path(folder), targets | {"steps": steps}, group=ranks.group)
-        for name, target in targets.items():
-            assert isinstance(target, DTensor)
-            assert torch.equal(target.full_tensor(), wholes[name]), name
-        assert steps == 7
+        written = Shares(ChecksummedFolder.open(Path(folder)), "part")
+        for name, whole in wholes.items():
+            target = distribute_tensor(whole, mesh, [Shard(0)])
+            assert torch.equal(written.read(name, region_of(target)), target.to_local()), name
+        assert written["steps"] == 7
     ranks.close()
     return 0

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from finetune.checkpoint import compare, folders, save
 from finetune.checkpoint.compare import compare_configs, require_same_run
-from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, list_checkpoints, prune, sweep
+from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, clear_interrupted, clear_interrupted, list_checkpoints, prune
 from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
-from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.core.checksums import folder_checksums
+from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError
 from finetune.core.files import COMPLETE, TRAINABLE
 from finetune.core.types import RunState
@@ -46,16 +47,30 @@ def tensors(seed: int = 0) -> dict[str, Tensor]:
     }
 
 
-def saved(run_dir: Path, step: int, *, best: int | None = None, ema: bool = False, **policy: Any) -> Path:
+def saved(
+    run_dir: Path,
+    step: int,
+    *,
+    best: int | None = None,
+    ema: bool = False,
+    ranks: ProcessGroup | None = None,
+    **policy: Any,
+) -> Path:
     state = RunState(step, "cache", samples_seen=2 * step, best_heldout_loss=0.25 if best else None, best_step=best)
     return save_checkpoint(
         run_dir,
-        state,
-        trainable=tensors(step),
-        optimizer=({"state.a.weight.state1": torch.arange(256, dtype=torch.uint8)}, {"scalars": {"a": {"step": step}}}),
-        ema={name: tensor.float() for name, tensor in tensors(step + 1).items()} if ema else None,
-        config=CONFIG,
-        policy=CheckpointConfig(**policy),
+        CheckpointContent(
+            state,
+            trainable=tensors(step),
+            optimizer=(
+                {"state.a.weight.state1": torch.arange(256, dtype=torch.uint8)},
+                {"scalars": {"a": {"step": step}}},
+            ),
+            ema={name: tensor.float() for name, tensor in tensors(step + 1).items()} if ema else None,
+            config=CONFIG,
+        ),
+        CheckpointConfig(**policy),
+        ranks,
     )
 
 
@@ -139,14 +154,6 @@ def test_a_later_format_is_told_from_damage(tmp_path):
     assert steps(tmp_path) == [1], "nothing is set aside that another version can read"
 
 
-def test_the_first_format_is_told_from_damage(tmp_path):
-    path = saved(tmp_path, 1)
-    change_state(path, format=1)
-    (path / COMPLETE).write_text("")
-    with pytest.raises(CheckpointError, match="earlier version of this package"):
-        load_checkpoint(path)
-
-
 STATES: list[Any] = [
     {"moon_phase": 3, "step": 1, "cache_digest": ""},
     {"step": "1", "cache_digest": ""},
@@ -194,12 +201,14 @@ def test_what_json_cannot_hold_is_not_written(tmp_path):
     with pytest.raises(ValueError):
         save_checkpoint(
             tmp_path,
-            RunState(1, ""),
-            trainable=tensors(),
-            optimizer=({}, {"scalars": {"a": {"step": float("nan")}}}),
-            ema=None,
-            config={},
-            policy=CheckpointConfig(),
+            CheckpointContent(
+                RunState(1, ""),
+                trainable=tensors(),
+                optimizer=({}, {"scalars": {"a": {"step": float("nan")}}}),
+                ema=None,
+                config={},
+            ),
+            CheckpointConfig(),
         )
     assert list(tmp_path.iterdir()) == []
 
@@ -256,7 +265,7 @@ def test_an_interrupted_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch)
         prune(tmp_path, 1, None)
     assert steps(tmp_path) == [20]
     monkeypatch.undo()
-    sweep(tmp_path)
+    clear_interrupted(tmp_path)
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
 
 
@@ -281,7 +290,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
         time.sleep(delay_s)
         writer.kill()
         writer.join()
-        sweep(tmp_path)
+        clear_interrupted(tmp_path)
         found = choose_checkpoint(tmp_path, "latest")
         assert found is not None and not list((tmp_path / "checkpoints").glob("*.partial"))
         survived.append(found.state.step)
@@ -292,7 +301,7 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
 def _save_as_rank(rank: int, run_dir: Path) -> None:
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{run_dir}/meet")
     torch.distributed.barrier()
-    path = saved(run_dir / f"rank{rank}", 5)
+    path = saved(run_dir / f"rank{rank}", 5, ranks=ProcessGroup(rank, 2))
     (run_dir / f"said{rank}").write_text(str(path))
     torch.distributed.barrier()  # gloo connects in the background: who leaves first would cut the other off
     torch.distributed.destroy_process_group()

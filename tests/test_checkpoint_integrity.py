@@ -23,10 +23,9 @@ from safetensors.torch import load_file
 from worlds import fabricate_cache, run_config
 
 from finetune.checkpoint import folders
-from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints, prune
+from finetune.checkpoint.folders import HISTORY, CheckpointConfig, list_checkpoints, prune
 from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
-from finetune.checkpoint.save import save_checkpoint
-from finetune.checkpoint.validation_history import HISTORY
+from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.cogvideox.spec import read_spec
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
@@ -77,7 +76,7 @@ def contents(kind: str, step: int) -> dict[str, Any]:
 
 def write(run_dir: Path, kind: str, step: int) -> Path:
     state = RunState(step, "cache", samples_seen=step)
-    return save_checkpoint(run_dir, state, **contents(kind, step), policy=CheckpointConfig(keep_last=9))
+    return save_checkpoint(run_dir, CheckpointContent(state, **contents(kind, step)), CheckpointConfig(keep_last=9))
 
 
 def assert_as_written(found: LoadedCheckpoint | None, kind: str, step: int) -> None:
@@ -458,7 +457,7 @@ def test_a_training_falls_back_and_ends_as_if_nothing_had_happened(tiny_model, t
     resumed = load_checkpoint(report.checkpoint)
     for ours, theirs in ((resumed.trainable, whole.trainable), (resumed.optimizer[0], whole.optimizer[0])):
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert not list((tmp_path / "run" / "checkpoints").glob("*.damaged-*")), "outlived by the new ones"
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.damaged-*")), "superseded by the new ones"
 
 
 def test_an_export_of_a_damaged_newest_checkpoint_names_the_whole_ones(tiny_model, tmp_path):

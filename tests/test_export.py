@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stock_pipeline import load_pipeline
 
-from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import load_scheduler, load_text, load_transformer, load_vae
@@ -66,12 +66,14 @@ def make_run(
     state = {name: tensor.clone() for name, tensor in config.method.state(transformer).items()}
     save_checkpoint(
         config.output_dir,
-        RunState(step, cache_digest, step, None if best_step is None else 0.1, best_step),
-        trainable=state,
-        optimizer=({}, {}),
-        ema={name: tensor.float() * 0.5 for name, tensor in state.items()} if ema else None,
-        config=config.to_dict(),
-        policy=config.checkpoint,
+        CheckpointContent(
+            RunState(step, cache_digest, step, None if best_step is None else 0.1, best_step),
+            trainable=state,
+            optimizer=({}, {}),
+            ema={name: tensor.float() * 0.5 for name, tensor in state.items()} if ema else None,
+            config=config.to_dict(),
+        ),
+        config.checkpoint,
     )
     return config.output_dir
 

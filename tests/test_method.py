@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetune.checkpoint import folders
 from finetune.checkpoint.folders import CheckpointConfig
-from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.config.schema import MethodConfig
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.tensor_files import atomic_save_tensors
@@ -288,12 +288,14 @@ def saved(folder: Path, method: LoraMethod, transformer: nn.Module) -> Path:
     """As one of our checkpoints."""
     return save_checkpoint(
         folder,
-        RunState(step=3, cache_digest=""),
-        trainable=method.state(transformer),
-        optimizer=({}, {}),
-        ema=None,
-        config={"method": method.model_dump(mode="json")},
-        policy=CheckpointConfig(),
+        CheckpointContent(
+            RunState(step=3, cache_digest=""),
+            trainable=method.state(transformer),
+            optimizer=({}, {}),
+            ema=None,
+            config={"method": method.model_dump(mode="json")},
+        ),
+        CheckpointConfig(),
     )
 
 
@@ -372,7 +374,7 @@ def test_without_settings_an_adapter_is_read_as_diffusers_reads_it(tmp_path):
 
 
 def test_a_checkpoint_in_shares_is_refused_with_the_way_out(tmp_path):
-    from finetune.checkpoint.load import part_of
+    from finetune.checkpoint.shares import part_of
 
     (tmp_path / part_of(adapter.TRAINABLE)).mkdir()
     with pytest.raises(ConfigError, match="written in shares by several processes") as caught:

@@ -18,7 +18,7 @@ import finetune
 from finetune.checkpoint import folders
 from finetune.checkpoint.folders import CheckpointConfig
 from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
-from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
 from finetune.core.checksums import folder_checksums
@@ -192,12 +192,14 @@ def test_the_trap_springs(tmp_path):
 def checkpoint(run_dir: Path) -> Path:
     return save_checkpoint(
         run_dir,
-        RunState(1, "cache"),
-        trainable={"x.lora_A.weight": torch.zeros(4, 8), "x.lora_B.weight": torch.zeros(8, 4)},
-        optimizer=({}, {"class": "AdamW", "parameters": [], "scalars": {}, "shared": {}, "composed": {}}),
-        ema=None,
-        config={"method": {"kind": "lora", "rank": 4, "alpha": 4}},
-        policy=CheckpointConfig(),
+        CheckpointContent(
+            RunState(1, "cache"),
+            trainable={"x.lora_A.weight": torch.zeros(4, 8), "x.lora_B.weight": torch.zeros(8, 4)},
+            optimizer=({}, {"class": "AdamW", "parameters": [], "scalars": {}, "shared": {}, "composed": {}}),
+            ema=None,
+            config={"method": {"kind": "lora", "rank": 4, "alpha": 4}},
+        ),
+        CheckpointConfig(),
     )
 
 

@@ -32,6 +32,7 @@ from finetune.parallel.launch import FullShard, Replicate, Zero, read_launch
 from finetune.parallel.strategy import require_agreement
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.setup import require_launch
 
 SPEC = read_spec(str(known_model("5b")))
 
@@ -158,8 +159,6 @@ def test_optimizers_that_cannot_work_on_shares_are_refused(tiny_model, tmp_path,
 
 
 def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_model, tmp_path):
-    from finetune.trainers.setup import require_launch
-
     def config(**memory: Any):
         settings = {"train": {"batch_size": 2}, "memory": memory}
         return run_config(tiny_model(), tmp_path, tmp_path / "run", **settings)
@@ -177,26 +176,14 @@ def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_m
     [({"train": {"ema_decay": 0.9}}, "no moving average"), ({"model": {"dtype": "fp16"}}, "fp16 is not supported")],
 )
 def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, monkeypatch, changes, said):
-    from finetune.trainers import setup as spread
-
-    monkeypatch.setattr(spread, "import_deepspeed", lambda: None)
+    monkeypatch.setattr("finetune.parallel.launch.import_deepspeed", lambda: None)
     values = run_config(tiny_model(), tmp_path, tmp_path / "run").to_dict()
     for section, change in changes.items():
         values[section] |= change
     from finetune.config.schema import RunConfig
 
     with pytest.raises(ConfigError, match=said):
-        spread.require_launch(Zero(2), RunConfig.from_dict(values), SPEC, ProcessGroup())
-
-
-def test_a_torch_that_could_not_read_the_shares_is_refused(tmp_path, monkeypatch):
-    from finetune.trainers.setup import require_launch
-
-    config = run_config(tmp_path, tmp_path, tmp_path / "run")
-    require_launch(FullShard(), config, SPEC, ProcessGroup())
-    monkeypatch.setitem(sys.modules, "torch.distributed.checkpoint.hf_storage", None)
-    with pytest.raises(ConfigError, match="cannot read checkpoints in shares"):
-        require_launch(FullShard(), config, SPEC, ProcessGroup())
+        require_launch(Zero(2), RunConfig.from_dict(values), SPEC, ProcessGroup())
 
 
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
@@ -356,7 +343,7 @@ def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
     elif damage == "a missing file":
         file.unlink()
     else:
-        from finetune.checkpoint.load import HEADER
+        from finetune.checkpoint.shares import HEADER
         from finetune.core.checksums import folder_checksums
         from finetune.core.files import COMPLETE
         from finetune.core.tensor_files import atomic_save_tensors
@@ -397,7 +384,7 @@ def test_agreement_is_between_processes(monkeypatch):
             mine = work()
             return [mine, mine, mine | {field: "other"}]
 
-        monkeypatch.setattr(ProcessGroup, "all", answers)
+        monkeypatch.setattr(ProcessGroup, "run_on_all", answers)
         with pytest.raises(TrainingError, match=f"step 7: {said} differs between processes: process 2") as caught:
             require_agreement(7, tensors, {"gradient norm": 1.0}, ProcessGroup())
         assert "not updated" in caught.value.what

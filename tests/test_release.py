@@ -685,7 +685,7 @@ def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
 
 
 def test_what_does_not_go_with_a_launch_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.trainers.setup.import_deepspeed", lambda: None)
+    monkeypatch.setattr("finetune.parallel.launch.import_deepspeed", lambda: None)
 
     def said(launch: Launch, **changes: Any) -> str:
         config = run_config(tiny_model(), tmp_path, tmp_path / "run", method={"kind": "full"}, **changes)

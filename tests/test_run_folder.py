@@ -20,12 +20,13 @@ from broken_disk import forked, mount_small_disk
 from waiting import HANG_S
 
 from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints
-from finetune.checkpoint.save import CheckpointManager, save_checkpoint
+from finetune.checkpoint.load import checkpoint_to_continue
+from finetune.checkpoint.save import CheckpointContent, CheckpointManager, save_checkpoint
 from finetune.core import files, locks
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError
 from finetune.core.types import RunState
-from finetune.trainers.setup import LEASES, checkpoint_to_continue, hold_run_folder
+from finetune.trainers.setup import LEASES, hold_run_folder
 
 FORK = multiprocessing.get_context("fork")
 FAST = {"beat_s": 0.1, "stale_s": 1.0}
@@ -39,12 +40,14 @@ def held(run_dir: Path, **times: float) -> Any:
 def write(run_dir: Path, step: int) -> Path:
     return save_checkpoint(
         run_dir,
-        RunState(step, "cache"),
-        trainable={"a": torch.full((8,), float(step))},
-        optimizer=({}, {}),
-        ema=None,
-        config={},
-        policy=CheckpointConfig(keep_last=9),
+        CheckpointContent(
+            RunState(step, "cache"),
+            trainable={"a": torch.full((8,), float(step))},
+            optimizer=({}, {}),
+            ema=None,
+            config={},
+        ),
+        CheckpointConfig(keep_last=9),
     )
 
 
@@ -244,12 +247,14 @@ def test_pruning_leaves_another_writers_unfinished_files_alone(tmp_path):
     for step in (10, 20, 30):
         save_checkpoint(
             tmp_path,
-            RunState(step, ""),
-            trainable={},
-            optimizer=({}, {}),
-            ema=None,
-            config={},
-            policy=CheckpointConfig(keep_last=1),
+            CheckpointContent(
+                RunState(step, ""),
+                trainable={},
+                optimizer=({}, {}),
+                ema=None,
+                config={},
+            ),
+            CheckpointConfig(keep_last=1),
         )
     assert half.is_dir() and [step for step, _ in list_checkpoints(tmp_path)] == [30]
     with somebody_holds(tmp_path), pytest.raises(CheckpointError), held(tmp_path):

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from finetune.checkpoint.validation_history import HISTORY, Measurement, best_of, read_history, verdict
+from finetune.checkpoint.folders import HISTORY, Measurement, best_of, read_history, verdict
 from finetune.config.schema import ValidationConfig
 from finetune.core.rng import training_state_untouched
 from finetune.core.types import Batch, RunState

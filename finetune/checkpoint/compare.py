@@ -70,7 +70,7 @@ _SINCE: Mapping[str, object] = {
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Every field in which two resolved configurations differ, in the order of their names."""
     before, after = dict(_flat(_as_json(old))), dict(_flat(_as_json(new)))
-    found = []
+    differences = []
     for field, value in _SINCE.items():
         before.setdefault(field, value)
         after.setdefault(field, value)
@@ -80,8 +80,8 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Diff
     for field in sorted(before.keys() | after.keys()):
         if before.get(field) != after.get(field):
             allowed, reason = _rule(field)
-            found.append(Difference(field, before.get(field), after.get(field), allowed, reason))
-    return found
+            differences.append(Difference(field, before.get(field), after.get(field), allowed, reason))
+    return differences
 
 
 def require_same_run(

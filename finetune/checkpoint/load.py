@@ -1,4 +1,4 @@
-"""Whole tensors out of the shares of them that several processes wrote; for one process, without torch.distributed."""
+"""Reading a checkpoint, byte for byte as it was written or not at all, and which one a run continues from."""
 
 from __future__ import annotations
 
@@ -24,103 +24,16 @@ from finetune.checkpoint.folders import (
     STATE,
     damaged_folders,
     list_checkpoints,
-    set_aside,
+    rename_damaged,
     step_folders,
     step_of,
 )
+from finetune.checkpoint.shares import Shares, forms_of, has_shares, part_of
 from finetune.core.checksums import ChecksummedFolder, DamageError
+from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError
 from finetune.core.files import COMPLETE, TRAINABLE, is_complete
-from finetune.core.tensor_files import DTYPES_BY_NAME
 from finetune.core.types import RunState
-
-HEADER = "DCP_SHARDING_INFO"
-
-OFFSETS = "saved_offsets"
-"""Entry of a file's header, and key per tensor in it, that say where a share begins: torch's own names."""
-
-
-def part_of(name: str) -> str:
-    """The folder that holds what would be one file of ``name`` if one process had written it."""
-    return name.removesuffix(".safetensors")
-
-
-def has_shares(sealed: ChecksummedFolder, part: str) -> bool:
-    """Whether a checkpoint holds ``part`` in shares."""
-    return any(name.startswith(f"{part}/") for name in sealed.checksums)
-
-
-class Shards(Mapping[str, Tensor]):
-    """Whole tensors out of a folder of shares, put together one at a time, when they are asked for.
-
-    Args:
-        sealed: the checkpoint.
-        part: the folder's name in it. Every file of it is verified now.
-
-    Raises:
-        DamageError: if a file is not as it was written, or the shares do not make up whole tensors.
-        OSError: if a file cannot be read for another reason than damage.
-    """
-
-    def __init__(self, sealed: ChecksummedFolder, part: str) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        self.folder = sealed.folder / part
-        self._shares: dict[str, list[tuple[Any, tuple[slice, ...]]]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for name in sorted(name for name in sealed.checksums if name.startswith(f"{part}/")):
-            sealed.verify(name)
-            try:
-                file: Any = safe_open(sealed.folder / name, framework="pt")
-                offsets = json.loads(file.metadata()[HEADER])
-                for key in file.keys():  # noqa: SIM118
-                    self._add(key, file, offsets[key][OFFSETS])
-            except (SafetensorError, ValueError, KeyError, TypeError) as error:
-                raise DamageError(sealed.folder / name, f"holds no shares of tensors: {error}") from None
-        for key, shape in self._shapes.items():
-            held = sum(math.prod(place.stop - place.start for place in places) for _, places in self._shares[key])
-            if held != math.prod(shape):
-                raise DamageError(self.folder, f"holds {held} of {math.prod(shape)} numbers of {key}")
-
-    def _add(self, key: str, file: Any, begins: list[int]) -> None:
-        sizes = file.get_slice(key).get_shape()
-        places = tuple(slice(begin, begin + size) for begin, size in zip(begins, sizes, strict=True))
-        self._shares.setdefault(key, []).append((file, places))
-        known = self._shapes.get(key, tuple(0 for _ in places))
-        self._shapes[key] = tuple(max(size, place.stop) for size, place in zip(known, places, strict=True))
-
-    def __getitem__(self, key: str) -> Tensor:
-        shares = self._shares[key]
-        whole: Tensor | None = None
-        for file, places in shares:
-            share = file.get_tensor(key)
-            if whole is None:
-                whole = torch.empty(self._shapes[key], dtype=share.dtype)
-            whole[places] = share
-        assert whole is not None  # a key is there because a share of it is
-        return whole
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shares)
-
-    def __len__(self) -> int:
-        return len(self._shares)
-
-    def forms(self) -> dict[str, Tensor]:
-        """Shape and dtype of every whole tensor, as a tensor without content; nothing is read for it."""
-        return {key: self._form(key) for key in self}
-
-    def _form(self, key: str) -> Tensor:
-        file, _ = self._shares[key][0]
-        return torch.empty(self._shapes[key], dtype=DTYPES_BY_NAME[file.get_slice(key).get_dtype()], device="meta")
-
-
-def forms_of(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of these shapes and dtypes, without reading any that is in shares."""
-    return tensors.forms() if isinstance(tensors, Shards) else tensors
-
-
-# -------- Reading a checkpoint, byte for byte as it was written or not at all, and which one a run continues from.
 
 logger = logging.getLogger(__name__)
 
@@ -147,12 +60,35 @@ class LoadedCheckpoint:
 # ----------------------------------------------------------------------------------------------------------- choosing
 
 
+def checkpoint_to_continue(run_dir: Path, resume: str | Path, ranks: ProcessGroup) -> LoadedCheckpoint | None:
+    """The checkpoint that every process of the launch continues from: chosen by the main one, read by each.
+
+    Raises:
+        CheckpointError: as ``choose_checkpoint`` and ``load_checkpoint``, on every process.
+    """
+    chosen: LoadedCheckpoint | None = None
+
+    def choose() -> Path | None:
+        nonlocal chosen
+        chosen = choose_checkpoint(run_dir, resume)
+        return None if chosen is None else chosen.path
+
+    def read() -> None:
+        nonlocal chosen
+        if path is not None and chosen is None:
+            chosen = load_checkpoint(path)
+
+    path = ranks.run_on_main(choose)
+    ranks.run_on_all(read)
+    return chosen
+
+
 def choose_checkpoint(run_dir: Path, resume: str | Path) -> LoadedCheckpoint | None:
     """Read the checkpoint that ``CheckpointConfig.resume`` means, or None to begin at step 0.
 
-    With ``latest`` this is the newest one that is whole. Damaged ones that are newer are renamed (``set_aside``) with
-    a warning, so that nothing takes them for checkpoints again. With several processes, for the main one alone: the
-    others read what it has chosen.
+    With ``latest`` this is the newest one that is whole. Damaged ones that are newer are renamed (``rename_damaged``)
+    with a warning, so that nothing takes them for checkpoints again. With several processes, for the main one alone:
+    the others read what it has chosen.
 
     Raises:
         CheckpointError: if a named checkpoint is missing or damaged; if there are checkpoints and none is whole, for
@@ -187,57 +123,58 @@ def choose_checkpoint(run_dir: Path, resume: str | Path) -> LoadedCheckpoint | N
 
 
 def _newest_intact(run_dir: Path) -> LoadedCheckpoint | None:
-    standing, aside = step_folders(run_dir), damaged_folders(run_dir)
+    standing, renamed = step_folders(run_dir), damaged_folders(run_dir)
     damaged: list[tuple[Path, str]] = []
     for _, path in reversed(standing):
         try:
-            found = _read_or_say(path, optimizer=True)
+            newest = _read(path, optimizer=True)
             break
         except DamageError as error:
             damaged.append((path, str(error)))
     else:
-        if not standing and not aside:
+        if not standing and not renamed:
             return None
         raise CheckpointError(
             "no checkpoint of this run is whole: "
-            + "; ".join([*(f"{path.name}: {damage}" for path, damage in damaged), *(path.name for _, path in aside)]),
+            + "; ".join([*(f"{path.name}: {damage}" for path, damage in damaged), *(path.name for _, path in renamed)]),
             where=str(run_dir / FOLDER),
             fix="restore one from a backup; to begin anew, choose another output_dir or remove this folder",
         )
     for path, damage in damaged:
         try:
-            kept = set_aside(path)
+            target = rename_damaged(path)
         except OSError as error:
             raise CheckpointError(
                 f"the checkpoint is damaged ({damage}) and cannot be renamed: {error.strerror}",
                 where=str(path),
-                fix=f"move it away; the newest one that is whole is {found.path.name}",
+                fix=f"move it away; the newest one that is whole is {newest.path.name}",
             ) from error
         logger.warning(
             "the checkpoint %s is damaged: %s; it is kept as %s, and the run continues from %s",
             path.name,
             damage,
-            kept.name,
-            found.path.name,
+            target.name,
+            newest.path.name,
         )
-    return found
+    return newest
 
 
 def _not_a_checkpoint(path: Path) -> CheckpointError:
-    inside = list_checkpoints(path)
-    if inside:
+    if inside := list_checkpoints(path):
         return CheckpointError(
             "this is a run's folder, not a checkpoint", where=str(path), fix=f"its newest checkpoint is {inside[-1][1]}"
         )
-    what = f"the checkpoint is incomplete: it has no {COMPLETE}" if path.is_dir() else "there is no checkpoint"
-    others = list_checkpoints(path.parent.parent) if path.parent.name == FOLDER else []
+    others = ", ".join(other.name for other in _siblings(path))
     return CheckpointError(
-        what,
+        f"the checkpoint is incomplete: it has no {COMPLETE}" if path.is_dir() else "there is no checkpoint",
         where=str(path),
-        fix=f"complete ones are {', '.join(other.name for _, other in others)}"
-        if others
-        else "name a run's folder, or a step-... in its checkpoints",
+        fix=f"complete ones are {others}" if others else "name a run's folder, or a step-... in its checkpoints",
     )
+
+
+def _siblings(path: Path) -> list[Path]:
+    others = list_checkpoints(path.parent.parent) if path.parent.name == FOLDER else []
+    return [other for _, other in others if other.name != path.name]
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
@@ -257,7 +194,7 @@ def load_checkpoint(path: Path, *, optimizer: bool = True) -> LoadedCheckpoint:
     if not is_complete(path):
         raise _not_a_checkpoint(path)
     try:
-        return _read_or_say(path, optimizer=optimizer)
+        return _read(path, optimizer)
     except DamageError as damage:
         if not path.is_dir():  # pruned by a running training while it was read
             raise _not_a_checkpoint(path) from None
@@ -274,80 +211,70 @@ def load_checkpoint(path: Path, *, optimizer: bool = True) -> LoadedCheckpoint:
 def is_intact(path: Path) -> bool:
     """Whether every file of a checkpoint is as it was written; reads all of it."""
     try:
-        sealed = ChecksummedFolder.open(path)
-        for name in sealed.checksums:
-            sealed.verify(name)
+        folder = ChecksummedFolder.open(path)
+        for name in folder.checksums:
+            folder.verify(name)
     except (DamageError, OSError):
         return False
     return True
 
 
-def _siblings(path: Path) -> list[Path]:
-    others = list_checkpoints(path.parent.parent) if path.parent.name == FOLDER else []
-    return [other for _, other in others if other.name != path.name]
-
-
-def _read_or_say(path: Path, *, optimizer: bool) -> LoadedCheckpoint:
+def _read(path: Path, optimizer: bool) -> LoadedCheckpoint:
     try:
-        return _read(path, optimizer)
+        return _read_files(ChecksummedFolder.open(path), optimizer)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {error}", where=str(path), fix="this is not damage: mend it and try again"
         ) from error
 
 
-def _read(path: Path, optimizer: bool) -> LoadedCheckpoint:
-    _refuse_format_1(path)
-    sealed = ChecksummedFolder.open(path)
-    content = _dict(sealed, STATE)
+def _read_files(folder: ChecksummedFolder, optimizer: bool) -> LoadedCheckpoint:
+    path, content = folder.folder, _read_object(folder, STATE)
     if (version := content.get("format")) != FORMAT:
         raise CheckpointError(
             f"the checkpoint has format {version}, this version reads {FORMAT}",
             where=str(path),
             fix="update cogvideox-finetune",
         )
-    trainable = _tensors(sealed, TRAINABLE)
-    ema = _tensors(sealed, EMA) if EMA in sealed or has_shares(sealed, part_of(EMA)) else None
-    if ema is not None and _shapes(ema) != _shapes(trainable):
-        raise _foreign(path, f"{EMA} does not hold the tensors of {TRAINABLE}")
-    if ema is not None and (odd := [name for name, form in forms_of(ema).items() if form.dtype != torch.float32]):
-        raise _foreign(path, f"{EMA} holds {odd[0]} in another dtype than float32")
-    state = _run_state(content.get("state"), path)
+    trainable = _read_tensors(folder, TRAINABLE)
+    ema = _read_tensors(folder, EMA) if EMA in folder or has_shares(folder, part_of(EMA)) else None
+    if ema is not None:
+        forms = forms_of(ema)
+        if {name: form.shape for name, form in forms.items()} != {n: f.shape for n, f in forms_of(trainable).items()}:
+            raise _foreign(path, f"{EMA} does not hold the tensors of {TRAINABLE}")
+        if odd := [name for name, form in forms.items() if form.dtype != torch.float32]:
+            raise _foreign(path, f"{EMA} holds {odd[0]} in another dtype than float32")
+    state = _read_state(content.get("state"), path)
     # Of one file, the digest of the weights is its checksum (``tensor_files.weights_digest``).
-    if state.weights and TRAINABLE in sealed and state.weights != sealed.checksums[TRAINABLE]:
+    if state.weights and TRAINABLE in folder and state.weights != folder.checksums[TRAINABLE]:
         raise _foreign(path, f"{TRAINABLE} does not hold the weights whose digest stands in {STATE}")
+    processes = content.get("processes")
+    if type(processes) is not int or processes < 1:  # True is an int, too
+        raise _foreign(path, f"{STATE}: processes is {processes!r}")
     return LoadedCheckpoint(
         path=path,
         state=state,
         trainable=trainable,
-        optimizer=(_tensors(sealed, OPTIMIZER), _dict(sealed, OPTIMIZER_META)) if optimizer else ({}, {}),
+        optimizer=(_read_tensors(folder, OPTIMIZER), _read_object(folder, OPTIMIZER_META)) if optimizer else ({}, {}),
         ema=ema,
-        config=_dict(sealed, CONFIG),
-        processes=_processes(content.get("processes"), path),
+        config=_read_object(folder, CONFIG),
+        processes=processes,
     )
 
 
-def _refuse_format_1(path: Path) -> None:
-    """Format 1 had an empty marker; a marker that lost its content stands beside a state of a later format."""
-    try:
-        if (path / COMPLETE).read_bytes() == b"" and json.loads((path / STATE).read_bytes())["format"] == 1:
-            raise CheckpointError(
-                "the checkpoint was written by an earlier version of this package (format 1)",
-                where=str(path),
-                fix="continue with the version that wrote it",
-            )
-    except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not format 1
-        return
-
-
-def _dict(sealed: ChecksummedFolder, name: str) -> dict[str, Any]:
-    value = sealed.read_json(name)
+def _read_object(folder: ChecksummedFolder, name: str) -> dict[str, Any]:
+    value = folder.read_json(name)
     if not isinstance(value, dict):
-        raise _foreign(sealed.folder, f"{name} holds a {type(value).__name__}")
+        raise _foreign(folder.folder, f"{name} holds a {type(value).__name__}")
     return value
 
 
-def _run_state(values: Any, path: Path) -> RunState:
+def _read_tensors(folder: ChecksummedFolder, name: str) -> Mapping[str, Tensor]:
+    """Of one file, or of the shares that several processes wrote in its place."""
+    return Shares(folder, part_of(name)) if has_shares(folder, part_of(name)) else folder.read_tensors(name)
+
+
+def _read_state(values: Any, path: Path) -> RunState:
     try:
         # By the constructor as well: pydantic would pass over a field that it does not know.
         state = RunState(**values)
@@ -373,21 +300,6 @@ def _state_faults(state: RunState, name: str) -> Iterator[str]:
     none = loss is None and best is None
     if not none and not (0 <= (-1 if loss is None else loss) < math.inf and 1 <= (best or 0) <= state.step):
         yield f"best_heldout_loss is {loss}, best_step {best} at step {state.step}"
-
-
-def _processes(value: Any, path: Path) -> int:
-    if type(value) is not int or value < 1:  # True is an int, too
-        raise _foreign(path, f"{STATE}: processes is {value!r}")
-    return value
-
-
-def _tensors(sealed: ChecksummedFolder, name: str) -> Mapping[str, Tensor]:
-    """Of one file, or of the shares that several processes wrote in its place."""
-    return Shards(sealed, part_of(name)) if has_shares(sealed, part_of(name)) else sealed.read_tensors(name)
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in forms_of(tensors).items()}
 
 
 def _foreign(path: Path, detail: str) -> CheckpointError:

@@ -14,7 +14,7 @@ from pathlib import Path
 import jinja2
 import torch
 
-from finetune.checkpoint.validation_history import round_folder, sample_name
+from finetune.checkpoint.folders import sample_name, samples_path
 from finetune.cogvideox.load import pipeline_class
 from finetune.cogvideox.model_files import is_hub_id
 from finetune.cogvideox.spec import ModelSpec
@@ -134,7 +134,7 @@ def copy_samples(model: ExportedModel, folder: Path) -> dict[str, str]:
     source = model.source
     if source.run_dir is None or not model.is_as_measured:
         return {}
-    videos = round_folder(source.run_dir, source.state.step)
+    videos = samples_path(source.run_dir, source.state.step)
     samples = {}
     # Only what a run writes: other names could act as Markdown in the card, a link could publish any file.
     for number, sample in enumerate(source.config.validation.samples):

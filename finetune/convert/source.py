@@ -12,9 +12,17 @@ from typing import Literal
 
 from torch import Tensor
 
-from finetune.checkpoint.folders import FOLDER, checkpoint_path, list_checkpoints, step_folders
+from finetune.checkpoint.folders import (
+    FOLDER,
+    HISTORY,
+    Measurement,
+    best_of,
+    checkpoint_path,
+    list_checkpoints,
+    read_history,
+    step_folders,
+)
 from finetune.checkpoint.load import load_checkpoint
-from finetune.checkpoint.validation_history import HISTORY, Measurement, best_of, read_history
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, CheckpointError, ExportError

@@ -115,16 +115,31 @@ def publish_dir(path: Path, fill: Callable[[Path], str | None]) -> None:
     Raises:
         OSError: nothing has changed at ``path`` then, and nothing is left of the new directory.
     """
+    partial = begin_dir(path)
+    try:
+        finish_dir(partial, path, fill(partial) or "")
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def begin_dir(path: Path, *folders: str) -> Path:
+    """The beginning of ``publish_dir``, where several processes fill the directory: it, and ``folders`` in it."""
     _make_folders(path.parent)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
-        _mkdir(partial)
-        marker = fill(partial) or ""
-        _sync_tree(partial)
-        atomic_write_text(partial / COMPLETE, marker)
-        _take_place(partial, path)
-    finally:
+        for folder in (partial, *(partial / name for name in folders)):
+            _mkdir(folder)
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return partial
+
+
+def finish_dir(partial: Path, path: Path, marker: str) -> None:
+    """The end of ``publish_dir``: what ``begin_dir`` made gets its marker and its name."""
+    _sync_tree(partial)
+    atomic_write_text(partial / COMPLETE, marker)
+    _take_place(partial, path)
 
 
 def _take_place(new: Path, path: Path) -> None:

@@ -11,7 +11,8 @@ import math
 import os
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,16 @@ from finetune.datasets.schedule import TrainConfig
 from finetune.methods.adapter import load_strictly
 from finetune.optim.optimizers import AdamW, OptimizerConfig
 from finetune.optim.state import OptimizerState, require_same_state
-from finetune.parallel.launch import Zero
+
+
+@dataclass(frozen=True)
+class Zero:
+    """Which ZeRO: stage 2 shards gradients and optimizer states, stage 3 the parameters as well."""
+
+    stage: Literal[2, 3]
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
 
 _STATES = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps per element."""
@@ -67,12 +77,7 @@ class DeepSpeedZero:
         self._narrow = any(parameter.dtype == torch.bfloat16 for parameter in self.parameters.values())
 
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
-        if not isinstance(optimizer, AdamW):
-            raise ConfigError(
-                f"{optimizer.title} is not supported under DeepSpeed ZeRO",
-                where="optimizer.kind",
-                fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
-            )
+        assert isinstance(optimizer, AdamW)  # as the launch was found
         if saved is not None:
             load_strictly(self.parameters, saved.trainable)
         self.optimizer = optimizer.build_in_place(self.parameters.items())

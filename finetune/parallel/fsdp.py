@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
-from finetune.checkpoint.load import LoadedCheckpoint, Shards, forms_of
+from finetune.checkpoint.load import LoadedCheckpoint
+from finetune.checkpoint.shares import Shares, forms_of, region_of
 from finetune.core.distributed import ProcessGroup
-from finetune.core.errors import CheckpointError, ConfigError
 from finetune.methods.adapter import require_same
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
@@ -31,8 +32,16 @@ from finetune.optim.state import (
     precise_weights,
     require_same_state,
 )
-from finetune.parallel.launch import FullShard
-from finetune.parallel.sharded_checkpoint import read_shares
+
+
+@dataclass(frozen=True)
+class FullShard:
+    """How FSDP2 shards."""
+
+    offload: bool = False
+    """Shares, gradients and optimizer states live on the host, and the update happens there."""
+    reshard_after_forward: bool = True
+    """Free a block's gathered weights after its forward pass, and gather them again for its backward pass."""
 
 
 class FullyShardedDataParallel:
@@ -64,12 +73,6 @@ class FullyShardedDataParallel:
         self.parameters = {name: nn.Parameter(parameter.detach().to_local()) for name, parameter in self._whole.items()}
 
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
-        if not optimizer.elementwise:
-            raise ConfigError(
-                f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
-                where="optimizer.kind, under FSDP2",
-                fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
-            )
         if saved is not None:
             require_same(self._whole, forms_of(saved.trainable))
             for name, share in (self.read(saved, "trainable") or {}).items():
@@ -153,31 +156,15 @@ class FullyShardedDataParallel:
             tensor, mesh, whole.placements, run_check=False, shape=whole.shape, stride=whole.stride()
         )
 
-    def _read(self, tensors: Mapping[str, Tensor], owner: Any) -> dict[str, Tensor]:
-        """This process's shares of what a checkpoint holds, whoever wrote it."""
-        if not isinstance(tensors, Shards):
-            return {key: self._cut(owner(key), tensors[key]) for key in tensors}
-        targets: dict[str, Tensor] = {}
-        for key, form in tensors.forms().items():
-            name = owner(key)
-            if name not in self._whole:
-                raise CheckpointError(f"the checkpoint holds {key}, which this run does not train")
-            shared = form.shape == self._whole[name].shape
-            empty = torch.empty(self.parameters[name].shape if shared else form.shape, dtype=form.dtype)
-            targets[key] = self._as_share(name, empty) if shared else empty
-        read_shares(tensors.folder, targets, group=self._ranks.group)
-        return {key: getattr(target, "_local_tensor", target) for key, target in targets.items()}
-
-    def _cut(self, name: str, tensor: Tensor) -> Tensor:
-        """This process's share of a whole tensor; of one that is not shaped like its parameter, all of it."""
-        if name not in self._whole or tensor.shape != self._whole[name].shape:
-            return tensor
-        whole = self._whole[name]
-        (placement,) = whole.placements
-        mesh = whole.device_mesh
-        parts = tensor.chunk(mesh.size(), dim=placement.dim)
-        mine = mesh.get_local_rank()
-        return parts[mine] if mine < len(parts) else tensor.narrow(placement.dim, 0, 0)
+    def _read(self, tensors: Mapping[str, Tensor], owner: Callable[[str], str]) -> dict[str, Tensor]:
+        """This process's shares of what a checkpoint holds, whoever wrote it; ``owner`` names a tensor's parameter."""
+        read: dict[str, Tensor] = {}
+        for key, form in forms_of(tensors).items():
+            region = tuple(slice(0, size) for size in form.shape)
+            if (whole := self._whole.get(owner(key))) is not None and form.shape == whole.shape:
+                region = region_of(whole)
+            read[key] = tensors.read(key, region) if isinstance(tensors, Shares) else tensors[key][region]
+        return read
 
 
 def _host_mesh(ranks: ProcessGroup) -> Any:

@@ -8,9 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
+from torch import nn
+
+from finetune.core.distributed import ProcessGroup, on_cpu, plain_launch
 from finetune.core.errors import ConfigError
+from finetune.datasets.schedule import TrainConfig
+from finetune.memory.config import MemoryConfig
+from finetune.methods.full import FullMethod
+from finetune.methods.lora import LoraMethod
+from finetune.optim.optimizers import AdamW, OptimizerConfig
+from finetune.parallel.deepspeed import DeepSpeedZero, Zero, import_deepspeed
+from finetune.parallel.fsdp import FullShard, FullyShardedDataParallel
+from finetune.parallel.gradient_release import single_process_strategy
+from finetune.parallel.strategy import ParallelStrategy
 
 BLOCK = "CogVideoXBlock"
 """The module that is gathered and freed as one."""
@@ -19,25 +31,6 @@ BLOCK = "CogVideoXBlock"
 @dataclass(frozen=True)
 class Replicate:
     """One process, or a whole model in each of several (DDP)."""
-
-
-@dataclass(frozen=True)
-class FullShard:
-    """FSDP2: each process holds its share of every parameter, gradient and optimizer state."""
-
-    offload: bool = False
-    """Shares, gradients and optimizer states live on the host, and the update happens there."""
-    reshard_after_forward: bool = True
-    """Free a block's gathered weights after its forward pass, and gather them again for its backward pass."""
-
-
-@dataclass(frozen=True)
-class Zero:
-    """DeepSpeed ZeRO: stage 2 shards gradients and optimizer states, stage 3 the parameters as well."""
-
-    stage: Literal[2, 3]
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
 
 
 Launch = Replicate | FullShard | Zero
@@ -158,3 +151,166 @@ def _on(environ: Mapping[str, str], variable: str) -> bool:
 
 def _refused(what: str, variable: str, fix: str) -> ConfigError:
     return ConfigError(what, where=f"the launch ({variable} in the environment)", fix=fix)
+
+
+# ----------------------------------------------------------------------------------------------- the strategy it means
+
+
+def make_accelerator(accumulation: int, **tracking: Any) -> Any:
+    """Accelerate's view of the launch: processes, device, trackers; it neither shards, casts nor compiles.
+
+    Args:
+        accumulation: micro-batches of a step, ``train.accumulation``.
+        tracking: what accelerate is told of trackers.
+
+    Raises:
+        ConfigError: naming a setting of the launcher that is not supported.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+
+    with plain_launch():
+        accelerator = Accelerator(
+            cpu=on_cpu(),
+            # Weights and compute are in the model's dtype already; autocast would re-cast each layer.
+            mixed_precision="no",
+            kwargs_handlers=[
+                # Buffers are position tables and equal everywhere; gradients need not be held twice.
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            ],
+            **tracking,
+        )
+    if accelerator.gradient_accumulation_steps not in (1, accumulation):
+        raise ConfigError(
+            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} micro-batches,"
+            f" the configuration says {accumulation}",
+            where="ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
+            fix="unset it; train.accumulation is the one place for this",
+        )
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise ConfigError(
+            f"training under {accelerator.distributed_type.value} is not supported",
+            where="accelerate's configuration",
+            fix="launch with one of accelerate_configs/",
+        )
+    dynamo = accelerator.state.dynamo_plugin.backend.value
+    if dynamo != "NO":
+        raise ConfigError(
+            f"accelerate was told to compile the model with {dynamo}, which this package does not support",
+            where="accelerate's configuration",
+            fix="set dynamo_backend: 'no'",
+        )
+    return accelerator
+
+
+def make_strategy(
+    launch: Launch,
+    ranks: ProcessGroup,
+    accelerator: Any,
+    module: nn.Module,
+    *,
+    method: LoraMethod | FullMethod,
+    memory: MemoryConfig,
+    train: TrainConfig,
+) -> ParallelStrategy:
+    """The strategy that the launcher asks for, around ``module``.
+
+    Args:
+        launch: what it asks for.
+        ranks: the processes.
+        accelerator: ``make_accelerator``'s.
+        module: the transformer with what trains in it; on the CPU where it is to be sharded.
+        method: names what trains.
+        memory: of the run.
+        train: of the run.
+    """
+    if isinstance(launch, FullShard):
+        return FullyShardedDataParallel(launch, ranks, module, method)
+    parameters = method.trainable(module)
+    if isinstance(launch, Zero):
+        return DeepSpeedZero(launch, ranks, module, parameters, train)
+    return single_process_strategy(
+        accelerator, module, parameters, memory=memory, device=ranks.device, max_norm=train.max_grad_norm
+    )
+
+
+def require_supported(
+    launch: Launch,
+    processes: int,
+    *,
+    optimizer: OptimizerConfig,
+    train: TrainConfig,
+    memory: MemoryConfig,
+    dtype: str,
+) -> None:
+    """Refuse settings of a run that do not go with how it is launched, before anything is loaded.
+
+    Args:
+        launch: what the launcher asks for.
+        processes: how many there are.
+        optimizer: of the run, like ``train`` and ``memory``.
+        train: its batches and its average.
+        memory: how many clips go through the model at once.
+        dtype: ``model.dtype``.
+
+    Raises:
+        ConfigError: naming the setting.
+    """
+    if isinstance(launch, FullShard):
+        _require_shardable(optimizer)
+    if isinstance(launch, Zero):
+        _require_zero(optimizer, train, dtype)
+    if isinstance(launch, Replicate) or processes == 1:
+        return
+    clips = memory.clips_at_once
+    if clips is not None and clips < train.batch_size:
+        # Micro-batches of different sizes, hence passes, meet in one step, and every pass is a collective.
+        raise ConfigError(
+            "a sharded model's processes must make equally many forward passes, and clips_at_once splits micro-batches"
+            " of different sizes into different numbers of them",
+            where=f"memory.clips_at_once: {clips}, train.batch_size: {train.batch_size}",
+            fix=f"set train.batch_size: {clips} and a larger train.accumulation, or leave memory.clips_at_once out",
+        )
+
+
+def _require_shardable(optimizer: OptimizerConfig) -> None:
+    if not optimizer.elementwise:
+        raise ConfigError(
+            f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
+            where="optimizer.kind, under FSDP2",
+            fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
+        )
+    if optimizer.weights == "stochastic":
+        raise ConfigError(
+            "stochastic rounding draws by parameter, and would draw the same for every share of one",
+            where="optimizer.weights: stochastic, under FSDP2",
+            fix="set optimizer.weights: kahan or master",
+        )
+
+
+def _require_zero(optimizer: OptimizerConfig, train: TrainConfig, dtype: str) -> None:
+    import_deepspeed()
+    if not isinstance(optimizer, AdamW):
+        raise ConfigError(
+            f"{optimizer.title} is not supported under DeepSpeed ZeRO",
+            where="optimizer.kind",
+            fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
+        )
+    if train.ema_decay is not None:
+        raise ConfigError(
+            "no moving average is kept under DeepSpeed ZeRO: it hides the weights that would be averaged",
+            where=f"train.ema_decay: {train.ema_decay}",
+            fix="set train.ema_decay: null, or launch with accelerate_configs/fsdp2.yaml",
+        )
+    if optimizer.weights != "master":
+        raise ConfigError(
+            "DeepSpeed ZeRO keeps fp32 master copies, and nothing in their place",
+            where=f"optimizer.weights: {optimizer.weights}",
+            fix="set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
+        )
+    if dtype == "fp16":
+        raise ConfigError(
+            "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
+            where="model.dtype: fp16",
+            fix="set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",
+        )

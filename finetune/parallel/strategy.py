@@ -1,4 +1,4 @@
-"""Whether all processes hold the same where they must: a check for those who doubt a machine, or this package."""
+"""What a training asks of whatever spreads a model over processes; and a whole model in each, under DDP."""
 
 from __future__ import annotations
 
@@ -10,48 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint.load import LoadedCheckpoint
-from finetune.core.checksums import checksum_bytes
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import TrainingError
+from finetune.core.tensor_files import checksum_tensor
 from finetune.methods.adapter import load_strictly
 from finetune.optim.optimizers import OptimizerConfig
 from finetune.optim.state import OptimizerState, load_optimizer_state, optimizer_state, precise_weights
-
-
-def require_agreement(step: int, named: Mapping[str, Tensor], facts: Mapping[str, object], ranks: ProcessGroup) -> None:
-    """Compare tensors bit for bit, and facts as they print, over all processes; all must call this at once.
-
-    Args:
-        step: which optimizer step, from 0.
-        named: tensors by what a person would call them; brought to the CPU one at a time.
-        facts: such as the gradient norm.
-        ranks: the processes.
-
-    Raises:
-        TrainingError: on every process, naming the first difference and the processes that have another value than
-            the first one.
-    """
-    mine = {name: str(fact) for name, fact in facts.items()} | {name: _checksum(t) for name, t in named.items()}
-    everyone = ranks.run_on_all(lambda: mine)
-    first = everyone[0]
-    for name in {name: None for values in everyone for name in values}:
-        odd = [rank for rank, values in enumerate(everyone) if values.get(name) != first.get(name)]
-        if odd:
-            raise TrainingError(
-                f"step {step}: the {name} differs between processes: {', '.join(f'process {rank}' for rank in odd)}"
-                " and process 0 do not hold the same; the weights were not updated",
-                where="train.check_ranks",
-                fix="the run before the last checkpoint may be wrong as well: continue from an earlier one, on other"
-                " hardware; if it comes again at the same step, this is a bug",
-            )
-
-
-def _checksum(tensor: Tensor) -> str:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return checksum_bytes(flat.view(torch.uint8).numpy().data)
-
-
-# -------- What a training asks of whatever spreads a model over processes.
 
 
 class ParallelStrategy(Protocol):
@@ -129,9 +93,6 @@ class ParallelStrategy(Protocol):
         """One part of a checkpoint, formed like ``parameters``; None where the checkpoint has no such part."""
 
 
-# -------- A whole model in every process: one process, or several under DDP, as accelerate launches them.
-
-
 class DataParallel:
     """The ``ParallelStrategy`` of one process and of DDP.
 
@@ -198,3 +159,32 @@ class DataParallel:
     def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
         tensors: Mapping[str, Tensor] | None = getattr(saved, part)
         return tensors
+
+
+def require_agreement(step: int, named: Mapping[str, Tensor], facts: Mapping[str, object], ranks: ProcessGroup) -> None:
+    """Compare tensors bit for bit, and facts as they print, over all processes; all must call this at once.
+
+    Args:
+        step: which optimizer step, from 0.
+        named: tensors by what a person would call them; brought to the CPU one at a time.
+        facts: such as the gradient norm.
+        ranks: the processes.
+
+    Raises:
+        TrainingError: on every process, naming the first difference and the processes that have another value than
+            the first one.
+    """
+    values = {name: str(fact) for name, fact in facts.items()} | {
+        name: checksum_tensor(tensor) for name, tensor in named.items()
+    }
+    everyone = ranks.run_on_all(lambda: values)
+    for name in {name: None for theirs in everyone for name in theirs}:
+        odd = [rank for rank, theirs in enumerate(everyone) if theirs.get(name) != everyone[0].get(name)]
+        if odd:
+            raise TrainingError(
+                f"step {step}: the {name} differs between processes: {', '.join(f'process {rank}' for rank in odd)}"
+                " and process 0 do not hold the same; the weights were not updated",
+                where="train.check_ranks",
+                fix="the run before the last checkpoint may be wrong as well: continue from an earlier one, on other"
+                " hardware; if it comes again at the same step, this is a bug",
+            )

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint.folders import checkpoint_path
+from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, verdict
 from finetune.checkpoint.save import CheckpointManager
-from finetune.checkpoint.validation_history import Measurement, best_of, verdict
 from finetune.cogvideox.objective import velocity_losses
 from finetune.config.loading import as_config
 from finetune.config.schema import RunConfig

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.checkpoint.save import save_checkpoint
+from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.cogvideox.objective import sample_timestep
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.rules import memory_traits
@@ -37,7 +37,6 @@ from finetune.datasets.schedule import StepPlan
 from finetune.memory.config import Traits
 from finetune.memory.runner import rewriting_weights
 from finetune.optim.ema import Ema
-from finetune.parallel.sharded_checkpoint import save_shares
 from finetune.parallel.strategy import ParallelStrategy, require_agreement
 from finetune.planner.command import Prediction
 from finetune.trainers.tracking import Console, GatheredStep, StepRecord, Tracker, loss_by_timestep_bucket
@@ -214,18 +213,15 @@ class Run:
         trainable = self.strategy.weights()
         self.weights = weights_digest(trainable)
         state = replace(state, weights=self.weights)
-        contents: dict[str, Any] = {
-            "trainable": trainable,
-            "optimizer": self.strategy.optimizer_state(),
-            "ema": None if self.ema is None else self.strategy.shares(self.ema.state()),
-            "config": self.config.to_dict(),
-            "policy": self.config.checkpoint,
-        }
-        output = self.config.output_dir
-        if self.strategy.sharded:
-            path = save_shares(output, state, ranks=self.ranks, **contents)
-        else:
-            path = self.ranks.run_on_main(lambda: save_checkpoint(output, state, **contents))
+        content = CheckpointContent(
+            state=state,
+            trainable=trainable,
+            optimizer=self.strategy.optimizer_state(),
+            ema=None if self.ema is None else self.strategy.shares(self.ema.state()),
+            config=self.config.to_dict(),
+        )
+        config = self.config
+        path = save_checkpoint(config.output_dir, content, config.checkpoint, self.ranks, sharded=self.strategy.sharded)
         self.console.note(f"step {state.step}: saved {from_here(path)}")
         return path
 

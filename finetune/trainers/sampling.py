@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from finetune.caching.encode import release_memory
-from finetune.checkpoint.validation_history import round_folder, sample_name
+from finetune.checkpoint.folders import sample_name, samples_path
 from finetune.cogvideox.load import load_scheduler, load_vae
 from finetune.core.errors import FinetuneError, first_line
 from finetune.core.files import from_here
@@ -44,7 +44,7 @@ class Sampler:
         """Whether a video that falls on ``step`` is missing, because the run was ended before it was there."""
         run, config = self._run, self._run.config.validation
         due = step > 0 and is_due(step, config.sample_every, last=run.total_steps)
-        folder = round_folder(run.config.output_dir, step)
+        folder = samples_path(run.config.output_dir, step)
         names = [sample_name(number, sample) for number, sample in enumerate(config.samples)]
         return run.ranks.run_on_main(lambda: due and not all((folder / name).is_file() for name in names))
 
@@ -56,7 +56,7 @@ class Sampler:
         run, config = self._run, self._run.config.validation
         if not config.samples:
             return
-        folder = round_folder(run.config.output_dir, step)
+        folder = samples_path(run.config.output_dir, step)
         fps = run.config.data.fps or run.spec.native_fps
         videos: list[tuple[int, Frames]] = []
         try:

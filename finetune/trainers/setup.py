@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from finetune.caching.plan import run_advice
 from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
-from finetune.checkpoint.folders import sweep
-from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
+from finetune.checkpoint.folders import clear_interrupted
+from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
 from finetune.cogvideox.latents import alpha_bar
 from finetune.cogvideox.load import base_digest, load_transformer, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
@@ -32,7 +32,7 @@ from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import memory_errors, memory_traits, pin_model, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core import locks
-from finetune.core.distributed import ProcessGroup, on_cpu, plain_launch
+from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import (
     CheckpointError,
     ConfigError,
@@ -55,11 +55,14 @@ from finetune.inference.inputs import AdapterArgument, read_sources
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
-from finetune.parallel.deepspeed import DeepSpeedZero, import_deepspeed
-from finetune.parallel.fsdp import FullyShardedDataParallel
-from finetune.parallel.gradient_release import single_process_strategy
-from finetune.parallel.launch import FullShard, Launch, Replicate, Zero, read_launch
-from finetune.parallel.sharded_checkpoint import reader_class
+from finetune.parallel.launch import (
+    Launch,
+    Replicate,
+    make_accelerator,
+    make_strategy,
+    read_launch,
+    require_supported,
+)
 from finetune.parallel.strategy import ParallelStrategy
 from finetune.planner.command import Forecaster, settled
 from finetune.planner.cost_model import card_here, held_note
@@ -99,138 +102,22 @@ def require_batches(run: Run, fault: Exception | None) -> None:
     run.ranks.run_on_all(give)
 
 
-# -------- How a run is spread over processes: what the launcher asks for, made, or refused by name.
-
-
-def make_strategy(
-    launch: Launch, ranks: ProcessGroup, accelerator: Any, module: torch.nn.Module, config: RunConfig
-) -> ParallelStrategy:
-    """The strategy that the launcher asks for, around ``module``.
-
-    Args:
-        launch: what it asks for.
-        ranks: the processes.
-        accelerator: ``make_accelerator``'s.
-        module: the transformer with what trains in it; on the CPU where it is to be sharded.
-        config: of the run.
-    """
-    if isinstance(launch, FullShard):
-        return FullyShardedDataParallel(launch, ranks, module, config.method)
-    if isinstance(launch, Zero):
-        return DeepSpeedZero(launch, ranks, module, config.method.trainable(module), config.train)
-    return single_process_strategy(
-        accelerator,
-        module,
-        config.method.trainable(module),
-        memory=config.memory,
-        device=ranks.device,
-        max_norm=config.train.max_grad_norm,
-    )
-
-
-def make_accelerator(config: RunConfig) -> Any:
-    """Accelerate's view of the launch: processes, device, trackers; it neither shards, casts nor compiles.
-
-    Raises:
-        ConfigError: naming a setting of the launcher that is not supported.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    with plain_launch():
-        accelerator = Accelerator(
-            cpu=on_cpu(),
-            # Weights and compute are in the model's dtype already; autocast would re-cast each layer.
-            mixed_precision="no",
-            kwargs_handlers=[
-                # Buffers are position tables and equal everywhere; gradients need not be held twice.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
-            ],
-            **config.tracking.accelerator_options(config.output_dir),
-        )
-    _require_plain(accelerator, config)
-    return accelerator
-
-
-def _require_plain(accelerator: Any, config: RunConfig) -> None:
-    """Refuse what a launcher's own settings would change behind the configuration's back."""
-    from accelerate.utils import DistributedType
-
-    if accelerator.gradient_accumulation_steps not in (1, config.train.accumulation):
-        raise ConfigError(
-            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} micro-batches,"
-            f" the configuration says {config.train.accumulation}",
-            where="ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
-            fix="unset it; train.accumulation is the one place for this",
-        )
-    plain = (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU)
-    if accelerator.distributed_type not in plain:
-        raise ConfigError(
-            f"training under {accelerator.distributed_type.value} is not supported",
-            where="accelerate's configuration",
-            fix="launch with one of accelerate_configs/",
-        )
-    dynamo = accelerator.state.dynamo_plugin.backend.value
-    if dynamo != "NO":
-        raise ConfigError(
-            f"accelerate was told to compile the model with {dynamo}, which this package does not support",
-            where="accelerate's configuration",
-            fix="set dynamo_backend: 'no'",
-        )
-
-
 def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: ProcessGroup) -> None:
-    """Refuse settings of the run that do not go with how it is spread over processes.
+    """Refuse settings of the run that do not go with how it is launched.
 
     Raises:
         ConfigError: naming the setting.
     """
     traits = memory_traits(config, spec, processes=ranks.world, sharded=not isinstance(launch, Replicate))
-    refused = memory_errors(config, traits)
-    raise_all(ConfigError, refused, what="{n} settings of memory do not go with this launch")
-    if isinstance(launch, FullShard):
-        reader_class()
-        if config.optimizer.weights == "stochastic":
-            raise ConfigError(
-                "stochastic rounding draws by parameter, and would draw the same for every share of one",
-                where="optimizer.weights: stochastic, under FSDP2",
-                fix="set optimizer.weights: kahan or master",
-            )
-    if isinstance(launch, Zero):
-        _require_zero(config)
-    if isinstance(launch, Replicate) or ranks.world == 1:
-        return
-    clips = config.memory.clips_at_once
-    if clips is not None and clips < config.train.batch_size:
-        # Micro-batches of different sizes, hence passes, meet in one step, and every pass is a collective.
-        raise ConfigError(
-            "a sharded model's processes must make equally many forward passes, and clips_at_once splits micro-batches"
-            " of different sizes into different numbers of them",
-            where=f"memory.clips_at_once: {clips}, train.batch_size: {config.train.batch_size}",
-            fix=f"set train.batch_size: {clips} and a larger train.accumulation, or leave memory.clips_at_once out",
-        )
-
-
-def _require_zero(config: RunConfig) -> None:
-    import_deepspeed()
-    if config.train.ema_decay is not None:
-        raise ConfigError(
-            "no moving average is kept under DeepSpeed ZeRO: it hides the weights that would be averaged",
-            where=f"train.ema_decay: {config.train.ema_decay}",
-            fix="set train.ema_decay: null, or launch with accelerate_configs/fsdp2.yaml",
-        )
-    if config.optimizer.weights != "master":
-        raise ConfigError(
-            "DeepSpeed ZeRO keeps fp32 master copies, and nothing in their place",
-            where=f"optimizer.weights: {config.optimizer.weights}",
-            fix="set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
-        )
-    if config.model.torch_dtype() == torch.float16:
-        raise ConfigError(
-            "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
-            where="model.dtype: fp16",
-            fix="set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",
-        )
+    raise_all(ConfigError, memory_errors(config, traits), what="{n} settings of memory do not go with this launch")
+    require_supported(
+        launch,
+        ranks.world,
+        optimizer=config.optimizer,
+        train=config.train,
+        memory=config.memory,
+        dtype=config.model.dtype,
+    )
 
 
 # -------- A run's folder among processes: one job writes to it, and all processes of the job continue from one
@@ -270,7 +157,7 @@ def hold_run_folder(
         def acquire() -> None:
             try:
                 _acquire(run_dir, held, say, beat_s, stale_s)
-                sweep(run_dir)
+                clear_interrupted(run_dir)
             except OSError as error:
                 raise CheckpointError(
                     f"the run folder cannot be written to: {error.strerror or error}",
@@ -327,30 +214,6 @@ def _wait_or_refuse(run_dir: Path, writer: Holder, say: Callable[[str], object],
     )
 
 
-def checkpoint_to_continue(run_dir: Path, resume: str | Path, ranks: ProcessGroup) -> LoadedCheckpoint | None:
-    """The checkpoint that every process of the launch continues from: chosen by the main one, read by each.
-
-    Raises:
-        CheckpointError: as ``choose_checkpoint`` and ``load_checkpoint``, on every process.
-    """
-    chosen: list[LoadedCheckpoint | None] = []
-
-    def choose() -> Path | None:
-        chosen.append(choose_checkpoint(run_dir, resume))
-        return None if chosen[0] is None else chosen[0].path
-
-    path = ranks.run_on_main(choose)
-    if path is None:
-        return None
-
-    def read() -> None:
-        if not chosen:
-            chosen.append(load_checkpoint(path))
-
-    ranks.run_on_all(read)
-    return chosen[0]
-
-
 # -------- Everything a run is made of, put together in the order in which mistakes are cheapest to find.
 #
 # Configuration against the model's JSON, then the cache, then the checkpoint to continue from; only then are weights
@@ -374,7 +237,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
     config, choice = settled(config)
-    accelerator = make_accelerator(config)
+    accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
     for line in choice:
@@ -415,7 +278,9 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     config.method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
-    strategy = make_strategy(launch, ranks, accelerator, module, config)
+    strategy = make_strategy(
+        launch, ranks, accelerator, module, method=config.method, memory=config.memory, train=config.train
+    )
     with _naming(saved):
         strategy.start(config.optimizer, saved)
         ema = None

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetune.checkpoint.validation_history import HISTORY, Measurement, read_history
+from finetune.checkpoint.folders import HISTORY, Measurement, read_history
 from finetune.core.distributed import ProcessGroup
 from finetune.core.files import atomic_write_text
 from finetune.core.rng import seed_for, training_state_untouched
