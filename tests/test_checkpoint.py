@@ -17,7 +17,7 @@ from torch import Tensor
 
 from finetune.checkpoint import compare, folders, save
 from finetune.checkpoint.compare import compare_configs, require_same_run
-from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, clear_interrupted, clear_interrupted, list_checkpoints, prune
+from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, clear_interrupted, list_checkpoints, prune
 from finetune.checkpoint.load import LoadedCheckpoint, choose_checkpoint, load_checkpoint
 from finetune.checkpoint.save import CheckpointContent, save_checkpoint
 from finetune.core.checksums import folder_checksums
