@@ -311,7 +311,7 @@ def plan(
         exact=exact,
         as_json=json,
     )
-    print(planned.text)
+    print(planned)
     too_large = planned.fits is False
     if too_large and not json:
         _print_next("plan", *_config_words(config, overrides), "--budget", budget or card or "24GB")

@@ -53,6 +53,9 @@ class Planned:
     chosen: bool = False
     """Whether it chose a memory section that the file does not have."""
 
+    def __str__(self) -> str:
+        return self.text
+
 
 def plan(
     config: RunConfig,

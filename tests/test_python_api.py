@@ -1,0 +1,134 @@
+"""The functions of the package: signatures, what they take, what they refuse, and the page that shows them."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from worlds import run_values
+
+import finetune
+from finetune.core.errors import ConfigError, FinetuneError, ModelError
+
+ROOT = Path(finetune.__file__).parent.parent
+
+FUNCTIONS = [getattr(finetune, name) for name in finetune.__all__ if name != "__version__"]
+
+PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+
+
+def test_importing_the_package_imports_nothing_else(tmp_path):
+    probe = (
+        "import sys; before = set(sys.modules); import finetune\n"
+        "from finetune import check, export, generate, load_config, plan, precompute, train\n"
+        "print([name for name in ('torch', 'pydantic', 'yaml', 'numpy', 'typer') if name in sys.modules])\n"
+        "import finetune.api, finetune.convert.export, finetune.caching.precompute\n"
+        "print(finetune.export is export and finetune.precompute is precompute and callable(export))"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["[]", "True"], done.stderr
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_every_function_says_what_it_takes_and_raises(function):
+    parameters = inspect.signature(function).parameters.values()
+    assert parameters and all(parameter.annotation is not parameter.empty for parameter in parameters)
+    text = inspect.getdoc(function)
+    assert "Args:" in text and "Raises:" in text
+    assert not [parameter.name for parameter in parameters if f"\n    {parameter.name}:" not in text]
+
+
+# ------------------------------------------------------------------------------------------- arguments that are none
+
+
+@pytest.mark.parametrize("given", [None, 7, object(), ["run.yaml"]], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, given):
+    if function is finetune.generate and given == ["run.yaml"]:
+        given = [7]
+    with pytest.raises(ConfigError, match=r"is no (configuration|path)|export\(\) \(source\)|generate\(\) \(prompts"):
+        function(given)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: finetune.train({}, on_step=5), "'on_step' is 5"),
+        (lambda: finetune.export("run", checkpoint="newest"), "'checkpoint' is 'newest', which is not possible"),
+        (lambda: finetune.export("run", strength="much"), "'strength' is 'much': should be a number"),
+        (lambda: finetune.export("run", merged=None, weights="emma"), r"2 faults in export\(\)"),
+        (lambda: finetune.plan({}, processes="two"), "'processes' is 'two': should be a whole number"),
+        (lambda: finetune.precompute({}, progress=[]), "'progress' is a list: should be true or false"),
+        (lambda: finetune.generate("x", bucket="9x64"), "a bucket is frames x height x width"),
+        (lambda: finetune.generate("x", images=["a", "b"]), "2 images for 1 prompts"),
+        (lambda: finetune.generate("x", adapters="a:much"), "strength 'much' is not a number"),
+        (lambda: finetune.load_config("run.yaml", 5), "5 are no overrides"),
+    ],
+)
+def test_a_wrong_argument_is_named(call, message):
+    with pytest.raises(FinetuneError, match=message):
+        call()
+
+
+def test_an_unknown_keyword_is_python_s_own_error():
+    with pytest.raises(TypeError, match="stepz"):
+        finetune.train({}, stepz=3)
+
+
+@pytest.mark.parametrize("name", ["train", "precompute", "check", "plan"])
+def test_a_configuration_is_one_or_its_values_or_its_file(name, tmp_path):
+    """All of them arrive at the model, which is not there."""
+    values = {"model": {"pretrained": "./absent"}, "data": {"sources": [{"path": "x"}], "buckets": ["9x64x64"]}}
+    values |= {"train": {"steps": 1}, "output_dir": str(tmp_path / "run")}
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(values))
+    for config in (str(path), path, values, finetune.load_config(str(path))):
+        with pytest.raises(ModelError, match="no such model folder"):
+            getattr(finetune, name)(config)
+    with pytest.raises(ConfigError, match="there is no configuration file"):
+        getattr(finetune, name)(str(tmp_path / "absent.yaml"))
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_the_page_shows_every_function_and_runs(tiny_model, demo_clips, tmp_path, monkeypatch, capsys):
+    values = run_values(tiny_model(), demo_clips, tmp_path / "run")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    monkeypatch.chdir(tmp_path)
+    program = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    assert len(program) >= 6 and not [
+        each.__name__ for each in FUNCTIONS if f"{each.__name__}(" not in "".join(program)
+    ]
+    scope: dict[str, Any] = {}
+    for block in program:
+        exec(compile(block, "docs/python.md", "exec"), scope)
+    assert len(scope["losses"]) == scope["trained"].step > 0
+    assert Path("my-lora/pytorch_lora_weights.safetensors").is_file() and len(scope["videos"].videos) == 2
+    printed = capsys.readouterr().out
+    assert (
+        "4 clips from 4 videos" in printed and "did you mean 'steps'" in printed and "'on_step' is 'print'" in printed
+    )
+
+
+def test_what_on_step_raises_ends_the_run_and_the_steps_before_it_stand(tiny_run):
+    seen = []
+
+    def stop(record: Any) -> None:
+        seen.append(record.step)
+        if record.step == 2:
+            raise ZeroDivisionError("mine")
+
+    config = tiny_run(checkpoint={"every": 1})
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        finetune.train(config, on_step=stop)
+    assert seen == [1, 2]
+    report = finetune.train(config, on_step=lambda record: seen.append(record.step))
+    assert report.step == seen[-1] and seen[2] in (2, 3), "it continues"
