@@ -37,10 +37,9 @@ from torch import Tensor, nn
 
 from finetune.caching.encode import release_memory
 from finetune.cli.init import RECIPES
-from finetune.cogvideox.latents import alpha_bar
 from finetune.cogvideox.load import empty_transformer, place
 from finetune.cogvideox.model_files import json_folder
-from finetune.cogvideox.objective import velocity_losses
+from finetune.cogvideox.objective import alpha_bar, velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
@@ -82,9 +81,7 @@ def build(config: RunConfig, folder: Path, device: torch.device) -> nn.Module:
     dtype = config.model.torch_dtype()
     start = torch.device("cpu") if config.memory.streams else device
     module = empty_transformer(folder, dtype=dtype, device="meta")
-    place(
-        module, random_tensors(module, dtype, start), dtype=dtype, device=start, placement=placement(config.memory.base)
-    )
+    place(module, random_tensors(module, dtype, start), start, placement(config.memory.base))
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:  # computed tables, which no file holds
             owner, _, leaf = name.rpartition(".")

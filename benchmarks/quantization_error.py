@@ -98,7 +98,7 @@ def full(blocks: int, bucket: Bucket, device: torch.device) -> dict[str, dict[st
         for kind in ("native", *FORMATS):
             module = empty_transformer(Path(folder), dtype=torch.bfloat16, device="meta")
             weights = random_weights({name: tensor.shape for name, tensor in module.state_dict().items()})
-            place(module, weights, dtype=torch.bfloat16, device=device, placement=placement(kind))
+            place(module, weights, device, placement(kind))
             outputs["bf16" if kind == "native" else kind] = predict(module.eval(), spec, bucket, device)
     return errors(outputs)
 

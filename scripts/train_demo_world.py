@@ -29,8 +29,7 @@ from torch import Tensor
 
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import encode_prompts, encode_video
-from finetune.cogvideox.latents import alpha_bar
-from finetune.cogvideox.objective import add_noise, v_mse, velocity
+from finetune.cogvideox.objective import add_noise, alpha_bar, v_mse, velocity
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.rng import generator, seed_for
 from finetune.testing import demo, tiny

@@ -19,9 +19,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.denoise import denoise, rotary_table
-from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video, tokenize
-from finetune.cogvideox.latents import alpha_bar, condition_latents, model_latents
+from finetune.cogvideox.encode import (
+    condition_latents,
+    count_tokens,
+    encode_image,
+    encode_prompts,
+    encode_video,
+    model_latents,
+    tokenize,
+)
 from finetune.cogvideox.load import (
     ModelConfig,
     build_pipeline,
@@ -33,8 +41,8 @@ from finetune.cogvideox.load import (
     pipeline_class,
     save_transformer,
 )
-from finetune.cogvideox.model_files import CONFIG_FILES, KNOWN_MODELS, known_model
-from finetune.cogvideox.objective import add_noise, velocity
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
+from finetune.cogvideox.objective import add_noise, alpha_bar, velocity
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.checksums import digest_file
 from finetune.core.errors import ModelError
@@ -46,18 +54,13 @@ CAPTIONS = ["a red circle moving left", ""]
 # table must be at least as large as the bucket, and 9, 5 and 1 frames need a padded front where 13 do not.
 CASES = [
     ("2b", (64, 64), Bucket(9, 64, 64)),
-    ("2b", (64, 64), Bucket(9, 32, 96)),
     ("2b", (64, 64), Bucket(1, 80, 48)),
-    ("5b", (64, 64), Bucket(9, 64, 64)),
     ("5b", (48, 80), Bucket(9, 96, 32)),
     ("5b", (48, 80), Bucket(1, 80, 80)),
     ("5b-i2v", (48, 80), Bucket(9, 48, 80)),
-    ("5b-i2v", (64, 64), Bucket(9, 64, 64)),
     ("1.5-5b", (128, 128), Bucket(9, 64, 64)),
     ("1.5-5b", (128, 128), Bucket(13, 48, 96)),
-    ("1.5-5b", (128, 128), Bucket(5, 128, 32)),
     ("1.5-5b-i2v", (128, 128), Bucket(9, 64, 64)),
-    ("1.5-5b-i2v", (128, 128), Bucket(13, 48, 96)),
     ("1.5-5b-i2v", (128, 128), Bucket(1, 32, 112)),
 ]
 
@@ -275,14 +278,6 @@ def test_learned_positions_allow_nothing_but_their_size(tiny: Callable[..., Tiny
     assert all(model.spec.check_bucket(bucket) for bucket in (Bucket(5, 64, 64), Bucket(9, 64, 80)))
 
 
-def test_a_size_beyond_the_position_table_fails_in_diffusers(tiny: Callable[..., Tiny]) -> None:
-    model = tiny("1.5-5b", (128, 128))
-    bucket = Bucket(9, 144, 64)
-    assert model.spec.check_bucket(bucket)
-    with pytest.raises(RuntimeError):
-        model.pipeline._prepare_rotary_positional_embeddings(bucket.height, bucket.width, 4, torch.device("cpu"))
-
-
 @pytest.mark.parametrize("variant", ["5b", "5b-i2v"])
 def test_an_image_for_the_wrong_kind_of_model_is_refused(tiny: Callable[..., Tiny], variant: str) -> None:
     model = tiny(variant)
@@ -331,27 +326,6 @@ def test_bf16_weights_and_fp32_adapters_give_float32(tiny: Callable[..., Tiny]) 
     assert calls[0]["image_rotary_emb"][0].dtype == prediction.dtype == torch.float32
     with pytest.raises(ValueError, match="adapters"):
         save_transformer(transformer, model.folder / "never")
-
-
-def test_denoise_runs_on_fake_tensors_after_real_ones(tiny: Callable[..., Tiny]) -> None:
-    # Memory planning runs a step of the real model on fake tensors, then training runs on real ones.
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    model = tiny("5b")
-    noise, embeds = noisy_latents(model.spec, Bucket(9, 64, 64), 1), seeded(1, 16, 32)
-
-    def run(transformer: nn.Module, *tensors: Tensor) -> Tensor:
-        return denoise(transformer, model.spec, tensors[0], tensors[1], tensors[2], None)
-
-    with torch.no_grad():
-        before = run(model.transformer, noise, embeds, torch.tensor([9]))
-        with FakeTensorMode():
-            fake_transformer = type(model.transformer).from_config(model.transformer.config)
-            fake = run(fake_transformer, torch.empty(noise.shape), torch.empty(embeds.shape), torch.zeros(1).long())
-        assert fake.shape == before.shape
-        with torch.inference_mode():
-            run(model.transformer, noise, embeds, torch.tensor([9]))
-        assert torch.equal(run(model.transformer, noise, embeds, torch.tensor([9])), before)
 
 
 # The noise schedule
@@ -494,17 +468,12 @@ def test_what_the_tokenizer_does_not_know_is_counted(
 def test_tokens_are_those_that_are_encoded(tiny: Callable[..., Tiny]) -> None:
     model = tiny("5b")
     length = model.spec.max_text_seq_length
+    # Words and the closing token, before anything is cut.
+    assert count_tokens(model.tokenizer, ["a red circle", "", "red " * 40]) == [4, 1, 41]
     for caption in ("a red circle", "a red circle " * 20, "猫 red"):
         (found,) = tokenize(model.tokenizer, [caption], model.spec)
         theirs = model.tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
         assert list(found.ids) == theirs[: len(found.ids)] and len(found.ids) <= length
-
-
-def test_tokens_are_counted_before_cutting(tiny: Callable[..., Tiny]) -> None:
-    model = tiny("5b")
-    counts = count_tokens(model.tokenizer, ["a red circle", "", "red " * 40])
-    assert counts == [4, 1, 41]  # words and the closing token
-    assert [count > model.spec.max_text_seq_length for count in counts] == [False, False, True]
 
 
 # From the cache to model space, and back through the stock pipeline
@@ -586,7 +555,7 @@ def test_auto_dtype_follows_the_stored_weights(tiny_model: Callable[..., Path], 
         ModelConfig(pretrained=str(folder)).torch_dtype()
 
 
-@pytest.mark.parametrize("variant", KNOWN_MODELS)
+@pytest.mark.parametrize("variant", ["2b", "1.5-5b-i2v"])
 def test_everything_is_in_the_dtype_that_was_asked_for(tiny_model: Callable[..., Path], variant: str) -> None:
     model = ModelConfig(pretrained=str(tiny_model(variant)), dtype="bf16")
     tokenizer, encoder = load_text(model)
@@ -596,6 +565,22 @@ def test_everything_is_in_the_dtype_that_was_asked_for(tiny_model: Callable[...,
         assert not module.training
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert tokenizer("").input_ids == [1]
+
+
+def test_t5_is_what_transformers_loads(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
+    """Also in float16, where its outputs stay float32, and of a whole T5, which has a decoder."""
+    from transformers import T5EncoderModel
+
+    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
+    path = folder / "text_encoder/model.safetensors"
+    save_file({**load_file(path), "decoder.stray.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        _, ours = load_text(ModelConfig(pretrained=str(folder)), dtype=dtype)
+        theirs = T5EncoderModel.from_pretrained(folder / "text_encoder", dtype=dtype).state_dict()
+        assert ours.state_dict().keys() == theirs.keys()
+        for name, tensor in ours.state_dict().items():
+            assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), (name, dtype)
+    assert {t.dtype for name, t in theirs.items() if ".wo." in name} == {torch.float32}, "canary"
 
 
 def test_casting_positions_once_changes_no_value(tiny: Callable[..., Tiny]) -> None:
@@ -629,7 +614,7 @@ def test_a_damaged_transformer_is_refused(tiny_model: Callable[..., Path], tmp_p
         path.unlink()
     with pytest.raises(ModelError, match="the transformer cannot be loaded") as raised:
         load_transformer(ModelConfig(pretrained=str(folder)))
-    assert raised.value.where == str(folder / "transformer") and raised.value.fix
+    assert raised.value.where.startswith(str(folder / "transformer")) and raised.value.fix
     name = {"missing": "proj_out.weight", "unknown": "stray.weight", "shape": "proj_out.weight"}.get(damage, "")
     assert name in str(raised.value)
 
@@ -650,21 +635,11 @@ def test_damaged_text_and_scheduler_are_refused(tiny_model: Callable[..., Path],
         load_scheduler(ModelConfig(pretrained=str(folder)))
 
 
-def test_a_whole_t5_loads_as_an_encoder(tiny_model: Callable[..., Path], tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(tiny_model("5b"), tmp_path / "model"))
-    path = folder / "text_encoder/model.safetensors"
-    save_file({**load_file(path), "decoder.stray.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
-    assert load_text(ModelConfig(pretrained=str(folder)))[1].config.d_model == 32
-
-
-@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
-def test_a_saved_transformer_is_what_diffusers_loads(tiny: Callable[..., Tiny], variant: str, tmp_path: Path) -> None:
+def test_a_saved_transformer_is_what_diffusers_loads(tiny: Callable[..., Tiny], tmp_path: Path) -> None:
     from diffusers import CogVideoXTransformer3DModel
 
-    model = tiny(variant)
-    save_transformer(model.transformer, tmp_path / "transformer", max_shard_size="100KB")
-    shards = sorted((tmp_path / "transformer").glob("diffusion_pytorch_model-*.safetensors"))
-    assert len(shards) >= 2
+    model = tiny("5b-i2v", (48, 80))
+    save_transformer(model.transformer, tmp_path / "transformer")
     config = json.loads((tmp_path / "transformer/config.json").read_text())
     assert config["_class_name"] == "CogVideoXTransformer3DModel" and "_name_or_path" not in config
     again = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "transformer")

@@ -16,25 +16,18 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from safetensors.torch import load_file
 from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
 
 from finetune.checkpoint.compare import require_same_run
+from finetune.cogvideox.components import CONFIG_FILES, PARTS, require_plain_index
 from finetune.cogvideox.encode import encode_prompts, encode_video
 from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
-from finetune.cogvideox.model_files import (
-    CONFIG_FILES,
-    PARTS,
-    is_commit,
-    json_faults,
-    known_model,
-    pin_revision,
-    require_plain_index,
-    resolve_pretrained,
-)
+from finetune.cogvideox.model_files import is_commit, known_model, pin_revision, resolve_pretrained
 from finetune.cogvideox.spec import read_spec
-from finetune.cogvideox.tokenizer import _read_apart, require_tokenizer
+from finetune.cogvideox.tokenizer import _read_in_a_process, require_tokenizer
 from finetune.config.loading import load_config
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
@@ -128,17 +121,16 @@ def test_code_that_a_checkpoint_names_is_not_run(model):
         ("text_encoder", {"attn_implementation": "evil/kernel"}, "fetch from the hub as code"),
         ("text_encoder", {"quantization_config": {"quant_method": "bitsandbytes"}}, "stored quantized"),
         ("transformer", {"quantization_config": {"quant_method": "torchao"}}, "stored quantized"),
-        ("transformer", {"num_layers": 10**9}, "num_layers: 1000000000 is more than any model has"),
-        ("transformer", {"num_layers": 10**6}, "at most 1,000"),
+        ("transformer", {"num_layers": 10**9}, "num_layers: Input should be less than or equal to 1000"),
+        ("transformer", {"num_layers": 10**6}, "less than or equal to 1000"),
         ("transformer", {"time_embed_dim": 10**12}, "time_embed_dim"),
-        ("transformer", {"num_layers": -(10**30)}, "num_layers: a number is more"),
+        ("transformer", {"num_layers": -(10**30)}, "num_layers: Input should be greater than 0"),
         ("vae", {"layers_per_block": 10**5}, "layers_per_block"),
-        ("vae", {"block_out_channels": [8] * 20_000}, "block_out_channels: 20,000 entries"),
-        ("vae", {"sample_height": "x" * 20_000}, "a text of 20,000 characters"),
+        ("vae", {"block_out_channels": [8] * 20_000}, "block_out_channels: List should have at most 8 items"),
+        ("vae", {"sample_height": "x" * 20_000}, "sample_height: Input should be a valid integer"),
         ("text_encoder", {"num_layers": 10**7}, "num_layers"),
         ("text_encoder", {"vocab_size": 10**10}, "vocab_size"),
         ("scheduler", {"num_train_timesteps": 10**9}, "num_train_timesteps"),
-        ("scheduler", {"x": [[[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]]]}, "nested too deeply"),
     ],
 )
 def test_json_that_would_take_all_memory_or_act_is_refused_before_it_is_loaded(model, component, changes, said):
@@ -194,6 +186,7 @@ def test_without_its_types_json_ends_as_a_traceback(model, monkeypatch):
     """Canary: what reaches a library unread is not an error of ours."""
     edit(model / "vae/config.json", norm_num_groups="2")
     monkeypatch.setattr("finetune.cogvideox.load.require_loadable", lambda folder, component: None)
+    monkeypatch.setattr("finetune.cogvideox.load._class_of", lambda *_: AutoencoderKLCogVideoX)
     monkeypatch.setattr("finetune.cogvideox.load.loading", lambda component, folder: nullcontext())
     with pytest.raises(TypeError):
         load_vae(config_of(model))
@@ -271,13 +264,6 @@ def test_without_our_look_at_it_an_index_would_be_obeyed(model):
     assert all(torch.equal(read[name], tensor) for name, tensor in stored.items())
 
 
-def test_without_its_limits_json_would_be_believed(monkeypatch):
-    assert list(json_faults({"num_layers": 10**9}, ())) != []
-    for limit in ("_LARGEST_NUMBER", "_MOST_REPEATS"):
-        monkeypatch.setattr(f"finetune.cogvideox.model_files.{limit}", 10**10)
-    assert list(json_faults({"num_layers": 10**9}, ())) == []
-
-
 def test_a_tokenizer_reads_its_own_files_only(model):
     edit(model / "tokenizer/tokenizer_config.json", vocab_file="/etc/passwd")
     with pytest.raises(ModelError, match="vocab_file names '/etc/passwd'"):
@@ -303,7 +289,7 @@ def charsmap(content: bytes) -> dict[str, Any]:
         ({"model": {"type": "Future"}}, "did not match any variant"),
         ({"model": {"type": "Unigram", "unk_id": 10**9, "vocab": [["x", 0.0]]}}, "UnkIdNotInVocabulary"),
         ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{n}", 0.0] for n in range(99)]}}, "has 102"),
-        ({"extra_ids": 100_000_000}, "extra_ids: 100000000 is more than any model has"),
+        ({"extra_ids": 100_000_000}, "extra_ids is 100000000, not a number"),
         ({"extra_ids": 10_000}, "extra_ids is 10000, not a number from 0 to 1,000"),
         ({"extra_ids": "x"}, "extra_ids is 'x'"),
         ({"pad_token": None}, "does not have a padding token"),
@@ -328,24 +314,24 @@ def test_a_panic_of_the_tokenizers_library_is_past_what_python_catches():
 
 def test_a_tokenizer_s_reader_that_dies_or_hangs_is_an_error_about_the_file(model, tmp_path, monkeypatch):
     child = tmp_path / "child.py"
-    monkeypatch.setattr("finetune.cogvideox.tokenizer._CHILD", child)
+    monkeypatch.setattr("finetune.cogvideox.tokenizer.__file__", str(child))
     for line, said in (("import os; os.abort()", "ended with signal 6"), ("import time; time.sleep(60)", "not read")):
         child.write_text(line)
         monkeypatch.setattr("finetune.cogvideox.tokenizer._PATIENCE_S", 30 if "abort" in line else 0.2)
-        _read_apart.cache_clear()
+        _read_in_a_process.cache_clear()
         with pytest.raises(ModelError, match=said):
             require_tokenizer(model)
-    _read_apart.cache_clear()
+    _read_in_a_process.cache_clear()
 
 
-def test_a_tokenizer_is_read_apart_once(model, monkeypatch):
+def test_a_tokenizer_is_read_in_a_process_once(model, monkeypatch):
     highest = require_tokenizer(model)
     assert highest == len(load_text(config_of(model))[0]) - 1
     monkeypatch.setattr("finetune.cogvideox.tokenizer.subprocess.run", lambda *words, **options: pytest.fail("again"))
     assert require_tokenizer(model) == highest
 
 
-def test_a_sentencepiece_model_is_read_apart_too(model):
+def test_a_sentencepiece_model_is_read_in_a_process_too(model):
     """What the published models have."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -415,7 +401,7 @@ def test_a_header_that_lies_about_its_length_takes_no_memory(model):
     path.write_bytes(struct.pack("<Q", 2**62) + b"{}")
     config = ModelConfig(pretrained=str(model))
     for look in (lambda: read_spec(str(model)), config.torch_dtype, lambda: load_transformer(config_of(model))):
-        with pytest.raises(ModelError, match="claims a table of contents"):
+        with pytest.raises(ModelError, match=r"cannot be loaded: .*header"):
             look()
 
 

@@ -14,7 +14,7 @@ import torch
 from worlds import run_config
 
 from finetune.caching.precompute import ensure_cache
-from finetune.cogvideox.latents import model_latents
+from finetune.cogvideox.encode import model_latents
 from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
 from finetune.convert.export import export

@@ -362,7 +362,7 @@ def peak_of_loading(folder: Path, kind: QuantisedFormat | None, *, at_once: bool
             counter.ignore(tensor)
         read = {name: tensor.clone() for name, tensor in mapped.items()} if at_once else mapped
         chosen = placement(kind) if kind else None
-        place(module, read.items(), dtype=torch.float32, device=torch.device("cpu"), placement=chosen)
+        place(module, read.items(), torch.device("cpu"), chosen)
         del read
     # bitsandbytes keeps a table of 1 KiB for itself.
     assert 0 <= counter.now - sum(tensor.nbytes for tensor in [*module.parameters(), *module.buffers()]) <= 2048

@@ -14,16 +14,8 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub_errors
 
-from finetune.cogvideox.model_files import (
-    CONFIG_FILES,
-    KNOWN_MODELS,
-    Scheduler,
-    TextEncoder,
-    Transformer,
-    Vae,
-    known_model,
-    resolve_pretrained,
-)
+from finetune.cogvideox.components import CONFIG_FILES, Scheduler, TextEncoder, Transformer, Vae
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.errors import ConfigError, ModelError
 from finetune.core.types import Bucket

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig, ModelConfig
 from finetune.cogvideox.load import fingerprint
-from finetune.cogvideox.model_files import canonical_name, id_in_cache, require_plain_index, resolve_pretrained
+from finetune.cogvideox.model_files import canonical_name, id_in_cache, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of

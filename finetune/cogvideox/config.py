@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.cogvideox.model_files import loading, require_own_files, resolve_pretrained
+from finetune.cogvideox.components import loading, require_own_files
+from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.core.types import DtypeName, Strict, torch_dtype
 
 if TYPE_CHECKING:

@@ -1,4 +1,7 @@
-"""Pixels and captions to what the cache stores. Encoders are used as they are given: dtype, device, tiling."""
+"""Pixels and captions to what the cache stores, and from there to what the transformer is given.
+
+Encoders are used as they are given: dtype, device, tiling.
+"""
 
 from __future__ import annotations
 
@@ -155,3 +158,40 @@ def count_tokens(tokenizer: T5Tokenizer, captions: Sequence[str]) -> list[int]:
     # Not verbose, because the tokenizer would warn of its own maximum and not of CogVideoX's.
     encoded: Any = tokenizer(list(captions), add_special_tokens=True, verbose=False)
     return [len(ids) for ids in encoded.input_ids]
+
+
+# ---------------------------------------------------------------------------------------- from the cache to model space
+
+
+def model_latents(spec: ModelSpec, mean: Tensor, std: Tensor, eps: Tensor) -> Tensor:
+    """One posterior sample in model space: ``(mean + std * eps) * scaling_factor``, padded in front.
+
+    Args:
+        spec: of the model.
+        mean: of the VAE's posterior, unscaled, [B, C, F', H', W'].
+        std: as ``mean``.
+        eps: standard normal, as ``mean``.
+
+    Returns:
+        float32 [B, C, F'', H', W'], F'' = ``spec.padded_latent_frames``. The copies go in front, because that is
+        where the stock pipeline discards frames after sampling.
+    """
+    x0 = (mean.float() + std.float() * eps.float()) * spec.scaling_factor
+    copies = spec.front_padding(x0.shape[2])
+    return torch.cat([x0[:, :, :1].expand(-1, -1, copies, -1, -1), x0], dim=2) if copies else x0
+
+
+def condition_latents(spec: ModelSpec, image_latents: Tensor) -> Tensor:
+    """Scale the latents of an image condition as the stock image-to-video pipeline does.
+
+    Args:
+        spec: ``invert_scale_latents`` divides where videos are always multiplied. Training with one and sampling with
+            the other is a factor of two (0.7 squared), seen as dark, saturated or grey videos.
+        image_latents: unscaled, [B, C, 1, H', W'].
+
+    Returns:
+        float32, same shape.
+    """
+    # The reciprocal first, as the pipeline forms it: the same rounding, so the same bits.
+    scale = 1 / spec.scaling_factor if spec.invert_scale_latents else spec.scaling_factor
+    return image_latents.float() * scale

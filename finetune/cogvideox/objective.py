@@ -86,6 +86,24 @@ def _bernoulli(probability: float, generator: torch.Generator) -> bool:
     return bool(torch.rand((), generator=generator) < probability)
 
 
+def alpha_bar(spec: ModelSpec) -> Tensor:
+    """Cumulative signal power of every timestep, [num_train_timesteps], float64, falling.
+
+    Betas are equally spaced in their square roots; the product of 1 - beta is shifted in signal-to-noise ratio by
+    ``snr_shift_scale`` and, where the checkpoint says so, stretched so that the last timestep holds no signal at all
+    (Lin et al. 2024, algorithm 1). Equal to ``alphas_cumprod`` of diffusers' CogVideoX schedulers.
+    """
+    start, end = spec.beta_start**0.5, spec.beta_end**0.5
+    betas = torch.linspace(start, end, spec.num_train_timesteps, dtype=torch.float64) ** 2
+    product = torch.cumprod(1 - betas, dim=0)
+    shift = spec.snr_shift_scale
+    shifted = product / (shift + (1 - shift) * product)
+    if not spec.rescale_betas_zero_snr:
+        return shifted
+    root = shifted.sqrt()
+    return ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+
+
 def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor) -> Tensor:
     """Diffuse clean latents to the noise level ``alpha_bar`` (DDPM, Ho et al. 2020, eq. 4).
 
@@ -146,9 +164,6 @@ def v_mse(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.dtype not in (torch.float32, torch.float64) or prediction.dtype != target.dtype:
         raise TypeError(f"loss of {prediction.dtype} against {target.dtype}; both must be float32 or wider, and equal")
     return (prediction - target).square().flatten(1).mean(1)
-
-
-# -------- What CogVideoX is trained on, as a function of model, noise schedule and batch.
 
 
 def velocity_losses(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:

@@ -9,19 +9,17 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.cogvideox.model_files import (
-    COMPLETE_CHECKPOINT,
+from finetune.cogvideox.components import (
     CONFIG_FILES,
-    MODEL_INDEX,
     Scheduler,
     TextEncoder,
     Transformer,
     Vae,
-    locate,
     read_json,
     read_part,
     require_own_files,
 )
+from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, MODEL_INDEX, locate
 from finetune.core.errors import ModelError, raise_all
 from finetune.core.types import Bucket
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox.config import DropoutConfig
-from finetune.cogvideox.latents import condition_latents, model_latents
+from finetune.cogvideox.encode import condition_latents, model_latents
 from finetune.cogvideox.objective import NoiseSample, sample_noise
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.types import Batch, CacheEntry

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from finetune.checkpoint.folders import step_folders
 from finetune.checkpoint.load import load_checkpoint
-from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant, read_json
+from finetune.cogvideox.components import read_json
+from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.checksums import DamageError, read_published
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, raise_all

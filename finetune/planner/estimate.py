@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from finetune.caching.encode import must_tile
+from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import encode_video
-from finetune.cogvideox.model_files import CONFIG_FILES, json_folder
+from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from finetune.cogvideox import load
+from finetune.cogvideox.components import read_json
 from finetune.cogvideox.load import make_room, on_meta
-from finetune.cogvideox.model_files import read_json
 from finetune.memory.block_streaming import stream_text, text_placement
 from finetune.memory.config import MemoryConfig, TextEncoder
 from finetune.memory.quantized_linear import placement

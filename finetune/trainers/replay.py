@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox.latents import alpha_bar
 from finetune.cogvideox.load import load_transformer
-from finetune.cogvideox.objective import velocity_losses
+from finetune.cogvideox.objective import alpha_bar, velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device

@@ -25,9 +25,9 @@ from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
 from finetune.checkpoint.folders import clear_interrupted
 from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
-from finetune.cogvideox.latents import alpha_bar
 from finetune.cogvideox.load import base_digest, load_transformer, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.cogvideox.objective import alpha_bar
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import memory_errors, memory_traits, pin_model, require_valid
 from finetune.config.schema import RunConfig

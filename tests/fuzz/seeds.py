@@ -6,7 +6,8 @@ import io
 import json
 from pathlib import Path
 
-from finetune.cogvideox.model_files import CONFIG_FILES, KNOWN_MODELS, known_model
+from finetune.cogvideox.components import CONFIG_FILES
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 
 
 def _pieces(*texts: str) -> tuple[bytes, ...]:

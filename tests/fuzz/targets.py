@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from finetune.cogvideox.model_files import CONFIG_FILES, known_model
+from finetune.cogvideox.components import CONFIG_FILES
+from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
