@@ -83,3 +83,9 @@ def mount_small_disk(folder: Path, size: str = "3m") -> bool:
         Path("/proc/self/uid_map").write_text(f"0 {uid} 1")
     libc.mount(None, b"/", None, everything_private, None)
     return libc.mount(b"none", bytes(folder), b"tmpfs", 0, f"size={size}".encode()) == 0
+
+
+def remount_read_only(folder: Path) -> None:
+    """Take the right to write away from what ``mount_small_disk`` mounted."""
+    remount, read_only = 0x20, 0x1
+    assert ctypes.CDLL(None).mount(b"none", bytes(folder), b"tmpfs", remount | read_only, None) == 0

@@ -167,9 +167,8 @@ def test_room_for_files_is_asked_for_too(tmp_path, monkeypatch):
 
 
 def test_as_many_files_as_entries_are_asked_for_before_encoding(tmp_path, monkeypatch):
-    plan = SimpleNamespace(missing={"clips": 40, "prompts": 10}, needed_bytes=1, there=frozenset())
+    plan = SimpleNamespace(missing={"clips": 40, "prompts": 10}, needed_bytes=1)
     few_files(monkeypatch, 99)
-    monkeypatch.setattr("finetune.caching.plan.reserved_bytes", lambda root, there: 0)
     with pytest.raises(CacheError, match="makes up to 100 files and the disk has room for 99 more"):
         require_room(plan, tmp_path)
     few_files(monkeypatch, 100)

@@ -258,7 +258,7 @@ def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_p
 
 
 def nothing_left(run: Path) -> bool:
-    return not {path.name for path in run.iterdir()} - {"checkpoints"}
+    return not {path.name for path in run.iterdir()} - {"checkpoints", ".export.lock"}
 
 
 def save_with(change: Callable[[dict], dict]) -> Callable[[pytest.MonkeyPatch], None]:
@@ -443,15 +443,17 @@ def test_what_a_killed_export_left_is_made_good_by_the_next(tiny_model, tmp_path
     first.rename(old)
     shutil.copytree(old, first)  # killed after them
     export(run)
-    assert sorted(path.name for path in run.iterdir() if path.name != "checkpoints") == ["export", elsewhere.name]
+    names = sorted(path.name for path in run.iterdir() if path.name != "checkpoints")
+    assert names == [".export.lock", "export", elsewhere.name]
 
 
-def test_an_export_that_is_under_way_loses_nothing_to_another(tiny_model, tmp_path):
+def test_two_exports_to_one_folder_are_refused(tiny_model, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     theirs = run / "export.4711-00aa11bb.partial"
     theirs.mkdir()
-    with locks.hold(run / ".export.exporting", {}):
-        export(run)
-        assert theirs.is_dir()
+    with locks.hold(run / ".export.lock", "export"):
+        with pytest.raises(ExportError, match=r"another export to this folder is under way: export on"):
+            export(run)
+        assert theirs.is_dir() and export(run, tmp_path / "elsewhere")
     export(run)
-    assert not theirs.exists(), "it would not have survived without its lease"
+    assert not theirs.exists()

@@ -687,7 +687,7 @@ def test_a_damaged_manifest_is_made_anew_without_encoding_anything(project, monk
         capsys.readouterr().out
     )
     assert path.read_bytes() == whole and list(home.cache.root.rglob("*.damaged")) == []
-    assert home.cache.gc(delete=True, grace_s=0, settle_s=0).entries == 0
+    assert home.cache.gc(delete=True, grace_s=0).entries == 0
 
 
 def test_a_cache_without_checksums_is_encoded_anew_and_said_to_be_old(project):
@@ -698,7 +698,7 @@ def test_a_cache_without_checksums_is_encoded_anew_and_said_to_be_old(project):
     with pytest.raises(CacheError, match="1 manifests of an older format, without checksums, are of no use any more"):
         home.ensure(cache={"mode": "require"})
     assert encoded(home.precompute()) == (4, 5, 0)
-    assert home.cache.gc(delete=True, settle_s=0).manifests == 1 and not old.exists()
+    assert home.cache.gc(delete=True).manifests == 1 and not old.exists()
 
 
 @pytest.mark.parametrize(
@@ -1006,12 +1006,12 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
     leftover.write_bytes(b"half an entry")
     with pytest.raises(CacheError, match="begun for this configuration and not finished"):
         home.ensure(cache={"mode": "require"})
-    assert home.cache.gc(delete=True, grace_s=0, settle_s=0).entries == 0  # nothing of the interrupted work is garbage
+    assert home.cache.gc(delete=True, grace_s=0).entries == 0  # nothing of the interrupted work is garbage
     report = home.precompute()
     assert report.encoded["latents"] == 2 and report.reused["latents"] == 2
     assert home.cache.verify().ok and home.cache.keys("latents") >= stored
     os.utime(leftover, (time.time() - 7200,) * 2)
-    assert home.cache.gc(delete=True, settle_s=0).leftovers == 1 and not leftover.exists()
+    assert home.cache.gc(delete=True).leftovers == 1 and not leftover.exists()
 
 
 TOGETHER = """

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import errno
 import multiprocessing
-import os
-import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,15 +23,14 @@ from finetune.core import files, locks
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError
 from finetune.core.types import RunState
-from finetune.trainers.setup import LEASES, hold_run_folder
+from finetune.trainers.setup import hold_run_folder
 
 FORK = multiprocessing.get_context("fork")
-FAST = {"beat_s": 0.1, "stale_s": 1.0}
 
 
-def held(run_dir: Path, **times: float) -> Any:
+def held(run_dir: Path) -> Any:
     """As the only process of a launch holds it."""
-    return hold_run_folder(run_dir, ProcessGroup(), print, **times)
+    return hold_run_folder(run_dir, ProcessGroup(), print)
 
 
 def write(run_dir: Path, step: int) -> Path:
@@ -80,91 +76,33 @@ def somebody_holds(run_dir: Path, work: Callable[[], None] = lambda: time.sleep(
         process.join()
 
 
-def from_another_machine(run_dir: Path) -> Path:
-    """A lease as a job on another host leaves it."""
-    folder = run_dir / LEASES
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "node7-4711-00aa11bb.json"
-    about = {"since": "2026-11-23 10:15:00+00:00", "writes": True}
-    theirs = {"host": "node7", "machine": "node7 boot pid:[1]", "pid": 4711, "started": "1", "about": about}
-    path.write_text(json.dumps(theirs))
-    return path
-
-
 def test_a_second_job_is_refused_at_once_and_told_who_is_there(tmp_path):
     with somebody_holds(tmp_path) as holder:
         with pytest.raises(CheckpointError) as caught, held(tmp_path):
             pytest.fail("two jobs write to one folder")
-        assert caught.value.what.startswith("another training writes to this run folder: host ")
+        assert caught.value.what.startswith("another training writes to this run folder: train on ")
         assert f"process {holder.pid}, since 20" in caught.value.what and socket.gethostname() in caught.value.what
         assert caught.value.where == str(tmp_path) and "another output_dir" in caught.value.fix
 
 
-def test_another_folder_is_nobodys_business(tmp_path):
-    with somebody_holds(tmp_path / "a"), held(tmp_path / "b"):
-        assert len(locks.live(tmp_path / "b" / LEASES)) == 1
-
-
-def test_a_finished_job_leaves_nothing_in_the_way(tmp_path):
+def test_a_job_that_ended_or_was_killed_is_succeeded_at_once(tmp_path, capsys):
     for _ in range(2):
-        with held(tmp_path):
-            assert len(list((tmp_path / LEASES).iterdir())) == 1
-        assert list((tmp_path / LEASES).iterdir()) == []
-
-
-def test_a_killed_job_is_succeeded_at_once(tmp_path, capsys):
-    with somebody_holds(tmp_path) as holder:
-        os.kill(holder.pid, signal.SIGKILL)
-        while holder.is_alive():
-            time.sleep(0.01)
-        with held(tmp_path):
-            assert len(list((tmp_path / LEASES).glob("*.json"))) == 1, "the dead job's lease is cleared away"
-        assert capsys.readouterr().out == ""
-
-
-def test_without_asking_the_system_a_killed_job_would_stand_in_the_way(tmp_path, monkeypatch):
-    """The canary of the test above: only the age of its lease is left then, and that is young."""
+        with held(tmp_path), held(tmp_path / "another"):
+            pass
     with somebody_holds(tmp_path) as holder:
         holder.kill()
         holder.join()
-        monkeypatch.setattr(locks, "_running", lambda *_: True)
-        with pytest.raises(CheckpointError), held(tmp_path):
-            pytest.fail("it was believed dead")
+        with held(tmp_path):
+            assert capsys.readouterr().out == ""
 
 
-def test_a_silent_job_of_another_machine_is_waited_for_and_then_succeeded(tmp_path):
-    lease, said = from_another_machine(tmp_path), []
-    with hold_run_folder(tmp_path, ProcessGroup(), said.append, **FAST):
-        assert not lease.exists()
-    assert len(said) == 1 and said[0].startswith(f"waiting up to 1 s for the job that wrote to {tmp_path} before: host")
-    assert "node7, process 4711, since 2026-11-23 10:15" in said[0]
+def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):
+    def refused(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
 
-
-def test_a_job_of_another_machine_that_shows_itself_is_alive(tmp_path):
-    lease = from_another_machine(tmp_path)
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(0.1):
-            os.utime(lease)
-
-    thread = threading.Thread(target=beat)
-    thread.start()
-    try:
-        with pytest.raises(CheckpointError, match="node7, process 4711"), held(tmp_path, **FAST):
-            pytest.fail("two jobs write to one folder")
-    finally:
-        ended.set()
-        thread.join()
-    assert lease.exists()
-
-
-def test_an_unreadable_lease_is_no_traceback(tmp_path):
-    path = from_another_machine(tmp_path)
-    path.write_bytes(b"\xff{")
-    said: list[str] = []
-    with hold_run_folder(tmp_path, ProcessGroup(), said.append, **FAST):
-        assert "host unknown" in said[0]
+    monkeypatch.setattr(locks.fcntl, "flock", refused)
+    with held(tmp_path), held(tmp_path):  # the canary of the tests above: nobody is kept out
+        assert "no locks, so a second training would not be refused" in capsys.readouterr().out
 
 
 def _race(run_dir: Path, start: Any, inside: Any, number: int, outcomes: Any) -> None:
@@ -192,14 +130,6 @@ def test_of_many_that_start_together_never_two_write(tmp_path):
     for racer in racers:
         racer.join(HANG_S)
     assert max(together) == 1 and together.count(0) < len(racers), together
-
-
-def test_looking_before_saying_would_let_two_in(tmp_path, monkeypatch):
-    """The canary of the test above: who does not see the others gets in beside them."""
-    monkeypatch.setattr(locks, "live", lambda *_, **__: [])
-    monkeypatch.setattr(locks, "clear_dead", lambda *_, **__: 0)
-    with somebody_holds(tmp_path), held(tmp_path):
-        assert len(list((tmp_path / LEASES).glob("*.json"))) == 2
 
 
 def test_a_full_disk_at_the_start_is_an_error_in_words(tmp_path):
@@ -270,12 +200,11 @@ def _as_rank(rank: int, folder: Path, outcomes: Any) -> None:
     run = folder / "run"
     try:
         with hold_run_folder(run, ranks, print):
-            held = len(locks.live(run / LEASES))
             found = checkpoint_to_continue(run, "latest", ranks)
-            outcomes.put((rank, held, None if found is None else float(found.trainable["a"][0])))
+            outcomes.put((rank, None if found is None else float(found.trainable["a"][0])))
             torch.distributed.barrier()
     except CheckpointError as error:
-        outcomes.put((rank, 0, error.what))
+        outcomes.put((rank, error.what))
     torch.distributed.destroy_process_group()
 
 
@@ -326,17 +255,17 @@ def test_all_processes_of_a_job_are_one_holder_and_continue_from_one_checkpoint(
     for step in (10, 20):
         write(run, step)
     damage(write(run, 30))
-    assert two_ranks(tmp_path) == [(0, 1, 20.0), (1, 1, 20.0)]
+    assert two_ranks(tmp_path) == [(0, 20.0), (1, 20.0)]
     assert [step for step, _ in list_checkpoints(run)] == [10, 20], "renamed once, by one of them"
     for _, path in list_checkpoints(run):
         damage(path)
     seen = two_ranks(tmp_path)
-    assert [rank for rank, _, _ in seen] == [0, 1]
-    assert all("no checkpoint of this run is whole" in what for _, _, what in seen), "and all of them stop"
+    assert [rank for rank, _ in seen] == [0, 1]
+    assert all("no checkpoint of this run is whole" in what for _, what in seen), "and all of them stop"
 
 
 def test_a_new_run_begins_on_all_processes(tmp_path):
-    assert two_ranks(tmp_path) == [(0, 1, None), (1, 1, None)]
+    assert two_ranks(tmp_path) == [(0, None), (1, None)]
 
 
 def test_the_main_process_reads_its_checkpoint_once(tmp_path, monkeypatch):

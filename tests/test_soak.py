@@ -132,7 +132,7 @@ def test_every_byte_counts_and_so_does_every_file():
     assert differences(run, {**run, "run/heldout.jsonl": b"2\n"}) == ["run/heldout.jsonl differs: b'1\\n' -> b'2\\n'"]
     assert differences(run, {name: run[name] for name in list(run)[:2]}) == ["cache/a is missing"]
     assert differences(run, {**run, "run/b": b""}) == ["run/b is too much"]
-    times = {"cache/jobs/h-1-a.json": b"", "run/tensorboard/events.1": b"", "run/heldout.jsonl.1-2.partial": b""}
+    times = {"cache/lock": b"", "run/tensorboard/events.1": b"", "run/heldout.jsonl.1-2.partial": b""}
     assert compared({**run, **times}).keys() == run.keys()
 
 

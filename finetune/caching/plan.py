@@ -20,11 +20,10 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, raise_all
-from finetune.core.files import human_size, require_space
+from finetune.core.files import require_space
 from finetune.core.terminal import Bar
 from finetune.core.types import DTYPE_BYTES, Bucket, DtypeName
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_admin import reserved_bytes
 from finetune.datasets.cache_entries import (
     KINDS,
     FileStamp,
@@ -68,8 +67,6 @@ class CachePlan:
     images: tuple[ImageJob, ...]
     needed_bytes: int
     """Disk space that the missing entries and the manifest will take."""
-    there: Mapping[Kind, set[str]]
-    """What the cache held when it was planned."""
 
     @property
     def missing(self) -> dict[Kind, int]:
@@ -194,7 +191,7 @@ class _Needs:
         needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
         needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(images))
         needed += 2 * len(manifest.to_bytes(self._config.base))  # the old one stands until the new one is whole
-        return CachePlan(manifest, latents, prompts, images, needed, there)
+        return CachePlan(manifest, latents, prompts, images, needed)
 
 
 def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
@@ -209,20 +206,18 @@ def prompt_bytes(spec: ModelSpec, dtype: DtypeName) -> int:
 
 
 def require_room(plan: CachePlan, root: Path) -> None:
-    """Refuse to begin what the disk cannot hold, with a margin and with what other jobs have yet to write to it.
+    """Refuse to begin what the disk cannot hold, with a margin.
 
     Raises:
         CacheError: with what is needed and what is free.
     """
     if not any(plan.missing.values()):
         return
-    others = reserved_bytes(root, plan.there)
-    shared = f" (with {human_size(others)} for other jobs that are encoding into it)" if others else ""
     require_space(
         root,
-        int(plan.needed_bytes * (1 + MARGIN)) + others,
+        int(plan.needed_bytes * (1 + MARGIN)),
         kind=CacheError,
-        what=f"encoding {sum(plan.missing.values())} entries{shared}",
+        what=f"encoding {sum(plan.missing.values())} entries",
         fix="make room (`finetune cache gc`), or set cache.dir to a larger disk",
         files=2 * sum(plan.missing.values()),  # each may be the first of its folder
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,6 @@ from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import from_here, human_size
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_admin import CacheJob
 from finetune.datasets.cache_entries import KINDS, Kind, Manifest
 from finetune.datasets.decode_pool import DecodePool
 
@@ -96,17 +95,12 @@ def precompute(
     config = pin_model(config, ranks.run_on_main)
     spec = spec or read_spec(config.model.pretrained, config.model.revision)
     cache = Cache(config.cache.dir)
-    with _job(cache, "precompute", ranks) as job:
-        return _precompute(config, spec, cache, ranks, job, progress=progress and ranks.is_main)
-
-
-def _job(cache: Cache, verb: str, ranks: ProcessGroup) -> AbstractContextManager[CacheJob]:
-    """The main process speaks for its launch: the others end with it."""
-    return cache.job(verb) if ranks.is_main else nullcontext(CacheJob(verb))
+    with cache.in_use("precompute", quiet=not ranks.is_main):
+        return _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main)
 
 
 def _precompute(
-    config: RunConfig, known: ModelSpec, cache: Cache, ranks: ProcessGroup, job: CacheJob, *, progress: bool
+    config: RunConfig, known: ModelSpec, cache: Cache, ranks: ProcessGroup, *, progress: bool
 ) -> PrecomputeReport:
     begun = time.perf_counter()
 
@@ -114,7 +108,6 @@ def _precompute(
         require_valid(config, known)
         plan = plan_cache(config, known, cache, progress=progress)
         require_room(plan, cache.root)
-        job.uses(plan.manifest, writes=sum(plan.missing.values()), bytes=plan.needed_bytes)
         if any(plan.missing.values()):  # should this process die, its entries are still wanted
             cache.save_manifest(plan.manifest.pending(), config.base)
         return plan
@@ -241,7 +234,7 @@ def ensure_cache(
         spec: of its model.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
-        cleanup: takes the lease that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
+        cleanup: takes the lock that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
             is closed; without it, until the call returns.
 
     Raises:
@@ -251,14 +244,13 @@ def ensure_cache(
     ranks = distributed or ProcessGroup.current()
     cache = Cache(config.cache.dir)
     with ExitStack() as until_return:
-        job = (cleanup or until_return).enter_context(_job(cache, "train", ranks))
+        (cleanup or until_return).enter_context(cache.in_use("train", quiet=not ranks.is_main))
         manifest = ranks.run_on_main(lambda: _trusted(config, find_manifest(config, spec, cache), cache))
         if manifest is None:
-            report = _precompute(config, spec, cache, ranks, job, progress=progress and ranks.is_main)
+            report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main)
             if ranks.is_main:
                 print(report, flush=True)
             manifest = report.manifest
-        job.uses(manifest)
     return manifest
 
 

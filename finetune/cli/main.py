@@ -531,7 +531,7 @@ def cache(
     ] = None,
     alone: Annotated[
         bool,
-        typer.Option("--alone", help="gc: no other machine uses the cache, so do not wait a minute in between."),
+        typer.Option("--alone", help="gc: nothing else uses the cache; asked for on file systems without locks."),
     ] = False,
 ) -> int:
     """Look after a cache: verify its entries, collect what nothing refers to, or count what it holds."""
@@ -556,7 +556,7 @@ def cache(
             _print_next("precompute", *where)
         return OK if verified.ok else USER_ERROR
     if action == "gc":
-        collected = store.gc(delete=delete, unused_days=unused_days, **({"settle_s": 0.0} if alone else {}))
+        collected = store.gc(delete=delete, unused_days=unused_days, alone=alone)
         print(collected)
         if not delete and collected.bytes:
             _print_next("cache", "gc", *where, "--delete", *(["--alone"] if alone else []))

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -222,25 +222,29 @@ def _replaceable(folder: Path) -> Path:
 
 @contextmanager
 def _only_writer(folder: Path) -> Iterator[None]:
-    """Undo and remove what killed exports to ``folder`` have left, unless another one is under way there.
+    """Write to ``folder`` as the only export that does; what killed ones have left is undone and removed.
 
     Raises:
+        ExportError: if another one is under way there.
         OSError: if the place cannot be written to.
     """
-    users = folder.with_name(f".{folder.name}.exporting")
     unique = r"\.(\d+-[0-9a-f]{8}|[0-9a-f]{8}\.old)"  # as files.publish_dir names them
-    try:
-        with locks.hold(users, {}) as own:
-            # Listed before looking: whoever made one of these and lives has said so already.
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(locks.hold(folder.with_name(f".{folder.name}.lock"), "export"))
+        except locks.HeldError as holder:
+            raise ExportError(
+                f"another export to this folder is under way: {holder}",
+                where=str(folder),
+                fix="wait for it, or name another folder with --output",
+            ) from None
+        except locks.NoLocksError:
+            pass  # what lies there may be another's
+        else:
             siblings = list(folder.parent.glob(f"*{PARTIAL}"))
             leftovers = [p for p in siblings if re.fullmatch(re.escape(folder.name) + unique + PARTIAL, p.name)]
-            if all(holder.path == own.path for holder in locks.live(users)):
-                clear_leftovers(folder, leftovers)
-                locks.clear_dead(users)
-            yield
-    finally:
-        with suppress(OSError):  # another one is there still
-            users.rmdir()
+            clear_leftovers(folder, leftovers)
+        yield
 
 
 # ------------------------------------------------------------------------------------------------------ what is written

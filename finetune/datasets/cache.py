@@ -5,12 +5,13 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import Field
 
+from finetune.core import locks
 from finetune.core.checksums import canonical_json, digest_of
 from finetune.core.errors import CacheError
 from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
@@ -100,13 +101,8 @@ class CacheReader:
                 return os.fstat(entry.fileno()).st_size
 
     def _open(self, path: Path, where: str) -> BinaryIO:
-        """Open an entry; where it is not there, a collection may have taken it away and be about to bring it back."""
         try:
-            try:
-                return path.open("rb", buffering=0)
-            except FileNotFoundError:
-                cache_admin.await_collection(self._root)
-                return path.open("rb", buffering=0)
+            return path.open("rb", buffering=0)
         except FileNotFoundError:
             raise CacheError("a cache entry is missing", where=where, fix=_ANEW) from None
         except OSError as error:
@@ -354,9 +350,38 @@ class Cache:
 
     # -------------------------------------------------------------------------------------------------------- jobs
 
-    def job(self, verb: str) -> AbstractContextManager[cache_admin.CacheJob]:
-        """``jobs.take_part``: be known as a user of this cache; to be entered before entries are listed."""
-        return cache_admin.take_part(self.root, verb)
+    @property
+    def lock(self) -> Path:
+        """Its lock file: shared by jobs, exclusive for ``gc``."""
+        return self.root / "lock"
+
+    @contextmanager
+    def in_use(self, user: str, *, quiet: bool = False) -> Iterator[None]:
+        """Keep ``gc`` from deleting anything for as long as the block runs; to be entered before entries are listed.
+
+        Waits for a collection that is under way. A cache that cannot be locked is used all the same, with a note.
+
+        Args:
+            user: what uses it, for messages.
+            quiet: print nothing.
+        """
+
+        def note(text: str) -> None:
+            if not quiet:
+                print(f"note: {text}", flush=True)
+
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(
+                    locks.hold(
+                        self.lock, user, shared=True, waiting=lambda gc: note(f"waiting for {gc}, in {self.root}")
+                    )
+                )
+            except OSError as error:
+                note(
+                    f"{self.root} cannot be locked ({error.strerror}): `finetune cache gc` does not see that it is used"
+                )
+            yield
 
     # ------------------------------------------------------------------------------------------------------ upkeep
 
@@ -365,10 +390,10 @@ class Cache:
         return cache_admin.verify(self, delete=delete, progress=progress)
 
     def gc(
-        self, *, delete: bool = False, unused_days: float | None = None, **patience_s: float
+        self, *, delete: bool = False, unused_days: float | None = None, alone: bool = False, **ages_s: float
     ) -> cache_admin.GcReport:
-        """``garbage.gc``: find, and on demand delete, what no manifest and no running job refers to."""
-        return cache_admin.gc(self, delete=delete, unused_days=unused_days, **patience_s)
+        """``cache_admin.gc``: find, and on demand delete, what no manifest refers to."""
+        return cache_admin.gc(self, delete=delete, unused_days=unused_days, alone=alone, **ages_s)
 
     def stats(self) -> cache_admin.CacheStats:
         """``upkeep.stats``: count what is there."""

@@ -8,12 +8,9 @@ end.
 from __future__ import annotations
 
 import os
-import random
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +41,6 @@ from finetune.core.errors import (
 )
 from finetune.core.files import atomic_write_text, disk_fix
 from finetune.core.gpu import grow_segments
-from finetune.core.locks import Holder, Lease
 from finetune.core.rng import deterministic_kernels, repeatability
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
@@ -123,41 +119,36 @@ def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: Pr
 # -------- A run's folder among processes: one job writes to it, and all processes of the job continue from one
 # checkpoint.
 
-LEASES = ".in-use"
-"""In the run's folder: who writes to it."""
-
 
 @contextmanager
-def hold_run_folder(
-    run_dir: Path,
-    ranks: ProcessGroup,
-    say: Callable[[str], object],
-    *,
-    beat_s: float = locks.BEAT_S,
-    stale_s: float = locks.STALE_S,
-) -> Iterator[None]:
+def hold_run_folder(run_dir: Path, ranks: ProcessGroup, tell: Callable[[str], object]) -> Iterator[None]:
     """Write to a run's folder as the only job that does, and clear away what a killed one left half done.
 
-    All processes of a launch are one job: the main process holds the folder for them. A job of this machine whose
-    process is gone has let go at that moment. Of another machine's nobody can ask: if it does not show itself within
-    ``stale_s`` seconds it counts as dead, and until then this job waits.
+    All processes of a launch are one job: the main process locks the folder for them.
 
     Args:
         run_dir: the run's folder; made if need be.
         ranks: this launch.
-        say: prints a line for a person.
-        beat_s: how often the job shows itself.
-        stale_s: how long a silent one is believed in.
+        tell: prints a line for a person.
 
     Raises:
         CheckpointError: if another job writes to the folder, or the folder cannot be written to.
     """
-    with ExitStack() as held:
+    with ExitStack() as lock:
 
         def acquire() -> None:
             try:
-                _acquire(run_dir, held, say, beat_s, stale_s)
+                try:
+                    lock.enter_context(locks.hold(run_dir / ".lock", "train"))
+                except locks.NoLocksError:
+                    tell(f"note: {run_dir}: its file system has no locks, so a second training would not be refused")
                 clear_interrupted(run_dir)
+            except locks.HeldError as holder:
+                raise CheckpointError(
+                    f"another training writes to this run folder: {holder}",
+                    where=str(run_dir),
+                    fix="wait for it or stop it; for a second run choose another output_dir",
+                ) from None
             except OSError as error:
                 raise CheckpointError(
                     f"the run folder cannot be written to: {error.strerror or error}",
@@ -167,51 +158,6 @@ def hold_run_folder(
 
         ranks.run_on_main(acquire)
         yield
-
-
-def _acquire(run_dir: Path, held: ExitStack, say: Callable[[str], object], beat_s: float, stale_s: float) -> None:
-    folder = run_dir / LEASES
-    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
-    while True:
-        with ExitStack() as arriving:
-            # First say so, then look: of two that arrive together at least one sees the other.
-            lease = arriving.enter_context(locks.hold(folder, {"since": since, "writes": False}, beat_s=beat_s))
-            others = _others(folder, lease, stale_s)
-            if not others:
-                lease.update({"since": since, "writes": True})
-                locks.clear_dead(folder, stale_s=stale_s)
-                held.push(arriving.pop_all())
-                return
-        writers = [other for other in others if other.about.get("writes") is not False]
-        if writers:
-            _wait_or_refuse(run_dir, writers[0], say, stale_s)
-        else:
-            time.sleep(random.uniform(0.05, 0.5))  # both step back, and not by the same time
-
-
-def _others(folder: Path, own: Lease, stale_s: float) -> list[Holder]:
-    return [holder for holder in locks.live(folder, stale_s=stale_s) if holder.path != own.path]
-
-
-def _wait_or_refuse(run_dir: Path, writer: Holder, say: Callable[[str], object], stale_s: float) -> None:
-    """Return when ``writer`` has let go or counts as dead; refuse once it is known to live."""
-    words = f"host {writer.host}, process {writer.pid}, since {writer.about.get('since', 'an unknown time')}"
-    if not writer.here:
-        say(f"waiting up to {stale_s:.0f} s for the job that wrote to {run_dir} before: {words}")
-    age_s = writer.age_s
-    while not writer.here:
-        time.sleep(min(1.0, stale_s / 20))
-        seen = {holder.path: holder for holder in locks.live(run_dir / LEASES, stale_s=stale_s)}.get(writer.path)
-        if seen is None:
-            return
-        if seen.age_s < age_s:  # touched since, so somebody is there
-            break
-        age_s = seen.age_s
-    raise CheckpointError(
-        f"another training writes to this run folder: {words}",
-        where=str(run_dir),
-        fix="wait for it or stop it; for a second run choose another output_dir",
-    )
 
 
 # -------- Everything a run is made of, put together in the order in which mistakes are cheapest to find.

@@ -26,8 +26,8 @@ Snapshot = Mapping[str, bytes]
 """Files by path relative to the world's work folder."""
 
 UNCOMPARED = {
-    r"cache/jobs/.*": "who uses the cache: host, process and time",
-    r"run/\.in-use/.*": "who writes to the run's folder: host, process and time",
+    r"cache/lock": "who used the cache last: host, process and time",
+    r"run/\.lock": "who wrote to the run's folder last: host, process and time",
     r"run/tensorboard/.*": "event files hold wall-clock times, and every process begins a new one",
     r".*\.partial(/.*)?": "left by a killed writer; never read, removed by the next save or by `finetune cache gc`",
 }
