@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.core import checksums, files, tensor_files
-from finetune.core import files as space
 from finetune.core.errors import CheckpointError
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EROFS)
@@ -58,13 +57,8 @@ def test_tensors_come_back_through_the_library_bit_for_bit(tmp_path):
     assert theirs.keys() == ours.keys() and len(ours) >= 20
     for name, tensor in ours.items():
         assert theirs[name].dtype == tensor.dtype and theirs[name].shape == tensor.shape
-        assert (
-            theirs[name]
-            .contiguous()
-            .reshape(-1)
-            .view(torch.uint8)
-            .equal(tensor.detach().contiguous().reshape(-1).view(torch.uint8))
-        ), name
+        ours_bits, theirs_bits = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (tensor, theirs[name]))
+        assert ours_bits.equal(theirs_bits), name
 
 
 def test_the_file_is_the_one_the_library_writes(tmp_path):
@@ -78,10 +72,8 @@ def test_the_file_is_the_one_the_library_writes(tmp_path):
 
 
 def test_the_dtypes_are_the_librarys():
-    theirs = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
-    assert {dtype: theirs[dtype] for dtype in tensor_files.DTYPES} == tensor_files.DTYPES and len(
-        tensor_files.DTYPES
-    ) >= 14
+    theirs, ours = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}, tensor_files.DTYPES
+    assert {dtype: theirs[dtype] for dtype in ours} == ours and len(ours) >= 14
 
 
 def test_a_dtype_that_does_not_fit_is_refused_and_leaves_nothing(tmp_path):
@@ -108,12 +100,11 @@ def test_a_checksum_sees_the_bytes_and_not_their_parts(parts):
 @pytest.mark.parametrize("size", [0, 1, files.CHUNK - 1, files.CHUNK, 2 * files.CHUNK + 5])
 def test_a_files_checksum_is_what_writing_it_returned(tmp_path, size):
     content = os.urandom(size)
-    said = files.atomic_write_bytes(tmp_path / "f", content)
-    assert said == checksums.checksum_file(tmp_path / "f") == checksums.checksum_bytes(content)
-    said = tensor_files.atomic_save_tensors(
-        tmp_path / "t", {"x": torch.frombuffer(bytearray(content + b"!"), dtype=torch.uint8)}
-    )
-    assert said == checksums.checksum_file(tmp_path / "t")
+    checksum = files.atomic_write_bytes(tmp_path / "f", content)
+    assert checksum == checksums.checksum_file(tmp_path / "f") == checksums.checksum_bytes(content)
+    tensors = {"x": torch.frombuffer(bytearray(content + b"!"), dtype=torch.uint8)}
+    checksum = tensor_files.atomic_save_tensors(tmp_path / "t", tensors)
+    assert checksum == checksums.checksum_file(tmp_path / "t") == tensor_files.weights_digest(tensors)
 
 
 # ------------------------------------------------------------------------------------------ whole or absent, on errors
@@ -244,7 +235,7 @@ def test_a_file_system_that_cannot_flush_directories_is_no_error(tmp_path, monke
     assert refused and files.is_complete(tmp_path / "published")
 
 
-def test_a_directory_set_aside_by_a_killed_writer_gets_its_name_back(tmp_path, monkeypatch):
+def test_a_directory_being_replaced_by_a_killed_writer_gets_its_name_back(tmp_path, monkeypatch):
     before_old(tmp_path)
     real, renamed = files._rename, []
 
@@ -285,7 +276,7 @@ def test_the_markers_text_is_what_fill_returned(tmp_path):
 def test_too_little_space_is_told_with_figures(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 5 * 2**20})
     asked = []
-    monkeypatch.setattr(space.shutil, "disk_usage", lambda path: (asked.append(path), usage)[1])
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: (asked.append(path), usage)[1])
     where = tmp_path / "not" / "yet" / "there"
     files.require_space(where, 5 * 2**20, kind=CheckpointError, what="it", fix="")
     with pytest.raises(CheckpointError) as caught:
