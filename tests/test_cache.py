@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from finetune.core.checksums import checksummed_json, digest_of
 from finetune.core.errors import CacheError, DataError
 from finetune.core.types import Bucket, ClipPlan
+from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import (
     FORMAT,
@@ -269,11 +270,11 @@ def test_a_newer_cache_is_left_alone(tmp_path):
     content = {name: value for name, value in json.loads(path.read_text()).items() if name != "checksum"}
     path.write_bytes(checksummed_json(json.dumps({**content, "format": FORMAT + 1})))
     with pytest.raises(CacheError, match="newer version"):
-        cache.gc(delete=True)
+        cache_admin.gc(cache, delete=True)
     assert len(cache.keys("latents")) == 2
     path.write_text("{")
     with pytest.raises(CacheError, match="damaged"):
-        cache.gc(delete=True)
+        cache_admin.gc(cache, delete=True)
     assert len(cache.keys("latents")) == 2
 
 
@@ -286,7 +287,7 @@ def test_a_digest_is_taken_once_and_again_only_when_the_file_may_have_changed(tm
     os.utime(file, (1, 1))
     cache, reads = Cache(tmp_path / "cache"), []
     real = digest_reader(reads)
-    monkeypatch.setattr("finetune.datasets.cache_entries.digest_file", real)
+    monkeypatch.setattr("finetune.datasets.cache.digest_file", real)
     digest = cache.digest_file(file)
     assert cache.digest_file(file) == digest and len(reads) == 1
     os.utime(file, (2, 2))
@@ -353,7 +354,7 @@ def test_reading_needs_no_write_access(tmp_path, monkeypatch):
     def refused(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("finetune.datasets.cache_entries.atomic_write_bytes", refused)
+    monkeypatch.setattr("finetune.datasets.cache.atomic_write_bytes", refused)
     assert cache.digest_file(file) == cache.digest_file(file)
     assert cache.read(manifest.items[0]).latents_mean.shape == (4, 3, 8, 8)
 
@@ -364,16 +365,16 @@ def test_reading_needs_no_write_access(tmp_path, monkeypatch):
 def test_verify_finds_a_single_flipped_bit_and_can_delete(tmp_path):
     cache, manifest, path = filled(tmp_path)
     path.write_bytes(manifest.to_bytes(tmp_path))
-    report = cache.verify()
+    report = cache_admin.verify(cache)
     assert report.ok and report.checked == 5 and "all whole" in str(report)
     victim = cache.path("latents", manifest.items[1].latents_key)
     content = bytearray(victim.read_bytes())
     content[-17] ^= 1
     victim.write_bytes(content)
-    report = cache.verify()
+    report = cache_admin.verify(cache)
     assert [damage.path for damage in report.damaged] == [victim] and not report.missing and not report.ok
     assert victim.exists()
-    report = cache.verify(delete=True)
+    report = cache_admin.verify(cache, delete=True)
     assert not victim.exists()
     assert report.missing == (f"latents/{manifest.items[1].latents_key} of manifest {path.stem[:12]}",)
     assert "finetune precompute" in str(report)
@@ -393,7 +394,7 @@ def test_verify_finds_damage_in_every_part_of_the_file(tmp_path, where):
     }[where]
     assert damaged != content
     victim.write_bytes(damaged)
-    assert [damage.path for damage in cache.verify().damaged] == [victim]
+    assert [damage.path for damage in cache_admin.verify(cache).damaged] == [victim]
 
 
 AT_ONCE = {"grace_s": 0}
@@ -404,41 +405,41 @@ def test_gc_reports_first_and_deletes_only_what_nothing_refers_to(tmp_path):
     orphan = clip_address(media_digest="o" * 32)
     mean, std, _ = posterior()
     cache.write_latents(orphan, mean, std, None)
-    report = cache.gc(grace_s=0)
+    report = cache_admin.gc(cache, grace_s=0)
     assert (report.entries, report.manifests, report.deleted) == (1, 0, False)
     assert "would remove 1 entries" in str(report) and report.held_back == ""
     assert cache.has("latents", digest_of(orphan)) and not cache.lock.exists()
-    report = cache.gc(delete=True)
+    report = cache_admin.gc(cache, delete=True)
     assert (report.entries, report.young) == (0, 1) and "younger than 1 h: they stay" in str(report)
-    report = cache.gc(delete=True, **AT_ONCE)
+    report = cache_admin.gc(cache, delete=True, **AT_ONCE)
     assert report.entries == 1 and report.bytes > 0 and not cache.has("latents", digest_of(orphan))
     assert len(cache.keys("latents")) == 2 and len(cache.keys("prompts")) == 3
-    assert cache.gc(delete=True, **AT_ONCE).entries == 0
+    assert cache_admin.gc(cache, delete=True, **AT_ONCE).entries == 0
     path.unlink()  # canary: without its manifest everything is garbage
-    assert cache.gc(grace_s=0).entries == 5
+    assert cache_admin.gc(cache, grace_s=0).entries == 5
 
 
 def test_gc_keeps_what_an_unfinished_precompute_wants(tmp_path):
     cache, manifest, path = filled(tmp_path)
     cache.save_manifest(manifest.pending(), tmp_path)
     assert json.loads(path.read_text())["complete"] is False
-    assert cache.gc(delete=True, **AT_ONCE).entries == 0
-    assert cache.verify().ok  # and what it has not written yet is not missed
-    assert cache.stats().manifests[0].complete is False
+    assert cache_admin.gc(cache, delete=True, **AT_ONCE).entries == 0
+    assert cache_admin.verify(cache).ok  # and what it has not written yet is not missed
+    assert cache_admin.stats(cache).manifests[0].complete is False
 
 
 def test_gc_forgets_what_was_not_used_for_long(tmp_path):
     cache, _, path = filled(tmp_path)
     os.utime(path, (time.time() - 40 * 86_400,) * 2)
-    assert cache.gc(unused_days=50, grace_s=0).entries == 0
-    report = cache.gc(delete=True, unused_days=30, **AT_ONCE)
+    assert cache_admin.gc(cache, unused_days=50, grace_s=0).entries == 0
+    report = cache_admin.gc(cache, delete=True, unused_days=30, **AT_ONCE)
     assert (report.entries, report.manifests) == (5, 1) and not path.exists()
 
 
 def test_gc_takes_an_old_format_for_garbage(tmp_path):
     cache, _, path = filled(tmp_path)
     path.write_text(json.dumps({"format": 1, "complete": True}, indent=1))
-    report = cache.gc(grace_s=0)
+    report = cache_admin.gc(cache, grace_s=0)
     assert (report.entries, report.manifests) == (5, 1)
 
 
@@ -451,13 +452,13 @@ def test_gc_leaves_unfinished_files_that_may_still_be_written_and_what_was_moved
         path.write_bytes(b"half")
     for path in (stale, old):
         os.utime(path, (time.time() - 3601,) * 2)
-    report = cache.gc(delete=True, **AT_ONCE)
+    report = cache_admin.gc(cache, delete=True, **AT_ONCE)
     assert report.leftovers == 2 and fresh.exists() and aside.exists() and not stale.exists() and not old.exists()
 
 
 def test_stats_count_what_is_there(tmp_path):
     cache, _, path = filled(tmp_path)
-    stats = cache.stats()
+    stats = cache_admin.stats(cache)
     assert stats.entries == {"latents": 2, "prompts": 3, "images": 0}
     assert stats.bytes["latents"] == sum(
         entry.stat().st_size for entry in (cache.root / "latents").rglob("*.safetensors")
@@ -481,5 +482,5 @@ def test_processes_may_write_the_same_entries_at_once(tmp_path):
     for writer in writers:
         writer.join()
     assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    report = Cache(tmp_path).verify()
+    report = cache_admin.verify(Cache(tmp_path))
     assert report.checked == 20 and report.ok and list(tmp_path.rglob("*.partial")) == []

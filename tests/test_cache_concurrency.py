@@ -26,6 +26,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core import locks
 from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError
+from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest, prompt_address
 
@@ -73,20 +74,22 @@ def test_nothing_is_deleted_while_a_job_uses_the_cache(tmp_path):
     cache = two_orphans(tmp_path)
     words = ["cache", "gc", "--dir", str(cache.root)]
     with cache.in_use("precompute"), cache.in_use("train"):  # any number of jobs
-        report = cache.gc(delete=True, grace_s=0)
+        report = cache_admin.gc(cache, delete=True, grace_s=0)
         assert not report.deleted and report.entries == 2 and len(cache.keys("prompts")) == 2
         assert f"nothing was deleted: the cache is in use (train on {socket.gethostname()}, process " in str(report)
-        assert cache.gc(delete=True, grace_s=0, alone=True).held_back, "the lock is believed, not the caller"
+        assert cache_admin.gc(cache, delete=True, grace_s=0, alone=True).held_back, (
+            "the lock is believed, not the caller"
+        )
         assert main([*words, "--delete"]) == PREEMPTED
         assert main(words) == OK  # without --delete it only says what it finds
-    assert cache.gc(delete=True, grace_s=0).entries == 2 and not cache.keys("prompts")
+    assert cache_admin.gc(cache, delete=True, grace_s=0).entries == 2 and not cache.keys("prompts")
 
 
 def test_without_the_lock_a_job_would_lose_entries(tmp_path, without_locks):
     """The canary of the tests here."""
     cache = two_orphans(tmp_path)
     with cache.in_use("precompute"):
-        assert cache.gc(delete=True, grace_s=0, alone=True).deleted and not cache.keys("prompts")
+        assert cache_admin.gc(cache, delete=True, grace_s=0, alone=True).deleted and not cache.keys("prompts")
 
 
 def test_without_locks_a_collection_asks_whether_it_is_alone(tmp_path, without_locks, capsys):
@@ -99,7 +102,7 @@ def test_without_locks_a_collection_asks_whether_it_is_alone(tmp_path, without_l
     assert main(words) == USER_ERROR and "--alone" in capsys.readouterr().err
     assert main([*words, "--alone"]) == OK and len(cache.keys("prompts")) == 2, "what is young stays all the same"
     assert "2 more entries are unused and younger than 1 h" in capsys.readouterr().out
-    assert cache.gc(delete=True, grace_s=0, alone=True).entries == 2
+    assert cache_admin.gc(cache, delete=True, grace_s=0, alone=True).entries == 2
 
 
 def test_a_job_waits_for_a_collection_and_says_so(tmp_path, capsys):
@@ -126,10 +129,12 @@ def test_what_earlier_versions_left_is_ignored_and_collected(tmp_path):
     for path in old:
         path.parent.mkdir(parents=True)
         path.write_text("{")
-    assert cache.gc(delete=True).leftovers == 0 and old[0].exists(), "of an earlier version that may be running"
+    assert cache_admin.gc(cache, delete=True).leftovers == 0 and old[0].exists(), (
+        "of an earlier version that may be running"
+    )
     for path in old:
         os.utime(path, (1, 1))
-    assert cache.gc(delete=True).leftovers == 2 and len(cache.keys("prompts")) == 2
+    assert cache_admin.gc(cache, delete=True).leftovers == 2 and len(cache.keys("prompts")) == 2
     assert {path.name for path in cache.root.iterdir()} == {"lock", "manifests", "prompts"}
 
 
@@ -139,13 +144,13 @@ def test_a_damaged_manifest_stops_collections_until_it_is_made_anew(tmp_path):
     path = cache.save_manifest(manifest, tmp_path)
     path.write_bytes(path.read_bytes().replace(b"numbers", b"nombers"))
     with pytest.raises(CacheError, match="damaged"):
-        cache.gc(delete=True, grace_s=0)
+        cache_admin.gc(cache, delete=True, grace_s=0)
     aside = cache.move_manifest_aside(path)
     with pytest.raises(CacheError, match=r"moved aside[\s\S]*precompute"):
-        cache.gc(delete=True, grace_s=0)
+        cache_admin.gc(cache, delete=True, grace_s=0)
     assert len(cache.keys("prompts")) == 2
     cache.save_manifest(manifest, tmp_path)
-    assert not aside.exists() and cache.gc(delete=True, grace_s=0).entries == 1
+    assert not aside.exists() and cache_admin.gc(cache, delete=True, grace_s=0).entries == 1
 
 
 # ------------------------------------------------------------------------------------------------------ runs
@@ -158,8 +163,8 @@ def test_training_uses_the_cache_until_its_cleanup(tiny_model, tmp_path):
     with ExitStack() as cleanup:
         manifest = ensure_cache(config, read_spec(config.model.pretrained), cleanup=cleanup)
         (cache.root / "manifests" / f"{manifest.name}.json").unlink()
-        assert cache.gc(delete=True, grace_s=0).held_back
-    assert cache.gc(delete=True, grace_s=0).entries == 5
+        assert cache_admin.gc(cache, delete=True, grace_s=0).held_back
+    assert cache_admin.gc(cache, delete=True, grace_s=0).entries == 5
 
 
 def test_a_cache_that_is_read_only_can_be_trained_from(tiny_model, tmp_path, monkeypatch, capsys):
@@ -199,7 +204,7 @@ def _work(root: Path, seed: int, rounds: int) -> None:
 def _collect(root: Path, done: object) -> None:
     deleted = 0
     while not done.is_set() or not deleted:  # type: ignore[attr-defined]
-        report = Cache(root).gc(delete=True, grace_s=0)
+        report = cache_admin.gc(Cache(root), delete=True, grace_s=0)
         deleted += report.entries * report.deleted
         time.sleep(0.005)
 
@@ -216,7 +221,7 @@ def test_processes_that_come_and_go_beside_a_collector_lose_nothing(tmp_path):
     done.set()
     collector.join(HANG_S)
     assert [worker.exitcode for worker in workers] == [0, 0, 0] and collector.exitcode == 0
-    assert Cache(tmp_path).verify().ok
+    assert cache_admin.verify(Cache(tmp_path)).ok
 
 
 @pytest.mark.slow
@@ -251,9 +256,9 @@ def test_two_precomputes_a_training_and_a_collector_at_once(tiny_model, demo_cli
     while any(process.poll() is None for process in started.values()):
         write(cache, stranger)  # something to delete
         stranger += 1
-        outcomes[cache.gc(delete=True, unused_days=1e-9, grace_s=0).deleted] += 1
+        outcomes[cache_admin.gc(cache, delete=True, unused_days=1e-9, grace_s=0).deleted] += 1
         time.sleep(0.05)
     said = {name: process.communicate()[0].decode() for name, process in started.items()}
     assert [process.returncode for process in started.values()] == [0, 0, 0], said
     assert outcomes[True] and outcomes[False] and not cache.has("prompts", digest_of(address(100)))
-    assert cache.verify().ok
+    assert cache_admin.verify(cache).ok

@@ -26,7 +26,7 @@ from finetune.core.checksums import digest_of, parse_checksummed_json
 from finetune.core.errors import CacheError
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets import cache as reading
-from finetune.datasets import cache_entries
+from finetune.datasets import cache_admin, cache_entries
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import (
     DamagedManifestError,
@@ -247,10 +247,10 @@ def survives_damage(world: World, originals: dict[Path, bytes], kind: str, damag
     same = content == whole
     cache = world.cache
     try:
-        found = {damage.path for damage in cache.verify().damaged}
+        found = {damage.path for damage in cache_admin.verify(cache).damaged}
         assert found == (set() if same or kind == "memo" else {path})
         if kind == "memo":  # a wrong digest would give a video another clip's latents
-            assert cache.stamp(world.source(0)).digest == cache_entries.digest_file(world.source(0))
+            assert cache.stamp(world.source(0)).digest == reading.digest_file(world.source(0))
             return
         read = {
             "latents": lambda: cache.read(world.item(0)),
@@ -338,7 +338,7 @@ def test_without_the_check_a_damaged_memo_would_name_other_bytes(tmp_path, monke
     path.write_bytes(path.read_bytes().replace(truth.encode(), b"0" * 32))
     assert world.cache.stamp(world.source(0)).digest == truth
     path.write_bytes(path.read_bytes().replace(truth.encode(), b"0" * 32))
-    monkeypatch.setattr(cache_entries, "parse_checksummed_json", json.loads)
+    monkeypatch.setattr(reading, "parse_checksummed_json", json.loads)
     assert world.cache.stamp(world.source(0)).digest == "0" * 32
 
 
@@ -477,7 +477,7 @@ def test_a_disk_that_fails_anywhere_is_named_and_leaves_nothing_half_written(tmp
             assert not new.exists() or name == "_sync"  # the flush of the folder comes after the rename
             write()  # the disk works again
             assert new.exists()
-        assert world.cache.verify().ok
+        assert cache_admin.verify(world.cache).ok
         forget()
 
 
@@ -486,6 +486,7 @@ import resource, signal, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_cache_integrity import World
+from finetune.datasets import cache_admin
 from finetune.core.errors import CacheError
 
 def fill(folder):
@@ -496,7 +497,7 @@ def fill(folder):
     except CacheError as error:
         print(written, str(error).splitlines()[0])
         partials = len(list(world.cache.root.rglob("*.partial")))
-        print(partials, world.cache.verify().ok, len(world.cache.keys("latents")))
+        print(partials, cache_admin.verify(world.cache).ok, len(world.cache.keys("latents")))
 
 if sys.argv[1] != "-":
     fill(Path(sys.argv[1]))

@@ -39,6 +39,7 @@ from finetune.config.schema import RunConfig
 from finetune.core import files as space
 from finetune.core.errors import CacheError, DataError, KilledError, ModelError
 from finetune.core.types import Bucket
+from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN, read_metadata
 from finetune.datasets.decode_pool import fit_image
@@ -642,9 +643,9 @@ def test_a_flipped_byte_is_found_deleted_and_made_again(project):
     path = home.cache.path("latents", manifest.items[2].latents_key)
     whole = path.read_bytes()
     path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 8]) + whole[-2:])
-    assert [damage.path for damage in home.cache.verify(delete=True).damaged] == [path]
+    assert [damage.path for damage in cache_admin.verify(home.cache, delete=True).damaged] == [path]
     assert encoded(home.precompute()) == (1, 0, 0)
-    assert path.read_bytes() == whole and home.cache.verify().ok
+    assert path.read_bytes() == whole and cache_admin.verify(home.cache).ok
 
 
 @pytest.mark.parametrize("kind", ["latents", "prompts", "images"])
@@ -669,7 +670,7 @@ def test_a_damaged_entry_is_made_again_by_the_same_command(project, kind, capsys
     assert home.ensure().digest == manifest.digest
     title = {"latents": "clips", "prompts": "captions", "images": "images"}[kind]
     assert re.findall(r"^(\w+) +[1-9]\d* ", capsys.readouterr().out, re.MULTILINE) == [title]
-    assert path.read_bytes() == whole and home.cache.verify().ok
+    assert path.read_bytes() == whole and cache_admin.verify(home.cache).ok
 
 
 def test_a_damaged_manifest_is_made_anew_without_encoding_anything(project, monkeypatch, capsys):
@@ -687,7 +688,7 @@ def test_a_damaged_manifest_is_made_anew_without_encoding_anything(project, monk
         capsys.readouterr().out
     )
     assert path.read_bytes() == whole and list(home.cache.root.rglob("*.damaged")) == []
-    assert home.cache.gc(delete=True, grace_s=0).entries == 0
+    assert cache_admin.gc(home.cache, delete=True, grace_s=0).entries == 0
 
 
 def test_a_cache_without_checksums_is_encoded_anew_and_said_to_be_old(project):
@@ -698,7 +699,7 @@ def test_a_cache_without_checksums_is_encoded_anew_and_said_to_be_old(project):
     with pytest.raises(CacheError, match="1 manifests of an older format, without checksums, are of no use any more"):
         home.ensure(cache={"mode": "require"})
     assert encoded(home.precompute()) == (4, 5, 0)
-    assert home.cache.gc(delete=True).manifests == 1 and not old.exists()
+    assert cache_admin.gc(home.cache, delete=True).manifests == 1 and not old.exists()
 
 
 @pytest.mark.parametrize(
@@ -720,7 +721,7 @@ def test_a_disk_that_fills_up_stops_with_a_message_and_goes_on_where_it_stopped(
             # Only what is made first of all, the folder of the digests and what lies in it.
             assert failing.calls[int((calls - 1) * share)] in ("_create", "_write", "_sync", "_rename", "_mkdir")
             assert share < 0.5
-    assert list(home.cache.root.rglob("*.partial")) == [] and home.cache.verify().damaged == ()
+    assert list(home.cache.root.rglob("*.partial")) == [] and cache_admin.verify(home.cache).damaged == ()
     stored = len(_entries(home))
     report = home.precompute()
     assert sum(encoded(report)) == len(whole) - stored and _entries(home) == whole
@@ -1006,12 +1007,12 @@ def test_killed_midway_it_goes_on_where_it_stopped(project):
     leftover.write_bytes(b"half an entry")
     with pytest.raises(CacheError, match="begun for this configuration and not finished"):
         home.ensure(cache={"mode": "require"})
-    assert home.cache.gc(delete=True, grace_s=0).entries == 0  # nothing of the interrupted work is garbage
+    assert cache_admin.gc(home.cache, delete=True, grace_s=0).entries == 0  # nothing of the interrupted work is garbage
     report = home.precompute()
     assert report.encoded["latents"] == 2 and report.reused["latents"] == 2
-    assert home.cache.verify().ok and home.cache.keys("latents") >= stored
+    assert cache_admin.verify(home.cache).ok and home.cache.keys("latents") >= stored
     os.utime(leftover, (time.time() - 7200,) * 2)
-    assert home.cache.gc(delete=True).leftovers == 1 and not leftover.exists()
+    assert cache_admin.gc(home.cache, delete=True).leftovers == 1 and not leftover.exists()
 
 
 TOGETHER = """

@@ -535,6 +535,7 @@ def cache(
     ] = False,
 ) -> int:
     """Look after a cache: verify its entries, collect what nothing refers to, or count what it holds."""
+    from finetune.datasets import cache_admin
     from finetune.datasets.cache import Cache
 
     if (dir is None) == (config is None):
@@ -548,7 +549,7 @@ def cache(
             "there is no cache", where=str(store.root), fix="name another; `finetune precompute` makes one"
         )
     if action == "verify":
-        verified = store.verify(delete=delete, progress=sys.stderr.isatty())
+        verified = cache_admin.verify(store, delete=delete, progress=sys.stderr.isatty())
         print(verified)
         if verified.damaged and not delete:
             _print_next("cache", "verify", *where, "--delete")
@@ -556,11 +557,11 @@ def cache(
             _print_next("precompute", *where)
         return OK if verified.ok else USER_ERROR
     if action == "gc":
-        collected = store.gc(delete=delete, unused_days=unused_days, alone=alone)
+        collected = cache_admin.gc(store, delete=delete, unused_days=unused_days, alone=alone)
         print(collected)
         if not delete and collected.bytes:
             _print_next("cache", "gc", *where, "--delete", *(["--alone"] if alone else []))
         return PREEMPTED if collected.held_back else OK
-    print(store.stats())
+    print(cache_admin.stats(store))
     _print_next("cache", "verify", *where)
     return OK

@@ -1,22 +1,32 @@
-"""Reading entries: each is verified, to the bit, when a process first reads it."""
+"""A content-addressed store of VAE latents and text embeddings, in safetensors files.
+
+The address of an entry says everything that decides its tensors: the digest of the media's bytes, how the clip is cut,
+which encoder at which precision. Its key is the digest of that address, so two clips with one file name stay apart, the
+same clip under two names is stored once, and whatever changes is encoded again while everything else is found. Entries
+appear whole or not at all and are never changed. ``docs/cache.md`` describes the files for other tools.
+
+Reading needs neither a video decoder nor the ``datasets`` library.
+"""
 
 from __future__ import annotations
 
-import errno
+import hashlib
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import Field
 
+from finetune.cogvideox.model_files import hub_sha256
 from finetune.core import locks
-from finetune.core.checksums import canonical_json, digest_of
-from finetune.core.errors import CacheError
+from finetune.core.checksums import canonical_json, checksummed_json, digest_file, digest_of, parse_checksummed_json
+from finetune.core.errors import CacheError, DataError
 from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
 from finetune.core.types import CacheEntry, DtypeName, Strict, torch_dtype
-from finetune.datasets import cache_admin, cache_entries
 from finetune.datasets.cache_entries import (
     FileStamp,
     Kind,
@@ -34,114 +44,14 @@ from finetune.datasets.cache_entries import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-_ANEW = (
+YOUNG_S = 2.0
+"""A file changed less than this long ago may change again within one tick of its file system's clock (2 s on FAT), with
+neither size nor time showing it; its digest is then not remembered."""
+
+_ENCODE_AGAIN = (
     "run the same command again: it encodes that entry anew. With cache.mode: require, run `finetune precompute` where"
     " the videos and the encoders are, first"
 )
-
-
-class CacheReader:
-    """Reads entries of one cache, from any thread.
-
-    Args:
-        root: the cache's folder.
-    """
-
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        self._verified: dict[str, tuple[int, int, int]] = {}
-        """Of every entry found whole: inode, size and time of change, by its key."""
-
-    def tensors(self, kind: Kind, key: str, path: Path, of: str, *, again: bool = True) -> dict[str, Tensor]:
-        """The tensors of an entry.
-
-        Args:
-            kind: of entry.
-            key: its key.
-            path: its file.
-            of: the clip it belongs to, for messages.
-            again: whether to read once more where another machine has put an equal file in its place (NFS).
-
-        Raises:
-            CacheError: if it is missing, cannot be read, or is damaged; it is then moved aside, so that it counts as
-                missing from now on.
-        """
-        where = f"{path} ({of})" if of else str(path)
-        with self._open(path, where) as entry:
-            try:
-                status = os.fstat(entry.fileno())
-                identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-                tensors = read_tensors(entry, key, verify=self._verified.get(key) != identity)
-            except ValueError as error:
-                raise _damaged(path, kind, key, str(error), where) from None
-            except OSError as error:
-                if error.errno == errno.ESTALE and again:
-                    return self.tensors(kind, key, path, of, again=False)
-                raise _unreadable(error, where) from None
-        self._verified[key] = identity
-        return tensors
-
-    def metadata(self, kind: Kind, key: str, path: Path) -> dict[str, str]:
-        """The metadata of an entry; its header alone is read, and verified. Raises as ``tensors``."""
-        where = str(path)
-        try:
-            with self._open(path, where) as entry:
-                return read_metadata(entry, key)
-        except ValueError as error:
-            raise _damaged(path, kind, key, str(error), where) from None
-        except OSError as error:
-            raise _unreadable(error, where) from None
-
-    def size(self, path: Path) -> int:
-        """Bytes of an entry's file. Raises as ``tensors`` where it is not there."""
-        try:
-            return path.stat().st_size
-        except OSError:
-            with self._open(path, str(path)) as entry:
-                return os.fstat(entry.fileno()).st_size
-
-    def _open(self, path: Path, where: str) -> BinaryIO:
-        try:
-            return path.open("rb", buffering=0)
-        except FileNotFoundError:
-            raise CacheError("a cache entry is missing", where=where, fix=_ANEW) from None
-        except OSError as error:
-            raise _unreadable(error, where) from None
-
-
-def _damaged(path: Path, kind: Kind, key: str, reason: str, where: str) -> CacheError:
-    """Move a damaged entry aside and say what is to be done."""
-    fix = _ANEW
-    try:
-        move_aside(path, lambda content: fault_of(content, kind, key))
-    except OSError as error:
-        fix = (
-            f"it cannot be moved aside from here ({error.strerror}): where it can, run `finetune cache verify --delete`"
-            " and then `finetune precompute`"
-        )
-    return CacheError(f"a cache entry is damaged: {reason}", where=where, fix=fix)
-
-
-def _unreadable(error: OSError, where: str) -> CacheError:
-    return CacheError(
-        f"a cache entry cannot be read: {error.strerror}",
-        where=where,
-        fix="look at the disk or the network drive, and at the file's permissions; the same command then continues. A"
-        " file that stays unreadable is taken out by `finetune cache verify --delete`",
-    )
-
-
-# -------- A content-addressed store of VAE latents and text embeddings, in safetensors files.
-#
-# The address of an entry says everything that decides its tensors: the digest of the media's bytes, how the clip is
-# cut,
-# which encoder at which precision. Its key is the digest of that address, so two clips with one file name stay apart,
-# the
-# same clip under two names is stored once, and whatever changes is encoded again while everything else is found.
-# Entries
-# appear whole or not at all and are never changed. ``docs/cache.md`` describes the files for other tools.
-#
-# Reading needs neither a video decoder nor the ``datasets`` library.
 
 
 class CacheConfig(Strict):
@@ -168,7 +78,7 @@ class CacheConfig(Strict):
 
 
 class Cache:
-    """One cache folder. Any number of processes may read and write it at the same time.
+    """One cache folder. Any number of processes and threads may read and write it at the same time.
 
     Args:
         root: ``CacheConfig.dir``, absolute. It is created by the first write.
@@ -176,7 +86,8 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._reader = CacheReader(root)
+        self._verified: dict[str, tuple[int, int, int]] = {}
+        """Of every entry that was found whole: inode, size and time of change, by its key."""
 
     def path(self, kind: Kind, key: str) -> Path:
         """Where an entry is filed."""
@@ -186,14 +97,6 @@ class Cache:
         """Whether an entry is there. Entries appear whole, so being there is being complete."""
         return self.path(kind, key).is_file()
 
-    def size(self, kind: Kind, key: str) -> int:
-        """Bytes of an entry's file.
-
-        Raises:
-            CacheError: if it is missing.
-        """
-        return self._reader.size(self.path(kind, key))
-
     def keys(self, kind: Kind) -> set[str]:
         """Every entry of a kind, by listing folders: far quicker than asking for each, above all on a network drive."""
         return {path.stem for path in self.entries(kind)}
@@ -201,6 +104,39 @@ class Cache:
     def entries(self, kind: Kind) -> Iterator[Path]:
         """The files of a kind's entries."""
         return (self.root / kind).glob("??/*.safetensors")
+
+    @property
+    def lock(self) -> Path:
+        """Its lock file: shared by jobs, exclusive for ``gc``."""
+        return self.root / "lock"
+
+    @contextmanager
+    def in_use(self, user: str, *, quiet: bool = False) -> Iterator[None]:
+        """Keep ``gc`` from deleting anything for as long as the block runs; to be entered before entries are listed.
+
+        Waits for a collection that is under way. A cache that cannot be locked is used all the same, with a note.
+
+        Args:
+            user: what uses it, for messages.
+            quiet: print nothing.
+        """
+
+        def note(text: str) -> None:
+            if not quiet:
+                print(f"note: {text}", flush=True)
+
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(
+                    locks.hold(
+                        self.lock, user, shared=True, waiting=lambda gc: note(f"waiting for {gc}, in {self.root}")
+                    )
+                )
+            except OSError as error:
+                note(
+                    f"{self.root} cannot be locked ({error.strerror}): `finetune cache gc` does not see that it is used"
+                )
+            yield
 
     # ------------------------------------------------------------------------------------------------------- write
 
@@ -280,9 +216,10 @@ class Cache:
         """One clip and its caption.
 
         Raises:
-            CacheError: if an entry is missing or damaged.
+            CacheError: if an entry is missing, cannot be read, or is damaged; it is then moved aside, so that it counts
+                as missing from now on.
         """
-        latents = self._read("latents", item.latents_key, of=item.clip)
+        latents = self._read("latents", item.latents_key, item.clip)
         return CacheEntry(
             latents_mean=latents["latents_mean"],
             latents_std=latents["latents_std"],
@@ -294,19 +231,63 @@ class Cache:
         """The embedding of a caption, [L, D]. Raises as ``read``."""
         return self._read("prompts", key)["prompt_embeds"]
 
+    def read_image(self, key: str) -> Tensor:
+        """The pixels of a validation image, uint8 RGB [3, H, W]. Raises as ``read``."""
+        return self._read("images", key)["pixels"]
+
     def prompt_tokens(self, key: str) -> int:
         """How many tokens a stored caption has; above the model's ``max_text_seq_length``, its end is not encoded.
 
         Raises as ``read``; only the header is read, and verified.
         """
-        return int(self._reader.metadata("prompts", key, self.path("prompts", key))["tokens"])
+        with self._open("prompts", key) as entry:
+            return int(read_metadata(entry, key)["tokens"])
 
-    def read_image(self, key: str) -> Tensor:
-        """The pixels of a validation image, uint8 RGB [3, H, W]. Raises as ``read``."""
-        return self._read("images", key)["pixels"]
+    def size(self, kind: Kind, key: str) -> int:
+        """Bytes of an entry's file. Raises as ``read``."""
+        with self._open(kind, key) as entry:
+            return os.fstat(entry.fileno()).st_size
 
-    def _read(self, kind: Kind, key: str, of: str = "") -> dict[str, Tensor]:
-        return self._reader.tensors(kind, key, self.path(kind, key), of)
+    def _read(self, kind: Kind, key: str, clip: str = "") -> dict[str, Tensor]:
+        """The tensors of an entry, which is verified when this process first reads its file."""
+        with self._open(kind, key, clip) as entry:
+            status = os.fstat(entry.fileno())
+            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+            tensors = read_tensors(entry, key, verify=self._verified.get(key) != identity)
+        self._verified[key] = identity
+        return tensors
+
+    @contextmanager
+    def _open(self, kind: Kind, key: str, clip: str = "") -> Iterator[BinaryIO]:
+        """Open an entry, and say in words what is wrong with it. ``clip`` is whose it is, for messages."""
+        path = self.path(kind, key)
+        where = f"{path} ({clip})" if clip else str(path)
+        try:
+            with path.open("rb") as entry:
+                yield entry
+        except FileNotFoundError:
+            raise CacheError("a cache entry is missing", where=where, fix=_ENCODE_AGAIN) from None
+        except ValueError as error:
+            raise self._damaged(kind, key, str(error), where) from None
+        except OSError as error:
+            raise CacheError(
+                f"a cache entry cannot be read: {error.strerror}",
+                where=where,
+                fix="look at the disk or the network drive, and at the file's permissions; the same command then"
+                " continues. A file that stays unreadable is taken out by `finetune cache verify --delete`",
+            ) from None
+
+    def _damaged(self, kind: Kind, key: str, reason: str, where: str) -> CacheError:
+        """Move a damaged entry aside, so that it counts as missing, and say what is to be done."""
+        fix = _ENCODE_AGAIN
+        try:
+            move_aside(self.path(kind, key), lambda content: fault_of(content, kind, key))
+        except OSError as error:
+            fix = (
+                f"it cannot be moved aside from here ({error.strerror}): where it can, run"
+                " `finetune cache verify --delete` and then `finetune precompute`"
+            )
+        return CacheError(f"a cache entry is damaged: {reason}", where=where, fix=fix)
 
     # --------------------------------------------------------------------------------------------------- manifests
 
@@ -348,67 +329,64 @@ class Cache:
         """
         return move_aside(path, lambda content: manifest_fault(content, path.stem))
 
-    # -------------------------------------------------------------------------------------------------------- jobs
-
-    @property
-    def lock(self) -> Path:
-        """Its lock file: shared by jobs, exclusive for ``gc``."""
-        return self.root / "lock"
-
-    @contextmanager
-    def in_use(self, user: str, *, quiet: bool = False) -> Iterator[None]:
-        """Keep ``gc`` from deleting anything for as long as the block runs; to be entered before entries are listed.
-
-        Waits for a collection that is under way. A cache that cannot be locked is used all the same, with a note.
-
-        Args:
-            user: what uses it, for messages.
-            quiet: print nothing.
-        """
-
-        def note(text: str) -> None:
-            if not quiet:
-                print(f"note: {text}", flush=True)
-
-        with ExitStack() as lock:
-            try:
-                lock.enter_context(
-                    locks.hold(
-                        self.lock, user, shared=True, waiting=lambda gc: note(f"waiting for {gc}, in {self.root}")
-                    )
-                )
-            except OSError as error:
-                note(
-                    f"{self.root} cannot be locked ({error.strerror}): `finetune cache gc` does not see that it is used"
-                )
-            yield
-
-    # ------------------------------------------------------------------------------------------------------ upkeep
-
-    def verify(self, *, delete: bool = False, progress: bool = False) -> cache_admin.VerifyReport:
-        """``upkeep.verify``: is every file whole, and is one missing?"""
-        return cache_admin.verify(self, delete=delete, progress=progress)
-
-    def gc(
-        self, *, delete: bool = False, unused_days: float | None = None, alone: bool = False, **ages_s: float
-    ) -> cache_admin.GcReport:
-        """``cache_admin.gc``: find, and on demand delete, what no manifest refers to."""
-        return cache_admin.gc(self, delete=delete, unused_days=unused_days, alone=alone, **ages_s)
-
-    def stats(self) -> cache_admin.CacheStats:
-        """``upkeep.stats``: count what is there."""
-        return cache_admin.stats(self)
-
-    # ----------------------------------------------------------------------------------------------------- digests
+    # ------------------------------------------------------------------------------------------------ source files
 
     def digest_file(self, path: Path) -> str:
         """Digest of a file's bytes, remembered by path, size and time: a touched file is read once more, no more."""
         return self.stamp(path).digest
 
     def stamp(self, path: Path) -> FileStamp:
-        """``stamps.take_stamp``: what a file or folder looks like now."""
-        return cache_entries.take_stamp(path, self.root / "digests")
+        """What a file looks like now; for a folder, the names of the files in it, without those that begin with a dot.
+
+        Raises:
+            DataError: if it cannot be read, or came from the hub and is not what the hub sent.
+        """
+        try:
+            if path.is_dir():
+                names = [entry.name for entry in path.iterdir() if entry.name[0] != "." and entry.is_file()]
+                return FileStamp(-1, -1, digest_of(sorted(names)))
+            return self._stamp_file(path)
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
+
+    def _stamp_file(self, path: Path) -> FileStamp:
+        name = str(path.absolute())
+        memo = self.root / "digests" / f"{digest_of(name)}.json"
+        status = path.stat()
+        now = {"path": name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+        with suppress(OSError, ValueError):  # there is none, or a damaged one: the digest is taken anew
+            known = parse_checksummed_json(memo.read_bytes())
+            if known.items() >= now.items():
+                return FileStamp(status.st_size, status.st_mtime_ns, str(known["digest"]))
+        began_ns = time.time_ns()
+        digest = _digest_as_sent(path)
+        if began_ns - status.st_mtime_ns < YOUNG_S * 1e9:
+            return FileStamp(status.st_size, -1, digest)
+        stamp = FileStamp(status.st_size, status.st_mtime_ns, digest)
+        with suppress(OSError):  # a cache that cannot be written to can still be read
+            atomic_write_bytes(memo, checksummed_json(canonical_json({"path": name, **asdict(stamp)})))
+        return stamp
 
     def is_unchanged(self, path: Path, stamp: FileStamp) -> bool | None:
-        """``stamps.is_unchanged``: whether a file or folder is still what ``stamp`` says; None if it is gone."""
-        return cache_entries.is_unchanged(path, stamp, self.root / "digests")
+        """Whether a file or folder is still what ``stamp`` says; None if it is gone. Equal bytes are enough."""
+        try:
+            status = path.stat()
+        except OSError:
+            return None
+        if stamp.mtime_ns >= 0 and (status.st_size, status.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
+            return True
+        return self.stamp(path).digest == stamp.digest
+
+
+def _digest_as_sent(path: Path) -> str:
+    """``digest_file``; where the file came from the hub, it must be what the hub sent."""
+    sent = hub_sha256(path)
+    sha256 = hashlib.sha256()
+    digest = digest_file(path, *([] if sent is None else [sha256]))
+    if sent is not None and sha256.hexdigest() != sent:
+        raise DataError(
+            f"the file is damaged: its SHA-256 is {sha256.hexdigest()[:12]}..., the hub's is {sent[:12]}...",
+            where=str(path),
+            fix="delete it and fetch it again (`hf download`); if it was changed on purpose, move it to another folder",
+        )
+    return digest

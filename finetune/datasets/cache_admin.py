@@ -10,12 +10,12 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from finetune.core import locks
 from finetune.core.errors import CacheError
 from finetune.core.files import disk_fix, human_size
 from finetune.core.terminal import Bar
+from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import (
     KINDS,
     DamagedManifestError,
@@ -26,9 +26,6 @@ from finetune.datasets.cache_entries import (
     move_aside,
     read_content,
 )
-
-if TYPE_CHECKING:
-    from finetune.datasets.cache import Cache
 
 LEFTOVER_AGE_S = 3600.0
 """An unfinished file that nobody has written to for this long belongs to a process that died; a damaged one that was

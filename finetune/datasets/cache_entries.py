@@ -1,78 +1,39 @@
-"""Files of the cache that can prove themselves whole, and what becomes of those that cannot."""
+"""The files of a cache: addresses and entries, manifests, and requests that are compared; each file carries a checksum.
+
+An *address* is everything that decides an entry's tensors, and its digest the entry's name. A *manifest* says what one
+*request* needs (everything in a configuration and a model that decides what is encoded): which entries, in which order,
+made from which files. It is trusted as long as its request and these files are what they were, so that training starts
+without opening a video, a dataset file or an encoder. ``docs/cache.md`` describes the files for other tools.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-import xxhash
-
-from finetune.cogvideox.model_files import hub_sha256
 from finetune.core.checksums import (
     NO_CHECKSUM,
     canonical_json,
     checksum_bytes,
     checksum_fits,
     checksummed_json,
-    digest_file,
     digest_of,
     insert_checksum,
     parse_checksummed_json,
 )
-from finetune.core.errors import CacheError, DataError
-from finetune.core.files import atomic_write_bytes
+from finetune.core.errors import CacheError
 from finetune.core.types import Bucket, ClipPlan, DtypeName
 from finetune.datasets.geometry import parse_bucket
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-
-def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
-    """Give a damaged file a name that nobody reads, ``<name>.<unique>.damaged``.
-
-    If another process has removed it already, nothing is left to do; if one has written it anew meanwhile, it keeps its
-    name.
-
-    Args:
-        path: the file.
-        fault: says why content is damaged; empty if it is whole.
-
-    Returns:
-        The new name.
-
-    Raises:
-        OSError: if it cannot be renamed, as on a drive that is read-only.
-    """
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
-    try:
-        os.replace(path, aside)
-    except FileNotFoundError:
-        return aside
-    try:
-        content = aside.read_bytes()
-    except OSError:
-        return aside
-    if not fault(content):
-        os.replace(aside, path)
-    return aside
-
-
-# -------- What one dataset needs from the cache: which entries, in which order, made from which files, for which
-# request.
-#
-# A manifest is the answer to one *request* (everything in a configuration and a model that decides what is encoded). It
-# is trusted as long as its request and its input files are what they were, so that training can start from it without
-# opening a video, a dataset file or an encoder. Entries do not know of manifests; many manifests may share an entry.
 
 FORMAT = 2
 """Of entries and manifests. Part of every content address: a new number re-encodes everything. 1 had no checksums."""
@@ -92,215 +53,6 @@ Kind = Literal["latents", "prompts", "images"]
 
 KINDS: tuple[Kind, ...] = ("latents", "prompts", "images")
 """``latents`` of clips, embeddings of ``prompts``, and ``images`` that validation videos start from."""
-
-
-@dataclass(frozen=True)
-class ManifestItem:
-    """One clip of the dataset with its caption: where both are in the cache, and how it takes part in training."""
-
-    clip: str
-    """A name for messages, such as ``videos/a.mp4#2``."""
-    where: str
-    """The row it came from, such as ``metadata.jsonl:17``."""
-    caption: str
-    """As it was encoded: prefix, suffix and trigger word included."""
-    bucket: Bucket
-    repeats: float
-    holdout: bool
-    """Whether it is only ever validated on."""
-    latents_key: str
-    prompt_key: str
-    media_digest: str
-    """Digest of the video file's bytes: the identity of the video, whatever its name."""
-
-
-@dataclass(frozen=True)
-class FileStamp:
-    """What a file looked like when it was read."""
-
-    size: int
-    mtime_ns: int
-    """-1 where the file was too young for its time to tell two versions apart: such a stamp is compared by digest."""
-    digest: str
-    """Of a file's bytes, or of the names in a folder."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """See the module. Paths are absolute here; in its file, those inside the configuration's folder are relative."""
-
-    items: tuple[ManifestItem, ...]
-    empty_prompt_key: str
-    request: Mapping[str, Any]
-    """What was asked for, JSON types only; ``differences`` names what changed between two of them."""
-    inputs: Mapping[str, FileStamp]
-    """Every file and folder that decided the items, media files included."""
-    prompts: Mapping[str, str] = field(default_factory=dict)
-    """Further captions (validation prompts) and the keys of their embeddings."""
-    images: Mapping[str, str] = field(default_factory=dict)
-    """Further images (validation images), by absolute path, and the keys of their pixels."""
-    skipped: Mapping[str, int] = field(default_factory=dict)
-    """Why clips of the dataset are not among the items, and how many."""
-    notes: tuple[str, ...] = ()
-    """Advice that was given when it was made, such as captions that are cut."""
-    kept: Mapping[str, str] = field(default_factory=dict)
-    """By bucket: how much of pictures and seconds its clips show, in words. Older manifests do not tell."""
-    complete: bool = True
-    """False while its entries are being encoded: it then only keeps them from being collected as garbage."""
-
-    @cached_property
-    def digest(self) -> str:
-        """Identity of the training data: every entry in its order, and how it takes part."""
-        rows = [[item.latents_key, item.prompt_key, item.repeats, item.holdout] for item in self.items]
-        return digest_of([FORMAT, rows, self.empty_prompt_key])
-
-    @property
-    def name(self) -> str:
-        """Digest of the request, under which it is filed."""
-        return digest_of(self.request)
-
-    def keys(self, kind: Kind) -> set[str]:
-        """The entries of one kind that it refers to."""
-        if kind == "latents":
-            return {item.latents_key for item in self.items}
-        if kind == "images":
-            return set(self.images.values())
-        return {item.prompt_key for item in self.items} | {self.empty_prompt_key} | set(self.prompts.values())
-
-    def to_bytes(self, base: Path) -> bytes:
-        """Its file: one JSON document with its checksum, with paths in ``base`` written relative to it."""
-        content = {
-            "format": FORMAT,
-            "complete": self.complete,
-            "base": str(base),
-            "request": self.request,
-            "digest": self.digest,
-            "items": [{**asdict(item), "bucket": str(item.bucket)} for item in self.items],
-            "empty_prompt_key": self.empty_prompt_key,
-            "prompts": self.prompts,
-            "images": {portable(Path(path), base): key for path, key in self.images.items()},
-            "inputs": {
-                portable(Path(path), base): [stamp.size, stamp.mtime_ns, stamp.digest]
-                for path, stamp in self.inputs.items()
-            },
-            "skipped": self.skipped,
-            "notes": self.notes,
-            "kept": self.kept,
-        }
-        return checksummed_json(json.dumps(content, ensure_ascii=False, indent=1))
-
-    @classmethod
-    def from_content(cls, content: Mapping[str, Any], base: Path) -> Manifest:
-        """From what ``read_content`` gave; relative paths start at ``base``."""
-        return cls(
-            items=tuple(ManifestItem(**{**item, "bucket": parse_bucket(item["bucket"])}) for item in content["items"]),
-            empty_prompt_key=content["empty_prompt_key"],
-            request=content["request"],
-            inputs={str(base / path): FileStamp(*stamp) for path, stamp in content["inputs"].items()},
-            prompts=content["prompts"],
-            images={str(base / path): key for path, key in content["images"].items()},
-            skipped=content["skipped"],
-            notes=tuple(content["notes"]),
-            kept=content.get("kept", {}),
-            complete=content["complete"],
-        )
-
-    def pending(self) -> Manifest:
-        """The same, marked as not encoded yet."""
-        return replace(self, complete=False)
-
-
-def portable(value: Any, base: Path) -> Any:
-    """``value`` in JSON types: paths inside ``base`` become relative to it, so that a folder can move as a whole."""
-    if isinstance(value, Path):
-        return (value.relative_to(base) if value.is_relative_to(base) else value).as_posix()
-    if isinstance(value, Mapping):
-        return {str(key): portable(entry, base) for key, entry in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [portable(entry, base) for entry in value]
-    return value
-
-
-_ABSENT = object()
-
-
-def differences(recorded: Any, asked: Any, at: str = "") -> list[str]:
-    """What changed between two requests, field by field: ``["data.fps: 8 -> 16"]``; empty if they ask for the same."""
-    if asked == UNKNOWN or recorded == asked:
-        return []
-    if isinstance(recorded, Mapping) and isinstance(asked, Mapping):
-        names = sorted(set(recorded) | set(asked))
-        pairs = [
-            (f"{at}.{name}" if at else name, recorded.get(name, _ABSENT), asked.get(name, _ABSENT)) for name in names
-        ]
-    elif _is_list(recorded) and _is_list(asked) and len(recorded) == len(asked):
-        pairs = [(f"{at}[{i}]", old, new) for i, (old, new) in enumerate(zip(recorded, asked, strict=True))]
-    else:
-        return [f"{at}: {_shown(recorded)} -> {_shown(asked)}"]
-    return [line for name, old, new in pairs for line in differences(old, new, name)]
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _shown(value: Any) -> str:
-    if value is _ABSENT:
-        return "(nothing)"
-    text = canonical_json(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-class DamagedManifestError(CacheError):
-    """A manifest is not, to the bit, what was written."""
-
-
-def manifest_fault(content: bytes, name: str) -> str:
-    """Why a file is not, to the bit, the manifest of this name; empty if it is, or is of the oldest format."""
-    if content.startswith(_OPENING_OF_1):
-        return ""
-    try:
-        request = parse_checksummed_json(content)["request"]
-    except ValueError as error:
-        return str(error)
-    return "" if digest_of(request) == name else "it is another manifest under this name"
-
-
-def read_content(path: Path) -> dict[str, Any] | None:
-    """What stands in a manifest's file; None for one of an older format, which nothing can use any more.
-
-    Raises:
-        DamagedManifestError: if it is not what was written.
-        CacheError: if it cannot be read, or is of a newer format, whose entries this version must not touch.
-        FileNotFoundError: if it is gone.
-    """
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CacheError(f"a manifest of the cache cannot be read: {error.strerror}", where=str(path)) from None
-    if reason := manifest_fault(text, path.stem):
-        raise DamagedManifestError(
-            f"a manifest of the cache is damaged: {reason}",
-            where=str(path),
-            fix="run `finetune precompute` with its configuration, which makes it anew and encodes nothing twice; or"
-            " delete it",
-        )
-    if text.startswith(_OPENING_OF_1):
-        return None
-    content = parse_checksummed_json(text)
-    number = content["format"]
-    if number > FORMAT:
-        raise CacheError(
-            f"this cache was written by a newer version of this package (format {number}; this one knows {FORMAT})",
-            where=str(path),
-            fix="use that version, or another cache.dir",
-        )
-    return content if number == FORMAT else None
-
-
-# -------- What an entry of the cache is: the address that decides its tensors, and a file that can prove itself whole.
 
 # ------------------------------------------------------------------------------------------------------- addresses
 
@@ -412,10 +164,8 @@ def fault_of(content: bytes, kind: Kind, key: str) -> str:
 def read_tensors(entry: BinaryIO, key: str, *, verify: bool) -> dict[str, Tensor]:
     """The tensors of an entry from its open file; they share one buffer, and nobody else has it.
 
-    Bytes are hashed right after they are read, while they are in the processor's cache, and copied once.
-
     Args:
-        entry: opened without a buffer of its own, at the beginning.
+        entry: at its beginning.
         key: its name.
         verify: False where this very file was found whole before.
 
@@ -425,46 +175,22 @@ def read_tensors(entry: BinaryIO, key: str, *, verify: bool) -> dict[str, Tensor
     """
     import torch
 
-    size = os.fstat(entry.fileno()).st_size
-    buffer = torch.empty(size, dtype=torch.uint8)
-    whole: memoryview = buffer.numpy().data
-    end = min(8 + int.from_bytes(whole[: _fill(entry, whole[:8])], "little"), size)
-    _fill(entry, whole[8:end])
-    header = _checked_header(bytes(whole[:end]), key) if verify else json.loads(bytes(whole[8:end]))
-    digest = xxhash.xxh3_128()
-    step = _CHUNK if verify else max(size, 1)
-    for at in range(end, size, step):
-        chunk = whole[at : at + step]
-        if _fill(entry, chunk) < len(chunk):
-            raise ValueError("it is cut off")
-        if verify:
-            digest.update(chunk)
-    if verify and digest.hexdigest() != header["__metadata__"]["data_checksum"]:
-        raise ValueError("its tensors are not what was written")
-    try:
-        data = buffer[end:]
-        return {name: _tensor(data, part) for name, part in header.items() if name != "__metadata__"}
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:  # only if it is no longer what was verified
-        raise ValueError(f"its header cannot be read: {error}") from None
-
-
-_CHUNK = 1 << 18
-"""Bytes read and hashed at a time: less than a core's own cache."""
-
-
-def _fill(entry: BinaryIO, part: memoryview) -> int:
-    """Read into ``part`` until it is full or the file ends; returns the bytes read."""
-    done = 0
-    while done < len(part) and (count := entry.readinto(part[done:])):  # type: ignore[attr-defined]  # unbuffered
-        done += count
-    return done
-
-
-def _tensor(data: Tensor, part: Mapping[str, Any]) -> Tensor:
     from finetune.core.tensor_files import DTYPES_BY_NAME
 
-    begin, end = part["data_offsets"]
-    return data[begin:end].view(DTYPES_BY_NAME[part["dtype"]]).view(part["shape"])
+    buffer = torch.empty(os.fstat(entry.fileno()).st_size, dtype=torch.uint8)
+    content: memoryview = buffer.numpy().data
+    if entry.readinto(content) < len(content):  # type: ignore[attr-defined]
+        raise ValueError("it is cut off")
+    end = _header_end(content)
+    header = _checked_header(bytes(content[:end]), key) if verify else json.loads(bytes(content[8:end]))
+    if verify and checksum_bytes(content[end:]) != header["__metadata__"]["data_checksum"]:
+        raise ValueError("its tensors are not what was written")
+    tensors = {}
+    for name, tensor in header.items():
+        if name != "__metadata__":
+            first, last = tensor["data_offsets"]
+            tensors[name] = buffer[end + first : end + last].view(DTYPES_BY_NAME[tensor["dtype"]]).view(tensor["shape"])
+    return tensors
 
 
 def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:
@@ -484,7 +210,7 @@ _LARGEST_HEADER = 1 << 24
 """Bytes; a damaged length must not make anybody read gigabytes."""
 
 
-def _header_end(content: bytes) -> int:
+def _header_end(content: bytes | memoryview) -> int:
     return 8 + int.from_bytes(content[:8], "little")
 
 
@@ -500,76 +226,244 @@ def _checked_header(header: bytes, key: str) -> dict[str, Any]:
     return parsed
 
 
-# -------- What a source file looked like when it was read, and whether it is still that: digests, each taken once.
-
-YOUNG_S = 2.0
-"""A file changed less than this long ago may change again within one tick of its file system's clock (2 s on FAT), with
-neither size nor time showing it; its digest is then not remembered."""
+# ----------------------------------------------------------------------------------------------------------- manifests
 
 
-def take_stamp(path: Path, memos: Path) -> FileStamp:
-    """What a file looks like now; for a folder, the names of the files in it, without those that begin with a dot.
+@dataclass(frozen=True)
+class ManifestItem:
+    """One clip of the dataset with its caption: where both are in the cache, and how it takes part in training."""
 
-    Args:
-        path: the file or folder.
-        memos: folder where digests are remembered by path, size and time.
+    clip: str
+    """A name for messages, such as ``videos/a.mp4#2``."""
+    where: str
+    """The row it came from, such as ``metadata.jsonl:17``."""
+    caption: str
+    """As it was encoded: prefix, suffix and trigger word included."""
+    bucket: Bucket
+    repeats: float
+    holdout: bool
+    """Whether it is only ever validated on."""
+    latents_key: str
+    prompt_key: str
+    media_digest: str
+    """Digest of the video file's bytes: the identity of the video, whatever its name."""
+
+
+@dataclass(frozen=True)
+class FileStamp:
+    """What a file looked like when it was read."""
+
+    size: int
+    mtime_ns: int
+    """-1 where the file was too young for its time to tell two versions apart: such a stamp is compared by digest."""
+    digest: str
+    """Of a file's bytes, or of the names in a folder."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Paths are absolute here; in its file, those inside the configuration's folder are relative."""
+
+    items: tuple[ManifestItem, ...]
+    empty_prompt_key: str
+    request: Mapping[str, Any]
+    """What was asked for, JSON types only; ``differences`` names what changed between two of them."""
+    inputs: Mapping[str, FileStamp]
+    """Every file and folder that decided the items, media files included."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Further captions (validation prompts) and the keys of their embeddings."""
+    images: Mapping[str, str] = field(default_factory=dict)
+    """Further images (validation images), by absolute path, and the keys of their pixels."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Why clips of the dataset are not among the items, and how many."""
+    notes: tuple[str, ...] = ()
+    """Advice that was given when it was made, such as captions that are cut."""
+    kept: Mapping[str, str] = field(default_factory=dict)
+    """By bucket: how much of pictures and seconds its clips show, in words. Older manifests do not tell."""
+    complete: bool = True
+    """False while its entries are being encoded: it then only keeps them from being collected as garbage."""
+
+    @cached_property
+    def digest(self) -> str:
+        """Identity of the training data: every entry in its order, and how it takes part."""
+        rows = [[item.latents_key, item.prompt_key, item.repeats, item.holdout] for item in self.items]
+        return digest_of([FORMAT, rows, self.empty_prompt_key])
+
+    @property
+    def name(self) -> str:
+        """Digest of the request, under which it is filed."""
+        return digest_of(self.request)
+
+    def keys(self, kind: Kind) -> set[str]:
+        """The entries of one kind that it refers to."""
+        if kind == "latents":
+            return {item.latents_key for item in self.items}
+        if kind == "images":
+            return set(self.images.values())
+        return {item.prompt_key for item in self.items} | {self.empty_prompt_key} | set(self.prompts.values())
+
+    def to_bytes(self, base: Path) -> bytes:
+        """Its file: one JSON document with its checksum, with paths in ``base`` written relative to it."""
+        content = {
+            "format": FORMAT,
+            "complete": self.complete,
+            "base": str(base),
+            "request": self.request,
+            "digest": self.digest,
+            "items": [{**asdict(item), "bucket": str(item.bucket)} for item in self.items],
+            "empty_prompt_key": self.empty_prompt_key,
+            "prompts": self.prompts,
+            "images": {portable(Path(path), base): key for path, key in self.images.items()},
+            "inputs": {
+                portable(Path(path), base): [stamp.size, stamp.mtime_ns, stamp.digest]
+                for path, stamp in self.inputs.items()
+            },
+            "skipped": self.skipped,
+            "notes": self.notes,
+            "kept": self.kept,
+        }
+        return checksummed_json(json.dumps(content, ensure_ascii=False, indent=1))
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any], base: Path) -> Manifest:
+        """From what ``read_content`` gave; relative paths start at ``base``."""
+        return cls(
+            items=tuple(ManifestItem(**{**item, "bucket": parse_bucket(item["bucket"])}) for item in content["items"]),
+            empty_prompt_key=content["empty_prompt_key"],
+            request=content["request"],
+            inputs={str(base / path): FileStamp(*stamp) for path, stamp in content["inputs"].items()},
+            prompts=content["prompts"],
+            images={str(base / path): key for path, key in content["images"].items()},
+            skipped=content["skipped"],
+            notes=tuple(content["notes"]),
+            kept=content.get("kept", {}),
+            complete=content["complete"],
+        )
+
+    def pending(self) -> Manifest:
+        """The same, marked as not encoded yet."""
+        return replace(self, complete=False)
+
+
+def portable(value: Any, base: Path) -> Any:
+    """``value`` in JSON types: paths inside ``base`` become relative to it, so that a folder can move as a whole."""
+    if isinstance(value, Path):
+        return (value.relative_to(base) if value.is_relative_to(base) else value).as_posix()
+    if isinstance(value, Mapping):
+        return {str(key): portable(entry, base) for key, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [portable(entry, base) for entry in value]
+    return value
+
+
+_ABSENT = object()
+
+
+def differences(recorded: Any, requested: Any, at: str = "") -> list[str]:
+    """What changed between two requests, field by field: ``["data.fps: 8 -> 16"]``; empty if they ask for the same."""
+    if requested == UNKNOWN or recorded == requested:
+        return []
+    if isinstance(recorded, Mapping) and isinstance(requested, Mapping):
+        names = sorted(set(recorded) | set(requested))
+        pairs = [
+            (f"{at}.{name}" if at else name, recorded.get(name, _ABSENT), requested.get(name, _ABSENT))
+            for name in names
+        ]
+    elif _is_list(recorded) and _is_list(requested) and len(recorded) == len(requested):
+        pairs = [(f"{at}[{i}]", old, new) for i, (old, new) in enumerate(zip(recorded, requested, strict=True))]
+    else:
+        return [f"{at}: {_shown(recorded)} -> {_shown(requested)}"]
+    return [line for name, old, new in pairs for line in differences(old, new, name)]
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _shown(value: Any) -> str:
+    if value is _ABSENT:
+        return "(nothing)"
+    text = canonical_json(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+class DamagedManifestError(CacheError):
+    """A manifest is not, to the bit, what was written."""
+
+
+def manifest_fault(content: bytes, name: str) -> str:
+    """Why a file is not, to the bit, the manifest of this name; empty if it is, or is of the oldest format."""
+    if content.startswith(_OPENING_OF_1):
+        return ""
+    try:
+        request = parse_checksummed_json(content)["request"]
+    except ValueError as error:
+        return str(error)
+    return "" if digest_of(request) == name else "it is another manifest under this name"
+
+
+def read_content(path: Path) -> dict[str, Any] | None:
+    """What stands in a manifest's file; None for one of an older format, which nothing can use any more.
 
     Raises:
-        DataError: if it cannot be read, or came from the hub and is not what the hub sent.
+        DamagedManifestError: if it is not what was written.
+        CacheError: if it cannot be read, or is of a newer format, whose entries this version must not touch.
+        FileNotFoundError: if it is gone.
     """
     try:
-        if path.is_dir():
-            names = [entry.name for entry in path.iterdir() if entry.name[0] != "." and entry.is_file()]
-            return FileStamp(-1, -1, digest_of(sorted(names)))
-        return _stamp_file(path, memos)
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", where=str(path)) from None
-
-
-def _stamp_file(path: Path, memos: Path) -> FileStamp:
-    name = str(path.absolute())
-    memo = memos / f"{digest_of(name)}.json"
-    status = path.stat()
-    known = _remembered(memo)
-    if (known.get("path"), known.get("size"), known.get("mtime_ns")) == (name, status.st_size, status.st_mtime_ns):
-        return FileStamp(status.st_size, status.st_mtime_ns, str(known["digest"]))
-    began_ns = time.time_ns()
-    digest = _digest(path)
-    if began_ns - status.st_mtime_ns < YOUNG_S * 1e9:
-        return FileStamp(status.st_size, -1, digest)
-    stamp = FileStamp(status.st_size, status.st_mtime_ns, digest)
-    with suppress(OSError):  # a cache that cannot be written to can still be read
-        atomic_write_bytes(memo, checksummed_json(canonical_json({"path": name, **asdict(stamp)})))
-    return stamp
-
-
-def _digest(path: Path) -> str:
-    """``digest_file``, and on the way whether the file is what the hub sent, where it came from there."""
-    sent = hub_sha256(path)
-    sha256 = hashlib.sha256()
-    digest = digest_file(path, *([] if sent is None else [sha256]))
-    if sent is not None and sha256.hexdigest() != sent:
-        raise DataError(
-            f"the file is damaged: its SHA-256 is {sha256.hexdigest()[:12]}..., the hub's is {sent[:12]}...",
+        raise CacheError(f"a manifest of the cache cannot be read: {error.strerror}", where=str(path)) from None
+    if reason := manifest_fault(text, path.stem):
+        raise DamagedManifestError(
+            f"a manifest of the cache is damaged: {reason}",
             where=str(path),
-            fix="delete it and fetch it again (`hf download`); if it was changed on purpose, move it to another folder",
+            fix="run `finetune precompute` with its configuration, which makes it anew and encodes nothing twice; or"
+            " delete it",
         )
-    return digest
-
-
-def _remembered(memo: Path) -> Mapping[str, Any]:
-    try:
-        return parse_checksummed_json(memo.read_bytes())
-    except (OSError, ValueError):
-        return {}  # none, or a damaged one: the digest is taken anew
-
-
-def is_unchanged(path: Path, stamp: FileStamp, memos: Path) -> bool | None:
-    """Whether a file or folder is still what ``stamp`` says; None if it is gone. Equal bytes are enough."""
-    try:
-        status = path.stat()
-    except OSError:
+    if text.startswith(_OPENING_OF_1):
         return None
-    if stamp.mtime_ns >= 0 and (status.st_size, status.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
-        return True
-    return take_stamp(path, memos).digest == stamp.digest
+    content = parse_checksummed_json(text)
+    number = content["format"]
+    if number > FORMAT:
+        raise CacheError(
+            f"this cache was written by a newer version of this package (format {number}; this one knows {FORMAT})",
+            where=str(path),
+            fix="use that version, or another cache.dir",
+        )
+    return content if number == FORMAT else None
+
+
+# ------------------------------------------------------------------------------------------------------- damaged files
+
+
+def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
+    """Give a damaged file a name that nobody reads, ``<name>.<unique>.damaged``.
+
+    If another process has removed it already, nothing is left to do; if one has written it anew meanwhile, it keeps its
+    name.
+
+    Args:
+        path: the file.
+        fault: says why content is damaged; empty if it is whole.
+
+    Returns:
+        The new name.
+
+    Raises:
+        OSError: if it cannot be renamed, as on a drive that is read-only.
+    """
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
+    try:
+        os.replace(path, aside)
+    except FileNotFoundError:
+        return aside
+    try:
+        content = aside.read_bytes()
+    except OSError:
+        return aside
+    if not fault(content):
+        os.replace(aside, path)
+    return aside
