@@ -515,7 +515,7 @@ def test_a_complete_cache_is_read_without_decoders_or_datasets(project):
 
 def _break_decoding(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Files whose header is sound and whose frames are not."""
-    from finetune.datasets import decode_pool as frames
+    from finetune.datasets import decode as frames
 
     sound = frames.read_clip
 
