@@ -303,7 +303,7 @@ def generate(
     from finetune.core.errors import ConfigError
     from finetune.datasets.geometry import parse_bucket
     from finetune.inference.generate import generate
-    from finetune.inference.inputs import GenerateRequest, parse_adapter, prompts_with_seeds
+    from finetune.inference.request import GenerateRequest, parse_adapter, prompts_with_seeds
 
     listed = [adapters] if isinstance(adapters, str | Path) else adapters
     items = [prompts] if isinstance(prompts, str) else prompts

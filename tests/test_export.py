@@ -31,8 +31,9 @@ from finetune.core import locks
 from finetune.core.errors import CheckpointError, ExportError
 from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket, RunState, SamplePrompt
-from finetune.inference.generate import SampleRequest, generate, sample_videos
-from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
+from finetune.inference.adapters import TRAINING_RECORD
+from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, generate, sample_videos
+from finetune.inference.request import AdapterArgument, GenerateRequest
 from tests.broken_disk import disk
 from tests.worlds import run_config, run_values
 
@@ -225,15 +226,10 @@ def test_what_training_sampled_is_what_the_export_samples(tiny_model, tmp_path):
     run = make_run(tmp_path, model, LORA)
     config, spec = run_config(model, run, run, method=LORA).model, read_spec(str(model))
     empty, prompt = encode_prompts(*load_text(config), ["", "a red ring"], spec)
-    (ours,) = sample_videos(
-        spec,
-        trained_transformer(run, model, LORA),
-        load_scheduler(config),
-        load_vae(config),
-        [SampleRequest(prompt, empty, seed=5, bucket=Bucket(9, 32, 48))],
-        num_inference_steps=2,
-        guidance_scale=3.0,
-    )
+    transformer = trained_transformer(run, model, LORA)
+    modules = SampleModules(spec, transformer, load_scheduler(config), load_vae(config))
+    request = SampleRequest(prompt, empty, seed=5, bucket=Bucket(9, 32, 48))
+    (ours,) = sample_videos(modules, [request], SampleSettings(2, 3.0))
     assert np.array_equal(frames_of(model, export(run).folder, tmp_path / "out"), ours)
 
 

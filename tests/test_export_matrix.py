@@ -26,8 +26,9 @@ from finetune.convert.export import export
 from finetune.convert.merge import merge, set_strength
 from finetune.core.errors import ExportError
 from finetune.core.types import Bucket, SamplePrompt
+from finetune.inference.adapters import TRAINING_RECORD
 from finetune.inference.generate import generate
-from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
+from finetune.inference.request import AdapterArgument, GenerateRequest
 from finetune.methods.lora import ADAPTER, LoraMethod
 from finetune.testing.tiny import VARIANTS
 from finetune.trainers import loop

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +15,24 @@ import torch
 from PIL import Image
 
 from finetune.cogvideox.encode import encode_prompts
-from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae, pipeline_class
+from finetune.cogvideox.load import (
+    ModelConfig,
+    build_pipeline,
+    load_scheduler,
+    load_text,
+    load_transformer,
+    load_vae,
+    pipeline_class,
+)
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError
 from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket, SamplePrompt
 from finetune.inference import generate
-from finetune.inference.generate import SampleRequest, sample_videos
-from finetune.inference.inputs import (
-    TRAINING_RECORD,
-    AdapterArgument,
-    GenerateRequest,
-    base_faults,
-    base_numbers,
-    parse_adapter,
-    prompts_with_seeds,
-    read_prompts,
-    training_record,
-    transformer_root,
-)
+from finetune.inference.adapters import TRAINING_RECORD, TrainingRecord, base_faults, transformer_root
+from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, sample_videos
+from finetune.inference.request import AdapterArgument, GenerateRequest, parse_adapter, prompts_with_seeds, read_prompts
 from finetune.methods.adapter import read_adapter
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import build_tiny
@@ -46,17 +46,23 @@ def bucket_of(spec) -> Bucket:
     return spec.training_bucket if spec.use_learned_positions else SMALL
 
 
-def parts(folder):
-    model = ModelConfig(pretrained=str(folder))
-    spec = read_spec(str(folder))
-    tokenizer, encoder = load_text(model)
-    empty, prompt = encode_prompts(tokenizer, encoder, ["", PROMPT], spec)
-    picture = None
+def loaded(folder: Path) -> tuple[SampleModules, Callable[..., SampleRequest]]:
+    """A model's modules, and ``request(seed)`` for one video of ``PROMPT``."""
+    model, spec = ModelConfig(pretrained=str(folder)), read_spec(str(folder))
+    empty, prompt = encode_prompts(*load_text(model), ["", PROMPT], spec)
+    bucket, picture = bucket_of(spec), None
     if spec.image_to_video:
-        generator = torch.Generator().manual_seed(3)
-        bucket = bucket_of(spec)
-        picture = torch.randint(0, 255, (3, bucket.height, bucket.width), generator=generator, dtype=torch.uint8)
-    return spec, load_transformer(model), load_scheduler(model), load_vae(model), prompt, empty, picture
+        shape, generator = (3, bucket.height, bucket.width), torch.Generator().manual_seed(3)
+        picture = torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8)
+
+    def request(seed: int = 7, **changes) -> SampleRequest:
+        return replace(SampleRequest(prompt, empty, seed, bucket, picture), **changes)
+
+    return SampleModules(spec, load_transformer(model), load_scheduler(model), load_vae(model)), request
+
+
+def sample(modules: SampleModules, *requests: SampleRequest, steps: int = 1, guidance: float = 1.0) -> list[np.ndarray]:
+    return sample_videos(modules, requests, SampleSettings(steps, guidance))
 
 
 def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
@@ -79,124 +85,103 @@ def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "5b-i2v", "1.5-5b-i2v"])
+@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
 def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
     folder = tiny_model(variant)
-    spec, transformer, scheduler, vae, prompt, empty, picture = parts(folder)
-    bucket = bucket_of(spec)
-    (ours,) = sample_videos(
-        spec,
-        transformer,
-        scheduler,
-        vae,
-        [SampleRequest(prompt, empty, seed=7, bucket=bucket, image=picture)],
-        num_inference_steps=2,
-        guidance_scale=3.0,
-    )
+    modules, request = loaded(folder)
+    spec, wanted = modules.spec, request(seed=7)
+    (ours,) = sample(modules, wanted, steps=2, guidance=3.0)
     stock = pipeline_class(spec).from_pretrained(folder)
     stock.set_progress_bar_config(disable=True)
-    extra = {} if picture is None else {"image": Image.fromarray(picture.permute(1, 2, 0).numpy())}
+    image = {} if wanted.image is None else {"image": Image.fromarray(wanted.image.permute(1, 2, 0).numpy())}
     theirs = stock(
         prompt=PROMPT,
-        num_frames=bucket.frames,
-        height=bucket.height,
-        width=bucket.width,
+        num_frames=wanted.bucket.frames,
+        height=wanted.bucket.height,
+        width=wanted.bucket.width,
         num_inference_steps=2,
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(7),
         output_type="np",
         max_sequence_length=spec.max_text_seq_length,
-        **extra,
+        **image,
     ).frames[0]
-    assert ours.dtype == np.uint8 and ours.shape == (bucket.frames, bucket.height, bucket.width, 3)
+    assert ours.dtype == np.uint8 and ours.shape == (wanted.bucket.frames, wanted.bucket.height, wanted.bucket.width, 3)
     assert np.abs(ours.astype(float) - theirs * 255).max() <= 0.5 + 1e-4
     assert ours.std() > 1
 
 
 def test_sampling_leaves_the_modules_and_the_random_state_as_they_were(tiny_model):
-    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
+    modules, request = loaded(tiny_model("5b"))
+    transformer, scheduler, vae = modules.transformer, modules.scheduler, modules.vae
     LoraMethod(rank=2, alpha=4, dropout=0.5).apply(transformer, seed=0)
     transformer.train()
     scheduler.set_timesteps(10)
 
     def everything():
-        modules = [*transformer.named_modules(), *vae.named_modules()]
-        hooks = [name for name, m in modules if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook")]
+        members = [*transformer.named_modules(), *vae.named_modules()]
+        hooks = [name for name, m in members if m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook")]
         own = sorted(set(vars(transformer)) | set(vars(vae)))
-        flags = [(name, module.training) for name, module in modules]
+        flags = [(name, member.training) for name, member in members]
         forms = [(name, p.dtype, p.device, p.requires_grad) for name, p in transformer.named_parameters()]
         return hooks, own, flags, forms, scheduler.timesteps.tolist(), torch.get_rng_state().tolist()
 
     weights = {name: p.clone() for name, p in transformer.named_parameters()}
     before = everything()
-    request = SampleRequest(prompt, empty, seed=7, bucket=SMALL)
-    first = sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    (first,) = sample(modules, request())
     torch.rand(3)
     state = torch.get_rng_state()
-    second = sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
-    assert np.array_equal(first[0], second[0])  # also: LoRA dropout is off, and nothing depends on the global state
+    (second,) = sample(modules, request())
+    assert np.array_equal(first, second)  # also: LoRA dropout is off, and nothing depends on the global state
     assert torch.equal(torch.get_rng_state(), state)
     torch.set_rng_state(torch.tensor(before[-1], dtype=torch.uint8))
     assert everything() == before
     assert all(torch.equal(p, weights[name]) for name, p in transformer.named_parameters())
+    # Canary: what diffusers leaves when nobody cleans up.
+    stock = build_pipeline(modules.spec, transformer=transformer, scheduler=scheduler, vae=vae)
+    embeds = {"prompt_embeds": request().prompt_embeds[None], "output_type": "latent"}
+    stock(**embeds, num_frames=9, height=32, width=32, num_inference_steps=1, guidance_scale=1)
+    assert set(vars(transformer)) - set(before[1]) == {"_diffusers_hook"}
 
 
-def test_a_bare_pipeline_call_leaves_a_trace(tiny_model):
-    """The canary of the test above: what diffusers leaves when nobody cleans up."""
-    folder = tiny_model("5b")
-    stock = pipeline_class(read_spec(str(folder))).from_pretrained(folder)
-    before = set(vars(stock.transformer))
-    stock("a", num_frames=9, height=32, width=32, num_inference_steps=1, guidance_scale=1, max_sequence_length=16)
-    assert set(vars(stock.transformer)) - before == {"_diffusers_hook"}
-
-
-def test_a_video_depends_on_its_seed_and_not_on_its_neighbours(tiny_model):
-    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
-    requests = [SampleRequest(prompt, empty, seed=seed, bucket=SMALL) for seed in (1, 2)]
-
-    def sample(chosen):
-        return sample_videos(spec, transformer, scheduler, vae, chosen, num_inference_steps=1, guidance_scale=2.0)
-
-    together = sample(requests)
-    (alone,) = sample(requests[1:])
+def test_a_video_depends_on_its_seed_and_not_on_its_neighbours(tiny_model, caplog):
+    modules, request = loaded(tiny_model("5b"))
+    together = sample(modules, request(1), request(2), guidance=2.0)
+    (alone,) = sample(modules, request(2), guidance=2.0)
     assert np.array_equal(together[1], alone)
     assert not np.array_equal(together[0], together[1])
-
-
-def test_values_that_are_not_numbers_are_shown_black_and_said(tiny_model, caplog):
-    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
-    request = SampleRequest(prompt * float("nan"), empty, seed=1, bucket=SMALL)
-    (frames,) = sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+    (frames,) = sample(modules, request(1, prompt_embeds=request().prompt_embeds * float("nan")))
     assert frames.max() == 0
     assert "seed 1 holds values that are not numbers" in caplog.text
 
 
 def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_model, monkeypatch):
-    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
-    seen = []
-    decode = vae.decode
+    modules, request = loaded(tiny_model("5b"))
+    tiled = []
+    decode = modules.vae.decode
     monkeypatch.setattr(
-        vae, "decode", lambda *args, **options: (seen.append(vae.use_tiling), decode(*args, **options))[1]
+        modules.vae,
+        "decode",
+        lambda *args, **options: (tiled.append(modules.vae.use_tiling), decode(*args, **options))[1],
     )
-    request = SampleRequest(prompt, empty, seed=1, bucket=SMALL)
     for limit in (generate.DECODE_WHOLE_BELOW, 1_000_000):
         monkeypatch.setattr(generate, "DECODE_WHOLE_BELOW", limit)
-        sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
-    assert seen == [False, True] and not vae.use_tiling
+        sample(modules, request())
+    assert tiled == [False, True] and not modules.vae.use_tiling
     monkeypatch.undo()
-    tiled = [generate.decodes_in_tiles(Bucket(*sizes), torch.bfloat16) for sizes in ((49, 480, 720), (9, 64, 64))]
-    assert tiled == [True, False]  # the published size, and the demo's
-    assert generate.decodes_in_tiles(Bucket(9, 256, 256), torch.float32)
-    assert not generate.decodes_in_tiles(Bucket(9, 256, 256), torch.bfloat16)
+    # The published size, the demo's, and one that depends on the dtype.
+    cases = [((49, 480, 720), torch.bfloat16, True), ((9, 64, 64), torch.bfloat16, False)]
+    cases += [((9, 256, 256), torch.float32, True), ((9, 256, 256), torch.bfloat16, False)]
+    for sizes, dtype, tiles in cases:
+        assert generate.decodes_in_tiles(Bucket(*sizes), dtype) == tiles
 
 
-def test_images_must_fit_the_model(tiny_model):
-    spec, transformer, scheduler, vae, prompt, empty, _ = parts(tiny_model("5b"))
-    request = SampleRequest(prompt, empty, seed=1, bucket=SMALL, image=torch.zeros(3, 32, 48, dtype=torch.uint8))
+def test_images_and_dtypes_must_fit_the_model(tiny_model):
+    modules, request = loaded(tiny_model("5b"))
     with pytest.raises(ValueError, match="text-to-video, but an image is given"):
-        sample_videos(spec, transformer, scheduler, vae, [request], num_inference_steps=1, guidance_scale=1.0)
+        sample(modules, request(image=torch.zeros(3, 32, 48, dtype=torch.uint8)))
     with pytest.raises(ValueError, match=r"VAE is torch.bfloat16"):
-        sample_videos(spec, transformer, scheduler, vae.bfloat16(), [], num_inference_steps=1, guidance_scale=1.0)
+        sample(replace(modules, vae=modules.vae.bfloat16()))
 
 
 # ---------------------------------------------------------------------------------------------------------- the command
@@ -257,11 +242,6 @@ def test_adapters_act_by_their_strength(tiny_model, tmp_path):
     both = frames(AdapterArgument(one), AdapterArgument(two, -0.5))
     different = [plain, full, half, both]
     assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
-
-
-def test_a_training_record_that_is_no_file_says_nothing(tmp_path):
-    (tmp_path / TRAINING_RECORD).symlink_to("/dev/zero")
-    assert training_record(tmp_path) == {}
 
 
 def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, rates):
@@ -408,9 +388,6 @@ def outcome(monkeypatch, request) -> str:
     raise AssertionError("it sampled")
 
 
-SPEC = base_numbers(read_spec(str(known_model("5b"))))
-
-
 @pytest.mark.parametrize(
     ("variant", "record", "said"),
     [
@@ -447,7 +424,7 @@ def test_a_record_of_another_base_is_refused_by_name(tiny_model, tmp_path, monke
     ],
 )
 def test_names_on_the_hub_tell_models_apart_where_no_digest_does(base, record, refused):
-    faults = list(base_faults(record, "--adapter a", base, read_spec(str(known_model("5b")))))
+    faults = list(base_faults(TrainingRecord(**record), "--adapter a", base, read_spec(str(known_model("5b")))))
     assert bool(faults) == refused
     assert all("was trained on zai-org/CogVideoX-5b, not on somebody/tuned-5b" in str(fault) for fault in faults)
 

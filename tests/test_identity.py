@@ -27,8 +27,9 @@ from finetune.core.errors import CheckpointError, ConfigError, DataError, Export
 from finetune.core.files import COMPLETE
 from finetune.core.types import SamplePrompt
 from finetune.datasets.cache import Cache
+from finetune.inference.adapters import TRAINING_RECORD
 from finetune.inference.generate import generate
-from finetune.inference.inputs import TRAINING_RECORD, AdapterArgument, GenerateRequest
+from finetune.inference.request import AdapterArgument, GenerateRequest
 from finetune.memory.quantized_linear import placement
 from finetune.trainers.loop import train
 from finetune.trainers.setup import _same_base

@@ -28,7 +28,7 @@ from finetune.convert.verify import Verification
 from finetune.core.types import Bucket, RunState, SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest, ManifestItem
-from finetune.inference.inputs import TRAINING_RECORD
+from finetune.inference.adapters import TRAINING_RECORD
 
 COMMIT = "a" * 40
 HOSTILE = [

@@ -487,7 +487,7 @@ def generate(
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the videos.")] = Path("videos"),
 ) -> None:
     """Sample videos from a base model with any number of adapters."""
-    from finetune.inference.inputs import prompts_with_seeds, read_prompts
+    from finetune.inference.request import prompts_with_seeds, read_prompts
 
     listed = () if prompts is None else read_prompts(prompts, seed=seed)
     print(

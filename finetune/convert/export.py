@@ -55,7 +55,7 @@ from finetune.core.files import (
     require_writable,
 )
 from finetune.core.tensor_files import file_bytes
-from finetune.inference.inputs import TRAINING_RECORD
+from finetune.inference.adapters import TRAINING_RECORD
 
 _SIDE_FILES = 1 << 20
 """Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""

@@ -23,7 +23,7 @@ from finetune.convert.source import ExportSource
 from finetune.convert.verify import Verification
 from finetune.core.files import LORA_FILE, from_here
 from finetune.core.text import shown
-from finetune.inference.inputs import base_numbers
+from finetune.inference.adapters import base_numbers
 
 _CAPTION_LENGTH = 240
 

@@ -1,4 +1,4 @@
-"""Videos from modules that are loaded already, through the stock diffusers pipeline: for training and for the command.
+"""Videos through the stock diffusers pipeline: for training, from modules that are loaded, and for ``generate``.
 
 The stock pipeline, because it is what a fine-tuned model will meet in other people's hands.
 """
@@ -28,7 +28,6 @@ from finetune.cogvideox.load import (
     load_tokenizer,
     load_transformer,
     load_vae,
-    require_base,
 )
 from finetune.cogvideox.model_files import json_folder, pin_revision
 from finetune.cogvideox.spec import ModelSpec, read_spec
@@ -39,21 +38,20 @@ from finetune.core.rng import training_state_untouched
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket
 from finetune.datasets.geometry import parse_bucket
-from finetune.inference.inputs import (
-    TRAINING_RECORD,
+from finetune.inference.adapters import (
     AdapterSource,
-    GenerateRequest,
+    TrainingRecord,
     base_faults,
-    check_request,
-    misfit,
+    load_adapters,
     named_base,
+    read_record,
     read_sources,
-    recorded_fps,
+    require_same_base,
     shape_faults,
-    training_record,
     transformer_root,
     trigger_notes,
 )
+from finetune.inference.request import GenerateRequest, request_faults
 from finetune.inference.videos import Frames, contact_sheet, write_mp4
 
 _log = logging.getLogger(__name__)
@@ -73,6 +71,9 @@ def decodes_in_tiles(bucket: Bucket, dtype: torch.dtype) -> bool:
     return DECODED_BYTES_PER_PIXEL * bucket.height * bucket.width * dtype.itemsize // 2 > DECODE_WHOLE_BELOW
 
 
+# ------------------------------------------------------------------------------------------------------------- sampling
+
+
 @dataclass(frozen=True)
 class SampleRequest:
     """One video to sample from embeddings that are ready: T5 need not be in memory."""
@@ -87,34 +88,48 @@ class SampleRequest:
     """First frame for image-to-video: a file, or uint8 RGB [3, H, W]; resized and cropped as training clips are."""
 
 
+@dataclass(frozen=True)
+class SampleModules:
+    """What samples; used as it is: dtype, device, adapters."""
+
+    spec: ModelSpec
+    transformer: Any
+    """Unwrapped, with or without adapters."""
+    scheduler: Any
+    """The checkpoint's own."""
+    vae: Any
+    """In the transformer's dtype."""
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How to sample."""
+
+    num_inference_steps: int
+    """Denoising steps."""
+    guidance_scale: float
+    """1 for no guidance."""
+    dynamic_cfg: bool = False
+    """Let the guidance grow with the denoising steps."""
+
+
 def sample_videos(
-    spec: ModelSpec,
-    transformer: Any,
-    scheduler: Any,
-    vae: Any,
+    modules: SampleModules,
     requests: Sequence[SampleRequest],
+    settings: SampleSettings,
     *,
-    num_inference_steps: int,
-    guidance_scale: float,
-    dynamic_cfg: bool = False,
     progress: bool = False,
     offload_to: torch.device | None = None,
 ) -> list[Frames]:
     """Sample each request through the stock pipeline, one at a time, so that none depends on its neighbours.
 
-    The modules are used as they are (dtype, device, adapters) and left as they were: no hook stays on them, their
-    train/eval flags and the global random state are restored, and the scheduler's state is a copy's. All randomness
-    comes from a CPU generator with the request's seed.
+    The modules are left as they were: no hook stays on them, their train/eval flags and the global random state are
+    restored, and the scheduler's state is a copy's. All randomness comes from a CPU generator with the request's seed.
 
     Args:
-        spec: of the model.
-        transformer: unwrapped, with or without adapters.
-        scheduler: the checkpoint's own.
-        vae: in the transformer's dtype.
+        modules: what samples.
         requests: what to sample.
-        num_inference_steps: denoising steps.
-        guidance_scale: 1 for no guidance.
-        dynamic_cfg: let the guidance grow with the denoising steps.
+        settings: how.
         progress: show a bar per video.
         offload_to: keep each module on the CPU but while it runs on this device.
 
@@ -125,13 +140,15 @@ def sample_videos(
         ValueError: if an image is missing or superfluous, or the VAE has another dtype than the transformer.
         DataError: if an image cannot be read.
     """
+    spec, transformer, scheduler, vae = modules.spec, modules.transformer, modules.scheduler, modules.vae
     # The patch embedding's: LoRA weights come later and may be float32 beside a bfloat16 base.
     dtype = next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
     if vae.dtype != dtype:
         raise ValueError(f"the VAE is {vae.dtype} and the transformer {dtype}; the pipeline needs them equal")
     videos = []
-    with training_state_untouched(transformer, vae), _no_traces(transformer):
-        pipeline = build_pipeline(spec, transformer=transformer, scheduler=_fresh(scheduler), vae=vae)
+    with training_state_untouched(transformer, vae), _without_new_hooks(transformer):
+        fresh_scheduler = type(scheduler).from_config(scheduler.config)
+        pipeline = build_pipeline(spec, transformer=transformer, scheduler=fresh_scheduler, vae=vae)
         pipeline.progress_bar = lambda iterable=None, total=None: Bar(
             iterable, total=total, desc="denoising", disable=not progress
         )
@@ -140,7 +157,7 @@ def sample_videos(
                 pipeline.enable_model_cpu_offload(device=offload_to)
             device = pipeline._execution_device
             for request in requests:
-                with _tiled(vae, request.bucket):
+                with _tiled_if_large(vae, request.bucket):
                     output = pipeline(
                         **_image_argument(spec, request),
                         prompt_embeds=request.prompt_embeds[None].to(device, dtype),
@@ -148,9 +165,9 @@ def sample_videos(
                         num_frames=request.bucket.frames,
                         height=request.bucket.height,
                         width=request.bucket.width,
-                        num_inference_steps=num_inference_steps,
-                        guidance_scale=guidance_scale,
-                        use_dynamic_cfg=dynamic_cfg,
+                        num_inference_steps=settings.num_inference_steps,
+                        guidance_scale=settings.guidance_scale,
+                        use_dynamic_cfg=settings.dynamic_cfg,
                         generator=torch.Generator("cpu").manual_seed(request.seed),
                         output_type="np",
                     )
@@ -163,12 +180,8 @@ def sample_videos(
     return videos
 
 
-def _fresh(scheduler: Any) -> Any:
-    return type(scheduler).from_config(scheduler.config)
-
-
 @contextmanager
-def _no_traces(transformer: Any) -> Iterator[None]:
+def _without_new_hooks(transformer: Any) -> Iterator[None]:
     """Take away the hook registry that a pipeline call leaves on a transformer which had none."""
     had_registry = hasattr(transformer, "_diffusers_hook")
     try:
@@ -179,7 +192,7 @@ def _no_traces(transformer: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _tiled(vae: Any, bucket: Bucket) -> Iterator[None]:
+def _tiled_if_large(vae: Any, bucket: Bucket) -> Iterator[None]:
     before = vae.use_tiling
     if decodes_in_tiles(bucket, vae.dtype):
         vae.enable_tiling()
@@ -201,24 +214,20 @@ def _image_argument(spec: ModelSpec, request: SampleRequest) -> dict[str, Any]:
 
     from finetune.datasets.decode_pool import fit_image, load_fitted_image
 
-    if isinstance(request.image, Path):
-        image = load_fitted_image(request.image, request.bucket)
-    else:
-        image = fit_image(request.image, request.bucket)
+    fit = load_fitted_image if isinstance(request.image, Path) else fit_image
+    image: Tensor = fit(request.image, request.bucket)  # type: ignore[arg-type]
     return {"image": Image.fromarray(image.permute(1, 2, 0).numpy())}
 
 
 def _to_uint8(video: Any, seed: int) -> Frames:
-    """[F, H, W, 3] in 0..1 to bytes; what is not a number becomes black, and is said."""
+    """[F, H, W, 3] in 0..1 to bytes; what is not a number becomes black, and is told."""
     if not np.isfinite(video).all():
         _log.warning("the sampled video with seed %d holds values that are not numbers; they are shown black", seed)
     frames: Frames = (np.nan_to_num(video, nan=0.0) * 255).round().astype(np.uint8)
     return frames
 
 
-# -------- ``finetune generate``: videos from a base model, any number of adapters, and prompts.
-#
-# It loads one component after the other, so that T5 and the transformer are never in memory together.
+# ------------------------------------------------------------------------------------------------------------- generate
 
 
 @dataclass(frozen=True)
@@ -232,16 +241,33 @@ class GenerateReport:
     frames: tuple[Frames, ...] = field(repr=False)
     """The videos before compression, each uint8 [F, H, W, 3], in the order of the prompts."""
     notes: tuple[str, ...] = ()
-    """What was said of the request before it began."""
+    """What was remarked on the request before it began."""
 
     def __str__(self) -> str:
         return "\n".join([*(f"wrote {path}" for path in self.videos), f"wrote {self.sheet} (all of them at a glance)"])
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A request that can be met."""
+
+    model: ModelConfig
+    """The base, at one commit."""
+    transformer: ModelConfig
+    """Where the transformer's weights are: the base, or a full fine-tuning of it."""
+    spec: ModelSpec
+    sources: list[AdapterSource]
+    bucket: Bucket
+    fps: float
+    device: torch.device
+    notes: tuple[str, ...]
+
+
 def generate(request: GenerateRequest) -> GenerateReport:
     """Sample every prompt to ``<out>/<number>-<words of the prompt>-seed<seed>.mp4``, and all of them to ``sheet.png``.
 
-    Everything that can be checked is checked before a weight is loaded.
+    Everything that can be checked is checked before a weight is loaded. One component is loaded after the other, so
+    that T5 and the transformer are never in memory together.
 
     Raises:
         ModelError: if the base cannot be found or loaded.
@@ -249,80 +275,78 @@ def generate(request: GenerateRequest) -> GenerateReport:
         DataError: if an image cannot be read.
         FinetuneError: if a video cannot be written.
     """
-    tuned = None if request.transformer is None else transformer_root(request.transformer)
-    sources, faults = read_sources(request.adapters)
-    records = _records(request, sources)
-    base, revision = _base(request, records, faults)
-    revision = pin_revision(base, revision)
-    spec = read_spec(base, revision)
-    record = next((record for _, _, record in records if record), {})
-    bucket = request.bucket or _recorded_bucket(record, spec) or spec.training_bucket
-    check_request(
-        request,
-        spec,
-        bucket,
-        [*faults, *_misfits(base, tuned or json_folder(base, revision), spec, sources, records)],
-    )
-    fps = request.fps or recorded_fps(record) or float(spec.native_fps)
-    device = _device(request)
-    # Sampling takes minutes per video.
-    require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
-    notes = [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
-    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
+    plan = _plan(request)
+    dtype = plan.model.torch_dtype()
+    start_device = torch.device("cpu") if request.offload else plan.device
     texts = [*(prompt.prompt for prompt in request.prompts), request.negative_prompt]
-    notes += _unread(model, spec, texts)
-    chosen = [source.note for source in sources if source.note]
-    for choice in chosen:
-        _log.info("note: %s", choice)
-    for note in notes:  # now, not after minutes of sampling
-        _log.warning("%s", note)
-    dtype = model.torch_dtype()
-    loaded_on = torch.device("cpu") if request.offload else device
-
-    embeds = _embed(model, spec, texts, device)
-    own = model if tuned is None else ModelConfig(pretrained=str(tuned))
-    transformer = load_transformer(own, device=loaded_on, dtype=dtype)
-    if tuned is None:  # an adapter that is put on another transformer is so on purpose
-        _require_same_base(transformer, base, sources)
-    scheduler = load_scheduler(model)
-    load_adapters(spec, transformer, scheduler, sources)
-    vae = load_vae(model, device=loaded_on, dtype=dtype)
+    embeds = _embed(plan.model, plan.spec, texts, plan.device)
+    transformer = load_transformer(plan.transformer, device=start_device, dtype=dtype)
+    if plan.transformer == plan.model:  # an adapter that is put on another transformer is so on purpose
+        require_same_base(transformer, plan.model.pretrained, plan.sources)
+    scheduler = load_scheduler(plan.model)
+    load_adapters(plan.spec, transformer, scheduler, plan.sources)
+    vae = load_vae(plan.model, device=start_device, dtype=dtype)
+    modules = SampleModules(plan.spec, transformer, scheduler, vae)
+    settings = SampleSettings(request.num_inference_steps, request.guidance_scale, request.dynamic_cfg)
 
     paths: list[Path] = []
     rows: list[tuple[str, Frames]] = []
     for index, prompt in enumerate(request.prompts):
         (frames,) = sample_videos(
-            spec,
-            transformer,
-            scheduler,
-            vae,
-            [SampleRequest(embeds[index], embeds[-1], prompt.seed, bucket, prompt.image)],
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            dynamic_cfg=request.dynamic_cfg,
+            modules,
+            [SampleRequest(embeds[index], embeds[-1], prompt.seed, plan.bucket, prompt.image)],
+            settings,
             progress=True,
-            offload_to=device if request.offload else None,
+            offload_to=plan.device if request.offload else None,
         )
-        name = f"{index:03d}-{_slug(prompt.prompt)}-seed{prompt.seed}.mp4"
+        words = re.sub(r"\W+", "-", prompt.prompt.lower())[:40].strip("-") or "video"
         # Each as soon as it is sampled: an interrupted batch keeps what is done.
-        paths.append(write_mp4(request.out / name, frames, fps))
+        paths.append(write_mp4(request.out / f"{index:03d}-{words}-seed{prompt.seed}.mp4", frames, plan.fps))
         rows.append((f"{prompt.prompt} (seed {prompt.seed})", frames))
     sheet = contact_sheet(rows, request.out / "sheet.png")
-    return GenerateReport(tuple(paths), sheet, bucket, tuple(frames for _, frames in rows), (*chosen, *notes))
+    return GenerateReport(tuple(paths), sheet, plan.bucket, tuple(frames for _, frames in rows), plan.notes)
 
 
-_Record = tuple[str, Path, dict[str, Any]]
-"""Which option, its folder, and what its training says of itself (empty: nothing)."""
+_Record = tuple[str, Path, TrainingRecord]
+"""Which option, its folder, and what its training says of itself."""
 
 
-def _records(request: GenerateRequest, sources: Sequence[AdapterSource]) -> list[_Record]:
-    records = [
-        (source.where, source.adapter.path, dict(source.record)) for source in sources if source.adapter.strength
-    ]
-    if request.transformer is not None:
-        where = f"--transformer {request.transformer}"
-        records.append((where, request.transformer, training_record(request.transformer)))
-    return records
+def _plan(request: GenerateRequest) -> _Plan:
+    """Find base, adapters, size and rate, and refuse what cannot be sampled; no weight is loaded."""
+    tuned = None if request.transformer is None else transformer_root(request.transformer)
+    sources, faults = read_sources(request.adapters)
+    records = [(s.where, s.adapter.path, s.record) for s in sources if s.adapter.strength and s.record is not None]
+    if request.transformer is not None and (record := read_record(request.transformer)) is not None:
+        records.append((f"--transformer {request.transformer}", request.transformer, record))
+    base, revision = _base(request, records, faults)
+    revision = pin_revision(base, revision)
+    spec = read_spec(base, revision)
+    first = records[0][2] if records else TrainingRecord()
+    bucket = request.bucket or _recorded_bucket(first, spec) or spec.training_bucket
+    folder = tuned or json_folder(base, revision)
+    faults = [*request_faults(request, spec, bucket), *faults, *_misfits(base, folder, spec, sources, records)]
+    raise_all(ConfigError, faults, what="{n} things are wrong with the request")
+    device = _device(request)
+    # Sampling takes minutes per video.
+    require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
+    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
+    choices = [source.note for source in sources if source.note]
+    warnings = [note for where, _, record in records for note in trigger_notes(record, where, request.prompts)]
+    warnings += _unread(model, spec, [*(prompt.prompt for prompt in request.prompts), request.negative_prompt])
+    for choice in choices:
+        _log.info("note: %s", choice)
+    for warning in warnings:  # now, not after minutes of sampling
+        _log.warning("%s", warning)
+    return _Plan(
+        model=model,
+        transformer=model if tuned is None else ModelConfig(pretrained=str(tuned)),
+        spec=spec,
+        sources=sources,
+        bucket=bucket,
+        fps=request.fps or first.fps or float(spec.native_fps),
+        device=device,
+        notes=(*choices, *warnings),
+    )
 
 
 def _base(request: GenerateRequest, records: Sequence[_Record], faults: list[FinetuneError]) -> tuple[str, str | None]:
@@ -330,79 +354,26 @@ def _base(request: GenerateRequest, records: Sequence[_Record], faults: list[Fin
     if request.base is not None:
         return request.base, request.revision
     for _, folder, record in records:
-        if found := named_base(record, folder):
-            return found[0], request.revision or found[1]
-    names = [str(record["base_model"]) for _, _, record in records if record.get("base_model")]
-    told = f": the record names {names[0]!r}, a folder of the machine that trained it" if names else ""
-    missing = ConfigError(f"there is no base model{told}", where="--model", fix="name it: a folder, a hub id, 5b, ...")
+        if base := named_base(record, folder):
+            return base[0], request.revision or base[1]
+    names = [record.base_model for _, _, record in records if record.base_model]
+    named = f": the record names {names[0]!r}, a folder of the machine that trained it" if names else ""
+    missing = ConfigError(f"there is no base model{named}", where="--model", fix="name it: a folder, a hub id, 5b, ...")
     raise_all(ConfigError, [*faults, missing], what="{n} things are wrong with the request")
     raise missing
 
 
 def _misfits(
     base: str, folder: Path, spec: ModelSpec, sources: Sequence[AdapterSource], records: Sequence[_Record]
-) -> list[FinetuneError]:
+) -> Iterator[FinetuneError]:
     """Where the base, or the transformer in its place, is not what an adapter was made for."""
     faults = [fault for where, _, record in records for fault in base_faults(record, where, base, spec)]
-    if not faults and (active := [source for source in sources if source.adapter.strength]):
+    yield from faults
+    active = [source for source in sources if source.adapter.strength]
+    if active and not faults:
         shapes = empty_transformer(folder, dtype=torch.float32, device="meta")
-        faults = [fault for source in active for fault in shape_faults(source, shapes)]
-    return [*faults]
-
-
-def _require_same_base(transformer: Any, base: str, sources: Sequence[AdapterSource]) -> None:
-    """Refuse adapters that were trained on other weights than these."""
-    for source in sources:
-        if not source.adapter.strength or not source.record:
-            continue
-        recorded = source.record.get("base_digest")
-        if not isinstance(recorded, str):
-            _log.warning("%s: its record does not say which weights of the base it was trained on", source.where)
-            continue
-        require_base(
-            transformer,
-            recorded,
-            ConfigError,
-            by="the adapter",
-            where=f"--model {base}, {source.where}",
-            fix=f"name them with --model; to try another base on purpose, move the adapter away from {TRAINING_RECORD}",
-        )
-
-
-def load_adapters(spec: ModelSpec, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:
-    """Load adapters with the stock pipeline's own loader and set their strengths; one of strength 0 is left out.
-
-    Raises:
-        ConfigError: if an adapter does not fit the transformer, in full.
-    """
-    from peft import get_peft_model_state_dict
-
-    active = [source for source in sources if source.adapter.strength != 0]
-    pipeline = build_pipeline(spec, transformer=transformer, scheduler=scheduler)
-    names = [f"adapter_{index}" for index in range(len(active))]
-    for name, source in zip(names, active, strict=True):
-        try:
-            if source.settings is None:
-                folder, file = str(source.adapter.file.parent), source.adapter.file.name
-                pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
-            else:
-                pipeline.load_lora_into_transformer(
-                    dict(source.tensors),
-                    transformer=transformer,
-                    adapter_name=name,
-                    metadata=dict(source.settings),
-                    _pipeline=pipeline,
-                )
-        except (ValueError, RuntimeError, KeyError) as error:
-            if is_out_of_memory(error):  # says nothing of the adapter
-                raise
-            raise misfit(source, str(error).strip().splitlines()[0]) from error
-        # diffusers only warns of tensors that found no place.
-        placed = {f"transformer.{key}" for key in get_peft_model_state_dict(transformer, adapter_name=name)}
-        if left_out := source.tensors.keys() - placed:
-            raise misfit(source, f"{len(left_out)} tensors have no place, such as {min(left_out)}")
-    if active:
-        pipeline.set_adapters(names, [source.adapter.strength for source in active])
+        for source in active:
+            yield from shape_faults(source, shapes)
 
 
 def _unread(model: ModelConfig, spec: ModelSpec, texts: Sequence[str]) -> list[str]:
@@ -427,11 +398,11 @@ def _embed(model: ModelConfig, spec: ModelSpec, prompts: Sequence[str], device: 
     return embeds
 
 
-def _recorded_bucket(record: dict[str, Any], spec: ModelSpec) -> Bucket | None:
+def _recorded_bucket(record: TrainingRecord, spec: ModelSpec) -> Bucket | None:
     """The first bucket of a training record, if this base can sample it."""
     try:
-        bucket = parse_bucket(record["buckets"][0])
-    except (KeyError, IndexError, TypeError, ValueError):
+        bucket = parse_bucket(record.buckets[0])
+    except (IndexError, ValueError):
         return None
     return None if spec.check_bucket(bucket) else bucket
 
@@ -449,7 +420,3 @@ def _device(request: GenerateRequest) -> torch.device:
     if request.offload and device.type == "cpu":
         raise ConfigError("there is no GPU to offload from", where="--offload", fix="leave --offload out")
     return device
-
-
-def _slug(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower())[:40].strip("-") or "video"

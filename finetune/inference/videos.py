@@ -10,7 +10,6 @@ import os
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -18,16 +17,12 @@ import numpy.typing as npt
 from finetune.core.errors import FinetuneError
 from finetune.core.files import atomic_write_bytes
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
-
-
 Frames = npt.NDArray[np.uint8]
 """One video, uint8 RGB, [F, H, W, 3]."""
 
 _GAP = 4
 
-_BACKGROUND = (255, 255, 255)
+_WHITE = 255
 
 _INK = (20, 20, 20)
 
@@ -139,64 +134,55 @@ def side_by_side(
     """
     if not rows or not headings:
         raise ValueError("there is no video to show")
+    strips = []
     for label, videos in rows:
         if len(videos) != len(headings):
             raise ValueError(f"{label!r} has {len(videos)} videos for {len(headings)} headings")
-        for frames in videos:
-            _check_frames(frames)
-    from PIL import Image, ImageDraw, ImageFont
+        strips.append([_strip(frames, columns) for frames in videos])
+    group_width = max(strip.shape[1] for group in strips for strip in group)
+    lines = [_beside([_text_line(heading, group_width) for heading in headings], group_width)] if any(headings) else []
+    for (label, _), group in zip(rows, strips, strict=True):
+        lines += [_text_line(label, group_width * len(headings)), _beside(group, group_width)]
+    from PIL import Image
 
-    font = ImageFont.load_default(_FONT_SIZE)
-    strips = [(label, [_strip(frames, columns) for frames in videos]) for label, videos in rows]
-    group_width = max(strip.width for _, group in strips for strip in group)
-    line = _FONT_SIZE + 2 * _GAP
-    top = line if any(headings) else 0
-    width = len(headings) * (group_width + 3 * _GAP) + _GAP
-    height = top + sum(line + max(strip.height for strip in group) + _GAP for _, group in strips)
-    sheet = Image.new("RGB", (width, height), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
-
-    def left(group: int) -> int:
-        return _GAP + group * (group_width + 3 * _GAP)
-
-    for group, heading in enumerate(headings):
-        draw.text((left(group), _GAP), _fitted(draw, heading, group_width, font), fill=_INK, font=font)
-    y = top
-    for label, videos_strips in strips:
-        draw.text((_GAP, y + _GAP), _fitted(draw, label, width - 2 * _GAP, font), fill=_INK, font=font)
-        y += line
-        for group, strip in enumerate(videos_strips):
-            sheet.paste(strip, (left(group), y))
-        y += max(strip.height for strip in videos_strips) + _GAP
+    width = max(line.shape[1] for line in lines)
     buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
+    Image.fromarray(np.vstack([_widened(line, width) for line in lines])).save(buffer, format="PNG")
     atomic_write_bytes(path, buffer.getvalue())
     return path
 
 
-def _strip(frames: Frames, columns: int) -> Image.Image:
+def _strip(frames: Frames, columns: int) -> Frames:
     """Up to ``columns`` frames in one row, each pixel enlarged by a whole factor where frames are tiny."""
-    from PIL import Image
-
-    count = min(columns, len(frames))
-    chosen = frames[np.linspace(0, len(frames) - 1, count).round().astype(int)]
-    factor = -(-_LEAST_CELL // chosen.shape[2])
-    big = chosen.repeat(factor, axis=1).repeat(factor, axis=2)
-    height, width = big.shape[1:3]
-    strip = Image.new("RGB", (count * (width + _GAP) - _GAP, height), _BACKGROUND)
-    for column, frame in enumerate(big):
-        strip.paste(Image.fromarray(frame), (column * (width + _GAP), 0))
+    _check_frames(frames)
+    frames = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
+    factor = -(-_LEAST_CELL // frames.shape[2])
+    large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    gaps = ((0, 0), (0, _GAP), (0, _GAP), (0, 0))
+    strip: Frames = np.concatenate(np.pad(large, gaps, constant_values=_WHITE), axis=1)
     return strip
 
 
-def _fitted(draw: ImageDraw.ImageDraw, text: str, width: int, font: object) -> str:
-    """``text`` on one line, cut with an ellipsis where it is wider than ``width`` pixels."""
-    text = " ".join(text.split())
-    if draw.textlength(text, font=font) <= width:  # type: ignore[arg-type]
-        return text
-    while text and draw.textlength(text + "...", font=font) > width:  # type: ignore[arg-type]
-        text = text[:-1]
-    return text + "..."
+def _text_line(text: str, width: int) -> Frames:
+    """``text`` on one line, cut off where it is wider than ``width`` pixels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    image = Image.new("RGB", (width, _FONT_SIZE + 2 * _GAP), (_WHITE, _WHITE, _WHITE))
+    font = ImageFont.load_default(_FONT_SIZE)
+    ImageDraw.Draw(image).text((_GAP, _GAP), " ".join(text.split()), fill=_INK, font=font)
+    return np.asarray(image)
+
+
+def _beside(images: Sequence[Frames], width: int) -> Frames:
+    """Images in one row, each widened to ``width``, all as high as the highest."""
+    height = max(image.shape[0] for image in images)
+    heights = [((0, height - image.shape[0]), (0, 0), (0, 0)) for image in images]
+    padded = [np.pad(image, pad, constant_values=_WHITE) for image, pad in zip(images, heights, strict=True)]
+    return np.hstack([_widened(image, width + 2 * _GAP) for image in padded])
+
+
+def _widened(image: Frames, width: int) -> Frames:
+    return np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)), constant_values=_WHITE)
 
 
 def _check_frames(frames: Frames) -> None:

@@ -17,7 +17,7 @@ from finetune.convert.export import ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.types import SamplePrompt
 from finetune.inference.generate import GenerateReport, generate
-from finetune.inference.inputs import AdapterArgument, GenerateRequest
+from finetune.inference.request import AdapterArgument, GenerateRequest
 from finetune.inference.videos import Frames, side_by_side
 from finetune.testing.demo import (
     KNOWN_SHAPES,

@@ -20,7 +20,7 @@ from finetune.core.files import from_here
 from finetune.core.rng import training_state_untouched
 from finetune.core.types import SamplePrompt
 from finetune.datasets.schedule import is_due
-from finetune.inference.generate import SampleRequest, sample_videos
+from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, sample_videos
 from finetune.inference.videos import Frames, write_mp4
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
@@ -77,20 +77,14 @@ class Sampler:
         if not turns:
             return
         vae = load_vae(run.config.model, device=run.device, dtype=run.dtype)
+        settings = SampleSettings(config.num_inference_steps, config.guidance_scale, config.dynamic_cfg)
         with run.averaged_weights(), training_state_untouched(run.module):
             for number in turns:
                 if self._stops():
                     return
-                (frames,) = sample_videos(
-                    run.spec,
-                    transformer=run.module,
-                    vae=vae,
-                    scheduler=load_scheduler(run.config.model),
-                    requests=[self._request(config.samples[number % len(config.samples)])],
-                    num_inference_steps=config.num_inference_steps,
-                    guidance_scale=config.guidance_scale,
-                    dynamic_cfg=config.dynamic_cfg,
-                )
+                modules = SampleModules(run.spec, run.module, load_scheduler(run.config.model), vae)
+                request = self._request(config.samples[number % len(config.samples)])
+                (frames,) = sample_videos(modules, [request], settings)
                 if number < len(config.samples):
                     videos.append((number, frames))
 

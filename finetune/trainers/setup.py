@@ -47,7 +47,8 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import WARNING, Manifest
 from finetune.datasets.dataloader import BatchMaker, Loader
 from finetune.datasets.schedule import Item, StepPlan
-from finetune.inference.inputs import AdapterArgument, read_sources
+from finetune.inference.adapters import read_sources
+from finetune.inference.request import AdapterArgument
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
@@ -403,7 +404,7 @@ def _other_base(config: RunConfig, base: str) -> str:
     if not isinstance(config.method, LoraMethod) or config.method.init_from is None:
         return ""
     sources, _ = read_sources([AdapterArgument(config.method.init_from)])
-    recorded = {source.record.get("base_digest") for source in sources} - {None, base}
+    recorded = {source.record.base_digest for source in sources if source.record} - {None, base}
     return f"{config.method.init_from} was trained on another base transformer than this one" if recorded else ""
 
 

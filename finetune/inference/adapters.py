@@ -1,0 +1,428 @@
+"""What an ``--adapter`` turns out to be (a file, an export, a checkpoint or a run), and whether a base is its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from finetune.checkpoint.folders import step_folders
+from finetune.checkpoint.load import load_checkpoint
+from finetune.cogvideox.components import read_json
+from finetune.cogvideox.load import build_pipeline, require_base
+from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.checksums import DamageError, read_published
+from finetune.core.errors import ConfigError, FinetuneError, ModelError, is_out_of_memory
+from finetune.core.files import COMPLETE, TRAINABLE
+from finetune.core.text import holds_word
+from finetune.core.types import SamplePrompt
+from finetune.inference.request import AdapterArgument
+from finetune.methods.adapter import COMPONENT, METADATA_KEY, foreign_layout
+
+_log = logging.getLogger(__name__)
+
+TRAINING_RECORD = "finetune.json"
+"""Beside an export's weights: what it was trained on and with, for programs (the model card is for people)."""
+
+MAX_FPS = 1000
+"""The most that is taken from a record; who wants more says so."""
+
+_STRUCTURE = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "out_channels",
+    "patch_size",
+    "patch_size_t",
+    "use_rotary",
+    "use_learned_positions",
+    "ofs_embed_dim",
+    "text_embed_dim",
+    "latent_channels",
+    "snr_shift_scale",
+)
+"""Numbers in which two models differ that are not the same one; the five published ones all do."""
+
+
+class TrainingRecord(BaseModel):
+    """What a training says of itself. Only advice: a value that is not what it should be counts as absent."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    base_model: str = ""
+    revision: str | None = None
+    base_digest: str | None = None
+    base_facts: dict[str, Any] = {}
+    """``base_numbers`` of the base."""
+    image_to_video: bool | None = None
+    buckets: list[str] = []
+    fps: float | None = Field(None, gt=0, le=MAX_FPS)
+    trigger: str | None = None
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _only_advice(cls, value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            return cls.model_fields[str(info.field_name)].default
+
+
+def read_record(folder: Path) -> TrainingRecord | None:
+    """What an export says of its training; None for a file from elsewhere."""
+    try:
+        content = read_json((folder if folder.is_dir() else folder.parent) / TRAINING_RECORD)
+    except ModelError:
+        return None
+    return TrainingRecord.model_validate(content)
+
+
+def base_numbers(spec: ModelSpec) -> dict[str, Any]:
+    """What a training record keeps of its base, JSON types: enough to tell it from another model."""
+    return {name: asdict(spec)[name] for name in _STRUCTURE}
+
+
+@dataclass(frozen=True)
+class AdapterSource:
+    """An adapter as found on disk, by diffusers' names."""
+
+    adapter: AdapterArgument
+    tensors: Mapping[str, Tensor]
+    """Such as ``transformer.transformer_blocks.0.attn1.to_q.lora_A.weight``."""
+    record: TrainingRecord | None
+    """None for a file from elsewhere."""
+    settings: Mapping[str, Any] | None = None
+    """Rank, alpha and so on as ``load_lora_into_transformer`` takes them; None: they stand in the file."""
+    note: str = ""
+    """Which of several things was taken."""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"--adapter {self.adapter.path}"
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_sources(adapters: Iterable[AdapterArgument]) -> tuple[list[AdapterSource], list[FinetuneError]]:
+    """Find and read adapters; with what is wrong with those that cannot be used."""
+    sources: list[AdapterSource] = []
+    faults: list[FinetuneError] = []
+    for adapter in adapters:
+        try:
+            sources.append(_read(adapter))
+        except FinetuneError as fault:
+            faults.append(fault)
+    return sources, faults
+
+
+def _read(adapter: AdapterArgument) -> AdapterSource:
+    path, where = adapter.path, f"--adapter {adapter.path}"
+    if not math.isfinite(adapter.strength):
+        raise ConfigError(f"strength {adapter.strength} is not a number", where=where)
+    checkpoints = step_folders(path)
+    if checkpoints or (path / "state.json").is_file() or (path / TRAINABLE).is_file():
+        try:
+            return _from_checkpoint(adapter, checkpoints[-1][1] if checkpoints else path)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"the checkpoint's config.json is none of this package: {error!r:.100}",
+                where=where,
+                fix="bring it back, or use another checkpoint of the run",
+            ) from error
+    if (path / "transformer" / "config.json").is_file():
+        raise ConfigError("this is a whole transformer, no adapter", where=where, fix=f"give --transformer {path}")
+    return _from_file(adapter, where)
+
+
+def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSource:
+    """The adapter as ``export`` would write it, the moving average where one was kept, without the comparison."""
+    loaded = load_checkpoint(checkpoint, optimizer=False)
+    method, model, data = (loaded.config[section] for section in ("method", "model", "data"))
+    if method["kind"] != "lora":
+        raise ConfigError(
+            "the run trained the whole transformer, no adapter",
+            where=f"--adapter {adapter.path}",
+            fix=f"run `finetune export {adapter.path}`, and give --transformer the export",
+        )
+    tensors = loaded.trainable if loaded.ema is None else loaded.ema
+    alpha = float(method["alpha"])
+    settings = {
+        "r": method["rank"],
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": method["use_rslora"],
+        "use_dora": method["use_dora"],
+        "target_modules": sorted({name.split(".lora_")[0] for name in tensors}),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+    }
+    numbers: dict[str, Any] = {}
+    if Path(model["pretrained"]).is_dir():  # of others a name says as much
+        try:
+            numbers = base_numbers(read_spec(model["pretrained"]))
+        except ModelError:
+            numbers = {}
+    record = TrainingRecord(
+        base_model=model["pretrained"],
+        revision=model.get("revision"),
+        base_digest=loaded.state.base or None,
+        base_facts=numbers,
+        **{name: data[name] for name in ("buckets", "fps", "trigger")},
+    )
+    note, best = "", loaded.state.best_step
+    if checkpoint != adapter.path:
+        note = f"--adapter {adapter.path}: the run's newest checkpoint is used, step {loaded.state.step}"
+        if best is not None and best != loaded.state.step:
+            note += f"; the lowest held-out loss is step {best}'s: --adapter {checkpoint.with_name(f'step-{best:08d}')}"
+    named = {f"{COMPONENT}.{name}": tensors[name] for name in tensors}
+    return AdapterSource(adapter, named, record, {f"{COMPONENT}.{name}": v for name, v in settings.items()}, note)
+
+
+def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
+    path, file = adapter.path, adapter.file
+    if file.is_file() and file.suffix != ".safetensors":
+        # diffusers would take it for a pickle.
+        raise ConfigError(f"{file.name} is no *.safetensors file", where=where, fix="convert or rename it")
+    if not file.is_file():
+        if path.is_dir() and (known := foreign_layout([], path)):
+            raise ConfigError(known[0], where=where, fix=known[1])
+        raise ConfigError(
+            f"the folder holds no {file.name}" if path.is_dir() else "there is no such file or folder",
+            where=where,
+            fix="give a LoRA safetensors file, an export's folder, a checkpoint or a run's folder",
+        )
+    try:
+        content = read_published(file)
+        tensors = load(content)  # first: it checks the header
+    except DamageError as damage:
+        fix = f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it"
+        raise ConfigError(f"the adapter is damaged: {damage}", where=where, fix=fix) from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"the file cannot be read as safetensors: {error}", where=where) from None
+    if not any(name.startswith(f"{COMPONENT}.") and ".lora_A" in name for name in tensors):
+        # diffusers would load nothing from such a file, and only log a warning.
+        what, fix = foreign_layout(tensors, file) or _unknown_layout(tensors)
+        what = f"the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight): {what}"
+        raise ConfigError(what, where=where, fix=fix)
+    _require_true_ranks(content, {len(t) for name, t in tensors.items() if ".lora_A" in name and t.ndim}, where)
+    return AdapterSource(adapter, tensors, read_record(path))
+
+
+def _unknown_layout(names: Iterable[str]) -> tuple[str, str]:
+    names = [name for name in names if "transformer_blocks." in name]
+    if any(".lora_A" in name for name in names):
+        return f"its names lack the leading {COMPONENT}.", "put it before every name, or export it again"
+    if names:
+        return "it looks like a whole transformer", "give the folder that it stands in with --transformer"
+    return "its tensors' names are unknown", "convert it to diffusers' names"
+
+
+def _require_true_ranks(content: bytes, ranks: set[int], where: str) -> None:
+    """Refuse a header with ranks that the tensors do not have: a layer of that size would be made first."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    try:
+        settings = json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}"))
+        claimed = [value for key, value in settings.items() if key.rpartition(".")[2] == "r"]
+        for key, value in settings.items():
+            claimed += (value or {}).values() if key.endswith("rank_pattern") else ()
+    except (ValueError, AttributeError, RecursionError):
+        raise ConfigError("its settings in the header cannot be read", where=where) from None
+    if wrong := [value for value in claimed if value not in [*ranks]]:
+        what = f"its header claims a rank of {wrong[0]!s:.30}, and its tensors have {sorted(ranks)}"
+        raise ConfigError(what, where=where, fix="fetch or export it again")
+
+
+def transformer_root(folder: Path) -> Path:
+    """The folder whose ``transformer`` sub-folder holds the weights: ``folder`` itself, or its parent.
+
+    Raises:
+        ConfigError: if there are no transformer weights in either sense.
+    """
+    for root in (folder, folder.resolve().parent):
+        if (root / "transformer" / "config.json").is_file() and (root == folder or folder.name == "transformer"):
+            return root
+    raise ConfigError(
+        "there is no fine-tuned transformer",
+        where=f"--transformer {folder}",
+        fix="give the folder of a full fine-tuning's export, which holds transformer/config.json",
+    )
+
+
+# --------------------------------------------------------------------------------------------------- does the base fit?
+
+
+def named_base(record: TrainingRecord, folder: Path) -> tuple[str, str | None] | None:
+    """The base that a training record names, and its revision, where it can be found; else None.
+
+    An export names a folder by its last part only, because the rest is about somebody's machine. In the run's folder
+    (``RUN/export``) the run itself says where it is.
+    """
+    name = record.base_model
+    if is_hub_id(name) or Path(name).is_absolute():
+        return name, record.revision
+    for _, checkpoint in reversed(step_folders(folder.resolve().parent) if name else []):
+        try:
+            pretrained = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model"]["pretrained"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        return (pretrained, None) if isinstance(pretrained, str) and Path(pretrained).name == name else None
+    return None
+
+
+def base_faults(record: TrainingRecord, where: str, base: str, spec: ModelSpec) -> Iterator[ConfigError]:
+    """What a training record says that ``base`` is not: its kind, its numbers or its name.
+
+    Weights are compared by their digest where the record has one (``base_digest``); a name counts only without.
+    """
+    # Without a slash it is a folder's name, whatever else may have it.
+    name = canonical_name(record.base_model) if "/" in record.base_model else record.base_model
+    named = f", {name}" if name else ""
+    fix = f"use --model {name}" if name else "use the base that it was trained on"
+    here = base if Path(base).exists() else canonical_name(base)
+    ours, theirs = base_numbers(spec), record.base_facts
+    if not theirs and is_hub_id(name) and (variant := published_variant(name)):
+        theirs = base_numbers(read_spec(str(known_model(variant))))
+    image_to_video = record.image_to_video
+    if image_to_video is None and "in_channels" in theirs:
+        image_to_video = theirs["in_channels"] != theirs.get("latent_channels")
+    different = [
+        f"{field} is {theirs[field]} there, {ours[field]} here"
+        for field in _STRUCTURE
+        if theirs.get(field, ours[field]) != ours[field]
+    ]
+    if image_to_video not in (None, spec.image_to_video):
+        kinds = ("an image-to-video", "a text-to-video")
+        there, own = kinds if image_to_video else reversed(kinds)
+        yield ConfigError(f"it was trained on {there} model{named}, and {base} is {own} model", where=where, fix=fix)
+    elif different:
+        yield ConfigError(
+            f"it was trained on another model{named}, not on {base}: {', '.join(different[:3])}", where=where, fix=fix
+        )
+    elif not record.base_digest and is_hub_id(name) and is_hub_id(here) and name != here:
+        yield ConfigError(
+            f"it was trained on {name}, not on {base}",
+            where=where,
+            fix=f"{fix}; to try it on another base, move its file away from {TRAINING_RECORD}",
+        )
+
+
+def shape_faults(source: AdapterSource, transformer: nn.Module) -> Iterator[ConfigError]:
+    """What of an adapter has no place in a transformer, which may be one without content."""
+    layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
+    misplaced = [name for name, tensor in source.tensors.items() if not _has_place(name, tensor, layers)]
+    if misplaced:
+        count = f"{len(misplaced)} of {len(source.tensors)}"
+        yield _misfit(source, f"{count} tensors have no place, such as {min(misplaced)}")
+
+
+def _has_place(name: str, tensor: Tensor, layers: Mapping[str, nn.Linear]) -> bool:
+    layer, _, part = name.removeprefix(f"{COMPONENT}.").partition(".lora_")
+    linear = layers.get(layer)
+    if linear is None or not name.startswith(f"{COMPONENT}."):
+        return False
+    shape = tuple(tensor.shape)
+    if part == "A.weight":
+        return len(shape) == 2 and shape[1] == linear.in_features
+    if part == "B.weight":
+        return len(shape) == 2 and shape[0] == linear.out_features
+    return shape == (linear.out_features,)  # DoRA's magnitudes, biases
+
+
+def _misfit(source: AdapterSource, why: str) -> ConfigError:
+    return ConfigError(
+        f"the adapter does not fit the base model: {why}",
+        where=source.where,
+        fix="use the base model that the adapter was trained on; its model card names it",
+    )
+
+
+def require_same_base(transformer: nn.Module, base: str, sources: Sequence[AdapterSource]) -> None:
+    """Refuse adapters that were trained on other weights than these.
+
+    Raises:
+        ConfigError: with both digests.
+    """
+    for source in sources:
+        if not source.adapter.strength or source.record is None:
+            continue
+        if source.record.base_digest is None:
+            _log.warning("%s: its record does not say which weights of the base it was trained on", source.where)
+            continue
+        require_base(
+            transformer,
+            source.record.base_digest,
+            ConfigError,
+            by="the adapter",
+            where=f"--model {base}, {source.where}",
+            fix=f"name them with --model; to try another base on purpose, move the adapter away from {TRAINING_RECORD}",
+        )
+
+
+def trigger_notes(record: TrainingRecord, where: str, prompts: Sequence[SamplePrompt]) -> Iterator[str]:
+    """That prompts lack the word which calls what was learnt."""
+    trigger = record.trigger or ""
+    lacking = [p.prompt for p in prompts if not holds_word(" ".join(p.prompt.split()), trigger.strip())]
+    if lacking:
+        yield (
+            f"{where} was trained with the trigger word {trigger!r}, which {len(lacking)} of {len(prompts)} prompts"
+            f" lack, such as {lacking[0][:60]!r}"
+        )
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load_adapters(spec: ModelSpec, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:
+    """Load adapters with the stock pipeline's own loader and set their strengths; one of strength 0 is left out.
+
+    Raises:
+        ConfigError: if an adapter does not fit the transformer, in full.
+    """
+    from peft import get_peft_model_state_dict
+
+    active = [source for source in sources if source.adapter.strength != 0]
+    pipeline = build_pipeline(spec, transformer=transformer, scheduler=scheduler)
+    names = [f"adapter_{index}" for index in range(len(active))]
+    for name, source in zip(names, active, strict=True):
+        try:
+            if source.settings is None:
+                folder, file = str(source.adapter.file.parent), source.adapter.file.name
+                pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
+            else:
+                pipeline.load_lora_into_transformer(
+                    dict(source.tensors),
+                    transformer=transformer,
+                    adapter_name=name,
+                    metadata=dict(source.settings),
+                    _pipeline=pipeline,
+                )
+        except (ValueError, RuntimeError, KeyError) as error:
+            if is_out_of_memory(error):  # says nothing of the adapter
+                raise
+            raise _misfit(source, str(error).strip().splitlines()[0]) from error
+        # diffusers only warns of tensors that found no place.
+        placed = {f"{COMPONENT}.{key}" for key in get_peft_model_state_dict(transformer, adapter_name=name)}
+        if left_out := source.tensors.keys() - placed:
+            raise _misfit(source, f"{len(left_out)} tensors have no place, such as {min(left_out)}")
+    if active:
+        pipeline.set_adapters(names, [source.adapter.strength for source in active])
