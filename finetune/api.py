@@ -93,8 +93,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
         DataError: listing every row and file that cannot be used.
         ModelError: if the model's JSON cannot be found or used.
     """
-    from finetune.caching.check import check_dataset
-    from finetune.caching.plan import identities, overview
+    from finetune.caching.check import check_dataset, identities, overview
     from finetune.cogvideox.model_files import json_folder
     from finetune.cogvideox.spec import read_spec
     from finetune.config.loading import as_config

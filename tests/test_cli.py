@@ -24,7 +24,7 @@ from waiting import HANG_S
 from worlds import run_config
 
 import finetune
-from finetune.caching.plan import run_advice
+from finetune.caching.check import run_advice
 from finetune.cli.init import EXAMPLES, RECIPES, example
 from finetune.cli.main import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, main
 from finetune.cli.streams import own_log
@@ -491,8 +491,7 @@ def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_p
 
 
 def test_the_overview_counts_what_training_will_see(tmp_path):
-    from finetune.caching.check import PlannedClip
-    from finetune.caching.plan import overview
+    from finetune.caching.check import PlannedClip, overview
     from finetune.config.schema import RunConfig
     from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
 

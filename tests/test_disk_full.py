@@ -17,7 +17,7 @@ import torch
 from broken_disk import disk, forked, mount_small_disk
 from worlds import fabricate_cache, run_config
 
-from finetune.caching.plan import require_room
+from finetune.caching.precompute import require_room
 from finetune.checkpoint import save
 from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints
 from finetune.checkpoint.load import choose_checkpoint, load_checkpoint

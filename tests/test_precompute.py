@@ -27,9 +27,8 @@ from waiting import HANG_S
 from worlds import merged, run_values
 
 from finetune.caching import encode as encoding
-from finetune.caching import plan as cache_plan
-from finetune.caching.check import check_dataset, workers_for
-from finetune.caching.plan import held_out, identities, overview
+from finetune.caching import precompute as cache_plan
+from finetune.caching.check import check_dataset, identities, overview, split_clips, workers_for
 from finetune.caching.precompute import PrecomputeReport, ensure_cache, precompute
 from finetune.caching.request import Fingerprints, full_fingerprints, local_fingerprints
 from finetune.cogvideox.load import load_text, load_vae
@@ -338,7 +337,7 @@ def test_a_complete_cache_opens_nothing(project, monkeypatch, capsys):
     home = project()
     manifest = home.precompute().manifest
     for name in (
-        "finetune.caching.plan.check_dataset",
+        "finetune.caching.precompute.check_dataset",
         "finetune.cogvideox.load.load_vae",
         "finetune.cogvideox.load.load_text",
     ):
@@ -751,7 +750,7 @@ def _count_held_out(home: Project) -> tuple[int, int, int]:
     counted = dict(overview(config, spec, clips, drawn)[0])["clips"]
     checked = int(re.search(r"(\d+) held out", counted).group(1))
     manifest = home.precompute().manifest
-    return checked, sum(item.holdout for item in manifest.items), sum(held_out(clips, names, config.data.holdout))
+    return checked, sum(item.holdout for item in manifest.items), sum(split_clips(clips, names, config.data.holdout))
 
 
 def test_check_and_the_run_hold_out_the_same_clips_where_copies_exist(project):

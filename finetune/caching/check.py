@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
-from finetune.datasets.cache_entries import WARNING, portable
+from finetune.datasets.cache import Cache
+from finetune.datasets.cache_entries import WARNING, FileStamp, portable
 from finetune.datasets.decode_pool import DecodePool
 from finetune.datasets.geometry import (
     ClipConfig,
@@ -29,7 +31,8 @@ from finetune.datasets.geometry import (
     seconds_kept,
     seconds_of,
 )
-from finetune.datasets.sources import read_samples
+from finetune.datasets.schedule import Item, StepPlan
+from finetune.datasets.sources import choose_val_split, read_samples
 
 MOST_UNKNOWN = 0.5
 """Part of a caption's own characters; above it, what is left is no description of a clip."""
@@ -261,6 +264,8 @@ UNUSABLE = "with unusable text"
 
 _NAMED = 5
 
+_HASHING_THREADS = 4
+
 
 @dataclass(frozen=True)
 class PlannedClip:
@@ -445,3 +450,144 @@ def named(names: Iterable[str]) -> str:
     listed = list(names)
     more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
     return f"{len(listed)} ({', '.join(listed[:_NAMED])}{more})"
+
+
+# ----------------------------------------------------------------------------------------------------------- val split
+
+
+def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[Path, FileStamp]:
+    """Digest many files at once; hashing leaves Python to other threads.
+
+    Raises:
+        DataError: listing every file that cannot be read.
+    """
+
+    def stamp(path: Path) -> FileStamp | DataError:
+        try:
+            return cache.stamp(path)
+        except DataError as error:
+            return error
+
+    ordered = sorted(paths)
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        found = pool.map(stamp, ordered)
+        bar = Bar(found, total=len(ordered), desc="reading files", disable=not progress)
+        stamps = dict(zip(ordered, bar, strict=True))
+    errors = [one for one in stamps.values() if isinstance(one, DataError)]
+    raise_all(DataError, errors, what="{n} files cannot be read")
+    return {path: one for path, one in stamps.items() if isinstance(one, FileStamp)}
+
+
+def split_clips(clips: Sequence[PlannedClip], identities: Mapping[Path, str], val_split: float) -> tuple[bool, ...]:
+    """Whether each clip is kept out of training: by its source, or because ``data.holdout`` takes its video.
+
+    Args:
+        clips: of the whole dataset.
+        identities: what tells one video from another, by file: the digest of its bytes, so that copies are one video.
+        val_split: ``data.holdout``.
+    """
+    chosen = choose_val_split([identities[clip.sample.video] for clip in clips if not clip.holdout], val_split)
+    return tuple(clip.holdout or identities[clip.sample.video] in chosen for clip in clips)
+
+
+def identities(config: RunConfig, clips: Sequence[PlannedClip], *, progress: bool) -> dict[Path, str]:
+    """What tells one video from another, as far as numbers of clips depend on it.
+
+    That is the digest of a file, which ``data.holdout`` draws by. Where every file has a size of its own and gives the
+    same clips, its name serves: there are no copies, and whichever are drawn, the numbers are the same.
+
+    Raises:
+        DataError: if a file cannot be read.
+    """
+    gives: dict[Path, Counter[tuple[Bucket, float, bool]]] = {}
+    for clip in clips:
+        gives.setdefault(clip.sample.video, Counter())[clip.plan.bucket, clip.sample.repeats, clip.holdout] += 1
+    sizes = {video.stat().st_size for video in gives}
+    alike = len({frozenset(given.items()) for given in gives.values()}) == 1
+    if not config.data.holdout or (alike and len(sizes) == len(gives)):
+        return {video: str(video) for video in gives}
+    stamps = stamp_files(gives, Cache(config.cache.dir), progress)
+    return {video: stamp.digest for video, stamp in stamps.items()}
+
+
+# --------------------------------------------------------------------------------- derived numbers, each with its unit
+
+
+MOST_EPOCHS = 100
+"""How often a clip may be seen before a run is told of it: docs/training.md has 50 to 100 for ten clips."""
+
+
+def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> list[str]:
+    """What a person should know of a run's length and of what it is measured on, before the first step.
+
+    Args:
+        config: the run's configuration.
+        plan: over its training clips.
+        steps: in all.
+        held: number of different videos that are kept out of training.
+    """
+    advice = []
+    asked = config.data.holdout
+    if not held and (asked or any(source.split == "holdout" for source in config.data.sources)):
+        why = (
+            f"data.holdout is {asked:g}, and no video can be spared"
+            if asked
+            else "none of the held-out sources is left"
+        )
+        advice.append(f"no clip is held out, so no held-out loss is measured and overfitting stays unseen: {why}")
+    elif 1 <= held < asked:
+        advice.append(f"data.holdout asks for {asked:g} videos, and {held} can be kept out: training needs one")
+    epochs = steps / plan.steps_per_epoch
+    times = epochs * max(item.repeats for item in plan.items)
+    if times > MOST_EPOCHS:
+        advice.append(
+            f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: what is seen {times:.5g} times is"
+            f" learnt by heart. Lower train.steps to {max(1, round(steps * MOST_EPOCHS / times))} or less, or add clips"
+            " (docs/training.md says how many suit what)"
+        )
+    return advice
+
+
+def overview(
+    config: RunConfig, spec: ModelSpec, clips: Sequence[PlannedClip], identities: Mapping[Path, str]
+) -> tuple[list[tuple[str, str]], list[str]]:
+    """Derived numbers as (label, value), for one process; and advice on them.
+
+    Args:
+        config: the run's configuration.
+        spec: of its model.
+        clips: all clips of the dataset, from ``check_dataset``.
+        identities: of their videos, from ``plan.identities``.
+    """
+    split = split_clips(clips, identities, config.data.holdout)
+    training = [clip for clip, is_held in zip(clips, split, strict=True) if not is_held]
+    train = config.train
+    plan = StepPlan(
+        items=tuple(Item(clip.plan.bucket, clip.sample.repeats) for clip in training),
+        seed=train.seed,
+        batch_size=train.batch_size,
+        micro_batches=train.accumulation,
+    )
+    steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
+    held = {identities[clip.sample.video] for clip, is_held in zip(clips, split, strict=True) if is_held}
+    kind = "image-to-video" if spec.image_to_video else "text-to-video"
+    numbers = [
+        ("model", f"{config.model.pretrained}, {kind}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
+        *(("bucket", _size(spec, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
+        ("clips", f"{len(training)} to train on, {sum(split)} held out"),
+        ("effective batch", f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes"),
+        ("epoch", f"{plan.samples_per_epoch} clips with repeats, {plan.steps_per_epoch:.2f} steps on one process"),
+        ("steps", f"{steps}, {steps / plan.steps_per_epoch:.2f} epochs on one process"),
+        ("method", config.method.kind),
+        ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
+        ("output", str(config.output_dir)),
+    ]
+    return numbers, run_advice(config, plan, steps, held=len(held))
+
+
+def _size(spec: ModelSpec, bucket: Bucket) -> str:
+    channels, frames, height, width = spec.latent_shape(bucket)
+    padding = spec.front_padding(frames)
+    padded = f" + {padding} in front" if padding else ""
+    shape = f"{channels} channels x {frames}{padded} frames x {height} x {width}"
+    return f"{bucket}: latents of {shape}, {spec.tokens(bucket):,} tokens with text"

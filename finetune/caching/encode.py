@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,10 +40,21 @@ time. The rest is for what convolutions allocate inside and for fragmentation. S
 
 
 @dataclass(frozen=True)
-class LatentsJob:
-    """One clip whose latents are missing."""
+class EncodeJob:
+    """One entry that is missing; of a caption, its address says everything."""
 
     address: Mapping[str, Any]
+
+    @cached_property
+    def key(self) -> str:
+        """Of the entry."""
+        return digest_of(self.address)
+
+
+@dataclass(frozen=True)
+class ClipJob(EncodeJob):
+    """One clip whose latents are missing."""
+
     where: str
     """The clip and its row, for messages."""
     video: Path
@@ -52,22 +64,13 @@ class LatentsJob:
     image: Path | None
     """The file that stands for the first frame; None where the first frame itself does."""
 
-    @property
-    def key(self) -> str:
-        """Of the entry."""
-        return digest_of(self.address)
-
 
 @dataclass(frozen=True)
-class PromptJob:
-    """One caption whose embedding is missing."""
+class ImageJob(EncodeJob):
+    """One validation image whose pixels are missing."""
 
-    address: Mapping[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The caption."""
-        return str(self.address["text"])
+    image: Path
+    bucket: Bucket
 
 
 @dataclass(frozen=True)
@@ -79,8 +82,8 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Passed:
-    """What one process did in one pass."""
+class EncodeResult:
+    """What one process did of one kind."""
 
     encoded: int
     bytes: int
@@ -88,7 +91,7 @@ class Passed:
 
 
 def encode_clips(
-    jobs: Sequence[LatentsJob],
+    jobs: Sequence[ClipJob],
     cache: Cache,
     model: ModelConfig,
     settings: CacheConfig,
@@ -96,7 +99,7 @@ def encode_clips(
     device: torch.device,
     workers: int,
     progress: bool,
-) -> Passed:
+) -> EncodeResult:
     """Decode clips in worker processes, encode them one by one and store them.
 
     Args:
@@ -115,7 +118,7 @@ def encode_clips(
         CacheError: if an entry cannot be written or the GPU's memory does not suffice.
     """
     if not jobs:
-        return Passed(0, 0)
+        return EncodeResult(0, 0)
     from finetune.cogvideox.load import load_vae
 
     encoded, size, failures = 0, 0, []
@@ -124,8 +127,8 @@ def encode_clips(
         decoded = pool.decode_many(
             DecodeJob(number, job.video, job.probe, job.plan, job.image) for number, job in enumerate(jobs)
         )
-        for found, clip in Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress):
-            job = jobs[found.key]
+        for done, clip in Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress):
+            job = jobs[done.key]
             try:
                 if isinstance(clip, DataError):
                     raise clip
@@ -137,10 +140,10 @@ def encode_clips(
                 failures.append(Failure(job.key, DataError(error.what, where=where, fix=fix)))
     del vae
     release_memory()
-    return Passed(encoded, size, tuple(failures))
+    return EncodeResult(encoded, size, tuple(failures))
 
 
-def _encode_clip(job: LatentsJob, clip: Clip, vae: Any, cache: Cache, tiling: Literal["auto", "on", "off"]) -> int:
+def _encode_clip(job: ClipJob, clip: Clip, vae: Any, cache: Cache, tiling: Literal["auto", "on", "off"]) -> int:
     bucket = job.plan.bucket
     tiled = set_tiling(vae, tiling, bucket)
     draws = job.address["image_draws"]
@@ -205,7 +208,7 @@ def untiled_bytes(dtype: torch.dtype, bucket: Bucket) -> int:
 
 
 def encode_captions(
-    jobs: Sequence[PromptJob],
+    jobs: Sequence[EncodeJob],
     cache: Cache,
     model: ModelConfig,
     spec: ModelSpec,
@@ -214,7 +217,7 @@ def encode_captions(
     device: torch.device,
     progress: bool,
     text_encoder: TextEncoder = "device",
-) -> Passed:
+) -> EncodeResult:
     """Encode captions in batches with T5 and store each. Otherwise as ``encode_clips``.
 
     Args:
@@ -228,7 +231,7 @@ def encode_captions(
         text_encoder: how T5 is held.
     """
     if not jobs:
-        return Passed(0, 0)
+        return EncodeResult(0, 0)
     from finetune.cogvideox.load import load_text
 
     size = 0
@@ -239,7 +242,7 @@ def encode_captions(
     with Bar(total=len(jobs), desc="encoding captions", disable=not progress) as bar:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
-            texts = [job.text for job in batch]
+            texts = [str(job.address["text"]) for job in batch]
             try:
                 embeds = encode_prompts(tokenizer, encoder, texts, spec).cpu()
             except Exception as error:
@@ -254,7 +257,18 @@ def encode_captions(
             bar.update(len(batch))
     del tokenizer, encoder
     release_memory()
-    return Passed(len(jobs), size)
+    return EncodeResult(len(jobs), size)
+
+
+def store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> EncodeResult:
+    """Store validation images as the pixels that sampling starts from; the VAE that decodes the video encodes them."""
+    size = 0
+    with DecodePool(min(workers, len(jobs))) as pool:
+        for job, image in zip(jobs, pool.load_images((job.image, job.bucket) for job in jobs), strict=True):
+            if isinstance(image, DataError):
+                raise image
+            size += cache.write_image(job.address, image)
+    return EncodeResult(len(jobs), size)
 
 
 def release_memory() -> None:

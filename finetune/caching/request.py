@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -148,11 +148,11 @@ def sample_bucket(config: RunConfig) -> Bucket:
     return config.validation.bucket or config.data.buckets[0]
 
 
-# ---------------------------------------------------------------------------------------------------------- answer
+# ---------------------------------------------------------------------------------------- the manifest that answers it
 
 
 @dataclass(frozen=True)
-class CacheAnswer:
+class ManifestMatch:
     """What the cache has for a request."""
 
     manifest: Manifest | None
@@ -167,7 +167,7 @@ class CacheAnswer:
     """Whether headers were read by an older version's rules, which took videos that are not plain for plain ones."""
 
 
-def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> CacheAnswer:
+def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> ManifestMatch:
     """Look for a manifest that answers this configuration, and say what stands against it.
 
     A damaged manifest is moved aside with a warning in mode ``auto``: the one that is made anew finds its entries.
@@ -179,24 +179,23 @@ def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> CacheAnsw
     """
     encoders = local_fingerprints(config.model, cache, config.memory.text_encoder)
     request = make_request(config, spec, encoders)
-    shelf = _Shelf.of(cache, first=f"{digest_of(portable(request, config.base))}.json")
+    exact = cache.root / "manifests" / f"{digest_of(portable(request, config.base))}.json"
+    manifests = _read_manifests([exact])
+    if not manifests.contents:
+        manifests = _read_manifests(cache.manifest_paths())
     if config.cache.mode == "require":  # the videos need not be here to read their headers again
         request["format"]["headers"] = UNKNOWN
-    candidates = sorted(_compare(request, config.base, shelf), key=lambda candidate: candidate.rank)
+    nearest = min(_compare(request, config.base, manifests.contents), key=_distance, default=None)
     if config.cache.mode == "auto":
-        _warn_of(shelf.damaged, cache)
-    elif shelf.damaged and (not candidates or candidates[0].differences):
-        raise next(iter(shelf.damaged.values()))
-    if not candidates:
-        old = (
-            f"; {shelf.old} manifests of an older format, without checksums, are of no use any more"
-            if shelf.old
-            else ""
-        )
-        return CacheAnswer(None, (f"nothing has been precomputed in {cache.root} yet{old}",))
-    nearest = candidates[0]
+        _move_aside(manifests.damaged, cache)
+    elif manifests.damaged and (nearest is None or nearest.differences):
+        raise next(iter(manifests.damaged.values()))
+    if nearest is None:
+        count = manifests.outdated
+        outdated = f"; {count} manifests of an older format, without checksums, are of no use any more" if count else ""
+        return ManifestMatch(None, (f"nothing has been precomputed in {cache.root} yet{outdated}",))
     if nearest.differences:
-        return CacheAnswer(None, nearest.differences)
+        return ManifestMatch(None, nearest.differences)
     manifest = Manifest.from_content(nearest.content, nearest.base)
     faults, absent = [], []
     if not manifest.complete:
@@ -209,12 +208,12 @@ def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> CacheAnsw
             faults.append(f"{path} has changed")
     faults += [f"{path} is new" for path in _sources_now(config) if path not in manifest.inputs]
     for kind in KINDS:
-        if gone := manifest.keys(kind) - cache.keys(kind):
-            faults.append(f"{len(gone)} of {len(manifest.keys(kind))} entries under {cache.root / kind} are missing")
-    named = (("vae", encoders.vae), ("text_encoder", encoders.text_encoder))
-    unknown = tuple(component for component, value in named if value == UNKNOWN)
-    outdated = manifest.request["format"].get("headers") != _HEADERS
-    return CacheAnswer(manifest, tuple(faults), tuple(absent), unknown, outdated)
+        if missing := manifest.keys(kind) - cache.keys(kind):
+            faults.append(f"{len(missing)} of {len(manifest.keys(kind))} entries under {cache.root / kind} are missing")
+    fingerprints = (("vae", encoders.vae), ("text_encoder", encoders.text_encoder))
+    unknown = tuple(component for component, value in fingerprints if value == UNKNOWN)
+    outdated_headers = manifest.request["format"].get("headers") != _HEADERS
+    return ManifestMatch(manifest, tuple(faults), tuple(absent), unknown, outdated_headers)
 
 
 def _sources_now(config: RunConfig) -> list[str]:
@@ -225,41 +224,32 @@ def _sources_now(config: RunConfig) -> list[str]:
         return []
 
 
-@dataclass(frozen=True)
-class _Shelf:
-    """The manifests of a cache."""
-
-    contents: Mapping[Path, Mapping[str, Any]]
-    damaged: Mapping[Path, DamagedManifestError]
-    old: int
+@dataclass
+class _Manifests:
+    contents: dict[Path, Mapping[str, Any]] = field(default_factory=dict)
+    damaged: dict[Path, DamagedManifestError] = field(default_factory=dict)
+    outdated: int = 0
     """How many are of an older format."""
 
-    @classmethod
-    def of(cls, cache: Cache, *, first: str) -> _Shelf:
-        """Read them; none but the one called ``first`` where it is there and whole."""
-        exact = cache.root / "manifests" / first
-        alone = cls._read([exact])
-        return alone if alone.contents else cls._read(cache.manifest_paths())
 
-    @classmethod
-    def _read(cls, paths: Iterable[Path]) -> _Shelf:
-        contents, damaged, old = {}, {}, 0
-        for path in paths:
-            try:
-                content = read_content(path)
-            except FileNotFoundError:
-                continue
-            except DamagedManifestError as error:
-                damaged[path] = error
-                continue
-            if content is None:
-                old += 1
-            else:
-                contents[path] = content
-        return cls(contents, damaged, old)
+def _read_manifests(paths: Iterable[Path]) -> _Manifests:
+    manifests = _Manifests()
+    for path in paths:
+        try:
+            content = read_content(path)
+        except FileNotFoundError:
+            continue
+        except DamagedManifestError as error:
+            manifests.damaged[path] = error
+            continue
+        if content is None:
+            manifests.outdated += 1
+        else:
+            manifests.contents[path] = content
+    return manifests
 
 
-def _warn_of(damaged: Mapping[Path, DamagedManifestError], cache: Cache) -> None:
+def _move_aside(damaged: Mapping[Path, DamagedManifestError], cache: Cache) -> None:
     for path, error in damaged.items():
         try:
             aside = cache.move_manifest_aside(path)
@@ -273,31 +263,26 @@ def _warn_of(damaged: Mapping[Path, DamagedManifestError], cache: Cache) -> None
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _Comparison:
     content: Mapping[str, Any]
     base: Path
     differences: tuple[str, ...]
-    last_used: float
-
-    @property
-    def rank(self) -> tuple[int, bool, float]:
-        return len(self.differences), not self.content["complete"], -self.last_used
+    used_at: float
 
 
-def _compare(request: dict[str, Any], base: Path, shelf: _Shelf) -> Iterator[_Candidate]:
-    """Every manifest and how its request differs, with paths taken from our base folder or from the one it was made in.
+def _compare(request: dict[str, Any], base: Path, contents: Mapping[Path, Mapping[str, Any]]) -> Iterator[_Comparison]:
+    """How every manifest's request differs, with paths taken from our base folder or from the one it was made in.
 
     Both, because a project may be moved as a whole (same relative paths), and its resolved configuration may be used
     from the run's folder (same absolute paths).
     """
-    for path, content in shelf.contents.items():
+    for path, content in contents.items():
+        used_at = path.stat().st_mtime if path.exists() else 0.0
         for start in dict.fromkeys((base, Path(content["base"]))):
-            found = differences(content["request"], portable(request, start))
-            yield _Candidate(content, start, tuple(found), _last_used(path))
+            changes = differences(content["request"], portable(request, start))
+            yield _Comparison(content, start, tuple(changes), used_at)
 
 
-def _last_used(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except FileNotFoundError:  # dropped by `gc` since it was read
-        return 0.0
+def _distance(comparison: _Comparison) -> tuple[int, bool, float]:
+    """The fewest differences first, then complete ones, then the one that was used last."""
+    return len(comparison.differences), not comparison.content["complete"], -comparison.used_at

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.caching.plan import run_advice
+from finetune.caching.check import run_advice
 from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
 from finetune.checkpoint.folders import clear_interrupted
