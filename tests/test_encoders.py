@@ -167,8 +167,8 @@ def test_captions_are_streamed_when_asked(deep_model: Path, tmp_path: Path, monk
     stored = {}
     for how in ("device", "streamed"):
         cache = Cache(tmp_path / how)
-        address = encode.PromptJob({"kind": "prompts", "text": "a red circle", "how": "the same"}).address
-        jobs = [encode.PromptJob(address)]
+        address = encode.EncodeJob({"kind": "prompts", "text": "a red circle", "how": "the same"}).address
+        jobs = [encode.EncodeJob(address)]
         encode.encode_captions(jobs, cache, model, spec, batch_size=2, device=CPU, progress=False, text_encoder=how)
         stored[how] = {path.name: path.read_bytes() for path in (tmp_path / how).rglob("*.safetensors")}
     assert seen == [CPU] and stored["device"] == stored["streamed"] and len(stored["device"]) == 1

@@ -557,7 +557,7 @@ def overview(
         config: the run's configuration.
         spec: of its model.
         clips: all clips of the dataset, from ``check_dataset``.
-        identities: of their videos, from ``plan.identities``.
+        identities: of their videos, from ``identities``.
     """
     split = split_clips(clips, identities, config.data.holdout)
     training = [clip for clip, is_held in zip(clips, split, strict=True) if not is_held]

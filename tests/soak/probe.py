@@ -22,19 +22,22 @@ from pathlib import Path
 from typing import Any
 
 PHASES: dict[str, tuple[str, ...]] = {
-    "planning": ("finetune.caching.plan:plan_cache",),
+    "planning": ("finetune.caching.precompute:plan_cache",),
     "asking the cache": ("finetune.caching.request:find_manifest",),
-    "loading an encoder": ("finetune.cogvideox:load_vae", "finetune.cogvideox:load_text"),
+    "loading an encoder": ("finetune.cogvideox.load:load_vae", "finetune.cogvideox.load:load_text"),
     "reading headers": ("finetune.datasets.decode_pool:DecodePool.probe_many",),
     "decoding": ("finetune.datasets.decode_pool:DecodePool.decode_many",),
     "encoding": (
-        "finetune.cogvideox:encode_video",
-        "finetune.cogvideox:encode_image",
-        "finetune.cogvideox:encode_prompts",
+        "finetune.cogvideox.encode:encode_video",
+        "finetune.cogvideox.encode:encode_image",
+        "finetune.cogvideox.encode:encode_prompts",
     ),
     "writing an entry": ("finetune.datasets.cache:Cache._write",),
     "writing a manifest": ("finetune.datasets.cache:Cache.save_manifest",),
-    "taking the run folder": ("finetune.trainers.setup:_acquire", "finetune.trainers.checkpoint:sweep"),
+    "taking the run folder": (
+        "finetune.trainers.setup:hold_run_folder",
+        "finetune.checkpoint.folders:clear_interrupted",
+    ),
     "loading the model": ("finetune.cogvideox:load_transformer",),
     "reading a checkpoint": ("finetune.trainers.checkpoint:load_checkpoint",),
     "between steps": ("finetune.trainers.loop:_loop",),
