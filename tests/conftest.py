@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from launcher import Launcher
+
     from finetune.config.schema import RunConfig
     from finetune.trainers.loop import TrainReport
 
@@ -89,6 +91,16 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return built[name]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    """Runs jobs of several processes."""
+    from launcher import Launcher
+
+    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
+    yield launcher
+    launcher.close()
 
 
 @pytest.fixture(scope="session")

@@ -18,11 +18,48 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import yaml
+from torch import Tensor
 from waiting import HANG_S
 
 HERE = Path(__file__).parent
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 OFFLOAD = FSDP | {"FSDP_OFFLOAD_PARAMS": "true"}
+
+
+def written(values: Mapping[str, Any]) -> Path:
+    """A run's configuration as a file beside its folder."""
+    path = Path(values["output_dir"]).with_suffix(".yaml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(values)))
+    return path
+
+
+def changed(values: Mapping[str, Any], **train: Any) -> dict[str, Any]:
+    """The same run with another ``train`` section."""
+    return {**values, "train": {**values["train"], **train}}
+
+
+def checkpoint(values: Mapping[str, Any], step: int = 4) -> Path:
+    """Where a run's checkpoint of ``step`` stands."""
+    return Path(values["output_dir"]) / "checkpoints" / f"step-{step:08d}"
+
+
+def state(values: Mapping[str, Any], step: int = 4) -> dict[str, Tensor]:
+    """All tensors of a run's checkpoint."""
+    from finetune.checkpoint.load import load_checkpoint
+
+    loaded = load_checkpoint(checkpoint(values, step))
+    parts = {"trainable": loaded.trainable, "optimizer": loaded.optimizer[0], "ema": loaded.ema or {}}
+    return {f"{part} {name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
+
+
+def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], rtol: float = 1e-6) -> None:
+    """The same names, and numbers that differ by rounding."""
+    assert ours.keys() == theirs.keys() and ours
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=rtol, atol=1e-6, msg=name)
 
 
 @dataclass(frozen=True)

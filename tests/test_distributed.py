@@ -6,20 +6,19 @@ And they end like one: whatever happens to one of them, none is left waiting.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from launcher import FSDP, OFFLOAD, Launcher
+from launcher import FSDP, OFFLOAD, assert_close, changed, checkpoint, state, written
 from safetensors.torch import load_file
-from torch import Tensor
 from waiting import HANG_S
-from worlds import SMOOTH_ADAM, run_values
+from worlds import SMOOTH_ADAM, differing, run_values
 
 from finetune.checkpoint.load import load_checkpoint
 from finetune.checkpoint.shares import Shares
@@ -42,13 +41,6 @@ def fast(cases: Iterable[str], *chosen: str) -> list[Any]:
 
 
 @pytest.fixture(scope="module")
-def launcher(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield launcher
-    launcher.close()
-
-
-@pytest.fixture(scope="module")
 def world(tiny_model, demo_clips, wide_clips, tmp_path_factory):
     """Makes run configurations over one cache: two buckets, repeats, batches that do not come out even."""
     root = tmp_path_factory.mktemp("world")
@@ -66,25 +58,6 @@ def world(tiny_model, demo_clips, wide_clips, tmp_path_factory):
     return values
 
 
-def written(values: Mapping[str, Any]) -> Path:
-    path = Path(values["output_dir"]).with_suffix(".yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(dict(values)))
-    return path
-
-
-def changed(values: Mapping[str, Any], **train: Any) -> dict[str, Any]:
-    return {**values, "train": {**values["train"], **train}}
-
-
-def weights(values: Mapping[str, Any], step: int = 4) -> dict[str, Tensor]:
-    return dict(load_checkpoint(checkpoint(values, step)).trainable)
-
-
-def checkpoint(values: Mapping[str, Any], step: int = 4) -> Path:
-    return Path(values["output_dir"]) / "checkpoints" / f"step-{step:08d}"
-
-
 def metrics(values: Mapping[str, Any]) -> dict[str, list[float]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -93,17 +66,6 @@ def metrics(values: Mapping[str, Any]) -> dict[str, list[float]]:
     return {
         tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"] if "perf" not in tag
     }
-
-
-def assert_close(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], tolerance: float = 1e-6) -> None:
-    assert ours.keys() == theirs.keys() and ours
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-def assert_identical(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    assert ours.keys() == theirs.keys() and ours
-    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
 
 
 # ------------------------------------------------------------------------------------------------------ the same steps
@@ -140,12 +102,9 @@ def test_two_processes_train_like_one(world, alone, launcher, method, variant, s
     two = world(f"{strategy}-{method}", variant, method=(METHODS | OTHERS)[method], validation=VALIDATION)
     two = changed(two, check_ranks=True, ema_decay=0.5)
     launcher.train(written(two), env=STRATEGIES[strategy])
-    assert_close(weights(two), weights(one))
-    ours, theirs = load_checkpoint(checkpoint(two)), load_checkpoint(checkpoint(one))
-    assert ours.ema is not None and theirs.ema is not None
-    assert_close(dict(ours.ema), dict(theirs.ema))
-    assert ours.optimizer[1] == theirs.optimizer[1]
-    assert_close(dict(ours.optimizer[0]), dict(theirs.optimizer[0]))
+    assert_close(state(two), state(one))
+    ours, theirs = (load_checkpoint(checkpoint(run)) for run in (two, one))
+    assert ours.ema is not None and ours.optimizer[1] == theirs.optimizer[1]
     assert (checkpoint(two) / "trainable").is_dir() == (strategy != "ddp")
     mine, reference = metrics(two), metrics(one)
     assert mine.keys() == reference.keys()
@@ -163,7 +122,7 @@ def test_the_comparison_can_fail(world, alone, launcher):
     half = changed(world("half", "2b", method=LORA), accumulation=1)
     train(RunConfig.from_dict(half))
     with pytest.raises(AssertionError):
-        assert_close(weights(half), weights(one))
+        assert_close(state(half), state(one))
 
 
 @pytest.mark.slow
@@ -197,55 +156,32 @@ def test_two_processes_train_a_bf16_model_like_one(world, launcher, method):
 
 
 @pytest.fixture(scope="module")
-def halfway(world, launcher):
-    """Runs of two processes that ended after two of four steps, by strategy and method, to be continued from copies."""
-    made: dict[tuple[str, str], dict[str, Any]] = {}
+def run_of_two(world, launcher):
+    """Runs of two processes, by strategy, method and number of steps, each made once."""
+    made: dict[tuple[str, str, int], dict[str, Any]] = {}
 
-    def run(strategy: str, method: str) -> dict[str, Any]:
-        if (strategy, method) not in made:
-            values = world(f"halfway-{strategy}-{method}", method=METHODS[method])
-            made[strategy, method] = changed(values, steps=2, ema_decay=0.5)
-            launcher.train(written(made[strategy, method]), env=STRATEGIES[strategy])
-        return made[strategy, method]
+    def run(strategy: str, method: str, steps: int) -> dict[str, Any]:
+        key = strategy, method, steps
+        if key not in made:
+            values = world(f"two-{strategy}-{method}-{steps}", method=METHODS[method])
+            made[key] = changed(values, steps=steps, ema_decay=0.5)
+            launcher.train(written(made[key]), env=STRATEGIES[strategy])
+        return made[key]
 
     return run
 
 
 def copied(values: Mapping[str, Any], name: str, **train: Any) -> dict[str, Any]:
-    import shutil
-
     target = Path(values["output_dir"]).with_name(name)
     shutil.copytree(values["output_dir"], target)
     return changed({**values, "output_dir": str(target)}, steps=4, **train)
 
 
-@pytest.fixture(scope="module")
-def straight(world, launcher):
-    """The same four steps without a break, by strategy and method."""
-    made: dict[tuple[str, str], dict[str, Any]] = {}
-
-    def run(strategy: str, method: str) -> dict[str, Any]:
-        if (strategy, method) not in made:
-            values = world(f"straight-{strategy}-{method}", method=METHODS[method])
-            made[strategy, method] = changed(values, ema_decay=0.5)
-            launcher.train(written(made[strategy, method]), env=STRATEGIES[strategy])
-        return made[strategy, method]
-
-    return run
-
-
-def state(values: Mapping[str, Any]) -> dict[str, Tensor]:
-    loaded = load_checkpoint(checkpoint(values))
-    assert loaded.ema is not None
-    parts = {"trainable": loaded.trainable, "optimizer": loaded.optimizer[0], "ema": loaded.ema}
-    return {f"{part} {name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
 @pytest.mark.parametrize("method", fast(METHODS, "full"))
-def test_a_sharded_run_resumes_bit_for_bit(halfway, straight, launcher, method):
-    again = copied(halfway("fsdp2", method), f"resumed-{method}")
+def test_a_sharded_run_resumes_bit_for_bit(run_of_two, launcher, method):
+    again = copied(run_of_two("fsdp2", method, 2), f"resumed-{method}")
     launcher.train(written(again), env=FSDP)
-    assert_identical(state(again), state(straight("fsdp2", method)))
+    assert not differing(state(again), state(run_of_two("fsdp2", method, 4)))
 
 
 # From a strategy to another, or to another number of processes: environment, processes, accumulation.
@@ -260,11 +196,11 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", fast(MOVES, "fsdp2 x2 to one process"))
-def test_a_run_goes_on_with_another_engine_and_number_of_processes(halfway, straight, launcher, move):
+def test_a_run_goes_on_with_another_strategy_and_number_of_processes(run_of_two, launcher, move):
     before, env, ranks, accumulation = MOVES[move]
-    again = copied(halfway(before, "full"), move.replace(" ", "-"), accumulation=accumulation)
+    again = copied(run_of_two(before, "full", 2), move.replace(" ", "-"), accumulation=accumulation)
     launcher.train(written(again), ranks=ranks, env=env)
-    assert_close(state(again), state(straight("fsdp2", "full")))
+    assert_close(state(again), state(run_of_two("fsdp2", "full", 4)))
 
 
 @pytest.mark.slow
@@ -295,9 +231,9 @@ def test_shares_that_do_not_come_out_even(launcher, tmp_path):
     assert all(torch.equal(whole[f"rows{rows}"].flatten(), torch.arange(rows * 3.0)) for rows in (1, 2, 5, 12))
 
 
-def test_an_export_of_shares_is_the_export_of_the_whole(straight, alone, tmp_path):
+def test_an_export_of_shares_is_the_export_of_the_whole(run_of_two, alone, tmp_path):
     folders = []
-    for name, run in (("shares", straight("fsdp2", "full")), ("whole", alone("full", "5b"))):
+    for name, run in (("shares", run_of_two("fsdp2", "full", 4)), ("whole", alone("full", "5b"))):
         report = export(Path(run["output_dir"]), tmp_path / name)
         assert report.max_abs_diff <= report.tolerance
         folders.append(report.folder)
@@ -321,13 +257,7 @@ GRIEF = {
 
 
 @pytest.mark.parametrize(
-    "grief",
-    fast(
-        GRIEF,
-        "killed in a step, DDP",
-        "killed while it saves, FSDP2",
-        "a full disk, FSDP2",
-    ),
+    "grief", fast(GRIEF, "killed in a step, DDP", "killed while it saves, FSDP2", "a full disk, FSDP2")
 )
 def test_all_processes_end_when_one_comes_to_grief(world, launcher, grief):
     """Without a launcher's agent: nobody kills the others, they find out by themselves."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,13 +23,6 @@ from finetune.trainers.replay import replay
 
 BOTH = -1
 SHARED = LEARNS | {"cache": {"latents_dtype": "fp32"}, "checkpoint": {"every": 2}}
-
-
-@pytest.fixture(scope="module")
-def launcher(tmp_path_factory) -> Iterator[Launcher]:
-    launcher = Launcher(tmp_path_factory.mktemp("launcher"))
-    yield launcher
-    launcher.close()
 
 
 @pytest.fixture(scope="module")

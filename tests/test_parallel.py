@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,20 +16,29 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from checkpoints import rewrite_marker
 from launcher import FSDP
 from safetensors import safe_open
 from waiting import HANG_S
-from worlds import SMOOTH_ADAM, fabricate_cache, run_config
+from worlds import SMOOTH_ADAM, fabricate_cache, merged, run_config, run_values
 
 from finetune.checkpoint.load import load_checkpoint
-from finetune.cogvideox.load import ModelConfig, load_vae
+from finetune.checkpoint.shares import HEADER
+from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.load import load_transformer, load_vae
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
+from finetune.config.schema import RunConfig
 from finetune.core import distributed
 from finetune.core.distributed import ProcessGroup, compute_device, peers
 from finetune.core.errors import CheckpointError, ConfigError, LaunchError, ModelError, TrainingError
-from finetune.parallel import fsdp as sharded_engine
-from finetune.parallel.launch import FullShard, Replicate, Zero, read_launch
+from finetune.core.tensor_files import atomic_save_tensors
+from finetune.methods.full import FullMethod
+from finetune.optim.optimizers import AdamW
+from finetune.parallel import fsdp as fsdp_module
+from finetune.parallel.deepspeed import Zero, import_deepspeed
+from finetune.parallel.fsdp import FullShard, FullyShardedDataParallel
+from finetune.parallel.launch import Replicate, read_launch
 from finetune.parallel.strategy import require_agreement
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
@@ -71,7 +81,7 @@ def launched(config: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def test_every_shipped_configuration_asks_for_its_engine(monkeypatch):
+def test_every_shipped_configuration_asks_for_its_strategy(monkeypatch):
     shipped = {path.stem: path for path in (ROOT / "accelerate_configs").glob("*.yaml")}
     assert shipped.keys() == CONFIGS.keys()
     for name, path in shipped.items():
@@ -143,52 +153,36 @@ def fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-@pytest.mark.parametrize(
-    "optimizer",
-    [
-        {"kind": "adamw8bit"},
-        {"kind": "custom", "name": "torch.optim.Adafactor"},
-        {"kind": "custom", "name": "torch.optim.Muon"},
-    ],
-    ids=str,
-)
-def test_optimizers_that_cannot_work_on_shares_are_refused(tiny_model, tmp_path, fsdp, optimizer):
-    title = optimizer.get("name", optimizer["kind"])
-    with pytest.raises(ConfigError, match=f"{title} does not treat each element by itself"):
-        in_one_process(tiny_model(), tmp_path / "run", optimizer=optimizer)
-
-
-def test_splitting_micro_batches_is_refused_where_processes_step_together(tiny_model, tmp_path):
-    def config(**memory: Any):
-        settings = {"train": {"batch_size": 2}, "memory": memory}
-        return run_config(tiny_model(), tmp_path, tmp_path / "run", **settings)
-
-    two = ProcessGroup(0, 2)
-    with pytest.raises(ConfigError, match="equally many forward passes"):
-        require_launch(FullShard(), config(clips_at_once=1), SPEC, two)
-    require_launch(FullShard(), config(clips_at_once=2), SPEC, two)
-    require_launch(FullShard(), config(clips_at_once=1), SPEC, ProcessGroup())
-    require_launch(Replicate(), config(clips_at_once=1), SPEC, two)
+SHARDED: dict[str, dict[str, Any]] = {
+    "adamw8bit does not treat each element by itself": {"optimizer": {"kind": "adamw8bit"}},
+    **{
+        f"{name} does not treat each element by itself": {"optimizer": {"kind": "custom", "name": name}}
+        for name in ("torch.optim.Adafactor", "torch.optim.Muon")
+    },
+    "stochastic rounding draws by parameter": {"method": {"kind": "full"}, "optimizer": {"weights": "stochastic"}},
+    "equally many forward passes": {"train": {"batch_size": 2}, "memory": {"clips_at_once": 1}},
+}
+UNDER_ZERO: dict[str, dict[str, Any]] = {
+    "no moving average": {"train": {"ema_decay": 0.9}},
+    "fp16 is not supported": {"model": {"dtype": "fp16"}},
+    "adamw8bit is not supported under DeepSpeed": {"optimizer": {"kind": "adamw8bit"}},
+    "DeepSpeed ZeRO keeps fp32 master copies": {"method": {"kind": "full"}, "optimizer": {"weights": "kahan"}},
+}
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"train": {"ema_decay": 0.9}}, "no moving average"), ({"model": {"dtype": "fp16"}}, "fp16 is not supported")],
+    ("launch", "words", "changes"),
+    [(FullShard(), *row) for row in SHARDED.items()] + [(Zero(2), *row) for row in UNDER_ZERO.items()],
 )
-def test_settings_that_deepspeed_does_not_do_are_refused(tiny_model, tmp_path, monkeypatch, changes, said):
+def test_settings_that_do_not_go_with_a_launch_are_refused(tiny_model, tmp_path, monkeypatch, launch, words, changes):
     monkeypatch.setattr("finetune.parallel.launch.import_deepspeed", lambda: None)
-    values = run_config(tiny_model(), tmp_path, tmp_path / "run").to_dict()
-    for section, change in changes.items():
-        values[section] |= change
-    from finetune.config.schema import RunConfig
-
-    with pytest.raises(ConfigError, match=said):
-        require_launch(Zero(2), RunConfig.from_dict(values), SPEC, ProcessGroup())
+    config = RunConfig.from_dict(merged(run_values(tiny_model(), tmp_path, tmp_path / "run"), changes))
+    with pytest.raises(ConfigError, match=words):
+        require_launch(launch, config, SPEC, ProcessGroup(0, 2))
+    require_launch(Replicate(), config, SPEC, ProcessGroup(0, 2))  # the canary
 
 
 def test_a_missing_deepspeed_says_what_to_install(monkeypatch):
-    from finetune.parallel.deepspeed import import_deepspeed
-
     monkeypatch.setitem(sys.modules, "deepspeed", None)
     with pytest.raises(ConfigError, match="cannot be imported") as caught:
         import_deepspeed()
@@ -250,13 +244,13 @@ def test_averaged_weights_do_not_stay_behind_in_the_gathered_ones(tiny_model, de
     assert not [name for name in without if not torch.equal(without[name], with_it[name])]
 
     # Canary: with torch's default for the root, they do stay.
-    inner = sharded_engine._shard
+    inner = fsdp_module._shard
 
     def lazily(launch: FullShard, ranks: ProcessGroup, module: Any) -> None:
         inner(launch, ranks, module)
         module.set_reshard_after_forward(False, recurse=False)
 
-    monkeypatch.setattr(sharded_engine, "_shard", lazily)
+    monkeypatch.setattr(fsdp_module, "_shard", lazily)
     stale = weights("stale", validation=measured)
     assert [name for name in without if not torch.equal(without[name], stale[name])]
 
@@ -278,17 +272,12 @@ def test_a_bad_step_is_not_taken_under_fsdp2(tiny_model, tmp_path, fsdp, monkeyp
 
 
 def test_the_norm_and_the_clipping_are_torchs(tiny_model, tmp_path, fsdp):
-    from finetune.cogvideox.load import ModelConfig, load_transformer
-    from finetune.methods.full import FullMethod
-    from finetune.optim.optimizers import AdamW
-    from finetune.parallel.fsdp import FullyShardedDataParallel as Sharded
-
     ranks = ProcessGroup.current(sharding=True)
     try:
         module = load_transformer(ModelConfig(pretrained=str(tiny_model())))
         method = FullMethod()
         method.apply(module, seed=0)
-        strategy = Sharded(FullShard(), ranks, module, method)
+        strategy = FullyShardedDataParallel(FullShard(), ranks, module, method)
         strategy.start(AdamW(), None)
         theirs = []
         generator = torch.Generator().manual_seed(1)
@@ -331,8 +320,6 @@ def test_shares_are_safetensors_and_json_and_nothing_else(in_shares):
 @pytest.mark.parametrize("part", ["trainable", "optimizer"])
 @pytest.mark.parametrize("damage", ["a flipped bit", "a missing file", "a missing share"])
 def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
-    import shutil
-
     path = tmp_path / "checkpoints" / in_shares.name
     shutil.copytree(in_shares, path)
     file = next((path / part).iterdir())
@@ -343,19 +330,13 @@ def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
     elif damage == "a missing file":
         file.unlink()
     else:
-        from finetune.checkpoint.shares import HEADER
-        from finetune.core.checksums import folder_checksums
-        from finetune.core.files import COMPLETE
-        from finetune.core.tensor_files import atomic_save_tensors
-
         with safe_open(file, "pt") as opened:
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             header = {HEADER: opened.metadata()[HEADER]}
         name = next(name for name in tensors if tensors[name].ndim == 2)
         header[HEADER] = header[HEADER].replace(f'"{name}": {{"saved_offsets": [0', f'"{name}": {{"saved_offsets": [9')
         atomic_save_tensors(file, tensors, header)
-        (path / COMPLETE).unlink()
-        (path / COMPLETE).write_text(folder_checksums(path))
+        rewrite_marker(path)
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(path)
 
@@ -488,15 +469,8 @@ def test_the_shipped_configuration_launches(tiny_model, demo_clips, tmp_path, na
     run_yaml = tmp_path / "run.yaml"
     run_yaml.write_text(config.to_yaml())
     file = ROOT / "accelerate_configs" / f"{name}.yaml"
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(file),
-        "--main_process_port",
-        "0",
-    ]
+    words = f"-m accelerate.commands.launch --config_file {file} --main_process_port 0"
+    command = [sys.executable, *words.split()]
     finished = subprocess.run(
         [*command, str(ROOT / "train.py"), "--config", str(run_yaml)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
