@@ -534,7 +534,7 @@ def test_the_overview_counts_what_training_will_see(tmp_path):
 def test_a_run_that_is_long_for_its_clips_is_told_of(tmp_path, clips, repeats, steps, told):
     plan = StepPlan((Item(Bucket(9, 64, 64), repeats),) * clips, seed=0, batch_size=1, micro_batches=1)
     config = run_config(tmp_path, tmp_path, tmp_path / "run")
-    advice = run_advice(config, plan, steps, held=0)
+    advice = run_advice(config, plan, steps, val_videos=0)
     assert told in advice[0] if told else not advice
 
 
@@ -551,7 +551,7 @@ def test_a_run_that_is_long_for_its_clips_is_told_of(tmp_path, clips, repeats, s
 )
 def test_a_holdout_that_comes_to_nothing_is_told_of(tmp_path, data, held, told):
     plan = StepPlan((Item(Bucket(9, 64, 64), 1),), seed=0, batch_size=1, micro_batches=1)
-    advice = run_advice(run_config(tmp_path, tmp_path, tmp_path / "run", data=data), plan, 1, held=held)
+    advice = run_advice(run_config(tmp_path, tmp_path, tmp_path / "run", data=data), plan, 1, val_videos=held)
     assert told in advice[0] if told else not advice
 
 

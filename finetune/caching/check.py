@@ -1,4 +1,8 @@
-"""Captions as the text encoder gets them: what it does not know of them, and which of them it cannot tell apart."""
+"""What is in a dataset, how it would be cut, and what follows from it: every row and every video's header are read.
+
+No pixel of a video is decoded and no weight is loaded. This is what ``finetune check`` prints, and what ``precompute``
+begins with.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from finetune.caching.request import local_folder, sample_bucket
@@ -34,6 +39,195 @@ from finetune.datasets.geometry import (
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.datasets.sources import choose_val_split, read_samples
 
+TOO_SHORT = "too short"
+
+UNREADABLE = "unreadable"
+
+UNUSABLE = "with unusable text"
+
+_NAMED = 5
+
+_HASHING_THREADS = 4
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip that training would see."""
+
+    name: str
+    """The video relative to the configuration's folder, and ``#2`` for the second clip cut from it."""
+    sample: Sample
+    probe: VideoProbe
+    plan: ClipPlan
+    holdout: bool
+    """Whether its source is held out; ``data.holdout`` may hold out more."""
+
+    @property
+    def first_frame(self) -> tuple[Path, Bucket] | None:
+        """The image that stands for its first frame, and what it is cut to."""
+        return None if self.sample.image is None else (self.sample.image, self.plan.bucket)
+
+    @property
+    def where(self) -> str:
+        """For messages: the clip and the row that names it."""
+        return f"{self.name} ({self.sample.where})"
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """Every clip of a dataset and what there is to say about it; its text is a table."""
+
+    clips: tuple[PlannedClip, ...]
+    skipped: Mapping[str, tuple[str, ...]]
+    """What is left out, by reason: videos (``too short``, ``unreadable``), and rows (``with unusable text``)."""
+    notes: tuple[str, ...]
+    fps: float
+    """Of the clips."""
+    kept: Mapping[Bucket, KeptShare]
+    """How much of pictures and videos the clips show."""
+
+    def __str__(self) -> str:
+        videos = len({clip.sample.video for clip in self.clips})
+        captions = len({clip.sample.caption for clip in self.clips})
+        lines = [f"{len(self.clips)} clips from {videos} videos, {captions} distinct captions, at {self.fps:g} fps"]
+        counts = Counter((clip.plan.bucket, clip.holdout) for clip in self.clips)
+        for bucket in sorted({bucket for bucket, _ in counts}, key=str):
+            seconds = bucket.frames / self.fps
+            held_out = counts[bucket, True]
+            also = f", {held_out} of them from held-out sources" if held_out else ""
+            number = counts[bucket, False] + held_out
+            lines.append(f"  bucket {bucket}: {number} clips of {seconds:.1f} s{also}; {self.kept[bucket]}")
+        for reason, names in self.skipped.items():
+            lines.append(f"  left out, {reason}: {named(names)}")
+        return "\n".join([*lines, *map(note_line, self.notes)])
+
+
+def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) -> DatasetReport:
+    """Read every source and every video's header, and plan the clips. No weights are loaded.
+
+    Args:
+        config: the run's configuration.
+        spec: of its model.
+        progress: draw a bar.
+
+    Raises:
+        DataError: one that lists every row and file that cannot be used, or says that no clip is left.
+    """
+    skip = config.data.unreadable_clips == "skip"
+    read = read_samples(
+        config.data.sources, config.data, image_to_video=spec.image_to_video, base=config.base, skip=skip
+    )
+    rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
+    fps = config.data.fps or spec.native_fps
+    probes = _probe(config, {sample.video for sample, _ in rows}, progress)
+    clips: list[PlannedClip] = []
+    skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
+    skipped[UNUSABLE] = [f"{error.where}: {error.what}" for error in read.unusable]
+    errors: list[DataError] = []
+    advice: Counter[str] = Counter()
+
+    def unreadable(name: str, error: DataError, where: str) -> None:
+        if skip:
+            skipped[UNREADABLE].append(name)
+        else:
+            errors.append(DataError(error.what, where=where, fix=error.fix))
+
+    for sample, holdout in rows:
+        name = portable(sample.video, config.base)
+        probe = probes[sample.video]
+        if isinstance(probe, DataError):
+            unreadable(name, probe, f"{name} ({sample.where})")
+            continue
+        try:
+            plans = plan_clips(probe, config.data, fps, f"{name} ({sample.where})")
+        except DataError as error:
+            errors.append(error)
+            continue
+        if not plans:
+            skipped[TOO_SHORT].append(name)
+        for number, plan in enumerate(plans, start=1):
+            label = name if len(plans) == 1 else f"{name}#{number}"
+            clips.append(PlannedClip(label, sample, probe, plan, holdout))
+            advice.update(plan_notes(probe, plan, fps, config.data.span))
+
+    faults = _image_faults(config, clips, progress) if spec.image_to_video else {}
+    for start in sorted({sample.image for sample in config.validation.samples if sample.image is not None}):
+        if fault := faults.get((start, sample_bucket(config))):
+            errors.append(DataError(fault.what, where=f"{start} (validation.samples)", fix=fault.fix))
+    refused = {(clip.sample.where, clip.plan.bucket): clip.sample for clip in clips if clip.first_frame in faults}
+    for (where, bucket), row in refused.items():  # once for all clips of a video
+        assert row.image is not None
+        image, video = portable(row.image, config.base), portable(row.video, config.base)
+        unreadable(image, faults[row.image, bucket], f"{image}, first frame of {video} ({where})")
+    clips = [clip for clip in clips if clip.first_frame not in faults]
+
+    captions: dict[str, str] = {}
+    for sample, _ in rows:
+        captions.setdefault(sample.caption, sample.where)
+    for shown in config.validation.samples:
+        captions.setdefault(shown.prompt, "validation.samples")
+    caption_warnings, caption_errors = check_captions(config, spec, captions)
+    raise_all(DataError, [*errors, *caption_errors], what="{n} clips, images or captions cannot be used")
+    left_out = {why: tuple(names) for why, names in skipped.items() if names}
+    if not any(not clip.holdout for clip in clips):
+        counts = [f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in left_out.items()]
+        raise DataError(f"no clip is left to train on: {'; '.join(counts) or 'every source is held out'}")
+    notes = [*read.notes, *caption_warnings, *(f"{count} clips: {note}" for note, count in advice.most_common())]
+    notes += [f"{WARNING}{warning}" for warning in kept_warnings(clips, config.data, spec, fps)]
+    return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps))
+
+
+def _image_faults(
+    config: RunConfig, clips: Iterable[PlannedClip], progress: bool
+) -> dict[tuple[Path, Bucket], DataError]:
+    """First-frame images and validation images that cannot be read or cut to a bucket, each tried as it is encoded."""
+    wanted = {clip.first_frame for clip in clips if clip.first_frame is not None}
+    for sample in config.validation.samples:
+        # With a complete cache they may be elsewhere.
+        if sample.image is not None and (config.cache.mode == "auto" or sample.image.is_file()):
+            wanted.add((sample.image, sample_bucket(config)))
+    jobs = sorted(wanted, key=str)
+    with DecodePool(workers_for(config, len(jobs))) as pool:
+        bar = Bar(pool.load_images(jobs), total=len(jobs), desc="reading images", disable=not progress)
+        return {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
+
+
+def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
+    paths = sorted(videos)
+    with DecodePool(workers_for(config, len(paths))) as pool:
+        return dict(
+            Bar(pool.probe_many(paths), total=len(paths), desc="reading headers of videos", disable=not progress)
+        )
+
+
+def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:
+    """How many decode processes to start for ``jobs`` files, where ``processes`` of a launch share the machine."""
+    wanted = config.cache.decode_workers
+    if wanted is None:
+        wanted = max(1, min(4, cpu_cores() // (2 * processes)))
+    return min(wanted, jobs)
+
+
+def cpu_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def note_line(note: str) -> str:
+    """One of a report's notes, for print."""
+    return note if note.startswith(WARNING) else f"note: {note}"
+
+
+def named(names: Iterable[str]) -> str:
+    """A count and the first few names, for messages."""
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return f"{len(listed)} ({', '.join(listed[:_NAMED])}{more})"
+
+
+# ------------------------------------------------------------------------------------------------------------ captions
+
+
 MOST_UNKNOWN = 0.5
 """Part of a caption's own characters; above it, what is left is no description of a clip."""
 
@@ -45,20 +239,16 @@ _NOT_COMPARED = (
 )
 
 
-@dataclass(frozen=True)
-class CaptionFindings:
-    """What is wrong with the captions of a dataset."""
-
-    notes: tuple[str, ...] = ()
-    errors: tuple[DataError, ...] = ()
-    """Only with ``data.unreadable_captions: error``."""
-
-
-def check_captions(config: RunConfig, spec: ModelSpec, captions: Mapping[str, str]) -> CaptionFindings:
+def check_captions(
+    config: RunConfig, spec: ModelSpec, captions: Mapping[str, str]
+) -> tuple[list[str], list[DataError]]:
     """Read captions with the model's own tokenizer, where it is on this machine; nothing is fetched.
 
     T5 was made for English and knows the letters of a few more languages. Each run of characters that it does not know
     becomes one and the same unknown mark, so that whole captions become equal.
+
+    Returns:
+        Warnings; and, only with ``data.unreadable_captions: error``, the captions that the model cannot tell apart.
 
     Args:
         config: the run's configuration.
@@ -72,7 +262,7 @@ def check_captions(config: RunConfig, spec: ModelSpec, captions: Mapping[str, st
     if folder is None or not any(
         (folder / "tokenizer" / name).is_file() for name in ("spiece.model", "tokenizer.json")
     ):
-        return CaptionFindings((_NOT_COMPARED,))
+        return [_NOT_COMPARED], []
     tokenizer = load_tokenizer(config.model)
     added = _letters(config.data.apply(""))
     texts = list(captions)
@@ -85,10 +275,9 @@ def check_captions(config: RunConfig, spec: ModelSpec, captions: Mapping[str, st
                 unknown[text] = _part(text, tokens, added)
             by_tokens.setdefault(tokens.ids, []).append(text)
     alike = [group for group in by_tokens.values() if len(group) > 1]
-    return CaptionFindings(
-        tuple(f"{WARNING}{warning}" for warning in _warnings(unknown, alike, len(texts), spec.max_text_seq_length)),
-        tuple(_errors(unknown, alike, captions)) if config.data.unreadable_captions == "error" else (),
-    )
+    warnings = _caption_warnings(unknown, alike, len(texts), spec.max_text_seq_length)
+    errors = _caption_errors(unknown, alike, captions) if config.data.unreadable_captions == "error" else []
+    return [f"{WARNING}{warning}" for warning in warnings], errors
 
 
 def _letters(text: str) -> int:
@@ -100,7 +289,7 @@ def _part(text: str, tokens: TokenizedCaption, added: int) -> float:
     return min(1.0, tokens.unknown / max(1, _letters(text) - added))
 
 
-def _warnings(unknown: Mapping[str, float], alike: list[list[str]], count: int, most_tokens: int) -> list[str]:
+def _caption_warnings(unknown: Mapping[str, float], alike: list[list[str]], count: int, most_tokens: int) -> list[str]:
     warnings = []
     if unknown:
         worst = max(unknown, key=unknown.__getitem__)
@@ -119,16 +308,18 @@ def _warnings(unknown: Mapping[str, float], alike: list[list[str]], count: int, 
     return warnings
 
 
-def _errors(unknown: Mapping[str, float], alike: list[list[str]], captions: Mapping[str, str]) -> list[DataError]:
-    lost = {text: f"{part:.0%} of the caption is unknown" for text, part in unknown.items() if part > MOST_UNKNOWN}
+def _caption_errors(
+    unknown: Mapping[str, float], alike: list[list[str]], captions: Mapping[str, str]
+) -> list[DataError]:
+    reasons = {text: f"{part:.0%} of the caption is unknown" for text, part in unknown.items() if part > MOST_UNKNOWN}
     for group in alike:
         for text in group:
             if text in unknown:
-                lost.setdefault(text, "the caption is another's, but for characters that are unknown")
+                reasons.setdefault(text, "the caption is another's, but for characters that are unknown")
     fix = "write it in English, or set data.unreadable_captions: warn"
     return [
         DataError(f"{what} to the model's text encoder: {_quoted(text)}", where=captions[text], fix=fix)
-        for text, what in lost.items()
+        for text, what in reasons.items()
     ]
 
 
@@ -136,7 +327,8 @@ def _quoted(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
-# -------- How much of a dataset's pictures and seconds its clips keep, by bucket, and which bucket would keep more.
+# ---------------------------------------------------------------------------------------------------- how much is kept
+
 
 ENOUGH = 0.8
 """Of pictures or seconds: if less is kept, there is a warning."""
@@ -146,7 +338,7 @@ _MOST_SIZES = 3
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptShare:
     """Shares of 0 to 1, of the clips of one bucket."""
 
     picture: float
@@ -158,22 +350,22 @@ class Kept:
         return f"{self.picture:.0%} of the picture and {self.seconds:.0%} of the seconds are kept"
 
 
-def kept_by_bucket(clips: Iterable[PlannedClip], fps: float) -> dict[Bucket, Kept]:
+def kept_by_bucket(clips: Iterable[PlannedClip], fps: float) -> dict[Bucket, KeptShare]:
     """What clips at ``fps`` keep, by bucket."""
-    return {bucket: _kept(those, fps) for bucket, those in _by_bucket(clips).items()}
+    return {bucket: _kept_share(group, fps) for bucket, group in _by_bucket(clips).items()}
 
 
 def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float) -> list[str]:
     """Where less than ``ENOUGH`` is kept, and what this model takes that would keep more."""
     warnings = []
-    for bucket, those in _by_bucket(clips).items():
-        warnings += _of_pictures(bucket, those, spec)
-        if _kept(those, fps).seconds < ENOUGH:
-            warnings.append(_of_seconds(bucket, those, data, spec, fps))
+    for bucket, group in _by_bucket(clips).items():
+        warnings += _picture_warnings(bucket, group, spec)
+        if _kept_share(group, fps).seconds < ENOUGH:
+            warnings.append(_seconds_warning(bucket, group, data, spec, fps))
     return warnings
 
 
-def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelSpec) -> list[str]:
+def _picture_warnings(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelSpec) -> list[str]:
     cropped: dict[Bucket | None, list[tuple[int, int]]] = {}
     better: dict[float, Bucket | None] = {}  # by shape: a web dataset has thousands of sizes
     for clip in clips:
@@ -187,18 +379,20 @@ def _of_pictures(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelSpec) 
     ordered = sorted(cropped.items(), key=lambda pair: -len(pair[1]))
     for size, sources in ordered[:_MOST_SIZES]:
         example = max(sources, key=sources.count)
-        told = f"bucket {bucket} keeps {_mean(sources, bucket):.0%} of the picture of {len(sources)} clips"
-        told += f" of {example[0]}x{example[1]}" + (" and others" if len(set(sources)) > 1 else "")
+        subject = f"bucket {bucket} keeps {_mean(sources, bucket):.0%} of the picture of {len(sources)} clips"
+        subject += f" of {example[0]}x{example[1]}" + (" and others" if len(set(sources)) > 1 else "")
         more = f"{size} would keep {_mean(sources, size):.0%}" if size else "this model takes no size that keeps more"
-        warnings.append(f"{told} (height x width): {more}")
+        warnings.append(f"{subject} (height x width): {more}")
     if rest := sum(len(sources) for _, sources in ordered[_MOST_SIZES:]):
         warnings.append(f"bucket {bucket} keeps less than {ENOUGH:.0%} of the picture of {rest} clips of more shapes")
     return warnings
 
 
-def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float) -> str:
+def _seconds_warning(
+    bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float
+) -> str:
     probes = [probe for probe, _ in _videos(clips)]
-    share = _kept(clips, fps).seconds
+    share = _kept_share(clips, fps).seconds
 
     def kept(frames: int, span: Span) -> float:
         return sum(seconds_fitting(probe, frames, fps, span) for probe in probes) / sum(map(seconds_of, probes))
@@ -217,15 +411,15 @@ def _of_seconds(bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, 
         if name and option >= reached + 0.05:  # the least change first, a greater one if it keeps more still
             more.append(f"{name} would keep {option:.0%}")
             reached = option
-    told = f"bucket {bucket} keeps {share:.0%} of the seconds of {len(probes)} videos"
-    return f"{told}: {' and '.join(more) or 'no bucket of this model would keep more'}"
+    subject = f"bucket {bucket} keeps {share:.0%} of the seconds of {len(probes)} videos"
+    return f"{subject}: {' and '.join(more) or 'no bucket of this model would keep more'}"
 
 
-def _kept(clips: Sequence[PlannedClip], fps: float) -> Kept:
+def _kept_share(clips: Sequence[PlannedClip], fps: float) -> KeptShare:
     bucket = clips[0].plan.bucket
     videos = _videos(clips)
     seconds = sum(seconds_kept(probe, plans, fps) for probe, plans in videos)
-    return Kept(
+    return KeptShare(
         picture=_mean([(clip.probe.height, clip.probe.width) for clip in clips], bucket),
         seconds=seconds / sum(seconds_of(probe) for probe, _ in videos),
     )
@@ -254,204 +448,6 @@ def _takes(spec: ModelSpec, bucket: Bucket) -> bool:
     return not spec.check_bucket(bucket)
 
 
-# -------- What is in a dataset, and how it would be cut: every row and every video's header, no pixel and no weight.
-
-TOO_SHORT = "too short"
-
-UNREADABLE = "unreadable"
-
-UNUSABLE = "with unusable text"
-
-_NAMED = 5
-
-_HASHING_THREADS = 4
-
-
-@dataclass(frozen=True)
-class PlannedClip:
-    """One clip that training would see."""
-
-    name: str
-    """The video relative to the configuration's folder, and ``#2`` for the second clip cut from it."""
-    sample: Sample
-    probe: VideoProbe
-    plan: ClipPlan
-    holdout: bool
-    """Whether its source is held out; ``data.holdout`` may hold out more."""
-
-    @property
-    def where(self) -> str:
-        """For messages: the clip and the row that names it."""
-        return f"{self.name} ({self.sample.where})"
-
-
-@dataclass(frozen=True)
-class DatasetReport:
-    """Every clip of a dataset and what there is to say about it; its text is a table."""
-
-    clips: tuple[PlannedClip, ...]
-    skipped: Mapping[str, tuple[str, ...]]
-    """What is left out, by reason: videos (``too short``, ``unreadable``), and rows (``with unusable text``)."""
-    notes: tuple[str, ...]
-    fps: float
-    """Of the clips."""
-    kept: Mapping[Bucket, Kept]
-    """How much of pictures and videos the clips show."""
-
-    def __str__(self) -> str:
-        videos = len({clip.sample.video for clip in self.clips})
-        captions = len({clip.sample.caption for clip in self.clips})
-        lines = [f"{len(self.clips)} clips from {videos} videos, {captions} distinct captions, at {self.fps:g} fps"]
-        counts = Counter((clip.plan.bucket, clip.holdout) for clip in self.clips)
-        for bucket in sorted({bucket for bucket, _ in counts}, key=str):
-            seconds = bucket.frames / self.fps
-            held = counts[bucket, True]
-            also = f", {held} of them from held-out sources" if held else ""
-            number = counts[bucket, False] + held
-            lines.append(f"  bucket {bucket}: {number} clips of {seconds:.1f} s{also}; {self.kept[bucket]}")
-        for reason, names in self.skipped.items():
-            lines.append(f"  left out, {reason}: {named(names)}")
-        return "\n".join([*lines, *map(note_line, self.notes)])
-
-
-def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) -> DatasetReport:
-    """Read every source and every video's header, and plan the clips. No weights are loaded.
-
-    Args:
-        config: the run's configuration.
-        spec: of its model.
-        progress: draw a bar.
-
-    Raises:
-        DataError: one that lists every row and file that cannot be used, or says that no clip is left.
-    """
-    skip = config.data.unreadable_clips == "skip"
-    read = read_samples(
-        config.data.sources, config.data, image_to_video=spec.image_to_video, base=config.base, skip=skip
-    )
-    fps = config.data.fps or spec.native_fps
-    probes = _probe(config, {sample.video for sample in (*read.train, *read.holdout)}, progress)
-    clips: list[PlannedClip] = []
-    skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
-    skipped[UNUSABLE] = [f"{error.where}: {error.what}" for error in read.unusable]
-    errors: list[DataError] = []
-    advice: Counter[str] = Counter()
-    rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
-    for sample, holdout in rows:
-        name = portable(sample.video, config.base)
-        probe = probes[sample.video]
-        if isinstance(probe, DataError):
-            if skip:
-                skipped[UNREADABLE].append(name)
-            else:
-                errors.append(DataError(probe.what, where=f"{name} ({sample.where})", fix=probe.fix))
-            continue
-        try:
-            plans = plan_clips(probe, config.data, fps, f"{name} ({sample.where})")
-        except DataError as error:
-            errors.append(error)
-            continue
-        if not plans:
-            skipped[TOO_SHORT].append(name)
-        for number, plan in enumerate(plans, start=1):
-            label = name if len(plans) == 1 else f"{name}#{number}"
-            clips.append(PlannedClip(label, sample, probe, plan, holdout))
-            advice.update(plan_notes(probe, plan, fps, config.data.span))
-    clips = _with_sound_images(clips, config, spec, skipped[UNREADABLE] if skip else None, errors, progress)
-    captions: dict[str, str] = {}
-    for sample, _ in rows:
-        captions.setdefault(sample.caption, sample.where)
-    for shown in config.validation.samples:
-        captions.setdefault(shown.prompt, "validation.samples")
-    findings = check_captions(config, spec, captions)
-    errors += findings.errors
-    raise_all(DataError, errors, what="{n} clips, images or captions cannot be used")
-    if not any(not clip.holdout for clip in clips):
-        counts = {
-            why: f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in skipped.items()
-        }
-        reasons = "; ".join(counts[why] for why, names in skipped.items() if names)
-        raise DataError(f"no clip is left to train on: {reasons or 'every source is held out'}")
-    left_out = {why: tuple(names) for why, names in skipped.items() if names}
-    notes = [*read.notes, *findings.notes, *(f"{count} clips: {note}" for note, count in advice.most_common())]
-    notes += [f"{WARNING}{said}" for said in kept_warnings(clips, config.data, spec, fps)]
-    return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps))
-
-
-def _with_sound_images(
-    clips: list[PlannedClip],
-    config: RunConfig,
-    spec: ModelSpec,
-    left_out: list[str] | None,
-    errors: list[DataError],
-    progress: bool,
-) -> list[PlannedClip]:
-    """The clips whose first-frame images can be read and fit; others go to ``left_out``, or to ``errors`` if None.
-
-    Validation images are read too. Each image is decoded, once for every size it is cut to, as it will be encoded.
-    """
-    if not spec.image_to_video:
-        return clips
-    wanted = {(clip.sample.image, clip.plan.bucket) for clip in clips if clip.sample.image is not None}
-    shown = {sample.image for sample in config.validation.samples if sample.image is not None}
-    if config.cache.mode == "require":  # they may be elsewhere
-        shown = {image for image in shown if image.is_file()}
-    jobs = sorted(wanted | {(image, sample_bucket(config)) for image in shown}, key=str)
-    with DecodePool(workers_for(config, len(jobs))) as pool:
-        found = pool.load_images(jobs)
-        bar = Bar(found, total=len(jobs), desc="reading images", disable=not progress)
-        faults = {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
-    for path in sorted(shown):
-        if fault := faults.get((path, sample_bucket(config))):
-            errors.append(DataError(fault.what, where=f"{path} (validation.samples)", fix=fault.fix))
-    sound, told = [], set()
-    for clip in clips:
-        fault = faults.get((clip.sample.image, clip.plan.bucket)) if clip.sample.image is not None else None
-        if fault is None:
-            sound.append(clip)
-        elif (clip.sample.where, clip.plan.bucket) not in told:  # once for all clips of a video
-            told.add((clip.sample.where, clip.plan.bucket))
-            image = portable(clip.sample.image, config.base)
-            if left_out is None:
-                where = f"{image}, first frame of {portable(clip.sample.video, config.base)} ({clip.sample.where})"
-                errors.append(DataError(fault.what, where=where, fix=fault.fix))
-            else:
-                left_out.append(image)
-    return sound
-
-
-def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
-    paths = sorted(videos)
-    with DecodePool(workers_for(config, len(paths))) as pool:
-        found = pool.probe_many(paths)
-        return dict(Bar(found, total=len(paths), desc="reading headers of videos", disable=not progress))
-
-
-def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:
-    """How many decode processes to start for ``jobs`` files, where ``processes`` of a launch share the machine."""
-    wanted = config.cache.decode_workers
-    if wanted is None:
-        wanted = max(1, min(4, cpu_cores() // (2 * processes)))
-    return min(wanted, jobs)
-
-
-def cpu_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def note_line(note: str) -> str:
-    """One of a report's notes, for print."""
-    return note if note.startswith(WARNING) else f"note: {note}"
-
-
-def named(names: Iterable[str]) -> str:
-    """A count and the first few names, for messages."""
-    listed = list(names)
-    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
-    return f"{len(listed)} ({', '.join(listed[:_NAMED])}{more})"
-
-
 # ----------------------------------------------------------------------------------------------------------- val split
 
 
@@ -470,8 +466,7 @@ def stamp_files(paths: Collection[Path], cache: Cache, progress: bool) -> dict[P
 
     ordered = sorted(paths)
     with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found = pool.map(stamp, ordered)
-        bar = Bar(found, total=len(ordered), desc="reading files", disable=not progress)
+        bar = Bar(pool.map(stamp, ordered), total=len(ordered), desc="reading files", disable=not progress)
         stamps = dict(zip(ordered, bar, strict=True))
     errors = [one for one in stamps.values() if isinstance(one, DataError)]
     raise_all(DataError, errors, what="{n} files cannot be read")
@@ -517,26 +512,28 @@ MOST_EPOCHS = 100
 """How often a clip may be seen before a run is told of it: docs/training.md has 50 to 100 for ten clips."""
 
 
-def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, held: int) -> list[str]:
+def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, val_videos: int) -> list[str]:
     """What a person should know of a run's length and of what it is measured on, before the first step.
 
     Args:
         config: the run's configuration.
         plan: over its training clips.
         steps: in all.
-        held: number of different videos that are kept out of training.
+        val_videos: number of different videos that are kept out of training.
     """
     advice = []
-    asked = config.data.holdout
-    if not held and (asked or any(source.split == "holdout" for source in config.data.sources)):
+    val_split = config.data.holdout
+    if not val_videos and (val_split or any(source.split == "holdout" for source in config.data.sources)):
         why = (
-            f"data.holdout is {asked:g}, and no video can be spared"
-            if asked
+            f"data.holdout is {val_split:g}, and no video can be spared"
+            if val_split
             else "none of the held-out sources is left"
         )
         advice.append(f"no clip is held out, so no held-out loss is measured and overfitting stays unseen: {why}")
-    elif 1 <= held < asked:
-        advice.append(f"data.holdout asks for {asked:g} videos, and {held} can be kept out: training needs one")
+    elif 1 <= val_videos < val_split:
+        advice.append(
+            f"data.holdout asks for {val_split:g} videos, and {val_videos} can be kept out: training needs one"
+        )
     epochs = steps / plan.steps_per_epoch
     times = epochs * max(item.repeats for item in plan.items)
     if times > MOST_EPOCHS:
@@ -559,8 +556,9 @@ def overview(
         clips: all clips of the dataset, from ``check_dataset``.
         identities: of their videos, from ``identities``.
     """
-    split = split_clips(clips, identities, config.data.holdout)
-    training = [clip for clip, is_held in zip(clips, split, strict=True) if not is_held]
+    in_val = split_clips(clips, identities, config.data.holdout)
+    training = list(compress(clips, (not val for val in in_val)))
+    val_videos = {identities[clip.sample.video] for clip in compress(clips, in_val)}
     train = config.train
     plan = StepPlan(
         items=tuple(Item(clip.plan.bucket, clip.sample.repeats) for clip in training),
@@ -569,12 +567,11 @@ def overview(
         micro_batches=train.accumulation,
     )
     steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
-    held = {identities[clip.sample.video] for clip, is_held in zip(clips, split, strict=True) if is_held}
     kind = "image-to-video" if spec.image_to_video else "text-to-video"
     numbers = [
         ("model", f"{config.model.pretrained}, {kind}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
         *(("bucket", _size(spec, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
-        ("clips", f"{len(training)} to train on, {sum(split)} held out"),
+        ("clips", f"{len(training)} to train on, {sum(in_val)} held out"),
         ("effective batch", f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes"),
         ("epoch", f"{plan.samples_per_epoch} clips with repeats, {plan.steps_per_epoch:.2f} steps on one process"),
         ("steps", f"{steps}, {steps / plan.steps_per_epoch:.2f} epochs on one process"),
@@ -582,7 +579,7 @@ def overview(
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
         ("output", str(config.output_dir)),
     ]
-    return numbers, run_advice(config, plan, steps, held=len(held))
+    return numbers, run_advice(config, plan, steps, val_videos=len(val_videos))
 
 
 def _size(spec: ModelSpec, bucket: Bucket) -> str:

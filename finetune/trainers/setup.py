@@ -202,7 +202,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     )
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
     held = len({item.media_digest for item in heldout.items})
-    for advice in run_advice(config, plan, total_steps, held=held):
+    for advice in run_advice(config, plan, total_steps, val_videos=held):
         accelerator.print(f"warning: {advice}")
     saved = _checkpoint_to_continue(config, manifest, ranks)
     if saved is not None:
