@@ -170,13 +170,13 @@ def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.Capture
 
 
 BUSY = """
-from finetune.planning import ahead
+from finetune.planner import helper_process
 def rehearsed(*_, **__):
     print("begun", flush=True)
     while True:
         pass
-ahead.rehearsed = rehearsed
-ahead._serve()
+helper_process.rehearsed = rehearsed
+helper_process._serve()
 """
 
 
