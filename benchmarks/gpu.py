@@ -49,7 +49,7 @@ from finetune.memory.quantized_linear import placement
 from finetune.memory.runner import assert_recompute, undo
 from finetune.optim.optimizers import begin
 from finetune.parallel.gradient_release import single_process_strategy
-from finetune.planner.estimate import Alone, longest_bucket
+from finetune.planner.estimate import OneProcess, longest_bucket
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")
@@ -113,7 +113,7 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
     torch.manual_seed(0)
     module = build(config, folder, device)
     strategy = single_process_strategy(
-        Alone,
+        OneProcess,
         module,
         config.method.trainable(module),
         memory=config.memory,

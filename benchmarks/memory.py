@@ -25,7 +25,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.gpu import OVERHEAD_GIB, usable
 from finetune.core.types import GIB
 from finetune.planner.cost_model import DEFAULTS, step_cost
-from finetune.planner.predict import predict, spec_of
+from finetune.planner.estimate import predict, spec_of
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "memory_plans.json"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetune.convert.export import ExportReport
     from finetune.core.types import Bucket, SamplePrompt
     from finetune.inference.generate import GenerateReport
-    from finetune.planner.command import Planned
+    from finetune.planner.plan import Planned
     from finetune.trainers.loop import TrainReport
     from finetune.trainers.tracking import StepRecord
 
@@ -140,7 +140,7 @@ def plan(
         ModelError: if the model's JSON cannot be found or used.
     """
     from finetune.config.loading import as_config
-    from finetune.planner.command import plan
+    from finetune.planner.plan import plan
 
     options = {"card": card, "ram": ram, "budget": budget, "device": device, "processes": processes}
     flags = {"quantize": quantize, "plot": plot, "exact": exact, "as_json": as_json}
@@ -170,14 +170,14 @@ def precompute(config: RunConfig | Mapping[str, Any] | str | Path, *, progress: 
     from finetune.config.loading import as_config
     from finetune.config.rules import pin_model, require_valid
     from finetune.core.distributed import ProcessGroup
-    from finetune.planner.command import settled
+    from finetune.planner.plan import choose_memory
 
     ranks = ProcessGroup.current()
     config = pin_model(as_config(config), ranks.run_on_main)
     spec = read_spec(config.model.pretrained, config.model.revision)
     for warning in require_valid(config, spec) if ranks.is_main else ():
         logging.getLogger("finetune").warning(warning)
-    config, _ = settled(config)  # it decides how T5 is held
+    config, _ = choose_memory(config)  # it decides how T5 is held
     return precompute(config, spec=spec, distributed=ranks, progress=progress)
 
 

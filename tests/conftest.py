@@ -191,7 +191,6 @@ def real_clips() -> Path:
 
 
 @pytest.fixture
-def plans_alone(tmp_path_factory, monkeypatch):
-    """Rehearsals are kept by the tests of one worker; tiny ones take less time than a second process needs to start."""
+def estimates_kept(tmp_path_factory, monkeypatch):
+    """The planner's cache is in a folder that the tests of one worker share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setattr("finetune.planner.helper_process._cores", lambda: 1)

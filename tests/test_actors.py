@@ -36,7 +36,7 @@ from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
 from finetune.optim.optimizers import OptimizerConfig, begin
 from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
-from finetune.planner.estimate import Alone
+from finetune.planner.estimate import OneProcess
 from finetune.testing.tiny import tiny_transformer
 
 CPU = torch.device("cpu")
@@ -110,9 +110,9 @@ class Training:
         parameters = method.trainable(self.module)
         more: State = {"memory": memory, "device": CPU, "max_norm": 1.0}
         if memory.gradient_release == "none":
-            self.strategy: Any = single_process_strategy(Alone, self.module, parameters, **more)
+            self.strategy: Any = single_process_strategy(OneProcess, self.module, parameters, **more)
         else:  # as on a GPU: updates on the host have a thread of their own
-            self.strategy = GradientRelease(Alone, self.module, parameters, threaded=True, **more)
+            self.strategy = GradientRelease(OneProcess, self.module, parameters, threaded=True, **more)
         self.strategy.start(TypeAdapter(OptimizerConfig).validate_python(MOMENTUM), None)
         self.average = Ema(self.strategy.parameters, self.strategy.precise(), 0.9)
 

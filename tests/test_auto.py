@@ -9,10 +9,10 @@ from worlds import run_config
 from finetune.config.loading import load_config
 from finetune.core.errors import ConfigError
 from finetune.memory.config import MemoryConfig, Traits
-from finetune.planner.command import settled
+from finetune.planner.plan import choose_memory
 from finetune.trainers.loop import train
 
-pytestmark = pytest.mark.usefixtures("plans_alone")
+pytestmark = pytest.mark.usefixtures("estimates_kept")
 
 
 def test_a_run_chooses_says_and_records_what_it_chose(tiny_model, demo_clips, tmp_path, capsys):
@@ -45,16 +45,16 @@ def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path
 
 
 def test_without_a_card_it_asks_for_a_budget(tiny_model, demo_clips, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.planner.command.card_here", lambda: None)
+    monkeypatch.setattr("finetune.planner.plan.card_here", lambda: None)
     config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto"})
     with pytest.raises(ConfigError, match="no GPU here to plan for") as caught:
-        settled(config)
+        choose_memory(config)
     assert "memory.budget" in caught.value.fix
 
 
 def test_what_is_written_stays_as_it_is(tiny_model, demo_clips, tmp_path):
     config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"block": "lean"})
-    assert settled(config) == (config, ())
+    assert choose_memory(config) == (config, ())
 
 
 @pytest.mark.parametrize(

@@ -24,19 +24,15 @@ from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
 from finetune.core.types import GIB
-from finetune.planner import command as command_module
-from finetune.planner import helper_process
-from finetune.planner.command import Forecaster
-from finetune.planner.cost_model import DEFAULTS, keep, step_cost
-from finetune.planner.estimate import estimate
-from finetune.planner.helper_process import HelperJob, beside
-from finetune.planner.predict import spec_of
-from finetune.planner.store import is_stored, rehearsed
+from finetune.planner import plan as plan_module
+from finetune.planner.cost_model import DEFAULTS, save_rates, step_cost
+from finetune.planner.estimate import spec_of
+from finetune.planner.plan import predict_async
 
 ROOT = Path(__file__).parents[1]
 
 
-pytestmark = pytest.mark.usefixtures("plans_alone")
+pytestmark = pytest.mark.usefixtures("estimates_kept")
 
 
 @pytest.fixture
@@ -70,7 +66,7 @@ def test_it_says_what_it_is_at(config_file: Path, tmp_path: Path, monkeypatch, c
     assert main(["plan", "--config", str(config_file), "--json"]) == OK
     printed = capsys.readouterr()
     first, *lines = printed.err.splitlines()
-    assert first.startswith(f"planning {config_file}") and "rehearsing: training" in lines
+    assert first.startswith(f"planning {config_file}") and "estimating: training" in lines
     assert json.loads(printed.out)["s_per_step"] > 0
     assert not logging.getLogger("finetune.planner").handlers, "what was heard is heard no longer"
 
@@ -81,10 +77,10 @@ def test_seconds_are_those_of_the_device_that_was_named(config_file: Path, tmp_p
         assert main(["plan", "--config", str(config_file), "--device", unknown]) == OK
         said = capsys.readouterr().out
         assert f"time: nothing is known of {unknown}, only of H100, H200, A100, 4090" in said and "s/step" not in said
-    monkeypatch.setattr("finetune.planner.command.device_here", lambda: "NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr("finetune.planner.plan.device_here", lambda: "NVIDIA GeForce RTX 3060")
     assert main(["plan", "--config", str(config_file)]) == OK
     assert "time: nothing is known of NVIDIA GeForce RTX 3060" in capsys.readouterr().out
-    keep(DEFAULTS["4090"].model_copy(update={"device": "NVIDIA GeForce RTX 3060", "source": "measured"}))
+    save_rates(DEFAULTS["4090"].model_copy(update={"device": "NVIDIA GeForce RTX 3060", "source": "measured"}))
     assert main(["plan", "--config", str(config_file), "--device", "NVIDIA GeForce RTX 3060"]) == OK
     assert "s/step on NVIDIA GeForce RTX 3060, from rates measured" in capsys.readouterr().out
 
@@ -115,10 +111,10 @@ def test_a_calibration_that_cannot_be_kept_is_not_begun(tmp_path: Path, monkeypa
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(command_module, "device_here", lambda: "card")
-    monkeypatch.setattr(command_module, "calibrate", lambda *_, **__: pytest.fail("it was measured"))
+    monkeypatch.setattr(plan_module, "device_here", lambda: "card")
+    monkeypatch.setattr(plan_module, "calibrate", lambda *_, **__: pytest.fail("it was measured"))
     with pytest.raises(ConfigError, match="what is measured cannot be written"):
-        command_module.run_calibration(1.0)
+        plan_module.run_calibration(1.0)
 
 
 def test_calibrating_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,14 +123,26 @@ def test_calibrating_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "no CUDA device" in capsys.readouterr().err
 
 
-def test_a_training_asks_beside_itself(config_file: Path) -> None:
+def test_a_training_predicts_in_a_process_beside_it(config_file: Path) -> None:
     config = load_config(config_file)
-    found = Forecaster(config, 24 * GIB).prediction()
-    assert found.nbytes is not None and "predicted, in training" in found.said
-    each = Forecaster(config, 24 * GIB, processes=2).prediction()
-    assert each.nbytes is not None and each.nbytes >= found.nbytes and "in each process" in each.said
     broken = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "/nowhere"})})
-    assert Forecaster(broken, None).prediction().nbytes is None
+    runs = [
+        predict_async(config, 24 * GIB),
+        predict_async(config, 24 * GIB, processes=2),
+        predict_async(config, GIB),
+        predict_async(broken, None),
+    ]
+    assert runs[0].result() is None and runs[0].news() == "", "it waits for nothing"
+    alone, each, small, none = (run.result(HANG_S) for run in runs)
+    assert alone and alone.nbytes and "predicted, in training" in alone.message
+    assert runs[0].news() == alone.message and runs[0].news() == "", "said once"
+    assert each and each.nbytes and each.nbytes >= alone.nbytes and "in each process" in each.message
+    assert small and "more than this GPU has" in small.message
+    assert none and none.nbytes is None and "could not be made" in none.message
+    cut_short = predict_async(config, None)
+    for run in (*runs, cut_short):
+        run.close()
+    assert cut_short.result() is not None, "its process is gone"
 
 
 def test_processes_and_places_are_looked_at_first(
@@ -167,66 +175,6 @@ def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.Capture
     assert found["quantised_unasked"] is False and len(found["others"]) >= len(rows)
     assert main(["plan", "--config", str(config_file), "--json"]) == OK
     assert json.loads(capsys.readouterr().out)["search"] is None
-
-
-BUSY = """
-from finetune.planner import helper_process
-def rehearsed(*_, **__):
-    print("begun", flush=True)
-    while True:
-        pass
-helper_process.rehearsed = rehearsed
-helper_process._serve()
-"""
-
-
-def test_a_helper_whose_master_is_gone_goes_too(config_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed in the middle of a job, here one without end, a plan leaves nobody behind who works on."""
-    real = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda command, **how: real([command[0], "-c", BUSY], **how))
-    helper = helper_process._Helper()
-    helper.begin(HelperJob(load_config(config_file), phases=["train"]))
-    child = helper._child
-    assert child is not None and child.stdin is not None and child.stdout is not None
-    assert child.stdout.readline() == "begun\n" and child.poll() is None
-    child.stdin.close()
-    assert child.wait(HANG_S) == 0
-    child.stdout.close()
-
-
-def test_a_second_process_leaves_its_rehearsal_where_the_first_finds_it(
-    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = load_config(config_file)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(helper_process, "_cores", lambda: 2)
-    asked: dict[str, Any] = {"layers": None, "phases": ["encode"], "card_bytes": None}
-    with beside(HelperJob(config, **asked)):
-        pass
-    assert is_stored(config, *asked.values())
-    found = rehearsed(config, **asked)
-    # To a few kilobytes: constants that a library makes once belong to whoever comes first.
-    here = estimate(config, **asked).phase("encode").peak.nbytes
-    assert found.phase("encode").peak.nbytes == pytest.approx(here, rel=0.01)
-    # What comes to grief there is made here.
-    monkeypatch.setattr("finetune.planner.helper_process.sys.executable", "/bin/false")
-    asked["phases"] = ["text"]
-    with beside(HelperJob(config, **asked)):
-        pass
-    assert not is_stored(config, *asked.values())
-    # Several questions, one process.
-    monkeypatch.undo()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    monkeypatch.setattr(helper_process, "_cores", lambda: 2)
-    started: list[int] = []
-    real = helper_process._start
-    monkeypatch.setattr(helper_process, "_start", lambda: started.append(1) or real())
-    with helper_process.second_core():
-        for phases in (["text"], ["encode"]):
-            with beside(HelperJob(config, phases=phases)):
-                pass
-            assert is_stored(config, None, phases, None)
-    assert len(started) == 1
 
 
 # ------------------------------------------------------------------------------------------------ documents in step

@@ -32,7 +32,7 @@ from finetune.optim.state import load_optimizer_state, optimizer_state, precise_
 from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
 from finetune.parallel.launch import FullShard, Launch, Replicate, Zero
 from finetune.parallel.strategy import DataParallel
-from finetune.planner.estimate import Alone
+from finetune.planner.estimate import OneProcess
 from finetune.planner.memory_tracker import MemoryTracker
 from finetune.testing.tiny import tiny_transformer
 from finetune.trainers import loop
@@ -127,12 +127,16 @@ def world() -> Any:
         parameters = method.trainable(module)
         built: DataParallel
         if not released:
-            built = DataParallel(Alone, module, parameters)
+            built = DataParallel(OneProcess, module, parameters)
         elif strategy:
             limit = math.inf if max_norm is None else max_norm
-            built = GradientRelease(Alone, module, parameters, memory=memory, device=device, max_norm=limit, **strategy)
+            built = GradientRelease(
+                OneProcess, module, parameters, memory=memory, device=device, max_norm=limit, **strategy
+            )
         else:
-            built = single_process_strategy(Alone, module, parameters, memory=memory, device=device, max_norm=max_norm)
+            built = single_process_strategy(
+                OneProcess, module, parameters, memory=memory, device=device, max_norm=max_norm
+            )
         config = TypeAdapter(OptimizerConfig).validate_python({"lr": 1e-3, **(optimizer or {"kind": "adamw"})})
         built.start(config, saved)
         return World(built, module, device=device)

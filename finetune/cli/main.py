@@ -327,7 +327,7 @@ def plan(
 )
 def calibrate(seconds: Annotated[float, typer.Option(help="How long to measure.")] = 20.0) -> None:
     """Measure this machine's GPU for the planner: matrix products, attention, copies. Kept per device name."""
-    from finetune.planner.command import run_calibration
+    from finetune.planner.plan import run_calibration
 
     print(run_calibration(seconds))
     print("next: `finetune plan` reckons with these rates from now on")

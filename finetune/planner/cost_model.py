@@ -1,13 +1,16 @@
-"""What a machine can do: rates that were measured on it, or published and assumed ones for its kind of card."""
+"""How long a step takes: what a machine can do, measured on it or published for its kind of card, and arithmetic.
+
+Also what of a GPU's memory is not for the tensors of a training.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import platform
 import re
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,38 +54,34 @@ class Rates(Strict):
     """Reads and writes of host memory."""
 
 
-def _card(
-    name: str, tera: tuple[float, float, float], memory: float, bus: float, *, host: float = 100e9
-) -> tuple[str, Rates]:
-    gemm, forward, backward = (rate * 1e12 for rate in tera)
-    rates = Rates(
+_PUBLISHED = {
+    # Teraflops of matrix products and of attention's two passes; TB/s of the memory; GB/s of the bus and of the host.
+    # GEMM: others measured 798 on large squares; less for these shapes. Attention: cuDNN, as the FlashAttention-3
+    # paper has it.
+    "H100": (720, 413, 433, 2.7, 50, 150),
+    # An H100 with faster memory, 4.8 TB/s at most.
+    "H200": (720, 413, 433, 3.8, 50, 150),
+    # GEMM: 312 at most, 265 seen. Attention: FlashAttention-2 paper. The bus: PCIe 4.
+    "A100": (265, 192, 170, 1.65, 25, 100),
+    # GEMM: 165 at most. Attention: assumed; no figure for its backward pass at head dimension 64 was found.
+    "4090": (150, 155, 120, 0.9, 25, 60),
+}
+
+DEFAULTS: Mapping[str, Rates] = {
+    name: Rates(
         device=name,
         source="published or assumed",
-        gemm=gemm,
-        attention_forward=forward,
-        attention_backward=backward,
+        gemm=gemm * 1e12,
+        attention_forward=forward * 1e12,
+        attention_backward=backward * 1e12,
         memory=memory * 1e12,
         host_to_device=bus * 1e9,
         device_to_host=bus * 1e9,
         pageable=bus * 1e9 / 3,
-        host_memory=host,
+        host_memory=host * 1e9,
     )
-    return name, rates
-
-
-DEFAULTS: Mapping[str, Rates] = dict(
-    (
-        # GEMM: others measured 798 on large squares; less for these shapes. Attention: cuDNN, as the
-        # FlashAttention-3 paper has it.
-        _card("H100", (720, 413, 433), 2.7, 50, host=150e9),
-        # An H100 with faster memory, 4.8 TB/s at most.
-        _card("H200", (720, 413, 433), 3.8, 50, host=150e9),
-        # GEMM: 312 at most, 265 seen. Attention: FlashAttention-2 paper. The bus: PCIe 4.
-        _card("A100", (265, 192, 170), 1.65, 25),
-        # GEMM: 165 at most. Attention: assumed; no figure for its backward pass at head dimension 64 was found.
-        _card("4090", (150, 155, 120), 0.9, 25, host=60e9),
-    )
-)
+    for name, (gemm, forward, backward, memory, bus, host) in _PUBLISHED.items()
+}
 """By a part of the device's name. None of these was measured by us."""
 
 OTHER = "A100"
@@ -93,11 +92,8 @@ OF_ANOTHER: Final = "of another card"
 
 def known_devices() -> list[str]:
     """What ``rates_of`` has rates of its own for: kinds of cards, and names of devices that were calibrated here."""
-    measured = []
-    for path in sorted(calibration_file("any").parent.glob("*.json")):
-        with contextlib.suppress(OSError, ValidationError):
-            measured.append(Rates.model_validate_json(path.read_bytes()).device)
-    return [*DEFAULTS, *measured]
+    files = sorted(calibration_file("any").parent.glob("*.json"))
+    return [*DEFAULTS, *(rates.device for path in files if (rates := _read_rates(path)) is not None)]
 
 
 def rates_of(device: str) -> Rates:
@@ -106,12 +102,18 @@ def rates_of(device: str) -> Rates:
     Args:
         device: its name.
     """
-    with contextlib.suppress(OSError, ValidationError):
-        return Rates.model_validate_json(calibration_file(device).read_bytes())
+    if (measured := _read_rates(calibration_file(device))) is not None:
+        return measured
     for part, rates in DEFAULTS.items():
         if re.search(rf"\b{part}\b", device, re.IGNORECASE):
             return rates.model_copy(update={"device": device})
     return DEFAULTS[OTHER].model_copy(update={"device": device, "source": OF_ANOTHER})
+
+
+def _read_rates(path: Path) -> Rates | None:
+    with suppress(OSError, ValidationError):
+        return Rates.model_validate_json(path.read_bytes())
+    return None
 
 
 def calibration_file(device: str) -> Path:
@@ -119,7 +121,7 @@ def calibration_file(device: str) -> Path:
     return user_folder() / "calibration" / f"{re.sub('[^A-Za-z0-9]+', '-', device).strip('-').lower()}.json"
 
 
-def keep(rates: Rates) -> Path:
+def save_rates(rates: Rates) -> Path:
     """Write measured rates to where ``rates_of`` finds them, and return the file.
 
     Raises:
@@ -131,7 +133,7 @@ def keep(rates: Rates) -> Path:
     return path
 
 
-# -------- Measuring what a machine can do, in some twenty seconds: the constants of ``cost``.
+# ----------------------------------------------------------------------------------------- measuring, in twenty seconds
 
 
 def device_name(device: torch.device) -> str:
@@ -153,67 +155,61 @@ def calibrate(device: torch.device, *, seconds: float = 20.0, tokens: int = 17_7
     Raises:
         torch.OutOfMemoryError: if some hundred MiB are not free.
     """
-    each = seconds / 8
-    dtype = torch.bfloat16
+    dtype, cpu = torch.bfloat16, torch.device("cpu")
+    rate = partial(_rate, seconds=seconds / 8)
     rows = torch.randn(tokens, width, device=device, dtype=dtype)
     weight = torch.randn(4 * width, width, device=device, dtype=dtype)
-    gemm = _rate(lambda: functional.linear(rows, weight), device, each, 8.0 * tokens * width**2)
+    gemm = rate(lambda: functional.linear(rows, weight), device, 8.0 * tokens * width**2)
 
-    forward, backward = _attention(device, each, tokens, width)
-    scratch = torch.empty_like(rows)
-    memory = _rate(lambda: torch.neg(rows, out=scratch), device, each, 2.0 * rows.nbytes)
-    on_host = torch.empty(rows.shape, dtype=dtype)
+    shape, attention = (1, width // 64, tokens, 64), 4.0 * tokens**2 * width
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype) for _ in range(3))
+    attend = partial(functional.scaled_dot_product_attention, query, key, value)
+    forward = rate(attend, device, attention)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    output = attend()
+    differentiate = partial(torch.autograd.grad, output, leaves, torch.randn_like(output), retain_graph=True)
+    backward = rate(differentiate, device, _BACKWARD_ATTENTION * attention)
+
+    scratch, on_host = torch.empty_like(rows), torch.empty(rows.shape, dtype=dtype)
     pinned = torch.empty(rows.shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else on_host.clone()
+
+    def copy_rate(target: Tensor, source: Tensor, device: torch.device) -> float:
+        return rate(lambda: target.copy_(source, non_blocking=True), device, float(source.nbytes))
+
     return Rates(
         device=device_name(device),
         source="measured",
         gemm=gemm,
         attention_forward=forward,
         attention_backward=backward,
-        memory=memory,
-        host_to_device=_copy_rate(scratch, pinned, device, each),
-        device_to_host=_copy_rate(pinned, scratch, device, each),
-        pageable=_copy_rate(scratch, on_host, device, each),
-        host_memory=_copy_rate(on_host, pinned, torch.device("cpu"), each) * 2,
+        memory=rate(lambda: torch.neg(rows, out=scratch), device, 2.0 * rows.nbytes),
+        host_to_device=copy_rate(scratch, pinned, device),
+        device_to_host=copy_rate(pinned, scratch, device),
+        pageable=copy_rate(scratch, on_host, device),
+        host_memory=2 * copy_rate(on_host, pinned, cpu),
     )
 
 
-def _attention(device: torch.device, seconds: float, tokens: int, width: int) -> tuple[float, float]:
-    """Rates of the forward and the backward pass, at head dimension 64."""
-    shape, operations = (1, width // 64, tokens, 64), 4.0 * tokens**2 * width
-    query, key, value = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(3))
-    attend = partial(functional.scaled_dot_product_attention, query, key, value)
-    forward = _rate(attend, device, seconds, operations)
-    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    output = attend()
-    differentiate = partial(torch.autograd.grad, output, leaves, torch.randn_like(output), retain_graph=True)
-    return forward, _rate(differentiate, device, seconds, 2.5 * operations)
-
-
-def _copy_rate(target: Tensor, source: Tensor, device: torch.device, seconds: float) -> float:
-    return _rate(lambda: target.copy_(source, non_blocking=True), device, seconds, float(source.nbytes))
-
-
-def _rate(work: Callable[[], object], device: torch.device, seconds: float, amount: float) -> float:
+def _rate(work: Callable[[], object], device: torch.device, amount: float, *, seconds: float) -> float:
     """How much of ``amount`` per second, at best: anything slower was disturbed."""
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
     work()  # libraries choose their kernels the first time
-    _finish(device)
+    finish()
     best, end = float("inf"), time.perf_counter() + seconds
     while best == float("inf") or time.perf_counter() < end:
         begun = time.perf_counter()
         for _ in range(4):
             work()
-        _finish(device)
+        finish()
         best = min(best, (time.perf_counter() - begun) / 4)
     return amount / max(best, 1e-9)
 
 
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-# -------- The GPU that is here, and what of a GPU's memory is not for the tensors of a training.
+# ------------------------------------------------------ the GPU that is here, and what of its memory tensors do not get
 
 WORKSPACES = "cuBLAS workspaces"
 
@@ -255,8 +251,8 @@ def device_here() -> str:
     return device_name(torch.device("cuda")) if torch.cuda.is_available() else OTHER
 
 
-def beside_tensors(device: str, *, processes: int = 1, workspace: str | None = None) -> dict[str, int]:
-    """What a training holds of a GPU beside its tensors, in bytes, by name; ``cards.usable`` leaves room for it.
+def overhead(device: str, *, processes: int = 1, workspace: str | None = None) -> dict[str, int]:
+    """What a training holds of a GPU beside its tensors, in bytes, by name; ``gpu.usable`` leaves room for it.
 
     Args:
         device: name of the GPU.
@@ -264,11 +260,9 @@ def beside_tensors(device: str, *, processes: int = 1, workspace: str | None = N
         workspace: see ``workspace_bytes``.
     """
     workspaces = _THREADS * workspace_bytes(device, workspace)
-    beside = {
-        "CUDA context, fragmentation": max(0, round(OVERHEAD_GIB * GIB) - workspaces),
-        WORKSPACES: workspaces,
-    }
-    return beside | ({"NCCL buffers": NCCL_BYTES} if processes > 1 else {})
+    rest = max(0, round(OVERHEAD_GIB * GIB) - workspaces)
+    by_name = {"CUDA context, fragmentation": rest, WORKSPACES: workspaces}
+    return by_name | ({"NCCL buffers": NCCL_BYTES} if processes > 1 else {})
 
 
 def workspace_bytes(device: str, setting: str | None = None) -> int:
@@ -290,16 +284,18 @@ def workspace_bytes(device: str, setting: str | None = None) -> int:
     return 32 * 2**20 if hopper else (2 * 4096 + 8 * 16) * 1024
 
 
-# -------- How long a step takes, from arithmetic: floating-point operations, bytes through memory, bytes over the bus.
+# --------------------------------------------------------------------------------------------------- a step, in seconds
 #
-# Rates are the machine's (``calibrate``). Everything is per process and for the longest bucket. Copies that a technique
-# makes beside the computation cost what they last longer than it.
+# Floating-point operations, bytes through memory, bytes over the bus. Everything is per process and for the longest
+# bucket. Copies that a technique makes beside the computation cost what they last longer than it.
+
+BYTES_PER_WEIGHT = {"native": 2.0, "fp8": 1.0, "fp8_64": 1.06, "int8": 1.0, "nf4": 0.53}
+"""With a weight's share of the scales."""
 
 _BACKWARD_ATTENTION = 2.5
 """Matrix products of attention's backward pass for one of its forward pass: five for two."""
 
 _FORWARD_TRAFFIC = {"lora": 154, "full": 114}
-
 _BACKWARD_TRAFFIC = {"lora": 193, "full": 149}
 """Reads and writes of a block's elementwise operations in each pass, counted on the stock block without autocast, in
 tensors of the video tokens' size (104 MiB for 5B at 49x480x720). What runs again costs a forward pass once more."""
@@ -307,7 +303,7 @@ tensors of the video tokens' size (104 MiB for 5B at 49x480x720). What runs agai
 _LEAN_TRAFFIC = 1.1
 """Of the stock block's; assumed, not counted."""
 
-_DEQUANTISED = {"native": 0.0, "fp8": 3.0, "fp8_64": 3.0, "int8": 3.0, "nf4": 3.0}
+_DEQUANTISED = 3.0
 """Bytes read and written per weight of a quantised base, each time a block runs."""
 
 _UPDATE_TRAFFIC = 24
@@ -345,43 +341,39 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
     clips = min(memory.clips_at_once or batch, batch)
     passes = config.train.accumulation * -(-batch // clips)
     kind = config.method.kind
-    traffic = work.tokens_bytes * spec.num_layers * (_LEAN_TRAFFIC if memory.block == "lean" else 1.0)
+    traffic = work.token_bytes * work.layers * (_LEAN_TRAFFIC if memory.block == "lean" else 1.0)
     # Weights are decoded, and copied, once for all clips that go through together.
-    held = work.block_weights * spec.num_layers * _DEQUANTISED[memory.base] / rates.memory
+    decoded = 0.0 if memory.base == "native" else work.block_weights * work.layers * _DEQUANTISED / rates.memory
     linear, attention = work.linear / rates.gemm, clips * work.attention / rates.attention_forward
     adapters, moved = work.adapters / rates.gemm, traffic / rates.memory
-    forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + held
-    again = 0.0
+    forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + decoded
+    recompute = 0.0
     if memory.checkpointing != "none":
-        kept = 0 if memory.checkpointing == "full" else (memory.keep_attention or spec.num_layers)
-        again = forward - attention * min(kept / spec.num_layers, 1.0)
+        kept = 0 if memory.checkpointing == "full" else (memory.keep_attention or work.layers)
+        recompute = forward - attention * min(kept / work.layers, 1.0)
     backward = (
         clips * (linear * (2 if kind == "full" else 1) + 2 * adapters + moved * _BACKWARD_TRAFFIC[kind])
         + clips * work.attention * _BACKWARD_ATTENTION / rates.attention_backward
-        + held
+        + decoded
     )
-    waiting = _waiting(work, spec, memory, rates, clips, forward, backward + again)
-    return Cost(
-        forward_s=passes * forward,
-        backward_s=passes * backward,
-        recompute_s=passes * again,
-        waiting_s=passes * waiting,
-        update_s=_update(work, memory, rates),
-    )
+    waiting = _waiting(work, memory, rates, clips, forward, backward + recompute)
+    update = _update(work, memory, rates)
+    return Cost(passes * forward, passes * backward, passes * recompute, passes * waiting, update)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """One clip through the whole model, forward."""
+    """One clip through the whole model, forward: floating-point operations, bytes and weights."""
 
+    layers: int
     linear: float
-    """Floating-point operations of the blocks' linear layers."""
+    """Operations of the blocks' linear layers."""
     attention: float
     adapters: float
-    tokens_bytes: float
+    token_bytes: float
     """Of one tensor of tokens."""
     block_weights: float
-    """Weights of a block's attention and feed-forward layers."""
+    """Of a block's attention and feed-forward layers."""
     modulation_weights: float
     trained: float
     """Weights that train."""
@@ -389,58 +381,42 @@ class _Work:
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec) -> _Work:
         tokens = max(spec.tokens(bucket) for bucket in config.data.buckets)
-        width = spec.num_attention_heads * spec.attention_head_dim
-        layers = spec.num_layers
+        width, layers = spec.num_attention_heads * spec.attention_head_dim, spec.num_layers
         block, modulation = 12.0 * width**2, 12.0 * width * 512
-        adapters = trained = 0.0
+        adapters, trained = 0.0, layers * (block + modulation)
         if isinstance(config.method, LoraMethod):
             # As of the default targets, four square layers; others change seconds by hundredths.
             trained = layers * 4 * 2 * width * config.method.rank
             adapters = 2.0 * tokens * trained
-        else:
-            trained = layers * (block + modulation)
         return cls(
+            layers=layers,
             linear=2.0 * tokens * block * layers,
             attention=4.0 * tokens**2 * width * layers,
             adapters=adapters,
-            tokens_bytes=2.0 * tokens * width,
+            token_bytes=2.0 * tokens * width,
             block_weights=block,
             modulation_weights=modulation,
             trained=trained,
         )
 
 
-BYTES = {"native": 2.0, "fp8": 1.0, "fp8_64": 1.06, "int8": 1.0, "nf4": 0.53}
-"""Of a weight, with its share of the scales."""
-
-
-def _waiting(
-    work: _Work, spec: ModelSpec, memory: MemoryConfig, rates: Rates, clips: int, forward_s: float, backward_s: float
-) -> float:
+def _waiting(work: _Work, memory: MemoryConfig, rates: Rates, clips: int, forward_s: float, backward_s: float) -> float:
     """What copies beside one forward and backward pass of some clips add, in seconds."""
-    layers = spec.num_layers
-    streamed = layers if memory.streamed_blocks == "all" else min(memory.streamed_blocks, layers)
-    weights = streamed * work.block_weights * BYTES[memory.base]
+    streamed = work.layers if memory.streamed_blocks == "all" else min(memory.streamed_blocks, work.layers)
+    weights = streamed * work.block_weights * BYTES_PER_WEIGHT[memory.base]
     if memory.modulation == "device":
         weights += streamed * work.modulation_weights * 2.0
-    boundaries = clips * layers * work.tokens_bytes if memory.activations == "host" else 0.0
+    activations = clips * work.layers * work.token_bytes if memory.activations == "host" else 0.0
     gradients = 0.0
     if memory.gradient_release == "exact" or memory.optimizer_states == "host":
         gradients = 2.0 * work.trained
-    inward_forward = weights / rates.host_to_device
-    outward_forward = boundaries / rates.device_to_host
-    inward_backward = (weights + boundaries) / rates.host_to_device
-    outward_backward = gradients / rates.device_to_host
     if memory.streams and memory.ring == 1:
-        return 2 * inward_forward
+        return 2 * (weights / rates.host_to_device)
+    forward_copies = max(weights / rates.host_to_device, activations / rates.device_to_host)
+    backward_copies = max((weights + activations) / rates.host_to_device, gradients / rates.device_to_host)
     # Copies that hide behind the computation still take their share of the memory's bandwidth.
-    shared = (2 * weights + 2 * boundaries + gradients) / rates.memory
-    return (
-        shared
-        + max(inward_forward, outward_forward, forward_s)
-        - forward_s
-        + (max(inward_backward, outward_backward, backward_s) - backward_s)
-    )
+    shared = (2 * weights + 2 * activations + gradients) / rates.memory
+    return shared + max(forward_copies, forward_s) - forward_s + (max(backward_copies, backward_s) - backward_s)
 
 
 def _update(work: _Work, memory: MemoryConfig, rates: Rates) -> float:

@@ -1,19 +1,30 @@
-"""One optimizer step, one denoising step, and what stays between them, with a ledger looking on.
+"""What a run holds at its peak, phase by phase: its own code on fake tensors, with a ``MemoryTracker`` looking on.
 
-The parts are put together as ``trainers.assemble`` does, and run as the loop runs them.
+What runs is this package's method, memory techniques, strategy, loss, clipping and optimizer: one process with a whole
+model, one optimizer step, one denoising step. Optimizer states exist before, as in every step but the first.
+
+A block is up to some thousand operations each time it runs, and forty-two of them take minutes. But blocks are alike:
+what is held while, say, the last block but one runs backward grows by the same bytes with every block that the model
+has more. So ``predict`` estimates models of five and six blocks, and extends their figures station by station, since
+another one may be the highest in the whole model.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.metadata
+import logging
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from finetune.caching.encode import must_tile
@@ -24,7 +35,8 @@ from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
-from finetune.core.checksums import digest_file
+from finetune.core.checksums import digest_file, digest_of
+from finetune.core.files import atomic_write_text, user_folder
 from finetune.core.types import Batch, Bucket
 from finetune.inference.generate import decodes_in_tiles
 from finetune.memory.host_buffers import label_buffer
@@ -33,24 +45,429 @@ from finetune.optim.ema import Ema
 from finetune.optim.low_precision import LowPrecisionOptimizer
 from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
 from finetune.parallel.gradient_release import single_process_strategy
-from finetune.parallel.strategy import ParallelStrategy
 from finetune.planner.fakes import (
     empty_text_encoder,
     empty_transformer,
     empty_vae,
     fake_world,
-    rehearsed_once,
     tensors_of,
 )
-from finetune.planner.memory_tracker import CPU, MemoryTracker, ModuleTracker, Phase, Point, following, measure
-from finetune.planner.phases import PHASES, EstimatedPart, PhaseName, Through, made
+from finetune.planner.memory_tracker import CPU, TRANSIENT, MemoryTracker, ModuleTracker, Phase, Point, measure
 
-RESTING = "between phases"
-"""Name of the phase in which nothing runs."""
+PhaseName = Literal["text", "encode", "train", "sample", "decode"]
+
+PHASES: Mapping[PhaseName, str] = {
+    "text": "T5 pass",
+    "encode": "VAE pass",
+    "train": "training",
+    "sample": "validation sampling",
+    "decode": "VAE decode",
+}
+"""What people call them."""
+
+RUN_PHASES: tuple[PhaseName, ...] = ("train", "sample", "decode")
+"""Those with the transformer in memory."""
+
+_log = logging.getLogger(__name__)
 
 
-class Alone:
-    """What ``Replicated`` asks of a launch of one process."""
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will hold, phase by phase."""
+
+    phases: tuple[Phase, ...]
+    bucket: str
+    """The bucket with the longest sequence, which needs the most memory."""
+    tokens: int
+    """Of its sequence."""
+
+    @property
+    def peak(self) -> Phase:
+        """The phase that holds the most device memory."""
+        return max(self.phases, key=lambda phase: phase.peak.nbytes)
+
+    def phase(self, name: PhaseName) -> Phase:
+        """One of them.
+
+        Raises:
+            KeyError: if it was not estimated.
+        """
+        return {phase.name: phase for phase in self.phases}[PHASES[name]]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that techniques ask for, pinned and pageable together, in the phase that needs the most."""
+        return max(phase.pinned + phase.pageable for phase in self.phases)
+
+
+def spec_of(config: RunConfig) -> ModelSpec:
+    """The spec of a run's model, from its JSON.
+
+    Raises:
+        ModelError: if it cannot be found or used.
+    """
+    return read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+
+
+def longest_bucket(config: RunConfig, spec: ModelSpec) -> Bucket:
+    """The bucket with the longest sequence, which needs the most memory."""
+    return max(config.data.buckets, key=spec.tokens)
+
+
+# -------------------------------------------------------------------------------------- from short models to a long one
+
+SHORT = (5, 6)
+"""Layers of the two short models: two blocks at either end, which techniques may treat apart, at least one between them
+that keeps the ends from each other's treatment, and what one more adds."""
+
+
+def predict(
+    config: RunConfig,
+    *,
+    phases: Collection[PhaseName] = tuple(PHASES),
+    card_bytes: int | None = None,
+    processes: int = 1,
+    exact: bool = False,
+) -> Estimate:
+    """What a run will hold.
+
+    Args:
+        config: of the run.
+        phases: which; what the run has none of, such as videos, is left out.
+        card_bytes: device memory there is for tensors, which decides whether the VAE encodes in tiles where
+            ``cache.vae_tiling`` is ``auto``; None for tiles.
+        processes: how many hold a whole model each (DDP); the figures are of one of them.
+        exact: run every block in any case; only then are there curves to draw.
+
+    Raises:
+        ModelError: if the model's JSON cannot be found or used.
+        ConfigError: if the method does not fit the model.
+    """
+    spec = spec_of(config)
+    bucket = longest_bucket(config, spec)
+    encoders = [name for name in phases if name not in RUN_PHASES]
+    # All phases of the run are estimated together, and so are found together another time.
+    every = RUN_PHASES if _samples_videos(config) else RUN_PHASES[:1]
+    run = [name for name in every if name in phases]
+    found: list[Phase] = []
+    if run and (exact or not _is_extendable(config, spec.num_layers)):
+        found += estimate(config, phases=run).phases
+        if processes > 1:
+            found = [_in_buckets(phase) for phase in found]
+    elif run:
+        variants = _uniform_variants(config, spec.num_layers)
+        more, few = ([estimate(variant, layers=layers, phases=every) for variant in variants] for layers in SHORT[::-1])
+        changed = _with_buckets if processes > 1 else dict
+        for name in run:
+            pairs = zip(few, more, strict=True)
+            extended = [extend(a.phase(name), b.phase(name), spec.num_layers, changed) for a, b in pairs]
+            found.append(_mixed(config, spec.num_layers, extended))
+    if encoders:
+        found = [*estimate(config, phases=encoders, card_bytes=card_bytes).phases, *found]
+    return Estimate(tuple(found), str(bucket), spec.tokens(bucket))
+
+
+def _samples_videos(config: RunConfig) -> bool:
+    return bool(config.validation.samples) and config.validation.sample_every is not None
+
+
+def _is_extendable(config: RunConfig, layers: int) -> bool:
+    """Whether short models are shorter, and have the techniques' ends in them as the whole one has."""
+    return layers > SHORT[1] and (not config.memory.streams or config.memory.ring < SHORT[0])
+
+
+def extend(
+    short: Phase, longer: Phase, layers: int, changed: Callable[[Mapping[str, int]], Mapping[str, int]] = dict
+) -> Phase:
+    """The phase with ``layers`` blocks, without a curve.
+
+    Args:
+        short: the phase with ``SHORT[0]`` blocks.
+        longer: the same with ``SHORT[1]``.
+        layers: of the whole model, at least ``SHORT[1]``.
+        changed: what becomes of the parts that are held at a station, before the highest is chosen.
+    """
+    steps = (layers - SHORT[0]) / (SHORT[1] - SHORT[0])
+
+    def along(start: int, end: int) -> int:
+        return round(start + (end - start) * steps)
+
+    best, where = Point(0.0, {}), ""
+    for station, end in longer.stations.items():
+        counterpart, name = _counterpart(station, layers)
+        if (start := short.stations.get(counterpart)) is None:
+            continue
+        names = {**end.parts, **start.parts}
+        parts = {part: along(start.parts.get(part, 0), end.parts.get(part, 0)) for part in names}
+        # Where the two name the same bytes differently, one part falls as another rises; together they are right.
+        parts[TRANSIENT] = parts.get(TRANSIENT, 0) + sum(nbytes for nbytes in parts.values() if nbytes < 0)
+        point = Point(0.0, changed({part: nbytes for part, nbytes in parts.items() if nbytes > 0}))
+        if point.nbytes > best.nbytes:
+            best, where = point, name
+    pinned, pageable = along(short.pinned, longer.pinned), along(short.pageable, longer.pageable)
+    return Phase(longer.name, best, where, pinned, pageable, longer.note)
+
+
+def _counterpart(station: str, layers: int) -> tuple[str, str]:
+    """What a station of the longer model is called in the shorter one (empty if it has none), and in the whole."""
+    few, more = SHORT
+    match = re.fullmatch(r"(.*block) (\d+) of \d+", station)
+    if match is None:
+        return station, station
+    block, number = match[1], int(match[2])
+    from_end = more - 1 - number
+    if number < few // 2:
+        return f"{block} {number} of {few}", f"{block} {number} of {layers}"
+    if from_end < few // 2:
+        return f"{block} {few - 1 - from_end} of {few}", f"{block} {layers - 1 - from_end} of {layers}"
+    return "", station
+
+
+def _uniform_variants(config: RunConfig, layers: int) -> list[RunConfig]:
+    """The run with all blocks treated alike; where they are not, each of the ways in which they are treated."""
+    memory = config.memory
+
+    def changed(**values: object) -> RunConfig:
+        return config.model_copy(update={"memory": memory.model_copy(update=values)})
+
+    if memory.keep_attention is not None:
+        keeping = _uniform_variants(changed(keep_attention=None), layers)
+        if memory.keep_attention >= layers:
+            return keeping
+        return [*_uniform_variants(changed(checkpointing="full", keep_attention=None), layers), *keeping]
+    return [changed(streamed_blocks="all")] if memory.streams else [config]
+
+
+def _mixed(config: RunConfig, layers: int, uniform: Sequence[Phase]) -> Phase:
+    """From ``_uniform_variants`` of ``layers`` blocks to a model whose blocks are not treated alike.
+
+    The difference that a block makes which keeps attention, or does not stream, is counted by their number.
+    """
+    memory, phase = config.memory, uniform[0]
+    more: dict[str, int] = {}
+    if len(uniform) > 1 and memory.keep_attention is not None:
+        difference = uniform[1].peak.nbytes - phase.peak.nbytes
+        more["saved activations"] = round(difference * memory.keep_attention / layers)
+    streamed = memory.streamed_blocks
+    if isinstance(streamed, int) and 0 < streamed < layers:
+        slots, staying = min(memory.ring, streamed), layers - streamed
+        weights = phase.peak.parts["streaming ring"] // memory.ring
+        full = config.method.kind == "full"
+        more |= {
+            "trainable weights" if full else "frozen weights": staying * weights,
+            "streaming ring": (slots - memory.ring) * weights,
+        }
+        if not full:  # weights that train and are updated on the host are there in any case
+            phase = replace(phase, pinned=phase.pinned - staying * weights)
+    return replace(phase, peak=Point(0.0, _sum(phase.peak.parts, more)))
+
+
+def _sum(parts: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    return {part: parts.get(part, 0) + more.get(part, 0) for part in {**parts, **more}}
+
+
+def _with_buckets(parts: Mapping[str, int]) -> dict[str, int]:
+    """What one of several processes holds: from the first step on, all gradients lie in DDP's buckets all the time."""
+    return {**parts, "gradients": max(parts.get("gradients", 0), parts.get("trainable weights", 0))}
+
+
+def _in_buckets(phase: Phase) -> Phase:
+    """A phase as one of several processes has it; where it is highest may change."""
+
+    def with_buckets(point: Point) -> Point:
+        return Point(point.at, _with_buckets(point.parts))
+
+    stations = {station: with_buckets(point) for station, point in phase.stations.items()}
+    where = max(stations, key=lambda station: stations[station].nbytes)
+    return replace(phase, peak=stations[where], where=where, curve=tuple(map(with_buckets, phase.curve)))
+
+
+# ---------------------------------------------------------------------------------- the phases of a run, block by block
+
+
+def estimate(
+    config: RunConfig,
+    *,
+    layers: int | None = None,
+    phases: Collection[PhaseName] = tuple(PHASES),
+    card_bytes: int | None = None,
+) -> Estimate:
+    """Run the phases on fake tensors, or read what the same code found earlier; only JSON of the model is read.
+
+    Args:
+        config: see ``predict``.
+        layers: how many of the transformer's blocks; all if None.
+        phases: see ``predict``.
+        card_bytes: see ``predict``.
+
+    Raises:
+        ModelError, ConfigError: as ``predict``.
+    """
+    folder = json_folder(config.model.pretrained, config.model.revision)
+    spec = read_spec(str(folder))
+    bucket = longest_bucket(config, spec)
+    path = user_folder() / "estimates" / f"{_cache_key(config, folder, bucket, (layers, *phases, card_bytes))}.json"
+    with suppress(OSError, ValidationError):  # absent, or cut short: it is made again
+        return _STORED.validate_json(path.read_bytes())
+    blocks = f", with {layers} blocks" if layers else ""
+    _log.info("estimating: %s%s", ", ".join(PHASES[name] for name in phases), blocks)
+    found: list[Phase] = []
+    if "text" in phases and (folder / CONFIG_FILES["text_encoder"]).is_file():
+        found.append(_text(folder, spec, config))
+    if "encode" in phases:
+        found.append(_encode(folder, config, bucket, card_bytes))
+    if set(RUN_PHASES) & set(phases):
+        found += _run(folder, config, bucket, layers, phases)
+    estimate = Estimate(tuple(found), str(bucket), spec.tokens(bucket))
+    with suppress(OSError):  # a home that cannot be written costs time, and nothing else
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(path, _STORED.dump_json(estimate).decode())
+    return estimate
+
+
+_STORED = TypeAdapter(Estimate)
+
+
+def _cache_key(config: RunConfig, folder: Path, bucket: Bucket, request: Sequence[object]) -> str:
+    """A digest of all that an estimate depends on, code and libraries included."""
+    used = {
+        "train": ("batch_size", "accumulation", "max_grad_norm", "ema_decay"),
+        "validation": ("bucket", "guidance_scale"),
+        "cache": ("text_batch_size", "vae_tiling"),
+        "model": ("dtype",),
+    }
+    values = config.to_dict()
+    return digest_of(
+        {
+            **{section: {name: values[section][name] for name in names} for section, names in used.items()},
+            "optimizer": {name: value for name, value in values["optimizer"].items() if name != "lr"},
+            "method": values["method"],
+            "memory": values["memory"],
+            "samples": _samples_videos(config),
+            "files": [digest_file(folder / name) for name in CONFIG_FILES.values() if (folder / name).is_file()],
+            "bucket": str(bucket),
+            "request": list(request),
+            "versions": _versions(),
+        }
+    )
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of the libraries, and of this package's own code, which may be edited without a new version."""
+    package = Path(__file__).parents[1]
+    libraries = ("torch", "diffusers", "transformers", "peft", "bitsandbytes", "numpy")
+    code = {path.relative_to(package).as_posix(): digest_file(path) for path in sorted(package.rglob("*.py"))}
+    return {"finetune": digest_of(code)} | {name: importlib.metadata.version(name) for name in libraries}
+
+
+def _text(folder: Path, spec: ModelSpec, config: RunConfig) -> Phase:
+    """T5 over one batch of captions."""
+    captions = config.cache.text_batch_size
+    with fake_world() as tracker, torch.no_grad():
+        encoder, _kept = empty_text_encoder(folder, config.model.torch_dtype(), config.memory.text_encoder)
+        tracker.name("text encoder weights", tensors_of(encoder))
+        begin, tracker.where = tracker.tick, "T5"
+        embeds = encoder(torch.zeros(captions, spec.max_text_seq_length, dtype=torch.long))[0]
+        del embeds
+        tracker.read_labels()
+        note = f"{captions} captions at a time"
+        return measure(PHASES["text"], tracker.allocations, begin, tracker.tick, {"encode": begin}, note)
+
+
+def _encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | None) -> Phase:
+    """The VAE over one clip, in tiles or whole, as precomputing will decide where nothing else is on the GPU."""
+    setting, dtype = config.cache.vae_tiling, config.model.torch_dtype()
+    pixels = (1, 3, bucket.frames, bucket.height, bucket.width)
+    if setting != "off":
+        tiled = _vae(folder, dtype, "encode", pixels, tiled=True)
+        free = None if card_bytes is None else card_bytes - tiled.peak.parts["VAE weights"]
+        if setting == "on" or free is None or must_tile(bucket, dtype, free):
+            return tiled
+    return _vae(folder, dtype, "encode", pixels, tiled=False)
+
+
+@cache
+def _vae(
+    folder: Path, dtype: torch.dtype, name: Literal["encode", "decode"], shape: tuple[int, ...], *, tiled: bool
+) -> Phase:
+    """The VAE over one clip (uint8 pixels [1, 3, F, H, W]), or over one sampled video (latents [1, C, F, h, w])."""
+    with fake_world() as tracker, torch.no_grad():
+        vae = empty_vae(folder, dtype)
+        if tiled:
+            vae.enable_tiling()
+        tracker.name("VAE weights", tensors_of(vae))
+        begin = tracker.tick
+        if name == "encode":
+            tracker.where = "VAE encoder"
+            pixels = torch.zeros(shape, dtype=torch.uint8)
+            tracker.name("batch", [pixels])
+            encode_video(vae, pixels)
+        else:
+            tracker.where = "VAE decoder"
+            ((vae.decode(torch.zeros(shape, dtype=dtype)).sample * 0.5) + 0.5).clamp(0, 1)
+        note = "in tiles" if tiled else "whole frames"
+        return measure(PHASES[name], tracker.allocations, begin, tracker.tick, {name: begin}, note)
+
+
+def _run(
+    folder: Path, config: RunConfig, bucket: Bucket, layers: int | None, phases: Collection[PhaseName]
+) -> Iterator[Phase]:
+    """The phases with the transformer in memory. A sampled video is decoded beside what is there between two steps."""
+    spec, dtype = read_spec(str(folder)), config.model.torch_dtype()
+    sampled = config.validation.bucket or bucket
+    if config.method.kind == "lora":  # weights that there need be none of
+        config = config.model_copy(update={"method": config.method.model_copy(update={"init_from": None})})
+    with fake_world() as tracker, ExitStack() as stack, _uncollected():
+        transformer = empty_transformer(folder, dtype, config.memory, layers)
+        stack.callback(undo, transformer)  # with its model go what techniques put into registers
+        training = TrackedTraining(tracker, spec, config, transformer, dtype)
+        if "train" in phases:
+            yield training.step(fake_batches(spec, config, bucket, dtype))
+        if "sample" in phases:
+            tracker.name("VAE weights", tensors_of(vae := empty_vae(folder, dtype)))
+            yield training.sample(sampled)
+            del vae
+        between = training.rest()
+    if "decode" in phases:
+        latents = (1, *_latent_shape(spec, sampled))
+        decoder = _vae(folder, dtype, "decode", latents, tiled=decodes_in_tiles(sampled, dtype))
+        yield _beside(decoder, between)
+
+
+def _beside(phase: Phase, resting: Phase) -> Phase:
+    """A phase that was estimated alone, in a process that holds ``resting`` besides."""
+
+    def more(point: Point) -> Point:
+        return Point(point.at, _sum(resting.peak.parts, point.parts))
+
+    return replace(
+        phase,
+        peak=more(phase.peak),
+        pinned=resting.pinned,
+        pageable=resting.pageable,
+        curve=tuple(map(more, phase.curve)),
+        stations={station: more(point) for station, point in phase.stations.items()},
+    )
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without the garbage collector: what only it would free counts, and a peak does not depend on when it runs."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# ------------------------------------------------------------------------------------- one optimizer step, one sampling
+
+
+class OneProcess:
+    """What a strategy asks of a launch of one process."""
 
     num_processes = 1
 
@@ -60,13 +477,13 @@ class Alone:
         return module
 
 
-class Training:
-    """A run put together as ``trainers.assemble`` does, with a ledger looking on.
+class TrackedTraining:
+    """A run put together as ``trainers.setup`` does, as it is between two steps, with a tracker looking on.
 
     Works on fake tensors and on real ones alike.
 
     Args:
-        ledger: entered.
+        tracker: entered.
         spec: of the model.
         config: of the run.
         transformer: in ``dtype``, nothing done to it yet.
@@ -74,77 +491,34 @@ class Training:
     """
 
     def __init__(
-        self, ledger: MemoryTracker, spec: ModelSpec, config: RunConfig, transformer: nn.Module, dtype: torch.dtype
+        self, tracker: MemoryTracker, spec: ModelSpec, config: RunConfig, transformer: nn.Module, dtype: torch.dtype
     ) -> None:
-        self.ledger, self.spec, self.config, self.transformer, self.dtype = ledger, spec, config, transformer, dtype
+        self.tracker, self.spec, self.config, self.transformer, self.dtype = tracker, spec, config, transformer, dtype
         config.method.apply(transformer, seed=config.train.seed)
         config.memory.apply(transformer, CPU)
         transformer.train()
         self.parameters = config.method.trainable(transformer)
-        self.strategy: ParallelStrategy = single_process_strategy(
-            Alone,
-            transformer,
-            self.parameters,
-            memory=config.memory,
-            device=CPU,
-            max_norm=config.train.max_grad_norm,
+        max_norm = config.train.max_grad_norm
+        self.strategy = single_process_strategy(
+            OneProcess, transformer, self.parameters, memory=config.memory, device=CPU, max_norm=max_norm
         )
-        self.strategy.start(_rehearsable(config), None)
-        self._ready = False
+        optimizer: Any = config.optimizer
+        if isinstance(optimizer, PagedAdamW8bit):  # for want of CUDA its like, which has the same states elsewhere
+            optimizer = AdamW8bit(**optimizer.model_dump(exclude={"kind"}))
+        self.strategy.start(optimizer, None)
         self.ema: Ema | None = None
         if config.train.ema_decay is not None:
             self.ema = Ema(self.parameters, self.strategy.precise(), config.train.ema_decay)
         self.alpha_bar = torch.linspace(0.999, 0.0, spec.num_train_timesteps)
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
-
-    def _name_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self.ledger.name("gradients", [parameter.grad])
-
-    def step(self, batches: list[Batch]) -> Phase:
-        """One optimizer step over micro-batches, after the optimizer has made its states."""
-        ledger, strategy = self.ledger, self.strategy
-        self._prepare()
-        with following(ledger, self.transformer) as here:
-            begin = ledger.tick
-            marks: dict[str, int] = {}
-            for number, batch in enumerate(batches, start=1):
-                self._micro_batch(batch, here, marks, last=number == len(batches))
-            marks["optimizer"] = ledger.tick
-            here.enter("gradient clipping")
-            strategy.clip(self.config.train.max_grad_norm or math.inf)
-            here.enter("optimizer")
-            strategy.step()
-            if self.ema is not None:
-                self.ema.step()
-            here.enter("")
-        ledger.read_labels()
-        return measure(PHASES["train"], ledger.pieces, begin, ledger.tick, marks, note=_step_note(batches))
-
-    def _micro_batch(self, batch: Batch, here: ModuleTracker, marks: dict[str, int], *, last: bool) -> None:
-        ledger, strategy = self.ledger, self.strategy
-        ledger.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
-        for part in self.config.memory.split(batch):
-            marks.setdefault("forward", ledger.tick)
-            here.enter("forward")
-            begun = ledger.tick
-            with strategy.micro_batch(last=last):
-                losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part)
-                ledger.read_labels()
-                ledger.name_since(begun, "saved activations")
-                marks.setdefault("backward", ledger.tick)
-                here.enter("backward")
-                strategy.backward(losses.sum())
-
-    def _prepare(self) -> None:
-        """Before the first phase: as everything is between two steps."""
-        if self._ready:
-            return
-        self._ready = True
         self._warm_up()
         gc.collect()
         self._name_residents()
+
+    def _name_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.tracker.name("gradients", [parameter.grad])
 
     def _warm_up(self) -> None:
         """Have the optimizer make its states, through its own step; then the strategy, which may move them."""
@@ -157,60 +531,91 @@ class Training:
         for parameter in trained:
             parameter.grad = None
         self.strategy.step()
-        if isinstance(self.config.optimizer, PagedAdamW8bit):
-            # Unified memory: what of it is on the device at a time is the driver's business, and given way.
-            for tensors in _kept_by(optimizer).values():
-                for tensor in tensors:
-                    label_buffer(tensor, "paged optimizer state", host=True)
 
     def _name_residents(self) -> None:
         """Say what everything is for that stays from step to step."""
-        ledger = self.ledger
+        tracker, optimizer = self.tracker, self.strategy.optimizer
         trained = {id(parameter) for parameter in self.parameters.values()}
-        ledger.name("frozen weights", (t for t in tensors_of(self.transformer) if id(t) not in trained))
-        ledger.name("trainable weights", self.parameters.values())
-        for what, tensors in _kept_by(self.strategy.optimizer).items():
-            ledger.name(what, tensors)
+        tracker.name("frozen weights", (t for t in tensors_of(self.transformer) if id(t) not in trained))
+        tracker.name("trainable weights", self.parameters.values())
+        masters: list[Tensor] = []
+        if isinstance(optimizer, LowPrecisionOptimizer):
+            masters, optimizer = list(optimizer.policy.saved.values()), optimizer.inner
+        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+        if isinstance(self.config.optimizer, PagedAdamW8bit):
+            # Unified memory: what of it is on the device at a time is the driver's business, and given way.
+            for tensor in (*masters, *states):
+                label_buffer(tensor, "paged optimizer state", host=True)
+        tracker.name("master copies", masters)
+        tracker.name("optimizer state", states)
         if self.ema is not None:
-            ledger.name("moving average", self.ema.state().values())
-        ledger.name("batch", [self.alpha_bar])
-        ledger.read_labels()
+            tracker.name("moving average", self.ema.state().values())
+        tracker.name("batch", [self.alpha_bar])
+        tracker.read_labels()
+
+    def _name_batch(self, batch: Batch) -> None:
+        self.tracker.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
+
+    def step(self, batches: list[Batch]) -> Phase:
+        """One optimizer step over micro-batches."""
+        tracker, strategy, running = self.tracker, self.strategy, ModuleTracker(self.tracker)
+        with running.watching(self.transformer):
+            begin, spans = tracker.tick, dict[str, int]()
+            for number, batch in enumerate(batches, start=1):
+                self._micro_batch(batch, running, spans, last=number == len(batches))
+            spans["optimizer"] = tracker.tick
+            running.enter("gradient clipping")
+            strategy.clip(self.config.train.max_grad_norm or math.inf)
+            running.enter("optimizer")
+            strategy.step()
+            if self.ema is not None:
+                self.ema.step()
+            running.enter("")
+        tracker.read_labels()
+        clips = len(batches[0].slots)
+        note = f"{clips} clip{'s' if clips > 1 else ''} per micro-batch" + ", accumulated" * (len(batches) > 1)
+        return measure(PHASES["train"], tracker.allocations, begin, tracker.tick, spans, note)
+
+    def _micro_batch(self, batch: Batch, running: ModuleTracker, spans: dict[str, int], *, last: bool) -> None:
+        tracker, strategy = self.tracker, self.strategy
+        self._name_batch(batch)
+        for part in self.config.memory.split(batch):
+            begin = tracker.tick
+            spans.setdefault("forward", begin)
+            running.enter("forward")
+            with strategy.micro_batch(last=last):
+                losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part)
+                tracker.read_labels()
+                tracker.name_since(begin, "saved activations")
+                spans.setdefault("backward", tracker.tick)
+                running.enter("backward")
+                strategy.backward(losses.sum())
 
     @torch.no_grad()
     def sample(self, bucket: Bucket) -> Phase:
         """One denoising step of validation, with guidance where it is configured."""
-        with torch.enable_grad():
-            self._prepare()
+        tracker, running = self.tracker, ModuleTracker(self.tracker)
         guided = self.config.validation.guidance_scale > 1
         (batch,) = fake_batches(self.spec, self.config, bucket, self.dtype, clips=2 if guided else 1)
-        self.ledger.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
+        self._name_batch(batch)
         self.transformer.eval()
-        with following(self.ledger, self.transformer) as here:
-            begin = self.ledger.tick
-            here.enter("sampling")
+        with running.watching(self.transformer):
+            begin = tracker.tick
+            running.enter("sampling")
             denoise(
                 self.transformer, self.spec, batch.latents, batch.prompt_embeds, batch.timesteps, batch.image_latents
             )
-            here.enter("")
+            running.enter("")
         self.transformer.train()
-        self.ledger.read_labels()
+        tracker.read_labels()
         note = "two passes in one batch, for guidance" if guided else "without guidance"
-        return measure(
-            PHASES["sample"], self.ledger.pieces, begin, self.ledger.tick, {"denoising step": begin}, note=note
-        )
+        return measure(PHASES["sample"], tracker.allocations, begin, tracker.tick, {"denoising step": begin}, note)
 
     def rest(self) -> Phase:
-        """What stays between two phases: beside it a sampled video is decoded."""
-        self._prepare()
-        self.ledger.read_labels()
-        now = self.ledger.tick
-        phase = measure(RESTING, self.ledger.pieces, now, now, {})
-        return replace(phase, stations={RESTING: phase.peak})
-
-
-def _step_note(batches: list[Batch]) -> str:
-    clips = len(batches[0].slots)
-    return f"{clips} clip{'s' if clips > 1 else ''} per micro-batch" + (", accumulated" if len(batches) > 1 else "")
+        """What stays between two phases."""
+        self.tracker.read_labels()
+        now = self.tracker.tick
+        return measure("between phases", self.tracker.allocations, now, now)
 
 
 def fake_batches(
@@ -226,9 +631,9 @@ def fake_batches(
         clips: in a single micro-batch; None for the configuration's sizes.
     """
     size = clips or config.train.batch_size
-    channels, frames, height, width = spec.latent_shape(bucket)
-    shape = (size, channels, frames + spec.front_padding(frames), height, width)
-    image = torch.zeros(size, channels, 1, height, width) if spec.image_to_video else None
+    latents = _latent_shape(spec, bucket)
+    shape = (size, *latents)
+    image = torch.zeros(size, latents[0], 1, *latents[2:]) if spec.image_to_video else None
     batch = Batch(
         latents=torch.zeros(shape),
         noise=torch.zeros(shape),
@@ -243,308 +648,6 @@ def fake_batches(
     return [batch, replace(batch, latents=torch.zeros(shape), noise=torch.zeros(shape))]
 
 
-def _rehearsable(config: RunConfig) -> Any:
-    """The optimizer, or on the CPU its like: the paged one has the same states, elsewhere."""
-    optimizer = config.optimizer
-    if isinstance(optimizer, PagedAdamW8bit):
-        return AdamW8bit(**optimizer.model_dump(exclude={"kind"}))
-    return optimizer
-
-
-def _kept_by(optimizer: torch.optim.Optimizer) -> dict[str, list[Tensor]]:
-    """What an optimizer keeps from step to step, by what it is for."""
-    kept: dict[str, list[Tensor]] = {}
-    if isinstance(optimizer, LowPrecisionOptimizer):
-        kept["master copies"] = list(optimizer.policy.saved.values())
-        optimizer = optimizer.inner
-    states = [value for state in optimizer.state.values() for value in state.values()]
-    kept["optimizer state"] = [value for value in states if isinstance(value, Tensor)]
-    return kept
-
-
-# -------- The phases without the transformer: T5 over captions, the VAE over a clip, the VAE's decoder over a sampled
-# video.
-
-VAE_WEIGHTS = "VAE weights"
-
-
-def encode_text(folder: Path, spec: ModelSpec, config: RunConfig) -> EstimatedPart | None:
-    """T5 over one batch of captions; None where the checkpoint has no T5.
-
-    Args:
-        folder: of the checkpoint's JSON.
-        spec: of the model.
-        config: of the run.
-    """
-    if not (folder / CONFIG_FILES["text_encoder"]).is_file():
-        return None
-    captions, length = config.cache.text_batch_size, spec.max_text_seq_length
-    held, dtype = config.memory.text_encoder, config.model.torch_dtype()
-
-    def make() -> tuple[Phase, ...]:
-        with fake_world() as ledger, torch.no_grad():
-            encoder, _kept = empty_text_encoder(folder, dtype, held)
-            ledger.name("text encoder weights", tensors_of(encoder))
-            begin = ledger.tick
-            ledger.where = "T5"
-            embeds = encoder(torch.zeros(captions, length, dtype=torch.long))[0]
-            del embeds
-            ledger.read_labels()
-            note = f"{captions} captions at a time"
-            return (measure(PHASES["text"], ledger.pieces, begin, ledger.tick, {"encode": begin}, note=note),)
-
-    depends_on = {"captions": captions, "length": length, "held": held, **_of_model(folder, "text_encoder", dtype)}
-    return EstimatedPart({"phase": "text", **depends_on}, make)
-
-
-def encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | None, through: Through) -> Phase:
-    """The VAE over one clip, in tiles or whole, as precomputing will decide where nothing else is on the GPU.
-
-    Args:
-        folder: of the checkpoint's JSON.
-        config: of the run.
-        bucket: of the clip.
-        card_bytes: device memory there is for tensors; None for tiles where the configuration leaves it open.
-        through: see ``Through``.
-    """
-    setting, dtype = config.cache.vae_tiling, config.model.torch_dtype()
-    if setting != "off":
-        (tiled,) = through(_encode(folder, dtype, bucket, tiled=True))
-        free = None if card_bytes is None else card_bytes - tiled.peak.parts[VAE_WEIGHTS]
-        if setting == "on" or free is None or must_tile(bucket, dtype, free):
-            return tiled
-    (whole,) = through(_encode(folder, dtype, bucket, tiled=False))
-    return whole
-
-
-def _encode(folder: Path, dtype: torch.dtype, bucket: Bucket, *, tiled: bool) -> EstimatedPart:
-    def clip(ledger: MemoryTracker, vae: Any) -> None:
-        pixels = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width, dtype=torch.uint8)
-        ledger.name("batch", [pixels])
-        encode_video(vae, pixels)
-
-    depends_on = {"bucket": str(bucket), "tiled": tiled, **_of_model(folder, "vae", dtype)}
-    return EstimatedPart(
-        {"phase": "encode", **depends_on}, lambda: _coded(folder, dtype, "encode", "encoder", clip, tiled=tiled)
-    )
-
-
-def decode(folder: Path, spec: ModelSpec, dtype: torch.dtype, bucket: Bucket) -> EstimatedPart:
-    """The VAE's decoder over one sampled video, without what else is in memory then.
-
-    Args:
-        folder: of the checkpoint's JSON.
-        spec: of the model.
-        dtype: of the VAE.
-        bucket: of the video.
-    """
+def _latent_shape(spec: ModelSpec, bucket: Bucket) -> tuple[int, int, int, int]:
     channels, frames, height, width = spec.latent_shape(bucket)
-    shape = (1, channels, frames + spec.front_padding(frames), height, width)
-    tiled = decodes_in_tiles(bucket, dtype)
-
-    def video(_: MemoryTracker, vae: Any) -> None:
-        ((vae.decode(torch.zeros(shape, dtype=dtype)).sample * 0.5) + 0.5).clamp(0, 1)
-
-    depends_on = {"latents": shape, "tiled": tiled, **_of_model(folder, "vae", dtype)}
-    return EstimatedPart(
-        {"phase": "decode", **depends_on}, lambda: _coded(folder, dtype, "decode", "decoder", video, tiled=tiled)
-    )
-
-
-def _coded(
-    folder: Path,
-    dtype: torch.dtype,
-    name: PhaseName,
-    half: str,
-    run: Callable[[MemoryTracker, Any], None],
-    *,
-    tiled: bool,
-) -> tuple[Phase, ...]:
-    """A phase with nothing but the VAE in it, one half of which repeats itself from tile to tile."""
-    with fake_world() as ledger, torch.no_grad():
-        vae = empty_vae(folder, dtype)
-        if tiled:
-            vae.enable_tiling()
-        ledger.name(VAE_WEIGHTS, tensors_of(vae))
-        begin = ledger.tick
-        ledger.where = f"VAE {half}"
-        with rehearsed_once(ledger, vae.get_submodule(half)):
-            run(ledger, vae)
-        note = "in tiles" if tiled else "whole frames"
-        return (measure(PHASES[name], ledger.pieces, begin, ledger.tick, {name: begin}, note=note),)
-
-
-def _of_model(folder: Path, component: str, dtype: torch.dtype) -> dict[str, Any]:
-    return {"model": digest_file(folder / CONFIG_FILES[component]), "dtype": str(dtype)}
-
-
-# -------- A run's phases on fake tensors: what each holds at its peak, when, and what that is made of.
-#
-# What is rehearsed is the package's own code: method, memory state, strategy, loss, clipping, optimizer. One process is
-# rehearsed, with a whole model. Optimizer states exist before the measured step, as in every step but the first.
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a run will hold, phase by phase."""
-
-    phases: tuple[Phase, ...]
-    bucket: str
-    """The bucket with the longest sequence, which was rehearsed."""
-    tokens: int
-    """Of its sequence."""
-
-    @property
-    def peak(self) -> Phase:
-        """The phase that holds the most device memory."""
-        return max(self.phases, key=lambda phase: phase.peak.nbytes)
-
-    def phase(self, name: PhaseName) -> Phase:
-        """One of them.
-
-        Raises:
-            KeyError: if it was not rehearsed.
-        """
-        return {phase.name: phase for phase in self.phases}[PHASES[name]]
-
-    @property
-    def host_bytes(self) -> int:
-        """Host memory that techniques ask for, pinned and pageable together, in the phase that needs the most."""
-        return max(phase.pinned.nbytes + phase.pageable.nbytes for phase in self.phases)
-
-
-def estimate(
-    config: RunConfig,
-    *,
-    layers: int | None = None,
-    phases: Collection[PhaseName] = tuple(PHASES),
-    card_bytes: int | None = None,
-    through: Through = made,
-) -> Estimate:
-    """Rehearse a run; only JSON of the model is read.
-
-    Args:
-        config: of the run.
-        layers: how many of the transformer's blocks; all if None.
-        phases: which; sampling and decoding are left out where the configuration samples nothing.
-        card_bytes: device memory there is for tensors, which decides whether the VAE encodes in tiles where
-            ``cache.vae_tiling`` is ``auto``; None for tiles.
-        through: how each part comes to its phases; see ``parts``.
-
-    Raises:
-        ModelError: if the model's JSON cannot be found or used.
-        ConfigError: if the method does not fit the model.
-    """
-    folder = json_folder(config.model.pretrained, config.model.revision)
-    config = _local(config, folder)
-    spec = read_spec(str(folder))
-    bucket = longest_bucket(config, spec)
-    found: list[Phase] = []
-    if "text" in phases and (text := encode_text(folder, spec, config)) is not None:
-        found += through(text)
-    if "encode" in phases:
-        found.append(encode(folder, config, bucket, card_bytes, through))
-    videos = bool({"sample", "decode"} & set(phases)) and samples_videos(config)
-    if "train" in phases or videos:
-        run = through(_run(folder, spec, config, bucket, layers, train="train" in phases, videos=videos))
-        found += [phase for phase in run if phase.name != RESTING]
-        if "decode" in phases and videos:
-            sampled = config.validation.bucket or bucket
-            (decoder,) = through(decode(folder, spec, config.model.torch_dtype(), sampled))
-            found += [_beside(decoder, phase) for phase in run if phase.name == RESTING]
-    wanted = {PHASES[name] for name in phases}
-    return Estimate(tuple(phase for phase in found if phase.name in wanted), str(bucket), spec.tokens(bucket))
-
-
-def longest_bucket(config: RunConfig, spec: ModelSpec) -> Bucket:
-    """The bucket with the longest sequence, which needs the most memory."""
-    return max(config.data.buckets, key=spec.tokens)
-
-
-def samples_videos(config: RunConfig) -> bool:
-    """Whether the run samples and decodes videos."""
-    return bool(config.validation.samples) and config.validation.sample_every is not None
-
-
-def _local(config: RunConfig, folder: Path) -> RunConfig:
-    """The same run from a folder of JSON, without anything that would have to be read."""
-    model = config.model.model_copy(update={"pretrained": str(folder), "revision": None})
-    method = config.method
-    if method.kind == "lora":
-        method = method.model_copy(update={"init_from": None})
-    return config.model_copy(update={"model": model, "method": method})
-
-
-def _run(
-    folder: Path, spec: ModelSpec, config: RunConfig, bucket: Bucket, layers: int | None, *, train: bool, videos: bool
-) -> EstimatedPart:
-    """The phases with the transformer in them; with ``videos`` also ``RESTING``, beside which one is decoded."""
-    dtype = config.model.torch_dtype()
-
-    def make() -> tuple[Phase, ...]:
-        found: list[Phase] = []
-        with fake_world() as ledger, ExitStack() as stack, _uncollected():
-            transformer = empty_transformer(folder, dtype, config.memory, layers)
-            stack.callback(undo, transformer)  # with its model go what techniques put into registers
-            trained = Training(ledger, spec, config, transformer, dtype)
-            if train:
-                found.append(trained.step(fake_batches(spec, config, bucket, dtype)))
-            if videos:
-                found.append(_sampling(trained, empty_vae(folder, dtype), config.validation.bucket or bucket))
-                found.append(trained.rest())
-        return tuple(found)
-
-    asked = {"layers": layers, "trains": train, "samples": videos}
-    return EstimatedPart({"phase": "run", **asked, **_depends_on(folder, config, bucket)}, make)
-
-
-def _sampling(trained: Training, vae: nn.Module, bucket: Bucket) -> Phase:
-    """With the VAE in memory, which is gone again afterwards."""
-    trained.ledger.name(VAE_WEIGHTS, tensors_of(vae))
-    return trained.sample(bucket)
-
-
-def _depends_on(folder: Path, config: RunConfig, bucket: Bucket) -> dict[str, Any]:
-    """What of a configuration, and of its model's JSON, the phases with the transformer depend on."""
-    values = config.to_dict()
-    train, validation = values["train"], values["validation"]
-    return {
-        "model": {name: digest_file(folder / name) for name in CONFIG_FILES.values() if (folder / name).is_file()},
-        "dtype": values["model"]["dtype"],
-        "bucket": str(bucket),
-        "method": values["method"],
-        "optimizer": {name: value for name, value in values["optimizer"].items() if name != "lr"},
-        "train": {name: train[name] for name in ("batch_size", "accumulation", "max_grad_norm", "ema_decay")},
-        "memory": {name: value for name, value in values["memory"].items() if name != "text_encoder"},
-        "sampling": {name: validation[name] for name in ("bucket", "guidance_scale")},
-    }
-
-
-def _beside(phase: Phase, resting: Phase) -> Phase:
-    """A phase that was rehearsed alone, in a process that holds ``resting`` besides."""
-    held = resting.peak.parts
-
-    def more(point: Point) -> Point:
-        parts = dict.fromkeys([*held, *point.parts], 0)
-        return Point(point.at, {part: held.get(part, 0) + point.parts.get(part, 0) for part in parts})
-
-    return replace(
-        phase,
-        peak=more(phase.peak),
-        pinned=resting.pinned,
-        pageable=resting.pageable,
-        curve=tuple(more(point) for point in phase.curve),
-        stations={station: more(point) for station, point in phase.stations.items()},
-    )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: what only it would free counts, and a peak does not depend on when it runs."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
+    return channels, frames + spec.front_padding(frames), height, width

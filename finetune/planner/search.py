@@ -1,35 +1,162 @@
-"""The memory sections that a search chooses from: every legal one, with the seconds that a step takes in it."""
+"""The fastest memory section that fits a machine: legal ones in the order of their predicted time, until one fits."""
 
 from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
-from finetune.cogvideox.spec import ModelSpec
+import numpy as np
+
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
 from finetune.core.gpu import to_gib, usable
 from finetune.datasets.geometry import parse_bucket
-from finetune.memory.config import MemoryConfig, Traits
+from finetune.memory.config import MEMORY_LADDER, MemoryConfig, Traits
 from finetune.methods.lora import LoraMethod
-from finetune.planner.cost_model import BYTES, Rates, step_cost
-from finetune.planner.estimate import longest_bucket
-from finetune.planner.helper_process import second_core
+from finetune.planner.cost_model import BYTES_PER_WEIGHT, Rates, step_cost
+from finetune.planner.estimate import PHASES, RUN_PHASES, PhaseName, longest_bucket, predict, spec_of
 from finetune.planner.memory_tracker import Phase
-from finetune.planner.phases import PHASES, PhaseName
-from finetune.planner.predict import peaks, predict, spec_of
 
-_STEPS = 14
+QUANTISED = ("fp8", "int8", "nf4")
+"""Bases that change the model, from the least to the most."""
+
+_BLOCK_COUNTS = 14
 """In how many steps a number of blocks is varied."""
+
+_WANTED = 3
+"""Plans that fit, of as many kinds, to choose from."""
+
+_MOST_CHECKED = 16
+"""Candidates whose peak is predicted, at most, beside what guesses need."""
+
+_MARGIN = 0.05
+"""Of a card's memory, left free by a plan that is cut to fit: a prediction may be off by as much."""
+
+_SLACK = 0.1
+"""How far above a card's memory a candidate's guess may lie for it to be looked at more closely."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    rates: Rates
+    card_bytes: int
+    """Of the GPU."""
+    ram_bytes: int | None = None
+    """Host memory that the run may take; None for any amount."""
+    processes: int = 1
+    """How many train a whole model each (DDP)."""
+
+    @property
+    def room(self) -> int:
+        """Bytes of the card for tensors."""
+        return usable(self.card_bytes, self.processes)
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A memory section with what it is predicted to cost."""
+
+    memory: MemoryConfig
+    step_s: float
+    peaks: tuple[tuple[PhaseName, int], ...]
+    """Bytes of device memory, by tensors, in the phases with the transformer in memory."""
+    host_bytes: int
+    """Pinned and pageable host memory."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """Of the highest phase."""
+        return max(nbytes for _, nbytes in self.peaks)
+
+    @property
+    def highest(self) -> PhaseName:
+        """The phase with the peak."""
+        return max(self.peaks, key=lambda peak: peak[1])[0]
+
+    def fits(self, machine: Machine) -> bool:
+        """Whether a machine holds it."""
+        on_card = self.peak_bytes <= machine.room
+        return on_card and (machine.ram_bytes is None or self.host_bytes <= machine.ram_bytes)
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has come to."""
+
+    best: MemoryPlan | None
+    """The fastest that fits; None where nothing does."""
+    others: tuple[MemoryPlan, ...]
+    """Plans that were looked at beside it: slower ones that fit, and faster ones that do not, by time."""
+    smallest: MemoryPlan
+    """The one for which the machine is too small by the least, on the device and on the host."""
+    quantised_unasked: bool = False
+    """Whether ``best`` has a quantised base only because nothing else fits."""
+    notes: tuple[str, ...] = ()
+    """What of the run does not fit whatever the memory section says."""
+
+
+def fit_memory(config: RunConfig, machine: Machine, *, quantize: bool = False) -> tuple[RunConfig, SearchResult]:
+    """The run with the fastest memory section that fits, and what the search has come to.
+
+    Args:
+        config: see ``search``.
+        machine: see ``search``.
+        quantize: see ``search``.
+
+    Raises:
+        ConfigError: if nothing fits; it says by how much, and what would.
+    """
+    result = search(config, machine, quantize=quantize)
+    if result.best is None:
+        raise ConfigError(
+            f"no memory plan fits {to_gib(machine.card_bytes)}: {_shortage(result.smallest, machine)}",
+            where=config.where("memory"),
+            fix="; ".join(_remedies(config, machine, result.smallest)) or "use a larger card",
+        )
+    return _with_encoders(config, result, result.best.memory, machine)
+
+
+def search(config: RunConfig, machine: Machine, *, quantize: bool = False) -> SearchResult:
+    """Search the memory sections that are legal for a run.
+
+    Args:
+        config: of the run; its memory section says how T5 is held and how many clips go through at once, the rest of it
+            is what is searched.
+        machine: where it is to fit.
+        quantize: whether a quantised base, which changes the model a little, may be chosen to be faster. Where nothing
+            else fits it is chosen in any case, and said.
+
+    Raises:
+        ModelError, ConfigError: as ``predict``.
+    """
+    running = _Search(config, machine)
+    result = running.run(running.candidates(["native", *(QUANTISED if quantize else ())]))
+    smaller = [] if quantize else running.candidates(QUANTISED)  # none in full fine-tuning
+    if result.best is None and smaller:
+        again = running.run(smaller)
+        smallest = min(result.smallest, again.smallest, key=running.excess)
+        others = tuple(sorted({*result.others, *again.others}, key=lambda plan: plan.step_s))
+        result = SearchResult(again.best, others, smallest, quantised_unasked=again.best is not None)
+    if result.best is None and result.smallest.fits(machine):  # with less left free than is wise
+        others = tuple(plan for plan in result.others if plan != result.smallest)
+        result = replace(result, best=result.smallest, others=others)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------- the candidates
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One of them."""
+    """A legal memory section, with the seconds that a step takes in it."""
 
     memory: MemoryConfig
     family: MemoryConfig
@@ -47,446 +174,268 @@ class Candidate:
         return 0 < self.kept < 1 or 0 < self.streamed < 1
 
 
-def candidates(
-    config: RunConfig, spec: ModelSpec, traits: Traits, rates: Rates, bases: Sequence[str]
-) -> list[Candidate]:
+def candidates(config: RunConfig, traits: Traits, rates: Rates, bases: Sequence[str]) -> list[Candidate]:
     """Legal memory sections, the fastest first; of equally fast ones, those with fewer techniques.
 
     Args:
         config: of the run; what of its memory section is not searched is kept: T5, clips at once, the ring.
-        spec: of its model.
         traits: of the run.
         rates: of the machine.
         bases: how the base may be held.
     """
+    spec = spec_of(config)
     layers = spec.num_layers
-    counts = sorted({*range(0, layers, max(layers // _STEPS, 1)), layers})
-    found: list[Candidate] = []
+    counts = sorted({*range(0, layers, max(layers // _BLOCK_COUNTS, 1)), layers})
+    every: list[Candidate] = []
     for family in _families(config, traits, bases):
         keeping = (0,) if family.checkpointing == "none" else counts
-        streaming = counts if can_stream(family, traits) else (0,)
+        streaming = counts if _can_stream(family, traits) else (0,)
         for kept, streamed in itertools.product(keeping, streaming):
-            memory = family.model_copy(update=_numbers(kept, streamed, layers))
+            changes: dict[str, object] = {}
+            if kept:
+                changes = {"checkpointing": "selective", "keep_attention": None if kept == layers else kept}
+            if streamed:
+                changes["streamed_blocks"] = "all" if streamed == layers else streamed
+            memory = family.model_copy(update=changes)
             seconds = step_cost(config, spec, memory, rates).step_s
-            found.append(Candidate(memory, family, kept / layers, streamed / layers, seconds))
-    return sorted(found, key=lambda one: (round(one.step_s, 3), _techniques(one.memory)))
-
-
-def can_stream(family: MemoryConfig, traits: Traits) -> bool:
-    """Whether blocks of a family may stream."""
-    return not family.model_copy(update={"streamed_blocks": "all"}).faults(traits)
-
-
-def _numbers(kept: int, streamed: int, layers: int) -> dict[str, Any]:
-    told: dict[str, Any] = {}
-    if kept:
-        told |= {"checkpointing": "selective", "keep_attention": None if kept == layers else kept}
-    if streamed:
-        told |= {"streamed_blocks": "all" if streamed == layers else streamed}
-    return told
+            every.append(Candidate(memory, family, kept / layers, streamed / layers, seconds))
+    return sorted(every, key=lambda one: (round(one.step_s, 3), len(_differences(one.memory))))
 
 
 def _families(config: RunConfig, traits: Traits, bases: Sequence[str]) -> Iterator[MemoryConfig]:
-    release: list[dict[str, str]] = [{}]
-    if traits.full:
-        release += [{"gradient_release": "exact"}, {"gradient_release": "exact", "optimizer_states": "host"}]
-    asked = {name: getattr(config.memory, name) for name in ("text_encoder", "clips_at_once", "ring")}
-    places, blocks = ("device", "host"), ("stock", "lean")
-    for checkpointing, block, activations, modulation, base, released in itertools.product(
-        ("none", "full"), blocks, places, places, bases, release
-    ):
-        chosen = {"checkpointing": checkpointing, "block": block, "activations": activations, "modulation": modulation}
-        family = MemoryConfig.model_validate({**asked, **chosen, "base": base, **released})
+    """Every legal choice of the ladder's techniques but streaming; earlier steps are taken before later ones."""
+    start = _plain(config.memory).model_copy(update={"checkpointing": "none"})
+    steps = [step.change for step in reversed(MEMORY_LADDER) if "streamed_blocks" not in step.change]
+    for *taken, base in itertools.product(*[(False, True)] * len(steps), bases):
+        changes: dict[str, object] = {"base": base}
+        for step in itertools.compress(steps, taken):
+            changes |= step
+        family = start.model_copy(update=changes)
         if not family.faults(traits):
             yield family
 
 
-def _techniques(memory: MemoryConfig) -> int:
+def _can_stream(family: MemoryConfig, traits: Traits) -> bool:
+    return not family.model_copy(update={"streamed_blocks": "all"}).faults(traits)
+
+
+def _differences(memory: MemoryConfig) -> dict[str, Any]:
+    """What a section has otherwise than the default."""
     fields = MemoryConfig.model_fields
-    return sum(getattr(memory, name) != field.default for name, field in fields.items())
+    return {name: getattr(memory, name) for name in fields if getattr(memory, name) != fields[name].default}
 
 
-# -------- The fastest memory plan that fits: candidates in the order of their predicted time, checked until one fits.
+# ----------------------------------------------------------------------------------------------------------- the search
 
-_log = logging.getLogger(__name__)
+_NEEDS = {"optimizer_states": ("gradient_release",), "streamed_blocks": ("gradient_release", "optimizer_states")}
+"""In full fine-tuning, what has to be chosen before an option may be."""
 
-QUANTISED = ("fp8", "int8", "nf4")
-"""Bases that change the model, from the least to the most."""
-
-_WANTED = 3
-"""Plans that fit, of as many kinds, to choose from."""
-
-_MOST_CHECKED = 16
-"""Candidates whose peak is computed, at most, beside what estimates need."""
-
-_MARGIN = 0.05
-"""Of a card's memory, left free by a plan that is cut to fit: a prediction may be off by as much."""
-
-_SLACK = 0.1
-"""How far above a card's memory a candidate's estimate may lie for it to be looked at more closely."""
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+"""Of the device in each phase of the run, and of the host as the last: float64 [phases + 1]."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A memory state with what it is predicted to cost."""
+class _Search:
+    """What is legal, what each section is predicted to take, which are worth a look; see ``search``."""
 
-    memory: MemoryConfig
-    step_s: float
-    peaks: tuple[tuple[PhaseName, int], ...]
-    """Of device memory, by tensors, in the phases with the transformer in memory."""
-    host_bytes: int
-    """Pinned and pageable host memory."""
-
-    @property
-    def peak_bytes(self) -> int:
-        """Of the highest phase."""
-        return max(nbytes for _, nbytes in self.peaks)
-
-    @property
-    def highest(self) -> PhaseName:
-        """The phase with the peak."""
-        return max(self.peaks, key=lambda peak: peak[1])[0]
-
-    def fits(self, card_bytes: int, ram_bytes: int | None, processes: int = 1) -> bool:
-        """Whether a machine holds it."""
-        on_card = self.peak_bytes <= usable(card_bytes, processes)
-        return on_card and (ram_bytes is None or self.host_bytes <= ram_bytes)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search found."""
-
-    best: Plan | None
-    """The fastest that fits; None where nothing does."""
-    others: tuple[Plan, ...]
-    """Plans that were looked at beside it: slower ones that fit, and faster ones that do not, by time."""
-    smallest: Plan
-    """The one for which the machine is too small by the least, on the device and on the host."""
-    quantised_unasked: bool = False
-    """Whether ``best`` has a quantised base only because nothing else fits."""
-    notes: tuple[str, ...] = ()
-    """What of the run does not fit whatever the memory section says."""
-
-
-def search(
-    config: RunConfig,
-    rates: Rates,
-    *,
-    card_bytes: int,
-    ram_bytes: int | None = None,
-    quantize: bool = False,
-    processes: int = 1,
-) -> Found:
-    """Search the memory states that are legal for a run.
-
-    Args:
-        config: of the run; its memory section says how T5 is held and how many clips go through at once, the rest of it
-            is what is searched.
-        rates: of the machine.
-        card_bytes: of the GPU.
-        ram_bytes: host memory for the plan; None for any amount.
-        quantize: whether a quantised base, which changes the model a little, may be chosen to be faster. Where nothing
-            else fits it is chosen in any case, and said.
-        processes: how many train a whole model each (DDP).
-
-    Raises:
-        ModelError, ConfigError: as ``rehearse``.
-    """
-    finder = Finder(config, rates, card_bytes, ram_bytes, processes)
-    found = finder.run(finder.candidates(["native", *(QUANTISED if quantize else ())]))
-    smaller = [] if quantize else finder.candidates(QUANTISED)  # none in full fine-tuning
-    if found.best is None and smaller:
-        again = finder.run(smaller)
-        smallest = min(found.smallest, again.smallest, key=finder.excess)
-        others = tuple(sorted({*found.others, *again.others}, key=lambda plan: plan.step_s))
-        found = Found(again.best, others, smallest, quantised_unasked=again.best is not None)
-    if found.best is None and found.smallest.fits(card_bytes, ram_bytes, processes):
-        others = tuple(plan for plan in found.others if plan != found.smallest)
-        found = replace(found, best=found.smallest, others=others)  # with less left free than is wise
-    return found
-
-
-class _Estimate(NamedTuple):
-    """Bytes."""
-
-    device: Mapping[PhaseName, float]
-    host: float
-
-    def plus(self, other: _Estimate, share: float = 1.0) -> _Estimate:
-        device = {name: nbytes + share * other.device[name] for name, nbytes in self.device.items()}
-        return _Estimate(device, self.host + share * other.host)
-
-
-class Finder:
-    """One search: what is legal, what each state is predicted to take, which are worth a look.
-
-    Args:
-        config: see ``search``.
-        rates: see ``search``.
-        card_bytes: see ``search``.
-        ram_bytes: see ``search``.
-        processes: see ``search``.
-    """
-
-    def __init__(
-        self, config: RunConfig, rates: Rates, card_bytes: int, ram_bytes: int | None, processes: int = 1
-    ) -> None:
-        self._config, self._rates = config, rates
-        self._processes = processes
-        self._card, self._ram = card_bytes, ram_bytes
-        self._room = usable(card_bytes, processes)
-        self._spec: ModelSpec = spec_of(config)
-        self._traits: Traits = memory_traits(config, self._spec, processes=processes)
-        self._plans: dict[MemoryConfig, Plan] = {}
-        self._families: dict[MemoryConfig, tuple[_Estimate, _Estimate, _Estimate]] = {}
-        self._off: dict[MemoryConfig, _Estimate] = {}
-        """By how much the estimates of a family that was looked at are to be corrected."""
-
-    def plan(self, memory: MemoryConfig) -> Plan:
-        """A memory section with its predicted peak."""
-        if memory not in self._plans:
-            _log.info("looking at memory plan %d: %s", len(self._plans) + 1, _in_words(memory))
-            found = peaks(self._config.model_copy(update={"memory": memory}), processes=self._processes)
-            host = max(phase.pinned + phase.pageable for phase in found.values())
-            by_phase = tuple((name, phase.nbytes) for name, phase in found.items())
-            seconds = step_cost(self._config, self._spec, memory, self._rates).step_s
-            self._plans[memory] = Plan(memory, seconds, by_phase, host)
-        return self._plans[memory]
+    def __init__(self, config: RunConfig, machine: Machine) -> None:
+        self._config, self._machine = config, machine
+        self._spec = spec_of(config)
+        self._traits = memory_traits(config, self._spec, processes=machine.processes)
+        self._plans: dict[MemoryConfig, MemoryPlan] = {}
+        self._families: dict[MemoryConfig, tuple[Bytes, Bytes, Bytes]] = {}
+        self._corrections: dict[MemoryConfig, Bytes] = {}
+        """By how much the guesses of a family that was looked at are off."""
 
     def candidates(self, bases: Sequence[str]) -> list[Candidate]:
         """See ``candidates``."""
-        return candidates(self._config, self._spec, self._traits, self._rates, bases)
+        return candidates(self._config, self._traits, self._machine.rates, bases)
 
-    def run(self, every: Sequence[Candidate]) -> Found:
+    def plan(self, memory: MemoryConfig) -> MemoryPlan:
+        """A memory section with its predicted peak."""
+        if memory not in self._plans:
+            words = ", ".join(f"{name}: {value}" for name, value in _differences(memory).items()) or "defaults"
+            _log.info("looking at memory plan %d: %s", len(self._plans) + 1, words)
+            config = self._config.model_copy(update={"memory": memory})
+            estimate = predict(config, phases=RUN_PHASES, processes=self._machine.processes)
+            names = {PHASES[name]: name for name in RUN_PHASES}
+            peaks = tuple((names[phase.name], phase.peak.nbytes) for phase in estimate.phases)
+            seconds = step_cost(self._config, self._spec, memory, self._machine.rates).step_s
+            self._plans[memory] = MemoryPlan(memory, seconds, peaks, estimate.host_bytes)
+        return self._plans[memory]
+
+    def run(self, every: Sequence[Candidate]) -> SearchResult:
         """Look at candidates, the fastest first, until three families have one that fits.
 
-        What is looked at is what may fit by estimate. A look corrects the estimates of its family, so that the next one
+        What is looked at is what may fit by a guess. A look corrects the guesses of its family, so that the next one
         from there is right; then the fastest is looked for anew.
 
         Args:
             every: candidates, the fastest first; at least one.
         """
-        fitting: list[tuple[Candidate, Plan]] = []
+        fitting: list[tuple[Candidate, MemoryPlan]] = []
         seen: set[MemoryConfig] = set()
         while len(fitting) < _WANTED and len(seen) < _MOST_CHECKED:
-            following = next((one for one in every if one.memory not in seen and self._worth(one, fitting)), None)
+            following = next((one for one in every if one.memory not in seen and self._is_worth(one, fitting)), None)
             if following is None:
                 break
             seen.add(following.memory)
             plan = self.plan(following.memory)
-            self._off[following.family] = _estimate_of(plan).plus(self._estimate(following), -1.0)
-            if self._fits(following, _estimate_of(plan)):
+            self._corrections[following.family] = _bytes_of(plan) - self._guess(following)
+            if self._fits(following, _bytes_of(plan)):
                 fitting.append((following, plan))
         if not fitting:
-            # Estimates add up what techniques save one by one; together they may save more.
+            # Guesses add up what techniques save one by one; together they may save more.
             least = min(every, key=lambda one: self._excess(self._corrected(one)))
             seen.add(least.memory)
-            if self._fits(least, _estimate_of(self.plan(least.memory))):
+            if self._fits(least, _bytes_of(self.plan(least.memory))):
                 fitting.append((least, self.plan(least.memory)))
         best = min((plan for _, plan in fitting), key=lambda plan: plan.step_s, default=None)
         looked_at = {self._plans[memory] for memory in seen} | {self._plans[_plain(every[0].memory)]}
         others = sorted(looked_at - {best}, key=lambda plan: (plan.step_s, plan.peak_bytes))
-        smallest = min(looked_at, key=self.excess)
-        return Found(best, tuple(others), smallest)
+        return SearchResult(best, tuple(others), min(looked_at, key=self.excess))
 
-    def _worth(self, one: Candidate, fitting: Sequence[tuple[Candidate, Plan]]) -> bool:
+    def _is_worth(self, one: Candidate, fitting: Sequence[tuple[Candidate, MemoryPlan]]) -> bool:
         """Whether to look at a candidate: it may fit, and is faster than what fits, or of another kind."""
         if any(one.family == other.family and one.step_s >= plan.step_s for other, plan in fitting):
             return False
-        return self._fits(one, self._corrected(one), slack=0.0 if one.family in self._off else _SLACK)
+        return self._fits(one, self._corrected(one), slack=0.0 if one.family in self._corrections else _SLACK)
 
-    def _corrected(self, one: Candidate) -> _Estimate:
-        estimate = self._estimate(one)
-        return estimate.plus(self._off[one.family]) if one.family in self._off else estimate
+    def _fits(self, one: Candidate, nbytes: Bytes, slack: float = 0.0) -> bool:
+        room, ram = self._machine.room - (self._machine.card_bytes * _MARGIN if one.cut else 0), self._machine.ram_bytes
+        return bool(nbytes[:-1].max() <= room * (1 + slack) and (ram is None or nbytes[-1] <= ram * (1 + slack)))
 
-    def _fits(self, one: Candidate, estimate: _Estimate, slack: float = 0.0) -> bool:
-        room = self._room - (self._card * _MARGIN if one.cut else 0)
-        if max(estimate.device.values()) > room * (1 + slack):
-            return False
-        return self._ram is None or estimate.host <= self._ram * (1 + slack)
-
-    def excess(self, plan: Plan) -> float:
+    def excess(self, plan: MemoryPlan) -> float:
         """By how many times the card or the host is too small for a plan; below 1 it fits."""
-        return self._excess(_estimate_of(plan))
+        return self._excess(_bytes_of(plan))
 
-    def _excess(self, estimate: _Estimate) -> float:
-        host = 0.0 if self._ram is None else estimate.host / max(self._ram, 1)
-        return max(max(estimate.device.values()) / max(self._room, 1), host)
+    def _excess(self, nbytes: Bytes) -> float:
+        ram = self._machine.ram_bytes
+        host = 0.0 if ram is None else nbytes[-1] / max(ram, 1)
+        return float(max(nbytes[:-1].max() / max(self._machine.room, 1), host))
 
-    def _estimate(self, one: Candidate) -> _Estimate:
+    def _corrected(self, one: Candidate) -> Bytes:
+        return self._guess(one) + self._corrections.get(one.family, 0.0)
+
+    def _guess(self, one: Candidate) -> Bytes:
         """As if techniques did not know each other: what each takes away, or adds, by itself, summed up."""
         if one.family not in self._families:
-            self._families[one.family] = self._estimates_of(one.family)
-        estimate, keeping, streaming = self._families[one.family]
-        return estimate.plus(keeping, one.kept).plus(streaming, one.streamed)
+            self._families[one.family] = self._guesses(one.family)
+        family, keeping, streaming = self._families[one.family]
+        return family + one.kept * keeping + one.streamed * streaming
 
-    def _estimates_of(self, family: MemoryConfig) -> tuple[_Estimate, _Estimate, _Estimate]:
+    def _guesses(self, family: MemoryConfig) -> tuple[Bytes, Bytes, Bytes]:
         """A family's own figures, and what changes where every block keeps attention, and where every block streams."""
         plain = _plain(family)
-        estimate = _estimate_of(self.plan(plain))
-        nothing = estimate.plus(estimate, -1.0)
-        for option, value in _chosen(family).items():
-            estimate = estimate.plus(self._difference(family, plain, option, value))
+        guess = _bytes_of(self.plan(plain))
+        nothing = np.zeros_like(guess)
+        for option, value in family:
+            if value != getattr(plain, option):
+                guess = guess + self._difference(family, plain, option, value)
         if family.checkpointing == "none":
-            return estimate, nothing, nothing
+            return guess, nothing, nothing
         keeping = self._difference(family, plain, "checkpointing", "selective")
-        if not can_stream(family, self._traits):
-            return estimate, keeping, nothing
+        if not _can_stream(family, self._traits):
+            return guess, keeping, nothing
         streaming = self._difference(family, plain, "streamed_blocks", "all")
         if family.modulation == "host":  # where it is by then, a block has no adaLN weights left to stream
             away = 1 - family.ring / self._spec.num_layers
-            streaming = streaming.plus(self._difference(family, plain, "modulation", "host"), -away)
-        return estimate, keeping, nothing.plus(streaming, BYTES[family.base] / BYTES["native"])
+            streaming = streaming - away * self._difference(family, plain, "modulation", "host")
+        return guess, keeping, streaming * (BYTES_PER_WEIGHT[family.base] / BYTES_PER_WEIGHT["native"])
 
-    def _difference(self, family: MemoryConfig, plain: MemoryConfig, option: str, value: object) -> _Estimate:
+    def _difference(self, family: MemoryConfig, plain: MemoryConfig, option: str, value: object) -> Bytes:
         needs = {name: getattr(family, name) for name in _NEEDS.get(option, ()) if self._traits.full}
         without = plain.model_copy(update=needs)
-        after = _estimate_of(self.plan(without.model_copy(update={option: value})))
-        return after.plus(_estimate_of(self.plan(without)), -1.0)
+        before, after = (_bytes_of(self.plan(m)) for m in (without, without.model_copy(update={option: value})))
+        return after - before
 
 
-def _in_words(memory: MemoryConfig) -> str:
-    chosen = _chosen(memory) | ({"streamed_blocks": memory.streamed_blocks} if memory.streams else {})
-    return ", ".join(f"{name}: {value}" for name, value in chosen.items()) or "defaults"
-
-
-def _estimate_of(plan: Plan) -> _Estimate:
-    return _Estimate({name: float(nbytes) for name, nbytes in plan.peaks}, float(plan.host_bytes))
+def _bytes_of(plan: MemoryPlan) -> Bytes:
+    return np.array([*(nbytes for _, nbytes in plan.peaks), plan.host_bytes], dtype=np.float64)
 
 
 def _plain(memory: MemoryConfig) -> MemoryConfig:
     """Without any technique that is searched."""
-    return MemoryConfig(ring=memory.ring, clips_at_once=memory.clips_at_once)
+    return MemoryConfig(text_encoder=memory.text_encoder, clips_at_once=memory.clips_at_once, ring=memory.ring)
 
 
-def _chosen(family: MemoryConfig) -> dict[str, Any]:
-    """What a family has otherwise than the default, of what is searched."""
-    default = MemoryConfig.model_fields
-    return {name: getattr(family, name) for name in _SEARCHED if getattr(family, name) != default[name].default}
-
-
-_SEARCHED = ("checkpointing", "block", "activations", "modulation", "base", "gradient_release", "optimizer_states")
-
-_NEEDS = {"optimizer_states": ("gradient_release",), "streamed_blocks": ("gradient_release", "optimizer_states")}
-"""In full fine-tuning, what has to be chosen before an option may be."""
-
-
-# -------- A search's outcome, put to use: the run with the plan that was found, or what would have to change for one
-# to fit.
-
-
-def resolve(
-    config: RunConfig,
-    rates: Rates,
-    *,
-    card_bytes: int,
-    ram_bytes: int | None = None,
-    quantize: bool = False,
-    processes: int = 1,
-) -> tuple[RunConfig, Found]:
-    """The run with the fastest memory section that fits, and what was found on the way.
-
-    Args:
-        config: see ``search``.
-        rates: see ``search``.
-        card_bytes: see ``search``.
-        ram_bytes: see ``search``.
-        quantize: see ``search``.
-        processes: see ``search``.
-
-    Raises:
-        ConfigError: if nothing fits; it says by how much, and what would.
-    """
-    with second_core():
-        found = search(
-            config, rates, card_bytes=card_bytes, ram_bytes=ram_bytes, quantize=quantize, processes=processes
-        )
-        if found.best is not None:
-            return _with_encoders(config, found, found.best.memory, usable(card_bytes, processes), ram_bytes)
-        raise ConfigError(
-            f"no memory plan fits {to_gib(card_bytes)}: {shortage(found, usable(card_bytes, processes), ram_bytes)}",
-            where=config.where("memory"),
-            fix="; ".join(remedies(config, rates, found, card_bytes, ram_bytes, processes)) or "use a larger card",
-        )
+# -------------------------------------------------------------------------------------- what a search is put to use for
 
 
 def _with_encoders(
-    config: RunConfig, found: Found, memory: MemoryConfig, room: int, ram_bytes: int | None
-) -> tuple[RunConfig, Found]:
+    config: RunConfig, result: SearchResult, memory: MemoryConfig, machine: Machine
+) -> tuple[RunConfig, SearchResult]:
     """Stream T5 where it does not fit whole; say where an encoder does not fit in any case.
 
     That refuses no run: its cache may have been made elsewhere.
     """
-    notes: list[str] = []
+    room, ram = machine.room, machine.ram_bytes
 
-    def passing(phase: PhaseName, state: MemoryConfig) -> Phase | None:
-        run = config.model_copy(update={"memory": state})
-        return next(iter(predict(run, phases=[phase], card_bytes=room).phases), None)
+    def encoder(name: PhaseName, memory: MemoryConfig) -> Phase | None:
+        run = config.model_copy(update={"memory": memory})
+        return next(iter(predict(run, phases=[name], card_bytes=room).phases), None)
 
-    text = passing("text", memory)
+    text = encoder("text", memory)
     if memory.text_encoder == "device" and text is not None and text.peak.nbytes > room:
         memory = memory.model_copy(update={"text_encoder": "streamed"})
+    notes: list[str] = []
     fixes: dict[PhaseName, str] = {"text": "lower cache.text_batch_size", "encode": "use smaller buckets"}
     for name, fix in fixes.items():
-        phase = passing(name, memory)
-        if phase is not None and (over := phase.peak.nbytes - room) > 0:
+        if (phase := encoder(name, memory)) is None:
+            continue
+        if (over := phase.peak.nbytes - room) > 0:
             notes.append(f"the {phase.name} needs {to_gib(over)} more: precompute on a larger card, or {fix}")
-        if phase is not None and ram_bytes is not None and (over := phase.pinned.nbytes - ram_bytes) > 0:
+        if ram is not None and (over := phase.pinned - ram) > 0:
             notes.append(f"the {phase.name} needs {to_gib(over)} more of host memory: precompute on another machine")
-    return config.model_copy(update={"memory": memory}), replace(found, notes=tuple(notes))
+    return config.model_copy(update={"memory": memory}), replace(result, notes=tuple(notes))
 
 
-def shortage(found: Found, room: int, ram_bytes: int | None) -> str:
-    """By how much the smallest plan is too large for ``room`` bytes of tensors."""
-    plan = found.smallest
-    over = plan.peak_bytes - room
-    said = [f"the smallest needs {to_gib(over)} more, in {PHASES[plan.highest]}"] if over > 0 else []
-    if ram_bytes is not None and plan.host_bytes > ram_bytes:
-        more = to_gib(plan.host_bytes - ram_bytes)
-        which = "and" if said else "the smallest needs"
-        said.append(f"{which} {to_gib(plan.host_bytes)} of host memory, {more} more than the run may have")
-    return " ".join(said)
+def _shortage(smallest: MemoryPlan, machine: Machine) -> str:
+    """By how much the smallest plan is too large."""
+    over, ram = smallest.peak_bytes - machine.room, machine.ram_bytes
+    words = [f"the smallest needs {to_gib(over)} more, in {PHASES[smallest.highest]}"] if over > 0 else []
+    if ram is not None and smallest.host_bytes > ram:
+        host, more = to_gib(smallest.host_bytes), to_gib(smallest.host_bytes - ram)
+        which = "and" if words else "the smallest needs"
+        words.append(f"{which} {host} of host memory, {more} more than the run may have")
+    return " ".join(words)
 
 
-def remedies(
-    config: RunConfig, rates: Rates, found: Found, card_bytes: int, ram_bytes: int | None, processes: int
-) -> Iterator[str]:
+def _remedies(config: RunConfig, machine: Machine, smallest: MemoryPlan) -> Iterator[str]:
     """Changes to the run or the host, other than to the memory section, after which a plan fits."""
-    if ram_bytes is not None:
-        unbounded = search(config, rates, card_bytes=card_bytes, processes=processes).best
+    if machine.ram_bytes is not None:
+        unbounded = search(config, replace(machine, ram_bytes=None)).best
         if unbounded is not None:
             yield f"{to_gib(unbounded.host_bytes)} of host memory would do (--ram, or memory.ram)"
-    for words, changed in _changes(config, videos=found.smallest.highest != "train"):
-        finder = Finder(changed, rates, card_bytes, ram_bytes, processes)
-        state = found.smallest.memory
-        traits = memory_traits(changed, spec_of(changed), processes=processes)
-        if state.faults(traits):  # what full fine-tuning needs is not for a LoRA
-            state = MemoryConfig().fallbacks(traits)[-1]
-        plan = finder.plan(state)
-        if plan.fits(card_bytes, ram_bytes, processes):
+    for words, changed in _changes(config, videos=smallest.highest != "train"):
+        memory = smallest.memory
+        traits = memory_traits(changed, spec_of(changed), processes=machine.processes)
+        if memory.faults(traits):  # what full fine-tuning needs is not for a LoRA
+            memory = MemoryConfig().fallbacks(traits)[-1]
+        plan = _Search(changed, machine).plan(memory)
+        if plan.fits(machine):
             yield f"{words} fits, with {to_gib(plan.peak_bytes)}"
 
 
 def _changes(config: RunConfig, *, videos: bool) -> Iterator[tuple[str, RunConfig]]:
-    train, data = config.train, config.data
+    """Changes that may help, each with the words for it."""
+    train, method = config.train, config.method
+
+    def changed(section: str, **values: object) -> RunConfig:
+        return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+
     if videos:
-        without = config.validation.model_copy(update={"samples": ()})
-        yield "validation.samples: []", config.model_copy(update={"validation": without})
+        yield "validation.samples: []", changed("validation", samples=())
     if train.batch_size > 1:
-        smaller = train.model_copy(update={"batch_size": 1, "accumulation": train.accumulation * train.batch_size})
-        yield "train.batch_size: 1", config.model_copy(update={"train": smaller})
+        smaller = changed("train", batch_size=1, accumulation=train.accumulation * train.batch_size)
+        yield "train.batch_size: 1", smaller
     spec = spec_of(config)
     longest = longest_bucket(config, spec)
     for frames in (25, 17, 9):
         bucket = parse_bucket(f"{frames}x{longest.height}x{longest.width}")
         if frames < longest.frames and not spec.check_bucket(bucket):
-            buckets = data.model_copy(update={"buckets": (bucket,)})
-            yield f"data.buckets: [{bucket}]", config.model_copy(update={"data": buckets})
+            yield f"data.buckets: [{bucket}]", changed("data", buckets=(bucket,))
             break
-    if isinstance(config.method, LoraMethod):
-        if config.method.rank > 32:
-            method = config.method.model_copy(update={"rank": 32})
-            yield "method.rank: 32", config.model_copy(update={"method": method})
-    else:
+    if not isinstance(method, LoraMethod):
         yield "method.kind: lora", config.model_copy(update={"method": LoraMethod()})
+    elif method.rank > 32:
+        yield "method.rank: 32", changed("method", rank=32)

@@ -113,15 +113,22 @@ def train(
         ladder = OomRetry(run)
         try:
             report = _loop(run, ladder, stop, on_step)
-            if run.prediction is not None and (compared := run.prediction.compared(run.peak_gib())):
-                run.console.note(compared)
-                run.tracker.log(report.step, {"perf/predicted_peak_gib": (run.prediction.nbytes or 0) / 2**30})
+            _compare_prediction(run, report)
             return report
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             where = "outside of a step's passes, where nothing can be done again"
             raise out_of_memory(run, ladder.state, first_line(error), where, in_step=False) from error
+
+
+def _compare_prediction(run: Run, report: TrainReport) -> None:
+    """Log the predicted peak beside the measured one; a short run waits for it, one that is to stop does not."""
+    wait_s = 0.0 if report.stopped_by else 60.0
+    prediction = None if run.prediction is None else run.prediction.result(wait_s)
+    if prediction is not None and (compared := prediction.compared(run.peak_gib())):
+        run.console.note(compared)
+        run.tracker.log(report.step, {"perf/predicted_peak_gib": (prediction.nbytes or 0) / 2**30})
 
 
 def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tensor:
@@ -249,6 +256,8 @@ def _loop(run: Run, ladder: OomRetry, stop: StopRequest, on_step: Callable[[Step
             peak_gib=run.peak_gib(),
         )
         run.log_step(record)
+        if run.prediction is not None and (message := run.prediction.news()):
+            run.console.note(f"peak memory: {message}")
         if on_step is not None and run.ranks.is_main:
             on_step(record)
 

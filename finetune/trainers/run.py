@@ -38,7 +38,7 @@ from finetune.memory.config import Traits
 from finetune.memory.runner import rewriting_weights
 from finetune.optim.ema import Ema
 from finetune.parallel.strategy import ParallelStrategy, require_agreement
-from finetune.planner.command import Prediction
+from finetune.planner.plan import BackgroundPrediction
 from finetune.trainers.tracking import Console, GatheredStep, StepRecord, Tracker, loss_by_timestep_bucket
 
 
@@ -148,8 +148,8 @@ class Run:
     resumed_from: Path | None
     tracker: Tracker
     console: Console
-    prediction: Prediction | None = None
-    """Of its peak memory; None where none is made."""
+    prediction: BackgroundPrediction | None = None
+    """Of its peak memory, which may still be under way; None where none is made."""
     first_step: int = field(init=False)
     weights: str = field(init=False)
     """Digest of the weights that were saved last."""

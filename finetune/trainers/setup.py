@@ -61,8 +61,8 @@ from finetune.parallel.launch import (
     require_supported,
 )
 from finetune.parallel.strategy import ParallelStrategy
-from finetune.planner.command import Forecaster, settled
 from finetune.planner.cost_model import card_here, held_note
+from finetune.planner.plan import BackgroundPrediction, choose_memory, predict_async
 from finetune.trainers.run import Run
 from finetune.trainers.tracking import Console, Tracker, tensorboard_command
 
@@ -183,7 +183,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     spec = read_spec(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
-    config, choice = settled(config)
+    config, choice = choose_memory(config)
     accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
     for warning in warnings:
         accelerator.print(f"warning: {warning}")
@@ -209,9 +209,9 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         _require_planned(saved, plan, total_steps)
 
     ranks.run_on_main(lambda: _require_base_as_sent(config, cache))
-    forecaster = _forecaster(config, launch, ranks)  # while the model is read
-    if forecaster is not None:
-        cleanup.callback(forecaster.close)
+    prediction = _predict_peak(config, launch, ranks)  # while the model is read
+    if prediction is not None:
+        cleanup.callback(prediction.close)
     dtype = config.model.torch_dtype()
     # A model that is to be sharded, or to stream, is never whole on a device.
     whole = isinstance(launch, Replicate) and not config.memory.streams
@@ -274,7 +274,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         resumed_from=None if saved is None else saved.path,
         tracker=tracker,
         console=console,
-        prediction=None if forecaster is None else forecaster.prediction(),
+        prediction=prediction,
     )
     if saved is not None and not run.is_finite():  # as versions wrote it that did not look
         raise CheckpointError(
@@ -408,13 +408,13 @@ def _other_base(config: RunConfig, base: str) -> str:
     return f"{config.method.init_from} was trained on another base transformer than this one" if recorded else ""
 
 
-def _forecaster(config: RunConfig, launch: Launch, ranks: ProcessGroup) -> Forecaster | None:
+def _predict_peak(config: RunConfig, launch: Launch, ranks: ProcessGroup) -> BackgroundPrediction | None:
     """Where a whole model trains on a GPU, whose peak is worth to be known and will be measured from here."""
     if ranks.device.type != "cuda" or not ranks.is_main or not isinstance(launch, Replicate):
         return None
     torch.cuda.reset_peak_memory_stats(ranks.device)  # what the encoders took is not the training's
     name = torch.cuda.get_device_name(ranks.device)
-    return Forecaster(config, card_here(ranks.device), device=name, processes=ranks.world)
+    return predict_async(config, card_here(ranks.device), device=name, processes=ranks.world)
 
 
 def run_sheet(run: Run) -> list[tuple[str, str]]:
@@ -450,7 +450,6 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
         ("parallel", run.strategy.name),
         ("device", f"{run.device} ({_device_name(run.device)})"),
-        *([("peak memory", run.prediction.said)] if run.prediction is not None else []),
         ("seed", str(config.train.seed)),
         ("repeatable", repeatability(config.train.deterministic, run.device)),
     ]

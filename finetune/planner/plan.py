@@ -1,0 +1,327 @@
+"""What the planner is asked: ``finetune plan`` and ``calibrate``, ``memory: {kind: auto}``, a training's prediction."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.config.rules import memory_errors, memory_traits, require_valid
+from finetune.config.schema import RunConfig
+from finetune.core.errors import ConfigError, first_line, raise_all
+from finetune.core.files import require_writable
+from finetune.core.gpu import amount, parse_bytes, to_gib, usable
+from finetune.core.rng import DETERMINISTIC_WORKSPACE
+from finetune.core.types import GIB
+from finetune.planner.cost_model import (
+    OF_ANOTHER,
+    WORKSPACES,
+    calibrate,
+    calibration_file,
+    card_here,
+    device_here,
+    held_note,
+    known_devices,
+    overhead,
+    rates_of,
+    save_rates,
+    step_cost,
+)
+from finetune.planner.estimate import PHASES, RUN_PHASES, predict, spec_of
+from finetune.planner.report import document, draw, rates_in_words, search_document, search_lines, table, text, verdict
+from finetune.planner.search import Machine, SearchResult, fit_memory
+
+LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells its processes."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What a plan says, and whether the run fits what was asked for (None where nothing was)."""
+
+    text: str
+    fits: bool | None
+    chosen: bool = False
+    """Whether it chose a memory section that the file does not have."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def plan(
+    config: RunConfig,
+    *,
+    card: str | None = None,
+    ram: str | None = None,
+    budget: str | None = None,
+    device: str | None = None,
+    processes: int = 1,
+    quantize: bool = False,
+    plot: Path | None = None,
+    exact: bool = False,
+    as_json: bool = False,
+) -> Planned:
+    """Predict a run's memory; with ``budget``, choose its memory section first.
+
+    Args:
+        config: of the run.
+        card: memory of the GPU, such as ``24GB``; None for the one that is here, if any.
+        ram: host memory that the run may take.
+        budget: search for the fastest memory section within this much GPU memory.
+        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
+        processes: how many train a whole model each (DDP); the figures are of one of them.
+        quantize: whether the search may quantise the base to be faster.
+        plot: a PNG to draw the training step's curve into.
+        exact: run every block.
+        as_json: a JSON document in place of tables.
+
+    Raises:
+        ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    spec = spec_of(config)
+    require_valid(config, spec)
+    if plot is not None:
+        _require_drawable(plot)
+    if processes < 1:
+        raise ConfigError("a run has at least one process", where=f"--processes {processes}")
+    automatic = config.memory.kind == "auto"
+    if automatic:  # what the file asks for, where the command does not
+        budget, ram = budget or config.memory.budget or card, ram or config.memory.ram
+        quantize = quantize or config.memory.quantize
+        if budget is None and card_here() is None:
+            where = config.where("memory")
+            raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GB")
+    asked_bytes = amount("--budget", budget) or amount("--card", card)
+    card_bytes = asked_bytes or card_here()
+    ram_bytes, rates = amount("--ram", ram), rates_of(device or device_here())
+    held = held_note() if asked_bytes is None else ""
+    lines = [f"{held}: planned for the rest", ""] if held else []
+    result: SearchResult | None = None
+    if card_bytes is not None and (budget is not None or automatic):
+        machine = Machine(rates, card_bytes, ram_bytes, processes)
+        config, result = fit_memory(config, machine, quantize=quantize)
+        lines += [*search_lines(config.memory, result, machine), ""]
+    else:
+        refused = memory_errors(config, memory_traits(config, spec, processes=processes))
+        raise_all(ConfigError, refused, what="{n} settings of memory do not go with several processes")
+    room = None if card_bytes is None else usable(card_bytes, processes)
+    estimate = predict(config, card_bytes=room, processes=processes, exact=exact or plot is not None)
+    workspace = DETERMINISTIC_WORKSPACE if config.train.deterministic else None
+    beside = overhead(rates.device, processes=processes, workspace=workspace)
+    judged = verdict(estimate, card_bytes, ram_bytes, beside=beside)
+    if plot is not None:
+        draw(estimate.phase("train"), _title(config, estimate.bucket), plot, card_bytes=card_bytes)
+    step_s = None if rates.source == OF_ANOTHER else step_cost(config, spec, config.memory, rates).step_s
+    if as_json:
+        content: dict[str, Any] = document(estimate, judged) | {
+            "processes": processes,
+            "memory": config.memory.model_dump(mode="json"),
+            "s_per_step": step_s,
+            "rates": rates.model_dump(mode="json"),
+            "search": None if result is None else search_document(result, rates),
+        }
+        return Planned(json.dumps(content, indent=1), judged.fits)
+    lines.append(text(config, estimate, judged, processes=processes))
+    if step_s is None:
+        known = ", ".join(known_devices())
+        lines.append(f"time: nothing is known of {rates.device}, only of {known} (finetune calibrate measures a GPU)")
+    else:
+        lines.append(f"time: about {step_s:.2f} s/step on {rates_in_words(rates)}")
+    if plot is not None:
+        lines.append(f"drawn: {plot}")
+    return Planned("\n".join(lines), judged.fits, chosen=result is not None and not automatic)
+
+
+def _require_drawable(plot: Path) -> None:
+    """A plan takes up to a minute: that its picture cannot be drawn is found before."""
+    where, folder = f"--plot {plot}", plot.resolve().parent
+    if find_spec("matplotlib") is None:
+        fix = "pip install 'cogvideox-finetune[plot]', or leave --plot out"
+        raise ConfigError("a picture needs matplotlib, which is not installed", where=where, fix=fix)
+    if plot.is_dir():
+        raise ConfigError("this is a folder", where=where, fix="name a PNG in it")
+    if not folder.is_dir():
+        raise ConfigError("there is no such folder to draw into", where=where, fix="make it, or name another")
+    require_writable(folder, kind=ConfigError, what="the picture", where=where)
+
+
+def _title(config: RunConfig, bucket: str) -> str:
+    name = config.model.pretrained.rstrip("/").rsplit("/", 1)[-1]
+    method = config.method
+    how = f"LoRA of rank {method.rank}" if method.kind == "lora" else "full fine-tuning"
+    return f"{name}, {how}, {bucket}, batch size {config.train.batch_size}: one training step"
+
+
+def run_calibration(seconds: float) -> str:
+    """Measure the GPU that is here and keep its rates; returns a table.
+
+    Raises:
+        ConfigError: if there is no GPU, or what is measured could not be kept.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            "there is no CUDA device to calibrate",
+            fix="run it on the machine that trains; without it plans reckon with published rates",
+        )
+    folder = calibration_file(device_here()).parent
+    require_writable(folder, kind=ConfigError, what="what is measured", where=str(folder))
+    rates = calibrate(torch.device("cuda"), seconds=seconds)
+    path = save_rates(rates)
+    rows = [
+        ("matrix products", f"{rates.gemm / 1e12:.0f}", "TFLOP/s"),
+        ("attention, forward", f"{rates.attention_forward / 1e12:.0f}", "TFLOP/s"),
+        ("attention, backward", f"{rates.attention_backward / 1e12:.0f}", "TFLOP/s"),
+        ("device memory", f"{rates.memory / 1e9:.0f}", "GB/s"),
+        ("host to device, pinned", f"{rates.host_to_device / 1e9:.1f}", "GB/s"),
+        ("device to host, pinned", f"{rates.device_to_host / 1e9:.1f}", "GB/s"),
+        ("host to device, pageable", f"{rates.pageable / 1e9:.1f}", "GB/s"),
+        ("host memory", f"{rates.host_memory / 1e9:.1f}", "GB/s"),
+    ]
+    return "\n".join([f"{rates.device}, measured", *table(("", "", ""), rows), f"kept in {path}"])
+
+
+def choose_memory(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
+    """The run with a memory section that says what is done, and lines about how it was chosen (none for ``manual``).
+
+    Where a run goes on, the search may come to another choice than before. That changes no number that is trained,
+    unless only a quantised base fits where a native one did, or the other way round: such a run is not continued.
+
+    Args:
+        config: of the run, valid for its model.
+
+    Raises:
+        ConfigError: if nothing fits, or there is no card to plan for.
+    """
+    memory = config.memory
+    if memory.kind == "manual":
+        return config, ()
+    card_bytes = card_here() if memory.budget is None else parse_bytes(memory.budget)
+    if card_bytes is None:
+        raise ConfigError(
+            "there is no GPU here to plan for",
+            where=config.where("memory"),
+            fix="say for how much memory, such as memory.budget: 24GiB, or set memory.kind: manual",
+        )
+    machine = Machine(rates_of(device_here()), card_bytes, None if memory.ram is None else parse_bytes(memory.ram))
+    chosen, result = fit_memory(config, machine, quantize=memory.quantize)
+    held = held_note() if memory.budget is None else ""
+    return chosen, (*([held] if held else []), *search_lines(chosen.memory, result, machine))
+
+
+# ------------------------------------------------------------------------------------------ a training's own prediction
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run was predicted to allocate while it trains, validation sampling included."""
+
+    nbytes: int | None
+    """None where it could not be predicted."""
+    message: str
+    """In words, or why there is no figure."""
+    workspaces: int = 0
+    """Bytes that cuBLAS holds beside the tensors, which are allocated, and so measured, with them."""
+
+    def compared(self, measured_gib: float) -> str:
+        """Predicted beside measured, for a log; empty where nothing was predicted."""
+        if self.nbytes is None:
+            return ""
+        predicted = (self.nbytes + self.workspaces) / GIB
+        off = 100 * (measured_gib / predicted - 1)
+        return f"peak memory: predicted {predicted:.2f} GiB, measured {measured_gib:.2f} GiB ({off:+.1f} %)"
+
+
+class BackgroundPrediction:
+    """A prediction that is being made by ``finetune plan`` in a process of its own; see ``predict_async``."""
+
+    def __init__(self, command: Sequence[str], config: RunConfig, card_bytes: int | None) -> None:
+        self._card_bytes = card_bytes
+        self._folder = tempfile.TemporaryDirectory()
+        self._child: subprocess.Popen[str] | None = None
+        self._result: Prediction | None = None
+        self._is_told = False
+        # No part of the launch, sees no GPU, and asks nobody.
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
+        environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+        folder = Path(self._folder.name)
+        try:
+            (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            with (folder / "plan.json").open("w") as output, (folder / "errors").open("w") as errors:
+                command = [*command, "--config", str(folder / "run.yaml")]
+                self._child = subprocess.Popen(command, env=environment, stdout=output, stderr=errors, text=True)
+        except OSError as error:
+            self._result = Prediction(None, f"could not be made: {first_line(error)}")
+
+    def result(self, timeout_s: float = 0.0) -> Prediction | None:
+        """The prediction, or None while it is being made. Nothing is raised: a run is worth more than its prediction.
+
+        Args:
+            timeout_s: how long to wait for it.
+        """
+        if self._result is None and self._child is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._child.wait(timeout_s)
+                self._result = _read(Path(self._folder.name), self._card_bytes)
+        return self._result
+
+    def news(self) -> str:
+        """What there is to say, once: the prediction's message when it has come, and nothing before and after."""
+        if self._is_told or (prediction := self.result()) is None:
+            return ""
+        self._is_told = True
+        return prediction.message
+
+    def close(self) -> None:
+        """End the process, if it still runs, and forget its files."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+        self._folder.cleanup()
+
+
+def predict_async(
+    config: RunConfig, card_bytes: int | None, *, device: str = "", processes: int = 1
+) -> BackgroundPrediction:
+    """Begin to predict a run, in a process beside this one; to be closed in the end.
+
+    Under fake tensors the package's code must not find a device, and a training must not depend on whether a
+    prediction could be made, nor wait for it.
+
+    Args:
+        config: of the run, its memory section chosen.
+        card_bytes: memory of the GPU, less what other programs hold; None where there is none.
+        device: name of the GPU; empty for one of which nothing is known.
+        processes: how many train a whole model each (DDP).
+    """
+    command = [sys.executable, "-m", "finetune", "plan", "--json", "--processes", str(processes)]
+    return BackgroundPrediction([*command, *(["--device", device] if device else [])], config, card_bytes)
+
+
+def _read(folder: Path, card_bytes: int | None) -> Prediction:
+    try:
+        document = json.loads((folder / "plan.json").read_text())
+    except (OSError, ValueError):
+        last = (folder / "errors").read_text(errors="replace").strip().splitlines()[-1:]
+        return Prediction(None, f"could not be made: {' '.join(last)}")
+    run = [phase for phase in document["phases"] if phase["name"] in {PHASES[name] for name in RUN_PHASES}]
+    top = max(run, key=lambda phase: int(phase["peak_bytes"]))
+    nbytes, processes = int(top["peak_bytes"]), int(document["processes"])
+    each = " in each process" if processes > 1 else ""
+    message = f"{to_gib(nbytes)} predicted{each}, in {top['name']}: {top['where']}"
+    if card_bytes is not None and (over := nbytes - usable(card_bytes, processes)) > 0:
+        message += (
+            f"; with {to_gib(card_bytes - usable(card_bytes, processes))} for the CUDA context, libraries and"
+            f" fragmentation that is {to_gib(over)} more than this GPU has (finetune plan --budget finds what fits)"
+        )
+    return Prediction(nbytes, message, int(document["beside_bytes"][WORKSPACES]))
