@@ -35,8 +35,8 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
     """The figures of one shipped configuration."""
     config = load_config(ROOT / "configs" / recipe.name)
     begun = time.process_time()
-    rehearsal = predict(config, card_bytes=usable(recipe.card_gib * GIB), exact=exact)
-    training = rehearsal.phase("train")
+    estimate = predict(config, card_bytes=usable(recipe.card_gib * GIB), exact=exact)
+    training = estimate.phase("train")
     spec = spec_of(config)
     return {
         "model": recipe.model,
@@ -44,13 +44,13 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
         "card_gib": recipe.card_gib,
         "words": recipe.words,
         "memory": config.memory.model_dump(mode="json"),
-        "bucket": rehearsal.bucket,
+        "bucket": estimate.bucket,
         "goal_gib": recipe.goal_gib,
         "training_gib": _gib(training.peak.nbytes),
         "where": training.where,
         "parts_gib": {part: _gib(nbytes) for part, nbytes in training.peak.parts.items() if nbytes > GIB // 200},
-        "phases_gib": {phase.name: _gib(phase.peak.nbytes) for phase in rehearsal.phases},
-        "host_gib": _gib(rehearsal.host_bytes),
+        "phases_gib": {phase.name: _gib(phase.peak.nbytes) for phase in estimate.phases},
+        "host_gib": _gib(estimate.host_bytes),
         "s_per_step": {
             name: round(step_cost(config, spec, config.memory, rates).step_s, 2) for name, rates in DEFAULTS.items()
         },
@@ -106,7 +106,7 @@ def _gib(nbytes: int) -> float:
 def main() -> int:
     """Predict, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--exact", action="store_true", help="rehearse every block; takes a minute per configuration")
+    parser.add_argument("--exact", action="store_true", help="run every block; takes a minute per configuration")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", help="these files of configs/; the others keep their figures"
     )

@@ -142,11 +142,12 @@ def test_a_training_predicts_in_a_process_beside_it(config_file: Path) -> None:
     cut_short = predict_async(config, None)
     for run in (*runs, cut_short):
         run.close()
-    assert cut_short.result() is not None, "its process is gone"
+    gone = cut_short.result()
+    assert gone is not None and gone.nbytes is None
 
 
 def test_processes_and_places_are_looked_at_first(
-    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = ["plan", "--config", str(config_file)]
     assert main([*asked, "--processes", "2"]) == OK
@@ -159,6 +160,10 @@ def test_processes_and_places_are_looked_at_first(
     assert "no such folder to draw into" in capsys.readouterr().err
     assert main([*asked, "--plot", str(tmp_path)]) == USER_ERROR
     assert "this is a folder" in capsys.readouterr().err
+    monkeypatch.setattr("finetune.planner.plan.find_spec", lambda _: None)
+    monkeypatch.setattr("finetune.planner.plan.predict", lambda *_, **__: pytest.fail("it was planned first"))
+    assert main([*asked, "--plot", str(tmp_path / "x.png")]) == USER_ERROR
+    assert "pip install 'cogvideox-finetune[plot]'" in capsys.readouterr().err
 
 
 def test_a_search_says_which_plans_fit(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -287,6 +287,7 @@ class BackgroundPrediction:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
+            self.result()  # before its files are gone
         self._folder.cleanup()
 
 
