@@ -21,6 +21,7 @@ from worlds import fabricate_cache, run_config
 from finetune.cogvideox import objective
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.objective import sample_noise, sample_timestep
+from finetune.core import rng
 from finetune.core.errors import TrainingError
 from finetune.core.rng import seed_for
 from finetune.core.types import Bucket
@@ -181,7 +182,7 @@ def used_addresses(monkeypatch, make=sample_noise) -> list[tuple]:
         return real(seed, *path)
 
     monkeypatch.setattr(objective, "generator", noting)
-    monkeypatch.setattr(schedule, "generator", noting)
+    monkeypatch.setattr(rng, "generator", noting)  # of orders
     options = {"latent_shape": (1, 1, 1, 1), "padded_frames": 1, "image_draws": 2, "num_train_timesteps": TIMESTEPS}
     for seed in (7, 8):
         order = StepPlan(tuple(Item(Bucket(9, 64, 64), 1.5) for _ in range(5)), seed, batch_size=2, micro_batches=2)

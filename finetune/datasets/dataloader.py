@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.encode import condition_latents, model_latents
-from finetune.cogvideox.objective import NoiseSample, sample_noise
+from finetune.cogvideox.objective import sample_noise
 from finetune.cogvideox.spec import ModelSpec
-from finetune.core.types import Batch, CacheEntry
+from finetune.core.types import Batch
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import ManifestItem
 from finetune.datasets.schedule import MicroBatch, StepPlan
@@ -47,10 +48,10 @@ class BatchMaker:
     def training(self, step: int, micro: MicroBatch) -> Batch:
         """One micro-batch of optimizer step ``step``."""
         rows = [
-            self._row(self.items[index], "train", step, slot, self.dropout)
+            self._sample(self.items[index], "train", step, slot)
             for index, slot in zip(micro.items, micro.slots, strict=True)
         ]
-        return _collate(rows, micro.slots, [self.items[index].clip for index in micro.items])
+        return _collate(rows, micro.slots)
 
     def fixed(self, index: int, timesteps: Sequence[int]) -> Batch:
         """One clip at given timesteps, with noise that is the same at every call; nothing is dropped.
@@ -59,22 +60,18 @@ class BatchMaker:
             index: the clip.
             timesteps: one sample of the batch each.
         """
-        never = DropoutConfig(caption_dropout=0, image_dropout=0)
+        keeping = replace(self, dropout=DropoutConfig(caption_dropout=0, image_dropout=0))
         item = self.items[index]
         # The address is the clip's content, so a clip keeps its noise when others are added or taken away.
         clip = int(item.latents_key[:12], 16)
-        rows = [self._row(item, "validation", clip, timestep, never, timestep=timestep) for timestep in timesteps]
-        return _collate(rows, tuple(range(len(rows))), [item.clip] * len(rows))
+        rows = [
+            replace(keeping._sample(item, "validation", clip, timestep), timesteps=torch.tensor([timestep]))
+            for timestep in timesteps
+        ]
+        return _collate(rows, tuple(range(len(rows))))
 
-    def _row(
-        self,
-        item: ManifestItem,
-        purpose: str,
-        step: int,
-        slot: int,
-        dropout: DropoutConfig,
-        timestep: int | None = None,
-    ) -> _Row:
+    def _sample(self, item: ManifestItem, purpose: str, step: int, slot: int) -> Batch:
+        """A batch of one sample, whose random choices are those of ``(purpose, step, slot)``."""
         entry = self.cache.read(item)
         frames = entry.latents_mean.shape[1]
         choice = sample_noise(
@@ -84,75 +81,47 @@ class BatchMaker:
             latent_shape=tuple(entry.latents_mean.shape),  # type: ignore[arg-type]  # always four numbers
             padded_frames=frames + self.spec.front_padding(frames),
             image_draws=0 if entry.image_latents is None else entry.image_latents.shape[0],
-            dropout=dropout,
+            dropout=self.dropout,
             num_train_timesteps=self.spec.num_train_timesteps,
             purpose=purpose,
         )
-        return self._prepare(entry, choice if timestep is None else replace(choice, timestep=timestep))
-
-    def _prepare(self, entry: CacheEntry, choice: NoiseSample) -> _Row:
         mean, std = entry.latents_mean.float()[None], entry.latents_std.float()[None]
         image = None
         if entry.image_latents is not None:
-            chosen = entry.image_latents[choice.image_draw].float()[None]
-            image = torch.zeros_like(chosen) if choice.drop_image else chosen
-            image = condition_latents(self.spec, image)[0]
-        return _Row(
-            latents=model_latents(self.spec, mean, std, choice.posterior_noise[None])[0],
-            noise=choice.noise,
-            timestep=choice.timestep,
-            prompt_embeds=self.empty_prompt if choice.drop_caption else entry.prompt_embeds,
+            drawn = entry.image_latents[choice.image_draw].float()[None]
+            image = condition_latents(self.spec, torch.zeros_like(drawn) if choice.drop_image else drawn)
+        return Batch(
+            latents=model_latents(self.spec, mean, std, choice.posterior_noise[None]),
+            noise=choice.noise[None],
+            timesteps=torch.tensor([choice.timestep]),
+            prompt_embeds=(self.empty_prompt if choice.drop_caption else entry.prompt_embeds)[None],
             image_latents=image,
+            slots=(slot,),
+            clips=(item.clip,),
         )
 
 
-@dataclass(frozen=True)
-class _Row:
-    latents: Tensor
-    noise: Tensor
-    timestep: int
-    prompt_embeds: Tensor
-    image_latents: Tensor | None
-
-
-def _collate(rows: Sequence[_Row], slots: tuple[int, ...], clips: Sequence[str]) -> Batch:
-    images = [row.image_latents for row in rows if row.image_latents is not None]
+def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:
+    images = [sample.image_latents for sample in samples if sample.image_latents is not None]
     return Batch(
-        latents=torch.stack([row.latents for row in rows]),
-        noise=torch.stack([row.noise for row in rows]),
-        timesteps=torch.tensor([row.timestep for row in rows], dtype=torch.int64),
-        prompt_embeds=torch.stack([row.prompt_embeds for row in rows]),
-        image_latents=torch.stack(images) if images else None,
+        latents=torch.cat([sample.latents for sample in samples]),
+        noise=torch.cat([sample.noise for sample in samples]),
+        timesteps=torch.cat([sample.timesteps for sample in samples]),
+        prompt_embeds=torch.cat([sample.prompt_embeds for sample in samples]),
+        image_latents=torch.cat(images) if images else None,
         slots=slots,
-        clips=tuple(clips),
+        clips=tuple(clip for sample in samples for clip in sample.clips),
     )
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on ``device``; copies from pinned memory do not wait."""
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.to(device, non_blocking=True)
-
-    return replace(
-        batch,
-        latents=move(batch.latents),
-        noise=move(batch.noise),
-        timesteps=move(batch.timesteps),
-        prompt_embeds=move(batch.prompt_embeds),
-        image_latents=None if batch.image_latents is None else move(batch.image_latents),
-    )
+    return _change_tensors(batch, lambda tensor: tensor.to(device, non_blocking=True))
 
 
-def _pinned(batch: Batch) -> Batch:
-    return replace(
-        batch,
-        latents=batch.latents.pin_memory(),
-        noise=batch.noise.pin_memory(),
-        timesteps=batch.timesteps.pin_memory(),
-        prompt_embeds=batch.prompt_embeds.pin_memory(),
-        image_latents=None if batch.image_latents is None else batch.image_latents.pin_memory(),
-    )
+def _change_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:
+    tensors: dict[str, Any] = {name: change(v) for name, v in vars(batch).items() if isinstance(v, Tensor)}
+    return replace(batch, **tensors)
 
 
 class Loader:
@@ -198,9 +167,9 @@ class Loader:
         if step + 1 < self._total_steps:
             self._submit(step + 1)
         for future in self._ahead.pop(step):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             batch = future.result()
-            self.waited_s += time.perf_counter() - begun
+            self.waited_s += time.perf_counter() - started
             yield to_device(batch, self._device)
 
     def fault(self, step: int) -> Exception | None:
@@ -211,9 +180,9 @@ class Loader:
         if step >= self._total_steps:
             return None
         self._submit(step)
-        begun = time.perf_counter()
+        started = time.perf_counter()
         errors = [future.exception() for future in self._ahead[step]]
-        self.waited_s += time.perf_counter() - begun
+        self.waited_s += time.perf_counter() - started
         return next((error for error in errors if isinstance(error, Exception)), None)
 
     def _submit(self, step: int) -> None:
@@ -223,7 +192,7 @@ class Loader:
 
     def _one(self, step: int, micro: MicroBatch) -> Batch:
         batch = self._make(step, micro)
-        return _pinned(batch) if self._device.type == "cuda" else batch
+        return _change_tensors(batch, Tensor.pin_memory) if self._device.type == "cuda" else batch
 
     def close(self) -> None:
         """Stop the thread; what was made ahead is thrown away."""
