@@ -163,13 +163,13 @@ def test_captions_are_streamed_when_asked(deep_model: Path, tmp_path: Path, monk
     seen: list[torch.device] = []
     real = encode.stream_text
     monkeypatch.setattr(encode, "stream_text", lambda encoder, device: seen.append(device) or real(encoder, device))
-    model, spec = ModelConfig(pretrained=str(deep_model)), read_spec(str(deep_model))
+    spec = read_spec(str(deep_model))
     stored = {}
     for how in ("device", "streamed"):
         cache = Cache(tmp_path / how)
-        address = encode.EncodeJob({"kind": "prompts", "text": "a red circle", "how": "the same"}).address
-        jobs = [encode.EncodeJob(address)]
-        encode.encode_captions(jobs, cache, model, spec, batch_size=2, device=CPU, progress=False, text_encoder=how)
+        jobs = [encode.EncodeJob({"kind": "prompts", "text": "a red circle", "how": "the same"})]
+        config = run_config(deep_model, tmp_path, tmp_path, memory={"text_encoder": how})
+        encode.encode_captions(jobs, config, spec, cache, device=CPU, progress=False)
         stored[how] = {path.name: path.read_bytes() for path in (tmp_path / how).rglob("*.safetensors")}
     assert seen == [CPU] and stored["device"] == stored["streamed"] and len(stored["device"]) == 1
 

@@ -14,19 +14,18 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
 from finetune.cogvideox.spec import ModelSpec
+from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, is_out_of_memory
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets.cache import Cache, CacheConfig
+from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import FileStamp
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.memory.block_streaming import stream_text, text_placement
-from finetune.memory.config import TextEncoder
 
 NOISE_SEED = 0
 """Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""
@@ -92,9 +91,8 @@ class EncodeResult:
 
 def encode_clips(
     jobs: Sequence[ClipJob],
+    config: RunConfig,
     cache: Cache,
-    model: ModelConfig,
-    settings: CacheConfig,
     *,
     device: torch.device,
     workers: int,
@@ -104,9 +102,8 @@ def encode_clips(
 
     Args:
         jobs: what is missing; nothing is loaded where there is none.
+        config: of the run, whose VAE encodes, in the model's dtype.
         cache: where entries go.
-        model: whose VAE encodes, in the model's dtype.
-        settings: ``image_draws``, ``vae_tiling``.
         device: where the VAE runs.
         workers: decode processes.
         progress: draw a bar.
@@ -122,7 +119,7 @@ def encode_clips(
     from finetune.cogvideox.load import load_vae
 
     encoded, size, failures = 0, 0, []
-    vae = load_vae(model, device=device)
+    vae = load_vae(config.model, device=device)
     with DecodePool(min(workers, len(jobs))) as pool:
         decoded = pool.decode_many(
             DecodeJob(number, job.video, job.probe, job.plan, job.image) for number, job in enumerate(jobs)
@@ -132,7 +129,7 @@ def encode_clips(
             try:
                 if isinstance(clip, DataError):
                     raise clip
-                size += _encode_clip(job, clip, vae, cache, settings.vae_tiling)
+                size += _encode_clip(job, clip, vae, cache, config.cache.vae_tiling)
                 encoded += 1
             except DataError as error:
                 where = f"{job.where}: {error.where}" if error.where else job.where
@@ -209,34 +206,31 @@ def untiled_bytes(dtype: torch.dtype, bucket: Bucket) -> int:
 
 def encode_captions(
     jobs: Sequence[EncodeJob],
-    cache: Cache,
-    model: ModelConfig,
+    config: RunConfig,
     spec: ModelSpec,
+    cache: Cache,
     *,
-    batch_size: int,
     device: torch.device,
     progress: bool,
-    text_encoder: TextEncoder = "device",
 ) -> EncodeResult:
     """Encode captions in batches with T5 and store each. Otherwise as ``encode_clips``.
 
     Args:
-        jobs: what is missing; their addresses name the encoder as ``text_encoder`` makes it.
+        jobs: what is missing; their addresses name the encoder as ``memory.text_encoder`` makes it.
+        config: of the run, whose T5 encodes, in the model's dtype.
+        spec: of its model.
         cache: where entries go.
-        model: whose T5 encodes, in the model's dtype.
-        spec: of the model.
-        batch_size: captions at a time.
         device: where T5 computes.
         progress: draw a bar.
-        text_encoder: how T5 is held.
     """
     if not jobs:
         return EncodeResult(0, 0)
     from finetune.cogvideox.load import load_text
 
     size = 0
+    text_encoder, batch_size = config.memory.text_encoder, config.cache.text_batch_size
     start = torch.device("cpu") if text_encoder == "streamed" else device
-    tokenizer, encoder = load_text(model, device=start, placement=text_placement(text_encoder))
+    tokenizer, encoder = load_text(config.model, device=start, placement=text_placement(text_encoder))
     if text_encoder == "streamed":
         stream_text(encoder, device)
     with Bar(total=len(jobs), desc="encoding captions", disable=not progress) as bar:

@@ -328,50 +328,40 @@ def precompute(
 
 
 def _precompute(
-    config: RunConfig, known: ModelSpec, cache: Cache, ranks: ProcessGroup, *, progress: bool
+    config: RunConfig, spec: ModelSpec, cache: Cache, ranks: ProcessGroup, *, progress: bool
 ) -> PrecomputeReport:
     begun = time.perf_counter()
 
     def prepare() -> CachePlan:
-        require_valid(config, known)
-        plan = plan_cache(config, known, cache, progress=progress)
+        require_valid(config, spec)
+        plan = plan_cache(config, spec, cache, progress=progress)
         require_room(plan, cache.root)
         if any(plan.missing.values()):  # should this process die, its entries are still wanted
             cache.save_manifest(plan.manifest.pending(), config.base)
         return plan
 
     plan = ranks.run_on_main(prepare)
-    mine = slice(ranks.rank, None, ranks.world)
-    passed: dict[Kind, list[EncodeResult]] = {
+    share = slice(ranks.rank, None, ranks.world)
+    results: dict[Kind, list[EncodeResult]] = {
         # First, because it takes no time and a damaged image should not be found after hours.
         "images": ranks.run_on_all(
-            lambda: store_images(plan.images[mine], cache, workers_for(config, len(plan.images), ranks.world))
+            lambda: store_images(plan.images[share], cache, workers_for(config, len(plan.images), ranks.world))
         ),
         "latents": ranks.run_on_all(
             lambda: encode_clips(
-                plan.latents[mine],
+                plan.latents[share],
+                config,
                 cache,
-                config.model,
-                config.cache,
                 device=ranks.device,
                 workers=workers_for(config, len(plan.latents), ranks.world),
                 progress=progress,
             )
         ),
         "prompts": ranks.run_on_all(
-            lambda: encode_captions(
-                plan.prompts[mine],
-                cache,
-                config.model,
-                known,
-                batch_size=config.cache.text_batch_size,
-                device=ranks.device,
-                text_encoder=config.memory.text_encoder,
-                progress=progress,
-            )
+            lambda: encode_captions(plan.prompts[share], config, spec, cache, device=ranks.device, progress=progress)
         ),
     }
-    return ranks.run_on_main(lambda: _finish(config, known, cache, plan, passed, time.perf_counter() - begun))
+    return ranks.run_on_main(lambda: _finish(config, spec, cache, plan, results, time.perf_counter() - begun))
 
 
 def _finish(
@@ -379,11 +369,11 @@ def _finish(
     spec: ModelSpec,
     cache: Cache,
     plan: CachePlan,
-    passed: Mapping[Kind, Sequence[EncodeResult]],
+    results: Mapping[Kind, Sequence[EncodeResult]],
     seconds: float,
 ) -> PrecomputeReport:
     """Settle what could not be decoded, file the manifest and count."""
-    failures = [failure for one in passed["latents"] for failure in one.failures]
+    failures = [failure for one in results["latents"] for failure in one.failures]
     if failures and config.data.unreadable_clips == "error":
         raise_all(
             DataError,
@@ -395,7 +385,7 @@ def _finish(
         raise_all(DataError, [failure.error for failure in failures], what="no clip is left to train on; {n} failed")
     manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, spec)))
     cache.save_manifest(manifest, config.base)
-    encoded: dict[Kind, int] = {kind: sum(one.encoded for one in passed[kind]) for kind in KINDS}
+    encoded: dict[Kind, int] = {kind: sum(one.encoded for one in results[kind]) for kind in KINDS}
     sizes = [cache.size(kind, key) for kind in KINDS for key in manifest.keys(kind)]
     return PrecomputeReport(
         manifest=manifest,
@@ -404,7 +394,7 @@ def _finish(
         reused={kind: len(plan.manifest.keys(kind)) - plan.missing[kind] for kind in KINDS},
         skipped=manifest.skipped,
         bytes=sum(sizes),
-        written_bytes=sum(one.bytes for kind in KINDS for one in passed[kind]),
+        written_bytes=sum(one.bytes for kind in KINDS for one in results[kind]),
         seconds=seconds,
     )
 
@@ -496,9 +486,9 @@ def _trusted(config: RunConfig, answer: ManifestMatch, cache: Cache) -> Manifest
         )
     with suppress(OSError):  # `gc --unused-days` goes by this time; a cache may be read-only
         os.utime(cache.root / "manifests" / f"{manifest.name}.json")
-    held = sum(item.holdout for item in manifest.items)
+    val = sum(item.holdout for item in manifest.items)
     print(
-        f"cache {from_here(cache.root)}: complete, {len(manifest.items)} clips ({held} held out), nothing to encode",
+        f"cache {from_here(cache.root)}: complete, {len(manifest.items)} clips ({val} held out), nothing to encode",
         flush=True,
     )
     if answer.absent:
