@@ -101,11 +101,11 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "
         ({"ACCELERATE_USE_SAGEMAKER": "true"}, "SageMaker"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"mixed precision \(bf16\)"),
         ({"ACCELERATE_MIXED_PRECISION": "fp8"}, r"mixed precision \(fp8\)"),
-        (FSDP2 | {"FSDP_VERSION": "1"}, "fsdp_version '1'"),
-        (FSDP2 | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "fsdp_sharding_strategy 'HYBRID_SHARD'"),
-        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "2"}, "fsdp_reshard_after_forward '2'"),
+        (FSDP2 | {"FSDP_VERSION": "1"}, "fsdp_version to '1'"),
+        (FSDP2 | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}, "fsdp_sharding_strategy to 'HYBRID_SHARD'"),
+        (FSDP2 | {"FSDP_RESHARD_AFTER_FORWARD": "2"}, "fsdp_reshard_after_forward to '2'"),
         (FSDP2 | {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "fsdp_auto_wrap_policy"),
-        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block"}, "fsdp_transformer_cls_to_wrap 'T5Block'"),
+        (FSDP2 | {"FSDP_TRANSFORMER_CLS_TO_WRAP": "T5Block"}, "fsdp_transformer_cls_to_wrap to 'T5Block'"),
         (FSDP2 | {"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, "fsdp_state_dict_type"),
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fsdp_activation_checkpointing"),
         (FSDP2 | {"FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": "true"}, "checkpointing_offload"),
@@ -139,7 +139,7 @@ def test_defaults_of_the_launcher_are_no_fault(monkeypatch, tmp_path):
     path.write_text(yaml.safe_dump(bare))
     assert read_launch(launched(path, monkeypatch)) == FullShard()
     assert read_launch({}) == Replicate()
-    with pytest.raises(ConfigError, match="fsdp_version '1'"):  # accelerate's default, where the file names none
+    with pytest.raises(ConfigError, match="fsdp_version to '1'"):  # accelerate's default, where the file names none
         read_launch({"ACCELERATE_USE_FSDP": "true"})
 
 
@@ -339,18 +339,6 @@ def test_damaged_shares_are_found(in_shares, tmp_path, part, damage):
         rewrite_marker(path)
     with pytest.raises(CheckpointError, match="damaged"):
         load_checkpoint(path)
-
-
-def test_whole_copies_of_what_was_shared_out(in_shares, tiny_model, tmp_path):
-    report = in_one_process(tiny_model(), tmp_path / "whole", steps=2)
-    assert report.checkpoint is not None
-    ours, theirs = load_checkpoint(in_shares), load_checkpoint(report.checkpoint)
-    assert ours.optimizer[1] == theirs.optimizer[1]
-    for mine, reference in ((ours.trainable, theirs.trainable), (ours.optimizer[0], theirs.optimizer[0])):
-        assert set(mine) == set(reference) and len(mine) == len(reference)
-        for name in reference:
-            assert mine[name].dtype == reference[name].dtype
-            torch.testing.assert_close(mine[name], reference[name], rtol=1e-6, atol=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement

@@ -99,10 +99,7 @@ FSDP_CPU_RAM_EFFICIENT_LOADING, which is about how accelerate loads a model."""
 
 
 def _full_shard(environ: Mapping[str, str]) -> FullShard:
-    for variable, (allowed, fix) in _FSDP_ALLOWED.items():
-        value = environ.get(variable, "1" if variable == "FSDP_VERSION" else None)
-        if value is not None and value.lower() not in allowed:
-            raise _refused(f"the launcher asks for {variable.lower()} {value!r}, which is not supported", variable, fix)
+    _require_allowed({"FSDP_VERSION": "1", **environ}, _FSDP_ALLOWED)
     return FullShard(
         offload=_on(environ, "FSDP_OFFLOAD_PARAMS"),
         reshard_after_forward=environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() == "true",
@@ -126,23 +123,25 @@ _ZERO_ALLOWED: Mapping[str, tuple[tuple[str, ...], str]] = {
 
 
 def _zero(environ: Mapping[str, str]) -> Zero:
-    for variable, (allowed, fix) in _ZERO_ALLOWED.items():
-        value = environ.get(variable)
-        if value is not None and value.lower() not in allowed:
-            raise _refused(f"the launcher sets {variable.lower()} to {value!r}, which is not supported", variable, fix)
-    stage = int(environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+    _require_allowed(environ, _ZERO_ALLOWED)
+    parameters = "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"
     zero = Zero(
-        stage=3 if stage == 3 else 2,
-        offload_optimizer=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none").lower() == "cpu",
-        offload_parameters=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none").lower() == "cpu",
+        stage=3 if environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3" else 2,
+        offload_optimizer=environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "").lower() == "cpu",
+        offload_parameters=environ.get(parameters, "").lower() == "cpu",
     )
     if zero.offload_parameters and zero.stage == 2:
-        raise _refused(
-            "ZeRO-2 keeps parameters on the device; only ZeRO-3 can offload them",
-            "ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE",
-            "set offload_param_device: none, or zero_stage: 3",
-        )
+        what = "ZeRO-2 keeps parameters on the device; only ZeRO-3 can offload them"
+        raise _refused(what, parameters, "set offload_param_device: none, or zero_stage: 3")
     return zero
+
+
+def _require_allowed(environ: Mapping[str, str], allowed: Mapping[str, tuple[tuple[str, ...], str]]) -> None:
+    for variable, (values, fix) in allowed.items():
+        value = environ.get(variable)
+        if value is not None and value.lower() not in values:
+            what = f"the launcher sets {variable.lower()} to {value!r}, which is not supported"
+            raise _refused(what, variable, fix)
 
 
 def _on(environ: Mapping[str, str], variable: str) -> bool:
@@ -180,26 +179,31 @@ def make_accelerator(accumulation: int, **tracking: Any) -> Any:
             ],
             **tracking,
         )
-    if accelerator.gradient_accumulation_steps not in (1, accumulation):
-        raise ConfigError(
-            f"accelerate was told to accumulate {accelerator.gradient_accumulation_steps} micro-batches,"
-            f" the configuration says {accumulation}",
-            where="ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
-            fix="unset it; train.accumulation is the one place for this",
-        )
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
-        raise ConfigError(
-            f"training under {accelerator.distributed_type.value} is not supported",
-            where="accelerate's configuration",
-            fix="launch with one of accelerate_configs/",
-        )
-    dynamo = accelerator.state.dynamo_plugin.backend.value
-    if dynamo != "NO":
-        raise ConfigError(
+    accumulated = accelerator.gradient_accumulation_steps
+    kind, dynamo = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend.value
+    configuration = "accelerate's configuration"
+    for fault, what, where, fix in (
+        (
+            accumulated not in (1, accumulation),
+            f"accelerate was told to accumulate {accumulated} micro-batches, the configuration says {accumulation}",
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
+            "unset it; train.accumulation is the one place for this",
+        ),
+        (
+            kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
+            f"training under {kind.value} is not supported",
+            configuration,
+            "launch with one of accelerate_configs/",
+        ),
+        (
+            dynamo != "NO",
             f"accelerate was told to compile the model with {dynamo}, which this package does not support",
-            where="accelerate's configuration",
-            fix="set dynamo_backend: 'no'",
-        )
+            configuration,
+            "set dynamo_backend: 'no'",
+        ),
+    ):
+        if fault:
+            raise ConfigError(what, where=where, fix=fix)
     return accelerator
 
 
@@ -256,61 +260,54 @@ def require_supported(
     Raises:
         ConfigError: naming the setting.
     """
-    if isinstance(launch, FullShard):
-        _require_shardable(optimizer)
     if isinstance(launch, Zero):
-        _require_zero(optimizer, train, dtype)
-    if isinstance(launch, Replicate) or processes == 1:
-        return
+        import_deepspeed()
     clips = memory.clips_at_once
-    if clips is not None and clips < train.batch_size:
-        # Micro-batches of different sizes, hence passes, meet in one step, and every pass is a collective.
-        raise ConfigError(
+    for fault, what, where, fix in (
+        (
+            isinstance(launch, FullShard) and not optimizer.elementwise,
+            f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
+            "optimizer.kind, under FSDP2",
+            "set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
+        ),
+        (
+            isinstance(launch, FullShard) and optimizer.weights == "stochastic",
+            "stochastic rounding draws by parameter, and would draw the same for every share of one",
+            "optimizer.weights: stochastic, under FSDP2",
+            "set optimizer.weights: kahan or master",
+        ),
+        (
+            isinstance(launch, Zero) and not isinstance(optimizer, AdamW),
+            f"{optimizer.title} is not supported under DeepSpeed ZeRO",
+            "optimizer.kind",
+            "set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
+        ),
+        (
+            isinstance(launch, Zero) and train.ema_decay is not None,
+            "no moving average is kept under DeepSpeed ZeRO: it hides the weights that would be averaged",
+            f"train.ema_decay: {train.ema_decay}",
+            "set train.ema_decay: null, or launch with accelerate_configs/fsdp2.yaml",
+        ),
+        (
+            isinstance(launch, Zero) and optimizer.weights != "master",
+            "DeepSpeed ZeRO keeps fp32 master copies, and nothing in their place",
+            f"optimizer.weights: {optimizer.weights}",
+            "set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
+        ),
+        (
+            isinstance(launch, Zero) and dtype == "fp16",
+            "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
+            "model.dtype: fp16",
+            "set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",
+        ),
+        (
+            # Micro-batches of different sizes, hence passes, meet in one step, and every pass is a collective.
+            not isinstance(launch, Replicate) and processes > 1 and clips is not None and clips < train.batch_size,
             "a sharded model's processes must make equally many forward passes, and clips_at_once splits micro-batches"
             " of different sizes into different numbers of them",
-            where=f"memory.clips_at_once: {clips}, train.batch_size: {train.batch_size}",
-            fix=f"set train.batch_size: {clips} and a larger train.accumulation, or leave memory.clips_at_once out",
-        )
-
-
-def _require_shardable(optimizer: OptimizerConfig) -> None:
-    if not optimizer.elementwise:
-        raise ConfigError(
-            f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
-            where="optimizer.kind, under FSDP2",
-            fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
-        )
-    if optimizer.weights == "stochastic":
-        raise ConfigError(
-            "stochastic rounding draws by parameter, and would draw the same for every share of one",
-            where="optimizer.weights: stochastic, under FSDP2",
-            fix="set optimizer.weights: kahan or master",
-        )
-
-
-def _require_zero(optimizer: OptimizerConfig, train: TrainConfig, dtype: str) -> None:
-    import_deepspeed()
-    if not isinstance(optimizer, AdamW):
-        raise ConfigError(
-            f"{optimizer.title} is not supported under DeepSpeed ZeRO",
-            where="optimizer.kind",
-            fix="set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
-        )
-    if train.ema_decay is not None:
-        raise ConfigError(
-            "no moving average is kept under DeepSpeed ZeRO: it hides the weights that would be averaged",
-            where=f"train.ema_decay: {train.ema_decay}",
-            fix="set train.ema_decay: null, or launch with accelerate_configs/fsdp2.yaml",
-        )
-    if optimizer.weights != "master":
-        raise ConfigError(
-            "DeepSpeed ZeRO keeps fp32 master copies, and nothing in their place",
-            where=f"optimizer.weights: {optimizer.weights}",
-            fix="set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
-        )
-    if dtype == "fp16":
-        raise ConfigError(
-            "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
-            where="model.dtype: fp16",
-            fix="set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",
-        )
+            f"memory.clips_at_once: {clips}, train.batch_size: {train.batch_size}",
+            f"set train.batch_size: {clips} and a larger train.accumulation, or leave memory.clips_at_once out",
+        ),
+    ):
+        if fault:
+            raise ConfigError(what, where=where, fix=fix)
