@@ -112,7 +112,8 @@ class Training:
         if memory.gradient_release == "none":
             self.strategy: Any = single_process_strategy(OneProcess, self.module, parameters, **more)
         else:  # as on a GPU: updates on the host have a thread of their own
-            self.strategy = GradientRelease(OneProcess, self.module, parameters, threaded=True, **more)
+            kind = type("Threaded", (GradientRelease,), {"threaded": True})
+            self.strategy = kind(OneProcess, self.module, parameters, **more)
         self.strategy.start(TypeAdapter(OptimizerConfig).validate_python(MOMENTUM), None)
         self.average = Ema(self.strategy.parameters, self.strategy.precise(), 0.9)
 

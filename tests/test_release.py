@@ -130,9 +130,8 @@ def world() -> Any:
             built = DataParallel(OneProcess, module, parameters)
         elif strategy:
             limit = math.inf if max_norm is None else max_norm
-            built = GradientRelease(
-                OneProcess, module, parameters, memory=memory, device=device, max_norm=limit, **strategy
-            )
+            kind = type("Threaded", (GradientRelease,), strategy)
+            built = kind(OneProcess, module, parameters, memory=memory, device=device, max_norm=limit)
         else:
             built = single_process_strategy(
                 OneProcess, module, parameters, memory=memory, device=device, max_norm=max_norm

@@ -132,16 +132,16 @@ class DamageError(Exception):
         super().__init__(f"{path.name} {reason}")
 
 
-def folder_checksums(folder: Path, known: Mapping[str, str] | None = None) -> str:
+def folder_checksums(folder: Path, written: Mapping[str, str] | None = None) -> str:
     """The text of ``COMPLETE`` for everything in ``folder``; return it from the ``fill`` of ``files.publish_dir``.
 
     Args:
         folder: about to be published.
-        known: checksums that writing the files returned already, by name relative to ``folder``; others are read.
+        written: checksums that writing the files returned already, by name relative to ``folder``; others are read.
     """
-    known = known or {}
+    written = written or {}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return _marker({name: known.get(name) or checksum_file(folder / name) for name in names})
+    return _marker({name: written.get(name) or checksum_file(folder / name) for name in names})
 
 
 def read_published(path: Path) -> bytes:

@@ -20,8 +20,8 @@ from torch import distributed
 
 from finetune.core.errors import FinetuneError, LaunchError, is_out_of_memory
 
-PATIENCE = timedelta(days=7)
-"""Of what goes through ``ProcessGroup``."""
+GLOO_TIMEOUT = timedelta(days=7)
+"""Of what goes through ``ProcessGroup``: encoding a large dataset takes hours."""
 
 TIMEOUT = timedelta(minutes=10)
 """Of a collective of training: gradients, weights, losses. Whoever is not there by then is not coming."""
@@ -141,7 +141,7 @@ class ProcessGroup:
             distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
         group = None
         if distributed.is_initialized():
-            group = distributed.new_group(backend="gloo", timeout=PATIENCE)
+            group = distributed.new_group(backend="gloo", timeout=GLOO_TIMEOUT)
         opened = opened and distributed.is_initialized()
         return cls(state.process_index, state.num_processes, indexed(state.device), group, opened)
 
@@ -167,11 +167,11 @@ class ProcessGroup:
         """
         result, error = _attempt(work) if self.is_main else (None, None)
         if self.world > 1:
-            box = [(result, _portable(error, self.rank))]
+            outcome = [(result, _portable(error, self.rank))]
             with peers():
-                distributed.broadcast_object_list(box, src=0, group=self.group)
-            result, said = box[0]
-            error = error or said
+                distributed.broadcast_object_list(outcome, src=0, group=self.group)
+            result, failure = outcome[0]
+            error = error or failure
         if error is not None:
             raise error
         return result  # type: ignore[return-value]  # there is a result where there was no error
@@ -195,14 +195,14 @@ class ProcessGroup:
         outcomes: list[Any] = [None] * self.world
         with peers():
             distributed.all_gather_object(outcomes, (result, _portable(error, self.rank)), group=self.group)
-        for failed in [error, *(said for _, said in outcomes)]:
+        for failed in [error, *(failure for _, failure in outcomes)]:
             if failed is not None:
                 raise failed
         return [outcome for outcome, _ in outcomes]
 
-    def gather(self, mine: list[_Result]) -> list[_Result]:
+    def gather(self, entries: list[_Result]) -> list[_Result]:
         """Every process's objects in one list, in order of rank."""
-        return [entry for part in self.run_on_all(lambda: mine) for entry in part]
+        return [entry for part in self.run_on_all(lambda: entries) for entry in part]
 
 
 @contextmanager

@@ -331,8 +331,8 @@ def require_writable(folder: Path, *, kind: Callable[..., Exception], what: str,
         os.close(_create(probe))
         probe.unlink()
     except OSError as error:
-        said = f"{what} cannot be written: {error.strerror or error}"
-        raise kind(said, where=where, fix=disk_fix(error)) from error
+        message = f"{what} cannot be written: {error.strerror or error}"
+        raise kind(message, where=where, fix=disk_fix(error)) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------- paths

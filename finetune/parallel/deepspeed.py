@@ -150,12 +150,12 @@ class DeepSpeedZero:
 
     def _gathered(self, of: Any, before: str = "", between: str = "") -> dict[str, Tensor]:
         """Whole tensors of every parameter, one at a time, kept on the main process's host; all processes take part."""
-        kept: dict[str, Tensor] = {}
+        tensors: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
             for key, tensor in of(parameter).items():
                 if self._ranks.is_main:
-                    kept[f"{before}{name}{between}{key}"] = tensor.detach().to("cpu", copy=True)
-        return kept
+                    tensors[f"{before}{name}{between}{key}"] = tensor.detach().to("cpu", copy=True)
+        return tensors
 
     def precise(self) -> Mapping[str, Tensor]:
         """DeepSpeed's own copies cannot be reached, and no average is kept of them."""
@@ -217,11 +217,11 @@ class DeepSpeedZero:
         size = parameter.ds_tensor.ds_numel
         padded = value.new_zeros(size * self._ranks.world)
         padded[: value.numel()] = value.flatten()
-        mine = padded.narrow(0, size * self._ranks.rank, size)
+        share = padded.narrow(0, size * self._ranks.rank, size)
         if key is None:
-            safe_set_local_fp32_param(parameter, mine)
+            safe_set_local_fp32_param(parameter, share)
         else:
-            safe_set_local_optimizer_state(parameter, mine, key)
+            safe_set_local_optimizer_state(parameter, share, key)
 
 
 def deepspeed_config(launch: Zero, train: TrainConfig, *, narrow: bool) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from finetune.memory.gradient_offload import (
     norm_of,
     units_of,
 )
-from finetune.memory.host_buffers import CopyStream, StreamEvent, copy_stream, host_work
+from finetune.memory.host_buffers import StreamEvent, copy_stream, host_work
 from finetune.memory.runner import block_runner
 from finetune.methods.adapter import load_strictly
 from finetune.optim.optimizers import OptimizerConfig
@@ -68,10 +68,10 @@ class GradientRelease(DataParallel):
         memory: the memory state; ``gradient_release`` is not ``none``.
         device: where the model computes.
         max_norm: of a single gradient, under ``per_parameter``.
-        lanes: what copies gradients to the host and weights from it; by default two that fit ``device``.
-        threaded: whether updates on the host have a thread of their own; by default where there is a GPU to compute
-            meanwhile.
     """
+
+    threaded: bool | None = None
+    """Whether updates on the host have a thread of their own; None for where there is a GPU to compute meanwhile."""
 
     def __init__(
         self,
@@ -82,8 +82,6 @@ class GradientRelease(DataParallel):
         memory: MemoryConfig,
         device: torch.device,
         max_norm: float,
-        lanes: tuple[CopyStream, CopyStream] | None = None,
-        threaded: bool | None = None,
     ) -> None:
         super().__init__(accelerator, module, parameters)
         self.name = "one process, gradients released block by block"
@@ -95,11 +93,11 @@ class GradientRelease(DataParallel):
         self._squares: list[Tensor] = []
         self._taken: set[str] = set()
         self._factor, self._scale = 1.0, 1.0
-        self._updated = self._spoilt = False
+        self._updated = self._not_finite = False
         self._gradients: HostGradients | None = None
         self._weights: HostWeights | None = None
         self._staging: DoubleBuffer | None = None
-        self._down, self._up = lanes or (copy_stream(device), copy_stream(device))
+        self._down, self._up = copy_stream(device), copy_stream(device)
         self._exact = memory.gradient_release == "exact"
         if self._exact:
             self._gradients = HostGradients(self._units, self._down)
@@ -107,8 +105,8 @@ class GradientRelease(DataParallel):
             self.name += ", updated on the host"
             self._weights = HostWeights(self._units, self._up, block_runner(module))
             if not self._exact:
-                beside = device.type == "cuda" if threaded is None else threaded
-                self._staging = DoubleBuffer(self._units, self._down, threaded=beside)
+                threaded = device.type == "cuda" if self.threaded is None else self.threaded
+                self._staging = DoubleBuffer(self._units, self._down, threaded=threaded)
         for parameter in self.parameters.values():
             # Of those outside the blocks; the blocks' own come through ``BlockRunner.sink``.
             parameter.register_post_accumulate_grad_hook(self._take_accumulated)  # type: ignore[no-untyped-call]
@@ -153,7 +151,7 @@ class GradientRelease(DataParallel):
                 fix="set memory.gradient_release: exact, which updates after all passes; the last checkpoint is intact",
             )
         if not self._exact and not math.isfinite(float(loss.detach())):
-            self._spoilt = True
+            self._not_finite = True
         super().backward(loss)
 
     def _take_accumulated(self, parameter: Tensor) -> None:
@@ -168,9 +166,9 @@ class GradientRelease(DataParallel):
         named = {self._names[id(parameter)]: gradient.contiguous() for parameter, gradient in pairs}
         if not named:
             return
-        if twice := self._taken & named.keys():
+        if repeated := self._taken & named.keys():
             raise TrainingError(
-                f"a step has a second gradient of {min(twice)}, and the first has been released",
+                f"a step has a second gradient of {min(repeated)}, and the first has been released",
                 where="memory.gradient_release",
                 fix="make one backward pass per step (train.accumulation: 1, memory.clips_at_once: null)",
             )
@@ -181,14 +179,14 @@ class GradientRelease(DataParallel):
             self._gradients.put(named)
         elif self._staging is not None:
             read = self._up.compute()
-            self._staging.send(named, norms, lambda arrived, found: self._update_at_once(arrived, found, read))
+            self._staging.send(named, norms, lambda arrived, theirs: self._update_at_once(arrived, theirs, read))
         else:
             self._update_at_once(named, norms.tolist(), None)
 
     def _update_at_once(self, named: Mapping[str, Tensor], norms: Sequence[float], read: StreamEvent) -> None:
         """Clip each gradient by its norm and update, unless something has been found that is not finite."""
-        self._spoilt = self._spoilt or not all(map(math.isfinite, norms))
-        if self._spoilt:
+        self._not_finite = self._not_finite or not all(map(math.isfinite, norms))
+        if self._not_finite:
             return
         for gradient, norm in zip(named.values(), norms, strict=True):
             if (factor := self._max_norm / (norm + 1e-6)) < 1:
@@ -230,34 +228,34 @@ class GradientRelease(DataParallel):
                 where="memory.gradient_release: per_parameter",
                 fix="set model.dtype: bf16, or memory.gradient_release: exact",
             )
-        return math.nan if self._spoilt else norm
+        return math.nan if self._not_finite else norm
 
     def step(self) -> None:
         """Under ``per_parameter`` all has happened, and this only ends the step."""
         if self._gradients is not None and self._taken:
             if self._weights is None:
-                self._gradients.apply_updates(self._device, self._update_swept)
+                self._gradients.apply_updates(self._device, self._update_clipped)
             else:
                 read = self._up.compute()
                 self._weights.begin_update()
                 for unit in self._units:
-                    swept = {name: self._gradients.read(name) for name in unit if name in self._taken}
-                    self._update_swept(swept)
-                    self._weights.copy_to_model(swept, after=read)
+                    gradients = {name: self._gradients.read(name) for name in unit if name in self._taken}
+                    self._update_clipped(gradients)
+                    self._weights.copy_to_model(gradients, after=read)
         if self._weights is not None:
             self._weights.end_update()
         self._tag()
         self._updated = False
         self.drop_gradients()
 
-    def _update_swept(self, named: Mapping[str, Tensor]) -> None:
-        found = {name: gradient for name, gradient in named.items() if name in self._taken}
-        for gradient in found.values():
+    def _update_clipped(self, named: Mapping[str, Tensor]) -> None:
+        taken = {name: gradient for name, gradient in named.items() if name in self._taken}
+        for gradient in taken.values():
             if self._scale != 1.0:
                 gradient.div_(self._scale)
             if self._factor != 1.0:
                 gradient.mul_(self._factor)
-        self._update(found)
+        self._update(taken)
 
     def drop_gradients(self) -> None:
         """Updates that were made are not undone by it: ``backward`` refuses what would follow."""
@@ -269,7 +267,7 @@ class GradientRelease(DataParallel):
             parameter.grad = None
         self._taken.clear()
         self._squares.clear()
-        self._spoilt = False
+        self._not_finite = False
 
     def _tag(self) -> None:
         if self._weights is not None:

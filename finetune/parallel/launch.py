@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 
+from finetune.cogvideox.config import ModelConfig
 from finetune.core.distributed import ProcessGroup, on_cpu, plain_launch
 from finetune.core.errors import ConfigError
 from finetune.datasets.schedule import TrainConfig
@@ -34,6 +35,21 @@ class Replicate:
 
 
 Launch = Replicate | FullShard | Zero
+
+
+class RunSections(Protocol):
+    """What of a run's configuration meets its launch; ``config.schema.RunConfig`` has it."""
+
+    @property
+    def model(self) -> ModelConfig: ...
+    @property
+    def method(self) -> LoraMethod | FullMethod: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def train(self) -> TrainConfig: ...
+    @property
+    def memory(self) -> MemoryConfig: ...
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
@@ -208,14 +224,7 @@ def make_accelerator(accumulation: int, **tracking: Any) -> Any:
 
 
 def make_strategy(
-    launch: Launch,
-    ranks: ProcessGroup,
-    accelerator: Any,
-    module: nn.Module,
-    *,
-    method: LoraMethod | FullMethod,
-    memory: MemoryConfig,
-    train: TrainConfig,
+    launch: Launch, ranks: ProcessGroup, accelerator: Any, module: nn.Module, config: RunSections
 ) -> ParallelStrategy:
     """The strategy that the launcher asks for, around ``module``.
 
@@ -224,10 +233,9 @@ def make_strategy(
         ranks: the processes.
         accelerator: ``make_accelerator``'s.
         module: the transformer with what trains in it; on the CPU where it is to be sharded.
-        method: names what trains.
-        memory: of the run.
-        train: of the run.
+        config: of the run.
     """
+    method, memory, train = config.method, config.memory, config.train
     if isinstance(launch, FullShard):
         return FullyShardedDataParallel(launch, ranks, module, method)
     parameters = method.trainable(module)
@@ -238,31 +246,16 @@ def make_strategy(
     )
 
 
-def require_supported(
-    launch: Launch,
-    processes: int,
-    *,
-    optimizer: OptimizerConfig,
-    train: TrainConfig,
-    memory: MemoryConfig,
-    dtype: str,
-) -> None:
+def require_supported(launch: Launch, processes: int, config: RunSections) -> None:
     """Refuse settings of a run that do not go with how it is launched, before anything is loaded.
-
-    Args:
-        launch: what the launcher asks for.
-        processes: how many there are.
-        optimizer: of the run, like ``train`` and ``memory``.
-        train: its batches and its average.
-        memory: how many clips go through the model at once.
-        dtype: ``model.dtype``.
 
     Raises:
         ConfigError: naming the setting.
     """
+    optimizer, train = config.optimizer, config.train
     if isinstance(launch, Zero):
         import_deepspeed()
-    clips = memory.clips_at_once
+    clips = config.memory.clips_at_once
     for fault, what, where, fix in (
         (
             isinstance(launch, FullShard) and not optimizer.elementwise,
@@ -295,7 +288,7 @@ def require_supported(
             "set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
         ),
         (
-            isinstance(launch, Zero) and dtype == "fp16",
+            isinstance(launch, Zero) and config.model.dtype == "fp16",
             "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
             "model.dtype: fp16",
             "set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",

@@ -107,14 +107,7 @@ def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: Pr
     """
     traits = memory_traits(config, spec, processes=ranks.world, sharded=not isinstance(launch, Replicate))
     raise_all(ConfigError, memory_errors(config, traits), what="{n} settings of memory do not go with this launch")
-    require_supported(
-        launch,
-        ranks.world,
-        optimizer=config.optimizer,
-        train=config.train,
-        memory=config.memory,
-        dtype=config.model.dtype,
-    )
+    require_supported(launch, ranks.world, config)
 
 
 # -------- A run's folder among processes: one job writes to it, and all processes of the job continue from one
@@ -225,9 +218,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     config.method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
-    strategy = make_strategy(
-        launch, ranks, accelerator, module, method=config.method, memory=config.memory, train=config.train
-    )
+    strategy = make_strategy(launch, ranks, accelerator, module, config)
     with _naming(saved):
         strategy.start(config.optimizer, saved)
         ema = None
