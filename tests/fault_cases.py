@@ -21,18 +21,18 @@ def hit(how: str, call: int, rank: int, *words: str) -> int:
     """
     if rank not in (RANK, -1):
         return command(*words)
-    from finetune.trainers import loop
+    from finetune.trainers.run import TrainedModel
 
-    inner, calls = loop.batch_losses, 0
+    inner, calls = TrainedModel.losses, 0
 
-    def watched(*arguments: Any) -> Any:
+    def watched(*arguments: Any, **named: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == call:
             _strike(how)
-        return inner(*arguments)
+        return inner(*arguments, **named)
 
-    with mock.patch.object(loop, "batch_losses", watched):
+    with mock.patch.object(TrainedModel, "losses", watched):
         return command(*words)
 
 

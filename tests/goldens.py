@@ -91,7 +91,7 @@ def golden_run(config: RunConfig, *, clips: int = 5) -> Record:
 
     def noted(*arguments: Any) -> Run:
         runs.append(setup_run(*arguments))
-        before.update({name: parameter.detach().clone() for name, parameter in runs[0].parameters.items()})
+        before.update({name: parameter.detach().clone() for name, parameter in runs[0].model.parameters.items()})
         return runs[0]
 
     def on_step(step: StepRecord) -> None:
@@ -106,7 +106,7 @@ def golden_run(config: RunConfig, *, clips: int = 5) -> Record:
         loop.train(config, on_step)
     record["moved"] = {
         name: float((parameter.detach() - before[name]).float().norm())
-        for name, parameter in runs[0].parameters.items()
+        for name, parameter in runs[0].model.parameters.items()
     }
     return record
 

@@ -41,7 +41,7 @@ def sabotaged(how: str, where: str, rank: int, *words: str) -> int:
 
 
 PLACES = {
-    "step": "finetune.trainers.loop:batch_losses",
+    "step": "finetune.trainers.run:TrainedModel.losses",
     "save": "finetune.checkpoint.save:atomic_save_tensors",
     "shares": "finetune.checkpoint.shares:atomic_save_tensors",
     "encode": "finetune.caching.precompute:encode_clips",
@@ -64,9 +64,9 @@ DEEDS: dict[str, Callable[[], None]] = {"die": _die, "raise": _raise, "disk full
 
 
 def _found(module: str, name: str) -> Callable[..., Any]:
-    import importlib
+    import pkgutil
 
-    function: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    function: Callable[..., Any] = pkgutil.resolve_name(f"{module}:{name}")
     return function
 
 

@@ -62,8 +62,8 @@ def trained(model: Path, root: Path, method: str) -> tuple[Path, torch.Tensor]:
     save = Run.save
 
     def saving(run: Run, state):
-        run.module.eval()
-        outputs.append(latents_of(load_pipeline(str(model), transformer=run.module)))
+        run.model.module.eval()
+        outputs.append(latents_of(load_pipeline(str(model), transformer=run.model.module)))
         return save(run, state)
 
     with pytest.MonkeyPatch.context() as patch:

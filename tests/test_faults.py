@@ -22,13 +22,15 @@ from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core import errors
 from finetune.core.errors import CacheError, FinetuneError, TrainingError, is_out_of_memory
+from finetune.core.types import Batch
 from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, Loader
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.memory.config import MemoryConfig
-from finetune.trainers import loop, sampling
+from finetune.trainers import validation
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.oom_retry import out_of_memory
+from finetune.trainers.run import TrainedModel
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 LEARNS = {"optimizer": {"lr": 1e-2}, "method": {"dropout": 0.2}}
@@ -70,23 +72,21 @@ def saved_steps(run_dir: Path) -> list[int]:
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 
-def fails_where(
-    monkeypatch, too_large: Callable[[loop.Run, object, int], bool], error: Exception | None = None
-) -> list[int]:
-    """Let passes run out of memory where ``too_large(run, batch, call)``; returns the sizes of all passes begun."""
-    inner, sizes = loop.batch_losses, []
+def fails_where(monkeypatch, too_large: Callable[[Batch, int], bool], error: Exception | None = None) -> list[int]:
+    """Let passes run out of memory where ``too_large(batch, call)``; returns the sizes of all passes begun."""
+    inner, sizes = TrainedModel.losses, []
 
-    def limited(run, batch, *model):
-        losses = inner(run, batch, *model)
-        if not model:
+    def limited(model, batch, *, training=True):
+        losses = inner(model, batch, training=training)
+        if training:
             sizes.append(len(batch.slots))
-            if too_large(run, batch, len(sizes)):
+            if too_large(batch, len(sizes)):
                 # Halfway: activations are there, and of earlier micro-batches gradients.
                 (losses.sum() * 1e-3).backward()
                 raise error or torch.OutOfMemoryError(FULL)
         return losses
 
-    monkeypatch.setattr(loop, "batch_losses", limited)
+    monkeypatch.setattr(TrainedModel, "losses", limited)
     return sizes
 
 
@@ -95,7 +95,7 @@ def test_a_step_is_done_again_with_checkpointing_bit_for_bit(make, tmp_path, mon
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
     calm = train(make("calm", **shared))
     with monkeypatch.context() as patch:
-        fails_where(patch, lambda run, batch, call: call == 6)
+        fails_where(patch, lambda batch, call: call == 6)
         hit = train(make("hit", **shared))
     assert not differing(weights(hit), weights(calm)) and not differing(optimizer(hit), optimizer(calm))
     said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
@@ -172,20 +172,20 @@ def test_torchs_own_words_for_the_host_are_known():
 
 def test_only_one_function_knows_how_memory_runs_out():
     """Everything that catches it asks ``is_out_of_memory``; torch's class by itself is one case of many."""
-    sources = {path: path.read_text() for path in Path(errors.__file__).parent.rglob("*.py")}
+    sources = {path: path.read_text() for path in Path(errors.__file__).parents[1].rglob("*.py")}
     assert not [path for path, text in sources.items() if "except torch.OutOfMemoryError" in text]
     assert sum("is_out_of_memory(error)" in text for text in sources.values()) >= 10
 
 
 @pytest.mark.parametrize("error", [MEMORY[1], MEMORY[2], MEMORY[8]], ids=repr)
 def test_a_step_is_done_again_whoever_says_so(make, monkeypatch, capsys, error):
-    fails_where(monkeypatch, lambda run, batch, call: call == 1, error)
+    fails_where(monkeypatch, lambda batch, call: call == 1, error)
     hit = train(make("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
     assert hit.step == 1 and str(error).splitlines()[0] in capsys.readouterr().out
 
 
 def test_an_illegal_access_is_not_done_again(make, monkeypatch):
-    sizes = fails_where(monkeypatch, lambda run, batch, call: True, OTHER[0])
+    sizes = fails_where(monkeypatch, lambda batch, call: True, OTHER[0])
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
         train(make("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
     assert len(sizes) == 1
@@ -197,7 +197,7 @@ def test_gradients_left_by_the_failed_attempt_would_show(make, tmp_path, monkeyp
 
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
     calm = train(make("calm", **shared))
-    fails_where(monkeypatch, lambda run, batch, call: call == 6)
+    fails_where(monkeypatch, lambda batch, call: call == 6)
     monkeypatch.setattr(Replicated, "drop_gradients", lambda self: None)
     monkeypatch.setattr(Replicated, "step", lambda self: (self.optimizer.step(), self.optimizer.zero_grad()))
     hit = train(make("hit", **shared))
@@ -212,7 +212,7 @@ def test_micro_batches_are_split_until_they_fit(make, tmp_path, monkeypatch):
     shared |= {"memory": lowest}
     calm = train(make("calm", **shared))
     with monkeypatch.context() as patch:
-        sizes = fails_where(patch, lambda run, batch, call: len(batch.slots) > 2)
+        sizes = fails_where(patch, lambda batch, call: len(batch.slots) > 2)
         hit = train(make("hit", **shared))
     assert sizes == [4] + [2, 2] * 4  # the state is kept: only the first step meets the wall
     for name, ours in weights(hit).items():
@@ -235,7 +235,7 @@ def metrics(run: Path) -> dict[str, list[float]]:
 
 def test_recompute_is_checked_anew_after_a_notch(make, tmp_path, monkeypatch):
     """The notch says checkpointing and the flag stays off: the guard of the first step has long passed, and yet."""
-    fails_where(monkeypatch, lambda run, batch, call: call == 3)
+    fails_where(monkeypatch, lambda batch, call: call == 3)
     monkeypatch.setattr(MemoryConfig, "apply", lambda self, model, _: model.disable_gradient_checkpointing())
     config = make("run", memory={"checkpointing": "none"})
     with pytest.raises(TrainingError, match="gradient checkpointing does not do what was asked"):
@@ -244,7 +244,7 @@ def test_recompute_is_checked_anew_after_a_notch(make, tmp_path, monkeypatch):
 
 def test_with_no_notch_left_the_error_says_what_to_change(make, tmp_path, monkeypatch):
     values = {"train": {"batch_size": 2}, "checkpoint": {"every": 1}}
-    fails_where(monkeypatch, lambda run, batch, call: call > 1)
+    fails_where(monkeypatch, lambda batch, call: call > 1)
     with pytest.raises(TrainingError, match=r"in the passes of step 1: .*Tried to allocate") as caught:
         train(make("run", **values))
     assert "9x64x64" in caught.value.where and "a smaller bucket" in caught.value.fix
@@ -273,7 +273,7 @@ def test_the_advice_is_for_the_run_that_needs_it(make):
         config = make("run", **values)
         traits = memory_traits(config, read_spec(config.model.pretrained))
         run = SimpleNamespace(config=config, traits=traits)
-        return out_of_memory(run, config.memory, "full", "now", in_step=True).fix
+        return out_of_memory(run, config.memory, "full", "now").fix
 
     lora, full = fix(), fix(method={"kind": "full"}, optimizer={"kind": "adamw8bit"})
     assert "memory.base: fp8" in lora and "method.rank" in lora and "gradient_release" not in lora
@@ -382,7 +382,7 @@ def test_a_video_is_not_worth_a_run(make, watched, tmp_path, monkeypatch, error,
     def fails(*_, **__):
         raise error
 
-    monkeypatch.setattr(sampling, "sample_videos", fails)
+    monkeypatch.setattr(validation, "sample_videos", fails)
     hit = train(make("hit", **WATCHED))
     assert hit.step == 4 and not differing(weights(hit), weights(watched))
     assert "could not sample; training goes on" in caplog.text
@@ -393,8 +393,8 @@ def test_a_disk_without_room_for_videos_is_not_worth_a_run_either(make, watched,
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sampling, "sample_videos", lambda *_, **__: [torch.zeros(9, 64, 64, 3, dtype=torch.uint8)])
-    monkeypatch.setattr(sampling, "write_mp4", full)
+    monkeypatch.setattr(validation, "sample_videos", lambda *_, **__: [torch.zeros(9, 64, 64, 3, dtype=torch.uint8)])
+    monkeypatch.setattr(validation, "write_mp4", full)
     hit = train(make("hit", **WATCHED))
     assert not differing(weights(hit), weights(watched))
     assert "sampled videos could not be written; training goes on: [Errno 28]" in caplog.text

@@ -161,7 +161,9 @@ def test_measuring_and_sampling_pass_through_the_same_state(tiny_model, demo_cli
     seen = []
     inner = loop.Sampler.sample
     monkeypatch.setattr(
-        loop.Sampler, "sample", lambda self, step: (seen.append(block_runner(self._run.module)), inner(self, step))[1]
+        loop.Sampler,
+        "sample",
+        lambda self, step: (seen.append(block_runner(self._run.model.module)), inner(self, step))[1],
     )
     quiet = train(config_of(case, tiny_model(), demo_clips, tmp_path / "quiet", data={"holdout": 0.25}))
     watched = train(

@@ -40,8 +40,8 @@ from finetune.parallel.deepspeed import Zero, import_deepspeed
 from finetune.parallel.fsdp import FullShard, FullyShardedDataParallel
 from finetune.parallel.launch import Replicate, read_launch
 from finetune.parallel.strategy import require_agreement
-from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.run import TrainedModel
 from finetune.trainers.setup import require_launch
 
 SPEC = read_spec(str(known_model("5b")))
@@ -256,14 +256,14 @@ def test_averaged_weights_do_not_stay_behind_in_the_gathered_ones(tiny_model, de
 
 
 def test_a_bad_step_is_not_taken_under_fsdp2(tiny_model, tmp_path, fsdp, monkeypatch):
-    inner, calls = loop.batch_losses, 0
+    inner, calls = TrainedModel.losses, 0
 
-    def poisoned(*arguments: Any) -> torch.Tensor:
+    def poisoned(*arguments: Any, **named: Any) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        return inner(*arguments) * (float("nan") if calls == 5 else 1.0)
+        return inner(*arguments, **named) * (float("nan") if calls == 5 else 1.0)
 
-    monkeypatch.setattr(loop, "batch_losses", poisoned)
+    monkeypatch.setattr(TrainedModel, "losses", poisoned)
     with pytest.raises(TrainingError, match="step 2"):
         in_one_process(tiny_model(), tmp_path / "run", checkpoint={"every": 1})
     last = max((tmp_path / "run" / "checkpoints").glob("step-*"))

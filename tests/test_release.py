@@ -35,8 +35,8 @@ from finetune.parallel.strategy import DataParallel
 from finetune.planner.estimate import OneProcess
 from finetune.planner.memory_tracker import MemoryTracker
 from finetune.testing.tiny import tiny_transformer
-from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.run import TrainedModel
 from finetune.trainers.setup import require_launch
 
 CPU = torch.device("cpu")
@@ -661,8 +661,8 @@ def test_out_of_memory_is_survived_where_nothing_was_updated(tiny_model, tmp_pat
 
 
 def test_a_loss_that_is_not_finite_leaves_the_weights_alone(tiny_model, tmp_path, monkeypatch):
-    losses = loop.batch_losses
-    monkeypatch.setattr(loop, "batch_losses", lambda *given: losses(*given) * math.inf)
+    losses = TrainedModel.losses
+    monkeypatch.setattr(TrainedModel, "losses", lambda *given: losses(*given) * math.inf)
     with pytest.raises(TrainingError, match="finite"):
         run(tiny_model(), tmp_path / "run", memory=STATES["each"])
     (report,) = (tmp_path / "run" / "reports").iterdir()

@@ -26,9 +26,9 @@ from finetune.trainers import fault_report
 from finetune.trainers.fault_report import read_report
 from finetune.trainers.loop import train
 from finetune.trainers.replay import replay
-from finetune.trainers.run import Run
+from finetune.trainers.run import TrainedModel
 from finetune.trainers.tracking import GatheredStep
-from finetune.trainers.validation import HeldoutLoss
+from finetune.trainers.validation import MeasuredLoss
 
 POISON = 1e25
 """Finite, and stored as it is; its square is not."""
@@ -227,7 +227,7 @@ def test_without_the_look_at_it_nan_would_be_the_best(make, monkeypatch):
     """Canary: what the first NaN did before it was looked at, in the middle of a save."""
     config = make("run", **watched())
     poison_heldout(config)
-    monkeypatch.setattr(HeldoutLoss, "is_finite", True)
+    monkeypatch.setattr(MeasuredLoss, "is_finite", True)
     with pytest.raises(ValueError, match="Out of range float"):
         train(config)
 
@@ -340,6 +340,6 @@ def test_without_the_check_the_weights_would_be_lost(make, monkeypatch):
     config = make("run")
     poison(config)
     monkeypatch.setattr(GatheredStep, "is_finite", lambda self, norm: True)
-    monkeypatch.setattr(Run, "is_finite", lambda self: True)
+    monkeypatch.setattr(TrainedModel, "is_finite", lambda self: True)
     trained = load_file(train(config).checkpoint / "trainable.safetensors")
     assert any(not torch.isfinite(tensor).all() for tensor in trained.values())

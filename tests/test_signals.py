@@ -25,9 +25,9 @@ from finetune.checkpoint import save
 from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, main
 from finetune.config.schema import RunConfig
 from finetune.datasets.dataloader import BatchMaker
-from finetune.trainers import loop, sampling
+from finetune.trainers import loop, validation
 from finetune.trainers.loop import TrainReport, train
-from finetune.trainers.run import Run
+from finetune.trainers.run import Run, TrainedModel
 from finetune.trainers.stopping import SIGNALS, StopRequest
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def hang_ups_are_heard():
 def test_a_signal_in_a_step_finishes_it_and_saves(make, number, tmp_path):
     calm = train(make("calm"))
     config = make("run")
-    with before(loop, "batch_losses", 3, lambda: send(number)):
+    with before(TrainedModel, "losses", 3, lambda: send(number)):
         stopped = train(config)
     assert stopped.stopped_by == signal.Signals(number).name and stopped.step == 3
     assert saved_steps(config.output_dir) == [3]
@@ -122,7 +122,7 @@ def test_a_signal_in_a_step_finishes_it_and_saves(make, number, tmp_path):
 def test_the_command_says_75_then_0_and_0_again(make, tmp_path, capsys):
     run_yaml = tmp_path / "run.yaml"
     run_yaml.write_text(make("run").to_yaml())
-    with before(loop, "batch_losses", 2, lambda: send(signal.SIGUSR1)):
+    with before(TrainedModel, "losses", 2, lambda: send(signal.SIGUSR1)):
         assert main(["train", "--config", str(run_yaml)]) == PREEMPTED
     assert "SIGUSR1: stopped after 2 of 4 steps" in capsys.readouterr().out
     assert [main(["train", "--config", str(run_yaml)]) for _ in range(2)] == [OK, OK]
@@ -136,12 +136,12 @@ def test_a_second_ctrl_c_stops_unsaved(make, tmp_path):
         send(signal.SIGINT)
         send(signal.SIGINT)
 
-    with before(loop, "batch_losses", 3, twice), pytest.raises(KeyboardInterrupt):
+    with before(TrainedModel, "losses", 3, twice), pytest.raises(KeyboardInterrupt):
         train(config)
     assert saved_steps(config.output_dir) == [1, 2]
     run_yaml = tmp_path / "run.yaml"
     run_yaml.write_text(config.to_yaml())
-    with before(loop, "batch_losses", 1, twice):
+    with before(TrainedModel, "losses", 1, twice):
         assert main(["train", "--config", str(run_yaml)]) == INTERRUPTED
 
 
@@ -154,7 +154,7 @@ def test_a_repeated_signal_changes_nothing(make, number, capfd):
         send(number)
 
     with (
-        before(loop, "batch_losses", 2, thrice),
+        before(TrainedModel, "losses", 2, thrice),
         before(Run, "save", 1, lambda: send(number)),  # launchers repeat it while the checkpoint is written
     ):
         stopped = train(config)
@@ -228,21 +228,21 @@ def test_a_kill_between_saving_and_sampling_costs_no_video(make, round_):
     def killed() -> None:
         raise SystemExit
 
-    with before(sampling.Sampler, "sample", round_, killed), pytest.raises(SystemExit):
+    with before(validation.Sampler, "sample", round_, killed), pytest.raises(SystemExit):
         train(config)
     assert len(videos(config.output_dir)) == 2 * (round_ - 1) < len(videos(calm.run_dir)) == 4
-    with before(loop, "batch_losses", 1, lambda: None) as passes:
+    with before(TrainedModel, "losses", 1, lambda: None) as passes:
         again = train(config)
     assert videos(again.run_dir) == videos(calm.run_dir) and not again.stopped_by
     assert len(passes) == (2 if round_ == 1 else 0) and saved_steps(again.run_dir) == [2, 4]
-    with before(sampling, "sample_videos", 1, lambda: None) as calls:  # and what is there is not made again
+    with before(validation, "sample_videos", 1, lambda: None) as calls:  # and what is there is not made again
         train(config)
     assert not calls
 
 
 def test_a_stop_in_the_last_step_owes_the_last_videos(make):
     config = make("run", **SAMPLED)
-    with before(loop, "batch_losses", 4, lambda: send(signal.SIGTERM)):
+    with before(TrainedModel, "losses", 4, lambda: send(signal.SIGTERM)):
         stopped = train(config)
     assert stopped.step == 4 and stopped.stopped_by == "SIGTERM" and "The same command continues" in str(stopped)
     assert len(videos(config.output_dir)) == 2
@@ -254,14 +254,14 @@ def test_a_video_that_cannot_be_made_is_no_stop(make, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(sampling, "sample_videos", fails)
+    monkeypatch.setattr(validation, "sample_videos", fails)
     assert not train(make("run", **SAMPLED)).stopped_by
 
 
 def test_under_nohup_a_hang_up_is_none(make):
     own = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with before(loop, "batch_losses", 2, lambda: send(signal.SIGHUP)):
+        with before(TrainedModel, "losses", 2, lambda: send(signal.SIGHUP)):
             assert not train(make("run")).stopped_by
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
@@ -271,7 +271,7 @@ def test_under_nohup_a_hang_up_is_none(make):
 def test_sampling_stops_between_two_videos(make):
     calm = train(make("calm", data=WATCHED["data"]))
     config = make("run", **SAMPLED)
-    with before(sampling, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
+    with before(validation, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
         stopped = train(config)
     assert len(calls) == 1 and len(list(config.output_dir.rglob("*.mp4"))) == 1
     assert saved_steps(config.output_dir) == [3] and stopped.step == 3  # the next step is where all can agree
@@ -293,7 +293,7 @@ def test_handlers_are_set_for_the_steps_alone(make):
     def note() -> None:
         seen.append({number: signal.getsignal(number) for number in SIGNALS})
 
-    with before(loop, "setup_run", 1, note), before(loop, "batch_losses", 1, note):
+    with before(loop, "setup_run", 1, note), before(TrainedModel, "losses", 1, note):
         train(make("run"))
     assert seen[0] == own == {number: signal.getsignal(number) for number in SIGNALS}
     assert all(seen[1][number] != own[number] for number in SIGNALS)
@@ -314,7 +314,7 @@ def test_without_the_handlers_a_signal_would_be_the_end(make):
     with (
         _put_back(own),
         pytest.MonkeyPatch.context() as patch,
-        before(loop, "batch_losses", 2, lambda: send(signal.SIGINT)),
+        before(TrainedModel, "losses", 2, lambda: send(signal.SIGINT)),
         pytest.raises(KeyboardInterrupt),
     ):
         patch.setattr(StopRequest, "begin", lambda self: None)

@@ -8,17 +8,21 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
+import accelerate.tracking
 import numpy as np
 import pytest
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from accelerate.utils import LoggerType
 from broken_disk import forked, mount_small_disk
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune.config.schema import TrackingConfig
-from finetune.trainers import tracking
-from finetune.trainers.tracking import Console, StepRecord, Tracker, duration, flatten_settings
+from finetune.core.errors import ConfigError
+from finetune.trainers.tracking import Console, StepRecord, Tracker, duration, flatten_settings, require_tracker
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -137,9 +141,59 @@ def test_none_writes_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_accelerator_without_the_options_is_refused():
-    with pytest.raises(ValueError, match="accelerator_options"):
-        Tracker(TrackingConfig(), Accelerator(cpu=True), settings={})
+class Service(GeneralTracker):
+    """A tracker of accelerate's kind, as wandb's is: it may lose its connection."""
+
+    name = "trackio"
+    requires_logging_directory = False
+    calls: ClassVar[list[tuple[object, ...]]] = []
+    lost = False
+
+    def __init__(self, project: str, **options: object) -> None:
+        self.calls.append((project, options))
+
+    def start(self) -> None:
+        pass
+
+    @property
+    def tracker(self) -> None:
+        return None
+
+    def store_init_configuration(self, values: dict) -> None:
+        self.calls.append((values["optimizer.kind"],))
+
+    def log(self, values: dict, step: int | None, **_: object) -> None:
+        if Service.lost:
+            raise ConnectionError("the service is gone")
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append(("finished",))
+
+
+def test_trackers_that_accelerate_knows_are_used_by_name(tmp_path, monkeypatch, caplog):
+    monkeypatch.setitem(accelerate.tracking.LOGGER_TYPE_TO_CLASS, "trackio", Service)
+    monkeypatch.setattr(accelerate.tracking, "_available_trackers", [LoggerType("trackio")])
+    monkeypatch.setattr(Service, "calls", [])
+    monkeypatch.setattr(Service, "lost", False)
+    ours = tracker(tmp_path / "first", kind="trackio")
+    ours.log(1, {"train/loss": 0.5})
+    ours.log_video("samples/00", np.zeros((2, 8, 8, 3), np.uint8), 1, 8)
+    assert Service.calls == [("cogvideox-finetune", {"name": "first"}), ("adamw8bit",), (1, {"train/loss": 0.5})]
+    monkeypatch.setattr(Service, "lost", True)
+    for step in (2, 3):
+        ours.log(step, {"train/loss": 0.5})
+    ours.close()
+    assert [record.message for record in caplog.records] == [
+        "metrics are no longer written to trackio; training goes on: the service is gone"
+    ]
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tiny_run):
+    config = tiny_run(tracking={"kind": "clearml"})
+    with pytest.raises(ConfigError, match="clearml is not installed") as caught:
+        require_tracker(config, Accelerator(cpu=True, **config.tracking.accelerator_options(config.output_dir)))
+    assert "pip install clearml" in caught.value.fix
 
 
 def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, caplog):
@@ -155,7 +209,7 @@ def test_a_full_disk_is_one_warning_and_training_goes_on(tmp_path, monkeypatch, 
         ours.log(step, {"train/loss": 1.0})
     assert calls == [1]
     assert [record.message for record in caplog.records if "No space left" in record.message] == [
-        "metrics are no longer written to TensorBoard; training goes on: [Errno 28] No space left on device"
+        "metrics are no longer written to tensorboard; training goes on: [Errno 28] No space left on device"
     ]
 
 
@@ -175,18 +229,11 @@ def failing_writer(monkeypatch: pytest.MonkeyPatch, error: Exception, after: int
     return threads
 
 
-class ResourceExhaustedError(Exception):
-    """What TensorFlow, where it is installed, raises in place of an OSError."""
-
-    __module__ = "tensorflow.python.framework.errors_impl"
-
-
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ResourceExhaustedError("No space left")])
 @pytest.mark.parametrize("after", [0, 1, 4, 6])
 def test_a_disk_that_fails_in_the_writers_thread_does_not_end_or_hang_training(
-    tmp_path, monkeypatch, caplog, capfd, after, error
+    tmp_path, monkeypatch, caplog, capfd, after
 ):
-    threads = failing_writer(monkeypatch, error, after)
+    threads = failing_writer(monkeypatch, OSError(28, "No space left on device"), after)
     ours = tracker(tmp_path)
     for step in range(1, 30):
         ours.log(step, {"train/loss": 1.0, "train/lr": 1e-4})
@@ -194,7 +241,7 @@ def test_a_disk_that_fails_in_the_writers_thread_does_not_end_or_hang_training(
     ours.close()
     ours.close()
     assert len(threads) > after and threading.current_thread().name not in threads
-    warnings = [record.message for record in caplog.records if "no longer written to TensorBoard" in record.message]
+    warnings = [record.message for record in caplog.records if "no longer written to tensorboard" in record.message]
     assert len(warnings) == 1 and "No space left" in warnings[0]
     assert "Traceback" not in capfd.readouterr().err
 
@@ -202,7 +249,7 @@ def test_a_disk_that_fails_in_the_writers_thread_does_not_end_or_hang_training(
 def test_without_the_guard_it_would_end_training(tmp_path, monkeypatch):
     """The canary of the test above."""
     failing_writer(monkeypatch, OSError(28, "No space left on device"), after=4)
-    monkeypatch.setattr(tracking, "_of_the_disk", lambda _: False)
+    monkeypatch.setattr(Tracker, "_guarded", lambda _, action: action())
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with pytest.raises(OSError, match="No space left"):
         ours = tracker(tmp_path)
@@ -242,19 +289,13 @@ def test_a_full_file_system_is_one_warning(tmp_path):
     assert seen[0] and seen[1].count("No space left on device") == 1
 
 
-def test_the_hook_for_threads_is_put_back(tmp_path):
-    before = threading.excepthook
-    ours = tracker(tmp_path)
-    assert threading.excepthook is not before
-    ours.close()
-    assert threading.excepthook == before
-
-
 def test_another_threads_failure_is_still_shown(tmp_path, monkeypatch):
     """The canary of the silence above."""
     shown = []
     monkeypatch.setattr(threading, "excepthook", lambda failure: shown.append(failure.exc_type))
+    hook = threading.excepthook
     ours = tracker(tmp_path)
+    assert threading.excepthook is not hook
 
     def fail() -> None:
         raise OSError("somebody else's")
@@ -264,14 +305,7 @@ def test_another_threads_failure_is_still_shown(tmp_path, monkeypatch):
         thread.start()
         thread.join()
     ours.close()
-    assert shown == [OSError, ZeroDivisionError]
-
-
-def test_a_bug_in_tracking_is_not_swallowed(tmp_path, monkeypatch):
-    ours = tracker(tmp_path)
-    monkeypatch.setattr(Accelerator, "log", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        ours.log(1, {"train/loss": 1.0})
+    assert shown == [OSError, ZeroDivisionError] and threading.excepthook is hook
 
 
 # ------------------------------------------------------------------------------------------------------------ console

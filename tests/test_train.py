@@ -15,7 +15,8 @@ from worlds import run_config
 from finetune.core.errors import CheckpointError, ConfigError, TrainingError
 from finetune.trainers import loop
 from finetune.trainers.loop import TrainReport, train
-from finetune.trainers.validation import HeldoutLoss, Validator
+from finetune.trainers.run import TrainedModel
+from finetune.trainers.validation import MeasuredLoss, Validator
 
 
 def tangled(demo_clips: Path, wide_clips: Path) -> dict[str, object]:
@@ -105,18 +106,12 @@ def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tm
 
 def stop_after(steps: int, config) -> None:
     """Train, and ask for an end the way a cluster does: SIGTERM in the middle of a step."""
-    inner, calls = loop.batch_losses, 0
 
-    def counting(run, batch):
-        nonlocal calls
-        calls += 1
-        if calls == (steps - 1) * config.train.accumulation + 1:
+    def ask(record):
+        if record.step == steps - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return inner(run, batch)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "batch_losses", counting)
-        report = train(config)
+    report = train(config, on_step=ask)
     assert report.stopped_by == "SIGTERM" and report.step == steps
 
 
@@ -237,7 +232,11 @@ def test_the_end_says_which_step_was_best_and_how_to_export_it(
     tiny_model, demo_clips, tmp_path, monkeypatch, losses, keep_best, ending
 ):
     measured = iter(loss for heldout in losses for loss in (heldout, 0.1))
-    monkeypatch.setattr(Validator, "_evaluate", lambda *_: HeldoutLoss(next(measured), {}, ()))
+
+    def evaluate(_, passes):
+        return MeasuredLoss(passes[:1], [[next(measured)] * len(passes[0].timesteps)])
+
+    monkeypatch.setattr(Validator, "_evaluate", evaluate)
     config = run_config(
         tiny_model(),
         demo_clips,
@@ -269,15 +268,15 @@ def test_the_end_says_when_nothing_measured_the_run(tiny_model, demo_clips, tmp_
 
 def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_model, demo_clips, tmp_path):
     config = run_config(tiny_model(), demo_clips, tmp_path / "run", checkpoint={"every": 1})
-    inner, calls = loop.batch_losses, 0
+    inner, calls = TrainedModel.losses, 0
 
-    def poisoned(run, batch):
+    def poisoned(model, batch):
         nonlocal calls
         calls += 1
-        return inner(run, batch) * (float("nan") if calls == 3 else 1.0)
+        return inner(model, batch) * (float("nan") if calls == 3 else 1.0)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "batch_losses", poisoned)
+        patch.setattr(TrainedModel, "losses", poisoned)
         with pytest.raises(TrainingError, match="step 2") as caught:
             train(config)
     assert ".mp4" in str(caught.value) and "timestep" in str(caught.value)
@@ -290,7 +289,7 @@ def test_running_out_of_gpu_memory_is_the_users_to_mend(tiny_model, demo_clips, 
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(loop, "batch_losses", full)
+    monkeypatch.setattr(TrainedModel, "losses", full)
     with pytest.raises(TrainingError, match="Tried to allocate") as caught:
         train(run_config(tiny_model(), demo_clips, tmp_path / "run"))
     assert "9x64x64" in caught.value.where and "a smaller bucket" in caught.value.fix
@@ -326,14 +325,14 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
         train={"steps": 1, "batch_size": 3, "accumulation": 2, "max_grad_norm": None},
     )
     runs, ours = [], []
-    real_assemble, real_check = loop.setup_run, loop.require_finite
+    real_setup, real_check = loop.setup_run, loop.require_finite
 
     def assembled(config, cleanup):
-        runs.append(real_assemble(config, cleanup))
+        runs.append(real_setup(config, cleanup))
         return runs[0]
 
     def captured(*arguments, **named):
-        ours.extend(parameter.grad.clone() for parameter in runs[0].parameters.values())
+        ours.extend(parameter.grad.clone() for parameter in runs[0].model.parameters.values())
         return real_check(*arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -342,10 +341,10 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
         patch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)  # the weights stay the initial ones
         train(config)
     run = runs[0]
-    micros = run.plan.step(0)
+    micros = run.data.plan.step(0)
     assert sorted(len(micro.items) for micro in micros) == [1, 3]
-    total = sum(loop.batch_losses(run, run.training.training(0, micro)).sum() for micro in micros) / 4
-    theirs = torch.autograd.grad(total, list(run.parameters.values()))
+    total = sum(run.model.losses(run.data.training.training(0, micro)).sum() for micro in micros) / 4
+    theirs = torch.autograd.grad(total, list(run.model.parameters.values()))
     for mine, reference in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-7)
 

@@ -15,55 +15,30 @@ from hypothesis import strategies as st
 from torch import nn
 
 from finetune.checkpoint.folders import HISTORY, Measurement, best_of, read_history, verdict
-from finetune.config.schema import ValidationConfig
 from finetune.core.rng import training_state_untouched
-from finetune.core.types import Batch, RunState
-from finetune.trainers.tracking import loss_by_timestep_bucket, timestep_bucket
-from finetune.trainers.validation import evaluate, fixed_timesteps
+from finetune.core.types import RunState
+from finetune.trainers.tracking import loss_by_timestep_bucket, mean, timestep_bucket
+from finetune.trainers.validation import fixed_timesteps
+
+# ------------------------------------------------------------------------------------------------- timesteps and means
 
 
-def batch(timesteps: list[int], value: float = 0.0) -> Batch:
-    shape = (len(timesteps), 2, 1, 2, 2)
-    return Batch(
-        latents=torch.full(shape, value),
-        noise=torch.zeros(shape),
-        timesteps=torch.tensor(timesteps),
-        prompt_embeds=torch.zeros(len(timesteps), 3, 4),
-        image_latents=None,
-        slots=tuple(range(len(timesteps))),
-        clips=("clip",) * len(timesteps),
-    )
-
-
-# -------------------------------------------------------------------------------------------------------------- bands
-
-
-def test_bands_tile_the_schedule_in_order():
-    labels = [timestep_bucket(t, 1000) for t in range(1000)]
-    assert sorted(set(labels)) == ["t000-249", "t250-499", "t500-749", "t750-999"]
-    assert labels == sorted(labels)
-
-
-@pytest.mark.parametrize(("length", "bands"), [(1000, 4), (1000, 3), (10, 4), (7, 7), (50, 6)])
-def test_every_timestep_is_inside_its_label(length, bands):
-    labels = {timestep_bucket(t, length, bands) for t in range(length)}
-    assert len(labels) == bands
-    for t in range(length):
-        first, last = (int(edge) for edge in timestep_bucket(t, length, bands)[1:].split("-"))
+@pytest.mark.parametrize("length", [1000, 10, 7, 50])
+def test_buckets_tile_the_schedule_in_order(length):
+    labels = [timestep_bucket(t, length) for t in range(length)]
+    assert len(set(labels)) == 4 and labels == sorted(labels)
+    for t, label in enumerate(labels):
+        first, last = (int(edge) for edge in label[1:].split("-"))
         assert first <= t <= last
+    if length == 1000:
+        assert sorted(set(labels)) == ["t000-249", "t250-499", "t500-749", "t750-999"]
+    for outside in (-1, length):
+        with pytest.raises(ValueError, match=rf"not in 0\.\.{length - 1}"):
+            timestep_bucket(outside, length)
 
 
-@pytest.mark.parametrize("timestep", [-1, 1000])
-def test_a_timestep_outside_the_schedule_is_refused(timestep):
-    with pytest.raises(ValueError, match=r"not in 0\.\.999"):
-        timestep_bucket(timestep, 1000)
-
-
-def test_loss_by_band_is_the_mean_of_each_group():
+def test_loss_by_bucket_is_the_mean_of_each_group():
     assert loss_by_timestep_bucket([1.0, 3.0, 10.0], [0, 249, 900], 1000) == {"t000-249": 2.0, "t750-999": 10.0}
-
-
-# ----------------------------------------------------------------------------------------------------------- evaluate
 
 
 def test_fixed_timesteps_are_midpoints_of_equal_parts():
@@ -86,36 +61,9 @@ def test_midpoints_estimate_the_mean_over_the_whole_schedule():
     assert abs(ours - whole) < 0.01 * whole < abs(left_edges - whole)
 
 
-def test_evaluate_is_the_mean_of_samples_however_they_are_batched():
-    values = torch.rand(10, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    timesteps = list(range(0, 1000, 100))
-
-    def loss_of(measured: Batch) -> torch.Tensor:
-        return values[measured.timesteps // 100]
-
-    one = evaluate(loss_of, [batch(timesteps)], 1000)
-    uneven = evaluate(loss_of, [batch(timesteps[7:]), batch(timesteps[:1]), batch(timesteps[1:7])], 1000)
-    assert (one.mean, one.by_band) == (uneven.mean, uneven.by_band) and len(one.losses) == 10
-    assert one.mean == math.fsum(values.double().tolist()) / 10
-    assert one.by_band["t000-249"] == pytest.approx(values[:3].double().mean().item(), rel=1e-15)
-
-
-def test_evaluate_gathers_over_processes():
-    theirs = [(3.0, 900)]
-    measured = evaluate(lambda b: torch.ones(len(b.timesteps)), [batch([0])], 1000, gather=lambda mine: mine + theirs)
-    assert (measured.mean, measured.losses) == (2.0, (1.0, 3.0))
-    # A process without a share of its own still has the others' result.
-    assert evaluate(lambda b: torch.ones(1), [], 1000, gather=lambda mine: mine + theirs).mean == 3.0
-
-
-def test_nothing_to_measure_is_an_error():
-    with pytest.raises(ValueError, match="no batch"):
-        evaluate(lambda b: torch.ones(1), [], 1000)
-
-
-def test_a_loss_that_is_not_per_sample_is_an_error():
-    with pytest.raises(ValueError, match="2 samples"):
-        evaluate(lambda b: torch.ones(()), [batch([1, 2])], 1000)
+def test_a_mean_is_the_same_in_every_order():
+    losses = torch.rand(101, generator=torch.Generator().manual_seed(0)).tolist()
+    assert mean(losses) == mean(losses[::-1]) == mean(sorted(losses)) == math.fsum(losses) / 101
 
 
 # ------------------------------------------------------------------------------------------- training state untouched
@@ -155,7 +103,7 @@ def train(validate, steps: int = 6) -> tuple[list[float], list[torch.Tensor], to
 
 def measure(model: Model) -> None:
     torch.randn(7)
-    evaluate(lambda b: model(torch.randn(1, 2)).mean(1), [batch([5]), batch([6])], 1000)
+    model(torch.randn(1, 2))
 
 
 def guarded(model: Model) -> None:
@@ -193,13 +141,6 @@ def test_flags_are_restored_one_by_one():
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == before
     assert torch.is_grad_enabled()
-
-
-def test_defaults_are_valid_and_samples_parse():
-    config = ValidationConfig.model_validate({"samples": [{"prompt": "a ring", "seed": 3}], "bucket": "9x64x64"})
-    assert config.samples[0].image is None and str(config.bucket) == "9x64x64"
-    for field in ValidationConfig.model_fields.values():
-        assert field.description
 
 
 # ------------------------------------------------------------------------------------------------------------- history

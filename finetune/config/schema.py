@@ -64,8 +64,11 @@ class ValidationConfig(Strict):
 class TrackingConfig(Strict):
     """Where the run's numbers go."""
 
-    kind: Literal["tensorboard", "none"] = "tensorboard"
-    """``tensorboard`` writes event files to ``output_dir/tensorboard``; ``none`` leaves the console only."""
+    kind: Literal["tensorboard", "wandb", "trackio", "mlflow", "comet_ml", "swanlab", "aim", "clearml", "none"] = (
+        "tensorboard"
+    )
+    """``tensorboard`` writes event files to ``output_dir/tensorboard``; the others are trackers that accelerate knows,
+    each to be installed and signed in to beforehand; ``none`` leaves the console only."""
     every: int = Field(1, ge=1, le=MOST_STEPS)
     """Optimizer steps between two records of the training metrics. Held-out losses and videos are always recorded."""
     console_interval_s: float = Field(10.0, gt=0, le=86_400)

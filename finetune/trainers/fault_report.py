@@ -1,8 +1,8 @@
 """The report of a loss or gradient that is not finite, for ``finetune replay``: of a step, or of a measurement.
 
 ``<run>/reports/nonfinite-step-00000123/`` (or ``nonfinite-heldout-00000123``) holds ``report.json``,
-``trainable.safetensors`` (the weights it was computed with) and a checksum of both. Nothing in it runs code
-when it is read.
+``trainable.safetensors`` (the weights it was computed with) and ``COMPLETE``, the checksums of both. Nothing in it runs
+code when it is read.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,16 +57,16 @@ class ReportedSample(_Part):
 class Report(_Part):
     """Everything that decides a step, and what was seen of it."""
 
-    format: int
+    format: int = FORMAT
     step: int
     """The optimizer step that was not taken, from 0."""
-    lr: float
-    grad_norm: float
+    lr: float = 0.0
+    grad_norm: float = 0.0
     """Global, before clipping."""
     samples: tuple[ReportedSample, ...]
-    gradient_norms: dict[str, float]
+    gradient_norms: dict[str, float] = {}
     """Of the step's gradient, by parameter, before clipping. Empty where ``gradient_note`` says why."""
-    gradient_note: str
+    gradient_note: str = ""
     loss_scale: float
     dtype: str
     """Of frozen weights and compute."""
@@ -78,9 +79,9 @@ class Report(_Part):
     config_digest: str
     cache_digest: str
     empty_prompt_key: str
-    model_files: dict[str, str]
+    model_files: dict[str, str] = {}
     """Checksums of the transformer's files, by name."""
-    weights_note: str
+    weights_note: str = ""
     """Why there are no weights in the report; empty where there are."""
     versions: dict[str, str]
     measured: bool = False
@@ -93,28 +94,20 @@ class Report(_Part):
 
 
 def require_finite(
-    gathered: GatheredStep,
-    grad_norm: float,
-    run: Run,
-    memory: MemoryConfig,
-    *,
-    step: int,
-    lr: float,
-    again: Callable[[], None],
+    run: Run, gathered: GatheredStep, memory: MemoryConfig, again: Callable[[], None], *, step: int, grad_norm: float
 ) -> None:
     """Stop before a non-finite loss or gradient reaches the weights, and write down what led to it.
 
-    Every process sees the same record and the same gradient norm, so all of them raise or none.
+    Every process sees the same losses and the same gradient norm, so all of them raise or none.
 
     Args:
-        gathered: the step, of all processes.
-        grad_norm: global norm before clipping.
         run: with the weights as they were in the step.
+        gathered: the step, of all processes.
         memory: the state it was computed in.
-        step: which optimizer step, from 0.
-        lr: the rate it would have been taken with.
         again: runs the step's passes once more, for the gradient of every layer. Clipping has made NaN of all of them;
             a second pass gives them back, because everything random follows from the step.
+        step: which optimizer step, from 0.
+        grad_norm: global norm before clipping.
 
     Raises:
         TrainingError: naming the step, the samples, and the report.
@@ -122,12 +115,12 @@ def require_finite(
     if gathered.is_finite(grad_norm):
         return
     samples = reported_samples(run, step, gathered)
-    norms, gradient_note = _second_pass(run, again)
-    report = _describe(run, memory, step=step, lr=lr, grad_norm=grad_norm, samples=samples).model_copy(
-        update={"gradient_norms": norms, "gradient_note": gradient_note}
+    norms, note = _second_pass(run, again)
+    lr = float(run.model.strategy.optimizer.param_groups[0]["lr"])
+    report = _describe(
+        run, samples, memory, step=step, lr=lr, grad_norm=grad_norm, gradient_norms=norms, gradient_note=note
     )
-    path = run.config.output_dir / FOLDER / f"nonfinite-step-{step:08d}"
-    raise _error(report, path, _write_down(run, path, report))
+    raise _published(run, report, f"nonfinite-step-{step:08d}")
 
 
 def refuse_measurement(run: Run, samples: Sequence[ReportedSample], *, step: int) -> NoReturn:
@@ -141,93 +134,79 @@ def refuse_measurement(run: Run, samples: Sequence[ReportedSample], *, step: int
     Raises:
         TrainingError: naming the clips and the report, on every process.
     """
-    report = _describe(run, run.config.memory, step=step, lr=0.0, grad_norm=0.0, samples=tuple(samples)).model_copy(
-        update={"gradient_note": "a measurement has no gradient", "measured": True}
-    )
-    path = run.config.output_dir / FOLDER / f"nonfinite-heldout-{step:08d}"
-    raise _error(report, path, _write_down(run, path, report))
+    note = "a measurement has no gradient"
+    report = _describe(run, samples, run.config.memory, step=step, gradient_note=note, measured=True)
+    raise _published(run, report, f"nonfinite-heldout-{step:08d}")
 
 
-def _describe(
-    run: Run, memory: MemoryConfig, *, step: int, lr: float, grad_norm: float, samples: tuple[ReportedSample, ...]
-) -> Report:
+def _describe(run: Run, samples: Sequence[ReportedSample], memory: MemoryConfig, **seen: Any) -> Report:
+    model = run.model
     return Report(
-        format=FORMAT,
-        step=step,
-        lr=lr,
-        grad_norm=grad_norm,
-        samples=samples,
-        gradient_norms={},
-        gradient_note="",
-        loss_scale=run.loss_scale,
-        dtype=str(run.dtype).removeprefix("torch."),
-        device=str(run.device),
-        engine=run.strategy.name,
+        samples=tuple(samples),
+        loss_scale=model.loss_scale,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=str(run.ranks.device),
+        engine=model.strategy.name,
         processes=run.ranks.world,
         memory=memory,
         config=run.config.to_dict(),
         config_digest=run.config.digest,
-        cache_digest=run.manifest.digest,
-        empty_prompt_key=run.manifest.empty_prompt_key,
-        model_files={},
-        weights_note="",
+        cache_digest=run.data.manifest.digest,
+        empty_prompt_key=run.data.manifest.empty_prompt_key,
         versions=_versions(),
+        **seen,
     )
 
 
-def _write_down(run: Run, path: Path, report: Report) -> str:
-    """Publish the report with the weights; every process calls this. Returns why it could not, or nothing."""
+def _published(run: Run, report: Report, name: str) -> TrainingError:
+    """Write the report with the weights; every process calls this. Returns the error to raise."""
+    path, strategy = run.config.output_dir / FOLDER / name, run.model.strategy
     # Of all processes, in the same order: where the model is sharded, each tensor is a collective.
-    tensors = {name: _whole(tensor, keep=run.ranks.is_main) for name, tensor in run.strategy.weights().items()}
-    return run.ranks.run_on_main(lambda: _publish(path, report, run.config.model, tensors))
-
-
-def _error(report: Report, path: Path, failed: str) -> TrainingError:
+    tensors = {name: _gathered(tensor, keep=run.ranks.is_main) for name, tensor in strategy.weights().items()}
+    failure = run.ranks.run_on_main(lambda: _publish(path, report, run.config.model, tensors))
     bad = [sample for sample in report.samples if not math.isfinite(sample.loss)]
     where = "; ".join(f"{sample.item.clip} at timestep {sample.timestep}: loss {sample.loss}" for sample in bad)
     if not bad:
         clips = ", ".join(sample.item.clip for sample in report.samples)
         where = f"every loss was finite; the gradient was not. Samples: {clips}"
-    remedy = (
-        "then, as it says: leave the clip out, use model.dtype bf16 instead of fp16, or lower optimizer.lr and lengthen"
-        " lr_schedule.warmup_steps; the last checkpoint is intact"
+    start = (
+        f"no report could be written ({failure}); make room and start again"
+        if failure
+        else f"run `finetune replay {path}`"
     )
     fix = (
-        f"no report could be written ({failed}); make room and start again; {remedy}"
-        if failed
-        else f"run `finetune replay {path}`; {remedy}"
+        f"{start}; then, as it says: leave the clip out, use model.dtype bf16 instead of fp16, or lower optimizer.lr"
+        " and lengthen lr_schedule.warmup_steps; the last checkpoint is intact"
     )
     if report.measured:
-        return TrainingError(
+        what = (
             f"after step {report.step}: non-finite loss while the held-out loss was measured; this counts as no"
-            " measurement, and the next start measures again",
-            where=where,
-            fix=fix,
+            " measurement, and the next start measures again"
         )
-    updated = (
-        "weights of layers behind the one where it began may have been updated (memory.gradient_release: per_parameter)"
-        if report.memory.gradient_release == "per_parameter" and not bad
-        else "the weights were not updated"
-    )
-    return TrainingError(
-        f"step {report.step}: non-finite {'loss' if bad else 'gradient'} (gradient norm {report.grad_norm}); {updated}",
-        where=where,
-        fix=fix,
-    )
+    else:
+        updated = (
+            "weights of layers behind the one where it began may have been updated (memory.gradient_release:"
+            " per_parameter)"
+            if report.memory.gradient_release == "per_parameter" and not bad
+            else "the weights were not updated"
+        )
+        kind = "loss" if bad else "gradient"
+        what = f"step {report.step}: non-finite {kind} (gradient norm {report.grad_norm}); {updated}"
+    return TrainingError(what, where=where, fix=fix)
 
 
 def reported_samples(run: Run, step: int, gathered: GatheredStep) -> tuple[ReportedSample, ...]:
     """The samples of a step, of all processes, each with its place, clip and loss."""
-    world = run.ranks.world
+    data, world = run.data, run.ranks.world
     places = [
-        (rank, number, slot, run.training.items[index])
+        {"rank": rank, "micro_batch": number, "slot": slot, "item": data.training.items[index]}
         for rank in range(world)
-        for number, micro in enumerate(run.plan.for_rank(step, rank, world))
+        for number, micro in enumerate(data.plan.for_rank(step, rank, world))
         for index, slot in zip(micro.items, micro.slots, strict=True)
     ]
     return tuple(
-        ReportedSample(rank=rank, micro_batch=number, slot=slot, item=item, timestep=timestep, loss=loss)
-        for (rank, number, slot, item), timestep, loss in zip(places, gathered.timesteps, gathered.losses, strict=True)
+        ReportedSample(timestep=timestep, loss=loss, **place)
+        for place, timestep, loss in zip(places, gathered.timesteps, gathered.losses, strict=True)
     )
 
 
@@ -237,24 +216,25 @@ _GRADIENT = "gradient of "
 
 def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float], str]:
     """Gradient norms by parameter, and why there are none."""
-    run.strategy.drop_gradients()
+    model, strategy = run.model, run.model.strategy
+    strategy.drop_gradients()
     try:
         again()
-        gradients = {name: p.grad for name, p in run.parameters.items() if p.grad is not None}
+        gradients = {name: p.grad for name, p in model.parameters.items() if p.grad is not None}
         if not gradients:  # released: the strategy has them elsewhere
-            held = run.strategy.replicas().items()
-            gradients = {name.removeprefix(_GRADIENT): g for name, g in held if name.startswith(_GRADIENT)}
+            tensors = strategy.replicas().items()
+            gradients = {name.removeprefix(_GRADIENT): g for name, g in tensors if name.startswith(_GRADIENT)}
         norms = {
-            name: float(_whole(torch.linalg.vector_norm(gradient.detach().float()))) / run.loss_scale
+            name: float(_gathered(torch.linalg.vector_norm(gradient.detach().float()))) / model.loss_scale
             for name, gradient in gradients.items()
         }
     except Exception as error:  # the report is worth having without them, and the error of the step is the one to raise
         return {}, f"the second pass failed: {first_line(error)}"
-    run.strategy.drop_gradients()
-    return norms, "" if norms else f"the strategy ({run.strategy.name}) does not show gradients by parameter"
+    strategy.drop_gradients()
+    return norms, "" if norms else f"the strategy ({strategy.name}) does not show gradients by parameter"
 
 
-def _whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
+def _gathered(tensor: Tensor, *, keep: bool = True) -> Tensor:
     """A tensor of a sharded model put together, on the CPU of the process that keeps it."""
     full_tensor = getattr(tensor, "full_tensor", None)
     whole: Tensor = tensor if full_tensor is None else full_tensor()
@@ -263,11 +243,11 @@ def _whole(tensor: Tensor, *, keep: bool = True) -> Tensor:
 
 def _versions() -> dict[str, str]:
     names = ("cogvideox-finetune", "torch", "diffusers", "peft", "accelerate", "bitsandbytes")
-    found = {
-        distribution.metadata["Name"].lower(): distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
-    return {name: found[name] for name in names if name in found}
+    versions = {}
+    for name in names:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
 
 
 # ------------------------------------------------------------------------------------------------- writing and reading
@@ -276,16 +256,15 @@ def _versions() -> dict[str, str]:
 def _publish(path: Path, report: Report, model: ModelConfig, tensors: dict[str, Tensor]) -> str:
     """Write the report; without weights where the disk has no room for them. Returns why it could not, or nothing."""
     try:
-        files = model_files(model)
+        report = report.model_copy(update={"model_files": model_files(model)})
         needed, free = file_bytes(tensors), free_space(path)
+        note = f"they need {human_size(needed)} and the disk has {human_size(free)} free"
         if needed < free:
             try:
-                return _write(path, report.model_copy(update={"model_files": files}), tensors)
+                return _write(path, report, tensors)
             except OSError as error:
                 note = f"they could not be written: {error}"
-        else:
-            note = f"they need {human_size(needed)} and the disk has {human_size(free)} free"
-        return _write(path, report.model_copy(update={"model_files": files, "weights_note": note}), {})
+        return _write(path, report.model_copy(update={"weights_note": note}), {})
     except (OSError, FinetuneError) as error:  # FinetuneError: the base model's folder is gone
         return first_line(error)
 

@@ -1,9 +1,9 @@
-"""``train(config)``: assemble a run, then the loop.
+"""``train(config)``: put a run together, then take its steps.
 
 Accelerate does what it is best at: devices, gradient synchronisation, accumulation, launch, trackers. The order of
-samples, the learning rate and every random number are pure functions of the step (``schedule``, ``streams``), so there
+samples, the learning rate and every random number are pure functions of the step (``schedule``, ``rng``), so there
 is no state to restore but tensors and one integer. It also means that a step can be done again: for want of memory
-(``ladder``), or to find out what went wrong in it (``fault_report``).
+(``oom_retry``), or to find out what went wrong in it (``fault_report``).
 """
 
 from __future__ import annotations
@@ -20,28 +20,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from accelerate.utils import gather
 
 from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, verdict
 from finetune.checkpoint.save import CheckpointManager
-from finetune.cogvideox.objective import velocity_losses
 from finetune.config.loading import as_config
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import peers
-from finetune.core.errors import first_line, is_out_of_memory
+from finetune.core.errors import TrainingError, first_line, is_out_of_memory
 from finetune.core.files import from_here
 from finetune.core.rng import seed_for
-from finetune.core.types import Batch, RunState
+from finetune.core.types import RunState
 from finetune.datasets.schedule import is_due, lr_at
 from finetune.optim.optimizers import begin, set_lr
 from finetune.trainers.fault_report import require_finite
 from finetune.trainers.oom_retry import OomRetry, out_of_memory
 from finetune.trainers.run import Run
-from finetune.trainers.sampling import Sampler
-from finetune.trainers.setup import fault_ahead, require_batches, setup_run
+from finetune.trainers.setup import setup_run
 from finetune.trainers.stopping import StopRequest
-from finetune.trainers.tracking import StepMetrics, StepRecord
-from finetune.trainers.validation import Validator
+from finetune.trainers.tracking import GatheredStep, StepMetrics, StepRecord
+from finetune.trainers.validation import Sampler, Validator
 
 
 @dataclass(frozen=True)
@@ -107,56 +105,199 @@ def train(
     # The last to leave: a launcher repeats its signals while the tracker is being closed.
     with StopRequest() as stop, peers(), ExitStack() as cleanup:
         run = setup_run(config, cleanup)
-        cleanup.callback(run.strategy.drop_gradients)  # a notebook keeps the traceback, and what it refers to
-        # Not before: what assembling does survives a kill, and has no step to finish.
+        cleanup.callback(run.model.strategy.drop_gradients)  # a notebook keeps the traceback, and what it refers to
+        # Not before: what setting up does survives a kill, and has no step to finish.
         stop.begin()
-        ladder = OomRetry(run)
+        loop = _Loop(run, stop)
         try:
-            report = _loop(run, ladder, stop, on_step)
+            report = loop.train(on_step)
             _compare_prediction(run, report)
             return report
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             where = "outside of a step's passes, where nothing can be done again"
-            raise out_of_memory(run, ladder.state, first_line(error), where, in_step=False) from error
+            raise out_of_memory(run, loop.memory.state, first_line(error), where, videos=True) from error
 
 
 def _compare_prediction(run: Run, report: TrainReport) -> None:
     """Log the predicted peak beside the measured one; a short run waits for it, one that is to stop does not."""
     wait_s = 0.0 if report.stopped_by else 60.0
     prediction = None if run.prediction is None else run.prediction.result(wait_s)
-    if prediction is not None and (compared := prediction.compared(run.peak_gib())):
+    if prediction is not None and (compared := prediction.compared(run.model.peak_gib())):
         run.console.note(compared)
         run.tracker.log(report.step, {"perf/predicted_peak_gib": (prediction.nbytes or 0) / 2**30})
 
 
-def batch_losses(run: Run, batch: Batch, model: nn.Module | None = None) -> Tensor:
-    """Velocity loss per sample of one micro-batch, float32 [B].
+class _Loop:
+    """The steps of a run, and what is due between them.
 
     Args:
-        run: the assembled run.
-        batch: on the run's device.
-        model: what to call; the wrapper that synchronises gradients if None. Validation calls the module itself: its
-            processes do not make equally many calls, and a wrapper may communicate in each.
+        run: put together.
+        stop: asks for an early end.
     """
-    return velocity_losses(run.strategy.model if model is None else model, run.spec, run.alpha_bar, batch)
 
+    def __init__(self, run: Run, stop: StopRequest) -> None:
+        self.run, self.stop, self.state, self.saved = run, stop, run.state, run.resumed_from
+        self.memory = OomRetry(run)
+        self.validator = Validator(run, stop)
+        self.sampler = Sampler(run, stop)
+        self.checkpoints = CheckpointManager(run.save, run.config.checkpoint.every, run.console.note, run.state)
+        self.metrics = StepMetrics(run.config.train.accumulation * run.config.train.batch_size, gather)
+        self.durations_s: list[float] = []
 
-def _passes(run: Run, ladder: OomRetry, meter: StepMetrics, step: int) -> None:
-    """The forward and backward passes of one step: its gradient, a mean over its samples, is left in the strategy."""
-    samples = sum(len(micro.items) for micro in run.plan.step(step))
-    for number, batch in enumerate(run.loader.step(step), start=1):
-        for part in ladder.state.split(batch):
-            # LoRA dropout draws from the global generator: give that an address too.
-            torch.manual_seed(seed_for(run.config.train.seed, "model", step, part.slots[0]))
-            last = number == run.config.train.accumulation and part.slots[-1] == batch.slots[-1]
-            with run.strategy.micro_batch(last=last):
-                losses = batch_losses(run, part)
-                # The strategy averages over processes; with this weight the gradient is the mean over the step's
-                # samples, also where a bucket's last micro-batch is smaller.
-                run.strategy.backward(losses.sum() * (run.ranks.world / samples * run.loss_scale))
-                meter.add(losses, part.timesteps)
+    def train(self, on_step: Callable[[StepRecord], None] | None) -> TrainReport:
+        """Train to the end, or until a stop is requested."""
+        run, config, total_steps = self.run, self.run.config, self.run.data.total_steps
+        self._require_batches(self._fault_ahead(self.state.step))
+        self._catch_up()
+        if self.validator.cut_short:
+            return self._report()
+        for step in range(self.state.step, total_steps):
+            record, gathered, fault = self._step(step)
+            run.log_step(record)
+            if run.prediction is not None and (message := run.prediction.news()):
+                run.console.note(f"peak memory: {message}")
+            if on_step is not None and run.ranks.is_main:
+                on_step(record)
+
+            # Who asks for a stop has seconds to give, not minutes: save, and no more.
+            best, ending = False, gathered.stop or gathered.fault
+            if not ending and is_due(self.state.step, config.validation.every, last=total_steps):
+                best = self._validate()
+                ending = self.validator.cut_short
+            due = is_due(self.state.step, config.checkpoint.every) or best
+            last = ending or self.state.step == total_steps
+            self.state, path = self.checkpoints.after_step(self.state, due=due, must=last)
+            self.saved = path or self.saved
+            if gathered.fault:
+                self._require_batches(fault)
+            if ending:
+                break
+            # After saving: sampling takes minutes.
+            if is_due(self.state.step, config.validation.sample_every, last=total_steps):
+                self.sampler.sample(self.state.step)
+        return self._report()
+
+    def _catch_up(self) -> None:
+        """Measure and sample the base model of a new run, or what the start before this one still owes."""
+        run, config, step = self.run, self.run.config.validation, self.state.step
+        if step == 0 and config.at_start:
+            if config.every is not None and run.data.val.items:
+                run.console.note("measuring the base model")
+                self.validator.measure(0)
+            if config.sample_every is not None and config.samples and not self.validator.cut_short:
+                run.console.note("sampling with the base model")
+                self.sampler.sample(0)
+        elif self.validator.owes(step):
+            self.state, best = self.validator.judge(self.state)
+            self.saved = run.save(self.state) if best else self.saved
+        if not self.validator.cut_short and self.sampler.owes(step):
+            self.sampler.sample(step)
+
+    def _step(self, step: int) -> tuple[StepRecord, GatheredStep, Exception | None]:
+        """One optimizer step, and this process's fault with the batches of the next one."""
+        run, model, config = self.run, self.run.model, self.run.config
+        begun, waited_s = time.perf_counter(), run.data.loader.waited_s
+        lr = lr_at(step, config.optimizer.lr, config.lr_schedule, run.data.total_steps)
+        set_lr(model.strategy.optimizer, lr)
+        begin(model.strategy.optimizer, seed=config.train.seed, step=step)
+
+        passes = partial(self._passes, step)
+        self.memory.run_passes(step, passes, forget=self.metrics.reset)
+        grad_norm = model.strategy.clip(config.train.max_grad_norm or math.inf, scale=model.loss_scale)
+        fault = self._fault_ahead(step + 1)
+        gathered = self.metrics.exchange(stop=self.stop.requested, fault=fault is not None)
+        require_finite(run, gathered, self.memory.state, passes, step=step, grad_norm=grad_norm)
+        run.require_planned_samples(step, gathered)
+        run.check_ranks(step, grad_norm)
+        model.update()
+        self.metrics.reset()
+
+        self.state = replace(self.state, step=step + 1, samples_seen=self.state.samples_seen + len(gathered.losses))
+        self.durations_s.append(time.perf_counter() - begun)
+        record = StepRecord(
+            step=self.state.step,
+            losses=gathered.losses,
+            timesteps=gathered.timesteps,
+            grad_norm=grad_norm,
+            lr=lr,
+            samples_seen=self.state.samples_seen,
+            s_per_step=self.durations_s[-1],
+            data_wait_s=run.data.loader.waited_s - waited_s,
+            peak_gib=model.peak_gib(),
+        )
+        return record, gathered, fault
+
+    def _passes(self, step: int) -> None:
+        """Forward and backward: the step's gradient, as a mean over its samples, is left in the strategy."""
+        run, model, train = self.run, self.run.model, self.run.config.train
+        samples = sum(len(micro.items) for micro in run.data.plan.step(step))
+        for number, batch in enumerate(run.data.loader.step(step), start=1):
+            for part in self.memory.state.split(batch):
+                # LoRA dropout draws from the global generator: give that an address too.
+                torch.manual_seed(seed_for(train.seed, "model", step, part.slots[0]))
+                last = number == train.accumulation and part.slots[-1] == batch.slots[-1]
+                with model.strategy.micro_batch(last=last):
+                    losses = model.losses(part)
+                    # The strategy averages over processes; with this weight the gradient is the mean over the step's
+                    # samples, also where a bucket's last micro-batch is smaller.
+                    model.strategy.backward(losses.sum() * (run.ranks.world / samples * model.loss_scale))
+                    self.metrics.add(losses, part.timesteps)
+
+    def _validate(self) -> bool:
+        """Measure after a step; whether it is the best one so far."""
+        try:
+            self.state, best = self.validator.judge(self.state)
+        except Exception:  # whatever it is: the steps so far are worth more than to know how good they are
+            if self.run.model.is_finite():
+                self.run.save(self.state)
+            raise
+        return best
+
+    def _fault_ahead(self, step: int) -> Exception | None:
+        """Why this process has no batches for ``step``; None if it has, or if the run ends before. Waits for them.
+
+        A process without batches must not simply stop: the others would wait for it in the next collective. So each
+        looks ahead while the step before is still to be taken, tells the others in that step's exchange, and all of
+        them save before they end.
+        """
+        fault, train = self.run.data.loader.fault(step), self.run.config.train
+        if is_out_of_memory(fault):
+            return TrainingError(
+                f"out of host memory while the batches of step {step} were made",
+                where=f"train.batch_size {train.batch_size}, train.accumulation {train.accumulation}",
+                fix="free memory on this machine: what else runs on it? Then the same command continues",
+            )
+        return fault
+
+    def _require_batches(self, fault: Exception | None) -> None:
+        """Raise ``fault`` where it happened and a ``FinetuneError`` that quotes it on the other processes."""
+
+        def stop_with_it() -> None:
+            if fault is not None:
+                raise fault
+
+        self.run.ranks.run_on_all(stop_with_it)
+
+    def _report(self) -> TrainReport:
+        run, state = self.run, self.state
+        unfinished = state.step < run.data.total_steps or self.validator.owes(state.step)
+        # What cannot be sampled is a warning; what a stop has kept from being sampled is owed.
+        unfinished |= any(run.ranks.run_on_all(lambda: self.stop.requested)) and self.sampler.owes(state.step)
+        return TrainReport(
+            run_dir=run.config.output_dir,
+            step=state.step,
+            total_steps=run.data.total_steps,
+            checkpoint=self.saved,
+            heldout_before=self.validator.before,
+            heldout_after=self.validator.latest,
+            stopped_by=(self.stop.by or "a stop request") if unfinished else "",
+            s_per_step=statistics.median(self.durations_s[1:]) if len(self.durations_s) > 1 else None,
+            peak_gib=run.model.peak_gib(),
+            weights=run.weights,
+            **_conclusion(run, state, self.validator.history),
+        )
 
 
 def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> dict[str, Any]:
@@ -164,7 +305,7 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
     folder, best = run.config.output_dir, best_of(history, state)
     command = ["finetune", "export", from_here(folder)]
     if best is None or not history:
-        why = "validation.every is null" if run.heldout.items else "no clip is held out (data.holdout)"
+        why = "validation.every is null" if run.data.val.items else "no clip is held out (data.holdout)"
         return {
             "verdict": f"nothing measured whether the last step is the best one: {why}; compare the sampled videos",
             "export_command": shlex.join(command),
@@ -178,108 +319,3 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
         else:
             text += f"\nthe checkpoint of step {step} was not kept (checkpoint.keep_best)"
     return {"best_step": step, "best_heldout": loss, "verdict": text, "export_command": shlex.join(command)}
-
-
-def _loop(run: Run, ladder: OomRetry, stop: StopRequest, on_step: Callable[[StepRecord], None] | None) -> TrainReport:
-    config = run.config
-    # Where processes make unequally many passes, through the module itself: a wrapper may communicate in each.
-    direct = None if run.strategy.collective_forward else run.module
-    validator = Validator(run, lambda batch: batch_losses(run, batch, direct), stop)
-    sampler = Sampler(run, stop)
-    saver = CheckpointManager(run.save, config.checkpoint.every, run.console.note, run.state)
-    meter = StepMetrics(config.train.accumulation * config.train.batch_size, run.accelerator.gather)
-    state = run.state
-    saved = run.resumed_from
-    durations_s: list[float] = []
-
-    def report() -> TrainReport:
-        unfinished = state.step < run.total_steps or validator.owes(state.step)
-        # What cannot be sampled is a warning; what a stop has kept from being sampled is owed.
-        unfinished |= any(run.ranks.run_on_all(lambda: stop.requested)) and sampler.owes(state.step)
-        return TrainReport(
-            run_dir=config.output_dir,
-            step=state.step,
-            total_steps=run.total_steps,
-            checkpoint=saved,
-            heldout_before=validator.before,
-            heldout_after=validator.latest,
-            stopped_by=(stop.by or "a stop request") if unfinished else "",
-            s_per_step=statistics.median(durations_s[1:]) if len(durations_s) > 1 else None,
-            peak_gib=run.peak_gib(),
-            weights=run.weights,
-            **_conclusion(run, state, validator.history),
-        )
-
-    require_batches(run, fault_ahead(run, state.step))
-    if state.step == 0 and config.validation.at_start:
-        if config.validation.every is not None and run.heldout.items:
-            run.console.note("measuring the base model")
-            validator.measure(0)
-        if config.validation.sample_every is not None and config.validation.samples and not validator.cut_short:
-            run.console.note("sampling with the base model")
-            sampler.sample(0)
-    elif validator.owes(state.step):
-        state, best = validator.judge(state)
-        saved = run.save(state) if best else saved
-    if validator.cut_short:
-        return report()
-    if sampler.owes(state.step):
-        sampler.sample(state.step)
-
-    for step in range(state.step, run.total_steps):
-        begun, waited = time.perf_counter(), run.loader.waited_s
-        lr = lr_at(step, config.optimizer.lr, config.lr_schedule, run.total_steps)
-        set_lr(run.optimizer, lr)
-        begin(run.optimizer, seed=config.train.seed, step=step)
-        passes = partial(_passes, run, ladder, meter, step)
-        ladder.replayed(step, passes, forget=meter.reset)
-        grad_norm = run.strategy.clip(config.train.max_grad_norm or math.inf, scale=run.loss_scale)
-        fault = fault_ahead(run, step + 1)
-        gathered = meter.exchange(stop=stop.requested, fault=fault is not None)
-        require_finite(gathered, grad_norm, run, ladder.state, step=step, lr=lr, again=passes)
-        run.check_ranks(step, grad_norm)
-        run.strategy.step()
-        meter.reset()
-        run.ema_step()
-        state = replace(state, step=step + 1, samples_seen=state.samples_seen + len(gathered.losses))
-        durations_s.append(time.perf_counter() - begun)
-        run.account(state, gathered)
-        record = StepRecord(
-            step=state.step,
-            losses=gathered.losses,
-            timesteps=gathered.timesteps,
-            grad_norm=grad_norm,
-            lr=lr,
-            samples_seen=state.samples_seen,
-            s_per_step=durations_s[-1],
-            data_wait_s=run.loader.waited_s - waited,
-            peak_gib=run.peak_gib(),
-        )
-        run.log_step(record)
-        if run.prediction is not None and (message := run.prediction.news()):
-            run.console.note(f"peak memory: {message}")
-        if on_step is not None and run.ranks.is_main:
-            on_step(record)
-
-        # Who asks for a stop has seconds to give, not minutes: save, and no more.
-        best, ending = False, gathered.stop or gathered.fault
-        if not ending and is_due(state.step, config.validation.every, last=run.total_steps):
-            try:
-                state, best = validator.judge(state)
-            except Exception:  # whatever it is: the steps so far are worth more than to know how good they are
-                if run.is_finite():
-                    run.save(state)
-                raise
-            ending = validator.cut_short
-        due = is_due(state.step, config.checkpoint.every) or best
-        state, path = saver.after_step(state, due=due, must=ending or state.step == run.total_steps)
-        saved = path or saved
-        if gathered.fault:
-            require_batches(run, fault)
-        if ending:
-            break
-        # After saving: sampling takes minutes.
-        if is_due(state.step, config.validation.sample_every, last=run.total_steps):
-            sampler.sample(state.step)
-
-    return report()

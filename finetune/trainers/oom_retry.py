@@ -7,7 +7,7 @@ that a run does not meet the same wall at every step.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 from finetune.caching.encode import release_memory
 from finetune.config.schema import RunConfig
@@ -22,18 +22,17 @@ class OomRetry:
     """The memory state in which a run trains.
 
     Args:
-        run: the assembled run, set up as ``config.memory`` says.
+        run: set up as ``config.memory`` says.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self.state, *self._below = run.config.memory.fallbacks(run.traits)
-        self.moved = 0
-        """Notches moved so far."""
-        self._unchecked = True
+        self.state, *self._fallbacks = run.config.memory.fallbacks(run.traits)
+        self._moves = 0
+        self._checked = False
 
-    def replayed(self, step: int, passes: Callable[[], None], forget: Callable[[], None]) -> None:
-        """Run the forward and backward passes of a step, again for as long as they do not fit and a notch is left.
+    def run_passes(self, step: int, passes: Callable[[], None], forget: Callable[[], None]) -> None:
+        """Run the forward and backward passes of a step, again for as long as they do not fit and a state is left.
 
         Nothing but gradients may come of ``passes``: the weights are the same at every attempt, and so is every random
         number.
@@ -44,73 +43,65 @@ class OomRetry:
             forget: undoes a part of it.
 
         Raises:
-            TrainingError: if memory ran out and no notch is left, or if several processes train. One of them cannot go
-                back alone: the others wait for it in a collective, with gradients it no longer has.
+            TrainingError: if memory ran out and no state is left, or if several processes train. One of them cannot go
+                back alone: the others wait for it in a collective, with gradients it no longer has. Also if, in the
+                first step in a state, gradient checkpointing does not recompute.
         """
+        model = self._run.model
         while True:
             try:
-                with self._checked():
+                with nullcontext() if self._checked else assert_recompute(model.module, self.state):
                     passes()
+                self._checked = True
                 return
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                said = first_line(error)
-                if not self._below or self._run.ranks.world > 1:
-                    raise self._stuck(step, said) from error
+                message = first_line(error)
+                if not self._fallbacks or self._run.ranks.world > 1:
+                    raise self._stuck(step, message) from error
             # Not in the handler: there, the error's traceback still holds the activations of the attempt.
             forget()
-            self._run.strategy.drop_gradients()
+            model.strategy.drop_gradients()
             release_memory()
-            self._move(step, said)
+            self._fall_back(step, message)
 
-    @contextmanager
-    def _checked(self) -> Iterator[None]:
-        """Around the first step in each state: raises unless gradient checkpointing does recompute."""
-        if self._unchecked:
-            with assert_recompute(self._run.module, self.state):
-                yield
-            self._unchecked = False
-        else:
-            yield
-
-    def _move(self, step: int, said: str) -> None:
-        before, self.state = self.state, self._below.pop(0)
-        self.state.apply(self._run.module, self._run.device)
-        self.moved += 1
-        self._unchecked = True
-        self._run.tracker.log(step + 1, {"perf/oom_notches": self.moved})
-        self._run.console.note(
-            f"step {step}: out of GPU memory ({said}); doing the step again with {before.difference(self.state)}."
-            f" To begin there: {self._run.config.memory.difference(self.state)}"
+    def _fall_back(self, step: int, message: str) -> None:
+        run, before = self._run, self.state
+        self.state = self._fallbacks.pop(0)
+        self.state.apply(run.model.module, run.ranks.device)
+        self._moves += 1
+        self._checked = False
+        run.tracker.log(step + 1, {"perf/oom_notches": self._moves})
+        run.console.note(
+            f"step {step}: out of GPU memory ({message}); doing the step again with {before.difference(self.state)}."
+            f" To begin there: {run.config.memory.difference(self.state)}"
         )
 
-    def _stuck(self, step: int, said: str) -> TrainingError:
-        error = out_of_memory(self._run, self.state, said, f"in the passes of step {step}", in_step=True)
-        if not self._below:
-            return error
-        return TrainingError(
-            error.what,
-            where=error.where,
-            fix=f"set {self.state.difference(self._below[0])}: with several processes a step cannot be done again,"
-            " because the others wait in the middle of it; then the same command continues from the last checkpoint",
-        )
+    def _stuck(self, step: int, message: str) -> TrainingError:
+        error = out_of_memory(self._run, self.state, message, f"in the passes of step {step}")
+        if self._fallbacks:
+            error.fix = (
+                f"set {self.state.difference(self._fallbacks[0])}: with several processes a step cannot be done again,"
+                " because the others wait in the middle of it; then the same command continues from the last checkpoint"
+            )
+        return error
 
 
-def out_of_memory(run: Run, memory: MemoryConfig, said: str, when: str, *, in_step: bool) -> TrainingError:
+def out_of_memory(run: Run, memory: MemoryConfig, message: str, when: str, *, videos: bool = False) -> TrainingError:
     """The error for memory that does not hold what must be in it.
 
     Args:
-        run: the assembled run.
+        run: with its configuration and traits.
         memory: the state it was in.
-        said: torch's own words.
+        message: torch's own words.
         when: what was being done.
-        in_step: whether that was a step's passes, and nothing beside them.
+        videos: whether videos may have been sampled then.
     """
     config = run.config
-    advice = ", ".join(_advice(config, memory, run.traits, videos=not in_step and bool(config.validation.samples)))
+    advice = ", ".join(_advice(config, memory, run.traits, videos=videos and bool(config.validation.samples)))
     return TrainingError(
-        f"out of GPU memory {when}: {said}",
+        f"out of GPU memory {when}: {message}",
         where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size {config.train.batch_size},"
         f" memory.checkpointing {memory.checkpointing}, method {config.method.kind}, optimizer {config.optimizer.kind}",
         fix=f"ask `finetune plan --budget` what fits; or, in this order: {advice}; the last checkpoint is intact",

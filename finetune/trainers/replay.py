@@ -1,4 +1,8 @@
-"""What a replay found, as a table and a diagnosis for a person."""
+"""``finetune replay REPORT``: the samples of a step that was not taken, run one at a time, and what went wrong in it.
+
+A report (``fault_report``) holds everything that decides the step but the cache and the base model. They are read again
+here, and must be what they were: a replay on other data would explain another fault.
+"""
 
 from __future__ import annotations
 
@@ -73,8 +77,6 @@ class Replayed:
     loss: float
     grad_norm: float
     """Of this sample's own loss, over everything that trains."""
-    bad_gradients: tuple[str, ...]
-    """Parameters whose gradient is not finite, in the model's order."""
     bad_module: str
     """The first module, in the order of the forward pass, whose output is not finite; empty where all are."""
     peak_module: str
@@ -95,12 +97,18 @@ class Replayed:
         """Whether the clip itself is the fault."""
         return self.latents.exceeds(EXTREME_LATENTS) or bool(self.conditions.non_finite)
 
+    @property
+    def is_as_recorded(self) -> bool:
+        """Whether the loss is what the report says."""
+        if not math.isfinite(self.sample.loss) or not math.isfinite(self.loss):
+            return math.isfinite(self.sample.loss) == math.isfinite(self.loss)
+        return math.isclose(self.sample.loss, self.loss, rel_tol=SAME)
+
 
 @dataclass(frozen=True)
 class ReplayReport:
     """What a replay found; ``str`` is the table and the diagnosis."""
 
-    path: Path
     report: Report
     dtype: str
     device: str
@@ -119,7 +127,7 @@ class ReplayReport:
         """Whether this shows what was recorded; None where it cannot: without the weights, or in another dtype."""
         if not self.has_weights or self.dtype != self.report.dtype:
             return None
-        return bool(self.bad) and all(_same(each.sample.loss, each.loss) for each in self.samples)
+        return bool(self.bad) and all(each.is_as_recorded for each in self.samples)
 
     @property
     def kind(self) -> str:
@@ -136,8 +144,8 @@ class ReplayReport:
     def diagnosis(self) -> str:
         """What went wrong, and what to do, in words."""
         clips = ", ".join(shown(each.sample.item.clip) for each in self.samples if each.has_bad_input)
-        where = next((each.bad_module for each in self.bad if each.bad_module), "")
-        place = f"first in {where}" if where else "in the backward pass only"
+        module = next((each.bad_module for each in self.bad if each.bad_module), "")
+        place = f"first in {module}" if module else "in the backward pass only"
         return {
             "weights": f"the weights have diverged ({self.weights}), before this step: continue from a checkpoint in"
             " which they had not, with a lower optimizer.lr or a longer lr_schedule.warmup_steps",
@@ -153,37 +161,29 @@ class ReplayReport:
         }[self.kind]
 
     def __str__(self) -> str:
-        report = self.report
+        report, bad = self.report, self.report.non_finite_gradients
         rest = "" if report.measured else f", learning rate {report.lr:g}, gradient norm {report.grad_norm}"
+        weights = f"of the step, {self.weights}" if self.has_weights else f"as at step 0, because {report.weights_note}"
+        reproduced = {True: "yes", False: "no", None: "cannot be said (other weights or another dtype)"}
         lines = [
             f"{'measured after step' if report.measured else 'step'} {report.step} of {report.config['output_dir']}:"
             f" samples: {len(self.samples)}, processes: {report.processes}{rest}",
             f"recorded in {report.dtype} on {report.device} ({report.engine})",
             f"replayed in {self.dtype} on {self.device}",
-            "weights: "
-            + (f"of the step, {self.weights}" if self.has_weights else f"as at step 0, because {report.weights_note}"),
+            f"weights: {weights}",
             "",
             *_table(self.samples),
             "",
+            f"recorded gradients not finite: {len(bad)} of {len(report.gradient_norms)}, {bad[-1]} last" if bad else "",
+            f"reproduced: {reproduced[self.reproduced]}",
+            f"diagnosis: {self.diagnosis}",
         ]
-        if report.non_finite_gradients:
-            names = report.non_finite_gradients
-            lines.append(
-                f"recorded gradients not finite: {len(names)} of {len(report.gradient_norms)}, {names[-1]} last"
-            )
-        said = {True: "yes", False: "no", None: "cannot be said (other weights or another dtype)"}[self.reproduced]
-        return "\n".join([*lines, f"reproduced: {said}", f"diagnosis: {self.diagnosis}"])
-
-
-def _same(recorded: float, replayed: float) -> bool:
-    if not math.isfinite(recorded) or not math.isfinite(replayed):
-        return math.isfinite(recorded) == math.isfinite(replayed)
-    return math.isclose(recorded, replayed, rel_tol=SAME)
+        return "\n".join(lines)
 
 
 def _table(samples: tuple[Replayed, ...]) -> list[str]:
-    header = ("clip", "timestep", "recorded", "loss", "gradient", "finite", "latents", "first module not finite")
-    rows = [
+    rows = [("clip", "timestep", "recorded", "loss", "gradient", "finite", "latents", "first module not finite")]
+    rows += [
         (
             shown(each.sample.item.clip),
             str(each.sample.timestep),
@@ -196,17 +196,8 @@ def _table(samples: tuple[Replayed, ...]) -> list[str]:
         )
         for each in samples
     ]
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [header, *rows]
-    ]
-
-
-# -------- ``finetune replay REPORT``: the samples of a step that was not taken, run one at a time.
-#
-# A report (``trainers.fault_report``) holds everything that decides the step but the cache and the base model. They are
-# read again here, and must be what they were: a replay on other data would explain another fault.
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def replay(
@@ -239,9 +230,7 @@ def replay(
     compute = torch_dtype(dtype) if dtype else getattr(torch, report.dtype)
     place = compute_device(device)
     try:
-        module, parameters = _rebuild(report, config, weights, place, compute)
-        schedule = alpha_bar(spec).float().to(place)
-        step = _Step(report, spec, module, parameters, schedule, compute)
+        step = _rebuild(report, config, weights, place, compute)
         samples = tuple(
             step.run(sample, to_device(batch, place)) for sample, batch in zip(report.samples, batches, strict=True)
         )
@@ -254,17 +243,13 @@ def replay(
             fix="free it, or replay with --device cpu",
         ) from None
     return ReplayReport(
-        path=path,
         report=report,
         dtype=str(compute).removeprefix("torch."),
         device=str(place),
         has_weights=bool(weights),
-        weights=TensorRange.of(*parameters.values()),
+        weights=TensorRange.of(*step.parameters.values()),
         samples=samples,
     )
-
-
-# --------------------------------------------------------------------------------------------------------- rebuilding
 
 
 def _moved(report: Report, pretrained: str | None, cache: Path | None) -> RunConfig:
@@ -279,8 +264,8 @@ def _moved(report: Report, pretrained: str | None, cache: Path | None) -> RunCon
 def _require_same_model(report: Report, config: RunConfig) -> None:
     here = model_files(config.model)
     # After full fine-tuning the report has every weight, and of the folder only the architecture counts.
-    whole = config.method.kind == "full" and not report.weights_note
-    names = sorted(name for name in report.model_files.keys() | here.keys() if not whole or name.endswith(".json"))
+    only_json = config.method.kind == "full" and not report.weights_note
+    names = sorted(name for name in report.model_files.keys() | here.keys() if not only_json or name.endswith(".json"))
     if changed := [name for name in names if report.model_files.get(name) != here.get(name)]:
         raise ModelError(
             f"the base model is not the one the step was computed with: {', '.join(changed)} changed",
@@ -293,13 +278,14 @@ def _batches(report: Report, config: RunConfig, spec: ModelSpec) -> list[Batch]:
     """Each sample as a micro-batch of its own, with every random choice as it was: they follow from step and slot."""
     cache = Cache(config.cache.dir)
     items = [sample.item for sample in report.samples]
-    missing = sorted(
-        {item.clip for item in items if not cache.has("latents", item.latents_key)}
-        | {item.clip for item in items if not cache.has("prompts", item.prompt_key)}
-    )
+    missing = {
+        item.clip
+        for item in items
+        if not (cache.has("latents", item.latents_key) and cache.has("prompts", item.prompt_key))
+    }
     if missing or not cache.has("prompts", report.empty_prompt_key):
         raise CacheError(
-            f"the cache does not hold what the step read: {', '.join(missing) or 'the empty caption'}",
+            f"the cache does not hold what the step read: {', '.join(sorted(missing)) or 'the empty caption'}",
             where=str(config.cache.dir),
             fix="name the cache's folder with --cache, or encode the same data again with `finetune precompute`",
         )
@@ -317,7 +303,7 @@ def _batches(report: Report, config: RunConfig, spec: ModelSpec) -> list[Batch]:
 
 def _rebuild(
     report: Report, config: RunConfig, weights: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-) -> tuple[nn.Module, dict[str, nn.Parameter]]:
+) -> _Step:
     # Gradients are looked at, not released; all else is as it was.
     memory = report.memory.model_copy(
         update={"gradient_release": "none", "optimizer_states": "device"}
@@ -337,17 +323,10 @@ def _rebuild(
     parameters = method.trainable(module)
     if weights:
         # Adapters are float32 whatever the base; after full fine-tuning the weights follow the dtype asked for.
-        method.load_state(
-            module,
-            {
-                name: tensor.to(parameters[name].dtype) if name in parameters else tensor
-                for name, tensor in weights.items()
-            },
-        )
-    return module, parameters
-
-
-# ------------------------------------------------------------------------------------------------------------ running
+        cast = {name: tensor.to(parameters[name].dtype) for name, tensor in weights.items() if name in parameters}
+        method.load_state(module, weights | cast)
+    spec = read_spec(config.model.pretrained, config.model.revision)
+    return _Step(report, spec, module, parameters, alpha_bar(spec).float().to(device), dtype)
 
 
 @dataclass(frozen=True)
@@ -364,32 +343,28 @@ class _Step:
         scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
         count = len(self.report.samples)
         torch.manual_seed(seed_for(self.report.config["train"]["seed"], "model", self.report.step, sample.slot))
-        with _watched(self.module) as seen:
+        with _watched(self.module) as outputs:
             losses = velocity_losses(self.module, self.spec, self.alpha_bar, batch)
         # The same factor as in the step, so that what overflowed there overflows here.
         (losses.sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
-        norms = {
-            name: float(torch.linalg.vector_norm(parameter.grad.float())) * count / scale
-            for name, parameter in self.parameters.items()
-            if parameter.grad is not None
-        }
+        gradients = [parameter.grad.float() for parameter in self.parameters.values() if parameter.grad is not None]
+        grad_norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
         self.module.zero_grad(set_to_none=True)
         conditions = [batch.prompt_embeds] + ([] if batch.image_latents is None else [batch.image_latents])
         return Replayed(
             sample=sample,
             loss=float(losses.detach()),
-            grad_norm=math.hypot(*norms.values()),
-            bad_gradients=tuple(name for name, norm in norms.items() if not math.isfinite(norm)),
-            bad_module=seen.bad,
-            peak_module=seen.peak_module,
-            peak=seen.peak,
+            grad_norm=grad_norm * count / scale,
+            bad_module=outputs.bad,
+            peak_module=outputs.peak_module,
+            peak=outputs.peak,
             latents=TensorRange.of(batch.latents),
             conditions=TensorRange.of(*conditions),
         )
 
 
 @dataclass
-class _Seen:
+class _Outputs:
     bad: str = ""
     """The first module, in the order of the forward pass, whose output is not finite."""
     peak: float = 0.0
@@ -408,12 +383,12 @@ class _Seen:
 
 
 @contextmanager
-def _watched(root: nn.Module) -> Iterator[_Seen]:
+def _watched(root: nn.Module) -> Iterator[_Outputs]:
     """Look at every module's output inside. Only around the forward pass: in the backward pass blocks run again."""
-    seen = _Seen(names={module: name or "the whole model" for name, module in root.named_modules()})
-    hooks = [module.register_forward_hook(seen.note) for module in seen.names]
+    outputs = _Outputs(names={module: name or "the whole model" for name, module in root.named_modules()})
+    hooks = [module.register_forward_hook(outputs.note) for module in outputs.names]
     try:
-        yield seen
+        yield outputs
     finally:
         for hook in hooks:
             hook.remove()

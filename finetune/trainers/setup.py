@@ -1,13 +1,13 @@
-"""The batches of the next step: whether they could be made, and that no process trains on when one of them cannot.
+"""A run, put together in the order in which mistakes are cheapest to find.
 
-A process without batches must not simply stop: the others would wait for it in the next collective. So each looks ahead
-while the step before is still to be taken, tells the others in that step's exchange, and all of them save before they
-end.
+Configuration against the model's JSON, then the cache, then the checkpoint to continue from; only then are weights
+loaded.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -35,8 +35,6 @@ from finetune.core.errors import (
     ConfigError,
     DataError,
     ModelError,
-    TrainingError,
-    is_out_of_memory,
     raise_all,
 )
 from finetune.core.files import atomic_write_text, disk_fix
@@ -63,40 +61,74 @@ from finetune.parallel.launch import (
 from finetune.parallel.strategy import ParallelStrategy
 from finetune.planner.cost_model import card_here, held_note
 from finetune.planner.plan import BackgroundPrediction, choose_memory, predict_async
-from finetune.trainers.run import Run
-from finetune.trainers.tracking import Console, Tracker, tensorboard_command
+from finetune.trainers.run import Run, RunData, TrainedModel
+from finetune.trainers.tracking import Console, Tracker, require_tracker, tensorboard_command
 
 
-def fault_ahead(run: Run, step: int) -> Exception | None:
-    """Why this process has no batches for ``step``; None if it has, or if the run ends before. Waits for the loader."""
-    if step >= run.total_steps:
-        return None
-    fault = run.loader.fault(step)
-    if is_out_of_memory(fault):
-        return TrainingError(
-            f"out of host memory while the batches of step {step} were made",
-            where=f"train.batch_size {run.config.train.batch_size}, train.accumulation {run.config.train.accumulation}",
-            fix="free memory on this machine: what else runs on it? Then the same command continues",
-        )
-    return fault
-
-
-def require_batches(run: Run, fault: Exception | None) -> None:
-    """Let all processes end where one of them cannot go on; all must call this at the same point.
-
-    Args:
-        run: the run.
-        fault: of ``fault_ahead`` on this process.
+def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
+    """Put a run together; what must be closed in the end is left with ``cleanup``.
 
     Raises:
-        Exception: ``fault`` where it happened; a ``FinetuneError`` that quotes it on the others.
+        FinetuneError: of the kind that names what has to be mended, before any training.
     """
+    # Both before anything touches a GPU.
+    cleanup.enter_context(deterministic_kernels(config.train.deterministic))
+    grow_segments()
+    launch = read_launch(os.environ)
+    ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
+    cleanup.callback(ranks.close)
 
-    def give() -> None:
-        if fault is not None:
-            raise fault
+    config = pin_model(config, ranks.run_on_main)
+    spec = read_spec(config.model.pretrained, config.model.revision)
+    warnings = require_valid(config, spec)
+    require_launch(launch, config, spec, ranks)
+    config, choice = choose_memory(config)
+    accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
+    require_tracker(config, accelerator)
+    for line in [*(f"warning: {warning}" for warning in warnings), *choice]:
+        accelerator.print(line)
 
-    run.ranks.run_on_all(give)
+    manifest = ensure_cache(config, spec, distributed=ranks, cleanup=cleanup)
+    cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
+    data = _run_data(config, spec, manifest, ranks)
+    cleanup.callback(data.loader.close)
+    for advice in run_advice(config, data.plan, data.total_steps, val_videos=_count_media(data.val)):
+        accelerator.print(f"warning: {advice}")
+    saved = _checkpoint_to_continue(config, data, ranks)
+
+    ranks.run_on_main(lambda: _require_base_as_sent(config, data.cache))
+    prediction = _predict_peak(config, launch, ranks)  # while the model is read
+    if prediction is not None:
+        cleanup.callback(prediction.close)
+    model, base = _trained_model(config, spec, launch, ranks, accelerator, saved)
+    state = replace(RunState(0, manifest.digest) if saved is None else saved.state, base=base)
+
+    tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
+    cleanup.callback(tracker.close)
+    console = Console(data.total_steps, interval_s=config.tracking.console_interval_s, enabled=ranks.is_main)
+    cleanup.callback(console.close)
+    run = Run(
+        config=config,
+        data=data,
+        model=model,
+        state=state,
+        resumed_from=None if saved is None else saved.path,
+        tracker=tracker,
+        console=console,
+        prediction=prediction,
+        weights=state.weights,
+    )
+    ranks.run_on_main(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
+    if saved is not None and not saved.state.base:
+        console.note(f"{saved.path.name} does not record which base transformer it was trained on; the next one does")
+    if saved is None and (warning := _other_base(config, base)):
+        console.note(f"warning: {warning}")
+    for label, value in run_sheet(run):
+        console.note(f"{label:>24}: {value}")
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------- the launch
 
 
 def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: ProcessGroup) -> None:
@@ -154,39 +186,31 @@ def hold_run_folder(run_dir: Path, ranks: ProcessGroup, tell: Callable[[str], ob
         yield
 
 
-# -------- Everything a run is made of, put together in the order in which mistakes are cheapest to find.
-#
-# Configuration against the model's JSON, then the cache, then the checkpoint to continue from; only then are weights
-# loaded.
+# ------------------------------------------------------------------------------------------ data, checkpoint and model
 
 
-def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
-    """Put a run together; what must be closed in the end is left with ``cleanup``.
-
-    Raises:
-        FinetuneError: of the kind that names what has to be mended, before any training.
-    """
-    # Both before anything touches a GPU.
-    cleanup.enter_context(deterministic_kernels(config.train.deterministic))
-    grow_segments()
-    launch = read_launch(os.environ)
-    ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
-    cleanup.callback(ranks.close)
-    config = pin_model(config, ranks.run_on_main)
-    spec = read_spec(config.model.pretrained, config.model.revision)
-    warnings = require_valid(config, spec)
-    require_launch(launch, config, spec, ranks)
-    config, choice = choose_memory(config)
-    accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
-    for warning in warnings:
-        accelerator.print(f"warning: {warning}")
-    for line in choice:
-        accelerator.print(line)
-
-    manifest = ensure_cache(config, spec, distributed=ranks, cleanup=cleanup)
-    cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
+def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, ranks: ProcessGroup) -> RunData:
     cache = Cache(config.cache.dir)
-    training, heldout = _batch_makers(config, spec, cache, manifest)
+    empty = cache.read_prompt(manifest.empty_prompt_key)
+    if config.data.unconditional_text == "zeros":
+        empty = torch.zeros_like(empty)
+    training, val = (
+        BatchMaker(
+            spec,
+            cache,
+            [item for item in manifest.items if item.holdout == holdout],
+            empty,
+            config.data,
+            config.train.seed,
+        )
+        for holdout in (False, True)
+    )
+    if not training.items:
+        raise DataError(
+            "no clip is left to train on",
+            where=f"{len(val.items)} clips, all held out",
+            fix="lower data.holdout, or add a source with split: train",
+        )
     plan = StepPlan(
         items=tuple(Item(item.bucket, item.repeats) for item in training.items),
         seed=config.train.seed,
@@ -194,46 +218,6 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         micro_batches=config.train.accumulation * ranks.world,
     )
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
-    held = len({item.media_digest for item in heldout.items})
-    for advice in run_advice(config, plan, total_steps, val_videos=held):
-        accelerator.print(f"warning: {advice}")
-    saved = _checkpoint_to_continue(config, manifest, ranks)
-    if saved is not None:
-        _require_planned(saved, plan, total_steps)
-
-    ranks.run_on_main(lambda: _require_base_as_sent(config, cache))
-    prediction = _predict_peak(config, launch, ranks)  # while the model is read
-    if prediction is not None:
-        cleanup.callback(prediction.close)
-    dtype = config.model.torch_dtype()
-    # A model that is to be sharded, or to stream, is never whole on a device.
-    whole = isinstance(launch, Replicate) and not config.memory.streams
-    module = load_transformer(
-        config.model,
-        device=ranks.device if whole else "cpu",
-        dtype=dtype,
-        placement=placement(config.memory.base),
-    )
-    base = _same_base(module, config, saved, ranks)
-    config.method.apply(module, seed=config.train.seed)
-    config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
-    module.train()
-    strategy = make_strategy(launch, ranks, accelerator, module, config)
-    with _naming(saved):
-        strategy.start(config.optimizer, saved)
-        ema = None
-        if config.train.ema_decay is not None:
-            ema = Ema(strategy.parameters, strategy.precise(), config.train.ema_decay)
-            if saved is not None:
-                ema.load(_average(strategy, saved), saved.state.step)
-
-    state = replace(RunState(0, manifest.digest) if saved is None else saved.state, base=base)
-    tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
-    cleanup.callback(tracker.close)
-    console = Console(
-        total_steps, first_step=state.step, interval_s=config.tracking.console_interval_s, enabled=ranks.is_main
-    )
-    cleanup.callback(console.close)
     loader = Loader(
         plan,
         training.training,
@@ -242,104 +226,91 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         total_steps=total_steps,
         device=ranks.device,
     )
-    cleanup.callback(loader.close)
-    run = Run(
-        config=config,
-        spec=spec,
-        manifest=manifest,
-        cache=cache,
-        accelerator=accelerator,
-        ranks=ranks,
-        strategy=strategy,
-        module=module,
+    return RunData(cache, manifest, training, val, plan, loader, total_steps)
+
+
+def _count_media(maker: BatchMaker) -> int:
+    """Different videos among the clips; copies count as one."""
+    return len({item.media_digest for item in maker.items})
+
+
+def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGroup) -> LoadedCheckpoint | None:
+    """The checkpoint that the run continues from, compared with what the run is to be."""
+    saved = checkpoint_to_continue(config.output_dir, config.checkpoint.resume, ranks)
+    if saved is None:
+        return None
+    state, where = saved.state, str(saved.path)
+    for change in require_same_run(
+        saved.config,
+        config.to_dict(),
+        where=where,
+        processes=(saved.processes, ranks.world),
+        identified=bool(state.base),
+    ):
+        if ranks.is_main:
+            print(f"continuing with {change}", flush=True)
+    if state.cache_digest != data.manifest.digest:
+        raise CheckpointError(
+            "the training data is not what this run was trained on: clips, captions or their encoding changed",
+            where=f"{where} against {config.cache.dir}",
+            fix="restore the dataset to continue, or train anew into another output_dir"
+            " (method.init_from continues from the weights alone)",
+        )
+    if state.step > data.total_steps:
+        raise CheckpointError(
+            f"the checkpoint has taken {state.step} steps, and the run is to take {data.total_steps}",
+            where=where,
+            fix="set train.steps (or train.epochs) to no less, or train anew into another output_dir",
+        )
+    if state.samples_seen != (planned := data.plan.samples_until(state.step)):
+        raise CheckpointError(
+            f"the checkpoint has seen {state.samples_seen} samples in {state.step} steps, and the plan has {planned}",
+            where=where,
+            fix="it was changed after it was written: bring its state.json back, or use another checkpoint of the run",
+        )
+    return saved
+
+
+def _trained_model(
+    config: RunConfig,
+    spec: ModelSpec,
+    launch: Launch,
+    ranks: ProcessGroup,
+    accelerator: Any,
+    saved: LoadedCheckpoint | None,
+) -> tuple[TrainedModel, str]:
+    """The transformer with what trains in it, at the checkpoint's weights, and the digest of its base."""
+    dtype = config.model.torch_dtype()
+    # A model that is to be sharded, or to stream, is never whole on a device.
+    on_device = isinstance(launch, Replicate) and not config.memory.streams
+    module = load_transformer(
+        config.model,
+        device=ranks.device if on_device else "cpu",
         dtype=dtype,
-        parameters=config.method.trainable(module),
-        ema=ema,
-        alpha_bar=alpha_bar(spec).float().to(ranks.device),
-        plan=plan,
-        loader=loader,
-        training=training,
-        heldout=heldout,
-        total_steps=total_steps,
-        state=state,
-        resumed_from=None if saved is None else saved.path,
-        tracker=tracker,
-        console=console,
-        prediction=prediction,
+        placement=placement(config.memory.base),
     )
-    if saved is not None and not run.is_finite():  # as versions wrote it that did not look
+    base = _same_base(module, config, saved, ranks)
+    config.method.apply(module, seed=config.train.seed)
+    config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
+    module.train()
+    strategy = make_strategy(launch, ranks, accelerator, module, config)
+    parameters = config.method.trainable(module)  # not before: sharding puts others in their place
+    ema = None
+    with _naming(saved):
+        strategy.start(config.optimizer, saved)
+        if config.train.ema_decay is not None:
+            ema = Ema(strategy.parameters, strategy.precise(), config.train.ema_decay)
+            if saved is not None:
+                ema.load(_average(strategy, saved), saved.state.step)
+    schedule = alpha_bar(spec).float().to(ranks.device)
+    model = TrainedModel(spec, module, dtype, parameters, schedule, strategy, ema, ranks)
+    if saved is not None and not model.is_finite():  # as versions wrote it that did not look
         raise CheckpointError(
             "the checkpoint's weights, or their average, are not finite",
             where=str(saved.path),
             fix="move it away and run the same command again: the run continues from the checkpoint before it",
         )
-    ranks.run_on_main(lambda: atomic_write_text(config.output_dir / "config.yaml", config.to_yaml()))
-    if saved is not None and not saved.state.base:
-        console.note(f"{saved.path.name} does not record which base transformer it was trained on; the next one does")
-    if saved is None and (warning := _other_base(config, base)):
-        console.note(f"warning: {warning}")
-    for label, value in run_sheet(run):
-        console.note(f"{label:>24}: {value}")
-    return run
-
-
-def _batch_makers(
-    config: RunConfig, spec: ModelSpec, cache: Cache, manifest: Manifest
-) -> tuple[BatchMaker, BatchMaker]:
-    training = [item for item in manifest.items if not item.holdout]
-    heldout = [item for item in manifest.items if item.holdout]
-    if not training:
-        raise DataError(
-            "no clip is left to train on",
-            where=f"{len(heldout)} clips, all held out",
-            fix="lower data.holdout, or add a source with split: train",
-        )
-    empty = cache.read_prompt(manifest.empty_prompt_key)
-    if config.data.unconditional_text == "zeros":
-        empty = torch.zeros_like(empty)
-
-    def maker(items: list[Any]) -> BatchMaker:
-        return BatchMaker(spec, cache, items, empty, config.data, config.train.seed)
-
-    return maker(training), maker(heldout)
-
-
-def _checkpoint_to_continue(config: RunConfig, manifest: Manifest, ranks: ProcessGroup) -> LoadedCheckpoint | None:
-    saved = checkpoint_to_continue(config.output_dir, config.checkpoint.resume, ranks)
-    if saved is None:
-        return None
-    path = saved.path
-    processes, identified = (saved.processes, ranks.world), bool(saved.state.base)
-    for change in require_same_run(
-        saved.config, config.to_dict(), where=str(path), processes=processes, identified=identified
-    ):
-        if ranks.is_main:
-            print(f"continuing with {change}", flush=True)
-    if saved.state.cache_digest != manifest.digest:
-        raise CheckpointError(
-            "the training data is not what this run was trained on: clips, captions or their encoding changed",
-            where=f"{path} against {config.cache.dir}",
-            fix="restore the dataset to continue, or train anew into another output_dir"
-            " (method.init_from continues from the weights alone)",
-        )
-    return saved
-
-
-def _require_planned(saved: LoadedCheckpoint, plan: StepPlan, total_steps: int) -> None:
-    """Refuse a checkpoint from beyond the run's end, or one that has seen other samples than the plan gives."""
-    state = saved.state
-    if state.step > total_steps:
-        raise CheckpointError(
-            f"the checkpoint has taken {state.step} steps, and the run is to take {total_steps}",
-            where=str(saved.path),
-            fix="set train.steps (or train.epochs) to no less, or train anew into another output_dir",
-        )
-    if state.samples_seen != (planned := plan.samples_until(state.step)):
-        raise CheckpointError(
-            f"the checkpoint has seen {state.samples_seen} samples in {state.step} steps, and the plan has {planned}",
-            where=str(saved.path),
-            fix="it was changed after it was written: bring its state.json back, or use another checkpoint of the run",
-        )
+    return model, base
 
 
 def _average(strategy: ParallelStrategy, saved: LoadedCheckpoint) -> Mapping[str, Tensor]:
@@ -408,24 +379,25 @@ def _predict_peak(config: RunConfig, launch: Launch, ranks: ProcessGroup) -> Bac
     return predict_async(config, card_here(ranks.device), device=name, processes=ranks.world)
 
 
+# ------------------------------------------------------------------------------------------------------ the run's sheet
+
+
 def run_sheet(run: Run) -> list[tuple[str, str]]:
     """Every derived number of a run with its unit, to be read before the first step."""
-    config, plan, spec = run.config, run.plan, run.spec
-    buckets: dict[str, int] = {}
-    for item in run.training.items:
-        name = f"{item.bucket} ({spec.tokens(item.bucket)} tokens)"
-        buckets[name] = buckets.get(name, 0) + 1
+    config, data, model, device = run.config, run.data, run.model, run.ranks.device
+    plan, spec = data.plan, model.spec
+    buckets = Counter(f"{item.bucket} ({spec.tokens(item.bucket)} tokens)" for item in data.training.items)
     effective = config.train.batch_size * plan.micro_batches
     return [
         ("run", str(config.output_dir)),
         *([("curves", tensorboard_command(config.output_dir))] if config.tracking.kind == "tensorboard" else []),
-        ("model", f"{config.model.pretrained}, {'image' if spec.image_to_video else 'text'}-to-video, {run.dtype}"),
+        ("model", f"{config.model.pretrained}, {'image' if spec.image_to_video else 'text'}-to-video, {model.dtype}"),
         *([("commit", config.model.revision)] if config.model.revision else []),
-        ("training clips", f"{len(run.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
+        ("training clips", f"{len(data.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),
-        ("held-out clips", str(len(run.heldout.items))),
-        *(("bucket", f"{bucket}: {kept}") for bucket, kept in run.manifest.kept.items()),
-        *(("warning", note.removeprefix(WARNING)) for note in run.manifest.notes if note.startswith(WARNING)),
+        ("held-out clips", str(len(data.val.items))),
+        *(("bucket", f"{bucket}: {kept}") for bucket, kept in data.manifest.kept.items()),
+        *(("warning", note.removeprefix(WARNING)) for note in data.manifest.notes if note.startswith(WARNING)),
         (
             "effective batch",
             f"{effective} clips = {config.train.batch_size} x {config.train.accumulation} accumulation"
@@ -434,15 +406,15 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("steps per epoch", f"{plan.steps_per_epoch:.2f}"),
         (
             "steps",
-            f"{run.total_steps} = {run.total_steps / plan.steps_per_epoch:.2f} epochs"
+            f"{data.total_steps} = {data.total_steps / plan.steps_per_epoch:.2f} epochs"
             + (f", continuing after {run.state.step} from {run.resumed_from}" if run.state.step else ""),
         ),
-        *config.method.describe(run.module),
+        *config.method.describe(model.module),
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
-        ("parallel", run.strategy.name),
-        ("device", f"{run.device} ({_device_name(run.device)})"),
+        ("parallel", model.strategy.name),
+        ("device", f"{device} ({_device_name(device)})"),
         ("seed", str(config.train.seed)),
-        ("repeatable", repeatability(config.train.deterministic, run.device)),
+        ("repeatable", repeatability(config.train.deterministic, device)),
     ]
 
 

@@ -1,7 +1,6 @@
-"""Timestep bands: the same cut of the noise schedule for the training loss, the held-out loss and every chart.
+"""What a run tells of itself: numbers of each step over all processes, to a tracker and to the console.
 
-The loss at a low timestep (little noise, fine detail) and at a high one (almost pure noise, layout) differ
-several-fold, so one mean over random timesteps is mostly the luck of the draw. By band, a curve says what is learnt.
+``docs/training.md`` lists the names of the metrics. A step in them is the number of completed optimizer steps.
 """
 
 from __future__ import annotations
@@ -21,59 +20,52 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-from finetune.config.schema import TrackingConfig
+from finetune.config.schema import RunConfig, TrackingConfig
+from finetune.core.errors import ConfigError, first_line
 from finetune.core.files import from_here
 from finetune.core.text import shown
 from finetune.inference.videos import Frames, gif_bytes
 
+_log = logging.getLogger(__name__)
+
+# ----------------------------------------------------------------------------------------------------- timestep buckets
+
 TIMESTEP_BUCKETS = 4
-"""How many bands the schedule is cut into."""
+"""How many parts the schedule is cut into. The loss at a low timestep (little noise, fine detail) and at a high one
+(almost pure noise, layout) differ several-fold: one mean over random timesteps is mostly the luck of the draw."""
 
 
-def timestep_bucket(timestep: int, num_train_timesteps: int, bands: int = TIMESTEP_BUCKETS) -> str:
-    """The label of the band that holds ``timestep``, such as ``t000-249``; labels sort in order of time.
+def timestep_bucket(timestep: int, num_train_timesteps: int) -> str:
+    """The label of the bucket that holds ``timestep``, such as ``t000-249``; labels sort in order of time.
 
     Raises:
         ValueError: for a timestep outside 0 ... ``num_train_timesteps - 1``.
     """
     if not 0 <= timestep < num_train_timesteps:
         raise ValueError(f"timestep {timestep} is not in 0..{num_train_timesteps - 1}")
-    index = timestep * bands // num_train_timesteps
-    # The first t with t * bands // T == index; ceil, so that bands that do not divide T still tile it.
-    first, end = (-(-edge * num_train_timesteps // bands) for edge in (index, index + 1))
+    index = timestep * TIMESTEP_BUCKETS // num_train_timesteps
+    # ceil, so that buckets that do not divide the schedule still tile it
+    first, end = (-(-edge * num_train_timesteps // TIMESTEP_BUCKETS) for edge in (index, index + 1))
     digits = len(str(num_train_timesteps - 1))
     return f"t{first:0{digits}d}-{end - 1:0{digits}d}"
 
 
 def loss_by_timestep_bucket(
-    losses: Sequence[float], timesteps: Sequence[int], num_train_timesteps: int, bands: int = TIMESTEP_BUCKETS
+    losses: Sequence[float], timesteps: Sequence[int], num_train_timesteps: int
 ) -> dict[str, float]:
-    """Mean loss per band, in order of time; a band no sample fell into is absent.
-
-    Args:
-        losses: one per sample.
-        timesteps: one per sample, in the same order.
-        num_train_timesteps: length of the schedule.
-        bands: how many bands.
-    """
+    """Mean loss per bucket, in order of time; a bucket that no sample fell into is absent."""
     grouped: dict[str, list[float]] = {}
     for loss, timestep in zip(losses, timesteps, strict=True):
-        grouped.setdefault(timestep_bucket(timestep, num_train_timesteps, bands), []).append(loss)
-    # fsum is exact, so neither the order of samples nor their split over processes moves the last digit.
-    return {band: math.fsum(members) / len(members) for band, members in sorted(grouped.items())}
+        grouped.setdefault(timestep_bucket(timestep, num_train_timesteps), []).append(loss)
+    return {bucket: mean(members) for bucket, members in sorted(grouped.items())}
 
 
-# -------- What one optimizer step was like, over all processes: losses by sample, and what any of them has to tell
-# the others.
-#
-# Leaf: arithmetic on plain tensors, so that the loop keeps to what happens and this keeps to what it amounted to.
+def mean(losses: Sequence[float]) -> float:
+    """Summed exactly, so that neither the order of samples nor their split over processes moves the last digit."""
+    return math.fsum(losses) / len(losses)
 
-_PADDING = -2.0
 
-_FLAGS = -1.0
-
-_STOP, _FAULT = 1, 2
-"""Bits of the row that stands under ``_FLAGS``."""
+# ------------------------------------------------------------------------------------------- one step, of all processes
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,12 @@ class StepRecord:
     @property
     def loss(self) -> float:
         """Mean over the samples of the step, each counted once."""
-        return math.fsum(self.losses) / len(self.losses)
+        return mean(self.losses)
+
+
+_PADDING, _FLAGS = -2.0, -1.0
+"""In place of a timestep: rows that hold no sample, and the row with what a process has to tell."""
+_STOP, _FAULT = 1, 2
 
 
 @dataclass
@@ -129,7 +126,7 @@ class StepMetrics:
     Args:
         rows: most samples a process can have in a step (accumulation x batch size); shorter parts are padded, because a
             collective needs equal shapes.
-        gather: concatenates a [rows + 1, 2] tensor over processes, such as ``Accelerator.gather``.
+        gather: concatenates a [rows + 1, 2] tensor over processes, such as ``accelerate.utils.gather``.
     """
 
     rows: int
@@ -149,13 +146,13 @@ class StepMetrics:
             stop: this process was asked to stop.
             fault: this process cannot go on after this step.
         """
-        mine = torch.stack([torch.cat(self._losses), torch.cat(self._timesteps)], dim=1)
-        table = mine.new_full((self.rows + 1, 2), _PADDING)
-        table[: len(mine)] = mine
-        table[-1] = torch.tensor([_STOP * stop + _FAULT * fault, _FLAGS], dtype=mine.dtype)
-        every = self.gather(table).tolist()
-        samples = [(loss, int(timestep)) for loss, timestep in every if timestep >= 0]
-        flags = [int(value) for value, kind in every if kind == _FLAGS]
+        own = torch.stack([torch.cat(self._losses), torch.cat(self._timesteps)], dim=1)
+        table = own.new_full((self.rows + 1, 2), _PADDING)
+        table[: len(own)] = own
+        table[-1] = torch.tensor([_STOP * stop + _FAULT * fault, _FLAGS], dtype=own.dtype)
+        rows = self.gather(table).tolist()
+        samples = [(loss, int(timestep)) for loss, timestep in rows if timestep >= 0]
+        flags = [int(value) for value, kind in rows if kind == _FLAGS]
         return GatheredStep(
             losses=tuple(loss for loss, _ in samples),
             timesteps=tuple(timestep for _, timestep in samples),
@@ -169,21 +166,16 @@ class StepMetrics:
         self._timesteps.clear()
 
 
-# -------- Metrics to TensorBoard (through accelerate) and to the console; on the main process only.
-#
-# Names in use: ``train/loss`` (mean over processes and micro-batches), ``train/loss/t000-249`` ... (by timestep band),
-# ``train/grad_norm`` (before clipping), ``train/lr``, ``train/samples_seen``, ``perf/s_per_step``, ``perf/data_wait_s``
-# (time the device waited for a batch), ``perf/peak_gib``, ``perf/predicted_peak_gib`` (at the end of a run on one GPU),
-# ``perf/oom_notches`` (notches gone along the memory plan, where a step ran out of memory), ``train/epoch`` and
-# ``train/samples_in_epoch`` (as an epoch ends); ``heldout/loss``, ``heldout/loss/t000-249`` ..., ``trainsubset/loss``
-# and
-# ``heldout/gap`` (held-out minus training subset: it grows when the run memorises). Steps are completed optimizer
-# steps.
+# -------------------------------------------------------------------------------------------------------------- tracker
 
-_log = logging.getLogger(__name__)
+PROJECT = "cogvideox-finetune"
+"""Where a tracker keeps runs by project."""
 
-RUN_NAME = "tensorboard"
-"""Folder of the event files inside the run's folder."""
+EVENTS = "tensorboard"
+"""Folder of TensorBoard's event files inside the run's folder."""
+
+_RUN_NAME = {"wandb": "name", "trackio": "name", "mlflow": "run_name", "swanlab": "experiment_name"}
+"""How a tracker's constructor calls the name of one run."""
 
 
 def tensorboard_command(run_dir: Path) -> str:
@@ -211,12 +203,26 @@ def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str,
     return flat
 
 
-class Tracker:
-    """Writes metrics and videos of one run to TensorBoard; does nothing on other processes, or with ``kind: none``.
+def require_tracker(config: RunConfig, accelerator: Any) -> None:
+    """Refuse a tracker that accelerate has left out.
 
-    A full disk or a lost network drive must not end a run of days: the first error of the file system is printed as a
-    warning, and from then on nothing more is tracked. Events are written by a thread of TensorBoard's; what fails there
-    comes to light at the next call or at ``close``. Anything else is a bug and is raised.
+    Raises:
+        ConfigError: if its package is not installed.
+    """
+    kind = config.tracking.kind
+    if kind != "none" and kind not in {str(name) for name in accelerator.log_with}:
+        raise ConfigError(
+            f"{kind} is not installed",
+            where=config.where("tracking.kind"),
+            fix=f"pip install {kind.replace('_', '-')}, or set tracking.kind: tensorboard",
+        )
+
+
+class Tracker:
+    """Writes metrics and videos of one run through accelerate; does nothing on other processes, or with ``kind: none``.
+
+    A full disk, a lost network drive or a service that does not answer must not end a run of days: the first error of
+    the tracker is printed as a warning, and from then on nothing more is tracked.
 
     Args:
         config: the section.
@@ -224,85 +230,79 @@ class Tracker:
         settings: the resolved configuration, recorded once, at the start of a new run.
         resumed_step: completed steps of the checkpoint that this run continues; 0 for a new run. What an interrupted
             run logged after it is then hidden by TensorBoard, so that no step shows twice.
-
-    Raises:
-        ValueError: if the accelerator was made without the options.
     """
 
     def __init__(
         self, config: TrackingConfig, accelerator: Any, *, settings: Mapping[str, Any], resumed_step: int = 0
     ) -> None:
+        self._kind = config.kind
         self._accelerator = accelerator
         self._active = config.kind != "none" and bool(accelerator.is_main_process)
-        self._hook: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
-        if not self._active:
-            return
-        if config.kind not in {str(backend) for backend in accelerator.log_with}:
-            raise ValueError("make the Accelerator with TrackingConfig.accelerator_options()")
-        threading.excepthook = self._thread_failed
-        self._guarded(lambda: self._start(settings, resumed_step))
+        self._thread_hook: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
+        if self._active:
+            threading.excepthook = self._thread_failed
+            self._guarded(lambda: self._start(settings, resumed_step))
 
     def _start(self, settings: Mapping[str, Any], resumed_step: int) -> None:
+        run_name = Path(self._accelerator.project_dir).name
+        options: dict[str, dict[str, Any]] = {
+            # TensorBoard then hides what earlier event files in this folder say of later steps.
+            "tensorboard": {"purge_step": resumed_step + 1 if resumed_step else 0},
+            **{kind: {name: run_name} for kind, name in _RUN_NAME.items()},
+        }
         self._accelerator.init_trackers(
-            RUN_NAME,
+            EVENTS if self._kind == "tensorboard" else PROJECT,
             # Once per run: each record of hparams is a run of its own in TensorBoard's list.
             config=flatten_settings(settings) if resumed_step == 0 else None,
-            # TensorBoard then hides what earlier event files in this folder say of later steps.
-            init_kwargs={"tensorboard": {"purge_step": resumed_step + 1 if resumed_step else 0}},
+            init_kwargs=options,
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at ``step`` (completed optimizer steps)."""
-        if self._active and metrics:
+        if metrics:
             self._guarded(lambda: self._accelerator.log(dict(metrics), step=step))
 
     def log_video(self, tag: str, frames: Frames, step: int, fps: float) -> None:
-        """Record a video, uint8 [F, H, W, 3], as an animated GIF, which the Images tab plays.
+        """Record a video, uint8 [F, H, W, 3], as an animated GIF, which TensorBoard's Images tab plays.
 
-        TensorBoard's own ``add_video`` does the same through moviepy, a dependency that this avoids.
+        TensorBoard's own ``add_video`` does the same through moviepy, a dependency that this avoids. Other trackers
+        have no form for it in common; the files are in the run's folder.
         """
-        if not self._active:
-            return
+        if self._kind == "tensorboard":
+            self._guarded(lambda: self._write_gif(" ".join(shown(tag).split()), frames, step, fps))
+
+    def _write_gif(self, tag: str, frames: Frames, step: int, fps: float) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         image = Summary.Image(
             height=frames.shape[1], width=frames.shape[2], colorspace=3, encoded_image_string=gif_bytes(frames, fps)
         )
-        summary = Summary(value=[Summary.Value(tag=" ".join(shown(tag).split()), image=image)])
         writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
-
-        def write() -> None:
-            writer.file_writer.add_summary(summary, step)
-            writer.flush()
-
-        self._guarded(write)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        writer.flush()
 
     def close(self) -> None:
-        """Flush and close the event file; safe to call twice."""
-        if self._active:
-            self._guarded(lambda: self._accelerator.get_tracker("tensorboard", unwrap=True).close())
+        """Flush and close; safe to call twice."""
+        self._guarded(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
         if threading.excepthook == self._thread_failed:
-            threading.excepthook = self._hook
+            threading.excepthook = self._thread_hook
 
     def _guarded(self, action: Callable[[], object]) -> None:
+        if not self._active:
+            return
         try:
             action()
         except Exception as error:
-            if not _of_the_disk(error):
-                raise
             self._active = False
-            _log.warning("metrics are no longer written to TensorBoard; training goes on: %s", error)
+            _log.warning("metrics are no longer written to %s; training goes on: %s", self._kind, first_line(error))
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        """Print no traceback of what ``_guarded`` will tell in a line: the thread leaves its error to the next call."""
-        writer = "tensorboard." in type(failure.thread).__module__
-        if not (writer and failure.exc_value is not None and _of_the_disk(failure.exc_value)):
-            self._hook(failure)
+        """Print no traceback of a failed write: TensorBoard's thread leaves its error to the next call."""
+        if "tensorboard." not in type(failure.thread).__module__:
+            self._thread_hook(failure)
 
 
-def _of_the_disk(error: BaseException) -> bool:
-    """Whether the file system failed; where TensorFlow is installed TensorBoard writes through it, with its errors."""
-    return isinstance(error, OSError) or type(error).__module__.startswith("tensorflow.")
+# -------------------------------------------------------------------------------------------------------------- console
 
 
 class Console:
@@ -310,7 +310,6 @@ class Console:
 
     Args:
         total_steps: optimizer steps of the whole run.
-        first_step: steps completed before this process began.
         interval_s: least seconds between two lines where ``stream`` is no terminal.
         stream: where to print; None is standard output.
         enabled: False on every process but the main one.
@@ -321,51 +320,44 @@ class Console:
         self,
         total_steps: int,
         *,
-        first_step: int = 0,
         interval_s: float = 10.0,
         stream: TextIO | None = None,
         enabled: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total = total_steps
-        self._first = first_step
         self._interval_s = interval_s
         self._stream = stream or sys.stdout
         self._enabled = enabled
         self._clock = clock
         self._terminal = self._stream.isatty()
         self._origin: tuple[int, float] | None = None
-        self._last_line_s: float | None = None
+        self._last_line_s = -math.inf
         self._open_line = False
 
     def step(self, record: StepRecord) -> None:
         """Show a step that is complete."""
         step, now = record.step, self._clock()
         if self._origin is None:
-            # The first step is slow (allocator, kernel selection), so the estimate starts after it.
-            self._origin = (step, now)
-        if not self._enabled or not self._is_due(step, now):
+            self._origin = (
+                step,
+                now,
+            )  # the first step is slow (allocator, kernel selection): the estimate begins after
+        due = self._terminal or step >= self._total or now - self._last_line_s >= self._interval_s
+        if not (self._enabled and due):
             return
         parts = [
             f"step {step:>{len(str(self._total))}}/{self._total}",
             f"loss {record.loss:.4f}",
             f"lr {record.lr:.2e}",
+            f"{record.s_per_step:.2f} s/step",
+            f"peak {record.peak_gib:.2f} GiB",
         ]
-        parts += [f"{record.s_per_step:.2f} s/step", f"peak {record.peak_gib:.2f} GiB"]
-        if (left_s := self._left_s(step, now)) is not None:
-            parts.append(f"ETA {duration(left_s)}")
+        first, first_s = self._origin
+        if first < step < self._total:
+            parts.append(f"ETA {duration((now - first_s) / (step - first) * (self._total - step))}")
         self._write("  ".join(parts))
         self._last_line_s = now
-
-    def _is_due(self, step: int, now: float) -> bool:
-        if self._terminal or self._last_line_s is None or step >= self._total:
-            return True
-        return now - self._last_line_s >= self._interval_s
-
-    def _left_s(self, step: int, now: float) -> float | None:
-        if self._origin is None or step <= self._origin[0] or step >= self._total:
-            return None
-        return (now - self._origin[1]) / (step - self._origin[0]) * (self._total - step)
 
     def _write(self, line: str) -> None:
         if self._terminal:
@@ -394,9 +386,7 @@ class Console:
 
 def duration(seconds: float) -> str:
     """``45s``, ``7m 38s`` or ``3h 02m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m {whole % 60:02d}s"
-    return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        return f"{minutes // 60}h {minutes % 60:02d}m"
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

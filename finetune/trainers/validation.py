@@ -1,50 +1,37 @@
-"""Held-out loss at fixed clips, timesteps and noise, measured without touching a bit of the training state.
+"""Watching a run: its held-out loss at fixed clips, timesteps and noise, and videos of fixed prompts.
 
-Nothing here draws a random number: the loop hands in ready batches, so two evaluations of the same weights give the
-same number, and a difference between two numbers is a difference between weights.
+Everything that is read is fixed and everything that is touched is put back, so two measurements of the same weights
+give the same number, and a run that is watched is bit for bit the run that is not.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from finetune.checkpoint.folders import HISTORY, Measurement, read_history
-from finetune.core.distributed import ProcessGroup
-from finetune.core.files import atomic_write_text
+from finetune.caching.encode import release_memory
+from finetune.checkpoint.folders import HISTORY, Measurement, read_history, sample_name, samples_path
+from finetune.cogvideox.load import load_scheduler, load_vae
+from finetune.core.errors import FinetuneError, first_line
+from finetune.core.files import atomic_write_text, from_here
 from finetune.core.rng import seed_for, training_state_untouched
-from finetune.core.types import Batch, RunState
+from finetune.core.types import Batch, RunState, SamplePrompt
 from finetune.datasets.dataloader import BatchMaker, to_device
 from finetune.datasets.schedule import is_due
+from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, sample_videos
+from finetune.inference.videos import Frames, write_mp4
 from finetune.trainers.fault_report import ReportedSample, refuse_measurement
 from finetune.trainers.run import Run
 from finetune.trainers.stopping import StopRequest
-from finetune.trainers.tracking import loss_by_timestep_bucket
+from finetune.trainers.tracking import loss_by_timestep_bucket, mean
 
-Pair = tuple[float, int]
-"""Loss and timestep of one sample."""
-
-
-@dataclass(frozen=True)
-class HeldoutLoss:
-    """One evaluation: the mean over every (clip, timestep) pair, and by timestep band."""
-
-    mean: float
-    by_band: dict[str, float]
-    losses: tuple[float, ...]
-    """Of every (clip, timestep) pair, in the order of the processes and of their batches."""
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every loss is."""
-        return all(math.isfinite(loss) for loss in self.losses)
+_log = logging.getLogger(__name__)
 
 
 def fixed_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
@@ -60,51 +47,8 @@ def fixed_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
     return tuple((2 * part + 1) * num_train_timesteps // (2 * count) for part in range(count))
 
 
-def evaluate(
-    loss_of: Callable[[Batch], Tensor],
-    batches: Iterable[Batch],
-    num_train_timesteps: int,
-    *,
-    gather: Callable[[list[Pair]], list[Pair]] | None = None,
-) -> HeldoutLoss:
-    """Mean loss over ready batches, summed exactly, so that neither their order nor their size matters.
-
-    Args:
-        loss_of: per-sample losses [B] of a batch; call ``evaluate`` inside ``training_state_untouched``.
-        batches: fixed clips at fixed timesteps with fixed noise; an iterable, so that they need not be in memory at
-            once. With several processes, this one's share, which may be empty.
-        num_train_timesteps: length of the schedule, for the bands.
-        gather: joins the (loss, timestep) lists of all processes; None for one process.
-
-    Raises:
-        ValueError: if no process has anything to measure, or a loss is not [B].
-    """
-    pairs: list[Pair] = []
-    for batch in batches:
-        losses = loss_of(batch)
-        if losses.shape != batch.timesteps.shape:
-            raise ValueError(f"loss_of gave {tuple(losses.shape)} for {len(batch.timesteps)} samples")
-        pairs += zip(losses.detach().to("cpu", torch.float64).tolist(), batch.timesteps.tolist(), strict=True)
-    if gather is not None:
-        pairs = gather(pairs)
-    if not pairs:
-        raise ValueError("there is no batch to measure")
-    every_loss = [loss for loss, _ in pairs]
-    return HeldoutLoss(
-        mean=math.fsum(every_loss) / len(every_loss),
-        by_band=loss_by_timestep_bucket(every_loss, [timestep for _, timestep in pairs], num_train_timesteps),
-        losses=tuple(every_loss),
-    )
-
-
-# -------- Measuring while training: the held-out loss, and its gap to the training clips.
-#
-# Everything it reads is fixed (clips, timesteps, noise) and everything it touches is put back, so a run
-# with validation is bit for bit the run without.
-
-
 @dataclass(frozen=True)
-class _Job:
+class _Pass:
     """One clip at a few of the fixed timesteps: what one forward pass measures."""
 
     maker: BatchMaker
@@ -115,54 +59,98 @@ class _Job:
         return self.maker.fixed(self.index, self.timesteps)
 
 
-class _CutShortError(Exception):
-    """A stop was asked for in the middle of a measurement."""
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """The losses of every (clip, timestep) pair: passes by number, with a loss for each of their timesteps."""
+
+    passes: Sequence[_Pass]
+    losses: Sequence[Sequence[float]]
+
+    @property
+    def flat(self) -> list[float]:
+        """Every loss."""
+        return [loss for losses in self.losses for loss in losses]
+
+    @property
+    def mean(self) -> float:
+        """Over all pairs."""
+        return mean(self.flat)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every loss is."""
+        return all(map(math.isfinite, self.flat))
+
+    def by_bucket(self, num_train_timesteps: int) -> dict[str, float]:
+        """Mean loss by timestep bucket."""
+        timesteps = [timestep for one in self.passes for timestep in one.timesteps]
+        return loss_by_timestep_bucket(self.flat, timesteps, num_train_timesteps)
+
+    def samples(self, world: int) -> list[ReportedSample]:
+        """What was measured, with what came of it; pass ``n`` was made by process ``n % world``."""
+        return [
+            ReportedSample(
+                rank=number % world,
+                micro_batch=number // world,
+                slot=slot,
+                item=one.maker.items[one.index],
+                timestep=timestep,
+                loss=loss,
+            )
+            for number, (one, losses) in enumerate(zip(self.passes, self.losses, strict=True))
+            for slot, (timestep, loss) in enumerate(zip(one.timesteps, losses, strict=True))
+        ]
 
 
 class Validator:
-    """Measures a run on its held-out clips.
+    """Measures a run on its held-out clips, and on as many of those it trains on.
 
     Whoever asks a run to stop has seconds to give: once ``stop`` is requested, a measurement ends with the forward pass
     it is in, on every process.
 
     Args:
-        run: the assembled run.
-        losses: per-sample loss of a batch on the device, as training computes it.
+        run: the run.
         stop: the request.
     """
 
-    def __init__(self, run: Run, losses: Callable[[Batch], Tensor], stop: StopRequest) -> None:
+    def __init__(self, run: Run, stop: StopRequest) -> None:
         self._run = run
         self._stop = stop
-        self._losses = losses
-        config = run.config.validation
-        self._heldout = _subset(run.heldout, config.clips)
-        self._trainsubset = _subset(run.training, config.clips)
-        self._timesteps = fixed_timesteps(config.timesteps, run.spec.num_train_timesteps)
-        self._history = _read_history(run.config.output_dir / HISTORY, before=run.state.step)
+        spec, step = run.model.spec, run.state.step
+        self._timesteps = fixed_timesteps(run.config.validation.timesteps, spec.num_train_timesteps)
+        self._val, self._train_subset = self._passes(run.data.val), self._passes(run.data.training)
+        # A run that begins anew drops what an earlier one measured.
+        history = read_history(run.config.output_dir / HISTORY) if step else []
+        self.history = [row for row in history if row.step <= step]
+        """What was measured so far, oldest first."""
         self.cut_short = False
         """Whether a measurement was ended by ``stop``; the same on every process."""
+
+    def _passes(self, maker: BatchMaker) -> list[_Pass]:
+        """At most ``validation.clips`` clips, the same ones for the same dataset, chosen by their content."""
+        config, size = self._run.config, self._run.config.train.batch_size
+        order = sorted(range(len(maker.items)), key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
+        return [
+            _Pass(maker, index, self._timesteps[first : first + size])
+            for index in order[: config.validation.clips]
+            for first in range(0, len(self._timesteps), size)
+        ]
 
     @property
     def before(self) -> float | None:
         """Held-out loss at step 0; None where it was not measured."""
-        return self._history[0].heldout if self._history and self._history[0].step == 0 else None
-
-    @property
-    def history(self) -> Sequence[Measurement]:
-        """What was measured so far, oldest first."""
-        return self._history
+        return self.history[0].heldout if self.history and self.history[0].step == 0 else None
 
     @property
     def latest(self) -> float | None:
         """Held-out loss at the last measurement; None before the first."""
-        return self._history[-1].heldout if self._history else None
+        return self.history[-1].heldout if self.history else None
 
     def owes(self, step: int) -> bool:
         """Whether the measurement that falls on ``step`` is missing, because a stop was asked for before it."""
         run = self._run
-        due = step > 0 and is_due(step, run.config.validation.every, last=run.total_steps) and bool(self._heldout)
-        return run.ranks.run_on_main(lambda: due and all(row.step != step for row in self._history))
+        due = step > 0 and is_due(step, run.config.validation.every, last=run.data.total_steps) and bool(self._val)
+        return run.ranks.run_on_main(lambda: due and all(row.step != step for row in self.history))
 
     def judge(self, state: RunState) -> tuple[RunState, bool]:
         """Measure after a step; returns the state with the best loss so far, and whether this is it."""
@@ -180,126 +168,152 @@ class Validator:
             TrainingError: if a loss is not finite; nothing is logged then, and the measurement stays owed.
             Exception: on every process, if one of them could not measure.
         """
-        if not self._heldout:
+        run = self._run
+        if not self._val:
             return None
-        try:
-            with self._run.averaged_weights(), training_state_untouched(self._run.strategy.model):
-                heldout = self._evaluate(self._heldout)
-                trainsubset = self._evaluate(self._trainsubset)
-                if not (heldout.is_finite and trainsubset.is_finite):
-                    # Here, where the weights are those that were measured.
-                    measured = self._samples(self._heldout, heldout) + self._samples(self._trainsubset, trainsubset)
-                    refuse_measurement(self._run, measured, step=step)
-        except _CutShortError:
-            self.cut_short = True
-            self._run.console.note(f"step {step}: the measurement was cut short; the next start makes up for it")
-            return None
-        gap = heldout.mean - trainsubset.mean
-        self._run.tracker.log(
+        with run.model.averaged_weights(), training_state_untouched(run.model.strategy.model):
+            val = self._evaluate(self._val)
+            train_subset = self._evaluate(self._train_subset) if val is not None else None
+            if val is None or train_subset is None:
+                self.cut_short = True
+                run.console.note(f"step {step}: the measurement was cut short; the next start makes up for it")
+                return None
+            if not (val.is_finite and train_subset.is_finite):
+                # Here, where the weights are those that were measured.
+                refuse_measurement(run, val.samples(run.ranks.world) + train_subset.samples(run.ranks.world), step=step)
+        by_bucket, gap = val.by_bucket(run.model.spec.num_train_timesteps), val.mean - train_subset.mean
+        run.tracker.log(
             step,
             {
-                "heldout/loss": heldout.mean,
-                **{f"heldout/loss/{band}": loss for band, loss in heldout.by_band.items()},
-                "trainsubset/loss": trainsubset.mean,
+                "heldout/loss": val.mean,
+                **{f"heldout/loss/{bucket}": loss for bucket, loss in by_bucket.items()},
+                "trainsubset/loss": train_subset.mean,
                 "heldout/gap": gap,
             },
         )
-        self._run.console.note(
-            f"step {step}: held-out loss {heldout.mean:.4f},"
-            f" same on training clips {trainsubset.mean:.4f} (gap {gap:+.4f})"
+        run.console.note(
+            f"step {step}: held-out loss {val.mean:.4f}, same on training clips {train_subset.mean:.4f}"
+            f" (gap {gap:+.4f})"
         )
-        self._remember(Measurement(step, heldout.mean, trainsubset.mean, heldout.by_band))
-        return heldout.mean
+        self._remember(Measurement(step, val.mean, train_subset.mean, by_bucket))
+        return val.mean
 
-    def _evaluate(self, makers: Sequence[tuple[BatchMaker, int]]) -> HeldoutLoss:
-        """Evaluate clips at the fixed timesteps, shared out over the processes and put together again."""
-        run, jobs = self._run, self._jobs(makers)
-        mine = jobs[run.ranks.rank :: run.ranks.world]
-        exchanged = False
+    def _evaluate(self, passes: Sequence[_Pass]) -> MeasuredLoss | None:
+        """Make passes, shared out over the processes, and put their losses together; None where ``stop`` ended it."""
+        ranks, model = self._run.ranks, self._run.model
 
-        def exchange(pairs: list[Pair]) -> list[Pair]:
-            nonlocal exchanged
-            exchanged = True
-            # Beyond its own jobs a process has only kept the others company (``_in_step``).
-            whole = run.ranks.gather(pairs[: sum(len(job.timesteps) for job in mine)])
-            if len(whole) < sum(len(job.timesteps) for job in jobs):
-                raise _CutShortError
-            return whole
+        def measure_own() -> list[list[float]]:
+            return [model.losses(batch, training=False).double().tolist() for batch in self._own_batches(passes)]
 
-        batches = self._in_step(jobs, mine) if run.strategy.collective_forward else self._freely(mine)
-        try:
-            return evaluate(self._losses, batches, run.spec.num_train_timesteps, gather=exchange)
-        except Exception as error:
-            if not exchanged:  # the others wait there
-                _raise_everywhere(run.ranks, error)
-            raise
+        by_rank = ranks.run_on_all(measure_own)
+        if sum(map(len, by_rank)) < len(passes):
+            return None
+        losses = [by_rank[number % ranks.world][number // ranks.world] for number in range(len(passes))]
+        return MeasuredLoss(passes, losses)
 
-    def _jobs(self, makers: Sequence[tuple[BatchMaker, int]]) -> list[_Job]:
-        size = self._run.config.train.batch_size
-        return [
-            _Job(maker, index, self._timesteps[first : first + size])
-            for maker, index in makers
-            for first in range(0, len(self._timesteps), size)
-        ]
+    def _own_batches(self, passes: Sequence[_Pass]) -> Iterator[Batch]:
+        """The batches of this process, on its device, until ``stop`` is requested.
 
-    def _samples(self, makers: Sequence[tuple[BatchMaker, int]], found: HeldoutLoss) -> list[ReportedSample]:
-        """What was measured, with what came of it."""
-        jobs, world = self._jobs(makers), self._run.ranks.world
-        places = [
-            (rank, number, slot, job.maker.items[job.index], timestep)
-            for rank in range(world)
-            for number, job in enumerate(jobs[rank::world])
-            for slot, timestep in enumerate(job.timesteps)
-        ]
-        return [
-            ReportedSample(rank=rank, micro_batch=number, slot=slot, item=item, timestep=timestep, loss=loss)
-            for (rank, number, slot, item, timestep), loss in zip(places, found.losses, strict=True)
-        ]
-
-    def _freely(self, mine: Sequence[_Job]) -> Iterator[Batch]:
-        """Batches of one process, which may make more or fewer forward passes than the others."""
-        for job in mine:
-            if self._stop.requested:
+        Where all processes communicate in each forward pass, they have equally many, made or given up by all: a pass
+        that one makes only to keep the others company comes last, and its losses are not looked at.
+        """
+        ranks, together = self._run.ranks, self._run.model.strategy.collective_forward
+        for number in range(ranks.rank, len(passes) + (ranks.world - 1 if together else 0), ranks.world):
+            batches: list[Batch] = []
+            make = partial(self._make, passes[number % len(passes)], batches)
+            if any(ranks.run_on_all(make) if together else [make()]):
                 return
-            yield to_device(job.batch(), self._run.device)
+            yield to_device(batches[0], ranks.device)
 
-    def _in_step(self, jobs: Sequence[_Job], mine: Sequence[_Job]) -> Iterator[Batch]:
-        """Batches where processes communicate in every forward pass: as many for each, made or given up by all."""
-        ranks = self._run.ranks
-        for number in range(math.ceil(len(jobs) / ranks.world)):
-            job = mine[number] if number < len(mine) else jobs[0]
-            made: list[Batch] = []
-            if any(ranks.run_on_all(partial(self._make, job, made))):
-                return
-            yield to_device(made[0], self._run.device)
-
-    def _make(self, job: _Job, made: list[Batch]) -> bool:
-        made.append(job.batch())
+    def _make(self, one: _Pass, batches: list[Batch]) -> bool:
+        """Make the batch of a pass; whether this process is to stop."""
+        batches.append(one.batch())
         return self._stop.requested
 
     def _remember(self, measured: Measurement) -> None:
-        self._history.append(measured)
+        self.history.append(measured)
         if self._run.ranks.is_main:
-            lines = "".join(json.dumps(asdict(row)) + "\n" for row in self._history)
+            lines = "".join(json.dumps(asdict(row)) + "\n" for row in self.history)
             try:
                 atomic_write_text(self._run.config.output_dir / HISTORY, lines)
             except OSError as error:  # the next measurement writes this line as well
                 self._run.console.note(f"warning: {HISTORY} could not be written: {error}")
 
 
-def _raise_everywhere(ranks: ProcessGroup, error: Exception) -> None:
-    def fail() -> None:
-        raise error
+class Sampler:
+    """Samples a run's prompts.
 
-    ranks.run_on_all(fail)
+    Args:
+        run: the run.
+        stop: once it is requested, no further video is begun.
+    """
 
+    def __init__(self, run: Run, stop: StopRequest) -> None:
+        self._run = run
+        self._stop = stop
 
-def _subset(maker: BatchMaker, count: int) -> list[tuple[BatchMaker, int]]:
-    """At most ``count`` clips, the same ones for the same dataset, chosen by their content."""
-    order = sorted(range(len(maker.items)), key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
-    return [(maker, index) for index in order[:count]]
+    def owes(self, step: int) -> bool:
+        """Whether a video that falls on ``step`` is missing, because the run was ended before it was there."""
+        run, config = self._run, self._run.config.validation
+        due = step > 0 and is_due(step, config.sample_every, last=run.data.total_steps)
+        folder = samples_path(run.config.output_dir, step)
+        names = [sample_name(number, sample) for number, sample in enumerate(config.samples)]
+        return run.ranks.run_on_main(lambda: due and not all((folder / name).is_file() for name in names))
 
+    def sample(self, step: int) -> None:
+        """Sample every configured prompt with the weights of this step, to files and to the tracker.
 
-def _read_history(path: Path, *, before: int) -> list[Measurement]:
-    """Measurements up to the step a run resumes at; those of a run that begins anew are dropped."""
-    return [row for row in read_history(path) if row.step <= before] if before else []
+        A video is not worth a run: whatever fails here is printed as a warning, and training goes on.
+        """
+        run, config = self._run, self._run.config.validation
+        if not config.samples:
+            return
+        folder, fps = samples_path(run.config.output_dir, step), run.config.data.fps or run.model.spec.native_fps
+        videos: list[tuple[int, Frames]] = []
+        try:
+            for video in self._own_videos():
+                videos.append(video)
+        except Exception as error:
+            _log.warning("process %d could not sample; training goes on: %s", run.ranks.rank, first_line(error))
+        release_memory()
+        try:
+            for number, frames in videos:
+                write_mp4(folder / sample_name(number, config.samples[number]), frames, fps)
+        except (OSError, FinetuneError) as error:
+            _log.warning("sampled videos could not be written; training goes on: %s", first_line(error))
+        shown = sorted(run.ranks.gather(videos), key=lambda pair: pair[0])
+        for number, frames in shown:
+            run.tracker.log_video(f"samples/{number:02d} {config.samples[number].prompt[:60]}", frames, step, fps)
+        run.console.note(f"step {step}: sampled {len(shown)} of {len(config.samples)} videos to {from_here(folder)}")
+
+    def _own_videos(self) -> Iterator[tuple[int, Frames]]:
+        """This process's videos, with their numbers, as far as it comes."""
+        model, config, ranks = self._run.model, self._run.config.validation, self._run.ranks
+        count, together = len(config.samples), model.strategy.collective_forward
+        # From ``count`` on only to keep the others company, where all communicate in each forward pass.
+        end = math.ceil(count / ranks.world) * ranks.world if together else count
+        numbers = range(ranks.rank, end, ranks.world)
+        if not numbers:
+            return
+        vae = load_vae(self._run.config.model, device=ranks.device, dtype=model.dtype)
+        settings = SampleSettings(config.num_inference_steps, config.guidance_scale, config.dynamic_cfg)
+        with model.averaged_weights(), training_state_untouched(model.module):
+            for number in numbers:
+                stops = ranks.run_on_all(lambda: self._stop.requested) if together else [self._stop.requested]
+                if any(stops):
+                    return
+                modules = SampleModules(model.spec, model.module, load_scheduler(self._run.config.model), vae)
+                (frames,) = sample_videos(modules, [self._request(config.samples[number % count])], settings)
+                if number < count:
+                    yield number, frames
+
+    def _request(self, sample: SamplePrompt) -> SampleRequest:
+        config, cache, manifest = self._run.config, self._run.data.cache, self._run.data.manifest
+        empty = cache.read_prompt(manifest.empty_prompt_key)
+        return SampleRequest(
+            prompt_embeds=cache.read_prompt(manifest.prompts[sample.prompt]),
+            negative_embeds=empty if config.data.unconditional_text == "empty" else torch.zeros_like(empty),
+            image=None if sample.image is None else cache.read_image(manifest.images[str(sample.image)]),
+            seed=sample.seed,
+            bucket=config.validation.bucket or config.data.buckets[0],
+        )
