@@ -47,7 +47,7 @@ from finetune.planner.estimate import SHORT, Estimate, TrackedTraining, estimate
 from finetune.planner.fakes import empty_transformer, fake_world
 from finetune.planner.memory_tracker import TRANSIENT, MemoryTracker, Phase, Point, attention_workspace, measure
 from finetune.planner.plan import Prediction, choose_memory
-from finetune.planner.report import document, draw, text, verdict
+from finetune.planner.report import Verdict, document, draw, text
 from finetune.planner.search import QUANTISED, Machine, MemoryPlan, SearchResult, candidates, fit_memory, search
 
 pytestmark = pytest.mark.usefixtures("estimates_kept")
@@ -522,16 +522,16 @@ def rows_of(words: str) -> dict[str, str]:
 
 def test_a_verdict_counts_the_overhead() -> None:
     found = some_estimate()
-    fits = [verdict(found, size).fits for size in (round(16.2 * GIB) + 1, round(16.1 * GIB), None)]
+    fits = [Verdict(found, size).fits for size in (round(16.2 * GIB) + 1, round(16.1 * GIB), None)]
     assert fits == [True, False, None]
-    words = text(run(), found, verdict(found, 16 * GIB))
+    words = text(run(), Verdict(found, 16 * GIB))
     assert "a card of 16.0 GiB is 0.20 GiB too small" in words and "predicted, not measured" in words
-    assert document(found, verdict(found, 24 * GIB))["peak_bytes"] == 15 * GIB
+    assert document(Verdict(found, 24 * GIB))["peak_bytes"] == 15 * GIB
     rows = rows_of(words)
     assert (rows["frozen weights"], rows["block transient"], rows["together"]) == ("10.00", "5.00", "15.00")
     # What two phases need of the host one after the other is not needed at once.
     pinned, pageable = some_estimate(pinned=40 * GIB), some_estimate(pageable=30 * GIB)
-    assert verdict(pinned, 24 * GIB, 32 * GIB).fits is False
+    assert Verdict(pinned, 24 * GIB, 32 * GIB).fits is False
     assert dataclasses.replace(pinned, phases=pinned.phases + pageable.phases).host_bytes == 40 * GIB
 
 
@@ -562,12 +562,12 @@ def test_cublas_takes_a_workspace_in_each_thread(device: str, setting: str | Non
 
 def test_what_is_beside_the_tensors_is_said_and_counted() -> None:
     found, beside = some_estimate(), overhead("NVIDIA H100 80GB HBM3", processes=2)
-    judged = verdict(found, 24 * GIB, beside=beside)
+    judged = Verdict(found, 24 * GIB, overhead=beside)
     assert judged.spare_bytes == 24 * GIB - sum(beside.values()) - 15 * GIB
-    rows = rows_of(text(run(), found, judged, processes=2))
+    rows = rows_of(text(run(), judged, processes=2))
     names = ("CUDA context, fragmentation", "cuBLAS workspaces", "NCCL buffers", "together")
     assert [rows[name] for name in names] == ["1.14", "0.06", "0.57", "15.00"]  # the tensors' own sum is what it was
-    written = document(found, judged)
+    written = document(judged)
     assert written["overhead_bytes"] == sum(written["beside_bytes"].values()) == sum(beside.values())
     # Several processes have less room than one: the largest plan that fits alone fits no more.
     largest = MemoryPlan(MemoryConfig(), 1.0, (("train", usable(24 * GIB)),), 0)

@@ -241,9 +241,10 @@ def held_by_others(device: torch.device | None = None) -> int:
 
 def held_note(device: torch.device | None = None) -> str:
     """How much other programs hold of a GPU here, in words; empty where there is none or they hold next to nothing."""
-    if not torch.cuda.is_available() or (held := held_by_others(device)) < GIB // 10:
+    if not torch.cuda.is_available() or (others := held_by_others(device)) < GIB // 10:
         return ""
-    return f"other programs hold {to_gib(held)} of this GPU's {to_gib(torch.cuda.mem_get_info(device)[1])} (nvidia-smi)"
+    total = torch.cuda.mem_get_info(device)[1]
+    return f"other programs hold {to_gib(others)} of this GPU's {to_gib(total)} (nvidia-smi)"
 
 
 def device_here() -> str:
@@ -349,8 +350,8 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
     forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + decoded
     recompute = 0.0
     if memory.checkpointing != "none":
-        kept = 0 if memory.checkpointing == "full" else (memory.keep_attention or work.layers)
-        recompute = forward - attention * min(kept / work.layers, 1.0)
+        keeping = 0 if memory.checkpointing == "full" else (memory.keep_attention or work.layers)
+        recompute = forward - attention * min(keeping / work.layers, 1.0)
     backward = (
         clips * (linear * (2 if kind == "full" else 1) + 2 * adapters + moved * _BACKWARD_TRAFFIC[kind])
         + clips * work.attention * _BACKWARD_ATTENTION / rates.attention_backward

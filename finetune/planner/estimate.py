@@ -146,14 +146,14 @@ def predict(
     spec = spec_of(config)
     bucket = longest_bucket(config, spec)
     encoders = [name for name in phases if name not in RUN_PHASES]
-    # All phases of the run are estimated together, and so are found together another time.
+    # All phases of the run are estimated together, and so are in the cache together.
     every = RUN_PHASES if _samples_videos(config) else RUN_PHASES[:1]
     run = [name for name in every if name in phases]
-    found: list[Phase] = []
+    estimated: list[Phase] = []
     if run and (exact or not _is_extendable(config, spec.num_layers)):
-        found += estimate(config, phases=run).phases
+        estimated += estimate(config, phases=run).phases
         if processes > 1:
-            found = [_in_buckets(phase) for phase in found]
+            estimated = [_in_buckets(phase) for phase in estimated]
     elif run:
         variants = _uniform_variants(config, spec.num_layers)
         more, few = ([estimate(variant, layers=layers, phases=every) for variant in variants] for layers in SHORT[::-1])
@@ -161,10 +161,10 @@ def predict(
         for name in run:
             pairs = zip(few, more, strict=True)
             extended = [extend(a.phase(name), b.phase(name), spec.num_layers, changed) for a, b in pairs]
-            found.append(_mixed(config, spec.num_layers, extended))
+            estimated.append(_mixed(config, spec.num_layers, extended))
     if encoders:
-        found = [*estimate(config, phases=encoders, card_bytes=card_bytes).phases, *found]
-    return Estimate(tuple(found), str(bucket), spec.tokens(bucket))
+        estimated = [*estimate(config, phases=encoders, card_bytes=card_bytes).phases, *estimated]
+    return Estimate(tuple(estimated), str(bucket), spec.tokens(bucket))
 
 
 def _samples_videos(config: RunConfig) -> bool:
@@ -292,7 +292,7 @@ def estimate(
     phases: Collection[PhaseName] = tuple(PHASES),
     card_bytes: int | None = None,
 ) -> Estimate:
-    """Run the phases on fake tensors, or read what the same code found earlier; only JSON of the model is read.
+    """Run the phases on fake tensors, or read what the same code estimated earlier; only JSON of the model is read.
 
     Args:
         config: see ``predict``.
@@ -311,14 +311,14 @@ def estimate(
         return _STORED.validate_json(path.read_bytes())
     blocks = f", with {layers} blocks" if layers else ""
     _log.info("estimating: %s%s", ", ".join(PHASES[name] for name in phases), blocks)
-    found: list[Phase] = []
+    estimated: list[Phase] = []
     if "text" in phases and (folder / CONFIG_FILES["text_encoder"]).is_file():
-        found.append(_text(folder, spec, config))
+        estimated.append(_text(folder, spec, config))
     if "encode" in phases:
-        found.append(_encode(folder, config, bucket, card_bytes))
+        estimated.append(_encode(folder, config, bucket, card_bytes))
     if set(RUN_PHASES) & set(phases):
-        found += _run(folder, config, bucket, layers, phases)
-    estimate = Estimate(tuple(found), str(bucket), spec.tokens(bucket))
+        estimated += _run(folder, config, bucket, layers, phases)
+    estimate = Estimate(tuple(estimated), str(bucket), spec.tokens(bucket))
     with suppress(OSError):  # a home that cannot be written costs time, and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(path, _STORED.dump_json(estimate).decode())

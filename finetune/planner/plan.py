@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,7 +18,7 @@ import torch
 
 from finetune.config.rules import memory_errors, memory_traits, require_valid
 from finetune.config.schema import RunConfig
-from finetune.core.errors import ConfigError, first_line, raise_all
+from finetune.core.errors import ConfigError, raise_all
 from finetune.core.files import require_writable
 from finetune.core.gpu import amount, parse_bytes, to_gib, usable
 from finetune.core.rng import DETERMINISTIC_WORKSPACE
@@ -38,11 +38,8 @@ from finetune.planner.cost_model import (
     step_cost,
 )
 from finetune.planner.estimate import PHASES, RUN_PHASES, predict, spec_of
-from finetune.planner.report import document, draw, rates_in_words, search_document, search_lines, table, text, verdict
+from finetune.planner.report import Verdict, document, draw, rates_in_words, search_document, search_lines, table, text
 from finetune.planner.search import Machine, SearchResult, fit_memory
-
-LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What a launcher tells its processes."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,8 @@ def plan(
     asked_bytes = amount("--budget", budget) or amount("--card", card)
     card_bytes = asked_bytes or card_here()
     ram_bytes, rates = amount("--ram", ram), rates_of(device or device_here())
-    held = held_note() if asked_bytes is None else ""
-    lines = [f"{held}: planned for the rest", ""] if held else []
+    others = held_note() if asked_bytes is None else ""
+    lines = [f"{others}: planned for the rest", ""] if others else []
     result: SearchResult | None = None
     if card_bytes is not None and (budget is not None or automatic):
         machine = Machine(rates, card_bytes, ram_bytes, processes)
@@ -119,20 +116,20 @@ def plan(
     estimate = predict(config, card_bytes=room, processes=processes, exact=exact or plot is not None)
     workspace = DETERMINISTIC_WORKSPACE if config.train.deterministic else None
     beside = overhead(rates.device, processes=processes, workspace=workspace)
-    judged = verdict(estimate, card_bytes, ram_bytes, beside=beside)
+    verdict = Verdict(estimate, card_bytes, ram_bytes, beside)
     if plot is not None:
         draw(estimate.phase("train"), _title(config, estimate.bucket), plot, card_bytes=card_bytes)
     step_s = None if rates.source == OF_ANOTHER else step_cost(config, spec, config.memory, rates).step_s
     if as_json:
-        content: dict[str, Any] = document(estimate, judged) | {
+        content: dict[str, Any] = document(verdict) | {
             "processes": processes,
             "memory": config.memory.model_dump(mode="json"),
             "s_per_step": step_s,
             "rates": rates.model_dump(mode="json"),
             "search": None if result is None else search_document(result, rates),
         }
-        return Planned(json.dumps(content, indent=1), judged.fits)
-    lines.append(text(config, estimate, judged, processes=processes))
+        return Planned(json.dumps(content, indent=1), verdict.fits)
+    lines.append(text(config, verdict, processes=processes))
     if step_s is None:
         known = ", ".join(known_devices())
         lines.append(f"time: nothing is known of {rates.device}, only of {known} (finetune calibrate measures a GPU)")
@@ -140,7 +137,7 @@ def plan(
         lines.append(f"time: about {step_s:.2f} s/step on {rates_in_words(rates)}")
     if plot is not None:
         lines.append(f"drawn: {plot}")
-    return Planned("\n".join(lines), judged.fits, chosen=result is not None and not automatic)
+    return Planned("\n".join(lines), verdict.fits, chosen=result is not None and not automatic)
 
 
 def _require_drawable(plot: Path) -> None:
@@ -215,8 +212,8 @@ def choose_memory(config: RunConfig) -> tuple[RunConfig, tuple[str, ...]]:
         )
     machine = Machine(rates_of(device_here()), card_bytes, None if memory.ram is None else parse_bytes(memory.ram))
     chosen, result = fit_memory(config, machine, quantize=memory.quantize)
-    held = held_note() if memory.budget is None else ""
-    return chosen, (*([held] if held else []), *search_lines(chosen.memory, result, machine))
+    others = held_note() if memory.budget is None else ""
+    return chosen, (*([others] if others else []), *search_lines(chosen.memory, result, machine))
 
 
 # ------------------------------------------------------------------------------------------ a training's own prediction
@@ -242,26 +239,17 @@ class Prediction:
         return f"peak memory: predicted {predicted:.2f} GiB, measured {measured_gib:.2f} GiB ({off:+.1f} %)"
 
 
-class BackgroundPrediction:
-    """A prediction that is being made by ``finetune plan`` in a process of its own; see ``predict_async``."""
+_LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""What a launcher tells its processes."""
 
-    def __init__(self, command: Sequence[str], config: RunConfig, card_bytes: int | None) -> None:
-        self._card_bytes = card_bytes
-        self._folder = tempfile.TemporaryDirectory()
-        self._child: subprocess.Popen[str] | None = None
+
+class BackgroundPrediction:
+    """A prediction that ``finetune plan`` is making in a process of its own; see ``predict_async``."""
+
+    def __init__(self, child: subprocess.Popen[str] | None, folder: Path, card_bytes: int | None) -> None:
+        self._child, self._folder, self._card_bytes = child, folder, card_bytes
         self._result: Prediction | None = None
         self._is_told = False
-        # No part of the launch, sees no GPU, and asks nobody.
-        environment = {name: value for name, value in os.environ.items() if name not in LAUNCH_VARIABLES}
-        environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-        folder = Path(self._folder.name)
-        try:
-            (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            with (folder / "plan.json").open("w") as output, (folder / "errors").open("w") as errors:
-                command = [*command, "--config", str(folder / "run.yaml")]
-                self._child = subprocess.Popen(command, env=environment, stdout=output, stderr=errors, text=True)
-        except OSError as error:
-            self._result = Prediction(None, f"could not be made: {first_line(error)}")
 
     def result(self, timeout_s: float = 0.0) -> Prediction | None:
         """The prediction, or None while it is being made. Nothing is raised: a run is worth more than its prediction.
@@ -269,10 +257,11 @@ class BackgroundPrediction:
         Args:
             timeout_s: how long to wait for it.
         """
-        if self._result is None and self._child is not None:
+        if self._result is None:
             with suppress(subprocess.TimeoutExpired):
-                self._child.wait(timeout_s)
-                self._result = _read(Path(self._folder.name), self._card_bytes)
+                if self._child is not None:
+                    self._child.wait(timeout_s)
+                self._result = _read(self._folder, self._card_bytes)
         return self._result
 
     def news(self) -> str:
@@ -287,8 +276,8 @@ class BackgroundPrediction:
         if self._child is not None:
             self._child.kill()
             self._child.wait()
-            self.result()  # before its files are gone
-        self._folder.cleanup()
+        self.result()  # before its files are gone
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def predict_async(
@@ -305,16 +294,26 @@ def predict_async(
         device: name of the GPU; empty for one of which nothing is known.
         processes: how many train a whole model each (DDP).
     """
-    command = [sys.executable, "-m", "finetune", "plan", "--json", "--processes", str(processes)]
-    return BackgroundPrediction([*command, *(["--device", device] if device else [])], config, card_bytes)
+    # No part of the launch, sees no GPU, and asks nobody.
+    environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    folder, child = Path(tempfile.mkdtemp(prefix="finetune-plan-")), None
+    command = [sys.executable, "-m", "finetune", "plan", "--json", "--config", str(folder / "run.yaml")]
+    command += ["--processes", str(processes), *(["--device", device] if device else [])]
+    with suppress(OSError), (folder / "plan.json").open("w") as output, (folder / "errors").open("w") as errors:
+        (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        child = subprocess.Popen(command, env=environment, stdout=output, stderr=errors, text=True)
+    return BackgroundPrediction(child, folder, card_bytes)
 
 
 def _read(folder: Path, card_bytes: int | None) -> Prediction:
     try:
         document = json.loads((folder / "plan.json").read_text())
     except (OSError, ValueError):
-        last = (folder / "errors").read_text(errors="replace").strip().splitlines()[-1:]
-        return Prediction(None, f"could not be made: {' '.join(last)}")
+        with suppress(OSError):
+            last = (folder / "errors").read_text(errors="replace").strip().splitlines()[-1:]
+            return Prediction(None, f"could not be made: {' '.join(last)}")
+        return Prediction(None, "could not be made: there is no room for its files")
     run = [phase for phase in document["phases"] if phase["name"] in {PHASES[name] for name in RUN_PHASES}]
     top = max(run, key=lambda phase: int(phase["peak_bytes"]))
     nbytes, processes = int(top["peak_bytes"]), int(document["processes"])

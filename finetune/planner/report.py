@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,54 +19,46 @@ from finetune.planner.search import Machine, MemoryPlan, SearchResult
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a run fits a machine."""
+    """A prediction against a machine."""
 
+    estimate: Estimate
     card_bytes: int | None
     """Of the GPU; None where nothing is known of it."""
-    ram_bytes: int | None
-    """Of the host that the run may have."""
-    spare_bytes: int | None
-    """What is left of the card, or, negative, what is missing."""
-    ram_spare_bytes: int | None
-    """As ``spare_bytes``, of the host."""
-    overhead: Mapping[str, int]
+    ram_bytes: int | None = None
+    """Of the host that the run may have for what techniques keep there; None for any amount."""
+    overhead: Mapping[str, int] = field(default_factory=lambda: overhead(OTHER))
     """Bytes of the card that no tensor gets, by what has them."""
 
     @property
+    def spare_bytes(self) -> int | None:
+        """What is left of the card, or, negative, what is missing."""
+        return None if self.card_bytes is None else self.card_bytes - self.needed_bytes
+
+    @property
+    def ram_spare_bytes(self) -> int | None:
+        """As ``spare_bytes``, of the host."""
+        return None if self.ram_bytes is None else self.ram_bytes - self.estimate.host_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """Of the card, by tensors and beside them."""
+        return self.estimate.peak.peak.nbytes + sum(self.overhead.values())
+
+    @property
     def fits(self) -> bool | None:
-        """None where neither is known."""
+        """Whether the run fits; None where neither size is known."""
         known = [spare for spare in (self.spare_bytes, self.ram_spare_bytes) if spare is not None]
         return all(spare >= 0 for spare in known) if known else None
-
-
-def verdict(
-    estimate: Estimate,
-    card_bytes: int | None,
-    ram_bytes: int | None = None,
-    *,
-    beside: Mapping[str, int] | None = None,
-) -> Verdict:
-    """Compare a prediction with a machine.
-
-    Args:
-        estimate: the prediction.
-        card_bytes: memory of the GPU; None if it is not known.
-        ram_bytes: host memory for what techniques keep there; None for any amount.
-        beside: what of the card is not for tensors (``cost_model.overhead``); None for that of one process.
-    """
-    beside = overhead(OTHER) if beside is None else beside
-    spare = None if card_bytes is None else card_bytes - sum(beside.values()) - estimate.peak.peak.nbytes
-    ram_spare = None if ram_bytes is None else ram_bytes - estimate.host_bytes
-    return Verdict(card_bytes, ram_bytes, spare, ram_spare, beside)
 
 
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def text(config: RunConfig, estimate: Estimate, judged: Verdict, *, processes: int = 1) -> str:
+def text(config: RunConfig, verdict: Verdict, *, processes: int = 1) -> str:
     """The whole table."""
+    estimate = verdict.estimate
     each = f", in each of {processes} processes" if processes > 1 else ""
-    beside = [(name, f"{nbytes / GIB:.2f}") for name, nbytes in judged.overhead.items()]
+    beside = [(name, f"{nbytes / GIB:.2f}") for name, nbytes in verdict.overhead.items()]
     rows = [
         (phase.name, f"{phase.peak.nbytes / GIB:.2f}", "; ".join(filter(None, (phase.where, phase.note))))
         for phase in estimate.phases
@@ -83,7 +75,7 @@ def text(config: RunConfig, estimate: Estimate, judged: Verdict, *, processes: i
         "beside the tensors, and in none of these figures",
         *table(("", "GiB"), beside),
         "",
-        _sentence(estimate, judged),
+        _sentence(verdict),
     ]
     return "\n".join(lines)
 
@@ -102,17 +94,16 @@ def _parts(phases: Sequence[Phase]) -> Iterator[str]:
     yield from table(("", *(phase.name for phase in phases)), rows)
 
 
-def _sentence(estimate: Estimate, judged: Verdict) -> str:
+def _sentence(verdict: Verdict) -> str:
     """Peak and verdict in one line."""
-    beside = sum(judged.overhead.values())
-    sentence = f"with {beside / GIB:.1f} GiB beside the tensors: {to_gib(estimate.peak.peak.nbytes + beside)}"
-    if judged.spare_bytes is not None and judged.card_bytes is not None:
-        spare = to_gib(abs(judged.spare_bytes))
-        fit = f"is {spare} too small" if judged.spare_bytes < 0 else f"has {spare} to spare"
-        sentence += f"; a card of {judged.card_bytes / GIB:.1f} GiB {fit}"
-        sentence += f" ({to_gib(judged.card_bytes - beside)} of it are for tensors)"
-    if judged.ram_spare_bytes is not None and judged.ram_spare_bytes < 0:
-        sentence += f"; {to_gib(-judged.ram_spare_bytes)} of host memory are missing"
+    beside = sum(verdict.overhead.values())
+    sentence = f"with {beside / GIB:.1f} GiB beside the tensors: {to_gib(verdict.needed_bytes)}"
+    if (spare := verdict.spare_bytes) is not None and verdict.card_bytes is not None:
+        fit = f"is {to_gib(-spare)} too small" if spare < 0 else f"has {to_gib(spare)} to spare"
+        sentence += f"; a card of {verdict.card_bytes / GIB:.1f} GiB {fit}"
+        sentence += f" ({to_gib(verdict.card_bytes - beside)} of it are for tensors)"
+    if verdict.ram_spare_bytes is not None and verdict.ram_spare_bytes < 0:
+        sentence += f"; {to_gib(-verdict.ram_spare_bytes)} of host memory are missing"
     return sentence
 
 
@@ -148,8 +139,8 @@ def search_lines(memory: MemoryConfig, result: SearchResult, machine: Machine) -
     larger = [plan for plan in result.others if plan not in fitting]
     known = machine.rates.source != OF_ANOTHER
     unit_s = 1.0 if known else best.step_s  # how two plans compare is much the same on every card
-    judged = [(best, "<- chosen"), *((plan, "fits, too") for plan in fitting[:3])]
-    judged += [(plan, _lacks(plan, machine)) for plan in larger[:3]]
+    labelled = [(best, "<- chosen"), *((plan, "fits, too") for plan in fitting[:3])]
+    labelled += [(plan, _lacks(plan, machine)) for plan in larger[:3]]
     rows = [
         (
             f"{plan.step_s / unit_s:.2f}",
@@ -158,7 +149,7 @@ def search_lines(memory: MemoryConfig, result: SearchResult, machine: Machine) -
             words,
             ", ".join(f"{name}: {value}" for name, value in _differences(plan.memory).items()) or "defaults",
         )
-        for plan, words in judged
+        for plan, words in labelled
     ]
     lines += ["", f"beside it, with {'seconds for' if known else 'times compared on'} {rates_in_words(machine.rates)}:"]
     return [*lines, *table(("s/step" if known else "time", "GiB", "host GiB", "", "memory section"), rows)]
@@ -187,8 +178,9 @@ def rates_in_words(rates: Rates) -> str:
 # -------------------------------------------------------------------------------------------------------------- as JSON
 
 
-def document(estimate: Estimate, judged: Verdict) -> dict[str, Any]:
+def document(verdict: Verdict) -> dict[str, Any]:
     """For programs: bytes throughout, curves left out."""
+    estimate = verdict.estimate
     return {
         "bucket": estimate.bucket,
         "tokens": estimate.tokens,
@@ -206,13 +198,13 @@ def document(estimate: Estimate, judged: Verdict) -> dict[str, Any]:
         ],
         "peak_bytes": estimate.peak.peak.nbytes,
         "host_bytes": estimate.host_bytes,
-        "overhead_bytes": sum(judged.overhead.values()),
-        "beside_bytes": dict(judged.overhead),
-        "card_bytes": judged.card_bytes,
-        "ram_bytes": judged.ram_bytes,
-        "spare_bytes": judged.spare_bytes,
-        "ram_spare_bytes": judged.ram_spare_bytes,
-        "fits": judged.fits,
+        "overhead_bytes": sum(verdict.overhead.values()),
+        "beside_bytes": dict(verdict.overhead),
+        "card_bytes": verdict.card_bytes,
+        "ram_bytes": verdict.ram_bytes,
+        "spare_bytes": verdict.spare_bytes,
+        "ram_spare_bytes": verdict.ram_spare_bytes,
+        "fits": verdict.fits,
         "measured": False,
     }
 
