@@ -31,6 +31,7 @@ from finetune.checkpoint.compare import compare_configs, require_same_run
 from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, clear_interrupted, prune
 from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
 from finetune.checkpoint.save import save_checkpoint
+from finetune.core import files
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError
 from finetune.core.files import COMPLETE, TRAINABLE
@@ -156,7 +157,7 @@ def test_an_interrupted_removal_leaves_no_half_checkpoint(tmp_path, monkeypatch)
         (path / TRAINABLE).unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(folders.shutil, "rmtree", killed)
+    monkeypatch.setattr(files.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         prune(tmp_path, 1, None)
     assert steps(tmp_path) == [20]

@@ -252,15 +252,15 @@ def test_a_directory_being_replaced_by_a_killed_writer_gets_its_name_back(tmp_pa
         write_folder(tmp_path)
     monkeypatch.undo()
     assert not (tmp_path / "published").exists()
-    assert files.restore_replaced(tmp_path) == [tmp_path / "published"]
+    assert files.undo_interrupted(tmp_path) == [tmp_path / "published"]
     assert (tmp_path / "published" / "f").read_text() == "old" and files.is_complete(tmp_path / "published")
-    assert files.restore_replaced(tmp_path) == []
+    assert files.undo_interrupted(tmp_path) == []
 
 
 def test_a_replaced_directory_does_not_come_back_beside_its_successor(tmp_path):
     before_old(tmp_path)
     shutil.copytree(tmp_path / "published", tmp_path / f"published.0011aabb{files._REPLACED}")
-    assert files.restore_replaced(tmp_path) == []
+    assert files.undo_interrupted(tmp_path) == []
 
 
 def test_the_markers_text_is_what_fill_returned(tmp_path):

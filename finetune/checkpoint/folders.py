@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import shutil
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Literal
 
 from pydantic import Field, FiniteFloat, TypeAdapter, ValidationError
 
-from finetune.core.files import PARTIAL, is_complete, move, remove_dir, restore_replaced
+from finetune.core.files import is_complete, move, remove_dir, undo_interrupted
 from finetune.core.types import MOST_STEPS, RunState, SamplePrompt, Strict
 
 logger = logging.getLogger(__name__)
@@ -147,10 +146,8 @@ def prune(run_dir: Path, keep_last: int, best_step: int | None) -> None:
 
 def clear_interrupted(run_dir: Path) -> None:
     """Undo and remove what a killed process left half done; only for who alone writes into the run's folder."""
-    for path in restore_replaced(run_dir / FOLDER):
+    for path in undo_interrupted(run_dir / FOLDER):
         logger.warning("%s was being replaced when its writer was killed, and stands again", path)
-    for leftover in (run_dir / FOLDER).glob(f"*{PARTIAL}"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------ history of validation

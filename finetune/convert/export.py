@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import math
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -44,15 +43,14 @@ from finetune.core.distributed import compute_device
 from finetune.core.errors import ExportError
 from finetune.core.files import (
     LORA_FILE,
-    PARTIAL,
     atomic_write_text,
-    clear_leftovers,
     disk_fix,
     from_here,
     is_complete,
     publish_dir,
     require_space,
     require_writable,
+    undo_interrupted,
 )
 from finetune.core.tensor_files import file_bytes
 from finetune.inference.adapters import TRAINING_RECORD
@@ -228,7 +226,6 @@ def _only_writer(folder: Path) -> Iterator[None]:
         ExportError: if another one is under way there.
         OSError: if the place cannot be written to.
     """
-    unique = r"\.(\d+-[0-9a-f]{8}|[0-9a-f]{8}\.old)"  # as files.publish_dir names them
     with ExitStack() as lock:
         try:
             lock.enter_context(locks.hold(folder.with_name(f".{folder.name}.lock"), "export"))
@@ -241,9 +238,7 @@ def _only_writer(folder: Path) -> Iterator[None]:
         except locks.NoLocksError:
             pass  # what lies there may be another's
         else:
-            siblings = list(folder.parent.glob(f"*{PARTIAL}"))
-            leftovers = [p for p in siblings if re.fullmatch(re.escape(folder.name) + unique + PARTIAL, p.name)]
-            clear_leftovers(folder, leftovers)
+            undo_interrupted(folder.parent, folder.name)
         yield
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable
@@ -159,40 +160,37 @@ def _take_place(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def restore_replaced(folder: Path) -> list[Path]:
-    """Give directories in ``folder`` their names back that a killed ``publish_dir`` was about to replace.
+_UNFINISHED = re.compile(rf"(.+)\.(?:\d+-[0-9a-f]{{8}}|[0-9a-f]{{8}}(\.old)?){re.escape(PARTIAL)}")
+"""How ``publish_dir`` and ``remove_dir`` name what is under way: the directory's name first."""
 
-    Only for who alone writes in ``folder``: another's replacement may be under way.
+
+def undo_interrupted(folder: Path, name: str | None = None) -> list[Path]:
+    """Undo and remove what killed calls of ``publish_dir`` and ``remove_dir`` left in ``folder``.
+
+    If one died between its two renames, the directory that it was about to replace gets its name back. Only for who
+    alone writes there: another's call may be under way.
+
+    Args:
+        folder: that holds the directories.
+        name: of the one that is meant; None for all.
 
     Returns:
         What stands again.
-    """
-    restored = []
-    for old in sorted(folder.glob(f"*{_REPLACED}")):
-        path = old.with_name(old.name.removesuffix(_REPLACED).rpartition(".")[0])
-        if not path.exists():
-            _rename(old, path)
-            restored.append(path)
-    return restored
-
-
-def clear_leftovers(path: Path, leftovers: Iterable[Path]) -> None:
-    """Make good for killed calls of ``publish_dir(path, ...)``.
-
-    If one died between its two renames, the directory that it was about to replace gets its name back.
-
-    Args:
-        path: what was to be published.
-        leftovers: siblings that such calls made, of which none runs any more.
 
     Raises:
-        OSError: if the earlier directory cannot get its name back.
+        OSError: if a directory cannot get its name back.
     """
-    for leftover in leftovers:
-        if leftover.name.endswith(_REPLACED) and not path.exists():
-            _rename(leftover, path)
+    restored = []
+    for leftover in sorted(folder.glob(f"*{PARTIAL}")):
+        match = _UNFINISHED.fullmatch(leftover.name)
+        if match is None or name not in (None, match[1]):
+            continue
+        if match[2] and not (folder / match[1]).exists():
+            _rename(leftover, folder / match[1])
+            restored.append(folder / match[1])
         else:
             shutil.rmtree(leftover, ignore_errors=True)
+    return restored
 
 
 def move(source: Path, target: Path) -> None:
