@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from dataclasses import replace
@@ -162,6 +161,12 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, dtype):
     assert entry.image_latents is not None and torch.equal(entry.image_latents, image.to(stored))
     assert torch.equal(entry.prompt_embeds, torch.arange(64.0).reshape(8, 8).bfloat16())
     assert cache.prompt_tokens(digest_of(prompt)) == 5
+    still, pixels = (
+        image_address(image_digest="i", bucket=BUCKET, pixel_rule="r"),
+        torch.arange(192).byte().view(3, 8, 8),
+    )
+    cache.write_image(still, pixels)
+    assert torch.equal(cache.read_image(digest_of(still)), pixels)
 
 
 def test_an_entry_is_an_ordinary_safetensors_file_that_carries_its_address(tmp_path):
@@ -196,26 +201,6 @@ def test_a_missing_entry_names_the_clip_and_the_command(tmp_path):
     item = ManifestItem("videos/a.mp4#2", "", "", BUCKET, 1.0, False, "ab" * 16, "cd" * 16, "m")
     with pytest.raises(CacheError, match=r"missing[\s\S]*videos/a.mp4#2[\s\S]*finetune precompute"):
         Cache(tmp_path).read(item)
-
-
-def test_a_cut_off_or_swapped_entry_is_not_read(tmp_path):
-    cache, manifest, _ = filled(tmp_path)
-    first, second = (cache.path("latents", item.latents_key) for item in manifest.items)
-    first.write_bytes(first.read_bytes()[:-1])
-    with pytest.raises(CacheError, match=r"damaged[\s\S]*clips/0.mp4[\s\S]*encodes that entry anew"):
-        cache.read(manifest.items[0])
-    assert not first.exists() and len(list(first.parent.glob("*.damaged"))) == 1
-    first.write_bytes(second.read_bytes())
-    with pytest.raises(CacheError, match="another entry"):
-        cache.read(manifest.items[0])
-
-
-def test_a_validation_image_keeps_its_pixels(tmp_path):
-    pixels = torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8)
-    address = image_address(image_digest="i", bucket=BUCKET, pixel_rule="rule-1")
-    cache = Cache(tmp_path)
-    cache.write_image(address, pixels)
-    assert torch.equal(cache.read_image(digest_of(address)), pixels)
 
 
 # ------------------------------------------------------------------------------------------------------- manifests
@@ -380,23 +365,6 @@ def test_verify_finds_a_single_flipped_bit_and_can_delete(tmp_path):
     assert "finetune precompute" in str(report)
 
 
-@pytest.mark.parametrize("where", ["dtype", "address", "checksum", "header", "empty"])
-def test_verify_finds_damage_in_every_part_of_the_file(tmp_path, where):
-    cache, manifest, _ = filled(tmp_path)
-    victim = cache.path("prompts", manifest.empty_prompt_key)
-    content = victim.read_bytes()
-    damaged = {
-        "dtype": content.replace(b'"F32"', b'"I32"'),
-        "address": content.replace(b"max_length", b"min_length"),
-        "checksum": content.replace(b'"checksum":"', b'"checksum":"0')[: len(content)],
-        "header": b"\xff" + content[1:],
-        "empty": b"",
-    }[where]
-    assert damaged != content
-    victim.write_bytes(damaged)
-    assert [damage.path for damage in cache_admin.verify(cache).damaged] == [victim]
-
-
 AT_ONCE = {"grace_s": 0}
 
 
@@ -465,22 +433,3 @@ def test_stats_count_what_is_there(tmp_path):
     )
     assert stats.manifests[0].name == path.stem and stats.manifests[0].clips == 2
     assert "2 clips" in str(stats)
-
-
-def _write_many(root: Path, seed: int) -> None:
-    cache = Cache(root)
-    for number in range(20):
-        mean, std, _ = posterior(number)
-        cache.write_latents(clip_address(media_digest=str(number)), mean, std, None)
-
-
-def test_processes_may_write_the_same_entries_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_write_many, args=(tmp_path, seed)) for seed in range(3)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert [writer.exitcode for writer in writers] == [0, 0, 0]
-    report = cache_admin.verify(Cache(tmp_path))
-    assert report.checked == 20 and report.ok and list(tmp_path.rglob("*.partial")) == []

@@ -185,7 +185,7 @@ def set_tiling(vae: Any, setting: Literal["auto", "on", "off"], bucket: Bucket) 
 
 
 def needs_tiling(device: torch.device, dtype: torch.dtype, bucket: Bucket) -> bool:
-    """Whether a frame's activations may not fit the GPU's free memory; False on a CPU. See ``must_tile``."""
+    """Whether a frame's activations may not fit the GPU's free memory; False on a CPU."""
     if device.type != "cuda":
         return False
     free, _ = torch.cuda.mem_get_info(device)

@@ -113,7 +113,7 @@ def _has_weights(folder: Path) -> bool:
 def make_request(config: RunConfig, spec: ModelSpec, encoders: Fingerprints) -> dict[str, Any]:
     """Everything that decides which entries a dataset needs, under the names that the configuration has for it.
 
-    Paths are ``Path`` objects (``manifest.portable`` writes them out). Of ``data``, every field counts but those of
+    Paths are ``Path`` objects (``portable`` writes them out). Of ``data``, every field counts but those of
     caption and image dropout, which are applied to what the cache holds.
     """
     data = config.data.model_dump(mode="python", exclude=set(DropoutConfig.model_fields))

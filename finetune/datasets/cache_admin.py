@@ -98,11 +98,13 @@ def gc(
             held_back = _lock_out_jobs(lock, cache, alone) if delete else ""
             deleting = delete and not held_back
             now = _file_system_time(root / "manifests") if deleting else time.time()
-            kept = _used_manifests(cache, float("inf") if unused_days is None else unused_days * 86_400, now)
-            needed = _needed(kept.values())
-            unused = [path for kind in KINDS for path in cache.entries(kind) if (kind, path.stem) not in needed]
+            # Before the manifests: what is written after this line cannot be taken for garbage.
+            listed = [(kind, path) for kind in KINDS for path in cache.entries(kind)]
+            used = _used_manifests(cache, float("inf") if unused_days is None else unused_days * 86_400, now)
+            needed = _needed(used.values())
+            unused = [path for kind, path in listed if (kind, path.stem) not in needed]
             entries = [path for path in unused if _age_s(path, now) >= grace_s]
-            manifests = [path for path in cache.manifest_paths() if path not in kept]
+            manifests = [path for path in cache.manifest_paths() if path not in used]
             leftovers = [path for path in _leftovers(root) if _age_s(path, now) > leftover_age_s]
             doomed = [*manifests, *entries, *leftovers]  # no manifest may stand that promises what is gone
             size = sum(_size(path) for path in doomed)
