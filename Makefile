@@ -4,7 +4,7 @@
 # make soak         the slow half: hundreds of kills, a thousand corruptions, ten minutes of fuzzing (docs/reliability.md)
 # make lint         ruff and mypy --strict
 # make size         code lines per folder, and how many files four walks through the package touch
-# make docs         regenerate what is generated (docs/config.md, configs/, figures in docs/reliability.md)
+# make docs         regenerate what is generated (docs/config.md, configs/, docs/memory.md)
 # make bench-memory predicted peaks of the shipped configurations against their goals; docs/memory.md
 # make test-gpu     what needs a CUDA device
 # make bench-gpu    every memory recipe at full size on a CUDA device: measured peak against predicted, s/step
@@ -71,7 +71,6 @@ format: install
 docs: install
 	$(BIN)/python scripts/make_config_docs.py
 	$(BIN)/python scripts/make_configs.py
-	$(BIN)/python scripts/make_reliability.py
 	$(BIN)/python scripts/make_memory.py
 	$(BIN)/python scripts/draw_layers.py
 

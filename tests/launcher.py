@@ -127,18 +127,18 @@ class Launcher:
 
 
 def _serve() -> None:
-    from soak import nursery
+    from soak import processes
 
-    nursery.preload()
+    processes.preload()
     for name in ("torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.checkpoint.hf_storage"):
         importlib.import_module(name)
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        answers.write(json.dumps(_do(json.loads(line), nursery)) + "\n")
+        answers.write(json.dumps(_do(json.loads(line), processes)) + "\n")
         answers.flush()
 
 
-def _do(job: dict[str, Any], nursery: Any) -> list[int]:
+def _do(job: dict[str, Any], processes: Any) -> list[int]:
     module, _, function = job["work"].partition(":")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -153,16 +153,16 @@ def _do(job: dict[str, Any], nursery: Any) -> list[int]:
     for rank, log in enumerate(job["logs"]):
         launch = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         place = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in launch.items()}
-        running[nursery.fork(work, Path(log), job["env"] | (place if world > 1 else {}))] = rank
+        running[processes.fork(work, Path(log), job["env"] | (place if world > 1 else {}))] = rank
     ends, end = [124] * world, time.monotonic() + job["timeout_s"]
     while running and time.monotonic() < end:
         for pid, rank in list(running.items()):
-            if (code := nursery.ended(pid)) is not None:
+            if (code := processes.ended(pid)) is not None:
                 ends[rank] = code
                 del running[pid]
         time.sleep(0.01)
     for pid in running:
-        nursery.kill(pid)
+        processes.kill(pid)
     return ends
 
 

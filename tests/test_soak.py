@@ -17,58 +17,53 @@ from typing import Any
 
 import pytest
 from soak.__main__ import read_report
-from soak.named import MOMENTS
+from soak.kills import MOMENTS
 from soak.probe import CALLS, PHASES
 from soak.world import COMMANDS, LAUNCHES, PAIRS, PRECOMPUTE, TRAIN, compared, differences
 
 TESTS = Path(__file__).parent
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 """Of precompute, and of train; other soaks take a share of it."""
-SEED = int(os.environ.get("SOAK_SEED", "1"))
+SEED = os.environ.get("SOAK_SEED", "1")
 
 Record = Callable[[str, Any], None]
 
 
-def module(name: str, *words: str, timeout_s: float = 1500) -> subprocess.CompletedProcess[str]:
-    """Run a module of the soak in an interpreter of its own: it forks, and must have one thread."""
-    return subprocess.run(
-        [sys.executable, "-m", name, *words],
+def kill(out: Path, *words: str, timeout_s: float = 1500) -> dict[str, Any]:
+    """The figures of ``soak.kills``, in an interpreter of its own: it forks, and must have one thread."""
+    done = subprocess.run(
+        [sys.executable, "-m", "soak.kills", *words, "--seed", SEED, "--seconds", "1400", "--out", str(out)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))), "OMP_NUM_THREADS": "1"},
         cwd=TESTS.parent,
         capture_output=True,
         text=True,
         timeout=timeout_s,
     )
-
-
-def soak(scenarios: tuple[str, ...], kills: int, out: Path, *words: str) -> dict[str, Any]:
-    """Kill the scenarios ``kills`` times; the figures."""
-    numbers = ("--kills", str(kills), "--seed", str(SEED), "--seconds", "1400")
-    done = module("soak.campaign", "--scenario", *scenarios, *numbers, "--out", str(out), *words)
     assert out.exists(), done.stderr[-3000:]
     figures: dict[str, Any] = json.loads(out.read_text())
     assert (done.returncode != 0) == bool(figures["failures"])
     return figures
 
 
-def assert_survived(figures: dict[str, Any], kills: int, record: Record) -> None:
-    record("kills", json.dumps({name: value for name, value in figures.items() if name not in ("log", "failures")}))
+def survive(scenarios: tuple[str, ...], kills: int, out: Path, *words: str, record: Record | None = None) -> Any:
+    """Kill the scenarios ``kills`` times: nothing may fail. The figures."""
+    figures = kill(out, "--scenario", *scenarios, "--kills", str(kills), *words)
+    if record is not None:
+        record("kills", json.dumps({name: value for name, value in figures.items() if name not in ("log", "failures")}))
     assert not figures["failures"], figures["failures"][0]
     assert figures["kills"] == kills and figures["rounds"] >= 1
+    return figures
 
 
 def test_a_few_kills_change_nothing(tmp_path):
-    figures = soak(("precompute-5b", "train-lora"), 6, tmp_path / "kills.json", "--per-round", "3")
-    assert not figures["failures"], figures["failures"][0]
-    assert figures["kills"] == 6
+    survive(("precompute-5b", "train-lora"), 6, tmp_path / "kills.json", "--per-round", "3")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("scenarios", [PRECOMPUTE, TRAIN], ids=["precompute", "train"])
 def test_a_hundred_kills_change_nothing(tmp_path, record_property, scenarios):
-    figures = soak(scenarios, KILLS, tmp_path / "kills.json")
-    assert_survived(figures, KILLS, record_property)
+    figures = survive(scenarios, KILLS, tmp_path / "kills.json", record=record_property)
     if KILLS >= 100:
         assert len(figures["by_phase"]) >= 6 and len(figures["by_call"]) >= 8
     # Decode workers notice by themselves that the process they worked for is gone.
@@ -79,9 +74,7 @@ def test_a_hundred_kills_change_nothing(tmp_path, record_property, scenarios):
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("scenario", PAIRS)
 def test_one_of_two_processes_killed_ends_both_and_the_same_command_continues(tmp_path, record_property, scenario):
-    kills = max(3, KILLS // 5)
-    figures = soak((scenario,), kills, tmp_path / "kills.json")
-    assert_survived(figures, kills, record_property)
+    figures = survive((scenario,), max(3, KILLS // 5), tmp_path / "kills.json", record=record_property)
     assert figures["others_s"]["most"] < 60
 
 
@@ -90,16 +83,15 @@ def test_one_of_two_processes_killed_ends_both_and_the_same_command_continues(tm
 @pytest.mark.parametrize("scenarios", [COMMANDS, LAUNCHES], ids=["commands", "torchrun"])
 def test_real_commands_killed(tmp_path, record_property, scenarios):
     kills = max(2, KILLS // 10)
-    figures = soak(scenarios, kills, tmp_path / "kills.json", "--per-round", str(-(-kills // 2)))
-    assert_survived(figures, kills, record_property)
-    if scenarios is LAUNCHES:
-        assert figures["others_s"]["most"] < 60
+    words = ("--per-round", str(-(-kills // 2)))
+    figures = survive(scenarios, kills, tmp_path / "kills.json", *words, record=record_property)
+    assert scenarios is COMMANDS or figures["others_s"]["most"] < 60
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("sabotage", "scenario", "said"),
+    ("broken", "scenario", "message"),
     [
         ("plain-writes", "precompute-5b", ""),
         ("forgotten-optimizer", "train-lora", "optimizer.safetensors differs"),
@@ -108,22 +100,19 @@ def test_real_commands_killed(tmp_path, record_property, scenarios):
         ("endless-patience", "train-pair", "hung"),
     ],
 )
-def test_the_soak_notices_what_it_is_there_for(tmp_path, sabotage, scenario, said):
-    figures = soak((scenario,), 60, tmp_path / "kills.json", "--sabotage", sabotage)
-    assert figures["failures"] and re.search(said, figures["failures"][0])
+def test_the_soak_notices_what_it_is_there_for(tmp_path, broken, scenario, message):
+    figures = kill(tmp_path / "kills.json", "--scenario", scenario, "--kills", "60", "--broken", broken)
+    assert figures["failures"] and re.search(message, figures["failures"][0])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_training_on_real_clips_killed_at_ten_named_moments(real_clips, record_property):
-    done = module("soak.named", "--clips", str(real_clips), timeout_s=850)
-    figures = json.loads(done.stdout)
-    record_property("moments", json.dumps(figures["kills"]))
-    assert not figures["failure"], figures["failure"]
-    assert done.returncode == 0 and list(figures["kills"]) == list(MOMENTS) and len(MOMENTS) == 10
-
-
-# ------------------------------------------------------------------------------------------------------ the harness
+def test_a_training_on_real_clips_killed_at_ten_named_moments(real_clips, tmp_path, record_property):
+    figures = kill(tmp_path / "kills.json", "--clips", str(real_clips), timeout_s=850)
+    killed = {one["moment"]: one["phase"] for one in figures["log"]}
+    record_property("moments", json.dumps(killed))
+    assert not figures["failures"], figures["failures"]
+    assert list(killed) == list(MOMENTS) and len(MOMENTS) == 10
 
 
 def test_every_byte_counts_and_so_does_every_file():
@@ -132,13 +121,9 @@ def test_every_byte_counts_and_so_does_every_file():
     assert differences(run, {**run, "run/heldout.jsonl": b"2\n"}) == ["run/heldout.jsonl differs: b'1\\n' -> b'2\\n'"]
     assert differences(run, {name: run[name] for name in list(run)[:2]}) == ["cache/a is missing"]
     assert differences(run, {**run, "run/b": b""}) == ["run/b is too much"]
-    times = {"cache/lock": b"", "run/tensorboard/events.1": b"", "run/heldout.jsonl.1-2.partial": b""}
+    times = {"run/.lock": b"", "run/tensorboard/events.1": b"", "run/heldout.jsonl.1-2.partial": b""}
     assert compared({**run, **times}).keys() == run.keys()
-
-
-def test_a_plan_can_name_what_the_package_does():
-    assert len(PHASES) >= 15 and len(CALLS) == 7
-    assert {plan.at for plan in MOMENTS.values()} <= {*PHASES, *CALLS}
+    assert len(PHASES) >= 15 and {plan.at for plan in MOMENTS.values()} <= {*PHASES, *CALLS}
 
 
 def test_the_figures_of_a_report(tmp_path):

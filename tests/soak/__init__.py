@@ -1,6 +1,7 @@
 """Killing real runs with SIGKILL, restarting them, and comparing the end with that of a run nobody disturbed.
 
-``nursery`` forks processes that have everything imported, ``probe`` tells from inside where such a process is and stops
-it where a kill is wanted, ``world`` makes the runs and compares their ends, ``campaign`` kills one process at a time,
-``pair`` one of two, ``shell`` the real commands. ``python -m soak`` is ``make soak``.
+``processes`` forks processes that have everything imported, ``probe`` tells from inside where such a process is and
+stops it where a kill is wanted, ``jobs`` starts one or two of them, or the commands that users type, and kills one,
+``world`` makes the runs and compares their ends, ``kills`` goes on until it was often enough. ``python -m soak`` is
+``make soak``.
 """

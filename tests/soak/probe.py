@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,26 +39,26 @@ PHASES: dict[str, tuple[str, ...]] = {
         "finetune.trainers.setup:hold_run_folder",
         "finetune.checkpoint.folders:clear_interrupted",
     ),
-    "loading the model": ("finetune.cogvideox:load_transformer",),
-    "reading a checkpoint": ("finetune.trainers.checkpoint:load_checkpoint",),
-    "between steps": ("finetune.trainers.loop:_loop",),
-    "forward": ("finetune.trainers.loop:batch_losses",),
+    "loading the model": ("finetune.cogvideox.load:load_transformer",),
+    "reading a checkpoint": ("finetune.checkpoint.load:load_checkpoint",),
+    "training": ("finetune.trainers.loop:_Loop.train",),
+    "forward": ("finetune.trainers.run:TrainedModel.losses",),
     "backward": (
-        "finetune.parallel.strategy:Replicated.backward",
-        "finetune.parallel.fsdp:Sharded.backward",
+        "finetune.parallel.strategy:DataParallel.backward",
+        "finetune.parallel.fsdp:FullyShardedDataParallel.backward",
     ),
     "clipping": (
-        "finetune.parallel.strategy:Replicated.clip",
-        "finetune.parallel.fsdp:Sharded.clip",
+        "finetune.parallel.strategy:DataParallel.clip",
+        "finetune.parallel.fsdp:FullyShardedDataParallel.clip",
     ),
-    "exchanging losses": ("finetune.trainers.tracking:Meter.exchange",),
+    "exchanging losses": ("finetune.trainers.tracking:StepMetrics.exchange",),
     "updating weights": (
-        "finetune.parallel.strategy:Replicated.step",
-        "finetune.parallel.fsdp:Sharded.step",
+        "finetune.parallel.strategy:DataParallel.step",
+        "finetune.parallel.fsdp:FullyShardedDataParallel.step",
     ),
     "measuring": ("finetune.trainers.validation:Validator.measure",),
     "writing a checkpoint": ("finetune.trainers.run:Run.save",),
-    "pruning": ("finetune.trainers.checkpoint:prune",),
+    "pruning": ("finetune.checkpoint.folders:prune",),
 }
 """Phase -> the functions it consists of. The innermost one that a process is in is its phase; before the first and
 between others it is ``elsewhere``."""
@@ -67,7 +68,7 @@ NAMES = (ELSEWHERE, *PHASES)
 CALLS = ("create", "write", "fsync", "rename", "mkdir", "unlink", "rmdir")
 """Calls to the operating system that change the disk, or make a change last."""
 
-_HELD, _PHASE, _TEXT = 0, 1, 64
+_REACHED, _PHASE, _TEXT = 0, 1, 64
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class Profile:
     calls: Counter[str] = field(default_factory=Counter)
 
 
-class Board:
-    """A page of shared memory on which a child says where it is; inherited through ``fork``."""
+class SharedState:
+    """A page of memory on which a child says where it is; inherited through ``fork``."""
 
     def __init__(self) -> None:
         self._page = mmap.mmap(-1, mmap.PAGESIZE)
@@ -119,12 +120,12 @@ class Board:
     @property
     def reached(self) -> bool:
         """Whether the child has come to the planned moment."""
-        return self._page[_HELD] == 1
+        return self._page[_REACHED] == 1
 
     def reach(self, note: str) -> None:
         text = note.encode(errors="replace")[: len(self._page) - _TEXT]
         self._page[_TEXT : _TEXT + len(text)] = text
-        self._page[_HELD] = 1
+        self._page[_REACHED] = 1
 
     @property
     def note(self) -> str:
@@ -135,13 +136,13 @@ class Probe:
     """Wraps phases and calls of this process; see the module.
 
     Args:
-        board: where to tell.
+        state: where to tell.
         root: calls that concern files below this folder count, others do not.
         plan: the moment to stop at; None never stops.
     """
 
-    def __init__(self, board: Board, root: Path, plan: Plan | None) -> None:
-        self._board, self._root, self._plan = board, str(root.resolve()), plan
+    def __init__(self, state: SharedState, root: Path, plan: Plan | None) -> None:
+        self._state, self._root, self._plan = state, str(root.resolve()), plan
         self._stack = [ELSEWHERE]
         self._main = threading.main_thread()
         self.profile = Profile()
@@ -155,8 +156,6 @@ class Probe:
             setattr(os, call, self._call(name, getattr(os, call)))
         for call in ("mkdir", "unlink", "rmdir"):
             setattr(os, call, self._call(call, getattr(os, call)))
-
-    # -------------------------------------------------------------------------------------------------------- phases
 
     def _phase(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
         if inspect.isgeneratorfunction(inner):  # what counts is the waiting for its next item
@@ -183,19 +182,20 @@ class Probe:
 
         return wrapped
 
-    def _inside(self, name: str) -> _Inside:
-        return _Inside(self, name)
-
-    def enter(self, name: str) -> None:
+    @contextmanager
+    def _inside(self, name: str) -> Iterator[None]:
         self.profile.entered[name] += 1
         self._stack.append(name)
-        self._board.phase = name
+        self._state.phase = name
         self._stop(name, "before")
-
-    def leave(self, took_s: float) -> None:
-        self._stop(self._stack[-1], "after")
-        self.profile.seconds[self._stack.pop()] += took_s
-        self._board.phase = self._stack[-1]
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            took_s = time.perf_counter() - begun
+            self._stop(name, "after")
+            self.profile.seconds[self._stack.pop()] += took_s
+            self._state.phase = self._stack[-1]
 
     def _stop(self, name: str, side: str) -> None:
         plan = self._plan
@@ -204,9 +204,7 @@ class Probe:
         if plan.side == side:
             self._wait(name)
         elif not plan.side and side == "before":
-            self._board.reach(name)  # and go on: the parent's clock runs
-
-    # --------------------------------------------------------------------------------------------------------- calls
+            self._state.reach(name)  # and go on: the parent's clock runs
 
     def _call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
@@ -234,21 +232,9 @@ class Probe:
         return kwargs.get("dir_fd") is not None or _place(args[0]).startswith(self._root)
 
     def _wait(self, note: str) -> None:
-        self._board.reach(note)
+        self._state.reach(note)
         time.sleep(60)
         raise RuntimeError("nobody killed a process that stood still for it")
-
-
-class _Inside:
-    def __init__(self, probe: Probe, name: str) -> None:
-        self._probe, self._name = probe, name
-
-    def __enter__(self) -> None:
-        self._probe.enter(self._name)
-        self._begun = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._probe.leave(time.perf_counter() - self._begun)
 
 
 def _place(target: Any) -> str:

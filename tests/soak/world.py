@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from worlds import merged, run_values
 
-from soak import nursery
+from soak import processes
 
 Snapshot = Mapping[str, bytes]
 """Files by path relative to the world's work folder."""
@@ -56,121 +56,87 @@ class Scenario:
     env: Mapping[str, str] = field(default_factory=dict)
 
 
-def _many_buckets(**changes: Any) -> dict[str, Any]:
-    return merged({"data": {"buckets": ["9x64x64", "9x32x64"], "holdout": 1, "caption_dropout": 0.3}}, changes)
+def _scenario(name: str, variant: str, changes: Mapping[str, Any], clips: str = "square wide", **more: Any) -> Scenario:
+    two_buckets = {"data": {"buckets": ["9x64x64", "9x32x64"], "holdout": 1, "caption_dropout": 0.3}}
+    base = two_buckets if clips == "square wide" else {}
+    return Scenario(name, name.partition("-")[0], variant, tuple(clips.split()), merged(base, changes), **more)
 
+
+ADAM8 = {"kind": "adamw8bit", "lr": 1e-3}
+EACH_STEP = {"every": 1, "keep_last": 1, "keep_best": True}
+FULL = {"method": {"kind": "full"}, "train": {"steps": 4}, "checkpoint": {"every": 1, "keep_last": 1}}
 
 SCENARIOS = {
     one.name: one
     for one in (
-        Scenario(
-            "precompute-5b",
-            "precompute",
-            "5b",
-            ("square", "wide"),
-            _many_buckets(cache={"decode_workers": 0, "text_batch_size": 3}),
-        ),
-        Scenario(
+        _scenario("precompute-5b", "5b", {"cache": {"decode_workers": 0, "text_batch_size": 3}}),
+        _scenario(
             "precompute-i2v-workers",
-            "precompute",
             "1.5-5b-i2v",
-            ("square", "wide"),
-            _many_buckets(
-                cache={"decode_workers": 2, "text_batch_size": 2, "image_draws": 3},
-                validation={"samples": [{"prompt": "a red ring moving up", "image": "first.png", "seed": 1}]},
-            ),
+            {
+                "cache": {"decode_workers": 2, "text_batch_size": 2, "image_draws": 3},
+                "validation": {"samples": [{"prompt": "a red ring moving up", "image": "first.png", "seed": 1}]},
+            },
         ),
-        Scenario(
+        _scenario(
             "precompute-table",
-            "precompute",
             "2b",
-            ("table/metadata.jsonl",),
             {"cache": {"decode_workers": 1, "latents_dtype": "fp32"}},
+            "table/metadata.jsonl",
         ),
-        Scenario(
+        _scenario(
             "train-lora",
-            "train",
             "5b",
-            ("square",),
             {
                 "method": LORA,
                 "data": {"holdout": 1},
                 "train": {"steps": 7, "ema_decay": 0.9, "batch_size": 2},
                 "validation": MEASURED,
-                "checkpoint": {"every": 1, "keep_last": 1, "keep_best": True},
+                "checkpoint": EACH_STEP,
             },
+            "square",
         ),
-        Scenario(
+        _scenario(
             "train-full-8bit",
-            "train",
             "2b",
-            ("square", "wide"),
-            _many_buckets(
-                method={"kind": "full"},
-                optimizer={"kind": "adamw8bit", "lr": 1e-3},
-                train={"steps": 6, "accumulation": 2, "ema_decay": 0.9},
-                validation=MEASURED,
-                checkpoint={"every": 2, "keep_last": 1, "keep_best": True},
-            ),
+            {
+                "method": {"kind": "full"},
+                "optimizer": ADAM8,
+                "train": {"steps": 6, "accumulation": 2, "ema_decay": 0.9},
+                "validation": MEASURED,
+                "checkpoint": {**EACH_STEP, "every": 2},
+            },
         ),
-        Scenario(
+        _scenario(
             "train-lora-8bit-i2v",
-            "train",
             "1.5-5b-i2v",
-            ("square", "wide"),
-            _many_buckets(
-                method=LORA64,
-                optimizer={"kind": "adamw8bit", "lr": 1e-3},
-                train={"steps": 6, "batch_size": 2},
-                validation={**MEASURED, "every": 1},
-                checkpoint={"every": 1, "keep_last": 2, "keep_best": True},
-                tracking={"kind": "tensorboard", "every": 1},
-            ),
-        ),
-        Scenario(
-            "train-full-cold-i2v",
-            "train",
-            "5b-i2v",
-            ("square",),
             {
-                "method": {"kind": "full"},
-                "train": {"steps": 4},
-                "checkpoint": {"every": 1, "keep_last": 1},
-                "cache": {"decode_workers": 1},
+                "method": LORA64,
+                "optimizer": ADAM8,
+                "train": {"steps": 6, "batch_size": 2},
+                "validation": {**MEASURED, "every": 1},
+                "checkpoint": {**EACH_STEP, "keep_last": 2},
+                "tracking": {"kind": "tensorboard", "every": 1},
             },
-            cold=True,
         ),
-        Scenario(
-            "precompute-pair",
-            "precompute",
-            "5b",
-            ("square", "wide"),
-            _many_buckets(cache={"decode_workers": 1, "text_batch_size": 2}),
-            processes=2,
-        ),
-        Scenario(
+        _scenario("train-full-cold-i2v", "5b-i2v", {**FULL, "cache": {"decode_workers": 1}}, "square", cold=True),
+        _scenario("precompute-pair", "5b", {"cache": {"decode_workers": 1, "text_batch_size": 2}}, processes=2),
+        _scenario(
             "train-pair",
-            "train",
             "2b",
-            ("square", "wide"),
-            _many_buckets(
-                method=LORA,
-                train={"steps": 6, "batch_size": 2, "ema_decay": 0.9},
-                validation=MEASURED,
-                checkpoint={"every": 1, "keep_last": 1, "keep_best": True},
-            ),
+            {
+                "method": LORA,
+                "train": {"steps": 6, "batch_size": 2, "ema_decay": 0.9},
+                "validation": MEASURED,
+                "checkpoint": EACH_STEP,
+            },
             processes=2,
         ),
-        Scenario(
+        _scenario(
             "train-sharded-pair",
-            "train",
             "5b",
-            ("square",),
-            {
-                "method": {"kind": "full"},
-                "train": {"steps": 4},
-                "checkpoint": {"every": 1, "keep_last": 1},
-            },
+            FULL,
+            "square",
             processes=2,
             env={"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"},
         ),
@@ -188,6 +154,21 @@ SCENARIOS |= {
 }
 
 
+def real_clips_scenario(clips: Path) -> Scenario:
+    """A LoRA with EMA on every clip of two layouts (CogKit's, CogVideo's), the cache empty at the beginning."""
+    changes = {
+        "data": {"buckets": ["9x48x80"], "holdout": 2},
+        "method": {**LORA64, "dropout": 0.1},
+        "optimizer": ADAM8,
+        "train": {"steps": 8, "batch_size": 2, "ema_decay": 0.9},
+        "validation": MEASURED,
+        "checkpoint": {**EACH_STEP, "every": 2},
+        "cache": {"decode_workers": 1},
+    }
+    sources = tuple(str(clips / name) for name in ("steamboat_willie/metadata.jsonl", "cogvideox_samples"))
+    return Scenario("train-real-clips", "train", "5b", sources, changes, cold=True)
+
+
 class World:
     """Models and clips in ``folder``, made once; ``work`` is where runs happen."""
 
@@ -203,7 +184,7 @@ class World:
         """
         self.work.mkdir()
         log = self.folder / "world.log"
-        if nursery.wait(nursery.fork(lambda: self._build(variants), log), 120):
+        if processes.wait(processes.fork(lambda: self._build(variants), log), 120):
             raise RuntimeError(log.read_text())
 
     def _build(self, variants: set[str]) -> None:

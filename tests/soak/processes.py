@@ -1,8 +1,7 @@
 """Processes that begin with everything imported: forked from one that has, so that a start costs milliseconds.
 
 A forked child runs one function, usually ``finetune.cli.main.main``, and ends as a program would. The process that
-forks
-must have a single thread and must not have computed anything.
+forks must have a single thread and must not have computed anything.
 """
 
 from __future__ import annotations
@@ -102,7 +101,7 @@ def wait(pid: int, timeout_s: float) -> int:
 
 
 def kill(pid: int) -> None:
-    """SIGKILL, and bury it."""
+    """SIGKILL, and wait for its end."""
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
 
