@@ -130,7 +130,9 @@ def test_a_plain_video_keeps_the_address_it_had_before_there_were_corrections():
     assert digest_of(clip_address()) == "52ecfed70a3bafcbc85692b52acbef16"
 
 
-@pytest.mark.parametrize("change", [{"text": "b"}, {"text_encoder": "u"}, {"max_length": 14}, {"dtype": "bf16"}])
+@pytest.mark.parametrize(
+    "change", [{"text": "b"}, {"text": "A red circle"}, {"text_encoder": "u"}, {"max_length": 14}, {"dtype": "bf16"}]
+)
 def test_whatever_decides_an_embedding_changes_its_key(change):
     assert digest_of(caption_address(**change)) != digest_of(caption_address())
 

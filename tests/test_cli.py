@@ -163,12 +163,12 @@ def test_exit_2_for_a_fault_of_the_user_from_any_folder(config_file, tmp_path):
 
 PROBE = """
 import os, sys, types, pathlib, finetune, finetune.cli.main as cli
-from finetune.datasets.cache import Cache
+from finetune.datasets import cache_admin
 finetune.load_config = lambda *_: None
 def verb(*_, **__):
     WORK
     return types.SimpleNamespace(stopped_by="", export_command="")
-finetune.train = Cache.stats = verb
+finetune.train = cache_admin.stats = verb
 CHANGE
 sys.exit(cli.main(sys.argv[1:]))
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from itertools import count
 from types import SimpleNamespace
 
@@ -72,6 +73,8 @@ def test_fixed_batches_never_drop_and_never_change(tiny_model, tmp_path):
     assert batch.timesteps.tolist() == [100, 900]
     assert torch.equal(batch.noise, made.fixed(1, (100, 900)).noise)
     assert torch.equal(batch.noise[1], made.fixed(1, (900,)).noise[0])
+    fewer = replace(made, items=made.items[1:])
+    assert torch.equal(batch.noise, fewer.fixed(0, (100, 900)).noise), "it is the clip's, whatever else is there"
     assert not torch.equal(batch.prompt_embeds[0], made.empty_prompt)
     assert batch.image_latents is not None and batch.image_latents.any()
 
