@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -24,13 +23,12 @@ from worlds import assert_same_run, fabricate_cache, run_config
 from finetune.checkpoint import folders
 from finetune.checkpoint.folders import HISTORY, list_checkpoints, prune
 from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
-from finetune.config.loading import load_config
 from finetune.config.schema import RunConfig
 from finetune.convert.export import export
 from finetune.core import checksums
-from finetune.core.checksums import ChecksummedFolder, DamageError, checksum_file, folder_checksums
+from finetune.core.checksums import ChecksummedFolder, DamageError, folder_checksums
 from finetune.core.distributed import ProcessGroup
-from finetune.core.errors import CheckpointError, ConfigError, FinetuneError
+from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.files import COMPLETE, LORA_FILE, TRAINABLE
 from finetune.core.tensor_files import atomic_save_tensors
 from finetune.inference.adapters import read_sources
@@ -258,13 +256,6 @@ def test_a_checkpoint_pruned_while_it_is_read_is_not_called_damaged(tmp_path, mo
 # -------- folders with checksums
 
 
-def test_the_marker_reads_like_a_list_of_checksums(tmp_path):
-    path = write(tmp_path, 10)
-    lines = (path / COMPLETE).read_text().splitlines()
-    named = {name: checksum for checksum, name in (line.split("  ") for line in lines[:-1])}
-    assert named == {name: checksum_file(path / name) for name in FILES if name != COMPLETE}
-
-
 @given(
     names=st.lists(
         st.text(st.characters(exclude_characters="/\0", exclude_categories=["Cs"]), min_size=1, max_size=40).filter(
@@ -317,22 +308,12 @@ def test_an_adapter_of_a_damaged_checkpoint_or_export_is_not_continued(tmp_path)
         assert read_adapter(case).settings["rank"] == 4, "the canary, and the way out for who changed it on purpose"
 
 
-@pytest.mark.parametrize("settings", ["[1]", '"x"', "{", '{"transformer.lora_alpha": "many"}'])
+@pytest.mark.parametrize("settings", ["[1]", "{", '{"transformer.lora_alpha": "many"}'])
 def test_an_adapters_strange_header_is_no_traceback(tmp_path, settings):
-    file = tmp_path / "lora.safetensors"
     tensors = {"transformer.x.lora_A.weight": torch.zeros(4, 8), "transformer.x.lora_B.weight": torch.zeros(8, 4)}
-    save_file(tensors, file, {"lora_adapter_metadata": settings})
+    save_file(tensors, tmp_path / LORA_FILE, {"lora_adapter_metadata": settings})
     with pytest.raises(ConfigError, match=r"cannot be read|not a number"):
-        read_adapter(file)
-
-
-def test_a_strange_configuration_beside_an_adapter_is_no_traceback(tmp_path):
-    path = write(tmp_path, 10)
-    (path / COMPLETE).unlink()
-    for text in ("[]", '{"method": 3}', json.dumps({"method": {"alpha": [1]}}), "{"):
-        (path / folders.CONFIG).write_text(text)
-        with contextlib.suppress(ConfigError):
-            assert read_adapter(path).settings["alpha"] == 4.0
+        read_adapter(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ whole trainings
@@ -513,7 +494,7 @@ def test_an_adapter_of_a_checkpoint_without_its_settings_is_refused(ended, conte
         assert "config.json is none of this package" in fault.what and str(run) in fault.where
 
 
-def test_a_run_that_is_resealed_as_it_was_goes_on(ended):
+def test_a_run_that_is_rewritten_as_it_was_goes_on(ended):
     """Canary: it is the change that is refused, not the checksum."""
     with copied(ended.output_dir) as run:
         folder = newest(run)
@@ -528,14 +509,3 @@ def test_a_checkpoint_from_beyond_the_end_is_refused(ended):
         shorter = ended.train.model_copy(update={"steps": 1})
         with pytest.raises(CheckpointError, match="has taken 2 steps, and the run is to take 1"):
             train(ended.model_copy(update={"output_dir": run, "train": shorter}))
-
-
-@given(what=st.sampled_from(["flip", "zero", "cut", "drop"]), at=st.floats(0, 0.999), length=st.integers(1, 60))
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_config_of_a_run_is_never_a_traceback(tmp_path, what, at, length):
-    """It is written for people and read only where somebody runs it again: as any configuration then."""
-    config = run_config(Path("model"), Path("clips"), tmp_path / "run")
-    (tmp_path / "config.yaml").write_text(config.to_yaml())
-    Harm(what, "config.yaml", at, length, bit=length % 8).do(tmp_path)
-    with contextlib.suppress(FinetuneError):
-        load_config(tmp_path / "config.yaml")

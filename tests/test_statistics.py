@@ -32,9 +32,10 @@ from finetune.trainers.loop import train
 
 Z = 3.3
 """Standard deviations; 1 in 1000, two-sided."""
-DRAWS, SLOTS = 100_000, 8
+DRAWS, SLOTS = 64_000, 8
 TIMESTEPS, IMAGES = 1000, 4
 CAPTION, IMAGE = 0.1, 0.05
+CHOICES = ("timestep", "drop_caption", "drop_image", "image_draw", "noise", "posterior_noise")
 
 # ------------------------------------------------------------------------------------------------------ the checks
 
@@ -90,18 +91,8 @@ def draws() -> dict[str, torch.Tensor]:
             dropout=DropoutConfig(caption_dropout=CAPTION, image_dropout=IMAGE),
             num_train_timesteps=TIMESTEPS,
         )
-        rows.append(
-            (
-                one.timestep,
-                one.drop_caption,
-                one.drop_image,
-                one.image_draw,
-                one.noise.item(),
-                one.posterior_noise.item(),
-            )
-        )
-    names = ("timestep", "drop_caption", "drop_image", "image_draw", "noise", "posterior_noise")
-    return dict(zip(names, torch.tensor(rows, dtype=torch.float64).unbind(1), strict=True))
+        rows.append([float(getattr(one, name)) for name in CHOICES])
+    return dict(zip(CHOICES, torch.tensor(rows, dtype=torch.float64).unbind(1), strict=True))
 
 
 def test_timesteps_are_uniform(draws):
@@ -307,11 +298,11 @@ def test_every_clip_is_trained_on_as_often_as_its_repeats_say(items, seed, batch
 def in_place_of_another(patch: pytest.MonkeyPatch) -> None:
     """The first clip of a bucket stands where its last one should."""
     real = schedule.epoch_items
-    patch.setattr(
-        schedule,
-        "epoch_items",
-        lambda *arguments: {bucket: [*order[:-1], order[0]] for bucket, order in real(*arguments).items()},
-    )
+
+    def items(*arguments: object) -> dict:
+        return {bucket: [*order[:-1], order[0]] for bucket, order in real(*arguments).items()}
+
+    patch.setattr(schedule, "epoch_items", items)
 
 
 def drop_last(patch: pytest.MonkeyPatch) -> None:
@@ -351,13 +342,8 @@ def positions(epochs) -> list[tuple[int, int]]:
 
 
 def training(tiny_model, tmp_path):
-    config = run_config(
-        tiny_model(),
-        tmp_path / "none",
-        tmp_path / "run",
-        cache={"mode": "require"},
-        train={"steps": 3, "batch_size": 2, "accumulation": 2},
-    )
+    changes = {"cache": {"mode": "require"}, "train": {"steps": 3, "batch_size": 2, "accumulation": 2}}
+    config = run_config(tiny_model(), tmp_path / "none", tmp_path / "run", **changes)
     fabricate_cache(config, clips=5)
     return config
 
