@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune.checkpoint.validation_history import HISTORY
+from finetune.checkpoint.folders import HISTORY
 from PIL import Image
 from test_export import FULL, LORA, make_run
 
