@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import yaml
-from finetune.checkpoint.folders import HISTORY
 from PIL import Image
 from test_export import FULL, LORA, make_run
 
+from finetune.checkpoint.folders import HISTORY
 from finetune.cli.main import build_parser
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
