@@ -10,7 +10,8 @@
 ``import finetune`` costs nothing: a verb loads what it needs when it is called. ``docs/python.md`` has them all.
 """
 
-from finetune.api import check, export, generate, load_config, plan, precompute, train
+from finetune.api import check, export, generate, load_config, plan, train
 from finetune.core.version import __version__
+from finetune.precompute import precompute
 
 __all__ = ["__version__", "check", "export", "generate", "load_config", "plan", "precompute", "train"]

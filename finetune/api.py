@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
 
 if TYPE_CHECKING:
     from finetune.caching.check import DatasetReport
-    from finetune.caching.precompute import PrecomputeReport
     from finetune.config.schema import RunConfig
     from finetune.convert.export import ExportReport
     from finetune.core.types import Bucket, SamplePrompt
@@ -23,7 +22,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked(function: Callable[P, R]) -> Callable[P, R]:
     """Refuse arguments of a wrong type as one ``ConfigError``; a configuration is checked by whoever reads it."""
 
     @functools.wraps(function)
@@ -107,7 +106,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
     return CheckReport(dataset, tuple(numbers), (*warnings, *advice))
 
 
-@_checked
+@checked
 def plan(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *,
@@ -147,41 +146,7 @@ def plan(
     return plan(as_config(config), **options, **flags)  # type: ignore[arg-type]
 
 
-@_checked
-def precompute(config: RunConfig | Mapping[str, Any] | str | Path, *, progress: bool = True) -> PrecomputeReport:
-    """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
-
-    What is encoded stays, whatever happens: killed at any moment, the next call goes on where this one stopped.
-
-    Args:
-        config: a configuration, the values of one, or its file.
-        progress: draw progress bars, on the main process.
-
-    Raises:
-        DataError: listing every row and file that cannot be used, before anything is encoded; or every clip whose
-            pixels could not be decoded, after all others are encoded.
-        CacheError: if the disk or the GPU is too small, or another process of the launch failed.
-        ModelError: if an encoder cannot be found or loaded.
-    """
-    import logging
-
-    from finetune.caching.precompute import precompute
-    from finetune.cogvideox.spec import read_spec
-    from finetune.config.loading import as_config
-    from finetune.config.rules import pin_model, require_valid
-    from finetune.core.distributed import ProcessGroup
-    from finetune.planner.plan import choose_memory
-
-    ranks = ProcessGroup.current()
-    config = pin_model(as_config(config), ranks.run_on_main)
-    spec = read_spec(config.model.pretrained, config.model.revision)
-    for warning in require_valid(config, spec) if ranks.is_main else ():
-        logging.getLogger("finetune").warning(warning)
-    config, _ = choose_memory(config)  # it decides how T5 is held
-    return precompute(config, spec=spec, distributed=ranks, progress=progress)
-
-
-@_checked
+@checked
 def train(
     config: RunConfig | Mapping[str, Any] | str | Path, *, on_step: Callable[[StepRecord], None] | None = None
 ) -> TrainReport:
@@ -204,7 +169,7 @@ def train(
     return train(config, on_step)
 
 
-@_checked
+@checked
 def export(
     source: str | Path,
     to: str | Path | None = None,
@@ -252,7 +217,7 @@ def export(
     )
 
 
-@_checked
+@checked
 def generate(
     prompts: str | Sequence[str | SamplePrompt],
     out: Path = Path("videos"),

@@ -30,7 +30,14 @@ NO_CODE = {
     *(tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING, tokenize.ENDMARKER),
 }
 LIMITS = {"finetune": (13_000, 90), "tests": (14_000, None)}
-WALKS = {"one clip, from its row to its loss": 16, "a value of the configuration": 5, "an export": 6, "save, resume": 6}
+WALKS = {
+    "one clip, from its row to its loss": (16, ("caching", "datasets", "cogvideox", "memory", "trainers")),
+    "a value of the configuration": (5, ("", "config", "optim", "trainers")),
+    "save and resume": (6, ("checkpoint",)),
+    "an export": (6, ("", "convert", "methods")),
+}
+"""Walk -> how many files it may lead through, and the folders whose files count: an export also reads a configuration, a
+checkpoint and a base model, but each of these is a walk of its own."""
 CONFIG = """\
 model: {{pretrained: {model}, dtype: fp32}}
 data: {{sources: [{{path: {clips}}}], buckets: [9x64x64], fps: 8}}
@@ -97,12 +104,12 @@ def walks(folder: Path) -> dict[str, set[str]]:
     from finetune.caching.encode import encode_clips
     from finetune.checkpoint.load import load_checkpoint
     from finetune.checkpoint.save import save_checkpoint
+    from finetune.cogvideox.objective import velocity_losses
     from finetune.datasets.dataloader import BatchMaker
     from finetune.datasets.sources import read_samples
     from finetune.optim.optimizers import AdamW, set_lr
     from finetune.testing.demo import Scene, write_clips
     from finetune.testing.tiny import build_tiny
-    from finetune.trainers.loop import batch_losses
 
     model = build_tiny(folder / "model", "2b")
     write_clips(folder / "clips", [Scene("circle", "red", "left"), Scene("square", "blue", "up")])
@@ -117,13 +124,13 @@ def walks(folder: Path) -> dict[str, set[str]]:
         return {function.__code__ for function in functions}
 
     found: dict[str, set[str]] = {}
-    clip = code(read_samples, encode_clips, BatchMaker.training, batch_losses)
+    clip = code(read_samples, encode_clips, BatchMaker.training, velocity_losses)
     with files_run(clip) as found["one clip, from its row to its loss"]:
         precompute(load_config(config(1)), progress=False)
         report = train(load_config(config(1)))
     with files_run(code(load_config, AdamW.build, set_lr)) as found["a value of the configuration"]:
         train(load_config(config(2)))
-    with files_run(code(save_checkpoint, load_checkpoint)) as found["save, resume"]:
+    with files_run(code(save_checkpoint, load_checkpoint)) as found["save and resume"]:
         train(load_config(config(3)))
     with files_run(code(export)) as found["an export"]:
         export(report.run_dir)
@@ -145,8 +152,9 @@ def main() -> None:
     if not arguments.no_walks:
         with tempfile.TemporaryDirectory() as folder:
             for walk, files in walks(Path(folder)).items():
-                print(f"{walk}: {len(files)} files; goal at most {WALKS[walk]}")
-                print("    " + ", ".join(sorted(files)))
+                most, folders = WALKS[walk]
+                own = sorted(name for name in files if name.rpartition("/")[0] in folders)
+                print(f"{walk}: {len(own)} files; goal at most {most}\n    {', '.join(own)}")
 
 
 if __name__ == "__main__":
