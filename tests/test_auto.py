@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_train import assert_identical, stop_after, weights
-from worlds import run_config
+from worlds import assert_same_run, run_config, stop_after
 
 from finetune.config.loading import load_config
 from finetune.core.errors import ConfigError
@@ -25,7 +24,7 @@ def test_a_run_chooses_says_and_records_what_it_chose(tiny_model, demo_clips, tm
     # Of a tiny model everything fits, and nothing is faster than doing nothing.
     assert recorded.checkpointing == "none" and recorded.base == "native"
     same = run_config(tiny_model(), demo_clips, tmp_path / "again", memory=recorded.model_dump(mode="json"))
-    assert_identical(weights(train(same)), weights(report))
+    assert_same_run(train(same), report)
 
 
 def test_it_goes_on_where_it_stopped(tiny_model, demo_clips, tmp_path):
@@ -34,7 +33,7 @@ def test_it_goes_on_where_it_stopped(tiny_model, demo_clips, tmp_path):
     )
     stop_after(2, config)
     whole = train(run_config(tiny_model(), demo_clips, tmp_path / "whole", memory={"checkpointing": "none"}))
-    assert_identical(weights(train(config)), weights(whole))
+    assert_same_run(train(config), whole)
 
 
 def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path):

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from worlds import SMOOTH_ADAM, run_config
+from worlds import (
+    FULL_GPU,
+    SMOOTH_ADAM,
+    assert_same_run,
+    differing,
+    fails_where,
+    history,
+    run_config,
+    saved_steps,
+    tensors,
+)
 
 from finetune.caching.precompute import precompute
 from finetune.cogvideox.spec import read_spec
@@ -22,7 +30,6 @@ from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core import errors
 from finetune.core.errors import CacheError, FinetuneError, TrainingError, is_out_of_memory
-from finetune.core.types import Batch
 from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, Loader
 from finetune.datasets.schedule import Item, StepPlan
@@ -30,81 +37,29 @@ from finetune.memory.config import MemoryConfig
 from finetune.trainers import validation
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.oom_retry import out_of_memory
-from finetune.trainers.run import TrainedModel
 
-FULL = "CUDA out of memory. Tried to allocate 2.00 GiB"
 LEARNS = {"optimizer": {"lr": 1e-2}, "method": {"dropout": 0.2}}
 """Fast enough for a difference of one bit in a mask to show in the weights."""
-
-
-@pytest.fixture(scope="module")
-def encoded(tiny_model, demo_clips, tmp_path_factory) -> Path:
-    """A cache with everything that the runs below need, held-out clip, prompts and all."""
-    folder = tmp_path_factory.mktemp("encoded")
-    precompute(run_config(tiny_model(), demo_clips, folder / "run", **WATCHED), progress=False)
-    return folder / "cache"
-
-
-@pytest.fixture
-def make(tiny_model, demo_clips, encoded, tmp_path) -> Callable[..., RunConfig]:
-    """``make("name", **changes)``: the configuration of a run; all of a test share one copy of the cache."""
-    shutil.copytree(encoded, tmp_path / "cache")
-    return lambda name, **changes: run_config(tiny_model(), demo_clips, tmp_path / name, **changes)
-
-
-def weights(report: TrainReport) -> dict[str, torch.Tensor]:
-    return load_file(report.checkpoint / "trainable.safetensors")
-
-
-def optimizer(report: TrainReport) -> dict[str, torch.Tensor]:
-    return load_file(report.checkpoint / "optimizer.safetensors")
-
-
-def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
-    assert ours.keys() == theirs.keys() and ours
-    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
-
-
-def saved_steps(run_dir: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 
-def fails_where(monkeypatch, too_large: Callable[[Batch, int], bool], error: Exception | None = None) -> list[int]:
-    """Let passes run out of memory where ``too_large(batch, call)``; returns the sizes of all passes begun."""
-    inner, sizes = TrainedModel.losses, []
-
-    def limited(model, batch, *, training=True):
-        losses = inner(model, batch, training=training)
-        if training:
-            sizes.append(len(batch.slots))
-            if too_large(batch, len(sizes)):
-                # Halfway: activations are there, and of earlier micro-batches gradients.
-                (losses.sum() * 1e-3).backward()
-                raise error or torch.OutOfMemoryError(FULL)
-        return losses
-
-    monkeypatch.setattr(TrainedModel, "losses", limited)
-    return sizes
-
-
-def test_a_step_is_done_again_with_checkpointing_bit_for_bit(make, tmp_path, monkeypatch, capsys):
+def test_a_step_is_done_again_with_checkpointing_bit_for_bit(tiny_run, monkeypatch, capsys):
     """Memory runs out in the second micro-batch of the third step; LoRA's dropout draws the same masks again."""
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
-    calm = train(make("calm", **shared))
+    calm = train(tiny_run("calm", **shared))
     with monkeypatch.context() as patch:
         fails_where(patch, lambda batch, call: call == 6)
-        hit = train(make("hit", **shared))
-    assert not differing(weights(hit), weights(calm)) and not differing(optimizer(hit), optimizer(calm))
+        hit = train(tiny_run("hit", **shared))
+    assert_same_run(hit, calm)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
-    assert len(said) == 1 and said[0].startswith("step 2:") and FULL in said[0]
+    assert len(said) == 1 and said[0].startswith("step 2:") and FULL_GPU in said[0]
     assert said[0].endswith("To begin there: memory.checkpointing: full")
 
 
 MEMORY = [
-    torch.OutOfMemoryError(FULL),
+    torch.OutOfMemoryError(FULL_GPU),
     torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
@@ -178,51 +133,51 @@ def test_only_one_function_knows_how_memory_runs_out():
 
 
 @pytest.mark.parametrize("error", [MEMORY[1], MEMORY[2], MEMORY[8]], ids=repr)
-def test_a_step_is_done_again_whoever_says_so(make, monkeypatch, capsys, error):
+def test_a_step_is_done_again_whoever_says_so(tiny_run, monkeypatch, capsys, error):
     fails_where(monkeypatch, lambda batch, call: call == 1, error)
-    hit = train(make("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
+    hit = train(tiny_run("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
     assert hit.step == 1 and str(error).splitlines()[0] in capsys.readouterr().out
 
 
-def test_an_illegal_access_is_not_done_again(make, monkeypatch):
+def test_an_illegal_access_is_not_done_again(tiny_run, monkeypatch):
     sizes = fails_where(monkeypatch, lambda batch, call: True, OTHER[0])
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        train(make("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
+        train(tiny_run("hit", memory={"checkpointing": "none"}, train={"steps": 1}))
     assert len(sizes) == 1
 
 
-def test_gradients_left_by_the_failed_attempt_would_show(make, tmp_path, monkeypatch):
+def test_gradients_left_by_the_failed_attempt_would_show(tiny_run, monkeypatch):
     """Canary of the test above."""
     from finetune.parallel.strategy import DataParallel as Replicated
 
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
-    calm = train(make("calm", **shared))
+    calm = train(tiny_run("calm", **shared))
     fails_where(monkeypatch, lambda batch, call: call == 6)
     monkeypatch.setattr(Replicated, "drop_gradients", lambda self: None)
     monkeypatch.setattr(Replicated, "step", lambda self: (self.optimizer.step(), self.optimizer.zero_grad()))
-    hit = train(make("hit", **shared))
-    assert differing(weights(hit), weights(calm))
+    hit = train(tiny_run("hit", **shared))
+    assert differing(tensors(hit), tensors(calm))
 
 
-def test_micro_batches_are_split_until_they_fit(make, tmp_path, monkeypatch):
+def test_micro_batches_are_split_until_they_fit(tiny_run, tmp_path, monkeypatch):
     """Four clips never fit, two do: the weights after four steps are those of an undisturbed run to 1e-6."""
     shared = {"optimizer": SMOOTH_ADAM, "train": {"batch_size": 4}, "tracking": {"kind": "tensorboard"}}
     # What comes before splitting is done already.
     lowest = {"block": "lean", "modulation": "host", "activations": "host", "streamed_blocks": "all"}
     shared |= {"memory": lowest}
-    calm = train(make("calm", **shared))
+    calm = train(tiny_run("calm", **shared))
     with monkeypatch.context() as patch:
         sizes = fails_where(patch, lambda batch, call: len(batch.slots) > 2)
-        hit = train(make("hit", **shared))
+        hit = train(tiny_run("hit", **shared))
     assert sizes == [4] + [2, 2] * 4  # the state is kept: only the first step meets the wall
-    for name, ours in weights(hit).items():
-        torch.testing.assert_close(ours, weights(calm)[name], rtol=1e-5, atol=1e-6)
+    for name, ours in tensors(hit).items():
+        torch.testing.assert_close(ours, tensors(calm)[name], rtol=1e-5, atol=1e-6)
     ours, theirs = metrics(tmp_path / "hit"), metrics(tmp_path / "calm")
     assert ours.pop("perf/oom_notches") == [1.0] and "perf/oom_notches" not in theirs
     assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
     assert ours["train/samples_seen"] == theirs["train/samples_seen"] == [4.0, 8.0, 12.0, 16.0]
-    configured = train(make("configured", **shared | {"memory": lowest | {"clips_at_once": 2}}))
-    assert not differing(weights(configured), weights(hit))  # what the note says to write begins at that very notch
+    configured = train(tiny_run("configured", **shared | {"memory": lowest | {"clips_at_once": 2}}))
+    assert_same_run(configured, hit)  # what the note says to write begins at that very notch
 
 
 def metrics(run: Path) -> dict[str, list[float]]:
@@ -233,34 +188,34 @@ def metrics(run: Path) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_recompute_is_checked_anew_after_a_notch(make, tmp_path, monkeypatch):
+def test_recompute_is_checked_anew_after_a_notch(tiny_run, monkeypatch):
     """The notch says checkpointing and the flag stays off: the guard of the first step has long passed, and yet."""
     fails_where(monkeypatch, lambda batch, call: call == 3)
     monkeypatch.setattr(MemoryConfig, "apply", lambda self, model, _: model.disable_gradient_checkpointing())
-    config = make("run", memory={"checkpointing": "none"})
+    config = tiny_run("run", memory={"checkpointing": "none"})
     with pytest.raises(TrainingError, match="gradient checkpointing does not do what was asked"):
         train(config)
 
 
-def test_with_no_notch_left_the_error_says_what_to_change(make, tmp_path, monkeypatch):
+def test_with_no_notch_left_the_error_says_what_to_change(tiny_run, tmp_path, monkeypatch):
     values = {"train": {"batch_size": 2}, "checkpoint": {"every": 1}}
     fails_where(monkeypatch, lambda batch, call: call > 1)
     with pytest.raises(TrainingError, match=r"in the passes of step 1: .*Tried to allocate") as caught:
-        train(make("run", **values))
+        train(tiny_run("run", **values))
     assert "9x64x64" in caught.value.where and "a smaller bucket" in caught.value.fix
     assert saved_steps(tmp_path / "run") == [1]
 
 
-def test_an_update_that_runs_out_of_memory_is_not_repeated(make, tmp_path, monkeypatch):
+def test_an_update_that_runs_out_of_memory_is_not_repeated(tiny_run, tmp_path, monkeypatch):
     """The optimizer allocates its states in the first step, and may have updated half of the weights by then."""
     calls = []
 
     def full(self, closure=None):
         calls.append(1)
-        raise torch.OutOfMemoryError(FULL)
+        raise torch.OutOfMemoryError(FULL_GPU)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", full)
-    config = make("run", memory={"checkpointing": "none"})
+    config = tiny_run("run", memory={"checkpointing": "none"})
     with pytest.raises(TrainingError, match="outside of a step's passes") as caught:
         train(config)
     assert len(calls) == 1 and not saved_steps(tmp_path / "run")
@@ -268,9 +223,9 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated(make, tmp_path, monke
     assert "optimizer.kind: adamw8bit" in caught.value.fix
 
 
-def test_the_advice_is_for_the_run_that_needs_it(make):
+def test_the_advice_is_for_the_run_that_needs_it(tiny_run):
     def fix(**values):
-        config = make("run", **values)
+        config = tiny_run("run", **values)
         traits = memory_traits(config, read_spec(config.model.pretrained))
         run = SimpleNamespace(config=config, traits=traits)
         return out_of_memory(run, config.memory, "full", "now").fix
@@ -307,10 +262,10 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_an_entry_damaged_on_the_disk_costs_no_step(make, tmp_path):
+def test_an_entry_damaged_on_the_disk_costs_no_step(tiny_run, tmp_path):
     """Found while step 2 is on its way: step 2 is finished and saved; the same command encodes the entry again."""
-    calm = train(make("calm", **LEARNS))
-    config = make("hit", **LEARNS)
+    calm = train(tiny_run("calm", **LEARNS))
+    config = tiny_run("hit", **LEARNS)
     entry = clip_of_step(config, 3)
     whole = entry.read_bytes()
     damage(entry)
@@ -319,12 +274,12 @@ def test_an_entry_damaged_on_the_disk_costs_no_step(make, tmp_path):
     assert saved_steps(tmp_path / "hit") == [3]
     hit = train(config)
     assert entry.read_bytes() == whole
-    assert not differing(weights(hit), weights(calm)) and not differing(optimizer(hit), optimizer(calm))
+    assert_same_run(hit, calm)
 
 
-def test_without_the_look_ahead_the_step_would_be_lost(make, tmp_path, monkeypatch):
+def test_without_the_look_ahead_the_step_would_be_lost(tiny_run, tmp_path, monkeypatch):
     """Canary of the test above: who looks only when the batch is due has nothing saved."""
-    config = make("run")
+    config = tiny_run("run")
     damage(clip_of_step(config, 3))
     monkeypatch.setattr(Loader, "fault", lambda self, step: None)
     with pytest.raises(CacheError):
@@ -332,8 +287,8 @@ def test_without_the_look_ahead_the_step_would_be_lost(make, tmp_path, monkeypat
     assert not saved_steps(tmp_path / "run")
 
 
-def test_an_entry_of_the_very_first_step_stops_before_training(make, tmp_path):
-    config = make("run")
+def test_an_entry_of_the_very_first_step_stops_before_training(tiny_run, tmp_path):
+    config = tiny_run("run")
     damage(clip_of_step(config, 0))
     with pytest.raises(CacheError):
         train(config)
@@ -341,7 +296,7 @@ def test_an_entry_of_the_very_first_step_stops_before_training(make, tmp_path):
     assert train(config).step == 4
 
 
-def test_a_host_without_memory_is_named(make, tmp_path, monkeypatch):
+def test_a_host_without_memory_is_named(tiny_run, tmp_path, monkeypatch):
     inner = BatchMaker.training
 
     def full(self, step, micro):
@@ -351,7 +306,7 @@ def test_a_host_without_memory_is_named(make, tmp_path, monkeypatch):
 
     monkeypatch.setattr(BatchMaker, "training", full)
     with pytest.raises(TrainingError, match="out of host memory while the batches of step 2"):
-        train(make("run"))
+        train(tiny_run("run"))
     assert saved_steps(tmp_path / "run") == [2]
 
 
@@ -372,49 +327,47 @@ WATCHED = {
 
 
 @pytest.fixture(scope="module")
-def watched(tiny_model, demo_clips, encoded) -> TrainReport:
+def watched(tiny_model, demo_clips, encoded_cache, tmp_path_factory) -> TrainReport:
     """A run that measured and sampled, and that nothing happened to."""
-    return train(run_config(tiny_model(), demo_clips, encoded.parent / "watched", **WATCHED))
+    folder = tmp_path_factory.mktemp("watched")
+    shutil.copytree(encoded_cache(), folder / "cache")
+    return train(run_config(tiny_model(), demo_clips, folder / "run", **WATCHED))
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL), CacheError("damaged"), ValueError()], ids=repr)
-def test_a_video_is_not_worth_a_run(make, watched, tmp_path, monkeypatch, error, caplog):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL_GPU), CacheError("damaged"), ValueError()], ids=repr)
+def test_a_video_is_not_worth_a_run(tiny_run, watched, tmp_path, monkeypatch, error, caplog):
     def fails(*_, **__):
         raise error
 
     monkeypatch.setattr(validation, "sample_videos", fails)
-    hit = train(make("hit", **WATCHED))
-    assert hit.step == 4 and not differing(weights(hit), weights(watched))
+    hit = train(tiny_run("hit", **WATCHED))
+    assert hit.step == 4 and not differing(tensors(hit), tensors(watched))
     assert "could not sample; training goes on" in caplog.text
     assert not list((tmp_path / "hit").rglob("*.mp4")) and len(list(watched.run_dir.rglob("*.mp4"))) == 4
 
 
-def test_a_disk_without_room_for_videos_is_not_worth_a_run_either(make, watched, tmp_path, monkeypatch, caplog):
+def test_a_disk_without_room_for_videos_is_not_worth_a_run_either(tiny_run, watched, monkeypatch, caplog):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(validation, "sample_videos", lambda *_, **__: [torch.zeros(9, 64, 64, 3, dtype=torch.uint8)])
     monkeypatch.setattr(validation, "write_mp4", full)
-    hit = train(make("hit", **WATCHED))
-    assert not differing(weights(hit), weights(watched))
+    hit = train(tiny_run("hit", **WATCHED))
+    assert_same_run(hit, watched)
     assert "sampled videos could not be written; training goes on: [Errno 28]" in caplog.text
 
 
-@pytest.mark.parametrize("error", [CacheError("damaged"), torch.OutOfMemoryError(FULL)], ids=["damaged", "memory"])
-def test_a_measurement_that_fails_saves_first(make, watched, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize("error", [CacheError("damaged"), torch.OutOfMemoryError(FULL_GPU)], ids=["damaged", "memory"])
+def test_a_measurement_that_fails_saves_first(tiny_run, watched, tmp_path, monkeypatch, error):
     def fails(*_):
         raise error
 
-    config = make("run", **WATCHED | {"validation": {**WATCHED["validation"], "sample_every": None}})
+    config = tiny_run("run", **WATCHED | {"validation": {**WATCHED["validation"], "sample_every": None}})
     with monkeypatch.context() as patch:
         patch.setattr(BatchMaker, "fixed", fails)
         with pytest.raises(FinetuneError):
             train(config)
     assert saved_steps(tmp_path / "run") == [2]
     hit = train(config)
-    assert not differing(weights(hit), weights(watched))
+    assert_same_run(hit, watched)
     assert history(tmp_path / "run") == history(watched.run_dir)  # the measurement is made up for
-
-
-def history(run: Path) -> list[str]:
-    return (run / "heldout.jsonl").read_text().splitlines()

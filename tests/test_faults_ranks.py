@@ -11,9 +11,9 @@ import torch
 import yaml
 from launcher import FSDP, Ended, Launcher
 from safetensors.torch import load_file
-from test_faults import LEARNS, clip_of_step, damage, differing, saved_steps
+from test_faults import LEARNS, clip_of_step, damage
 from test_replay import poison
-from worlds import SMOOTH_ADAM, run_config, run_values
+from worlds import SMOOTH_ADAM, differing, run_config, run_values, saved_steps
 
 from finetune.caching.precompute import precompute
 from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, USER_ERROR

@@ -10,9 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_faults import fails_where
-from test_train import assert_identical, optimizer, stop_after, weights
-from worlds import merged, run_values
+from worlds import assert_same_run, fails_where, merged, run_values, stop_after, tensors
 
 from finetune.cogvideox.spec import read_spec
 from finetune.config.rules import memory_traits
@@ -92,18 +90,17 @@ def test_a_run_stops_and_goes_on_bit_for_bit(tiny_model, demo_clips, tmp_path, n
     stop_after(2, part)
     resumed = train(part)
     assert resumed.step == whole.step == 3
-    assert_identical(weights(resumed), weights(whole))
-    assert_identical(optimizer(resumed), optimizer(whole))
+    assert_same_run(resumed, whole)
     begun = load_file(next((model / "transformer").glob("*.safetensors")))
-    assert any(name not in begun or not torch.equal(t, begun[name].to(t.dtype)) for name, t in weights(whole).items())
+    assert any(name not in begun or not torch.equal(t, begun[name].to(t.dtype)) for name, t in tensors(whole).items())
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bound is not None])
 def test_a_run_learns_what_a_run_without_learns(tiny_model, demo_clips, tmp_path, name):
     case, model = CASES[name], tiny_model()
-    with_it = weights(train(config_of(case, model, demo_clips, tmp_path / "with")))
+    with_it = tensors(train(config_of(case, model, demo_clips, tmp_path / "with")))
     plain = Case({}, case.method, case.dtype, case.optimizer)
-    without = weights(train(config_of(plain, model, demo_clips, tmp_path / "without")))
+    without = tensors(train(config_of(plain, model, demo_clips, tmp_path / "without")))
     assert with_it.keys() == without.keys()
     assert distance(with_it, without) <= (case.bound or 0.0)
 
@@ -119,8 +116,8 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
 def test_another_state_is_really_another(tiny_model, demo_clips, tmp_path):
     """Canary of the test above: a changed base is seen."""
     model = tiny_model()
-    ours = weights(train(config_of(CASES["fp8"], model, demo_clips, tmp_path / "with")))
-    theirs = weights(train(config_of(Case({}, LORA), model, demo_clips, tmp_path / "without")))
+    ours = tensors(train(config_of(CASES["fp8"], model, demo_clips, tmp_path / "with")))
+    theirs = tensors(train(config_of(Case({}, LORA), model, demo_clips, tmp_path / "without")))
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
@@ -151,7 +148,7 @@ def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monk
         hit = train(config)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
     assert len(said) == len(notches) - 1 and last in said[-1]
-    ours, theirs = weights(hit), weights(calm)
+    ours, theirs = tensors(hit), tensors(calm)
     assert distance(ours, theirs) <= 1e-4
 
 
@@ -185,8 +182,7 @@ def test_measuring_and_sampling_pass_through_the_same_state(tiny_model, demo_cli
     )
     assert seen and all(blocks is not None for blocks in seen)
     assert watched.heldout_after is not None
-    assert_identical(weights(watched), weights(quiet))
-    assert_identical(optimizer(watched), optimizer(quiet))
+    assert_same_run(watched, quiet)
 
 
 MEASURED = {"every": 1, "clips": 1, "timesteps": 2}

@@ -10,10 +10,10 @@ def test_the_quickstart_teaches_the_new_shape_and_keeps_the_old_ones(tmp_path, c
     outcome = main(tmp_path / "quickstart")
     said = capsys.readouterr().out
     new, old = len(NEW_SCENES), len(OLD_SCENES)
-    assert outcome.rings_before == 0, "the base must not know the shape, or there is nothing to learn"
-    assert outcome.rings_after >= new - 1
-    assert outcome.adapter_distance < 0.85 * outcome.base_distance
-    assert outcome.old_after >= outcome.old_before - 1 and outcome.old_after >= old - 1
+    assert outcome.rings[0] == 0, "the base must not know the shape, or there is nothing to learn"
+    assert outcome.rings[1] >= new - 1
+    assert outcome.distances[1] < 0.85 * outcome.distances[0]
+    assert outcome.old[1] >= outcome.old[0] - 1 and outcome.old[1] >= old - 1
     before, after = outcome.train.heldout_before, outcome.train.heldout_after
     assert before is not None and after is not None and after < 0.75 * before
     assert outcome.export.max_abs_diff <= outcome.export.tolerance
@@ -24,4 +24,4 @@ def test_the_quickstart_teaches_the_new_shape_and_keeps_the_old_ones(tmp_path, c
 
     again = main(tmp_path / "quickstart")
     assert "nothing was encoded" in capsys.readouterr().out
-    assert again.train.step == outcome.train.step and again.adapter_distance == outcome.adapter_distance
+    assert again.train.step == outcome.train.step and again.distances == outcome.distances

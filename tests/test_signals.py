@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,19 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from safetensors.torch import load_file
 from waiting import HANG_S, until
-from worlds import run_config, run_values
+from worlds import assert_same_run, history, run_values, saved_steps
 
-from finetune.caching.precompute import precompute
 from finetune.checkpoint import save
 from finetune.cli.main import INTERRUPTED, OK, PREEMPTED, main
 from finetune.config.schema import RunConfig
 from finetune.datasets.dataloader import BatchMaker
 from finetune.trainers import loop, validation
-from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.loop import train
 from finetune.trainers.run import Run, TrainedModel
 from finetune.trainers.stopping import SIGNALS, StopRequest
 
@@ -43,20 +39,6 @@ WATCHED = {
         "num_inference_steps": 1,
     },
 }
-
-
-@pytest.fixture(scope="module")
-def encoded(tiny_model, demo_clips, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encoded")
-    precompute(run_config(tiny_model(), demo_clips, folder / "run", **WATCHED), progress=False)
-    return folder / "cache"
-
-
-@pytest.fixture
-def make(tiny_model, demo_clips, encoded, tmp_path) -> Callable[..., RunConfig]:
-    """``make("name", **changes)``: the configuration of a run; all of a test share one copy of the cache."""
-    shutil.copytree(encoded, tmp_path / "cache")
-    return lambda name, **changes: run_config(tiny_model(), demo_clips, tmp_path / name, **changes)
 
 
 def send(number: int) -> None:
@@ -79,24 +61,6 @@ def before(owner: object, name: str, call: int, act: Callable[[], None]) -> Iter
         yield calls
 
 
-def weights(run: Path | TrainReport, step: int = 4) -> dict[str, torch.Tensor]:
-    folder = run.run_dir if isinstance(run, TrainReport) else run
-    return load_file(folder / "checkpoints" / f"step-{step:08d}" / "trainable.safetensors")
-
-
-def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool:
-    assert ours.keys() == theirs.keys() and ours
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
-
-
-def saved_steps(run_dir: Path) -> list[int]:
-    return sorted(int(path.name[5:]) for path in (run_dir / "checkpoints").glob("step-*") if path.name[5:].isdigit())
-
-
-def history(run_dir: Path) -> str:
-    return (run_dir / "heldout.jsonl").read_text()
-
-
 # ------------------------------------------------------------------------------------------------- phase by phase
 
 
@@ -109,19 +73,19 @@ def hang_ups_are_heard():
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
-def test_a_signal_in_a_step_finishes_it_and_saves(make, number, tmp_path):
-    calm = train(make("calm"))
-    config = make("run")
+def test_a_signal_in_a_step_finishes_it_and_saves(tiny_run, number):
+    calm = train(tiny_run("calm"))
+    config = tiny_run("run")
     with before(TrainedModel, "losses", 3, lambda: send(number)):
         stopped = train(config)
     assert stopped.stopped_by == signal.Signals(number).name and stopped.step == 3
     assert saved_steps(config.output_dir) == [3]
-    assert same(weights(train(config)), weights(calm))
+    assert_same_run(train(config), calm)
 
 
-def test_the_command_says_75_then_0_and_0_again(make, tmp_path, capsys):
+def test_the_command_says_75_then_0_and_0_again(tiny_run, tmp_path, capsys):
     run_yaml = tmp_path / "run.yaml"
-    run_yaml.write_text(make("run").to_yaml())
+    run_yaml.write_text(tiny_run("run").to_yaml())
     with before(TrainedModel, "losses", 2, lambda: send(signal.SIGUSR1)):
         assert main(["train", "--config", str(run_yaml)]) == PREEMPTED
     assert "SIGUSR1: stopped after 2 of 4 steps" in capsys.readouterr().out
@@ -129,8 +93,8 @@ def test_the_command_says_75_then_0_and_0_again(make, tmp_path, capsys):
     assert saved_steps(tmp_path / "run") == [2, 4]
 
 
-def test_a_second_ctrl_c_stops_unsaved(make, tmp_path):
-    config = make("run", checkpoint={"every": 1})
+def test_a_second_ctrl_c_stops_unsaved(tiny_run, tmp_path):
+    config = tiny_run("run", checkpoint={"every": 1})
 
     def twice() -> None:
         send(signal.SIGINT)
@@ -146,8 +110,8 @@ def test_a_second_ctrl_c_stops_unsaved(make, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_repeated_signal_changes_nothing(make, number, capfd):
-    config = make("run")
+def test_a_repeated_signal_changes_nothing(tiny_run, number, capfd):
+    config = tiny_run("run")
 
     def thrice() -> None:
         send(signal.SIGTERM)
@@ -162,8 +126,8 @@ def test_a_repeated_signal_changes_nothing(make, number, capfd):
     assert capfd.readouterr().err.count(f"{number.name}: already stopping because of SIGTERM") == 2
 
 
-def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(make):
-    config = make("run", checkpoint={"every": 1})
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(tiny_run):
+    config = tiny_run("run", checkpoint={"every": 1})
 
     def twice() -> None:
         send(signal.SIGINT)
@@ -172,28 +136,29 @@ def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(make):
     with before(save, "atomic_save_tensors", 3, twice), pytest.raises(KeyboardInterrupt):
         train(config)  # two files a checkpoint: in the middle of the second one's
     assert saved_steps(config.output_dir) == [1]
-    assert same(weights(train(config)), weights(train(make("calm"))))
+    assert_same_run(train(config), train(tiny_run("calm")))
 
 
-def test_a_measurement_is_cut_short_and_made_up_for(make):
+def test_a_measurement_is_cut_short_and_made_up_for(tiny_run):
     """The signal comes with the fourth of sixteen forward passes: no fifth is made, and nothing is missing later."""
-    calm = train(make("calm", **WATCHED))
-    config = make("run", **WATCHED)
+    calm = train(tiny_run("calm", **WATCHED))
+    config = tiny_run("run", **WATCHED)
     # The base model's measurement: one held-out clip and the three training clips, four timesteps, one at a time.
     with before(BatchMaker, "fixed", 16 + 4, lambda: send(signal.SIGTERM)) as calls:
         stopped = train(config)
     assert len(calls) == 16 + 4 and stopped.stopped_by == "SIGTERM"
     assert saved_steps(config.output_dir) == [2] and history(config.output_dir) != history(calm.run_dir)
     again = train(config)
-    assert same(weights(again), weights(calm)) and history(again.run_dir) == history(calm.run_dir)
+    assert_same_run(again, calm)
+    assert history(again.run_dir) == history(calm.run_dir)
     assert (again.run_dir / "checkpoints" / "step-00000004" / "state.json").read_text() == (
         calm.run_dir / "checkpoints" / "step-00000004" / "state.json"
     ).read_text()
 
 
-def test_a_measurement_of_the_base_model_is_begun_anew(make):
-    calm = train(make("calm", **WATCHED))
-    config = make("run", **WATCHED)
+def test_a_measurement_of_the_base_model_is_begun_anew(tiny_run):
+    calm = train(tiny_run("calm", **WATCHED))
+    config = tiny_run("run", **WATCHED)
     with before(BatchMaker, "fixed", 2, lambda: send(signal.SIGTERM)):
         stopped = train(config)
     assert stopped.stopped_by == "SIGTERM" and stopped.step == 0 and stopped.checkpoint is None
@@ -201,10 +166,10 @@ def test_a_measurement_of_the_base_model_is_begun_anew(make):
     assert history(train(config).run_dir) == history(calm.run_dir)
 
 
-def test_the_last_measurement_is_owed_as_well(make, tmp_path):
+def test_the_last_measurement_is_owed_as_well(tiny_run):
     """A signal after the last step: 75, because the same command still has something to do."""
-    calm = train(make("calm", **WATCHED))
-    config = make("run", **WATCHED)
+    calm = train(tiny_run("calm", **WATCHED))
+    config = tiny_run("run", **WATCHED)
     with before(BatchMaker, "fixed", 2 * 16 + 1, lambda: send(signal.SIGTERM)):
         stopped = train(config)
     assert stopped.step == stopped.total_steps == 4 and stopped.stopped_by == "SIGTERM"
@@ -220,10 +185,10 @@ def videos(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("round_", [1, 2], ids=["in the middle", "after the last step"])
-def test_a_kill_between_saving_and_sampling_costs_no_video(make, round_):
+def test_a_kill_between_saving_and_sampling_costs_no_video(tiny_run, round_):
     """Step 2 is saved, and is the one to continue from; step 4 is the last, whose run has nothing else left to do."""
-    calm = train(make("calm", checkpoint={"every": 2}, **SAMPLED))
-    config = make("run", checkpoint={"every": 2}, **SAMPLED)
+    calm = train(tiny_run("calm", checkpoint={"every": 2}, **SAMPLED))
+    config = tiny_run("run", checkpoint={"every": 2}, **SAMPLED)
 
     def killed() -> None:
         raise SystemExit
@@ -240,8 +205,8 @@ def test_a_kill_between_saving_and_sampling_costs_no_video(make, round_):
     assert not calls
 
 
-def test_a_stop_in_the_last_step_owes_the_last_videos(make):
-    config = make("run", **SAMPLED)
+def test_a_stop_in_the_last_step_owes_the_last_videos(tiny_run):
+    config = tiny_run("run", **SAMPLED)
     with before(TrainedModel, "losses", 4, lambda: send(signal.SIGTERM)):
         stopped = train(config)
     assert stopped.step == 4 and stopped.stopped_by == "SIGTERM" and "The same command continues" in str(stopped)
@@ -250,43 +215,43 @@ def test_a_stop_in_the_last_step_owes_the_last_videos(make):
     assert not again.stopped_by and len(videos(config.output_dir)) == 4
 
 
-def test_a_video_that_cannot_be_made_is_no_stop(make, monkeypatch):
+def test_a_video_that_cannot_be_made_is_no_stop(tiny_run, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("no")
 
     monkeypatch.setattr(validation, "sample_videos", fails)
-    assert not train(make("run", **SAMPLED)).stopped_by
+    assert not train(tiny_run("run", **SAMPLED)).stopped_by
 
 
-def test_under_nohup_a_hang_up_is_none(make):
+def test_under_nohup_a_hang_up_is_none(tiny_run):
     own = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with before(TrainedModel, "losses", 2, lambda: send(signal.SIGHUP)):
-            assert not train(make("run")).stopped_by
+            assert not train(tiny_run("run")).stopped_by
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, own)
 
 
-def test_sampling_stops_between_two_videos(make):
-    calm = train(make("calm", data=WATCHED["data"]))
-    config = make("run", **SAMPLED)
+def test_sampling_stops_between_two_videos(tiny_run):
+    calm = train(tiny_run("calm", data=WATCHED["data"]))
+    config = tiny_run("run", **SAMPLED)
     with before(validation, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
         stopped = train(config)
     assert len(calls) == 1 and len(list(config.output_dir.rglob("*.mp4"))) == 1
     assert saved_steps(config.output_dir) == [3] and stopped.step == 3  # the next step is where all can agree
-    assert same(weights(train(config)), weights(calm))
+    assert_same_run(train(config), calm)
 
 
-def test_a_signal_in_the_last_save_comes_too_late_to_matter(make, tmp_path):
+def test_a_signal_in_the_last_save_comes_too_late_to_matter(tiny_run, tmp_path):
     run_yaml = tmp_path / "run.yaml"
-    run_yaml.write_text(make("run").to_yaml())
+    run_yaml.write_text(tiny_run("run").to_yaml())
     with before(Run, "save", 1, lambda: send(signal.SIGTERM)):
         assert main(["train", "--config", str(run_yaml)]) == OK
     assert saved_steps(tmp_path / "run") == [4]
 
 
-def test_handlers_are_set_for_the_steps_alone(make):
+def test_handlers_are_set_for_the_steps_alone(tiny_run):
     own = {number: signal.getsignal(number) for number in SIGNALS}
     seen = []
 
@@ -294,7 +259,7 @@ def test_handlers_are_set_for_the_steps_alone(make):
         seen.append({number: signal.getsignal(number) for number in SIGNALS})
 
     with before(loop, "setup_run", 1, note), before(TrainedModel, "losses", 1, note):
-        train(make("run"))
+        train(tiny_run("run"))
     assert seen[0] == own == {number: signal.getsignal(number) for number in SIGNALS}
     assert all(seen[1][number] != own[number] for number in SIGNALS)
 
@@ -307,7 +272,7 @@ def _put_back(handler: object) -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def test_without_the_handlers_a_signal_would_be_the_end(make):
+def test_without_the_handlers_a_signal_would_be_the_end(tiny_run):
     """Canary of all of the above: what it looks like when nobody catches the first one."""
     # A process that was started in the background ignores Ctrl-C, and Python then leaves it at that.
     own = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -318,7 +283,7 @@ def test_without_the_handlers_a_signal_would_be_the_end(make):
         pytest.raises(KeyboardInterrupt),
     ):
         patch.setattr(StopRequest, "begin", lambda self: None)
-        train(make("run"))
+        train(tiny_run("run"))
 
 
 # ------------------------------------------------------------------------------------------------- real processes
@@ -373,9 +338,9 @@ def many(model: Path, clips: Path, run: Path, steps: int) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, demo_clips, make, tmp_path, capsys):
+def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, demo_clips, tiny_run, tmp_path, capsys):
     steps = 60
-    calm = train(make("calm", train={"steps": steps}))
+    calm = train(tiny_run("calm", train={"steps": steps}))
     run_yaml = written(many(tiny_model(), demo_clips, tmp_path / "run", steps), tmp_path / "run.yaml")
     first = Process(run_yaml)
     first.wait_for("step  1/60")
@@ -386,13 +351,13 @@ def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, de
     assert f"SIGUSR1: stopped after {stopped_at} of {steps} steps" in first.printed
     assert main(["train", "--config", str(run_yaml)]) == OK
     assert f"continuing after {stopped_at}" in capsys.readouterr().out
-    assert same(weights(tmp_path / "run", steps), weights(calm, steps))
+    assert_same_run(tmp_path / "run", calm)
 
 
-def test_a_terminal_that_is_closed_costs_no_step(make, tmp_path):
+def test_a_terminal_that_is_closed_costs_no_step(tiny_run, tmp_path):
     """Its processes get SIGHUP, and cannot print any more."""
     run_yaml = tmp_path / "run.yaml"
-    run_yaml.write_text(make("run", train={"steps": 4000}, tracking={"console_interval_s": 1e-3}).to_yaml())
+    run_yaml.write_text(tiny_run("run", train={"steps": 4000}, tracking={"console_interval_s": 1e-3}).to_yaml())
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -421,7 +386,7 @@ def test_a_signal_while_encoding_ends_at_once_and_loses_nothing(tiny_model, demo
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(tiny_model, demo_clips, make, tmp_path):
+def test_a_signal_to_one_of_two_processes_makes_both_save_the_same_step(tiny_model, demo_clips, tmp_path):
     job = Process(written(many(tiny_model(), demo_clips, tmp_path / "run", 400), tmp_path / "run.yaml"), processes=2)
     job.wait_for("step   1/400")
     workers = job.children()
@@ -442,7 +407,6 @@ def test_preempted_again_and_again(tiny_model, demo_clips, tmp_path, processes):
     calm_yaml = written(many(tiny_model(), demo_clips, tmp_path / "calm", steps), tmp_path / "calm.yaml")
     assert Process(calm_yaml, processes=processes).end() == OK
     run_yaml = written(many(tiny_model(), demo_clips, tmp_path / "run", steps), tmp_path / "run.yaml")
-    stops = 0
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         job = Process(run_yaml, processes=processes)
         job.wait_for("/300  loss")
@@ -453,7 +417,6 @@ def test_preempted_again_and_again(tiny_model, demo_clips, tmp_path, processes):
             job.popen.send_signal(number)
         code = job.end()
         assert code != OK and (processes > 1 or code == PREEMPTED), job.printed[-3000:]
-        stops += 1
     last = Process(run_yaml, processes=processes)
     assert last.end() == OK, last.printed[-3000:]
-    assert stops == 4 and same(weights(tmp_path / "run", steps), weights(tmp_path / "calm", steps))
+    assert_same_run(tmp_path / "run", tmp_path / "calm")

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from worlds import run_config
+from worlds import assert_same_run, run_config, stop_after, tensors
 
 from finetune.core.errors import CheckpointError, ConfigError, TrainingError
 from finetune.trainers import loop
-from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.loop import train
 from finetune.trainers.run import TrainedModel
 from finetune.trainers.validation import MeasuredLoss, Validator
 
@@ -36,26 +34,12 @@ METHODS = {"lora": {"kind": "lora", "rank": 64, "alpha": 64, "dropout": 0.1}, "f
 OPTIMIZERS = {"adamw": {"kind": "adamw", "lr": 1e-3}, "adamw8bit": {"kind": "adamw8bit", "lr": 1e-3}}
 
 
-def weights(report: TrainReport) -> dict[str, torch.Tensor]:
-    return load_file(report.checkpoint / "trainable.safetensors")
-
-
-def optimizer(report: TrainReport) -> dict[str, torch.Tensor]:
-    return load_file(report.checkpoint / "optimizer.safetensors")
-
-
-def assert_identical(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert ours.keys() == theirs.keys() and ours
-    different = [name for name in ours if not torch.equal(ours[name], theirs[name])]
-    assert not different, f"{len(different)} of {len(ours)} tensors differ, {different[:3]} first"
-
-
 @pytest.mark.parametrize("method", METHODS)
-def test_training_moves_only_what_trains(tiny_model, demo_clips, tmp_path, method):
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run", method=METHODS[method])
+def test_training_moves_only_what_trains(tiny_run, tiny_model, method):
+    config = tiny_run("run", method=METHODS[method])
     report = train(config)
     assert report.step == report.total_steps == 4 and not report.stopped_by
-    trained = weights(report)
+    trained = tensors(report)
     assert all(torch.isfinite(tensor).all() for tensor in trained.values())
     if method == "lora":
         assert all("lora" in name for name in trained)
@@ -66,9 +50,9 @@ def test_training_moves_only_what_trains(tiny_model, demo_clips, tmp_path, metho
         assert any(not torch.equal(trained[name], before[name]) for name in trained)
 
 
-def test_every_step_is_handed_to_the_caller(tiny_model, demo_clips, tmp_path):
+def test_every_step_is_handed_to_the_caller(tiny_run):
     changes = {"train": {"steps": 3, "batch_size": 2, "accumulation": 2}, "checkpoint": {"every": 2}}
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run", **changes)
+    config = tiny_run("run", **changes)
     records = []
     train(config, on_step=records.append)
     assert [record.step for record in records] == [1, 2, 3] and [record.samples_seen for record in records] == [
@@ -84,7 +68,7 @@ def test_every_step_is_handed_to_the_caller(tiny_model, demo_clips, tmp_path):
         raise KeyError(record.step)
 
     with pytest.raises(KeyError, match="1"):
-        train(run_config(tiny_model(), demo_clips, tmp_path / "other", **changes), on_step=stop)
+        train(tiny_run("other", **changes), on_step=stop)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -98,55 +82,35 @@ def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tm
     stop_after(2, part)
     resumed = train(part)
     assert resumed.step == 5
-    assert_identical(weights(resumed), weights(whole))
-    assert_identical(optimizer(resumed), optimizer(whole))
+    assert_same_run(resumed, whole)
     if kind == "adamw8bit":
-        assert any(tensor.dtype == torch.uint8 for tensor in optimizer(whole).values())
+        assert any(tensor.dtype == torch.uint8 for tensor in tensors(whole, "optimizer").values())
 
 
-def stop_after(steps: int, config) -> None:
-    """Train, and ask for an end the way a cluster does: SIGTERM in the middle of a step."""
-
-    def ask(record):
-        if record.step == steps - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    report = train(config, on_step=ask)
-    assert report.stopped_by == "SIGTERM" and report.step == steps
-
-
-def test_sigterm_finishes_the_step_and_saves(tiny_model, demo_clips, tmp_path, capfd):
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
-    stop_after(3, config)
-    saved = sorted((tmp_path / "run" / "checkpoints").iterdir())
-    assert [path.name for path in saved] == ["step-00000003"]
-    assert "SIGTERM" in capfd.readouterr().err
-
-
-def test_an_ended_run_has_nothing_to_do(tiny_model, demo_clips, tmp_path):
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
+def test_an_ended_run_has_nothing_to_do(tiny_run):
+    config = tiny_run("run")
     first = train(config)
     again = train(config)
     assert again.step == first.step == 4
-    assert_identical(weights(again), weights(first))
+    assert_same_run(again, first)
 
 
-def test_a_longer_run_continues(tiny_model, demo_clips, tmp_path):
+def test_a_longer_run_continues(train_tiny):
     changes = {"optimizer": {"lr": 1e-3}}
-    train(run_config(tiny_model(), demo_clips, tmp_path / "a", **changes, train={"steps": 2}))
-    longer = train(run_config(tiny_model(), demo_clips, tmp_path / "a", **changes, train={"steps": 4}))
-    straight = train(run_config(tiny_model(), demo_clips, tmp_path / "b", **changes, train={"steps": 4}))
-    assert_identical(weights(longer), weights(straight))
+    train_tiny("a", **changes, train={"steps": 2})
+    longer = train_tiny("a", **changes, train={"steps": 4})
+    straight = train_tiny("b", **changes, train={"steps": 4})
+    assert_same_run(longer, straight)
 
 
 @pytest.mark.parametrize(
     "change,field",
     [({"method": {"rank": 8}}, "method.rank"), ({"train": {"seed": 8}}, "train.seed")],
 )
-def test_a_run_that_cannot_continue_is_refused_field_by_field(tiny_model, demo_clips, tmp_path, change, field):
-    train(run_config(tiny_model(), demo_clips, tmp_path / "run"))
+def test_a_run_that_cannot_continue_is_refused_field_by_field(train_tiny, change, field):
+    train_tiny("run")
     with pytest.raises(CheckpointError, match=field.replace(".", r"\.")):
-        train(run_config(tiny_model(), demo_clips, tmp_path / "run", **change))
+        train_tiny("run", **change)
 
 
 def test_what_check_would_advise_is_said_before_the_first_step(tiny_model, demo_clips, tmp_path, capsys, monkeypatch):
@@ -159,12 +123,12 @@ def test_what_check_would_advise_is_said_before_the_first_step(tiny_model, demo_
     assert "warning: no clip is held out" in before and "warning: 1 clips for 2 steps are 2 epochs" in before
 
 
-def test_a_missing_checkpoint_is_an_error(tiny_model, demo_clips, tmp_path):
+def test_a_missing_checkpoint_is_an_error(train_tiny, tmp_path):
     with pytest.raises(CheckpointError, match="nowhere"):
-        train(run_config(tiny_model(), demo_clips, tmp_path / "run", checkpoint={"resume": str(tmp_path / "nowhere")}))
+        train_tiny("run", checkpoint={"resume": str(tmp_path / "nowhere")})
 
 
-def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path):
+def test_validation_changes_no_bit_of_training(tiny_run, tmp_path):
     shared = {
         "method": METHODS["lora"],
         "data": {"holdout": 1},
@@ -182,7 +146,7 @@ def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path)
     steps = {"with": [], "without": []}
 
     def run(name, validation):
-        config = run_config(tiny_model(), demo_clips, tmp_path / name, **shared, validation=validation)
+        config = tiny_run(name, **shared, validation=validation)
         return train(
             config,
             lambda step: steps[name].append(
@@ -192,8 +156,7 @@ def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path)
 
     reports = {"without": run("without", {"every": None, "at_start": False}), "with": run("with", watching)}
     assert steps["with"] == steps["without"] and len(steps["with"]) == 4
-    assert_identical(weights(reports["with"]), weights(reports["without"]))
-    assert_identical(optimizer(reports["with"]), optimizer(reports["without"]))
+    assert_same_run(reports["with"], reports["without"])
     videos = sorted(path.relative_to(tmp_path / "with" / "samples") for path in (tmp_path / "with").rglob("*.mp4"))
     assert [str(path.parent) for path in videos] == ["step-00000000", "step-00000002", "step-00000004"]
     history = [json.loads(line) for line in (tmp_path / "with" / "heldout.jsonl").read_text().splitlines()]
@@ -201,11 +164,9 @@ def test_validation_changes_no_bit_of_training(tiny_model, demo_clips, tmp_path)
     assert reports["with"].heldout_before == history[0]["heldout"]
 
 
-def test_the_best_checkpoint_is_kept(tiny_model, demo_clips, tmp_path):
-    config = run_config(
-        tiny_model(),
-        demo_clips,
-        tmp_path / "run",
+def test_the_best_checkpoint_is_kept(tiny_run, tmp_path):
+    config = tiny_run(
+        "run",
         data={"holdout": 1},
         train={"steps": 6},
         validation={"every": 1, "timesteps": 2},
@@ -228,19 +189,15 @@ def test_the_best_checkpoint_is_kept(tiny_model, demo_clips, tmp_path):
     ],
     ids=["worse", "not kept", "stands", "better"],
 )
-def test_the_end_says_which_step_was_best_and_how_to_export_it(
-    tiny_model, demo_clips, tmp_path, monkeypatch, losses, keep_best, ending
-):
+def test_the_end_says_which_step_was_best_and_how_to_export_it(tiny_run, monkeypatch, losses, keep_best, ending):
     measured = iter(loss for heldout in losses for loss in (heldout, 0.1))
 
     def evaluate(_, passes):
         return MeasuredLoss(passes[:1], [[next(measured)] * len(passes[0].timesteps)])
 
     monkeypatch.setattr(Validator, "_evaluate", evaluate)
-    config = run_config(
-        tiny_model(),
-        demo_clips,
-        tmp_path / "run",
+    config = tiny_run(
+        "run",
         data={"holdout": 1},
         train={"steps": 3},
         validation={"every": 1},
@@ -260,14 +217,14 @@ def test_the_end_says_which_step_was_best_and_how_to_export_it(
     ("changes", "why"),
     [({}, "no clip is held out"), ({"data": {"holdout": 1}}, "validation.every is null")],
 )
-def test_the_end_says_when_nothing_measured_the_run(tiny_model, demo_clips, tmp_path, changes, why):
-    report = train(run_config(tiny_model(), demo_clips, tmp_path / "run", train={"steps": 1}, **changes))
+def test_the_end_says_when_nothing_measured_the_run(train_tiny, tmp_path, changes, why):
+    report = train_tiny("run", train={"steps": 1}, **changes)
     assert f"nothing measured whether the last step is the best one: {why}" in str(report)
     assert report.best_step is None and report.export_command == f"finetune export {tmp_path / 'run'}"
 
 
-def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_model, demo_clips, tmp_path):
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run", checkpoint={"every": 1})
+def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_run, tmp_path):
+    config = tiny_run("run", checkpoint={"every": 1})
     inner, calls = TrainedModel.losses, 0
 
     def poisoned(model, batch):
@@ -285,43 +242,24 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_model
     assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "trainable.safetensors").values())
 
 
-def test_running_out_of_gpu_memory_is_the_users_to_mend(tiny_model, demo_clips, tmp_path, monkeypatch):
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-
-    monkeypatch.setattr(TrainedModel, "losses", full)
-    with pytest.raises(TrainingError, match="Tried to allocate") as caught:
-        train(run_config(tiny_model(), demo_clips, tmp_path / "run"))
-    assert "9x64x64" in caught.value.where and "a smaller bucket" in caught.value.fix
-    assert "memory.streamed_blocks" not in caught.value.fix, "the run has been there"
-
-
-def test_full_fine_tuning_in_fp16_is_refused(tiny_model, demo_clips, tmp_path):
+def test_full_fine_tuning_in_fp16_is_refused(tiny_run):
     values = {"method": {"kind": "full"}, "memory": {"checkpointing": "none"}}
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run", **values)
+    config = tiny_run("run", **values)
     narrow = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "fp16"})})
     with pytest.raises(ConfigError, match="fp16"):
         train(narrow)
 
 
-def test_a_launchers_own_accumulation_is_refused(tiny_model, demo_clips, tmp_path, monkeypatch):
+def test_a_launchers_own_accumulation_is_refused(train_tiny, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "3")
     with pytest.raises(ConfigError, match="accumulate 3"):
-        train(run_config(tiny_model(), demo_clips, tmp_path / "run", train={"accumulation": 2}))
+        train_tiny("run", train={"accumulation": 2})
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "5b-i2v", "1.5-5b", "1.5-5b-i2v"])
-def test_every_variant_trains(tiny_model, demo_clips, tmp_path, variant):
-    report = train(run_config(tiny_model(variant), demo_clips, tmp_path / "run", train={"steps": 2}))
-    assert report.step == 2
-
-
-def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tiny_model, demo_clips, tmp_path):
+def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tiny_run):
     """Four clips in batches of three: micro-batches of three and of one, each clip counting the same."""
-    config = run_config(
-        tiny_model(),
-        demo_clips,
-        tmp_path / "run",
+    config = tiny_run(
+        "run",
         train={"steps": 1, "batch_size": 3, "accumulation": 2, "max_grad_norm": None},
     )
     runs, ours = [], []
@@ -349,9 +287,9 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-7)
 
 
-def test_the_run_folder_says_what_was_run(tiny_model, demo_clips, tmp_path):
+def test_the_run_folder_says_what_was_run(tiny_run, tmp_path):
     from finetune.config.loading import load_config
 
-    config = run_config(tiny_model(), demo_clips, tmp_path / "run")
+    config = tiny_run("run")
     train(config)
     assert load_config(Path(tmp_path / "run" / "config.yaml")) == config

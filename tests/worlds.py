@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import signal
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -14,11 +17,13 @@ from finetune.checkpoint.folders import checkpoint_path, list_checkpoints
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
-from finetune.core.types import ClipPlan, torch_dtype
+from finetune.core.types import Batch, ClipPlan, torch_dtype
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import Manifest, ManifestItem, latents_address, portable, prompt_address
 from finetune.datasets.decode_pool import PIXEL_RULE
-from finetune.trainers.loop import TrainReport
+from finetune.trainers.loop import TrainReport, train
+from finetune.trainers.run import TrainedModel
+from finetune.trainers.tracking import StepRecord
 
 SMOOTH_ADAM: dict[str, Any] = {"kind": "adamw", "lr": 1e-3, "eps": 1e-3}
 """For runs whose weights are compared although their gradients differ by rounding: sums in another order, on several
@@ -145,3 +150,45 @@ def assert_same_run(ours: TrainReport | Path, theirs: TrainReport | Path) -> Non
     for name in ("trainable", "optimizer"):
         names = differing(tensors(ours, name), tensors(theirs, name))
         assert not names, f"{len(names)} tensors of {name} differ, {names[:3]} first"
+
+
+def history(run_dir: Path) -> list[str]:
+    """Lines of a run's measurements."""
+    return (run_dir / "heldout.jsonl").read_text().splitlines()
+
+
+# -------- ends and faults in the middle of a run
+
+
+def stop_after(steps: int, config: RunConfig) -> None:
+    """Train, and ask for an end the way a cluster does: SIGTERM while step ``steps`` is about to begin."""
+
+    def ask(record: StepRecord) -> None:
+        if record.step == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    report = train(config, on_step=ask)
+    assert report.stopped_by == "SIGTERM" and report.step == steps
+
+
+FULL_GPU = "CUDA out of memory. Tried to allocate 2.00 GiB"
+
+
+def fails_where(
+    patch: pytest.MonkeyPatch, too_large: Callable[[Batch, int], bool], error: Exception | None = None
+) -> list[int]:
+    """Let passes run out of memory where ``too_large(batch, call)``; returns the sizes of all passes begun."""
+    losses_of, sizes = TrainedModel.losses, []
+
+    def limited(model: TrainedModel, batch: Batch, *, training: bool = True) -> torch.Tensor:
+        losses = losses_of(model, batch, training=training)
+        if training:
+            sizes.append(len(batch.slots))
+            if too_large(batch, len(sizes)):
+                # Halfway: activations are there, and of earlier micro-batches gradients.
+                (losses.sum() * 1e-3).backward()
+                raise error or torch.OutOfMemoryError(FULL_GPU)
+        return losses
+
+    patch.setattr(TrainedModel, "losses", limited)
+    return sizes

@@ -16,7 +16,7 @@ from finetune.config.loading import load_config
 from finetune.convert.export import ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.types import SamplePrompt
-from finetune.inference.generate import GenerateReport, generate
+from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest
 from finetune.inference.videos import Frames, side_by_side
 from finetune.testing.demo import (
@@ -33,63 +33,7 @@ from finetune.testing.demo import (
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.tracking import tensorboard_command
 
-CONFIG = """\
-# What `finetune quickstart` runs. With your model and your clips it is a real run: `finetune init` writes one.
-model:
-  pretrained: model            # a diffusers folder; on the hub it would be zai-org/CogVideoX-5b
-
-data:
-  sources:
-    - path: clips              # clips of the new shape, and a few of the old ones so that they are not forgotten
-    - path: heldout            # rings in colours and motions that training never combines
-      split: holdout
-  buckets: [9x64x64]           # frames x height x width
-  fps: 8
-
-cache:
-  dir: cache
-
-method:
-  kind: lora
-  rank: 16
-  alpha: 16
-  targets: attention+ff
-
-optimizer:
-  kind: adamw8bit
-  lr: 2.0e-3
-
-lr_schedule:
-  kind: cosine
-  warmup_steps: 20
-  final: 0.05
-
-train:
-  steps: 600
-  batch_size: 8
-  seed: 0
-
-memory:
-  checkpointing: none          # the model is tiny; on a real one `full` saves most of the memory
-
-validation:
-  every: 200                   # held-out loss, and the same on training clips
-  clips: 8
-  samples:
-    - {prompt: a yellow ring moving left, seed: 1}
-    - {prompt: a red circle moving up, seed: 2}
-  sample_every: 300
-  num_inference_steps: 25
-  guidance_scale: 3.0
-
-checkpoint:
-  every: 300
-
-tracking:
-  console_interval_s: 5
-
-output_dir: run
-"""
+CONFIG = Path(__file__).parent.parent / "templates" / "quickstart.yaml"
 
 NUM_INFERENCE_STEPS, GUIDANCE = 25, 3.0
 """Of the videos that are compared in the end; as in ``CONFIG``."""
@@ -107,20 +51,16 @@ OLD_SCENES = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the lesson changed, in numbers that a test can hold on to."""
+    """What the lesson changed, in numbers that a test can hold on to; pairs are without and with the adapter."""
 
     train: TrainReport
     export: ExportReport
-    base_distance: float
-    """Mean distance of the base's videos for ring captions from real rings, 0 (a ring) to 1 (nothing like one)."""
-    adapter_distance: float
-    """The same with the adapter."""
-    rings_before: int
-    """Ring captions whose video shows a ring, of ``len(NEW_SCENES)``, without the adapter."""
-    rings_after: int
-    old_before: int
-    """Captions of old shapes whose video shows that shape, of ``len(OLD_SCENES)``, without the adapter."""
-    old_after: int
+    distances: tuple[float, float]
+    """Mean distance of the videos for ring captions from real rings, 0 (a ring) to 1 (nothing like one)."""
+    rings: tuple[int, int]
+    """Ring captions whose video shows a ring, of ``len(NEW_SCENES)``."""
+    old: tuple[int, int]
+    """Captions of old shapes whose video shows that shape, of ``len(OLD_SCENES)``."""
     picture: Path
 
 
@@ -138,7 +78,7 @@ def main(folder: Path) -> Outcome | TrainReport:
     install_demo_model(folder / "model")
     write_clips(folder / "clips", lesson())
     write_clips(folder / "heldout", held_out())
-    atomic_write_text(folder / "run.yaml", CONFIG)
+    atomic_write_text(folder / "run.yaml", CONFIG.read_text(encoding="utf-8"))
     config = load_config(folder / "run.yaml")
 
     _say(2, "precompute: clips through the VAE, captions through T5, once")
@@ -162,21 +102,15 @@ def main(folder: Path) -> Outcome | TrainReport:
     _say(5, "sample the same captions with the same seeds, without and with the adapter")
     base = _sample(folder, "base", ())
     adapted = _sample(folder, "adapter", (AdapterArgument(exported.folder),))
-    scenes = [*NEW_SCENES, *OLD_SCENES]
-    rows = [(scene.caption, list(pair)) for scene, *pair in zip(scenes, base.frames, adapted.frames, strict=True)]
-    picture = side_by_side(rows, ["base model", "with the adapter"], folder / "before_and_after.png")
-
-    new = len(NEW_SCENES)
+    scenes, new = (*NEW_SCENES, *OLD_SCENES), len(NEW_SCENES)
+    rows = [(scene.caption, list(pair)) for scene, *pair in zip(scenes, base, adapted, strict=True)]
     outcome = Outcome(
         train=trained,
         export=exported,
-        base_distance=concept_distance(base.frames[:new]),
-        adapter_distance=concept_distance(adapted.frames[:new]),
-        rings_before=_recognised(base.frames[:new], NEW_SCENES),
-        rings_after=_recognised(adapted.frames[:new], NEW_SCENES),
-        old_before=_recognised(base.frames[new:], OLD_SCENES),
-        old_after=_recognised(adapted.frames[new:], OLD_SCENES),
-        picture=picture,
+        distances=(concept_distance(base[:new]), concept_distance(adapted[:new])),
+        rings=(_recognised(base[:new], NEW_SCENES), _recognised(adapted[:new], NEW_SCENES)),
+        old=(_recognised(base[new:], OLD_SCENES), _recognised(adapted[new:], OLD_SCENES)),
+        picture=side_by_side(rows, ["base model", "with the adapter"], folder / "before_and_after.png"),
     )
     print(_summary(folder, outcome))
     return outcome
@@ -186,7 +120,7 @@ def _say(number: int, what: str) -> None:
     print(f"\n[{number}/5] {what}", flush=True)
 
 
-def _sample(folder: Path, name: str, adapters: tuple[AdapterArgument, ...]) -> GenerateReport:
+def _sample(folder: Path, name: str, adapters: tuple[AdapterArgument, ...]) -> Sequence[Frames]:
     scenes = (*NEW_SCENES, *OLD_SCENES)
     report = generate(
         GenerateRequest(
@@ -200,7 +134,7 @@ def _sample(folder: Path, name: str, adapters: tuple[AdapterArgument, ...]) -> G
         )
     )
     print(f"{name}: {len(report.videos)} videos in {folder / 'samples' / name}")
-    return report
+    return report.frames
 
 
 def _recognised(videos: Sequence[Frames], scenes: Sequence[Scene]) -> int:
@@ -210,13 +144,13 @@ def _recognised(videos: Sequence[Frames], scenes: Sequence[Scene]) -> int:
 def _summary(folder: Path, outcome: Outcome) -> str:
     before, after = outcome.train.heldout_before, outcome.train.heldout_after
     loss = "not measured" if before is None or after is None else f"{before:.4f} before, {after:.4f} after"
-    new, old, run = len(NEW_SCENES), len(OLD_SCENES), outcome.train.run_dir
+    new, old, run, rings = len(NEW_SCENES), len(OLD_SCENES), outcome.train.run_dir, outcome.rings
     return f"""
 What changed
   held-out loss        {loss}
-  a {NEW_SHAPE} when asked     {outcome.rings_before} of {new} before, {outcome.rings_after} of {new} after\
- (distance from real ones {outcome.base_distance:.2f} -> {outcome.adapter_distance:.2f})
-  {", ".join(KNOWN_SHAPES)} still right   {outcome.old_before} of {old} before, {outcome.old_after} of {old} after
+  a {NEW_SHAPE} when asked     {rings[0]} of {new} before, {rings[1]} of {new} after\
+ (distance from real ones {outcome.distances[0]:.2f} -> {outcome.distances[1]:.2f})
+  {", ".join(KNOWN_SHAPES)} still right   {outcome.old[0]} of {old} before, {outcome.old[1]} of {old} after
 
 What there is
   {outcome.picture}    look at this first

@@ -81,19 +81,40 @@ VARIANTS: tuple[str, ...] = tuple(_LOOKS)
 """``2b``, ``5b``, ``5b-i2v``, ``1.5-5b``, ``1.5-5b-i2v``."""
 
 
+@dataclass(frozen=True)
+class TinySizes:
+    """Widths and native size of a tiny transformer.
+
+    Raises:
+        ConfigError: for sizes that no CogVideoX can have.
+    """
+
+    num_layers: int = 2
+    num_attention_heads: int = 4
+    attention_head_dim: int = 16
+    """A multiple of 16: the three axes of RoPE share it 1:3:3 in even parts."""
+    latent_channels: int = 4
+    text_embed_dim: int = TEXT_DIM
+    time_embed_dim: int = TIME_EMBED_DIM
+    frames: int = 9
+    """Pixel frames, 4N+1."""
+    height: int = 64
+    """Pixels, a multiple of 16, like ``width``."""
+    width: int = 64
+
+    def __post_init__(self) -> None:
+        if self.frames < 1 or self.frames % VAE_TEMPORAL != 1:
+            raise ConfigError(f"the VAE takes 4N+1 frames, not {self.frames}", fix="give 1, 5, 9, 13, ...")
+        cell = 2 * VAE_SPATIAL
+        if min(self.height, self.width) < cell or self.height % cell or self.width % cell:
+            raise ConfigError(
+                f"{self.height}x{self.width} pixels do not divide into patches",
+                fix=f"give a height and width in multiples of {cell}",
+            )
+
+
 def build_tiny(
-    folder: Path,
-    variant: str = "5b",
-    *,
-    seed: int = 0,
-    num_layers: int = 2,
-    num_attention_heads: int = 4,
-    attention_head_dim: int = 16,
-    latent_channels: int = 4,
-    frames: int = 9,
-    height: int = 64,
-    width: int = 64,
-    captions: Sequence[str] = DEFAULT_CAPTIONS,
+    folder: Path, variant: str = "5b", *, seed: int = 0, captions: Sequence[str] = DEFAULT_CAPTIONS, **sizes: int
 ) -> Path:
     """Save a tiny look-alike of ``variant`` as a diffusers pipeline folder; takes well under two seconds on a CPU.
 
@@ -101,14 +122,8 @@ def build_tiny(
         folder: where to write; an earlier model of this function is replaced.
         variant: one of ``VARIANTS``.
         seed: of the random weights; torch's global generator is left as it was.
-        num_layers: transformer blocks.
-        num_attention_heads: heads per block.
-        attention_head_dim: width of a head, a multiple of 16 (the three axes of RoPE share it 1:3:3 in even parts).
-        latent_channels: of the VAE.
-        frames: native pixel frames, 4N+1.
-        height: native pixel height, a multiple of 16.
-        width: native pixel width, a multiple of 16.
         captions: what the tokenizer learns its words from; other words fall back to letters.
+        sizes: fields of ``TinySizes``.
 
     Returns:
         ``folder``.
@@ -116,8 +131,7 @@ def build_tiny(
     Raises:
         ConfigError: for an unknown variant, sizes that no CogVideoX can have, or a folder that holds something else.
     """
-    look = _look(variant)
-    _check_sizes(frames, height, width)
+    look, size = _look(variant), TinySizes(**sizes)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ConfigError(
             "the folder for the tiny model holds files that are not a model",
@@ -127,66 +141,43 @@ def build_tiny(
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
     tokenizer, text_encoder = tiny_text(captions, seed=seed)
+    vae = tiny_vae(variant, seed=seed, latent_channels=size.latent_channels, height=size.height, width=size.width)
     pipeline_class = CogVideoXImageToVideoPipeline if look.image_to_video else CogVideoXPipeline
     pipeline = pipeline_class(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=tiny_vae(variant, seed=seed, latent_channels=latent_channels, height=height, width=width),
-        transformer=tiny_transformer(
-            variant,
-            seed=seed,
-            num_layers=num_layers,
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            latent_channels=latent_channels,
-            frames=frames,
-            height=height,
-            width=width,
-        ),
+        vae=vae,
+        transformer=tiny_transformer(variant, seed=seed, **sizes),
         scheduler=tiny_scheduler(variant),
     )
     publish_dir(folder, lambda partial: pipeline.save_pretrained(str(partial)))
     return folder
 
 
-def tiny_transformer(
-    variant: str = "5b",
-    *,
-    seed: int = 0,
-    num_layers: int = 2,
-    num_attention_heads: int = 4,
-    attention_head_dim: int = 16,
-    latent_channels: int = 4,
-    text_embed_dim: int = TEXT_DIM,
-    time_embed_dim: int = TIME_EMBED_DIM,
-    frames: int = 9,
-    height: int = 64,
-    width: int = 64,
-) -> CogVideoXTransformer3DModel:
-    """A tiny transformer of ``variant`` whose native size is ``frames`` x ``height`` x ``width`` pixels.
+def tiny_transformer(variant: str = "5b", *, seed: int = 0, **sizes: int) -> CogVideoXTransformer3DModel:
+    """A tiny transformer of ``variant``; ``sizes`` are fields of ``TinySizes``.
 
     Raises:
         ConfigError: for an unknown variant or sizes that no CogVideoX can have.
     """
-    look = _look(variant)
-    _check_sizes(frames, height, width)
+    look, size = _look(variant), TinySizes(**sizes)
     from diffusers import CogVideoXTransformer3DModel
 
     with _seeded(seed):
         return CogVideoXTransformer3DModel(
-            num_attention_heads=num_attention_heads,
-            attention_head_dim=attention_head_dim,
-            in_channels=2 * latent_channels if look.image_to_video else latent_channels,
-            out_channels=latent_channels,
-            time_embed_dim=time_embed_dim,
+            num_attention_heads=size.num_attention_heads,
+            attention_head_dim=size.attention_head_dim,
+            in_channels=2 * size.latent_channels if look.image_to_video else size.latent_channels,
+            out_channels=size.latent_channels,
+            time_embed_dim=size.time_embed_dim,
             # It is added to the time embedding, so it has no width of its own.
-            ofs_embed_dim=time_embed_dim if look.ofs else None,
-            text_embed_dim=text_embed_dim,
-            num_layers=num_layers,
-            sample_height=height // VAE_SPATIAL,
-            sample_width=width // VAE_SPATIAL,
+            ofs_embed_dim=size.time_embed_dim if look.ofs else None,
+            text_embed_dim=size.text_embed_dim,
+            num_layers=size.num_layers,
+            sample_height=size.height // VAE_SPATIAL,
+            sample_width=size.width // VAE_SPATIAL,
             # Pixel frames, in spite of the two sizes above: diffusers divides them by the compression itself.
-            sample_frames=frames,
+            sample_frames=size.frames,
             patch_size=2,
             patch_size_t=look.patch_size_t,
             patch_bias=look.patch_size_t is None,
@@ -288,16 +279,6 @@ def _look(variant: str) -> _Look:
     if variant not in _LOOKS:
         raise ConfigError(f"no CogVideoX variant is called {variant!r}", fix=f"choose one of {', '.join(VARIANTS)}")
     return _LOOKS[variant]
-
-
-def _check_sizes(frames: int, height: int, width: int) -> None:
-    if frames < 1 or frames % VAE_TEMPORAL != 1:
-        raise ConfigError(f"the VAE takes 4N+1 frames, not {frames}", fix="give 1, 5, 9, 13, ...")
-    cell = 2 * VAE_SPATIAL
-    if height < cell or width < cell or height % cell or width % cell:
-        raise ConfigError(
-            f"{height}x{width} pixels do not divide into patches", fix=f"give a height and width in multiples of {cell}"
-        )
 
 
 def _vocabulary(captions: Sequence[str]) -> list[tuple[str, float]]:
