@@ -36,8 +36,8 @@ WALKS = {
     "save and resume": (6, ("checkpoint",)),
     "an export": (6, ("", "convert", "methods")),
 }
-"""Walk -> how many files it may lead through, and the folders whose files count: an export also reads a configuration, a
-checkpoint and a base model, but each of these is a walk of its own."""
+"""Walk -> how many files it may lead through, and the folders whose files count: an export also reads a configuration,
+a checkpoint and a base model, but each of these is a walk of its own."""
 CONFIG = """\
 model: {{pretrained: {model}, dtype: fp32}}
 data: {{sources: [{{path: {clips}}}], buckets: [9x64x64], fps: 8}}
