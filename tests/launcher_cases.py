@@ -1,4 +1,4 @@
-"""What the processes of a ``launcher`` run: the command line, whole or with one process coming to grief on the way."""
+"""What the processes of a ``launcher`` run: the command line, whole or with one process failing on the way."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def command(*words: str) -> int:
     return main(words)
 
 
-def sabotaged(how: str, where: str, rank: int, *words: str) -> int:
+def faulty(how: str, where: str, rank: int, *words: str) -> int:
     """The command line, with something done to process ``rank`` when it comes to ``where`` (at its second visit)."""
     if rank != RANK:
         return command(*words)
-    module, _, name = PLACES[where].partition(":")
+    module, _, name = CALLS[where].partition(":")
     target = f"{module}.{name}"
     inner, visits = _found(module, name), 0
 
@@ -33,14 +33,14 @@ def sabotaged(how: str, where: str, rank: int, *words: str) -> int:
         if visits == (1 if where in ("save", "shares", "encode") else 2):
             if how == "not a number":
                 return inner(*arguments, **options) * float("nan")
-            DEEDS[how]()
+            FAULTS[how]()
         return inner(*arguments, **options)
 
     with mock.patch(target, visited):
         return command(*words)
 
 
-PLACES = {
+CALLS = {
     "step": "finetune.trainers.run:TrainedModel.losses",
     "save": "finetune.checkpoint.save:atomic_save_tensors",
     "shares": "finetune.checkpoint.shares:atomic_save_tensors",
@@ -60,7 +60,7 @@ def _fill_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-DEEDS: dict[str, Callable[[], None]] = {"die": _die, "raise": _raise, "disk full": _fill_disk}
+FAULTS: dict[str, Callable[[], None]] = {"die": _die, "raise": _raise, "disk full": _fill_disk}
 
 
 def _found(module: str, name: str) -> Callable[..., Any]:
@@ -70,7 +70,7 @@ def _found(module: str, name: str) -> Callable[..., Any]:
     return function
 
 
-def astray(what: str, *words: str) -> int:
+def diverging(what: str, *words: str) -> int:
     """The command line, with process 1 holding something other than the others from the second step on."""
     from finetune.datasets.schedule import StepPlan
     from finetune.parallel.strategy import DataParallel as Replicated

@@ -156,7 +156,7 @@ def test_a_bad_step_is_not_taken_under_zero(world, launcher, name):
     quiet = {"every": None, "at_start": False}
     values = {**world(f"{name}-bad", "lora"), "checkpoint": {"every": 1}, "validation": quiet}
     arguments = ("train", "--config", str(written(values)))
-    ends = launcher.run("launcher_cases:sabotaged", "not a number", "step", 1, *arguments, env=environment(ZERO[name]))
+    ends = launcher.run("launcher_cases:faulty", "not a number", "step", 1, *arguments, env=environment(ZERO[name]))
     assert [end.code for end in ends] == [2, 2], ends[0].log[-2000:]
     assert "non-finite" in ends[0].log
     last = max((Path(values["output_dir"]) / "checkpoints").glob("step-*"))

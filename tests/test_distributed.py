@@ -244,7 +244,7 @@ def test_an_export_of_shares_is_the_export_of_the_whole(run_of_two, alone, tmp_p
 
 
 LOST = "another process of the launch failed or was killed"
-GRIEF = {
+FAULTS = {
     "killed in a step, DDP": ("die", "step", 1, {}),
     "killed in a step, FSDP2": ("die", "step", 0, FSDP),
     "killed while it saves, DDP": ("die", "save", 0, {}),
@@ -257,25 +257,25 @@ GRIEF = {
 
 
 @pytest.mark.parametrize(
-    "grief", fast(GRIEF, "killed in a step, DDP", "killed while it saves, FSDP2", "a full disk, FSDP2")
+    "fault", fast(FAULTS, "killed in a step, DDP", "killed while it saves, FSDP2", "a full disk, FSDP2")
 )
-def test_all_processes_end_when_one_comes_to_grief(world, launcher, grief):
+def test_all_processes_end_when_one_fails(world, launcher, fault):
     """Without a launcher's agent: nobody kills the others, they find out by themselves."""
-    how, where, rank, env = GRIEF[grief]
+    how, where, rank, env = FAULTS[fault]
     # A full disk is forgiven (once, between two checkpoints) unless it is the last one's.
     steps = [4] if how == "disk full" else [2, 4]
-    name = f"grief-{grief}".replace(" ", "-").replace(",", "")
+    name = f"fault-{fault}".replace(" ", "-").replace(",", "")
     values = {**world(name, method=LORA), "checkpoint": {"every": None if how == "disk full" else 2}}
     arguments = ("train", "--config", str(written(values)))
-    ends = launcher.run("launcher_cases:sabotaged", how, where, rank, *arguments, env=env)
-    victim, other = ends[rank], ends[1 - rank]
-    assert other.code == 2 and victim.code == {"die": -9, "raise": 1, "disk full": 2}[how], victim.log + other.log
+    ends = launcher.run("launcher_cases:faulty", how, where, rank, *arguments, env=env)
+    failed, other = ends[rank], ends[1 - rank]
+    assert other.code == 2 and failed.code == {"die": -9, "raise": 1, "disk full": 2}[how], failed.log + other.log
     if how == "disk full":
         for end in ends:
             assert "the checkpoint cannot be written: No space left on device" in end.log
     else:
         assert LOST in other.log and "fix:" in other.log and "This is a bug" not in other.log
-    assert "ValueError: a bug in one process" in victim.log or how != "raise"
+    assert "ValueError: a bug in one process" in failed.log or how != "raise"
     left = sorted(path.name for path in (Path(values["output_dir"]) / "checkpoints").glob("*"))
     assert not [name for name in left if not name.endswith(".partial")], left
     # And the same command continues, or begins anew, clearing away what was left.
@@ -286,7 +286,7 @@ def test_all_processes_end_when_one_comes_to_grief(world, launcher, grief):
 
 def test_all_processes_end_when_one_is_killed_while_it_encodes(world, launcher, tmp_path):
     values = {**world("encode"), "cache": {"dir": str(tmp_path / "cache"), "decode_workers": 0}}
-    ends = launcher.run("launcher_cases:sabotaged", "die", "encode", 1, "precompute", "--config", str(written(values)))
+    ends = launcher.run("launcher_cases:faulty", "die", "encode", 1, "precompute", "--config", str(written(values)))
     assert [end.code for end in ends] == [2, -9] and LOST in ends[0].log
     ends = launcher.run("launcher_cases:command", "precompute", "--config", str(written(values)))
     assert [end.code for end in ends] == [0, 0]
@@ -317,9 +317,9 @@ def test_torchrun_ends_when_a_process_fails(world):
 
 
 @pytest.mark.parametrize("what", fast(["gradient", "weight", "samples"], "gradient", "samples"))
-def test_a_process_that_goes_astray_is_named(world, launcher, what):
-    values = changed(world(f"astray-{what}", method=LORA), check_ranks=True)
-    ends = launcher.run("launcher_cases:astray", what, "train", "--config", str(written(values)))
+def test_a_process_that_diverges_is_named(world, launcher, what):
+    values = changed(world(f"diverging-{what}", method=LORA), check_ranks=True)
+    ends = launcher.run("launcher_cases:diverging", what, "train", "--config", str(written(values)))
     assert [end.code for end in ends] == [2, 2], "\n".join(end.log[-2000:] for end in ends)
     for end in ends:
         assert f"the {what}" in end.log and "process 1 and process 0 do not hold the same" in end.log
@@ -328,8 +328,8 @@ def test_a_process_that_goes_astray_is_named(world, launcher, what):
 
 def test_without_the_check_it_trains_on(world, launcher):
     """Canary: what the check finds would otherwise go unnoticed."""
-    values = world("astray-unnoticed", method=LORA)
-    ends = launcher.run("launcher_cases:astray", "gradient", "train", "--config", str(written(values)))
+    values = world("diverging-unnoticed", method=LORA)
+    ends = launcher.run("launcher_cases:diverging", "gradient", "train", "--config", str(written(values)))
     assert [end.code for end in ends] == [0, 0]
 
 

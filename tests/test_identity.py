@@ -280,10 +280,10 @@ def test_a_base_that_is_not_what_the_hub_sent_is_refused_before_training(kind, t
 
 def test_a_hash_is_taken_once_and_only_of_what_the_hub_sent(tiny_model, tmp_path, monkeypatch):
     folder = from_hub(tiny_model(), tmp_path / "hub", "cache")
-    monkeypatch.setattr("finetune.datasets.cache_entries.YOUNG_S", 0)
+    monkeypatch.setattr("finetune.datasets.cache.YOUNG_S", 0)
     read = []
     monkeypatch.setattr(
-        "finetune.datasets.cache_entries.digest_file",
+        "finetune.datasets.cache.digest_file",
         lambda path, *others: read.append(path) or digest_file(path, *others),
     )
     cache = Cache(tmp_path / "cache")
