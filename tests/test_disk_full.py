@@ -6,8 +6,8 @@ import dataclasses
 import errno
 import os
 import resource
+import shutil
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -191,74 +191,50 @@ def test_what_can_be_done_follows_from_the_kind_of_error(tmp_path, code, said):
 # ------------------------------------------------------------------------------------------- a disk that really is full
 
 
-def fill_up(folder: Path, check: bool) -> dict[str, Any] | None:
-    """Save until the disk is full, make room, and go on; returns what was seen, None where nothing can be mounted."""
-    if not mount_small_disk(folder):
+def fill_up(folder: Path, what: str, check: bool) -> dict[str, Any] | None:
+    """Save until the disk has no room for bytes, or for files, make room, and go on; returns what was seen.
+
+    None where nothing can be mounted. Without ``check`` writing itself has to fail.
+    """
+    if not mount_small_disk(folder, "3m" if what == "bytes" else "9m,nr_inodes=80"):
         return None
-    free_space = files.free_space
-    if not check:  # past the check of free space, so that writing itself has to fail
-        files.free_space = lambda _: 1 << 60
+    free_space, free_files = files.free_space, files.free_files
+    if not check:
+        files.free_space, files.free_files = lambda _: 1 << 60, lambda _: None
+    numel = 40_000 if what == "bytes" else 64
     seen: dict[str, Any] = {"saved": []}
-    (folder / "ballast").write_bytes(bytes(700_000))
+    (folder / "ballast").mkdir()
+    (folder / "ballast" / "bytes").write_bytes(bytes(700_000))
     try:
         for step in range(1, 50):
-            write(folder / "run", step, numel=40_000, keep_last=9)
+            while what == "files" and step == 2 and os.statvfs(folder).f_favail > 3:
+                (folder / "ballast" / f"{os.statvfs(folder).f_favail}").touch()
+            write(folder / "run", step, numel=numel, keep_last=9)
             seen["saved"].append(step)
     except CheckpointError as error:
         seen["error"] = str(error)
     seen["left"] = [path.name for path in (folder / "run").rglob("*.partial")]
-    found = choose_checkpoint(folder / "run", "latest")
-    seen["found"] = None if found is None else [found.state.step, float(found.trainable["a"].sum())]
-    (folder / "ballast").unlink()
-    files.free_space = free_space
-    write(folder / "run", 60, numel=40_000, keep_last=9)
+    best = choose_checkpoint(folder / "run", "latest")
+    seen["latest"] = None if best is None else [best.state.step, float(best.trainable["a"].sum())]
+    shutil.rmtree(folder / "ballast")
+    files.free_space, files.free_files = free_space, free_files
+    write(folder / "run", 60, numel=numel, keep_last=9)
     seen["after"] = steps(folder / "run")
     return seen
 
 
 @pytest.mark.parametrize("check", [True, False], ids=["refused before", "failed while writing"])
-def test_on_a_full_file_system_the_last_checkpoint_stands_and_saving_goes_on_later(tmp_path, check):
-    seen = forked(lambda: fill_up(tmp_path, check))
+@pytest.mark.parametrize("what", ["bytes", "files"])
+def test_on_a_full_file_system_the_last_checkpoint_stands_and_saving_goes_on_later(tmp_path, what, check):
+    seen = forked(lambda: fill_up(tmp_path, what, check))
     if seen is None:
         pytest.skip("no file system can be mounted here; the errors are injected above")
-    last = seen["saved"][-1]
-    assert len(seen["saved"]) >= 2 and seen["found"] == [last, last * 40_000.0] and seen["left"] == []
+    last, numel = seen["saved"][-1], 40_000 if what == "bytes" else 64
+    assert len(seen["saved"]) >= (2 if what == "bytes" else 1)
+    assert seen["latest"] == [last, float(last * numel)] and seen["left"] == []
     assert seen["after"] == [*seen["saved"], 60]
-    words = "the disk has" if check else "No space left on device"
-    assert words in seen["error"] and f"step-{last + 1:08d}" in seen["error"] and "MiB" in seen["error"]
-
-
-def fill_with_files(folder: Path, check: bool) -> dict[str, Any] | None:
-    """Save on a disk that has bytes left and no room for files; None where nothing can be mounted."""
-    if not mount_small_disk(folder, "9m,nr_inodes=80"):
-        return None
-    if not check:
-        files.free_files = lambda _: None
-    seen: dict[str, Any] = {}
-    write(folder / "run", 1)
-    number = 0
-    with suppress(OSError):
-        while os.statvfs(folder).f_favail > 3:
-            (folder / f"{(number := number + 1)}").touch()
-    try:
-        write(folder / "run", 2)
-    except CheckpointError as error:
-        seen["error"] = str(error)
-    seen["left"], seen["steps"] = [path.name for path in folder.rglob("*.partial")], steps(folder / "run")
-    for path in folder.glob("[0-9]*"):
-        path.unlink()
-    write(folder / "run", 3)
-    seen["after"] = steps(folder / "run")
-    return seen
-
-
-@pytest.mark.parametrize("check", [True, False], ids=["refused before", "failed while writing"])
-def test_on_a_file_system_without_room_for_files_the_last_checkpoint_stands(tmp_path, check):
-    seen = forked(lambda: fill_with_files(tmp_path, check))
-    if seen is None:
-        pytest.skip("no file system can be mounted here; the errors are injected above")
-    assert seen["left"] == [] and seen["steps"] == [1] and seen["after"] == [1, 3]
-    assert ("room for 3 more" if check else "No space left on device") in seen["error"] and "df -i" in seen["error"]
+    words = ("MiB and the disk has" if what == "bytes" else "room for 3 more") if check else "No space left on device"
+    assert words in seen["error"] and f"step-{last + 1:08d}" in seen["error"]
 
 
 def test_a_file_size_limit_is_an_error_like_a_full_disk(tmp_path):

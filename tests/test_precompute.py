@@ -405,15 +405,6 @@ def test_a_cache_from_before_headers_were_read_so_is_planned_anew_and_not_encode
     assert home.ensure(cache={"mode": "require"}) and "older version" not in capsys.readouterr().out
 
 
-def test_require_refuses_a_cache_with_holes(project):
-    home = project()
-    manifest = home.precompute().manifest
-    home.cache.path("prompts", manifest.empty_prompt_key).unlink()
-    with pytest.raises(CacheError, match="1 of 5 entries"):
-        home.ensure(cache={"mode": "require"})
-    assert encoded(home.precompute()) == (0, 1, 0)
-
-
 def test_a_project_may_move_and_its_resolved_configuration_may_be_used(project, tmp_path):
     home = project()
     manifest = home.precompute().manifest

@@ -27,7 +27,7 @@ Snapshot = Mapping[str, bytes]
 
 UNCOMPARED = {
     r"cache/lock": "who used the cache last: host, process and time",
-    r"run/\.lock": "who wrote to the run's folder last: host, process and time",
+    r"(.*/)?\.([^/]+\.)?lock": "who wrote to a run's folder or to an export last: host, process and time",
     r"run/tensorboard/.*": "event files hold wall-clock times, and every process begins a new one",
     r".*\.partial(/.*)?": "left by a killed writer; never read, removed by the next save or by `finetune cache gc`",
 }
