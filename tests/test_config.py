@@ -457,7 +457,7 @@ def test_nested_aliases_do_not_explode(write):
         (["train.steps=1.5"], "'steps' is 1.5: should be a whole number"),
         (["optimizer.lr=much"], "'lr' is 'much': should be a number"),
         (["memory.budget=[1]"], "'budget' is a list: should be text"),
-        (["tracking.kind=wandb"], "'kind' is 'wandb', which is not possible\n  where: --set tracking.kind=wandb"),
+        (["tracking.kind=excel"], "'kind' is 'excel', which is not possible\n  where: --set tracking.kind=excel"),
         (["train.epochs=3"], "run.yaml:9:3 (train.steps), --set train.epochs=3 (train.epochs)"),
         (["train.steps=4", "train.epochs=3"], "--set train.steps=4 (train.steps), --set train.epochs=3"),
     ],
