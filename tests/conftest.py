@@ -130,12 +130,14 @@ def encoded_cache(
 
     root = tmp_path_factory.mktemp("encoded")
 
-    def encode(variant: str = "5b") -> Path:
-        output = root / variant / "run"
+    def encode(variant: str = "5b", **cache: str) -> Path:
+        output = root / "-".join([variant, *cache.values()]) / "run"
         if not output.parent.exists():
             prompts = ("a red circle", "a blue square", "a red circle moving left")
             samples = {"samples": [{"prompt": prompt} for prompt in prompts]} if "i2v" not in variant else {}
-            precompute(run_config(tiny_model(variant), demo_clips, output, validation=samples), progress=False)
+            precompute(
+                run_config(tiny_model(variant), demo_clips, output, validation=samples, cache=cache), progress=False
+            )
         return output.parent / "cache"
 
     return encode
@@ -153,7 +155,8 @@ def tiny_run(
 
     def configure(name: str = "run", *, variant: str = "5b", **changes: Any) -> RunConfig:
         if not (tmp_path / "cache").exists():
-            shutil.copytree(encoded_cache(variant), tmp_path / "cache")
+            dtype = {key: value for key, value in changes.get("cache", {}).items() if key == "latents_dtype"}
+            shutil.copytree(encoded_cache(variant, **dtype), tmp_path / "cache")
         return run_config(tiny_model(variant), demo_clips, tmp_path / name, **changes)
 
     return configure

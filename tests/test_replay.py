@@ -34,20 +34,13 @@ POISON = 1e25
 """Finite, and stored as it is; its square is not."""
 
 
-@pytest.fixture(scope="module")
-def encoded(tiny_model, demo_clips, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("encoded")
-    config = run_config(tiny_model(), demo_clips, folder / "run", cache={"latents_dtype": "fp32"})
-    precompute(config, progress=False)
-    return folder / "cache"
+FP32 = {"latents_dtype": "fp32"}
 
 
 @pytest.fixture
-def make(tiny_model, demo_clips, encoded, tmp_path) -> Callable[..., RunConfig]:
-    """``make("name", **changes)``: the configuration of a run; all of a test share one copy of the cache."""
-    shutil.copytree(encoded, tmp_path / "cache")
-    base = {"cache": {"latents_dtype": "fp32"}}
-    return lambda name, **changes: run_config(tiny_model(), demo_clips, tmp_path / name, **base | changes)
+def make(tiny_run) -> Callable[..., RunConfig]:
+    """``make("name", **changes)``: ``tiny_run`` with latents that hold what is put into them."""
+    return lambda name, **changes: tiny_run(name, cache=FP32, **changes)
 
 
 def poison(config: RunConfig, value: float = POISON, index: int = 1) -> str:
@@ -236,11 +229,11 @@ def test_without_the_look_at_it_nan_would_be_the_best(make, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def reported(tiny_model, demo_clips, encoded, tmp_path_factory) -> Path:
+def reported(tiny_model, demo_clips, encoded_cache, tmp_path_factory) -> Path:
     """A report, its run and its cache, not to be changed."""
     folder = tmp_path_factory.mktemp("reported")
-    shutil.copytree(encoded, folder / "cache")
-    config = run_config(tiny_model(), demo_clips, folder / "run", cache={"latents_dtype": "fp32"})
+    shutil.copytree(encoded_cache(**FP32), folder / "cache")
+    config = run_config(tiny_model(), demo_clips, folder / "run", cache=FP32)
     poison(config)
     return fails(config)[0]
 

@@ -237,8 +237,8 @@ def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float],
 def _gathered(tensor: Tensor, *, keep: bool = True) -> Tensor:
     """A tensor of a sharded model put together, on the CPU of the process that keeps it."""
     full_tensor = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if full_tensor is None else full_tensor()
-    return whole.cpu() if keep else whole.new_empty(0, device="cpu")
+    full: Tensor = tensor if full_tensor is None else full_tensor()
+    return full.cpu() if keep else full.new_empty(0, device="cpu")
 
 
 def _versions() -> dict[str, str]:

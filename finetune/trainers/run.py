@@ -153,8 +153,8 @@ class Run:
     def check_ranks(self, step: int, grad_norm: float) -> None:
         """With ``train.check_ranks``, raise unless all processes are about to make the same update."""
         if self.config.train.check_ranks:
-            facts = {"samples of the step": self.data.plan.step(step), "gradient norm": grad_norm}
-            require_agreement(step, self.model.strategy.replicas(), facts, self.ranks)
+            agreed = {"samples of the step": self.data.plan.step(step), "gradient norm": grad_norm}
+            require_agreement(step, self.model.strategy.replicas(), agreed, self.ranks)
 
     def require_planned_samples(self, step: int, gathered: GatheredStep) -> None:
         """Raise unless a step was made of its plan's samples, each of them once, whichever process had it.

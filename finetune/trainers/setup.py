@@ -396,7 +396,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("training clips", f"{len(data.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),
         ("held-out clips", str(len(data.val.items))),
-        *(("bucket", f"{bucket}: {kept}") for bucket, kept in data.manifest.kept.items()),
+        *(("bucket", f"{bucket}: {share}") for bucket, share in data.manifest.kept.items()),
         *(("warning", note.removeprefix(WARNING)) for note in data.manifest.notes if note.startswith(WARNING)),
         (
             "effective batch",
@@ -421,6 +421,6 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         total_gib = torch.cuda.get_device_properties(device).total_memory / 2**30
-        held = held_note(device)
-        return f"{torch.cuda.get_device_name(device)}, {total_gib:.1f} GiB" + (f"; {held}" if held else "")
+        others = held_note(device)
+        return f"{torch.cuda.get_device_name(device)}, {total_gib:.1f} GiB" + (f"; {others}" if others else "")
     return f"{torch.get_num_threads()} threads"
