@@ -101,6 +101,11 @@ def test_an_answer_that_needs_no_torch_comes_without_it(words, code, more, confi
     assert imported(words, tmp_path, *HEAVY, *more) == (code, [])
 
 
+def test_a_check_comes_without_torch(config_file, demo_clips, tmp_path):
+    overrides = ["model.pretrained=5b", f"data.sources.0.path={demo_clips}", "data.fps=8"]
+    assert imported(["check", "--config", "run.yaml", "--set", *overrides], tmp_path, "torch", "diffusers") == (OK, [])
+
+
 def test_a_verb_that_needs_torch_is_seen_to_import_it(config_file, tmp_path):
     """The canary of the one above."""
     assert imported(["train", "--config", "run.yaml"], tmp_path, *HEAVY)[1][:1] == ["torch"]

@@ -19,16 +19,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from finetune.cogvideox.captions import count_tokens, tokenize
 from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.denoise import denoise, rotary_table
 from finetune.cogvideox.encode import (
     condition_latents,
-    count_tokens,
     encode_image,
     encode_prompts,
     encode_video,
     model_latents,
-    tokenize,
 )
 from finetune.cogvideox.load import (
     ModelConfig,

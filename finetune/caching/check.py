@@ -15,8 +15,7 @@ from itertools import compress
 from pathlib import Path
 
 from finetune.caching.request import local_folder, sample_bucket
-from finetune.cogvideox.encode import TokenizedCaption, tokenize
-from finetune.cogvideox.load import load_tokenizer
+from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError, raise_all

@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.cogvideox.encode import count_tokens, encode_image, encode_prompts, encode_video
+from finetune.cogvideox.captions import count_tokens
+from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig, ModelConfig
-from finetune.cogvideox.load import fingerprint
 from finetune.cogvideox.model_files import canonical_name, id_in_cache, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -57,6 +56,8 @@ def full_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncode
     Raises:
         ModelError: if a component cannot be found.
     """
+    from finetune.cogvideox.load import fingerprint  # which imports torch
+
     folder = resolve_pretrained(model.pretrained, model.revision, components=["vae", "text_encoder", "tokenizer"])
     return Fingerprints(
         vae=fingerprint(folder, "vae", digest_file=cache.digest_file),
@@ -70,6 +71,8 @@ def local_fingerprints(model: ModelConfig, cache: Cache, text_encoder: TextEncod
 
     Training from a complete cache needs neither encoder, and T5 alone is 10 GB.
     """
+    from finetune.cogvideox.load import fingerprint  # which imports torch
+
     folder = local_folder(model)
 
     def taken(component: Literal["vae", "text_encoder"]) -> str:

@@ -6,8 +6,7 @@ Encoders are used as they are given: dtype, device, tiling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -125,39 +124,6 @@ def encode_prompts(tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Se
     )
     embeds: Tensor = encoder(tokens.input_ids.to(encoder.device))[0]
     return embeds
-
-
-@dataclass(frozen=True)
-class TokenizedCaption:
-    """What the text encoder gets of a caption."""
-
-    ids: tuple[int, ...]
-    """Its tokens, without padding, as many as the model reads."""
-    unknown: int
-    """Characters, white space not counted, that became no token of their own: unknown ones, and such as spell a special
-    token (``</s>``)."""
-
-
-def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], spec: ModelSpec) -> list[TokenizedCaption]:
-    """Each caption as ``encode_prompts`` hands it to the encoder."""
-    encoded: Any = tokenizer(list(captions), add_special_tokens=True, return_offsets_mapping=True, verbose=False)
-    special = set(tokenizer.all_special_ids)
-    found = []
-    for caption, ids, spans in zip(captions, encoded.input_ids, encoded.offset_mapping, strict=True):
-        # The closing token spans nothing. A run of unknown characters is one token, so characters are counted.
-        lost = [caption[begin:end] for token, (begin, end) in zip(ids, spans, strict=True) if token in special]
-        unknown = sum(not character.isspace() for text in lost for character in text)
-        if len(ids) > spec.max_text_seq_length:  # what is cut keeps its closing token
-            ids = [*ids[: spec.max_text_seq_length - 1], ids[-1]]
-        found.append(TokenizedCaption(tuple(ids), unknown))
-    return found
-
-
-def count_tokens(tokenizer: T5Tokenizer, captions: Sequence[str]) -> list[int]:
-    """How many tokens each caption has, the closing one included; over ``max_text_seq_length``, the rest is cut off."""
-    # Not verbose, because the tokenizer would warn of its own maximum and not of CogVideoX's.
-    encoded: Any = tokenizer(list(captions), add_special_tokens=True, verbose=False)
-    return [len(ids) for ids in encoded.input_ids]
 
 
 # ---------------------------------------------------------------------------------------- from the cache to model space

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from finetune.cogvideox.captions import load_tokenizer
 from finetune.cogvideox.components import loading, read_part, require_loadable, require_plain_index
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import hub_sha256, resolve_pretrained
@@ -151,18 +152,6 @@ def load_vae(
         _require_exact(module, folder / "vae", _DIFFUSERS_STEM)
         place(module, stored_tensors(folder / "vae", _DIFFUSERS_STEM), torch.device(device))
     return module.eval().requires_grad_(False)
-
-
-def load_tokenizer(model: ModelConfig) -> T5Tokenizer:
-    """The tokenizer alone. Raises ModelError as ``load_transformer`` does."""
-    from transformers import T5Tokenizer
-
-    folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer"])
-    require_tokenizer(folder)
-    with loading("tokenizer", folder):
-        tokenizer = T5Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        tokenizer("a caption", padding="max_length", max_length=8, truncation=True)  # as every caption will be
-    return tokenizer
 
 
 def load_text(

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.config import ModelConfig
-from finetune.cogvideox.encode import encode_prompts, tokenize
+from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import (
     build_pipeline,
     empty_transformer,
     load_scheduler,
     load_text,
-    load_tokenizer,
     load_transformer,
     load_vae,
 )
