@@ -49,7 +49,8 @@ from finetune.memory.quantized_linear import placement
 from finetune.memory.runner import assert_recompute, undo
 from finetune.optim.optimizers import begin
 from finetune.parallel.gradient_release import single_process_strategy
-from finetune.planner.estimate import OneProcess, longest_bucket
+from finetune.planner.estimate import longest_bucket
+from finetune.planner.fake_run import OneProcess
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")

@@ -36,7 +36,7 @@ from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
 from finetune.optim.optimizers import OptimizerConfig, begin
 from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
-from finetune.planner.estimate import OneProcess
+from finetune.planner.fake_run import OneProcess
 from finetune.testing.tiny import tiny_transformer
 
 CPU = torch.device("cpu")

@@ -43,9 +43,9 @@ from finetune.planner.cost_model import (
     step_cost,
     workspace_bytes,
 )
-from finetune.planner.estimate import SHORT, Estimate, TrackedTraining, estimate, extend, fake_batches, predict, spec_of
-from finetune.planner.fakes import empty_transformer, fake_world
-from finetune.planner.memory_tracker import TRANSIENT, MemoryTracker, Phase, Point, attention_workspace, measure
+from finetune.planner.estimate import SHORT, Estimate, estimate, extend, predict, spec_of
+from finetune.planner.fake_run import TrackedTraining, empty_transformer, fake_batches, fake_world
+from finetune.planner.memory_tracker import PHASES, TRANSIENT, MemoryTracker, Phase, Point, attention_workspace, measure
 from finetune.planner.plan import Prediction, choose_memory
 from finetune.planner.report import Verdict, document, draw, text
 from finetune.planner.search import QUANTISED, Machine, MemoryPlan, SearchResult, candidates, fit_memory, search
@@ -279,7 +279,7 @@ def test_every_phase_is_estimated(look_alike: Path) -> None:
     validation = {"sample_every": 5, "samples": [{"prompt": "a"}]}
     config = run(look_alike, validation=validation, train={"steps": 3, "accumulation": 2, "ema_decay": 0.9})
     found = estimate(config)
-    assert [phase.name for phase in found.phases] == list(estimates.PHASES.values())
+    assert [phase.name for phase in found.phases] == list(PHASES.values())
     training = found.phase("train")
     assert training.peak.parts["moving average"] > 0 and training.note.endswith("accumulated")
     # The optimizer's states and the VAE are there while a video is sampled.

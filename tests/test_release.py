@@ -32,7 +32,7 @@ from finetune.optim.state import load_optimizer_state, optimizer_state, precise_
 from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
 from finetune.parallel.launch import FullShard, Launch, Replicate, Zero
 from finetune.parallel.strategy import DataParallel
-from finetune.planner.estimate import OneProcess
+from finetune.planner.fake_run import OneProcess
 from finetune.planner.memory_tracker import MemoryTracker
 from finetune.testing.tiny import tiny_transformer
 from finetune.trainers.loop import TrainReport, train

@@ -14,59 +14,31 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import logging
-import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
 
 from finetune.caching.encode import must_tile
 from finetune.cogvideox.components import CONFIG_FILES
-from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import encode_video
 from finetune.cogvideox.model_files import json_folder
-from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.files import atomic_write_text, user_folder
-from finetune.core.types import Batch, Bucket
+from finetune.core.types import Bucket
 from finetune.inference.generate import decodes_in_tiles
-from finetune.memory.host_buffers import label_buffer
 from finetune.memory.runner import undo
-from finetune.optim.ema import Ema
-from finetune.optim.low_precision import LowPrecisionOptimizer
-from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
-from finetune.parallel.gradient_release import single_process_strategy
-from finetune.planner.fakes import (
-    empty_text_encoder,
-    empty_transformer,
-    empty_vae,
-    fake_world,
-    tensors_of,
-)
-from finetune.planner.memory_tracker import CPU, TRANSIENT, MemoryTracker, ModuleTracker, Phase, Point, measure
-
-PhaseName = Literal["text", "encode", "train", "sample", "decode"]
-
-PHASES: Mapping[PhaseName, str] = {
-    "text": "T5 pass",
-    "encode": "VAE pass",
-    "train": "training",
-    "sample": "validation sampling",
-    "decode": "VAE decode",
-}
-"""What people call them."""
-
-RUN_PHASES: tuple[PhaseName, ...] = ("train", "sample", "decode")
-"""Those with the transformer in memory."""
+from finetune.planner import fake_run
+from finetune.planner.fake_run import TrackedTraining, fake_batches, fake_world, latent_shape, tensors_of
+from finetune.planner.memory_tracker import PHASES, RUN_PHASES, TRANSIENT, Phase, PhaseName, Point, measure
 
 _log = logging.getLogger(__name__)
 
@@ -365,7 +337,7 @@ def _text(folder: Path, spec: ModelSpec, config: RunConfig) -> Phase:
     """T5 over one batch of captions."""
     captions = config.cache.text_batch_size
     with fake_world() as tracker, torch.no_grad():
-        encoder, _kept = empty_text_encoder(folder, config.model.torch_dtype(), config.memory.text_encoder)
+        encoder, _kept = fake_run.empty_text_encoder(folder, config.model.torch_dtype(), config.memory.text_encoder)
         tracker.name("text encoder weights", tensors_of(encoder))
         begin, tracker.where = tracker.tick, "T5"
         embeds = encoder(torch.zeros(captions, spec.max_text_seq_length, dtype=torch.long))[0]
@@ -393,7 +365,7 @@ def _vae(
 ) -> Phase:
     """The VAE over one clip (uint8 pixels [1, 3, F, H, W]), or over one sampled video (latents [1, C, F, h, w])."""
     with fake_world() as tracker, torch.no_grad():
-        vae = empty_vae(folder, dtype)
+        vae = fake_run.empty_vae(folder, dtype)
         if tiled:
             vae.enable_tiling()
         tracker.name("VAE weights", tensors_of(vae))
@@ -419,18 +391,18 @@ def _run(
     if config.method.kind == "lora":  # weights that there need be none of
         config = config.model_copy(update={"method": config.method.model_copy(update={"init_from": None})})
     with fake_world() as tracker, ExitStack() as stack, _uncollected():
-        transformer = empty_transformer(folder, dtype, config.memory, layers)
+        transformer = fake_run.empty_transformer(folder, dtype, config.memory, layers)
         stack.callback(undo, transformer)  # with its model go what techniques put into registers
         training = TrackedTraining(tracker, spec, config, transformer, dtype)
         if "train" in phases:
             yield training.step(fake_batches(spec, config, bucket, dtype))
         if "sample" in phases:
-            tracker.name("VAE weights", tensors_of(vae := empty_vae(folder, dtype)))
+            tracker.name("VAE weights", tensors_of(vae := fake_run.empty_vae(folder, dtype)))
             yield training.sample(sampled)
             del vae
         between = training.rest()
     if "decode" in phases:
-        latents = (1, *_latent_shape(spec, sampled))
+        latents = (1, *latent_shape(spec, sampled))
         decoder = _vae(folder, dtype, "decode", latents, tiled=decodes_in_tiles(sampled, dtype))
         yield _beside(decoder, between)
 
@@ -461,193 +433,3 @@ def _uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-# ------------------------------------------------------------------------------------- one optimizer step, one sampling
-
-
-class OneProcess:
-    """What a strategy asks of a launch of one process."""
-
-    num_processes = 1
-
-    @staticmethod
-    def prepare(module: nn.Module) -> nn.Module:
-        """As it is."""
-        return module
-
-
-class TrackedTraining:
-    """A run put together as ``trainers.setup`` does, as it is between two steps, with a tracker looking on.
-
-    Works on fake tensors and on real ones alike.
-
-    Args:
-        tracker: entered.
-        spec: of the model.
-        config: of the run.
-        transformer: in ``dtype``, nothing done to it yet.
-        dtype: of compute.
-    """
-
-    def __init__(
-        self, tracker: MemoryTracker, spec: ModelSpec, config: RunConfig, transformer: nn.Module, dtype: torch.dtype
-    ) -> None:
-        self.tracker, self.spec, self.config, self.transformer, self.dtype = tracker, spec, config, transformer, dtype
-        config.method.apply(transformer, seed=config.train.seed)
-        config.memory.apply(transformer, CPU)
-        transformer.train()
-        self.parameters = config.method.trainable(transformer)
-        max_norm = config.train.max_grad_norm
-        self.strategy = single_process_strategy(
-            OneProcess, transformer, self.parameters, memory=config.memory, device=CPU, max_norm=max_norm
-        )
-        optimizer: Any = config.optimizer
-        if isinstance(optimizer, PagedAdamW8bit):  # for want of CUDA its like, which has the same states elsewhere
-            optimizer = AdamW8bit(**optimizer.model_dump(exclude={"kind"}))
-        self.strategy.start(optimizer, None)
-        self.ema: Ema | None = None
-        if config.train.ema_decay is not None:
-            self.ema = Ema(self.parameters, self.strategy.precise(), config.train.ema_decay)
-        self.alpha_bar = torch.linspace(0.999, 0.0, spec.num_train_timesteps)
-        for parameter in self.parameters.values():
-            parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
-        self._warm_up()
-        gc.collect()
-        self._name_residents()
-
-    def _name_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self.tracker.name("gradients", [parameter.grad])
-
-    def _warm_up(self) -> None:
-        """Have the optimizer make its states, through its own step; then the strategy, which may move them."""
-        optimizer = self.strategy.optimizer
-        trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for parameter in trained:
-            parameter.grad = torch.zeros_like(parameter)
-        begin(optimizer, seed=self.config.train.seed, step=0)
-        optimizer.step()
-        for parameter in trained:
-            parameter.grad = None
-        self.strategy.step()
-
-    def _name_residents(self) -> None:
-        """Say what everything is for that stays from step to step."""
-        tracker, optimizer = self.tracker, self.strategy.optimizer
-        trained = {id(parameter) for parameter in self.parameters.values()}
-        tracker.name("frozen weights", (t for t in tensors_of(self.transformer) if id(t) not in trained))
-        tracker.name("trainable weights", self.parameters.values())
-        masters: list[Tensor] = []
-        if isinstance(optimizer, LowPrecisionOptimizer):
-            masters, optimizer = list(optimizer.policy.saved.values()), optimizer.inner
-        states = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
-        if isinstance(self.config.optimizer, PagedAdamW8bit):
-            # Unified memory: what of it is on the device at a time is the driver's business, and given way.
-            for tensor in (*masters, *states):
-                label_buffer(tensor, "paged optimizer state", host=True)
-        tracker.name("master copies", masters)
-        tracker.name("optimizer state", states)
-        if self.ema is not None:
-            tracker.name("moving average", self.ema.state().values())
-        tracker.name("batch", [self.alpha_bar])
-        tracker.read_labels()
-
-    def _name_batch(self, batch: Batch) -> None:
-        self.tracker.name("batch", [tensor for tensor in vars(batch).values() if isinstance(tensor, Tensor)])
-
-    def step(self, batches: list[Batch]) -> Phase:
-        """One optimizer step over micro-batches."""
-        tracker, strategy, running = self.tracker, self.strategy, ModuleTracker(self.tracker)
-        with running.watching(self.transformer):
-            begin, spans = tracker.tick, dict[str, int]()
-            for number, batch in enumerate(batches, start=1):
-                self._micro_batch(batch, running, spans, last=number == len(batches))
-            spans["optimizer"] = tracker.tick
-            running.enter("gradient clipping")
-            strategy.clip(self.config.train.max_grad_norm or math.inf)
-            running.enter("optimizer")
-            strategy.step()
-            if self.ema is not None:
-                self.ema.step()
-            running.enter("")
-        tracker.read_labels()
-        clips = len(batches[0].slots)
-        note = f"{clips} clip{'s' if clips > 1 else ''} per micro-batch" + ", accumulated" * (len(batches) > 1)
-        return measure(PHASES["train"], tracker.allocations, begin, tracker.tick, spans, note)
-
-    def _micro_batch(self, batch: Batch, running: ModuleTracker, spans: dict[str, int], *, last: bool) -> None:
-        tracker, strategy = self.tracker, self.strategy
-        self._name_batch(batch)
-        for part in self.config.memory.split(batch):
-            begin = tracker.tick
-            spans.setdefault("forward", begin)
-            running.enter("forward")
-            with strategy.micro_batch(last=last):
-                losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part)
-                tracker.read_labels()
-                tracker.name_since(begin, "saved activations")
-                spans.setdefault("backward", tracker.tick)
-                running.enter("backward")
-                strategy.backward(losses.sum())
-
-    @torch.no_grad()
-    def sample(self, bucket: Bucket) -> Phase:
-        """One denoising step of validation, with guidance where it is configured."""
-        tracker, running = self.tracker, ModuleTracker(self.tracker)
-        guided = self.config.validation.guidance_scale > 1
-        (batch,) = fake_batches(self.spec, self.config, bucket, self.dtype, clips=2 if guided else 1)
-        self._name_batch(batch)
-        self.transformer.eval()
-        with running.watching(self.transformer):
-            begin = tracker.tick
-            running.enter("sampling")
-            denoise(
-                self.transformer, self.spec, batch.latents, batch.prompt_embeds, batch.timesteps, batch.image_latents
-            )
-            running.enter("")
-        self.transformer.train()
-        tracker.read_labels()
-        note = "two passes in one batch, for guidance" if guided else "without guidance"
-        return measure(PHASES["sample"], tracker.allocations, begin, tracker.tick, {"denoising step": begin}, note)
-
-    def rest(self) -> Phase:
-        """What stays between two phases."""
-        self.tracker.read_labels()
-        now = self.tracker.tick
-        return measure("between phases", self.tracker.allocations, now, now)
-
-
-def fake_batches(
-    spec: ModelSpec, config: RunConfig, bucket: Bucket, dtype: torch.dtype, clips: int | None = None
-) -> list[Batch]:
-    """Micro-batches of true shapes; two where gradients are accumulated, because the second meets the first's.
-
-    Args:
-        spec: of the model.
-        config: of the run.
-        bucket: of the clips.
-        dtype: of the encoders' output.
-        clips: in a single micro-batch; None for the configuration's sizes.
-    """
-    size = clips or config.train.batch_size
-    latents = _latent_shape(spec, bucket)
-    shape = (size, *latents)
-    image = torch.zeros(size, latents[0], 1, *latents[2:]) if spec.image_to_video else None
-    batch = Batch(
-        latents=torch.zeros(shape),
-        noise=torch.zeros(shape),
-        timesteps=torch.zeros(size, dtype=torch.long),
-        prompt_embeds=torch.zeros(size, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype),
-        image_latents=image,
-        slots=tuple(range(size)),
-        clips=tuple(f"clip {number}" for number in range(size)),
-    )
-    if clips is not None or config.train.accumulation == 1:
-        return [batch]
-    return [batch, replace(batch, latents=torch.zeros(shape), noise=torch.zeros(shape))]
-
-
-def _latent_shape(spec: ModelSpec, bucket: Bucket) -> tuple[int, int, int, int]:
-    channels, frames, height, width = spec.latent_shape(bucket)
-    return channels, frames + spec.front_padding(frames), height, width

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -279,6 +279,21 @@ _ORDER = (
 def rank_of(part: str) -> tuple[float, str]:
     """Sorting key of a part: what stays first is stacked and listed first; unknown names follow a batch."""
     return (_ORDER.index(part), "") if part in _ORDER else (_ORDER.index("batch") + 0.5, part)
+
+
+PhaseName = Literal["text", "encode", "train", "sample", "decode"]
+
+PHASES: Mapping[PhaseName, str] = {
+    "text": "T5 pass",
+    "encode": "VAE pass",
+    "train": "training",
+    "sample": "validation sampling",
+    "decode": "VAE decode",
+}
+"""What people call them."""
+
+RUN_PHASES: tuple[PhaseName, ...] = ("train", "sample", "decode")
+"""Those with the transformer in memory."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ from finetune.planner.cost_model import (
     save_rates,
     step_cost,
 )
-from finetune.planner.estimate import PHASES, RUN_PHASES, predict, spec_of
+from finetune.planner.estimate import predict, spec_of
+from finetune.planner.memory_tracker import PHASES, RUN_PHASES
 from finetune.planner.report import Verdict, document, draw, rates_in_words, search_document, search_lines, table, text
 from finetune.planner.search import Machine, SearchResult, fit_memory
 
