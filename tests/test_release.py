@@ -679,12 +679,12 @@ def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
         begin(each.strategy.optimizer, seed=3, step=0)
         each.passes()
         each.strategy.clip(0.1)
-        with MemoryTracker() as ledger:
+        with MemoryTracker() as tracker:
             each.strategy.step()
-            ledger.read_labels()
-        held.append([piece for piece in ledger.pieces if not piece.host])
-    small, large = (sum(piece.nbytes for piece in pieces) for pieces in held)
-    assert large > 100 * 1024 and not small, {piece.op for piece in held[0]}
+            tracker.read_labels()
+        held.append([each for each in tracker.allocations if not each.host])
+    small, large = (sum(each.nbytes for each in allocations) for allocations in held)
+    assert large > 100 * 1024 and not small, {each.op for each in held[0]}
 
 
 def test_what_does_not_go_with_a_launch_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
