@@ -38,6 +38,29 @@ CPU = torch.device("cpu")
 """Where fake tensors are, whatever they stand for."""
 
 _aten = torch.ops.aten
+_VIEWS = frozenset(
+    {
+        _aten.view.default,
+        _aten.t.default,
+        _aten.detach.default,
+        _aten.alias.default,
+        _aten.transpose.int,
+        _aten.unsqueeze.default,
+        _aten.squeeze.dim,
+        _aten.expand.default,
+        _aten.slice.Tensor,
+        _aten.select.int,
+        _aten.split.Tensor,
+        _aten.split_with_sizes.default,
+        _aten.unbind.int,
+        _aten.permute.default,
+        _aten._unsafe_view.default,
+        _aten.as_strided.default,
+        _aten.copy_.default,
+    }
+)
+"""Operations that make no storage: what they return of a tensor that was there before the tracker is not new."""
+
 _ATTENTION_BACKWARD = frozenset(
     {
         _aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
@@ -108,6 +131,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._scalar is not None and func is _aten._local_scalar_dense.default:
             return self._scalar
         output = func(*args, **(kwargs or {}))
+        if func in _VIEWS:
+            return output
         if func is _aten.add.Tensor and _called_by_autograd():
             storage = output.untyped_storage()
             if args[0].untyped_storage().nbytes() == storage.nbytes():
