@@ -162,6 +162,15 @@ def _config_words(config: Path, overrides: Sequence[str]) -> list[str]:
 
 # ---------------------------------------------------------------------------------------------------------- the verbs
 
+
+def _option(help: str, metavar: str | None = None) -> Any:
+    return typer.Option(help=help, metavar=metavar)
+
+
+def _flag(name: str, help: str) -> Any:
+    return typer.Option(name, help=help)  # named, so that there is no --no-...
+
+
 _CONFIG_HELP = "The run's YAML file."
 
 _SET_HELP = r"Override fields, such as optimizer.lr=2e-4 data.buckets=\[49x480x720]; values are YAML."
@@ -170,13 +179,9 @@ Config = Annotated[Path, typer.Option(metavar="FILE", help=_CONFIG_HELP)]
 
 Overrides = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE ...", help=_SET_HELP)]
 
-Model = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Where the base model is now, if not where the run had it.")
-]
+Model = Annotated[str | None, _option("Where the base model is now, if not where the run had it.", "MODEL")]
 
-Device = Annotated[
-    str | None, typer.Option(metavar="NAME", help="Such as cuda:1 or cpu; left out: a GPU where there is one.")
-]
+Device = Annotated[str | None, _option("Such as cuda:1 or cpu; left out: a GPU where there is one.", "NAME")]
 
 
 def _verb(*examples: str) -> Callable[[F], F]:
@@ -202,7 +207,7 @@ def _options(
     "finetune quickstart",
 )
 def quickstart(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where everything goes.")] = Path("quickstart"),
+    output: Annotated[Path, _option("Where everything goes.", "DIR")] = Path("quickstart"),
 ) -> int:
     """Teach a tiny CogVideoX a new shape: everything the package does, in minutes, without a GPU or a download."""
     from finetune.testing.quickstart import main
@@ -217,21 +222,18 @@ def quickstart(
 def init(
     model: Annotated[
         str,
-        typer.Option(
-            metavar="MODEL",
-            help="2b, 5b, 5b-i2v, 1.5-5b or 1.5-5b-i2v; a hub id; or the folder of a CogVideoX in diffusers format.",
+        _option(
+            "2b, 5b, 5b-i2v, 1.5-5b or 1.5-5b-i2v; a hub id; or the folder of a CogVideoX in diffusers format.", "MODEL"
         ),
     ],
-    method: Annotated[Literal["lora", "full"], typer.Option(help="Train an adapter, or every weight.")] = "lora",
+    method: Annotated[Literal["lora", "full"], _option("Train an adapter, or every weight.")] = "lora",
     card: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of the GPU, such as 24GB, to say whether the run should fit."),
+        _option("Memory of the GPU, such as 24GB, to say whether the run should fit.", "SIZE"),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="Clips and captions: a folder, or a metadata file.")
-    ] = None,
-    output: Annotated[Path, typer.Option(metavar="FILE", help="The file to write.")] = Path("run.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace the file if it exists.")] = False,
+    data: Annotated[Path | None, _option("Clips and captions: a folder, or a metadata file.", "PATH")] = None,
+    output: Annotated[Path, _option("The file to write.", "FILE")] = Path("run.yaml"),
+    force: Annotated[bool, _flag("--force", "Replace the file if it exists.")] = False,
 ) -> None:
     """Write a commented configuration for a model, a method and a card."""
     from finetune.cli.init import write_starter
@@ -265,34 +267,24 @@ def check(config: Config, overrides: Overrides = []) -> None:
 def plan(
     config: Config,
     overrides: Overrides = [],
-    card: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of the GPU, such as 24GB; left out: of the one here.")
-    ] = None,
-    ram: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Host memory that the run may take, such as 32GB.")
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Find the fastest memory section for a GPU of this size.")
-    ] = None,
-    processes: Annotated[
-        int, typer.Option(metavar="N", help="Plan one of N processes with a whole model each (DDP).")
-    ] = 1,
+    card: Annotated[str | None, _option("Memory of the GPU, such as 24GB; left out: of the one here.", "SIZE")] = None,
+    ram: Annotated[str | None, _option("Host memory that the run may take, such as 32GB.", "SIZE")] = None,
+    budget: Annotated[str | None, _option("Find the fastest memory section for a GPU of this size.", "SIZE")] = None,
+    processes: Annotated[int, _option("Plan one of N processes with a whole model each (DDP).", "N")] = 1,
     allow_quantized: Annotated[
         bool,
-        typer.Option(
+        _flag(
             "--allow-quantized",
-            help="With --budget: a base in 8 or 4 bits also where something else fits; it changes the model a little.",
+            "With --budget: a base in 8 or 4 bits also where something else fits; it changes the model a little.",
         ),
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAME", help="The GPU to reckon seconds for: H200, H100, A100, 4090, or a calibrated one."
-        ),
+        _option("The GPU to reckon seconds for: H200, H100, A100, 4090, or a calibrated one.", "NAME"),
     ] = None,
-    plot: Annotated[Path | None, typer.Option(metavar="PNG", help="Draw the training step's memory curve.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Run every block, where two short models would do.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print a JSON document, in bytes.")] = False,
+    plot: Annotated[Path | None, _option("Draw the training step's memory curve.", "PNG")] = None,
+    exact: Annotated[bool, _flag("--exact", "Run every block, where two short models would do.")] = False,
+    json: Annotated[bool, _flag("--json", "Print a JSON document, in bytes.")] = False,
 ) -> int:
     """Predict a run's peak memory, phase by phase, from the model's JSON alone; or find the memory section that fits.
 
@@ -325,7 +317,7 @@ def plan(
 @_verb(
     "finetune calibrate",
 )
-def calibrate(seconds: Annotated[float, typer.Option(help="How long to measure.")] = 20.0) -> None:
+def calibrate(seconds: Annotated[float, _option("How long to measure.")] = 20.0) -> None:
     """Measure this machine's GPU for the planner: matrix products, attention, copies. Kept per device name."""
     from finetune.planner.plan import run_calibration
 
@@ -371,13 +363,11 @@ def train(config: Config, overrides: Overrides = []) -> int:
 def replay(
     report: Annotated[Path, typer.Argument(metavar="REPORT", help="A folder reports/nonfinite-step-... of a run.")],
     dtype: Annotated[
-        Literal["bf16", "fp16", "fp32"] | None, typer.Option(help="What to compute in; left out: as the step was.")
+        Literal["bf16", "fp16", "fp32"] | None, _option("What to compute in; left out: as the step was.")
     ] = None,
     device: Device = None,
     model: Model = None,
-    cache: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where the cache is now, if not where the run had it.")
-    ] = None,
+    cache: Annotated[Path | None, _option("Where the cache is now, if not where the run had it.", "DIR")] = None,
 ) -> None:
     """Run the samples of a step that was not finite one at a time, and say what went wrong.
 
@@ -395,35 +385,26 @@ def replay(
 )
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or one checkpoint's.")],
-    to: Annotated[Literal["diffusers"], typer.Option(help="Layout of the export.")] = "diffusers",
-    output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where to; left out: RUN/export, or RUN/merged.")
-    ] = None,
-    checkpoint: Annotated[
-        Literal["latest", "best"], typer.Option(help="Of a run's folder; best by held-out loss.")
-    ] = "latest",
+    to: Annotated[Literal["diffusers"], _option("Layout of the export.")] = "diffusers",
+    output: Annotated[Path | None, _option("Where to; left out: RUN/export, or RUN/merged.", "DIR")] = None,
+    checkpoint: Annotated[Literal["latest", "best"], _option("Of a run's folder; best by held-out loss.")] = "latest",
     merged: Annotated[
         bool,
-        typer.Option(
+        _flag(
             "--merged",
-            help="Put the adapter into the base's weights: a whole transformer, in RUN/merged where --output is left"
-            " out.",
+            "Put the adapter into the base's weights: a whole transformer, in RUN/merged where --output is left out.",
         ),
     ] = False,
-    strength: Annotated[
-        float, typer.Option(help="With --merged: how much of the adapter; 1 as trained, 0 none.")
-    ] = 1.0,
+    strength: Annotated[float, _option("With --merged: how much of the adapter; 1 as trained, 0 none.")] = 1.0,
     full_pipeline: Annotated[
         bool,
-        typer.Option(
+        _flag(
             "--full-pipeline",
-            help="After full fine-tuning, or with --merged: VAE, text encoder and scheduler beside the transformer.",
+            "After full fine-tuning, or with --merged: VAE, text encoder and scheduler beside the transformer.",
         ),
     ] = False,
     model: Model = None,
-    weights: Annotated[
-        Literal["auto", "ema", "raw"], typer.Option(help="auto takes the average where one was kept.")
-    ] = "auto",
+    weights: Annotated[Literal["auto", "ema", "raw"], _option("auto takes the average where one was kept.")] = "auto",
 ) -> None:
     """Write what was trained in diffusers' format: reloaded through the stock pipeline, compared, kept if equal."""
     print(
@@ -448,43 +429,37 @@ def export(
 def generate(
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODEL", help="The base model: a folder, a hub id or 5b...; left out: the adapter's own."),
+        _option("The base model: a folder, a hub id or 5b...; left out: the adapter's own.", "MODEL"),
     ] = None,
-    revision: Annotated[str | None, typer.Option(metavar="REV", help="Branch, tag or commit of a hub id.")] = None,
-    transformer: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A fully fine-tuned transformer, from an export.")
-    ] = None,
+    revision: Annotated[str | None, _option("Branch, tag or commit of a hub id.", "REV")] = None,
+    transformer: Annotated[Path | None, _option("A fully fine-tuned transformer, from an export.", "DIR")] = None,
     adapter: Annotated[
         list[str],
-        typer.Option(
-            metavar="PATH:STRENGTH", help="A LoRA: a file, an export, a checkpoint, or a run (its newest checkpoint)."
-        ),
+        _option("A LoRA: a file, an export, a checkpoint, or a run (its newest checkpoint).", "PATH:STRENGTH"),
     ] = [],
-    prompt: Annotated[list[str], typer.Option(metavar="TEXT", help="Give it again for more videos.")] = [],
+    prompt: Annotated[list[str], _option("Give it again for more videos.", "TEXT")] = [],
     prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Text file with a prompt per line, or .jsonl with prompt, image, seed."),
+        _option("Text file with a prompt per line, or .jsonl with prompt, image, seed.", "FILE"),
     ] = None,
     image: Annotated[
         list[Path],
-        typer.Option(metavar="FILE", help="First frame (image-to-video): one for all --prompt, or one for each."),
+        _option("First frame (image-to-video): one for all --prompt, or one for each.", "FILE"),
     ] = [],
-    seed: Annotated[int, typer.Option(help="Of the first video; each further one has the next.")] = 0,
+    seed: Annotated[int, _option("Of the first video; each further one has the next.")] = 0,
     bucket: Annotated[
         str | None,
-        typer.Option(metavar="FxHxW", help="Frames x height x width; left out: as the adapter was trained."),
+        _option("Frames x height x width; left out: as the adapter was trained.", "FxHxW"),
     ] = None,
-    fps: Annotated[
-        float | None, typer.Option(help="Of the written files; left out: as the adapter was trained.")
-    ] = None,
-    negative_prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to steer away from.")] = "",
-    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 50,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance; 1 for none.")] = 6.0,
-    dynamic_cfg: Annotated[bool, typer.Option("--dynamic-cfg", help="Let the guidance grow with the steps.")] = False,
-    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], typer.Option(help="What to compute in.")] = "auto",
-    offload: Annotated[bool, typer.Option("--offload", help="Keep on the GPU only what is in use; slower.")] = False,
+    fps: Annotated[float | None, _option("Of the written files; left out: as the adapter was trained.")] = None,
+    negative_prompt: Annotated[str, _option("What to steer away from.", "TEXT")] = "",
+    steps: Annotated[int, _option("Denoising steps.")] = 50,
+    guidance: Annotated[float, _option("Classifier-free guidance; 1 for none.")] = 6.0,
+    dynamic_cfg: Annotated[bool, _flag("--dynamic-cfg", "Let the guidance grow with the steps.")] = False,
+    dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], _option("What to compute in.")] = "auto",
+    offload: Annotated[bool, _flag("--offload", "Keep on the GPU only what is in use; slower.")] = False,
     device: Device = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the videos.")] = Path("videos"),
+    output: Annotated[Path, _option("Folder for the videos.", "DIR")] = Path("videos"),
 ) -> None:
     """Sample videos from a base model with any number of adapters."""
     from finetune.inference.request import prompts_with_seeds, read_prompts
@@ -520,18 +495,14 @@ def cache(
     action: Annotated[
         Literal["verify", "gc", "stats"], typer.Argument(help="Read every entry; collect garbage; count.")
     ],
-    dir: Annotated[Path | None, typer.Option(metavar="DIR", help="The cache's folder.")] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="A run's YAML file, for its cache.dir.")] = None,
+    dir: Annotated[Path | None, _option("The cache's folder.", "DIR")] = None,
+    config: Annotated[Path | None, _option("A run's YAML file, for its cache.dir.", "FILE")] = None,
     overrides: Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE ...", hidden=True)] = [],
-    delete: Annotated[
-        bool, typer.Option("--delete", help="Delete what verify or gc finds; without it they only say.")
-    ] = False,
-    unused_days: Annotated[
-        float | None, typer.Option(metavar="DAYS", help="gc: also what no run has used for so long.")
-    ] = None,
+    delete: Annotated[bool, _flag("--delete", "Delete what verify or gc finds; without it they only say.")] = False,
+    unused_days: Annotated[float | None, _option("gc: also what no run has used for so long.", "DAYS")] = None,
     alone: Annotated[
         bool,
-        typer.Option("--alone", help="gc: nothing else uses the cache; asked for on file systems without locks."),
+        _flag("--alone", "gc: nothing else uses the cache; asked for on file systems without locks."),
     ] = False,
 ) -> int:
     """Look after a cache: verify its entries, collect what nothing refers to, or count what it holds."""
