@@ -431,7 +431,7 @@ def test_tokens_are_those_that_are_encoded(tiny):
 
 @pytest.mark.parametrize(("variant", "native", "bucket"), CASES, ids=lambda value: str(value).replace(" ", ""))
 def test_the_stock_pipeline_decodes_our_latents_to_the_posterior_sample(tiny, variant, native, bucket, monkeypatch):
-    """A sampler that lands exactly on our x0 must hand the VAE the posterior sample: same scale, same frames dropped."""
+    """A sampler that lands on our x0 must hand the VAE the posterior sample: same scale, same frames dropped."""
     model = tiny(variant, native)
     spec, pipeline = model.spec, model.pipeline
     mean, eps, std = (seeded(1, *spec.latent_shape(bucket), seed=seed) for seed in (1, 2, 3))
