@@ -218,7 +218,8 @@ class Validator:
         that one makes only to keep the others company comes last, and its losses are not looked at.
         """
         ranks, together = self._run.ranks, self._run.model.strategy.collective_forward
-        for number in range(ranks.rank, len(passes) + (ranks.world - 1 if together else 0), ranks.world):
+        end = math.ceil(len(passes) / ranks.world) * ranks.world if together else len(passes)
+        for number in range(ranks.rank, end, ranks.world):
             batches: list[Batch] = []
             make = partial(self._make, passes[number % len(passes)], batches)
             if any(ranks.run_on_all(make) if together else [make()]):
