@@ -16,7 +16,7 @@ from PIL import Image
 from test_export import FULL, LORA, make_run
 
 from finetune.checkpoint.folders import HISTORY
-from finetune.cli.main import build_parser
+from finetune.cli import main
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
@@ -153,10 +153,12 @@ def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, va
     assert Path("video.mp4").stat().st_size > 0
     line = card.split("```bash\n")[1].split("\n")[0]
     program, *words = shlex.split(line)
-    arguments = build_parser().parse_args(words)
-    assert (program, arguments.verb, arguments.prompt) == ("finetune", "generate", ["r1ng's"])
-    weights = Path("run/export")
-    assert (arguments.adapter, arguments.transformer) == (([str(weights)], None) if method == LORA else ([], weights))
+    weights, calls = Path("run/export"), []
+    monkeypatch.setattr("finetune.generate", lambda prompts, out, **options: calls.append((prompts, options)))
+    assert (program, words[0], main.main(words)) == ("finetune", "generate", 0)
+    (((prompt,), options),) = calls
+    assert prompt.prompt == "r1ng's" and options["transformer"] == (None if method == LORA else weights)
+    assert [*(options["adapters"] or ())] == ([str(weights)] if method == LORA else [])
     assert report.command == line
     assert "Not measured." in card and "was not at hand" in card
     assert f"pipeline_tag: {'image' if 'i2v' in variant else 'text'}-to-video" in card
