@@ -102,7 +102,7 @@ def walks(folder: Path) -> dict[str, set[str]]:
     """Run the four walks in ``folder``: name -> files."""
     from finetune import export, load_config, precompute, train
     from finetune.caching.encode import encode_clips
-    from finetune.checkpoint.load import load_checkpoint
+    from finetune.checkpoint.load import checkpoint_to_continue, load_checkpoint
     from finetune.checkpoint.save import save_checkpoint
     from finetune.cogvideox.objective import velocity_losses
     from finetune.datasets.dataloader import BatchMaker
@@ -130,7 +130,7 @@ def walks(folder: Path) -> dict[str, set[str]]:
         report = train(load_config(config(1)))
     with files_run(code(load_config, AdamW.build, set_lr)) as found["a value of the configuration"]:
         train(load_config(config(2)))
-    with files_run(code(save_checkpoint, load_checkpoint)) as found["save and resume"]:
+    with files_run(code(save_checkpoint, checkpoint_to_continue, load_checkpoint)) as found["save and resume"]:
         train(load_config(config(3)))
     with files_run(code(export)) as found["an export"]:
         export(report.run_dir)
