@@ -73,6 +73,7 @@ docs: install
 	$(BIN)/python scripts/make_configs.py
 	$(BIN)/python scripts/make_memory.py
 	$(BIN)/python scripts/draw_layers.py
+	$(BIN)/python scripts/sizes.py --write
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,8 @@
 """How much there is to read: code lines per folder, and the files that four walks through the package lead through.
 
-    python scripts/sizes.py [--no-walks]
+    python scripts/sizes.py [--no-walks] [--write]
+
+With ``--write`` the folders' lines and files go into the table of ``docs/architecture.md`` instead.
 
 Code lines are lines that hold code: no blanks, comments or docstrings. A walk is measured, not listed: a tiny model is
 cached, trained, saved, continued and exported, and a file counts if one of its functions runs between the walk's first
@@ -38,6 +40,9 @@ WALKS = {
 }
 """Walk -> how many files it may lead through, and the folders whose files count: an export also reads a configuration,
 a checkpoint and a base model, but each of these is a walk of its own."""
+PAGE = ROOT / "docs" / "architecture.md"
+BEGIN, END = "<!-- sizes: written by scripts/sizes.py --write -->", "<!-- /sizes -->"
+HEAD = "| folder | what is in it | lines | files |\n|---|---|---|---|"
 CONFIG = """\
 model: {{pretrained: {model}, dtype: fp32}}
 data: {{sources: [{{path: {clips}}}], buckets: [9x64x64], fps: 8}}
@@ -137,11 +142,31 @@ def walks(folder: Path) -> dict[str, set[str]]:
     return found
 
 
+def write_table() -> None:
+    """Put a row per folder, its docstring and its sizes, into ``docs/architecture.md``, highest first."""
+    from draw_layers import VERBS, folder_imports, rows_of
+
+    rows, sizes = [], folder_sizes(ROOT / "finetune")
+    height = {f"finetune/{name}": row for name, row in rows_of(folder_imports(ROOT / "finetune")).items()}
+    height["finetune"] = height.pop(f"finetune/{VERBS}")
+    for folder, files in sorted(sizes.items(), key=lambda item: -height[item[0]]):
+        text = ast.get_docstring(ast.parse((ROOT / folder / "__init__.py").read_text(encoding="utf-8"))) or ""
+        name, what = folder.partition("/")[2] or VERBS, " ".join(text.partition("\n\n")[0].replace("``", "`").split())
+        rows.append(f"| `{name}` | {what} | {sum(files):,} | {len(files)} |")
+    before, begin, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(
+        before + begin + "\n".join(["", "", HEAD, *rows, "", ""]) + END + rest.partition(END)[2], encoding="utf-8"
+    )
+
+
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-walks", action="store_true", help="only count lines")
+    parser.add_argument("--write", action="store_true", help="write the table of docs/architecture.md instead")
     arguments = parser.parse_args()
+    if arguments.write:
+        return write_table()
     for name, (most_lines, most_files) in LIMITS.items():
         sizes = folder_sizes(ROOT / name)
         for folder, files in sizes.items():

@@ -287,3 +287,15 @@ def test_two_commits_that_differ_are_told_apart():
         "cache / a",
         "cache / b",
     ]
+
+
+def test_the_picture_of_the_folders_is_that_of_the_imports():
+    """``make docs`` draws it; a new arrow between two folders is seen where one reads about them."""
+    spec = importlib.util.spec_from_file_location("draw_layers", ROOT / "scripts" / "draw_layers.py")
+    layers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(layers)
+    imports = layers.folder_imports(ROOT / "finetune")
+    assert layers.TARGET.read_text(encoding="utf-8") == layers.draw(imports), "make docs"
+    assert layers.draw(imports | {"core": {"memory"}, "memory": set()}) != layers.draw(imports)  # canary
+    table = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert [name for name in imports if f"| `{name}` |" not in table] == []
