@@ -54,7 +54,7 @@ ALLOWED: Mapping[tuple[str, str], tuple[int, str]] = {
     ("finetune/optim/state.py", "import_module"): (1, "of torchao's modules; any other name is refused"),
     ("finetune/core/distributed.py", "broadcast_object_list"): (1, "between processes of one launch"),
     ("finetune/core/distributed.py", "all_gather_object"): (1, "between processes of one launch"),
-    ("finetune/cogvideox/load.py", "T5Tokenizer.from_pretrained"): (1, "text files, no weights"),
+    ("finetune/cogvideox/captions.py", "T5Tokenizer.from_pretrained"): (1, "text files, no weights"),
     ("finetune/cogvideox/load.py", "_class_of(folder, 'scheduler').from_pretrained"): (
         1,
         "a scheduler: JSON, no weights",
