@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import sys
 import traceback
@@ -98,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _outcome(error: BaseException) -> tuple[int, str]:
     """The exit code of what ended a command, and what is said of it."""
     if isinstance(error, typer.TyperException):  # words that do not parse
-        return USER_ERROR, f"error: {error.format_message()}"
+        message = error.format_message().replace("Value error, ", "")
+        if choice := re.search("'(.*)' is not one of (.*)[.]", message):
+            from finetune.config.messages import did_you_mean
+
+            message += did_you_mean(choice[1], re.findall("'(.*?)'", choice[2]))
+        return USER_ERROR, f"error: {message}"
     if isinstance(error, FinetuneError):
         return USER_ERROR, f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
