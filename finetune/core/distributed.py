@@ -214,14 +214,21 @@ def peers() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # torch's DistError and gloo's own
-        if is_out_of_memory(error) or not _is_loss(error):  # NCCL's buffers may not fit either
+    except BaseException as error:
+        if distributed.is_initialized():
+            _failures.append(error)
+        # torch's DistError and gloo's own; NCCL's buffers may not fit either.
+        if not isinstance(error, RuntimeError) or is_out_of_memory(error) or not _is_loss(error):
             raise
         raise LaunchError(
             f"another process of the launch failed or was killed: {str(error).strip().splitlines()[0]}",
             fix="its own last lines say why; the last checkpoint is intact, and the same command continues",
         ) from error
 
+
+_failures: list[BaseException] = []
+"""What ended a collective, kept until the process ends, and with it the frames that hold a model under DDP: freed while
+gloo is in an all-reduce, the process group joins a thread that waits for Python's lock, and neither goes on."""
 
 _LOSS = ("connection", "timed out", "timeout", "socket", "peer", "nccl", "broken pipe", "recvvalue")
 
