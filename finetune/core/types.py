@@ -132,7 +132,7 @@ class CacheEntry:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch with every random choice already made on the CPU (``schedule``, ``diffusion.draw``).
+    """One micro-batch with every random choice already made on the CPU (``datasets.schedule``, ``sample_noise``).
 
     ``latents`` and ``noise`` are float32 [B, C, F, H, W]: posterior samples in model space (scaled, and padded in front
     where the model has a temporal patch). ``image_latents`` are scaled the way the stock pipeline scales them and

@@ -21,7 +21,7 @@ class SummedLayerNorm(nn.LayerNorm):
     def forward(self, input: Tensor) -> Tensor:
         """As of ``nn.LayerNorm``."""
         narrow = input.dtype in (torch.bfloat16, torch.float16)
-        # Fake tensors on a CPU stand for a GPU's (``planning``).
+        # Fake tensors on a CPU stand for a GPU's (``planner``).
         if not narrow or input.device.type != "cpu" or isinstance(input, FakeTensor) or not torch.is_grad_enabled():
             return super().forward(input)
         output: Tensor = _Summed.apply(  # type: ignore[no-untyped-call]
