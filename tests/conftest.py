@@ -42,12 +42,12 @@ GPU_PIECES = {
     "5b-i2v": r"full_size\[5b-i2v",
     "encoders": "encoders",
     "deterministic": "deterministic",
-    "fsdp2": r"engines_on_one_gpu\[fsdp2-",
-    "fsdp2-offload": r"engines_on_one_gpu\[fsdp2_offload",
+    "fsdp2": r"strategies_on_one_gpu\[fsdp2-",
+    "fsdp2-offload": r"strategies_on_one_gpu\[fsdp2_offload",
     "fsdp2-5b": "full_size_under_fsdp2",
-    "zero2": r"engines_on_one_gpu\[zero2",
-    "zero3": r"engines_on_one_gpu\[zero3-",
-    "zero3-offload": r"engines_on_one_gpu\[zero3_offload",
+    "zero2": r"strategies_on_one_gpu\[zero2",
+    "zero3": r"strategies_on_one_gpu\[zero3-",
+    "zero3-offload": r"strategies_on_one_gpu\[zero3_offload",
 }
 """What ``--only`` takes beside regular expressions: pieces of ``pytest -m gpu``, each meant to fit ten minutes."""
 

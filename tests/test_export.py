@@ -254,7 +254,7 @@ def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_p
 
 
 def nothing_left(run: Path) -> bool:
-    return not {path.name for path in run.iterdir()} - {"checkpoints", ".export.lock"}
+    return not {path.name for path in run.iterdir()} - {"checkpoints", ".export.lock", ".merged.lock"}
 
 
 def save_with(change: Callable[[dict], dict]) -> Callable[[pytest.MonkeyPatch], None]:

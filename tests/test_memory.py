@@ -393,13 +393,7 @@ def trained(method, memory: MemoryConfig, variant: str, device: torch.device = C
     """A transformer with what trains in it, its base held as ``memory`` says, in the state ``memory``."""
     whole = tiny_transformer(variant)
     transformer = tiny_transformer(variant).to("meta")
-    place(
-        transformer,
-        [*whole.state_dict().items()],
-        dtype=torch.float32,
-        device=torch.device("cpu"),
-        placement=placement(memory.base),
-    )
+    place(transformer, whole.state_dict().items(), CPU, placement(memory.base))
     for name, buffer in whole.named_buffers():
         if name not in whole.state_dict():
             owner, _, leaf = name.rpartition(".")

@@ -144,7 +144,7 @@ def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monk
     notches = config.memory.fallbacks(memory_traits(config, read_spec(config.model.pretrained)))
     assert len(notches) >= 4
     with monkeypatch.context() as patch:
-        fails_where(patch, lambda run, batch, call: 1 < call <= len(notches))
+        fails_where(patch, lambda batch, call: 1 < call <= len(notches))
         hit = train(config)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
     assert len(said) == len(notches) - 1 and last in said[-1]
