@@ -6,7 +6,9 @@ Every check is a function of its input, so that a canary can feed it something w
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -388,6 +390,49 @@ def test_no_file_is_too_long_to_read():
 
 def test_the_length_check_can_fail():
     assert oversized({"a": "x\n" * MAX_LINES, "b": "x\n" * (MAX_LINES + 1)}) == [f"b: {MAX_LINES + 1} lines"]
+
+
+# ---------------------------------------------------------------------------------------------------- seeded faults
+
+
+@pytest.fixture(scope="module")
+def mutants():
+    """``scripts/mutants.py`` as a module."""
+    spec = importlib.util.spec_from_file_location("mutants", ROOT / "scripts" / "mutants.py")
+    module = sys.modules["mutants"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["mutants"]
+
+
+def test_every_seeded_fault_applies(mutants):
+    rows = mutants.read_table()
+    assert len(rows) >= 50 and len({row.area for row in rows}) >= 12
+    faults = mutants.table_faults(rows, mutants.package_texts(), mutants.test_files())
+    assert not faults, "\n".join(faults)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"find": "a = 3"}, "stands 0 times"),
+        ({"find": "= 1"}, "stands 2 times in the package, not once (one.py, two.py)"),
+        ({"find": "b"}, "stands 2 times in the package, not once (two.py)"),
+        ({"put": "a = 1"}, "changes nothing"),
+        ({"put": "a = ("}, "one.py is no Python with it"),
+        ({"tests": ("none -k any",)}, "no test file for 'none -k any'"),
+        ({"tests": ()}, "names no test"),
+    ],
+)
+def test_the_check_of_seeded_faults_can_fail(mutants, change, said):
+    texts, tests = {Path("one.py"): "a = 1\n", Path("two.py"): "b = 1\nb += 2\n"}, {"some": Path("test_some.py")}
+    row = {"name": "x", "area": "y", "fault": "z", "find": "a = 1", "put": "a = 2", "tests": ("some -k any",)}
+    assert not mutants.table_faults([mutants.Mutant(**row)], texts, tests)
+    faulty = mutants.Mutant(**{**row, **change})
+    (fault,) = mutants.table_faults([faulty], texts, tests)
+    assert fault.startswith("x: ") and said in fault
+    twice = mutants.table_faults([mutants.Mutant(**row)] * 2, texts, tests)
+    assert twice == ["x: another row is called so"]
 
 
 def test_one_version():
