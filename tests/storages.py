@@ -20,7 +20,8 @@ class StorageCounter(TorchDispatchMode):
         self.peak = 0
         self._alive: dict[int, int] = {}
 
-    def _add(self, tensor: Tensor) -> None:
+    def count(self, tensor: Tensor) -> None:
+        """Count it, unless that was done."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self._alive and tensor.device.type != "meta":
             self._watch(storage, storage.nbytes())
@@ -42,5 +43,5 @@ class StorageCounter(TorchDispatchMode):
         output = function(*args, **(kwargs or {}))
         for tensor in tree_iter(output):
             if isinstance(tensor, Tensor):
-                self._add(tensor)
+                self.count(tensor)
         return output

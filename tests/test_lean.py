@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from storages import StorageCounter
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from finetune.memory import lean_block
 from finetune.memory.checkpointing import SavedAttention, is_attention
@@ -402,46 +401,17 @@ def test_nothing_is_computed_again_that_no_gradient_needs():
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-class Live(TorchDispatchMode):
-    """Bytes of the storages that operations make, most at any time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sizes: dict[int, int] = {}
-        self.now = self.peak = 0
-
-    def count(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._sizes:
-            self._sizes[storage._cdata] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._gone, storage._cdata)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self._sizes.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self.count(tensor)
-        self.peak = max(self.peak, self.now)
-        return result
-
-
 def peak(math_: object, method: str) -> float:
     """Peak of a backward pass with its inputs, in token streams; weights do not count."""
     block, inputs = alone(method, text=15, video=1500)
-    live = Live()
-    weights = list(block.parameters())
-    for weight in weights:
-        live.count(weight)
-    before = live.now
-    live.count(inputs.hidden)
-    live.count(inputs.encoder)
-    with live:
+    counter = StorageCounter()
+    for weight in block.parameters():
+        counter.ignore(weight)
+    counter.count(inputs.hidden)
+    counter.count(inputs.encoder)
+    with counter:
         backward(math_, block, inputs, (True, True, False))
-    return (live.peak - before) / (live._sizes[inputs.hidden.untyped_storage()._cdata] * 1515 / 1500)
+    return counter.peak / (inputs.hidden.nbytes + inputs.encoder.nbytes)
 
 
 @pytest.mark.parametrize(("method", "most"), [("none", 10.5), ("attention", 10.5), ("full", 12)])

@@ -17,7 +17,7 @@ from finetune.core.errors import TrainingError
 from finetune.memory import host_buffers
 from finetune.memory.activation_offload import ActivationOffload
 from finetune.memory.block_streaming import BlockStreaming
-from finetune.memory.host_buffers import ALIGNMENT, BufferLayout, CudaCopyStream, flat_buffers, rounded
+from finetune.memory.host_buffers import ALIGNMENT, BufferLayout, flat_buffers, rounded
 from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
@@ -449,13 +449,3 @@ def test_a_stale_slot_is_seen(monkeypatch):
     streamed(transformer)
     monkeypatch.setattr(BlockStreaming, "_load", lambda self, slot, rank: setattr(slot, "block", rank))
     assert not torch.equal(forward(transformer), expected)
-
-
-def test_delayed_copies_deliver_nothing_before_they_are_waited_for():
-    with Actors():
-        lane, source, target = CudaCopyStream(CPU), torch.ones(4), torch.zeros(4)
-        mark = lane.copy(target, source, after=[lane.compute()])
-        with pytest.raises(RaceError):
-            target.sum()
-        lane.wait(mark)
-        assert target.sum() == 4

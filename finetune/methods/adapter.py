@@ -46,23 +46,20 @@ def require_same(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
         )
 
 
-def differences(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> list[str]:
-    problems = []
-    if missing := sorted(expected.keys() - found.keys()):
-        problems.append(f"missing: {some(missing)}")
-    if unknown := sorted(found.keys() - expected.keys()):
-        problems.append(f"not in this run: {some(unknown)}")
-    forms = {name: (_form(expected[name]), _form(found[name])) for name in expected.keys() & found.keys()}
-    if differing := [f"{name} is {a} here, {b} there" for name, (a, b) in sorted(forms.items()) if a != b]:
-        problems.append(some(differing))
-    return problems
+def differences(expected: Mapping[str, Tensor], actual: Mapping[str, Tensor]) -> list[str]:
+    """What two sets of named tensors differ in, but for their content: names, shapes and dtypes."""
+    from finetune.core.tensor_files import form_of
 
-
-def _form(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    here, there = ({name: form_of(t.dtype, t.shape) for name, t in side.items()} for side in (expected, actual))
+    missing, unknown = sorted(here.keys() - there.keys()), sorted(there.keys() - here.keys())
+    both = sorted(here.keys() & there.keys())
+    differing = [f"{name} is {here[name]} here, {there[name]} there" for name in both if here[name] != there[name]]
+    problems = [f"missing: {some(missing)}" if missing else "", f"not in this run: {some(unknown)}" if unknown else ""]
+    return [problem for problem in (*problems, some(differing)) if problem]
 
 
 def some(names: Iterable[str], limit: int = 4) -> str:
+    """The first few of ``names`` for a message, and how many more there are."""
     listed = list(names)
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more
@@ -86,7 +83,7 @@ def count_lines(transformer: nn.Module) -> list[tuple[str, str]]:
     return lines
 
 
-# -------- Reading a LoRA adapter from disk, whoever wrote it.
+# ------------------------------------------------------------------------------- an adapter on disk, whoever wrote it
 
 METADATA_KEY = "lora_adapter_metadata"
 """Header entry under which diffusers keeps an adapter's settings."""
