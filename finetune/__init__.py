@@ -11,7 +11,7 @@
 """
 
 from finetune.api import check, export, generate, load_config, plan, train
-from finetune.core.version import __version__
 from finetune.precompute import precompute
 
+__version__ = "0.1.0"
 __all__ = ["__version__", "check", "export", "generate", "load_config", "plan", "precompute", "train"]

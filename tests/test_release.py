@@ -212,11 +212,8 @@ def test_the_same_holds_where_streams_and_pinned_memory_are_real(world: Maker, s
     """Float32 and plain momentum, whose updates are as far off as the gradients: on a GPU they come in no fixed order.
     Several steps, because a copy that comes too late spoils the next one.
     """
-    options = {
-        "optimizer": {**OPTIMIZERS["momentum"], "lr": 1e-2},
-        "dtype": torch.float32,
-        "device": (device := torch.device("cuda", 0)),
-    }
+    device = torch.device("cuda", 0)
+    options = {"optimizer": {**OPTIMIZERS["momentum"], "lr": 1e-2}, "dtype": torch.float32, "device": device}
     theirs = world({"gradient_release": "exact"}, released=False, **options)
     ours = world(STATES[state], **options)
     start = ours.weights()
