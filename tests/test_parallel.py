@@ -20,7 +20,7 @@ from checkpoints import rewrite_marker
 from launcher import FSDP
 from safetensors import safe_open
 from waiting import HANG_S
-from worlds import SMOOTH_ADAM, fabricate_cache, merged, run_config, run_values
+from worlds import SMOOTH_ADAM, fabricate_cache, fails_where, merged, run_config, run_values
 
 from finetune.checkpoint.load import load_checkpoint
 from finetune.checkpoint.shares import HEADER
@@ -212,6 +212,17 @@ def test_the_group_is_closed_by_who_opened_it(tiny_model, tmp_path, fsdp):
     in_one_process(tiny_model(), tmp_path / "run", steps=2)
     assert torch.distributed.is_initialized()
     ranks.close()
+    assert not torch.distributed.is_initialized()
+
+
+def test_what_failed_in_a_step_is_kept_beyond_its_group(tiny_model, tmp_path, fsdp, monkeypatch):
+    """A model under DDP that is freed while gloo reduces its gradients keeps the process from ending."""
+    kept: list[BaseException] = []
+    monkeypatch.setattr(distributed, "_failures", kept)
+    fails_where(monkeypatch, lambda batch, call: True, RuntimeError("[gloo] Connection closed by peer"))
+    with pytest.raises(LaunchError) as caught:
+        in_one_process(tiny_model(), tmp_path / "run", steps=1)
+    assert kept == [caught.value.__cause__]
     assert not torch.distributed.is_initialized()
 
 

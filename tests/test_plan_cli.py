@@ -25,7 +25,7 @@ from finetune.core.types import GIB
 from finetune.planner import plan as plan_module
 from finetune.planner.cost_model import DEFAULTS, save_rates, step_cost
 from finetune.planner.estimate import spec_of
-from finetune.planner.plan import predict_async
+from finetune.planner.plan import BackgroundPrediction, predict_async
 
 ROOT = Path(__file__).parents[1]
 
@@ -160,6 +160,13 @@ def test_a_training_predicts_in_a_process_beside_it(config_file: Path) -> None:
         run.close()
     gone = cut_short.result()
     assert gone is not None and gone.nbytes is None
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"phases": []}', '{"phases": [{"name": 1}]}'])
+def test_a_prediction_that_cannot_be_read_ends_no_training(tmp_path: Path, content: str) -> None:
+    (tmp_path / "plan.json").write_text(content)
+    prediction = BackgroundPrediction(None, tmp_path, None).result()
+    assert prediction is not None and prediction.nbytes is None and "could not be made" in prediction.message
 
 
 # ------------------------------------------------------------------------------------------------ documents in step

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -309,12 +310,15 @@ def predict_async(
 
 def _read(folder: Path, card_bytes: int | None) -> Prediction:
     try:
-        document = json.loads((folder / "plan.json").read_text())
-    except (OSError, ValueError):
+        return _prediction_of(json.loads((folder / "plan.json").read_text()), card_bytes)
+    except (OSError, ValueError, KeyError, TypeError):  # no document, or half of one, or another version's
         with suppress(OSError):
             last = (folder / "errors").read_text(errors="replace").strip().splitlines()[-1:]
             return Prediction(None, f"could not be made: {' '.join(last)}")
         return Prediction(None, "could not be made: there is no room for its files")
+
+
+def _prediction_of(document: Mapping[str, Any], card_bytes: int | None) -> Prediction:
     run = [phase for phase in document["phases"] if phase["name"] in {PHASES[name] for name in RUN_PHASES}]
     top = max(run, key=lambda phase: int(phase["peak_bytes"]))
     nbytes, processes = int(top["peak_bytes"]), int(document["processes"])

@@ -102,8 +102,9 @@ def train(
         LaunchError: another process of the launch failed or is gone.
     """
     config = as_config(config)
-    # The last to leave: a launcher repeats its signals while the tracker is being closed.
-    with StopRequest() as stop, peers(), ExitStack() as cleanup:
+    # The last to leave: a launcher repeats its signals while the tracker is being closed. ``peers`` twice: closing the
+    # process group may fail as well, and what failed before has to be kept while the group is still there.
+    with StopRequest() as stop, peers(), ExitStack() as cleanup, peers():
         run = setup_run(config, cleanup)
         cleanup.callback(run.model.strategy.drop_gradients)  # a notebook keeps the traceback, and what it refers to
         # Not before: what setting up does survives a kill, and has no step to finish.

@@ -347,8 +347,9 @@ class _Step:
             losses = velocity_losses(self.module, self.spec, self.alpha_bar, batch)
         # The same factor as in the step, so that what overflowed there overflows here.
         (losses.sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
-        gradients = [parameter.grad.float() for parameter in self.parameters.values() if parameter.grad is not None]
-        grad_norm = math.hypot(*(float(torch.linalg.vector_norm(gradient)) for gradient in gradients))
+        gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
+        # One at a time in float32: after full fine-tuning, all of them are twice the model.
+        grad_norm = math.hypot(*(float(torch.linalg.vector_norm(gradient.float())) for gradient in gradients))
         self.module.zero_grad(set_to_none=True)
         conditions = [batch.prompt_embeds] + ([] if batch.image_latents is None else [batch.image_latents])
         return Replayed(
