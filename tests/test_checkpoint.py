@@ -70,6 +70,15 @@ def test_a_later_format_is_told_from_damage(tmp_path):
     assert steps(tmp_path) == [1], "nothing is renamed that another version can read"
 
 
+def test_the_first_format_is_told_from_damage(tmp_path):
+    path = write(tmp_path, 1)
+    change_state(path, format=1)
+    (path / COMPLETE).write_text("")
+    for read in (lambda: load_checkpoint(path), lambda: choose_checkpoint(tmp_path, "latest")):
+        with pytest.raises(CheckpointError, match="earlier version of this package"):
+            read()
+
+
 STATES: list[Any] = [
     {"moon_phase": 3, "step": 1, "cache_digest": ""},
     {"step": "1", "cache_digest": ""},

@@ -220,12 +220,27 @@ def is_intact(path: Path) -> bool:
 
 
 def _read(path: Path, optimizer: bool) -> LoadedCheckpoint:
+    _refuse_first_format(path)
     try:
         return _read_files(ChecksummedFolder.open(path), optimizer)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {error}", where=str(path), fix="this is not damage: mend it and try again"
         ) from error
+
+
+def _refuse_first_format(path: Path) -> None:
+    """Format 1 had an empty marker; a marker that lost its content stands beside a state of a later format."""
+    try:
+        first = (path / COMPLETE).read_bytes() == b"" and json.loads((path / STATE).read_bytes())["format"] == 1
+    except (OSError, ValueError, KeyError, TypeError):  # whatever it is, it is not format 1
+        return
+    if first:
+        raise CheckpointError(
+            "the checkpoint was written by an earlier version of this package (format 1)",
+            where=str(path),
+            fix="continue with the version that wrote it",
+        )
 
 
 def _read_files(folder: ChecksummedFolder, optimizer: bool) -> LoadedCheckpoint:
