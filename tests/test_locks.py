@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -83,10 +82,7 @@ def test_a_lock_ends_with_its_process_whatever_its_children_do(tmp_path, child):
         assert not is_free(tmp_path / "lock")
         process.kill()
         process.wait()
-        end = time.monotonic() + HANG_S  # a fork that has not run yet has not closed it yet
-        while not is_free(tmp_path / "lock"):
-            assert time.monotonic() < end
-            time.sleep(0.05)
+        until(lambda: is_free(tmp_path / "lock"), "free")  # a fork that has not run yet has not closed it yet
 
 
 def test_without_closing_it_a_fork_would_keep_the_lock_of_its_dead_parent(tmp_path):
