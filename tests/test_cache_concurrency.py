@@ -122,20 +122,32 @@ def test_a_job_waits_for_a_collection_and_says_so(tmp_path, capsys):
     assert come.is_set()
 
 
-def test_what_earlier_versions_left_is_ignored_and_collected(tmp_path):
+def test_what_earlier_versions_left_is_collected_when_their_jobs_are_over(tmp_path):
     cache = two_orphans(tmp_path)
-    cache.save_manifest(manifest_of([0, 1]), tmp_path)
+    cache.save_manifest(manifest_of([0]), tmp_path)
     old = cache.root / "jobs" / "node3-812-1a2b3c4d.json", cache.root / "trash" / "gc-1" / "prompts" / "a.safetensors"
     for path in old:
         path.parent.mkdir(parents=True)
         path.write_text("{")
-    assert cache_admin.gc(cache, delete=True).leftovers == 0 and old[0].exists(), (
-        "of an earlier version that may be running"
-    )
+    report = cache_admin.gc(cache, delete=True, grace_s=0)
+    assert old[0].name in report.held_back and not report.deleted, "a job of an earlier version may be running"
+    assert old[0].exists() and len(cache.keys("prompts")) == 2
     for path in old:
         os.utime(path, (1, 1))
-    assert cache_admin.gc(cache, delete=True).leftovers == 2 and len(cache.keys("prompts")) == 2
+    report = cache_admin.gc(cache, delete=True, grace_s=0)
+    assert report.leftovers == 2 and report.entries == 1 and not report.held_back
     assert {path.name for path in cache.root.iterdir()} == {"lock", "manifests", "prompts"}
+
+
+def test_a_full_disk_does_not_keep_anybody_from_making_room(tmp_path, monkeypatch):
+    cache = two_orphans(tmp_path)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(locks.os, "pwrite", full)
+    monkeypatch.setattr(cache_admin.Path, "touch", full)
+    assert cache_admin.gc(cache, delete=True, grace_s=0).entries == 2 and not cache.keys("prompts")
 
 
 def test_a_damaged_manifest_stops_collections_until_it_is_made_anew(tmp_path):

@@ -421,6 +421,20 @@ def test_an_entry_that_was_written_anew_meanwhile_keeps_its_name(tmp_path, monke
     assert list(world.cache.root.rglob("*.damaged")) == []
 
 
+def test_an_entry_that_another_machine_wrote_anew_is_read_once_more(tmp_path, monkeypatch):
+    """On NFS an open file whose name another client gave to an equal one is stale."""
+    world = make_world(tmp_path)
+    real, stale = reading.read_tensors, [OSError(errno.ESTALE, "Stale file handle")]
+
+    def read_tensors(*arguments: object, **options: object) -> object:
+        if stale:
+            raise stale.pop()
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(reading, "read_tensors", read_tensors)
+    assert world.cache.read(world.item(0)).latents_mean.ndim == 4 and not stale
+
+
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, number):
     world = make_world(tmp_path)

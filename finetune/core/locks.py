@@ -99,8 +99,9 @@ def _write_holder(descriptor: int, user: str, shared: bool) -> None:
     try:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text, 0)
-    except OSError:
-        if not shared:
+    except OSError as error:
+        # A full disk is no reason to refuse: `cache gc`, which makes room, is among those who hold a lock.
+        if not shared and error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
 
 

@@ -10,6 +10,7 @@ Reading needs neither a video decoder nor the ``datasets`` library.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import time
@@ -248,12 +249,20 @@ class Cache:
         with self._open(kind, key) as entry:
             return os.fstat(entry.fileno()).st_size
 
-    def _read(self, kind: Kind, key: str, clip: str = "") -> dict[str, Tensor]:
-        """The tensors of an entry, which is verified when this process first reads its file."""
+    def _read(self, kind: Kind, key: str, clip: str = "", *, again: bool = True) -> dict[str, Tensor]:
+        """The tensors of an entry, which is verified when this process first reads its file.
+
+        ``again`` reads once more where another machine has put an equal file in its place (NFS).
+        """
         with self._open(kind, key, clip) as entry:
             status = os.fstat(entry.fileno())
             identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            tensors = read_tensors(entry, key, verify=self._verified.get(key) != identity)
+            try:
+                tensors = read_tensors(entry, key, verify=self._verified.get(key) != identity)
+            except OSError as error:
+                if error.errno != errno.ESTALE or not again:
+                    raise
+                return self._read(kind, key, clip, again=False)
         self._verified[key] = identity
         return tensors
 

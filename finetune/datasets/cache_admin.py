@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 import uuid
 from collections import Counter
@@ -35,7 +36,11 @@ GRACE_S = 3600.0
 """Entries younger than this stay. Without locks their writer may be at work still, and file its manifest later."""
 
 _FORMER_FOLDERS = ("jobs", "trash")
-"""Of earlier versions, which announced jobs in files and deleted in two steps; nobody reads them any more."""
+"""Of earlier versions, which announced jobs in files and deleted in two steps; all that is read of them
+is whether a job of such a version still runs."""
+
+FORMER_STALE_S = 900.0
+"""Jobs of earlier versions touch their file in ``jobs`` every ten seconds; one that was not for so long is dead."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,10 @@ def gc(
     try:
         with ExitStack() as lock:
             held_back = _lock_out_jobs(lock, cache, alone) if delete else ""
+            now = _file_system_time(root / "manifests") if delete and not held_back else time.time()
+            if delete and not held_back and not alone:
+                held_back = _former_job(root, now)
             deleting = delete and not held_back
-            now = _file_system_time(root / "manifests") if deleting else time.time()
             # Before the manifests: what is written after this line cannot be taken for garbage.
             listed = [(kind, path) for kind in KINDS for path in cache.entries(kind)]
             used = _used_manifests(cache, float("inf") if unused_days is None else unused_days * 86_400, now)
@@ -135,6 +142,14 @@ def _lock_out_jobs(lock: ExitStack, cache: Cache, alone: bool) -> str:
     return ""
 
 
+def _former_job(root: Path, now: float) -> str:
+    """Why nothing may be deleted where a job of an earlier version runs, which takes no lock; empty if none does."""
+    for path in (root / "jobs").glob("*.json"):
+        if _age_s(path, now) <= FORMER_STALE_S:
+            return f"the cache is in use (a job of an earlier version, which keeps {path})"
+    return ""
+
+
 def _file_system_time(folder: Path) -> float:
     """The time by which the files there are old, in seconds.
 
@@ -145,6 +160,10 @@ def _file_system_time(folder: Path) -> float:
     try:
         probe.touch()
         return probe.stat().st_mtime
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):  # a full disk, on which room is to be made
+            raise
+        return time.time()
     finally:
         probe.unlink(missing_ok=True)
 

@@ -226,7 +226,10 @@ class Worker:
 
         def exchange(requests: IO[bytes], answers: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
             _write(requests, request)
-            return _read_answer(answers, most_bytes)
+            try:
+                return _read_answer(answers, most_bytes)
+            except RuntimeError as bug:
+                raise RuntimeError(f"a {self._name} failed at {path}:\n{bug}") from None
 
         try:
             try:
@@ -314,6 +317,11 @@ class Worker:
             self._process = None
             how = f"took longer than {timeout_s:g} s" if timed_out else _how(error, code)
             raise _WorkerFailure(how, code) from None
+        except MemoryError:  # of this process; what is left of the answer must not be taken for the next one
+            process.kill()
+            process.wait()
+            self._process = None
+            raise
         finally:
             timer.cancel()
             timer.join()
