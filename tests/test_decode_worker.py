@@ -71,6 +71,8 @@ MALFORMED = {
     "nan": (REQUESTS[0], PROBE_FIELDS, bytes(array("d", [0, float("nan")]))),
     "huge": (REQUESTS[0], PROBE_FIELDS | {"height": 65535, "width": 65535}, TIMES),
     "text for a number": (REQUESTS[0], PROBE_FIELDS | {"height": "64"}, TIMES),
+    "half a pixel": (REQUESTS[0], PROBE_FIELDS | {"height": 64.5}, TIMES),
+    "endlessly fast": (REQUESTS[0], PROBE_FIELDS | {"fps": float("inf")}, TIMES),
     "turned": (REQUESTS[0], PROBE_FIELDS | {"orientation": 9}, TIMES),
     "another decoder": (REQUESTS[0], PROBE_FIELDS | {"decoder": "os.system"}, TIMES),
     "another correction": (REQUESTS[0], PROBE_FIELDS | {"corrections": ["bwdif-up-1"]}, TIMES),

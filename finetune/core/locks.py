@@ -37,7 +37,12 @@ class NoLocksError(OSError):
 
 @contextmanager
 def hold(
-    path: Path, user: str, *, shared: bool = False, waiting: Callable[[str], object] | None = None
+    path: Path,
+    user: str,
+    *,
+    shared: bool = False,
+    on_full_disk: bool = False,
+    waiting: Callable[[str], object] | None = None,
 ) -> Iterator[None]:
     """Hold a lock for as long as the block runs. Child processes do not inherit it.
 
@@ -45,6 +50,7 @@ def hold(
         path: the lock file; made if need be, with its folders.
         user: what this process does, for the messages of others.
         shared: whether others may hold it too, if they share; the file may then lie on a drive that is read-only.
+        on_full_disk: whether an exclusive lock is held also where the disk has no room to say by whom.
         waiting: called once with who holds it, before that is waited for; None does not wait.
 
     Raises:
@@ -62,7 +68,7 @@ def hold(
             waiting(holder)
             while not _try_lock(descriptor, shared):
                 time.sleep(_POLL_S)
-        _write_holder(descriptor, user, shared)
+        _write_holder(descriptor, user, shared, on_full_disk)
         yield
     finally:
         _close(descriptor)
@@ -92,7 +98,7 @@ def _try_lock(descriptor: int, shared: bool) -> bool:
     return True
 
 
-def _write_holder(descriptor: int, user: str, shared: bool) -> None:
+def _write_holder(descriptor: int, user: str, shared: bool, on_full_disk: bool) -> None:
     """Say in the lock file who holds it; of several that share, the last to come."""
     since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
     text = f"{user} on {socket.gethostname()}, process {os.getpid()}, since {since}".encode()
@@ -100,8 +106,7 @@ def _write_holder(descriptor: int, user: str, shared: bool) -> None:
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, text, 0)
     except OSError as error:
-        # A full disk is no reason to refuse: `cache gc`, which makes room, is among those who hold a lock.
-        if not shared and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not shared and not (on_full_disk and error.errno in (errno.ENOSPC, errno.EDQUOT)):
             raise
 
 

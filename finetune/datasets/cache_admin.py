@@ -129,7 +129,7 @@ def gc(
 def _lock_out_jobs(lock: ExitStack, cache: Cache, alone: bool) -> str:
     """Keep jobs out until ``lock`` is closed; why that cannot be, where a job is in."""
     try:
-        lock.enter_context(locks.hold(cache.lock, "cache gc"))
+        lock.enter_context(locks.hold(cache.lock, "cache gc", on_full_disk=True))
     except locks.HeldError as holder:
         return f"the cache is in use ({holder})"
     except locks.NoLocksError:

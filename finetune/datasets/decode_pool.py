@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from finetune.core.errors import DataError
 from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, VideoProbe
 from finetune.datasets import decode
-from finetune.datasets.media_files import MAX_FRAMES, check_frame_size, check_times
+from finetune.datasets.media_files import MAX_FPS, MAX_FRAMES, check_frame_size, check_times
 from finetune.datasets.worker import Worker, too_much_memory
 
 if TYPE_CHECKING:
@@ -163,7 +163,8 @@ def answer_of(request: Request, fields: dict[str, Any], body: bytearray) -> Answ
 def _checked_probe(probe: VideoProbe) -> VideoProbe:
     known = probe.decoder in ("decord", "pyav") and set(probe.corrections) <= set(CORRECTIONS)
     counted = len(probe.frame_times_s) == probe.frames > 0
-    if not counted or not known or not probe.fps > 0 or not 1 <= probe.orientation <= 8:
+    whole = all(type(n) is int for n in (probe.frames, probe.height, probe.width, probe.orientation))
+    if not counted or not known or not whole or not 0 < probe.fps <= 2 * MAX_FPS or not 1 <= probe.orientation <= 8:
         raise ValueError(f"{replace(probe, frame_times_s=())}")
     check_frame_size(probe.height, probe.width, "")
     check_times(probe.frame_times_s, "")
