@@ -809,3 +809,9 @@ def test_figures_in_headers_are_the_planner_s():
     assert list(results["plans"]) == [recipe.name for recipe in RECIPES]
     for recipe in (*EXAMPLES, *RECIPES):
         assert abs(predicted[recipe.name] - recipe.peak_gib) <= 0.06, recipe.name
+
+
+@pytest.mark.parametrize("words", [["-h"], ["train", "-h"], ["check", "--config", "run.yaml", "--set", "a=1", "-h"]])
+def test_a_short_word_for_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 0
+    assert "Usage:" in capsys.readouterr().out

@@ -58,7 +58,14 @@ _MEMORY_FIX = (
 _LASTING = ("precompute", "train", "replay", "export", "generate", "quickstart")
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 
-app = typer.Typer(help=_OVERVIEW, epilog=_EXITS, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+app = typer.Typer(
+    help=_OVERVIEW,
+    epilog=_EXITS,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},  # verbs inherit it
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -126,7 +133,7 @@ def one_value_each(words: Sequence[str]) -> Iterator[str]:
     """``--set a=1 b=2`` as ``--set a=1 --set b=2``: typer's options take one word each."""
     option = False
     for index, word in enumerate(words):
-        if word.startswith("--") or not option:
+        if word.startswith("-") or not option:  # no assignment begins with a dash: -h does not belong to --set
             option = word == "--set"
         elif words[index - 1] != "--set":
             yield "--set"

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT
 from finetune.core.errors import FinetuneError, ModelError, is_out_of_memory, raise_all
@@ -32,6 +32,8 @@ _Rgb = Annotated[int, Field(ge=3, le=3)]
 _Probability = Annotated[float, Field(ge=0, lt=1)]
 
 _Epsilon = Annotated[float, Field(gt=0, le=1e-2)]
+
+_Scale = Annotated[float, Field(gt=0, le=1_000_000)]
 
 _Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 
@@ -57,8 +59,8 @@ class Transformer(Part):
     sample_height: _Width = 60
     sample_width: _Width = 90
     sample_frames: _Width = 49
-    spatial_interpolation_scale: PositiveFloat = 1.875
-    temporal_interpolation_scale: PositiveFloat = 1.0
+    spatial_interpolation_scale: _Scale = 1.875
+    temporal_interpolation_scale: _Scale = 1.0
     use_rotary_positional_embeddings: bool = False
     use_learned_positional_embeddings: bool = False
     time_embed_dim: _Width = 512
@@ -101,7 +103,7 @@ class Vae(Part):
     act_fn: _Activation = "silu"
     norm_eps: _Epsilon = 1e-6
     norm_num_groups: _Width = 32
-    scaling_factor: PositiveFloat = 1.15258426
+    scaling_factor: _Scale = 1.15258426
     shift_factor: float | None = None
     latents_mean: list[float] | None = None
     latents_std: list[float] | None = None
@@ -135,8 +137,8 @@ class Scheduler(Part):
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: Annotated[float, Field(gt=0, le=1_000)] = 3.0
     clip_sample: bool = True
-    clip_sample_range: PositiveFloat = 1.0
-    sample_max_value: PositiveFloat = 1.0
+    clip_sample_range: _Scale = 1.0
+    sample_max_value: _Scale = 1.0
     set_alpha_to_one: bool = True
     steps_offset: Annotated[int, Field(ge=0, le=1)] = 0
     timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading"
