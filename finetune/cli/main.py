@@ -99,7 +99,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             code, message = _outcome(error)
             if code == BUG:
                 traceback.print_exc()
-            print(f"{_rank()}{message}", file=sys.stderr)
+            if message:
+                print(f"{_rank()}{message}", file=sys.stderr)
             return code
 
 
@@ -107,6 +108,8 @@ def _outcome(error: BaseException) -> tuple[int, str]:
     """The exit code of what ended a command, and what is said of it."""
     if isinstance(error, typer.TyperException):  # words that do not parse
         message = error.format_message().replace("Value error, ", "")
+        if not message:  # no word at all: the help has been printed
+            return USER_ERROR, ""
         if choice := re.search("'(.*)' is not one of (.*)[.]", message):
             from finetune.config.messages import did_you_mean
 
