@@ -25,15 +25,8 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError, DataError, FinetuneError, KilledError
 from finetune.core.text import shown, text_fault, without_invisible
 from finetune.datasets import tables
-from finetune.datasets.sources import (
-    MAX_CAPTION_CHARS,
-    VIDEO,
-    CaptionConfig,
-    PathPolicy,
-    SourceConfig,
-    SourceRead,
-    read_samples,
-)
+from finetune.datasets.rows import MAX_CAPTION_CHARS, VIDEO, PathPolicy
+from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples
 
 SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 

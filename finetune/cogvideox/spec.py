@@ -203,7 +203,7 @@ def _nearest(value: int, step: int, *, offset: int, largest: int | None) -> str:
     return f"{below} or {above}" if below < value and (largest is None or above <= largest) else str(below)
 
 
-# -------- From a checkpoint's JSON files to ``ModelSpec``, with every wrong file and key named.
+# ---------------------------------------------------------------------------- from a checkpoint's JSON to ``ModelSpec``
 
 _LARGEST_TABLE = 1 << 30
 """Numbers in a stored table of positions; CogVideoX-5B-I2V's, the largest, has 54 million."""

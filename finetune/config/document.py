@@ -126,8 +126,8 @@ def compose(text: str, name: str) -> yaml.Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark and not name.startswith("--set") else name
-        said = " ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"not valid YAML: {said:.300}", where=place) from None
+        problem = " ".join(part for part in (error.context, error.problem) if part)
+        raise ConfigError(f"not valid YAML: {problem:.300}", where=place) from None
     except yaml.reader.ReaderError as error:
         line = text[: error.position].count("\n") + 1
         what = f"not valid YAML: U+{error.character:04X} is no text"
@@ -253,25 +253,25 @@ class YamlReader:
         try:
             if read:
                 return read(node.value)
-            said = "is not supported; write a plain value"
+            problem = "is not supported; write a plain value"
         except (ValueError, KeyError) as error:
             if node.tag == _STR:
                 self.errors.append(ConfigError(f"the text is damaged: {error}", where=self._at(node)))
                 return None
-            said = f"cannot read '{node.value:.60}'"
-        self._refuse_tag(node, said)
+            problem = f"cannot read '{node.value:.60}'"
+        self._refuse_tag(node, problem)
         return None
 
-    def _refuse_tag(self, node: yaml.Node, said: str) -> None:
+    def _refuse_tag(self, node: yaml.Node, problem: str) -> None:
         tag = node.tag.replace("tag:yaml.org,2002:", "!!")[:80]
-        self.errors.append(ConfigError(f"the tag {tag} {said}", where=self._at(node)))
+        self.errors.append(ConfigError(f"the tag {tag} {problem}", where=self._at(node)))
 
 
 def _merge_bases(node: yaml.Node) -> list[yaml.Node]:
     return list(node.value) if isinstance(node, yaml.SequenceNode) else [node]
 
 
-# -------- A configuration as values and places: what a file and the overrides of the command line say together.
+# ----------------------------------------------------------------------- a file and its overrides, as values and places
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""What of a run decides which memory techniques it can use."""
+"""What no section can see alone: which memory techniques a run may use, rules across fields, the model's version.
+
+Checked against the model's own JSON, before a weight is loaded.
+"""
 
 from __future__ import annotations
 
@@ -55,8 +58,7 @@ def _modulation(spec: ModelSpec) -> list[str]:
     return embeddings + blocks
 
 
-# -------- Cross-field rules: what no section can see alone, checked against the model's own JSON before a weight is
-# loaded.
+# -------------------------------------------------------------------------------------------------- rules across fields
 
 
 class Findings(NamedTuple):
@@ -231,7 +233,7 @@ def _run_warnings(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "validation.every", "clips are held out, but validation.every is null: nothing is measured on them"
 
 
-# -------- Which version of the model a run uses: decided once, recorded, and the same for as long as the run goes on.
+# ---------------------------------------------------------------------- the model's version: decided once, and recorded
 
 
 def pin_model(config: RunConfig, decide: Callable[[Callable[[], Any]], Any] = lambda work: work()) -> RunConfig:

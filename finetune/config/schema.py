@@ -1,7 +1,7 @@
-"""What trains: a LoRA adapter (through peft), or every weight of the transformer.
+"""``RunConfig``: which sections a run has.
 
-A method prepares a transformer in place (``apply``), and from then on names what trains. Names are the ones the
-finished product needs: peft's state-dict names for LoRA, the plain diffusers parameter names for full fine-tuning.
+A field is declared, documented and given its default where it is read; here stand those that only the loop reads
+(validation, tracking), the union of methods, and what is composed of all.
 """
 
 from __future__ import annotations
@@ -79,16 +79,12 @@ class TrackingConfig(Strict):
         return {"log_with": None if self.kind == "none" else self.kind, "project_dir": str(run_dir)}
 
 
-# -------- What trains: a LoRA adapter (through peft), or every weight of the transformer.
-#
-# A method prepares a transformer in place (``apply``), and from then on names what trains. Names are the ones the
-# finished product needs: peft's state-dict names for LoRA, the plain diffusers parameter names for full fine-tuning.
-
 MethodConfig = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
+"""What trains. A method prepares a transformer in place (``apply``) and from then on names what trains: by peft's
+state-dict names for LoRA, by diffusers' parameter names for full fine-tuning."""
 
 
-# -------- ``RunConfig``: which sections a run has. A field is declared, documented and given its default where it is
-# read.
+# ------------------------------------------------------------------------------------------------------------ the whole
 
 _Section = TypeVar("_Section", bound=Strict)
 

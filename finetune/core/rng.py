@@ -1,4 +1,4 @@
-"""Randomness has an address, not a history; and what else decides whether a run repeats bit for bit.
+"""Random numbers that depend on seed and purpose alone; and what else decides whether a run repeats bit for bit.
 
 Every random number of a run is drawn from ``generator(seed, *path)``, which depends on its arguments alone. Nothing
 accumulates, so a resumed run needs no generator state, validation cannot disturb training, and the split of an

@@ -170,12 +170,10 @@ class RunState:
     weights: str = ""
     """``tensor_files.weights_digest`` of what trains, in a saved state: equal where two runs are equal, bit for bit."""
     base: str = ""
-    """``cogvideox.base_digest`` of the transformer that is fine-tuned; empty in states from before it was recorded."""
+    """``base_digest`` of the transformer that is fine-tuned; empty in states from before it was recorded."""
 
 
-# -------- The base of every configuration section: strict, frozen, and with one place per default.
-#
-# A section is declared in the module that reads it; ``finetune.config`` only composes sections.
+# ------------------------------------------------------------------------------ the base of every configuration section
 
 MOST_STEPS = 100_000_000
 """Bound of every count of optimizer steps: three years at one a second."""

@@ -1,4 +1,4 @@
-"""A video file opened with PyAV, and the guards on it: which formats, which files, how large, and what it may raise."""
+"""Video files through PyAV: opened under guards, what they state about how they are shown, and their frames."""
 
 from __future__ import annotations
 
@@ -159,8 +159,7 @@ def _refusal(what: str, error: Exception, where: str) -> DataError:
     return DataError(f"{what} ({reason:.300})", where=where, fix=FIX)
 
 
-# -------- What a stream and its frames state about how they are to be shown: upright, progressive, opaque, in which
-# colours.
+# ----------------------------------------------------------- what is stated: orientation, fields, transparency, colours
 
 ON_BLACK = "on-black-1"
 
@@ -232,8 +231,8 @@ def _orientation(matrix: list[int], where: str) -> int:
     for straight, other, key in ((along, across, (a, 0, 0, d)), (across, along, (0, b, c, 0))):
         if 50 * max(other) <= min(straight) > 0:  # a degree; how large entries are is a matter of the pixels' aspect
             return _ORIENTATIONS[tuple((entry > 0) - (entry < 0) for entry in key)]
-    told = f"metadata that turn the picture by no right angle, or squash it to nothing ({a}, {b}, {c}, {d})"
-    raise DataError(told, where=where, fix=FIX)
+    what = f"metadata that turn the picture by no right angle, or squash it to nothing ({a}, {b}, {c}, {d})"
+    raise DataError(what, where=where, fix=FIX)
 
 
 def stated_corrections(stream: Any, frame: Any, where: str) -> tuple[str, ...]:
@@ -356,7 +355,7 @@ def _convert(where: str, filters: str) -> str:
     return f'convert it: ffmpeg -i "{Path(where).name}" -vf "{filters},format=yuv420p10le" {encode} converted.mp4'
 
 
-# -------- Video headers and frames through PyAV (today's FFmpeg).
+# --------------------------------------------------------------------------------------------------- headers and frames
 
 Frame = NDArray[np.uint8]
 

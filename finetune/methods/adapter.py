@@ -1,4 +1,4 @@
-"""Named tensors of a model: comparing, copying, counting."""
+"""Named tensors of a model: comparing, copying, counting; and LoRA adapters as they lie on disk."""
 
 from __future__ import annotations
 

@@ -247,7 +247,7 @@ class _Search:
         """By how much the guesses of a family that was looked at are off."""
 
     def candidates(self, bases: Sequence[str]) -> list[Candidate]:
-        """See ``candidates``."""
+        """Memory sections that are legal for this run over ``bases``, fastest first by their predicted time."""
         return candidates(self._config, self._traits, self._machine.rates, bases)
 
     def plan(self, memory: MemoryConfig) -> MemoryPlan:

@@ -142,8 +142,7 @@ def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: Pr
     require_supported(launch, ranks.world, config)
 
 
-# -------- A run's folder among processes: one job writes to it, and all processes of the job continue from one
-# checkpoint.
+# --------------------------------------------------------------------------------- a run's folder: one job writes to it
 
 
 @contextmanager
