@@ -45,7 +45,7 @@ From one's own clips to a video, in five commands:
 
 _EXITS = """\
 Exit codes: 0 done, 2 something to mend (the message says where), 1 a bug, 130 interrupted, 75 training was stopped by a
-signal and saved, or a collection met a job that is only beginning (the same command continues).
+signal and saved, or a collection met a job that uses the cache (the same command continues).
 """
 
 _SYSTEM_FIX = "name a folder that can be written and has room, or change its owner and rights"
