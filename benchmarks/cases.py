@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.config.loading import load_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, load_config
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 CASES: Mapping[str, tuple[str, Mapping[str, Mapping[str, Any]]]] = {

@@ -41,8 +41,7 @@ from finetune.cogvideox.load import empty_transformer, place
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.objective import alpha_bar, velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.config.loading import load_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, load_config
 from finetune.core.distributed import require_cudnn
 from finetune.core.types import GIB, Batch, Bucket
 from finetune.memory.quantized_linear import placement

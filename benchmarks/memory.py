@@ -20,8 +20,7 @@ from typing import Any
 from cases import cases
 
 from finetune.cli.init import EXAMPLES, RECIPES, Recipe
-from finetune.config.loading import load_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, load_config
 from finetune.core.gpu import OVERHEAD_GIB, usable
 from finetune.core.types import GIB
 from finetune.planner.cost_model import DEFAULTS, step_cost

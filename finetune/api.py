@@ -6,10 +6,12 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_type_hints
 
 if TYPE_CHECKING:
     from finetune.caching.check import DatasetReport
+    from finetune.caching.precompute import PrecomputeReport
     from finetune.config.schema import RunConfig
     from finetune.convert.export import ExportReport
     from finetune.core.types import Bucket, SamplePrompt
@@ -29,20 +31,19 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         import inspect
 
-        from pydantic import create_model
+        from pydantic import ConfigDict, create_model
 
         from finetune.config.document import Document
-        from finetune.config.messages import validate
+        from finetune.config.schema import validate
         from finetune.core import types
 
         bound = inspect.signature(function).bind(*args, **kwargs)  # TypeError for words that the function does not have
-        names = [name for name in bound.arguments if name != "config"]
-        hints = inspect.get_annotations(function)
-        scope = {**vars(types), **function.__globals__, "StepRecord": Any}
-        fields: dict[str, Any] = {name: (eval(hints[name], scope), ...) for name in names}
-        model = create_model(function.__name__, __base__=types.Strict, **fields)
-        document = Document.of({name: bound.arguments[name] for name in names}, f"{function.__name__}()")
-        bound.arguments.update({name: getattr(validate(model, document), name) for name in names})
+        given = {name: value for name, value in bound.arguments.items() if name != "config"}
+        annotated = SimpleNamespace(__annotations__={name: function.__annotations__[name] for name in given})
+        hints = get_type_hints(annotated, {**vars(types), **function.__globals__, "StepRecord": Any})
+        fields: dict[str, Any] = {name: (hint, ...) for name, hint in hints.items()}
+        model = create_model(function.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
+        bound.arguments.update(dict(validate(model, Document(given, name=f"{function.__name__}()"))))
         return function(*bound.args, **bound.kwargs)
 
     return call
@@ -61,7 +62,7 @@ def load_config(path: str | Path, overrides: str | Iterable[str] | Mapping[str, 
         ConfigError: if the file is unreadable or says something that a run cannot be; all faults are reported together,
             each with its line and column.
     """
-    from finetune.config.loading import load_config
+    from finetune.config.schema import load_config
 
     return load_config(path, overrides)
 
@@ -95,8 +96,8 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
     from finetune.caching.check import check_dataset, identities, overview
     from finetune.cogvideox.model_files import json_folder
     from finetune.cogvideox.spec import read_spec
-    from finetune.config.loading import as_config
     from finetune.config.rules import require_valid
+    from finetune.config.schema import as_config
 
     config = as_config(config)
     spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
@@ -116,7 +117,7 @@ def plan(
     device: str | None = None,
     processes: int = 1,
     quantize: bool = False,
-    plot: Path | None = None,
+    plot: str | Path | None = None,
     exact: bool = False,
     as_json: bool = False,
 ) -> Planned:
@@ -138,12 +139,46 @@ def plan(
         ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
         ModelError: if the model's JSON cannot be found or used.
     """
-    from finetune.config.loading import as_config
+    from finetune.config.schema import as_config
     from finetune.planner.plan import plan
 
     options = {"card": card, "ram": ram, "budget": budget, "device": device, "processes": processes}
-    flags = {"quantize": quantize, "plot": plot, "exact": exact, "as_json": as_json}
+    flags = {"quantize": quantize, "plot": None if plot is None else Path(plot), "exact": exact, "as_json": as_json}
     return plan(as_config(config), **options, **flags)  # type: ignore[arg-type]
+
+
+@checked
+def precompute(config: RunConfig | Mapping[str, Any] | str | Path, *, progress: bool = True) -> PrecomputeReport:
+    """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
+
+    What is encoded stays, whatever happens: killed at any moment, the next call goes on where this one stopped.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        progress: draw progress bars, on the main process.
+
+    Raises:
+        DataError: listing every row and file that cannot be used, before anything is encoded; or every clip whose
+            pixels could not be decoded, after all others are encoded.
+        CacheError: if the disk or the GPU is too small, or another process of the launch failed.
+        ModelError: if an encoder cannot be found or loaded.
+    """
+    import logging
+
+    from finetune.caching.precompute import precompute
+    from finetune.cogvideox.spec import read_spec
+    from finetune.config.rules import pin_model, require_valid
+    from finetune.config.schema import as_config
+    from finetune.core.distributed import ProcessGroup
+    from finetune.planner.plan import choose_memory
+
+    ranks = ProcessGroup.current()
+    config = pin_model(as_config(config), ranks.run_on_main)
+    spec = read_spec(config.model.pretrained, config.model.revision)
+    for warning in require_valid(config, spec) if ranks.is_main else ():
+        logging.getLogger("finetune").warning(warning)
+    config, _ = choose_memory(config)  # it decides how T5 is held
+    return precompute(config, spec=spec, distributed=ranks, progress=progress)
 
 
 @checked
@@ -220,13 +255,13 @@ def export(
 @checked
 def generate(
     prompts: str | Sequence[str | SamplePrompt],
-    out: Path = Path("videos"),
+    out: str | Path = Path("videos"),
     *,
     model: str | Path | None = None,
     revision: str | None = None,
-    transformer: Path | None = None,
+    transformer: str | Path | None = None,
     adapters: str | Path | Sequence[str | Path] = (),
-    images: Path | Sequence[Path] = (),
+    images: str | Path | Sequence[str | Path] = (),
     seed: int = 0,
     bucket: str | Bucket | None = None,
     fps: float | None = None,
@@ -270,9 +305,10 @@ def generate(
     from finetune.inference.request import GenerateRequest, parse_adapter, prompts_with_seeds
 
     listed = [adapters] if isinstance(adapters, str | Path) else adapters
+    frames = [images] if isinstance(images, str | Path) else images
     items = [prompts] if isinstance(prompts, str) else prompts
     texts = [item for item in items if isinstance(item, str)]
-    seeded = iter(prompts_with_seeds(texts, [images] if isinstance(images, Path) else [*images], seed=seed))
+    seeded = iter(prompts_with_seeds(texts, [*map(Path, frames)], seed=seed))
     try:
         shape = None if bucket is None else parse_bucket(bucket)
     except ValueError as error:
@@ -281,9 +317,9 @@ def generate(
         GenerateRequest(
             base=None if model is None else str(model),
             prompts=tuple(next(seeded) if isinstance(item, str) else item for item in items),
-            out=out,
+            out=Path(out),
             revision=revision,
-            transformer=transformer,
+            transformer=None if transformer is None else Path(transformer),
             adapters=tuple(parse_adapter(str(adapter)) for adapter in listed),
             bucket=shape,
             fps=fps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from worlds import assert_same_run, run_config, stop_after
 
-from finetune.config.loading import load_config
+from finetune.config.schema import load_config
 from finetune.core.errors import ConfigError
 from finetune.memory.config import MemoryConfig, Traits
 from finetune.planner.plan import choose_memory

@@ -30,8 +30,8 @@ from finetune.cli.main import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, main
 from finetune.cli.streams import own_log
 from finetune.cogvideox.model_files import HUB_IDS, known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.config.loading import load_config
 from finetune.config.rules import check_against
+from finetune.config.schema import load_config
 from finetune.core.errors import (
     CheckpointError,
     DataError,

@@ -22,10 +22,9 @@ from pydantic.fields import FieldInfo
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.document import Document, Dumper
-from finetune.config.loading import load_config
-from finetune.config.messages import did_you_mean, is_section, validate
+from finetune.config.messages import did_you_mean, is_section
 from finetune.config.rules import check_against, require_valid
-from finetune.config.schema import RunConfig, json_schema
+from finetune.config.schema import RunConfig, json_schema, load_config, validate
 from finetune.core.errors import ConfigError
 from finetune.core.types import Bucket, Strict
 from finetune.datasets.schedule import Item, StepPlan, lr_at
@@ -198,25 +197,18 @@ def test_bombs_are_refused_in_bounded_time_and_words(write, name):
 
 @pytest.mark.parametrize(
     ("limit", "name"),
-    [
-        ("MAX_VALUES", "aliases in aliases"),
-        ("MAX_DEPTH", "a chain of aliases"),
-        ("MAX_DEPTH", "deep mappings"),
-        ("_MAX_WORK", "one long key, a thousand times"),
-    ],
-)
+    [("MAX_WORK", "aliases in aliases"), ("MAX_WORK", "one long key, a thousand times"),
+     ("MAX_DEPTH", "a chain of aliases"), ("MAX_DEPTH", "deep mappings")],
+)  # fmt: skip
 def test_the_bombs_are_live(write, monkeypatch, limit, name):
     """Canary: with one limit taken away the other, or Python's own, is what stops them."""
     monkeypatch.setattr(f"finetune.config.document.{limit}", 10**9)
-    text = BOMBS[name] if limit != "MAX_VALUES" else "\n".join(BOMBS[name].splitlines()[:4])
-    path = write(text)
-    if limit == "_MAX_WORK":
-        assert len(str(Document.read(path).values)) > 4_500_000
-    elif limit == "MAX_DEPTH":
-        with pytest.raises((RecursionError, ConfigError), match=r"recursion|more than 10000 values"):
-            Document.read(path)
+    path = write("\n".join(BOMBS[name].splitlines()[:5]) if limit == "MAX_WORK" else BOMBS[name])
+    if limit == "MAX_WORK":
+        assert len(str(Document.read(path).values)) > 500_000
     else:
-        assert str(Document.read(path).values).count("x") > 10_000
+        with pytest.raises((RecursionError, ConfigError), match=r"recursion|more than 20000 values"):
+            Document.read(path)
 
 
 WRONG_NUMBERS = (math.nan, math.inf, -math.inf, -1, 0, 1e-320, 1e29, 1e300, 10**400)
@@ -440,12 +432,6 @@ def test_damaged_text_is_refused_in_code_too():
         RunConfig.from_dict(values)
 
 
-def test_nested_aliases_do_not_explode(write):
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 9)]
-    assert "more than 10000 values" in fault(write("\n".join(lines)))
-
-
 @pytest.mark.parametrize(
     ("assignments", "said"),
     [
@@ -597,7 +583,7 @@ def test_several_models_in_one_plain_union_are_one_fault():
         points: dict[str, Point] = Field(default_factory=dict)
 
     with pytest.raises(ConfigError) as caught:
-        validate(Holder, Document.of({"where": "a", "points": {"p": {"x": "y", "z": 1}}}, "file"))
+        validate(Holder, Document({"where": "a", "points": {"p": {"x": "y", "z": 1}}}, name="file"))
     message = str(caught.value)
     assert message.startswith("3 faults")
     assert "where is 'a': should be a whole number" in message and "; or should be a list" in message
@@ -662,6 +648,7 @@ def test_overrides_in_code_are_one_string_or_many_or_values(write, overrides):
         ({"train.stesp": 5}, "unknown field 'stesp'; did you mean 'steps'?"),
         ({"train.steps": object()}, "train.steps"),
         ({"": 1, "train..steps": 1}, "2 overrides"),
+        ({"train.seed": 10**5_000}, "'seed' is a number of thousands of digits"),
         ({"train.steps.x": 1}, "'train.steps' is 100 in the file"),
     ],
 )
@@ -688,6 +675,7 @@ def test_what_is_no_path_is_named(path):
         ("data.sources.5.path=a", "'5' is no index into 'data.sources', which has 2 items"),
         ("train.steps=[1", "not valid YAML"),
         ("optimizer.lr=", "'lr' is empty"),
+        ("method={rank: 1, rank: 2, [1]: 3}", "2 faults in --set method={rank: 1"),
     ],
 )
 def test_faulty_overrides_name_themselves(write, override, said):

@@ -23,9 +23,8 @@ from finetune.cli.init import EXAMPLES, RECIPES
 from finetune.cli.main import app, one_value_each
 from finetune.cogvideox.model_files import HUB_IDS, known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.config.loading import load_config
 from finetune.config.rules import check_against
-from finetune.config.schema import RunConfig, json_schema
+from finetune.config.schema import RunConfig, json_schema, load_config
 from finetune.core.errors import ConfigError
 
 ROOT = Path(finetune.__file__).parent.parent

@@ -28,9 +28,8 @@ from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load
 from finetune.cogvideox.model_files import is_commit, known_model, pin_revision, resolve_pretrained
 from finetune.cogvideox.spec import read_spec
 from finetune.cogvideox.tokenizer import _read_in_a_process, require_tokenizer
-from finetune.config.loading import load_config
 from finetune.config.rules import pin_model
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, load_config
 from finetune.core.errors import CheckpointError, ConfigError, ModelError
 from finetune.core.files import LORA_FILE, publish_dir
 from finetune.core.types import SamplePrompt

@@ -19,8 +19,8 @@ from waiting import HANG_S
 
 from finetune.cli.init import RECIPES
 from finetune.cli.main import OK, USER_ERROR, main
-from finetune.config.loading import load_config
 from finetune.config.rules import memory_traits
+from finetune.config.schema import load_config
 from finetune.core.types import GIB
 from finetune.planner import plan as plan_module
 from finetune.planner.cost_model import DEFAULTS, save_rates, step_cost

@@ -468,7 +468,7 @@ class Block:
             raise ImportError(f"{name} was imported")
 
 sys.meta_path.insert(0, Block())
-from finetune.config.loading import load_config
+from finetune.config.schema import load_config
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_entries import UNKNOWN
 from finetune.cogvideox.spec import read_spec
@@ -949,7 +949,7 @@ def test_tiling_is_recorded_and_leaves_the_address_alone(project):
 SLOW = """
 import sys, time
 from finetune.caching import encode as encoding
-from finetune.config.loading import load_config
+from finetune.config.schema import load_config
 from finetune.caching.precompute import precompute
 real = encoding.encode_video
 def slowly(vae, pixels):
@@ -996,7 +996,7 @@ import sys
 from finetune.datasets import decode as frames
 from finetune.core.errors import DataError
 from finetune.caching import encode as encoding
-from finetune.config.loading import load_config
+from finetune.config.schema import load_config
 from finetune.cogvideox.spec import read_spec
 from finetune.caching.precompute import ensure_cache, precompute
 from finetune.core.distributed import ProcessGroup

@@ -288,7 +288,7 @@ def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tin
 
 
 def test_the_run_folder_says_what_was_run(tiny_run, tmp_path):
-    from finetune.config.loading import load_config
+    from finetune.config.schema import load_config
 
     config = tiny_run("run")
     train(config)

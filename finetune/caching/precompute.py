@@ -45,9 +45,8 @@ from finetune.caching.request import (
 )
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.config.loading import as_config
 from finetune.config.rules import pin_model, require_valid
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, as_config
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import from_here, human_size, require_space

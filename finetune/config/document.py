@@ -7,9 +7,8 @@ constructs an object. Size, depth and number of values are bounded, so that no f
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,20 +39,23 @@ _COLLECTIONS = ("tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 MAX_BYTES = 1 << 20
 """Of a configuration file: a hundred times the longest anyone has a use for."""
 
-MAX_VALUES = 10_000
-"""A file that unfolds to more values than this is a mistake, or an attack made of nested aliases."""
+MAX_NODES = 20_000
+"""Values and keys. A file that unfolds to more is a mistake, or an attack made of nested aliases."""
 
 MAX_DEPTH = 50
 """Of sections and lists in each other; a run has six."""
 
-_MAX_WORK = 4 * MAX_BYTES
+MAX_WORK = 4 * MAX_BYTES
 """Characters that a file may unfold to: aliases to one long text would be gone through once for each of them."""
 
-_NODE_WORK = 64
+_NODE_WORK = MAX_WORK // MAX_NODES
 """Characters' worth of work for a value or a key, whatever it holds."""
 
 _MAX_DIGITS = 100
 """Of a number. Longer ones take Python time out of proportion, and nothing counts so far."""
+
+MOST_SHOWN = 200
+"""Characters of a value in a message."""
 
 Keys = tuple[str | int, ...]
 
@@ -65,10 +67,10 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         self._depth += 1
         self._nodes += 1
-        if self._depth > MAX_DEPTH or self._nodes > 2 * MAX_VALUES:  # a key is a node too
-            fault = f"more than {MAX_VALUES} values" if self._depth <= MAX_DEPTH else f"more than {MAX_DEPTH} levels"
+        if self._depth > MAX_DEPTH or self._nodes > MAX_NODES:
+            limit = f"{MAX_DEPTH} levels" if self._depth > MAX_DEPTH else f"{MAX_NODES} values"
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem=f"it holds {fault}", problem_mark=mark)
+            raise yaml.MarkedYAMLError(problem=f"it holds more than {limit}", problem_mark=mark)
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -87,7 +89,7 @@ for _tag, _pattern, _first in _CORE:
         Dumper.add_implicit_resolver(_tag, _regex, _firsts)
 
 
-def read_text(path: Path) -> str:
+def _text_of(path: Path) -> str:
     """The text of a configuration file. Raises ConfigError if it is none, is too large, or is not UTF-8."""
     try:
         if path.exists() and not path.is_file():
@@ -119,152 +121,134 @@ def read_text(path: Path) -> str:
         ) from None
 
 
-def compose(text: str, name: str) -> yaml.Node | None:
-    """The one document in ``text``, or None. Raises ConfigError, with the line where ``name`` is a file."""
-    try:
-        return yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{name}:{mark.line + 1}:{mark.column + 1}" if mark and not name.startswith("--set") else name
-        problem = " ".join(part for part in (error.context, error.problem) if part)
-        raise ConfigError(f"not valid YAML: {problem:.300}", where=place) from None
-    except yaml.reader.ReaderError as error:
-        line = text[: error.position].count("\n") + 1
-        what = f"not valid YAML: U+{error.character:04X} is no text"
-        raise ConfigError(what, where=name if name.startswith("--set") else f"{name}:{line}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an escape beyond the last character
-        raise ConfigError(f"not valid YAML: {error!s:.300}", where=name) from None
-
-
-def place_of(node: yaml.Node, name: str) -> str:
-    """``run.yaml:12:3``."""
-    return f"{name}:{node.start_mark.line + 1}:{node.start_mark.column + 1}"
-
-
-def _int(text: str) -> int:
-    _require_short(text)
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
-
-
-def _require_short(text: str) -> None:
+def _few_digits(text: str) -> str:
     if len(text) > _MAX_DIGITS:
         raise ValueError(f"a number of {len(text)} digits")
-
-
-def _text(text: str) -> str:
-    if fault := text_fault(text):
-        raise ValueError(fault)
     return text
 
 
-def _float(text: str) -> float:
-    _require_short(text)
-    return float(re.sub(r"\.(?=inf|nan)", "", text.lower()))
-
-
 _SCALARS: dict[str, Callable[[str], Any]] = {
-    _STR: _text,
+    _STR: str,
     _NULL: lambda text: None,
     _BOOL: lambda text: {"true": True, "false": False}[text.lower()],
-    _INT: _int,
-    _FLOAT: _float,
+    _INT: lambda text: int(_few_digits(text), 0 if text[:2] in ("0o", "0x") else 10),
+    _FLOAT: lambda text: float(re.sub(r"\.(?=inf|nan)", "", _few_digits(text).lower())),
 }
 
 
 class YamlReader:
-    """Turns nodes into values, noting places and faults."""
+    """Turns YAML into plain values, noting where each stands.
+
+    Args:
+        name: of the file, for messages, or a whole ``--set`` assignment.
+        one_line: whether all of it stands at ``name``: there are no lines to tell apart.
+    """
 
     def __init__(self, name: str, *, one_line: bool = False) -> None:
-        self.name = name
         self.places: dict[Keys, str] = {}
-        self.errors: list[ConfigError] = []
+        self._name = name
         self._one_line = one_line
+        self._errors: list[ConfigError] = []
         self._open: set[int] = set()
-        self._count = 0
         self._work = 0
 
-    def value(self, node: yaml.Node, path: Keys) -> Any:
-        self._count += 1
-        if self._count > MAX_VALUES:
-            raise ConfigError(f"it unfolds to more than {MAX_VALUES} values", where=self._at(node))
+    def read(self, text: str) -> Any:
+        """The values of the one document in ``text``, or None.
+
+        Raises:
+            ConfigError: if it is not YAML or is beyond a bound; or one for all repeated keys, tags and damaged texts.
+        """
+        try:
+            node = yaml.compose(text, Loader=_Loader)
+        except yaml.MarkedYAMLError as error:
+            problem = " ".join(part for part in (error.context, error.problem) if part)
+            where = self._at(error.problem_mark or error.context_mark)
+            raise ConfigError(f"not valid YAML: {problem:.300}", where=where) from None
+        except yaml.reader.ReaderError as error:
+            where = self._name if self._one_line else f"{self._name}:{text[: error.position].count(chr(10)) + 1}"
+            raise ConfigError(f"not valid YAML: U+{error.character:04X} is no text", where=where) from None
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: an escape beyond the last character
+            raise ConfigError(f"not valid YAML: {error!s:.300}", where=self._name) from None
+        value = None if node is None else self._value(node, ())
+        raise_all(ConfigError, self._errors, what="{n} faults in " + self._name, limit=100)
+        return value
+
+    def _at(self, mark: Any) -> str:
+        return self._name if self._one_line or not mark else f"{self._name}:{mark.line + 1}:{mark.column + 1}"
+
+    def _spend(self, node: yaml.Node) -> None:
+        """Count the work that a value, a key or a fault makes, each time that it stands somewhere."""
+        self._work += _NODE_WORK + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
+        if self._work > MAX_WORK:
+            limit = f"{MAX_NODES} values, or {MAX_WORK:,} characters"
+            raise ConfigError(f"it unfolds to more than {limit}", where=self._at(node.start_mark))
+
+    def _fault(self, node: yaml.Node, what: str, **more: str) -> None:
         self._spend(node)
-        if len(self._open) > MAX_DEPTH:  # aliases can nest deeper than the text does
-            raise ConfigError(f"it unfolds to more than {MAX_DEPTH} levels", where=self._at(node))
-        self.places.setdefault(path, self._at(node))
-        if isinstance(node, yaml.ScalarNode):
+        self._errors.append(ConfigError(what, **{"where": self._at(node.start_mark), **more}))
+
+    def _value(self, node: yaml.Node, path: Keys) -> Any:
+        self._spend(node)
+        at = self._at(node.start_mark)
+        self.places.setdefault(path, at)
+        scalar = isinstance(node, yaml.ScalarNode)
+        if node.tag not in (_SCALARS if scalar else _COLLECTIONS):
+            self._fault(node, f"the tag {_short(node.tag)} is not supported; write plain values, lists and mappings")
+            return None
+        if scalar:
             return self._scalar(node)
-        if node.tag not in _COLLECTIONS:
-            self._refuse_tag(node, "is not supported; write a plain list or mapping")
+        if len(self._open) > MAX_DEPTH:  # aliases can nest deeper than the text does
+            raise ConfigError(f"it unfolds to more than {MAX_DEPTH} levels", where=at)
         if id(node) in self._open:
-            raise ConfigError("an alias refers to the value that it stands in", where=self._at(node))
+            raise ConfigError("an alias refers to the value that it stands in", where=at)
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.SequenceNode):
-                return [self.value(item, (*path, index)) for index, item in enumerate(node.value)]
+                return [self._value(item, (*path, index)) for index, item in enumerate(node.value)]
             return self._mapping(node, path)
         finally:
             self._open.discard(id(node))
 
-    def _spend(self, node: yaml.Node) -> None:
-        """Count the work that a value, a key or a base of a merge makes, each time that it stands somewhere."""
-        self._work += _NODE_WORK + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
-        if self._work > _MAX_WORK:
-            raise ConfigError(f"it unfolds to more than {_MAX_WORK:,} characters", where=self._at(node))
-
-    def _at(self, node: yaml.Node) -> str:
-        return self.name if self._one_line else place_of(node, self.name)
+    def _scalar(self, node: yaml.Node) -> Any:
+        if node.tag == _STR and (fault := text_fault(node.value)):
+            self._fault(node, f"the text is damaged: {fault}")
+            return None
+        try:
+            return _SCALARS[node.tag](node.value)
+        except (ValueError, KeyError):
+            self._fault(node, f"the tag {_short(node.tag)} cannot read '{node.value:.60}'")
+            return None
 
     def _mapping(self, node: yaml.Node, path: Keys) -> dict[str, Any]:
-        found: dict[str, Any] = {}
         merged: dict[str, Any] = {}
+        own: dict[str, Any] = {}
         for base in reversed([base for key, item in node.value if key.tag == _MERGE for base in _merge_bases(item)]):
             # The first base that says something wins, and the mapping's own keys win over all bases.
-            self._spend(base)
             if isinstance(base, yaml.MappingNode):
-                merged |= self.value(base, path)
+                merged |= self._value(base, path) or {}
             else:
-                self.errors.append(ConfigError("'<<' takes a mapping or a list of mappings", where=self._at(base)))
+                self._fault(base, "'<<' takes a mapping or a list of mappings")
         for key, item in node.value:
             self._spend(key)
+            inner = (*path, key.value)
             if key.tag == _MERGE:
                 continue
             if not isinstance(key, yaml.ScalarNode):
-                self.errors.append(ConfigError("a key must be a plain word", where=self._at(key)))
-                continue
-            inner = (*path, key.value)
-            if fault := text_fault(key.value, one_line=True):
-                self.errors.append(ConfigError(f"a key is damaged: {fault}", where=self._at(key)))
-                continue
-            if key.value in found:
-                self.errors.append(
-                    ConfigError(
-                        f"'{key.value:.60}' stands twice; the first is at {self.places[inner]}",
-                        where=f"{self._at(key)} ({'.'.join(map(str, inner))})",
-                        fix="keep one of the two",
-                    )
-                )
-                continue
-            self.places[inner] = self._at(key)
-            found[key.value] = self.value(item, inner)
-        return {**merged, **found}
+                self._fault(key, "a key must be a plain word")
+            elif fault := text_fault(key.value, one_line=True):
+                self._fault(key, f"a key is damaged: {fault}")
+            elif key.value in own:
+                what = f"'{key.value:.60}' stands twice; the first is at {self.places[inner]}"
+                where = f"{self._at(key.start_mark)} ({dotted(inner)})"
+                self._fault(key, what, where=where, fix="keep one of the two")
+            else:
+                self.places[inner] = self._at(key.start_mark)
+                own[key.value] = self._value(item, inner)
+        return {**merged, **own}
 
-    def _scalar(self, node: yaml.ScalarNode) -> Any:
-        read = _SCALARS.get(node.tag)
-        try:
-            if read:
-                return read(node.value)
-            problem = "is not supported; write a plain value"
-        except (ValueError, KeyError) as error:
-            if node.tag == _STR:
-                self.errors.append(ConfigError(f"the text is damaged: {error}", where=self._at(node)))
-                return None
-            problem = f"cannot read '{node.value:.60}'"
-        self._refuse_tag(node, problem)
-        return None
 
-    def _refuse_tag(self, node: yaml.Node, problem: str) -> None:
-        tag = node.tag.replace("tag:yaml.org,2002:", "!!")[:80]
-        self.errors.append(ConfigError(f"the tag {tag} {problem}", where=self._at(node)))
+def _short(tag: str) -> str:
+    return tag.replace("tag:yaml.org,2002:", "!!")[:80]
 
 
 def _merge_bases(node: yaml.Node) -> list[yaml.Node]:
@@ -276,7 +260,7 @@ def _merge_bases(node: yaml.Node) -> list[yaml.Node]:
 
 @dataclass
 class Document:
-    """The values of a configuration and where each was written.
+    """The values of a configuration and where each was written; values made in code have no places.
 
     ``places`` is keyed by the path as a tuple, such as ``("data", "sources", 0, "path")``; the empty path is the file.
     """
@@ -286,11 +270,6 @@ class Document:
     name: str = ""
 
     @classmethod
-    def of(cls, values: Mapping[str, Any], name: str = "") -> Document:
-        """Wrap values made in code; they have no places."""
-        return cls(dict(values), {}, name)
-
-    @classmethod
     def read(cls, path: Path) -> Document:
         """Read a YAML file.
 
@@ -298,26 +277,20 @@ class Document:
             ConfigError: if it cannot be read, is not YAML, is empty, is not a mapping, or repeats a key; all repeated
                 keys are reported together.
         """
-        name = str(path)
-        node = compose(read_text(path), name)
-        if node is None:
-            raise ConfigError("the file is empty", where=name, fix="write one with `finetune init`")
-        if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(
-                "the file is not a mapping of sections (`model:`, `data:`, ...)", where=place_of(node, name)
-            )
-        reader = YamlReader(name)
-        values = reader.value(node, ())
-        raise_all(ConfigError, reader.errors, what="{n} faults in " + name, limit=100)
-        return cls(values, reader.places, name)
+        reader = YamlReader(str(path))
+        values = reader.read(_text_of(path))
+        if values is None:
+            raise ConfigError("the file is empty", where=str(path), fix="write one with `finetune init`")
+        if not isinstance(values, dict):
+            raise ConfigError("the file is not a mapping of sections (`model:`, `data:`, ...)", where=reader.places[()])
+        return cls(values, reader.places, str(path))
 
     def place(self, path: Keys) -> str:
         """Where ``path`` was written, or its nearest written parent; then the dotted path, for messages."""
-        dotted = ".".join(f"{part!s:.60}" for part in path)
         for end in range(len(path), -1, -1):
             if place := self.places.get(path[:end]):
-                return f"{place} ({dotted})" if dotted and not place.startswith("--set") else place
-        return f"{self.name} ({dotted})" if self.name and dotted else self.name or dotted
+                return f"{place} ({dotted(path)})" if path and not place.startswith("--set") else place
+        return f"{self.name} ({dotted(path)})" if self.name and path else self.name or dotted(path)
 
     def value(self, path: Keys) -> Any:
         """The value at ``path``, or None where nothing is written there."""
@@ -329,36 +302,34 @@ class Document:
             value = value[part]
         return value
 
-    def override(self, assignment: str, *made: Any) -> None:
+    def override(self, assignment: str) -> None:
         """Apply one ``a.b=value`` as though the file had said so; ``value`` is YAML, ``a.0.b`` is an item of a list.
-
-        In code the value may be ``made`` already: ``override("a.b", value)``.
 
         A path that no section knows is not found here but by the validation, like a typo in the file.
 
         Raises:
             ConfigError: if it is not an assignment, the value is not YAML, or the path leads through a plain value.
         """
-        dotted, equals, text = (assignment, "=", "") if made else assignment.partition("=")
-        where = f"--set {assignment:.200}" + (f"={made[0]!r:.200}" if made else "")
-        parts = _parts(dotted)
-        if not equals or not parts or "" in parts:
-            raise ConfigError(
-                f"'{assignment:.200}' is not an assignment", where="--set", fix="write --set section.field=value"
-            )
+        target, equals, text = assignment.partition("=")
+        reader = YamlReader(f"--set {assignment:.200}", one_line=True)
+        value = reader.read(text)
+        self.assign(target if equals else "", value, where=f"--set {assignment:.200}", inner=reader.places)
+
+    def assign(self, target: str, value: Any, *, where: str, inner: Iterable[Keys] = ()) -> None:
+        """As ``override``, of a ``value`` that is made already; ``inner`` are the paths in it that stand ``where``."""
+        parts = re.sub(r"\[(\d+)\]", r".\1", target.strip()).split(".")
+        if "" in parts:
+            what = f"'{where.removeprefix('--set ')}' is not an assignment"
+            raise ConfigError(what, where="--set", fix="write --set section.field=value")
         if len(parts) > MAX_DEPTH:
             raise ConfigError(f"a path of {len(parts)} parts leads nowhere", where=where)
-        node = None if made else compose(text, where)
-        reader = YamlReader(where, one_line=True)
-        value = copy.deepcopy(made[0]) if made else None if node is None else reader.value(node, ())
-        raise_all(ConfigError, reader.errors, what="{n} faults in " + where)
-        path = self._assign(parts, value, where)
+        path = self._put(parts, value, where)
         self.places = {known: place for known, place in self.places.items() if known[: len(path)] != path}
-        self.places.update({path + inner: where for inner in [(), *reader.places]})
+        self.places.update({path + rest: where for rest in [(), *inner]})
         for end in range(1, len(path)):  # sections that the file does not have
             self.places.setdefault(path[:end], where)
 
-    def _assign(self, parts: Sequence[str], value: Any, where: str) -> Keys:
+    def _put(self, parts: Sequence[str], value: Any, where: str) -> Keys:
         holder: Any = self.values
         path: list[str | int] = []
         for depth, part in enumerate(parts):
@@ -377,7 +348,7 @@ class Document:
                 holder.setdefault(part, None)
             else:
                 raise ConfigError(
-                    f"'{outer:.200}' is {holder!r:.100} in the file and has no field '{part:.60}'", where=where
+                    f"'{outer:.200}' is {quoted(holder)} in the file and has no field '{part:.60}'", where=where
                 )
             key = path[-1]
             if depth == len(parts) - 1:
@@ -388,5 +359,15 @@ class Document:
         return tuple(path)
 
 
-def _parts(dotted: str) -> list[str]:
-    return re.sub(r"\[(\d+)\]", r".\1", dotted.strip()).split(".") if dotted.strip() else []
+def dotted(path: Keys) -> str:
+    """``data.sources.0.path``."""
+    return ".".join(f"{part!s:.60}" for part in path)
+
+
+def quoted(value: Any) -> str:
+    """A value as Python writes it, as much of it as anyone would read."""
+    try:
+        text = repr(value[:MOST_SHOWN] if isinstance(value, str) else value)
+    except ValueError:  # Python refuses to write down an integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."

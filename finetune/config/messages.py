@@ -3,88 +3,59 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finetune.config.document import Document, Keys
-from finetune.core.errors import ConfigError, raise_all
-from finetune.core.text import text_fault
-
-M = TypeVar("M", bound=BaseModel)
+from finetune.config.document import MOST_SHOWN, Document, Keys, dotted, quoted
+from finetune.core.errors import ConfigError
 
 _MOST_FAULTS = 200
-
-_MOST_SHOWN = 200
-"""Characters of a value, and of what is said of it."""
-
-
-def validate(kind: type[M], document: Document) -> M:
-    """Validate a document as a ``kind``.
-
-    Raises:
-        ConfigError: one for all faults, each with its place in the file.
-    """
-    headline = "{n} faults in " + (document.name or "the configuration")
-    raise_all(ConfigError, list(_damaged_text(document.values, document, ())), what=headline)
-    try:
-        model = kind.model_validate(document.values)
-    except ValidationError as error:
-        raise_all(ConfigError, explain(kind, error, document), what=headline, limit=1000)
-        raise
-    raise_all(ConfigError, list(_odd_numbers(model, document, ())), what=headline, limit=1000)
-    return model
+"""Explained; a file of another kind gives thousands."""
 
 
 def explain(kind: type[BaseModel], error: ValidationError, document: Document) -> list[ConfigError]:
-    """Every fault of a pydantic error as a ``ConfigError``, in the order of the file where it is known.
-
-    Of thousands of faults, which is what a file of another kind gives, the first ``_MOST_FAULTS`` are explained.
-    """
+    """Every fault of a pydantic error as a ``ConfigError``, in the order of the file where it is known."""
     faults: list[tuple[Keys, ConfigError]] = []
-    alternatives: dict[Keys, list[ErrorDetails]] = {}
-    all_details = error.errors(include_url=False)
-    if len(all_details) > _MOST_FAULTS:
-        rest = len(all_details) - _MOST_FAULTS
-        faults.append(
-            ((), ConfigError(f"there are {rest:,} faults more: is this the right file?", where=document.name))
-        )
-        del all_details[_MOST_FAULTS:]
-    for details in all_details:
-        spot = _locate(kind, details["loc"])
+    alternatives: dict[Keys, list[str]] = {}
+    every = error.errors(include_url=False)
+    for details in every[:_MOST_FAULTS]:
         # pydantic counts a list's valid items only: "too short" beside faults of the items is their echo.
-        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in all_details):
+        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in every):
             continue
+        spot = _locate(kind, details["loc"])
         if spot.alternative:  # one value, refused once by every member of a plain union
-            alternatives.setdefault(spot.path, []).append(details)
+            alternatives.setdefault(spot.path, []).append(_wants(details))
         else:
             path = (*spot.path, "kind") if details["type"].startswith("union_tag") else spot.path
             where = _fields_named(details, document) or document.place(path)
             faults.append((path, _fault(kind, spot, details, where)))
-    for path, refused in alternatives.items():
-        wants = "; or ".join(dict.fromkeys(_wants(details) for details in refused))
-        shown = document.value(path)
-        faults.append((path, ConfigError(f"{_dotted(path)} is {_quoted(shown)}: {wants}", where=document.place(path))))
+    for path, wants in alternatives.items():
+        what = f"{dotted(path)} is {quoted(document.value(path))}: {'; or '.join(dict.fromkeys(wants))}"
+        faults.append((path, ConfigError(what, where=document.place(path))))
     order = {path: index for index, path in enumerate(document.places) if path}
 
     def position(path: Keys) -> int:
         written = (path[:end] for end in range(len(path), 0, -1) if path[:end] in order)
         return order.get(next(written, ()), len(order))  # a missing section stands nowhere: it comes last
 
-    return [fault for _, fault in sorted(faults, key=lambda item: position(item[0]))]
+    ordered = [fault for _, fault in sorted(faults, key=lambda item: position(item[0]))]
+    if (rest := len(every) - _MOST_FAULTS) > 0:
+        what = f"there are {rest:,} faults more: is this the right file?"
+        ordered.append(ConfigError(what, where=document.name))
+    return ordered
 
 
 def _fields_named(details: ErrorDetails, document: Document) -> str:
     """The places of those fields that a fault of several of them names, as far as they are written; else empty."""
     if details["type"] != "value_error":
         return ""
-    names = dict.fromkeys(re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", details["msg"][:_MOST_SHOWN]))
+    names = dict.fromkeys(re.findall(r"\b[a-z_]+(?:\.[a-z_]+)+\b", details["msg"][:MOST_SHOWN]))
     written = {name: document.places.get(tuple(name.split("."))) for name in names}
     return ", ".join(f"{place} ({name})" for name, place in written.items() if place)
 
@@ -93,8 +64,7 @@ def _is_inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool
     return len(loc) > len(outer) and loc[: len(outer)] == outer
 
 
-@dataclass(frozen=True)
-class _Spot:
+class _Spot(NamedTuple):
     path: Keys
     """Where in the document."""
     holder: type[BaseModel] | None
@@ -161,40 +131,31 @@ def _kinds(member: type[BaseModel]) -> tuple[Any, ...]:
 
 
 def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str) -> ConfigError:
-    name = _dotted(spot.path[-2:] if spot.path and isinstance(spot.path[-1], int) else spot.path[-1:])
+    name = dotted(spot.path[-2:] if spot.path and isinstance(spot.path[-1], int) else spot.path[-1:])
+    given, context, fix = details["input"], details.get("ctx", {}), ""
     match details["type"]:
         case "extra_forbidden":
-            return _unknown(root, spot, name, where)
+            what, fix = _unknown(root, spot, name)
         case "missing":
             info = spot.holder.model_fields.get(name) if spot.holder else None
-            meaning = _first_sentence(info.description if info else "")
-            return ConfigError(f"'{name}' is missing", where=where, fix=f"add it: {meaning}" if meaning else "add it")
-        case "union_tag_not_found":
-            return ConfigError(f"{_dotted(spot.path)} needs a field 'kind'", where=where, fix=_wants(details))
-        case "union_tag_invalid":
-            tag, expected = f"{details['ctx']['tag']!s:.60}", str(details["ctx"]["expected_tags"])
+            what, fix = f"'{name}' is missing", f"add it: {_first_sentence(info)}".removesuffix(": ")
+        case "union_tag_invalid" | "literal_error" as kind:
+            expected = str(context.get("expected_tags") or context["expected"]).replace(" or ", ",")
             known = [word.strip(" '") for word in expected.split(",")]
-            return ConfigError(
-                f"unknown kind '{tag}'{did_you_mean(tag, known)}", where=where, fix=f"use one of {', '.join(known)}"
-            )
-        case "literal_error":
-            expected = str(details["ctx"]["expected"])
-            known = [word.strip(" '") for word in expected.replace(" or ", ",").split(",")]
-            near = did_you_mean(str(details["input"]), known)
-            what = f"'{name}' is {_quoted(details['input'])}, which is not possible{near}"
-            return ConfigError(what, where=where, fix=f"use one of {', '.join(known)}")
-        case "string_type" if isinstance(details["input"], int | float):
-            return ConfigError(
-                f"'{name}' is the number or truth value {_quoted(details['input'])}, and text is wanted",
-                where=where,
-                fix=f'put it in quotes: {name}: "{details["input"]!s:.40}"',
-            )
+            word = str(context.get("tag", given))
+            what = f"unknown kind '{word:.60}'" if kind != "literal_error" else f"'{name}' is {quoted(given)}"
+            what += (", which is not possible" if kind == "literal_error" else "") + did_you_mean(word, known)
+            fix = f"use one of {', '.join(known)}"
+        case "string_type" if isinstance(given, int | float):
+            what = f"'{name}' is the number or truth value {quoted(given)}, and text is wanted"
+            fix = f'put it in quotes: {name}: "{quoted(given):.40}"'
         case "value_error" | "assertion_error":
-            return ConfigError(f"{details['ctx']['error']!s:.{_MOST_SHOWN}}", where=where)
-    given = details["input"]
-    shown = "a list" if isinstance(given, list | tuple) else _quoted(given)
-    shown = "a mapping" if isinstance(given, Mapping | BaseModel) else shown
-    return ConfigError(f"'{name}' is {'empty' if given is None else shown}: {_wants(details)}", where=where)
+            what = f"{context['error']!s:.{MOST_SHOWN}}"
+        case _:
+            shown = "a list" if isinstance(given, list | tuple) else "empty" if given is None else quoted(given)
+            shown = "a mapping" if isinstance(given, Mapping | BaseModel) else shown
+            what = f"'{name}' is {shown}: {_wants(details)}"
+    return ConfigError(what, where=where, fix=fix)
 
 
 _PLAIN_WORDS: Mapping[str, str] = {
@@ -215,9 +176,9 @@ def _wants(details: ErrorDetails) -> str:
     return message[0].lower() + message[1:]
 
 
-def _unknown(root: type[BaseModel], spot: _Spot, name: str, where: str) -> ConfigError:
+def _unknown(root: type[BaseModel], spot: _Spot, name: str) -> tuple[str, str]:
+    """What is wrong with a name that is no field where it stands, and where it would be one."""
     fields = list(spot.holder.model_fields) if spot.holder else []
-    what = f"unknown field '{name}'{did_you_mean(name, fields)}"
     fellows = [kind for member in spot.union if name in member.model_fields for kind in _kinds(member)]
     elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
     if fellows:
@@ -226,7 +187,7 @@ def _unknown(root: type[BaseModel], spot: _Spot, name: str, where: str) -> Confi
         fix = f"'{name}' is written as {' or '.join(dict.fromkeys(elsewhere))}"
     else:
         fix = f"the fields here are {', '.join(fields)}"
-    return ConfigError(what, where=where, fix=fix)
+    return f"unknown field '{name}'{did_you_mean(name, fields)}", fix
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -245,49 +206,6 @@ def field_paths(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from field_paths(member, f"{prefix}{name}.")
 
 
-def _first_sentence(text: str | None) -> str:
-    return " ".join((text or "").split()).split(". ")[0].rstrip(".")
-
-
-def _dotted(path: Keys) -> str:
-    return ".".join(f"{part!s:.60}" for part in path)
-
-
-def _quoted(value: Any) -> str:
-    """A value as Python writes it, as much of it as anyone would read."""
-    try:
-        text = repr(value[:_MOST_SHOWN] if isinstance(value, str) else value)
-    except ValueError:  # Python refuses to write down an integer of more than 4300 digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
-
-
-def _damaged_text(value: Any, document: Document, path: Keys) -> Iterator[ConfigError]:
-    """Texts that hold control characters or the like: no path, prompt or name of ours has a use for them."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _damaged_text(item, document, (*path, key))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _damaged_text(item, document, (*path, index))
-    elif isinstance(value, str) and (fault := text_fault(value)):
-        yield ConfigError(f"{_dotted(path)} is damaged: {fault}", where=document.place(path))
-
-
-def _odd_numbers(value: Any, document: Document, path: Keys) -> Iterator[ConfigError]:
-    """Numbers that pydantic accepts and nobody means: infinities, NaN, and ``true`` where a number is wanted."""
-    if isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _odd_numbers(getattr(value, name), document, (*path, name))
-    elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from _odd_numbers(item, document, (*path, index))
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield from _odd_numbers(item, document, (*path, key))
-    elif isinstance(value, float) and not math.isfinite(value):
-        yield ConfigError(f"{_dotted(path)} is {value}, and a finite number is wanted", where=document.place(path))
-    elif isinstance(value, int | float) and type(value) is not bool and isinstance(document.value(path), bool):
-        yield ConfigError(
-            f"{_dotted(path)} is {document.value(path)}, and a number is wanted", where=document.place(path)
-        )
+def _first_sentence(info: FieldInfo | None) -> str:
+    text = (info.description if info else None) or ""
+    return " ".join(text.split()).split(". ")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""``RunConfig``: which sections a run has.
+"""``RunConfig``: which sections a run has, and how it is made from a file, its overrides, or values.
 
 A field is declared, documented and given its default where it is read; here stand those that only the loop reads
 (validation, tracking), the union of methods, and what is composed of all.
@@ -6,24 +6,27 @@ A field is declared, documented and given its default where it is read; here sta
 
 from __future__ import annotations
 
+import copy
 import errno
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, PrivateAttr, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from finetune.checkpoint.folders import CheckpointConfig
 from finetune.cogvideox.config import DropoutConfig, ModelConfig
 from finetune.cogvideox.model_files import canonical_name
-from finetune.config.document import Document, Dumper
-from finetune.config.messages import validate
+from finetune.config.document import Document, Dumper, Keys, dotted, quoted
+from finetune.config.messages import explain
 from finetune.core.checksums import digest_of
-from finetune.core.errors import ConfigError
+from finetune.core.errors import ConfigError, raise_all
+from finetune.core.text import text_fault
 from finetune.core.types import MOST_STEPS, SamplePrompt, Strict
 from finetune.datasets.cache import CacheConfig
 from finetune.datasets.geometry import BucketField, ClipConfig
@@ -86,10 +89,10 @@ state-dict names for LoRA, by diffusers' parameter names for full fine-tuning.""
 
 # ------------------------------------------------------------------------------------------------------------ the whole
 
-_Section = TypeVar("_Section", bound=Strict)
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
-def _defaults(section: type[_Section]) -> _Section:
+def _defaults(section: type[_Model]) -> _Model:
     return section.model_validate({})
 
 
@@ -163,7 +166,7 @@ class RunConfig(Strict):
         Raises:
             ConfigError: naming every fault by its dotted path.
         """
-        return build(Document.of(values), base=base or Path.cwd())
+        return build(Document(dict(values)), base=base or Path.cwd())
 
     @property
     def base(self) -> Path:
@@ -201,6 +204,116 @@ def _leaders_first(value: Any) -> Any:
         ordered = sorted(value.items(), key=lambda item: item[0] not in _LEADERS)
         return {name: _leaders_first(item) for name, item in ordered}
     return [_leaders_first(item) for item in value] if isinstance(value, list) else value
+
+
+# ------------------------------------------------------------------------------------------- from a file or from values
+
+
+def load_config(path: str | Path, overrides: str | Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """``finetune.load_config``: read a file, put the overrides in its place, and validate what both say together."""
+    path = as_path(path, "load_config")
+    assignments: list[Any] = [None]
+    if isinstance(overrides, Mapping):
+        assignments = list(_leaves(overrides, ""))
+    elif isinstance(overrides, Iterable):
+        assignments = [overrides] if isinstance(overrides, str) else list(overrides)
+    if not isinstance(overrides, Mapping) and not all(isinstance(item, str) for item in assignments):
+        raise ConfigError(
+            f"{overrides!r:.200} are no overrides", fix='give ["optimizer.lr=2e-4", ...] or {"optimizer.lr": 2e-4, ...}'
+        )
+    document = Document.read(path)
+    faults: list[ConfigError] = []
+    for assignment in assignments:
+        try:
+            if isinstance(assignment, str):
+                document.override(assignment)
+            else:
+                target, value = assignment
+                document.assign(target, copy.deepcopy(value), where=f"--set {target}={quoted(value)}")
+        except ConfigError as fault:
+            faults.append(fault)
+    raise_all(ConfigError, faults, what="{n} overrides cannot be applied", limit=100)
+    return build(document, base=path.absolute().parent)
+
+
+def _leaves(values: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def as_path(value: str | os.PathLike[str], what: str) -> Path:
+    """``value`` as a path with ``~`` expanded: what a public function does with a path that it is given.
+
+    Raises:
+        ConfigError: if it is none; ``what`` names the argument.
+    """
+    try:
+        return Path(value).expanduser()
+    except (TypeError, RuntimeError) as error:
+        raise ConfigError(f"{value!r:.200} is no path: {error}", where=what, fix="give a str or a Path") from None
+
+
+def as_config(config: RunConfig | Mapping[str, Any] | str | Path) -> RunConfig:
+    """What a public function takes for a run's configuration: one that is built, the values of one, or its file.
+
+    Raises:
+        ConfigError: if it is none of these, or as ``load_config`` and ``RunConfig.from_dict``.
+    """
+    if isinstance(config, RunConfig):
+        return config
+    if isinstance(config, Mapping):
+        return RunConfig.from_dict(config)
+    if isinstance(config, str | os.PathLike):
+        return load_config(config)
+    raise ConfigError(
+        f"a {type(config).__name__} is no configuration", fix="give a RunConfig, a YAML file's path, or a mapping"
+    )
+
+
+def validate(kind: type[_Model], document: Document) -> _Model:
+    """Validate a document as a ``kind``.
+
+    Raises:
+        ConfigError: one for all faults, each with its place in the file.
+    """
+    headline = "{n} faults in " + (document.name or "the configuration")
+    faults = [
+        ConfigError(f"{dotted(path)} is damaged: {fault}", where=document.place(path))
+        for path, value in _values(document.values)
+        if isinstance(value, str) and (fault := text_fault(value))
+    ]
+    raise_all(ConfigError, faults, what=headline)
+    try:
+        model = kind.model_validate(document.values)
+    except ValidationError as error:
+        raise_all(ConfigError, explain(kind, error, document), what=headline, limit=1000)
+        raise
+    for path, value in _values(model):  # what pydantic accepts as a number and nobody means
+        wanted = "finite number" if isinstance(value, float) and not math.isfinite(value) else ""
+        if isinstance(value, int | float) and type(value) is not bool and isinstance(document.value(path), bool):
+            value, wanted = document.value(path), "number"
+        if wanted:
+            faults.append(
+                ConfigError(f"{dotted(path)} is {value}, and a {wanted} is wanted", where=document.place(path))
+            )
+    raise_all(ConfigError, faults, what=headline, limit=1000)
+    return model
+
+
+def _values(holder: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """(path, value) of all that sections, mappings and lists hold in the end."""
+    if isinstance(holder, BaseModel | Mapping):
+        items: Iterable[tuple[Any, Any]] = dict(holder).items()
+    elif isinstance(holder, list | tuple):
+        items = enumerate(holder)
+    else:
+        yield path, holder
+        return
+    for key, value in items:
+        yield from _values(value, (*path, key))
 
 
 def build(document: Document, *, base: Path) -> RunConfig:

@@ -25,7 +25,7 @@ from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.config.loading import as_path
+from finetune.config.schema import as_path
 from finetune.convert.merge import Merged, merge, set_strength
 from finetune.convert.model_card import ExportedModel, copy_samples, model_card, training_record
 from finetune.convert.source import ExportSource, default_folder, find_checkpoint, read_source

@@ -128,7 +128,8 @@ def raise_all(kind: type[FinetuneError], errors: Sequence[FinetuneError], *, wha
     body = "\n".join("- " + str(error).replace("\n", "\n  ") for error in listed[:limit])
     rest = sum(len(where) for where in [*alike.values()][limit:])
     more = f"\n- and {rest} more" if rest > 0 else ""
-    raise kind(f"{what.format(n=len(errors))}\n{body}{more}")
+    headline = what.replace("{n}", str(len(errors)))  # not format: it quotes names, which may hold braces
+    raise kind(f"{headline}\n{body}{more}")
 
 
 _PLACES = 5

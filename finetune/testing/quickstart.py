@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.caching.precompute import precompute
-from finetune.config.loading import load_config
+from finetune.config.schema import load_config
 from finetune.convert.export import ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.types import SamplePrompt

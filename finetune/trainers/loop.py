@@ -24,8 +24,7 @@ from accelerate.utils import gather
 
 from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, verdict
 from finetune.checkpoint.save import CheckpointManager
-from finetune.config.loading import as_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, as_config
 from finetune.core.distributed import peers
 from finetune.core.errors import TrainingError, first_line, is_out_of_memory
 from finetune.core.files import from_here

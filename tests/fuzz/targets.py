@@ -19,8 +19,7 @@ from unittest import mock
 from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.config.loading import load_config
-from finetune.config.schema import RunConfig
+from finetune.config.schema import RunConfig, load_config
 from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError
 from finetune.datasets import tables
 from finetune.datasets.sources import (
