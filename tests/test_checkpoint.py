@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import multiprocessing
 import shutil
@@ -203,11 +204,14 @@ def test_killed_at_any_moment_the_newest_checkpoint_is_whole(tmp_path):
     assert len(survived) == 4 and max(survived) > 1
 
 
-def _save_as_rank(rank: int, run_dir: Path) -> None:
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{run_dir}/meet")
+def _save_as_rank(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/meet")
     torch.distributed.barrier()
-    path = write(run_dir / f"rank{rank}", 5, ranks=ProcessGroup(rank, 2))
-    (run_dir / f"path{rank}").write_text(str(path))
+    created: list[str] = []
+    create = files._create
+    files._create = lambda path: (created.append(path.name), create(path))[1]
+    path = write(folder / "run", 5, ranks=ProcessGroup(rank, 2))
+    (folder / f"rank{rank}.json").write_text(json.dumps([str(path), created]))
     torch.distributed.barrier()  # gloo connects in the background: who leaves first would cut the other off
     torch.distributed.destroy_process_group()
 
@@ -220,9 +224,12 @@ def test_only_rank_0_writes(tmp_path):
     for process in ranks:
         process.join(60)
         assert process.exitcode == 0
-    assert steps(tmp_path / "rank0") == [5] and not (tmp_path / "rank1").exists()
-    assert (tmp_path / "path1").read_text().endswith("step-00000005")
-    assert load_checkpoint(newest(tmp_path / "rank0")).processes == 2
+    (path, created), (other_path, other_created) = (
+        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)
+    )
+    assert path == other_path == str(newest(tmp_path / "run")) and steps(tmp_path / "run") == [5]
+    assert len(created) == len(FILES) and other_created == []
+    assert load_checkpoint(Path(path)).processes == 2
 
 
 # ------------------------------------------------------------------------------------------------------------- finding

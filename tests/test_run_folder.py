@@ -6,6 +6,7 @@ import contextlib
 import errno
 import multiprocessing
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,6 +95,21 @@ def test_a_job_that_ended_or_was_killed_is_succeeded_at_once(tmp_path, capsys):
         holder.join()
         with held(tmp_path):
             assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("returns", [False, True], ids=["still there", "gone meanwhile"])
+def test_a_holder_on_another_machine_may_be_dead_and_is_waited_for(tmp_path, monkeypatch, capsys, returns):
+    monkeypatch.setattr(locks, "NFS_LEASE_S", HANG_S if returns else 0.5)
+    with somebody_holds(tmp_path) as holder:
+        (tmp_path / ".lock").write_text("train on elsewhere, process 7, since 2026-01-01")
+        if returns:
+            threading.Timer(0.5, holder.kill).start()
+            with held(tmp_path):
+                pass
+        else:
+            with pytest.raises(CheckpointError, match="another training writes .*: train on elsewhere"), held(tmp_path):
+                pytest.fail("two jobs write to one folder")
+    assert "waiting up to" in capsys.readouterr().out
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):

@@ -167,7 +167,7 @@ def _print_next(*words: str) -> None:
 
 
 def _print_notes(notes: Sequence[str], kind: str = "note") -> None:
-    for note in notes:
+    for note in notes if _is_main() else ():
         print(f"{kind}: {note}", file=sys.stderr)
 
 

@@ -8,6 +8,7 @@ two processes could lock two files of one name.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 import time
@@ -23,12 +24,21 @@ except ImportError:  # Windows, which counts as a file system without locks
 
 _POLL_S = 0.2
 
+NFS_LEASE_S = 90.0
+"""How long an NFS server may keep the locks of a machine that is gone: Linux's default, also after the server's own
+restart."""
+
 _descriptors: set[int] = set()
 """Of locks that this process holds."""
 
 
 class HeldError(Exception):
     """Another process holds the lock; the text names it, as far as it is known."""
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether the holder is on another machine: if that is gone, its lock stays for up to ``NFS_LEASE_S``."""
+        return " on " in str(self) and f" on {socket.gethostname()}, " not in str(self)
 
 
 class NoLocksError(OSError):
@@ -43,6 +53,7 @@ def hold(
     shared: bool = False,
     on_full_disk: bool = False,
     waiting: Callable[[str], object] | None = None,
+    limit_s: float = math.inf,
 ) -> Iterator[None]:
     """Hold a lock for as long as the block runs. Child processes do not inherit it.
 
@@ -52,9 +63,10 @@ def hold(
         shared: whether others may hold it too, if they share; the file may then lie on a drive that is read-only.
         on_full_disk: whether an exclusive lock is held also where the disk has no room to say by whom.
         waiting: called once with who holds it, before that is waited for; None does not wait.
+        limit_s: how long is waited at most.
 
     Raises:
-        HeldError: if another process holds it and ``waiting`` is None.
+        HeldError: if another process holds it, and ``waiting`` is None or the wait was in vain.
         NoLocksError: if the file system has no locks.
         OSError: if the file cannot be made, opened or, for an exclusive lock, written to.
     """
@@ -66,7 +78,10 @@ def hold(
             if waiting is None:
                 raise HeldError(holder)
             waiting(holder)
+            end_s = time.monotonic() + limit_s
             while not _try_lock(descriptor, shared):
+                if time.monotonic() > end_s:
+                    raise HeldError(holder)
                 time.sleep(_POLL_S)
         _write_holder(descriptor, user, shared, on_full_disk)
         yield
