@@ -107,7 +107,10 @@ def test_a_holder_on_another_machine_may_be_dead_and_is_waited_for(tmp_path, mon
             with held(tmp_path):
                 pass
         else:
-            with pytest.raises(CheckpointError, match="another training writes .*: train on elsewhere"), held(tmp_path):
+            with (
+                pytest.raises(CheckpointError, match=r"another training writes .*: train on elsewhere"),
+                held(tmp_path),
+            ):
                 pytest.fail("two jobs write to one folder")
     assert "waiting up to" in capsys.readouterr().out
 
