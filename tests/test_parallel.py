@@ -38,11 +38,10 @@ from finetune.optim.optimizers import AdamW
 from finetune.parallel import fsdp as fsdp_module
 from finetune.parallel.deepspeed import Zero, import_deepspeed
 from finetune.parallel.fsdp import FullShard, FullyShardedDataParallel
-from finetune.parallel.launch import Replicate, read_launch
 from finetune.parallel.strategy import require_agreement
+from finetune.trainers.launch import Replicate, read_launch, require_launch
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.run import TrainedModel
-from finetune.trainers.setup import require_launch
 
 SPEC = read_spec(str(known_model("5b")))
 
@@ -175,7 +174,7 @@ UNDER_ZERO: dict[str, dict[str, Any]] = {
     [(FullShard(), *row) for row in SHARDED.items()] + [(Zero(2), *row) for row in UNDER_ZERO.items()],
 )
 def test_settings_that_do_not_go_with_a_launch_are_refused(tiny_model, tmp_path, monkeypatch, launch, words, changes):
-    monkeypatch.setattr("finetune.parallel.launch.import_deepspeed", lambda: None)
+    monkeypatch.setattr("finetune.trainers.launch.import_deepspeed", lambda: None)
     config = RunConfig.from_dict(merged(run_values(tiny_model(), tmp_path, tmp_path / "run"), changes))
     with pytest.raises(ConfigError, match=words):
         require_launch(launch, config, SPEC, ProcessGroup(0, 2))

@@ -30,14 +30,13 @@ from finetune.optim.ema import Ema
 from finetune.optim.optimizers import OptimizerConfig, begin, set_lr
 from finetune.optim.state import precise_weights
 from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
-from finetune.parallel.launch import FullShard, Launch, Replicate, Zero
 from finetune.parallel.strategy import DataParallel
 from finetune.planner.fake_run import OneProcess
 from finetune.planner.memory_tracker import MemoryTracker
 from finetune.testing.tiny import tiny_transformer
+from finetune.trainers.launch import FullShard, Launch, Replicate, Zero, require_launch
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.run import TrainedModel
-from finetune.trainers.setup import require_launch
 
 CPU = torch.device("cpu")
 STATES: dict[str, dict[str, object]] = {
@@ -680,7 +679,7 @@ def test_what_an_update_on_the_host_allocates_is_counted_there(world: Maker):
 
 
 def test_what_does_not_go_with_a_launch_is_refused_by_name(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetune.parallel.launch.import_deepspeed", lambda: None)
+    monkeypatch.setattr("finetune.trainers.launch.import_deepspeed", lambda: None)
 
     def said(launch: Launch, **changes: Any) -> str:
         config = run_config(tiny_model(), tmp_path, tmp_path / "run", method={"kind": "full"}, **changes)

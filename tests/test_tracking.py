@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune.config.schema import TrackingConfig
 from finetune.core.errors import ConfigError
-from finetune.trainers.tracking import Console, StepRecord, Tracker, duration, flatten_settings, require_tracker
+from finetune.trainers.tracking import Console, StepRecord, Tracker, duration, hparams, require_tracker
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -117,14 +117,14 @@ def test_settings_are_recorded_once_and_survive_paths_lists_and_nulls(tmp_path):
 
 
 def test_raw_settings_would_crash_tensorboard(tmp_path):
-    """The canary of ``flatten_settings``: without it the run dies at its start."""
+    """The canary of ``hparams``: without it the run dies at its start."""
     accelerator = Accelerator(cpu=True, **TrackingConfig().accelerator_options(tmp_path))
     with pytest.raises(ValueError, match="should be one of int, float, str, bool"):
         accelerator.init_trackers("tensorboard", config={"root": Path("x")})
 
 
-def test_flatten_settings():
-    assert flatten_settings(SETTINGS) == {
+def test_hparams():
+    assert hparams(SETTINGS) == {
         "optimizer.kind": "adamw8bit",
         "optimizer.lr": 1e-4,
         "data.sources": "a, b",

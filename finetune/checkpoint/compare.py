@@ -69,19 +69,16 @@ _SINCE: Mapping[str, object] = {
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Every field in which two resolved configurations differ, in the order of their names."""
-    before, after = dict(_flat(_as_json(old))), dict(_flat(_as_json(new)))
-    differences = []
-    for field, value in _SINCE.items():
-        before.setdefault(field, value)
-        after.setdefault(field, value)
+    # As a file would give it back, so that a path equals its text and a tuple its list.
+    before, after = ({**_SINCE, **flat(json.loads(json.dumps(config, default=str)))} for config in (old, new))
     for values in (before, after):
         if isinstance(name := values.get("model.pretrained"), str):
             values["model.pretrained"] = canonical_name(name)
-    for field in sorted(before.keys() | after.keys()):
-        if before.get(field) != after.get(field):
-            allowed, reason = _rule(field)
-            differences.append(Difference(field, before.get(field), after.get(field), allowed, reason))
-    return differences
+    return [
+        Difference(field, before.get(field), after.get(field), *_rule(field))
+        for field in sorted(before.keys() | after.keys())
+        if before.get(field) != after.get(field)
+    ]
 
 
 def require_same_run(
@@ -108,25 +105,25 @@ def require_same_run(
     Raises:
         CheckpointError: listing the differences it cannot continue with, each with its reason.
     """
-    differences = [_unpinned(change) for change in compare_configs(old, new)]
+    differences = compare_configs(old, new)
     before, after = (_accumulation(config, where) * count for config, count in zip((old, new), processes, strict=True))
-    split = "train.accumulation"
+    excuses = {
+        change.field: "the run did not record which commit it began with"
+        for change in differences
+        if change.field == "model.revision" and not is_commit(change.old)
+    }
+    if identified:
+        reason = "the base's weights are compared by their digest"
+        excuses |= {"model.pretrained": reason, "model.revision": reason}
     if before == after:
-        reason = "with that many processes a step has the same micro-batches"
-        differences = [
-            dataclasses.replace(change, allowed=True, reason=reason) if change.field == split else change
-            for change in differences
-        ]
-    elif all(change.field != split for change in differences):
+        excuses["train.accumulation"] = "with that many processes a step has the same micro-batches"
+    elif all(change.field != "train.accumulation" for change in differences):
         reason = f"a step would have {after} micro-batches, not {before}; train.accumulation can make up for it"
         differences.append(Difference("number of processes", *processes, allowed=False, reason=reason))
-    if identified:
-        differences = [
-            dataclasses.replace(change, allowed=True, reason="the base's weights are compared by their digest")
-            if change.field in ("model.pretrained", "model.revision")
-            else change
-            for change in differences
-        ]
+    differences = [
+        dataclasses.replace(change, allowed=True, reason=excuses[change.field]) if change.field in excuses else change
+        for change in differences
+    ]
     refused = [f"  {change}" for change in differences if not change.allowed]
     if refused:
         raise CheckpointError(
@@ -149,33 +146,21 @@ def _accumulation(config: Mapping[str, Any], where: str) -> int:
     return value
 
 
-def _unpinned(change: Difference) -> Difference:
-    """A run that did not record its commit cannot be held to it."""
-    if change.field != "model.revision" or is_commit(change.old):
-        return change
-    return dataclasses.replace(change, allowed=True, reason="the run did not record which commit it began with")
-
-
 def _rule(field: str) -> tuple[bool, str]:
     parts = field.split(".")
     prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
     return next((_RULES[prefix] for prefix in prefixes if prefix in _RULES), _RULES[""])
 
 
-def _as_json(config: Mapping[str, Any]) -> dict[str, Any]:
-    """As a file would give it back, so that a path equals its text and a tuple its list."""
-    plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-    return plain
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested configuration as ``{"optimizer.lr": 1e-4}``.
 
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Dotted names and leaves. A list is a leaf: an inserted entry is one difference, not a shift of all after it."""
-    leaves: list[tuple[str, Any]] = []
-    for key, entry in value.items():
-        if isinstance(entry, Mapping) and entry:
-            leaves += _flat(entry, f"{prefix}{key}.")
-        else:
-            leaves.append((f"{prefix}{key}", entry))
+    A list is a leaf: an inserted entry is one difference, not a shift of all after it.
+    """
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
     return leaves
 
 

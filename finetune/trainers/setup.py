@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetune.caching.check import run_advice
 from finetune.caching.precompute import ensure_cache
@@ -26,17 +26,11 @@ from finetune.cogvideox.load import base_digest, load_transformer, require_as_se
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.objective import alpha_bar
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.config.rules import memory_errors, memory_traits, pin_model, require_valid
+from finetune.config.rules import pin_model, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core import locks
 from finetune.core.distributed import ProcessGroup
-from finetune.core.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    ModelError,
-    raise_all,
-)
+from finetune.core.errors import CheckpointError, DataError, ModelError
 from finetune.core.files import atomic_write_text, disk_fix
 from finetune.core.gpu import grow_segments
 from finetune.core.rng import deterministic_kernels, repeatability
@@ -50,17 +44,9 @@ from finetune.inference.request import AdapterArgument
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
-from finetune.parallel.launch import (
-    Launch,
-    Replicate,
-    make_accelerator,
-    make_strategy,
-    read_launch,
-    require_supported,
-)
-from finetune.parallel.strategy import ParallelStrategy
 from finetune.planner.cost_model import card_here, held_note
 from finetune.planner.plan import BackgroundPrediction, choose_memory, predict_async
+from finetune.trainers.launch import Launch, Replicate, make_accelerator, make_strategy, read_launch, require_launch
 from finetune.trainers.run import Run, RunData, TrainedModel
 from finetune.trainers.tracking import Console, Tracker, require_tracker, tensorboard_command
 
@@ -92,11 +78,16 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
     data = _run_data(config, spec, manifest, ranks)
     cleanup.callback(data.loader.close)
-    for advice in run_advice(config, data.plan, data.total_steps, val_videos=_count_media(data.val)):
+    val_videos = len({item.media_digest for item in data.val.items})  # copies of one count once
+    for advice in run_advice(config, data.plan, data.total_steps, val_videos=val_videos):
         accelerator.print(f"warning: {advice}")
     saved = _checkpoint_to_continue(config, data, ranks)
 
-    ranks.run_on_main(lambda: _require_base_as_sent(config, data.cache))
+    def require_base_as_sent() -> None:
+        folder = resolve_pretrained(config.model.pretrained, config.model.revision, components=["transformer"])
+        require_as_sent(folder, "transformer", data.cache.digest_file)
+
+    ranks.run_on_main(require_base_as_sent)
     prediction = _predict_peak(config, launch, ranks)  # while the model is read
     if prediction is not None:
         cleanup.callback(prediction.close)
@@ -126,20 +117,6 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     for label, value in run_sheet(run):
         console.note(f"{label:>24}: {value}")
     return run
-
-
-# ----------------------------------------------------------------------------------------------------------- the launch
-
-
-def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: ProcessGroup) -> None:
-    """Refuse settings of the run that do not go with how it is launched.
-
-    Raises:
-        ConfigError: naming the setting.
-    """
-    traits = memory_traits(config, spec, processes=ranks.world, sharded=not isinstance(launch, Replicate))
-    raise_all(ConfigError, memory_errors(config, traits), what="{n} settings of memory do not go with this launch")
-    require_supported(launch, ranks.world, config)
 
 
 # --------------------------------------------------------------------------------- a run's folder: one job writes to it
@@ -207,17 +184,8 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, ranks: Pro
     empty = cache.read_prompt(manifest.empty_prompt_key)
     if config.data.unconditional_text == "zeros":
         empty = torch.zeros_like(empty)
-    training, val = (
-        BatchMaker(
-            spec,
-            cache,
-            [item for item in manifest.items if item.holdout == holdout],
-            empty,
-            config.data,
-            config.train.seed,
-        )
-        for holdout in (False, True)
-    )
+    parts = ([item for item in manifest.items if item.holdout == holdout] for holdout in (False, True))
+    training, val = (BatchMaker(spec, cache, items, empty, config.data, config.train.seed) for items in parts)
     if not training.items:
         raise DataError(
             "no clip is left to train on",
@@ -231,20 +199,9 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, ranks: Pro
         micro_batches=config.train.accumulation * ranks.world,
     )
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
-    loader = Loader(
-        plan,
-        training.training,
-        rank=ranks.rank,
-        processes=ranks.world,
-        total_steps=total_steps,
-        device=ranks.device,
-    )
+    rank, processes, device = ranks.rank, ranks.world, ranks.device
+    loader = Loader(plan, training.training, rank=rank, processes=processes, total_steps=total_steps, device=device)
     return RunData(cache, manifest, training, val, plan, loader, total_steps)
-
-
-def _count_media(maker: BatchMaker) -> int:
-    """Different videos among the clips; copies count as one."""
-    return len({item.media_digest for item in maker.items})
 
 
 def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGroup) -> LoadedCheckpoint | None:
@@ -253,12 +210,9 @@ def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGrou
     if saved is None:
         return None
     state, where = saved.state, str(saved.path)
+    processes = saved.processes, ranks.world
     for change in require_same_run(
-        saved.config,
-        config.to_dict(),
-        where=where,
-        processes=(saved.processes, ranks.world),
-        identified=bool(state.base),
+        saved.config, config.to_dict(), where=where, processes=processes, identified=bool(state.base)
     ):
         if ranks.is_main:
             print(f"continuing with {change}", flush=True)
@@ -296,12 +250,8 @@ def _trained_model(
     dtype = config.model.torch_dtype()
     # A model that is to be sharded, or to stream, is never whole on a device.
     on_device = isinstance(launch, Replicate) and not config.memory.streams
-    module = load_transformer(
-        config.model,
-        device=ranks.device if on_device else "cpu",
-        dtype=dtype,
-        placement=placement(config.memory.base),
-    )
+    device = ranks.device if on_device else "cpu"
+    module = load_transformer(config.model, device=device, dtype=dtype, placement=placement(config.memory.base))
     base = _same_base(module, config, saved, ranks)
     config.method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
@@ -314,7 +264,12 @@ def _trained_model(
         if config.train.ema_decay is not None:
             ema = Ema(strategy.parameters, strategy.precise(), config.train.ema_decay)
             if saved is not None:
-                ema.load(_average(strategy, saved), saved.state.step)
+                if (average := strategy.read(saved, "ema")) is None:
+                    raise CheckpointError(
+                        "the checkpoint holds no moving average, and this run keeps one",
+                        fix="bring its ema.safetensors back, or use another checkpoint of the run",
+                    )
+                ema.load(average, saved.state.step)
     schedule = alpha_bar(spec).float().to(ranks.device)
     model = TrainedModel(spec, module, dtype, parameters, schedule, strategy, ema, ranks)
     if saved is not None and not model.is_finite():  # as versions wrote it that did not look
@@ -326,16 +281,6 @@ def _trained_model(
     return model, base
 
 
-def _average(strategy: ParallelStrategy, saved: LoadedCheckpoint) -> Mapping[str, Tensor]:
-    average = strategy.read(saved, "ema")
-    if average is None:
-        raise CheckpointError(
-            "the checkpoint holds no moving average, and this run keeps one",
-            fix="bring its ema.safetensors back, or use another checkpoint of the run",
-        )
-    return average
-
-
 @contextmanager
 def _naming(saved: LoadedCheckpoint | None) -> Iterator[None]:
     """Tell of an error in a checkpoint's content which one it was."""
@@ -344,11 +289,6 @@ def _naming(saved: LoadedCheckpoint | None) -> Iterator[None]:
     except CheckpointError as error:
         where = ", ".join(filter(None, (error.where, "" if saved is None else str(saved.path))))
         raise CheckpointError(error.what, where=where, fix=error.fix) from error
-
-
-def _require_base_as_sent(config: RunConfig, cache: Cache) -> None:
-    folder = resolve_pretrained(config.model.pretrained, config.model.revision, components=["transformer"])
-    require_as_sent(folder, "transformer", cache.digest_file)
 
 
 def _same_base(module: nn.Module, config: RunConfig, saved: LoadedCheckpoint | None, ranks: ProcessGroup) -> str:

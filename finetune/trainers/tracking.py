@@ -20,6 +20,7 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from finetune.checkpoint.compare import flat
 from finetune.config.schema import RunConfig, TrackingConfig
 from finetune.core.errors import ConfigError, first_line
 from finetune.core.files import from_here
@@ -183,24 +184,17 @@ def tensorboard_command(run_dir: Path) -> str:
     return shlex.join(["tensorboard", "--logdir", from_here(run_dir)])
 
 
-def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
-    """A nested configuration as ``{"optimizer.lr": 1e-4}``.
-
-    TensorBoard's hparams take only text, numbers and booleans and crash the run on anything else, such as a path or a
-    list; those become text here.
+def hparams(settings: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """A nested configuration as TensorBoard's hparams take it: it crashes the run on anything but text, numbers and
+    booleans, such as a path or a list; those become text.
     """
-    flat: dict[str, str | int | float | bool] = {}
-    for key, value in settings.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten_settings(value, f"{name}.")
-        elif isinstance(value, str | int | float):
-            flat[name] = value
-        elif isinstance(value, list | tuple):
-            flat[name] = ", ".join(str(member) for member in value)
-        else:
-            flat[name] = "null" if value is None else str(value)
-    return flat
+
+    def plain(value: Any) -> str | int | float | bool:
+        if isinstance(value, list | tuple):
+            return ", ".join(map(str, value))
+        return "null" if value is None else value if isinstance(value, str | int | float) else str(value)
+
+    return {name: plain(value) for name, value in flat(settings).items() if value != {}}
 
 
 def require_tracker(config: RunConfig, accelerator: Any) -> None:
@@ -253,7 +247,7 @@ class Tracker:
         self._accelerator.init_trackers(
             EVENTS if self._kind == "tensorboard" else PROJECT,
             # Once per run: each record of hparams is a run of its own in TensorBoard's list.
-            config=flatten_settings(settings) if resumed_step == 0 else None,
+            config=hparams(settings) if resumed_step == 0 else None,
             init_kwargs=options,
         )
 

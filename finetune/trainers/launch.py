@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 
-from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.spec import ModelSpec
+from finetune.config.rules import memory_errors, memory_traits
+from finetune.config.schema import RunConfig
 from finetune.core.distributed import ProcessGroup, on_cpu, plain_launch
-from finetune.core.errors import ConfigError
-from finetune.datasets.schedule import TrainConfig
-from finetune.memory.config import MemoryConfig
-from finetune.methods.full import FullMethod
-from finetune.methods.lora import LoraMethod
-from finetune.optim.optimizers import AdamW, OptimizerConfig
+from finetune.core.errors import ConfigError, raise_all
+from finetune.optim.optimizers import AdamW
 from finetune.parallel.deepspeed import DeepSpeedZero, Zero, import_deepspeed
 from finetune.parallel.fsdp import FullShard, FullyShardedDataParallel
 from finetune.parallel.gradient_release import single_process_strategy
@@ -35,21 +33,6 @@ class Replicate:
 
 
 Launch = Replicate | FullShard | Zero
-
-
-class RunSections(Protocol):
-    """What of a run's configuration meets its launch; ``config.schema.RunConfig`` has it."""
-
-    @property
-    def model(self) -> ModelConfig: ...
-    @property
-    def method(self) -> LoraMethod | FullMethod: ...
-    @property
-    def optimizer(self) -> OptimizerConfig: ...
-    @property
-    def train(self) -> TrainConfig: ...
-    @property
-    def memory(self) -> MemoryConfig: ...
 
 
 def read_launch(environ: Mapping[str, str]) -> Launch:
@@ -196,35 +179,24 @@ def make_accelerator(accumulation: int, **tracking: Any) -> Any:
             **tracking,
         )
     accumulated = accelerator.gradient_accumulation_steps
-    kind, dynamo = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend.value
-    configuration = "accelerate's configuration"
-    for fault, what, where, fix in (
-        (
-            accumulated not in (1, accumulation),
+    if accumulated not in (1, accumulation):
+        raise ConfigError(
             f"accelerate was told to accumulate {accumulated} micro-batches, the configuration says {accumulation}",
-            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
-            "unset it; train.accumulation is the one place for this",
-        ),
-        (
-            kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU),
-            f"training under {kind.value} is not supported",
-            configuration,
-            "launch with one of accelerate_configs/",
-        ),
-        (
-            dynamo != "NO",
-            f"accelerate was told to compile the model with {dynamo}, which this package does not support",
-            configuration,
-            "set dynamo_backend: 'no'",
-        ),
-    ):
-        if fault:
-            raise ConfigError(what, where=where, fix=fix)
+            where="ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment",
+            fix="unset it; train.accumulation is the one place for this",
+        )
+    kind, dynamo = accelerator.distributed_type, accelerator.state.dynamo_plugin.backend.value
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        what, fix = f"training under {kind.value} is not supported", "launch with one of accelerate_configs/"
+        raise ConfigError(what, where="accelerate's configuration", fix=fix)
+    if dynamo != "NO":
+        what = f"accelerate was told to compile the model with {dynamo}, which this package does not support"
+        raise ConfigError(what, where="accelerate's configuration", fix="set dynamo_backend: 'no'")
     return accelerator
 
 
 def make_strategy(
-    launch: Launch, ranks: ProcessGroup, accelerator: Any, module: nn.Module, config: RunSections
+    launch: Launch, ranks: ProcessGroup, accelerator: Any, module: nn.Module, config: RunConfig
 ) -> ParallelStrategy:
     """The strategy that the launcher asks for, around ``module``.
 
@@ -235,67 +207,69 @@ def make_strategy(
         module: the transformer with what trains in it; on the CPU where it is to be sharded.
         config: of the run.
     """
-    method, memory, train = config.method, config.memory, config.train
     if isinstance(launch, FullShard):
-        return FullyShardedDataParallel(launch, ranks, module, method)
-    parameters = method.trainable(module)
+        return FullyShardedDataParallel(launch, ranks, module, config.method)
+    parameters, train = config.method.trainable(module), config.train
     if isinstance(launch, Zero):
         return DeepSpeedZero(launch, ranks, module, parameters, train)
     return single_process_strategy(
-        accelerator, module, parameters, memory=memory, device=ranks.device, max_norm=train.max_grad_norm
+        accelerator, module, parameters, memory=config.memory, device=ranks.device, max_norm=train.max_grad_norm
     )
 
 
-def require_supported(launch: Launch, processes: int, config: RunSections) -> None:
+def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: ProcessGroup) -> None:
     """Refuse settings of a run that do not go with how it is launched, before anything is loaded.
 
     Raises:
         ConfigError: naming the setting.
     """
-    optimizer, train = config.optimizer, config.train
-    if isinstance(launch, Zero):
+    sharded, zero = isinstance(launch, FullShard), isinstance(launch, Zero)
+    traits = memory_traits(config, spec, processes=ranks.world, sharded=sharded or zero)
+    raise_all(ConfigError, memory_errors(config, traits), what="{n} settings of memory do not go with this launch")
+    if zero:
         import_deepspeed()
+    optimizer, train = config.optimizer, config.train
     clips = config.memory.clips_at_once
     for fault, what, where, fix in (
         (
-            isinstance(launch, FullShard) and not optimizer.elementwise,
+            sharded and not optimizer.elementwise,
             f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
             "optimizer.kind, under FSDP2",
             "set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
         ),
         (
-            isinstance(launch, FullShard) and optimizer.weights == "stochastic",
+            sharded and optimizer.weights == "stochastic",
             "stochastic rounding draws by parameter, and would draw the same for every share of one",
             "optimizer.weights: stochastic, under FSDP2",
             "set optimizer.weights: kahan or master",
         ),
         (
-            isinstance(launch, Zero) and not isinstance(optimizer, AdamW),
+            zero and not isinstance(optimizer, AdamW),
             f"{optimizer.title} is not supported under DeepSpeed ZeRO",
             "optimizer.kind",
             "set optimizer.kind: adamw, or launch with accelerate_configs/ddp.yaml",
         ),
         (
-            isinstance(launch, Zero) and train.ema_decay is not None,
+            zero and train.ema_decay is not None,
             "no moving average is kept under DeepSpeed ZeRO: it hides the weights that would be averaged",
             f"train.ema_decay: {train.ema_decay}",
             "set train.ema_decay: null, or launch with accelerate_configs/fsdp2.yaml",
         ),
         (
-            isinstance(launch, Zero) and optimizer.weights != "master",
+            zero and optimizer.weights != "master",
             "DeepSpeed ZeRO keeps fp32 master copies, and nothing in their place",
             f"optimizer.weights: {optimizer.weights}",
             "set optimizer.weights: master, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
         ),
         (
-            isinstance(launch, Zero) and config.model.dtype == "fp16",
+            zero and config.model.dtype == "fp16",
             "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
             "model.dtype: fp16",
             "set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",
         ),
         (
             # Micro-batches of different sizes, hence passes, meet in one step, and every pass is a collective.
-            not isinstance(launch, Replicate) and processes > 1 and clips is not None and clips < train.batch_size,
+            (sharded or zero) and ranks.world > 1 and clips is not None and clips < train.batch_size,
             "a sharded model's processes must make equally many forward passes, and clips_at_once splits micro-batches"
             " of different sizes into different numbers of them",
             f"memory.clips_at_once: {clips}, train.batch_size: {train.batch_size}",
