@@ -143,9 +143,8 @@ def test_a_changed_program_is_noticed(golden_models, tmp_path, monkeypatch, dama
         {"optimizer": {"lr": 1e-2 * 1.01}},
         {"optimizer": {"weight_decay": 0.011}},
         {"train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "max_grad_norm": 0.505}},
-        {"train": {"steps": STEPS, "batch_size": 2, "accumulation": 2, "max_grad_norm": 0.5, "seed": 8}},
     ],
-    ids=["lr + 1 %", "decay + 10 %", "clipping + 1 %", "seed"],
+    ids=["lr + 1 %", "decay + 10 %", "clipping + 1 %"],
 )
 def test_a_changed_constant_is_noticed(golden_models, tmp_path, changes):
     found = check("5b", "lora", golden_run(golden_config(golden_models("5b"), tmp_path, "lora", **changes)))

@@ -37,6 +37,13 @@ METHODS = {
     },
 }
 BOUND = {"full": 0.95, "lora": 0.85}
+FAST = {("2b", "full"), ("5b", "lora"), ("5b-i2v", "full"), ("1.5-5b", "lora"), ("1.5-5b-i2v", "lora")}
+"""Every variant, and both methods with and without an image; the others belong to ``make soak``."""
+CASES = [
+    pytest.param(variant, method, marks=[] if (variant, method) in FAST else pytest.mark.slow)
+    for variant in VARIANTS
+    for method in METHODS
+]
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +72,7 @@ def sharp_model(tmp_path_factory) -> Callable[[str], Path]:
     return build
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(("variant", "method"), CASES)
 def test_one_clip_comes_back_through_the_stock_pipeline(sharp_model, tmp_path, variant, method):
     model = sharp_model(variant)
     clips = tmp_path / "clips"
