@@ -22,7 +22,7 @@ from waiting import until
 from finetune.core.errors import DataError, KilledError
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets import decode_pool, media_files
-from finetune.datasets.decode import read_decord_frames
+from finetune.datasets.decode import read_decord_frames, resize_crop
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, fit_image
 from finetune.datasets.geometry import ClipConfig, plan_clips, resize_and_crop
 
@@ -233,6 +233,17 @@ def test_resizing_is_antialiased_bicubic_and_the_crop_is_in_place(media, decoder
     theirs = theirs[..., crop_yx[0] : crop_yx[0] + 24, crop_yx[1] : crop_yx[1] + 48].transpose(0, 1)
     assert ours.shape == theirs.shape == (3, 2, 24, 48)
     assert (ours.int() - theirs.int()).abs().float().mean() < 1
+
+
+def test_resizing_filters_noise_as_torch_does():
+    """A video's smooth pictures do not tell a filter from none."""
+    noise = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
+    ours = resize_crop(noise, (24, 40), (2, 5), (20, 30)).astype(int)
+    source = torch.from_numpy(noise).permute(2, 0, 1)[None]
+    for mode, antialias, same in (("bicubic", True, True), ("bicubic", False, False), ("nearest", False, False)):
+        theirs = torch.nn.functional.interpolate(source, (24, 40), mode=mode, antialias=antialias)[0, :, 2:22, 5:35]
+        off = np.abs(ours - theirs.permute(1, 2, 0).numpy())
+        assert (off.max() <= 2) == same, (mode, off.max())
 
 
 BROKEN = {
