@@ -742,7 +742,7 @@ def test_init_of_a_model_folder(tiny_model, tmp_path):
         assert "there is no figure for this model" in output.read_text()
 
 
-@pytest.mark.parametrize("name", ["clips", "my clips: raw #1", "it's", "- dash", "1e5", "true", "@x", "日本"])
+@pytest.mark.parametrize("name", ["clips", "my clips: raw #1", "it's", "- dash", "1e5", "true", "@x", "日本", "a # b"])
 def test_init_keeps_any_path(tmp_path, name, monkeypatch):
     (tmp_path / "data" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ import yaml
 
 from finetune.cogvideox.model_files import HUB_IDS, json_folder, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.document import Dumper
 from finetune.core.errors import ConfigError
 from finetune.core.files import atomic_write_text
 from finetune.core.gpu import OVERHEAD_GIB
@@ -130,7 +131,9 @@ class Starter:
             memory=self.recipe.memory if self.recipe else {},
             optimizer={"kind": "", "weights": "", **(self.recipe.optimizer if self.recipe else {})},
         )
-        return re.sub(r"^( *[^#\s].*?) +# ", lambda line: f"{line[1]:<{_COMMENT_COLUMN}} # ", text, flags=re.M)
+        # Comments in one column; lines with a path have none, and a path may hold what looks like one.
+        commented = r"^(?! *(?:- path|dir|pretrained|output_dir):)( *[^#\s].*?) +# "
+        return re.sub(commented, lambda line: f"{line[1]:<{_COMMENT_COLUMN}} # ", text, flags=re.M)
 
     @property
     def _peak(self) -> str:
@@ -148,9 +151,7 @@ class Starter:
 
 
 def _as_yaml(path: str) -> str:
-    """A path as YAML: plain where it can only be read as itself, else in quotes."""
-    plain = re.fullmatch(r"[A-Za-z./~][\w./~+-]*", path) and path not in ("true", "false", "null", "~")
-    return path if plain else "'" + path.replace("'", "''") + "'"
+    return yaml.dump(path, Dumper=Dumper, allow_unicode=True, width=1 << 20).removesuffix("...\n").strip()
 
 
 def write_starter(

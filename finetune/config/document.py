@@ -287,10 +287,11 @@ class Document:
 
     def place(self, path: Keys) -> str:
         """Where ``path`` was written, or its nearest written parent; then the dotted path, for messages."""
-        for end in range(len(path), -1, -1):
-            if place := self.places.get(path[:end]):
-                return f"{place} ({dotted(path)})" if path and not place.startswith("--set") else place
-        return f"{self.name} ({dotted(path)})" if self.name and path else self.name or dotted(path)
+        written = (self.places[path[:end]] for end in range(len(path), -1, -1) if path[:end] in self.places)
+        place, name = next(written, self.name), dotted(path)
+        if not place or not name or place.startswith(f"--set {name}="):
+            return place or name
+        return f"{place} ({name})"
 
     def value(self, path: Keys) -> Any:
         """The value at ``path``, or None where nothing is written there."""

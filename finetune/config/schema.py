@@ -109,10 +109,7 @@ class Provenance:
 
     base: Path = field(default_factory=Path.cwd, compare=False)
     """The folder that relative paths started at."""
-    file: str = field(default="", compare=False)
-    """The file as it was named, or empty."""
-    places: Mapping[str, str] = field(default_factory=dict, compare=False)
-    """Dotted path -> ``run.yaml:12:3`` or ``--set train.steps=5``."""
+    document: Document = field(default_factory=lambda: Document({}), compare=False)
 
 
 class RunConfig(Strict):
@@ -175,11 +172,8 @@ class RunConfig(Strict):
 
     def where(self, path: str) -> str:
         """Where a dotted path such as ``data.buckets.0`` was written, or its nearest written parent, for messages."""
-        parts = path.split(".")
-        for end in range(len(parts), 0, -1):
-            if place := self._provenance.places.get(".".join(parts[:end])):
-                return f"{place} ({path})"
-        return f"{self._provenance.file} ({path})" if self._provenance.file else path
+        keys = (int(part) if part.isdecimal() else part for part in path.split("."))
+        return self._provenance.document.place(tuple(keys))
 
     def to_dict(self) -> dict[str, Any]:
         """Every value, defaults included, as JSON types; what decides the rest of a section comes first in it."""
@@ -328,8 +322,8 @@ def build(document: Document, *, base: Path) -> RunConfig:
     except (OSError, RuntimeError) as error:  # a name too long; links in a circle; ~nobody
         reason = (isinstance(error, OSError) and error.strerror) or error
         raise ConfigError(f"a path cannot be used: {reason!s:.300}", where=document.name) from None
-    places = {".".join(map(str, path)): place for path, place in document.places.items() if path}
-    config._provenance = Provenance(base, document.name, places)
+    document.places.pop((), None)  # of what is written nowhere, the file is named without its first line
+    config._provenance = Provenance(base, document)
     return config
 
 
