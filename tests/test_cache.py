@@ -18,18 +18,15 @@ from finetune.core.checksums import checksummed_json, digest_of
 from finetune.core.errors import CacheError, DataError
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets import cache_admin
-from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import (
+from finetune.datasets.cache import Cache, Encoding
+from finetune.datasets.manifests import (
     FORMAT,
     UNKNOWN,
     FileStamp,
     Manifest,
     ManifestItem,
     differences,
-    image_address,
-    latents_address,
     portable,
-    prompt_address,
     read_content,
 )
 
@@ -37,22 +34,15 @@ BUCKET = Bucket(9, 64, 64)
 PLAN = ClipPlan(tuple(range(9)), (64, 64), (0, 0), BUCKET)
 
 
-def clip_address(**changes):
-    base = {
-        "media_digest": "m" * 32,
-        "image_digest": None,
-        "plan": PLAN,
-        "pixel_rule": "rule-1",
-        "vae": "v" * 32,
-        "vae_dtype": "bf16",
-        "latents_dtype": "fp16",
-        "image_draws": None,
-    }
-    return latents_address(**{**base, **changes})
+ENCODING = Encoding("v" * 32, "t" * 32, "bf16", 16, "fp16", None, "rule-1")
 
 
-def caption_address(text="a red circle", **changes):
-    return prompt_address(**{"text": text, "text_encoder": "t" * 32, "max_length": 16, "dtype": "fp32", **changes})
+def clip_address(media="m" * 32, plan=PLAN, *, image=None, corrections=(), **changes):
+    return replace(ENCODING, **changes).latents_address(media, plan, image=image, corrections=corrections)
+
+
+def caption_address(text="a red circle", dtype="fp32", **changes):
+    return replace(ENCODING, dtype=dtype, **changes).prompt_address(text)
 
 
 def posterior(seed=0, image_draws=0):
@@ -69,7 +59,7 @@ def filled(root: Path, captions=("a", "b")) -> tuple[Cache, Manifest, Path]:
     empty = caption_address("")
     cache.write_prompt(empty, torch.zeros(16, 32), tokens=1)
     for number, caption in enumerate(captions):
-        address, prompt = clip_address(media_digest=f"{number:032d}"), caption_address(caption)
+        address, prompt = clip_address(f"{number:032d}"), caption_address(caption)
         mean, std, _ = posterior(number)
         cache.write_latents(address, mean, std, None)
         cache.write_prompt(prompt, torch.full((16, 32), float(number)), tokens=3)
@@ -106,15 +96,15 @@ def filled(root: Path, captions=("a", "b")) -> tuple[Cache, Manifest, Path]:
 @pytest.mark.parametrize(
     "change",
     [
-        {"media_digest": "n" * 32},
-        {"image_digest": "i" * 32},
+        {"media": "n" * 32},
+        {"image": "i" * 32},
         {"plan": replace(PLAN, frame_indices=(0, 0, *range(1, 8)))},
         {"plan": replace(PLAN, resize_hw=(64, 65))},
         {"plan": replace(PLAN, crop_yx=(0, 1))},
         {"plan": replace(PLAN, bucket=Bucket(9, 64, 80))},
         {"pixel_rule": "rule-2"},
         {"vae": "w" * 32},
-        {"vae_dtype": "fp32"},
+        {"dtype": "fp32"},
         {"latents_dtype": "fp32"},
         {"image_draws": 4},
         {"corrections": ("bwdif-auto-1",)},
@@ -141,7 +131,7 @@ def test_equal_content_has_an_equal_key_and_kinds_never_share_one():
     assert digest_of(clip_address()) == digest_of(
         clip_address(plan=ClipPlan(PLAN.frame_indices, (64, 64), (0, 0), BUCKET))
     )
-    still = image_address(image_digest="i", bucket=BUCKET, pixel_rule="rule-1")
+    still = ENCODING.image_address("i", BUCKET)
     assert still["kind"] == "images" and digest_of(still) != digest_of({**still, "kind": "latents"})
 
 
@@ -164,7 +154,7 @@ def test_what_is_written_is_read_back_to_the_bit(tmp_path, dtype):
     assert torch.equal(entry.prompt_embeds, torch.arange(64.0).reshape(8, 8).bfloat16())
     assert cache.prompt_tokens(digest_of(prompt)) == 5
     still, pixels = (
-        image_address(image_digest="i", bucket=BUCKET, pixel_rule="r"),
+        ENCODING.image_address("i", BUCKET),
         torch.arange(192).byte().view(3, 8, 8),
     )
     cache.write_image(still, pixels)
@@ -372,7 +362,7 @@ AT_ONCE = {"grace_s": 0}
 
 def test_gc_reports_first_and_deletes_only_what_nothing_refers_to(tmp_path):
     cache, _, path = filled(tmp_path)
-    orphan = clip_address(media_digest="o" * 32)
+    orphan = clip_address("o" * 32)
     mean, std, _ = posterior()
     cache.write_latents(orphan, mean, std, None)
     report = cache_admin.gc(cache, grace_s=0)

@@ -27,8 +27,8 @@ from finetune.core import locks
 from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError
 from finetune.datasets import cache_admin
-from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import Manifest, prompt_address
+from finetune.datasets.cache import Cache, Encoding
+from finetune.datasets.manifests import Manifest
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,7 +50,7 @@ def without_locks(monkeypatch) -> None:
 
 
 def address(number: int) -> dict[str, object]:
-    return prompt_address(text=str(number), text_encoder="t", max_length=1, dtype="fp32")
+    return Encoding("v", "t", "fp32", 1, "fp16", None, "rule").prompt_address(str(number))
 
 
 def write(cache: Cache, number: int) -> str:
@@ -125,17 +125,22 @@ def test_a_job_waits_for_a_collection_and_says_so(tmp_path, capsys):
 def test_what_earlier_versions_left_is_collected_when_their_jobs_are_over(tmp_path):
     cache = two_orphans(tmp_path)
     cache.save_manifest(manifest_of([0]), tmp_path)
-    old = cache.root / "jobs" / "node3-812-1a2b3c4d.json", cache.root / "trash" / "gc-1" / "prompts" / "a.safetensors"
+    old = cache.root / "jobs" / "node3-812-1a2b3c4d.json", cache.root / "trash" / "gc-1" / "manifests" / "a.json"
     for path in old:
         path.parent.mkdir(parents=True)
         path.write_text("{")
+    needed = cache.path("prompts", digest_of(address(0)))
+    taken_away = cache.root / "trash" / "gc-1" / needed.relative_to(cache.root)
+    taken_away.parent.mkdir(parents=True)
+    needed.rename(taken_away)
     report = cache_admin.gc(cache, delete=True, grace_s=0)
     assert old[0].name in report.held_back and not report.deleted, "a job of an earlier version may be running"
-    assert old[0].exists() and len(cache.keys("prompts")) == 2
+    assert old[0].exists() and taken_away.exists()
     for path in old:
         os.utime(path, (1, 1))
     report = cache_admin.gc(cache, delete=True, grace_s=0)
     assert report.leftovers == 2 and report.entries == 1 and not report.held_back
+    assert needed.exists(), "an entry that a killed collection had taken away is there again"
     assert {path.name for path in cache.root.iterdir()} == {"lock", "manifests", "prompts"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,22 +24,20 @@ from finetune.core.checksums import digest_of, parse_checksummed_json
 from finetune.core.errors import CacheError
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets import cache as reading
-from finetune.datasets import cache_admin, cache_entries
-from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import (
+from finetune.datasets import cache_admin
+from finetune.datasets.cache import Cache, Encoding, fault_of
+from finetune.datasets.manifests import (
     DamagedManifestError,
     FileStamp,
     Manifest,
     ManifestItem,
-    fault_of,
-    image_address,
-    latents_address,
-    prompt_address,
+    manifest_fault,
     read_content,
 )
 
 ROOT = Path(__file__).parents[1]
 BUCKET = Bucket(9, 16, 16)
+ENCODING = Encoding("v", "t", "fp32", 4, "fp16", 1, "rule")
 KINDS_OF_FILE = ("latents", "prompts", "images", "manifest", "memo")
 
 
@@ -55,23 +53,13 @@ class World:
         return Cache(self.folder / "cache")
 
     def clip(self, number: int) -> dict[str, object]:
-        return latents_address(
-            media_digest=f"{number:032d}",
-            image_digest=None,
-            plan=ClipPlan(tuple(range(9)), (16, 16), (0, 0), BUCKET),
-            pixel_rule="rule",
-            vae="v",
-            vae_dtype="fp32",
-            latents_dtype="fp16",
-            image_draws=1,
-        )
+        return ENCODING.latents_address(f"{number:032d}", ClipPlan(tuple(range(9)), (16, 16), (0, 0), BUCKET))
 
     def prompt(self, number: int) -> dict[str, object]:
-        text = f'caption {number} with "checksum":" in it and ünicode'
-        return prompt_address(text=text, text_encoder="t", max_length=4, dtype="fp32")
+        return ENCODING.prompt_address(f'caption {number} with "checksum":" in it and ünicode')
 
     def image(self, number: int) -> dict[str, object]:
-        return image_address(image_digest=f"image {number}", bucket=BUCKET, pixel_rule="rule")
+        return ENCODING.image_address(f"image {number}", BUCKET)
 
     def encode(self, kind: str, number: int) -> None:
         """Write one entry, as precompute would."""
@@ -158,8 +146,6 @@ def detector(world: World, kind: str, number: int) -> Callable[[bytes], bool]:
         key = world.key(kind, number)
         return lambda content: bool(fault_of(content, kind, key))  # type: ignore[arg-type]
     if kind == "manifest":
-        from finetune.datasets.cache_entries import manifest_fault
-
         name = world.path(kind, number).stem
         return lambda content: bool(manifest_fault(content, name))
 
@@ -322,8 +308,7 @@ def test_without_the_check_damage_would_be_trained_on(tmp_path, monkeypatch, kin
     }[kind]
     before = read()
     flip(world.path(kind, 0))
-    trusting = partial(reading.read_tensors, verify=False)
-    monkeypatch.setattr(reading, "read_tensors", lambda entry, key, verify: trusting(entry, key))
+    monkeypatch.setattr(reading, "fault_of", lambda content, kind, key: "")
     assert not torch.equal(read(), before)
     monkeypatch.undo()
     with pytest.raises(CacheError, match="damaged"):
@@ -347,14 +332,13 @@ def test_without_the_check_a_damaged_memo_would_name_other_bytes(tmp_path, monke
 def counted(monkeypatch) -> list[str]:
     """Keys of the entries that were verified."""
     seen: list[str] = []
-    real = reading.read_tensors
+    real = reading.fault_of
 
-    def counting(entry, key, verify):
-        if verify:
-            seen.append(key)
-        return real(entry, key, verify=verify)
+    def counting(content, kind, key):
+        seen.append(key)
+        return real(content, kind, key)
 
-    monkeypatch.setattr(reading, "read_tensors", counting)
+    monkeypatch.setattr(reading, "fault_of", counting)
     return seen
 
 
@@ -395,9 +379,7 @@ def test_threads_may_read_the_same_entries_at_once(tmp_path, counted):
 def test_a_damaged_entry_on_a_drive_that_is_read_only_stays_and_is_told_of(tmp_path, monkeypatch):
     world = make_world(tmp_path)
     flip(world.path("latents", 0))
-    monkeypatch.setattr(
-        cache_entries.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only"))
-    )
+    monkeypatch.setattr(reading.os, "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.EROFS, "Read-only")))
     with pytest.raises(CacheError, match=r"damaged[\s\S]*0\.mp4[\s\S]*cannot be moved aside[\s\S]*verify --delete"):
         world.cache.read(world.item(0))
     assert world.path("latents", 0).exists()
@@ -407,14 +389,14 @@ def test_an_entry_that_was_written_anew_meanwhile_keeps_its_name(tmp_path, monke
     """Another process mends it between our reading and our renaming."""
     world = make_world(tmp_path)
     whole = flip(world.path("latents", 0))
-    real = cache_entries.os.replace
+    real = reading.os.replace
 
     def mended_first(source, target):
-        monkeypatch.setattr(cache_entries.os, "replace", real)
+        monkeypatch.setattr(reading.os, "replace", real)
         world.encode("latents", 0)
         real(source, target)
 
-    monkeypatch.setattr(cache_entries.os, "replace", mended_first)
+    monkeypatch.setattr(reading.os, "replace", mended_first)
     with pytest.raises(CacheError, match="damaged"):
         world.cache.read(world.item(0))
     assert world.path("latents", 0).read_bytes() == whole
@@ -424,14 +406,13 @@ def test_an_entry_that_was_written_anew_meanwhile_keeps_its_name(tmp_path, monke
 def test_an_entry_that_another_machine_wrote_anew_is_read_once_more(tmp_path, monkeypatch):
     """On NFS an open file whose name another client gave to an equal one is stale."""
     world = make_world(tmp_path)
-    real, stale = reading.read_tensors, [OSError(errno.ESTALE, "Stale file handle")]
+    real, stale = Path.open, [OSError(errno.ESTALE, "Stale file handle")]
 
-    def read_tensors(*arguments: object, **options: object) -> object:
-        if stale:
+    class Stale(io.FileIO):
+        def read(self, *size: int) -> bytes:
             raise stale.pop()
-        return real(*arguments, **options)
 
-    monkeypatch.setattr(reading, "read_tensors", read_tensors)
+    monkeypatch.setattr(reading.Path, "open", lambda path, mode: Stale(path) if stale else real(path, mode))
     assert world.cache.read(world.item(0)).latents_mean.ndim == 4 and not stale
 
 

@@ -624,11 +624,10 @@ def test_export_hands_on_every_option(monkeypatch, capsys):
 def test_cache_verbs(config_file, tmp_path, capsys):
     import torch
 
-    from finetune.datasets.cache import Cache
-    from finetune.datasets.cache_entries import prompt_address
+    from finetune.datasets.cache import Cache, Encoding
 
     cache = Cache(tmp_path / "cache")
-    address = prompt_address(text="a", text_encoder="e", max_length=4, dtype="fp32")
+    address = Encoding("v", "e", "fp32", 4, "fp16", None, "rule").prompt_address("a")
     cache.write_prompt(address, torch.zeros(4, 8), tokens=1)
     assert main(["cache", "stats", "--config", str(config_file)]) == OK
     assert main(["cache", "verify", "--config", str(config_file), "--set", "cache.dir=cache"]) == OK

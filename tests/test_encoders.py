@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,7 @@ from torch import Tensor
 from worlds import run_config
 
 from finetune.caching import encode
-from finetune.caching.precompute import precompute
-from finetune.caching.request import full_fingerprints, local_fingerprints
+from finetune.caching.precompute import encoding_of, precompute
 from finetune.cogvideox.encode import encode_prompts, encode_video
 from finetune.cogvideox.load import ModelConfig, load_text
 from finetune.cogvideox.model_files import known_model
@@ -130,13 +130,16 @@ def test_int8_refuses_what_would_overflow_or_is_incomplete(deep_model: Path, tmp
 
 
 def test_only_int8_embeddings_have_another_address(deep_model: Path, tmp_path: Path) -> None:
-    model, cache = ModelConfig(pretrained=str(deep_model)), Cache(tmp_path / "cache")
-    plain = full_fingerprints(model, cache)
-    assert full_fingerprints(model, cache, "device") == full_fingerprints(model, cache, "streamed") == plain
-    int8 = full_fingerprints(model, cache, "int8")
-    assert int8.text_encoder != plain.text_encoder and (int8.vae, int8.dtype) == (plain.vae, plain.dtype)
-    for how in ("device", "streamed", "int8"):
-        assert local_fingerprints(model, cache, how) == full_fingerprints(model, cache, how)
+    spec, cache = read_spec(str(deep_model)), Cache(tmp_path / "cache")
+
+    def encoding(how: str, *, fetch: bool) -> Any:
+        config = run_config(deep_model, tmp_path / "none", tmp_path / "run", memory={"text_encoder": how})
+        return encoding_of(config, spec, cache, fetch=fetch)
+
+    plain, streamed, int8 = ours = [encoding(how, fetch=True) for how in ("device", "streamed", "int8")]
+    assert streamed == plain
+    assert int8.text_encoder != plain.text_encoder and replace(int8, text_encoder=plain.text_encoder) == plain
+    assert [encoding(how, fetch=False) for how in ("device", "streamed", "int8")] == ours
 
 
 def test_a_cache_is_filled_the_same_whole_and_streamed(deep_model: Path, demo_clips: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from finetune.convert.source import DataSummary, ExportSource
 from finetune.convert.verify import Verification
 from finetune.core.types import Bucket, RunState, SamplePrompt
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import Manifest, ManifestItem
+from finetune.datasets.manifests import Manifest, ManifestItem
 from finetune.inference.adapters import TRAINING_RECORD
 
 COMMIT = "a" * 40

@@ -29,8 +29,7 @@ from worlds import merged, run_values
 from finetune.caching import encode as encoding
 from finetune.caching import precompute as cache_plan
 from finetune.caching.check import check_dataset, identities, overview, split_clips, workers_for
-from finetune.caching.precompute import PrecomputeReport, ensure_cache, precompute
-from finetune.caching.request import Fingerprints, full_fingerprints, local_fingerprints
+from finetune.caching.precompute import PrecomputeReport, encoding_of, ensure_cache, precompute
 from finetune.cogvideox.load import load_text, load_vae
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
@@ -39,9 +38,9 @@ from finetune.core import files as space
 from finetune.core.errors import CacheError, DataError, KilledError, ModelError
 from finetune.core.types import Bucket
 from finetune.datasets import cache_admin
-from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import UNKNOWN, read_metadata
+from finetune.datasets.cache import Cache, read_metadata
 from finetune.datasets.decode_pool import fit_image
+from finetune.datasets.manifests import UNKNOWN
 
 ROOT = Path(__file__).parents[1]
 
@@ -448,15 +447,18 @@ def test_encoders_need_not_be_on_the_training_machine(project, capsys):
 
 def test_an_encoder_that_is_not_whole_is_unknown(project):
     home = project()
-    elsewhere = home.config(model={"pretrained": "nobody/nothing", "dtype": "bf16"}).model
-    assert local_fingerprints(elsewhere, home.cache) == Fingerprints(UNKNOWN, UNKNOWN, "bf16")
+    spec = read_spec(str(home.model))
+
+    def fingerprints(*, fetch: bool = False, **changes: Any) -> tuple[str, str]:
+        encoding = encoding_of(home.config(**changes), spec, home.cache, fetch=fetch)
+        return encoding.vae, encoding.text_encoder
+
+    assert fingerprints(model={"pretrained": "nobody/nothing", "dtype": "bf16"}) == (UNKNOWN, UNKNOWN)
     home.model = shutil.copytree(home.model, home.folder / "model")
-    model = home.config().model
-    here = local_fingerprints(model, home.cache)
-    assert here == full_fingerprints(model, home.cache) and UNKNOWN not in (here.vae, here.text_encoder)
+    assert fingerprints() == fingerprints(fetch=True) and UNKNOWN not in fingerprints()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (home.model / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert local_fingerprints(model, home.cache).text_encoder == UNKNOWN  # half downloaded is not another T5
+    assert fingerprints()[1] == UNKNOWN  # half downloaded is not another T5
 
 
 BLOCKED = """
@@ -470,7 +472,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 from finetune.config.schema import load_config
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import UNKNOWN
+from finetune.datasets.manifests import UNKNOWN
 from finetune.cogvideox.spec import read_spec
 from finetune.caching.precompute import ensure_cache
 config = load_config(sys.argv[1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.caching.request import local_fingerprints, make_request
+from finetune.caching.precompute import encoding_of, make_request
 from finetune.checkpoint.folders import checkpoint_path, list_checkpoints
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
 from finetune.core.types import Batch, ClipPlan, torch_dtype
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import Manifest, ManifestItem, latents_address, portable, prompt_address
-from finetune.datasets.decode_pool import PIXEL_RULE
+from finetune.datasets.manifests import Manifest, ManifestItem, portable
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.run import TrainedModel
 from finetune.trainers.tracking import StepRecord
@@ -69,30 +69,21 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
     spec = read_spec(config.model.pretrained)
     cache = Cache(config.cache.dir)
     bucket = config.data.buckets[0]
-    encoders = local_fingerprints(config.model, cache)
+    local = encoding_of(config, spec, cache, fetch=False)
+    encoding = replace(local, vae="elsewhere", text_encoder="elsewhere")
     generator = torch.Generator().manual_seed(0)
     channels, frames, height, width = spec.latent_shape(bucket)
 
     def prompt(text: str) -> str:
-        address = prompt_address(
-            text=text, text_encoder="elsewhere", max_length=spec.max_text_seq_length, dtype=encoders.dtype
-        )
+        address = encoding.prompt_address(text)
         embeds = torch.randn(spec.max_text_seq_length, spec.text_embed_dim, generator=generator)
-        cache.write_prompt(address, embeds.to(torch_dtype(encoders.dtype)), tokens=4)
+        cache.write_prompt(address, embeds.to(torch_dtype(encoding.dtype)), tokens=4)
         return digest_of(address)
 
     def clip(number: int) -> ManifestItem:
-        draws = config.cache.image_draws if spec.image_to_video else None
-        address = latents_address(
-            media_digest=f"clip {number}",
-            image_digest=None,
-            plan=ClipPlan(tuple(range(bucket.frames)), (bucket.height, bucket.width), (0, 0), bucket),
-            pixel_rule=PIXEL_RULE,
-            vae="elsewhere",
-            vae_dtype=encoders.dtype,
-            latents_dtype=config.cache.latents_dtype,
-            image_draws=draws,
-        )
+        draws = encoding.image_draws
+        plan = ClipPlan(tuple(range(bucket.frames)), (bucket.height, bucket.width), (0, 0), bucket)
+        address = encoding.latents_address(f"clip {number}", plan)
         mean = torch.randn(channels, frames, height, width, generator=generator)
         image = torch.randn(draws, channels, 1, height, width, generator=generator) if draws else None
         cache.write_latents(address, mean, torch.full_like(mean, 0.01), image)
@@ -112,7 +103,7 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
     manifest = Manifest(
         items=tuple(clip(number) for number in range(clips)),
         empty_prompt_key=prompt(""),
-        request=portable(make_request(config, spec, encoders), config.base),
+        request=portable(make_request(config, spec, local), config.base),
         inputs={},
         notes=("a note", "warning: three quarters are lost"),
         kept={str(bucket): "25% of the picture and 75% of the seconds are kept"},

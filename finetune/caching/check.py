@@ -14,15 +14,14 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
-from finetune.caching.request import local_folder, sample_bucket
 from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
+from finetune.cogvideox.model_files import local_folder
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import WARNING, FileStamp, portable
 from finetune.datasets.decode_pool import DecodePool
 from finetune.datasets.geometry import (
     ClipConfig,
@@ -35,6 +34,7 @@ from finetune.datasets.geometry import (
     seconds_kept,
     seconds_of,
 )
+from finetune.datasets.manifests import WARNING, FileStamp, portable
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.datasets.sources import choose_val_split, read_samples
 
@@ -212,6 +212,11 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def sample_bucket(config: RunConfig) -> Bucket:
+    """The shape of validation videos."""
+    return config.validation.bucket or config.data.buckets[0]
+
+
 def note_line(note: str) -> str:
     """One of a report's notes, for print."""
     return note if note.startswith(WARNING) else f"note: {note}"
@@ -257,7 +262,7 @@ def check_captions(
     Raises:
         ModelError: if the tokenizer is there and cannot be loaded.
     """
-    folder = local_folder(config.model)
+    folder = local_folder(config.model.pretrained, config.model.revision)
     if folder is None or not any(
         (folder / "tokenizer" / name).is_file() for name in ("spiece.model", "tokenizer.json")
     ):
@@ -295,14 +300,14 @@ def _caption_warnings(unknown: Mapping[str, float], alike: list[list[str]], coun
         mostly = sum(part > MOST_UNKNOWN for part in unknown.values())
         warnings.append(
             f"{len(unknown)} of {count} captions hold characters that the model's text encoder does not know, and reads"
-            f" as one unknown mark ({mostly} of them for the most part): such as {_quoted(worst)}, {unknown[worst]:.0%}"
+            f" as one unknown mark ({mostly} of them for the most part): such as {quoted(worst)}, {unknown[worst]:.0%}"
             " unknown"
         )
     if alike:
         first, second = alike[0][:2]
         warnings.append(
             f"{sum(map(len, alike))} different captions are not different to the model, which reads the same tokens (at"
-            f" most {most_tokens}) for {_quoted(first)} and {_quoted(second)}"
+            f" most {most_tokens}) for {quoted(first)} and {quoted(second)}"
         )
     return warnings
 
@@ -317,12 +322,13 @@ def _caption_errors(
                 reasons.setdefault(text, "the caption is another's, but for characters that are unknown")
     fix = "write it in English, or set data.unreadable_captions: warn"
     return [
-        DataError(f"{what} to the model's text encoder: {_quoted(text)}", where=captions[text], fix=fix)
+        DataError(f"{what} to the model's text encoder: {quoted(text)}", where=captions[text], fix=fix)
         for text, what in reasons.items()
     ]
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """A caption for a message."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 

@@ -24,8 +24,8 @@ from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import FileStamp
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
+from finetune.datasets.manifests import FileStamp
 from finetune.memory.block_streaming import stream_text, text_placement
 
 NOISE_SEED = 0

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from finetune.caching.check import (
     UNREADABLE,
@@ -21,6 +21,8 @@ from finetune.caching.check import (
     check_dataset,
     named,
     note_line,
+    quoted,
+    sample_bucket,
     split_clips,
     stamp_files,
     workers_for,
@@ -35,36 +37,37 @@ from finetune.caching.encode import (
     encode_clips,
     store_images,
 )
-from finetune.caching.request import (
-    Fingerprints,
-    ManifestMatch,
-    find_manifest,
-    full_fingerprints,
-    make_request,
-    sample_bucket,
-)
-from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.cogvideox.components import require_plain_index
+from finetune.cogvideox.config import DropoutConfig
+from finetune.cogvideox.model_files import local_folder, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import pin_model, require_valid
 from finetune.config.schema import RunConfig, as_config
+from finetune.core.checksums import digest_of
 from finetune.core.distributed import ProcessGroup
-from finetune.core.errors import CacheError, DataError, raise_all
+from finetune.core.errors import CacheError, DataError, ModelError, raise_all
 from finetune.core.files import from_here, human_size, require_space
 from finetune.core.types import DTYPE_BYTES, Bucket, DtypeName
-from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import (
+from finetune.datasets.cache import Cache, Encoding
+from finetune.datasets.decode_pool import PIXEL_RULE
+from finetune.datasets.manifests import (
+    FORMAT,
     KINDS,
+    UNKNOWN,
+    DamagedManifestError,
     FileStamp,
     Kind,
     Manifest,
     ManifestItem,
-    image_address,
-    latents_address,
+    differences,
     portable,
-    prompt_address,
+    read_content,
 )
-from finetune.datasets.decode_pool import PIXEL_RULE
 from finetune.datasets.sources import source_files
+
+_PLANNING_RULES = 1
+"""By which headers are read and captions cleaned. Another number has every dataset planned anew; what is encoded anew
+is only what then has another address."""
 
 ENTRY_OVERHEAD = 8192
 """Bytes that an entry takes beside its tensors: a header of one or two kB, and what rounding up to blocks costs."""
@@ -75,7 +78,88 @@ MARGIN = 0.01
 _TITLES: Mapping[Kind, str] = {"latents": "clips", "prompts": "captions", "images": "images"}
 
 
-# ----------------------------------------------------------------------------------------------------- what is missing
+# -------------------------------------------------------------------------------------------------- what a run asks for
+
+
+def encoding_of(config: RunConfig, spec: ModelSpec, cache: Cache, *, fetch: bool) -> Encoding:
+    """How a run's clips and captions are encoded; digests of files are remembered in the cache.
+
+    Args:
+        config: the run's configuration.
+        spec: of its model.
+        cache: what is filled.
+        fetch: take encoders from the hub if they live there. Without it, the fingerprint of one whose files are not all
+            on this machine is ``UNKNOWN``: training from a complete cache needs neither, and T5 alone is 10 GB.
+
+    Raises:
+        ModelError: if an encoder is to be fetched and cannot be found, or the model's dtype cannot be told.
+    """
+    from finetune.cogvideox.load import fingerprint  # which imports torch
+
+    model = config.model
+    if fetch:
+        parts = ["vae", "text_encoder", "tokenizer"]
+        folder: Path | None = resolve_pretrained(model.pretrained, model.revision, components=parts)
+    else:
+        folder = local_folder(model.pretrained, model.revision)
+
+    def digest(component: Literal["vae", "text_encoder"], form: str = "") -> str:
+        if folder is None or not (fetch or _has_weights(folder / component)):
+            return UNKNOWN
+        return fingerprint(folder, component, digest_file=cache.digest_file, form=form)
+
+    return Encoding(
+        vae=digest("vae"),
+        # Streamed embeddings are the same to the bit, and those of a cache from before there was a choice.
+        text_encoder=digest("text_encoder", "int8" if config.memory.text_encoder == "int8" else ""),
+        dtype=model.dtype_name(),
+        max_length=spec.max_text_seq_length,
+        latents_dtype=config.cache.latents_dtype,
+        image_draws=config.cache.image_draws if spec.image_to_video else None,
+        pixel_rule=PIXEL_RULE,
+    )
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether every shard of a component is there: half of them would give the fingerprint of another model."""
+    try:
+        shards = [name for path in folder.glob("*.safetensors.index.json") for name in require_plain_index(path)]
+    except ModelError:
+        return False
+    return all((folder / shard).is_file() for shard in shards) and any(folder.glob("*.safetensors"))
+
+
+def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict[str, Any]:
+    """Everything that decides which entries a dataset needs, under the names that the configuration has for it.
+
+    Paths are ``Path`` objects (``portable`` writes them out). Of ``data``, every field counts but those of
+    caption and image dropout, which are applied to what the cache holds.
+    """
+    data = config.data.model_dump(mode="python", exclude=set(DropoutConfig.model_fields))
+    if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
+        del data["unreadable_captions"]
+    samples = config.validation.samples
+    images = sorted({sample.image for sample in samples if sample.image} if spec.image_to_video else ())
+    return {
+        "format": {"cache": FORMAT, "pixels": encoding.pixel_rule, "headers": _PLANNING_RULES},
+        "data": {**data, "fps": config.data.fps or spec.native_fps},
+        "model": {
+            "vae": encoding.vae,
+            "text_encoder": encoding.text_encoder,
+            "dtype": encoding.dtype,
+            "max_text_seq_length": encoding.max_length,
+            "image_to_video": spec.image_to_video,
+        },
+        "cache": {"latents_dtype": encoding.latents_dtype, "image_draws": encoding.image_draws},
+        "validation": {
+            "prompts": sorted({sample.prompt for sample in samples}),
+            "images": images,
+            "bucket": str(sample_bucket(config)) if images else None,
+        },
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ what is missing
 
 
 @dataclass(frozen=True)
@@ -103,20 +187,40 @@ def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bo
         ModelError: if an encoder cannot be found.
     """
     # Digested before they are read: a file that changes in between is then seen as changed, not missed.
-    inputs = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
+    stamps = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
     # Captions are compared with it, before an encoder of 10 GB is fetched.
     resolve_pretrained(config.model.pretrained, config.model.revision, components=["tokenizer"])
     report = check_dataset(config, spec, progress=progress)
-    encoders = full_fingerprints(config.model, cache, config.memory.text_encoder)
-    samples = config.validation.samples
+    encoding = encoding_of(config, spec, cache, fetch=True)
+    samples, bucket = config.validation.samples, sample_bucket(config)
     images = {sample.image for sample in samples if sample.image and spec.image_to_video}
     conditions = {clip.sample.image for clip in report.clips if clip.sample.image and spec.image_to_video}
     left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
     media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
-    inputs |= stamp_files(media | conditions | images, cache, progress)
+    stamps |= stamp_files(media | conditions | images, cache, progress)
+    clips: dict[str, ClipJob] = {}
+    captions: dict[str, EncodeJob] = {}
+    stills: dict[str, ImageJob] = {}
 
-    entries = _RequiredEntries(config, spec, encoders, inputs)
-    val_split = split_clips(report.clips, {path: stamp.digest for path, stamp in inputs.items()}, config.data.holdout)
+    def clip_key(clip: PlannedClip) -> str:
+        image = clip.sample.image if spec.image_to_video else None
+        stamp = stamps[clip.sample.video]
+        digest = stamps[image].digest if image else None
+        address = encoding.latents_address(stamp.digest, clip.plan, image=digest, corrections=clip.probe.corrections)
+        # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
+        probe = replace(clip.probe, frame_times_s=())
+        job = ClipJob(address, clip.where, clip.sample.video, stamp, probe, clip.plan, image)
+        return clips.setdefault(job.key, job).key
+
+    def prompt_key(text: str) -> str:
+        job = EncodeJob(encoding.prompt_address(text))
+        return captions.setdefault(job.key, job).key
+
+    def image_key(image: Path) -> str:
+        job = ImageJob(encoding.image_address(stamps[image].digest, bucket), image, bucket)
+        return stills.setdefault(job.key, job).key
+
+    val_split = split_clips(report.clips, {path: stamp.digest for path, stamp in stamps.items()}, config.data.holdout)
     manifest = Manifest(
         items=tuple(
             ManifestItem(
@@ -126,91 +230,31 @@ def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bo
                 bucket=clip.plan.bucket,
                 repeats=clip.sample.repeats,
                 holdout=is_val,
-                latents_key=entries.clip_key(clip),
-                prompt_key=entries.prompt_key(clip.sample.caption),
-                media_digest=inputs[clip.sample.video].digest,
+                latents_key=clip_key(clip),
+                prompt_key=prompt_key(clip.sample.caption),
+                media_digest=stamps[clip.sample.video].digest,
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),
-        empty_prompt_key=entries.prompt_key(""),
-        request=portable(make_request(config, spec, encoders), config.base),
-        inputs={str(path): stamp for path, stamp in inputs.items()},
-        prompts={sample.prompt: entries.prompt_key(sample.prompt) for sample in samples},
-        images={str(path): entries.image_key(path) for path in sorted(images)},
+        empty_prompt_key=prompt_key(""),
+        request=portable(make_request(config, spec, encoding), config.base),
+        inputs={str(path): stamp for path, stamp in stamps.items()},
+        prompts={sample.prompt: prompt_key(sample.prompt) for sample in samples},
+        images={str(path): image_key(path) for path in sorted(images)},
         skipped={reason: len(names) for reason, names in report.skipped.items()},
-        notes=(*report.notes, *_both_sides(report.clips, inputs)),
+        notes=(*report.notes, *_both_sides(report.clips, stamps)),
         kept={str(bucket): str(kept) for bucket, kept in report.kept.items()},
     )
-    return entries.plan(manifest, cache)
-
-
-class _RequiredEntries:
-    """Collects the entries that a dataset needs, each once however often it is asked for."""
-
-    def __init__(
-        self, config: RunConfig, spec: ModelSpec, encoders: Fingerprints, stamps: Mapping[Path, FileStamp]
-    ) -> None:
-        self._config, self._spec, self._encoders, self._stamps = config, spec, encoders, stamps
-        self._image_draws = config.cache.image_draws if spec.image_to_video else None
-        self._latents: dict[str, ClipJob] = {}
-        self._prompts: dict[str, EncodeJob] = {}
-        self._images: dict[str, ImageJob] = {}
-
-    def clip_key(self, clip: PlannedClip) -> str:
-        """The key of a clip's latents."""
-        image = clip.sample.image if self._spec.image_to_video else None
-        stamp = self._stamps[clip.sample.video]
-        address = latents_address(
-            media_digest=stamp.digest,
-            image_digest=self._stamps[image].digest if image else None,
-            plan=clip.plan,
-            pixel_rule=PIXEL_RULE,
-            vae=self._encoders.vae,
-            vae_dtype=self._encoders.dtype,
-            latents_dtype=self._config.cache.latents_dtype,
-            image_draws=self._image_draws,
-            corrections=clip.probe.corrections,
-        )
-        # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
-        probe = replace(clip.probe, frame_times_s=())
-        job = ClipJob(address, clip.where, clip.sample.video, stamp, probe, clip.plan, image)
-        self._latents.setdefault(job.key, job)
-        return job.key
-
-    def prompt_key(self, text: str) -> str:
-        """The key of a caption's embedding."""
-        job = EncodeJob(
-            prompt_address(
-                text=text,
-                text_encoder=self._encoders.text_encoder,
-                max_length=self._spec.max_text_seq_length,
-                dtype=self._encoders.dtype,
-            )
-        )
-        self._prompts.setdefault(job.key, job)
-        return job.key
-
-    def image_key(self, image: Path) -> str:
-        """The key of a validation image's pixels."""
-        bucket = sample_bucket(self._config)
-        address = image_address(image_digest=self._stamps[image].digest, bucket=bucket, pixel_rule=PIXEL_RULE)
-        job = ImageJob(address, image, bucket)
-        self._images.setdefault(job.key, job)
-        return job.key
-
-    def plan(self, manifest: Manifest, cache: Cache) -> CachePlan:
-        """What of it all the cache does not hold."""
-        there = {kind: cache.keys(kind) for kind in KINDS}
-        latents = tuple(job for key, job in self._latents.items() if key not in there["latents"])
-        prompts = tuple(job for key, job in self._prompts.items() if key not in there["prompts"])
-        images = tuple(job for key, job in self._images.items() if key not in there["images"])
-        dtype, draws = self._config.cache.latents_dtype, self._image_draws or 0
-        needed = sum(clip_bytes(self._spec, job.plan.bucket, dtype, draws=draws) for job in latents)
-        needed += len(prompts) * prompt_bytes(self._spec, self._encoders.dtype)
-        needed += sum(3 * job.bucket.height * job.bucket.width for job in images)
-        needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(images))
-        needed += 2 * len(manifest.to_bytes(self._config.base))  # the old one stands until the new one is whole
-        return CachePlan(manifest, latents, prompts, images, needed)
+    there = {kind: cache.keys(kind) for kind in KINDS}
+    latents = tuple(job for key, job in clips.items() if key not in there["latents"])
+    prompts = tuple(job for key, job in captions.items() if key not in there["prompts"])
+    pixels = tuple(job for key, job in stills.items() if key not in there["images"])
+    draws = encoding.image_draws or 0
+    needed = sum(clip_bytes(spec, job.plan.bucket, encoding.latents_dtype, draws=draws) for job in latents)
+    needed += len(prompts) * prompt_bytes(spec, encoding.dtype) + len(pixels) * 3 * bucket.height * bucket.width
+    needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(pixels))
+    needed += 2 * len(manifest.to_bytes(config.base))  # the old one stands until the new one is whole
+    return CachePlan(manifest, latents, prompts, pixels, needed)
 
 
 def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
@@ -269,12 +313,15 @@ class PrecomputeReport:
     """Entries written, over all processes."""
     reused: Mapping[Kind, int]
     """Entries that were there already."""
-    skipped: Mapping[str, int]
-    """Clips left out, by reason."""
     bytes: int
     """On disk, of every entry that the dataset needs."""
     written_bytes: int
     seconds: float
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Clips left out, by reason."""
+        return self.manifest.skipped
 
     @property
     def gib(self) -> float:
@@ -360,7 +407,7 @@ def _precompute(
             lambda: encode_captions(plan.prompts[share], config, spec, cache, device=ranks.device, progress=progress)
         ),
     }
-    return ranks.run_on_main(lambda: _finish(config, spec, cache, plan, results, time.perf_counter() - begun))
+    return ranks.run_on_main(lambda: _finish(config, spec, cache, plan, results, begun))
 
 
 def _finish(
@@ -369,32 +416,30 @@ def _finish(
     cache: Cache,
     plan: CachePlan,
     results: Mapping[Kind, Sequence[EncodeResult]],
-    seconds: float,
+    begun: float,
 ) -> PrecomputeReport:
     """Settle what could not be decoded, file the manifest and count."""
     failures = [failure for one in results["latents"] for failure in one.failures]
-    if failures and config.data.unreadable_clips == "error":
-        raise_all(
-            DataError,
-            [failure.error for failure in failures],
-            what="{n} clips could not be encoded; all others are in the cache",
-        )
+    errors = [failure.error for failure in failures]
+    if config.data.unreadable_clips == "error":
+        raise_all(DataError, errors, what="{n} clips could not be encoded; all others are in the cache")
     manifest = _without(plan.manifest, failures)
     if all(item.holdout for item in manifest.items):
-        raise_all(DataError, [failure.error for failure in failures], what="no clip is left to train on; {n} failed")
+        raise_all(DataError, errors, what="no clip is left to train on; {n} failed")
     manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, spec)))
+    sizes = {kind: cache.sizes(kind) for kind in KINDS}
+    if gone := [f"{kind}/{key}" for kind in KINDS for key in sorted(manifest.keys(kind) - sizes[kind].keys())]:
+        what = f"entries went while others were encoded: {named(gone)}"
+        raise CacheError(what, where=str(cache.root), fix="run the same command again: it encodes them anew")
     cache.save_manifest(manifest, config.base)
-    encoded: dict[Kind, int] = {kind: sum(one.encoded for one in results[kind]) for kind in KINDS}
-    sizes = [cache.size(kind, key) for kind in KINDS for key in manifest.keys(kind)]
     return PrecomputeReport(
         manifest=manifest,
         cache_dir=cache.root,
-        encoded=encoded,
+        encoded={kind: sum(one.encoded for one in results[kind]) for kind in KINDS},
         reused={kind: len(plan.manifest.keys(kind)) - plan.missing[kind] for kind in KINDS},
-        skipped=manifest.skipped,
-        bytes=sum(sizes),
+        bytes=sum(sizes[kind][key] for kind in KINDS for key in manifest.keys(kind)),
         written_bytes=sum(one.bytes for kind in KINDS for one in results[kind]),
-        seconds=seconds,
+        seconds=time.perf_counter() - begun,
     )
 
 
@@ -417,7 +462,7 @@ def _cut_captions(manifest: Manifest, cache: Cache, spec: ModelSpec) -> list[str
     cut = [text for key, text in captions.items() if cache.prompt_tokens(key) > spec.max_text_seq_length]
     if not cut:
         return []
-    shown = named(repr(text if len(text) <= 60 else text[:57] + "...") for text in cut)
+    shown = named(map(quoted, cut))
     return [f"captions are longer than the {spec.max_text_seq_length} tokens the model reads, and are cut: {shown}"]
 
 
@@ -454,7 +499,7 @@ def ensure_cache(
     cache = Cache(config.cache.dir)
     with ExitStack() as until_return:
         (cleanup or until_return).enter_context(cache.in_use("train", quiet=not ranks.is_main))
-        manifest = ranks.run_on_main(lambda: _trusted(config, find_manifest(config, spec, cache), cache))
+        manifest = ranks.run_on_main(lambda: find_manifest(config, spec, cache))
         if manifest is None:
             report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main)
             if ranks.is_main:
@@ -463,44 +508,147 @@ def ensure_cache(
     return manifest
 
 
-def _trusted(config: RunConfig, answer: ManifestMatch, cache: Cache) -> Manifest | None:
-    """The manifest if it can be used as it is, None if something has to be encoded or planned first."""
+def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> Manifest | None:
+    """The manifest that answers a configuration; None, and why is printed, if something has to be planned or encoded.
+
+    Recorded manifests alone are asked; no dataset, video or encoder is opened. A damaged one is moved aside with a
+    warning in mode ``auto``: the one that is made anew finds its entries.
+
+    Raises:
+        CacheError: if none answers and ``cache.mode`` is ``require``, naming what differs or which one is damaged; if
+            source files are gone and it is ``auto``; or if a manifest cannot be read.
+        ModelError: if the dtype of the model cannot be told.
+    """
+    encoding = encoding_of(config, spec, cache, fetch=False)
+    request = make_request(config, spec, encoding)
     require = config.cache.mode == "require"
-    if answer.faults:
-        if require:
-            raise CacheError(
-                "the cache does not hold what this run needs, and cache.mode is require\n" + _listed(answer.faults),
-                where=str(cache.root),
-                fix="run `finetune precompute` where the videos and the encoders are, or set cache.mode: auto",
-            )
-        print(f"cache {from_here(cache.root)} has to be brought up to date:\n{_listed(answer.faults)}", flush=True)
-        return None
-    manifest = answer.manifest
-    assert manifest is not None  # an answer without faults has one
-    if answer.absent and not require:
+    contents, damaged = _read_manifests(
+        [cache.root / "manifests" / f"{digest_of(portable(request, config.base))}.json"]
+    )
+    if not any(contents.values()):
+        contents, damaged = _read_manifests(cache.manifest_paths())
+    if require:  # the videos need not be here to read their headers again
+        request["format"]["headers"] = UNKNOWN
+    nearest = min(_candidates(request, config.base, contents), key=lambda one: one.rank, default=None)
+    if not require:
+        _move_aside(damaged, cache)
+    elif damaged and (nearest is None or nearest.differences):
+        raise next(iter(damaged.values()))
+    manifest = None
+    absent: list[str] = []
+    if nearest is None:
+        old = f"; {len(contents)} manifests of an older format, without checksums, are of no use any more"
+        faults = [f"nothing has been precomputed in {cache.root} yet{old if contents else ''}"]
+    elif nearest.differences:
+        faults = nearest.differences
+    else:
+        manifest = Manifest.from_content(nearest.content, nearest.base)
+        faults, absent = _changes(manifest, config, cache)
+    if faults and require:
         raise CacheError(
-            f"files that the cache was made from are not on this machine: {named(answer.absent)}",
+            "the cache does not hold what this run needs, and cache.mode is require\n" + _listed(faults),
+            where=str(cache.root),
+            fix="run `finetune precompute` where the videos and the encoders are, or set cache.mode: auto",
+        )
+    if manifest is None or faults:
+        print(f"cache {from_here(cache.root)} has to be brought up to date:\n{_listed(faults)}", flush=True)
+        return None
+    if absent and not require:
+        raise CacheError(
+            f"files that the cache was made from are not on this machine: {named(absent)}",
             where=str(cache.root),
             fix="bring them back, or set cache.mode: require to train from the cache alone",
         )
     with suppress(OSError):  # `gc --unused-days` goes by this time; a cache may be read-only
         os.utime(cache.root / "manifests" / f"{manifest.name}.json")
     val = sum(item.holdout for item in manifest.items)
-    print(
-        f"cache {from_here(cache.root)}: complete, {len(manifest.items)} clips ({val} held out), nothing to encode",
-        flush=True,
-    )
-    if answer.absent:
-        print(f"note: source files are not on this machine and were not compared: {named(answer.absent)}", flush=True)
-    if answer.outdated:
+    counts = f"complete, {len(manifest.items)} clips ({val} held out), nothing to encode"
+    print(f"cache {from_here(cache.root)}: {counts}", flush=True)
+    if absent:
+        print(f"note: source files are not on this machine and were not compared: {named(absent)}", flush=True)
+    if manifest.request["format"].get("headers") != _PLANNING_RULES:
         print(
             "warning: an older version read the videos' headers. If some are upside-down, stretched, interlaced, HDR or"
             " transparent, run `finetune precompute` where the videos are: it encodes those anew and no other",
             flush=True,
         )
-    if answer.unknown:
-        print(f"note: not on this machine and not compared: {', '.join(answer.unknown)}", flush=True)
+    if unknown := [name for name in ("vae", "text_encoder") if getattr(encoding, name) == UNKNOWN]:
+        print(f"note: not on this machine and not compared: {', '.join(unknown)}", flush=True)
     return manifest
+
+
+_Contents = dict[Path, dict[str, Any] | None]
+"""What stands in manifests, by their files; None for one of an older format."""
+
+
+def _read_manifests(paths: Iterable[Path]) -> tuple[_Contents, dict[Path, DamagedManifestError]]:
+    contents: _Contents = {}
+    damaged = {}
+    for path in paths:
+        try:
+            with suppress(FileNotFoundError):
+                contents[path] = read_content(path)
+        except DamagedManifestError as error:
+            damaged[path] = error
+    return contents, damaged
+
+
+def _move_aside(damaged: Mapping[Path, DamagedManifestError], cache: Cache) -> None:
+    for path, error in damaged.items():
+        try:
+            aside = cache.move_manifest_aside(path)
+            print(
+                f"warning: {error.what}: moved aside as {aside}. The entries that it referred to stay, and are found"
+                " again by the run it belongs to",
+                flush=True,
+            )
+        except OSError:  # a cache that is read-only may still hold another that answers
+            print(f"warning: {error.what}: {path}", flush=True)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """A manifest's content, with its paths taken from one folder, beside a request."""
+
+    content: Mapping[str, Any]
+    base: Path
+    differences: list[str]
+    rank: tuple[int, bool, float]
+    """The fewest differences first, then complete ones, then the one that was used last."""
+
+
+def _candidates(request: dict[str, Any], base: Path, contents: _Contents) -> Iterator[_Candidate]:
+    """Every manifest, with paths taken from our base folder and from the one it was made in.
+
+    Both, because a project may be moved as a whole (same relative paths), and its resolved configuration may be used
+    from the run's folder (same absolute paths).
+    """
+    for path, content in contents.items():
+        if content is not None:
+            used_at = path.stat().st_mtime if path.exists() else 0.0
+            for start in dict.fromkeys((base, Path(content["base"]))):
+                changes = differences(content["request"], portable(request, start))
+                yield _Candidate(content, start, changes, (len(changes), not content["complete"], -used_at))
+
+
+def _changes(manifest: Manifest, config: RunConfig, cache: Cache) -> tuple[list[str], list[str]]:
+    """Why a manifest of this very request cannot be used; and files it was made from that are not on this machine."""
+    faults, absent = [], []
+    if not manifest.complete:
+        faults.append("precompute was begun for this configuration and not finished")
+    for path, stamp in manifest.inputs.items():
+        unchanged = cache.is_unchanged(Path(path), stamp)
+        if unchanged is None:
+            absent.append(path)
+        elif not unchanged:
+            faults.append(f"{path} has changed")
+    with suppress(DataError):  # the sources may not be on this machine
+        sources = map(str, source_files(config.data.sources, config.base))
+        faults += [f"{path} is new" for path in sources if path not in manifest.inputs]
+    for kind in KINDS:
+        if missing := manifest.keys(kind) - cache.keys(kind):
+            faults.append(f"{len(missing)} of {len(manifest.keys(kind))} entries under {cache.root / kind} are missing")
+    return faults, absent
 
 
 def _listed(lines: Sequence[str], limit: int = 12) -> str:

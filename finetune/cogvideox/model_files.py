@@ -74,6 +74,22 @@ def resolve_pretrained(pretrained: str, revision: str | None = None, *, componen
     return folder
 
 
+def local_folder(pretrained: str, revision: str | None = None) -> Path | None:
+    """Where a checkpoint's files are on this machine, so far as they are; None if none of them is."""
+    folder = Path(pretrained)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(id_in_cache(canonical_name(pretrained)), revision=revision, local_files_only=True)
+        )
+    except LocalEntryNotFoundError:
+        return None
+
+
 def pin_revision(pretrained: str, revision: str | None = None) -> str | None:
     """The commit that a revision of a checkpoint on the hub stands for now; None for a folder.
 

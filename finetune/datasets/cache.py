@@ -1,9 +1,9 @@
-"""A content-addressed store of VAE latents and text embeddings, in safetensors files.
+"""A content-addressed store of VAE latents and text embeddings, in safetensors files that carry checksums.
 
-The address of an entry says everything that decides its tensors: the digest of the media's bytes, how the clip is cut,
-which encoder at which precision. Its key is the digest of that address, so two clips with one file name stay apart, the
-same clip under two names is stored once, and whatever changes is encoded again while everything else is found. Entries
-appear whole or not at all and are never changed. ``docs/cache.md`` describes the files for other tools.
+The *address* of an entry says everything that decides its tensors: the digest of the media's bytes, how the clip is
+cut, which encoder at which precision. Its key is the digest of that address, so two clips with one file name stay
+apart, the same clip under two names is stored once, and whatever changes is encoded again while everything else is
+found. Entries appear whole or not at all and are never changed. ``docs/cache.md`` describes the files for other tools.
 
 Reading needs neither a video decoder nor the ``datasets`` library.
 """
@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -24,23 +26,21 @@ from pydantic import Field
 
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.core import locks
-from finetune.core.checksums import canonical_json, checksummed_json, digest_file, digest_of, parse_checksummed_json
+from finetune.core.checksums import (
+    NO_CHECKSUM,
+    canonical_json,
+    checksum_bytes,
+    checksum_fits,
+    checksummed_json,
+    digest_file,
+    digest_of,
+    insert_checksum,
+    parse_checksummed_json,
+)
 from finetune.core.errors import CacheError, DataError
 from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
-from finetune.core.types import CacheEntry, DtypeName, Strict, torch_dtype
-from finetune.datasets.cache_entries import (
-    FileStamp,
-    Kind,
-    Manifest,
-    ManifestItem,
-    fault_of,
-    manifest_fault,
-    move_aside,
-    read_content,
-    read_metadata,
-    read_tensors,
-    serialise,
-)
+from finetune.core.types import Bucket, CacheEntry, ClipPlan, DtypeName, Strict, torch_dtype
+from finetune.datasets.manifests import FORMAT, FileStamp, Kind, Manifest, ManifestItem, manifest_fault, read_content
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,6 +78,158 @@ class CacheConfig(Strict):
     different latents. ``auto`` does so only where the GPU's free memory does not hold a whole frame's activations."""
 
 
+# ------------------------------------------------------------------------------------------------------------ addresses
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What decides how a run's clips and captions are encoded, beside themselves; and the address of each entry."""
+
+    vae: str
+    """The VAE's fingerprint."""
+    text_encoder: str
+    """T5's and its tokenizer's."""
+    dtype: DtypeName
+    """What both compute in, and embeddings are stored in."""
+    max_length: int
+    """Tokens of a caption."""
+    latents_dtype: DtypeName
+    """What latents are stored in."""
+    image_draws: int | None
+    """K for image-to-video, None for text-to-video."""
+    pixel_rule: str
+    """Names the arithmetic from a decoded frame to pixels."""
+
+    def latents_address(
+        self, media: str, plan: ClipPlan, *, image: str | None = None, corrections: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Everything that decides the latents of one clip.
+
+        Args:
+            media: digest of the video file's bytes.
+            plan: how the clip is cut out of the video.
+            image: digest of the image file that stands for the first frame; None where the first frame itself does.
+            corrections: what is done to the frames of a video that is not plain. Left out where there is none, so that
+                plain videos keep the addresses they had before there were any.
+        """
+        return {
+            "kind": "latents",
+            "format": FORMAT,
+            "media": media,
+            "image": image,
+            "plan": {**asdict(plan), "bucket": str(plan.bucket)},
+            "pixels": self.pixel_rule,
+            "vae": self.vae,
+            "vae_dtype": self.dtype,
+            "dtype": self.latents_dtype,
+            "image_draws": self.image_draws,
+            **({"corrections": list(corrections)} if corrections else {}),
+        }
+
+    def prompt_address(self, text: str) -> dict[str, Any]:
+        """Everything that decides the embedding of one caption."""
+        return {
+            "kind": "prompts",
+            "format": FORMAT,
+            "text": text,
+            "text_encoder": self.text_encoder,
+            "max_length": self.max_length,
+            "dtype": self.dtype,
+        }
+
+    def image_address(self, image: str, bucket: Bucket) -> dict[str, Any]:
+        """Everything that decides the pixels of one validation image; ``image`` is the digest of its file."""
+        return {
+            "kind": "images",
+            "format": FORMAT,
+            "image": image,
+            "height": bucket.height,
+            "width": bucket.width,
+            "pixels": self.pixel_rule,
+        }
+
+
+# -------------------------------------------------------------------------------------------------------------- entries
+
+_OPENING = b'{"__metadata__":{"checksum":"'
+
+_CHECKSUM_AT = 8 + len(_OPENING)
+"""Where the checksum stands in every entry: bytes 37 to 68."""
+
+_LARGEST_HEADER = 1 << 24
+"""Bytes; a damaged length must not make anybody read gigabytes."""
+
+
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file whose metadata vouches for every byte of it; equal arguments give equal bytes.
+
+    ``data_checksum`` is that of all bytes after the header. ``checksum`` is that of the header (its length, its padding
+    and ``data_checksum`` included), with zeros in its own place, so that a header can be trusted without its tensors.
+    """
+    from finetune.core.tensor_files import layout
+
+    data = list(layout(tensors, {}))[1:]
+    checked = {"checksum": NO_CHECKSUM.decode("ascii"), "data_checksum": checksum_bytes(*data), **metadata}
+    header = insert_checksum(bytes(next(layout(tensors, checked))), _CHECKSUM_AT)
+    return b"".join([header, *data])
+
+
+def fault_of(content: bytes, kind: Kind, key: str) -> str:
+    """Why a file is not, to the bit, the entry that was written under this name; empty if it is."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    try:
+        metadata = _checked_metadata(content[:end], key)
+    except ValueError as error:
+        return str(error)
+    if metadata["data_checksum"] != checksum_bytes(memoryview(content)[end:]):
+        return "its tensors are not what was written"
+    address = json.loads(metadata["address"])
+    return "" if digest_of(address) == key and address["kind"] == kind else "it is another entry under this name"
+
+
+def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:
+    """The metadata of an entry from the beginning of its open file; its tensors are not read.
+
+    Raises:
+        ValueError: if its header is not, to the bit, what was written under this name.
+        OSError: if it cannot be read.
+    """
+    start = entry.read(8)
+    return _checked_metadata(start + entry.read(min(int.from_bytes(start, "little"), _LARGEST_HEADER)), key)
+
+
+def _checked_metadata(header: bytes, key: str) -> dict[str, str]:
+    if len(header) < 8 or len(header) != 8 + int.from_bytes(header[:8], "little"):
+        raise ValueError("it is cut off")
+    if header[8:_CHECKSUM_AT] != _OPENING or not checksum_fits(header, _CHECKSUM_AT):
+        raise ValueError("its header is not what was written")
+    metadata: dict[str, str] = json.loads(header[8:])["__metadata__"]
+    if metadata["key"] != key:
+        raise ValueError("it is another entry under this name")
+    return metadata
+
+
+def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
+    """Give a damaged file a name that nobody reads, ``<name>.<unique>.damaged``, and return it.
+
+    If another process has removed it already, nothing is left to do; if one has written it anew meanwhile, so that
+    ``fault`` finds nothing in its content, it keeps its name.
+
+    Raises:
+        OSError: if it cannot be renamed, as on a drive that is read-only.
+    """
+    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
+    with suppress(FileNotFoundError):
+        os.replace(path, aside)
+        try:
+            content = aside.read_bytes()
+        except OSError:
+            return aside
+        if not fault(content):
+            os.replace(aside, path)
+    return aside
+
+
 class Cache:
     """One cache folder. Any number of processes and threads may read and write it at the same time.
 
@@ -89,22 +241,6 @@ class Cache:
         self.root = root
         self._verified: dict[str, tuple[int, int, int]] = {}
         """Of every entry that was found whole: inode, size and time of change, by its key."""
-
-    def path(self, kind: Kind, key: str) -> Path:
-        """Where an entry is filed."""
-        return self.root / kind / key[:2] / f"{key}.safetensors"
-
-    def has(self, kind: Kind, key: str) -> bool:
-        """Whether an entry is there. Entries appear whole, so being there is being complete."""
-        return self.path(kind, key).is_file()
-
-    def keys(self, kind: Kind) -> set[str]:
-        """Every entry of a kind, by listing folders: far quicker than asking for each, above all on a network drive."""
-        return {path.stem for path in self.entries(kind)}
-
-    def entries(self, kind: Kind) -> Iterator[Path]:
-        """The files of a kind's entries."""
-        return (self.root / kind).glob("??/*.safetensors")
 
     @property
     def lock(self) -> Path:
@@ -126,20 +262,65 @@ class Cache:
             if not quiet:
                 print(f"note: {text}", flush=True)
 
+        def waiting(collection: object) -> None:
+            note(f"waiting for {collection}, in {self.root}")
+
         with ExitStack() as lock:
             try:
-                lock.enter_context(
-                    locks.hold(
-                        self.lock, user, shared=True, waiting=lambda gc: note(f"waiting for {gc}, in {self.root}")
-                    )
-                )
+                lock.enter_context(locks.hold(self.lock, user, shared=True, waiting=waiting))
             except OSError as error:
-                note(
-                    f"{self.root} cannot be locked ({error.strerror}): `finetune cache gc` does not see that it is used"
-                )
+                why = f"cannot be locked ({error.strerror})"
+                note(f"{self.root} {why}: `finetune cache gc` does not see that it is used")
             yield
 
-    # ------------------------------------------------------------------------------------------------------- write
+    # --------------------------------------------------------------------------------------------------------- listing
+
+    def path(self, kind: Kind, key: str) -> Path:
+        """Where an entry is filed."""
+        return self.root / kind / key[:2] / f"{key}.safetensors"
+
+    def has(self, kind: Kind, key: str) -> bool:
+        """Whether an entry is there. Entries appear whole, so being there is being complete."""
+        return self.path(kind, key).is_file()
+
+    def sizes(self, kind: Kind) -> dict[str, int]:
+        """Every entry of a kind and its bytes on disk, by listing folders: far quicker than asking for each."""
+        sizes = {}
+        for entry in self._listing(kind):
+            with suppress(FileNotFoundError):  # moved aside since it was listed
+                sizes[entry.name.removesuffix(".safetensors")] = entry.stat().st_size
+        return sizes
+
+    def keys(self, kind: Kind) -> set[str]:
+        """Every entry of a kind, as ``sizes``."""
+        return {entry.name.removesuffix(".safetensors") for entry in self._listing(kind)}
+
+    def entries(self, kind: Kind) -> list[Path]:
+        """The files of a kind's entries, sorted."""
+        return sorted(Path(entry.path) for entry in self._listing(kind))
+
+    def _listing(self, kind: Kind) -> Iterator[os.DirEntry[str]]:
+        with suppress(FileNotFoundError):
+            for folder in [entry.path for entry in os.scandir(self.root / kind) if len(entry.name) == 2]:
+                yield from (entry for entry in os.scandir(folder) if entry.name.endswith(".safetensors"))
+
+    def manifest_paths(self) -> list[Path]:
+        """Every manifest file."""
+        return sorted((self.root / "manifests").glob("*.json"))
+
+    def manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Every manifest file of this format and its JSON.
+
+        Raises:
+            CacheError: if one cannot be read, is damaged, or is of a newer format: its entries must not be taken for
+                garbage.
+        """
+        for path in self.manifest_paths():
+            with suppress(FileNotFoundError):  # dropped since it was listed
+                if content := read_content(path):
+                    yield path, content
+
+    # --------------------------------------------------------------------------------------------------------- writing
 
     def write_latents(
         self,
@@ -153,7 +334,7 @@ class Cache:
         """Store one clip's posterior in the dtype its address names.
 
         Args:
-            address: from ``latents_address``.
+            address: from ``Encoding.latents_address``.
             mean: [C, F, H, W] before any scaling factor.
             std: the same shape.
             image_latents: [K, C, 1, H, W], image-to-video only.
@@ -170,33 +351,45 @@ class Cache:
         tensors = {"latents_mean": mean.to(dtype), "latents_std": std.to(dtype)}
         if image_latents is not None:
             tensors["image_latents"] = image_latents.to(dtype)
-        return self._write("latents", address, tensors, {"made_with": canonical_json(made_with or {})})
+        return self._write(address, tensors, made_with=canonical_json(made_with or {}))
 
     def write_prompt(self, address: Mapping[str, Any], embeds: Tensor, *, tokens: int) -> int:
         """Store the embedding [L, D] of one caption as it is, and how many tokens the caption has, uncut.
 
         Returns and raises as ``write_latents``.
         """
-        return self._write("prompts", address, {"prompt_embeds": embeds}, {"tokens": str(tokens)})
+        return self._write(address, {"prompt_embeds": embeds}, tokens=str(tokens))
 
     def write_image(self, address: Mapping[str, Any], pixels: Tensor) -> int:
         """Store a validation image, uint8 RGB [3, H, W]. Returns the bytes written."""
-        return self._write("images", address, {"pixels": pixels}, {})
+        return self._write(address, {"pixels": pixels})
 
-    def _write(
-        self, kind: Kind, address: Mapping[str, Any], tensors: Mapping[str, Tensor], extra: Mapping[str, str]
-    ) -> int:
+    def _write(self, address: Mapping[str, Any], tensors: Mapping[str, Tensor], **metadata: str) -> int:
         key = digest_of(address)
+        path = self.path(address["kind"], key)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
                 raise CacheError(
                     f"{name} has values that are not finite in {tensor.dtype}",
-                    where=str(self.path(kind, key)),
+                    where=str(path),
                     fix="encode in bf16 or fp32 (model.dtype), and store in fp32 (cache.latents_dtype)",
                 )
-        content = serialise(tensors, {"key": key, "address": canonical_json(address), **extra})
-        self._publish(self.path(kind, key), content)
+        content = serialise(tensors, {"key": key, "address": canonical_json(address), **metadata})
+        self._publish(path, content)
         return len(content)
+
+    def save_manifest(self, manifest: Manifest, base: Path) -> Path:
+        """File a manifest under its request; paths inside ``base`` are written relative to it.
+
+        Raises:
+            CacheError: if it cannot be written.
+        """
+        path = self.root / "manifests" / f"{manifest.name}.json"
+        self._publish(path, manifest.to_bytes(base))
+        for damaged in path.parent.glob(f"{path.name}.*.damaged"):  # made anew
+            with suppress(OSError):
+                damaged.unlink()
+        return path
 
     def _publish(self, path: Path, content: bytes) -> None:
         try:
@@ -211,7 +404,7 @@ class Cache:
                 fix=f"{disk_fix(error)}; what is encoded already stays",
             ) from error
 
-    # -------------------------------------------------------------------------------------------------------- read
+    # --------------------------------------------------------------------------------------------------------- reading
 
     def read(self, item: ManifestItem) -> CacheEntry:
         """One clip and its caption.
@@ -244,31 +437,34 @@ class Cache:
         with self._open("prompts", key) as entry:
             return int(read_metadata(entry, key)["tokens"])
 
-    def size(self, kind: Kind, key: str) -> int:
-        """Bytes of an entry's file. Raises as ``read``."""
-        with self._open(kind, key) as entry:
-            return os.fstat(entry.fileno()).st_size
-
     def _read(self, kind: Kind, key: str, clip: str = "", *, again: bool = True) -> dict[str, Tensor]:
         """The tensors of an entry, which is verified when this process first reads its file.
 
         ``again`` reads once more where another machine has put an equal file in its place (NFS).
         """
+        from safetensors.torch import load
+
         with self._open(kind, key, clip) as entry:
             status = os.fstat(entry.fileno())
             identity = (status.st_ino, status.st_size, status.st_mtime_ns)
             try:
-                tensors = read_tensors(entry, key, verify=self._verified.get(key) != identity)
+                content = entry.read()
             except OSError as error:
                 if error.errno != errno.ESTALE or not again:
                     raise
                 return self._read(kind, key, clip, again=False)
+            if self._verified.get(key) != identity and (fault := fault_of(content, kind, key)):
+                raise ValueError(fault)
+            tensors: dict[str, Tensor] = load(content)
         self._verified[key] = identity
         return tensors
 
     @contextmanager
     def _open(self, kind: Kind, key: str, clip: str = "") -> Iterator[BinaryIO]:
-        """Open an entry, and say in words what is wrong with it. ``clip`` is whose it is, for messages."""
+        """Open an entry, and say in words what is wrong with it. ``clip`` is whose it is, for messages.
+
+        A damaged one (ValueError) is moved aside, so that it counts as missing.
+        """
         path = self.path(kind, key)
         where = f"{path} ({clip})" if clip else str(path)
         try:
@@ -276,8 +472,16 @@ class Cache:
                 yield entry
         except FileNotFoundError:
             raise CacheError("a cache entry is missing", where=where, fix=_ENCODE_AGAIN) from None
-        except ValueError as error:
-            raise self._damaged(kind, key, str(error), where) from None
+        except ValueError as reason:
+            fix = _ENCODE_AGAIN
+            try:
+                self.move_entry_aside(path, kind)
+            except OSError as error:
+                fix = (
+                    f"it cannot be moved aside from here ({error.strerror}): where it can, run"
+                    " `finetune cache verify --delete` and then `finetune precompute`"
+                )
+            raise CacheError(f"a cache entry is damaged: {reason}", where=where, fix=fix) from None
         except OSError as error:
             raise CacheError(
                 f"a cache entry cannot be read: {error.strerror}",
@@ -286,56 +490,12 @@ class Cache:
                 " continues. A file that stays unreadable is taken out by `finetune cache verify --delete`",
             ) from None
 
-    def _damaged(self, kind: Kind, key: str, reason: str, where: str) -> CacheError:
-        """Move a damaged entry aside, so that it counts as missing, and say what is to be done."""
-        fix = _ENCODE_AGAIN
-        try:
-            move_aside(self.path(kind, key), lambda content: fault_of(content, kind, key))
-        except OSError as error:
-            fix = (
-                f"it cannot be moved aside from here ({error.strerror}): where it can, run"
-                " `finetune cache verify --delete` and then `finetune precompute`"
-            )
-        return CacheError(f"a cache entry is damaged: {reason}", where=where, fix=fix)
-
-    # --------------------------------------------------------------------------------------------------- manifests
-
-    def save_manifest(self, manifest: Manifest, base: Path) -> Path:
-        """File a manifest under its request; paths inside ``base`` are written relative to it.
-
-        Raises:
-            CacheError: if it cannot be written.
-        """
-        path = self.root / "manifests" / f"{manifest.name}.json"
-        self._publish(path, manifest.to_bytes(base))
-        for damaged in path.parent.glob(f"{path.name}.*.damaged"):  # made anew
-            with suppress(OSError):
-                damaged.unlink()
-        return path
-
-    def manifest_paths(self) -> list[Path]:
-        """Every manifest file."""
-        return sorted((self.root / "manifests").glob("*.json"))
-
-    def manifests(self) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Every manifest file of this format and its JSON.
-
-        Raises:
-            CacheError: if one cannot be read, is damaged, or is of a newer format: its entries must not be taken for
-                garbage.
-        """
-        for path in self.manifest_paths():
-            with suppress(FileNotFoundError):  # dropped since it was listed
-                content = read_content(path)
-                if content is not None:
-                    yield path, content
+    def move_entry_aside(self, path: Path, kind: Kind) -> Path:
+        """``move_aside`` for an entry."""
+        return move_aside(path, lambda content: fault_of(content, kind, path.stem))
 
     def move_manifest_aside(self, path: Path) -> Path:
-        """Give a damaged manifest a name that nobody reads, and return it; what it refers to stays (``gc``).
-
-        Raises:
-            OSError: if it cannot be renamed.
-        """
+        """``move_aside`` for a manifest; what it refers to stays (``gc``)."""
         return move_aside(path, lambda content: manifest_fault(content, path.stem))
 
     # ------------------------------------------------------------------------------------------------ source files

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
+import os
 import time
 import uuid
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -16,17 +16,8 @@ from finetune.core import locks
 from finetune.core.errors import CacheError
 from finetune.core.files import disk_fix, human_size
 from finetune.core.terminal import Bar
-from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import (
-    KINDS,
-    DamagedManifestError,
-    Kind,
-    Manifest,
-    fault_of,
-    manifest_fault,
-    move_aside,
-    read_content,
-)
+from finetune.datasets.cache import Cache, fault_of
+from finetune.datasets.manifests import KINDS, DamagedManifestError, Kind, Manifest, read_content
 
 LEFTOVER_AGE_S = 3600.0
 """An unfinished file that nobody has written to for this long belongs to a process that died; a damaged one that was
@@ -35,12 +26,11 @@ moved aside has been looked at, or will not be."""
 GRACE_S = 3600.0
 """Entries younger than this stay. Without locks their writer may be at work still, and file its manifest later."""
 
-_FORMER_FOLDERS = ("jobs", "trash")
-"""Of earlier versions, which announced jobs in files and deleted in two steps; all that is read of them
-is whether a job of such a version still runs."""
-
 FORMER_STALE_S = 900.0
 """Jobs of earlier versions touch their file in ``jobs`` every ten seconds; one that was not for so long is dead."""
+
+
+# ------------------------------------------------------------------------------------------------------------- garbage
 
 
 @dataclass(frozen=True)
@@ -105,25 +95,29 @@ def gc(
             if delete and not held_back and not alone:
                 held_back = _former_job(root, now)
             deleting = delete and not held_back
+            if deleting:
+                _bring_back(root)
             # Before the manifests: what is written after this line cannot be taken for garbage.
-            listed = [(kind, path) for kind in KINDS for path in cache.entries(kind)]
-            used = _used_manifests(cache, float("inf") if unused_days is None else unused_days * 86_400, now)
-            needed = _needed(used.values())
-            unused = [path for kind, path in listed if (kind, path.stem) not in needed]
-            entries = [path for path in unused if _age_s(path, now) >= grace_s]
-            manifests = [path for path in cache.manifest_paths() if path not in used]
+            listed = {kind: cache.entries(kind) for kind in KINDS}
+            _require_none_aside(cache)
+            manifests = {path: Manifest.from_content(content, Path()) for path, content in cache.manifests()}
+            most_s = float("inf") if unused_days is None else unused_days * 86_400
+            unused = [path for path in cache.manifest_paths() if path not in manifests or _age_s(path, now) > most_s]
+            needed = _needed([manifest for path, manifest in manifests.items() if path not in unused])
+            orphans = [path for kind, paths in listed.items() for path in paths if path.stem not in needed[kind]]
+            entries = [path for path in orphans if _age_s(path, now) >= grace_s]
             leftovers = [path for path in _leftovers(root) if _age_s(path, now) > leftover_age_s]
-            doomed = [*manifests, *entries, *leftovers]  # no manifest may stand that promises what is gone
-            size = sum(_size(path) for path in doomed)
+            doomed = [*unused, *entries, *leftovers]  # no manifest may stand that promises what is gone
+            size = sum(map(_size, doomed))
             if deleting:
                 for path in doomed:
                     path.unlink(missing_ok=True)
-                _remove_empty(root / name for name in _FORMER_FOLDERS)
+                _remove_empty(root / "jobs", root / "trash")
     except OSError as error:
         what = f"garbage cannot be collected: {error.strerror}"
         raise CacheError(what, where=str(root), fix=disk_fix(error)) from error
-    young = len(unused) - len(entries)
-    return GcReport(len(entries), len(manifests), len(leftovers), size, deleting, young, held_back)
+    young = len(orphans) - len(entries)
+    return GcReport(len(entries), len(unused), len(leftovers), size, deleting, young, held_back)
 
 
 def _lock_out_jobs(lock: ExitStack, cache: Cache, alone: bool) -> str:
@@ -168,12 +162,16 @@ def _file_system_time(folder: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _used_manifests(cache: Cache, limit_s: float, now: float) -> dict[Path, Manifest]:
-    """Manifests of this format that were used in the last ``limit_s`` seconds.
+def _bring_back(root: Path) -> None:
+    """Put back what a collection of an earlier version, killed half-way, had taken away: it may be needed."""
+    for path in (root / "trash").glob("*/*/??/*.safetensors"):
+        target = root.joinpath(*path.relative_to(root / "trash").parts[1:])
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
 
-    Raises:
-        CacheError: if one is damaged, or was moved aside because it is.
-    """
+
+def _require_none_aside(cache: Cache) -> None:
     for aside in (cache.root / "manifests").glob("*.damaged"):
         raise CacheError(
             "a manifest was damaged and moved aside, and nobody knows which entries it needs",
@@ -181,20 +179,20 @@ def _used_manifests(cache: Cache, limit_s: float, now: float) -> dict[Path, Mani
             fix="run `finetune precompute` with its configuration, which makes it anew and encodes nothing twice; or"
             " delete the file and give its entries up",
         )
-    manifests = {path: Manifest.from_content(content, Path()) for path, content in cache.manifests()}
-    return {path: manifest for path, manifest in manifests.items() if _age_s(path, now) <= limit_s}
 
 
-def _needed(manifests: Iterable[Manifest]) -> set[tuple[Kind, str]]:
+def _needed(manifests: list[Manifest]) -> dict[Kind, set[str]]:
     """Every entry that manifests refer to."""
-    return {(kind, key) for manifest in manifests for kind in KINDS for key in manifest.keys(kind)}
+    return {kind: {key for manifest in manifests for key in manifest.keys(kind)} for kind in KINDS}
 
 
 def _leftovers(root: Path) -> Iterator[Path]:
-    yield from root.rglob("*.partial")
-    yield from (path for path in root.rglob("*.damaged") if path.parent != root / "manifests")
-    for name in _FORMER_FOLDERS:
-        yield from (path for path in (root / name).rglob("*") if path.is_file() and path.suffix != ".partial")
+    """Files of writers that died, damaged files, and what earlier versions kept in ``jobs`` and ``trash``."""
+    for path in root.rglob("*"):
+        folder = path.relative_to(root).parts[0]
+        damaged = path.suffix == ".damaged" and folder != "manifests"
+        if (path.suffix == ".partial" or damaged or folder in ("jobs", "trash")) and path.is_file():
+            yield path
 
 
 def _age_s(path: Path, now: float) -> float:
@@ -210,11 +208,14 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _remove_empty(folders: Iterable[Path]) -> None:
+def _remove_empty(*folders: Path) -> None:
     for folder in folders:
         for path in (*sorted(folder.rglob("*"), reverse=True), folder):
             with suppress(OSError):
                 path.rmdir()
+
+
+# -------------------------------------------------------------------------------------------------------- verification
 
 
 @dataclass(frozen=True)
@@ -257,6 +258,73 @@ class VerifyReport:
         return "\n".join(lines)
 
 
+def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> VerifyReport:
+    """Read every entry and manifest, compare it with its checksum and its name, and look for entries that are missing.
+
+    Args:
+        cache: which cache.
+        delete: delete damaged entries, so that the next precompute makes them again, and move damaged manifests aside.
+        progress: draw a bar.
+
+    Raises:
+        CacheError: if a manifest is of a newer format, or what is damaged cannot be deleted.
+    """
+    damaged: list[Damage] = []
+    checked, size = 0, 0
+    # A collection that is under way would make entries look missing.
+    with cache.in_use("cache verify") if cache.root.is_dir() else nullcontext():
+        paths = [(kind, path) for kind in KINDS for path in cache.entries(kind)]
+        for kind, path in Bar(paths, desc="verifying entries", disable=not progress):
+            try:
+                content = path.read_bytes()
+                reason = fault_of(content, kind, path.stem)
+            except FileNotFoundError:
+                continue  # found damaged by a job that read it meanwhile
+            except OSError as error:
+                content, reason = b"", f"it cannot be read: {error.strerror}"
+            checked += 1
+            size += len(content)
+            if reason:
+                damaged.append(Damage(path, reason))
+                if delete:
+                    _take_out(cache, path, kind)
+        there = {kind: cache.keys(kind) for kind in KINDS}
+        missing: list[str] = []
+        for path in cache.manifest_paths():
+            try:
+                missing += _missing(path, there)
+            except DamagedManifestError as error:
+                damaged.append(Damage(path, error.what))
+                if delete:
+                    _take_out(cache, path, None)
+    return VerifyReport(checked, size, tuple(damaged), tuple(missing), deleted=delete)
+
+
+def _missing(path: Path, there: dict[Kind, set[str]]) -> list[str]:
+    """Entries that a manifest promises and that are not there."""
+    content = read_content(path)
+    if content is None or not content["complete"]:
+        return []
+    missing = {kind: keys - there[kind] for kind, keys in _needed([Manifest.from_content(content, Path())]).items()}
+    return [f"{kind}/{key} of manifest {path.stem[:12]}" for kind, keys in missing.items() for key in sorted(keys)]
+
+
+def _take_out(cache: Cache, path: Path, kind: Kind | None) -> None:
+    """Delete a damaged entry, or move a damaged manifest (``kind`` None) aside: it alone knew what it referred to."""
+    try:
+        if kind is None:
+            cache.move_manifest_aside(path)
+        else:
+            cache.move_entry_aside(path, kind).unlink(missing_ok=True)
+    except OSError as error:
+        raise CacheError(
+            f"a damaged file cannot be deleted: {error.strerror}", where=str(path), fix=disk_fix(error)
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+
+
 @dataclass(frozen=True)
 class ManifestStats:
     """One manifest in figures."""
@@ -288,97 +356,21 @@ class CacheStats:
         return "\n".join(lines)
 
 
-def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> VerifyReport:
-    """Read every entry and manifest, compare it with its checksum and its name, and look for entries that are missing.
-
-    Args:
-        cache: which cache.
-        delete: delete damaged entries, so that the next precompute makes them again, and move damaged manifests aside.
-        progress: draw a bar.
-
-    Raises:
-        CacheError: if a manifest is of a newer format, or what is damaged cannot be deleted.
-    """
-    damaged: list[Damage] = []
-    checked, size = 0, 0
-    # A collection that is under way would make entries look missing.
-    with cache.in_use("cache verify") if cache.root.is_dir() else nullcontext():
-        paths = [(kind, path) for kind in KINDS for path in sorted(cache.entries(kind))]
-        for kind, path in Bar(paths, desc="verifying entries", disable=not progress):
-            try:
-                content = path.read_bytes()
-                reason = fault_of(content, kind, path.stem)
-            except FileNotFoundError:
-                continue  # found damaged by a job that read it meanwhile
-            except OSError as error:
-                content, reason = b"", f"it cannot be read: {error.strerror}"
-            checked += 1
-            size += len(content)
-            if reason:
-                damaged.append(Damage(path, reason))
-                if delete:
-                    _take_out(path, kind)
-        there = {kind: cache.keys(kind) for kind in KINDS}
-        missing: list[str] = []
-        for path in cache.manifest_paths():
-            try:
-                missing += _missing(path, there)
-            except DamagedManifestError as error:
-                damaged.append(Damage(path, error.what))
-                if delete:
-                    _take_out(path, None)
-    return VerifyReport(checked, size, tuple(damaged), tuple(missing), deleted=delete)
-
-
-def _missing(path: Path, there: dict[Kind, set[str]]) -> Iterator[str]:
-    """Entries that a manifest promises and that are not there."""
-    content = read_content(path)
-    if content is None or not content["complete"]:
-        return
-    manifest = Manifest.from_content(content, Path())
-    for kind in KINDS:
-        for key in sorted(manifest.keys(kind) - there[kind]):
-            yield f"{kind}/{key} of manifest {path.stem[:12]}"
-
-
-def _take_out(path: Path, kind: Kind | None) -> None:
-    """Delete a damaged entry, or move a damaged manifest (``kind`` None) aside: it alone knew what it referred to."""
-    try:
-        if kind is None:
-            move_aside(path, lambda content: manifest_fault(content, path.stem))
-        else:
-            move_aside(path, lambda content: fault_of(content, kind, path.stem)).unlink(missing_ok=True)
-    except OSError as error:
-        raise CacheError(
-            f"a damaged file cannot be deleted: {error.strerror}", where=str(path), fix=disk_fix(error)
-        ) from error
-
-
 def stats(cache: Cache) -> CacheStats:
     """Count what a cache holds.
 
     Raises:
         CacheError: if a manifest cannot be read.
     """
-    sizes: dict[tuple[Kind, str], int] = {}
-    for kind in KINDS:
-        for path in cache.entries(kind):
-            with suppress(FileNotFoundError):  # deleted since it was listed
-                sizes[kind, path.stem] = path.stat().st_size
-    counts, totals = Counter[Kind](), Counter[Kind]()
-    for (kind, _), size in sizes.items():
-        counts[kind] += 1
-        totals[kind] += size
+    sizes = {kind: cache.sizes(kind) for kind in KINDS}
     manifests = []
     for path, content in cache.manifests():
         manifest = Manifest.from_content(content, Path())
-        manifests.append(
-            ManifestStats(
-                name=path.stem,
-                clips=len(manifest.items),
-                complete=manifest.complete,
-                last_used=datetime.fromtimestamp(path.stat().st_mtime),
-                bytes=sum(sizes.get((kind, key), 0) for kind in KINDS for key in manifest.keys(kind)),
-            )
-        )
-    return CacheStats({kind: counts[kind] for kind in KINDS}, {kind: totals[kind] for kind in KINDS}, tuple(manifests))
+        used = datetime.fromtimestamp(path.stat().st_mtime)
+        size = sum(sizes[kind].get(key, 0) for kind in KINDS for key in manifest.keys(kind))
+        manifests.append(ManifestStats(path.stem, len(manifest.items), manifest.complete, used, size))
+    return CacheStats(
+        {kind: len(entries) for kind, entries in sizes.items()},
+        {kind: sum(entries.values()) for kind, entries in sizes.items()},
+        tuple(manifests),
+    )

@@ -21,7 +21,7 @@ from finetune.cogvideox.objective import sample_noise
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.types import Batch
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import ManifestItem
+from finetune.datasets.manifests import ManifestItem
 from finetune.datasets.schedule import MicroBatch, StepPlan
 
 

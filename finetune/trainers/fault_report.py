@@ -24,7 +24,7 @@ from finetune.core.checksums import ChecksummedFolder, DamageError, checksum_fil
 from finetune.core.errors import FinetuneError, TrainingError, first_line
 from finetune.core.files import TRAINABLE, atomic_write_text, free_space, human_size, publish_dir
 from finetune.core.tensor_files import atomic_save_tensors, file_bytes
-from finetune.datasets.cache_entries import ManifestItem
+from finetune.datasets.manifests import ManifestItem
 from finetune.memory.config import MemoryConfig
 from finetune.trainers.run import Run
 from finetune.trainers.tracking import GatheredStep

@@ -24,8 +24,8 @@ from finetune.core.files import from_here
 from finetune.core.tensor_files import weights_digest
 from finetune.core.types import Batch, RunState
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import Manifest
 from finetune.datasets.dataloader import BatchMaker, Loader
+from finetune.datasets.manifests import Manifest
 from finetune.datasets.schedule import StepPlan
 from finetune.memory.config import Traits
 from finetune.memory.runner import rewriting_weights

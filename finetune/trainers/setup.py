@@ -36,8 +36,8 @@ from finetune.core.gpu import grow_segments
 from finetune.core.rng import deterministic_kernels, repeatability
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
-from finetune.datasets.cache_entries import WARNING, Manifest
 from finetune.datasets.dataloader import BatchMaker, Loader
+from finetune.datasets.manifests import WARNING, Manifest
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.inference.adapters import read_sources
 from finetune.inference.request import AdapterArgument

@@ -1,39 +1,23 @@
-"""The files of a cache: addresses and entries, manifests, and requests that are compared; each file carries a checksum.
+"""Manifests: which entries of a cache a configuration needs, in which order, and which files they were made from.
 
-An *address* is everything that decides an entry's tensors, and its digest the entry's name. A *manifest* says what one
-*request* needs (everything in a configuration and a model that decides what is encoded): which entries, in which order,
-made from which files. It is trusted as long as its request and these files are what they were, so that training starts
-without opening a video, a dataset file or an encoder. ``docs/cache.md`` describes the files for other tools.
+A *request* is everything in a configuration and a model that decides what is encoded. A manifest answers one, and is
+trusted as long as its request and its files are what they were, so that training starts without opening a video, a
+dataset file or an encoder. ``docs/cache.md`` describes the files for other tools.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import Any, Literal
 
-from finetune.core.checksums import (
-    NO_CHECKSUM,
-    canonical_json,
-    checksum_bytes,
-    checksum_fits,
-    checksummed_json,
-    digest_of,
-    insert_checksum,
-    parse_checksummed_json,
-)
+from finetune.core.checksums import canonical_json, checksummed_json, digest_of, parse_checksummed_json
 from finetune.core.errors import CacheError
-from finetune.core.types import Bucket, ClipPlan, DtypeName
+from finetune.core.types import Bucket
 from finetune.datasets.geometry import parse_bucket
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 FORMAT = 2
 """Of entries and manifests. Part of every content address: a new number re-encodes everything. 1 had no checksums."""
@@ -53,180 +37,6 @@ Kind = Literal["latents", "prompts", "images"]
 
 KINDS: tuple[Kind, ...] = ("latents", "prompts", "images")
 """``latents`` of clips, embeddings of ``prompts``, and ``images`` that validation videos start from."""
-
-# ------------------------------------------------------------------------------------------------------- addresses
-
-
-def latents_address(
-    *,
-    media_digest: str,
-    image_digest: str | None,
-    plan: ClipPlan,
-    pixel_rule: str,
-    vae: str,
-    vae_dtype: str,
-    latents_dtype: DtypeName,
-    image_draws: int | None,
-    corrections: Sequence[str] = (),
-) -> dict[str, Any]:
-    """Everything that decides the latents of one clip.
-
-    Args:
-        media_digest: of the video file's bytes.
-        image_digest: of the image file that stands for the first frame; None where the first frame itself does.
-        plan: how the clip is cut out of the video.
-        pixel_rule: names the arithmetic from a decoded frame to pixels.
-        vae: the VAE's fingerprint.
-        vae_dtype: what it computes in.
-        latents_dtype: what is stored.
-        image_draws: K for image-to-video, None for text-to-video.
-        corrections: what is done to the frames of a video that is not plain. Left out where there is none, so that
-            plain videos keep the addresses they had before there were any.
-    """
-    corrected = {"corrections": list(corrections)} if corrections else {}
-    return {
-        "kind": "latents",
-        "format": FORMAT,
-        "media": media_digest,
-        "image": image_digest,
-        "plan": {**asdict(plan), "bucket": str(plan.bucket)},
-        "pixels": pixel_rule,
-        "vae": vae,
-        "vae_dtype": vae_dtype,
-        "dtype": latents_dtype,
-        "image_draws": image_draws,
-        **corrected,
-    }
-
-
-def prompt_address(*, text: str, text_encoder: str, max_length: int, dtype: str) -> dict[str, Any]:
-    """Everything that decides the embedding of one caption; ``dtype`` is both computed in and stored."""
-    return {
-        "kind": "prompts",
-        "format": FORMAT,
-        "text": text,
-        "text_encoder": text_encoder,
-        "max_length": max_length,
-        "dtype": dtype,
-    }
-
-
-def image_address(*, image_digest: str, bucket: Bucket, pixel_rule: str) -> dict[str, Any]:
-    """Everything that decides the pixels of one validation image."""
-    return {
-        "kind": "images",
-        "format": FORMAT,
-        "image": image_digest,
-        "height": bucket.height,
-        "width": bucket.width,
-        "pixels": pixel_rule,
-    }
-
-
-# ----------------------------------------------------------------------------------------------------------- files
-
-_ENTRIES_OPENING = b'{"__metadata__":{"checksum":"'
-
-_CHECKSUM_AT = 8 + len(_ENTRIES_OPENING)
-"""Where the checksum stands in every entry: bytes 37 to 68."""
-
-
-def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose metadata vouches for every byte of it; equal arguments give equal bytes.
-
-    ``data_checksum`` is that of all bytes after the header. ``checksum`` is that of the header (its length, its padding
-    and ``data_checksum`` included), with zeros in its own place, so that a header can be trusted without its tensors.
-    """
-    from finetune.core.tensor_files import layout
-
-    data = list(layout(tensors, {}))[1:]
-    checked = {"checksum": NO_CHECKSUM.decode("ascii"), "data_checksum": checksum_bytes(*data), **metadata}
-    header = insert_checksum(bytes(next(layout(tensors, checked))), _CHECKSUM_AT)
-    return b"".join([header, *data])
-
-
-def fault_of(content: bytes, kind: Kind, key: str) -> str:
-    """Why a file is not, to the bit, the entry that was written under this name; empty if it is.
-
-    More is asked than in reading: whether the key is that of the address.
-    """
-    end = _header_end(content)
-    try:
-        metadata = _checked_header(content[:end], key)["__metadata__"]
-    except ValueError as error:
-        return str(error)
-    if metadata["data_checksum"] != checksum_bytes(memoryview(content)[end:]):
-        return "its tensors are not what was written"
-    address = json.loads(metadata["address"])
-    return "" if digest_of(address) == key and address["kind"] == kind else "it is another entry under this name"
-
-
-def read_tensors(entry: BinaryIO, key: str, *, verify: bool) -> dict[str, Tensor]:
-    """The tensors of an entry from its open file; they share one buffer, and nobody else has it.
-
-    Args:
-        entry: at its beginning.
-        key: its name.
-        verify: False where this very file was found whole before.
-
-    Raises:
-        ValueError: if it is not, to the bit, the entry that was written under this name.
-        OSError: if it cannot be read.
-    """
-    import torch
-
-    from finetune.core.tensor_files import DTYPES_BY_NAME
-
-    buffer = torch.empty(os.fstat(entry.fileno()).st_size, dtype=torch.uint8)
-    content: memoryview = buffer.numpy().data
-    if entry.readinto(content) < len(content):  # type: ignore[attr-defined]
-        raise ValueError("it is cut off")
-    end = _header_end(content)
-    header = _checked_header(bytes(content[:end]), key) if verify else json.loads(bytes(content[8:end]))
-    if verify and checksum_bytes(content[end:]) != header["__metadata__"]["data_checksum"]:
-        raise ValueError("its tensors are not what was written")
-    tensors = {}
-    for name, tensor in header.items():
-        if name != "__metadata__":
-            first, last = tensor["data_offsets"]
-            tensors[name] = buffer[end + first : end + last].view(DTYPES_BY_NAME[tensor["dtype"]]).view(tensor["shape"])
-    return tensors
-
-
-def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:
-    """The metadata of an entry from the beginning of its open file; its tensors are not read.
-
-    Raises:
-        ValueError: if its header is not, to the bit, what was written under this name.
-        OSError: if it cannot be read.
-    """
-    start = entry.read(8)
-    length = min(int.from_bytes(start, "little"), _LARGEST_HEADER)
-    metadata: dict[str, str] = _checked_header(start + entry.read(length), key)["__metadata__"]
-    return metadata
-
-
-_LARGEST_HEADER = 1 << 24
-"""Bytes; a damaged length must not make anybody read gigabytes."""
-
-
-def _header_end(content: bytes | memoryview) -> int:
-    return 8 + int.from_bytes(content[:8], "little")
-
-
-def _checked_header(header: bytes, key: str) -> dict[str, Any]:
-    """The JSON of a header, found whole and of this key."""
-    if len(header) < 8 or len(header) != _header_end(header):
-        raise ValueError("it is cut off")
-    if header[8:_CHECKSUM_AT] != _ENTRIES_OPENING or not checksum_fits(header, _CHECKSUM_AT):
-        raise ValueError("its header is not what was written")
-    parsed: dict[str, Any] = json.loads(header[8:])
-    if parsed["__metadata__"]["key"] != key:
-        raise ValueError("it is another entry under this name")
-    return parsed
-
-
-# ----------------------------------------------------------------------------------------------------------- manifests
 
 
 @dataclass(frozen=True)
@@ -434,36 +244,3 @@ def read_content(path: Path) -> dict[str, Any] | None:
             fix="use that version, or another cache.dir",
         )
     return content if number == FORMAT else None
-
-
-# ------------------------------------------------------------------------------------------------------- damaged files
-
-
-def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
-    """Give a damaged file a name that nobody reads, ``<name>.<unique>.damaged``.
-
-    If another process has removed it already, nothing is left to do; if one has written it anew meanwhile, it keeps its
-    name.
-
-    Args:
-        path: the file.
-        fault: says why content is damaged; empty if it is whole.
-
-    Returns:
-        The new name.
-
-    Raises:
-        OSError: if it cannot be renamed, as on a drive that is read-only.
-    """
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.damaged")
-    try:
-        os.replace(path, aside)
-    except FileNotFoundError:
-        return aside
-    try:
-        content = aside.read_bytes()
-    except OSError:
-        return aside
-    if not fault(content):
-        os.replace(aside, path)
-    return aside
