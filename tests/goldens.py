@@ -26,7 +26,7 @@ from finetune.cogvideox.objective import sample_noise
 from finetune.config.schema import RunConfig
 from finetune.core.rng import generator, seed_for
 from finetune.core.types import Bucket
-from finetune.datasets.schedule import Item, epoch_items
+from finetune.datasets.schedule import Item, epoch_items, groups_of
 from finetune.testing.tiny import build_tiny
 from finetune.trainers import loop
 from finetune.trainers.run import Run
@@ -199,7 +199,7 @@ def stream_numbers() -> dict[str, Any]:
         "drop_caption": [one.drop_caption for one in draws],
         "drop_image": [one.drop_image for one in draws],
         "image_draw": [one.image_draw for one in draws],
-        "epochs": [next(iter(epoch_items(items, 7, epoch).values())) for epoch in range(3)],
+        "epochs": [next(iter(epoch_items(groups_of(items), 7, epoch).values())) for epoch in range(3)],
         "noise": [float(f"{number:.6f}") for number in draws[5].noise.flatten().tolist()],
         "posterior_noise": [float(f"{number:.6f}") for number in draws[5].posterior_noise.flatten().tolist()],
     }

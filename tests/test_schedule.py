@@ -8,7 +8,18 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.core.types import Bucket
-from finetune.datasets.schedule import Constant, Cosine, Item, Linear, StepPlan, TrainConfig, epoch_items, is_due, lr_at
+from finetune.datasets.schedule import (
+    Constant,
+    Cosine,
+    Item,
+    Linear,
+    StepPlan,
+    TrainConfig,
+    epoch_items,
+    groups_of,
+    is_due,
+    lr_at,
+)
 from finetune.datasets.sources import ValSplitConfig, choose_val_split
 
 WIDE, TALL = Bucket(9, 64, 96), Bucket(9, 96, 64)
@@ -105,8 +116,8 @@ def test_a_fraction_of_one_clip_gets_its_share_in_every_so_many_epochs(repeats):
 
 
 def test_bucket_order_does_not_depend_on_other_buckets():
-    alone = epoch_items([Item(WIDE, 1.0)] * 5, seed=1, epoch=0)[WIDE]
-    beside = epoch_items([Item(WIDE, 1.0)] * 5 + [Item(TALL, 1.0)], seed=1, epoch=0)[WIDE]
+    alone = epoch_items(groups_of([Item(WIDE, 1.0)] * 5), seed=1, epoch=0)[WIDE]
+    beside = epoch_items(groups_of([Item(WIDE, 1.0)] * 5 + [Item(TALL, 1.0)]), seed=1, epoch=0)[WIDE]
     assert alone == beside
 
 

@@ -330,7 +330,7 @@ def test_every_order_is_as_likely():
 
 
 def positions(epochs) -> list[tuple[int, int]]:
-    items, found = [Item(Bucket(9, 64, 64), 1.0)] * 6, []
+    items, found = schedule.groups_of([Item(Bucket(9, 64, 64), 1.0)] * 6), []
     for epoch in epochs:
         (order,) = schedule.epoch_items(items, 11, epoch).values()
         place = order.index(0)

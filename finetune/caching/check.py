@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
-from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
+from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.model_files import local_folder
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -235,13 +235,6 @@ def named(names: Iterable[str]) -> str:
 MOST_UNKNOWN = 0.5
 """Part of a caption's own characters; above it, what is left is no description of a clip."""
 
-_AT_A_TIME = 1_000
-
-_NOT_COMPARED = (
-    "captions were not compared with what the model can read: its tokenizer is not on this machine (precompute does it,"
-    " before it encodes anything)"
-)
-
 
 def check_captions(
     config: RunConfig, spec: ModelSpec, captions: Mapping[str, str]
@@ -263,68 +256,50 @@ def check_captions(
         ModelError: if the tokenizer is there and cannot be loaded.
     """
     folder = local_folder(config.model.pretrained, config.model.revision)
-    if folder is None or not any(
-        (folder / "tokenizer" / name).is_file() for name in ("spiece.model", "tokenizer.json")
-    ):
-        return [_NOT_COMPARED], []
+    files = ("spiece.model", "tokenizer.json")
+    if folder is None or not any((folder / "tokenizer" / name).is_file() for name in files):
+        where = "its tokenizer is not on this machine (precompute does it, before it encodes anything)"
+        return [f"captions were not compared with what the model can read: {where}"], []
     tokenizer = load_tokenizer(config.model)
-    added = _letters(config.data.apply(""))
+    added = _letters(config.data.apply(""))  # prefix, suffix and trigger word do not count
     texts = list(captions)
     unknown: dict[str, float] = {}
     by_tokens: dict[tuple[int, ...], list[str]] = {}
-    for first in range(0, len(texts), _AT_A_TIME):
-        batch = texts[first : first + _AT_A_TIME]
+    for first in range(0, len(texts), 1_000):
+        batch = texts[first : first + 1_000]
         for text, tokens in zip(batch, tokenize(tokenizer, batch, spec), strict=True):
             if tokens.unknown:
-                unknown[text] = _part(text, tokens, added)
+                unknown[text] = min(1.0, tokens.unknown / max(1, _letters(text) - added))
             by_tokens.setdefault(tokens.ids, []).append(text)
     alike = [group for group in by_tokens.values() if len(group) > 1]
-    warnings = _caption_warnings(unknown, alike, len(texts), spec.max_text_seq_length)
-    errors = _caption_errors(unknown, alike, captions) if config.data.unreadable_captions == "error" else []
-    return [f"{WARNING}{warning}" for warning in warnings], errors
+    mostly = {text: part for text, part in unknown.items() if part > MOST_UNKNOWN}
+    warnings = []
+    if unknown:
+        worst = max(unknown, key=unknown.__getitem__)
+        warnings.append(
+            f"{WARNING}{len(unknown)} of {len(texts)} captions hold characters that the model's text encoder does not"
+            f" know, and reads as one unknown mark ({len(mostly)} of them for the most part): such as {quoted(worst)},"
+            f" {unknown[worst]:.0%} unknown"
+        )
+    if alike:
+        warnings.append(
+            f"{WARNING}{sum(map(len, alike))} different captions are not different to the model, which reads the same"
+            f" tokens (at most {spec.max_text_seq_length}) for {quoted(alike[0][0])} and {quoted(alike[0][1])}"
+        )
+    if config.data.unreadable_captions == "warn":
+        return warnings, []
+    reasons = {text: f"{part:.0%} of the caption is unknown" for text, part in mostly.items()}
+    for text in (text for group in alike for text in group if text in unknown):
+        reasons.setdefault(text, "the caption is another's, but for characters that are unknown")
+    fix = "write it in English, or set data.unreadable_captions: warn"
+    return warnings, [
+        DataError(f"{what} to the model's text encoder: {quoted(text)}", where=captions[text], fix=fix)
+        for text, what in reasons.items()
+    ]
 
 
 def _letters(text: str) -> int:
     return sum(not character.isspace() for character in text)
-
-
-def _part(text: str, tokens: TokenizedCaption, added: int) -> float:
-    """How much of what was written for this clip is unknown; prefix, suffix and trigger word are not counted."""
-    return min(1.0, tokens.unknown / max(1, _letters(text) - added))
-
-
-def _caption_warnings(unknown: Mapping[str, float], alike: list[list[str]], count: int, most_tokens: int) -> list[str]:
-    warnings = []
-    if unknown:
-        worst = max(unknown, key=unknown.__getitem__)
-        mostly = sum(part > MOST_UNKNOWN for part in unknown.values())
-        warnings.append(
-            f"{len(unknown)} of {count} captions hold characters that the model's text encoder does not know, and reads"
-            f" as one unknown mark ({mostly} of them for the most part): such as {quoted(worst)}, {unknown[worst]:.0%}"
-            " unknown"
-        )
-    if alike:
-        first, second = alike[0][:2]
-        warnings.append(
-            f"{sum(map(len, alike))} different captions are not different to the model, which reads the same tokens (at"
-            f" most {most_tokens}) for {quoted(first)} and {quoted(second)}"
-        )
-    return warnings
-
-
-def _caption_errors(
-    unknown: Mapping[str, float], alike: list[list[str]], captions: Mapping[str, str]
-) -> list[DataError]:
-    reasons = {text: f"{part:.0%} of the caption is unknown" for text, part in unknown.items() if part > MOST_UNKNOWN}
-    for group in alike:
-        for text in group:
-            if text in unknown:
-                reasons.setdefault(text, "the caption is another's, but for characters that are unknown")
-    fix = "write it in English, or set data.unreadable_captions: warn"
-    return [
-        DataError(f"{what} to the model's text encoder: {quoted(text)}", where=captions[text], fix=fix)
-        for text, what in reasons.items()
-    ]
 
 
 def quoted(text: str) -> str:

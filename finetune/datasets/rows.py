@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import ntpath
 import os
 import stat
@@ -13,9 +14,7 @@ from pathlib import Path
 
 from finetune.core.errors import DataError
 from finetune.core.text import text_fault
-from finetune.datasets.tables import (
-    kind_of,
-)
+from finetune.datasets.tables import kind_of
 
 MAX_CAPTION_CHARS = 10_000
 """About ten times what 226 tokens hold: a longer caption is a wrong column or a wrong file."""
@@ -62,6 +61,7 @@ class RawRow:
 
     video: object
     caption: object
+    """Or the DataError that says why its file cannot be read."""
     image: object
     """Or the DataError that says why it cannot be told which image it is: one for image-to-video only."""
     root: Path
@@ -107,9 +107,9 @@ class PathPolicy:
     """
 
     def __init__(self) -> None:
-        self._folders: dict[str, str] = {}
         self._files: dict[str, str] = {}
-        self._names: dict[str, dict[str, list[str]]] = {}
+        self._folder = functools.cache(os.path.realpath)
+        self._names = functools.cache(_names_by_fold)
 
     def real(self, path: Path) -> str:
         """The file that a checked path is, every link followed: two paths of one file give the same."""
@@ -177,21 +177,20 @@ class PathPolicy:
         """The one file that ``name`` can mean where it is not spelled as on the disk. Raises FileNotFoundError."""
         folder = "/" if name.startswith("/") else str(root)
         for part in name.replace("\\", "/").split("/"):
-            if folder not in self._names:
-                names = self._names[folder] = {}
-                for entry in os.listdir(folder) if os.path.isdir(folder) else ():  # noqa: PTH112, PTH208
-                    names.setdefault(fold_name(entry), []).append(entry)
-            alike = self._names[folder].get(fold_name(part), [])
+            alike = self._names(folder).get(fold_name(part), [])
             chosen = [part] if part in ("", ".", "..") or part in alike else alike
             if len(chosen) != 1:
                 raise FileNotFoundError(name)
             folder = os.path.join(folder, chosen[0])  # noqa: PTH118
         return folder
 
-    def _folder(self, folder: str) -> str:
-        if folder not in self._folders:
-            self._folders[folder] = os.path.realpath(folder)
-        return self._folders[folder]
+
+def _names_by_fold(folder: str) -> dict[str, list[str]]:
+    """The names in a folder, grouped by ``fold_name``; none if there is no such folder."""
+    names: dict[str, list[str]] = {}
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():  # noqa: PTH112, PTH208
+        names.setdefault(fold_name(name), []).append(name)
+    return names
 
 
 def require_inside(path: Path, root: Path, *, allow_outside: bool) -> None:

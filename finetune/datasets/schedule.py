@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -72,7 +72,19 @@ class MicroBatch:
     slots: tuple[int, ...]
 
 
-def epoch_items(items: Sequence[Item], seed: int, epoch: int) -> dict[Bucket, list[int]]:
+Groups = Mapping[tuple[Bucket, float], Sequence[int]]
+"""Indices of the clips that share a bucket and a number of repeats."""
+
+
+def groups_of(items: Iterable[Item]) -> Groups:
+    """Clips by bucket and repeats, in the order in which they come."""
+    groups: dict[tuple[Bucket, float], list[int]] = {}
+    for index, item in enumerate(items):
+        groups.setdefault((item.bucket, item.repeats), []).append(index)
+    return groups
+
+
+def epoch_items(groups: Groups, seed: int, epoch: int) -> dict[Bucket, list[int]]:
     """The clips of one epoch by bucket, each bucket in a fresh random order.
 
     A clip with repeats 3 stands three times. Of the clips that share a bucket and a fractional repeats such as 2.25,
@@ -81,19 +93,14 @@ def epoch_items(items: Sequence[Item], seed: int, epoch: int) -> dict[Bucket, li
     one clip and falls due in every so many epochs only.
     """
     chosen: dict[Bucket, list[int]] = {}
-    for (bucket, repeats), members in _groups(items).items():
-        ring = _permuted(members, seed, "extra", str(bucket), repr(repeats))
+    for (bucket, repeats), members in groups.items():
+        picked = chosen.setdefault(bucket, [])
+        picked += [*members] * math.floor(repeats)
         first, end = (_extra_before(repeats, len(members), e) for e in (epoch, epoch + 1))
-        picked = members * math.floor(repeats) + [ring[k % len(ring)] for k in range(first, end)]
-        chosen.setdefault(bucket, []).extend(picked)
+        if end > first:
+            ring = _permuted(members, seed, "extra", str(bucket), repr(repeats))
+            picked += [ring[k % len(ring)] for k in range(first, end)]
     return {bucket: _permuted(picked, seed, "order", str(bucket), epoch) for bucket, picked in chosen.items() if picked}
-
-
-def _groups(items: Sequence[Item]) -> dict[tuple[Bucket, float], list[int]]:
-    groups: dict[tuple[Bucket, float], list[int]] = {}
-    for index, item in enumerate(items):
-        groups.setdefault((item.bucket, item.repeats), []).append(index)
-    return groups
 
 
 def _extra_before(repeats: float, members: int, epoch: int) -> int:
@@ -124,16 +131,24 @@ class StepPlan:
     def __post_init__(self) -> None:
         if not self.items:
             raise ValueError("the training set is empty")
-        groups: dict[Bucket, list[tuple[float, int]]] = {}
-        for (bucket, repeats), members in _groups(self.items).items():
-            groups.setdefault(bucket, []).append((repeats, len(members)))
-        object.__setattr__(self, "_sizes", tuple(tuple(sizes) for sizes in groups.values()))
-        object.__setattr__(self, "_starts", [0])
 
-    _sizes: tuple[tuple[tuple[float, int], ...], ...] = field(init=False, repr=False)
-    """Per bucket, (repeats, clips) of each group."""
-    _starts: list[int] = field(init=False, repr=False)
-    """Micro-batches before each epoch, as far as they have been asked for; fractional repeats make epochs unequal."""
+    @cached_property
+    def groups(self) -> Groups:
+        """Its clips by bucket and repeats."""
+        return groups_of(self.items)
+
+    @cached_property
+    def _sizes(self) -> list[list[tuple[float, int]]]:
+        """Per bucket, (repeats, clips) of each group."""
+        sizes: dict[Bucket, list[tuple[float, int]]] = {}
+        for (bucket, repeats), members in self.groups.items():
+            sizes.setdefault(bucket, []).append((repeats, len(members)))
+        return list(sizes.values())
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Micro-batches before each epoch, as far as they have been asked for; fractional repeats make them unequal."""
+        return [0]
 
     def start_of(self, epoch: int) -> int:
         """Micro-batches before ``epoch``, in all epochs before it together."""
@@ -144,7 +159,7 @@ class StepPlan:
         return self._starts[epoch]
 
     @staticmethod
-    def _clips(sizes: tuple[tuple[float, int], ...], epoch: int) -> int:
+    def _clips(sizes: Sequence[tuple[float, int]], epoch: int) -> int:
         """Clips of one bucket in one epoch."""
         return sum(
             members * math.floor(repeats)
@@ -190,14 +205,11 @@ class StepPlan:
 
     def step(self, step: int) -> tuple[MicroBatch, ...]:
         """All micro-batches of one optimizer step, of all processes, in slot order."""
+        batches = [self._nth(step * self.micro_batches + j) for j in range(self.micro_batches)]
+        starts = range(0, len(batches) * self.batch_size, self.batch_size)
         return tuple(
-            MicroBatch(
-                items=self._nth(step * self.micro_batches + j),
-                slots=tuple(
-                    range(j * self.batch_size, j * self.batch_size + len(self._nth(step * self.micro_batches + j)))
-                ),
-            )
-            for j in range(self.micro_batches)
+            MicroBatch(items, tuple(range(start, start + len(items))))
+            for start, items in zip(starts, batches, strict=True)
         )
 
     def epoch_of(self, n: int) -> int:
@@ -218,7 +230,7 @@ class StepPlan:
 @lru_cache(maxsize=4)
 def _epoch(plan: StepPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
     batches: list[tuple[int, ...]] = []
-    for members in epoch_items(plan.items, plan.seed, epoch).values():
+    for members in epoch_items(plan.groups, plan.seed, epoch).values():
         batches += [tuple(members[i : i + plan.batch_size]) for i in range(0, len(members), plan.batch_size)]
     return tuple(batches[position] for position in permutation(len(batches), plan.seed, "batches", epoch))
 

@@ -25,6 +25,7 @@ from finetune.datasets.rows import (
     MAX_CAPTION_BYTES,
     PICTURES,
     VIDEO,
+    FileKind,
     PathPolicy,
     RawRow,
     RowReport,
@@ -51,6 +52,8 @@ from finetune.datasets.tables import (
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 Split = Literal["train", "holdout"]
+
+_Value = TypeVar("_Value")
 
 
 class _Source(Strict):
@@ -169,23 +172,18 @@ def _paired_lines(path: Path) -> list[str | DataError]:
     """
     lines: list[str | DataError] = []
     faults: list[DataError] = []
-    blank: list[DataError] = []
-    waiting: list[int] = []
     for number, line in read_lines(path):
-        if isinstance(line, DataError):
-            faults.append(line)
-        elif not (line := stripped(line)):
-            if len(waiting) <= MAX_FAULTS:
-                waiting.append(number)
-            continue
-        fix = "write what belongs there, or take the line out of every file"
-        blank += [DataError("the line is blank, and more follow", where=f"{path}:{at}", fix=fix) for at in waiting]
-        waiting = []
-        lines.append(line)
-        if len(lines) > MAX_ROWS or len(faults) + len(blank) > MAX_FAULTS:
+        lines.append(line if isinstance(line, DataError) else stripped(line))
+        faults += [line] if isinstance(line, DataError) else []
+        if len(lines) > MAX_ROWS or len(faults) > MAX_FAULTS:
             most = f"{MAX_ROWS:,} lines" if len(lines) > MAX_ROWS else f"{MAX_FAULTS:,} lines that cannot be read"
             fix = "check that this is the right file"
             raise DataError(f"the file has more than {most}", where=f"{path}:{number}", fix=fix)
+    while lines and lines[-1] == "":
+        lines.pop()
+    fix = "write what belongs there, or take the line out of every file"
+    places = [f"{path}:{number}" for number, line in enumerate(lines, start=1) if line == ""]
+    blank = [DataError("the line is blank, and more follow", where=place, fix=fix) for place in places]
     if blank:
         what = "{n} lines cannot be used, so that it cannot be told what belongs together"
         raise_all(DataError, [*blank, *faults], what=what)
@@ -293,18 +291,10 @@ class FolderSource(_Source):
             except DataError as error:
                 report.errors.append(error)
                 continue
-            try:
-                text = read_text(caption, most_bytes=MAX_CAPTION_BYTES)
-            except DataError as error:
-                report.unusable.append(error)
-                continue
-            image: object
-            try:
-                picture = images.of(video)
-                image = None if picture is None else picture.relative_to(folder).as_posix()
-            except DataError as error:
-                image = error
-            report.rows.append(RawRow(video.relative_to(folder).as_posix(), text, image, folder, str(caption)))
+            text = _or_error(read_text, caption, most_bytes=MAX_CAPTION_BYTES)
+            image = _or_error(images.of, video)
+            names = [path.relative_to(folder).as_posix() if isinstance(path, Path) else path for path in (video, image)]
+            report.rows.append(RawRow(names[0], text, names[1], folder, str(caption)))
         for what, sidecars in (("text files", captions), ("images", images)):
             if strays := sidecars.unclaimed(videos):
                 report.notes.append(f"{len(strays)} {what} in {folder} belong to no clip, such as {strays[0].name}")
@@ -501,34 +491,30 @@ def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
     return list(dict.fromkeys(file for source in sources for file in source.files(base)))
 
 
-_Value = TypeVar("_Value")
-
-
 def _checked_row(
     row: RawRow, source: SourceConfig, dataset: RowReport, policy: PathPolicy, *, image_to_video: bool
 ) -> tuple[Path, Path | None, str] | None:
     """The video, image and caption of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
 
-    def attempt(
-        faults: list[DataError], check: Callable[..., _Value], *arguments: Any, **options: Any
-    ) -> _Value | None:
-        try:
-            return check(*arguments, row.where, **options)
-        except DataError as error:
-            faults.append(error)
-            return None
+    def located(name: object, kind: FileKind) -> Path | DataError:
+        return _or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
 
-    allowed = {"allow_outside": source.allow_outside}
-    faults: list[DataError] = []
-    video = attempt(faults, policy.file, row.video, row.root, VIDEO, **allowed)
-    image = None
-    if image_to_video and isinstance(row.image, DataError):
-        faults.append(row.image)
-    elif image_to_video and row.image is not None:
-        image = attempt(faults, policy.file, row.image, row.root, IMAGE, **allowed)
-    dataset.errors += faults
-    caption = attempt(dataset.unusable, check_caption, row.caption)
-    return None if faults or video is None or caption is None else (video, image, caption)
+    video, image = located(row.video, VIDEO), row.image if image_to_video else None
+    if image is not None and not isinstance(image, DataError):
+        image = located(image, IMAGE)
+    caption = row.caption if isinstance(row.caption, DataError) else _or_error(check_caption, row.caption, row.where)
+    dataset.errors += [fault for fault in (video, image) if isinstance(fault, DataError)]
+    dataset.unusable += [caption] if isinstance(caption, DataError) else []
+    if isinstance(video, Path) and isinstance(image, Path | None) and isinstance(caption, str):
+        return video, image, caption
+    return None
+
+
+def _or_error(check: Callable[..., _Value], *arguments: Any, **options: Any) -> _Value | DataError:
+    try:
+        return check(*arguments, **options)
+    except DataError as error:
+        return error
 
 
 def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], policy: PathPolicy) -> Iterator[DataError]:

@@ -83,7 +83,9 @@ def read_lines(path: Path, *, most_chars: int = MAX_LINE_CHARS) -> Iterator[tupl
     require_file(path)
     try:
         with path.open("rb") as raw:
-            _require_utf8(raw.read(4096), path)
+            if encoding := _wide_encoding(raw.read(4096)):
+                fix = f"convert it: `iconv -f {encoding} -t UTF-8 OLD > NEW` (PowerShell: `Out-File -Encoding utf8`)"
+                raise DataError(f"the file is {encoding} text, and UTF-8 is read", where=str(path), fix=fix)
         # Bytes that are no UTF-8 come through as marks, so that one of them spoils its own line only.
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as source:
             number = 0
@@ -139,15 +141,6 @@ def _conversion(byte: int) -> str:
         f"if {letter!r} is meant, it was written as Windows-1252 (Latin-1): `iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW`;"
         " else save it as UTF-8 where it was made"
     )
-
-
-def _require_utf8(head: bytes, path: Path) -> None:
-    if encoding := _wide_encoding(head):
-        raise DataError(
-            f"the file is {encoding} text, and UTF-8 is read",
-            where=str(path),
-            fix=f"convert it: `iconv -f {encoding} -t UTF-8 OLD > NEW` (PowerShell: `Out-File -Encoding utf8`)",
-        )
 
 
 def _wide_encoding(head: bytes) -> str | None:
