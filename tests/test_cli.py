@@ -114,19 +114,8 @@ def test_a_verb_that_needs_torch_is_seen_to_import_it(config_file, tmp_path):
 def test_help_lists_the_verbs_and_the_way_to_a_video(tmp_path, capsys):
     assert main(["--help"]) == OK
     printed = capsys.readouterr().out
-    for verb in (
-        "quickstart",
-        "init",
-        "check",
-        "plan",
-        "calibrate",
-        "precompute",
-        "train",
-        "replay",
-        "export",
-        "cache",
-    ):
-        assert f" {verb} " in printed
+    verbs = ["quickstart", "init", "check", "plan", "calibrate", "precompute", "train", "replay", "export", "cache"]
+    assert not [verb for verb in verbs if f" {verb} " not in printed]
     assert "finetune init --model 5b --method lora --card 24" in printed and "75 training was stopped" in printed
     assert main(["plan", "--help"]) == OK and "--allow-quantized" in capsys.readouterr().out
 
@@ -251,20 +240,16 @@ def trained(monkeypatch):
 )
 def test_every_outcome_has_its_code(trained, config_file, capsys, outcome, code):
     calls = trained(outcome)
-    assert main(["train", "--config", str(config_file), "--set", "train.seed=5", "train.steps=9"]) == code
-    assert len(calls) == 1 and (calls[0].train.seed, calls[0].train.steps) == (5, 9)
+    overrides = ["--set", "train.seed=5", "--set", "train.steps=9", "data.fps=8"]
+    assert main(["train", "--config", str(config_file), *overrides]) == code
+    (config,) = calls
+    assert (config.train.seed, config.train.steps, config.data.fps) == (5, 9, 8)
     said = capsys.readouterr().err
     assert ("Traceback" in said) == (code == BUG)
     assert ("This is a bug" in said) == (code == BUG)
     assert ("error: out of memory: " in said) == is_out_of_memory(outcome)
     if isinstance(outcome, DataError):
         assert said == "error: no clip\n  where: a.csv:3\n  fix:   add one\n"
-
-
-def test_several_set_options_add_up(trained, config_file):
-    calls = trained()
-    main(["train", "--config", str(config_file), "--set", "train.seed=5", "--set", "train.steps=9", "data.fps=8"])
-    assert (calls[0].train.seed, calls[0].train.steps, calls[0].data.fps) == (5, 9, 8)
 
 
 def test_every_kind_of_our_errors_is_the_users(trained, config_file, capsys):
@@ -301,7 +286,7 @@ def test_output_that_cannot_be_made_is_said(tmp_path, capsys):
 
 # ---------------------------------------------------------------------------------------------------- standard streams
 
-PRINT_MUCH = "[print(n) for n in range(100_000)]; pathlib.Path('done').touch()"
+PRINT_MUCH = "[print(n) for n in range(20_000)]; pathlib.Path('done').touch()"
 
 PRINT_ODDLY = (
     "with open('file', 'w'): print('\\u65e5\\u672c \\U0001f600'); sys.stderr.write('\\u65e5'); os.write(1, b'x')"
@@ -320,15 +305,14 @@ def print_oddly(verb: str, folder: Path, *, redirect: str = "", before: str = ""
     return subprocess.run(words, cwd=folder, env={**ENVIRONMENT, **environment}, capture_output=True, timeout=120)
 
 
-@pytest.mark.parametrize(("verb", "encoding"), [("train", "latin-1"), ("cache", "ascii"), ("train", "utf-8")])
+@pytest.mark.parametrize(("verb", "encoding"), [("train", "latin-1"), ("cache", "utf-8")])
 def test_no_encoding_ends_a_run(tmp_path, verb, encoding):
     done = print_oddly(verb, tmp_path, PYTHONIOENCODING=encoding)
     expected = "\u65e5\u672c \U0001f600" if encoding == "utf-8" else "\\u65e5\\u672c \\U0001f600"
     assert done.returncode == 0 and expected in done.stdout.decode(encoding), done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "cache"])
-@pytest.mark.parametrize("closed", [">&-", ">&- 2>&- <&-"])
+@pytest.mark.parametrize(("verb", "closed"), [("train", ">&-"), ("cache", ">&-"), ("train", ">&- 2>&- <&-")])
 def test_closed_streams_end_no_run_and_write_into_no_file(tmp_path, verb, closed):
     done = print_oddly(verb, tmp_path, redirect=closed)
     assert done.returncode == 0, done.stderr
@@ -471,7 +455,7 @@ def test_check_prints_what_would_be_trained_on(tiny_model, demo_clips, tmp_path,
     assert "10 frames are not possible" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b", "cogvideox-5B", "5b"])
+@pytest.mark.parametrize("name", ["THUDM/CogVideoX-5b", "cogvideox-5B"])
 def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_path, capsys, monkeypatch):
     """Under any of its names, to write a configuration and to check it; training wants the weights."""
 
@@ -604,21 +588,9 @@ def test_export_hands_on_every_option(monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(exporting, "export", lambda *words, **options: asked.append((words, options)) or "done")
     words = "export runs/a --to diffusers --output out --checkpoint best --full-pipeline --weights ema --model base"
-    words += " --merged --strength 0.5"
-    assert main(words.split()) == OK
-    assert asked == [
-        (
-            (Path("runs/a"), Path("out")),
-            {
-                "checkpoint": "best",
-                "full_pipeline": True,
-                "weights": "ema",
-                "pretrained": "base",
-                "merged": True,
-                "strength": 0.5,
-            },
-        ),
-    ]
+    assert main([*words.split(), "--merged", "--strength", "0.5"]) == OK
+    options = {"checkpoint": "best", "full_pipeline": True, "weights": "ema", "pretrained": "base"}
+    assert asked == [((Path("runs/a"), Path("out")), options | {"merged": True, "strength": 0.5})]
 
 
 def test_cache_verbs(config_file, tmp_path, capsys):
@@ -643,15 +615,6 @@ def test_cache_verbs(config_file, tmp_path, capsys):
     assert "1 damaged" in capsys.readouterr().out
 
 
-def test_quickstart_is_told_where(monkeypatch):
-    asked = []
-    fake = types.ModuleType("finetune.testing.quickstart")
-    fake.main = asked.append
-    monkeypatch.setitem(sys.modules, "finetune.testing.quickstart", fake)
-    assert main(["quickstart", "--output", "here"]) == OK
-    assert asked == [Path("here")]
-
-
 def test_a_cache_that_is_not_there_is_said(tmp_path, capsys):
     for action in ("stats", "verify", "gc"):
         assert main(["cache", action, "--dir", str(tmp_path / "none")]) == USER_ERROR
@@ -669,7 +632,7 @@ def test_a_stopped_training_ends_the_quickstart(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(quickstart, "precompute", lambda config: types.SimpleNamespace(encoded={"latents": 1}))
     monkeypatch.setattr(quickstart, "train", lambda config: stopped)
     monkeypatch.setattr(quickstart, "export", lambda run: pytest.fail("it went on"))
-    assert main(["quickstart", "--output", str(tmp_path / "quick")]) == PREEMPTED
+    assert main(["quickstart", "--output", str(tmp_path / "quick")]) == PREEMPTED and (tmp_path / "quick").is_dir()
     assert "The same command continues." in capsys.readouterr().out
 
 
@@ -771,11 +734,12 @@ def test_init_replaces_nothing_unasked(tmp_path, capsys):
     assert main(["init", "--model", "6b", "--output", str(output), "--force"]) == USER_ERROR
 
 
-@pytest.mark.parametrize(("model", "method", "card"), [("5b", "lora", 6), ("5b", "full", 12), ("1.5-5b", "lora", 12)])
+@pytest.mark.parametrize(("model", "method", "card"), [("5b", "lora", 6), ("1.5-5b", "full", 24)])
 def test_init_says_what_will_not_fit(tmp_path, capsys, model, method, card):
     output = tmp_path / "run.yaml"
     assert main(["init", "--model", model, "--method", method, "--card", str(card), "--output", str(output)]) == OK
-    assert f"and the card has {card}" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"and the card has {card}" in message and "finetune plan" in message
     assert "NOTE: this is predicted to need" in output.read_text()
 
 
@@ -791,8 +755,6 @@ def test_init_writes_the_techniques_that_a_card_needs(tmp_path, model, method, c
     assert config.memory.streams is streams
     assert (config.memory.block == "lean") is (card < 24)
     assert "predicted to need" not in capsys.readouterr().err
-    assert main(["init", "--model", model, "--card", "4", "--output", str(output), "--force"]) == OK
-    assert "finetune plan" in capsys.readouterr().err
 
 
 def test_the_examples_are_for_cards_that_they_fit():

@@ -61,8 +61,7 @@ def test_the_example_check_can_fail(tmp_path):
 
 
 def generated_docs() -> dict[str, str]:
-    module = _script("make_config_docs")
-    texts: dict[str, str] = module.generate()
+    texts: dict[str, str] = _script("make_config_docs").generate()
     return texts
 
 
@@ -290,9 +289,7 @@ def test_two_commits_that_differ_are_told_apart():
 
 def test_the_picture_of_the_folders_is_that_of_the_imports():
     """``make docs`` draws it; a new arrow between two folders is seen where one reads about them."""
-    spec = importlib.util.spec_from_file_location("draw_layers", ROOT / "scripts" / "draw_layers.py")
-    layers = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(layers)
+    layers = _script("draw_layers")
     imports = layers.folder_imports(ROOT / "finetune")
     assert layers.TARGET.read_text(encoding="utf-8") == layers.draw(imports), "make docs"
     assert layers.draw(imports | {"core": {"memory"}, "memory": set()}) != layers.draw(imports)  # canary

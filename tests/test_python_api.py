@@ -43,6 +43,8 @@ def test_every_function_says_what_it_takes_and_raises(function):
     text = inspect.getdoc(function)
     assert "Args:" in text and "Raises:" in text
     assert not [parameter.name for parameter in parameters if f"\n    {parameter.name}:" not in text]
+    paths = [parameter for parameter in parameters if "Path" in parameter.annotation]
+    assert not [parameter.name for parameter in paths if "str" not in parameter.annotation]
 
 
 # ------------------------------------------------------------------------------------------- arguments that are none
@@ -66,6 +68,10 @@ def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, give
         (lambda: finetune.export("run", merged=None, weights="emma"), r"2 faults in export\(\)"),
         (lambda: finetune.plan({}, processes="two"), "'processes' is 'two': should be a whole number"),
         (lambda: finetune.precompute({}, progress=[]), "'progress' is a list: should be true or false"),
+        (lambda: finetune.precompute({}, progress="1"), "'progress' is '1': should be true or false"),
+        (lambda: finetune.plan({}, processes=True), "'processes' is True: should be a whole number"),
+        (lambda: finetune.plan({}, card=b"24GB"), "'card' is b'24GB': should be text"),
+        (lambda: finetune.generate("x", out=b"videos"), "out is b'videos': should be text; or should be an inst"),
         (lambda: finetune.generate("x", bucket="9x64"), "a bucket is frames x height x width"),
         (lambda: finetune.generate("x", images=["a", "b"]), "2 images for 1 prompts"),
         (lambda: finetune.generate("x", adapters="a:much"), "strength 'much' is not a number"),

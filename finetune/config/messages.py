@@ -25,10 +25,11 @@ def explain(kind: type[BaseModel], error: ValidationError, document: Document) -
     alternatives: dict[Keys, list[str]] = {}
     every = error.errors(include_url=False)
     for details in every[:_MOST_FAULTS]:
+        loc = details["loc"]
         # pydantic counts a list's valid items only: "too short" beside faults of the items is their echo.
-        if details["type"] == "too_short" and any(_is_inside(other["loc"], details["loc"]) for other in every):
+        if details["type"] == "too_short" and any(other["loc"][: len(loc)] == loc != other["loc"] for other in every):
             continue
-        spot = _locate(kind, details["loc"])
+        spot = _locate(kind, loc)
         if spot.alternative:  # one value, refused once by every member of a plain union
             alternatives.setdefault(spot.path, []).append(_wants(details))
         else:
@@ -60,10 +61,6 @@ def _fields_named(details: ErrorDetails, document: Document) -> str:
     return ", ".join(f"{place} ({name})" for name, place in written.items() if place)
 
 
-def _is_inside(loc: tuple[int | str, ...], outer: tuple[int | str, ...]) -> bool:
-    return len(loc) > len(outer) and loc[: len(outer)] == outer
-
-
 class _Spot(NamedTuple):
     path: Keys
     """Where in the document."""
@@ -84,8 +81,7 @@ def _locate(kind: type[BaseModel], loc: tuple[int | str, ...]) -> _Spot:
     for part in loc:
         annotation = bare(annotation)
         if is_section(annotation):
-            if holder is None or annotation not in union:
-                union = union if annotation in union else ()
+            union = union if annotation in union else ()
             holder = annotation
             path.append(part)
             info = annotation.model_fields.get(str(part))
