@@ -118,14 +118,10 @@ class Starter:
             trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=StrictUndefined
         )
         environment.filters |= {"quote": shlex.quote, "yaml": _as_yaml}
-        method = "LoRA" if self.method == "lora" else "full fine-tuning"
-        card = "" if self.card_gib is None else f", for a card of {self.card_gib:g} GB"
-        words = f": {self.recipe.words}" if self.recipe and self.recipe.words else ""
         text = environment.from_string((TEMPLATES / "run.yaml").read_text(encoding="utf-8")).render(
             **vars(self),
-            title=f"{self.pretrained}: {method}{card}{words}.",
-            peak=self._peak,
             notes=self.notes(file),
+            overhead_gib=OVERHEAD_GIB,
             file=file,
             export_from=os.path.normpath(Path(file).parent / self.output_dir),
             memory=self.recipe.memory if self.recipe else {},
@@ -134,20 +130,6 @@ class Starter:
         # Comments in one column; lines with a path have none, and a path may hold what looks like one.
         commented = r"^(?! *(?:- path|dir|pretrained|output_dir):)( *[^#\s].*?) +# "
         return re.sub(commented, lambda line: f"{line[1]:<{_COMMENT_COLUMN}} # ", text, flags=re.M)
-
-    @property
-    def _peak(self) -> str:
-        at = f"at {self.spec.training_bucket} (frames x height x width) and batch size 1"
-        if self.recipe is None:
-            return f"Peak memory: there is no figure for this model {at}; `finetune plan` predicts one."
-        measured = f"measured {self.measured}" if self.measured else "not measured"
-        room = (
-            "" if self.card_gib is None else f" A card of {self.card_gib:g} GB has {self.card_gib - OVERHEAD_GIB:.1f}."
-        )
-        return (
-            f"Peak memory {at}: {self.recipe.peak_gib:.1f} GiB, predicted, {measured}; about {OVERHEAD_GIB} GiB more"
-            f" for the CUDA context and fragmentation.{room}"
-        )
 
 
 def _as_yaml(path: str) -> str:
