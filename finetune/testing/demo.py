@@ -208,7 +208,7 @@ def _h264(frames: Frames) -> bytes:
 
 
 def classify(clip: Frames) -> Recognition:
-    """See what a clip shows, by fitting every shape of this world at every position.
+    """Recognise what a clip shows, by fitting every shape of this world at every position.
 
     Per frame the background is a least-squares plane per colour channel; what remains is compared with each shape's
     outline at each whole-pixel position (a normalised cross-correlation). The distance of a shape is the energy that
