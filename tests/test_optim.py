@@ -250,28 +250,6 @@ def test_chunks_change_memory_and_nothing_else():
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
-def test_masters_live_inside_accelerate():
-    from accelerate import Accelerator
-
-    model = nn.Linear(64, 64).bfloat16()
-    start = model.weight.detach().clone()
-    accelerator = Accelerator(cpu=True)
-    parameters = dict(model.named_parameters())
-    optimizer = AdamW8bit(lr=1e-2).build(parameters.items())
-    _, prepared = accelerator.prepare(model, optimizer)
-    with accelerator.accumulate(model):
-        accelerator.backward(model(torch.ones(2, 64, dtype=torch.bfloat16)).float().square().sum())
-        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        set_lr(prepared, 5e-3)
-        prepared.step()
-        prepared.zero_grad()
-    assert float(norm) > 0 and not torch.equal(model.weight, start) and model.weight.dtype == torch.bfloat16
-    tensors, meta = optimizer_state(prepared, parameters)
-    assert {"master.weight", "master.bias", "state.weight.state1"} <= tensors.keys()
-    assert meta["class"] == "AdamW8bit" and optimizer.inner.param_groups[0]["lr"] == 5e-3
-    load_optimizer_state(prepared, (tensors, meta), parameters)
-
-
 def test_a_parameter_without_gradient_is_left_alone():
     parameters = make_parameters(torch.bfloat16)
     optimizer = AdamW(lr=0.1, weight_decay=0.5).build(parameters.items())

@@ -223,12 +223,8 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             yield from map(_Trained, outer["param_names"], outer["params"], inner["params"])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a loss is not computed again here
         """Update every parameter that has a gradient, and leave the gradients as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update(_settings(outer))  # the learning rate above all
         pending = [(member, member.parameter.grad) for member in self.members() if member.parameter.grad is not None]
@@ -246,7 +242,6 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
                     self.policy.round_back(name, parameter, proxy)
         for member, gradient in pending:
             member.parameter.grad = gradient
-        return loss
 
     def _chunks(self, pending: list[tuple[_Trained, Tensor]]) -> Iterator[list[tuple[_Trained, Tensor]]]:
         chunk: list[tuple[_Trained, Tensor]] = []
@@ -259,18 +254,6 @@ class LowPrecisionOptimizer(torch.optim.Optimizer):
             elements += gradient.numel()
         if chunk:
             yield chunk
-
-    def state_dict(self) -> dict[str, Any]:
-        """The inner optimizer's state and what is kept of each parameter, by name; not copies of them."""
-        saved = {name: tensor.detach() for name, tensor in self.policy.saved.items()}
-        return {"inner": self.inner.state_dict(), "saved": saved}
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over what ``state_dict`` gave, on whatever device the parameters are now (accelerate does this once)."""
-        for name, parameter, _ in self.members():
-            if name in self.policy.saved:
-                self.policy.saved[name].data = state_dict["saved"][name].to(parameter.device)
-        self.inner.load_state_dict(state_dict["inner"])
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:

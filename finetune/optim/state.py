@@ -49,10 +49,9 @@ def precise_weights(optimizer: torch.optim.Optimizer, parameters: Parameters) ->
 
     By name: an optimizer may work on copies elsewhere.
     """
-    bare = _unwrapped(optimizer)
-    trained = _by_name(bare, parameters)
-    if isinstance(bare, LowPrecisionOptimizer):
-        trained |= {name: proxy for name, _, proxy in bare.members() if proxy is bare.policy.saved.get(name)}
+    trained = _by_name(optimizer, parameters)
+    if isinstance(optimizer, LowPrecisionOptimizer):
+        trained |= {name: proxy for name, _, proxy in optimizer.members() if proxy is optimizer.policy.saved.get(name)}
     return trained
 
 
@@ -62,7 +61,7 @@ def optimizer_state(
     """Everything an optimizer has accumulated, with what is kept of 16-bit parameters (fp32 masters, compensations).
 
     Args:
-        optimizer: what ``build`` made, also inside accelerate's wrapper.
+        optimizer: what ``build`` made.
         parameters: what it trains, by name.
 
     Returns:
@@ -74,8 +73,8 @@ def optimizer_state(
     tensors, packed = _pack(_saved_weights(optimizer), states)
     meta = {"class": type(inner).__qualname__, "parameters": list(states), **packed}
     meta["stateless"] = [name for name, state in states.items() if not state]
-    if isinstance(bare := _unwrapped(optimizer), LowPrecisionOptimizer):
-        meta["weights"] = bare.policy.kind
+    if isinstance(optimizer, LowPrecisionOptimizer):
+        meta["weights"] = optimizer.policy.kind
     return tensors, meta
 
 
@@ -237,7 +236,7 @@ def require_same_state(
     parameters of these shapes; of the content, only that counts of steps are counts.
 
     Args:
-        optimizer: what ``build`` made, also inside accelerate's wrapper.
+        optimizer: what ``build`` made.
         saved: as ``optimizer_state`` gave it.
         parameters: what trains, by name; whole also where the optimizer works on shares of it.
         masters: dtypes of master weights by their saved names, where a strategy keeps them in the optimizer's place.
@@ -246,8 +245,8 @@ def require_same_state(
     Raises:
         CheckpointError: naming the differences.
     """
-    inner, bare = _inner(optimizer), _unwrapped(optimizer)
-    weights = bare.policy.kind if isinstance(bare, LowPrecisionOptimizer) else None
+    inner = _inner(optimizer)
+    weights = optimizer.policy.kind if isinstance(optimizer, LowPrecisionOptimizer) else None
     if masters is None:
         masters = {key: tensor.dtype for key, tensor in _saved_weights(optimizer).items()}
     try:
@@ -362,20 +361,11 @@ def _odd_counts(tensors: Mapping[str, Tensor], meta: _Meta) -> list[str]:
     ]
 
 
-# ------------------------------------------------------------------------------------------ what is under a wrapper
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """What is under accelerate's wrapper."""
-    while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = wrapped
-    bare: torch.optim.Optimizer = optimizer
-    return bare
+# --------------------------------------------------------------------------------------- what an optimizer is made of
 
 
 def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    bare = _unwrapped(optimizer)
-    return bare.inner if isinstance(bare, LowPrecisionOptimizer) else bare
+    return optimizer.inner if isinstance(optimizer, LowPrecisionOptimizer) else optimizer
 
 
 def _by_name(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[str, nn.Parameter]:
@@ -390,7 +380,6 @@ def _by_name(optimizer: torch.optim.Optimizer, parameters: Parameters) -> dict[s
 
 def _saved_weights(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What is kept of 16-bit parameters, by the name it is saved under; the live tensors."""
-    bare = _unwrapped(optimizer)
-    if not isinstance(bare, LowPrecisionOptimizer):
+    if not isinstance(optimizer, LowPrecisionOptimizer):
         return {}
-    return {f"{bare.policy.label}.{name}": tensor for name, tensor in bare.policy.saved.items()}
+    return {f"{optimizer.policy.label}.{name}": tensor for name, tensor in optimizer.policy.saved.items()}
