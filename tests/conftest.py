@@ -171,6 +171,31 @@ def train_tiny(tiny_run: Callable[..., RunConfig]) -> Callable[..., TrainReport]
 
 
 @pytest.fixture(scope="session")
+def calm_run(
+    tiny_model: Callable[..., Path],
+    demo_clips: Path,
+    encoded_cache: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., TrainReport]:
+    """``calm_run(**changes)``: the report of such a run that nothing disturbed, trained on first use."""
+    from worlds import run_config
+
+    from finetune.trainers.loop import train
+
+    reports: dict[str, TrainReport] = {}
+
+    def run(**changes: Any) -> TrainReport:
+        key = repr(sorted(changes.items()))
+        if key not in reports:
+            folder = tmp_path_factory.mktemp("calm")
+            shutil.copytree(encoded_cache(), folder / "cache")
+            reports[key] = train(run_config(tiny_model(), demo_clips, folder / "run", **changes))
+        return reports[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def wide_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three demo clips cut to 9x32x64, another aspect ratio than ``demo_clips``."""
     from finetune.inference.videos import write_mp4

@@ -6,7 +6,6 @@ Every test ends with the state that the run is left in: nothing that was trained
 from __future__ import annotations
 
 import errno
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +18,6 @@ from worlds import (
     differing,
     fails_where,
     history,
-    run_config,
     saved_steps,
     tensors,
 )
@@ -45,10 +43,10 @@ LEARNS = {"optimizer": {"lr": 1e-2}, "method": {"dropout": 0.2}}
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 
-def test_a_step_is_done_again_with_checkpointing_bit_for_bit(tiny_run, monkeypatch, capsys):
+def test_a_step_is_done_again_with_checkpointing_bit_for_bit(tiny_run, calm_run, monkeypatch, capsys):
     """Memory runs out in the second micro-batch of the third step; LoRA's dropout draws the same masks again."""
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
-    calm = train(tiny_run("calm", **shared))
+    calm = calm_run(**shared)
     with monkeypatch.context() as patch:
         fails_where(patch, lambda batch, call: call == 6)
         hit = train(tiny_run("hit", **shared))
@@ -146,12 +144,12 @@ def test_an_illegal_access_is_not_done_again(tiny_run, monkeypatch):
     assert len(sizes) == 1
 
 
-def test_gradients_left_by_the_failed_attempt_would_show(tiny_run, monkeypatch):
+def test_gradients_left_by_the_failed_attempt_would_show(tiny_run, calm_run, monkeypatch):
     """Canary of the test above."""
     from finetune.parallel.strategy import DataParallel as Replicated
 
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
-    calm = train(tiny_run("calm", **shared))
+    calm = calm_run(**shared)
     fails_where(monkeypatch, lambda batch, call: call == 6)
     monkeypatch.setattr(Replicated, "drop_gradients", lambda self: None)
     monkeypatch.setattr(Replicated, "step", lambda self: (self.optimizer.step(), self.optimizer.zero_grad()))
@@ -159,20 +157,20 @@ def test_gradients_left_by_the_failed_attempt_would_show(tiny_run, monkeypatch):
     assert differing(tensors(hit), tensors(calm))
 
 
-def test_micro_batches_are_split_until_they_fit(tiny_run, tmp_path, monkeypatch):
+def test_micro_batches_are_split_until_they_fit(tiny_run, calm_run, tmp_path, monkeypatch):
     """Four clips never fit, two do: the weights after four steps are those of an undisturbed run to 1e-6."""
     shared = {"optimizer": SMOOTH_ADAM, "train": {"batch_size": 4}, "tracking": {"kind": "tensorboard"}}
     # What comes before splitting is done already.
     lowest = {"block": "lean", "modulation": "host", "activations": "host", "streamed_blocks": "all"}
     shared |= {"memory": lowest}
-    calm = train(tiny_run("calm", **shared))
+    calm = calm_run(**shared)
     with monkeypatch.context() as patch:
         sizes = fails_where(patch, lambda batch, call: len(batch.slots) > 2)
         hit = train(tiny_run("hit", **shared))
     assert sizes == [4] + [2, 2] * 4  # the state is kept: only the first step meets the wall
     for name, ours in tensors(hit).items():
         torch.testing.assert_close(ours, tensors(calm)[name], rtol=1e-5, atol=1e-6)
-    ours, theirs = metrics(tmp_path / "hit"), metrics(tmp_path / "calm")
+    ours, theirs = metrics(tmp_path / "hit"), metrics(calm.run_dir)
     assert ours.pop("perf/oom_notches") == [1.0] and "perf/oom_notches" not in theirs
     assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-5)
     assert ours["train/samples_seen"] == theirs["train/samples_seen"] == [4.0, 8.0, 12.0, 16.0]
@@ -262,9 +260,9 @@ def damage(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_an_entry_damaged_on_the_disk_costs_no_step(tiny_run, tmp_path):
+def test_an_entry_damaged_on_the_disk_costs_no_step(tiny_run, calm_run, tmp_path):
     """Found while step 2 is on its way: step 2 is finished and saved; the same command encodes the entry again."""
-    calm = train(tiny_run("calm", **LEARNS))
+    calm = calm_run(**LEARNS)
     config = tiny_run("hit", **LEARNS)
     entry = clip_of_step(config, 3)
     whole = entry.read_bytes()
@@ -326,12 +324,10 @@ WATCHED = {
 }
 
 
-@pytest.fixture(scope="module")
-def watched(tiny_model, demo_clips, encoded_cache, tmp_path_factory) -> TrainReport:
+@pytest.fixture
+def watched(calm_run) -> TrainReport:
     """A run that measured and sampled, and that nothing happened to."""
-    folder = tmp_path_factory.mktemp("watched")
-    shutil.copytree(encoded_cache(), folder / "cache")
-    return train(run_config(tiny_model(), demo_clips, folder / "run", **WATCHED))
+    return calm_run(**WATCHED)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(FULL_GPU), CacheError("damaged"), ValueError()], ids=repr)

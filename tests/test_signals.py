@@ -73,8 +73,8 @@ def hang_ups_are_heard():
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: signal.Signals(number).name)
-def test_a_signal_in_a_step_finishes_it_and_saves(tiny_run, number):
-    calm = train(tiny_run("calm"))
+def test_a_signal_in_a_step_finishes_it_and_saves(tiny_run, calm_run, number):
+    calm = calm_run()
     config = tiny_run("run")
     with before(TrainedModel, "losses", 3, lambda: send(number)):
         stopped = train(config)
@@ -126,7 +126,7 @@ def test_a_repeated_signal_changes_nothing(tiny_run, number, capfd):
     assert capfd.readouterr().err.count(f"{number.name}: already stopping because of SIGTERM") == 2
 
 
-def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(tiny_run):
+def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(tiny_run, calm_run):
     config = tiny_run("run", checkpoint={"every": 1})
 
     def twice() -> None:
@@ -136,12 +136,12 @@ def test_ctrl_c_while_a_checkpoint_is_written_leaves_the_one_before(tiny_run):
     with before(save, "atomic_save_tensors", 3, twice), pytest.raises(KeyboardInterrupt):
         train(config)  # two files a checkpoint: in the middle of the second one's
     assert saved_steps(config.output_dir) == [1]
-    assert_same_run(train(config), train(tiny_run("calm")))
+    assert_same_run(train(config), calm_run())
 
 
-def test_a_measurement_is_cut_short_and_made_up_for(tiny_run):
+def test_a_measurement_is_cut_short_and_made_up_for(tiny_run, calm_run):
     """The signal comes with the fourth of sixteen forward passes: no fifth is made, and nothing is missing later."""
-    calm = train(tiny_run("calm", **WATCHED))
+    calm = calm_run(**WATCHED)
     config = tiny_run("run", **WATCHED)
     # The base model's measurement: one held-out clip and the three training clips, four timesteps, one at a time.
     with before(BatchMaker, "fixed", 16 + 4, lambda: send(signal.SIGTERM)) as calls:
@@ -156,8 +156,8 @@ def test_a_measurement_is_cut_short_and_made_up_for(tiny_run):
     ).read_text()
 
 
-def test_a_measurement_of_the_base_model_is_begun_anew(tiny_run):
-    calm = train(tiny_run("calm", **WATCHED))
+def test_a_measurement_of_the_base_model_is_begun_anew(tiny_run, calm_run):
+    calm = calm_run(**WATCHED)
     config = tiny_run("run", **WATCHED)
     with before(BatchMaker, "fixed", 2, lambda: send(signal.SIGTERM)):
         stopped = train(config)
@@ -166,9 +166,9 @@ def test_a_measurement_of_the_base_model_is_begun_anew(tiny_run):
     assert history(train(config).run_dir) == history(calm.run_dir)
 
 
-def test_the_last_measurement_is_owed_as_well(tiny_run):
+def test_the_last_measurement_is_owed_as_well(tiny_run, calm_run):
     """A signal after the last step: 75, because the same command still has something to do."""
-    calm = train(tiny_run("calm", **WATCHED))
+    calm = calm_run(**WATCHED)
     config = tiny_run("run", **WATCHED)
     with before(BatchMaker, "fixed", 2 * 16 + 1, lambda: send(signal.SIGTERM)):
         stopped = train(config)
@@ -185,9 +185,9 @@ def videos(run_dir: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("round_", [1, 2], ids=["in the middle", "after the last step"])
-def test_a_kill_between_saving_and_sampling_costs_no_video(tiny_run, round_):
+def test_a_kill_between_saving_and_sampling_costs_no_video(tiny_run, calm_run, round_):
     """Step 2 is saved, and is the one to continue from; step 4 is the last, whose run has nothing else left to do."""
-    calm = train(tiny_run("calm", checkpoint={"every": 2}, **SAMPLED))
+    calm = calm_run(checkpoint={"every": 2}, **SAMPLED)
     config = tiny_run("run", checkpoint={"every": 2}, **SAMPLED)
 
     def killed() -> None:
@@ -233,8 +233,8 @@ def test_under_nohup_a_hang_up_is_none(tiny_run):
         signal.signal(signal.SIGHUP, own)
 
 
-def test_sampling_stops_between_two_videos(tiny_run):
-    calm = train(tiny_run("calm", data=WATCHED["data"]))
+def test_sampling_stops_between_two_videos(tiny_run, calm_run):
+    calm = calm_run(data=WATCHED["data"])
     config = tiny_run("run", **SAMPLED)
     with before(validation, "sample_videos", 1, lambda: send(signal.SIGTERM)) as calls:
         stopped = train(config)
@@ -338,9 +338,9 @@ def many(model: Path, clips: Path, run: Path, steps: int) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, demo_clips, tiny_run, tmp_path, capsys):
+def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, demo_clips, calm_run, tmp_path, capsys):
     steps = 60
-    calm = train(tiny_run("calm", train={"steps": steps}))
+    calm = calm_run(train={"steps": steps})
     run_yaml = written(many(tiny_model(), demo_clips, tmp_path / "run", steps), tmp_path / "run.yaml")
     first = Process(run_yaml)
     first.wait_for("step  1/60")
