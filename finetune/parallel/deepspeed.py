@@ -164,9 +164,8 @@ class DeepSpeedZero:
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
 
-    def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        tensors: Mapping[str, Tensor] | None = getattr(saved, part)
-        return tensors
+    def own_share(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return saved
 
     def _restore(self, saved: LoadedCheckpoint) -> None:
         """Put a checkpoint's masters and optimizer states into DeepSpeed's shares."""

@@ -75,7 +75,7 @@ class FullyShardedDataParallel:
     def start(self, optimizer: OptimizerConfig, saved: LoadedCheckpoint | None) -> None:
         if saved is not None:
             require_same(self._whole, forms_of(saved.trainable))
-            for name, share in (self.read(saved, "trainable") or {}).items():
+            for name, share in self.own_share(saved.trainable).items():
                 self.parameters[name].data.copy_(share)
         self.optimizer = optimizer.build(self.parameters.items())
         if saved is not None:
@@ -139,9 +139,8 @@ class FullyShardedDataParallel:
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return {name: self._as_share(name, tensor) for name, tensor in tensors.items()}
 
-    def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        tensors: Mapping[str, Tensor] | None = getattr(saved, part)
-        return None if tensors is None else self._read(tensors, lambda key: key)
+    def own_share(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return self._read(saved, lambda key: key)
 
     def _as_share(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor shaped like this process's share, as a part of one that is shaped like the whole parameter."""

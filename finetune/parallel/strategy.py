@@ -89,8 +89,8 @@ class ParallelStrategy(Protocol):
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """``tensors``, formed like ``parameters``, to be saved beside them."""
 
-    def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        """One part of a checkpoint, formed like ``parameters``; None where the checkpoint has no such part."""
+    def own_share(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Tensors of a checkpoint, formed like ``parameters``: the reverse of ``shares``."""
 
 
 class DataParallel:
@@ -156,9 +156,8 @@ class DataParallel:
     def shares(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         return tensors
 
-    def read(self, saved: LoadedCheckpoint, part: str) -> Mapping[str, Tensor] | None:
-        tensors: Mapping[str, Tensor] | None = getattr(saved, part)
-        return tensors
+    def own_share(self, saved: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return saved
 
 
 def require_agreement(step: int, named: Mapping[str, Tensor], facts: Mapping[str, object], ranks: ProcessGroup) -> None:

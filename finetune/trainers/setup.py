@@ -264,12 +264,12 @@ def _trained_model(
         if config.train.ema_decay is not None:
             ema = Ema(strategy.parameters, strategy.precise(), config.train.ema_decay)
             if saved is not None:
-                if (average := strategy.read(saved, "ema")) is None:
+                if saved.ema is None:
                     raise CheckpointError(
                         "the checkpoint holds no moving average, and this run keeps one",
                         fix="bring its ema.safetensors back, or use another checkpoint of the run",
                     )
-                ema.load(average, saved.state.step)
+                ema.load(strategy.own_share(saved.ema), saved.state.step)
     schedule = alpha_bar(spec).float().to(ranks.device)
     model = TrainedModel(spec, module, dtype, parameters, schedule, strategy, ema, ranks)
     if saved is not None and not model.is_finite():  # as versions wrote it that did not look
