@@ -8,6 +8,7 @@ and in one forward pass. Only then does the folder get its name.
 from __future__ import annotations
 
 import gc
+import logging
 import math
 import os
 import shutil
@@ -228,7 +229,8 @@ def _only_writer(folder: Path) -> Iterator[None]:
     """
     with ExitStack() as lock:
         try:
-            lock.enter_context(locks.hold(folder.with_name(f".{folder.name}.lock"), "export"))
+            path = folder.with_name(f".{folder.name}.lock")
+            lock.enter_context(locks.hold_alone(path, "export", logging.getLogger(__name__).warning))
         except locks.HeldError as holder:
             raise ExportError(
                 f"another export to this folder is under way: {holder}",

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -87,6 +87,30 @@ def hold(
         yield
     finally:
         _close(descriptor)
+
+
+@contextmanager
+def hold_alone(path: Path, user: str, note: Callable[[str], object]) -> Iterator[None]:
+    """``hold`` for the only one who may write somewhere: who comes second is refused.
+
+    A holder on another machine may be dead, and its lock kept by a file server (NFS): it is waited for, with a note, as
+    long as such a server does that.
+
+    Raises:
+        HeldError, NoLocksError, OSError: as ``hold``.
+    """
+    with ExitStack() as lock:
+        try:
+            lock.enter_context(hold(path, user))
+        except HeldError as holder:
+            if not holder.is_elsewhere:
+                raise
+            note(
+                f"{path.parent}: waiting up to {NFS_LEASE_S:.0f} s for {holder}: if that machine is gone, a file server"
+                " keeps its lock for so long"
+            )
+            lock.enter_context(hold(path, user, waiting=lambda _: None, limit_s=NFS_LEASE_S))
+        yield
 
 
 def _open(path: Path, shared: bool) -> int:

@@ -126,8 +126,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
 def hold_run_folder(run_dir: Path, ranks: ProcessGroup, tell: Callable[[str], object]) -> Iterator[None]:
     """Write to a run's folder as the only job that does, and clear away what a killed one left half done.
 
-    All processes of a launch are one job: the main process locks the folder for them. A holder on another machine may
-    be dead, and its lock kept by a file server (NFS): it is waited for as long as a server does that.
+    All processes of a launch are one job: the main process locks the folder for them.
 
     Args:
         run_dir: the run's folder; made if need be.
@@ -139,23 +138,10 @@ def hold_run_folder(run_dir: Path, ranks: ProcessGroup, tell: Callable[[str], ob
     """
     with ExitStack() as lock:
 
-        def hold(**wait: Any) -> None:
-            lock.enter_context(locks.hold(run_dir / ".lock", "train", **wait))
-
-        def note(holder: str) -> None:
-            tell(
-                f"{run_dir}: waiting up to {locks.NFS_LEASE_S:.0f} s for {holder}; a file server that lost sight of"
-                " that machine keeps its lock for so long"
-            )
-
         def acquire() -> None:
             try:
                 try:
-                    hold()
-                except locks.HeldError as holder:
-                    if not holder.is_elsewhere:
-                        raise
-                    hold(waiting=note, limit_s=locks.NFS_LEASE_S)
+                    lock.enter_context(locks.hold_alone(run_dir / ".lock", "train", tell))
                 except locks.NoLocksError:
                     tell(f"note: {run_dir}: its file system has no locks, so a second training would not be refused")
                 clear_interrupted(run_dir)
