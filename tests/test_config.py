@@ -67,25 +67,16 @@ def spec_of(variant: str) -> ModelSpec:
 # ------------------------------------------------------------------------------------------------------ what is read
 
 
-def test_defaults_come_from_the_sections(write):
+def test_a_section_and_a_kind_that_are_left_out_take_their_defaults(write):
     config = load_config(write())
-    assert config.method.kind == "lora"
-    assert config.optimizer.kind == "adamw8bit"
-    assert config.lr_schedule.kind == "constant"
+    assert (config.method.kind, config.optimizer.kind, config.lr_schedule.kind) == ("lora", "adamw8bit", "constant")
     assert [source.repeats for source in config.data.sources] == [1, 2]
     assert str(config.data.buckets[0]) == "49x480x720"
-
-
-def test_a_section_without_kind_takes_the_default_kind(write):
     config = load_config(write(GOOD + "optimizer: {lr: 3e-5}\nmethod: {rank: 8}\nlr_schedule: {warmup_steps: 5}\n"))
     assert (config.optimizer.kind, config.optimizer.lr) == ("adamw8bit", 3e-5)
     assert (config.method.kind, config.method.rank) == ("lora", 8)
-    assert config.lr_schedule.warmup_steps == 5
-
-
-def test_the_configuration_is_frozen(write):
     with pytest.raises(ValueError, match="frozen"):
-        load_config(write()).train.steps = 3
+        config.train.steps = 3
 
 
 @pytest.mark.parametrize(
@@ -718,19 +709,11 @@ def test_every_field_says_what_it_means():
 
 # ------------------------------------------------------------------------------------- rules against the model's spec
 
-NATIVE = {
-    "2b": "49x480x720",
-    "5b": "49x480x720",
-    "5b-i2v": "49x480x720",
-    "1.5-5b": "81x768x1360",
-    "1.5-5b-i2v": "81x768x1360",
-}
-
 
 def run_of(variant: str, **changes: object) -> RunConfig:
     values: dict[str, object] = {
         "model": {"pretrained": "x"},
-        "data": {"sources": [{"path": "a"}], "buckets": [NATIVE[variant]], "holdout": 0.1},
+        "data": {"sources": [{"path": "a"}], "buckets": [str(spec_of(variant).training_bucket)], "holdout": 0.1},
         "train": {"steps": 100},
         "output_dir": "out",
     }
@@ -783,6 +766,7 @@ def test_what_the_model_cannot_do_is_an_error(variant, changes, said, path):
         ("5b", {"lr_schedule__warmup_steps": 100}, "never reach", "lr_schedule.warmup_steps"),
         ("5b", {"method": {"kind": "lora", "use_rslora": True}}, "5.66", "method.use_rslora"),
         ("5b", {"method": {"kind": "lora", "use_dora": True, "dropout": 0.1}}, "slow", "method.use_dora"),
+        ("5b", {"data__trigger": "zkx", "validation__samples": [{"prompt": "a zkxy ring"}]}, "'zkx'", "samples"),
     ],
 )
 def test_what_is_unwise_is_a_warning(variant, changes, said, path):
@@ -800,6 +784,8 @@ def test_what_looks_alike_and_is_fine_is_not_warned_of():
         ("5b", {"data__holdout": 0, "data__sources": [{"path": "a"}, {"path": "b", "split": "holdout"}]}),
         ("5b", {"method": {"kind": "lora", "use_rslora": True, "alpha": 8}}),
         ("5b", {"method": {"kind": "full"}, "lr_schedule__warmup_steps": 99}),
+        ("5b", {"data__trigger": "zkx", "validation__samples": [{"prompt": "a ring"}, {"prompt": "a zkx ring"}]}),
+        ("5b", {"data__trigger": "zkx"}),
     ]
     for variant, changes in fine:
         assert check_against(run_of(variant, **changes), spec_of(variant)) == ((), ()), (variant, changes)
@@ -830,13 +816,3 @@ def test_the_rules_report_everything_that_a_run_breaks():
     )  # fmt: skip
     errors, _ = check_against(config, spec_of("5b"))
     assert len(errors) >= 9 and all(error.where for error in errors)
-
-
-def test_sampled_prompts_that_never_call_what_is_learnt_are_a_warning(write):
-    def warnings(*prompts: str) -> str:
-        samples = {"samples": [{"prompt": prompt} for prompt in prompts]}
-        overrides = {"data.trigger": "zkx", "validation": samples}
-        return "\n".join(require_valid(load_config(write(), overrides), spec_of("5b")))
-
-    assert "no sampled prompt holds the trigger word 'zkx'" in warnings("a ring", "a zkxy ring")
-    assert "trigger" not in warnings("a ring", "a zkx ring") + warnings()
