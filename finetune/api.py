@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
     from finetune.convert.export import ExportReport
     from finetune.core.types import Bucket, SamplePrompt
+    from finetune.diagnosis.report import DoctorReport
     from finetune.inference.generate import GenerateReport
     from finetune.planner.plan import Planned
     from finetune.trainers.loop import TrainReport
@@ -105,6 +106,38 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
     dataset = check_dataset(config, spec)
     numbers, advice = overview(config, spec, dataset.clips, identities(config, dataset.clips, progress=True))
     return CheckReport(dataset, tuple(numbers), (*warnings, *advice))
+
+
+@checked
+def doctor(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    page: Path | None = None,
+    card: str | None = None,
+    device: str | None = None,
+    predict: bool = False,
+    progress: bool = True,
+) -> DoctorReport:
+    """Look at everything that a run would train on: headers, a few frames of every clip, captions, and what it takes.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        page: the HTML file to write; None for none.
+        card: memory of the GPU, such as ``24GB``; None for ``memory.budget``, or the one that is here.
+        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
+        predict: wait for the prediction of memory however long it takes; else it is there if it was made before.
+        progress: draw bars.
+
+    Raises:
+        ConfigError: if the configuration does not fit the model, or ``card`` is no amount.
+        DataError: if the sources cannot be read at all, or name files that are not there; what else is wrong with clips
+            and captions stands in the report.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    from finetune.config.loading import as_config
+    from finetune.diagnosis.report import doctor
+
+    return doctor(as_config(config), page=page, card=card, device=device, predict=predict, progress=progress)
 
 
 @checked

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Write ``docs/config.md`` and ``docs/config.schema.json`` from the code's declarations; ``--check`` only compares."""
+"""Write ``docs/config.md``, ``docs/config.schema.json`` and a table of ``docs/training.md`` from declarations in code.
+
+``--check`` only compares.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from finetune.config import starting_points
 from finetune.config.schema import json_schema
 from finetune.core.files import atomic_write_text
 
@@ -168,7 +172,22 @@ def cell(text: str) -> str:
 def generate() -> dict[str, str]:
     """File name in ``docs/`` -> its text."""
     schema = json_schema()
-    return {"config.md": Docs(schema).page(), "config.schema.json": json.dumps(schema, indent=1) + "\n"}
+    return {
+        "config.md": Docs(schema).page(),
+        "config.schema.json": json.dumps(schema, indent=1) + "\n",
+        "training.md": with_starting_points(TRAINING.read_text(encoding="utf-8")),
+    }
+
+
+TRAINING = ROOT / "docs" / "training.md"
+
+BEGIN, END = "<!-- starting points: written by scripts/make_config_docs.py -->", "<!-- end of starting points -->"
+
+
+def with_starting_points(page: str) -> str:
+    """The training guide with its table of starting points as the code has them; the rest of it is written by hand."""
+    before, _, rest = page.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{starting_points.table()}\n\n{END}{rest.partition(END)[2]}"
 
 
 def main() -> int:

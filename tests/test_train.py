@@ -117,7 +117,7 @@ def test_what_check_would_advise_is_said_before_the_first_step(tiny_model, demo_
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips" / "a.mp4").write_bytes(next(iter(sorted(demo_clips.glob("*.mp4")))).read_bytes())
     (tmp_path / "clips" / "a.txt").write_text("a red circle moving left")
-    monkeypatch.setattr("finetune.caching.check.MOST_EPOCHS", 1)
+    monkeypatch.setattr("finetune.caching.check.MOST_SEEN", 1)
     train(run_config(tiny_model(), tmp_path / "clips", tmp_path / "run", data={"holdout": 0.1}, train={"steps": 2}))
     before, _, _ = capsys.readouterr().out.partition("training clips")
     assert "warning: no clip is held out" in before and "warning: 1 clips for 2 steps are 2 epochs" in before

@@ -18,6 +18,7 @@ from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.model_files import local_folder
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
+from finetune.config.starting_points import MOST_SEEN
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
@@ -488,10 +489,6 @@ def identities(config: RunConfig, clips: Sequence[PlannedClip], *, progress: boo
 # --------------------------------------------------------------------------------- derived numbers, each with its unit
 
 
-MOST_EPOCHS = 100
-"""How often a clip may be seen before a run is told of it: docs/training.md has 50 to 100 for ten clips."""
-
-
 def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, val_videos: int) -> list[str]:
     """What a person should know of a run's length and of what it is measured on, before the first step.
 
@@ -516,10 +513,10 @@ def run_advice(config: RunConfig, plan: StepPlan, steps: int, *, val_videos: int
         )
     epochs = steps / plan.steps_per_epoch
     times = epochs * max(item.repeats for item in plan.items)
-    if times > MOST_EPOCHS:
+    if times > MOST_SEEN:
         advice.append(
             f"{len(plan.items)} clips for {steps} steps are {epochs:.5g} epochs: what is seen {times:.5g} times is"
-            f" learnt by heart. Lower train.steps to {max(1, round(steps * MOST_EPOCHS / times))} or less, or add clips"
+            f" learnt by heart. Lower train.steps to {max(1, round(steps * MOST_SEEN / times))} or less, or add clips"
             " (docs/training.md says how many suit what)"
         )
     return advice

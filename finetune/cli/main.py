@@ -25,7 +25,7 @@ from finetune.core.text import shown
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-OK, BUG, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
+OK, BUG, USER_ERROR, WARNED, INTERRUPTED = 0, 1, 2, 3, 130
 
 PREEMPTED = 75
 """EX_TEMPFAIL of sysexits.h: a failure that goes away by trying again."""
@@ -44,7 +44,8 @@ From one's own clips to a video, in five commands:
 """
 
 _EXITS = """\
-Exit codes: 0 done, 2 something to mend (the message says where), 1 a bug, 130 interrupted, 75 training was stopped by a
+Exit codes: 0 done, 2 something to mend (the message says where), 3 the doctor has warnings and found nothing that stops
+training, 1 a bug, 130 interrupted, 75 training was stopped by a
 signal and saved, or a collection met a job that uses the cache (the same command continues).
 """
 
@@ -273,6 +274,39 @@ def check(config: Config, overrides: Overrides = []) -> None:
     print(report)
     _print_notes(report.warnings, "warning")
     _print_next("train", *_config_words(config, overrides))
+
+
+@_verb(
+    "finetune doctor --config run.yaml",
+    "finetune doctor --config run.yaml --card 24GB --device 4090 --predict",
+    "finetune doctor --config run.yaml --json",
+)
+def doctor(
+    config: Config,
+    overrides: Overrides = [],
+    output: Annotated[Path, _option("The page to write.", "FILE")] = Path("doctor.html"),
+    card: Annotated[str | None, _option("Memory of the GPU, such as 24GB; left out: of the one here.", "SIZE")] = None,
+    device: Annotated[
+        str | None,
+        _option("The GPU to reckon seconds for: H200, H100, A100, 4090, or a calibrated one.", "NAME"),
+    ] = None,
+    predict: Annotated[
+        bool,
+        _flag("--predict", "Wait for the prediction of memory: half a minute the first time, remembered afterwards."),
+    ] = False,
+    json: Annotated[bool, _flag("--json", "Print a JSON document.")] = False,
+) -> int:
+    """Look at the clips that training would see: a table here, and a page of frames, captions and faults.
+
+    Exits with 2 where something stops training, and with 3 where there are warnings.
+    """
+    report = finetune.doctor(
+        finetune.load_config(config, overrides), page=output, card=card, device=device, predict=predict
+    )
+    print(report.to_json() if json else report)
+    if report.level != "error" and not json:
+        _print_next("train", *_config_words(config, overrides))
+    return {"error": USER_ERROR, "warning": WARNED}.get(report.level or "", OK)
 
 
 @_verb(

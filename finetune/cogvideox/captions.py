@@ -37,6 +37,12 @@ class TokenizedCaption:
     unknown: int
     """Characters, white space not counted, that became no token of their own: unknown ones, and such as spell a special
     token (``</s>``)."""
+    lost: tuple[str, ...]
+    """What those characters are, each run of them once."""
+    length: int
+    """Tokens of all of it, the closing one included; over ``max_text_seq_length``, the rest is cut off."""
+    read: int
+    """Characters up to where it is cut; all of them if it is not."""
 
 
 def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], spec: ModelSpec) -> list[TokenizedCaption]:
@@ -48,9 +54,11 @@ def tokenize(tokenizer: T5Tokenizer, captions: Sequence[str], spec: ModelSpec) -
         # The closing token spans nothing. A run of unknown characters is one token, so characters are counted.
         lost = [caption[begin:end] for token, (begin, end) in zip(ids, spans, strict=True) if token in special]
         unknown = sum(not character.isspace() for text in lost for character in text)
-        if len(ids) > spec.max_text_seq_length:  # what is cut keeps its closing token
+        length, read = len(ids), len(caption)
+        if length > spec.max_text_seq_length:  # what is cut keeps its closing token
+            read = spans[spec.max_text_seq_length - 2][1]
             ids = [*ids[: spec.max_text_seq_length - 1], ids[-1]]
-        found.append(TokenizedCaption(tuple(ids), unknown))
+        found.append(TokenizedCaption(tuple(ids), unknown, tuple(dict.fromkeys(filter(None, lost))), length, read))
     return found
 
 

@@ -1,0 +1,284 @@
+"""A handful of frames of every clip, as training will see them: measured and made small in worker processes.
+
+Only frames of the plan are decoded, by the code that precomputing decodes with, so a picture marked exact is what the
+VAE will be given. A worker does not import torch.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import queue
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket, ClipPlan, VideoProbe
+from finetune.datasets import decode, decode_pool
+from finetune.datasets.worker import Worker
+
+SHOWN = 6
+"""Frames of a clip on its contact sheet, evenly spread from the first to the last."""
+
+TILE_HEIGHT = 112
+"""Of the small pictures, in pixels."""
+
+_WORKER = "from finetune.datasets import worker; from finetune.diagnosis import footage; worker.serve(footage.handle)"
+
+_TIMEOUT_S = 600.0
+
+_MOST_BYTES = 64 * 2**20
+
+_HASH_SIDE = 8
+
+_SMALL_HW = 48, 72
+"""Of the grey pictures that brightness, motion and likeness are measured on."""
+
+Frame = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Look:
+    """One clip to look at."""
+
+    path: Path
+    probe: VideoProbe
+    plan: ClipPlan
+    image: Path | None = None
+    """The file that stands for its first frame."""
+    exact: int = 1
+    """How many of the shown frames are wanted at training size, without loss."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A picture as a file's bytes (WebP)."""
+
+    content: bytes
+    height: int
+    width: int
+    frame: int
+    """Its number in the clip, from 0; -1 for the image that stands for the first frame."""
+    exact: bool
+    """Whether its pixels are those of the decoded clip."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What was measured on the sampled frames of a clip, in levels of 0 to 255, at training size unless said otherwise.
+
+    Brightness, motion and hashes are lists in order of time; what ``beside`` holds compares a frame with the very next
+    one of the clip.
+    """
+
+    luma: tuple[float, ...]
+    """Mean brightness of each frame."""
+    bright: tuple[float, ...]
+    """Of each frame, the level that 1 % of its pixels exceed."""
+    motion: tuple[float, ...]
+    """Mean absolute difference between a sampled frame and the one sampled before."""
+    beside: tuple[float, ...]
+    """The same between frames that follow each other in the clip."""
+    flicker: tuple[float, ...]
+    """How much the mean brightness jumps between frames that follow each other."""
+    sharpness: float
+    """Variance of the Laplacian of the sharpest of the first, middle and last frame."""
+    bars: tuple[float, float, float, float]
+    """Black at the top, bottom, left and right in every sampled frame, as shares of the height or width."""
+    hashes: tuple[int, ...]
+    """A perceptual hash of 64 bits for each shown frame of the uncut picture."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a look at a clip gave."""
+
+    measures: Measures
+    source: Encoded
+    """The first frame, uncut."""
+    frames: tuple[Encoded, ...]
+
+
+def sampled_positions(frames: int) -> tuple[list[int], list[tuple[int, int]]]:
+    """Which frames of a clip are shown, and the pairs of neighbours whose difference is measured."""
+    shown = sorted({round(i * (frames - 1) / (SHOWN - 1)) for i in range(SHOWN)})
+    last = frames - 1
+    starts = {0, shown[len(shown) // 2], last - 1} if last else set()
+    return shown, [(start, start + 1) for start in sorted(starts) if 0 <= start < last]
+
+
+# --- in a worker ------------------------------------------------------------------------------------------------------
+
+
+def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
+    """Answer a request of ``look_at`` in a worker."""
+    request = decode_pool.request_of(fields)
+    assert isinstance(request, decode_pool.ClipRequest)
+    seen = look(Look(request.path, request.probe, request.plan, request.image, fields["exact"]))
+    pictures = (seen.source, *seen.frames)
+    places = [[picture.height, picture.width, picture.frame, picture.exact] for picture in pictures]
+    sizes = [len(picture.content) for picture in pictures]
+    answer = {"measures": asdict(seen.measures), "places": places, "sizes": sizes}
+    return answer, [np.frombuffer(picture.content, np.uint8) for picture in pictures]
+
+
+def look(job: Look) -> Seen:
+    """Decode, measure and show a clip in this process. Raises DataError if one of its frames cannot be decoded."""
+    plan = job.plan
+    shown, pairs = sampled_positions(len(plan.frame_indices))
+    wanted = sorted({*shown, *(position for pair in pairs for position in pair)})
+    indices = tuple(plan.frame_indices[position] for position in wanted)
+    # The same resize, uncut; the cut is a slice of it, as it is in `resize_crop`.
+    uncut_plan = ClipPlan(indices, plan.resize_hw, (0, 0), Bucket(len(indices), *plan.resize_hw))
+    decoded = decode.read_clip(job.path, job.probe, uncut_plan)
+    uncut = {position: np.ascontiguousarray(decoded[:, at].transpose(1, 2, 0)) for at, position in enumerate(wanted)}
+    (top, left), bucket = plan.crop_yx, plan.bucket
+    cut = {at: frame[top : top + bucket.height, left : left + bucket.width] for at, frame in uncut.items()}
+    measures = _measured(uncut, cut, shown, pairs)
+    pictures = [_encoded(cut[at], at, exact=number < job.exact) for number, at in enumerate(shown)]
+    if job.image is not None:
+        image = decode.read_fitted_image(job.image, bucket).transpose(1, 2, 0)
+        pictures.insert(0, _encoded(image, -1, exact=job.exact > 0))
+    return Seen(measures, _encoded(uncut[0], 0, exact=False), tuple(pictures))
+
+
+def _encoded(frame: Frame, number: int, *, exact: bool) -> Encoded:
+    picture = Image.fromarray(np.ascontiguousarray(frame))
+    if not exact:
+        picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Image.Resampling.BOX)
+    file = io.BytesIO()
+    # `exact` keeps Pillow from changing invisible pixels, of which there are none; quality 0 is the fastest lossless.
+    picture.save(file, "WEBP", method=0, **({"lossless": True, "quality": 0} if exact else {"quality": 75}))
+    return Encoded(file.getvalue(), picture.height, picture.width, number, exact)
+
+
+def _measured(
+    uncut: Mapping[int, Frame], cut: Mapping[int, Frame], shown: Sequence[int], pairs: Iterable[tuple[int, int]]
+) -> Measures:
+    import imagehash
+
+    small = {at: _grey(frame, _SMALL_HW) for at, frame in cut.items()}
+    order = sorted(small)
+
+    def difference(one: int, other: int) -> float:
+        return float(np.abs(small[one] - small[other]).mean())
+
+    hashes = [imagehash.phash(Image.fromarray(uncut[at]).convert("L").reduce(4), _HASH_SIDE) for at in shown]
+    sharp = {shown[0], shown[len(shown) // 2], shown[-1]}
+    return Measures(
+        luma=tuple(float(small[at].mean()) for at in order),
+        bright=tuple(float(np.percentile(small[at], 99)) for at in order),
+        motion=tuple(difference(*pair) for pair in pairwise(shown)),
+        beside=tuple(difference(*pair) for pair in pairs),
+        flicker=tuple(abs(float(small[a].mean() - small[b].mean())) for a, b in pairs),
+        sharpness=max(_sharpness(cut[at]) for at in sharp),
+        bars=_bars(cut.values()),
+        hashes=tuple(int(str(hashed), 16) for hashed in hashes),
+    )
+
+
+def _grey(frame: Frame, hw: tuple[int, int]) -> NDArray[np.float32]:
+    grey = Image.fromarray(np.ascontiguousarray(frame)).convert("L").resize(hw[::-1], Image.Resampling.BOX)
+    return np.asarray(grey, np.float32)
+
+
+def _sharpness(frame: Frame) -> float:
+    grey = np.asarray(Image.fromarray(np.ascontiguousarray(frame)).convert("L"), np.int16)
+    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    return float((around - 4 * grey[1:-1, 1:-1]).var())
+
+
+_BLACK_BAR = 40
+"""Of 255: no pixel of a black bar is brighter; limited range and compression lift black a little."""
+
+
+def _bars(frames: Iterable[Frame]) -> tuple[float, float, float, float]:
+    rows: NDArray[Any] | None = None
+    columns: NDArray[Any] | None = None
+    for frame in frames:
+        # Means of eight pixels along the bar: specks of compression beside the picture are no picture.
+        picture = Image.fromarray(np.ascontiguousarray(frame)).convert("L")
+        along = picture.resize((max(1, picture.width // 8), picture.height), Image.Resampling.BOX)
+        across = picture.resize((picture.width, max(1, picture.height // 8)), Image.Resampling.BOX)
+        row, column = np.asarray(along).max(1), np.asarray(across).max(0)
+        rows = row if rows is None else np.maximum(rows, row)
+        columns = column if columns is None else np.maximum(columns, column)
+    assert rows is not None and columns is not None
+    if (rows <= _BLACK_BAR).all():  # black all over, which is another fault
+        return 0.0, 0.0, 0.0, 0.0
+    edges = []
+    for levels in (rows, columns):
+        visible = np.flatnonzero(levels > _BLACK_BAR)
+        edges += [int(visible[0]) / len(levels), (len(levels) - 1 - int(visible[-1])) / len(levels)]
+    return edges[0], edges[1], edges[2], edges[3]
+
+
+# --- in the main process ----------------------------------------------------------------------------------------------
+
+
+def look_at(jobs: Sequence[Look], workers: int) -> Iterator[Seen | DataError]:
+    """Look at every clip, in the order given; one that cannot be decoded gives its error.
+
+    Args:
+        jobs: the clips.
+        workers: processes; 0 looks in this one, for files that are trusted.
+    """
+    idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+    started = [Worker("decoder", _WORKER) for _ in range(workers)]
+    for worker in started:
+        idle.put(worker)
+
+    def answer(job: Look) -> Seen | DataError:
+        try:
+            if not workers:
+                return look(job)
+            worker = idle.get()
+            try:
+                return _ask(worker, job)
+            finally:
+                idle.put(worker)
+        except DataError as error:
+            return error
+
+    threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="look")
+    try:
+        yield from threads.map(answer, jobs)
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
+        for worker in started:
+            worker.close()
+        threads.shutdown(wait=True)
+
+
+def _ask(worker: Worker, job: Look) -> Seen:
+    request = decode_pool.ClipRequest(job.path, replace(job.probe, frame_times_s=()), job.plan, job.image)
+    fields, body = worker.ask(
+        job.path, {**asdict(request), "exact": job.exact}, most_bytes=_MOST_BYTES, timeout_s=_TIMEOUT_S
+    )
+    try:
+        pictures, end = [], 0
+        for size, (height, width, frame, exact) in zip(fields["sizes"], fields["places"], strict=True):
+            pictures.append(Encoded(bytes(body[end : end + size]), int(height), int(width), int(frame), bool(exact)))
+            end += size
+        return Seen(_checked(fields["measures"]), pictures[0], tuple(pictures[1:]))
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise DataError(f"the decoder answered with nonsense ({error})", where=str(job.path)) from None
+
+
+def _checked(fields: Mapping[str, Any]) -> Measures:
+    numbers = {name: tuple(map(float, value)) for name, value in fields.items() if name not in ("hashes", "sharpness")}
+    if not all(math.isfinite(number) for values in numbers.values() for number in values):
+        raise ValueError(json.dumps(fields)[:60])
+    top, bottom, left, right = numbers.pop("bars")
+    hashes = tuple(int(value) & (2 ** (_HASH_SIDE**2) - 1) for value in fields["hashes"])
+    sharpness = float(fields["sharpness"])
+    return Measures(**numbers, sharpness=sharpness, bars=(top, bottom, left, right), hashes=hashes)

@@ -1,0 +1,431 @@
+"""The doctor: each fault it names is made here, and the page shows what training sees, in a browser too."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from decoding import decode, probe
+from fuzz import boxes
+from PIL import Image
+from worlds import run_values
+
+import finetune
+from finetune.cli.main import OK, USER_ERROR, WARNED, main
+from finetune.config.starting_points import STARTING_POINTS, starting_point, suited, word_on_length
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket
+from finetune.datasets.geometry import ClipConfig, plan_clips
+from finetune.diagnosis import faults, footage
+from finetune.diagnosis.page import Bars, Card, Column, Fault, Page, Picture, Table, render
+from finetune.diagnosis.report import ClipReport, DoctorReport
+from finetune.planner import plan as planner
+
+H264 = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "18", "-pix_fmt", "yuv420p"]
+
+WORLD = "mandelbrot=s=96x64:r=8:start_scale=1:end_scale=0.3:end_pts=30"
+"""Moves, and has detail everywhere."""
+
+
+def filmed(filters: str = "null", *, source: str = WORLD, seconds: float = 1.2, after: list[str] = H264) -> list[str]:
+    return ["-f", "lavfi", "-i", source, "-t", str(seconds), "-vf", filters, *after]
+
+
+CLIPS: dict[str, tuple[list[str], str | None]] = {
+    "good.mp4": (filmed("hue=h=20"), None),
+    "other.mp4": (filmed(source="testsrc2=s=96x64:r=8"), None),
+    "black.mp4": (filmed(source="color=black:s=96x64:r=8"), "black"),
+    "fades.mp4": (filmed("fade=t=out:st=0.3:d=0.5"), "black frames"),
+    "static.mp4": (filmed("loop=loop=20:size=1,hflip,setpts=N/8/TB"), "static"),
+    "frozen.mp4": (filmed("trim=end_frame=5,rotate=1,tpad=stop_mode=clone:stop_duration=2"), "frozen"),
+    "bars.mp4": (filmed("scale=96:40,vflip,pad=96:64:0:12:black,setsar=1"), "bars"),
+    "blurred.mp4": (filmed("transpose=1,transpose=1,gblur=sigma=9,hue=h=90"), "blurred"),
+    "flashing.mp4": (filmed("geq=lum='if(mod(N,2),lum(X,Y)/8,235)':cb=128:cr=128"), "flashing"),
+    "again.mp4": (filmed("hue=h=20", after=[*H264[:4], "-crf", "30", *H264[6:]]), "near-duplicate"),
+    "vfr.mkv": (
+        filmed("negate,select='lt(n,6)+not(mod(n,3))'", source=f"{WORLD}:r=24", after=[*H264, "-fps_mode", "vfr"]),
+        "variable rate",
+    ),
+    "fast.mp4": (filmed("negate,vflip", source="testsrc2=s=96x64:r=60"), "high rate"),
+    "slow.mp4": (filmed("hflip,vflip", source="mandelbrot=s=96x64:r=4", seconds=2.5), "slow"),
+    "small.mp4": (filmed("scale=48:32,negate,hflip"), "enlarged"),
+    "tall.mp4": (filmed("transpose=1,scale=64:128,negate"), "cropped"),
+    "short.mp4": (filmed(seconds=0.5), "short"),
+    "hdr.mkv": (
+        filmed("setparams=color_primaries=bt2020:color_trc=smpte2084:colorspace=bt2020nc", after=["-c:v", "ffv1"]),
+        "HDR",
+    ),
+    "fields.mkv": (
+        filmed("format=yuv420p,setfield=tff,tinterlace=interleave_top,setfield=tff", seconds=3, after=["-c:v", "ffv1"]),
+        "interlaced",
+    ),
+    "glass.webm": (
+        filmed("format=yuva420p,geq=lum='lum(X,Y)':a='if(gt(X,48),255,90)'", after=["-c:v", "libvpx-vp9"]),
+        "transparent",
+    ),
+}
+"""Name -> how FFmpeg makes it, and the fault that the doctor is to name; None for none worse than a note."""
+
+
+@pytest.fixture(scope="module")
+def clinic(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clinic")
+    for name, (arguments, _) in CLIPS.items():
+        boxes.ffmpeg(*arguments, name, cwd=folder)
+    boxes.ffmpeg("-display_rotation", "90", "-i", "other.mp4", "-c", "copy", "turned.mp4", cwd=folder)
+    (folder / "broken.mp4").write_bytes((folder / "good.mp4").read_bytes()[:-2000])
+    for path in sorted(folder.iterdir()):
+        path.with_suffix(".txt").write_text(f"a red circle moving {path.stem}")
+    (folder / "good.txt").write_text("a red circle moving left " * 9)
+    (folder / "other.txt").write_text("a red \u4e0d\u77e5 circle")
+    (folder / "empty.mp4").write_bytes((folder / "other.mp4").read_bytes())
+    (folder / "empty.txt").write_text(" ")
+    for name in ("fast", "slow"):
+        (folder / f"{name}.txt").write_text("a yellow ring")
+    return folder
+
+
+def values(model: Path, clips: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    data = {"buckets": ["9x64x96"], "short_clips": "skip", "unreadable_clips": "skip", **changes.pop("data", {})}
+    return run_values(model, clips, output, data=data, **changes)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_planner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Predicting memory takes a process and seconds; the planner has tests of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("plan")
+        patch.setattr(planner, "predict_async", lambda *_, **__: planner.BackgroundPrediction(None, folder, None))
+        yield
+
+
+@pytest.fixture(scope="module")
+def report(clinic, tiny_model, tmp_path_factory) -> DoctorReport:
+    folder = tmp_path_factory.mktemp("doctor")
+    return finetune.doctor(values(tiny_model(), clinic, folder / "run"), page=folder / "page.html", progress=False)
+
+
+def clip_of(report: DoctorReport, name: str) -> ClipReport:
+    (clip,) = (clip for clip in report.clips if Path(clip.name).name == name)
+    return clip
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        *((name, fault) for name, (_, fault) in CLIPS.items()),
+        ("turned.mp4", "rotated"),
+        ("broken.mp4", "undecodable"),
+        ("good.mp4", "caption cut"),
+        ("other.mp4", "unknown words"),
+        ("fast.mp4", "same caption"),
+    ],
+)
+def test_a_fault_is_named(report, name, fault):
+    named = {found.name: found for found in clip_of(report, name).faults}
+    pictured = {
+        "black",
+        "black frames",
+        "static",
+        "frozen",
+        "bars",
+        "blurred",
+        "flashing",
+        "variable rate",
+        "high rate",
+    }
+    assert (fault in named) if fault else not set(named) & pictured, named
+
+
+def test_rows_and_videos_that_are_left_out_are_in_the_report(report):
+    (row,) = (clip for clip in report.clips if "empty.txt" in clip.name)
+    assert [fault.text for fault in row.faults] == ["the caption is empty"] and not row.bucket
+    assert not clip_of(report, "short.mp4").bucket and not clip_of(report, "broken.mp4").bucket
+    assert clip_of(report, "good.mp4").cut_caption.startswith((" red", " circle", " moving", " left", "a ", " a"))
+
+
+def test_what_is_cut_from_a_caption_is_the_rest_of_it(report):
+    clip = clip_of(report, "good.mp4")
+    assert clip.caption + clip.cut_caption == ("a red circle moving left " * 9).strip()
+    cut = next(fault for fault in clip.faults if fault.name == "caption cut")
+    assert f"{report.token_limit} are read" in cut.text
+    lost = next(fault for fault in clip_of(report, "other.mp4").faults if fault.name == "unknown words")
+    assert "\u4e0d\u77e5" in lost.text
+
+
+def test_the_document_has_what_the_report_has(report):
+    document = json.loads(report.to_json())
+    assert {clip["name"] for clip in document["clips"]} == {clip.name for clip in report.clips}
+    assert document["level"] == "warning" and document["buckets"][0]["bucket"] == "9x64x96"
+    assert document["predicted"]["step_s"] > 0 and document["captions"]["limit"] == report.token_limit
+
+
+def test_the_text_counts_each_fault_once(report):
+    lines = str(report).splitlines()
+    assert sum(" x near-duplicate, such as " in line for line in lines) == 1
+    assert any(line.startswith("warning: 1 x flashing, such as") for line in lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- exit codes
+
+
+@pytest.mark.parametrize(
+    ("keep", "changes", "code"),
+    [
+        (("good", "other"), {"train": {"epochs": 60, "steps": None}, "data": {"holdout": 1}}, OK),
+        (("good", "black"), {}, WARNED),
+        (("good", "broken"), {"data": {"unreadable_clips": "error"}}, USER_ERROR),
+        (("good", "short"), {"data": {"short_clips": "error"}}, USER_ERROR),
+        (("broken",), {}, USER_ERROR),
+    ],
+)
+def test_the_exit_code_is_the_worst_that_was_found(clinic, tiny_model, tmp_path, capsys, keep, changes, code):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in keep:
+        shutil.copy(clinic / f"{name}.mp4", clips)
+        (clips / f"{name}.txt").write_text(f"a red circle {name}")
+    config = finetune.load_config(_written(tmp_path, values(tiny_model(), clips, tmp_path / "run", **changes)))
+    assert config.data.sources
+    words = ["doctor", "--config", str(tmp_path / "run.yaml"), "--output", str(tmp_path / "page.html"), "--json"]
+    assert main(words) == code
+    document = json.loads(capsys.readouterr().out)
+    assert document["level"] == {OK: document["level"], WARNED: "warning", USER_ERROR: "error"}[code]
+    assert document["level"] in (None, "note") or code != OK
+    assert (tmp_path / "page.html").stat().st_size > 1000
+
+
+def _written(folder: Path, content: dict[str, Any]) -> Path:
+    (folder / "run.yaml").write_text(json.dumps(content))
+    return folder / "run.yaml"
+
+
+# ----------------------------------------------------------------------------------------------------------- likenesses
+
+
+def test_alike_are_clips_whose_frames_differ_little_in_order():
+    draw = np.random.default_rng(0)
+    one, other = ([int(value) for value in draw.integers(0, 2**63, 6)] for _ in range(2))
+    near = [value ^ 0b111 for value in one]
+    pairs = faults.alike([one, other, near, one[::-1], one[:3], []])
+    assert [(first, second) for first, second, _ in pairs] == [(0, 2)] and pairs[0][2] == 3
+    assert faults.groups(pairs) == {0: [2], 2: [0]}
+
+
+def test_a_held_out_clip_that_is_a_training_clip_is_named(clinic, tiny_model, tmp_path):
+    for side, name in (("train", "good"), ("kept", "again"), ("train", "other")):
+        (tmp_path / side).mkdir(exist_ok=True)
+        shutil.copy(clinic / f"{name}.mp4", tmp_path / side)
+        (tmp_path / side / f"{name}.txt").write_text(f"a red circle {name}")
+    sources = [{"path": str(tmp_path / "train")}, {"path": str(tmp_path / "kept"), "split": "holdout"}]
+    content = values(tiny_model(), tmp_path, tmp_path / "run", data={"sources": sources})
+    report = finetune.doctor(content, progress=False)
+    named = {Path(clip.name).name: {fault.name for fault in clip.faults} for clip in report.clips}
+    assert "leak" in named["good.mp4"] and "leak" in named["again.mp4"] and "leak" not in named["other.mp4"]
+
+
+# --------------------------------------------------------------------------------------------------------------- frames
+
+
+def test_frames_that_are_called_exact_are_those_of_the_decoded_clip(clinic):
+    path = clinic / "tall.mp4"
+    header = probe(path)
+    (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
+    seen = footage.look(footage.Look(path, header, plan, exact=2))
+    clip = decode(path, header, plan).pixels.permute(1, 2, 3, 0).numpy()
+    exact = [picture for picture in seen.frames if picture.exact]
+    assert len(exact) == 2 and len(seen.frames) == footage.SHOWN
+    for picture in exact:
+        pixels = np.asarray(Image.open(io.BytesIO(picture.content)))
+        assert np.array_equal(pixels, clip[picture.frame])
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 9, 49, 161])
+def test_sampled_frames_go_from_the_first_to_the_last(frames):
+    shown, pairs = footage.sampled_positions(frames)
+    assert shown[0] == 0 and shown[-1] == frames - 1 and len(shown) <= footage.SHOWN
+    assert all(0 <= one < other < frames and other == one + 1 for one, other in pairs)
+
+
+def test_a_worker_answers_as_this_process_does(clinic):
+    header = probe(clinic / "other.mp4")
+    (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
+    sound = footage.Look(clinic / "other.mp4", header, plan)
+    lost = replace(sound, path=clinic / "broken.mp4")
+    theirs = list(footage.look_at([sound, lost, sound], workers=1))
+    assert theirs[0] == footage.look(sound) == theirs[2]
+    assert isinstance(theirs[1], DataError) and theirs[1].where == str(lost.path)
+
+
+# ------------------------------------------------------------------------------------------------------ starting points
+
+
+@pytest.mark.parametrize(
+    ("clips", "seen", "word"),
+    [
+        (10, 75, ""),
+        (10, 200, "learnt by heart"),
+        (10, 10, "learnt little"),
+        (100, 30, ""),
+        (100, 75, "learnt by heart"),
+    ],
+)
+def test_the_word_on_length_is_the_table_s(clips, seen, word):
+    assert word in word_on_length(clips, seen) and bool(word) == bool(word_on_length(clips, seen))
+
+
+def test_between_two_rows_what_suits_lies_between_them():
+    assert [suited(point.clips) for point in STARTING_POINTS] == [
+        pytest.approx(point.seen) for point in STARTING_POINTS
+    ]
+    lows = [suited(clips)[0] for clips in (1, 10, 40, 100, 700, 10_000, 90_000)]
+    assert lows == sorted(lows, reverse=True)
+    assert [starting_point(clips).clips for clips in (1, 30, 40, 500, 5_000)] == [10, 10, 100, 100, 10_000]
+
+
+# ------------------------------------------------------------------------------------------------------------- the page
+
+HOSTILE = (
+    "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> ' \" \u202egnp.exe"
+)
+
+
+def picture(level: int, **options: Any) -> Picture:
+    file = io.BytesIO()
+    Image.fromarray(np.full((8, 12, 3), level, np.uint8)).save(file, "WEBP", lossless=True)
+    return Picture(file.getvalue(), 8, 12, **{"label": "a frame", **options})
+
+
+def hostile_page() -> Page:
+    fault = Fault("warning", HOSTILE, HOSTILE, HOSTILE)
+    columns = (Column("speed", HOSTILE, "{:.1f}"), Column("name", "name"))
+    pictures = [picture(90, exact=True, label=HOSTILE), picture(10, cut=(0.1, 0, 0.8, 1))]
+    cards = [
+        Card(HOSTILE, HOSTILE, HOSTILE, HOSTILE, pictures, {"speed": 1.5, "name": HOSTILE}, [fault]),
+        Card("slow", "a still pond", values={"speed": 0.5, "name": "b"}, faults=[Fault("error", "broken", "cut off")]),
+        Card("none", values={"speed": None}),
+        Card("fast", values={"speed": 10, "name": "a"}),
+    ]
+    bars = Bars("lengths", [(0, 10, 3), (10, 20, 0), (20, 30, 1)], limit=20, note=HOSTILE)
+    table = Table(HOSTILE, ["a", HOSTILE], [["1", HOSTILE]], HOSTILE)
+    return Page(HOSTILE, HOSTILE, cards, columns, [table], [bars], [fault], [HOSTILE])
+
+
+def test_text_on_a_page_is_only_text():
+    html = render(hostile_page())
+    assert html.count("<script>") == 1 and "<img src=x" not in html and "\u202e" not in html and "\\u202e" in html
+    assert not re.search(r'<\w[^<>]*\s(?:src|href|action)=(?!"data:image/webp;base64,)', html)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's Chromium, driven by Playwright's client; nothing is downloaded."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser")
+    if program is None or importlib.util.find_spec("playwright") is None:
+        pytest.skip("needs Playwright's client and a chromium in PATH (apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+class Tab:
+    """A page in a browser, which keeps what must not happen."""
+
+    def __init__(self, browser: Any, path: Path) -> None:
+        self.page = browser.new_page(viewport={"width": 1000, "height": 800})
+        self.noise: list[str] = []
+        self.page.on("console", lambda message: self.noise.append(message.text))
+        self.page.on("pageerror", lambda error: self.noise.append(str(error)))
+        self.page.on("dialog", lambda dialog: (self.noise.append(dialog.message), dialog.dismiss()))
+        self.page.on("request", self._request)
+        self.page.goto(path.as_uri())
+
+    def _request(self, request: Any) -> None:
+        if not request.url.startswith(("file://", "data:image/webp")):
+            self.noise.append(request.url)
+
+    def visible(self) -> list[str]:
+        titles: list[str] = self.page.eval_on_selector_all(
+            ".card:not([hidden]) h3 bdi", "all => all.map(one => one.textContent)"
+        )
+        return titles
+
+
+@pytest.fixture
+def tab(browser, tmp_path) -> Iterator[Tab]:
+    (tmp_path / "page.html").write_text(render(hostile_page()), encoding="utf-8")
+    tab = Tab(browser, tmp_path / "page.html")
+    yield tab
+    tab.page.close()
+
+
+def test_a_page_sorts_and_filters_without_a_server(tab):
+    first, *_ = tab.visible()
+    assert first.startswith("</script>") and "\\u202e" in first
+    tab.page.select_option("#sort", "speed")
+    assert tab.visible() == ["slow", first, "fast", "none"]
+    tab.page.select_option("#sort", "-speed")
+    assert tab.visible() == ["fast", first, "slow", "none"]
+    tab.page.select_option("#sort", "faults")
+    assert tab.visible()[:2] == ["slow", first]
+    tab.page.click("[data-fault=broken]")
+    assert tab.visible() == ["slow"] and tab.page.text_content("#count") == "1 of 4"
+    tab.page.click("[data-fault=broken]")
+    tab.page.fill("#words", "POND")
+    assert tab.visible() == ["slow"]
+    tab.page.fill("#words", "")
+    tab.page.click(".opens")
+    assert (
+        tab.page.is_visible("dialog img")
+        and tab.page.evaluate("document.querySelector('dialog img').naturalWidth") == 12
+    )
+    assert tab.noise == [] and "</script>" in tab.page.title()
+
+
+def test_the_policy_of_a_page_holds_where_escaping_would_not(browser, tmp_path):
+    html = render(hostile_page()).replace(
+        "<main>", "<main><script>document.title = 'owned'</script><img src='http://a.test/x'>"
+    )
+    (tmp_path / "page.html").write_text(html, encoding="utf-8")
+    tab = Tab(browser, tmp_path / "page.html")
+    refused = [line for line in tab.noise if "Content Security Policy" in line]
+    assert tab.page.title() != "owned" and any("script" in line for line in refused)
+    assert any("http://a.test/x" in line for line in refused)
+    tab.page.close()
+
+
+PIXELS = """image => image.decode().then(() => {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [image.naturalWidth, image.naturalHeight];
+  const context = canvas.getContext("2d");
+  context.drawImage(image, 0, 0);
+  return [canvas.height, canvas.width, [...context.getImageData(0, 0, canvas.width, canvas.height).data]];
+})"""
+
+
+def test_a_browser_shows_the_pixels_that_training_sees(browser, report, clinic, tmp_path):
+    tab = Tab(browser, report.page)
+    assert len(tab.visible()) == len(report.clips) and tab.noise == []
+    tab.page.screenshot(path=tmp_path / "page.png")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "page.png")))) > 50
+    tab.page.click("[data-fault=bars]")
+    (card,) = tab.page.query_selector_all(".card:not([hidden])")
+    assert "bars.mp4" in card.text_content()
+    height, width, data = card.query_selector("img.exact").evaluate(PIXELS)
+    shown = np.array(data, np.uint8).reshape(height, width, 4)[..., :3]
+    header = probe(clinic / "bars.mp4")
+    (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
+    assert np.array_equal(shown, decode(clinic / "bars.mp4", header, plan).pixels[:, 0].permute(1, 2, 0).numpy())
+    tab.page.close()
