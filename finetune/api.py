@@ -112,7 +112,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
 def doctor(
     config: RunConfig | Mapping[str, Any] | str | Path,
     *,
-    page: Path | None = None,
+    page: str | Path | None = None,
     card: str | None = None,
     device: str | None = None,
     predict: bool = False,
@@ -134,10 +134,11 @@ def doctor(
             and captions stands in the report.
         ModelError: if the model's JSON cannot be found or used.
     """
-    from finetune.config.loading import as_config
+    from finetune.config.schema import as_config
     from finetune.diagnosis.report import doctor
 
-    return doctor(as_config(config), page=page, card=card, device=device, predict=predict, progress=progress)
+    file = None if page is None else Path(page)
+    return doctor(as_config(config), page=file, card=card, device=device, predict=predict, progress=progress)
 
 
 @checked

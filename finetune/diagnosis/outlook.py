@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from finetune.caching.precompute import ENTRY_OVERHEAD, clip_bytes, prompt_bytes
-from finetune.caching.request import local_folder
 from finetune.cogvideox.components import Vae, read_part
-from finetune.cogvideox.model_files import json_folder, published_variant
+from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.files import free_space, human_size
@@ -143,7 +142,7 @@ def look_ahead(
 
 def _download_gb(config: RunConfig) -> float | None:
     variant = published_variant(config.model.pretrained)
-    folder = local_folder(config.model)
+    folder = local_folder(config.model.pretrained, config.model.revision)
     if variant is None:
         return 0.0 if folder is not None else None
     parts = zip(("transformer", "vae", "text_encoder"), _DOWNLOAD_GB[variant], strict=True)

@@ -19,9 +19,8 @@ from finetune.caching.check import (
     split_clips,
     workers_for,
 )
-from finetune.caching.request import local_folder
 from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
-from finetune.cogvideox.model_files import json_folder, published_variant
+from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import require_valid
 from finetune.config.schema import RunConfig
@@ -32,9 +31,9 @@ from finetune.core.gpu import amount
 from finetune.core.terminal import Bar
 from finetune.core.text import holds_word
 from finetune.core.types import Bucket, Sample, VideoProbe
-from finetune.datasets.cache_entries import portable
 from finetune.datasets.decode_pool import DecodePool
 from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
+from finetune.datasets.manifests import portable
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.datasets.sources import read_samples
 from finetune.diagnosis import outlook as outlooks
@@ -266,7 +265,7 @@ def _look(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> li
 
 def _read_captions(config: RunConfig, spec: ModelSpec, captions: Sequence[str]) -> dict[str, TokenizedCaption]:
     """What the model reads of each caption; nothing where its tokenizer is not on this machine."""
-    folder = local_folder(config.model)
+    folder = local_folder(config.model.pretrained, config.model.revision)
     names = ("spiece.model", "tokenizer.json")
     if not captions or folder is None or not any((folder / "tokenizer" / name).is_file() for name in names):
         return {}
@@ -286,7 +285,8 @@ class _Prediction:
 
             self._card_bytes = self._card_bytes or card_here()
             model = self._config.model
-            if model.dtype == "auto" and local_folder(model) is None and published_variant(model.pretrained):
+            here = local_folder(model.pretrained, model.revision)
+            if model.dtype == "auto" and here is None and published_variant(model.pretrained):
                 model = model.model_copy(update={"dtype": "bf16"})  # which is what the published ones are
             config = self._config.model_copy(update={"model": model})
             self._running = predict_async(config, self._card_bytes, device=self._device or device_here())
