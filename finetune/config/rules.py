@@ -70,14 +70,14 @@ class Findings(NamedTuple):
 
 def check_against(config: RunConfig, spec: ModelSpec) -> Findings:
     """Check a configuration against the spec of its model; nothing is raised and no file but images is looked at."""
-    errors = [*_bucket_errors(config, spec), *_sample_errors(config, spec), *_run_errors(config, spec)]
-    warnings = [
-        *_bucket_warnings(config, spec),
-        *_model_warnings(config, spec),
-        *_method_warnings(config),
-        *_run_warnings(config),
-    ]
-    return Findings(tuple(errors), tuple(f"{said} [{config.where(path)}]" for path, said in warnings))
+    return Findings(
+        tuple(
+            ConfigError(what, where=config.where(at), fix=fix)
+            for wrong, at, what, fix in _errors(config, spec)
+            if wrong
+        ),
+        tuple(f"{advice} [{config.where(at)}]" for unwise, at, advice in _warnings(config, spec) if unwise),
+    )
 
 
 def require_valid(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
@@ -91,60 +91,42 @@ def require_valid(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
     return findings.warnings
 
 
-def _bucket_errors(config: RunConfig, spec: ModelSpec) -> Iterator[ConfigError]:
+def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str, str]]:
+    """(whether it is so, path, what, fix) of all that makes the run impossible."""
+    validation, image_to_video = config.validation, spec.image_to_video
     buckets = {f"data.buckets.{index}": bucket for index, bucket in enumerate(config.data.buckets)}
-    if config.validation.bucket is not None:
-        buckets["validation.bucket"] = config.validation.bucket
+    if validation.bucket is not None:
+        buckets["validation.bucket"] = validation.bucket
     for path, bucket in buckets.items():
         for fault in spec.check_bucket(bucket):
-            yield ConfigError(fault, where=config.where(path))
+            yield True, path, fault, ""
+    for index, sample in enumerate(validation.samples):
+        path, image = f"validation.samples.{index}", sample.image
+        what = "an image-to-video model samples from an image, and this prompt has none"
+        yield image_to_video and image is None, path, what, "add `image: PATH` beside the prompt"
+        fix = "remove the image, or choose an image-to-video model"
+        yield image is not None and not image_to_video, f"{path}.image", "a text-to-video model takes no image", fix
+        if image is not None and image_to_video and config.cache.mode != "require":
+            yield not image.is_file(), f"{path}.image", f"there is no image {image}", ""
+    most = spec.num_train_timesteps
+    what = f"{validation.timesteps} timesteps are wanted; the model has {most}"
+    yield validation.timesteps > most, "validation.timesteps", what, ""
+    nothing_left = all(source.split == "holdout" for source in config.data.sources)
+    what = "every source is held out, so there is nothing to train on"
+    yield nothing_left, "data.sources", what, "leave `split: holdout` out of at least one source"
+    what = "full fine-tuning in fp16 would lose small gradients: fp16 has no digits below 6e-8"
+    fix = "set model.dtype: bf16, or train a LoRA, whose gradients are float32"
+    yield config.model.dtype == "fp16" and config.method.kind == "full", "model.dtype", what, fix
+    for unusable in config.memory.faults(memory_traits(config, spec)):
+        yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
+    for folder in _other_folders(config):
+        yield True, "output_dir", f"the run's folder is {folder}", "name a folder of its own, such as runs/NAME"
+    output = config.output_dir
+    yield output.exists() and not output.is_dir(), "output_dir", f"{output} is a file, not a folder", ""
 
 
-def _sample_errors(config: RunConfig, spec: ModelSpec) -> Iterator[ConfigError]:
-    for index, sample in enumerate(config.validation.samples):
-        path = f"validation.samples.{index}"
-        if spec.image_to_video and sample.image is None:
-            yield ConfigError(
-                "an image-to-video model samples from an image, and this prompt has none",
-                where=config.where(path),
-                fix="add `image: PATH` beside the prompt",
-            )
-        elif sample.image is not None and not spec.image_to_video:
-            yield ConfigError(
-                "a text-to-video model takes no image",
-                where=config.where(f"{path}.image"),
-                fix="remove the image, or choose an image-to-video model",
-            )
-        elif sample.image is not None and config.cache.mode != "require" and not sample.image.is_file():
-            yield ConfigError(f"there is no image {sample.image}", where=config.where(f"{path}.image"))
-    if config.validation.timesteps > spec.num_train_timesteps:
-        yield ConfigError(
-            f"{config.validation.timesteps} timesteps are wanted; the model has {spec.num_train_timesteps}",
-            where=config.where("validation.timesteps"),
-        )
-
-
-def _run_errors(config: RunConfig, spec: ModelSpec) -> Iterator[ConfigError]:
-    if all(source.split == "holdout" for source in config.data.sources):
-        yield ConfigError(
-            "every source is held out, so there is nothing to train on",
-            where=config.where("data.sources"),
-            fix="leave `split: holdout` out of at least one source",
-        )
-    if config.model.dtype == "fp16" and config.method.kind == "full":
-        yield ConfigError(
-            "full fine-tuning in fp16 would lose small gradients: fp16 has no digits below 6e-8",
-            where=config.where("model.dtype"),
-            fix="set model.dtype: bf16, or train a LoRA, whose gradients are float32",
-        )
-    yield from memory_errors(config, memory_traits(config, spec))
-    yield from _output_errors(config)
-    if config.output_dir.exists() and not config.output_dir.is_dir():
-        yield ConfigError(f"{config.output_dir} is a file, not a folder", where=config.where("output_dir"))
-
-
-def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
-    """A run's folder is written into, pruned and emptied: it must not be one that holds something else."""
+def _other_folders(config: RunConfig) -> Iterator[str]:
+    """What the run's folder is, or is inside of, that it must not be: it is written into, pruned and emptied."""
     output = config.output_dir.resolve()
     taken = {Path(os.environ.get("HOME", "/")).resolve(): "the home folder"}
     taken[Path("/").resolve()] = "the root of the file system"
@@ -158,79 +140,56 @@ def _output_errors(config: RunConfig) -> Iterator[ConfigError]:
             folder = source.path.parent if source.path.is_file() else source.path
             taken[folder.resolve()] = "the folder of a dataset"
     for folder, what in {**taken, **inside}.items():
-        if output == folder or (folder in inside and folder in output.parents):
-            yield ConfigError(
-                f"the run's folder is {'' if output == folder else 'inside '}{what}",
-                where=config.where("output_dir"),
-                fix="name a folder of its own, such as runs/NAME",
-            )
+        if output == folder:
+            yield what
+        elif folder in inside and folder in output.parents:
+            yield f"inside {what}"
 
 
-def _bucket_warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    for index, bucket in enumerate(config.data.buckets):
+def _warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str]]:
+    """(whether it is so, path, sentence) of all that is possible and unwise."""
+    data, method, validation = config.data, config.method, config.validation
+    for index, bucket in enumerate(data.buckets):
         for advice in () if spec.check_bucket(bucket) else spec.advise_bucket(bucket):
-            yield f"data.buckets.{index}", advice
-    fps = config.data.fps
-    if fps is not None and fps != spec.native_fps and config.data.span != "uniform":
-        yield (
-            "data.fps",
-            f"clips are cut at {fps:g} frames per second; the model was made for {spec.native_fps}, and learns to "
-            f"move {spec.native_fps / fps:.2g} times as fast as the footage",
-        )
-
-
-def _model_warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+            yield True, f"data.buckets.{index}", advice
+    fps = data.fps or spec.native_fps
+    advice = (
+        f"clips are cut at {fps:g} frames per second; the model was made for {spec.native_fps}, and learns to "
+        f"move {spec.native_fps / fps:.2g} times as fast as the footage"
+    )
+    yield fps != spec.native_fps and data.span != "uniform", "data.fps", advice
     # Of the published models only the 2B, the one without rotary positions, was trained in fp16.
-    if config.model.dtype == "fp16" and spec.use_rotary:
-        yield "model.dtype", "this model was trained in bf16; in fp16 its activations can overflow (use bf16)"
-    if not spec.image_to_video:
-        for section, name in ((config.data, "image_dropout"), (config.cache, "image_draws")):
-            if getattr(section, name) != type(section).model_fields[name].default:
-                where = f"{'data' if section is config.data else 'cache'}.{name}"
-                yield where, f"{name} has no effect: this is a text-to-video model"
-    if config.data.unconditional_text == "zeros" and config.data.caption_dropout > 0:
-        yield (
-            "data.unconditional_text",
-            'the model learns zeros as "no caption", and diffusers samples with the embedding of the empty caption',
-        )
-
-
-def _method_warnings(config: RunConfig) -> Iterator[tuple[str, str]]:
-    method = config.method
-    if not isinstance(method, LoraMethod):
-        return
-    if method.use_rslora and method.scaling > 2:
-        yield (
-            "method.use_rslora",
+    advice = "this model was trained in bf16; in fp16 its activations can overflow (use bf16)"
+    yield config.model.dtype == "fp16" and spec.use_rotary, "model.dtype", advice
+    for section, name, holder in (("data", "image_dropout", data), ("cache", "image_draws", config.cache)):
+        changed = getattr(holder, name) != type(holder).model_fields[name].default
+        advice = f"{name} has no effect: this is a text-to-video model"
+        yield changed and not spec.image_to_video, f"{section}.{name}", advice
+    advice = 'the model learns zeros as "no caption", and diffusers samples with the embedding of the empty caption'
+    yield data.unconditional_text == "zeros" and data.caption_dropout > 0, "data.unconditional_text", advice
+    if isinstance(method, LoraMethod):
+        advice = (
             f"rsLoRA scales by alpha / sqrt(rank), here {method.scaling:.3g} where plain LoRA would have "
-            f"{method.alpha / method.rank:.3g}: lower method.alpha or the learning rate",
+            f"{method.alpha / method.rank:.3g}: lower method.alpha or the learning rate"
         )
-    if method.use_dora and method.dropout > 0:
-        yield "method.use_dora", "DoRA with dropout recomputes the base layer a second time in each step: it is slow"
-
-
-def _run_warnings(config: RunConfig) -> Iterator[tuple[str, str]]:
-    steps, warmup = config.train.steps, config.lr_schedule.warmup_steps
-    if steps is not None and 0 < steps <= warmup:
-        yield (
-            "lr_schedule.warmup_steps",
-            f"the run ends in its warm-up: {steps} steps with a warm-up of {warmup} never reach the learning rate",
-        )
-    held_out = config.data.holdout > 0 or any(source.split == "holdout" for source in config.data.sources)
-    if config.validation.every is not None and not held_out:
-        yield (
-            "data.holdout",
-            "no clip is held out, so no held-out loss is measured and overfitting stays unseen "
-            "(set data.holdout, or validation.every: null)",
-        )
-    trigger, prompts = config.data.trigger.strip(), [sample.prompt for sample in config.validation.samples]
-    if prompts and not any(holds_word(prompt, trigger) for prompt in prompts):
-        yield (
-            "validation.samples",
-            f"no sampled prompt holds the trigger word {trigger!r}, so the videos will not show what is learnt",
-        )
-    if config.validation.every is None and held_out:
-        yield "validation.every", "clips are held out, but validation.every is null: nothing is measured on them"
+        yield method.use_rslora and method.scaling > 2, "method.use_rslora", advice
+        advice = "DoRA with dropout recomputes the base layer a second time in each step: it is slow"
+        yield method.use_dora and method.dropout > 0, "method.use_dora", advice
+    steps, warmup = config.train.steps or 0, config.lr_schedule.warmup_steps
+    advice = f"the run ends in its warm-up: {steps} steps with a warm-up of {warmup} never reach the learning rate"
+    yield 0 < steps <= warmup, "lr_schedule.warmup_steps", advice
+    held_out = data.holdout > 0 or any(source.split == "holdout" for source in data.sources)
+    advice = (
+        "no clip is held out, so no held-out loss is measured and overfitting stays unseen "
+        "(set data.holdout, or validation.every: null)"
+    )
+    yield validation.every is not None and not held_out, "data.holdout", advice
+    trigger, prompts = data.trigger.strip(), [sample.prompt for sample in validation.samples]
+    without = bool(prompts) and not any(holds_word(prompt, trigger) for prompt in prompts)
+    advice = f"no sampled prompt holds the trigger word {trigger!r}, so the videos will not show what is learnt"
+    yield without, "validation.samples", advice
+    advice = "clips are held out, but validation.every is null: nothing is measured on them"
+    yield validation.every is None and held_out, "validation.every", advice
 
 
 # ---------------------------------------------------------------------- the model's version: decided once, and recorded
