@@ -10,7 +10,9 @@
 ``import finetune`` costs nothing: a verb loads what it needs when it is called. ``docs/python.md`` has them all.
 """
 
-from finetune.api import check, doctor, export, generate, load_config, plan, precompute, train
+from finetune.api import caption, check, doctor, export, generate, load_config, plan, precompute, train
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "check", "doctor", "export", "generate", "load_config", "plan", "precompute", "train"]
+__all__ = [
+    *("__version__", "caption", "check", "doctor", "export", "generate", "load_config", "plan", "precompute", "train")
+]

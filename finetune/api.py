@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeVar, get_type_hin
 if TYPE_CHECKING:
     from finetune.caching.check import DatasetReport
     from finetune.caching.precompute import PrecomputeReport
+    from finetune.captioning.caption import CaptionReport
     from finetune.config.schema import RunConfig
     from finetune.convert.export import ExportReport
     from finetune.core.types import Bucket, SamplePrompt
@@ -213,6 +214,67 @@ def precompute(config: RunConfig | Mapping[str, Any] | str | Path, *, progress: 
         logging.getLogger("finetune").warning(warning)
     config, _ = choose_memory(config)  # it decides how T5 is held
     return precompute(config, spec=spec, distributed=ranks, progress=progress)
+
+
+@checked
+def caption(
+    folder: str | Path,
+    *,
+    model: str = "Qwen/Qwen3-VL-8B-Instruct",
+    revision: str | None = None,
+    endpoint: str | None = None,
+    key_variable: str = "OPENAI_API_KEY",
+    send: Literal["auto", "video", "images"] = "auto",
+    timeout_s: float = 120.0,
+    target: str = "5b",
+    instruction: str | Path | None = None,
+    variants: int = 1,
+    frames: int = 16,
+    side: int = 448,
+    batch: int = 4,
+    replace: bool = False,
+    device: str | None = None,
+    progress: bool = True,
+) -> CaptionReport:
+    """Write the captions that a folder of clips lacks, with a video-language model; people's own captions are kept.
+
+    What is captioned stays, whatever happens: killed at any moment, the next call goes on where this one stopped.
+
+    Args:
+        folder: with a ``metadata.jsonl``, or with clips, which may have a ``.txt`` beside them.
+        model: of transformers, image-text-to-text: a folder or a hub id; with an endpoint, its name there.
+        revision: branch, tag or commit on the hub.
+        endpoint: base address of an OpenAI-compatible server that is asked instead.
+        key_variable: the environment variable that holds its key.
+        send: to an endpoint, the clip itself, pictures of it, or the first of both that it takes.
+        timeout_s: for one request to it.
+        target: the CogVideoX that will read the captions, whose tokenizer counts them.
+        instruction: a file with what the model is asked; None for the one that ships.
+        variants: captions per clip.
+        frames: shown of a clip, at most.
+        side: longest side of a shown frame, in pixels.
+        batch: clips that are asked about side by side.
+        replace: write captions anew that another model, or another instruction, wrote.
+        device: such as ``cuda:1`` or ``cpu``; None for a GPU where there is one.
+        progress: draw a bar.
+
+    Raises:
+        ConfigError: if an argument is out of bounds, or another process captions the folder.
+        DataError: if the folder, its table or its record cannot be used, or too many clips in a row failed.
+        ModelError: if the model, the tokenizer or the endpoint cannot be had.
+    """
+    from finetune.captioning.caption import CaptionOptions, caption_folder, read_instruction, token_limit
+    from finetune.captioning.captioners import Captioner, EndpointCaptioner, LocalCaptioner
+
+    text = read_instruction(None if instruction is None else Path(instruction))
+    options = CaptionOptions(text, variants, frames, side, batch, replace)
+
+    def captioner() -> Captioner:
+        if endpoint is None:
+            return LocalCaptioner(model, revision, device)
+        return EndpointCaptioner(endpoint, model, key_variable, send=send, timeout_s=timeout_s)
+
+    return caption_folder(Path(folder), captioner, token_limit(target), options, progress=progress)
 
 
 @checked

@@ -56,7 +56,7 @@ _MEMORY_FIX = (
     " --bucket or --offload, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
 )
 
-_LASTING = ("precompute", "train", "replay", "export", "generate", "quickstart")
+_LASTING = ("caption", "precompute", "train", "replay", "export", "generate", "quickstart")
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 
 app = typer.Typer(
@@ -263,6 +263,79 @@ def init(
     print(f"wrote {output}")
     _print_notes(notes)
     _print_next("check", "--config", str(output))
+
+
+@_verb(
+    "finetune caption clips",
+    "finetune caption clips --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --variants 3",
+    "finetune caption --print-instruction",
+)
+def caption(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Clips, with a metadata.jsonl or a .txt beside each, or neither."),
+    ] = None,
+    model: Annotated[
+        str, _option("Any image-text-to-text model of transformers; with --endpoint its name there.", "MODEL")
+    ] = "Qwen/Qwen3-VL-8B-Instruct",
+    revision: Annotated[str | None, _option("Branch, tag or commit of a hub id.", "REV")] = None,
+    endpoint: Annotated[str | None, _option("Ask an OpenAI-compatible server instead.", "URL")] = None,
+    key_variable: Annotated[
+        str, _option("Environment variable that holds the server's key.", "NAME")
+    ] = "OPENAI_API_KEY",
+    send: Annotated[
+        Literal["auto", "video", "images"], _option("To a server: the clip itself, pictures of it, or what it takes.")
+    ] = "auto",
+    timeout: Annotated[float, _option("Seconds for one request to a server.", "S")] = 120.0,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--for", help="The CogVideoX that will read them: 2b, 5b ..., a folder or hub id.", metavar="MODEL"
+        ),
+    ] = "5b",
+    instruction: Annotated[Path | None, _option("A file with what the model is asked.", "FILE")] = None,
+    print_instruction: Annotated[
+        bool, _flag("--print-instruction", "Print what the model is asked, to be edited; nothing else.")
+    ] = False,
+    variants: Annotated[int, _option("Captions per clip; training takes one at a time.", "N")] = 1,
+    frames: Annotated[int, _option("Shown of a clip, at most.", "N")] = 16,
+    side: Annotated[int, _option("Longest side of a shown frame, in pixels.", "N")] = 448,
+    batch: Annotated[int, _option("Clips that are asked about side by side.", "N")] = 4,
+    replace: Annotated[
+        bool, _flag("--replace", "Write anew what another model or instruction wrote; people's captions stay.")
+    ] = False,
+    device: Device = None,
+) -> int:
+    """Write the captions that a folder of clips lacks, as long and dense as CogVideoX was trained on.
+
+    What a person wrote or changed is kept. Exits with 2 where clips are left without a caption.
+    """
+    if print_instruction:
+        from finetune.captioning.caption import read_instruction
+
+        print(read_instruction(instruction), end="")
+        return OK
+    if folder is None:
+        raise ConfigError("no folder is named", fix="finetune caption DIR")
+    report = finetune.caption(
+        folder,
+        model=model,
+        revision=revision,
+        endpoint=endpoint,
+        key_variable=key_variable,
+        send=send,
+        timeout_s=timeout,
+        target=target,
+        instruction=instruction,
+        variants=variants,
+        frames=frames,
+        side=side,
+        batch=batch,
+        replace=replace,
+        device=device,
+    )
+    print(report)
+    return USER_ERROR if report.errors else OK
 
 
 @_verb(
