@@ -8,7 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from tiny_vlm import save_image_model
+from tiny_vlm import save_image_model, save_video_model
 
 import finetune
 from finetune.captioning import caption, captioners
@@ -227,21 +227,17 @@ def test_options_have_bounds(options):
 # ------------------------------------------------------------------------------------------- a model in this process
 
 
-def test_a_model_of_transformers_captions_from_pictures(clips, tiny_model, tmp_path, monkeypatch, capsys):
-    model = save_image_model(tmp_path / "vlm")
-    command = [
-        "caption",
-        str(clips),
-        "--model",
-        str(model),
-        "--for",
-        str(tiny_model()),
-        "--frames",
-        "2",
-        "--side",
-        "64",
-    ]
-    assert main([*command, "--device", "cpu", "--variants", "2"]) == 0
+@pytest.mark.parametrize("save", [save_image_model, save_video_model], ids=["images", "video"])
+def test_a_model_of_transformers_captions(save, clips, tiny_model, tmp_path, monkeypatch, capsys):
+    if save is save_video_model:
+        try:
+            import torchvision  # noqa: F401
+        except (ImportError, RuntimeError):
+            pytest.skip("processors of videos need a torchvision of torch's own build")
+    model = save(tmp_path / "vlm")
+    monkeypatch.setattr(captioners, "MAX_NEW_TOKENS", 12)
+    words = ["--model", str(model), "--for", str(tiny_model()), "--frames", "2", "--side", "64", "--device", "cpu"]
+    assert main(["caption", str(clips), *words, "--variants", "2"]) == 0
     assert "8 captions written" in capsys.readouterr().out
     first, second = next(iter(rows(clips).values()))["captions"]
     assert first and second and first != second

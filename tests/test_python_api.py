@@ -55,7 +55,9 @@ def test_every_function_says_what_it_takes_and_raises(function):
 def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, given):
     if function is finetune.generate and given == ["run.yaml"]:
         given = [7]
-    with pytest.raises(ConfigError, match=r"is no (configuration|path)|export\(\) \(source\)|generate\(\) \(prompts"):
+    with pytest.raises(
+        ConfigError, match=r"is no (configuration|path)|(caption|export|generate)\(\) \((folder|source|prompts)"
+    ):
         function(given)
 
 

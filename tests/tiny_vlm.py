@@ -35,6 +35,7 @@ def _tokenizer():
 
 def save_image_model(folder: Path) -> Path:
     """A LLaVA, which is shown pictures."""
+    import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -45,12 +46,13 @@ def save_image_model(folder: Path) -> Path:
     text = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
+    torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=vision, text_config=text, image_token_index=tokenizer.convert_tokens_to_ids("<image>")
         )
     )
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=None)
     model.save_pretrained(folder)
     LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
@@ -60,5 +62,41 @@ def save_image_model(folder: Path) -> Path:
         num_additional_image_tokens=1,
         image_token="<image>",
         chat_template=_chat_template(image="<image>"),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_video_model(folder: Path) -> Path:
+    """A Qwen3-VL, which is shown videos; its processor needs torchvision."""
+    import torch
+    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    tokenizer = _tokenizer()
+    ids = dict(zip(_SPECIAL, tokenizer.convert_tokens_to_ids(list(_SPECIAL)), strict=True))
+    config = Qwen3VLConfig(
+        text_config={
+            **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2},
+            **{"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]},
+        },
+        vision_config={
+            **{"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+            **{"num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+        },
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
+    torch.manual_seed(0)
+    model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=None)
+    model.save_pretrained(folder)
+    Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(patch_size=16),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(size={"shortest_edge": 4096, "longest_edge": 65536}),
+        chat_template=_chat_template(video="<|vision_start|><|video_pad|><|vision_end|>"),
     ).save_pretrained(folder)
     return folder
