@@ -14,5 +14,14 @@ from finetune.api import caption, check, doctor, export, generate, load_config, 
 
 __version__ = "0.1.0"
 __all__ = [
-    *("__version__", "caption", "check", "doctor", "export", "generate", "load_config", "plan", "precompute", "train")
+    "__version__",
+    "caption",
+    "check",
+    "doctor",
+    "export",
+    "generate",
+    "load_config",
+    "plan",
+    "precompute",
+    "train",
 ]
