@@ -175,19 +175,6 @@ def test_as_many_files_as_entries_are_asked_for_before_encoding(tmp_path, monkey
     require_room(plan, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("code", "said"),
-    [
-        (errno.ENOSPC, "df -i"), (errno.EDQUOT, "quotas of either"), (errno.EMFILE, "ulimit -n"),
-        (errno.EROFS, "writable"), (errno.EIO, "the kernel's log"),
-    ],
-)  # fmt: skip
-def test_what_can_be_done_follows_from_the_kind_of_error(tmp_path, code, said):
-    with pytest.raises(CheckpointError) as caught, disk(fail_at=3, error=code):
-        write(tmp_path, 10)
-    assert said in caught.value.fix and os.strerror(code) in caught.value.what
-
-
 # ------------------------------------------------------------------------------------------- a disk that really is full
 
 

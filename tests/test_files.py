@@ -292,7 +292,10 @@ def test_sizes_for_people(size, words):
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(errno.ENOSPC, "make room"), (errno.EDQUOT, "quota"), (errno.EROFS, "writable"), (errno.EIO, "kernel's log")],
-)
+    [
+        (errno.ENOSPC, "df -i"), (errno.EDQUOT, "quotas of either"), (errno.EMFILE, "ulimit -n"),
+        (errno.EROFS, "writable"), (errno.EIO, "the kernel's log"),
+    ],
+)  # fmt: skip
 def test_the_fix_follows_the_error(code, words):
     assert words in files.disk_fix(OSError(code, ""))

@@ -23,8 +23,6 @@ INNER: dict[str, dict[str, Any]] = {
     "adamw": {"kind": "adamw"},
     "adamw8bit": {"kind": "adamw8bit"},
     "adagrad": {"kind": "custom", "name": "torch.optim.Adagrad"},  # makes its state before its first step
-    "momentum": {"kind": "custom", "name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}},
-    "adafactor": {"kind": "custom", "name": "torch.optim.Adafactor"},
 }
 
 

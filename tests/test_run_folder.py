@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from broken_disk import forked, mount_small_disk
 from waiting import HANG_S
 
 from finetune.checkpoint.folders import CheckpointConfig, list_checkpoints
@@ -149,22 +148,6 @@ def test_of_many_that_start_together_never_two_write(tmp_path):
     for racer in racers:
         racer.join(HANG_S)
     assert max(together) == 1 and together.count(0) < len(racers), together
-
-
-def test_a_full_disk_at_the_start_is_an_error_in_words(tmp_path):
-    def full() -> str | None:
-        if not mount_small_disk(tmp_path, "64k"):
-            return None
-        with contextlib.suppress(OSError):
-            (tmp_path / "ballast").write_bytes(bytes(1 << 20))
-        with pytest.raises(CheckpointError) as caught, held(tmp_path):
-            pytest.fail("nothing can be written here")
-        return str(caught.value)
-
-    said = forked(full)
-    if said is None:
-        pytest.skip("no file system can be mounted here")
-    assert "cannot be written to: No space left on device" in said and "make room" in said and str(tmp_path) in said
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_in_words(tmp_path):
