@@ -291,10 +291,8 @@ def _read_tensors(folder: ChecksummedFolder, name: str) -> Mapping[str, Tensor]:
 
 def _read_state(values: Any, path: Path) -> RunState:
     try:
-        # By the constructor as well: pydantic would pass over a field that it does not know.
-        state = RunState(**values)
-        _STATE_TYPE.validate_json(json.dumps(values), strict=True)
-    except (TypeError, ValidationError) as error:
+        state = _STATE_TYPE.validate_json(json.dumps(values))
+    except ValidationError as error:
         raise _foreign(path, f"{STATE}: {error}") from error
     if faults := list(_state_faults(state, path.name)):
         raise CheckpointError(
