@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -40,7 +41,7 @@ from finetune.core.types import Bucket
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache, read_metadata
 from finetune.datasets.decode_pool import fit_image
-from finetune.datasets.manifests import UNKNOWN
+from finetune.datasets.manifests import UNKNOWN, Manifest, read_content
 
 ROOT = Path(__file__).parents[1]
 
@@ -69,6 +70,11 @@ class Project:
     @property
     def cache(self) -> Cache:
         return Cache(self.folder / "cache")
+
+    @property
+    def manifest(self) -> Manifest:
+        (path,) = self.cache.manifest_paths()
+        return Manifest.from_content(read_content(path), self.folder)
 
     @property
     def clips(self) -> list[Path]:
@@ -104,6 +110,31 @@ def project(tmp_path, tiny_model, demo_clips) -> Callable[..., Project]:
     return make
 
 
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, tiny_model, demo_clips) -> Callable[[str], Project]:
+    """Projects whose cache is complete, by model."""
+
+    @functools.cache
+    def make(variant: str) -> Project:
+        home = Project(tmp_path_factory.mktemp("filled"), tiny_model(variant), {})
+        shutil.copytree(demo_clips, home.folder / "clips")
+        assert encoded(home.precompute()) == (4, 5, 0)  # four captions and the empty one
+        return home
+
+    return make
+
+
+@pytest.fixture
+def cached(filled, tmp_path) -> Callable[..., Project]:
+    """A copy of one of them."""
+
+    def make(variant: str = "5b") -> Project:
+        shutil.copytree(filled(variant).folder, tmp_path, dirs_exist_ok=True)
+        return Project(tmp_path, filled(variant).model, {})
+
+    return make
+
+
 def encoded(report: PrecomputeReport) -> tuple[int, int, int]:
     return report.encoded["latents"], report.encoded["prompts"], report.encoded["images"]
 
@@ -111,11 +142,10 @@ def encoded(report: PrecomputeReport) -> tuple[int, int, int]:
 # ----------------------------------------------------------------------------------------------------- what is stored
 
 
-def test_latents_and_embeddings_equal_what_diffusers_computes(project):
-    home = project()
-    report = home.precompute()
-    assert encoded(report) == (4, 5, 0)  # four captions and the empty one
-    item = next(item for item in report.manifest.items if "square" in item.clip)
+def test_latents_and_embeddings_equal_what_diffusers_computes(cached):
+    home = cached()
+    manifest = home.manifest
+    item = next(item for item in manifest.items if "square" in item.clip)
     entry = home.cache.read(item)
 
     from diffusers import AutoencoderKLCogVideoX, CogVideoXPipeline
@@ -136,7 +166,7 @@ def test_latents_and_embeddings_equal_what_diffusers_computes(project):
     pipeline = CogVideoXPipeline.from_pretrained(home.model)
     for text, ours in (
         (item.caption, entry.prompt_embeds),
-        ("", home.cache.read_prompt(report.manifest.empty_prompt_key)),
+        ("", home.cache.read_prompt(manifest.empty_prompt_key)),
     ):
         with torch.no_grad():
             prompt, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=16)
@@ -177,25 +207,22 @@ def test_image_draws_depend_on_content_alone(project):
         assert torch.equal(again, first[item.clip].image_latents[:2])
 
 
-def test_an_image_of_its_own_stands_for_the_first_frame(project):
-
-    home = project("1.5-5b-i2v")
-    plain = home.cache, home.precompute()
+def test_an_image_of_its_own_stands_for_the_first_frame(cached):
+    home = cached("1.5-5b-i2v")
+    before = home.manifest.items[0]
     still = home.folder / "clips" / "still.png"
     Image.new("RGB", (80, 70), (200, 30, 30)).save(still)
     home.rows(lambda rows: rows[0].update(image="still.png"))
     report = home.precompute()
     assert encoded(report) == (1, 0, 0)
-    before, after = plain[1].manifest.items[0], report.manifest.items[0]
-    old, new = home.cache.read(before), home.cache.read(after)
+    old, new = home.cache.read(before), home.cache.read(report.manifest.items[0])
     assert torch.equal(old.latents_mean, new.latents_mean) and not torch.equal(old.image_latents, new.image_latents)
     Image.new("RGB", (80, 70), (30, 200, 30)).save(still)
     assert encoded(home.precompute()) == (1, 0, 0)
 
 
-def test_validation_prompts_and_images_are_stored(project):
-
-    home = project("1.5-5b-i2v")
+def test_validation_prompts_and_images_are_stored(cached):
+    home = cached("1.5-5b-i2v")
     Image.new("RGB", (100, 70), (10, 20, 30)).save(home.folder / "start.png")
     samples = [
         {"prompt": "a new prompt", "image": "start.png"},
@@ -270,20 +297,10 @@ CHANGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def filled(tmp_path_factory, tiny_model, demo_clips) -> Project:
-    """A project whose cache is complete; tests copy it."""
-    home = Project(tmp_path_factory.mktemp("filled"), tiny_model("1.5-5b-i2v"), {})
-    shutil.copytree(demo_clips, home.folder / "clips")
-    assert encoded(home.precompute()) == (4, 5, 0)
-    return home
-
-
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_change_encodes_again_exactly_what_it_changes(filled, tmp_path, name):
+def test_a_change_encodes_again_exactly_what_it_changes(cached, name):
     change, expected = CHANGES[name]
-    home = Project(tmp_path / "copy", filled.model, {})
-    shutil.copytree(filled.folder, home.folder)
+    home = cached("1.5-5b-i2v")
     change(home)
     config = home.config()
     plan = cache_plan.plan_cache(config, read_spec(config.model.pretrained), home.cache, progress=False)
@@ -294,9 +311,9 @@ def test_a_change_encodes_again_exactly_what_it_changes(filled, tmp_path, name):
         assert before.items() <= _entries(home).items() and len(_entries(home)) == len(before) + sum(expected)
 
 
-def test_another_clip_under_an_old_name_is_another_clip(project):
-    home = project()
-    before = home.precompute().manifest
+def test_another_clip_under_an_old_name_is_another_clip(cached):
+    home = cached()
+    before = home.manifest
     _other_bytes(home)
     report = home.precompute()
     assert encoded(report) == (0, 0, 0)  # its new content is that of the first clip, which is there
@@ -330,9 +347,9 @@ def _forbidden(*args: Any, **options: Any) -> Any:
     raise AssertionError("this must not be needed")
 
 
-def test_a_complete_cache_opens_nothing(project, monkeypatch, capsys):
-    home = project()
-    manifest = home.precompute().manifest
+def test_a_complete_cache_opens_nothing(cached, monkeypatch, capsys):
+    home = cached()
+    manifest = home.manifest
     for name in (
         "finetune.caching.precompute.check_dataset",
         "finetune.cogvideox.load.load_vae",
@@ -349,6 +366,8 @@ def test_a_complete_cache_opens_nothing(project, monkeypatch, capsys):
 
 def test_auto_fills_the_cache_and_says_why(project, capsys):
     home = project()
+    with pytest.raises(CacheError, match="nothing has been precomputed"):
+        home.ensure(cache={"mode": "require"})
     assert len(home.ensure().items) == 4
     assert "nothing has been precomputed" in capsys.readouterr().out
     shutil.copy(home.clips[0], home.clips[1])
@@ -359,12 +378,8 @@ def test_auto_fills_the_cache_and_says_why(project, capsys):
     assert re.search(r"captions +1 +4", said)
 
 
-def test_require_names_the_fields_that_differ(project):
-    home = project()
-    with pytest.raises(CacheError, match="nothing has been precomputed"):
-        home.ensure(cache={"mode": "require"})
-    home.precompute()
-    assert home.ensure(cache={"mode": "require"})
+def test_require_names_the_fields_that_differ(cached):
+    home = cached()
     with pytest.raises(CacheError) as caught:
         home.ensure(
             cache={"mode": "require"}, data={"fps": 16, "trigger": "zkx"}, validation={"samples": [{"prompt": "x"}]}
@@ -375,9 +390,9 @@ def test_require_names_the_fields_that_differ(project):
     assert "buckets" not in said
 
 
-def test_require_accepts_absent_media_and_refuses_changed_ones(project, capsys):
-    home = project()
-    manifest = home.precompute().manifest
+def test_require_accepts_absent_media_and_refuses_changed_ones(cached, capsys):
+    home = cached()
+    manifest = home.manifest
     shutil.copy(home.clips[0], home.clips[1])
     with pytest.raises(CacheError, match="has changed"):
         home.ensure(cache={"mode": "require"})
@@ -388,9 +403,9 @@ def test_require_accepts_absent_media_and_refuses_changed_ones(project, capsys):
         home.ensure()
 
 
-def test_a_cache_from_before_headers_were_read_so_is_planned_anew_and_not_encoded(project, capsys):
-    home = project()
-    manifest = home.precompute().manifest
+def test_a_cache_from_before_headers_were_read_so_is_planned_anew_and_not_encoded(cached, capsys):
+    home = cached()
+    manifest = home.manifest
     older = replace(manifest, request={**manifest.request, "format": {**manifest.request["format"]}}, kept={})
     del older.request["format"]["headers"]
     for path in (home.folder / "cache" / "manifests").iterdir():
@@ -418,8 +433,9 @@ def test_a_project_may_move_and_its_resolved_configuration_may_be_used(project, 
     assert found.digest == manifest.digest and all(path.startswith(str(moved)) for path in found.inputs)
 
 
-def test_a_new_source_file_is_noticed(project):
-    home = project(data={"sources": [{"path": "clips", "kind": "folder"}]})
+def test_a_new_source_file_is_noticed(cached):
+    home = cached()
+    home.changes = {"data": {"sources": [{"path": "clips", "kind": "folder"}]}}
     (home.folder / "clips" / "metadata.jsonl").unlink()
     for path in home.clips:
         path.with_suffix(".txt").write_text("a red circle moving left")
@@ -433,9 +449,9 @@ def test_a_new_source_file_is_noticed(project):
     assert home.ensure().items[-1].caption == "a blue ring"
 
 
-def test_encoders_need_not_be_on_the_training_machine(project, capsys):
-    home = project()
-    manifest = home.precompute().manifest
+def test_encoders_need_not_be_on_the_training_machine(cached, capsys):
+    home = cached()
+    manifest = home.manifest
     bare = home.folder / "bare"
     shutil.copytree(home.model, bare)
     for component in ("text_encoder", "vae"):
@@ -486,10 +502,10 @@ ensure_cache(load_config(sys.argv[1], ["data.fps=4", "cache.decode_workers=0"]),
 """
 
 
-def test_a_complete_cache_is_read_without_decoders_or_datasets(project):
-    home = project()
+def test_a_complete_cache_is_read_without_decoders_or_datasets(cached):
+    home = cached()
     (home.folder / "run.yaml").write_text(home.config().to_yaml())
-    digest = home.precompute().manifest.digest
+    digest = home.manifest.digest
     finished = subprocess.run(
         [sys.executable, "-c", BLOCKED, str(home.folder / "run.yaml")],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -810,9 +826,8 @@ def test_captions_are_not_compared_where_there_is_no_tokenizer(project, tmp_path
         home.precompute()
 
 
-def test_a_manifest_from_before_captions_were_compared_still_answers(project):
-    home = project()
-    home.precompute()
+def test_a_manifest_from_before_captions_were_compared_still_answers(cached):
+    home = cached()
     (manifest,) = (home.folder / "cache" / "manifests").glob("*.json")
     assert "unreadable_captions" not in manifest.read_text()
     home.ensure(cache={"mode": "require"})
@@ -1101,9 +1116,9 @@ def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
             assert float(written) == pytest.approx(1000 * size / 2**30, abs=0.006), (variant, shape)
 
 
-def test_the_reader_in_the_documentation_reads(project, monkeypatch, capsys):
-    home = project()
-    manifest = home.precompute().manifest
+def test_the_reader_in_the_documentation_reads(cached, monkeypatch, capsys):
+    home = cached()
+    manifest = home.manifest
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "cache.md").read_text(), re.DOTALL)
     (code,) = [block for block in blocks if "load_file" in block]
     monkeypatch.chdir(home.folder)

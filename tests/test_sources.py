@@ -26,11 +26,11 @@ def sources(*written: dict) -> tuple:
     return SOURCES.validate_python(list(written))
 
 
-def read(base: Path, *written: dict, image_to_video: bool = False, **captions: str) -> SourceRead:
-    return read_samples(sources(*written), CaptionConfig(**captions), image_to_video=image_to_video, base=base)
+def read(base: Path, *written: dict, image_to_video: bool = False, skip: bool = False) -> SourceRead:
+    return read_samples(sources(*written), CaptionConfig(), image_to_video=image_to_video, base=base, skip=skip)
 
 
-def fails(base: Path, *written: dict, **more) -> str:
+def fails(base: Path, *written: dict, **more: bool) -> str:
     with pytest.raises(DataError) as caught:
         read(base, *written, **more)
     return str(caught.value)
@@ -522,6 +522,7 @@ def test_badly_encoded_names_are_told_together(base):
         os.close(os.open(path, os.O_CREAT | os.O_WRONLY))
     message = fails(base, {"path": "."})
     assert "4 things" in message and message.count("name is damaged") == 4 and "a folder's name" in message
+    assert "it holds U+DCFF" in message and message.encode("utf-8")
     jsonl(base / "m.jsonl", [{"file_name": f"{name}.mp4", "prompt": "x"} for name in ("\udcff", "\udce9")])
     assert fails(base, {"path": "m.jsonl"}).count("name is damaged") == 2
 
@@ -550,14 +551,6 @@ def test_paths_that_are_no_dataset(base):
 @pytest.mark.parametrize(
     ("video", "message"),
     [
-        ("/etc/hostname.mp4", "absolute"),
-        ("C:\\clips\\a.mp4", "absolute"),
-        ("~/a.mp4", "absolute"),
-        ("../outside.mp4", "leads out"),
-        ("clips/../../outside.mp4", "leads out"),
-        ("clips\\..\\..\\outside.mp4", "leads out"),
-        ("link_out.mp4", "link that leads out"),
-        ("linked_folder/outside.mp4", "link that leads out"),
         ("circle.mp4", "cannot be read|no file"),
         ("clips/gone.mp4", "no file"),
         ("clips\\gone.mp4", "no file"),
@@ -577,11 +570,10 @@ def test_paths_that_are_no_dataset(base):
     ],
 )
 def test_videos_that_are_refused(base, video, message):
-    put(base / "data/clips/a.mp4"), put(base / "outside.mp4"), (base / "data/folder.mp4").mkdir()
+    """Those that lead out of their folder are in test_hostile_text."""
+    put(base / "data/clips/a.mp4"), (base / "data/folder.mp4").mkdir()
     put(base / "data/clips/empty.mp4", b"")
     put(base / "data/clips/a.png")
-    (base / "data/link_out.mp4").symlink_to(base / "outside.mp4")
-    (base / "data/linked_folder").symlink_to(base)
     (base / "data/circle.mp4").symlink_to(base / "data/circle.mp4")
     jsonl(base / "data/m.jsonl", [{"file_name": video, "prompt": "x"}])
     with pytest.raises(DataError, match=message) as caught:
@@ -611,12 +603,6 @@ def test_a_name_that_is_spelled_otherwise_means_its_file(base, written, there):
         assert "no file" in fails(base, {"path": "m.jsonl"}), "two files could be meant"
 
 
-def test_links_that_stay_inside_are_fine(base):
-    (base / "link.mp4").symlink_to(base / CLIPS[0])
-    jsonl(base / "m.jsonl", [{"file_name": "link.mp4", "prompt": "x"}])
-    assert len(read(base, {"path": "m.jsonl"}).train) == 1
-
-
 @pytest.mark.parametrize(
     ("caption", "message"),
     [
@@ -627,9 +613,6 @@ def test_links_that_stay_inside_are_fine(base):
         (["a"], "list, not text"),
         ("x" * 10_001, "10,001 characters"),
         ("bell \x07", "U\\+0007 at character 6"),
-        ("half \ud83d", "U\\+D83D"),
-        ("lost \ufffd", "U\\+FFFD"),
-        ("na\x95ve", "U\\+0095"),
     ],
 )
 def test_captions_that_are_refused(base, caption, message):

@@ -323,11 +323,6 @@ class PrecomputeReport:
         """Clips left out, by reason."""
         return self.manifest.skipped
 
-    @property
-    def gib(self) -> float:
-        """Size of the dataset's entries in GiB."""
-        return self.bytes / 2**30
-
     def __str__(self) -> str:
         lines = [f"cache {from_here(self.cache_dir)}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
         lines += [
@@ -637,7 +632,7 @@ def _changes(manifest: Manifest, config: RunConfig, cache: Cache) -> tuple[list[
     if not manifest.complete:
         faults.append("precompute was begun for this configuration and not finished")
     for path, stamp in manifest.inputs.items():
-        unchanged = cache.is_unchanged(Path(path), stamp)
+        unchanged = cache.is_unchanged(path, stamp)
         if unchanged is None:
             absent.append(path)
         elif not unchanged:

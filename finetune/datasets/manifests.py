@@ -8,9 +8,10 @@ dataset file or an encoder. ``docs/cache.md`` describes the files for other tool
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +121,7 @@ class Manifest:
             "base": str(base),
             "request": self.request,
             "digest": self.digest,
-            "items": [{**asdict(item), "bucket": str(item.bucket)} for item in self.items],
+            "items": [{**vars(item), "bucket": str(item.bucket)} for item in self.items],
             "empty_prompt_key": self.empty_prompt_key,
             "prompts": self.prompts,
             "images": {portable(Path(path), base): key for path, key in self.images.items()},
@@ -137,11 +138,12 @@ class Manifest:
     @classmethod
     def from_content(cls, content: Mapping[str, Any], base: Path) -> Manifest:
         """From what ``read_content`` gave; relative paths start at ``base``."""
+        bucket = cache(parse_bucket)
         return cls(
-            items=tuple(ManifestItem(**{**item, "bucket": parse_bucket(item["bucket"])}) for item in content["items"]),
+            items=tuple(ManifestItem(**{**item, "bucket": bucket(item["bucket"])}) for item in content["items"]),
             empty_prompt_key=content["empty_prompt_key"],
             request=content["request"],
-            inputs={str(base / path): FileStamp(*stamp) for path, stamp in content["inputs"].items()},
+            inputs={os.path.join(base, path): FileStamp(*stamp) for path, stamp in content["inputs"].items()},  # noqa: PTH118
             prompts=content["prompts"],
             images={str(base / path): key for path, key in content["images"].items()},
             skipped=content["skipped"],
