@@ -117,6 +117,7 @@ def doctor(
     card: str | None = None,
     device: str | None = None,
     predict: bool = False,
+    vae: bool = False,
     progress: bool = True,
 ) -> DoctorReport:
     """Look at everything that a run would train on: headers, a few frames of every clip, captions, and what it takes.
@@ -127,6 +128,7 @@ def doctor(
         card: memory of the GPU, such as ``24GB``; None for ``memory.budget``, or the one that is here.
         device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
         predict: wait for the prediction of memory however long it takes; else it is there if it was made before.
+        vae: load the VAE, put every clip through it, and show the frames that suffer most.
         progress: draw bars.
 
     Raises:
@@ -136,10 +138,11 @@ def doctor(
         ModelError: if the model's JSON cannot be found or used.
     """
     from finetune.config.schema import as_config
-    from finetune.diagnosis.report import doctor
+    from finetune.diagnosis.doctor import doctor
 
     file = None if page is None else Path(page)
-    return doctor(as_config(config), page=file, card=card, device=device, predict=predict, progress=progress)
+    options = {"page": file, "card": card, "device": device, "predict": predict, "vae": vae, "progress": progress}
+    return doctor(as_config(config), **options)  # type: ignore[arg-type]
 
 
 @checked

@@ -437,3 +437,19 @@ def test_a_browser_shows_the_pixels_that_training_sees(browser, report, clinic, 
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
     assert np.array_equal(shown, decode(clinic / "bars.mp4", header, plan).pixels[:, 0].permute(1, 2, 0).numpy())
     tab.page.close()
+
+
+def test_the_vae_shows_what_it_loses(clinic, tiny_model, tmp_path):
+    (tmp_path / "clips").mkdir()
+    shutil.copy(clinic / "other.mp4", tmp_path / "clips")
+    (tmp_path / "clips" / "other.txt").write_text("a red circle")
+    report = finetune.doctor(values(tiny_model(), tmp_path / "clips", tmp_path / "run"), vae=True, progress=False)
+    (clip,) = report.clips
+    assert 0 < clip.values["psnr"] < 20 and "lost in the VAE" in {fault.name for fault in clip.faults}
+    original, ours = (np.asarray(Image.open(io.BytesIO(one.content)), np.float64) for one in clip.pictures[-2:])
+    psnr = 10 * np.log10(255**2 / np.mean((original - ours) ** 2))
+    assert f"{psnr:.1f} dB" in clip.pictures[-1].label and clip.pictures[-1].exact
+    header = probe(clinic / "other.mp4")
+    (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
+    frames = decode(clinic / "other.mp4", header, plan).pixels.permute(1, 2, 3, 0).numpy()
+    assert any(np.array_equal(frame, original) for frame in frames)

@@ -367,6 +367,10 @@ def doctor(
         bool,
         _flag("--predict", "Wait for the prediction of memory: half a minute the first time, remembered afterwards."),
     ] = False,
+    vae: Annotated[
+        bool,
+        _flag("--vae", "Load the VAE, put every clip through it, and show the frames that suffer most."),
+    ] = False,
     json: Annotated[bool, _flag("--json", "Print a JSON document.")] = False,
 ) -> int:
     """Look at the clips that training would see: a table here, and a page of frames, captions and faults.
@@ -374,7 +378,7 @@ def doctor(
     Exits with 2 where something stops training, and with 3 where there are warnings.
     """
     report = finetune.doctor(
-        finetune.load_config(config, overrides), page=output, card=card, device=device, predict=predict
+        finetune.load_config(config, overrides), page=output, card=card, device=device, predict=predict, vae=vae
     )
     print(report.to_json() if json else report)
     if report.level != "error" and not json:

@@ -50,6 +50,9 @@ FLASH = 25
 ALIKE = 10
 """Bits of 64 in which the perceptual hashes of two clips' frames differ at most, on average."""
 
+WELL_ENCODED = 25
+"""dB: below it a clip is said to suffer in the VAE. CogVideoX's gives most clips back at 30 and more."""
+
 _CORRECTED = {
     "turned": "rotated",
     "bwdif": "interlaced",

@@ -108,6 +108,20 @@ class Seen:
     frames: tuple[Encoded, ...]
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """How well the VAE gives a clip back."""
+
+    psnr: float
+    """Of the whole clip, in dB, of uint8 pixels."""
+    worst_psnr: float
+    """Of its worst frame."""
+    original: Encoded
+    """That frame, as it went in."""
+    reconstructed: Encoded
+    """And as it came out."""
+
+
 def sampled_positions(frames: int) -> tuple[list[int], list[tuple[int, int]]]:
     """Which frames of a clip are shown, and the pairs of neighbours whose difference is measured."""
     shown = sorted({round(i * (frames - 1) / (SHOWN - 1)) for i in range(SHOWN)})
@@ -144,14 +158,15 @@ def look(job: Look) -> Seen:
     (top, left), bucket = plan.crop_yx, plan.bucket
     cut = {at: frame[top : top + bucket.height, left : left + bucket.width] for at, frame in uncut.items()}
     measures = _measured(uncut, cut, shown, pairs)
-    pictures = [_encoded(cut[at], at, exact=number < job.exact) for number, at in enumerate(shown)]
+    pictures = [encoded(cut[at], at, exact=number < job.exact) for number, at in enumerate(shown)]
     if job.image is not None:
         image = decode.read_fitted_image(job.image, bucket).transpose(1, 2, 0)
-        pictures.insert(0, _encoded(image, -1, exact=job.exact > 0))
-    return Seen(measures, _encoded(uncut[0], 0, exact=False), tuple(pictures))
+        pictures.insert(0, encoded(image, -1, exact=job.exact > 0))
+    return Seen(measures, encoded(uncut[0], 0, exact=False), tuple(pictures))
 
 
-def _encoded(frame: Frame, number: int, *, exact: bool) -> Encoded:
+def encoded(frame: Frame, number: int, *, exact: bool) -> Encoded:
+    """A frame [H, W, 3] as a picture: at its own size without loss, or small."""
     picture = Image.fromarray(np.ascontiguousarray(frame))
     if not exact:
         picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Image.Resampling.BOX)

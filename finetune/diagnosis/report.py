@@ -1,52 +1,24 @@
-"""``finetune doctor``: reads headers, looks at frames, and puts what it finds into a table, a page and a document."""
+"""What the doctor found: as a table for the terminal, a page for a browser, and a document for programs."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import compress
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune.caching.check import (
     ENOUGH,
-    PlannedClip,
-    identities,
-    kept_by_bucket,
-    kept_warnings,
-    split_clips,
-    workers_for,
 )
-from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
-from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
-from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.config.rules import require_valid
-from finetune.config.schema import RunConfig
-from finetune.config.starting_points import word_on_length
-from finetune.core.errors import DataError
-from finetune.core.files import atomic_write_text, human_size
-from finetune.core.gpu import amount
-from finetune.core.terminal import Bar
-from finetune.core.text import holds_word
-from finetune.core.types import Bucket, Sample, VideoProbe
-from finetune.datasets.decode_pool import DecodePool
-from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
-from finetune.datasets.manifests import portable
-from finetune.datasets.schedule import Item, StepPlan
-from finetune.datasets.sources import read_samples
+from finetune.core.files import human_size
+from finetune.core.types import Bucket
 from finetune.diagnosis import outlook as outlooks
-from finetune.diagnosis.faults import alike, caption_faults, groups, header_faults, picture_faults, plan_faults
-from finetune.diagnosis.footage import SHOWN, Encoded, Look, Seen, look_at
 from finetune.diagnosis.outlook import Outlook, duration
-from finetune.diagnosis.page import LEVELS, Bars, Card, Column, Fault, Level, Page, Picture, Table, render
+from finetune.diagnosis.page import LEVELS, Bars, Card, Column, Fault, Level, Page, Picture, Table
 
 MOST_CARDS = 400
 """On a page, those with faults first: a browser shows so many at once without pain."""
-
-EXACT_PICTURES = 160
-"""At training size and without loss, on a page: some 40 MB at 480x720."""
 
 COLUMNS = (
     Column("picture", "picture kept", "{:.0%}"),
@@ -157,330 +129,6 @@ class DoctorReport:
         return json.dumps(document, indent=1, ensure_ascii=True)
 
 
-def doctor(
-    config: RunConfig,
-    *,
-    page: Path | None = None,
-    card: str | None = None,
-    device: str | None = None,
-    predict: bool = False,
-    progress: bool = True,
-) -> DoctorReport:
-    """Look at everything that a run would train on.
-
-    Args:
-        config: of the run.
-        page: the HTML file to write; None for none.
-        card: memory of the GPU, such as ``24GB``; None for ``memory.budget``, or the one that is here.
-        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
-        predict: wait for the prediction of memory however long it takes.
-        progress: draw bars.
-
-    Raises:
-        ConfigError: if the configuration does not fit the model, or ``card`` is no amount.
-        DataError: if the sources cannot be read at all, or name files that are not there.
-        ModelError: if the model's JSON cannot be found or used.
-    """
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
-    warnings = require_valid(config, spec)
-    card_bytes = amount("--card", card or config.memory.budget)
-    dataset = _read(config, spec, progress)
-    with _Prediction(config, card_bytes, device, wanted=bool(dataset.planned)) as prediction:
-        seen = _look(config, dataset.planned, progress)
-        captions = {clip.sample.caption: clip.sample.where for clip in dataset.planned}
-        tokens = _read_captions(config, spec, list(captions))
-        report = _report(config, spec, dataset, seen, tokens)
-        if report.buckets:
-            outlook = outlooks.look_ahead(
-                config,
-                spec,
-                {bucket.bucket: bucket.clips + bucket.held_out for bucket in report.buckets},
-                len(captions),
-                (report.steps, sum(clip.holdout for clip in report.clips)),
-                device or "",
-            )
-            report = replace(report, outlook=prediction.added_to(outlook, patient=predict))
-    report = replace(report, notes=(*report.notes, *warnings), page=page)
-    if page is not None:
-        atomic_write_text(page, render(_page(config, report)))
-    return report
-
-
-# ------------------------------------------------------------------------------------------------ what is to be trained
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    planned: tuple[PlannedClip, ...]
-    left_out: tuple[ClipReport, ...]
-    notes: tuple[str, ...]
-    fps: float
-
-
-def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
-    """Rows and headers: as ``check_dataset`` reads them, but what is wrong is kept beside what is right."""
-    data = config.data
-    read = read_samples(data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True)
-    rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
-    level: Level = "warning" if data.unreadable_clips == "skip" else "error"
-    left_out = [
-        ClipReport(error.where, error.where, faults=(Fault(level, "caption", error.what, error.fix),))
-        for error in read.unusable
-    ]
-    fps = data.fps or spec.native_fps
-    videos = sorted({sample.video for sample, _ in rows})
-    with DecodePool(workers_for(config, len(videos))) as pool:
-        bar = Bar(pool.probe_many(videos), total=len(videos), desc="reading headers of videos", disable=not progress)
-        probes: dict[Path, VideoProbe | DataError] = dict(bar)
-    planned: list[PlannedClip] = []
-    for sample, holdout in rows:
-        name, probe = portable(sample.video, config.base), probes[sample.video]
-        if isinstance(probe, DataError):
-            left_out.append(_left_out(name, sample, holdout, Fault(level, "undecodable", probe.what, probe.fix)))
-            continue
-        try:
-            plans = plan_clips(probe, data, fps, "")
-            fault = Fault("warning", "short", "too short for every bucket of its shape: left out")
-        except DataError as error:
-            plans, fault = [], Fault("error", "short" if "frames" in error.what else "shape", error.what, error.fix)
-        if not plans:
-            left_out.append(_left_out(name, sample, holdout, fault, *header_faults(probe, fps)))
-        for number, plan in enumerate(plans, start=1):
-            label = name if len(plans) == 1 else f"{name}#{number}"
-            planned.append(PlannedClip(label, sample, probe, plan, holdout))
-    return _Dataset(tuple(planned), tuple(left_out), read.notes, fps)
-
-
-def _left_out(name: str, sample: Sample, holdout: bool, *faults: Fault) -> ClipReport:
-    return ClipReport(name, sample.where, sample.caption, holdout=holdout, faults=faults)
-
-
-def _look(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> list[Seen | DataError]:
-    exact = min(SHOWN, EXACT_PICTURES // max(1, len(clips)))
-    exact = max(1, exact) if len(clips) <= MOST_CARDS else 0
-    jobs = [Look(clip.sample.video, clip.probe, clip.plan, clip.sample.image, exact) for clip in clips]
-    seen = look_at(jobs, workers_for(config, len(jobs)))
-    return list(Bar(seen, total=len(jobs), desc="looking at clips", disable=not progress))
-
-
-def _read_captions(config: RunConfig, spec: ModelSpec, captions: Sequence[str]) -> dict[str, TokenizedCaption]:
-    """What the model reads of each caption; nothing where its tokenizer is not on this machine."""
-    folder = local_folder(config.model.pretrained, config.model.revision)
-    names = ("spiece.model", "tokenizer.json")
-    if not captions or folder is None or not any((folder / "tokenizer" / name).is_file() for name in names):
-        return {}
-    return dict(zip(captions, tokenize(load_tokenizer(config.model), captions, spec), strict=True))
-
-
-class _Prediction:
-    """The planner at work in a process of its own while clips are looked at; a context manager."""
-
-    def __init__(self, config: RunConfig, card_bytes: int | None, device: str | None, *, wanted: bool) -> None:
-        self._config, self._card_bytes, self._device, self._wanted = config, card_bytes, device, wanted
-
-    def __enter__(self) -> _Prediction:
-        if self._wanted:
-            from finetune.planner.cost_model import card_here, device_here
-            from finetune.planner.plan import predict_async
-
-            self._card_bytes = self._card_bytes or card_here()
-            model = self._config.model
-            here = local_folder(model.pretrained, model.revision)
-            if model.dtype == "auto" and here is None and published_variant(model.pretrained):
-                model = model.model_copy(update={"dtype": "bf16"})  # which is what the published ones are
-            config = self._config.model_copy(update={"model": model})
-            self._running = predict_async(config, self._card_bytes, device=self._device or device_here())
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._wanted:
-            self._running.close()
-
-    def added_to(self, outlook: Outlook, *, patient: bool) -> Outlook:
-        prediction = self._running.result(24 * 3600.0 if patient else outlooks.PATIENCE_S)
-        if prediction is None:
-            message = "not predicted yet: half a minute with --predict, remembered from then on"
-            return outlooks.with_memory(outlook, None, message, None)
-        return outlooks.with_memory(outlook, prediction.nbytes, prediction.message, self._card_bytes)
-
-
-# --------------------------------------------------------------------------------------------------------- the findings
-
-
-def _report(
-    config: RunConfig,
-    spec: ModelSpec,
-    dataset: _Dataset,
-    seen: Sequence[Seen | DataError],
-    tokens: Mapping[str, TokenizedCaption],
-) -> DoctorReport:
-    planned, fps, data = dataset.planned, dataset.fps, config.data
-    faults: list[Fault] = []
-    held_out: tuple[bool, ...] = ()
-    if planned:
-        held_out = split_clips(planned, identities(config, planned, progress=False), data.holdout)
-    found: list[list[Fault]] = []
-    for clip, sight in zip(planned, seen, strict=True):
-        own = [*header_faults(clip.probe, fps), *plan_faults(clip.probe, clip.plan, fps)]
-        if isinstance(sight, DataError):
-            level: Level = "warning" if data.unreadable_clips == "skip" else "error"
-            own.insert(0, Fault(level, "undecodable", sight.what, sight.fix))
-        else:
-            own += picture_faults(sight.measures, clip.plan)
-        caption = clip.sample.caption
-        found.append([*own, *caption_faults(caption, tokens.get(caption), spec.max_text_seq_length)])
-    _add_likenesses(planned, seen, held_out, found)
-    _add_duplicates(planned, found)
-    clips = tuple(
-        _clip_report(clip, sight, kept, tuple(own), tokens.get(clip.sample.caption), fps)
-        for clip, sight, kept, own in zip(planned, seen, held_out, found, strict=True)
-    )
-    training = list(compress(planned, (not one for one in held_out)))
-    buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
-    if not training:
-        faults.append(Fault("error", "no clips", "no clip is left to train on"))
-    elif word := word_on_length(len(training), epochs * max(clip.sample.repeats for clip in training)):
-        low = "train.steps" if config.train.steps else "train.epochs"
-        faults.append(Fault("warning", "length", f"{steps} steps are {epochs:.4g} epochs: {word}", f"change {low}"))
-    if training and not any(held_out):
-        text = "no clip is held out, so overfitting stays unseen"
-        faults.append(Fault("warning", "no holdout", text, "set data.holdout"))
-    prompts = [sample.prompt for sample in config.validation.samples]
-    if data.trigger and prompts and not any(holds_word(prompt, data.trigger) for prompt in prompts):
-        text = f"no prompt of validation.samples holds the trigger word {data.trigger!r}"
-        faults.append(Fault("warning", "trigger missing", text, "write it into one: prompts are taken as they stand"))
-    faults += [Fault("warning", "kept", text) for text in kept_warnings(planned, data, spec, fps)]
-    notes = list(dataset.notes)
-    if planned and not tokens:
-        notes.append("captions were not counted in tokens: the model's tokenizer is not on this machine")
-    return DoctorReport(
-        clips=(*dataset.left_out, *clips),
-        buckets=buckets,
-        faults=tuple(faults),
-        steps=steps,
-        epochs=epochs,
-        tokens=tuple(one.length for one in tokens.values()),
-        token_limit=spec.max_text_seq_length,
-        outlook=None,
-        notes=tuple(notes),
-    )
-
-
-def _add_likenesses(
-    clips: Sequence[PlannedClip],
-    seen: Sequence[Seen | DataError],
-    held_out: Sequence[bool],
-    faults: Sequence[list[Fault]],
-) -> None:
-    hashes = [() if isinstance(sight, DataError) else sight.measures.hashes for sight in seen]
-
-    def is_same(one: int, other: int) -> bool:  # two captions of one clip are no fault
-        pair = [(clips[at].sample.video, clips[at].plan.frame_indices) for at in (one, other)]
-        return pair[0] == pair[1] and held_out[one] == held_out[other]
-
-    pairs = [pair for pair in alike(hashes) if not is_same(*pair[:2])]
-    for index, others in groups(pairs).items():
-        names = ", ".join(clips[other].name for other in others[:3])
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
-        across = [other for other in others if held_out[other] != held_out[index]]
-        if across:
-            sides = "held out and looks like the training clip" if held_out[index] else "looks like the held-out clip"
-            text = f"{sides} {clips[across[0]].name}: the held-out loss measures memory"
-            faults[index].append(Fault("warning", "leak", text, "hold out both, or leave one out"))
-        faults[index].append(Fault("warning", "near-duplicate", f"looks like {names}{more}", "leave one out"))
-
-
-def _add_duplicates(clips: Sequence[PlannedClip], faults: Sequence[list[Fault]]) -> None:
-    videos: dict[str, set[Path]] = {}
-    for clip in clips:
-        videos.setdefault(clip.sample.caption, set()).add(clip.sample.video)
-    for clip, own in zip(clips, faults, strict=True):
-        if (count := len(videos[clip.sample.caption])) > 1:
-            own.append(Fault("note", "same caption", f"{count} videos have this caption"))
-
-
-def _clip_report(
-    clip: PlannedClip,
-    sight: Seen | DataError,
-    holdout: bool,
-    faults: tuple[Fault, ...],
-    tokens: TokenizedCaption | None,
-    fps: float,
-) -> ClipReport:
-    probe, plan, caption = clip.probe, clip.plan, clip.sample.caption
-    read = len(caption) if tokens is None else tokens.read
-    values: dict[str, float | str | None] = {
-        "picture": picture_kept((probe.height, probe.width), plan.bucket),
-        "seconds": seconds_kept(probe, [plan], fps) / seconds_of(probe),
-        "length_s": seconds_of(probe),
-        "fps": probe.fps,
-        "size": f"{probe.height}x{probe.width}",
-        "tokens": None if tokens is None else tokens.length,
-    }
-    if isinstance(sight, Seen):
-        measures = sight.measures
-        values |= {
-            "motion": sum(measures.motion) / max(1, len(measures.motion)),
-            "sharpness": measures.sharpness,
-            "brightness": sum(measures.luma) / len(measures.luma),
-        }
-    return ClipReport(
-        name=clip.name,
-        where=clip.sample.where,
-        caption=caption[:read],
-        bucket=str(plan.bucket),
-        holdout=holdout,
-        values=values,
-        faults=faults,
-        pictures=() if isinstance(sight, DataError) else tuple(_pictures(clip, sight)),
-        cut_caption=caption[read:],
-    )
-
-
-def _pictures(clip: PlannedClip, seen: Seen) -> Iterable[Picture]:
-    (top, left), (height, width), bucket = clip.plan.crop_yx, clip.plan.resize_hw, clip.plan.bucket
-    cut = (top / height, left / width, bucket.height / height, bucket.width / width)
-    yield _picture(seen.source, f"source, {clip.probe.height}x{clip.probe.width}", cut)
-    for encoded in seen.frames:
-        label = "first-frame image" if encoded.frame < 0 else f"frame {encoded.frame + 1} of {bucket.frames}"
-        yield _picture(encoded, f"{label}, exact" if encoded.exact else label)
-
-
-def _picture(encoded: Encoded, label: str, cut: tuple[float, float, float, float] | None = None) -> Picture:
-    return Picture(encoded.content, encoded.height, encoded.width, label, encoded.exact, cut)
-
-
-def _buckets(
-    config: RunConfig, spec: ModelSpec, clips: Sequence[PlannedClip], held_out: Sequence[bool], fps: float
-) -> tuple[tuple[BucketReport, ...], int, float]:
-    """The buckets; optimizer steps in all, and epochs."""
-    train = config.train
-    training = list(compress(clips, (not one for one in held_out)))
-    if not training:
-        return (), 0, 0.0
-    items = tuple(Item(clip.plan.bucket, clip.sample.repeats) for clip in training)
-    plan = StepPlan(items, train.seed, train.batch_size, train.accumulation)
-    steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
-    kept = kept_by_bucket(clips, fps)
-    counts = Counter(item.bucket for item in items)
-    samples: Counter[Bucket] = Counter()
-    for item in items:
-        samples[item.bucket] += item.repeats  # type: ignore[assignment]  # a fraction
-    reports = tuple(
-        BucketReport(
-            bucket=bucket,
-            clips=counts[bucket],
-            held_out=sum(clip.plan.bucket == bucket for clip in clips) - counts[bucket],
-            tokens=spec.tokens(bucket),
-            steps_per_epoch=math.ceil(samples[bucket] / train.batch_size) / train.accumulation,
-            picture=share.picture,
-            seconds=share.seconds,
-        )
-        for bucket, share in kept.items()
-    )
-    return reports, steps, steps / plan.steps_per_epoch
-
-
 # ----------------------------------------------------------------------------------------------- as text, and as a page
 
 
@@ -539,7 +187,8 @@ def _outlook_rows(report: DoctorReport) -> list[tuple[str, str]]:
     return outlooks.in_words(report.outlook, [one.bucket for one in report.buckets])
 
 
-def _page(config: RunConfig, report: DoctorReport) -> Page:
+def page_of(report: DoctorReport, model: str) -> Page:
+    """The report as a page; ``model`` is what it is for."""
     clips = sorted(report.clips, key=lambda clip: clip.severity, reverse=True)[:MOST_CARDS]
     chosen = {id(clip) for clip in clips}
     tables = []
@@ -554,7 +203,7 @@ def _page(config: RunConfig, report: DoctorReport) -> Page:
     if len(report.clips) > MOST_CARDS:
         notes.append(f"{MOST_CARDS} of {len(report.clips)} clips are shown, those with faults first; --json has all.")
     cards = [_card(clip) for clip in report.clips if id(clip) in chosen]
-    title = f"doctor: {config.model.pretrained}"
+    title = f"doctor: {model}"
     return Page(title, _summary(report), cards, COLUMNS, tables, bars, report.faults, notes)
 
 
