@@ -40,15 +40,16 @@ MAX_BYTES = 1 << 20
 """Of a configuration file: a hundred times the longest anyone has a use for."""
 
 MAX_NODES = 20_000
-"""Values and keys. A file that unfolds to more is a mistake, or an attack made of nested aliases."""
+"""Values and keys as they are written."""
 
 MAX_DEPTH = 50
 """Of sections and lists in each other; a run has six."""
 
 MAX_WORK = 4 * MAX_BYTES
-"""Characters that a file may unfold to: aliases to one long text would be gone through once for each of them."""
+"""Characters that a file may unfold to: aliases are gone through once for each place that they stand at, and so nested
+ones are an attack. A file within the bounds above that has no aliases is within this one."""
 
-_NODE_WORK = MAX_WORK // MAX_NODES
+_NODE_WORK = 128
 """Characters' worth of work for a value or a key, whatever it holds."""
 
 _MAX_DIGITS = 100
@@ -180,7 +181,7 @@ class YamlReader:
         """Count the work that a value, a key or a fault makes, each time that it stands somewhere."""
         self._work += _NODE_WORK + (len(node.value) if isinstance(node, yaml.ScalarNode) else 0)
         if self._work > MAX_WORK:
-            limit = f"{MAX_NODES} values, or {MAX_WORK:,} characters"
+            limit = f"{MAX_WORK // _NODE_WORK:,} values, or {MAX_WORK:,} characters"
             raise ConfigError(f"it unfolds to more than {limit}", where=self._at(node.start_mark))
 
     def _fault(self, node: yaml.Node, what: str, **more: str) -> None:
