@@ -125,6 +125,9 @@ class MemoryConfig(Strict):
             raise ValueError(f"kind: auto chooses {', '.join(chosen)} itself; leave them out, or set kind: manual")
         return self
 
+    def __str__(self) -> str:
+        return ", ".join(f"{name}: {value}" for name, value in self.changed().items()) or "defaults"
+
     def changed(self) -> dict[str, Any]:
         """The fields that are not at their defaults, in the section's order."""
         default = type(self).model_fields

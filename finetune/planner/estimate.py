@@ -368,6 +368,8 @@ def _vae(
         vae = fake_run.empty_vae(folder, dtype)
         if tiled:
             vae.enable_tiling()
+        for part in (vae.encoder, vae.decoder):
+            tracker.run_once_per_shape(part)
         tracker.name("VAE weights", tensors_of(vae))
         begin = tracker.tick
         if name == "encode":

@@ -20,6 +20,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from finetune.memory.host_buffers import label_of, working_for
 
@@ -142,11 +143,37 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if isinstance(leaf, Tensor):
                 self._see(leaf.untyped_storage(), str(func))
         if func in _ATTENTION_BACKWARD:
-            self._tick += 2
-            nbytes, begin = attention_workspace(args[1]), self._tick - 1
-            workspace = Allocation(nbytes, begin, self.where, str(func), part="attention workspace", end=self._tick)
-            self.allocations.append(workspace)
+            self._hold_briefly(attention_workspace(args[1]), str(func), "attention workspace")
         return output
+
+    def run_once_per_shape(self, module: nn.Module) -> None:
+        """Have a call of ``module`` whose inputs have the shapes of an earlier call's only make the outputs, and hold
+        for a moment what that call held at its highest. A VAE in tiles makes some fifty calls of five kinds.
+
+        Its outputs must share no memory, and its inputs must outlive the call.
+        """
+        forward, calls = module.forward, dict[tuple[object, ...], tuple[Any, int, str]]()
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves, form = tree_flatten((args, kwargs))
+            kind = (str(form), *(leaf.shape if isinstance(leaf, Tensor) else leaf for leaf in leaves))
+            begin, first = self.tick, len(self.allocations)
+            if kind in calls:
+                makers, nbytes, op = calls[kind]
+                output = tree_map_only(partial, lambda make: make(), makers)
+                self._hold_briefly(nbytes - sum(made.nbytes for made in self.allocations[first:]), op)
+                return output
+            output = forward(*args, **kwargs)
+            timeline, top, maker = _highest(self.allocations[first:], begin, self.tick)
+            makers = tree_map_only(Tensor, lambda made: partial(torch.empty, made.shape, dtype=made.dtype), output)
+            calls[kind] = makers, int(timeline.total[top]), "" if maker is None else maker.op
+            return output
+
+        module.forward = call
+
+    def _hold_briefly(self, nbytes: int, op: str, part: str = "") -> None:
+        self._tick += 2
+        self.allocations.append(Allocation(nbytes, self._tick - 1, self.where, op, part, end=self._tick))
 
     def _settle(self) -> None:
         """Enter a sum of gradients after the ends of its terms; read labels that were given since the last look."""
@@ -376,6 +403,13 @@ class _Timeline:
         return {part: int(nbytes) for part, nbytes in zip(self._parts, self._bytes[:, at], strict=True) if nbytes}
 
 
+def _highest(allocations: Sequence[Allocation], begin: int, end: int) -> tuple[_Timeline, int, Allocation | None]:
+    """What is held from ``begin`` to ``end``, at which tick after ``begin`` the most, and what was made last then."""
+    timeline = _Timeline(allocations, begin, end)
+    top = int(timeline.total.argmax())
+    return timeline, top, max((a for a in allocations if a.begin <= begin + top), key=lambda a: a.begin, default=None)
+
+
 def measure(
     name: str,
     allocations: Sequence[Allocation],
@@ -396,9 +430,8 @@ def measure(
     """
     alive = [allocation for allocation in allocations if allocation.begin <= end and allocation.end > begin]
     device = [allocation for allocation in alive if not allocation.host]
-    timeline, length = _Timeline(device, begin, end), max(end - begin, 1)
-    total, top = timeline.total, int(timeline.total.argmax())
-    maker = max((a for a in device if a.begin <= begin + top), key=lambda a: a.begin, default=None)
+    timeline, top, maker = _highest(device, begin, end)
+    total, length = timeline.total, max(end - begin, 1)
     highest: dict[str, int] = {}
     for allocation in device:
         if allocation.begin > begin:  # what is highest in a station is so just after something was allocated there

@@ -248,22 +248,15 @@ _LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MA
 class BackgroundPrediction:
     """A prediction that ``finetune plan`` is making in a process of its own; see ``predict_async``."""
 
-    def __init__(self, child: subprocess.Popen[str] | None, folder: Path, card_bytes: int | None) -> None:
+    def __init__(self, child: subprocess.Popen[bytes] | None, folder: Path | None, card_bytes: int | None) -> None:
         self._child, self._folder, self._card_bytes = child, folder, card_bytes
         self._result: Prediction | None = None
         self._is_told = False
 
-    def result(self, timeout_s: float = 0.0) -> Prediction | None:
-        """The prediction, or None while it is being made. Nothing is raised: a run is worth more than its prediction.
-
-        Args:
-            timeout_s: how long to wait for it.
-        """
-        if self._result is None:
-            with suppress(subprocess.TimeoutExpired):
-                if self._child is not None:
-                    self._child.wait(timeout_s)
-                self._result = _read(self._folder, self._card_bytes)
+    def result(self) -> Prediction | None:
+        """The prediction, or None while it is being made. It raises nothing: a run is worth more than a prediction."""
+        if self._result is None and (self._child is None or self._child.poll() is not None):
+            self._result = _read(self._folder, self._card_bytes)
         return self._result
 
     def news(self) -> str:
@@ -279,7 +272,8 @@ class BackgroundPrediction:
             self._child.kill()
             self._child.wait()
         self.result()  # before its files are gone
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def predict_async(
@@ -299,16 +293,21 @@ def predict_async(
     # No part of the launch, sees no GPU, and asks nobody.
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-    folder, child = Path(tempfile.mkdtemp(prefix="finetune-plan-")), None
-    command = [sys.executable, "-m", "finetune", "plan", "--json", "--config", str(folder / "run.yaml")]
-    command += ["--processes", str(processes), *(["--device", device] if device else [])]
-    with suppress(OSError), (folder / "plan.json").open("w") as output, (folder / "errors").open("w") as errors:
+    command = [sys.executable, "-m", "finetune", "plan", "--json", "--processes", str(processes)]
+    command += ["--device", device] if device else []
+    folder = child = None
+    with suppress(OSError):
+        folder = Path(tempfile.mkdtemp(prefix="finetune-plan-"))
         (folder / "run.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        child = subprocess.Popen(command, env=environment, stdout=output, stderr=errors, text=True)
+        command += ["--config", str(folder / "run.yaml")]
+        with (folder / "plan.json").open("w") as output, (folder / "errors").open("w") as errors:
+            child = subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
     return BackgroundPrediction(child, folder, card_bytes)
 
 
-def _read(folder: Path, card_bytes: int | None) -> Prediction:
+def _read(folder: Path | None, card_bytes: int | None) -> Prediction:
+    if folder is None:
+        return Prediction(None, "could not be made: there is no room for its files")
     try:
         return _prediction_of(json.loads((folder / "plan.json").read_text()), card_bytes)
     except (OSError, ValueError, KeyError, TypeError):  # no document, or half of one, or another version's

@@ -129,7 +129,7 @@ def search_lines(memory: MemoryConfig, result: SearchResult, machine: Machine) -
     """A search's outcome: the section to write, slower plans that fit, and the fastest of those that do not."""
     if (best := result.best) is None:
         return []
-    section = _differences(memory) or {"checkpointing": memory.checkpointing}
+    section = memory.changed() or {"checkpointing": memory.checkpointing}
     lines = ["the fastest memory section that fits:", "", "memory:"]
     lines += [f"  {name}: {value}" for name, value in section.items()]
     if result.quantised_unasked:
@@ -147,7 +147,7 @@ def search_lines(memory: MemoryConfig, result: SearchResult, machine: Machine) -
             f"{plan.peak_bytes / GIB:.2f}",
             f"{plan.host_bytes / GIB:.1f}",
             words,
-            ", ".join(f"{name}: {value}" for name, value in _differences(plan.memory).items()) or "defaults",
+            str(plan.memory),
         )
         for plan, words in labelled
     ]
@@ -159,11 +159,6 @@ def _lacks(plan: MemoryPlan, machine: Machine) -> str:
     if (over := plan.peak_bytes - machine.room) > 0:
         return f"{to_gib(over)} too large"
     return f"{to_gib(plan.host_bytes - (machine.ram_bytes or 0))} of host memory short"
-
-
-def _differences(memory: MemoryConfig) -> dict[str, Any]:
-    default = MemoryConfig().model_dump(mode="json")
-    return {name: value for name, value in memory.model_dump(mode="json").items() if value != default.get(name)}
 
 
 def rates_in_words(rates: Rates) -> str:

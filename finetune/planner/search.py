@@ -199,7 +199,7 @@ def candidates(config: RunConfig, traits: Traits, rates: Rates, bases: Sequence[
             memory = family.model_copy(update=changes)
             seconds = step_cost(config, spec, memory, rates).step_s
             every.append(Candidate(memory, family, kept / layers, streamed / layers, seconds))
-    return sorted(every, key=lambda one: (round(one.step_s, 3), len(_differences(one.memory))))
+    return sorted(every, key=lambda one: (round(one.step_s, 3), len(one.memory.changed())))
 
 
 def _families(config: RunConfig, traits: Traits, bases: Sequence[str]) -> Iterator[MemoryConfig]:
@@ -217,12 +217,6 @@ def _families(config: RunConfig, traits: Traits, bases: Sequence[str]) -> Iterat
 
 def _can_stream(family: MemoryConfig, traits: Traits) -> bool:
     return not family.model_copy(update={"streamed_blocks": "all"}).faults(traits)
-
-
-def _differences(memory: MemoryConfig) -> dict[str, Any]:
-    """What a section has otherwise than the default."""
-    fields = MemoryConfig.model_fields
-    return {name: getattr(memory, name) for name in fields if getattr(memory, name) != fields[name].default}
 
 
 # ----------------------------------------------------------------------------------------------------------- the search
@@ -253,8 +247,7 @@ class _Search:
     def plan(self, memory: MemoryConfig) -> MemoryPlan:
         """A memory section with its predicted peak."""
         if memory not in self._plans:
-            words = ", ".join(f"{name}: {value}" for name, value in _differences(memory).items()) or "defaults"
-            _log.info("looking at memory plan %d: %s", len(self._plans) + 1, words)
+            _log.info("looking at memory plan %d: %s", len(self._plans) + 1, memory)
             config = self._config.model_copy(update={"memory": memory})
             estimate = predict(config, phases=RUN_PHASES, processes=self._machine.processes)
             names = {PHASES[name]: name for name in RUN_PHASES}

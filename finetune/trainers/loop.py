@@ -111,7 +111,7 @@ def train(
         loop = _Loop(run, stop)
         try:
             report = loop.train(on_step)
-            _compare_prediction(run, report)
+            _compare_prediction(run, report.step)
             return report
         except Exception as error:
             if not is_out_of_memory(error):
@@ -120,13 +120,12 @@ def train(
             raise out_of_memory(run, loop.memory.state, first_line(error), where, videos=True) from error
 
 
-def _compare_prediction(run: Run, report: TrainReport) -> None:
-    """Log the predicted peak beside the measured one; a short run waits for it, one that is to stop does not."""
-    wait_s = 0.0 if report.stopped_by else 60.0
-    prediction = None if run.prediction is None else run.prediction.result(wait_s)
+def _compare_prediction(run: Run, step: int) -> None:
+    """Log the predicted peak beside the measured one, where it is there by now: no GPU waits for it."""
+    prediction = None if run.prediction is None else run.prediction.result()
     if prediction is not None and (compared := prediction.compared(run.model.peak_gib())):
         run.console.note(compared)
-        run.tracker.log(report.step, {"perf/predicted_peak_gib": (prediction.nbytes or 0) / 2**30})
+        run.tracker.log(step, {"perf/predicted_peak_gib": (prediction.nbytes or 0) / 2**30})
 
 
 class _Loop:
