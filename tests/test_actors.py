@@ -1,4 +1,4 @@
-"""Every pair of memory techniques, watched as three kinds of actors: nothing is touched before its time.
+"""Memory techniques, every two of them together, watched as three kinds of actors: nothing is touched before its time.
 
 What is right by numbers is shown elsewhere (``test_memory.py`` and the files of the techniques). Here a number that is
 not there yet is NaN, and whoever does not wait is named, however fast the copy would have been.
@@ -10,7 +10,7 @@ import ctypes
 import gc
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -21,6 +21,7 @@ import pytest
 import torch
 from actors import Actors, RaceError, holding_nothing
 from pydantic import TypeAdapter
+from tiny_blocks import State, covering
 from torch import Tensor, nn
 
 from finetune.core.types import Batch, Bucket
@@ -40,56 +41,37 @@ from finetune.planner.fake_run import OneProcess
 from finetune.testing.tiny import tiny_transformer
 
 CPU = torch.device("cpu")
-State = dict[str, Any]
 HOST: State = {"optimizer_states": "host"}
 MOMENTUM: State = {"kind": "custom", "name": "torch.optim.SGD", "lr": 1e-3, "kwargs": {"momentum": 0.9}}
-ADAPTS: dict[str, State] = {
-    "streamed": {"streamed_blocks": "all"},
-    "streamed, a ring of one": {"streamed_blocks": 2, "ring": 1},
-    "activations": {"activations": "host"},
-    "modulation": {"modulation": "host"},
-    "lean": {"block": "lean"},
-    "selective": {"checkpointing": "selective"},
-    "fp8": {"base": "fp8"},
-    "nf4": {"base": "nf4"},
-}
-TRAINS_ALL: dict[str, State] = {
-    "released": {"gradient_release": "exact"},
-    "released at once": {"gradient_release": "per_parameter"},
-    "optimizer": {"gradient_release": "exact", "optimizer_states": "host"},
-    "optimizer, at once": {"gradient_release": "per_parameter", "optimizer_states": "host"},
-    "streamed": {"streamed_blocks": "all"},
-    "streamed, a ring of one": {"streamed_blocks": 2, "ring": 1},
-    "activations": {"activations": "host"},
-    "lean": {"block": "lean"},
-    "selective": {"checkpointing": "selective"},
-}
+OF_BOTH: list[list[State]] = [
+    [{}, {"streamed_blocks": "all"}, {"streamed_blocks": 2, "ring": 1}],
+    [{}, {"activations": "host"}],
+    [{}, {"block": "lean"}],
+    [{}, {"checkpointing": "selective"}],
+]
+OF_ADAPTERS: list[list[State]] = [[{}, {"modulation": "host"}], [{}, {"base": "fp8"}, {"base": "nf4"}]]
+OF_FULL: list[list[State]] = [[{}, {"gradient_release": "exact"}, {"gradient_release": "per_parameter"}], [{}, HOST]]
 MOVES = {"streamed_blocks", "activations", "modulation", "gradient_release"}
 NO_COPIES = {"kind", "budget", "ram", "quantize", "keep_attention", "text_encoder", "clips_at_once"}
 """Of ``MemoryConfig``: what decides about nothing that moves while training."""
 
 
-def pairs(techniques: Mapping[str, State], traits: Traits) -> dict[str, State]:
-    """Every pair that goes together, by its name; where nothing moves, nothing can come too early."""
-    found = {}
-    for (one, first), (other, second) in combinations(techniques.items(), 2):
-        state = {**first, **second}
-        both = {**second, **first} == state
-        if both and MOVES & state.keys() and not MemoryConfig(**state).faults(traits):
-            found[f"{one} + {other}"] = state
-    return found
+def moving(choices: list[list[State]], traits: Traits) -> list[State]:
+    """Where nothing moves, nothing can come too early."""
+    return [state for state in covering(choices, traits) if MOVES & state.keys()]
 
 
-LORA_PAIRS = pairs(ADAPTS, Traits(accumulation=2))
-FULL_PAIRS = pairs(TRAINS_ALL, Traits(full=True))
+LORA_STATES = moving([*OF_BOTH, *OF_ADAPTERS], Traits(accumulation=2))
+FULL_STATES = moving([*OF_FULL, *OF_BOTH], Traits(full=True))
 EVERYTHING = {"streamed_blocks": 2, "activations": "host", "block": "lean"}
 
 
 def test_every_option_that_moves_something_is_among_them():
     """A new technique joins the table the day it joins ``MemoryConfig``."""
-    asked = {key for table in (ADAPTS, TRAINS_ALL) for state in table.values() for key in state}
-    assert asked | NO_COPIES == set(MemoryConfig.model_fields) and not asked & NO_COPIES
-    assert len(LORA_PAIRS) >= 20 and len(FULL_PAIRS) >= 16
+    varied = {key for choices in (*OF_BOTH, *OF_ADAPTERS, *OF_FULL) for state in choices for key in state}
+    assert varied | NO_COPIES == set(MemoryConfig.model_fields) and not varied & NO_COPIES
+    for states in (LORA_STATES, FULL_STATES):  # the selection leaves none out
+        assert len({frozenset(pair) for state in states for pair in combinations(state.items(), 2)}) >= 33
 
 
 # ---------------------------------------------------------------------------------------------------------- a training
@@ -169,23 +151,22 @@ def watched(state: State, *, full: bool) -> tuple[Actors, list[list[float]]]:
     return actors, numbers
 
 
-@pytest.mark.parametrize("pair", LORA_PAIRS)
-def test_pairs_of_a_lora(pair):
-    actors, _ = watched(LORA_PAIRS[pair], full=False)
-    assert bool(actors.copies) == ("streamed" in pair or "activations" in pair)
+@pytest.mark.parametrize("state", LORA_STATES, ids=str)
+def test_states_of_a_lora(state):
+    actors, _ = watched(state, full=False)
+    assert bool(actors.copies) == bool(state.keys() & {"streamed_blocks", "activations"})
 
 
-@pytest.mark.parametrize("pair", FULL_PAIRS)
-def test_pairs_of_full_fine_tuning(pair):
-    actors, _ = watched(FULL_PAIRS[pair], full=True)
-    assert bool(actors.threads) == ("at once" in pair and "optimizer" in pair)
+@pytest.mark.parametrize("state", FULL_STATES, ids=str)
+def test_states_of_full_fine_tuning(state):
+    actors, _ = watched(state, full=True)
+    assert bool(actors.threads) == (HOST.items() <= state.items() and state["gradient_release"] == "per_parameter")
 
 
 @pytest.mark.parametrize(
     ("state", "full"),
     [
         ({**EVERYTHING, "modulation": "host", "base": "nf4"}, False),
-        ({**EVERYTHING, "gradient_release": "exact", "optimizer_states": "host"}, True),
         ({**EVERYTHING, "gradient_release": "per_parameter", "optimizer_states": "host"}, True),
     ],
 )

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from waiting import HANG_S
+from waiting import until
 
 from finetune.cli.init import RECIPES
 from finetune.cli.main import OK, USER_ERROR, main
@@ -144,22 +144,31 @@ def test_calibrating_needs_a_gpu_and_a_place_to_keep_it(tmp_path: Path, monkeypa
     assert "what is measured cannot be written" in capsys.readouterr().err
 
 
-def test_a_training_predicts_in_a_process_beside_it(config_file: Path) -> None:
+def test_a_training_predicts_in_a_process_beside_it(config_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     config = load_config(config_file)
     broken = config.model_copy(update={"model": config.model.model_copy(update={"pretrained": "/nowhere"})})
-    runs = [predict_async(config, 24 * GIB), predict_async(config, GIB, processes=2), predict_async(broken, None)]
+    runs = [predict_async(config, GIB, processes=2), predict_async(broken, None), predict_async(config, None)]
     assert runs[0].result() is None and runs[0].news() == "", "it waits for nothing"
-    alone, each, none = (run.result(HANG_S) for run in runs)
-    assert alone and alone.nbytes and "predicted, in training" in alone.message
-    assert runs[0].news() == alone.message and runs[0].news() == "", "said once"
-    assert each and each.nbytes and each.nbytes >= alone.nbytes and "in each process" in each.message
-    assert "more than this GPU has" in each.message
-    assert none and none.nbytes is None and "could not be made" in none.message
-    cut_short = predict_async(config, None)
-    for run in (*runs, cut_short):
+    runs[2].close()  # cut short
+    for run in runs:
+        until(run.result, "the prediction was made")
+    made, failed, gone = (run.result() for run in runs)
+    assert made and made.nbytes and "predicted in each process, in training" in made.message
+    assert "more than this GPU has" in made.message
+    assert runs[0].news() == made.message and runs[0].news() == "", "said once"
+    assert failed and failed.nbytes is None and "could not be made" in failed.message
+    assert gone and gone.nbytes is None
+    for run in runs:
         run.close()
-    gone = cut_short.result()
-    assert gone is not None and gone.nbytes is None
+    assert not list(tmp_path.glob("finetune-plan-*"))
+
+
+def test_without_room_for_its_files_there_is_no_prediction(config_file: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "nowhere"))
+    run = predict_async(load_config(config_file), None)
+    assert "no room for its files" in run.news()
+    run.close()
 
 
 @pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"phases": []}', '{"phases": [{"name": 1}]}'])

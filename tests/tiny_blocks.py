@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from finetune.memory.config import MemoryConfig, Traits
 from finetune.memory.runner import ActivationStore, BlockRunner, WeightPlacement
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
@@ -13,6 +18,23 @@ from finetune.testing.tiny import tiny_transformer
 CPU = torch.device("cpu")
 LORA = LoraMethod(rank=4, dropout=0.2)
 LAYERS = 4
+State = dict[str, Any]
+"""Of a memory section, what is not at its default."""
+
+
+def covering(choices: Sequence[Sequence[State]], traits: Traits) -> list[State]:
+    """Some states, each with one of every list of choices, in which any two choices that go together meet."""
+    states: dict[frozenset[Any], State] = {}
+    for row in product(*map(enumerate, choices)):
+        state = {option: value for _, choice in row for option, value in choice.items()}
+        if not MemoryConfig(**state).faults(traits):
+            states[frozenset(combinations(enumerate(number for number, _ in row), 2))] = state
+    missing, chosen = set().union(*states), []
+    while missing:
+        meetings = max(states, key=lambda each: len(each & missing))
+        missing -= meetings
+        chosen.append(states[meetings])
+    return chosen
 
 
 def build(
