@@ -349,18 +349,6 @@ def holding_nothing() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def careless(lane: Any, method: str) -> Iterator[None]:
-    """For canaries: a lane, or all of them, forgets to do what ``method`` says; of ``copy``, to wait for ``after``."""
-    real = getattr(lane, method)
-    with pytest.MonkeyPatch.context() as patch:
-        if method == "copy":
-            patch.setattr(lane, method, lambda *given, after=(): real(*given))
-        else:
-            patch.setattr(lane, method, lambda *_: None)
-        yield
-
-
 def merge(clock: Clock, other: Clock) -> None:
     for name, at in other.items():
         if at > clock.get(name, 0):

@@ -8,13 +8,12 @@ from functools import cache
 
 import pytest
 import torch
-from actors import Actors, RaceError, careless, holding_nothing
+from actors import Actors, RaceError, holding_nothing
 from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
 from torch import Tensor, nn
 
 from finetune.memory import host_buffers
 from finetune.memory.activation_offload import ActivationOffload
-from finetune.memory.block_streaming import BlockStreaming
 from finetune.memory.runner import block_runner
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
@@ -54,7 +53,7 @@ def require_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(("variant", "method"), [("5b", LORA), ("1.5-5b", LORA), ("2b", LORA), ("5b", FullMethod())])
+@pytest.mark.parametrize(("variant", "method"), [("2b", LORA), ("5b", FullMethod())])
 def test_same_gradients_bit_for_bit(variant, method):
     transformer = build(variant, method)
     boundaries = offloaded(transformer)
@@ -62,7 +61,7 @@ def test_same_gradients_bit_for_bit(variant, method):
     assert boundaries.stalls == 0
 
 
-@pytest.mark.parametrize("keep", [0, 1, 2, 3, 4, 9])
+@pytest.mark.parametrize("keep", [0, 1, 9])
 def test_no_copy_before_or_after_its_time(keep):
     transformer = build()
     with Actors() as actors:
@@ -72,16 +71,6 @@ def test_no_copy_before_or_after_its_time(keep):
     assert boundaries.stalls == (3 if keep == 0 else 0)  # with none kept, the first one wanted has no time to come
     away = 3 * max(LAYERS - keep, 0)
     assert actors.copied(boundaries._outward) == 2 * away and actors.copied(boundaries._inward) == away
-
-
-def test_together_with_streamed_weights():
-    transformer = build()
-    with Actors():
-        weights = BlockStreaming(modules(transformer), range(LAYERS), 2, CPU)
-        weights.install()
-        boundaries = ActivationOffload(LAYERS, CPU)
-        run_blocks(transformer, weights, boundaries)
-        require_equal(gradients(transformer), expected("5b", LORA))
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -194,20 +183,6 @@ def test_a_boundary_is_given_once():
 
 
 # ------------------------------------------------------------------------------------------------------------- canaries
-
-
-@pytest.mark.parametrize("lane", ["outward", "inward"])
-@pytest.mark.parametrize("forgets", ["wait", "copy"])
-def test_a_forgotten_wait_is_seen(lane, forgets):
-    """Memory that is used again while it is copied out; boundaries that are used before they are back."""
-    transformer = build()
-    # What is copied out is held until somebody waits: without a wait it would be for good, but no race.
-    held = holding_nothing() if (lane, forgets) == ("outward", "wait") else nullcontext()
-    with held, Actors():
-        boundaries = offloaded(transformer)
-        with careless(getattr(boundaries, f"_{lane}"), forgets), pytest.raises(RaceError):
-            for _ in range(2):
-                forward(transformer).backward()
 
 
 def test_memory_that_is_freed_while_it_is_copied_is_seen(monkeypatch):

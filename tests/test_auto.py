@@ -7,7 +7,10 @@ from worlds import assert_same_run, run_config, stop_after
 
 from finetune.config.schema import load_config
 from finetune.core.errors import ConfigError
+from finetune.core.types import GIB
 from finetune.memory.config import MemoryConfig, Traits
+from finetune.planner.estimate import Estimate
+from finetune.planner.memory_tracker import Phase, Point
 from finetune.planner.plan import choose_memory
 from finetune.trainers.loop import train
 
@@ -36,9 +39,11 @@ def test_it_goes_on_where_it_stopped(tiny_model, demo_clips, tmp_path):
     assert_same_run(train(config), whole)
 
 
-def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path):
+def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path, monkeypatch):
+    peak = Estimate((Phase("training", Point(0.0, {"frozen weights": GIB}), "forward"),), "9x64x64", 1)
+    monkeypatch.setattr("finetune.planner.search.predict", lambda *_, **__: peak)
     config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto", "budget": "1.2GiB"})
-    with pytest.raises(ConfigError, match=r"no memory plan fits 1\.20 GiB: the smallest needs .* more"):
+    with pytest.raises(ConfigError, match=r"no memory plan fits 1\.20 GiB: the smallest needs 1\.00 GiB more"):
         train(config)
     assert not (tmp_path / "run").exists()
 

@@ -25,7 +25,6 @@ from finetune.testing.tiny import tiny_transformer
 
 KINDS = get_args(Checkpointing)
 METHODS = [LoraMethod(rank=4, dropout=0.2), FullMethod()]
-VARIANTS = ["5b", "1.5-5b"]
 
 
 def forward(transformer: nn.Module) -> Tensor:
@@ -50,10 +49,16 @@ def prepared(kind: str, method: LoraMethod | FullMethod, variant: str = "5b", dt
     return transformer.train(), memory
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.kind)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "none"])
+@pytest.mark.parametrize(
+    ("kind", "variant", "method", "dtype"),
+    [
+        ("full", "5b", METHODS[0], torch.bfloat16),
+        ("full", "1.5-5b", METHODS[1], torch.float32),
+        ("selective", "5b", METHODS[1], torch.bfloat16),
+        ("selective", "1.5-5b", METHODS[0], torch.float32),
+    ],
+    ids=str,
+)
 def test_same_loss_same_gradients(kind, variant, method, dtype):
     results = []
     for each in ("none", kind):

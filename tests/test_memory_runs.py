@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import CheckpointError
 from finetune.memory.runner import block_runner
 from finetune.trainers import loop
-from finetune.trainers.loop import train
+from finetune.trainers.loop import TrainReport, train
 
 LORA: dict[str, Any] = {"kind": "lora", "rank": 4, "alpha": 4, "dropout": 0.1}
 FULL: dict[str, Any] = {"kind": "full"}
@@ -38,37 +39,39 @@ class Case:
 
 
 HOST = {"gradient_release": "exact", "optimizer_states": "host"}
+NO_DROPOUT = LORA | {"dropout": 0.0}
+EVERYTHING = {"activations": "host", "streamed_blocks": "all"}
 CASES: dict[str, Case] = {
-    "selective": Case({"checkpointing": "selective"}, LORA),
-    "offload": Case({"activations": "host"}, LORA),
-    "streamed": Case({"streamed_blocks": "all", "ring": 1}, LORA),
-    "modulation": Case({"modulation": "host"}, LORA),
+    "stock": Case({**EVERYTHING, "checkpointing": "selective", "ring": 1, "modulation": "host"}, LORA),
     # Other dropout masks, so another run; without dropout see test_memory.py.
     "lean": Case({"block": "lean"}, LORA, bound=None),
-    "lean, no dropout": Case({"block": "lean"}, LORA | {"dropout": 0.0}, bound=1e-4),
-    "fp8": Case({"base": "fp8"}, LORA, bound=None),
+    "lean, no dropout": Case({"block": "lean"}, NO_DROPOUT, bound=1e-4),
     "nf4": Case({"base": "nf4"}, LORA, "bf16", bound=None),
     "the 8 GB plan": Case(
-        {"block": "lean", "activations": "host", "streamed_blocks": "all", "modulation": "host", "base": "fp8"},
-        LORA,
-        "bf16",
-        EIGHT_BIT,
-        bound=None,
+        {**EVERYTHING, "block": "lean", "modulation": "host", "base": "fp8"}, LORA, "bf16", EIGHT_BIT, bound=None
     ),
     "released": Case({"gradient_release": "exact"}, FULL, bound=1e-5),
-    "released at once": Case({"gradient_release": "per_parameter"}, FULL, bound=None),
+    "released at once": Case({"gradient_release": "per_parameter"}, FULL, "bf16", {"weights": "kahan"}, bound=None),
     "states on the host": Case(HOST, FULL, "bf16", bound=1e-3),
     "all on the host": Case(
-        {**HOST, "streamed_blocks": "all", "activations": "host", "block": "lean"}, FULL, "bf16", bound=None
+        {**HOST, **EVERYTHING, "block": "lean"}, FULL, "bf16", EIGHT_BIT | {"weights": "stochastic"}, bound=None
     ),
-    "stochastic rounding": Case(
-        {"gradient_release": "exact"}, FULL, "bf16", EIGHT_BIT | {"weights": "stochastic"}, bound=None
-    ),
-    "stochastic rounding on the host": Case(
-        {**HOST, "streamed_blocks": "all"}, FULL, "bf16", EIGHT_BIT | {"weights": "stochastic"}, bound=None
-    ),
-    "kahan": Case({"gradient_release": "per_parameter"}, FULL, "bf16", {"weights": "kahan"}, bound=None),
 }
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tiny_model: Callable[..., Path], demo_clips: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Case], TrainReport]:
+    """``whole(case)``: a run of three steps, made once."""
+    reports: dict[str, TrainReport] = {}
+
+    def run(case: Case) -> TrainReport:
+        if (key := repr(replace(case, bound=None))) not in reports:
+            reports[key] = train(config_of(case, tiny_model(), demo_clips, tmp_path_factory.mktemp("whole")))
+        return reports[key]
+
+    return run
 
 
 def config_of(case: Case, model: Path, clips: Path, output: Path, **changes: Any):
@@ -83,24 +86,20 @@ def config_of(case: Case, model: Path, clips: Path, output: Path, **changes: Any
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_stops_and_goes_on_bit_for_bit(tiny_model, demo_clips, tmp_path, name):
-    case, model = CASES[name], tiny_model()
-    whole = train(config_of(case, model, demo_clips, tmp_path / "whole"))
-    part = config_of(case, model, demo_clips, tmp_path / "part")
+def test_a_run_stops_and_goes_on_bit_for_bit(tiny_model, demo_clips, tmp_path, whole, name):
+    part, model = config_of(CASES[name], tiny_model(), demo_clips, tmp_path / "part"), tiny_model()
     stop_after(2, part)
     resumed = train(part)
-    assert resumed.step == whole.step == 3
-    assert_same_run(resumed, whole)
+    assert resumed.step == whole(CASES[name]).step == 3
+    assert_same_run(resumed, whole(CASES[name]))
     begun = load_file(next((model / "transformer").glob("*.safetensors")))
-    assert any(name not in begun or not torch.equal(t, begun[name].to(t.dtype)) for name, t in tensors(whole).items())
+    assert any(name not in begun or not torch.equal(t, begun[name].to(t.dtype)) for name, t in tensors(resumed).items())
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.bound is not None])
-def test_a_run_learns_what_a_run_without_learns(tiny_model, demo_clips, tmp_path, name):
-    case, model = CASES[name], tiny_model()
-    with_it = tensors(train(config_of(case, model, demo_clips, tmp_path / "with")))
-    plain = Case({}, case.method, case.dtype, case.optimizer)
-    without = tensors(train(config_of(plain, model, demo_clips, tmp_path / "without")))
+def test_a_run_learns_what_a_run_without_learns(whole, name):
+    case = CASES[name]
+    with_it, without = tensors(whole(case)), tensors(whole(replace(case, memory={})))
     assert with_it.keys() == without.keys()
     assert distance(with_it, without) <= (case.bound or 0.0)
 
@@ -113,33 +112,29 @@ def distance(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> 
     return float((both[0] - both[1]).norm() / both[1].norm())
 
 
-def test_another_state_is_really_another(tiny_model, demo_clips, tmp_path):
-    """Canary of the test above: a changed base is seen."""
-    model = tiny_model()
-    ours = tensors(train(config_of(CASES["fp8"], model, demo_clips, tmp_path / "with")))
-    theirs = tensors(train(config_of(Case({}, LORA), model, demo_clips, tmp_path / "without")))
+def test_a_base_in_another_format_is_another_run_and_no_resume(tiny_model, demo_clips, tmp_path, whole):
+    """Also the canary of the test above: a changed base is seen."""
+    case, plain = CASES["nf4"], replace(CASES["nf4"], memory={})
+    ours, theirs = tensors(whole(case)), tensors(whole(plain))
     assert any(not torch.equal(ours[key], theirs[key]) for key in theirs)
-
-
-def test_a_base_in_another_format_is_no_resume(tiny_model, demo_clips, tmp_path):
-    model = tiny_model()
-    stop_after(2, config_of(CASES["fp8"], model, demo_clips, tmp_path / "run"))
+    stop_after(2, config_of(case, tiny_model(), demo_clips, tmp_path / "run"))
     with pytest.raises(CheckpointError, match=r"memory\.base"):
-        train(config_of(Case({}, LORA), model, demo_clips, tmp_path / "run"))
+        train(config_of(plain, tiny_model(), demo_clips, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
     ("method", "memory", "last"),
     [
-        (LORA, {"checkpointing": "none"}, "memory.streamed_blocks: all"),
+        (NO_DROPOUT, {"checkpointing": "none"}, "memory.streamed_blocks: all"),
         (FULL, {"gradient_release": "exact", "optimizer_states": "host"}, "memory.streamed_blocks: all"),
     ],
     ids=["lora", "full"],
 )
-def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monkeypatch, capsys, method, memory, last):
+def test_a_run_goes_down_the_whole_ladder(
+    tiny_model, demo_clips, tmp_path, whole, monkeypatch, capsys, method, memory, last
+):
     """Memory runs out at every notch of the second step but the last; the run ends, and learns what a calm one does."""
-    case = Case(memory, method | ({"dropout": 0.0} if method is LORA else {}))
-    calm = train(config_of(case, tiny_model(), demo_clips, tmp_path / "calm"))
+    case = Case(memory, method)
     config = config_of(case, tiny_model(), demo_clips, tmp_path / "hit")
     notches = config.memory.fallbacks(memory_traits(config, read_spec(config.model.pretrained)))
     assert len(notches) >= 4
@@ -148,8 +143,7 @@ def test_a_run_goes_down_the_whole_ladder(tiny_model, demo_clips, tmp_path, monk
         hit = train(config)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of GPU memory" in line]
     assert len(said) == len(notches) - 1 and last in said[-1]
-    ours, theirs = tensors(hit), tensors(calm)
-    assert distance(ours, theirs) <= 1e-4
+    assert distance(tensors(hit), tensors(whole(case))) <= 1e-4
 
 
 def test_measuring_and_sampling_pass_through_the_same_state(tiny_model, demo_clips, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import yaml
 from torch.profiler import ProfilerActivity, profile
 
 from finetune.caching.encode import untiled_bytes
+from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import read_spec
@@ -29,6 +30,7 @@ from finetune.core.gpu import ALLOCATOR_SETTINGS, OVERHEAD_GIB, grow_segments, p
 from finetune.core.types import GIB
 from finetune.memory.config import MemoryConfig
 from finetune.memory.host_buffers import host_buffer
+from finetune.memory.quantized_linear import placement
 from finetune.planner import cost_model, plan
 from finetune.planner import estimate as estimates
 from finetune.planner import search as search_module
@@ -44,7 +46,7 @@ from finetune.planner.cost_model import (
     workspace_bytes,
 )
 from finetune.planner.estimate import SHORT, Estimate, estimate, extend, predict, spec_of
-from finetune.planner.fake_run import TrackedTraining, empty_transformer, fake_batches, fake_world
+from finetune.planner.fake_run import TrackedTraining, fake_batches, fake_world
 from finetune.planner.memory_tracker import PHASES, TRANSIENT, MemoryTracker, Phase, Point, attention_workspace, measure
 from finetune.planner.plan import Prediction, choose_memory
 from finetune.planner.report import Verdict, document, draw, text
@@ -85,7 +87,8 @@ def run(model: object = "5b", **changes: Any) -> RunConfig:
 
 def training_in(tracker: MemoryTracker, config: RunConfig, layers: int | None = 2) -> TrackedTraining:
     folder = Path(config.model.pretrained)
-    transformer = empty_transformer(folder, torch.bfloat16, config.memory, layers)
+    base = placement(config.memory.base)
+    transformer = empty_transformer(folder, dtype=torch.bfloat16, placement=base, layers=layers)
     return TrackedTraining(tracker, read_spec(str(folder)), config, transformer, torch.bfloat16)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from actors import Actors, RaceError, careless
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -155,7 +154,7 @@ def assert_identical(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None
 
 
 PAIRS = [(state, "adamw") for state in STATES]
-PAIRS += [(state, kind) for state in ("exact-host", "each") for kind in OPTIMIZERS if kind != "adamw"]
+PAIRS += [("each", "stochastic"), ("exact-host", "kahan"), ("each", "8bit-stochastic"), ("exact-host", "momentum")]
 
 
 @pytest.mark.parametrize(("state", "optimizer"), PAIRS)
@@ -180,10 +179,8 @@ def test_released_trains_as_without_release_bit_for_bit(world: Maker, state, opt
 
 
 PARTNERS: dict[str, dict[str, object]] = {
-    "lean": {"block": "lean"},
-    "offload": {"activations": "host"},
-    "selective": {"checkpointing": "selective"},
-    "one-attention": {"checkpointing": "selective", "keep_attention": 1},
+    "lean": {"block": "lean", "activations": "host", "checkpointing": "selective"},
+    "stock": {"activations": "host", "checkpointing": "selective", "keep_attention": 1},
 }
 
 
@@ -334,7 +331,7 @@ def test_what_a_worker_raises_reaches_the_step(world: Maker):
 @pytest.mark.parametrize(
     ("state", "optimizer"),
     [
-        *((state, "stochastic") for state in STATES),
+        *((state, "stochastic") for state in STATES if state not in ("exact", "each", "each-host")),
         ("exact", "adamw"),
         ("each-host", "kahan"),
         ("each", "8bit-stochastic"),
@@ -425,50 +422,6 @@ def test_everything_of_the_optimizer_is_on_the_host(world: Maker, state):
     labels = {label_of(tensor.untyped_storage()) for tensor in tensors.values()}
     assert len(tensors) > 3 * 16 and {label.what for label in labels if label} == {"host optimizer"}
     assert None not in labels and all(label.host for label in labels)
-
-
-@pytest.mark.parametrize("state", ["exact", "exact-host", "each-host", "each-host-streamed"])
-def test_copies_wait_for_what_they_must(world: Maker, state, monkeypatch):
-    theirs = world(STATES[state])
-    for _ in range(2):
-        theirs.step()
-    with Actors() as actors:
-        ours = world(STATES[state])
-        for _ in range(2):
-            ours.step()
-    assert_identical(ours.weights(), theirs.weights())
-    down, up = actors.copied(ours.strategy._down), actors.copied(ours.strategy._up)
-    assert actors.compute.clock["compute"] > 1000
-    assert (down > 0) == (state != "each") and (up > 0) == ("host" in state)
-
-
-@pytest.mark.parametrize(
-    ("state", "lane", "method"),
-    [
-        ("exact", "_down", "wait"),
-        ("exact", "_down", "copy"),
-        ("exact-host", "_up", "wait"),
-        ("each-host", "_down", "copy"),
-        ("each-host", "_up", "wait"),
-    ],
-)
-def test_a_forgotten_wait_is_a_race(world: Maker, state, lane, method):
-    """Canary of the test above: stale weights after an update on the host, gradients read before they are there."""
-    with Actors():
-        ours = world(STATES[state], threaded=True)
-        ours.step()
-        with pytest.raises(RaceError), careless(getattr(ours.strategy, lane), method):
-            for _ in range(2):
-                ours.step()
-
-
-def test_a_worker_that_does_not_wait_for_its_gradients_is_noticed(world: Maker):
-    """The same canary for the host, which reads a norm before all else: it is not there yet."""
-    with Actors():
-        ours = world(STATES["each-host"], threaded=True)
-        assert math.isfinite(ours.step())
-        with careless(ours.strategy._down, "finish"), pytest.raises(RaceError, match="tolist reads"):
-            ours.step()
 
 
 def test_weights_that_are_not_copied_back_are_noticed(world: Maker, monkeypatch):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,17 +31,6 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Buffers of a layer: name -> (shape, dtype). All that is floating point is float32."""
 
 
-class _Format(Protocol):
-    def layout(self, outputs: int, inputs: int) -> Layout:
-        """What a weight [outputs, inputs] is held in."""
-
-    def encode(self, weight: Tensor, into: Mapping[str, Tensor]) -> None:
-        """Round ``weight``, on any device and of any floating dtype, into the buffers of ``layout``."""
-
-    def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-        """The weight as it was rounded, in a tensor of its own."""
-
-
 @dataclass(frozen=True)
 class _Scaled:
     """Codes times a float32 scale, absmax / ``limit``, per row or per group of a row."""
@@ -51,6 +40,7 @@ class _Scaled:
     group: int | None = None
 
     def layout(self, outputs: int, inputs: int) -> Layout:
+        """What a weight [outputs, inputs] is held in."""
         if self.group and inputs % self.group:
             raise ModelError(
                 f"a layer with {inputs} inputs has no whole groups of {self.group}",
@@ -62,6 +52,7 @@ class _Scaled:
         return {"codes": ((outputs, inputs), held), "scale": ((outputs, groups), torch.float32)}
 
     def encode(self, weight: Tensor, into: Mapping[str, Tensor]) -> None:
+        """Round ``weight``, on any device and of any floating dtype, into the buffers of ``layout``."""
         codes, scale = into["codes"], into["scale"]
         for rows in _slabs(len(weight), max(1, _SLAB // weight.shape[1])):
             exact = _moved(weight[rows], codes.device)
@@ -75,6 +66,7 @@ class _Scaled:
                 codes[rows] = exact.flatten(1).to(self.code).view(torch.uint8)
 
     def decode(self, stored: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """The weight as it was rounded, in a tensor of its own."""
         # Exact in either 16-bit dtype; the product with the float32 scale then rounds once, in place.
         weight = stored["codes"].view(self.code).to(dtype)
         scale = stored["scale"]
@@ -83,7 +75,10 @@ class _Scaled:
 
 
 class _Nf4:
-    """bitsandbytes' NormalFloat4 in blocks of 64, its absmax in eight bits, in blocks of 256 (QLoRA, Dettmers 2023)."""
+    """bitsandbytes' NormalFloat4 in blocks of 64, its absmax in eight bits, in blocks of 256 (QLoRA, Dettmers 2023).
+
+    Methods as ``_Scaled`` has them.
+    """
 
     BLOCK, OUTER = 64, 256
 
@@ -137,7 +132,7 @@ class _Nf4:
 
 # int8 is bitsandbytes' row-wise form, `round(127 w / absmax)`, in torch's own arithmetic: its CUDA kernel takes float16
 # alone, which bfloat16 weights overflow, and one arithmetic for every device is one result for every device.
-_FORMATS: Mapping[QuantisedFormat, _Format] = {
+_FORMATS: Mapping[QuantisedFormat, _Scaled | _Nf4] = {
     "fp8": _Scaled(torch.float8_e4m3fn, 448.0),
     "fp8_64": _Scaled(torch.float8_e4m3fn, 448.0, _GROUP),
     "int8": _Scaled(torch.int8, 127.0),

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 from finetune.caching.encode import must_tile
 from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.encode import encode_video
+from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
@@ -35,10 +36,11 @@ from finetune.core.checksums import digest_file, digest_of
 from finetune.core.files import atomic_write_text, user_folder
 from finetune.core.types import Bucket
 from finetune.inference.generate import decodes_in_tiles
+from finetune.memory.quantized_linear import placement
 from finetune.memory.runner import undo
 from finetune.planner import fake_run
 from finetune.planner.fake_run import TrackedTraining, fake_batches, fake_world, latent_shape, tensors_of
-from finetune.planner.memory_tracker import PHASES, RUN_PHASES, TRANSIENT, Phase, PhaseName, Point, measure
+from finetune.planner.memory_tracker import CPU, PHASES, RUN_PHASES, TRANSIENT, Phase, PhaseName, Point, measure
 
 _log = logging.getLogger(__name__)
 
@@ -393,7 +395,8 @@ def _run(
     if config.method.kind == "lora":  # weights that there need be none of
         config = config.model_copy(update={"method": config.method.model_copy(update={"init_from": None})})
     with fake_world() as tracker, ExitStack() as stack, _uncollected():
-        transformer = fake_run.empty_transformer(folder, dtype, config.memory, layers)
+        base = placement(config.memory.base)
+        transformer = empty_transformer(folder, dtype=dtype, device=CPU, placement=base, layers=layers)
         stack.callback(undo, transformer)  # with its model go what techniques put into registers
         training = TrackedTraining(tracker, spec, config, transformer, dtype)
         if "train" in phases:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox import load
 from finetune.cogvideox.components import read_json
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.load import make_room, on_meta
@@ -24,9 +23,8 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.types import Batch, Bucket
 from finetune.memory.block_streaming import stream_text, text_placement
-from finetune.memory.config import MemoryConfig, TextEncoder
+from finetune.memory.config import TextEncoder
 from finetune.memory.host_buffers import label_buffer
-from finetune.memory.quantized_linear import placement
 from finetune.optim.ema import Ema
 from finetune.optim.low_precision import LowPrecisionOptimizer
 from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
@@ -100,18 +98,6 @@ def empty_text_encoder(folder: Path, dtype: torch.dtype, where: TextEncoder) -> 
     make_room(encoder, CPU)
     encoder.eval().requires_grad_(False)
     return encoder, stream_text(encoder, CPU) if where == "streamed" else None
-
-
-def empty_transformer(folder: Path, dtype: torch.dtype, memory: MemoryConfig, layers: int | None = None) -> Any:
-    """The transformer of a checkpoint's JSON in evaluation mode.
-
-    Args:
-        folder: of the checkpoint.
-        dtype: of its weights.
-        memory: whose ``base`` says how it is held.
-        layers: number of blocks; as the JSON says if None.
-    """
-    return load.empty_transformer(folder, dtype=dtype, device=CPU, placement=placement(memory.base), layers=layers)
 
 
 # ---------------------------------------------------------------------- the run: one optimizer step, one denoising step

@@ -41,6 +41,9 @@ _SLACK = 0.1
 
 _log = logging.getLogger(__name__)
 
+Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
+"""Of the device in each phase of the run, and of the host as the last: float64 [phases + 1]."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -58,6 +61,16 @@ class Machine:
     def room(self) -> int:
         """Bytes of the card for tensors."""
         return usable(self.card_bytes, self.processes)
+
+    def excess(self, nbytes: Bytes, *, margin: float = 0.0) -> float:
+        """By how many times the card or the host is too small for these bytes; up to 1 they fit.
+
+        Args:
+            nbytes: what a run takes.
+            margin: share of the card's memory that is to be left free.
+        """
+        on_card = nbytes[:-1].max() / max(self.room - margin * self.card_bytes, 1)
+        return float(on_card if self.ram_bytes is None else max(on_card, nbytes[-1] / max(self.ram_bytes, 1)))
 
 
 @dataclass(frozen=True)
@@ -81,10 +94,14 @@ class MemoryPlan:
         """The phase with the peak."""
         return max(self.peaks, key=lambda peak: peak[1])[0]
 
+    @property
+    def nbytes(self) -> Bytes:
+        """All of its figures."""
+        return np.array([*(nbytes for _, nbytes in self.peaks), self.host_bytes], dtype=np.float64)
+
     def fits(self, machine: Machine) -> bool:
         """Whether a machine holds it."""
-        on_card = self.peak_bytes <= machine.room
-        return on_card and (machine.ram_bytes is None or self.host_bytes <= machine.ram_bytes)
+        return machine.excess(self.nbytes) <= 1
 
 
 @dataclass(frozen=True)
@@ -142,7 +159,7 @@ def search(config: RunConfig, machine: Machine, *, quantize: bool = False) -> Se
     smaller = [] if quantize else running.candidates(QUANTISED)  # none in full fine-tuning
     if result.best is None and smaller:
         again = running.run(smaller)
-        smallest = min(result.smallest, again.smallest, key=running.excess)
+        smallest = min(result.smallest, again.smallest, key=lambda plan: machine.excess(plan.nbytes))
         others = tuple(sorted({*result.others, *again.others}, key=lambda plan: plan.step_s))
         result = SearchResult(again.best, others, smallest, quantised_unasked=again.best is not None)
     if result.best is None and result.smallest.fits(machine):  # with less left free than is wise
@@ -224,9 +241,6 @@ def _can_stream(family: MemoryConfig, traits: Traits) -> bool:
 _NEEDS = {"optimizer_states": ("gradient_release",), "streamed_blocks": ("gradient_release", "optimizer_states")}
 """In full fine-tuning, what has to be chosen before an option may be."""
 
-Bytes: TypeAlias = np.ndarray[Any, np.dtype[np.float64]]
-"""Of the device in each phase of the run, and of the host as the last: float64 [phases + 1]."""
-
 
 class _Search:
     """What is legal, what each section is predicted to take, which are worth a look; see ``search``."""
@@ -273,38 +287,29 @@ class _Search:
                 break
             seen.add(following.memory)
             plan = self.plan(following.memory)
-            self._corrections[following.family] = _bytes_of(plan) - self._guess(following)
-            if self._fits(following, _bytes_of(plan)):
+            self._corrections[following.family] = plan.nbytes - self._guess(following)
+            if self._excess(following, plan.nbytes) <= 1:
                 fitting.append((following, plan))
         if not fitting:
             # Guesses add up what techniques save one by one; together they may save more.
-            least = min(every, key=lambda one: self._excess(self._corrected(one)))
+            least = min(every, key=lambda one: self._machine.excess(self._corrected(one)))
             seen.add(least.memory)
-            if self._fits(least, _bytes_of(self.plan(least.memory))):
+            if self._excess(least, self.plan(least.memory).nbytes) <= 1:
                 fitting.append((least, self.plan(least.memory)))
         best = min((plan for _, plan in fitting), key=lambda plan: plan.step_s, default=None)
         looked_at = {self._plans[memory] for memory in seen} | {self._plans[_plain(every[0].memory)]}
         others = sorted(looked_at - {best}, key=lambda plan: (plan.step_s, plan.peak_bytes))
-        return SearchResult(best, tuple(others), min(looked_at, key=self.excess))
+        return SearchResult(best, tuple(others), min(looked_at, key=lambda plan: self._machine.excess(plan.nbytes)))
 
     def _is_worth(self, one: Candidate, fitting: Sequence[tuple[Candidate, MemoryPlan]]) -> bool:
         """Whether to look at a candidate: it may fit, and is faster than what fits, or of another kind."""
         if any(one.family == other.family and one.step_s >= plan.step_s for other, plan in fitting):
             return False
-        return self._fits(one, self._corrected(one), slack=0.0 if one.family in self._corrections else _SLACK)
+        slack = 0.0 if one.family in self._corrections else _SLACK
+        return self._excess(one, self._corrected(one)) <= 1 + slack
 
-    def _fits(self, one: Candidate, nbytes: Bytes, slack: float = 0.0) -> bool:
-        room, ram = self._machine.room - (self._machine.card_bytes * _MARGIN if one.cut else 0), self._machine.ram_bytes
-        return bool(nbytes[:-1].max() <= room * (1 + slack) and (ram is None or nbytes[-1] <= ram * (1 + slack)))
-
-    def excess(self, plan: MemoryPlan) -> float:
-        """By how many times the card or the host is too small for a plan; below 1 it fits."""
-        return self._excess(_bytes_of(plan))
-
-    def _excess(self, nbytes: Bytes) -> float:
-        ram = self._machine.ram_bytes
-        host = 0.0 if ram is None else nbytes[-1] / max(ram, 1)
-        return float(max(nbytes[:-1].max() / max(self._machine.room, 1), host))
+    def _excess(self, one: Candidate, nbytes: Bytes) -> float:
+        return self._machine.excess(nbytes, margin=_MARGIN if one.cut else 0.0)
 
     def _corrected(self, one: Candidate) -> Bytes:
         return self._guess(one) + self._corrections.get(one.family, 0.0)
@@ -319,7 +324,7 @@ class _Search:
     def _guesses(self, family: MemoryConfig) -> tuple[Bytes, Bytes, Bytes]:
         """A family's own figures, and what changes where every block keeps attention, and where every block streams."""
         plain = _plain(family)
-        guess = _bytes_of(self.plan(plain))
+        guess = self.plan(plain).nbytes
         nothing = np.zeros_like(guess)
         for option, value in family:
             if value != getattr(plain, option):
@@ -338,12 +343,8 @@ class _Search:
     def _difference(self, family: MemoryConfig, plain: MemoryConfig, option: str, value: object) -> Bytes:
         needs = {name: getattr(family, name) for name in _NEEDS.get(option, ()) if self._traits.full}
         without = plain.model_copy(update=needs)
-        before, after = (_bytes_of(self.plan(m)) for m in (without, without.model_copy(update={option: value})))
+        before, after = (self.plan(memory).nbytes for memory in (without, without.model_copy(update={option: value})))
         return after - before
-
-
-def _bytes_of(plan: MemoryPlan) -> Bytes:
-    return np.array([*(nbytes for _, nbytes in plan.peaks), plan.host_bytes], dtype=np.float64)
 
 
 def _plain(memory: MemoryConfig) -> MemoryConfig:
