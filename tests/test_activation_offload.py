@@ -12,7 +12,6 @@ from actors import Actors, RaceError, holding_nothing
 from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
 from torch import Tensor, nn
 
-from finetune.memory import host_buffers
 from finetune.memory.activation_offload import ActivationOffload
 from finetune.memory.runner import block_runner
 from finetune.methods.full import FullMethod
@@ -154,24 +153,6 @@ def test_a_larger_bucket_replaces_them():
     large = {piece.flat.numel() for piece in boundaries._pool._spare}
     waiting.backward()  # its small buffers come back, and are not kept
     assert len(boundaries._pool._spare) == LAYERS - 2 and large == {p.flat.numel() for p in boundaries._pool._spare}
-
-
-def test_every_byte_has_a_label_and_a_size():
-    """One boundary is its tokens, text and video, and no more; on the device there are two at a time."""
-    transformer = build()
-    boundaries = offloaded(transformer, keep=0)
-    hidden, encoder = torch.randn(1, 16, 32), torch.randn(1, 8, 32)
-    kept = [boundaries.put(index, hidden + index, encoder) for index in range(LAYERS)]
-    host = {host_buffers.label_of(one.on_host.flat.untyped_storage()) for one in kept}
-    assert host == {host_buffers.BufferLabel("offloaded activations", True, True)}
-    assert {one.on_host.flat.numel() for one in kept} == {(16 + 8) * 32 * 4}
-    given = boundaries.get(3, kept.pop())
-    assert torch.equal(given[0], hidden + 3) and torch.equal(given[1], encoder)
-    assert {host_buffers.label_of(tensor.untyped_storage()) for tensor in given} == {
-        host_buffers.BufferLabel("offload buffers", False)
-    }
-    assert [one.returning is not None for one in kept] == [False, False, True]
-    assert len(boundaries._arriving) == 1
 
 
 def test_a_boundary_is_given_once():

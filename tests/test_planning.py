@@ -49,7 +49,7 @@ from finetune.planner.estimate import SHORT, Estimate, estimate, extend, predict
 from finetune.planner.fake_run import TrackedTraining, fake_batches, fake_world
 from finetune.planner.memory_tracker import PHASES, TRANSIENT, MemoryTracker, Phase, Point, attention_workspace, measure
 from finetune.planner.plan import Prediction, choose_memory
-from finetune.planner.report import Verdict, document, draw, text
+from finetune.planner.report import Verdict, document, text
 from finetune.planner.search import QUANTISED, Machine, MemoryPlan, SearchResult, candidates, fit_memory, search
 
 pytestmark = pytest.mark.usefixtures("estimates_kept")
@@ -655,16 +655,6 @@ cli.main(["plan", "--config", "no-such.yaml"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "False\n", done.stderr
-
-
-def test_the_curve_is_drawn(tmp_path: Path) -> None:
-    from PIL import Image
-
-    path = tmp_path / "curve.png"
-    draw(some_estimate().phases[0], "a title", path, card_bytes=24 * GIB)
-    image = Image.open(path).convert("RGB")
-    colours = {colour for count, colour in image.getcolors(1 << 24) if count > 2000}
-    assert image.size == (1500, 840) and len(colours) >= 3  # two parts, and the paper
 
 
 @pytest.mark.parametrize(

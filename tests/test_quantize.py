@@ -19,7 +19,7 @@ from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ModelError
 from finetune.core.types import Bucket
-from finetune.memory.config import QuantisedFormat
+from finetune.memory.config import Base, QuantisedFormat
 from finetune.memory.quantized_linear import (
     QuantisedLinear,
     QuantisedPlacement,
@@ -235,8 +235,8 @@ def test_a_loaded_model_holds_what_quantising_it_gives(tiny_model: Callable[...,
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("variant", KNOWN_MODELS)
-def test_the_output_error_is_bounded_for_every_variant(tiny_model: Callable[..., Path], variant: str) -> None:
+@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
+def test_the_output_error_is_bounded(tiny_model: Callable[..., Path], variant: str) -> None:
     folder = tiny_model(variant)
     model = ModelConfig(pretrained=str(folder))
     with torch.no_grad():
@@ -247,7 +247,7 @@ def test_the_output_error_is_bounded_for_every_variant(tiny_model: Callable[...,
             )
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["fp8_64", "nf4"])
 def test_lora_learns_around_it_as_around_the_rounded_weights(
     tiny_model: Callable[..., Path], kind: QuantisedFormat
 ) -> None:
@@ -370,7 +370,7 @@ def peak_of_loading(folder: Path, kind: QuantisedFormat | None, *, at_once: bool
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="tells mapped files from memory by Linux' /proc")
-@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("kind", [None, "int8", "nf4"])
 def test_the_whole_model_never_exists_beside_what_it_becomes(wide_model: Path, kind: QuantisedFormat | None) -> None:
     largest = max(tensor.nbytes for _, tensor in stored_tensors(wide_model / "transformer", STEM))
     peak, left = peak_of_loading(wide_model, kind)
@@ -384,25 +384,24 @@ def test_a_model_that_is_read_whole_is_seen(wide_model: Path) -> None:
     assert peak > left + 2 * (16 << 20)
 
 
-@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize(
+    ("variant", "base"), [("2b", "native"), ("5b-i2v", "fp8"), ("1.5-5b-i2v", "fp8_64"), ("5b", "int8"), ("5b", "nf4")]
+)
 def test_an_empty_transformer_has_the_shapes_of_a_loaded_one(
-    tiny_model: Callable[..., Path], kind: QuantisedFormat | None
+    tiny_model: Callable[..., Path], variant: str, base: Base
 ) -> None:
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-    for variant in ("2b", "5b-i2v", "1.5-5b-i2v"):
-        chosen = placement(kind) if kind else None
-        ours = load_transformer(
-            ModelConfig(pretrained=str(tiny_model(variant))), dtype=torch.bfloat16, placement=chosen
-        )
-        with FakeTensorMode():
-            fake = empty_transformer(tiny_model(variant), dtype=torch.bfloat16, placement=chosen)
-            assert all(isinstance(t, FakeTensor) for t in [*fake.parameters(), *fake.buffers()])
-            output = predicted(fake, tiny_model(variant), torch.bfloat16)
-        assert output.shape == predicted(ours, tiny_model(variant), torch.bfloat16).shape
-        for names in ("named_parameters", "named_buffers"):
-            a, b = ({n: (t.shape, t.dtype) for n, t in getattr(module, names)()} for module in (ours, fake))
-            assert a == b
+    model, chosen = ModelConfig(pretrained=str(tiny_model(variant))), placement(base)
+    ours = load_transformer(model, dtype=torch.bfloat16, placement=chosen)
+    with FakeTensorMode():
+        fake = empty_transformer(tiny_model(variant), dtype=torch.bfloat16, placement=chosen)
+        assert all(isinstance(t, FakeTensor) for t in [*fake.parameters(), *fake.buffers()])
+        output = predicted(fake, tiny_model(variant), torch.bfloat16)
+    assert output.shape == predicted(ours, tiny_model(variant), torch.bfloat16).shape
+    for names in ("named_parameters", "named_buffers"):
+        a, b = ({n: (t.shape, t.dtype) for n, t in getattr(module, names)()} for module in (ours, fake))
+        assert a == b
 
 
 def test_what_a_full_size_base_takes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import cache
-from itertools import chain, pairwise
+from itertools import pairwise
 
 import pytest
 import torch
@@ -114,53 +114,6 @@ def test_weights_that_train_are_stale_without_invalidation():
     assert not torch.equal(torch.stack(train(transformer, 2)), losses)
 
 
-def test_weights_of_several_dtypes_and_buffers_stream():
-    """As a quantised layer has them: bytes of other dtypes in buffers, bit patterns kept."""
-    blocks = [nn.Module() for _ in range(3)]
-    generator = torch.Generator().manual_seed(0)
-    for block in blocks:
-        bits = torch.randint(0, 255, (7, 5), generator=generator, dtype=torch.uint8)
-        block.register_buffer("packed", bits.clone())
-        block.register_buffer("float8", bits.clone().view(torch.float8_e4m3fn))
-        block.register_buffer("scale", torch.randn(7, 1, generator=generator), persistent=False)
-        block.register_buffer("nothing", torch.empty(0))
-        block.weight = nn.Parameter(torch.randn(3, 2, generator=generator).bfloat16(), requires_grad=False)
-        block.adapter = nn.Parameter(torch.randn(2, generator=generator))
-    expected = [
-        {name: t.detach().clone() for name, t in chain(b.named_parameters(), b.named_buffers())} for b in blocks
-    ]
-    with Actors():
-        weights = BlockStreaming(blocks, range(3), 2, CPU)
-        weights.install()
-        homes = [block.adapter.data_ptr() for block in blocks]
-        for index in [0, 1, 2, 2, 1, 0]:
-            weights.acquire(index, backward=False)
-            for name, tensor in expected[index].items():
-                ours = getattr(blocks[index], name)
-                assert torch.equal(ours.reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
-                assert ours.dtype == tensor.dtype and (
-                    name == "adapter" or ours.storage_offset() * ours.element_size() % ALIGNMENT == 0
-                )
-            weights.release(index, backward=False)
-    assert [block.adapter.data_ptr() for block in blocks] == homes
-
-
-def test_gradients_go_to_the_sink_when_weights_that_train_stream():
-    theirs = build(method=FullMethod())
-    run_blocks(theirs)
-    forward(theirs).backward()
-    ours = build(method=FullMethod())
-    weights = BlockStreaming(modules(ours), range(LAYERS), 2, CPU, trainable=True)
-    weights.install()
-    blocks, seen = run_blocks(ours, weights), {}
-    blocks.sink = lambda pairs: seen.update({id(parameter): gradient for parameter, gradient in pairs})
-    forward(ours).backward()
-    names = {id(parameter): name for name, parameter in ours.named_parameters()}
-    assert len(seen) == sum(1 for name in names.values() if name.startswith("transformer_blocks"))
-    for key, gradient in seen.items():
-        assert torch.equal(gradient, theirs.get_parameter(names[key]).grad), names[key]
-
-
 # -------------------------------------------------------------------------------------------- two passes, broken passes
 
 
@@ -244,22 +197,6 @@ def test_passes_without_gradients_foresee_each_other():
         for _ in range(3):
             forward(transformer)
     assert (weights.loads, weights.stalls) == (3 * LAYERS + 2, 1)  # two for the pass that may come
-
-
-def test_after_a_change_of_the_home_the_ring_serves_it():
-    transformer = build(method=FullMethod())
-    weights = streamed(transformer, trainable=True, ring=3)
-    parameter = modules(transformer)[0].attn1.to_q.weight
-    forward(transformer).backward()
-    stale = parameter.detach().clone()
-    weights.home(parameter).add_(1)
-    weights.acquire(0, backward=False)
-    assert torch.equal(parameter, stale)  # canary: this is what invalidate is for
-    weights.release(0, backward=False)
-    weights.invalidate()
-    weights.acquire(0, backward=False)
-    assert torch.equal(parameter, stale + 1) and parameter.data_ptr() != weights.home(parameter).data_ptr()
-    assert weights.home(torch.empty(1)) is None
 
 
 # ----------------------------------------------------------------------------------------------- where the weights are
