@@ -14,7 +14,15 @@ from finetune.planner.memory_tracker import Phase, Point
 from finetune.planner.plan import choose_memory
 from finetune.trainers.loop import train
 
-pytestmark = pytest.mark.usefixtures("estimates_kept")
+
+@pytest.fixture(autouse=True)
+def one_gib(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the memory section says, the run is predicted to take 1 GiB; searches on estimates: test_plan_cli.py."""
+    peak = Estimate((Phase("training", Point(0.0, {"frozen weights": GIB}), "forward"),), "9x64x64", 1)
+    monkeypatch.setattr("finetune.planner.search.predict", lambda *_, phases, **__: peak if "train" in phases else NONE)
+
+
+NONE = Estimate((), "9x64x64", 1)
 
 
 def test_a_run_chooses_says_and_records_what_it_chose(tiny_model, demo_clips, tmp_path, capsys):
@@ -39,9 +47,7 @@ def test_it_goes_on_where_it_stopped(tiny_model, demo_clips, tmp_path):
     assert_same_run(train(config), whole)
 
 
-def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path, monkeypatch):
-    peak = Estimate((Phase("training", Point(0.0, {"frozen weights": GIB}), "forward"),), "9x64x64", 1)
-    monkeypatch.setattr("finetune.planner.search.predict", lambda *_, **__: peak)
+def test_where_nothing_fits_it_says_by_how_much(tiny_model, demo_clips, tmp_path):
     config = run_config(tiny_model(), demo_clips, tmp_path / "run", memory={"kind": "auto", "budget": "1.2GiB"})
     with pytest.raises(ConfigError, match=r"no memory plan fits 1\.20 GiB: the smallest needs 1\.00 GiB more"):
         train(config)
