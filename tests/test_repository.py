@@ -1,4 +1,4 @@
-"""What holds for the package as a whole: folders are layers, no option is dead.
+"""What holds for the package as a whole: folders are layers, no option is dead, signatures are short.
 
 Every check is a function of its input, so that a canary can feed it something wrong and watch it fail.
 """
@@ -207,6 +207,78 @@ def test_the_dead_option_check_can_fail():
     assert dead_options(Root, [code, by_annotation]) == ([], 6)
     by_assignment = "def h(run):\n    a, x = run.config, run.config.inner\n    return x.dead"
     assert dead_options(Root, [code, by_assignment]) == (["Item.never"], 6)
+
+
+# ------------------------------------------------------------------------------------------- functions and docstrings
+
+VERBS = ("finetune.api", "finetune.cli.main")
+"""Where the options of a command are the parameters of a function."""
+
+MOST_PARAMETERS = 6
+
+EXCEPTIONS = {
+    "finetune.memory.runner.forward": "autograd calls it with what its block takes",
+    **dict.fromkeys(
+        (
+            "finetune.cogvideox.objective.sample_noise",
+            "finetune.convert.export.export",
+            "finetune.diagnosis.doctor.doctor",
+            "finetune.planner.plan.plan",
+            "finetune.testing.tiny.tiny_vae",
+        ),
+        "to be mended",
+    ),
+}
+"""Functions with more parameters -> why. The list may become shorter, not longer."""
+
+
+def long_signatures(modules: Mapping[str, str]) -> set[str]:
+    """Functions outside ``VERBS`` with more than ``MOST_PARAMETERS``, by module and name; ``self`` is not counted."""
+    found = set()
+    for module, text in modules.items():
+        for node in ast.walk(ast.parse(text)) if module not in VERBS else ():
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                parts = node.args
+                every = [*parts.posonlyargs, *parts.args, *parts.kwonlyargs, parts.vararg, parts.kwarg]
+                names = [each.arg for each in every if each and each.arg not in ("self", "cls", "ctx")]
+                if len(names) > MOST_PARAMETERS:
+                    found.add(f"{module}.{node.name}")
+    return found
+
+
+def empty_docstrings(modules: Mapping[str, str]) -> list[str]:
+    """What has a docstring that only sends its reader elsewhere."""
+    return [
+        f"{module}.{getattr(node, 'name', '')}: {text:.60}"
+        for module, source in modules.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and (text := ast.get_docstring(node) or "").startswith("See ")
+    ]
+
+
+def test_functions_take_few_arguments_and_docstrings_say_something():
+    modules = sources()
+    assert long_signatures(modules) <= set(EXCEPTIONS)
+    assert empty_docstrings(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "found"),
+    [
+        ("finetune.core.x", "class A:\n    def f(self, a, b, /, c, *d, e, **g): ...", False),
+        ("finetune.core.x", "class A:\n    def f(self, a, b, /, c, *d, e, f, **g): ...", True),
+        ("finetune.core.x", "if 1:\n    async def f(a, b, c, d, e, f, g): ...", True),
+        ("finetune.api", "def f(a, b, c, d, e, f, g): ...", False),
+    ],
+)
+def test_a_long_signature_is_seen(module, text, found):
+    assert long_signatures({module: text}) == ({f"{module}.f"} if found else set())
+
+
+def test_a_docstring_that_says_nothing_is_seen():
+    text = '"""A module."""\nclass A:\n    def f(self):\n        """See ``g``."""\n'
+    assert empty_docstrings({"finetune.core.x": text}) == ["finetune.core.x.f: See ``g``."]
 
 
 # ---------------------------------------------------------------------------------------------------- seeded faults

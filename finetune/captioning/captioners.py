@@ -103,7 +103,7 @@ class LocalCaptioner:
         self.revision = getattr(self._model.config, "_commit_hash", None) or revision or ""
 
     def answer(self, chats: Sequence[Chat], variant: int) -> list[Answer]:
-        """See ``Captioner``; a batch that does not fit into memory is halved."""
+        """An answer to each chat's last turn; a batch that does not fit into memory is halved."""
         try:
             return list(self._generate(chats, variant))
         except Exception as error:
@@ -215,7 +215,7 @@ class EndpointCaptioner:
         self.revision = ""
 
     def answer(self, chats: Sequence[Chat], variant: int) -> list[Answer]:
-        """See ``Captioner``; one request per chat, all at once."""
+        """An answer to each chat's last turn: one request per chat, all at once."""
         with ThreadPoolExecutor(len(chats)) as threads:
             return list(threads.map(lambda chat: self._answer(chat, variant), chats))
 
