@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from waiting import until
+from waiting import HANG_S
 
 from finetune.cli.init import RECIPES
 from finetune.cli.main import OK, USER_ERROR, main
@@ -151,9 +151,7 @@ def test_a_training_predicts_in_a_process_beside_it(config_file: Path, tmp_path:
     runs = [predict_async(config, GIB, processes=2), predict_async(broken, None), predict_async(config, None)]
     assert runs[0].result() is None and runs[0].news() == "", "it waits for nothing"
     runs[2].close()  # cut short
-    for run in runs:
-        until(run.result, "the prediction was made")
-    made, failed, gone = (run.result() for run in runs)
+    made, failed, gone = (run.result(HANG_S) for run in runs)
     assert made and made.nbytes and "predicted in each process, in training" in made.message
     assert "more than this GPU has" in made.message
     assert runs[0].news() == made.message and runs[0].news() == "", "said once"

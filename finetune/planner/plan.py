@@ -253,10 +253,17 @@ class BackgroundPrediction:
         self._result: Prediction | None = None
         self._is_told = False
 
-    def result(self) -> Prediction | None:
-        """The prediction, or None while it is being made. It raises nothing: a run is worth more than a prediction."""
-        if self._result is None and (self._child is None or self._child.poll() is not None):
-            self._result = _read(self._folder, self._card_bytes)
+    def result(self, timeout_s: float = 0.0) -> Prediction | None:
+        """The prediction, or None while it is being made. It raises nothing: a run is worth more than a prediction.
+
+        Args:
+            timeout_s: how long to wait for it.
+        """
+        if self._result is None:
+            with suppress(subprocess.TimeoutExpired):
+                if self._child is not None:
+                    self._child.wait(timeout_s)
+                self._result = _read(self._folder, self._card_bytes)
         return self._result
 
     def news(self) -> str:
