@@ -124,7 +124,7 @@ def train_base(pipeline: CogVideoXPipeline, seed: int, steps: int, batch_size: i
     latents = encode(pipeline, scenes)
     print(f"base: {len(latents)} clips encoded in {time.perf_counter() - started:.0f} s, std {latents.std():.3f}")
     captions = ["", *sorted({scene.caption for scene in scenes})]  # the unconditional text is row 0
-    embeds = encode_prompts(pipeline.tokenizer, pipeline.text_encoder, captions, spec)
+    embeds = encode_prompts(pipeline.tokenizer.backend_tokenizer, pipeline.text_encoder, captions, spec)
     row = torch.tensor([captions.index(scene.caption) for scene in scenes])
     levels = alpha_bar(spec).float()
 

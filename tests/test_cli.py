@@ -101,9 +101,14 @@ def test_an_answer_that_needs_no_torch_comes_without_it(words, code, more, confi
     assert imported(words, tmp_path, *HEAVY, *more) == (code, [])
 
 
-def test_a_check_comes_without_torch(config_file, demo_clips, tmp_path):
-    overrides = ["model.pretrained=5b", f"data.sources.0.path={demo_clips}", "data.fps=8"]
-    assert imported(["check", "--config", "run.yaml", "--set", *overrides], tmp_path, "torch", "diffusers") == (OK, [])
+@pytest.mark.parametrize("with_tokenizer", [False, True])
+def test_a_check_comes_without_torch(with_tokenizer, tiny_model, config_file, demo_clips, tmp_path):
+    """Also where captions are compared with what the model's own tokenizer reads."""
+    model = tiny_model("5b") if with_tokenizer else "5b"
+    overrides = [f"model.pretrained={model}", f"data.sources.0.path={demo_clips}", "data.fps=8"]
+    modules = ["tokenizers", "torch", "diffusers", "transformers"]
+    words = ["check", "--config", "run.yaml", "--set", *overrides]
+    assert imported(words, tmp_path, *modules) == (OK, modules[:with_tokenizer])
 
 
 def test_a_verb_that_needs_torch_is_seen_to_import_it(config_file, tmp_path):

@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import T5Tokenizer
 
-from finetune.cogvideox.captions import count_tokens, tokenize
+from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.denoise import denoise, rotary_table
@@ -73,6 +74,8 @@ class Tiny:
     folder: Path
     spec: ModelSpec
     pipeline: Any
+    tokenizer: Any
+    """Ours; the pipeline's is transformers'."""
 
     @property
     def transformer(self) -> Any:
@@ -93,10 +96,10 @@ def tiny(tiny_model):
             model, spec = ModelConfig(pretrained=str(folder)), read_spec(str(folder))
             tokenizer, encoder = load_text(model)
             modules = {"transformer": load_transformer(model), "vae": load_vae(model)}
-            text = {"tokenizer": tokenizer, "text_encoder": encoder}
+            text = {"tokenizer": T5Tokenizer.from_pretrained(folder / "tokenizer"), "text_encoder": encoder}
             pipeline = build_pipeline(spec, scheduler=load_scheduler(model), **modules, **text)
             pipeline.set_progress_bar_config(disable=True)
-            loaded[variant, native] = Tiny(folder, spec, pipeline)
+            loaded[variant, native] = Tiny(folder, spec, pipeline, tokenizer)
         return loaded[variant, native]
 
     return load
@@ -151,7 +154,7 @@ def test_denoise_gives_the_transformer_what_the_stock_pipeline_gives_it(tiny, va
             **({"image": images / 255} if spec.image_to_video else {}),
         )
     assert len(theirs) == 3 and theirs[0]["timestep"].tolist() == [999, 999]
-    prompt_embeds = encode_prompts(model.pipeline.tokenizer, model.pipeline.text_encoder, CAPTIONS, spec)
+    prompt_embeds = encode_prompts(model.tokenizer, model.pipeline.text_encoder, CAPTIONS, spec)
     image_latents = None
     if spec.image_to_video:
         pairs = zip(images, generators(7, 8), strict=True)
@@ -387,7 +390,7 @@ def test_image_noise_has_one_log_normal_sigma_per_draw():
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b"])
 def test_prompts_equal_the_stock_pipelines(tiny, variant):
     model = tiny(variant)
-    tokenizer, encoder, length = model.pipeline.tokenizer, model.pipeline.text_encoder, model.spec.max_text_seq_length
+    tokenizer, encoder, length = model.tokenizer, model.pipeline.text_encoder, model.spec.max_text_seq_length
     captions = [*CAPTIONS, "a blue square moving right " * 20]
     theirs = model.pipeline._get_t5_prompt_embeds(captions, max_sequence_length=length)
     ours = encode_prompts(tokenizer, encoder, captions, model.spec)
@@ -410,20 +413,49 @@ def test_prompts_equal_the_stock_pipelines(tiny, variant):
 )
 def test_what_the_tokenizer_does_not_know_is_counted(tiny, caption, unknown, tokens):
     model = tiny("5b")
-    (tokenized,) = tokenize(model.pipeline.tokenizer, [caption], model.spec)
+    (tokenized,) = tokenize(model.tokenizer, [caption], model.spec)
     assert tokenized.unknown == unknown
-    assert model.pipeline.tokenizer.convert_ids_to_tokens(list(tokenized.ids)) == tokens
+    assert [model.tokenizer.id_to_token(number) for number in tokenized.ids] == tokens
 
 
-def test_tokens_are_those_that_are_encoded(tiny):
-    model = tiny("5b")
-    tokenizer, length = model.pipeline.tokenizer, model.spec.max_text_seq_length
-    # Words and the closing token, before anything is cut.
-    assert count_tokens(tokenizer, ["a red circle", "", "red " * 40]) == [4, 1, 41]
-    for caption in ("a red circle", "a red circle " * 20, "猫 red"):
-        (tokenized,) = tokenize(tokenizer, [caption], model.spec)
-        theirs = tokenizer(caption, padding="max_length", max_length=length, truncation=True).input_ids
-        assert list(tokenized.ids) == theirs[: len(tokenized.ids)] and len(tokenized.ids) <= length
+def sentencepiece_tokenizer(folder: Path, config: dict[str, Any]) -> None:
+    """As the published checkpoints have it: a model of sentencepiece, and its sentinels named in the settings."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    pieces = ("<pad>", "</s>", "<unk>", "\u2581a", "\u2581caption", "\u2581", *"abcdefghijklmnopqrstuvwxyz")
+    for piece in pieces:
+        model.pieces.add(piece=piece, score=-1.0, type=2 if piece == "<unk>" else 3 if piece[0] == "<" else 1)
+    model.trainer_spec.unk_id = 2
+    folder.mkdir(parents=True)
+    (folder / "spiece.model").write_bytes(model.SerializeToString())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+SPECIAL = {0: "<pad>", 1: "</s>", 2: "<unk>", **{131 - n: f"<extra_id_{n}>" for n in range(100)}}
+SENTINELS = {
+    str(number): {"content": token, "lstrip": number > 2, "rstrip": number > 2, "normalized": False, "special": True}
+    for number, token in SPECIAL.items()
+}
+TEXTS = ["a caption", "", "a  b", "  a lead ", "\u732b a", "a <extra_id_1> b", "a<extra_id_99>b </s> c", "<pad> <unk>",
+         "a\tb\nc", "\u2581a", "a\u00a0b", "\ufb01 \u212b", "caption " * 40]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [{}, {"extra_ids": 0}, {"added_tokens_decoder": SENTINELS, "extra_ids": 100}])
+@pytest.mark.parametrize("kind", ["sentencepiece", "json"])
+def test_tokens_are_those_of_transformers(config, kind, tmp_path):
+    folder = tmp_path / "tokenizer"
+    sentencepiece_tokenizer(folder, config)
+    theirs = T5Tokenizer.from_pretrained(folder)
+    if kind == "json":
+        shutil.rmtree(folder)
+        theirs.save_pretrained(folder)
+        theirs = T5Tokenizer.from_pretrained(folder)
+    ours = load_tokenizer(ModelConfig(pretrained=str(tmp_path)))
+    assert ours.padding["pad_id"] == theirs.pad_token_id
+    for text, tokens in zip(TEXTS, tokenize(ours, TEXTS, SimpleNamespace(max_text_seq_length=12)), strict=True):
+        assert list(tokens.ids) == theirs(text, max_length=12, truncation=True).input_ids, text
+        assert tokens.length == len(theirs(text).input_ids)
 
 
 # -------------------------------------------------------------- from the cache to model space, and back by the pipeline
@@ -509,7 +541,7 @@ def test_everything_is_in_the_dtype_that_was_asked_for(tiny_model, variant):
         assert {tensor.dtype for tensor in tensors if tensor.is_floating_point()} == {torch.bfloat16}
         assert not module.training
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
-    assert tokenizer("").input_ids == [1]
+    assert tokenizer.encode("").ids == [1]
 
 
 def test_t5_is_what_transformers_loads(copy):

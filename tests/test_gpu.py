@@ -377,7 +377,7 @@ def test_encoders_at_full_size(results):
             encoder = T5EncoderModel(config).eval()
     finally:
         torch.set_default_dtype(torch.float32)
-    tokenizer, _ = tiny_text()
+    backend = tiny_text()[0].backend_tokenizer
     with torch.no_grad():
-        embeds = timed("t5 encode 1 caption", lambda: encode_prompts(tokenizer, encoder, ["a red circle"], spec))
+        embeds = timed("t5 encode 1 caption", lambda: encode_prompts(backend, encoder, ["a red circle"], spec))
     assert embeds.shape == (1, 226, 4096)

@@ -22,12 +22,12 @@ from transformers import T5EncoderModel
 from worlds import fabricate_cache, merged, run_values
 
 from finetune.checkpoint.compare import require_same_run
-from finetune.cogvideox.components import CONFIG_FILES, PARTS, require_plain_index
+from finetune.cogvideox.captions import _fault_in_a_process, load_tokenizer
+from finetune.cogvideox.components import CONFIG_FILES, PARTS, TokenizerSettings, require_plain_index
 from finetune.cogvideox.encode import encode_prompts, encode_video
 from finetune.cogvideox.load import ModelConfig, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.model_files import is_commit, known_model, pin_revision, resolve_pretrained
 from finetune.cogvideox.spec import read_spec
-from finetune.cogvideox.tokenizer import _read_in_a_process, require_tokenizer
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.errors import CheckpointError, ConfigError, ModelError
@@ -122,6 +122,10 @@ def test_code_that_a_checkpoint_names_is_not_run(model):
         ("text_encoder", {"num_layers": 10**7}, "num_layers"),
         ("text_encoder", {"vocab_size": 10**10}, "vocab_size"),
         ("scheduler", {"num_train_timesteps": 10**9}, "num_train_timesteps"),
+        ("scheduler", {"trained_betas": [0.1] * 100_001}, "trained_betas"),
+        ("vae", {"latents_mean": [0.0] * 100_001}, "latents_mean: List should have at most 100000 items"),
+        ("vae", {"latents_std": [1e300]}, "latents_std.0"),
+        ("vae", {"shift_factor": 1e300}, "shift_factor"),
     ],
 )
 def test_json_that_would_take_all_memory_or_act_is_refused_before_it_is_loaded(model, component, changes, said):
@@ -140,7 +144,7 @@ WRONG = ("x", [1], {}, None, True, -1, 0, 7, 10**9, 1e300, 0.5, [[1]])
 
 def used(model: Path, component: str) -> None:
     """What training does with a component, as far as its JSON decides it."""
-    spec = read_spec(str(model))
+    spec = read_spec(str(model)) if component != "tokenizer" else None
     if component == "transformer":
         load_transformer(config_of(model))
     elif component == "vae":
@@ -149,17 +153,20 @@ def used(model: Path, component: str) -> None:
         scheduler = load_scheduler(config_of(model))
         scheduler.set_timesteps(1)
         assert scheduler.alphas_cumprod.isfinite().all()
+    elif component == "tokenizer":
+        load_tokenizer(config_of(model)).encode("a red circle")
     else:
         tokenizer, encoder = load_text(config_of(model))
         assert encode_prompts(tokenizer, encoder, ["a red circle"], spec).isfinite().all()
 
 
-@pytest.mark.parametrize("component", CONFIG_FILES)
-def test_no_wrong_value_of_a_component_s_json_gets_past_a_named_error(model, component):
+@pytest.mark.parametrize("component", [*CONFIG_FILES, "tokenizer"])
+def test_no_wrong_value_of_a_component_s_json_gets_past_a_named_error(model, component, monkeypatch):
     """Every value is replaced by every wrong one: it is refused by name, or does not matter to what is built."""
-    path = model / CONFIG_FILES[component]
+    path = model / CONFIG_FILES.get(component, "tokenizer/tokenizer_config.json")
     whole = json.loads(path.read_text())
-    refused, used_fields = 0, PARTS[component].model_fields
+    monkeypatch.setattr("finetune.cogvideox.captions._fault_in_a_process", lambda *_: "")
+    refused, used_fields = 0, PARTS.get(component, TokenizerSettings).model_fields
     for key in [*used_fields, "output_attentions", "torch_dtype"]:
         name = f"_{key}" if key == "class_name" else key
         for wrong in WRONG:
@@ -257,7 +264,7 @@ def test_without_our_look_at_it_an_index_would_be_obeyed(model):
 
 def test_a_tokenizer_reads_its_own_files_only(model):
     edit(model / "tokenizer/tokenizer_config.json", vocab_file="/etc/passwd")
-    with pytest.raises(ModelError, match="vocab_file names '/etc/passwd'"):
+    with pytest.raises(ModelError, match=r"vocab_file: it is not a file beside it \(it is '/etc/passwd'"):
         load_text(config_of(model))
 
 
@@ -280,11 +287,11 @@ def charsmap(content: bytes) -> dict[str, Any]:
         ({"model": {"type": "Future"}}, "did not match any variant"),
         ({"model": {"type": "Unigram", "unk_id": 10**9, "vocab": [["x", 0.0]]}}, "UnkIdNotInVocabulary"),
         ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [[f"{n}", 0.0] for n in range(99)]}}, "has 102"),
-        ({"extra_ids": 100_000_000}, "extra_ids is 100000000, not a number"),
-        ({"extra_ids": 10_000}, "extra_ids is 10000, not a number from 0 to 1,000"),
-        ({"extra_ids": "x"}, "extra_ids is 'x'"),
-        ({"pad_token": None}, "does not have a padding token"),
-        ({"pad_token": 3}, "Special token pad_token"),
+        ({"extra_ids": 100_000_000}, "extra_ids: Input should be less than or equal to 1000"),
+        ({"extra_ids": 10_000}, "extra_ids: Input should be less"),
+        ({"extra_ids": "x"}, "extra_ids: Input should be a valid integer"),
+        ({"pad_token": None}, "pad_token"),
+        ({"pad_token": 3}, "pad_token"),
     ],
 )
 def test_a_damaged_tokenizer_is_an_error_about_its_file(model, changes, said):
@@ -305,24 +312,23 @@ def test_a_panic_of_the_tokenizers_library_is_past_what_python_catches():
 
 def test_a_tokenizer_s_reader_that_dies_or_hangs_is_an_error_about_the_file(model, tmp_path, monkeypatch):
     child = tmp_path / "child.py"
-    monkeypatch.setattr("finetune.cogvideox.tokenizer.__file__", str(child))
+    monkeypatch.setattr("finetune.cogvideox.captions.__file__", str(child))
     for line, said in (("import os; os.abort()", "ended with signal 6"), ("import time; time.sleep(60)", "not read")):
         child.write_text(line)
-        monkeypatch.setattr("finetune.cogvideox.tokenizer._PATIENCE_S", 30 if "abort" in line else 0.2)
-        _read_in_a_process.cache_clear()
+        monkeypatch.setattr("finetune.cogvideox.captions._PATIENCE_S", 30 if "abort" in line else 0.2)
+        _fault_in_a_process.cache_clear()
         with pytest.raises(ModelError, match=said):
-            require_tokenizer(model)
-    _read_in_a_process.cache_clear()
+            load_tokenizer(config_of(model))
+    _fault_in_a_process.cache_clear()
 
 
-def test_a_tokenizer_is_read_in_a_process_once(model, monkeypatch):
-    highest = require_tokenizer(model)
-    assert highest == len(load_text(config_of(model))[0]) - 1
-    monkeypatch.setattr("finetune.cogvideox.tokenizer.subprocess.run", lambda *words, **options: pytest.fail("again"))
-    assert require_tokenizer(model) == highest
+def test_a_tokenizer_is_fault_in_a_process_once(model, monkeypatch):
+    ours = load_tokenizer(config_of(model)).to_str()
+    monkeypatch.setattr("finetune.cogvideox.captions.subprocess.run", lambda *words, **options: pytest.fail("again"))
+    assert load_tokenizer(config_of(model)).to_str() == ours
 
 
-def test_a_sentencepiece_model_is_read_in_a_process_too(model):
+def test_a_sentencepiece_model_is_fault_in_a_process_too(model):
     """What the published models have."""
     from sentencepiece import sentencepiece_model_pb2
 
@@ -332,13 +338,12 @@ def test_a_sentencepiece_model_is_read_in_a_process_too(model):
     stored.trainer_spec.unk_id = 2
     (model / "tokenizer/tokenizer.json").unlink()
     (model / "tokenizer/spiece.model").write_bytes(stored.SerializeToString())
-    tokenizer, _ = load_text(config_of(model))
-    assert tokenizer("a caption").input_ids == [3, 4, 1]
+    assert load_tokenizer(config_of(model)).encode("a caption").ids == [3, 4, 1]
     stored.normalizer_spec.precompiled_charsmap = b"\x04\0\0\0abcd"
     for content in (stored.SerializeToString(), b"\xff" * 50):
         (model / "tokenizer/spiece.model").write_bytes(content)
         with pytest.raises(ModelError, match="the tokenizer cannot be read") as caught:
-            load_text(config_of(model))
+            load_tokenizer(config_of(model))
         assert caught.value.where.endswith("spiece.model")
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import T5Tokenizer
 from worlds import run_config
 
 from finetune.caching.precompute import ensure_cache
@@ -113,13 +114,13 @@ def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tenso
     transformer = load_transformer(settings)
     if exported is not None and (exported / "transformer").is_dir():
         transformer = type(transformer).from_pretrained(exported / "transformer")
-    tokenizer, text_encoder = load_text(settings)
+    _, text_encoder = load_text(settings)
     pipeline = build_pipeline(
         spec,
         transformer=transformer,
         vae=load_vae(settings),
         scheduler=load_scheduler(settings),
-        tokenizer=tokenizer,
+        tokenizer=T5Tokenizer.from_pretrained(model / "tokenizer"),
         text_encoder=text_encoder,
     )
     if exported is not None and not (exported / "transformer").is_dir():

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
-from finetune.cogvideox.captions import load_tokenizer, tokenize
+from finetune.cogvideox.captions import TOKENIZER_FILES, load_tokenizer, tokenize
 from finetune.cogvideox.model_files import local_folder
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -257,8 +257,7 @@ def check_captions(
         ModelError: if the tokenizer is there and cannot be loaded.
     """
     folder = local_folder(config.model.pretrained, config.model.revision)
-    files = ("spiece.model", "tokenizer.json")
-    if folder is None or not any((folder / "tokenizer" / name).is_file() for name in files):
+    if folder is None or not any((folder / "tokenizer" / name).is_file() for name in TOKENIZER_FILES):
         where = "its tokenizer is not on this machine (precompute does it, before it encodes anything)"
         return [f"captions were not compared with what the model can read: {where}"], []
     tokenizer = load_tokenizer(config.model)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from finetune.cogvideox.captions import count_tokens
+from finetune.cogvideox.captions import tokenize
 from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -247,8 +247,8 @@ def encode_captions(
                     f"the GPU's memory does not hold T5's work on {len(batch)} captions",
                     fix="lower cache.text_batch_size, set memory.text_encoder: streamed, or free GPU memory",
                 ) from error
-            for job, tokens, embed in zip(batch, count_tokens(tokenizer, texts), embeds, strict=True):
-                size += cache.write_prompt(job.address, embed, tokens=tokens)
+            for job, tokens, embed in zip(batch, tokenize(tokenizer, texts, spec), embeds, strict=True):
+                size += cache.write_prompt(job.address, embed, tokens=tokens.length)
             bar.update(len(batch))
     del tokenizer, encoder
     release_memory()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from finetune.captioning.captioners import Answer, Captioner, Chat
-from finetune.cogvideox.captions import count_tokens, load_tokenizer
+from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.spec import read_spec
@@ -90,7 +90,9 @@ def token_limit(target: str) -> TokenLimit:
     """
     spec = read_spec(str(json_folder(target)))
     tokenizer = load_tokenizer(ModelConfig(pretrained=target))
-    return TokenLimit(spec.max_text_seq_length, lambda texts: count_tokens(tokenizer, texts))
+    return TokenLimit(
+        spec.max_text_seq_length, lambda texts: [tokens.length for tokens in tokenize(tokenizer, texts, spec)]
+    )
 
 
 def read_instruction(path: Path | None = None) -> str:

@@ -13,9 +13,9 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT
 from finetune.core.errors import FinetuneError, ModelError, is_out_of_memory, raise_all
@@ -34,6 +34,10 @@ _Probability = Annotated[float, Field(ge=0, lt=1)]
 _Epsilon = Annotated[float, Field(gt=0, le=1e-2)]
 
 _Scale = Annotated[float, Field(gt=0, le=1_000_000)]
+
+_Number = Annotated[float, Field(ge=-1_000_000, le=1_000_000)]
+
+_Numbers = Annotated[list[_Number], Field(max_length=100_000)]
 
 _Activation = Literal["silu", "swish", "mish", "gelu", "relu"]
 
@@ -104,9 +108,9 @@ class Vae(Part):
     norm_eps: _Epsilon = 1e-6
     norm_num_groups: _Width = 32
     scaling_factor: _Scale = 1.15258426
-    shift_factor: float | None = None
-    latents_mean: list[float] | None = None
-    latents_std: list[float] | None = None
+    shift_factor: _Number | None = None
+    latents_mean: _Numbers | None = None
+    latents_std: _Numbers | None = None
     force_upcast: bool = True
     use_quant_conv: bool = False
     use_post_quant_conv: bool = False
@@ -132,7 +136,7 @@ class Scheduler(Part):
     beta_start: Annotated[float, Field(gt=0, lt=1)] = 0.00085
     beta_end: Annotated[float, Field(gt=0, lt=1)] = 0.0120
     beta_schedule: str = "scaled_linear"
-    trained_betas: list[float] | None = None
+    trained_betas: _Numbers | None = None
     prediction_type: str = "epsilon"
     rescale_betas_zero_snr: bool = False
     snr_shift_scale: Annotated[float, Field(gt=0, le=1_000)] = 3.0
@@ -171,6 +175,48 @@ class TextEncoder(Part):
         if self.relative_attention_max_distance <= self.relative_attention_num_buckets // 4:
             raise ValueError("relative_attention_max_distance is too short for relative_attention_num_buckets")
         return self
+
+
+def _beside(name: str) -> str:
+    if name != PurePosixPath(name).name:
+        raise ValueError("it is not a file beside it")
+    return name
+
+
+class AddedToken(Part):
+    """A token that text is searched for before it is cut into pieces. Defaults of ``tokenizers.AddedToken``."""
+
+    content: Annotated[str, Field(min_length=1, max_length=1_000)]
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool | None = None
+    """None: unless it is special."""
+    special: bool = False
+
+
+_FileName = Annotated[str, AfterValidator(_beside)]
+
+_Token = Annotated[str, Field(min_length=1, max_length=1_000)] | AddedToken
+
+_TokenNumber = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+
+_MOST_TOKENS = 10_000
+
+
+class TokenizerSettings(Part):
+    """What of ``tokenizer_config.json`` decides tokens, with the defaults of ``transformers.T5Tokenizer``."""
+
+    vocab_file: _FileName | None = None
+    tokenizer_file: _FileName | None = None
+    spm_file: _FileName | None = None
+    eos_token: _Token = "</s>"
+    unk_token: _Token = "<unk>"
+    pad_token: _Token = "<pad>"
+    extra_ids: Annotated[int, Field(ge=0, le=1_000)] = 100
+    added_tokens_decoder: Annotated[dict[_TokenNumber, AddedToken], Field(max_length=_MOST_TOKENS)] | None = None
+    additional_special_tokens: Annotated[list[_Token], Field(max_length=_MOST_TOKENS)] | None = None
+    extra_special_tokens: Annotated[list[_Token] | dict[str, _Token], Field(max_length=_MOST_TOKENS)] | None = None
 
 
 PARTS: Mapping[str, type[Part]] = {
@@ -231,21 +277,28 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_part(folder: Path, component: str) -> Part:
-    """Read a component's JSON and make sure that a library may act on it.
+    """Read a component's JSON and make sure that a library may act on it. Raises as ``read_json_as``."""
+    return read_json_as(PARTS[component], folder / CONFIG_FILES[component])
+
+
+_P = TypeVar("_P", bound=Part)
+
+
+def read_json_as(kind: type[_P], path: Path) -> _P:
+    """Read a JSON file of a checkpoint.
 
     Raises:
         ModelError: naming every key that is refused.
     """
-    path = folder / CONFIG_FILES[component]
     content = read_json(path)
     faults = [f"{key}: {why}" for key, why in _ACTING_KEYS.items() if content.get(key) is not None]
     try:
-        part = PARTS[component].model_validate(content)
+        part = kind.model_validate(content)
     except ValidationError as error:
         for problem in error.errors(include_url=False):
             key, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
             given = f" (it is {problem['input']!r:.60})" if key and problem["type"] != "missing" else ""
-            faults.append(f"{key or component}: {message}{given}")
+            faults.append(f"{key or path.parent.name}: {message}{given}")
     problems = [ModelError(fault[:300], where=str(path), fix=COMPLETE_CHECKPOINT) for fault in faults[:_MOST_FAULTS]]
     raise_all(ModelError, problems, what=f"{{n}} things in {path.name} are refused")
     return part

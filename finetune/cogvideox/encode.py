@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.captions import tokenize
 from finetune.cogvideox.spec import ModelSpec
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLCogVideoX
-    from transformers import T5EncoderModel, T5Tokenizer
+    from tokenizers import Tokenizer
+    from transformers import T5EncoderModel
 
 
 IMAGE_NOISE_LOG_MEAN = -3.0
@@ -99,30 +101,26 @@ def _posterior(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> tuple[Tensor, Ten
 
 
 @torch.no_grad()
-def encode_prompts(tokenizer: T5Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], spec: ModelSpec) -> Tensor:
+def encode_prompts(tokenizer: Tokenizer, encoder: T5EncoderModel, captions: Sequence[str], spec: ModelSpec) -> Tensor:
     """T5 embeddings of captions, as the stock pipeline makes them.
 
-    Captions are padded and cut to ``max_text_seq_length``. There is no attention mask, neither in T5 nor later:
-    CogVideoX was trained to attend to the padding, so its embeddings are part of the input.
+    Captions are cut (``captions.tokenize``) and padded to ``max_text_seq_length``. There is no attention mask, neither
+    in T5 nor later: CogVideoX was trained to attend to the padding, so its embeddings are part of the input.
 
     Args:
-        tokenizer: the checkpoint's.
+        tokenizer: the checkpoint's (``captions.load_tokenizer``).
         encoder: the checkpoint's.
         captions: B of them, at least one; the empty caption is the unconditional text.
         spec: of the model.
 
     Returns:
-        [B, L, D] in the encoder's dtype, on its device. ``count_tokens`` tells what was cut off.
+        [B, L, D] in the encoder's dtype, on its device.
     """
-    tokens = tokenizer(
-        list(captions),
-        padding="max_length",
-        max_length=spec.max_text_seq_length,
-        truncation=True,
-        add_special_tokens=True,
-        return_tensors="pt",
-    )
-    embeds: Tensor = encoder(tokens.input_ids.to(encoder.device))[0]
+    padding = (tokenizer.padding or {"pad_id": 0})["pad_id"]  # 0 is T5's
+    ids = torch.full((len(captions), spec.max_text_seq_length), padding)
+    for row, caption in zip(ids, tokenize(tokenizer, captions, spec), strict=True):
+        row[: len(caption.ids)] = torch.tensor(caption.ids)
+    embeds: Tensor = encoder(ids.to(encoder.device))[0]
     return embeds
 
 

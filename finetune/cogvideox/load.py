@@ -22,7 +22,6 @@ from finetune.cogvideox.components import loading, read_part, require_loadable, 
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import hub_sha256, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
-from finetune.cogvideox.tokenizer import require_tokenizer
 from finetune.core.checksums import ChecksummedFolder, DamageError, digest_of
 from finetune.core.checksums import digest_file as digest_file_now
 from finetune.core.distributed import require_cudnn
@@ -39,7 +38,8 @@ if TYPE_CHECKING:
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
     )
-    from transformers import T5EncoderModel, T5Tokenizer
+    from tokenizers import Tokenizer
+    from transformers import T5EncoderModel
 
 _DIFFUSERS_STEM, _T5_STEM = "diffusion_pytorch_model", "model"
 """How diffusers and transformers name their weight files."""
@@ -160,7 +160,7 @@ def load_text(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     placement: Placement | None = None,
-) -> tuple[T5Tokenizer, T5EncoderModel]:
+) -> tuple[Tokenizer, T5EncoderModel]:
     """The tokenizer and the T5 encoder, frozen and in evaluation mode. Otherwise as ``load_transformer``."""
     from transformers import T5Config, T5EncoderModel
 
@@ -185,7 +185,7 @@ def load_text(
         # A whole T5 also holds a decoder, whose weights are left where they are.
         _require_exact(encoder, folder / "text_encoder", _T5_STEM, allow_unexpected=True)
         place(encoder, stored_tensors(folder / "text_encoder", _T5_STEM), torch.device(device), placement)
-        if (pieces := require_tokenizer(folder) + 1) > config.vocab_size:
+        if (pieces := max(tokenizer.get_vocab().values()) + 1) > config.vocab_size:
             raise ValueError(f"it knows {config.vocab_size:,} pieces, and the tokenizer has {pieces:,}")
     return tokenizer, encoder.eval().requires_grad_(False)
 
