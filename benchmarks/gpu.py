@@ -5,7 +5,7 @@ Models are made from their configurations with random weights, through the code 
 are real, quality is not. All of it takes longer than ten minutes: ``--only`` measures a piece (``PIECES``), and pieces
 fill one file, `benchmarks/results/gpu_memory_<device>.json`, which is written after each row. Nothing is begun after
 nine minutes; a table is printed last. With ``--tiny`` the same path runs on tiny models on a CPU, so that the time on a
-GPU is not spent on its mistakes. `benchmarks/README.md` lists what is needed; decord and `datasets` are not.
+GPU is not spent on its mistakes. `benchmarks/README.md` lists what is needed; PyAV and `datasets` are not.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import torch
 
 from finetune.core.errors import DataError
 from finetune.core.types import Clip, ClipPlan, VideoProbe
-from finetune.datasets.decode import probe_file, read_image
+from finetune.datasets.decode import probe_file
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
+from finetune.datasets.pictures import read_image
 from finetune.datasets.tables import handle_parquet
 
 probe = probe_file
@@ -21,7 +22,7 @@ probe = probe_file
 def decode(path: Path, probe: VideoProbe, plan: ClipPlan) -> Clip:
     """One planned clip. Raises its DataError."""
     with DecodePool(workers=0) as pool:
-        (((_, clip)),) = pool.decode_many([DecodeJob(0, path, probe, plan)])
+        (((_, clip)),) = pool.decode_many([DecodeJob(path, probe, plan)])
     if isinstance(clip, DataError):
         raise clip
     return clip

@@ -68,7 +68,7 @@ def config_file(tmp_path: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------- real processes, real codes
 
-HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "datasets", "pyarrow", "av", "decord")
+HEAVY = ("torch", "transformers", "diffusers", "numpy", "PIL", "datasets", "pyarrow", "av")
 
 
 def imported(words: list[str], folder: Path, *modules: str) -> tuple[int, list[str]]:
@@ -491,7 +491,7 @@ def test_the_overview_counts_what_training_will_see(tmp_path):
 
     bucket = Bucket(81, 768, 1360)
     plan = ClipPlan(tuple(range(81)), (768, 1365), (0, 2), bucket)
-    probe = VideoProbe(81, 16.0, 768, 1365, tuple(n / 16 for n in range(81)), 1, "decord")
+    probe = VideoProbe(81, 16.0, 768, 1365, tuple(n / 16 for n in range(81)), 1)
     clips = [
         PlannedClip(f"{n}.mp4", Sample(Path(f"{n}.mp4"), "a", None, "a:1", repeats=2), probe, plan, holdout=n == 10)
         for n in range(11)

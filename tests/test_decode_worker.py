@@ -19,85 +19,79 @@ from waiting import HANG_S, until
 from finetune.core.errors import DataError
 from finetune.core.text import shown
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets import decode_pool, media_files, worker
-from finetune.datasets.decode_pool import ClipRequest, DecodeJob, DecodePool, ImageRequest, ProbeRequest
+from finetune.datasets import decode, decode_pool, pictures, worker
+from finetune.datasets.decode_pool import DecodeJob, DecodePool
 
 ROOT = Path(__file__).parents[1]
-PROBE = VideoProbe(2, 8.0, 64, 64, array("d", [0.0, 0.125]), 1, "pyav", ("on-black-1",))
+PROBE = VideoProbe(2, 8.0, 64, 64, array("d", [0.0, 0.125]), 1, ("on-black-1",))
 PLAN = ClipPlan((0, 1), (64, 64), (0, 0), Bucket(2, 64, 64))
 PIXEL_BYTES = 3 * 2 * 64 * 64
 
 # --- messages ---------------------------------------------------------------------------------------------------------
 
-REQUESTS = [
-    ProbeRequest(Path("/a/b\n \udcff é.mp4")),
-    ClipRequest(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 6, "decord"), PLAN, Path("/\udcfe.png")),
-    ClipRequest(Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, "pyav", ("bwdif-tff-1", "pq-bt2020-1")), PLAN),
-    ImageRequest(Path("/a.png"), Bucket(1, 32, 48)),
+JOBS = [
+    DecodeJob(Path("/a/b\n \udcff é.mp4")),
+    DecodeJob(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 6), PLAN, Path("/\udcfe.png")),
+    DecodeJob(Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, ("bwdif-tff-1", "pq-bt2020-1")), PLAN),
+    DecodeJob(Path("/a.png"), bucket=Bucket(1, 32, 48)),
 ]
+CLIP = np.arange(PIXEL_BYTES, dtype=np.uint32).astype(np.uint8).reshape(3, 2, 64, 64)
+ANSWERS = [PROBE, [CLIP, CLIP[:, 0] + 1], [CLIP], [CLIP[:, 0, :32, :48]]]
 
 
 def sent(fields: object) -> dict:
     return json.loads(json.dumps(fields, default=os.fspath))
 
 
-@pytest.mark.parametrize("request_", REQUESTS, ids=lambda request: type(request).__name__)
-def test_requests_arrive_as_they_were(request_):
-    assert decode_pool.request_of(sent(asdict(request_))) == request_
-
-
-def test_answers_arrive_as_they_were(monkeypatch):
-    pixels = np.arange(PIXEL_BYTES, dtype=np.uint32).astype(np.uint8).reshape(3, 2, 64, 64)
-    clip, image = decode_pool.Pixels(pixels, pixels[:, 0] + 1), decode_pool.Pixels(None, pixels[:, 0, :32, :48])
-    for request, theirs in ((REQUESTS[0], PROBE), (REQUESTS[1], clip), (REQUESTS[3], image)):
-        monkeypatch.setattr(decode_pool, "perform", lambda request, theirs=theirs: theirs)
-        fields, body = decode_pool.handle(sent(asdict(request)))
-        ours = decode_pool.answer_of(request, sent(fields), bytearray(b"".join(bytes(part) for part in body)))
-        if isinstance(theirs, VideoProbe):
-            assert ours == theirs
-        else:
-            assert np.array_equal(ours.image, theirs.image) and ours.image.flags.writeable
-            assert (ours.clip is None) == (theirs.clip is None) and (
-                ours.clip is None or np.array_equal(ours.clip, theirs.clip)
-            )
+@pytest.mark.parametrize(("job", "theirs"), zip(JOBS, ANSWERS, strict=True))
+def test_jobs_and_answers_arrive_as_they_were(monkeypatch, job, theirs):
+    arrived = []
+    monkeypatch.setattr(decode_pool, "perform", lambda job: arrived.append(job) or theirs)
+    fields, body = decode_pool.handle(sent(decode_pool.fields_of(job)))
+    assert arrived == [job]
+    ours = decode_pool.answer_of(job, sent(fields), bytearray(b"".join(bytes(part) for part in body)))
+    if isinstance(theirs, VideoProbe):
+        assert ours == theirs
+    else:
+        assert len(ours) == len(theirs) and all(map(np.array_equal, ours, theirs)) and ours[0].flags.writeable
 
 
 PROBE_FIELDS = sent(asdict(replace(PROBE, frame_times_s=())))
 TIMES = bytes(PROBE.frame_times_s)
 MALFORMED = {
-    "no times": (REQUESTS[0], PROBE_FIELDS, b""),
-    "three times": (REQUESTS[0], PROBE_FIELDS, bytes(array("d", [0, 1, 2]))),
-    "backwards": (REQUESTS[0], PROBE_FIELDS, bytes(array("d", [0, -1]))),
-    "nan": (REQUESTS[0], PROBE_FIELDS, bytes(array("d", [0, float("nan")]))),
-    "huge": (REQUESTS[0], PROBE_FIELDS | {"height": 65535, "width": 65535}, TIMES),
-    "text for a number": (REQUESTS[0], PROBE_FIELDS | {"height": "64"}, TIMES),
-    "half a pixel": (REQUESTS[0], PROBE_FIELDS | {"height": 64.5}, TIMES),
-    "endlessly fast": (REQUESTS[0], PROBE_FIELDS | {"fps": float("inf")}, TIMES),
-    "turned": (REQUESTS[0], PROBE_FIELDS | {"orientation": 9}, TIMES),
-    "another decoder": (REQUESTS[0], PROBE_FIELDS | {"decoder": "os.system"}, TIMES),
-    "another correction": (REQUESTS[0], PROBE_FIELDS | {"corrections": ["bwdif-up-1"]}, TIMES),
-    "pixels for a header": (REQUESTS[0], {}, bytes(PIXEL_BYTES)),
-    "a byte too few": (REQUESTS[2], {}, bytes(PIXEL_BYTES - 1)),
-    "no image": (REQUESTS[1], {}, bytes(PIXEL_BYTES)),
+    "no times": (JOBS[0], PROBE_FIELDS, b""),
+    "three times": (JOBS[0], PROBE_FIELDS, bytes(array("d", [0, 1, 2]))),
+    "backwards": (JOBS[0], PROBE_FIELDS, bytes(array("d", [0, -1]))),
+    "nan": (JOBS[0], PROBE_FIELDS, bytes(array("d", [0, float("nan")]))),
+    "huge": (JOBS[0], PROBE_FIELDS | {"height": 65535, "width": 65535}, TIMES),
+    "text for a number": (JOBS[0], PROBE_FIELDS | {"height": "64"}, TIMES),
+    "half a pixel": (JOBS[0], PROBE_FIELDS | {"height": 64.5}, TIMES),
+    "endlessly fast": (JOBS[0], PROBE_FIELDS | {"fps": float("inf")}, TIMES),
+    "turned": (JOBS[0], PROBE_FIELDS | {"orientation": 9}, TIMES),
+    "another field": (JOBS[0], PROBE_FIELDS | {"decoder": "os.system"}, TIMES),
+    "another correction": (JOBS[0], PROBE_FIELDS | {"corrections": ["bwdif-up-1"]}, TIMES),
+    "pixels for a header": (JOBS[0], {}, bytes(PIXEL_BYTES)),
+    "a byte too few": (JOBS[2], {}, bytes(PIXEL_BYTES - 1)),
+    "no image": (JOBS[1], {}, bytes(PIXEL_BYTES)),
 }
 
 
 @pytest.mark.parametrize("name", MALFORMED)
 def test_what_is_no_answer_is_not_believed(name):
-    request, fields, body = MALFORMED[name]
+    job, fields, body = MALFORMED[name]
     with pytest.raises(DataError, match="nonsense") as caught:
-        decode_pool.answer_of(request, fields, bytearray(body))
-    assert caught.value.where == shown(str(request.path))
+        decode_pool.answer_of(job, fields, bytearray(body))
+    assert caught.value.where == shown(str(job.path))
 
 
 def test_the_canary_of_malformed_answers():
-    assert decode_pool.answer_of(REQUESTS[0], PROBE_FIELDS, bytearray(TIMES)) == PROBE
-    assert decode_pool.answer_of(REQUESTS[2], {}, bytearray(PIXEL_BYTES)).clip.shape == (3, 2, 64, 64)
+    assert decode_pool.answer_of(JOBS[0], PROBE_FIELDS, bytearray(TIMES)) == PROBE
+    assert decode_pool.answer_of(JOBS[2], {}, bytearray(PIXEL_BYTES))[0].shape == (3, 2, 64, 64)
 
 
 def test_only_a_pool_meets_files_of_strangers():
     """Nothing above decodes in the main process: no ``probe_file``, ``read_clip``..."""
-    below = {"decode", "video_streams", "media_files", "worker"}
+    below = {"decode", "pictures", "worker"}
 
     def taken(text: str) -> set[str]:
         imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
@@ -107,7 +101,7 @@ def test_only_a_pool_meets_files_of_strangers():
     room = ROOT / "finetune" / "datasets"
     inside = [room / f"{name}.py" for name in (*below, "decode_pool", "tables")]
     used = {path: taken(path.read_text(encoding="utf-8")) for path in (ROOT / "finetune").rglob("*.py")}
-    assert all(used.pop(path) or path.stem in ("media_files", "worker") for path in inside)
+    assert all(used.pop(path) or path.stem == "worker" for path in inside)
     assert len(used) > 50 and {path for path, names in used.items() if names} == set()
 
 
@@ -132,7 +126,7 @@ def chatter(stream):
     except OSError:
         pass
 
-say({"ready": True})
+say({"fields": {}, "length": 0})
 for line in sys.stdin.buffer:
     request = json.loads(line)
     length = request["most_bytes"]
@@ -176,7 +170,7 @@ OUTCOMES = {
 
 def test_a_worker_that_misbehaves_costs_its_file_only(monkeypatch):
     monkeypatch.setattr(decode_pool, "WORKER", MISBEHAVING)
-    jobs = [DecodeJob(0, Path(f"/{each}.mp4"), PROBE, PLAN) for name in OUTCOMES for each in (name, "good")]
+    jobs = [DecodeJob(Path(f"/{each}.mp4"), PROBE, PLAN) for name in OUTCOMES for each in (name, "good")]
     with DecodePool(workers=1, timeout_s=5) as pool:
         results = [result for _, result in pool.decode_many(jobs)]
     for (name, outcome), result, after in zip(OUTCOMES.items(), results[::2], results[1::2], strict=True):
@@ -228,14 +222,14 @@ GREEDY = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from finetune.datasets import decode, decode_pool, worker
+from finetune.datasets import decode, decode_pool, pictures, worker
 
 held = []
 def greedy(path):
     held.append(np.empty(worker.MEMORY_BYTES, np.uint8))
     print(worker.MEMORY_BYTES, "bytes are held", file=sys.stderr)
 decode.probe_file = greedy
-decode.read_fitted_image = lambda path, bucket: np.empty(2**30, np.uint8)[:3]
+pictures.read_fitted_image = lambda path, bucket: np.empty(2**30, np.uint8)[:3]
 if "free" in sys.argv:
     worker.limit_process = lambda: None
     worker._limit_memory = lambda more: None
@@ -247,8 +241,10 @@ print(Path("/proc/self/oom_score_adj").read_text().strip())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limits are complete on Linux only")
 def test_a_worker_is_under_limits():
-    greedy = {"fields": {"path": "/a.mp4"}, "most_bytes": 0}
-    small = {"fields": {"path": "/a.png", "bucket": {"frames": 1, "height": 1, "width": 1}}, "most_bytes": 2**30}
+    greedy, small = (
+        {"fields": sent(decode_pool.fields_of(job)), "most_bytes": most_bytes}
+        for job, most_bytes in ((DecodeJob(Path("/a.mp4")), 0), (replace(JOBS[3], bucket=Bucket(1, 1, 1)), 2**30))
+    )
 
     def run(*words: str) -> str:
         requests = "".join(json.dumps(request) + "\n" for request in (greedy, small))
@@ -263,11 +259,11 @@ def test_a_worker_is_under_limits():
 
 
 def test_the_limits_leave_room_for_what_people_have():
-    assert 7680 * 4320 <= media_files.MAX_PIXELS < 65535**2
-    assert 9 * 3600 * 60 < media_files.MAX_FRAMES < 10**9
+    assert 7680 * 4320 <= pictures.MAX_PIXELS < 65535**2
+    assert 9 * 3600 * 60 < decode.MAX_FRAMES < 10**9
     # Ten reference frames of 8K at 10 bits and 4:4:4, a picture in RGB, and the libraries.
     assert worker.MEMORY_BYTES > 10 * 7680 * 4320 * 2 * 3 + 3 * 7680 * 4320 + 2**28
     plan = ClipPlan(tuple(range(10**6, 10**6 + 4096)), (1, 1), (0, 0), Bucket(1, 1, 1))
-    request = ClipRequest(Path("/" + "\udcff" * 4000), replace(PROBE, frame_times_s=()), plan)
-    line = json.dumps({"fields": asdict(request)}, default=os.fspath)
+    job = DecodeJob(Path("/" + "\udcff" * 4000), PROBE, plan)
+    line = json.dumps({"fields": decode_pool.fields_of(job)}, default=os.fspath)
     assert len(line) < worker.LINE_BYTES

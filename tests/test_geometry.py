@@ -40,7 +40,7 @@ def matroska(frames: int, fps: float) -> tuple[float, ...]:
 
 
 def probe_of(frames: int = 100, fps: float = 8.0, height: int = 480, width: int = 720) -> VideoProbe:
-    return VideoProbe(frames, fps, height, width, cfr(frames, fps), 1, "decord")
+    return VideoProbe(frames, fps, height, width, cfr(frames, fps), 1)
 
 
 def nearest_exactly(frames: int, source_fps: Fraction, clip_frames: int, fps: Fraction) -> tuple[int, ...]:

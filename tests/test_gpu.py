@@ -2,7 +2,7 @@
 
 Memory and speed are real, quality is not. ``make test-gpu`` prints peak GiB and s/step; with FINETUNE_GPU_RESULTS=FILE
 the rows are kept as JSON, each as soon as it is there. All of it takes longer than ten minutes; ``ONLY=5b make
-test-gpu`` is a piece of it (``conftest.GPU_PIECES``, ``benchmarks/README.md``). Nothing here needs decord or
+test-gpu`` is a piece of it (``conftest.GPU_PIECES``, ``benchmarks/README.md``). Nothing here needs PyAV or
 ``datasets``. The same path runs at tiny size on the CPU first (``test_the_path_on_a_cpu``), so that the time on a GPU
 is not spent on its mistakes.
 """
@@ -128,11 +128,11 @@ def test_training_from_a_complete_cache_imports_no_decoder(tiny_model, tmp_path)
     (tmp_path / "run.yaml").write_text(config.to_yaml())
     script = f"""
 import sys
-for name in ("decord", "datasets", "av", "imageio", "imageio_ffmpeg"):
+for name in ("av", "datasets", "imageio", "imageio_ffmpeg"):
     sys.modules[name] = None  # as if it were not installed
 from finetune import load_config, train
 try:
-    import decord
+    import av
 except ModuleNotFoundError:
     print("blocked")
 print("steps", train(load_config({str(tmp_path / "run.yaml")!r})).step)

@@ -237,7 +237,7 @@ def test_the_benchmark_runs_without_decoders_and_keeps_what_it_measured(tmp_path
     """Where it is broken off at the second row, the first is in the file, with versions of what has none too."""
     code = f"""
 import sys
-for name in ("decord", "datasets", "av", "imageio", "imageio_ffmpeg"):
+for name in ("datasets", "av", "imageio", "imageio_ffmpeg"):
     sys.modules[name] = None  # as if it were not installed
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 sys.argv = ["gpu.py", "--tiny", "--steps", "1", "--only", "2b", "--output", {str(tmp_path / "rows.json")!r}]

@@ -482,7 +482,7 @@ import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("decord", "av", "datasets"):
+        if name.split(".")[0] in ("av", "datasets"):
             raise ImportError(f"{name} was imported")
 
 sys.meta_path.insert(0, Block())
@@ -496,7 +496,7 @@ spec = read_spec(config.model.pretrained)
 manifest = ensure_cache(config, spec)
 entry = Cache(config.cache.dir).read(manifest.items[0])
 assert entry.latents_mean.shape == (4, 3, 4, 4)
-assert not {"decord", "av", "datasets", "diffusers", "transformers"} & set(sys.modules)
+assert not {"av", "datasets", "diffusers", "transformers"} & set(sys.modules)
 print("read", manifest.digest, flush=True)
 ensure_cache(load_config(sys.argv[1], ["data.fps=4", "cache.decode_workers=0"]), spec)
 """
@@ -906,7 +906,7 @@ def test_a_model_of_one_size_says_that_none_keeps_more(project):
 
     spec = read_spec(str(known_model("5b-i2v")))
     config = project(data={"buckets": ["49x480x720"]}).config().data
-    probe = VideoProbe(100, 8.0, 720, 480, tuple(n / 8 for n in range(100)), 1, "decord")
+    probe = VideoProbe(100, 8.0, 720, 480, tuple(n / 8 for n in range(100)), 1)
     sample = Sample(Path("a.mp4"), "a", None, "a:1")
     clips = [PlannedClip("a.mp4", sample, probe, plan, False) for plan in plan_clips(probe, config, 8, "a")]
     picture, seconds = kept_warnings(clips, config, spec, 8)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import imageio_ffmpeg
@@ -21,10 +22,11 @@ from waiting import until
 
 from finetune.core.errors import DataError, KilledError
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
-from finetune.datasets import decode_pool, media_files
-from finetune.datasets.decode import read_decord_frames, resize_crop
+from finetune.datasets import decode as decode_module
+from finetune.datasets import decode_pool, pictures
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, fit_image
 from finetune.datasets.geometry import ClipConfig, plan_clips, resize_and_crop
+from finetune.datasets.pictures import resize_crop
 
 FFMPEG = imageio_ffmpeg.get_ffmpeg_exe()
 HEIGHT, WIDTH, FRAMES, FPS = 64, 96, 60, 30
@@ -41,61 +43,56 @@ def lavfi(size: str = f"{WIDTH}x{HEIGHT}", pixels: str = "yuv420p", seconds: flo
 H264 = ["-c:v", "libx264", "-qp", "8"]
 OPEN_GOP = "open-gop=1:keyint=12:min-keyint=12:bframes=3:b-adapt=0:scenecut=0"
 
-# name -> (ffmpeg arguments, decoder, frames, (height, width), EXIF's orientation)
+# name -> (ffmpeg arguments, frames, (height, width), EXIF's orientation)
 USUAL = (FRAMES, (HEIGHT, WIDTH), 1)
-FILES: dict[str, tuple[list[str], str, int, tuple[int, int], int]] = {
-    "cfr.mp4": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "decord", *USUAL),
-    "cfr.mkv": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "decord", *USUAL),
-    "moov_first.mov": ([*lavfi(), *H264, "-g", "12", "-movflags", "+faststart"], "decord", *USUAL),
-    "vp9.webm": ([*lavfi(), "-c:v", "libvpx-vp9", "-crf", "8", "-cpu-used", "8", "-g", "20"], "decord", *USUAL),
-    "intra.mov": ([*lavfi(), "-c:v", "mjpeg", "-q:v", "2"], "decord", *USUAL),
+FILES: dict[str, tuple[list[str], int, tuple[int, int], int]] = {
+    "cfr.mp4": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], *USUAL),
+    "cfr.mkv": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], *USUAL),
+    "moov_first.mov": ([*lavfi(), *H264, "-g", "12", "-movflags", "+faststart"], *USUAL),
+    "vp9.webm": ([*lavfi(), "-c:v", "libvpx-vp9", "-crf", "8", "-cpu-used", "8", "-g", "20"], *USUAL),
+    "intra.mov": ([*lavfi(), "-c:v", "mjpeg", "-q:v", "2"], *USUAL),
     "rotate90.mp4": (
         ["-display_rotation", "-90", "-i", "cfr.mp4", "-c", "copy"],
-        "pyav",
         FRAMES,
         (WIDTH, HEIGHT),
         6,
     ),
     "rotate180.mp4": (
         ["-display_rotation", "180", "-i", "cfr.mp4", "-c", "copy"],
-        "pyav",
         FRAMES,
         (HEIGHT, WIDTH),
         3,
     ),
     "rotate270.mp4": (
         ["-display_rotation", "90", "-i", "cfr.mp4", "-c", "copy"],
-        "pyav",
         FRAMES,
         (WIDTH, HEIGHT),
         8,
     ),
-    "odd.mp4": ([*lavfi("97x65", "yuv444p", 1), *H264], "decord", FPS, (65, 97), 1),
+    "odd.mp4": ([*lavfi("97x65", "yuv444p", 1), *H264], FPS, (65, 97), 1),
     "vfr.mp4": (
         [*lavfi(), "-vf", "select='lt(n,20)+not(mod(n,3))'", "-fps_mode", "vfr", *H264],
-        "decord",
         33,
         (HEIGHT, WIDTH),
         1,
     ),
-    "sound.mp4": ([*lavfi(), "-f", "lavfi", "-i", "sine=d=3", *H264, "-c:a", "aac"], "decord", *USUAL),
-    # What decord cannot open, or is known to decode wrongly:
-    "av1.mp4": ([*lavfi(), "-c:v", "libsvtav1", "-preset", "12", "-crf", "10"], "pyav", *USUAL),
+    "sound.mp4": ([*lavfi(), "-f", "lavfi", "-i", "sine=d=3", *H264, "-c:a", "aac"], *USUAL),
+    # What some decoders cannot open, or get wrong:
+    "av1.mp4": ([*lavfi(), "-c:v", "libsvtav1", "-preset", "12", "-crf", "10"], *USUAL),
     "av1_rotated.mp4": (
         ["-display_rotation", "-90", "-i", "av1.mp4", "-c", "copy"],
-        "pyav",
         FRAMES,
         (WIDTH, HEIGHT),
         6,
     ),
-    "open_gop.mp4": ([*lavfi(), *H264, "-x264-params", OPEN_GOP], "pyav", *USUAL),
-    "open_gop_hevc.mp4": ([*lavfi(), "-c:v", "libx265", "-x265-params", f"{OPEN_GOP}:log-level=none"], "pyav", *USUAL),
-    "edit_list.mp4": (["-ss", "0.5", "-i", "cfr.mp4", "-c", "copy"], "pyav", 45, (HEIGHT, WIDTH), 1),
-    "stream.ts": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "pyav", *USUAL),
-    "program.mpg": ([*lavfi(), "-c:v", "mpeg2video", "-q:v", "2", "-bf", "2", "-g", "12"], "pyav", *USUAL),
-    "b_frames.avi": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], "pyav", *USUAL),
-    "wide_pixels.mp4": ([*lavfi(), "-vf", "setsar=2/1", *H264], "pyav", FRAMES, (HEIGHT, 2 * WIDTH), 1),
-    "two_videos.mkv": (["-i", "cfr.mp4", "-i", "odd.mp4", "-map", "0", "-map", "1", "-c", "copy"], "pyav", *USUAL),
+    "open_gop.mp4": ([*lavfi(), *H264, "-x264-params", OPEN_GOP], *USUAL),
+    "open_gop_hevc.mp4": ([*lavfi(), "-c:v", "libx265", "-x265-params", f"{OPEN_GOP}:log-level=none"], *USUAL),
+    "edit_list.mp4": (["-ss", "0.5", "-i", "cfr.mp4", "-c", "copy"], 45, (HEIGHT, WIDTH), 1),
+    "stream.ts": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], *USUAL),
+    "program.mpg": ([*lavfi(), "-c:v", "mpeg2video", "-q:v", "2", "-bf", "2", "-g", "12"], *USUAL),
+    "b_frames.avi": ([*lavfi(), *H264, "-bf", "2", "-g", "12"], *USUAL),
+    "wide_pixels.mp4": ([*lavfi(), "-vf", "setsar=2/1", *H264], FRAMES, (HEIGHT, 2 * WIDTH), 1),
+    "two_videos.mkv": (["-i", "cfr.mp4", "-i", "odd.mp4", "-map", "0", "-map", "1", "-c", "copy"], *USUAL),
 }
 
 
@@ -145,7 +142,7 @@ def theirs_all(path: Path) -> np.ndarray:
         "-",
         cwd=path.parent,
     )
-    height, width = FILES[path.name][3]
+    height, width = FILES[path.name][2]
     if path.name == "wide_pixels.mp4":
         width //= 2
     return np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
@@ -158,10 +155,10 @@ def whole(probed: VideoProbe, indices: tuple[int, ...]) -> ClipPlan:
 
 @pytest.mark.parametrize("name", FILES)
 def test_probe(media, name):
-    _, decoder, count, size, orientation = FILES[name]
+    _, count, size, orientation = FILES[name]
     ours = probe(media / name)
     assert (ours.frames, (ours.height, ours.width), ours.orientation) == (count, size, orientation)
-    assert ours.decoder == decoder and ours.corrections == (("turned-1",) if orientation == 3 else ())
+    assert ours.corrections == (("turned-1",) if orientation == 3 else ())
     assert len(ours.frame_times_s) == count and ours.frame_times_s[0] == 0
     assert all(a < b for a, b in zip(ours.frame_times_s, ours.frame_times_s[1:], strict=False))
     if name != "vfr.mp4":
@@ -183,16 +180,6 @@ def test_frames_are_ffmpegs(media, name):
         difference = np.abs(ours.permute(1, 2, 3, 0).numpy().astype(int) - theirs[list(indices)].astype(int))
         # Neighbouring frames differ by 2.7 levels everywhere, so a wrong frame cannot hide in the mean.
         assert difference.mean() < 1, f"frames {indices}: mean difference {difference.mean((1, 2, 3)).round(1)}"
-
-
-@pytest.mark.parametrize("name", ["open_gop.mp4", "open_gop_hevc.mp4", "edit_list.mp4", "stream.ts"])
-def test_decord_is_wrong_where_it_is_not_used(media, name):
-    # The reason for the guard: where a new decord passes here, the guard may go.
-    theirs = theirs_all(media / name)
-    jumps = list(range(2, len(theirs), 5))
-    ours = read_decord_frames(media / name, jumps, 48 if name == "edit_list.mp4" else FRAMES, (HEIGHT, WIDTH))
-    differences = [np.abs(frame.astype(int) - theirs[index].astype(int)).mean() for index, frame in ours]
-    assert max(differences) > 2
 
 
 def test_pixels_that_are_not_square_become_square(media):
@@ -221,10 +208,9 @@ def test_a_planned_clip_shows_the_frames_of_its_times(media, name):
     assert np.abs(shown / FPS - np.arange(13) / 8).max() <= gap_s / 2 + 1e-3
 
 
-@pytest.mark.parametrize("decoder", ["decord", "pyav"])
-def test_resizing_is_antialiased_bicubic_and_the_crop_is_in_place(media, decoder):
+def test_resizing_is_antialiased_bicubic_and_the_crop_is_in_place(media):
     path = media / "odd.mp4"
-    probed = VideoProbe(**{**vars(probe(path)), "decoder": decoder})
+    probed = probe(path)
     bucket = Bucket(2, 24, 48)
     resize_hw, crop_yx = resize_and_crop((probed.height, probed.width), bucket)
     ours = decode(path, probed, ClipPlan((3, 20), resize_hw, crop_yx, bucket)).pixels
@@ -307,10 +293,9 @@ def test_damage_matters_only_where_the_plan_goes(media, tmp_path):
     assert caught.value.where == str(path)
 
 
-@pytest.mark.parametrize("name", ["cfr.mp4", "open_gop.mp4"])
-def test_a_file_that_changed_since_its_probe(media, tmp_path, name):
+def test_a_file_that_changed_since_its_probe(media, tmp_path):
     path = tmp_path / "clip.mp4"
-    path.write_bytes((media / name).read_bytes())
+    path.write_bytes((media / "cfr.mp4").read_bytes())
     probed = probe(path)
     path.write_bytes((media / "odd.mp4").read_bytes())
     with pytest.raises(DataError, match="changed"):
@@ -326,18 +311,18 @@ def test_boxes_within_boxes_within_boxes_end(tmp_path):
 
 
 def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
-    monkeypatch.setattr(media_files, "MAX_FRAMES", 59)
-    with pytest.raises(DataError, match="60 frames"):
+    monkeypatch.setattr(decode_module, "MAX_FRAMES", 59)
+    with pytest.raises(DataError, match="more than 59 frames"):
         probe(media / "cfr.mkv")
-    monkeypatch.setattr(media_files, "MAX_PIXELS", HEIGHT * WIDTH - 1)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", HEIGHT * WIDTH - 1)
     with pytest.raises(DataError, match="64x96"):
         probe(media / "cfr.mkv")
 
 
 MEMORY = """
-import sys, time
+import sys
 from pathlib import Path
-from finetune.datasets.decode import probe_file, read_clip
+from finetune.datasets.decode import probe_file, read_clip, read_frames
 from finetune.core.types import Bucket, ClipPlan
 
 def peak_mib():
@@ -345,12 +330,9 @@ def peak_mib():
 
 path = Path(sys.argv[1])
 header = probe_file(path)
-assert header.decoder == "decord"
 read_clip(path, header, ClipPlan(tuple(range(0, 150, 10)), (64, 114), (0, 0), Bucket(15, 64, 96)))
-time.sleep(0.5)
 if sys.argv[2] == "whole":
-    from finetune.datasets.decode import open_decord
-    frames = open_decord(path).get_batch(range(150)).asnumpy()
+    frames = list(read_frames(path, range(150), header))
 print(peak_mib())
 """
 
@@ -389,7 +371,7 @@ def jobs_of(media: Path, names: list[str]) -> list[DecodeJob]:
     config = ClipConfig(buckets=["9x32x48"])
     probes = [probe(media / name) for name in names]
     plans = [plan_clips(probed, config, 8, name)[0] for name, probed in zip(names, probes, strict=True)]
-    return [DecodeJob(i, media / name, *pair) for i, (name, *pair) in enumerate(zip(names, probes, plans, strict=True))]
+    return [DecodeJob(media / name, *pair) for name, *pair in zip(names, probes, plans, strict=True)]
 
 
 CRASHING_WORKER = """
@@ -422,7 +404,7 @@ def crashing_worker(tmp_path, monkeypatch):
 
 def named(job: DecodeJob, folder: Path, name: str) -> DecodeJob:
     (folder / name).write_bytes(job.path.read_bytes())
-    return DecodeJob(job.key, folder / name, job.probe, job.plan)
+    return replace(job, path=folder / name)
 
 
 def test_workers_give_what_this_process_gives_in_order(media):
@@ -561,7 +543,7 @@ def test_closing_ends_processes_and_threads(media, tmp_path, crashing_worker):
 def test_nothing_heavy_is_imported_before_it_is_needed():
     worker = "import finetune.datasets.decode_pool, finetune.datasets.worker, sys"
     here = "import finetune.datasets.decode_pool, finetune.datasets.sources, finetune.datasets.geometry, sys"
-    for code, forbidden in ((worker, "torch datasets av decord"), (here, "av decord datasets diffusers")):
+    for code, forbidden in ((worker, "torch datasets av"), (here, "av datasets diffusers")):
         check = f"{code}; print(sorted(set('{forbidden}'.split()) & set(sys.modules)))"
         assert (
             subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"
@@ -676,6 +658,6 @@ def test_real_clips():
                 (195, 30.0) if "steamboat" in str(path) else (49, pytest.approx(8.0))
             )
         config = ClipConfig(buckets=["49x64x96"])
-        jobs = [DecodeJob(i, p, q, plan_clips(q, config, 8, str(p))[0]) for i, (p, q) in enumerate(probes.items())]
+        jobs = [DecodeJob(p, q, plan_clips(q, config, 8, str(p))[0]) for p, q in probes.items()]
         for _, clip in pool.decode_many(jobs):
             assert clip.pixels.shape == (3, 49, 64, 96) and clip.pixels.float().std() > 10

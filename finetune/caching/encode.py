@@ -122,11 +122,9 @@ def encode_clips(
     encoded, size, failures = 0, 0, []
     vae = load_vae(config.model, device=device)
     with DecodePool(min(workers, len(jobs))) as pool:
-        decoded = pool.decode_many(
-            DecodeJob(number, job.video, job.probe, job.plan, job.image) for number, job in enumerate(jobs)
-        )
-        for done, clip in Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress):
-            job = jobs[done.key]
+        decoded = pool.decode_many(DecodeJob(job.video, job.probe, job.plan, job.image) for job in jobs)
+        bar = Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress)
+        for job, (_, clip) in zip(jobs, bar, strict=True):
             try:
                 if isinstance(clip, DataError):
                     raise clip
@@ -163,9 +161,7 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, cache: Cache, tiling: Liter
     changed = job.image is not None and cache.digest_file(job.image) != job.address["image"]
     if changed or not cache.is_unchanged(job.video, job.stamp):
         raise DataError("the file changed while it was being encoded", fix="run precompute again")
-    return cache.write_latents(
-        job.address, mean[0], std[0], image_latents, made_with={"decoder": job.probe.decoder, "tiled": tiled}
-    )
+    return cache.write_latents(job.address, mean[0], std[0], image_latents, made_with={"tiled": tiled})
 
 
 def image_noise(address: Mapping[str, Any], draws: int) -> list[torch.Generator]:

@@ -90,8 +90,6 @@ class VideoProbe:
     """Presentation time of every frame in seconds from the first, ascending; its length is ``frames``."""
     orientation: int
     """How stored frames are made upright, by EXIF's numbers 1 to 8; height and width are after it."""
-    decoder: str
-    """``decord`` or ``pyav``: what opened this file and will decode it."""
     corrections: tuple[str, ...] = ()
     """Of ``CORRECTIONS``: what is done to its frames; empty for a plain video."""
 

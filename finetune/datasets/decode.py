@@ -1,47 +1,483 @@
-"""From a media file to its header, and from a header and a plan to pixels; in whichever process calls.
+"""Video files to pixels, through PyAV: what a file may claim, its first bytes, what it states, and its frames.
 
-PyAV reads every header. decord decodes plain videos (upright, square pixels, progressive, opaque, SDR) where its list
-of frames equals PyAV's and nothing it is known to get wrong is in the way; PyAV decodes the rest. The two give the same
-pixels, to a level or two, so which of them it is stands in no cache address. Both decode to RGB at source size (decord
-fails on some resize widths); resizing here, frame by frame, keeps memory to a few source frames and one clip.
+A download that stopped half-way still opens, and would quietly become a shorter video; a login page saved as ``.mp4``
+gives an error that nobody understands; a playlist makes FFmpeg open other files; a few hundred bytes can promise a
+thousand million frames. What no check here foresees is held by the limits of the process that decodes (``worker``).
 """
 
 from __future__ import annotations
 
+import math
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+import re
+import struct
+from array import array
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
 
 from finetune.core.errors import DataError
-from finetune.core.types import Bucket, ClipPlan, VideoProbe
-from finetune.datasets import video_streams
-from finetune.datasets.colour import to_bt709
-from finetune.datasets.geometry import MAX_ASPECT_MISMATCH, resize_and_crop
-from finetune.datasets.media_files import (
-    MAX_FPS,
+from finetune.core.types import ClipPlan, VideoProbe
+from finetune.datasets.pictures import (
+    BT2020_MATRIX,
+    COPY_AGAIN,
+    HDR,
     MAX_PIXELS,
-    as_times,
-    check_container,
+    SDR,
+    UNSTATED,
+    Frame,
     check_frame_size,
     check_regular,
-    check_times,
+    colours_by_number,
+    resize_crop,
+    to_bt709,
+    turn_upright,
+    unreadable,
 )
-from finetune.datasets.video_streams import SDR, colours_by_number
 from finetune.datasets.worker import too_much_memory
 
-Frame = NDArray[np.uint8]
+FIX = "check that it plays to its end; re-encode it to H.264 in MP4, or leave it out"
 
-# --- videos -----------------------------------------------------------------------------------------------------------
+# --- claims -----------------------------------------------------------------------------------------------------------
+
+MAX_FRAMES = 2_000_000
+"""More frames than nine hours at 60 per second: a longer video is refused."""
+
+MAX_FPS = 1000.0
+"""The most that a configuration can ask for, and more than cameras play back at."""
+
+MAX_DURATION_S = 7 * 24 * 3600.0
+"""A week. ``span: all`` lays clips over the whole length, so a false time stamp would cost memory, not only sense."""
+
+MAX_STREAMS = 128
+"""Tracks of any kind in one file; a film with every language has fifty."""
+
+
+def _check_frame_count(frames: int, where: str) -> None:
+    if frames > MAX_FRAMES:
+        raise DataError(
+            f"the file has more than {MAX_FRAMES:,} frames, the most that are read",
+            where=where,
+            fix="split the video into shorter files, or leave it out",
+        )
+
+
+def check_times(times_s: Sequence[float], where: str) -> None:
+    """Refuse presentation times that no camera made: not ascending from zero, over a week, or too close together.
+
+    Args:
+        times_s: of every frame, in seconds from the first.
+        where: the file.
+    """
+    last = times_s[-1]
+    fault = ""
+    if not math.isfinite(last) or last > MAX_DURATION_S:
+        fault = f"span {last:.4g} s; at most {MAX_DURATION_S:,.0f} s (a week) are read"
+    elif len(times_s) - 1 > max(MAX_FPS * last, 0):
+        rate = (len(times_s) - 1) / last if last > 0 else math.inf
+        fault = f"say {rate:.4g} frames per second; at most {MAX_FPS:g} are read"
+    elif times_s[0] != 0 or any(a >= b for a, b in pairwise(times_s)):
+        fault = "do not ascend"
+    if fault:
+        fix = "re-encode it with a constant frame rate, or leave it out"
+        raise DataError(f"its time stamps {fault}", where=where, fix=fix)
+
+
+# --- first bytes ------------------------------------------------------------------------------------------------------
+
+_MP4_BOXES = {
+    *(b"ftyp", b"styp", b"moov", b"moof", b"mdat", b"wide", b"free", b"skip", b"junk", b"uuid"),
+    *(b"pnot", b"PICT", b"prfl", b"udta", b"sidx", b"emsg", b"mfra", b"pdin"),
+}
+"""What an MP4 or MOV file may begin with."""
+
+_EBML = b"\x1a\x45\xdf\xa3"
+_SEGMENT = b"\x18\x53\x80\x67"
+
+_FOREIGN: Mapping[str, bytes | tuple[bytes, ...]] = {
+    "a PNG image": b"\x89PNG\r\n\x1a\n",
+    "a JPEG image": b"\xff\xd8\xff",
+    "a GIF image": b"GIF8",
+    "a BMP image": b"BM",
+    "a TIFF image": (b"II*\0", b"MM\0*"),
+    "a zip archive": (b"PK\x03\x04", b"PK\x05\x06"),
+    "a gzip archive": b"\x1f\x8b",
+    "a 7-Zip archive": b"7z\xbc\xaf\x27\x1c",
+    "a RAR archive": b"Rar!",
+    "a PDF document": b"%PDF",
+    "the pointer of a Git LFS file that was not fetched": b"version https://git-lfs",
+}
+
+_TEXTS: Mapping[str, bytes | tuple[bytes, ...]] = {
+    "a playlist": b"#extm3u",
+    "a concat script": b"ffconcat",
+    "a web page": (b"<!doctype html", b"<html"),
+    "a streaming manifest": b"<mpd",
+    "an SVG drawing": b"<svg",
+    "an XML document": b"<?xml",
+    "a JSON document": b"{",
+}
+"""After white space and in any case."""
+
+
+def check_container(path: Path) -> None:
+    """Refuse a file that is empty, no video, or ends before its own header says. Raises DataError."""
+    size = check_regular(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(4096)
+            is_mp4 = head[4:8] in _MP4_BOXES
+            stated = _mp4_size(file, path) if is_mp4 else _stated_size(head)
+    except OSError as error:
+        raise unreadable(error, path) from None
+    if stated is not None and stated > size:
+        what = f"the file is cut off: its header speaks of {stated:,} bytes, it has {size:,}"
+        raise DataError(what, where=str(path), fix=COPY_AGAIN)
+    if not is_mp4 and (foreign := _foreign(head)):
+        what = f"not a video: it begins like {foreign}"
+        raise DataError(what, where=str(path), fix="download it again, or take it out")
+
+
+def _foreign(head: bytes) -> str | None:
+    """What a file is that is no video, by its first bytes; None if they say nothing."""
+    if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
+        return "a WebP image"
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    named = [name for name, starts in _FOREIGN.items() if head.startswith(starts)]
+    named += [name for name, starts in _TEXTS.items() if text.startswith(starts)]
+    return next(iter(named), None)
+
+
+def _mp4_size(file: BinaryIO, path: Path) -> int:
+    """Where the last of an MP4 file's outermost boxes ends. Raises DataError if none of them is the index."""
+    start, end, has_index = 0, file.seek(0, 2), False
+    while start + 8 <= end:
+        file.seek(start)
+        length, kind, long_length = struct.unpack(">I4sQ", file.read(16).ljust(16, b"\0"))
+        if length == 1:
+            length = long_length
+        elif length == 0:  # up to the end of the file
+            length = end - start
+        if length < 8:  # padding
+            break
+        has_index |= kind == b"moov"
+        start += length
+    if start <= end and not has_index:
+        what = "the file has no index (moov): it is cut off, or its recording was never finished"
+        raise DataError(what, where=str(path), fix=COPY_AGAIN)
+    return start
+
+
+def _stated_size(head: bytes) -> int | None:
+    """The size in bytes that an AVI or Matroska header states, or None."""
+    if head[:4] == b"RIFF" and head[8:12] == b"AVI ":
+        return 8 + int.from_bytes(head[4:8], "little")
+    if head.startswith(_EBML):
+        offset, length = _ebml_size(head, 4)
+        segment = offset + (length or 0)
+        if length is not None and head[segment : segment + 4] == _SEGMENT:
+            offset, length = _ebml_size(head, segment + 4)
+            return None if length is None else offset + length
+    return None
+
+
+def _ebml_size(head: bytes, at: int) -> tuple[int, int | None]:
+    """Where the element's body starts and how long it is; None for the "unknown" of a live recording."""
+    width = 9 - head[at].bit_length() if at < len(head) and head[at] else 0
+    if not 1 <= width <= 8 or at + width > len(head):
+        return at, None
+    value = int.from_bytes(head[at : at + width], "big") & ((1 << 7 * width) - 1)
+    return at + width, None if value == (1 << 7 * width) - 1 else value
+
+
+# --- opening ----------------------------------------------------------------------------------------------------------
+
+DEMUXERS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg"
+"""Containers that are opened. FFmpeg knows a format by its content, so a playlist or a concat script named ``.mp4``
+would otherwise make it read other files, or the network."""
+
+_WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
+"""FFmpeg's own decoders of these leave transparency out."""
+
+
+@contextmanager
+def _refusing(where: str, what: str = "the video cannot be decoded") -> Iterator[None]:
+    """What PyAV raises of a damaged file (FFmpeg's errors, and its own of numbers and names in it) as ``DataError``."""
+    import av
+
+    try:
+        yield
+    except (av.FFmpegError, ValueError, ArithmeticError, OSError, MemoryError) as error:
+        if isinstance(error, MemoryError):  # FFmpeg's own is one too
+            raise too_much_memory(where) from None
+        reason = f"{getattr(error, 'strerror', None) or error}" or type(error).__name__
+        raise DataError(f"{what} ({reason:.300})", where=where, fix=FIX) from None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """A container and its first real video stream, with a limit on what its decoder may allocate.
+
+    Raises:
+        DataError: if the file is none of ``DEMUXERS``, or has no video stream that FFmpeg knows.
+    """
+    import av
+    from av.sidedata.sidedata import Type as SideDataType
+    from av.stream import Disposition
+
+    where = str(path)
+    av.logging.set_level(av.logging.PANIC)  # FFmpeg's own lines name no file; what matters becomes a DataError
+    kinds: Any = SideDataType
+    kinds._missing_ = classmethod(_unknown)
+    # Tags in another encoding are nobody's concern; from 19 on PyAV takes them as they are and has no such argument.
+    # And the whitelist is a *container* option: plain `options` crash PyAV up to 15 on MPEG program streams.
+    lenient: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    guards = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file", "max_streams": str(MAX_STREAMS)}
+    with _refusing(where, "not a video that can be opened"):
+        # Absolute, because FFmpeg takes what stands before a colon for a protocol.
+        container = av.open(os.path.abspath(path), container_options=guards, **lenient)  # noqa: PTH100 - follows no link
+    with container:
+        if len(container.streams) > MAX_STREAMS:
+            what = f"the file has {len(container.streams):,} streams; at most {MAX_STREAMS:,} are read"
+            raise DataError(what, where=where, fix="re-encode it, or leave it out")
+        videos = [video for video in container.streams.video if not video.disposition & Disposition.attached_pic]
+        if not videos:  # an album cover is none
+            held = ", ".join(sorted({other.type for other in container.streams})) or "nothing"
+            raise DataError(f"the file has no video stream; it holds {held}", where=where, fix="leave the file out")
+        stream: Any = videos[0]
+        context = stream.codec_context
+        if context is None:
+            raise DataError("the video's codec is unknown to FFmpeg", where=where, fix=FIX)
+        if context.height and context.width:
+            check_frame_size(context.height, context.width, where)
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        # Threads by slice, PyAV's default. With threads by frame, closing a container with frames under way deadlocks.
+        context.thread_count = 2
+        yield container, stream
+
+
+def _unknown(kinds: Any, value: int) -> Any:
+    """A kind of side data that PyAV's list lacks and FFmpeg has (EXIF, in 18): without it none of a frame is read."""
+    kind = object.__new__(kinds)
+    kind._name_, kind._value_ = f"UNKNOWN_{value}", value
+    return kind
+
+
+def _tag(stream: Any, name: str) -> str:
+    """A tag of a stream, "" where it has none; Matroska's come in upper case where a file was copied."""
+    return next((value for key, value in stream.metadata.items() if key.lower() == name), "")
+
+
+def _alpha_decoder(stream: Any) -> str | None:
+    """The decoder of a stream's transparency, where it is another than FFmpeg takes. It gets no side data."""
+    return _WITH_ALPHA.get(stream.codec_context.name) if _tag(stream, "alpha_mode") == "1" else None
+
+
+def _packets(container: Any, stream: Any, where: str) -> Iterator[Any]:
+    with _refusing(where):
+        yield from container.demux(stream)
+
+
+def _decoded(container: Any, stream: Any, where: str, decoder_name: str | None) -> Iterator[Any]:
+    """The frames from where the container stands, by FFmpeg's decoder or one of ``_WITH_ALPHA``. Raises DataError."""
+    import av
+
+    with _refusing(where):
+        decoder = stream
+        if decoder_name is not None:
+            decoder = av.CodecContext.create(decoder_name, "r")
+            for name in ("options", "thread_count", "color_primaries", "color_trc", "colorspace", "color_range"):
+                setattr(decoder, name, getattr(stream.codec_context, name))
+        for packet in container.demux(stream):
+            yield from decoder.decode(packet)
+
+
+# --- what is stated: orientation, fields, transparency, colours -------------------------------------------------------
+
+ON_BLACK = "on-black-1"
+
+_ORIENTATIONS: Mapping[tuple[int, ...], int] = {
+    # the display matrix's a, b, c, d: a stored pixel right of another is shown (a, b) from it, one below (c, d)
+    (1, 0, 0, 1): 1,
+    (-1, 0, 0, 1): 2,
+    (-1, 0, 0, -1): 3,
+    (1, 0, 0, -1): 4,
+    (0, 1, 1, 0): 5,
+    (0, 1, -1, 0): 6,
+    (0, -1, -1, 0): 7,
+    (0, -1, 1, 0): 8,
+}
+
+_QUARTER_TURNS = {0: 1, 90: 6, 180: 3, 270: 8}
+
+_OTHER_TRANSFERS = {8: "linear light", 9: "logarithmic light", 10: "logarithmic light", 17: "SMPTE ST 428"}
+
+_OTHER_MATRICES = {
+    **{8: "YCgCo", 10: "BT.2020 with constant luminance", 11: "Y'D'zD'x", 12: "derived from its primaries"},
+    **{13: "derived from its primaries", 14: "ICtCp", 15: "IPT-C2", 16: "YCgCo-R", 17: "YCgCo-R"},
+}
+
+_DOLBY_VISION = ("dvh1", "dvhe", "dva1", "dvav", "dav1")
+
+_HEVC_ALPHA = b"\x4e\x01\xa5"
+"""How the message begins that says what the second layer of a stream is for (alpha channel information SEI)."""
+
+_FIELD_ORDERS = {2: "tff", 3: "bff", 4: "tff", 5: "bff"}
+"""FFmpeg's AVFieldOrder, as stored and as shown: TT, BB, TB, BT."""
+
+
+def _stated_orientation(stream: Any, frame: Any, where: str) -> int | None:
+    """How a frame is made upright, by EXIF's numbers; None where it does not say.
+
+    FFmpeg attaches to a frame what the container (MOV's matrix, Matroska's projection) or the stream (H.264's and
+    HEVC's display orientation, EXIF in Motion JPEG) says. Of what is only a tag, ``rotate`` is heeded: FFmpeg up to 4
+    left it in place of MOV's matrix when it copied a video into Matroska.
+
+    Raises:
+        DataError: if it is none of the eight.
+    """
+    for side in frame.side_data:
+        if side.type.name == "DISPLAYMATRIX":
+            return _orientation(np.frombuffer(bytes(side), "<i4", 5).tolist(), where)
+    degrees = _tag(stream, "rotate")
+    if not re.fullmatch(r"-?[0-9]{1,4}", degrees):
+        return None
+    if int(degrees) % 360 not in _QUARTER_TURNS:
+        what = f"a tag that turns the picture by {int(degrees)} degrees; only quarter turns are read"
+        raise DataError(what, where=where)
+    return _QUARTER_TURNS[int(degrees) % 360]
+
+
+def _orientation(matrix: list[int], where: str) -> int:
+    a, b, _, c, d = matrix
+    across, along = (abs(b), abs(c)), (abs(a), abs(d))
+    for straight, other, key in ((along, across, (a, 0, 0, d)), (across, along, (0, b, c, 0))):
+        if 50 * max(other) <= min(straight) > 0:  # a degree; how large entries are is a matter of the pixels' aspect
+            return _ORIENTATIONS[tuple((entry > 0) - (entry < 0) for entry in key)]
+    what = f"metadata that turn the picture by no right angle, or squash it to nothing ({a}, {b}, {c}, {d})"
+    raise DataError(what, where=where, fix=FIX)
+
+
+def _stated_corrections(stream: Any, frame: Any, where: str) -> tuple[str, ...]:
+    """Which of ``types.CORRECTIONS`` the first frame needs.
+
+    Raises:
+        DataError: for colours, fields or transparency that are not read, with what converts them.
+    """
+    is_hevc = stream.codec_context.name == "hevc"
+    if is_hevc and _HEVC_ALPHA in (stream.codec_context.extradata or b""):
+        what = "HEVC with transparency, which FFmpeg leaves out, so that what is hidden would be shown"
+        fix = f"export it as ProRes 4444; or, if nothing in it is hidden, {_convert(where, 'null')}"
+        raise DataError(what, where=where, fix=fix)
+    if is_hevc and frame.interlaced_frame:
+        what = "interlaced HEVC, in which each field is a picture of its own"
+        raise DataError(what, where=where, fix=_convert(where, "weave,bwdif"))
+    # PyAV tells what the container says from 18.1 on.
+    order = _FIELD_ORDERS.get(int(getattr(stream.codec_context, "field_order", 0)))
+    parity = "auto" if frame.interlaced_frame else order
+    colours = _stated_colours(stream, frame, where)
+    return (
+        *([f"bwdif-{parity}-1"] if parity else []),
+        *(["-".join((*colours, "1"))] if colours else []),
+        *([ON_BLACK] if _is_transparent(frame, where) else []),
+    )
+
+
+def _stated_colours(stream: Any, frame: Any, where: str) -> tuple[str, str] | None:
+    """Transfer (``pq``, ``hlg``, ``sdr``) and primaries (``bt709``, ``bt2020``, ``p3``) of what is not SDR of BT.709.
+
+    None where it is: so is taken what states nothing, and the primaries of SD, which differ by a few levels. HDR and
+    the matrix of BT.2020 without primaries mean those of BT.2020.
+
+    Raises:
+        DataError: for colours that are not read, with the command that converts them.
+    """
+    transfer, primaries, matrix = int(frame.color_trc), int(frame.color_primaries), int(frame.colorspace)
+    dolby_vision = any(side.type.name.startswith("DOVI") for side in frame.side_data)
+    if transfer == UNSTATED and (dolby_vision or stream.codec_context.codec_tag in _DOLBY_VISION):
+        raise DataError(
+            "Dolby Vision without an HDR10, HLG or SDR base (profile 5): its colours mean nothing to other decoders",
+            where=where,
+            fix="take another version of it, or convert it with a Dolby Vision player's export or ffmpeg's libplacebo",
+        )
+    colours = colours_by_number(transfer, primaries, matrix)
+    if matrix in _OTHER_MATRICES and not frame.format.is_rgb:
+        what = f"its colours are stored as {_OTHER_MATRICES[matrix]}, which is not read"
+        matrix_read = "2020_ncl" if "bt2020" in colours else "709"
+        raise DataError(what, where=where, fix=_convert(where, f"zscale=m={matrix_read}"))
+    if transfer in _OTHER_TRANSFERS:
+        what = f"its colours are in {_OTHER_TRANSFERS[transfer]}, which is not read"
+        raise DataError(what, where=where, fix=_convert(where, "zscale=pin=709:p=709:t=709:m=709"))
+    return None if colours == SDR else colours
+
+
+def _is_transparent(frame: Any, where: str) -> bool:
+    if frame.format.has_palette:
+        return bool((_as_array(frame, "rgba", where)[..., 3] < 255).any())
+    return any(component.is_alpha for component in frame.format.components)
+
+
+def _convert(where: str, filters: str) -> str:
+    encode = "-c:v libx265 -crf 12 -c:a copy"
+    return f'convert it: ffmpeg -i "{Path(where).name}" -vf "{filters},format=yuv420p10le" {encode} converted.mp4'
+
+
+def _parity_of(header: VideoProbe) -> str:
+    """The parity with which frames are made progressive: ``auto`` (what each frame says), ``tff``, ``bff``; or ""."""
+    return next((name.split("-")[1] for name in header.corrections if name.startswith("bwdif")), "")
+
+
+def _colours_of(header: VideoProbe) -> tuple[str, str] | None:
+    """As ``_stated_colours``, of the whole file."""
+    names = (name.split("-") for name in header.corrections)
+    return next(((name[0], name[1]) for name in names if name[0] in ("sdr", *HDR.values())), None)
+
+
+def _check_frame(stream: Any, frame: Any, frame_index: int, header: VideoProbe, where: str) -> None:
+    """Refuse a frame of another size than the first, for which the plan was made, or that states something else."""
+    shown = _shown_hw(frame.height, frame.width, _pixel_aspect(stream), header.orientation)
+    changes = {
+        f"the picture changes size: {header.height}x{header.width} at first (height x width), "
+        f"{shown[0]}x{shown[1]}": shown != (header.height, header.width),
+        "its orientation changes": _stated_orientation(stream, frame, where) not in (None, header.orientation),
+        "its colours change": _stated_colours(stream, frame, where) != _colours_of(header),
+        "it becomes transparent": _is_transparent(frame, where) and ON_BLACK not in header.corrections,
+        "it becomes interlaced": frame.interlaced_frame and not _parity_of(header),
+    }
+    for change, happens in changes.items():
+        if happens:
+            fix = "cut the file where it changes, re-encode it, or leave it out"
+            raise DataError(f"{change} in frame {frame_index}", where=where, fix=fix)
+
+
+# --- headers ----------------------------------------------------------------------------------------------------------
+
+SEEKABLE = ("mov", "matroska")
+"""Containers whose keyframe marks can be trusted; in the others frames are decoded from the start. (In MPEG program
+streams, P frames carry the mark, and what is decoded after a seek to one is a grey smear without an error.)"""
 
 _USUAL_FPS = 25.0
 """Of a file that stores neither times nor a rate."""
+
+
+class Index(NamedTuple):
+    """Which frames a video stream has, read from its packets without decoding them."""
+
+    pts: tuple[int, ...]
+    """Presentation times of the shown frames in units of ``time_base``, ascending; frame numbers if not ``timed``."""
+    keyframes: tuple[int, ...]
+    """Ascending times that decoding may start at; empty where it must start at the beginning."""
+    time_base: float
+    timed: bool
+    """False where the container stores no presentation times (AVI): then frames are counted."""
 
 
 def probe_file(path: Path) -> VideoProbe:
@@ -50,39 +486,113 @@ def probe_file(path: Path) -> VideoProbe:
     Height and width are those of the picture on a display: upright, with square pixels.
 
     Raises:
-        DataError: if the file is missing, empty, cut off, without video, beyond the limits of ``media_files``, or if
-            its first frame cannot be decoded.
+        DataError: if the file is missing, empty, cut off, without video, beyond the limits, or if its first frame
+            cannot be decoded.
     """
-    family = check_container(path)
-    stream = video_streams.read_header(path)
-    index = video_streams.read_index(path)
-    plain = stream.orientation == 1 and not stream.corrections and abs(stream.pixel_aspect - 1) < 1e-6
-    height, width = video_streams.shown_hw(stream.height, stream.width, stream.pixel_aspect, stream.orientation)
-    check_frame_size(height, width, str(path))
+    where = str(path)
+    check_container(path)
+    with _opened(path) as (container, stream):
+        alpha_decoder = _alpha_decoder(stream)
+        first = next(_decoded(container, stream, where, alpha_decoder), None)
+        if first is None:
+            raise DataError("no frame can be decoded", where=where, fix=FIX)
+        check_frame_size(first.height, first.width, where)
+        orientation = _stated_orientation(stream, (alpha_decoder and _without_alpha(path)) or first, where) or 1
+        corrections = (*_missed_turn(first, orientation), *_stated_corrections(stream, first, where))
+        height, width = _shown_hw(first.height, first.width, _pixel_aspect(stream), orientation)
+        rate = float(stream.average_rate) if stream.average_rate and stream.average_rate > 0 else None
+    index = read_index(path)
+    check_frame_size(height, width, where)
+    # Eight bytes each instead of thirty-two, for hours of video.
     if index.timed:
-        times = as_times([(pts - index.pts[0]) * index.time_base for pts in index.pts])
+        times = array("d", ((pts - index.pts[0]) * index.time_base for pts in index.pts))
     else:
-        rate = stream.rate or _USUAL_FPS
-        times = as_times([number / rate for number in index.pts])
-    check_times(times, str(path))
-    fps = (len(times) - 1) / times[-1] if times[-1] > 0 else min(stream.rate or 1.0, MAX_FPS)
-    reliable = (
-        # decord's FFmpeg has no list of allowed formats: what it is given has to begin like one that both know.
-        family in ("mp4", "matroska")
-        and index.timed
-        and not index.open_gop
-        and stream.container in video_streams.SEEKABLE
-        and stream.video_streams == 1
-        and plain
-        and height * width * 3 <= DECORD_MAX_FRAME_BYTES
-        and decord_agrees(path, times, (height, width))
-    )
-    decoder = "decord" if reliable else "pyav"
-    return VideoProbe(len(times), fps, height, width, times, stream.orientation, decoder, stream.corrections)
+        times = array("d", (number / (rate or _USUAL_FPS) for number in index.pts))
+    check_times(times, where)
+    fps = (len(times) - 1) / times[-1] if times[-1] > 0 else min(rate or 1.0, MAX_FPS)
+    return VideoProbe(len(times), fps, height, width, times, orientation, corrections)
+
+
+def _without_alpha(path: Path) -> Any:
+    """The first frame as FFmpeg's own decoder gives it, with what the container says of it; None if it gives none."""
+    with _opened(path) as (container, stream):
+        return next(_decoded(container, stream, str(path), None), None)
+
+
+def _missed_turn(frame: Any, orientation: int) -> tuple[str, ...]:
+    """A name for the cache address of turns that keep the size: decord, which once decoded these, missed some of them,
+    and nobody can tell which.
+    """
+    keeps_size = orientation == 3 or (orientation in (6, 8) and frame.height == frame.width)
+    return ("turned-1",) if keeps_size else ()
+
+
+def _shown_hw(height: int, width: int, pixel_aspect: float, orientation: int) -> tuple[int, int]:
+    """Height and width of a stored frame once its pixels are square and it is upright."""
+    size_hw = height, max(1, round(width * pixel_aspect))
+    return size_hw if orientation < 5 else size_hw[::-1]
+
+
+def _pixel_aspect(stream: Any) -> float:
+    """Width of a pixel over its height; 1 where the file does not say, or says nonsense.
+
+    What the container says goes before what the codec says, as in FFmpeg and in players.
+    """
+    ratios = stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio
+    return float(next((ratio for ratio in ratios if ratio and ratio > 0), 1))
+
+
+def read_index(path: Path) -> Index:
+    """List a video's frames; the last file's list is kept. Raises DataError."""
+    status = path.stat()
+    return _read_index(path, (status.st_mtime_ns, status.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
+    where = str(path)
+    shown: set[int] = set()
+    keyframes: list[int] = []
+    count, timed = 0, True
+    with _opened(path) as (container, stream):
+        format_name = container.format.name.split(",")[0]
+        time_base = float(stream.time_base or 1)
+        for packet in _packets(container, stream, where):
+            if packet.size == 0:  # the flush at the end
+                continue
+            if packet.is_corrupt:
+                raise DataError("the file is cut off or damaged inside a frame", where=where, fix=FIX)
+            count += 1
+            _check_frame_count(count, where)
+            if packet.pts is None:
+                timed = False
+                continue
+            if packet.is_keyframe:
+                keyframes.append(packet.pts)
+            if not packet.is_discard:  # frames that an edit list hides are decoded, never shown
+                shown.add(packet.pts)
+    timed = timed and format_name != "avi"
+    pts = sorted(shown) if timed else range(_count_frames(path))
+    if not pts:
+        raise DataError("the video stream has no frames", where=where, fix="leave the file out")
+    starts = sorted(keyframes) if timed and format_name in SEEKABLE else ()
+    return Index(tuple(pts), tuple(starts), time_base, timed)
+
+
+def _count_frames(path: Path) -> int:
+    count = 0
+    with _opened(path) as (container, stream):
+        for _ in _decoded(container, stream, str(path), _alpha_decoder(stream)):
+            count += 1
+            _check_frame_count(count, str(path))
+    return count
+
+
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 
 def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
-    """Decode, turn, resize and crop the frames of one clip.
+    """Decode, turn, resize and crop the frames of one clip, holding one source frame at a time.
 
     Args:
         path: the video.
@@ -96,262 +606,132 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
         DataError: if one of the frames cannot be decoded, or the file is not the one that was probed.
     """
     check_container(path)
-    if len(video_streams.read_index(path).pts) != probe.frames:
+    if len(read_index(path).pts) != probe.frames:
         raise DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
-    if probe.decoder == "decord":
-        try:
-            video_streams.check_frames(path, plan.frame_indices, probe)
-            frames = read_decord_frames(path, plan.frame_indices, probe.frames, (probe.height, probe.width))
-            return _assemble(frames, 1, plan)
-        except DecordError:
-            # decord opened the file but not this stretch of it. The whole clip is decoded again, so that no clip mixes
-            # two decoders; and of a file that is really damaged PyAV has the clearer message.
-            probe = replace(probe, decoder="pyav")
-    return _assemble(video_streams.read_frames(path, plan.frame_indices, probe), probe.orientation, plan)
-
-
-def _assemble(frames: Iterable[tuple[int, Frame]], orientation: int, plan: ClipPlan) -> Frame:
     size_hw = (plan.bucket.height, plan.bucket.width)
     pixels = np.empty((3, len(plan.frame_indices), *size_hw), np.uint8)
-    positions: dict[int, list[int]] = {}  # in the clip, of each source frame: several where it is repeated
-    for position, frame_index in enumerate(plan.frame_indices):
-        positions.setdefault(frame_index, []).append(position)
-    for frame_index, frame in frames:
-        cut = resize_crop(turn_upright(frame, orientation), plan.resize_hw, plan.crop_yx, size_hw)
-        pixels[:, positions[frame_index]] = cut.transpose(2, 0, 1)[:, None]
+    for frame_index, frame in read_frames(path, plan.frame_indices, probe):
+        cut = resize_crop(turn_upright(frame, probe.orientation), plan.resize_hw, plan.crop_yx, size_hw)
+        pixels[:, np.equal(plan.frame_indices, frame_index)] = cut.transpose(2, 0, 1)[:, None]
     return pixels
 
 
-def turn_upright(frame: Frame, orientation: int) -> Frame:
-    """Turn and mirror a stored frame [H, W, 3] as one of EXIF's eight orientations asks."""
-    if orientation >= 5:
-        frame = frame.transpose(1, 0, 2)
-    across, down = (-1 if orientation in flipped else 1 for flipped in ((2, 3, 6, 7), (3, 4, 7, 8)))
-    return frame[::down, ::across]
-
-
-def resize_crop(frame: Frame, resize_hw: tuple[int, int], crop_yx: tuple[int, int], size_hw: tuple[int, int]) -> Frame:
-    """Resize an RGB frame [H, W, 3] with an antialiased bicubic filter, then crop it to ``size_hw``.
-
-    The filter is Pillow's, in fixed-point arithmetic: the same pixels on every processor.
-    """
-    (top, left), (height, width) = crop_yx, size_hw
-    if frame.shape[:2] != resize_hw:
-        picture = Image.fromarray(np.ascontiguousarray(frame))
-        frame = np.asarray(picture.resize((resize_hw[1], resize_hw[0]), Image.Resampling.BICUBIC))
-    return frame[top : top + height, left : left + width]
-
-
-# --- decord -----------------------------------------------------------------------------------------------------------
-#
-# It gives *wrong* frames without an error after a seek into an open group of pictures (x265's default), in transport
-# streams, and where an edit list hides frames; `probe_file` keeps it from those. It also decodes ahead without limit
-# while nobody reads: a reader left idle in a 7 s clip of 1080p held 1.3 GB. So a reader here lives for one batch, a
-# batch has a size, and large pictures go to PyAV.
-
-DECORD_MAX_FRAME_BYTES = 8 * 2**20
-"""1080p has 6 MiB. Of larger frames a batch would hold so few that most of the time went into seeking."""
-
-_BATCH_BYTES = 256 * 2**20
-
-_TIME_TOLERANCE_S = 1e-3
-
-
-class DecordError(Exception):
-    """decord cannot do it: it is missing, or cannot open the file, or failed at a frame."""
-
-
-def decord_agrees(path: Path, frame_times_s: Sequence[float], size_hw: tuple[int, int]) -> bool:
-    """Whether decord opens the file and lists the same frames: as many, at the same times, of the same upright size."""
-    try:
-        reader = open_decord(path)
-        if len(reader) != len(frame_times_s) or tuple(reader[0].shape[:2]) != size_hw:
-            return False
-        starts_s = np.asarray(reader.get_frame_timestamp(range(len(reader))))[:, 0].astype(np.float64)
-    except DecordError:
-        return False
-    except _decord_failures():
-        return False
-    # decord's times are float32: past two hours their step is itself half a millisecond.
-    tolerance_s = _TIME_TOLERANCE_S + 1e-6 * frame_times_s[-1]
-    return bool(np.all(np.abs(starts_s - starts_s[0] - np.asarray(frame_times_s)) <= tolerance_s))
-
-
-def read_decord_frames(
-    path: Path, frame_indices: Sequence[int], frames: int, size_hw: tuple[int, int]
-) -> Iterator[tuple[int, Frame]]:
-    """Decode the named frames upright (decord turns them itself), a batch at a time.
+def read_frames(path: Path, frame_indices: Sequence[int], header: VideoProbe) -> Iterator[tuple[int, Frame]]:
+    """Decode the named frames, as stored (not turned) and otherwise corrected, one at a time.
 
     Args:
-        path: a video that ``decord_agrees`` accepted.
-        frame_indices: ascending frame numbers; repeated ones are given once.
-        frames: how many frames the file had when it was probed.
-        size_hw: height and width of its upright frames, which decide how many are in a batch.
+        path: the video.
+        frame_indices: ascending numbers into ``read_index(path).pts``; repeated ones are given once.
+        header: its size and what it states, for which the plan was made.
 
     Yields:
         The frame's number and its RGB pixels, uint8 [H, W, 3].
 
     Raises:
-        DecordError: if decord cannot.
+        DataError: if a named frame cannot be decoded, is damaged, of another size, or states something else. Damage
+            elsewhere in the file does not matter.
     """
-    remaining = sorted(set(frame_indices))
-    step = max(1, _BATCH_BYTES // (size_hw[0] * size_hw[1] * 3))
-    for start in range(0, len(remaining), step):
-        batch = remaining[start : start + step]
-        reader = open_decord(path)
-        if len(reader) != frames:
-            raise DecordError(f"{len(reader)} frames, not {frames}")
-        try:
-            pixels = reader.get_batch(batch).asnumpy()
-        except _decord_failures() as error:
-            raise DecordError(str(error)) from error
-        if pixels.shape[1:3] != size_hw:
-            raise DecordError(f"frames of {pixels.shape[1:3]}, not {size_hw}")
-        del reader  # before the consumer takes its time
-        yield from zip(batch, pixels, strict=True)
+    index = read_index(path)
+    wanted = sorted(set(frame_indices))
+    for seek in (True, False) if index.keyframes else (False,):
+        for frame_index, frame in _pass_over(path, index, wanted, header, seek=seek):
+            if frame.is_corrupt:
+                raise DataError(f"frame {frame_index} is damaged", where=str(path), fix=FIX)
+            yield frame_index, _pixels(frame, header, str(path))
+            wanted = wanted[1:]
+        if not wanted:
+            return
+    raise DataError(f"frame {wanted[0]} cannot be decoded", where=str(path), fix=FIX)
 
 
-def open_decord(path: Path) -> Any:
-    """A ``decord.VideoReader``. Raises DecordError."""
-    try:
-        import decord
-    except (ImportError, OSError) as error:  # there is no wheel for Arm
-        raise DecordError(f"decord is not installed: {error}") from error
-    decord.logging.set_level(decord.logging.QUIET)
-    try:
-        # Absolute, because FFmpeg takes what stands before a colon for a protocol.
-        return decord.VideoReader(os.path.abspath(path), ctx=decord.cpu(0), num_threads=2)  # noqa: PTH100
-    except _decord_failures() as error:
-        raise DecordError(str(error)) from error
+def _pass_over(
+    path: Path, index: Index, wanted: Sequence[int], header: VideoProbe, *, seek: bool
+) -> Iterator[tuple[int, Any]]:
+    """Yield wanted frames in order until all are found or one is missed (a container may seek too far)."""
+    where, parity = str(path), _parity_of(header)
+    with _opened(path) as (container, stream):
+
+        def from_here() -> Iterator[tuple[int, Any]]:
+            frames = _decoded(container, stream, where, _alpha_decoder(stream))
+            return enumerate(_deinterlaced(frames, parity, stream, where) if parity else frames)
+
+        frames = from_here()
+        reached: int | None = None
+        for frame_index in wanted:
+            target = index.pts[frame_index]
+            # bwdif has to have seen the frame before.
+            before = bisect_right(index.keyframes, index.pts[max(frame_index - 1, 0)] if parity else target)
+            start = index.keyframes[before - 1] if before else None
+            # Going on costs decoding; a seek pays only if a keyframe lies between here and the target.
+            if seek and start is not None and (reached is None or start > reached):
+                with _refusing(where):
+                    container.seek(start, stream=stream, backward=True)
+                frames = from_here()
+            for count, frame in frames:
+                reached = frame.pts if index.timed else count
+                if reached is not None and reached >= target:
+                    break
+            else:
+                return
+            if reached != target:
+                return
+            _check_frame(stream, frame, frame_index, header, where)
+            yield frame_index, frame
 
 
-def _decord_failures() -> tuple[type[Exception], ...]:
-    """What decord raises: its own class, but also RuntimeError for a file, AssertionError for a frame count,
-    UnicodeError for a name that is not UTF-8.
-    """
-    import decord
+def _deinterlaced(frames: Iterator[Any], parity: str, stream: Any, where: str) -> Iterator[Any]:
+    """Frames through FFmpeg's bwdif, one for one and with their times. It looks at both neighbours of a frame."""
+    from av.filter import Graph
 
-    return decord.DECORDError, RuntimeError, AssertionError, IndexError, OSError, UnicodeError
+    # Where frames say themselves which of them are interlaced, the others are left as they are.
+    options = f"mode=send_frame:parity={parity}:deint={'interlaced' if parity == 'auto' else 'all'}"
+    graph, times = Graph(), deque[Any]()
+    first: Any = None
 
+    def filtered() -> Iterator[Any]:
+        with suppress(BlockingIOError, EOFError):  # it wants another frame; it has given the last
+            while times:
+                frame = graph.vpull()
+                frame.pts = times.popleft()
+                yield frame
 
-# --- still images -----------------------------------------------------------------------------------------------------
-
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF")
-"""What Pillow may take a file for. It knows forty formats by their content, whatever a file is called; one of them
-(EPS) runs another program."""
-
-_FIX = "save it again as PNG or JPEG, or leave it out"
-
-
-def read_image(path: Path) -> Frame:
-    """Load a still image as upright RGB, uint8 [H, W, 3].
-
-    EXIF orientation is applied; HDR and wide colours that AVIF or PNG state by number become SDR; transparency is laid
-    on black; 16-bit grey is scaled, not clipped. Of an animation the first picture is taken.
-
-    Raises:
-        DataError: if the file is not an image of ``IMAGE_FORMATS``, is damaged, or is too large.
-    """
-    where = str(path)
-    check_regular(path)
-    try:
-        _check_webp_canvas(path)
-        with warnings.catch_warnings():
-            # Pillow only warns between its limit and twice that; our own limit, below both, is checked right after.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=IMAGE_FORMATS)
-        with image:
-            check_frame_size(image.height, image.width, where)  # from the header, before the pixels are read
-            return _to_rgb(image, _stated_colours(path, image.format), where)
-    except DataError:
-        raise
-    except Image.DecompressionBombError as error:
-        what = f"a picture larger than is read, at most {MAX_PIXELS:,} pixels ({error})"
-        raise DataError(what, where=where, fix=_FIX) from None
-    except MemoryError:
-        raise too_much_memory(where) from None
-    except Exception as error:  # of a damaged file Pillow's parsers raise anything: struct.error, KeyError, EOFError...
-        reason = str(error) or type(error).__name__
-        raise DataError(f"not an image that can be read ({reason:.300})", where=where, fix=_FIX) from None
+    with _refusing(where):
+        for frame in frames:
+            if first is None:
+                first = frame
+                size = {"width": frame.width, "height": frame.height, "format": frame.format}
+                source = graph.add_buffer(**size, time_base=stream.time_base)
+                graph.link_nodes(source, graph.add("bwdif", options), graph.add("buffersink")).configure()
+            if (frame.width, frame.height, frame.format.name) != (first.width, first.height, first.format.name):
+                raise DataError("the picture changes size or format while it is interlaced", where=where, fix=FIX)
+            times.append(frame.pts)
+            graph.vpush(frame)
+            yield from filtered()
+        if first is not None:
+            graph.vpush(None)
+            yield from filtered()
 
 
-def read_fitted_image(path: Path, bucket: Bucket) -> Frame:
-    """Load a still image and cut it to a bucket's height and width by the rule of frames.
-
-    Returns:
-        uint8 RGB [3, bucket.height, bucket.width].
-
-    Raises:
-        DataError: as ``read_image``, or if too little of the picture would remain.
-    """
-    fitted = fit_to_bucket(read_image(path), bucket, str(path))
-    return np.ascontiguousarray(fitted.transpose(2, 0, 1))
-
-
-def fit_to_bucket(picture: Frame, bucket: Bucket, where: str) -> Frame:
-    """Resize a picture [H, W, 3] to cover a bucket and crop its centre. Raises DataError for another shape altogether.
-
-    A picture one pixel high and a million wide is small; enlarged until it covers a bucket it fills the memory.
-    """
-    height, width = picture.shape[:2]
-    resize_hw, crop_yx = resize_and_crop((height, width), bucket)
-    kept = bucket.height * bucket.width / (resize_hw[0] * resize_hw[1])
-    if kept * MAX_ASPECT_MISMATCH < 1:
-        raise DataError(
-            f"{bucket} would keep {kept:.1%} of a picture of {height}x{width}",
-            where=where,
-            fix="cut the picture to the clip's shape, or leave it out",
-        )
-    return resize_crop(picture, resize_hw, crop_yx, (bucket.height, bucket.width))
-
-
-def _stated_colours(path: Path, kind: str | None) -> tuple[str, str]:
-    """What an AVIF's ``colr`` box or a PNG's ``cICP`` chunk says; SDR of BT.709 where there is none."""
-    with path.open("rb") as file:
-        head = file.read(2**16)
-    name, size = {"AVIF": (b"colrnclx", 2), "PNG": (b"\0\0\0\4cICP", 1)}.get(kind or "", (b"", 0))
-    at = head.find(name) + len(name)
-    if not size or name not in head or len(head) < at + 3 * size:
-        return SDR
-    primaries, transfer, matrix = (int.from_bytes(head[at + i * size : at + (i + 1) * size], "big") for i in range(3))
-    return colours_by_number(transfer, primaries, matrix)
-
-
-def _to_rgb(image: Image.Image, colours: tuple[str, str], where: str) -> Frame:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):
-        return _wide_grey(np.asarray(upright), where)
-    transparent = upright.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in upright.info
-    if transparent:
-        upright = upright.convert("RGBA")
-    if colours != SDR:
-        alpha = upright.getchannel("A") if transparent else None
-        upright = Image.fromarray(to_bt709(np.asarray(upright.convert("RGB"), np.uint16) * 256, *colours))
-        if alpha is not None:
-            upright.putalpha(alpha)
-    if transparent:
-        upright = Image.alpha_composite(Image.new("RGBA", upright.size, (0, 0, 0, 255)), upright)
-    return np.asarray(upright.convert("RGB"))
-
-
-def _wide_grey(values: NDArray[np.generic], where: str) -> Frame:
-    """Grey wider than 8 bits. Pillow's own conversion clips at 255, which turns a 16-bit image white."""
-    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0 or values.max() > 65535:
-        raise DataError("grey values are not 0 to 65535", where=where, fix="save the image with 8 bits per channel")
-    return np.repeat(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
-
-
-def _check_webp_canvas(path: Path) -> None:
-    """Refuse a WebP image by the canvas its header states: Pillow up to 12 allocates that, twice, to open the file."""
-    with path.open("rb") as file:
-        head = file.read(30)
-    if head[:4] != b"RIFF" or head[8:12] != b"WEBP" or len(head) < 30:
-        return
-    if head[12:16] == b"VP8X":
-        width, height = (1 + int.from_bytes(head[at : at + 3], "little") for at in (24, 27))
-    elif head[12:16] == b"VP8L":
-        bits = int.from_bytes(head[21:25], "little")
-        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+def _pixels(frame: Any, header: VideoProbe, where: str) -> Frame:
+    """RGB of one frame, uint8 [H, W, 3], in the colours of BT.709 and opaque."""
+    colours = _colours_of(header)
+    laid_on_black = ON_BLACK in header.corrections
+    if colours:
+        layout = "rgba64le" if laid_on_black else "rgb48le"
+        if "bt2020" in colours and frame.colorspace == UNSTATED:
+            frame.colorspace = BT2020_MATRIX  # swscale would take BT.601
     else:
-        width, height = (int.from_bytes(head[at : at + 2], "little") & 0x3FFF for at in (26, 28))
-    check_frame_size(height, width, str(path))
+        layout = "rgba" if laid_on_black else "rgb24"
+    stored = _as_array(frame, layout, where)
+    pixels: Frame = to_bt709(stored[..., :3], *colours) if colours else stored[..., :3]
+    if laid_on_black:
+        alpha = stored[..., 3:].astype(np.uint32) >> (8 if colours else 0)
+        pixels = ((pixels * alpha + 127) // 255).astype(np.uint8)
+    return pixels
+
+
+def _as_array(frame: Any, layout: str, where: str) -> NDArray[Any]:
+    """A frame converted to one of FFmpeg's packed pixel formats, [H, W, C]. Raises DataError."""
+    with _refusing(where):
+        pixels: NDArray[Any] = frame.to_ndarray(format=layout)
+    return pixels

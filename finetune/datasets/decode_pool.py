@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 from array import array
 from collections import deque
@@ -10,16 +11,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from finetune.core.errors import DataError
 from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets import decode
-from finetune.datasets.media_files import MAX_FPS, MAX_FRAMES, check_frame_size, check_times
+from finetune.datasets import decode, pictures
+from finetune.datasets.decode import MAX_FPS, MAX_FRAMES, check_times
+from finetune.datasets.pictures import Frame, check_frame_size
 from finetune.datasets.worker import Worker, too_much_memory
 
 if TYPE_CHECKING:
@@ -40,128 +40,97 @@ PROBE_BYTES_PER_S = 2 * 2**20
 DECODE_TIMEOUT_S = 600.0
 """To decode one clip, and the most for anything."""
 
-Frame = NDArray[np.uint8]
-
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """One clip to decode; ``key`` is the caller's own and is handed back with the result."""
+    """What is wanted of a media file: its header; with ``plan`` a clip; with ``bucket`` alone a still image cut to it.
 
-    key: int
+    A worker gets it as JSON, answers with the header or with raw pixels, and trusts the process that started it.
+    """
+
     path: Path
-    probe: VideoProbe
-    plan: ClipPlan
+    probe: VideoProbe | None = None
+    """Of a clip: what the header said."""
+    plan: ClipPlan | None = None
     image: Path | None = None
-    """The file that stands for the first frame, cut to the plan's bucket."""
+    """The file that stands for a clip's first frame, cut to the plan's bucket."""
+    bucket: Bucket | None = None
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the arrays that are the answer, uint8 RGB: a clip [3, F, H, W], an image [3, H, W]; none for a header."""
+        bucket = self.bucket if self.plan is None else self.plan.bucket
+        if bucket is None:
+            return []
+        size_hw = (bucket.height, bucket.width)
+        clips = [] if self.plan is None else [(3, len(self.plan.frame_indices), *size_hw)]
+        return [*clips, *([(3, *size_hw)] if self.plan is None or self.image else [])]
+
+    @property
+    def most_bytes(self) -> int:
+        """The length of the answer, or the most it may be."""
+        return sum(map(math.prod, self.shapes)) or 8 * MAX_FRAMES
 
 
-@dataclass(frozen=True)
-class ProbeRequest:
-    """Read a video's header and the times of its frames."""
-
-    path: Path
+Answer = VideoProbe | list[Frame]
 
 
-@dataclass(frozen=True)
-class ClipRequest:
-    """Decode one planned clip, and the image that stands for its first frame where there is one."""
-
-    path: Path
-    probe: VideoProbe
-    """Without its frame times: a worker does not need them, and an hour of video has 100 000."""
-    plan: ClipPlan
-    image: Path | None = None
-
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """Load a still image, cut to a bucket."""
-
-    path: Path
-    bucket: Bucket
+def perform(job: DecodeJob) -> Answer:
+    """Do a job in this process. Raises DataError if a file cannot be used."""
+    if job.plan is not None and job.probe is not None:
+        clip = decode.read_clip(job.path, job.probe, job.plan)
+        return [clip, *([pictures.read_fitted_image(job.image, job.plan.bucket)] if job.image else [])]
+    if job.bucket is not None:
+        return [pictures.read_fitted_image(job.path, job.bucket)]
+    return decode.probe_file(job.path)
 
 
-Request = ProbeRequest | ClipRequest | ImageRequest
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """What was decoded, uint8 RGB: a clip [3, F, H, W], an image [3, H, W]."""
-
-    clip: Frame | None
-    image: Frame | None
-
-
-Answer = VideoProbe | Pixels
-
-
-def perform(request: Request) -> Answer:
-    """Do what is asked, in this process. Raises DataError if a file cannot be used."""
-    if isinstance(request, ProbeRequest):
-        return decode.probe_file(request.path)
-    if isinstance(request, ImageRequest):
-        return Pixels(None, decode.read_fitted_image(request.path, request.bucket))
-    clip = decode.read_clip(request.path, request.probe, request.plan)
-    image = None if request.image is None else decode.read_fitted_image(request.image, request.plan.bucket)
-    return Pixels(clip, image)
-
-
-# --- a request and its answer as a worker's messages ------------------------------------------------------------------
+# --- a job and its answer as a worker's messages ----------------------------------------------------------------------
 
 
 def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
-    """Perform a request in a worker."""
-    answer = perform(request_of(fields))
+    """Do a job in a worker."""
+    answer = perform(job_of(fields))
     if isinstance(answer, VideoProbe):
-        return asdict(replace(answer, frame_times_s=())), [array("d", answer.frame_times_s)]
-    return {}, [np.ascontiguousarray(part) for part in (answer.clip, answer.image) if part is not None]
+        return asdict(replace(answer, frame_times_s=())), [answer.frame_times_s]
+    return {}, [np.ascontiguousarray(pixels) for pixels in answer]
 
 
-def request_of(fields: dict[str, Any]) -> Request:
-    """A request from its fields, as JSON had them. A worker trusts the process that started it."""
-    path = Path(fields["path"])
-    if "plan" in fields:
-        plan = {name: tuple(value) for name, value in fields["plan"].items() if name != "bucket"}
-        image = None if fields["image"] is None else Path(fields["image"])
-        bucket = Bucket(**fields["plan"]["bucket"])
-        return ClipRequest(path, _probe_of(fields["probe"]), ClipPlan(**plan, bucket=bucket), image)
-    return ImageRequest(path, Bucket(**fields["bucket"])) if "bucket" in fields else ProbeRequest(path)
+def fields_of(job: DecodeJob) -> dict[str, Any]:
+    """A job as JSON has it, without the frame times: a worker needs none, and an hour of video has 100 000."""
+    return asdict(replace(job, probe=None if job.probe is None else replace(job.probe, frame_times_s=())))
+
+
+def job_of(fields: dict[str, Any]) -> DecodeJob:
+    """A job from its fields."""
+    path, image = (value and Path(value) for value in (fields["path"], fields["image"]))
+    probe, plan, bucket = fields["probe"], fields["plan"], fields["bucket"]
+    if plan is not None:
+        plan = {name: tuple(value) for name, value in plan.items() if name != "bucket"}
+        plan = ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"]))
+    return DecodeJob(path, probe and _probe_of(probe), plan, image, bucket and Bucket(**bucket))
 
 
 def _probe_of(fields: dict[str, Any], frame_times_s: Sequence[float] = ()) -> VideoProbe:
     return VideoProbe(**{**fields, "frame_times_s": frame_times_s, "corrections": tuple(fields["corrections"])})
 
 
-def most_bytes(request: Request) -> int:
-    """The length of a request's answer, or the most it may be."""
-    if isinstance(request, ProbeRequest):
-        return 8 * MAX_FRAMES
-    if isinstance(request, ImageRequest):
-        return 3 * request.bucket.height * request.bucket.width
-    bucket = request.plan.bucket
-    return 3 * bucket.height * bucket.width * (len(request.plan.frame_indices) + (request.image is not None))
-
-
-def answer_of(request: Request, fields: dict[str, Any], body: bytearray) -> Answer:
-    """A worker's answer. Raises DataError if it is none to this request."""
+def answer_of(job: DecodeJob, fields: dict[str, Any], body: bytearray) -> Answer:
+    """A worker's answer. Raises DataError if it is none to this job."""
     try:
-        if isinstance(request, ProbeRequest):
+        if not job.shapes:
             return _checked_probe(_probe_of(fields, array("d", body)))
-        bucket = request.bucket if isinstance(request, ImageRequest) else request.plan.bucket
-        if len(body) != most_bytes(request):
+        if len(body) != job.most_bytes:
             raise ValueError(f"{len(body):,} bytes of pixels")
-        pixels = np.frombuffer(body, np.uint8).reshape(-1, bucket.height, bucket.width)
-        if isinstance(request, ImageRequest):
-            return Pixels(None, pixels)
-        frames = 3 * len(request.plan.frame_indices)
-        clip = pixels[:frames].reshape(3, -1, bucket.height, bucket.width)
-        return Pixels(clip, None if request.image is None else pixels[frames:])
+        ends = np.cumsum([math.prod(shape) for shape in job.shapes])[:-1]
+        parts = np.split(np.frombuffer(body, np.uint8), ends)
+        return [part.reshape(shape) for part, shape in zip(parts, job.shapes, strict=True)]
     except (DataError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"the decoder answered with nonsense ({error})", where=str(request.path)) from None
+        raise DataError(f"the decoder answered with nonsense ({error})", where=str(job.path)) from None
 
 
 def _checked_probe(probe: VideoProbe) -> VideoProbe:
-    known = probe.decoder in ("decord", "pyav") and set(probe.corrections) <= set(CORRECTIONS)
+    known = set(probe.corrections) <= set(CORRECTIONS)
     counted = len(probe.frame_times_s) == probe.frames > 0
     whole = all(type(n) is int for n in (probe.frames, probe.height, probe.width, probe.orientation))
     if not counted or not known or not whole or not 0 < probe.fps <= 2 * MAX_FPS or not 1 <= probe.orientation <= 8:
@@ -172,8 +141,6 @@ def _checked_probe(probe: VideoProbe) -> VideoProbe:
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
-
-_Item = TypeVar("_Item")
 
 
 class DecodePool:
@@ -205,32 +172,25 @@ class DecodePool:
 
     def probe_many(self, paths: Iterable[Path]) -> Iterator[tuple[Path, VideoProbe | DataError]]:
         """Probe every path, in the order given; an unusable file gives its error and the next ones go on."""
-        for path, answer in self._ordered((path, ProbeRequest(path)) for path in paths):
-            assert not isinstance(answer, Pixels)
-            yield path, answer
+        for job, answer in self._ordered(map(DecodeJob, paths)):
+            assert not isinstance(answer, list)
+            yield job.path, answer
 
     def decode_many(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Clip | DataError]]:
-        """Decode every job, in the order given, at most ``in_flight`` clips ahead of the consumer."""
+        """Decode the clip of every job, in the order given, at most ``in_flight`` clips ahead of the consumer."""
         import torch
 
-        for job, answer in self._ordered(
-            (job, ClipRequest(job.path, replace(job.probe, frame_times_s=()), job.plan, job.image)) for job in jobs
-        ):
-            if isinstance(answer, DataError):
-                yield job, answer
-            elif isinstance(answer, Pixels):
-                image = None if answer.image is None else torch.from_numpy(answer.image)
-                yield job, Clip(torch.from_numpy(answer.clip), image)
+        for job, answer in self._ordered(jobs):
+            assert not isinstance(answer, VideoProbe)
+            yield job, answer if isinstance(answer, DataError) else Clip(*map(torch.from_numpy, answer))
 
     def load_images(self, images: Iterable[tuple[Path, Bucket]]) -> Iterator[Tensor | DataError]:
         """Load every still image and fit it to its bucket, in the order given: uint8 RGB [3, height, width]."""
         import torch
 
-        for _, answer in self._ordered((path, ImageRequest(path, bucket)) for path, bucket in images):
-            if isinstance(answer, DataError):
-                yield answer
-            elif isinstance(answer, Pixels):
-                yield torch.from_numpy(answer.image)
+        for _, answer in self._ordered(DecodeJob(path, bucket=bucket) for path, bucket in images):
+            assert not isinstance(answer, VideoProbe)
+            yield answer if isinstance(answer, DataError) else torch.from_numpy(answer[0])
 
     def close(self) -> None:
         """Stop the workers and wait for them; may be called again."""
@@ -243,19 +203,17 @@ class DecodePool:
     def __enter__(self) -> DecodePool:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _ordered(self, requests: Iterable[tuple[_Item, Request]]) -> Iterator[tuple[_Item, Answer | DataError]]:
+    def _ordered(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Answer | DataError]]:
         if self._threads is None:
-            yield from ((item, self._answer(request)) for item, request in requests)
+            yield from ((job, self._answer(job)) for job in jobs)
             return
-        pending: deque[tuple[_Item, Future[Answer | DataError]]] = deque()
+        pending: deque[tuple[DecodeJob, Future[Answer | DataError]]] = deque()
         try:
-            for item, request in requests:
-                pending.append((item, self._threads.submit(self._answer, request)))
+            for job in jobs:
+                pending.append((job, self._threads.submit(self._answer, job)))
                 if len(pending) >= self._in_flight:
                     first, future = pending.popleft()
                     yield first, future.result()
@@ -266,31 +224,25 @@ class DecodePool:
             for _, future in pending:
                 future.cancel()
 
-    def _answer(self, request: Request) -> Answer | DataError:
+    def _answer(self, job: DecodeJob) -> Answer | DataError:
         try:
-            return self._ask_worker(request) if self._workers else perform(request)
+            return self._ask_worker(job) if self._workers else perform(job)
         except DataError as error:
             return error
         except MemoryError:
-            return too_much_memory(str(request.path))
+            return too_much_memory(str(job.path))
 
-    def _ask_worker(self, request: Request) -> Answer:
+    def _ask_worker(self, job: DecodeJob) -> Answer:
+        limit_s = self._timeout_s
+        if not job.shapes:
+            with suppress(OSError, ValueError):
+                limit_s = min(limit_s, PROBE_TIMEOUT_S + job.path.stat().st_size / PROBE_BYTES_PER_S)
         worker = self._idle.get()
         try:
-            fields, body = worker.ask(
-                request.path, asdict(request), most_bytes=most_bytes(request), timeout_s=self._limit_s(request)
-            )
+            fields, body = worker.ask(job.path, fields_of(job), most_bytes=job.most_bytes, timeout_s=limit_s)
         finally:
             self._idle.put(worker)
-        return answer_of(request, fields, body)
-
-    def _limit_s(self, request: Request) -> float:
-        if not isinstance(request, ProbeRequest):
-            return self._timeout_s
-        size = 0
-        with suppress(OSError, ValueError):
-            size = request.path.stat().st_size
-        return min(self._timeout_s, PROBE_TIMEOUT_S + size / PROBE_BYTES_PER_S)
+        return answer_of(job, fields, body)
 
 
 def load_fitted_image(path: Path, bucket: Bucket) -> Tensor:
@@ -314,5 +266,5 @@ def fit_image(image: Tensor, bucket: Bucket) -> Tensor:
     """
     import torch
 
-    fitted = decode.fit_to_bucket(image.permute(1, 2, 0).numpy(), bucket, "")
+    fitted = pictures.fit_to_bucket(image.permute(1, 2, 0).numpy(), bucket, "")
     return torch.from_numpy(np.ascontiguousarray(fitted.transpose(2, 0, 1)))

@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from finetune.core.errors import DataError, raise_if_killed
 
@@ -67,7 +67,7 @@ def serve(handler: Handler) -> None:
     limit_process()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # C libraries print; a stray line must not land between two answers
-    _write(answers, {"ready": True})
+    _write(answers, _READY)
     for line in sys.stdin.buffer:
         request = json.loads(line)
         _limit_memory(2 * request["most_bytes"])
@@ -123,6 +123,10 @@ def _limit(kind: int, most: int) -> None:
 # --- messages ---------------------------------------------------------------------------------------------------------
 
 
+_READY = {"fields": {}, "length": 0}
+"""The first answer of a worker, to no request."""
+
+
 class MalformedAnswerError(Exception):
     """What a worker sent is no answer to what it was asked."""
 
@@ -135,7 +139,8 @@ def _write(stream: IO[bytes], message: Mapping[str, Any], body: Sequence[memoryv
     stream.flush()
 
 
-def _read_line(stream: IO[bytes]) -> dict[str, Any]:
+def _read_answer(stream: IO[bytes], most_bytes: int) -> tuple[dict[str, Any], bytearray]:
+    """Fields and body. Raises the DataError that a worker answers, and RuntimeError for a bug in it."""
     line = stream.readline(LINE_BYTES)
     if not line.endswith(b"\n") and len(line) < LINE_BYTES:
         raise EOFError
@@ -145,12 +150,6 @@ def _read_line(stream: IO[bytes]) -> dict[str, Any]:
         raise MalformedAnswerError(f"no JSON: {error}") from None
     if not isinstance(message, dict):
         raise MalformedAnswerError("no JSON object")
-    return message
-
-
-def _read_answer(stream: IO[bytes], most_bytes: int) -> tuple[dict[str, Any], bytearray]:
-    """Fields and body. Raises the DataError that a worker answers, and RuntimeError for a bug in it."""
-    message = _read_line(stream)
     if "bug" in message:
         raise RuntimeError(message["bug"])
     if "error" in message:
@@ -177,9 +176,6 @@ class _WorkerFailure(Exception):  # noqa: N818 - an outcome, of which ``Worker.a
     def __init__(self, how: str, code: int | None) -> None:
         super().__init__(how)
         self.code = code
-
-
-_Result = TypeVar("_Result")
 
 
 class Worker:
@@ -222,22 +218,14 @@ class Worker:
                 out.
             RuntimeError: for a bug in the worker, or a worker that cannot be started.
         """
-        request = {"fields": {"path": path, **fields}, "most_bytes": most_bytes}
-
-        def exchange(requests: IO[bytes], answers: IO[bytes]) -> tuple[dict[str, Any], bytearray]:
-            _write(requests, request)
-            try:
-                return _read_answer(answers, most_bytes)
-            except RuntimeError as bug:
-                raise RuntimeError(f"a {self._name} failed at {path}:\n{bug}") from None
-
+        request = {"fields": {**fields, "path": path}, "most_bytes": most_bytes}
         try:
             try:
-                return self._within(timeout_s, exchange)
+                return self._answer(request, timeout_s)
             except _WorkerFailure as failure:
                 if failure.code is None or failure.code >= 0:
                     raise
-            return self._within(timeout_s, exchange)
+            return self._answer(request, timeout_s)
         except _WorkerFailure as failure:
             raise_if_killed(failure.code, f"a {self._name}", where=str(path))
             raise DataError(
@@ -256,11 +244,13 @@ class Worker:
             process.wait()
         self._log.close()
 
-    def _within(self, timeout_s: float, exchange: Callable[[IO[bytes], IO[bytes]], _Result]) -> _Result:
-        """Exchange messages with a process that runs; it is killed if that fails or takes too long."""
+    def _answer(self, request: Mapping[str, Any], timeout_s: float) -> tuple[dict[str, Any], bytearray]:
         if self._process is None or self._process.poll() is not None:  # one that died while idle is no file's fault
             self._start()
-        return self._exchange(timeout_s, exchange)
+        try:
+            return self._exchange(request, timeout_s)
+        except RuntimeError as bug:
+            raise RuntimeError(f"a {self._name} failed at {request['fields']['path']}:\n{bug}") from None
 
     def _start(self) -> None:
         root = str(Path(__file__).parents[2])
@@ -283,12 +273,8 @@ class Worker:
                 start_new_session=True,  # Ctrl-C in a terminal is for the main process, which finishes its step
             )
 
-        def get_ready(_: IO[bytes], answers: IO[bytes]) -> None:
-            if (message := _read_line(answers)) != {"ready": True}:
-                raise MalformedAnswerError(f"{message!r:.60}")
-
         try:
-            self._exchange(START_TIMEOUT_S, get_ready)
+            self._exchange(None, START_TIMEOUT_S)
         except _WorkerFailure as failure:
             if self._closed:
                 raise RuntimeError(f"the {self._name} is closed") from None
@@ -297,7 +283,8 @@ class Worker:
             log = self._log.read()[-2000:].decode(errors="replace")
             raise RuntimeError(f"a {self._name} {failure} when it started:\n{log}") from None
 
-    def _exchange(self, timeout_s: float, exchange: Callable[[IO[bytes], IO[bytes]], _Result]) -> _Result:
+    def _exchange(self, request: Mapping[str, Any] | None, timeout_s: float) -> tuple[dict[str, Any], bytearray]:
+        """Send a request, if the process is ready for one, and read the answer; a process that gives none is killed."""
         process = self._process
         assert process is not None and process.stdin is not None and process.stdout is not None
         deadline = time.monotonic() + timeout_s
@@ -305,7 +292,9 @@ class Worker:
         timer.daemon = True
         timer.start()
         try:
-            return exchange(process.stdin, process.stdout)
+            if request is not None:
+                _write(process.stdin, request)
+            return _read_answer(process.stdout, request["most_bytes"] if request else 0)
         except (MalformedAnswerError, EOFError, OSError, ValueError) as error:  # ValueError: `close` closed the pipe
             timed_out = time.monotonic() >= deadline
             if not isinstance(error, MalformedAnswerError):

@@ -12,7 +12,7 @@ import math
 import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from PIL import Image
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets import decode, decode_pool
+from finetune.datasets.pictures import read_fitted_image
 from finetune.datasets.worker import Worker
 
 SHOWN = 6
@@ -135,9 +136,9 @@ def sampled_positions(frames: int) -> tuple[list[int], list[tuple[int, int]]]:
 
 def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
     """Answer a request of ``look_at`` in a worker."""
-    request = decode_pool.request_of(fields)
-    assert isinstance(request, decode_pool.ClipRequest)
-    seen = look(Look(request.path, request.probe, request.plan, request.image, fields["exact"]))
+    job = decode_pool.job_of(fields)
+    assert job.probe is not None and job.plan is not None
+    seen = look(Look(job.path, job.probe, job.plan, job.image, fields["exact"]))
     pictures = (seen.source, *seen.frames)
     places = [[picture.height, picture.width, picture.frame, picture.exact] for picture in pictures]
     sizes = [len(picture.content) for picture in pictures]
@@ -160,7 +161,7 @@ def look(job: Look) -> Seen:
     measures = _measured(uncut, cut, shown, pairs)
     pictures = [encoded(cut[at], at, exact=number < job.exact) for number, at in enumerate(shown)]
     if job.image is not None:
-        image = decode.read_fitted_image(job.image, bucket).transpose(1, 2, 0)
+        image = read_fitted_image(job.image, bucket).transpose(1, 2, 0)
         pictures.insert(0, encoded(image, -1, exact=job.exact > 0))
     return Seen(measures, encoded(uncut[0], 0, exact=False), tuple(pictures))
 
@@ -275,10 +276,8 @@ def look_at(jobs: Sequence[Look], workers: int) -> Iterator[Seen | DataError]:
 
 
 def _ask(worker: Worker, job: Look) -> Seen:
-    request = decode_pool.ClipRequest(job.path, replace(job.probe, frame_times_s=()), job.plan, job.image)
-    fields, body = worker.ask(
-        job.path, {**asdict(request), "exact": job.exact}, most_bytes=_MOST_BYTES, timeout_s=_TIMEOUT_S
-    )
+    request = decode_pool.fields_of(decode_pool.DecodeJob(job.path, job.probe, job.plan, job.image))
+    fields, body = worker.ask(job.path, {**request, "exact": job.exact}, most_bytes=_MOST_BYTES, timeout_s=_TIMEOUT_S)
     try:
         pictures, end = [], 0
         for size, (height, width, frame, exact) in zip(fields["sizes"], fields["places"], strict=True):

@@ -89,7 +89,7 @@ def _decoded(world: _World, path: Path) -> Clip | DataError:
     last = header.frames - 1
     indices = (0, last // 3, last // 2, last, last)
     plan = ClipPlan(indices, (_BUCKET.height, _BUCKET.width), (0, 0), _BUCKET)
-    (((_, clip)),) = world.pool.decode_many([DecodeJob(0, path, header, plan)])
+    (((_, clip)),) = world.pool.decode_many([DecodeJob(path, header, plan)])
     return clip
 
 
