@@ -187,6 +187,16 @@ def test_nonsense_that_is_no_danger_gives_a_clip_or_an_error(media, pool, good, 
         assert results[name] != "clip", name
 
 
+def test_the_canary_of_claims_is_believed_without_the_guard(good, tmp_path, monkeypatch):
+    """Two seconds that claim to be centuries: `span: all` would lay clips over all of them."""
+    plain = boxes.spliced(good, boxes.find(good, "edts"), b"")
+    (tmp_path / "liar.mp4").write_bytes(boxes.patched(plain, "stts", 12, U32.pack(0x7FFFFFFF)))
+    with pytest.raises(DataError, match="604,800 s"):
+        probe(tmp_path / "liar.mp4")
+    monkeypatch.setattr(decode_module, "check_times", lambda *arguments: None)
+    assert probe(tmp_path / "liar.mp4").frame_times_s[-1] > 604_800
+
+
 def test_sizes_are_those_of_the_pictures_and_not_of_the_container(media, pool, good, tmp_path):
     """The container says 64x64. A few bytes of the codec's own header say 16384x16384."""
     sps, box = boxes.h264_sps(16384, 16384), boxes.find(good, "stsd")
