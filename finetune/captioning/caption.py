@@ -298,7 +298,7 @@ class _Captioning:
                 if isinstance(probe, DataError):
                     self._report.errors.append(DataError(probe.what, where=row.file_name, fix=probe.fix))
                 else:
-                    jobs.append((row, DecodeJob(len(jobs), row.video, probe, self._plan(probe))))
+                    jobs.append((row, DecodeJob(row.video, probe, self._plan(probe))))
             clips = pool.decode_many(job for _, job in jobs)
             for (row, job), (_, clip) in zip(jobs, clips, strict=True):
                 if isinstance(clip, DataError):

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -43,46 +43,44 @@ DECODE_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class DecodeJob:
-    """What is wanted of a media file: its header; with ``plan`` a clip; with ``bucket`` alone a still image cut to it.
-
-    A worker gets it as JSON, answers with the header or with raw pixels, and trusts the process that started it.
-    """
+    """One planned clip to decode, and the image that stands for its first frame where there is one."""
 
     path: Path
-    probe: VideoProbe | None = None
-    """Of a clip: what the header said."""
-    plan: ClipPlan | None = None
+    probe: VideoProbe
+    plan: ClipPlan
     image: Path | None = None
-    """The file that stands for a clip's first frame, cut to the plan's bucket."""
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of the arrays that are the answer, uint8 RGB: the clip [3, F, H, W], the image [3, H, W]."""
+        size_hw = (self.plan.bucket.height, self.plan.bucket.width)
+        return [(3, len(self.plan.frame_indices), *size_hw), *([(3, *size_hw)] if self.image else [])]
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A video whose header is read; with ``bucket``, a still image that is cut to it."""
+
+    path: Path
     bucket: Bucket | None = None
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the arrays that are the answer, uint8 RGB: a clip [3, F, H, W], an image [3, H, W]; none for a header."""
-        bucket = self.bucket if self.plan is None else self.plan.bucket
-        if bucket is None:
-            return []
-        size_hw = (bucket.height, bucket.width)
-        clips = [] if self.plan is None else [(3, len(self.plan.frame_indices), *size_hw)]
-        return [*clips, *([(3, *size_hw)] if self.plan is None or self.image else [])]
+        """Of the image, uint8 RGB [3, H, W]; none for a header."""
+        return [] if self.bucket is None else [(3, self.bucket.height, self.bucket.width)]
 
-    @property
-    def most_bytes(self) -> int:
-        """The length of the answer, or the most it may be."""
-        return sum(map(math.prod, self.shapes)) or 8 * MAX_FRAMES
 
+Job = DecodeJob | FileJob
 
 Answer = VideoProbe | list[Frame]
 
 
-def perform(job: DecodeJob) -> Answer:
+def perform(job: Job) -> Answer:
     """Do a job in this process. Raises DataError if a file cannot be used."""
-    if job.plan is not None and job.probe is not None:
+    if isinstance(job, DecodeJob):
         clip = decode.read_clip(job.path, job.probe, job.plan)
         return [clip, *([pictures.read_fitted_image(job.image, job.plan.bucket)] if job.image else [])]
-    if job.bucket is not None:
-        return [pictures.read_fitted_image(job.path, job.bucket)]
-    return decode.probe_file(job.path)
+    return decode.probe_file(job.path) if job.bucket is None else [pictures.read_fitted_image(job.path, job.bucket)]
 
 
 # --- a job and its answer as a worker's messages ----------------------------------------------------------------------
@@ -96,31 +94,38 @@ def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
     return {}, [np.ascontiguousarray(pixels) for pixels in answer]
 
 
-def fields_of(job: DecodeJob) -> dict[str, Any]:
+def fields_of(job: Job) -> dict[str, Any]:
     """A job as JSON has it, without the frame times: a worker needs none, and an hour of video has 100 000."""
-    return asdict(replace(job, probe=None if job.probe is None else replace(job.probe, frame_times_s=())))
+    return asdict(replace(job, probe=replace(job.probe, frame_times_s=())) if isinstance(job, DecodeJob) else job)
 
 
-def job_of(fields: dict[str, Any]) -> DecodeJob:
-    """A job from its fields."""
-    path, image = (value and Path(value) for value in (fields["path"], fields["image"]))
-    probe, plan, bucket = fields["probe"], fields["plan"], fields["bucket"]
-    if plan is not None:
-        plan = {name: tuple(value) for name, value in plan.items() if name != "bucket"}
-        plan = ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"]))
-    return DecodeJob(path, probe and _probe_of(probe), plan, image, bucket and Bucket(**bucket))
+def job_of(fields: dict[str, Any]) -> Job:
+    """A job from its fields. A worker trusts the process that started it."""
+    path = Path(fields["path"])
+    if "plan" not in fields:
+        return FileJob(path, fields["bucket"] and Bucket(**fields["bucket"]))
+    plan = {name: tuple(value) for name, value in fields["plan"].items() if name != "bucket"}
+    image = None if fields["image"] is None else Path(fields["image"])
+    return DecodeJob(
+        path, _probe_of(fields["probe"]), ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"])), image
+    )
+
+
+def most_bytes(job: Job) -> int:
+    """The length of a job's answer, or the most it may be."""
+    return sum(map(math.prod, job.shapes)) or 8 * MAX_FRAMES
 
 
 def _probe_of(fields: dict[str, Any], frame_times_s: Sequence[float] = ()) -> VideoProbe:
     return VideoProbe(**{**fields, "frame_times_s": frame_times_s, "corrections": tuple(fields["corrections"])})
 
 
-def answer_of(job: DecodeJob, fields: dict[str, Any], body: bytearray) -> Answer:
+def answer_of(job: Job, fields: dict[str, Any], body: bytearray) -> Answer:
     """A worker's answer. Raises DataError if it is none to this job."""
     try:
         if not job.shapes:
             return _checked_probe(_probe_of(fields, array("d", body)))
-        if len(body) != job.most_bytes:
+        if len(body) != most_bytes(job):
             raise ValueError(f"{len(body):,} bytes of pixels")
         ends = np.cumsum([math.prod(shape) for shape in job.shapes])[:-1]
         parts = np.split(np.frombuffer(body, np.uint8), ends)
@@ -141,6 +146,9 @@ def _checked_probe(probe: VideoProbe) -> VideoProbe:
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
+
+
+_Job = TypeVar("_Job", DecodeJob, FileJob)
 
 
 class DecodePool:
@@ -172,7 +180,7 @@ class DecodePool:
 
     def probe_many(self, paths: Iterable[Path]) -> Iterator[tuple[Path, VideoProbe | DataError]]:
         """Probe every path, in the order given; an unusable file gives its error and the next ones go on."""
-        for job, answer in self._ordered(map(DecodeJob, paths)):
+        for job, answer in self._ordered(map(FileJob, paths)):
             assert not isinstance(answer, list)
             yield job.path, answer
 
@@ -188,7 +196,7 @@ class DecodePool:
         """Load every still image and fit it to its bucket, in the order given: uint8 RGB [3, height, width]."""
         import torch
 
-        for _, answer in self._ordered(DecodeJob(path, bucket=bucket) for path, bucket in images):
+        for _, answer in self._ordered(FileJob(path, bucket) for path, bucket in images):
             assert not isinstance(answer, VideoProbe)
             yield answer if isinstance(answer, DataError) else torch.from_numpy(answer[0])
 
@@ -206,11 +214,11 @@ class DecodePool:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _ordered(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Answer | DataError]]:
+    def _ordered(self, jobs: Iterable[_Job]) -> Iterator[tuple[_Job, Answer | DataError]]:
         if self._threads is None:
             yield from ((job, self._answer(job)) for job in jobs)
             return
-        pending: deque[tuple[DecodeJob, Future[Answer | DataError]]] = deque()
+        pending: deque[tuple[_Job, Future[Answer | DataError]]] = deque()
         try:
             for job in jobs:
                 pending.append((job, self._threads.submit(self._answer, job)))
@@ -224,7 +232,7 @@ class DecodePool:
             for _, future in pending:
                 future.cancel()
 
-    def _answer(self, job: DecodeJob) -> Answer | DataError:
+    def _answer(self, job: Job) -> Answer | DataError:
         try:
             return self._ask_worker(job) if self._workers else perform(job)
         except DataError as error:
@@ -232,14 +240,14 @@ class DecodePool:
         except MemoryError:
             return too_much_memory(str(job.path))
 
-    def _ask_worker(self, job: DecodeJob) -> Answer:
+    def _ask_worker(self, job: Job) -> Answer:
         limit_s = self._timeout_s
         if not job.shapes:
             with suppress(OSError, ValueError):
                 limit_s = min(limit_s, PROBE_TIMEOUT_S + job.path.stat().st_size / PROBE_BYTES_PER_S)
         worker = self._idle.get()
         try:
-            fields, body = worker.ask(job.path, fields_of(job), most_bytes=job.most_bytes, timeout_s=limit_s)
+            fields, body = worker.ask(job.path, fields_of(job), most_bytes=most_bytes(job), timeout_s=limit_s)
         finally:
             self._idle.put(worker)
         return answer_of(job, fields, body)

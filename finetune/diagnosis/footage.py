@@ -137,7 +137,7 @@ def sampled_positions(frames: int) -> tuple[list[int], list[tuple[int, int]]]:
 def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
     """Answer a request of ``look_at`` in a worker."""
     job = decode_pool.job_of(fields)
-    assert job.probe is not None and job.plan is not None
+    assert isinstance(job, decode_pool.DecodeJob)
     seen = look(Look(job.path, job.probe, job.plan, job.image, fields["exact"]))
     pictures = (seen.source, *seen.frames)
     places = [[picture.height, picture.width, picture.frame, picture.exact] for picture in pictures]

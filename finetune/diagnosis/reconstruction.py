@@ -39,7 +39,7 @@ def reconstruct(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vae = load_vae(config.model, device=device)
-    jobs = [DecodeJob(number, clip.sample.video, clip.probe, clip.plan, None) for number, clip in enumerate(clips)]
+    jobs = [DecodeJob(clip.sample.video, clip.probe, clip.plan) for clip in clips]
     with DecodePool(workers_for(config, len(jobs))) as pool:
         decoded = pool.decode_many(jobs)
         for job, clip in Bar(decoded, total=len(jobs), desc="through the VAE", disable=not progress):
