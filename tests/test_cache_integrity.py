@@ -409,7 +409,7 @@ def test_an_entry_that_another_machine_wrote_anew_is_read_once_more(tmp_path, mo
     real, stale = Path.open, [OSError(errno.ESTALE, "Stale file handle")]
 
     class Stale(io.FileIO):
-        def read(self, *size: int) -> bytes:
+        def readinto(self, buffer: object) -> int:
             raise stale.pop()
 
     monkeypatch.setattr(reading.Path, "open", lambda path, mode: Stale(path) if stale else real(path, mode))

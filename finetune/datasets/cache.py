@@ -174,17 +174,32 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
     return b"".join([header, *data])
 
 
-def fault_of(content: bytes, kind: Kind, key: str) -> str:
+def fault_of(content: bytes | memoryview, kind: Kind, key: str) -> str:
     """Why a file is not, to the bit, the entry that was written under this name; empty if it is."""
     end = 8 + int.from_bytes(content[:8], "little")
     try:
-        metadata = _checked_metadata(content[:end], key)
+        metadata = _checked_metadata(bytes(content[:end]), key)
     except ValueError as error:
         return str(error)
     if metadata["data_checksum"] != checksum_bytes(memoryview(content)[end:]):
         return "its tensors are not what was written"
     address = json.loads(metadata["address"])
     return "" if digest_of(address) == key and address["kind"] == kind else "it is another entry under this name"
+
+
+def _tensors_in(content: Tensor) -> dict[str, Tensor]:
+    """The tensors of an entry's bytes, whose memory they share: safetensors' own ``load`` copies it twice."""
+    from finetune.core.tensor_files import DTYPES_BY_NAME
+
+    view = content.numpy().data
+    end = 8 + int.from_bytes(view[:8], "little")
+    tensors = {}
+    for name, tensor in json.loads(bytes(view[8:end])).items():
+        if name != "__metadata__":
+            first, last = tensor["data_offsets"]
+            numbers = content[end + first : end + last].view(DTYPES_BY_NAME[tensor["dtype"]])
+            tensors[name] = numbers.view(tensor["shape"])
+    return tensors
 
 
 def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:
@@ -300,9 +315,8 @@ class Cache:
         return sorted(Path(entry.path) for entry in self._listing(kind))
 
     def _listing(self, kind: Kind) -> Iterator[os.DirEntry[str]]:
-        with suppress(FileNotFoundError):
-            for folder in [entry.path for entry in os.scandir(self.root / kind) if len(entry.name) == 2]:
-                yield from (entry for entry in os.scandir(folder) if entry.name.endswith(".safetensors"))
+        folders = [entry.path for entry in _scan(self.root / kind) if len(entry.name) == 2]
+        return (entry for folder in folders for entry in _scan(folder) if entry.name.endswith(".safetensors"))
 
     def manifest_paths(self) -> list[Path]:
         """Every manifest file."""
@@ -442,20 +456,23 @@ class Cache:
 
         ``again`` reads once more where another machine has put an equal file in its place (NFS).
         """
-        from safetensors.torch import load
+        import torch
 
         with self._open(kind, key, clip) as entry:
             status = os.fstat(entry.fileno())
             identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+            buffer = torch.empty(status.st_size, dtype=torch.uint8)
+            content: memoryview = buffer.numpy().data
             try:
-                content = entry.read()
+                if entry.readinto(content) < len(content):  # type: ignore[attr-defined]
+                    raise ValueError("it is cut off")
             except OSError as error:
                 if error.errno != errno.ESTALE or not again:
                     raise
                 return self._read(kind, key, clip, again=False)
             if self._verified.get(key) != identity and (fault := fault_of(content, kind, key)):
                 raise ValueError(fault)
-            tensors: dict[str, Tensor] = load(content)
+            tensors = _tensors_in(buffer)
         self._verified[key] = identity
         return tensors
 
@@ -545,6 +562,13 @@ class Cache:
         if stamp.mtime_ns >= 0 and (status.st_size, status.st_mtime_ns) == (stamp.size, stamp.mtime_ns):
             return True
         return self.stamp(Path(path)).digest == stamp.digest
+
+
+def _scan(folder: str | Path) -> list[os.DirEntry[str]]:
+    """What is in a folder; nothing where there is none, or what is there cannot be listed and so not be read either."""
+    with suppress(FileNotFoundError, NotADirectoryError, PermissionError), os.scandir(folder) as entries:
+        return list(entries)
+    return []
 
 
 def _digest_as_sent(path: Path) -> str:
