@@ -151,6 +151,25 @@ def test_gradients_are_added_in_place_where_autograd_does() -> None:
     assert [allocation for allocation in tracker.allocations if allocation.op == "sum of gradients"]
 
 
+def test_a_module_that_runs_once_per_shape_holds_what_it_would_each_time() -> None:
+    """Also where what is held beside it has grown since its only run."""
+    phases, runs = [], []
+    for once in (False, True):
+        layers = torch.nn.Sequential(*(torch.nn.Linear(*sizes) for sizes in ((256, 1024), (1024, 8)))).requires_grad_(
+            False
+        )
+        layers[0].register_forward_hook(lambda *_, once=once: runs.append(once))
+        with MemoryTracker() as tracker:
+            if once:
+                tracker.run_once_per_shape(layers)
+            begin = tracker.tick
+            outputs = [layers(torch.zeros(rows, 256)) for rows in (64, 64, 32, 64)]
+            phase = measure("p", tracker.allocations, begin, tracker.tick)
+        phases.append((phase.peak.nbytes, phase.where, [output.shape for output in outputs]))
+    assert phases[0] == phases[1]
+    assert (runs.count(False), runs.count(True)) == (4, 2)
+
+
 def test_storages_are_rounded_named_and_placed() -> None:
     with fake_world() as tracker:
         begin = tracker.tick
