@@ -100,7 +100,7 @@ def test_a_job_that_ended_or_was_killed_is_succeeded_at_once(tmp_path, capsys):
 def test_a_holder_on_another_machine_may_be_dead_and_is_waited_for(tmp_path, monkeypatch, capsys, returns):
     monkeypatch.setattr(locks, "NFS_LEASE_S", HANG_S if returns else 0.5)
     with somebody_holds(tmp_path) as holder:
-        (tmp_path / ".lock").write_text("train on elsewhere, process 7, since 2026-01-01")
+        (tmp_path / ".lock").write_text("train on elsewhere, process 7, since 2026-01-01\x1b[2J")
         if returns:
             threading.Timer(0.5, holder.kill).start()
             with held(tmp_path):
@@ -111,7 +111,8 @@ def test_a_holder_on_another_machine_may_be_dead_and_is_waited_for(tmp_path, mon
                 held(tmp_path),
             ):
                 pytest.fail("two jobs write to one folder")
-    assert "waiting up to" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "waiting up to" in printed and "\\x1b[2J" in printed, "told, and nothing that a terminal would obey"
 
 
 def test_a_file_system_without_locks_is_told_of(tmp_path, monkeypatch, capsys):

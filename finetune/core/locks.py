@@ -17,6 +17,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
+from finetune.core.text import shown
+
 try:
     import fcntl
 except ImportError:  # Windows, which counts as a file system without locks
@@ -74,7 +76,7 @@ def hold(
     _descriptors.add(descriptor)
     try:
         if not _try_lock(descriptor, shared):
-            holder = path.read_text(encoding="utf-8", errors="replace") or "another process"
+            holder = shown(path.read_text(encoding="utf-8", errors="replace")) or "another process"
             if waiting is None:
                 raise HeldError(holder)
             waiting(holder)

@@ -174,7 +174,7 @@ def make_accelerator(accumulation: int, **tracking: Any) -> Any:
             mixed_precision="no",
             kwargs_handlers=[
                 # Buffers are position tables and equal everywhere; gradients need not be held twice.
-                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
             ],
             **tracking,
         )

@@ -333,10 +333,7 @@ class Console:
         """Show a step that is complete."""
         step, now = record.step, self._clock()
         if self._origin is None:
-            self._origin = (
-                step,
-                now,
-            )  # the first step is slow (allocator, kernel selection): the estimate begins after
+            self._origin = step, now  # the first step is slow (allocator, kernel selection): the estimate begins after
         due = self._terminal or step >= self._total or now - self._last_line_s >= self._interval_s
         if not (self._enabled and due):
             return
