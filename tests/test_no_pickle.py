@@ -49,12 +49,11 @@ LOADS = {
 }
 SAFETENSORS_ONLY = {"from_pretrained", "load_lora_weights", "load_lora_adapter", "lora_state_dict"}
 ALLOWED: Mapping[tuple[str, str], tuple[int, str]] = {
-    ("finetune/api.py", "eval"): (1, "annotations of the package's own functions"),
     ("finetune/optim/optimizers.py", "import_module"): (1, "the class that the user's configuration names"),
     ("finetune/optim/state.py", "import_module"): (1, "of torchao's modules; any other name is refused"),
     ("finetune/core/distributed.py", "broadcast_object_list"): (1, "between processes of one launch"),
     ("finetune/core/distributed.py", "all_gather_object"): (1, "between processes of one launch"),
-    ("finetune/cogvideox/captions.py", "T5Tokenizer.from_pretrained"): (1, "text files, no weights"),
+    ("finetune/captioning/captioners.py", "AutoProcessor.from_pretrained"): (1, "text files, no weights"),
     ("finetune/cogvideox/load.py", "_class_of(folder, 'scheduler').from_pretrained"): (
         1,
         "a scheduler: JSON, no weights",

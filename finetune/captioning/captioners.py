@@ -88,7 +88,9 @@ class LocalCaptioner:
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
             self._processor: Any = AutoProcessor.from_pretrained(model, revision=revision)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(model, revision=revision, dtype="auto")
+            self._model: Any = AutoModelForImageTextToText.from_pretrained(
+                model, revision=revision, dtype="auto", use_safetensors=True
+            )
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise ModelError(
                 f"{model} cannot be loaded as a video-language model: {first_line(error)}",
