@@ -472,14 +472,6 @@ def test_a_worker_that_is_killed_from_outside_blames_no_file(media, tmp_path, cr
     killer.join()
 
 
-def test_a_worker_that_hangs_is_given_up(media, tmp_path, crashing_worker):
-    (good,) = jobs_of(media, ["cfr.mp4"])
-    with DecodePool(workers=1, timeout_s=10) as pool:
-        results = [result for _, result in pool.decode_many([named(good, tmp_path, "hang.mp4"), good])]
-    assert "longer than 10 s" in results[0].what
-    assert results[1].pixels.shape == (3, 9, 32, 48)
-
-
 def test_a_bug_in_a_worker_is_no_data_error(media, tmp_path, crashing_worker):
     (good,) = jobs_of(media, ["cfr.mp4"])
     with DecodePool(workers=1) as pool, pytest.raises(RuntimeError, match=r"failed at .*bug\.mp4[\s\S]*a bug of ours"):
@@ -568,16 +560,6 @@ def test_load_image_is_upright_rgb(tmp_path, picture):
     assert np.array_equal(ours.permute(1, 2, 0).numpy(), picture)
 
 
-@pytest.mark.parametrize(("orientation", "quarter_turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_exif_orientation(tmp_path, picture, orientation, quarter_turns):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(picture).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(
-        load_image(tmp_path / "turned.png").permute(1, 2, 0).numpy(), np.rot90(picture, quarter_turns)
-    )
-
-
 def test_transparency_is_laid_on_black(tmp_path, picture):
     alpha = np.full((20, 30, 1), 255, np.uint8)
     alpha[:10] = 0
@@ -603,27 +585,12 @@ def test_other_modes_become_rgb(tmp_path, picture, mode):
     assert np.array_equal(load_image(name).permute(1, 2, 0).numpy(), theirs)
 
 
-def png_claiming(side: int) -> bytes:
-    import zlib
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
-    )
-
-
 def test_broken_images_are_named(tmp_path, picture):
     Image.fromarray(picture).save(tmp_path / "whole.png")
     cases = {
         "text.png": b"no image",
         "zero.png": b"",
         "cut.png": (tmp_path / "whole.png").read_bytes()[:60],
-        "bomb.png": png_claiming(65535),
-        "large.png": png_claiming(6000),
-        "few.png": png_claiming(50),
     }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)

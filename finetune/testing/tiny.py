@@ -131,7 +131,7 @@ def build_tiny(
     Raises:
         ConfigError: for an unknown variant, sizes that no CogVideoX can have, or a folder that holds something else.
     """
-    look, size = _look(variant), TinySizes(**sizes)
+    look = _look(variant)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ConfigError(
             "the folder for the tiny model holds files that are not a model",
@@ -141,12 +141,11 @@ def build_tiny(
     from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
     tokenizer, text_encoder = tiny_text(captions, seed=seed)
-    vae = tiny_vae(variant, seed=seed, latent_channels=size.latent_channels, height=size.height, width=size.width)
     pipeline_class = CogVideoXImageToVideoPipeline if look.image_to_video else CogVideoXPipeline
     pipeline = pipeline_class(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
-        vae=vae,
+        vae=tiny_vae(variant, seed=seed, **sizes),
         transformer=tiny_transformer(variant, seed=seed, **sizes),
         scheduler=tiny_scheduler(variant),
     )
@@ -189,21 +188,17 @@ def tiny_transformer(variant: str = "5b", *, seed: int = 0, **sizes: int) -> Cog
 
 
 def tiny_vae(
-    variant: str = "5b",
-    *,
-    seed: int = 0,
-    latent_channels: int = 4,
-    block_out_channels: Sequence[int] = (8, 8, 8, 8),
-    norm_num_groups: int = 2,
-    height: int = 64,
-    width: int = 64,
+    variant: str = "5b", *, seed: int = 0, block_out_channels: Sequence[int] = (8, 8, 8, 8), **sizes: int
 ) -> AutoencoderKLCogVideoX:
     """A tiny causal video VAE: 8x smaller in space, 4x in time, like the published one.
 
+    ``sizes`` are fields of ``TinySizes``.
+
     Raises:
-        ConfigError: for an unknown variant or another number of blocks than four, which would change the 8x.
+        ConfigError: for an unknown variant, sizes that no CogVideoX can have, or another number of blocks than four,
+            which would change the 8x.
     """
-    look = _look(variant)
+    look, size = _look(variant), TinySizes(**sizes)
     if len(block_out_channels) != 4:
         raise ConfigError(f"a CogVideoX VAE has 4 blocks, not {len(block_out_channels)}", where="block_out_channels")
     from diffusers import AutoencoderKLCogVideoX
@@ -213,12 +208,12 @@ def tiny_vae(
             down_block_types=("CogVideoXDownBlock3D",) * 4,
             up_block_types=("CogVideoXUpBlock3D",) * 4,
             block_out_channels=tuple(block_out_channels),
-            latent_channels=latent_channels,
+            latent_channels=size.latent_channels,
             layers_per_block=1,
-            norm_num_groups=norm_num_groups,
+            norm_num_groups=2,
             temporal_compression_ratio=VAE_TEMPORAL,
-            sample_height=height,
-            sample_width=width,
+            sample_height=size.height,
+            sample_width=size.width,
             scaling_factor=look.scaling_factor,
             invert_scale_latents=look.invert_scale_latents,
         ).eval()
