@@ -75,7 +75,7 @@ def train_vae(seed: int, image_steps: int, video_steps: int) -> AutoencoderKLCog
 
     Single frames come first: a batch of them costs less than two clips and shows four times as many shapes.
     """
-    vae = tiny.tiny_vae(seed=seed, latent_channels=LATENT_CHANNELS, block_out_channels=(8, 16, 16, 32)).train()
+    vae = tiny.tiny_vae("5b", (8, 16, 16, 32), seed=seed, latent_channels=LATENT_CHANNELS).train()
     clips = np.stack([demo.render(any_scene(seed, "vae", index)) for index in range(VAE_CLIPS)])
     optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
     started, meter, steps = time.perf_counter(), [], image_steps + video_steps

@@ -188,7 +188,7 @@ def tiny_transformer(variant: str = "5b", *, seed: int = 0, **sizes: int) -> Cog
 
 
 def tiny_vae(
-    variant: str = "5b", *, seed: int = 0, block_out_channels: Sequence[int] = (8, 8, 8, 8), **sizes: int
+    variant: str = "5b", block_out_channels: Sequence[int] = (8, 8, 8, 8), /, *, seed: int = 0, **sizes: int
 ) -> AutoencoderKLCogVideoX:
     """A tiny causal video VAE: 8x smaller in space, 4x in time, like the published one.
 
