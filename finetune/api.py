@@ -337,18 +337,12 @@ def export(
         ModelError: if the base model cannot be found or loaded.
         ExportError: if what was written does not give back what was trained.
     """
-    from finetune.convert.export import export
+    from finetune.convert.export import ExportOptions, export
 
-    return export(
-        source,
-        to,
-        checkpoint=checkpoint,
-        full_pipeline=full_pipeline,
-        weights=weights,
-        pretrained=pretrained,
-        merged=merged,
-        strength=strength,
+    options = ExportOptions(
+        checkpoint, full_pipeline, weights, None if pretrained is None else str(pretrained), merged, strength
     )
+    return export(Path(source).expanduser(), None if to is None else Path(to).expanduser(), options)
 
 
 @checked

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from worlds import assert_same_run, fabricate_cache, run_config
 
+from finetune import export
 from finetune.checkpoint import folders
 from finetune.checkpoint.folders import HISTORY, list_checkpoints, prune
 from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
 from finetune.config.schema import RunConfig
-from finetune.convert.export import export
 from finetune.core import checksums
 from finetune.core.checksums import ChecksummedFolder, DamageError, folder_checksums
 from finetune.core.distributed import ProcessGroup

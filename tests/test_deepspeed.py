@@ -13,9 +13,9 @@ import pytest
 from launcher import assert_close, changed, state, written
 from worlds import SMOOTH_ADAM, differing, run_values
 
+from finetune import export
 from finetune.checkpoint.load import load_checkpoint
 from finetune.config.schema import RunConfig
-from finetune.convert.export import export
 from finetune.datasets.schedule import TrainConfig
 from finetune.parallel.deepspeed import Zero, deepspeed_config
 from finetune.trainers.loop import train

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from waiting import HANG_S
 from worlds import SMOOTH_ADAM, differing, run_values
 
+from finetune import export
 from finetune.checkpoint.load import load_checkpoint
 from finetune.checkpoint.shares import Shares
 from finetune.config.schema import RunConfig
-from finetune.convert.export import export
 from finetune.core.checksums import ChecksummedFolder
 from finetune.trainers.loop import train
 

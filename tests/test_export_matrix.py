@@ -17,19 +17,18 @@ from test_export import FULL, LORA, WEIGHTS, inputs, make_run, nothing_left, one
 from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
+from finetune import export
 from finetune.cli import main
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.load import ModelConfig, load_transformer
 from finetune.cogvideox.spec import read_spec
-from finetune.convert import merge as merging
-from finetune.convert.export import export
-from finetune.convert.merge import merge, set_strength
 from finetune.core.errors import ExportError
 from finetune.core.types import Bucket, SamplePrompt
 from finetune.inference.adapters import TRAINING_RECORD
 from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest
-from finetune.methods.lora import ADAPTER, LoraMethod
+from finetune.methods import lora as merging
+from finetune.methods.lora import ADAPTER, LoraMethod, merge, set_strength
 from finetune.testing.tiny import VARIANTS
 from finetune.trainers import loop
 from finetune.trainers.run import Run

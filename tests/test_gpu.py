@@ -24,10 +24,10 @@ import torch
 from conftest import GPU_PIECES
 from worlds import fabricate_cache, run_config
 
+from finetune import export
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.convert.export import export
 from finetune.trainers.loop import train
 
 ROOT = Path(__file__).parents[1]

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from worlds import run_config
 
+from finetune import export
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cogvideox.load import ModelConfig, base_digest, load_transformer, require_as_sent
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.convert.export import export
 from finetune.core.checksums import digest_file, folder_checksums
 from finetune.core.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
 from finetune.core.files import COMPLETE

@@ -15,13 +15,13 @@ import yaml
 from PIL import Image
 from test_export import FULL, LORA, make_run
 
+from finetune import export
 from finetune.checkpoint.folders import HISTORY
 from finetune.cli import main
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.convert import model_card as cards
-from finetune.convert.export import export
 from finetune.convert.model_card import ExportedModel, copy_samples, model_card, training_record
 from finetune.convert.source import DataSummary, ExportSource
 from finetune.convert.verify import Verification

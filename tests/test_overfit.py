@@ -14,11 +14,11 @@ import torch
 from transformers import T5Tokenizer
 from worlds import run_config
 
+from finetune import export
 from finetune.caching.precompute import ensure_cache
 from finetune.cogvideox.encode import model_latents
 from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
-from finetune.convert.export import export
 from finetune.datasets.cache import Cache
 from finetune.testing.demo import Scene, write_clips
 from finetune.testing.tiny import VARIANTS, build_tiny

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 from worlds import run_config
 
-from finetune.convert.export import export
+from finetune import export
 from finetune.trainers.loop import train
 
 LAYOUTS = {"steamboat_willie": ("metadata.jsonl", 5), "cogvideox_samples": ("", 3)}

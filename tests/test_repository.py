@@ -221,7 +221,6 @@ EXCEPTIONS = {
     **dict.fromkeys(
         (
             "finetune.cogvideox.objective.sample_noise",
-            "finetune.convert.export.export",
             "finetune.diagnosis.doctor.doctor",
             "finetune.planner.plan.plan",
             "finetune.testing.tiny.tiny_vae",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -26,8 +25,6 @@ from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.config.schema import as_path
-from finetune.convert.merge import Merged, merge, set_strength
 from finetune.convert.model_card import ExportedModel, copy_samples, model_card, training_record
 from finetune.convert.source import ExportSource, default_folder, find_checkpoint, read_source
 from finetune.convert.verify import (
@@ -55,6 +52,7 @@ from finetune.core.files import (
 )
 from finetune.core.tensor_files import file_bytes
 from finetune.inference.adapters import TRAINING_RECORD
+from finetune.methods.lora import Merged, merge, set_strength
 
 _SIDE_FILES = 1 << 20
 """Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""
@@ -96,41 +94,38 @@ class ExportReport:
         return "\n".join(lines)
 
 
-def export(
-    source: str | Path,
-    to: str | Path | None = None,
-    *,
-    checkpoint: Literal["latest", "best"] = "latest",
-    full_pipeline: bool = False,
-    weights: Literal["auto", "ema", "raw"] = "auto",
-    pretrained: str | Path | None = None,
-    merged: bool = False,
-    strength: float = 1.0,
-) -> ExportReport:
-    """Export a run or one of its checkpoints; arguments and errors stand at ``finetune.export``."""
-    source, to = as_path(source, "export: source"), None if to is None else as_path(to, "export: to")
-    for option, value, choices in (
-        ("checkpoint", checkpoint, ("latest", "best")),
-        ("weights", weights, ("auto", "ema", "raw")),
-    ):
-        if value not in choices:
-            raise ExportError(f"{option} is {value!r:.200}", where="export", fix=f"choose one of {', '.join(choices)}")
-    path = find_checkpoint(source, checkpoint)
-    folder = to if to is not None else default_folder(path, "merged" if merged else "export")
+@dataclass(frozen=True)
+class ExportOptions:
+    """What of a run is exported, and as what; ``finetune.export`` says what each word means."""
+
+    checkpoint: Literal["latest", "best"] = "latest"
+    full_pipeline: bool = False
+    weights: Literal["auto", "ema", "raw"] = "auto"
+    pretrained: str | None = None
+    merged: bool = False
+    strength: float = 1.0
+
+
+def export(source: Path, to: Path | None, options: ExportOptions) -> ExportReport:
+    """Export a run or one of its checkpoints; errors stand at ``finetune.export``."""
+    path = find_checkpoint(source, options.checkpoint)
+    folder = to if to is not None else default_folder(path, "merged" if options.merged else "export")
     target = _replaceable(folder)
     if is_complete(path):  # else it is refused for that, and no folder is made
         # Reading a checkpoint, loading a model twice and merging take minutes.
         require_writable(target.parent, kind=ExportError, what="the export", where=str(target))
-    run = read_source(path, weights, None if pretrained is None else str(pretrained))
+    run = read_source(path, options.weights, options.pretrained)
     spec = read_spec(run.config.model.pretrained, run.config.model.revision)
-    _require_sense(run, full_pipeline=full_pipeline, merged=merged, strength=strength)
-    merge_at = strength if merged and run.is_lora else None
+    _require_sense(run, options)
+    merge_at = options.strength if options.merged and run.is_lora else None
     outcome: list[tuple[ExportedModel, Verification]] = []
 
     def fill(partial: Path) -> str:
-        outcome.append(_write(partial, run, spec, merge_at, name=from_here(folder), full_pipeline=full_pipeline))
+        outcome.append(
+            _write(partial, run, spec, merge_at, name=from_here(folder), full_pipeline=options.full_pipeline)
+        )
         marker = folder_checksums(partial)  # before the base's files: they are others' and large
-        if full_pipeline:
+        if options.full_pipeline:
             _add_components(partial, run.config.model)
         return marker
 
@@ -153,30 +148,29 @@ def export(
         verification.max_abs_diff,
         verification.tolerance,
         merged=model.merged,
-        notes=tuple(_notes(run, merged=merged, shows_video=any(name.startswith("samples/") for name in files))),
+        notes=tuple(_notes(run, merged=options.merged, shows_video=any(name.startswith("samples/") for name in files))),
         command=model.command,
     )
 
 
-def _require_sense(run: ExportSource, *, full_pipeline: bool, merged: bool, strength: float) -> None:
-    if full_pipeline and run.is_lora and not merged:
+def _require_sense(run: ExportSource, options: ExportOptions) -> None:
+    strength = f"--strength {options.strength:g}"
+    if options.full_pipeline and run.is_lora and not options.merged:
         raise ExportError(
             "a LoRA has no pipeline of its own",
             where="--full-pipeline",
             fix="leave the option out (the adapter is loaded onto the base pipeline), or add --merged",
         )
-    if not isinstance(strength, int | float) or not math.isfinite(strength):
-        raise ExportError("it is not a number", where=f"--strength {strength}", fix="give 1 (as trained), 0.8, ...")
-    if strength != 1 and not run.is_lora:
+    if options.strength != 1 and not run.is_lora:
         raise ExportError(
             "a full fine-tuning has no strength: nothing of the base is kept apart from it",
-            where=f"--strength {strength:g}",
+            where=strength,
             fix="leave the option out",
         )
-    if strength != 1 and not merged:
+    if options.strength != 1 and not options.merged:
         raise ExportError(
             "the strength of an adapter is chosen where it is loaded",
-            where=f"--strength {strength:g}",
+            where=strength,
             fix="add --merged, or leave the option out",
         )
 

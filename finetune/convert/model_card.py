@@ -18,12 +18,12 @@ from finetune.checkpoint.folders import sample_name, samples_path
 from finetune.cogvideox.load import pipeline_class
 from finetune.cogvideox.model_files import is_hub_id
 from finetune.cogvideox.spec import ModelSpec
-from finetune.convert.merge import Merged
 from finetune.convert.source import ExportSource
 from finetune.convert.verify import Verification
 from finetune.core.files import LORA_FILE, from_here
 from finetune.core.text import shown
 from finetune.inference.adapters import base_numbers
+from finetune.methods.lora import Merged
 
 _CAPTION_LENGTH = 240
 

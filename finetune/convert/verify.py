@@ -14,12 +14,11 @@ from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.load import build_pipeline, load_scheduler, load_transformer
 from finetune.cogvideox.spec import ModelSpec
-from finetune.convert.merge import adapted_layers
 from finetune.core.errors import ExportError, ModelError, is_out_of_memory
 from finetune.core.files import LORA_FILE
 from finetune.core.rng import generator
 from finetune.core.tensor_files import checksum_tensor
-from finetune.methods.lora import ADAPTER
+from finetune.methods.lora import ADAPTER, adapted_layers
 
 
 @dataclass(frozen=True)

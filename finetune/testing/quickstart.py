@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune.caching.precompute import precompute
 from finetune.config.schema import load_config
-from finetune.convert.export import ExportReport, export
+from finetune.convert.export import ExportOptions, ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.types import SamplePrompt
 from finetune.inference.generate import generate
@@ -96,7 +96,7 @@ def main(folder: Path) -> Outcome | TrainReport:
     print(f"{trained}\ntraining took {time.perf_counter() - begun:.0f} s")
 
     _say(4, "export, reload through the stock diffusers pipeline, compare")
-    exported = export(trained.run_dir)
+    exported = export(trained.run_dir, None, ExportOptions())
     print(exported)
 
     _say(5, "sample the same captions with the same seeds, without and with the adapter")
