@@ -250,7 +250,10 @@ class BlockRunner:
 
 
 class _RunBlock(torch.autograd.Function):
-    """One block, run without a graph, and again in the backward pass."""
+    """One block, run without a graph, and again in the backward pass.
+
+    Its many parameters are autograd's: it differentiates only tensors that are passed one by one.
+    """
 
     @staticmethod
     def forward(

@@ -70,23 +70,10 @@ def plan(
     exact: bool = False,
     as_json: bool = False,
 ) -> Planned:
-    """Predict a run's memory; with ``budget``, choose its memory section first.
-
-    Args:
-        config: of the run.
-        card: memory of the GPU, such as ``24GB``; None for the one that is here, if any.
-        ram: host memory that the run may take.
-        budget: search for the fastest memory section within this much GPU memory.
-        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
-        processes: how many train a whole model each (DDP); the figures are of one of them.
-        quantize: whether the search may quantise the base to be faster.
-        plot: a PNG to draw the training step's curve into.
-        exact: run every block.
-        as_json: a JSON document in place of tables.
+    """The work of ``finetune.plan``, which explains the parameters, for a configuration that is loaded.
 
     Raises:
-        ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
-        ModelError: if the model's JSON cannot be found or used.
+        ConfigError, ModelError: as there.
     """
     spec = spec_of(config)
     require_valid(config, spec)
