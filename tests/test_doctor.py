@@ -270,17 +270,15 @@ def test_a_worker_answers_as_this_process_does(clinic):
 
 
 @pytest.mark.parametrize(
-    ("clips", "seen", "word"),
+    ("clips", "steps", "batch", "word"),
     [
-        (10, 75, ""),
-        (10, 200, "learnt by heart"),
-        (10, 10, "learnt little"),
-        (100, 30, ""),
-        (100, 75, "learnt by heart"),
+        *((10, 750, 1, ""), (10, 2000, 1, "learnt by heart"), (10, 750, 2, "learnt by heart"), (10, 100, 1, "little")),
+        *((100, 3000, 2, ""), (100, 7500, 1, "learnt by heart"), (10_000, 1875, 16, ""), (10_000, 1875, 1, "little")),
     ],
 )
-def test_the_word_on_length_is_the_table_s(clips, seen, word):
-    assert word in word_on_length(clips, seen) and bool(word) == bool(word_on_length(clips, seen))
+def test_the_word_on_length_is_the_table_s(clips, steps, batch, word):
+    advice = word_on_length(clips, steps * batch / clips, steps)
+    assert word in advice and bool(word) == bool(advice)
 
 
 def test_between_two_rows_what_suits_lies_between_them():
@@ -290,6 +288,63 @@ def test_between_two_rows_what_suits_lies_between_them():
     lows = [suited(clips)[0] for clips in (1, 10, 40, 100, 700, 10_000, 90_000)]
     assert lows == sorted(lows, reverse=True)
     assert [starting_point(clips).clips for clips in (1, 30, 40, 500, 5_000)] == [10, 10, 100, 100, 10_000]
+
+
+# ---------------------------------------------------------------------------------------- what `finetune init` proposes
+
+
+def footage_of(folder: Path, *clips: tuple[str, float]) -> Path:
+    """A folder of clips, each of a size and seconds."""
+    folder.mkdir()
+    for number, (size, seconds) in enumerate(clips):
+        boxes.ffmpeg(*filmed(source=f"testsrc2=s={size}:r=8", seconds=seconds), folder / f"{number}.mp4")
+        (folder / f"{number}.txt").write_text(f"scene {number}: it moves")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("model", "clips", "lines"),
+    [
+        ("5b", [("180x120", 7)] * 3, ["buckets: [49x480x720]", "keep 100% of the picture", "span: head", "rank: 32"]),
+        ("5b", [("90x160", 7), ("180x120", 7)], ["buckets: [49x784x432, 49x480x720]", "holdout: 1 "]),
+        ("5b", [("180x120", 7), ("180x120", 3.2)], ["buckets: [49x480x720, 25x480x720]"]),
+        ("5b", [("180x120", 13)] * 2, ["span: all", "keep 100% of the picture and 9"]),
+        ("5b-i2v", [("90x160", 7)] * 2, ["buckets: [49x480x720]", "keep 38% of", "image: run-images/1.webp"]),
+    ],
+)
+def test_init_proposes_what_suits_the_clips(tmp_path, capsys, monkeypatch, model, clips, lines):
+    monkeypatch.chdir(tmp_path)
+    footage_of(tmp_path / "clips", *clips)
+    assert main(["init", "--model", model, "--data", "clips", "--output", "run.yaml"]) == OK
+    text = (tmp_path / "run.yaml").read_text()
+    assert not [line for line in lines if line not in text], text
+    assert "scene 0: it moves" in text and "the buckets keep" in capsys.readouterr().err
+    config = finetune.load_config(tmp_path / "run.yaml")
+    assert config.train.steps < 400 and len(config.validation.samples) == 2
+    finetune.check(config)
+
+
+def test_init_writes_the_first_frame_of_a_prompt_s_clip(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    footage_of(tmp_path / "clips", ("180x120", 7))
+    assert main(["init", "--model", "5b-i2v", "--data", "clips"]) == OK
+    (sample,) = finetune.load_config("run.yaml").validation.samples
+    header = probe(tmp_path / "clips" / "0.mp4")
+    (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(49, 480, 720),)), 8, "")
+    first = decode(tmp_path / "clips" / "0.mp4", header, plan).pixels[:, 0].permute(1, 2, 0).numpy()
+    assert np.array_equal(np.asarray(Image.open(sample.image)), first)
+
+
+@pytest.mark.parametrize("content", [None, b"no video"], ids=["no clips", "unreadable"])
+def test_init_writes_the_usual_where_clips_cannot_be_read(tmp_path, capsys, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    if content:
+        (tmp_path / "clips" / "a.mp4").write_bytes(content)
+        (tmp_path / "clips" / "a.txt").write_text("a scene")
+    assert main(["init", "--model", "5b", "--data", "clips"]) == OK
+    assert "nothing is proposed for these clips" in capsys.readouterr().err
+    assert finetune.load_config("run.yaml").train.steps == 1500
 
 
 # ------------------------------------------------------------------------------------------------------------- the page

@@ -15,10 +15,12 @@ import yaml
 from finetune.cogvideox.model_files import HUB_IDS, json_folder, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.document import Dumper
-from finetune.core.errors import ConfigError
-from finetune.core.files import atomic_write_text
+from finetune.core.errors import ConfigError, DataError
+from finetune.core.files import atomic_write_bytes, atomic_write_text
 from finetune.core.gpu import OVERHEAD_GIB
 from finetune.core.text import text_fault
+from finetune.core.types import Bucket
+from finetune.diagnosis.footage import Encoded
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -78,6 +80,33 @@ def recipe_for(model: str, method: str, card_gib: float | None) -> Recipe:
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What of a starting configuration depends on the clips."""
+
+    buckets: tuple[Bucket, ...]
+    bucket_words: str = "frames x height x width; several sort the clips by shape"
+    span: str = "head"
+    rank: int = 128
+    alpha: int = 64
+    schedule: str = "cosine"
+    warmup_steps: int = 50
+    steps: int = 1500
+    accumulation: int = 1
+    holdout: float = 0.1
+    every: int = 100
+    sample_every: int = 500
+    samples: tuple[tuple[str, str], ...] = ()
+    """Prompts, each with the path of its image, as it stands in the file, or nothing."""
+
+    @classmethod
+    def usual(cls, spec: ModelSpec, method: Method) -> Settings:
+        """Where nothing is known of the clips."""
+        prompt = "a sailing boat crosses a calm bay at sunset, seen from the shore"
+        steps = 1500 if method == "lora" else 3000
+        return cls((spec.training_bucket,), steps=steps, samples=() if spec.image_to_video else ((prompt, ""),))
+
+
+@dataclass(frozen=True)
 class Starter:
     """What a starting configuration is made for."""
 
@@ -93,6 +122,7 @@ class Starter:
     output_dir: str
     command: str
     """What wrote it."""
+    settings: Settings
     measured: str = ""
     """What was measured with ``recipe``, in words; empty where nothing was."""
 
@@ -141,6 +171,8 @@ def write_starter(
 ) -> list[str]:
     """Write a commented configuration.
 
+    Where there are clips, their rows and headers decide sizes, length, rank, what is held out and the prompts.
+
     Args:
         model: a published model under any of its names, another hub id, or a model folder.
         method: what to train.
@@ -163,9 +195,11 @@ def write_starter(
             raise ConfigError(f"the name is damaged: {fault}", where=option)
     folder = Path(model).expanduser()
     known = None if folder.is_dir() else published_variant(model)
+    spec = read_spec(str(json_folder(model)))
+    settings, notes = _settings(spec, method, clips, output)
     starter = Starter(
         pretrained=HUB_IDS[known] if known else _from_folder_of(output, folder) if folder.is_dir() else model,
-        spec=read_spec(str(json_folder(model))),
+        spec=spec,
         method=method,
         recipe=recipe_for(known, method, card_gib) if known else None,
         card_gib=card_gib,
@@ -173,11 +207,62 @@ def write_starter(
         cache_dir="cache",
         output_dir=f"runs/{output.stem}",
         command="finetune init",
+        settings=settings,
     )
     atomic_write_text(output, starter.text(str(output)))
-    missing = [] if clips is None or clips.expanduser().exists() else [f"there is nothing at {clips} yet"]
-    placeholder = ["put the path of your clips into data.sources"] if clips is None else []
-    return [*starter.notes(str(output)), *missing, *placeholder]
+    return [*starter.notes(str(output)), *notes]
+
+
+def _settings(spec: ModelSpec, method: Method, clips: Path | None, output: Path) -> tuple[Settings, list[str]]:
+    """What suits the clips, where they can be read; and notes."""
+    from finetune.caching.check import cpu_cores
+    from finetune.diagnosis.proposal import propose
+
+    usual = Settings.usual(spec, method)
+    if clips is None:
+        return usual, ["put the path of your clips into data.sources"]
+    if not clips.expanduser().exists():
+        return usual, [f"there is nothing at {clips} yet"]
+    try:
+        proposal = propose(clips.expanduser(), spec, cpu_cores())
+    except DataError as error:
+        return usual, [f"nothing is proposed for these clips: {error}"]
+    samples = []
+    for number, prompt in enumerate(proposal.prompts, start=1):
+        image = "" if prompt.image is None else _image(prompt.image, output, number)
+        samples.append((prompt.text, image))
+    point = proposal.point
+    notes = [f"for {proposal.clips} clips of {proposal.videos} videos; the buckets {proposal.loss}"]
+    if proposal.left_out:
+        notes.append(
+            f"{proposal.left_out} videos cannot be read or are too short for them: `finetune doctor` names each"
+        )
+    settings = Settings(
+        buckets=proposal.buckets,
+        bucket_words=proposal.loss,
+        span=proposal.span,
+        rank=point.rank,
+        alpha=point.alpha,
+        schedule=point.schedule,
+        warmup_steps=point.warmup_steps,
+        steps=proposal.steps,
+        accumulation=point.accumulation,
+        holdout=point.holdout,
+        every=point.every,
+        sample_every=point.sample_every,
+        samples=tuple(samples),
+    )
+    return settings, notes
+
+
+def _image(image: Path | Encoded, output: Path, number: int) -> str:
+    """A prompt's image as it stands in the file; a clip's first frame is written beside it."""
+    if isinstance(image, Path):
+        return str(image)
+    path = output.parent / f"{output.stem}-images" / f"{number}.webp"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_bytes(path, image.content)
+    return f"{path.parent.name}/{path.name}"
 
 
 def _from_folder_of(output: Path, path: Path) -> str:
@@ -193,9 +278,10 @@ def example(recipe: Recipe, measured: str = "") -> Starter:
         recipe: one of ``EXAMPLES`` and ``RECIPES``.
         measured: what was measured, in words.
     """
+    spec = read_spec(str(known_model(recipe.model)))
     return Starter(
         pretrained=HUB_IDS[recipe.model],
-        spec=read_spec(str(known_model(recipe.model))),
+        spec=spec,
         method=recipe.method,
         recipe=recipe,
         card_gib=recipe.card_gib,
@@ -203,5 +289,6 @@ def example(recipe: Recipe, measured: str = "") -> Starter:
         cache_dir="../cache",
         output_dir=f"../runs/{recipe.name.removesuffix('.yaml')}",
         command="scripts/make_configs.py",
+        settings=Settings.usual(spec, recipe.method),
         measured=measured,
     )

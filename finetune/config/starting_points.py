@@ -26,8 +26,8 @@ class StartingPoint:
     warmup_steps: int
     batch: str
     """Clips per update."""
-    steps: int
-    """What ``finetune init`` writes."""
+    accumulation: int
+    """What ``finetune init`` writes, with one clip at a time."""
     length: str
     """In the words of the table."""
     seen: tuple[int, int]
@@ -51,7 +51,7 @@ STARTING_POINTS = (
         schedule="constant",
         warmup_steps=20,
         batch="1 or 2",
-        steps=750,
+        accumulation=1,
         length="500 to 1000",
         seen=(50, 100),
         holdout=1,
@@ -69,7 +69,7 @@ STARTING_POINTS = (
         schedule="constant",
         warmup_steps=100,
         batch="2 to 4",
-        steps=3000,
+        accumulation=1,
         length="2000 to 4000",
         seen=(20, 40),
         holdout=0.1,
@@ -87,7 +87,7 @@ STARTING_POINTS = (
         schedule="cosine",
         warmup_steps=500,
         batch="16 or more",
-        steps=30_000,
+        accumulation=16,
         length="2 to 5 epochs (`train.epochs`)",
         seen=(2, 5),
         holdout=64,
@@ -119,16 +119,17 @@ def suited(clips: int) -> tuple[float, float]:
     return low, high
 
 
-def word_on_length(clips: int, seen: float) -> str:
+def word_on_length(clips: int, seen: float, steps: float) -> str:
     """What a run's length means for its clips: empty if it suits them.
 
     Args:
         clips: that are trained on.
         seen: how often each of them will be.
+        steps: optimizer steps in all. With larger batches as many suit, so that each clip is seen more often.
     """
     low, high = suited(clips)
-    usual = f"{low:.0f} to {high:.0f} times suit {clips} clips"
-    if seen > high:
+    usual = f"{low:.0f} to {high:.0f} times, at batch 1, suit {clips} clips"
+    if steps / clips > high or seen > MOST_SEEN:
         return f"each clip is seen {seen:.4g} times, and {usual}: likely to be learnt by heart"
     if seen < low:
         return f"each clip is seen {seen:.4g} times, and {usual}: likely to have learnt little"

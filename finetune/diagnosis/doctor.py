@@ -260,7 +260,7 @@ def _report(
     buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
     if not training:
         faults.append(Fault("error", "no clips", "no clip is left to train on"))
-    elif word := word_on_length(len(training), epochs * max(clip.sample.repeats for clip in training)):
+    elif word := word_on_length(len(training), epochs * max(clip.sample.repeats for clip in training), steps):
         low = "train.steps" if config.train.steps else "train.epochs"
         faults.append(Fault("warning", "length", f"{steps} steps are {epochs:.4g} epochs: {word}", f"change {low}"))
     if training and not any(held_out):

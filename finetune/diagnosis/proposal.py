@@ -1,0 +1,221 @@
+"""What ``finetune init --data`` proposes for clips that are there: sizes, length, rank, what is held out, prompts."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.caching.check import ENOUGH
+from finetune.cogvideox.spec import ModelSpec
+from finetune.config.starting_points import StartingPoint, starting_point, suited
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket, Sample, VideoProbe
+from finetune.datasets.decode_pool import DecodePool
+from finetune.datasets.geometry import (
+    ClipConfig,
+    Span,
+    better_size,
+    picture_kept,
+    plan_clips,
+    seconds_fitting,
+    seconds_kept,
+    seconds_of,
+)
+from finetune.datasets.sources import AutoSource, CaptionConfig, read_samples
+from finetune.diagnosis.footage import Encoded, Look, Seen, look_at
+
+MOST_BUCKETS = 3
+"""Sizes that are proposed; each has shorter clips beside it where there are some."""
+
+WORTH = 0.05
+"""Of all picture or footage that a further bucket has to keep more."""
+
+PROMPTS = 2
+"""Captions that become validation prompts."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A validation sample."""
+
+    text: str
+    image: Path | Encoded | None
+    """The row's own first-frame image, or the clip's first frame, for image-to-video."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What suits a dataset."""
+
+    videos: int
+    clips: int
+    buckets: tuple[Bucket, ...]
+    span: Span
+    picture: float
+    """What is kept of pictures, on average, 0 to 1."""
+    seconds: float
+    """What is kept of all seconds, 0 to 1."""
+    left_out: int
+    """Videos too short for every bucket, or that cannot be read."""
+    point: StartingPoint
+    steps: int
+    prompts: tuple[Prompt, ...]
+
+    @property
+    def loss(self) -> str:
+        """What is kept, in words."""
+        return f"keep {self.picture:.0%} of the picture and {self.seconds:.0%} of the seconds of {self.videos} videos"
+
+
+def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
+    """Read rows and headers, and the first frames of prompts for image-to-video.
+
+    Args:
+        clips: a folder or a metadata file.
+        spec: of the model.
+        workers: decode processes.
+
+    Raises:
+        DataError: if the dataset cannot be read, or no clip can be cut from it.
+    """
+    read = read_samples(
+        [AutoSource(path=clips.absolute())],
+        CaptionConfig(),
+        image_to_video=spec.image_to_video,
+        base=Path.cwd(),
+        skip=True,
+    )
+    paths = sorted({sample.video for sample in read.train})
+    with DecodePool(min(workers, len(paths))) as pool:
+        probed = dict(pool.probe_many(paths))
+    probes = {path: probe for path, probe in probed.items() if isinstance(probe, VideoProbe)}
+    if not probes:
+        raise DataError("none of its videos can be read", where=str(clips), fix="`finetune doctor` names each")
+    buckets = _buckets(list(probes.values()), spec)
+    options = [_kept(probes, buckets, span, spec) for span in _SPANS]
+    span, kept = _SPANS[0], options[0]
+    if options[1].seconds >= kept.seconds + WORTH:
+        span, kept = _SPANS[1], options[1]
+    if not kept.clips:
+        raise DataError("all of its videos are too short for this model", where=str(clips))
+    low, high = suited(kept.clips)
+    point = starting_point(kept.clips)
+    steps = math.sqrt(low * high) * kept.clips / point.accumulation
+    usable = [sample for sample in read.train if sample.video in kept.planned]
+    return Proposal(
+        videos=len(paths),
+        clips=kept.clips,
+        buckets=tuple(bucket for bucket in buckets if bucket in kept.used),
+        span=span,
+        picture=kept.picture,
+        seconds=kept.seconds,
+        left_out=len(paths) - len(kept.planned),
+        point=point,
+        steps=max(10, 10 * round(steps / 10)),
+        prompts=tuple(_prompts(usable, probes, buckets, spec)),
+    )
+
+
+_SPANS: tuple[Span, ...] = ("head", "all")
+
+
+@dataclass(frozen=True)
+class _Kept:
+    clips: int
+    picture: float
+    seconds: float
+    planned: frozenset[Path]
+    used: frozenset[Bucket]
+
+
+def _kept(probes: dict[Path, VideoProbe], buckets: Sequence[Bucket], span: Span, spec: ModelSpec) -> _Kept:
+    config = ClipConfig(buckets=tuple(buckets), span=span, short_clips="skip")
+    fps, planned, used, pictures = float(spec.native_fps), set(), set(), []
+    clips, seconds = 0, 0.0
+    for path, probe in probes.items():
+        try:
+            plans = plan_clips(probe, config, fps, "")
+        except DataError:  # a shape that no bucket is near to
+            continue
+        if plans:
+            planned.add(path)
+            used.add(plans[0].bucket)
+            pictures += [picture_kept((probe.height, probe.width), plans[0].bucket)]
+            seconds += seconds_kept(probe, plans, fps)
+            clips += len(plans)
+    whole = sum(map(seconds_of, probes.values()))
+    picture = sum(pictures) / max(1, len(pictures))
+    return _Kept(clips, picture, seconds / whole, frozenset(planned), frozenset(used))
+
+
+def _buckets(probes: Sequence[VideoProbe], spec: ModelSpec) -> list[Bucket]:
+    """Sizes that keep most of the pictures, each with the frame counts that its videos have."""
+    native = spec.training_bucket
+
+    def takes(bucket: Bucket) -> bool:
+        return not spec.check_bucket(bucket)
+
+    def best_size(size_hw: tuple[int, int]) -> Bucket:
+        # Other sizes train as well, but a model is at its best at its own.
+        if picture_kept(size_hw, native) >= ENOUGH:
+            return native
+        return better_size(size_hw, native, spec.size_multiple, takes) or native
+
+    sizes = Counter((probe.height, probe.width) for probe in probes)
+    wanted = {size_hw: best_size(size_hw) for size_hw in sizes}
+
+    def mean(chosen: Sequence[Bucket]) -> float:
+        kept = sum(count * max(picture_kept(size, bucket) for bucket in chosen) for size, count in sizes.items())
+        return kept / len(probes)
+
+    candidates = list(dict.fromkeys(wanted[size] for size, _ in sizes.most_common()))[:64]
+    chosen: list[Bucket] = []
+    while candidates and len(chosen) < MOST_BUCKETS:
+        best = max(candidates, key=lambda bucket: mean([*chosen, bucket]))
+        if chosen and mean([*chosen, best]) < mean(chosen) + WORTH:
+            break
+        chosen.append(best)
+    return [bucket for size in chosen for bucket in _lengths(size, probes, chosen, spec)]
+
+
+def _lengths(size: Bucket, probes: Sequence[VideoProbe], sizes: Sequence[Bucket], spec: ModelSpec) -> Iterator[Bucket]:
+    """A size with the most frames that half of its videos have, and with what nearly all have if that is fewer."""
+
+    def nearest(probe: VideoProbe) -> Bucket:
+        shape = math.log(probe.width / probe.height)
+        return min(sizes, key=lambda bucket: abs(shape - math.log(bucket.width / bucket.height)))
+
+    fps, own = spec.native_fps, [probe for probe in probes if nearest(probe) == size]
+    counts = range(size.frames, 1, -fps)  # whole seconds, and the first frame: what the model was made for
+    buckets = [Bucket(count, size.height, size.width) for count in counts]
+    legal = [bucket for bucket in buckets if not spec.check_bucket(bucket)] or [size]
+
+    def fitting(bucket: Bucket) -> float:
+        return sum(seconds_fitting(probe, bucket.frames, fps, "head") > 0 for probe in own) / max(1, len(own))
+
+    most = next((bucket for bucket in legal if fitting(bucket) >= 0.5), legal[-1])
+    nearly_all = next((bucket for bucket in legal if fitting(bucket) >= 1 - WORTH), legal[-1])
+    yield most
+    if fitting(nearly_all) >= fitting(most) + WORTH:
+        yield nearly_all
+
+
+def _prompts(
+    samples: Sequence[Sample], probes: dict[Path, VideoProbe], buckets: Sequence[Bucket], spec: ModelSpec
+) -> Iterator[Prompt]:
+    """Captions spread over the dataset, each with its first frame where the model wants one."""
+    captions = {sample.caption: sample for sample in reversed(samples)}
+    ordered = [sample for sample in samples if captions[sample.caption] is sample]
+    for number in range(min(PROMPTS, len(ordered))):
+        sample = ordered[number * len(ordered) // PROMPTS]
+        if not spec.image_to_video or sample.image is not None:
+            yield Prompt(sample.caption, sample.image)
+            continue
+        config = ClipConfig(buckets=tuple(buckets), short_clips="pad")
+        plan = plan_clips(probes[sample.video], config, spec.native_fps, "")[0]
+        (seen,) = look_at([Look(sample.video, probes[sample.video], plan)], workers=1)
+        if isinstance(seen, Seen):
+            yield Prompt(sample.caption, seen.frames[0])
