@@ -306,7 +306,7 @@ def footage_of(folder: Path, *clips: tuple[str, float]) -> Path:
     ("model", "clips", "lines"),
     [
         ("5b", [("180x120", 7)] * 3, ["buckets: [49x480x720]", "keep 100% of the picture", "span: head", "rank: 32"]),
-        ("5b", [("90x160", 7), ("180x120", 7)], ["buckets: [49x784x432, 49x480x720]", "holdout: 1 "]),
+        ("5b", [("90x160", 7), ("180x120", 7)], ["49x768x448", "49x480x720", "holdout: 1 "]),
         ("5b", [("180x120", 7), ("180x120", 3.2)], ["buckets: [49x480x720, 25x480x720]"]),
         ("5b", [("180x120", 13)] * 2, ["span: all", "keep 100% of the picture and 9"]),
         ("5b-i2v", [("90x160", 7)] * 2, ["buckets: [49x480x720]", "keep 38% of", "image: run-images/1.webp"]),

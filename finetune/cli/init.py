@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -20,7 +20,9 @@ from finetune.core.files import atomic_write_bytes, atomic_write_text
 from finetune.core.gpu import OVERHEAD_GIB
 from finetune.core.text import text_fault
 from finetune.core.types import Bucket
-from finetune.diagnosis.footage import Encoded
+
+if TYPE_CHECKING:
+    from finetune.diagnosis.footage import Encoded
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 
@@ -215,14 +217,14 @@ def write_starter(
 
 def _settings(spec: ModelSpec, method: Method, clips: Path | None, output: Path) -> tuple[Settings, list[str]]:
     """What suits the clips, where they can be read; and notes."""
-    from finetune.caching.check import cpu_cores
-    from finetune.diagnosis.proposal import propose
-
     usual = Settings.usual(spec, method)
     if clips is None:
         return usual, ["put the path of your clips into data.sources"]
     if not clips.expanduser().exists():
         return usual, [f"there is nothing at {clips} yet"]
+    from finetune.caching.check import cpu_cores
+    from finetune.diagnosis.proposal import propose
+
     try:
         proposal = propose(clips.expanduser(), spec, cpu_cores())
     except DataError as error:
