@@ -19,8 +19,6 @@ from pydantic import (
     ValidatorFunctionWrapHandler,
     field_validator,
 )
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from finetune.checkpoint.folders import step_folders
@@ -29,13 +27,12 @@ from finetune.cogvideox.components import read_json
 from finetune.cogvideox.load import build_pipeline, require_base
 from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.core.checksums import DamageError, read_published
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, is_out_of_memory
-from finetune.core.files import COMPLETE, TRAINABLE
+from finetune.core.files import TRAINABLE
 from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
-from finetune.methods.adapter import COMPONENT, METADATA_KEY, foreign_layout
+from finetune.methods.adapter import COMPONENT, foreign_layout, read_lora_file
 
 _log = logging.getLogger(__name__)
 
@@ -211,20 +208,13 @@ def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
             where=where,
             fix="give a LoRA safetensors file, an export's folder, a checkpoint or a run's folder",
         )
-    try:
-        content = read_published(file)
-        tensors = load(content)  # first: it checks the header
-    except DamageError as damage:
-        fix = f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it"
-        raise ConfigError(f"the adapter is damaged: {damage}", where=where, fix=fix) from None
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"the file cannot be read as safetensors: {error}", where=where) from None
+    tensors, settings = read_lora_file(file, where)
     if not any(name.startswith(f"{COMPONENT}.") and ".lora_A" in name for name in tensors):
         # diffusers would load nothing from such a file, and only log a warning.
         what, fix = foreign_layout(tensors, file) or _unknown_layout(tensors)
         what = f"the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight): {what}"
         raise ConfigError(what, where=where, fix=fix)
-    _require_true_ranks(content, {len(t) for name, t in tensors.items() if ".lora_A" in name and t.ndim}, where)
+    _require_true_ranks(settings, {len(t) for name, t in tensors.items() if ".lora_A" in name and t.ndim}, where)
     return AdapterSource(adapter, tensors, read_record(path))
 
 
@@ -237,16 +227,13 @@ def _unknown_layout(names: Iterable[str]) -> tuple[str, str]:
     return "its tensors' names are unknown", "convert it to diffusers' names"
 
 
-def _require_true_ranks(content: bytes, ranks: set[int], where: str) -> None:
+def _require_true_ranks(settings: Mapping[str, Any], ranks: set[int], where: str) -> None:
     """Refuse a header with ranks that the tensors do not have: a layer of that size would be made first."""
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    try:
-        settings = json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}"))
-        claimed = [value for key, value in settings.items() if key.rpartition(".")[2] == "r"]
-        for key, value in settings.items():
-            claimed += (value or {}).values() if key.endswith("rank_pattern") else ()
-    except (ValueError, AttributeError, RecursionError):
-        raise ConfigError("its settings in the header cannot be read", where=where) from None
+    claimed = [value for key, value in settings.items() if key.rpartition(".")[2] == "r"]
+    for pattern in [value for key, value in settings.items() if key.endswith("rank_pattern") and value]:
+        if not isinstance(pattern, dict):
+            raise ConfigError("its settings in the header cannot be read", where=where)
+        claimed += pattern.values()
     if wrong := [value for value in claimed if value not in [*ranks]]:
         what = f"its header claims a rank of {wrong[0]!s:.30}, and its tensors have {sorted(ranks)}"
         raise ConfigError(what, where=where, fix="fetch or export it again")

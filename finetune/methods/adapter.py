@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -161,8 +162,6 @@ def read_adapter(source: Path) -> Adapter:
         ConfigError: if there is no adapter at ``source``, it is damaged (a file of an export or a checkpoint is
             verified against its folder's marker), or it varies rank or alpha from layer to layer.
     """
-    from safetensors import SafetensorError
-
     where = f"method.init_from: {source}"
     candidates = [source / LORA_FILE, source / TRAINABLE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -182,17 +181,10 @@ def read_adapter(source: Path) -> Adapter:
             where=where,
             fix="name a LoRA safetensors file, an export's folder or a folder <run>/checkpoints/step-...",
         )
-    try:
-        recorded, tensors = _read(path)
+    named, header = read_lora_file(path, where)
+    recorded, tensors = ({_bare(key): value for key, value in side.items()} for side in (header, named))
+    with _reading(where):
         method = _method_of(path) if not recorded else {}
-    except DamageError as damage:
-        raise ConfigError(
-            f"the adapter is damaged: {damage}",
-            where=where,
-            fix=f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it",
-        ) from None
-    except (OSError, SafetensorError, ValueError, RecursionError) as error:
-        raise ConfigError(f"the adapter file cannot be read: {error}", where=where) from None
     if known := foreign_layout(tensors, path):
         raise ConfigError(known[0], where=where, fix=known[1])
     ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim})
@@ -218,17 +210,42 @@ def read_adapter(source: Path) -> Adapter:
     )
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings (empty where the file states none) and tensors, both without the component's prefix."""
+def read_lora_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors of a LoRA's safetensors file, and the settings in its header, empty where it states none.
+
+    Args:
+        path: the file; one of an export or a checkpoint is verified against its folder's marker.
+        where: for messages.
+
+    Raises:
+        ConfigError: if it is damaged or cannot be read.
+    """
     from safetensors.torch import load
 
-    content = read_published(path)
-    tensors = load(content)  # first: it checks the header
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    settings = json.loads(header.get("__metadata__", {}).get(METADATA_KEY, "{}"))
-    if not isinstance(settings, dict):
-        raise ValueError(f"{METADATA_KEY} in its header is no object")
-    return {_bare(key): value for key, value in settings.items()}, {_bare(key): t for key, t in tensors.items()}
+    with _reading(where):
+        content = read_published(path)
+        tensors = load(content)  # first: it checks the header
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        settings = json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}"))
+        if not isinstance(settings, dict):
+            raise ValueError(f"{METADATA_KEY} in its header is no object")
+    return tensors, settings
+
+
+@contextmanager
+def _reading(where: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except DamageError as damage:
+        raise ConfigError(
+            f"the adapter is damaged: {damage}",
+            where=where,
+            fix=f"export or copy it again; whoever changed the file on purpose removes {COMPLETE} beside it",
+        ) from None
+    except (OSError, SafetensorError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the adapter file cannot be read: {error}", where=where) from None
 
 
 def _method_of(path: Path) -> dict[str, Any]:
