@@ -10,7 +10,7 @@
 ``import finetune`` costs nothing: a verb loads what it needs when it is called. ``docs/python.md`` has them all.
 """
 
-from finetune.api import caption, check, doctor, export, generate, load_config, plan, precompute, train
+from finetune.api import caption, check, doctor, export, generate, load_config, plan, precompute, prepare, train
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,5 +23,6 @@ __all__ = [
     "load_config",
     "plan",
     "precompute",
+    "prepare",
     "train",
 ]

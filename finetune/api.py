@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from finetune.convert.export import ExportReport
     from finetune.core.types import Bucket, SamplePrompt
     from finetune.diagnosis.report import DoctorReport
+    from finetune.footage.prepare import PrepareReport
     from finetune.inference.generate import GenerateReport
     from finetune.planner.plan import Planned
     from finetune.trainers.loop import TrainReport
@@ -278,6 +279,83 @@ def caption(
         return EndpointCaptioner(endpoint, model, key_variable, send=send, timeout_s=timeout_s)
 
     return caption_folder(Path(folder), captioner, token_limit(target), options, progress=progress)
+
+
+@checked
+def prepare(
+    raw: str | Path,
+    out: str | Path,
+    *,
+    model: str | Path | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    min_frames: int | None = None,
+    keep_fps: bool = False,
+    short_side: int | None = 1080,
+    crop_bars: bool = True,
+    detector: Literal["adaptive", "content", "threshold", "transnet"] = "adaptive",
+    threshold: float | None = None,
+    limits: Mapping[str, float | None] | None = None,
+    scorers: Sequence[str] = (),
+    workers: int = 2,
+    progress: bool = True,
+) -> PrepareReport:
+    """Make a dataset from a tree of videos: scenes, filters, clips, ``metadata.jsonl``, and a ledger of every second.
+
+    Killed at any moment, the same call goes on and ends with the same files. Originals are only read. Clips come
+    without captions, and an earlier call's are kept. ``docs/data.md`` explains what is measured.
+
+    Args:
+        raw: the folder that holds the footage, in any number of sub-folders.
+        out: the dataset's folder; new, empty, or an earlier call's.
+        model: whose frames and rate clips have, a name, hub id or folder; None for CogVideoX's 49 frames at 8 fps.
+        frames: of a clip, in place of the model's.
+        fps: of a clip, in place of the model's.
+        min_frames: take shorter clips too, of at least so many frames, where a scene ends.
+        keep_fps: keep the source's own frames in the files; exact cuts are then copied without being encoded.
+        short_side: larger pictures are scaled down to so many pixels; None for never.
+        crop_bars: cut away black bars.
+        detector: of scenes.
+        threshold: of the detector, in its own unit; None for its default.
+        limits: fields of ``footage.filters.Limits`` that differ from its defaults; None switches one off.
+        scorers: import paths such as ``my_scorers:aesthetic>=5``; see ``footage.scorers``.
+        workers: processes that read the footage; 0 reads it in this one, without limits on memory and time.
+        progress: draw progress bars.
+
+    Raises:
+        ConfigError: if a library of the extra ``prepare`` is missing, or an argument, folder or scorer cannot be used.
+        DataError: if there is no video, nothing of the footage is left (the ledger says why), or the disk is full.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    from finetune.config.document import Document
+    from finetune.config.schema import validate
+    from finetune.footage.filters import ClipShape, Limits
+    from finetune.footage.prepare import PrepareRequest, prepare
+
+    if model is not None:
+        from finetune.cogvideox.model_files import json_folder
+        from finetune.cogvideox.spec import read_spec
+
+        spec = read_spec(str(json_folder(str(model))))
+        frames, fps = frames or spec.sample_frames, fps or float(spec.native_fps)
+    shape: dict[str, object] = {
+        "min_frames": min_frames,
+        "keep_fps": keep_fps,
+        "short_side": short_side,
+        "crop_bars": crop_bars,
+    }
+    shape |= {name: value for name, value in {"frames": frames, "fps": fps}.items() if value is not None}
+    request = PrepareRequest(
+        Path(raw).expanduser(),
+        Path(out).expanduser(),
+        validate(ClipShape, Document(shape, name="prepare()")),
+        validate(Limits, Document(dict(limits or {}), name="the limits of prepare()")),
+        detector,
+        threshold,
+        tuple(scorers),
+        workers,
+    )
+    return prepare(request, progress=progress)
 
 
 @checked

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,9 +57,10 @@ def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, give
     if function is finetune.generate and given == ["run.yaml"]:
         given = [7]
     with pytest.raises(
-        ConfigError, match=r"is no (configuration|path)|(caption|export|generate)\(\) \((folder|source|prompts)"
+        ConfigError,
+        match=r"is no (configuration|path)|(caption|export|generate|prepare)\(\)( \((folder|source|prompts|raw))?",
     ):
-        function(given)
+        function(*[given] * (2 if function is finetune.prepare else 1))
 
 
 @pytest.mark.parametrize(
@@ -110,6 +112,7 @@ def test_a_configuration_is_one_or_its_values_or_its_file(name, tmp_path):
 def test_the_page_shows_every_function_and_runs(tiny_model, demo_clips, tmp_path, monkeypatch, capsys):
     values = run_values(tiny_model(), demo_clips, tmp_path / "run")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(demo_clips, tmp_path / "footage")
     monkeypatch.chdir(tmp_path)
     program = re.findall(r"```python\n(.*?)```", PAGE, re.S)
     assert len(program) >= 6 and not [

@@ -56,7 +56,7 @@ _MEMORY_FIX = (
     " --bucket or --offload, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
 )
 
-_LASTING = ("caption", "precompute", "train", "replay", "export", "generate", "quickstart")
+_LASTING = ("caption", "prepare", "precompute", "train", "replay", "export", "generate", "quickstart")
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 
 app = typer.Typer(
@@ -134,13 +134,13 @@ def _outcome(error: BaseException) -> tuple[int, str]:
 
 
 def one_value_each(words: Sequence[str]) -> Iterator[str]:
-    """``--set a=1 b=2`` as ``--set a=1 --set b=2``: typer's options take one word each."""
-    option = False
+    """``--set a=1 b=2`` as ``--set a=1 --set b=2``, and ``--limit`` alike: typer's options take one word each."""
+    option = ""
     for index, word in enumerate(words):
         if word.startswith("-") or not option:  # no assignment begins with a dash: -h does not belong to --set
-            option = word == "--set"
-        elif words[index - 1] != "--set":
-            yield "--set"
+            option = word if word in ("--set", "--limit") else ""
+        elif words[index - 1] != option:
+            yield option
         yield word
 
 
@@ -336,6 +336,74 @@ def caption(
     )
     print(report)
     return USER_ERROR if report.errors else OK
+
+
+@_verb(
+    "finetune prepare footage --out clips",
+    "finetune prepare footage --out clips --model 1.5-5b --min-frames 49 --detector content",
+    "finetune prepare footage --out clips --limit min_motion=1 max_text=off --scorer my_scorers:nice>=5",
+)
+def prepare(
+    raw: Annotated[Path, typer.Argument(metavar="RAW_DIR", help="Footage, in any number of sub-folders; only read.")],
+    out: Annotated[Path, _option("The dataset's folder: new, empty, or an earlier call's.", "DIR")],
+    model: Annotated[str | None, _option("Whose frames and fps clips have; left out: 49 at 8 fps.", "MODEL")] = None,
+    frames: Annotated[int | None, _option("Of a clip, in place of the model's.", "N")] = None,
+    fps: Annotated[float | None, _option("Of a clip, in place of the model's.")] = None,
+    min_frames: Annotated[int | None, _option("Shorter clips too, of at least N, where a scene ends.", "N")] = None,
+    keep_fps: Annotated[
+        bool, _flag("--keep-fps", "Keep the source's own frames: exact cuts are copied, not encoded again.")
+    ] = False,
+    short_side: Annotated[int, _option("Scale larger pictures down to N pixels; 0 for never.", "N")] = 1080,
+    keep_bars: Annotated[bool, _flag("--keep-bars", "Do not cut away black bars.")] = False,
+    detector: Annotated[
+        Literal["adaptive", "content", "threshold", "transnet"],
+        _option("Of scenes; threshold finds fades only, transnet is a network (the extra transnet)."),
+    ] = "adaptive",
+    threshold: Annotated[float | None, _option("Of the detector, in its own unit; left out: its default.")] = None,
+    limit: Annotated[
+        list[str],
+        _option(
+            "A limit other than its default, or off: min_short_side, black, frozen_s, flash, min_motion, max_motion,"
+            " min_sharpness, max_text, duplicate_bits.",
+            "NAME=VALUE ...",
+        ),
+    ] = [],
+    scorer: Annotated[
+        list[str],
+        _option("A scorer of yours by import path, such as my_scorers:nice, with >=5 or <=5 to drop by it.", "PATH"),
+    ] = [],
+    workers: Annotated[int, _option("Processes that read the footage.", "N")] = 2,
+) -> None:
+    """Make a dataset from raw footage: scenes, filters, clips without captions, and a ledger of every second.
+
+    Killed at any moment, the same command goes on and ends with the same files. Originals are never modified.
+    """
+    limits: dict[str, float | None] = {}
+    for text in limit:
+        name, _, value = text.partition("=")
+        try:
+            limits[name.strip()] = None if value.strip() == "off" else float(value)
+        except ValueError:
+            raise typer.BadParameter(f"'{text}' is no NAME=NUMBER or NAME=off", param_hint="'--limit'") from None
+    report = finetune.prepare(
+        raw,
+        out,
+        model=model,
+        frames=frames,
+        fps=fps,
+        min_frames=min_frames,
+        keep_fps=keep_fps,
+        short_side=short_side or None,
+        crop_bars=not keep_bars,
+        detector=detector,
+        threshold=threshold,
+        limits=limits,
+        scorers=scorer,
+        workers=workers,
+    )
+    print(report)
+    _print_notes(report.notes)
+    _print_notes(report.unreadable, "unreadable")
 
 
 @_verb(

@@ -209,7 +209,7 @@ _WITH_ALPHA = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 
 
 @contextmanager
-def _refusing(where: str, what: str = "the video cannot be decoded") -> Iterator[None]:
+def refusing(where: str, what: str = "the video cannot be decoded") -> Iterator[None]:
     """What PyAV raises of a damaged file (FFmpeg's errors, and its own of numbers and names in it) as ``DataError``."""
     import av
 
@@ -223,7 +223,7 @@ def _refusing(where: str, what: str = "the video cannot be decoded") -> Iterator
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """A container and its first real video stream, with a limit on what its decoder may allocate.
 
     Raises:
@@ -241,7 +241,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     # And the whitelist is a *container* option: plain `options` crash PyAV up to 15 on MPEG program streams.
     lenient: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     guards = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file", "max_streams": str(MAX_STREAMS)}
-    with _refusing(where, "not a video that can be opened"):
+    with refusing(where, "not a video that can be opened"):
         # Absolute, because FFmpeg takes what stands before a colon for a protocol.
         container = av.open(os.path.abspath(path), container_options=guards, **lenient)  # noqa: PTH100 - follows no link
     with container:
@@ -282,7 +282,7 @@ def _alpha_decoder(stream: Any) -> str | None:
 
 
 def _packets(container: Any, stream: Any, where: str) -> Iterator[Any]:
-    with _refusing(where):
+    with refusing(where):
         yield from container.demux(stream)
 
 
@@ -290,7 +290,7 @@ def _decoded(container: Any, stream: Any, where: str, decoder_name: str | None) 
     """The frames from where the container stands, by FFmpeg's decoder or one of ``_WITH_ALPHA``. Raises DataError."""
     import av
 
-    with _refusing(where):
+    with refusing(where):
         decoder = stream
         if decoder_name is not None:
             decoder = av.CodecContext.create(decoder_name, "r")
@@ -491,7 +491,7 @@ def probe_file(path: Path) -> VideoProbe:
     """
     where = str(path)
     check_container(path)
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         alpha_decoder = _alpha_decoder(stream)
         first = next(_decoded(container, stream, where, alpha_decoder), None)
         if first is None:
@@ -515,7 +515,7 @@ def probe_file(path: Path) -> VideoProbe:
 
 def _without_alpha(path: Path) -> Any:
     """The first frame as FFmpeg's own decoder gives it, with what the container says of it; None if it gives none."""
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         return next(_decoded(container, stream, str(path), None), None)
 
 
@@ -554,7 +554,7 @@ def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
     shown: set[int] = set()
     keyframes: list[int] = []
     count, timed = 0, True
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         format_name = container.format.name.split(",")[0]
         time_base = float(stream.time_base or 1)
         for packet in _packets(container, stream, where):
@@ -581,7 +581,7 @@ def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
 
 def _count_frames(path: Path) -> int:
     count = 0
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
         for _ in _decoded(container, stream, str(path), _alpha_decoder(stream)):
             count += 1
             _check_frame_count(count, str(path))
@@ -633,15 +633,16 @@ def read_frames(path: Path, frame_indices: Sequence[int], header: VideoProbe) ->
     """
     index = read_index(path)
     wanted = sorted(set(frame_indices))
+    done = 0
     for seek in (True, False) if index.keyframes else (False,):
-        for frame_index, frame in _pass_over(path, index, wanted, header, seek=seek):
+        for frame_index, frame in _pass_over(path, index, wanted[done:], header, seek=seek):
             if frame.is_corrupt:
                 raise DataError(f"frame {frame_index} is damaged", where=str(path), fix=FIX)
             yield frame_index, _pixels(frame, header, str(path))
-            wanted = wanted[1:]
-        if not wanted:
+            done += 1
+        if done == len(wanted):
             return
-    raise DataError(f"frame {wanted[0]} cannot be decoded", where=str(path), fix=FIX)
+    raise DataError(f"frame {wanted[done]} cannot be decoded", where=str(path), fix=FIX)
 
 
 def _pass_over(
@@ -649,7 +650,7 @@ def _pass_over(
 ) -> Iterator[tuple[int, Any]]:
     """Yield wanted frames in order until all are found or one is missed (a container may seek too far)."""
     where, parity = str(path), _parity_of(header)
-    with _opened(path) as (container, stream):
+    with opened(path) as (container, stream):
 
         def from_here() -> Iterator[tuple[int, Any]]:
             frames = _decoded(container, stream, where, _alpha_decoder(stream))
@@ -664,7 +665,7 @@ def _pass_over(
             start = index.keyframes[before - 1] if before else None
             # Going on costs decoding; a seek pays only if a keyframe lies between here and the target.
             if seek and start is not None and (reached is None or start > reached):
-                with _refusing(where):
+                with refusing(where):
                     container.seek(start, stream=stream, backward=True)
                 frames = from_here()
             for count, frame in frames:
@@ -695,7 +696,7 @@ def _deinterlaced(frames: Iterator[Any], parity: str, stream: Any, where: str) -
                 frame.pts = times.popleft()
                 yield frame
 
-    with _refusing(where):
+    with refusing(where):
         for frame in frames:
             if first is None:
                 first = frame
@@ -732,6 +733,6 @@ def _pixels(frame: Any, header: VideoProbe, where: str) -> Frame:
 
 def _as_array(frame: Any, layout: str, where: str) -> NDArray[Any]:
     """A frame converted to one of FFmpeg's packed pixel formats, [H, W, C]. Raises DataError."""
-    with _refusing(where):
+    with refusing(where):
         pixels: NDArray[Any] = frame.to_ndarray(format=layout)
     return pixels
