@@ -297,6 +297,7 @@ def prepare(
     threshold: float | None = None,
     limits: Mapping[str, float | None] | None = None,
     scorers: Sequence[str] = (),
+    report: bool = False,
     workers: int = 2,
     progress: bool = True,
 ) -> PrepareReport:
@@ -319,6 +320,7 @@ def prepare(
         threshold: of the detector, in its own unit; None for its default.
         limits: fields of ``footage.filters.Limits`` that differ from its defaults; None switches one off.
         scorers: import paths such as ``my_scorers:aesthetic>=5``; see ``footage.scorers``.
+        report: write the ledger as a page with pictures, too: ``ledger.html``.
         workers: processes that read the footage; 0 reads it in this one, without limits on memory and time.
         progress: draw progress bars.
 
@@ -353,6 +355,7 @@ def prepare(
         detector,
         threshold,
         tuple(scorers),
+        report,
         workers,
     )
     return prepare(request, progress=progress)

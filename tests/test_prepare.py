@@ -103,7 +103,7 @@ def prepared(raw, tmp_path_factory) -> tuple[Path, PrepareReport, dict[str, str]
     """The dataset of that tree, made by worker processes; and the originals' digests from before."""
     before = digests(raw)
     out = tmp_path_factory.mktemp("prepared") / "out"
-    return out, finetune.prepare(raw, out, **{**CLIP, "workers": 2}), before
+    return out, finetune.prepare(raw, out, **{**CLIP, "workers": 2}, report=True), before
 
 
 FATES = {
@@ -188,6 +188,18 @@ def test_a_turned_and_an_hdr_source_come_upright_and_tone_mapped(prepared):
     assert np.abs(turned - np.rot90(scene(11, 1)[0]).astype(int)).mean() < 5
     hdr = shown(out / clips_of(out, "hdr.mp4")[0]["file_name"])
     assert 0 < hdr.mean() < 255 and hdr.std() > 5
+
+
+def test_the_ledger_is_a_page_with_pictures(prepared):
+    out, _, _ = prepared
+    page = (out / "ledger.html").read_text()
+    for row in rows(out):
+        assert (row["clip"] or f"{row['source']}, {row['start_s']:.2f} s") in page
+    pictured = [row for row in rows(out) if row["reason"] not in ("copy", "unreadable")]
+    assert page.count("data:image/webp") >= 2 * len(pictured)
+    for reason in ("duplicate", "frozen", "black", "unreadable", "copy", "resolution", "short"):
+        assert f"{reason} " in page
+    assert "day1/film.mp4 at 0.000 s; " in page and "http" not in page.replace("http-equiv", "")
 
 
 def test_hf_datasets_opens_it(prepared, tmp_path):

@@ -372,6 +372,9 @@ def prepare(
         list[str],
         _option("A scorer of yours by import path, such as my_scorers:nice, with >=5 or <=5 to drop by it.", "PATH"),
     ] = [],
+    report: Annotated[
+        bool, _flag("--report", "Write the ledger as a page with pictures, too: DIR/ledger.html.")
+    ] = False,
     workers: Annotated[int, _option("Processes that read the footage.", "N")] = 2,
 ) -> None:
     """Make a dataset from raw footage: scenes, filters, clips without captions, and a ledger of every second.
@@ -385,7 +388,7 @@ def prepare(
             limits[name.strip()] = None if value.strip() == "off" else float(value)
         except ValueError:
             raise typer.BadParameter(f"'{text}' is no NAME=NUMBER or NAME=off", param_hint="'--limit'") from None
-    report = finetune.prepare(
+    prepared = finetune.prepare(
         raw,
         out,
         model=model,
@@ -399,11 +402,15 @@ def prepare(
         threshold=threshold,
         limits=limits,
         scorers=scorer,
+        report=report,
         workers=workers,
     )
-    print(report)
-    _print_notes(report.notes)
-    _print_notes(report.unreadable, "unreadable")
+    print(prepared)
+    if report:
+        print(f"page: {out / 'ledger.html'}")
+    _print_notes(prepared.notes)
+    _print_notes(prepared.unreadable, "unreadable")
+    _print_next("caption", str(out))
 
 
 @_verb(

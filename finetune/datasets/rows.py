@@ -85,7 +85,8 @@ class RowReport:
 def check_caption(value: object, where: str) -> str:
     """A caption as written, or a DataError that says why it is none."""
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise DataError("the caption is empty", where=where, fix="write one, or take the row out")
+        fix = "write one (`finetune caption` has a model write all that are missing), or take the row out"
+        raise DataError("the caption is empty", where=where, fix=fix)
     if not isinstance(value, str):
         raise DataError(f"the caption is {type(value).__name__}, not text", where=where, fix="write it as text")
     if len(value) > MAX_CAPTION_CHARS:

@@ -35,7 +35,7 @@ class Source:
     digest: str
     """Of its bytes."""
     header: VideoProbe | None = None
-    """Without its frame times; None if it cannot be read, or is a copy of another."""
+    """None if it cannot be read, or is a copy of another."""
     spans: list[Span] = field(default_factory=list)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from finetune.core import locks
 from finetune.core.checksums import digest_file
 from finetune.core.errors import ConfigError, DataError, is_refusal
-from finetune.core.files import atomic_write_bytes, disk_fix, require_space, require_writable
+from finetune.core.files import atomic_write_bytes, atomic_write_text, disk_fix, require_space, require_writable
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
@@ -25,11 +25,15 @@ from finetune.footage.filters import ClipShape, Limits, Span, drop_duplicates, s
 from finetune.footage.ledger import CLIPS, STATE, Source, State, clip_name, clips_there, write_dataset
 from finetune.footage.measure import Footage
 from finetune.footage.pool import CutRequest, MadeClip, MeasureRequest, PreparePool
+from finetune.footage.report import write_report
 from finetune.footage.scenes import DetectorName, require_extra
 from finetune.footage.scorers import FRAMES, SHORT_SIDE, ScorerRule, load_scorer, score
 
 _BYTES_PER_PIXEL = 0.15
 """Of an encoded clip, about, for the question whether the disk has room."""
+
+
+PAGE = "ledger.html"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class PrepareRequest:
     """Of the detector; None for its own default."""
     scorers: tuple[str, ...] = ()
     """As ``scorers.load_scorer`` reads them."""
+    report: bool = False
+    """Write the ledger as a page, too."""
     workers: int = 2
     """Processes; 0 reads the files in this one, without limits on memory and time."""
 
@@ -104,6 +110,12 @@ def prepare(request: PrepareRequest, *, progress: bool = True) -> PrepareReport:
         for rule in rules:
             _apply_scorer(request, state, sources, rule, progress)
         copied, encoded = _cut_clips(request, sources, progress)
+        deleted = write_dataset(request.out, sources)
+        if request.report:
+            page = write_report(sources, request.limits, workers=request.workers, progress=progress)
+            atomic_write_text(request.out / PAGE, page)
+        if deleted:
+            notes.append(f"{len(deleted)} clips of an earlier call are no longer wanted, and were deleted")
         return _finish(request, sources, unreadable, notes, (copied, encoded))
 
 
@@ -223,7 +235,7 @@ def _measured_sources(
             source.spans = [whole.dropped("copy", None, None, original.name)]
         else:
             source.spans = spans_of(there[source.digest], request.shape, request.limits)
-            source.header = replace(there[source.digest].header, frame_times_s=())
+            source.header = there[source.digest].header
     return sources, unreadable
 
 
@@ -265,7 +277,7 @@ class _Clip(NamedTuple):
 
 def _kept(sources: Sequence[Source]) -> list[_Clip]:
     return [
-        _Clip(source, number, span, span.plan, source.header, clip_name(source, span))
+        _Clip(source, number, span, span.plan, replace(source.header, frame_times_s=()), clip_name(source, span))
         for source in sources
         for number, span in enumerate(source.spans)
         if span.plan is not None and source.header is not None
@@ -346,14 +358,11 @@ def _finish(
     notes: Sequence[str],
     made: tuple[int, int],
 ) -> PrepareReport:
-    deleted = write_dataset(request.out, sources)
     seconds: dict[str, float] = defaultdict(float)
     for source in sources:
         for span in source.spans:
             seconds[span.reason or "kept"] += span.seconds
     clips = len(_kept(sources))
-    if deleted:
-        notes = [*notes, f"{len(deleted)} clips of an earlier call are no longer wanted, and were deleted"]
     report = PrepareReport(request.out, len(sources), clips, *made, dict(seconds), tuple(unreadable), tuple(notes))
     if not clips:
         lost = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items(), key=lambda item: -item[1]))
