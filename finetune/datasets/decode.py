@@ -606,8 +606,6 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
         DataError: if one of the frames cannot be decoded, or the file is not the one that was probed.
     """
     check_container(path)
-    if len(read_index(path).pts) != probe.frames:
-        raise DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
     size_hw = (plan.bucket.height, plan.bucket.width)
     pixels = np.empty((3, len(plan.frame_indices), *size_hw), np.uint8)
     for frame_index, frame in read_frames(path, plan.frame_indices, probe):
@@ -628,10 +626,12 @@ def read_frames(path: Path, frame_indices: Sequence[int], header: VideoProbe) ->
         The frame's number and its RGB pixels, uint8 [H, W, 3].
 
     Raises:
-        DataError: if a named frame cannot be decoded, is damaged, of another size, or states something else. Damage
-            elsewhere in the file does not matter.
+        DataError: if a named frame cannot be decoded, is damaged, of another size, or states something else, or if the
+            file is not the one that was probed. Damage elsewhere in the file does not matter.
     """
     index = read_index(path)
+    if len(index.pts) != header.frames:
+        raise DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
     wanted = sorted(set(frame_indices))
     done = 0
     for seek in (True, False) if index.keyframes else (False,):

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from finetune.caching.check import (
     PlannedClip,
+    cpu_cores,
     identities,
     kept_by_bucket,
     kept_warnings,
     split_clips,
-    workers_for,
 )
 from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
 from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
@@ -48,6 +50,9 @@ from finetune.diagnosis.footage import SHOWN, Encoded, Look, Reconstruction, See
 from finetune.diagnosis.outlook import Outlook
 from finetune.diagnosis.page import Fault, Level, Picture, render
 from finetune.diagnosis.report import MOST_CARDS, BucketReport, ClipReport, DoctorReport, page_of
+
+if TYPE_CHECKING:
+    from finetune.planner.plan import BackgroundPrediction
 
 EXACT_PICTURES = 160
 """At training size and without loss, on a page: some 40 MB at 480x720."""
@@ -83,7 +88,7 @@ def doctor(
     warnings = require_valid(config, spec)
     card_bytes = amount("--card", card or config.memory.budget)
     dataset = _read(config, spec, progress)
-    with _Prediction(config, card_bytes, device, wanted=bool(dataset.planned)) as prediction:
+    with _Prediction(config, card_bytes, device) as prediction:
         seen = _look(config, dataset.planned, progress)
         captions = {clip.sample.caption: clip.sample.where for clip in dataset.planned}
         tokens = _read_captions(config, spec, list(captions))
@@ -127,7 +132,7 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
     ]
     fps = data.fps or spec.native_fps
     videos = sorted({sample.video for sample, _ in rows})
-    with DecodePool(workers_for(config, len(videos))) as pool:
+    with DecodePool(_workers(config, len(videos))) as pool:
         bar = Bar(pool.probe_many(videos), total=len(videos), desc="reading headers of videos", disable=not progress)
         probes: dict[Path, VideoProbe | DataError] = dict(bar)
     planned: list[PlannedClip] = []
@@ -149,6 +154,12 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
     return _Dataset(tuple(planned), tuple(left_out), read.notes, fps)
 
 
+def _workers(config: RunConfig, jobs: int) -> int:
+    """Decode processes: nothing else is done meanwhile, so every core has one."""
+    wanted = config.cache.decode_workers
+    return min(jobs, cpu_cores() if wanted is None else wanted)
+
+
 def _left_out(name: str, sample: Sample, holdout: bool, *faults: Fault) -> ClipReport:
     return ClipReport(name, sample.where, sample.caption, holdout=holdout, faults=faults)
 
@@ -157,7 +168,7 @@ def _look(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> li
     exact = min(SHOWN, EXACT_PICTURES // max(1, len(clips)))
     exact = max(1, exact) if len(clips) <= MOST_CARDS else 0
     jobs = [Look(clip.sample.video, clip.probe, clip.plan, clip.sample.image, exact) for clip in clips]
-    seen = look_at(jobs, workers_for(config, len(jobs)))
+    seen = look_at(jobs, _workers(config, len(jobs)))
     return list(Bar(seen, total=len(jobs), desc="looking at clips", disable=not progress))
 
 
@@ -191,31 +202,38 @@ def _reconstruct(
 
 
 class _Prediction:
-    """The planner at work in a process of its own while clips are looked at; a context manager."""
+    """The planner at work in a process of its own while clips are looked at; a context manager.
 
-    def __init__(self, config: RunConfig, card_bytes: int | None, device: str | None, *, wanted: bool) -> None:
-        self._config, self._card_bytes, self._device, self._wanted = config, card_bytes, device, wanted
+    It is begun in a thread: that imports torch, which takes seconds.
+    """
+
+    def __init__(self, config: RunConfig, card_bytes: int | None, device: str | None) -> None:
+        self._config, self._card_bytes, self._device = config, card_bytes, device
+        self._threads = ThreadPoolExecutor(1)
 
     def __enter__(self) -> _Prediction:
-        if self._wanted:
-            from finetune.planner.cost_model import card_here, device_here
-            from finetune.planner.plan import predict_async
-
-            self._card_bytes = self._card_bytes or card_here()
-            model = self._config.model
-            here = local_folder(model.pretrained, model.revision)
-            if model.dtype == "auto" and here is None and published_variant(model.pretrained):
-                model = model.model_copy(update={"dtype": "bf16"})  # which is what the published ones are
-            config = self._config.model_copy(update={"model": model})
-            self._running = predict_async(config, self._card_bytes, device=self._device or device_here())
+        self._begun = self._threads.submit(self._begin)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._wanted:
-            self._running.close()
+        self._begun.result().close()
+        self._threads.shutdown()
+
+    def _begin(self) -> BackgroundPrediction:
+        from finetune.planner.cost_model import card_here, device_here
+        from finetune.planner.plan import predict_async
+
+        self._card_bytes = self._card_bytes or card_here()
+        model = self._config.model
+        here = local_folder(model.pretrained, model.revision)
+        if model.dtype == "auto" and here is None and published_variant(model.pretrained):
+            model = model.model_copy(update={"dtype": "bf16"})  # which is what the published ones are
+        config = self._config.model_copy(update={"model": model})
+        return predict_async(config, self._card_bytes, device=self._device or device_here())
 
     def added_to(self, outlook: Outlook, *, patient: bool) -> Outlook:
-        prediction = self._running.result(24 * 3600.0 if patient else outlooks.PATIENCE_S)
+        """The outlook with the memory that is predicted, as far as it is by now."""
+        prediction = self._begun.result().result(24 * 3600.0 if patient else outlooks.PATIENCE_S)
         if prediction is None:
             message = "not predicted yet: half a minute with --predict, remembered from then on"
             return outlooks.with_memory(outlook, None, message, None)

@@ -10,21 +10,21 @@ import io
 import json
 import math
 import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.core.errors import DataError
-from finetune.core.types import Bucket, ClipPlan, VideoProbe
+from finetune.core.types import ClipPlan, VideoProbe
 from finetune.datasets import decode, decode_pool
-from finetune.datasets.pictures import read_fitted_image
+from finetune.datasets.pictures import read_fitted_image, resize_crop, turn_upright
 from finetune.datasets.worker import Worker
 
 SHOWN = 6
@@ -40,6 +40,9 @@ _TIMEOUT_S = 600.0
 _MOST_BYTES = 64 * 2**20
 
 _HASH_SIDE = 8
+
+MEASURED_HEIGHT = 180
+"""Rows of what is kept of a frame, when it is measured."""
 
 _SMALL_HW = 48, 72
 """Of the grey pictures that brightness, motion and likeness are measured on."""
@@ -148,92 +151,140 @@ def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
 
 def look(job: Look) -> Seen:
     """Decode, measure and show a clip in this process. Raises DataError if one of its frames cannot be decoded."""
-    plan = job.plan
+    plan, header = job.plan, job.probe
     shown, pairs = sampled_positions(len(plan.frame_indices))
     wanted = sorted({*shown, *(position for pair in pairs for position in pair)})
-    indices = tuple(plan.frame_indices[position] for position in wanted)
-    # The same resize, uncut; the cut is a slice of it, as it is in `resize_crop`.
-    uncut_plan = ClipPlan(indices, plan.resize_hw, (0, 0), Bucket(len(indices), *plan.resize_hw))
-    decoded = decode.read_clip(job.path, job.probe, uncut_plan)
-    uncut = {position: np.ascontiguousarray(decoded[:, at].transpose(1, 2, 0)) for at, position in enumerate(wanted)}
-    (top, left), bucket = plan.crop_yx, plan.bucket
-    cut = {at: frame[top : top + bucket.height, left : left + bucket.width] for at, frame in uncut.items()}
-    measures = _measured(uncut, cut, shown, pairs)
-    pictures = [encoded(cut[at], at, exact=number < job.exact) for number, at in enumerate(shown)]
+    sharp = {shown[0], shown[len(shown) // 2], shown[-1]}
+    indices = [plan.frame_indices[position] for position in wanted]
+    glances: dict[int, _Glance] = {}
+    tiles: dict[int, Encoded] = {}
+    source: Encoded | None = None
+    for frame_index, frame in decode.read_frames(job.path, indices, header):
+        upright = np.ascontiguousarray(turn_upright(frame, header.orientation))
+        source = source or encoded(upright, 0, exact=False)
+        for position in (position for position in wanted if plan.frame_indices[position] == frame_index):
+            cut = _cut(upright, plan, MEASURED_HEIGHT)
+            glances[position] = _glance(upright, cut, plan, sharp=position in sharp, hashed=position in shown)
+            if position in shown[: job.exact]:
+                size_hw = plan.bucket.height, plan.bucket.width
+                tiles[position] = encoded(
+                    resize_crop(upright, plan.resize_hw, plan.crop_yx, size_hw), position, exact=True
+                )
+            elif position in shown:
+                tiles[position] = encoded(cut, position, exact=False)
+    pictures = [tiles[position] for position in shown]
     if job.image is not None:
-        image = read_fitted_image(job.image, bucket).transpose(1, 2, 0)
+        image = read_fitted_image(job.image, plan.bucket).transpose(1, 2, 0)
         pictures.insert(0, encoded(image, -1, exact=job.exact > 0))
-    return Seen(measures, encoded(uncut[0], 0, exact=False), tuple(pictures))
+    assert source is not None
+    return Seen(_measured([glances[position] for position in wanted], wanted, shown, pairs), source, tuple(pictures))
+
+
+def _cut(upright: Frame, plan: ClipPlan, height: int) -> Frame:
+    """What the plan keeps of a frame, made small: ``height`` rows."""
+    return _resized(
+        upright, _kept_box(upright, plan), (height, max(1, height * plan.bucket.width // plan.bucket.height))
+    )
+
+
+def _kept_box(upright: Frame, plan: ClipPlan) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what the plan keeps, in pixels of the source."""
+    down, across = (size / resized for size, resized in zip(upright.shape[:2], plan.resize_hw, strict=True))
+    top, left = plan.crop_yx
+    return left * across, top * down, (left + plan.bucket.width) * across, (top + plan.bucket.height) * down
+
+
+def _resized(frame: Frame, box: tuple[float, float, float, float], hw: tuple[int, int]) -> Frame:
+    return np.asarray(Image.fromarray(frame).resize(hw[::-1], Image.Resampling.BICUBIC, box, reducing_gap=2.0))
 
 
 def encoded(frame: Frame, number: int, *, exact: bool) -> Encoded:
     """A frame [H, W, 3] as a picture: at its own size without loss, or small."""
     picture = Image.fromarray(np.ascontiguousarray(frame))
     if not exact:
-        picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Image.Resampling.BOX)
+        picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Image.Resampling.BILINEAR)
     file = io.BytesIO()
-    # `exact` keeps Pillow from changing invisible pixels, of which there are none; quality 0 is the fastest lossless.
-    picture.save(file, "WEBP", method=0, **({"lossless": True, "quality": 0} if exact else {"quality": 75}))
+    # Without loss, quality says how hard to try.
+    picture.save(file, "WEBP", method=0, **({"lossless": True, "quality": 10} if exact else {"quality": 75}))
     return Encoded(file.getvalue(), picture.height, picture.width, number, exact)
 
 
-def _measured(
-    uncut: Mapping[int, Frame], cut: Mapping[int, Frame], shown: Sequence[int], pairs: Iterable[tuple[int, int]]
-) -> Measures:
-    import imagehash
+class _Glance(NamedTuple):
+    """What is measured on one frame."""
 
-    small = {at: _grey(frame, _SMALL_HW) for at, frame in cut.items()}
-    order = sorted(small)
+    small: NDArray[np.float32]
+    """Its grey picture, of ``_SMALL_HW``."""
+    rows: NDArray[np.uint8]
+    """Of each row, the brightest mean of eight neighbouring pixels."""
+    columns: NDArray[np.uint8]
+    sharpness: float
+    """0 where it is not measured."""
+    hash: int
 
-    def difference(one: int, other: int) -> float:
-        return float(np.abs(small[one] - small[other]).mean())
 
-    hashes = [imagehash.phash(Image.fromarray(uncut[at]).convert("L").reduce(4), _HASH_SIDE) for at in shown]
-    sharp = {shown[0], shown[len(shown) // 2], shown[-1]}
-    return Measures(
-        luma=tuple(float(small[at].mean()) for at in order),
-        bright=tuple(float(np.percentile(small[at], 99)) for at in order),
-        motion=tuple(difference(*pair) for pair in pairwise(shown)),
-        beside=tuple(difference(*pair) for pair in pairs),
-        flicker=tuple(abs(float(small[a].mean() - small[b].mean())) for a, b in pairs),
-        sharpness=max(_sharpness(cut[at]) for at in sharp),
-        bars=_bars(cut.values()),
-        hashes=tuple(int(str(hashed), 16) for hashed in hashes),
+def _glance(upright: Frame, cut: Frame, plan: ClipPlan, *, sharp: bool, hashed: bool) -> _Glance:
+    grey = Image.fromarray(cut).convert("L")
+    # Means of eight pixels along a bar: specks of compression beside the picture are no picture.
+    along = grey.resize((max(1, grey.width // 8), grey.height), Image.Resampling.BOX)
+    across = grey.resize((grey.width, max(1, grey.height // 8)), Image.Resampling.BOX)
+    return _Glance(
+        small=np.asarray(grey.resize(_SMALL_HW[::-1], Image.Resampling.BOX), np.float32),
+        rows=np.asarray(along).max(1),
+        columns=np.asarray(across).max(0),
+        sharpness=_sharpness(upright, plan) if sharp else 0.0,
+        hash=_hash(upright) if hashed else 0,
     )
 
 
-def _grey(frame: Frame, hw: tuple[int, int]) -> NDArray[np.float32]:
-    grey = Image.fromarray(np.ascontiguousarray(frame)).convert("L").resize(hw[::-1], Image.Resampling.BOX)
-    return np.asarray(grey, np.float32)
+def _hash(upright: Frame) -> int:
+    import imagehash
+
+    small = Image.fromarray(upright).resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L")
+    return int(str(imagehash.phash(small, _HASH_SIDE)), 16)
 
 
-def _sharpness(frame: Frame) -> float:
-    grey = np.asarray(Image.fromarray(np.ascontiguousarray(frame)).convert("L"), np.int16)
+def _sharpness(upright: Frame, plan: ClipPlan) -> float:
+    """Variance of the Laplacian of the middle of what is kept, a quarter of its area, at training size."""
+    left, top, right, bottom = _kept_box(upright, plan)
+    width, height = (right - left) / 4, (bottom - top) / 4
+    middle = (left + width, top + height, right - width, bottom - height)
+    hw = max(4, plan.bucket.height // 2), max(4, plan.bucket.width // 2)
+    grey = np.asarray(Image.fromarray(_resized(upright, middle, hw)).convert("L"), np.int16)
     around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
     return float((around - 4 * grey[1:-1, 1:-1]).var())
+
+
+def _measured(
+    glances: Sequence[_Glance], positions: Sequence[int], shown: Sequence[int], pairs: Sequence[tuple[int, int]]
+) -> Measures:
+    at = dict(zip(positions, glances, strict=True))
+
+    def difference(one: int, other: int) -> float:
+        return float(np.abs(at[one].small - at[other].small).mean())
+
+    return Measures(
+        luma=tuple(float(glance.small.mean()) for glance in glances),
+        bright=tuple(float(np.percentile(glance.small, 99)) for glance in glances),
+        motion=tuple(difference(*pair) for pair in pairwise(shown)),
+        beside=tuple(difference(*pair) for pair in pairs),
+        flicker=tuple(abs(float(at[one].small.mean() - at[other].small.mean())) for one, other in pairs),
+        sharpness=max(glance.sharpness for glance in glances),
+        bars=_bars(glances),
+        hashes=tuple(at[position].hash for position in shown),
+    )
 
 
 _BLACK_BAR = 40
 """Of 255: no pixel of a black bar is brighter; limited range and compression lift black a little."""
 
 
-def _bars(frames: Iterable[Frame]) -> tuple[float, float, float, float]:
-    rows: NDArray[Any] | None = None
-    columns: NDArray[Any] | None = None
-    for frame in frames:
-        # Means of eight pixels along the bar: specks of compression beside the picture are no picture.
-        picture = Image.fromarray(np.ascontiguousarray(frame)).convert("L")
-        along = picture.resize((max(1, picture.width // 8), picture.height), Image.Resampling.BOX)
-        across = picture.resize((picture.width, max(1, picture.height // 8)), Image.Resampling.BOX)
-        row, column = np.asarray(along).max(1), np.asarray(across).max(0)
-        rows = row if rows is None else np.maximum(rows, row)
-        columns = column if columns is None else np.maximum(columns, column)
-    assert rows is not None and columns is not None
-    if (rows <= _BLACK_BAR).all():  # black all over, which is another fault
-        return 0.0, 0.0, 0.0, 0.0
+def _bars(glances: Sequence[_Glance]) -> tuple[float, float, float, float]:
+    """What is black in every frame at the top, bottom, left and right."""
     edges = []
-    for levels in (rows, columns):
+    for levels in (np.max([glance.rows for glance in glances], 0), np.max([glance.columns for glance in glances], 0)):
         visible = np.flatnonzero(levels > _BLACK_BAR)
+        if not len(visible):  # black all over, which is another fault
+            return 0.0, 0.0, 0.0, 0.0
         edges += [int(visible[0]) / len(levels), (len(levels) - 1 - int(visible[-1])) / len(levels)]
     return edges[0], edges[1], edges[2], edges[3]
 

@@ -288,6 +288,8 @@ def predict_async(
     environment = {name: value for name, value in os.environ.items() if name not in _LAUNCH_VARIABLES}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "finetune", "plan", "--json", "--processes", str(processes)]
+    if nice := shutil.which("nice"):  # what runs beside it is in more of a hurry
+        command = [nice, *command]
     command += ["--device", device] if device else []
     folder = child = None
     with suppress(OSError):
