@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.Image import Resampling
 
 from finetune.core.errors import DataError
 from finetune.core.types import ClipPlan, VideoProbe
@@ -195,14 +196,14 @@ def _kept_box(upright: Frame, plan: ClipPlan) -> tuple[float, float, float, floa
 
 
 def _resized(frame: Frame, box: tuple[float, float, float, float], hw: tuple[int, int]) -> Frame:
-    return np.asarray(Image.fromarray(frame).resize(hw[::-1], Image.Resampling.BICUBIC, box, reducing_gap=2.0))
+    return np.asarray(Image.fromarray(frame).resize(hw[::-1], Resampling.BICUBIC, box, reducing_gap=2.0))
 
 
 def encoded(frame: Frame, number: int, *, exact: bool) -> Encoded:
     """A frame [H, W, 3] as a picture: at its own size without loss, or small."""
     picture = Image.fromarray(np.ascontiguousarray(frame))
     if not exact:
-        picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Image.Resampling.BILINEAR)
+        picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Resampling.BILINEAR)
     file = io.BytesIO()
     # Without loss, quality says how hard to try.
     picture.save(file, "WEBP", method=0, **({"lossless": True, "quality": 10} if exact else {"quality": 75}))
@@ -225,10 +226,10 @@ class _Glance(NamedTuple):
 def _glance(upright: Frame, cut: Frame, plan: ClipPlan, *, sharp: bool, hashed: bool) -> _Glance:
     grey = Image.fromarray(cut).convert("L")
     # Means of eight pixels along a bar: specks of compression beside the picture are no picture.
-    along = grey.resize((max(1, grey.width // 8), grey.height), Image.Resampling.BOX)
-    across = grey.resize((grey.width, max(1, grey.height // 8)), Image.Resampling.BOX)
+    along = grey.resize((max(1, grey.width // 8), grey.height), Resampling.BOX)
+    across = grey.resize((grey.width, max(1, grey.height // 8)), Resampling.BOX)
     return _Glance(
-        small=np.asarray(grey.resize(_SMALL_HW[::-1], Image.Resampling.BOX), np.float32),
+        small=np.asarray(grey.resize(_SMALL_HW[::-1], Resampling.BOX), np.float32),
         rows=np.asarray(along).max(1),
         columns=np.asarray(across).max(0),
         sharpness=_sharpness(upright, plan) if sharp else 0.0,
@@ -239,7 +240,7 @@ def _glance(upright: Frame, cut: Frame, plan: ClipPlan, *, sharp: bool, hashed: 
 def _hash(upright: Frame) -> int:
     import imagehash
 
-    small = Image.fromarray(upright).resize((64, 64), Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L")
+    small = Image.fromarray(upright).resize((64, 64), Resampling.BILINEAR, reducing_gap=2.0).convert("L")
     return int(str(imagehash.phash(small, _HASH_SIDE)), 16)
 
 

@@ -228,4 +228,4 @@ def _token_bars(report: DoctorReport) -> Bars:
     bins = [(index * width, (index + 1) * width, counts[index]) for index in range(last + 1)]
     over = sum(tokens > report.token_limit for tokens in report.tokens)
     note = f"{len(report.tokens)} captions; {over} are longer than the {report.token_limit} tokens that are read."
-    return Bars("Tokens of captions", bins, report.token_limit, note)
+    return Bars("Tokens of captions", bins, report.token_limit + 1, note)
