@@ -141,6 +141,8 @@ def test_exit_0_when_a_verb_succeeds(tmp_path):
         (["train"], "Missing option '--config'"),
         (["cache", "stats"], "give one of --dir and --config"),
         (["cache", "stats", "--dir", "a", "--config", "b"], "give one of --dir and --config"),
+        (["cache", "export", "--dir", "a"], "export and import take a folder or a .tar"),
+        (["cache", "stats", "a.tar", "--dir", "a"], "export and import take a folder or a .tar"),
         (["export", "a", "--strength", "much"], "Invalid value for '--strength'"),
     ],
 )
@@ -610,6 +612,9 @@ def test_cache_verbs(config_file, tmp_path, capsys):
     assert main(["cache", "verify", "--config", str(config_file), "--set", "cache.dir=cache"]) == OK
     printed = capsys.readouterr().out
     assert "prompts          1 entries" in printed and "1 entries read" in printed
+    assert main(["cache", "export", str(tmp_path / "a.tar"), "--dir", str(cache.root)]) == OK
+    assert main(["cache", "import", str(tmp_path / "a.tar"), "--dir", str(tmp_path / "there")]) == OK
+    assert capsys.readouterr().out.count("1 entries copied") == 2
     (entry,) = cache.entries("prompts")
     entry.write_bytes(entry.read_bytes()[:-1] + b"\x01")
     assert main(["cache", "verify", "--dir", str(cache.root)]) == USER_ERROR

@@ -29,7 +29,7 @@ from worlds import merged, run_values
 from finetune.caching import encode as encoding
 from finetune.caching import precompute as cache_plan
 from finetune.caching.check import check_dataset, identities, overview, split_clips, workers_for
-from finetune.caching.precompute import PrecomputeReport, encoding_of, ensure_cache, precompute
+from finetune.caching.precompute import PrecomputeReport, encoding_of, ensure_cache, precompute, require_manifest
 from finetune.cogvideox.load import load_text, load_vae
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
@@ -39,6 +39,7 @@ from finetune.core.errors import CacheError, DataError, KilledError, ModelError
 from finetune.core.types import Bucket
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache, read_metadata
+from finetune.datasets.cache_transfer import export_cache, import_cache
 from finetune.datasets.decode_pool import fit_image
 from finetune.datasets.manifests import UNKNOWN, Manifest, read_content
 
@@ -427,6 +428,17 @@ def test_a_project_may_move_and_its_resolved_configuration_may_be_used(project, 
     there = Project(moved, home.model, {})
     found = there.ensure(cache={"mode": "require"})
     assert found.digest == manifest.digest and all(path.startswith(str(moved)) for path in found.inputs)
+
+
+def test_what_a_configuration_needs_is_exported_and_trained_from_elsewhere(cached, tmp_path, capsys):
+    home = cached()
+    config = home.config()
+    with pytest.raises(CacheError, match="does not hold what this configuration needs"):
+        require_manifest(home.config(data={"fps": 4}), home.cache)
+    export_cache(home.cache, tmp_path / "a.tar", manifest=require_manifest(config, home.cache).name)
+    shutil.rmtree(home.cache.root)
+    import_cache(home.cache, tmp_path / "a.tar")
+    assert home.ensure(cache={"mode": "require"}).digest == home.manifest.digest
 
 
 def test_a_new_source_file_is_noticed(cached):

@@ -572,6 +572,20 @@ def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> Manifest 
     return manifest
 
 
+def require_manifest(config: RunConfig, cache: Cache) -> Manifest:
+    """The complete manifest that answers a configuration, whose ``memory`` says what is done.
+
+    Raises:
+        CacheError: if there is none. Otherwise as ``find_manifest``.
+    """
+    config = pin_model(config)
+    manifest = find_manifest(config, read_spec(config.model.pretrained, config.model.revision), cache)
+    if manifest is None:
+        what = "the cache does not hold what this configuration needs"
+        raise CacheError(what, where=str(cache.root), fix="run `finetune precompute` with it first")
+    return manifest
+
+
 _Contents = dict[Path, dict[str, Any] | None]
 """What stands in manifests, by their files; None for one of an older format."""
 

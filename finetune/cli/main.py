@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -22,6 +22,9 @@ import finetune
 from finetune.cli.streams import lasting_streams, open_streams, own_log, quiet_libraries
 from finetune.core.errors import CacheError, ConfigError, FinetuneError, first_line, is_out_of_memory, is_refusal
 from finetune.core.text import shown
+
+if TYPE_CHECKING:
+    from finetune.datasets.cache import Cache
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -692,11 +695,20 @@ def generate(
     "finetune cache stats --config run.yaml",
     "finetune cache verify --dir cache",
     "finetune cache gc --dir cache --unused-days 30 --delete",
+    "finetune cache export cache.tar --config run.yaml",
+    "finetune cache import cache.tar --dir cache",
 )
 def cache(
     action: Annotated[
-        Literal["verify", "gc", "stats"], typer.Argument(help="Read every entry; collect garbage; count.")
+        Literal["verify", "gc", "stats", "export", "import"],
+        typer.Argument(help="Read every entry; collect garbage; count; copy to or from another machine."),
     ],
+    other: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR_OR_TAR]", help="export, import: a cache's folder, or an archive that ends with .tar."
+        ),
+    ] = None,
     dir: Annotated[Path | None, _option("The cache's folder.", "DIR")] = None,
     config: Annotated[Path | None, _option("A run's YAML file, for its cache.dir.", "FILE")] = None,
     overrides: Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE ...", hidden=True)] = [],
@@ -707,17 +719,19 @@ def cache(
         _flag("--alone", "gc: nothing else uses the cache; asked for on file systems without locks."),
     ] = False,
 ) -> int:
-    """Look after a cache: verify its entries, collect what nothing refers to, or count what it holds."""
-    from finetune.datasets import cache_admin
+    """Look after a cache: verify its entries, collect what nothing refers to, count what it holds, or move it."""
+    from finetune.datasets import cache_admin, cache_transfer
     from finetune.datasets.cache import Cache
 
     if (dir is None) == (config is None):
         raise typer.BadParameter("give one of --dir and --config")
+    if (other is None) == (action in ("export", "import")):
+        raise typer.BadParameter("export and import take a folder or a .tar, the others do not")
     if config is not None:
         store, where = Cache(finetune.load_config(config, overrides).cache.dir), _config_words(config, overrides)
     elif dir is not None:
         store, where = Cache(dir.expanduser()), ["--dir", str(dir)]
-    if not store.root.is_dir():
+    if action != "import" and not store.root.is_dir():
         raise CacheError(
             "there is no cache", where=str(store.root), fix="name another; `finetune precompute` makes one"
         )
@@ -735,6 +749,24 @@ def cache(
         if not delete and collected.bytes:
             _print_next("cache", "gc", *where, "--delete", *(["--alone"] if alone else []))
         return PREEMPTED if collected.held_back else OK
+    if other is not None:
+        progress = sys.stderr.isatty()
+        if action == "import":
+            copied = cache_transfer.import_cache(store, other, progress=progress)
+        else:
+            name = None if config is None else _manifest_of(config, overrides, store)
+            copied = cache_transfer.export_cache(store, other, manifest=name, progress=progress)
+        print(copied)
+        return OK if copied.ok else USER_ERROR
     print(cache_admin.stats(store))
     _print_next("cache", "verify", *where)
     return OK
+
+
+def _manifest_of(config: Path, overrides: list[str], store: Cache) -> str:
+    """The name of the manifest that answers a configuration."""
+    from finetune.caching.precompute import require_manifest
+    from finetune.planner.plan import choose_memory
+
+    chosen, _ = choose_memory(finetune.load_config(config, overrides))  # it decides how T5 is held
+    return require_manifest(chosen, store).name

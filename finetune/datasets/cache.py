@@ -40,7 +40,16 @@ from finetune.core.checksums import (
 from finetune.core.errors import CacheError, DataError
 from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
 from finetune.core.types import Bucket, CacheEntry, ClipPlan, DtypeName, Strict, torch_dtype
-from finetune.datasets.manifests import FORMAT, FileStamp, Kind, Manifest, ManifestItem, manifest_fault, read_content
+from finetune.datasets.manifests import (
+    FORMAT,
+    KINDS,
+    FileStamp,
+    Kind,
+    Manifest,
+    ManifestItem,
+    manifest_fault,
+    read_content,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -310,6 +319,10 @@ class Cache:
         """Every entry of a kind, as ``sizes``."""
         return {entry.name.removesuffix(".safetensors") for entry in self._listing(kind)}
 
+    def all_keys(self) -> dict[Kind, set[str]]:
+        """``keys`` of every kind."""
+        return {kind: self.keys(kind) for kind in KINDS}
+
     def entries(self, kind: Kind) -> list[Path]:
         """The files of a kind's entries, sorted."""
         return sorted(Path(entry.path) for entry in self._listing(kind))
@@ -389,7 +402,7 @@ class Cache:
                     fix="encode in bf16 or fp32 (model.dtype), and store in fp32 (cache.latents_dtype)",
                 )
         content = serialise(tensors, {"key": key, "address": canonical_json(address), **metadata})
-        self._publish(path, content)
+        self.publish(path, content)
         return len(content)
 
     def save_manifest(self, manifest: Manifest, base: Path) -> Path:
@@ -399,13 +412,18 @@ class Cache:
             CacheError: if it cannot be written.
         """
         path = self.root / "manifests" / f"{manifest.name}.json"
-        self._publish(path, manifest.to_bytes(base))
+        self.publish(path, manifest.to_bytes(base))
         for damaged in path.parent.glob(f"{path.name}.*.damaged"):  # made anew
             with suppress(OSError):
                 damaged.unlink()
         return path
 
-    def _publish(self, path: Path, content: bytes) -> None:
+    def publish(self, path: Path, content: bytes) -> None:
+        """Write a file of the cache, which appears whole.
+
+        Raises:
+            CacheError: if it cannot be written.
+        """
         try:
             atomic_write_bytes(path, content)
         except OSError as error:
@@ -450,6 +468,11 @@ class Cache:
         """
         with self._open("prompts", key) as entry:
             return int(read_metadata(entry, key)["tokens"])
+
+    def content(self, kind: Kind, key: str) -> bytes:
+        """The bytes of an entry, which are not verified. Raises as ``read``."""
+        with self._open(kind, key) as entry:
+            return entry.read()
 
     def _read(self, kind: Kind, key: str, clip: str = "", *, again: bool = True) -> dict[str, Tensor]:
         """The tensors of an entry, which is verified when this process first reads its file.

@@ -6,11 +6,12 @@ import errno
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from finetune.core import locks
 from finetune.core.errors import CacheError
@@ -100,10 +101,10 @@ def gc(
             # Before the manifests: what is written after this line cannot be taken for garbage.
             listed = {kind: cache.entries(kind) for kind in KINDS}
             _require_none_aside(cache)
-            manifests = {path: Manifest.from_content(content, Path()) for path, content in cache.manifests()}
+            manifests = dict(cache.manifests())
             most_s = float("inf") if unused_days is None else unused_days * 86_400
             unused = [path for path in cache.manifest_paths() if path not in manifests or _age_s(path, now) > most_s]
-            needed = _needed([manifest for path, manifest in manifests.items() if path not in unused])
+            needed = needed_entries([content for path, content in manifests.items() if path not in unused])
             orphans = [path for kind, paths in listed.items() for path in paths if path.stem not in needed[kind]]
             entries = [path for path in orphans if _age_s(path, now) >= grace_s]
             leftovers = [path for path in _leftovers(root) if _age_s(path, now) > leftover_age_s]
@@ -181,8 +182,9 @@ def _require_none_aside(cache: Cache) -> None:
         )
 
 
-def _needed(manifests: list[Manifest]) -> dict[Kind, set[str]]:
-    """Every entry that manifests refer to."""
+def needed_entries(contents: Iterable[Mapping[str, Any]]) -> dict[Kind, set[str]]:
+    """Every entry that manifests refer to, which are given as ``read_content`` reads them."""
+    manifests = [Manifest.from_content(content, Path()) for content in contents]
     return {kind: {key for manifest in manifests for key in manifest.keys(kind)} for kind in KINDS}
 
 
@@ -288,11 +290,11 @@ def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> Ver
                 damaged.append(Damage(path, reason))
                 if delete:
                     _take_out(cache, path, kind)
-        there = {kind: cache.keys(kind) for kind in KINDS}
+        there = cache.all_keys()
         missing: list[str] = []
         for path in cache.manifest_paths():
             try:
-                missing += _missing(path, there)
+                missing += missing_entries(path, there)
             except DamagedManifestError as error:
                 damaged.append(Damage(path, error.what))
                 if delete:
@@ -300,12 +302,12 @@ def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> Ver
     return VerifyReport(checked, size, tuple(damaged), tuple(missing), deleted=delete)
 
 
-def _missing(path: Path, there: dict[Kind, set[str]]) -> list[str]:
-    """Entries that a manifest promises and that are not there."""
+def missing_entries(path: Path, there: Mapping[Kind, Collection[str]]) -> list[str]:
+    """Entries that a complete manifest promises and that are not there, in words. Raises as ``read_content``."""
     content = read_content(path)
     if content is None or not content["complete"]:
         return []
-    missing = {kind: keys - there[kind] for kind, keys in _needed([Manifest.from_content(content, Path())]).items()}
+    missing = {kind: keys.difference(there[kind]) for kind, keys in needed_entries([content]).items()}
     return [f"{kind}/{key} of manifest {path.stem[:12]}" for kind, keys in missing.items() for key in sorted(keys)]
 
 
