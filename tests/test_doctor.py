@@ -266,6 +266,32 @@ def test_a_worker_answers_as_this_process_does(clinic):
     assert isinstance(theirs[1], DataError) and theirs[1].where == str(lost.path)
 
 
+class _Lying:
+    """A worker whose answer is not what a decoder gives."""
+
+    def __init__(self, change: dict[str, Any], body: bytes = b"") -> None:
+        self.change, self.body = change, body
+
+    def ask(self, *_: Any, **__: Any) -> tuple[dict[str, Any], bytearray]:
+        measures = {name: [0.0] * 4 for name in ("luma", "bright", "motion", "beside", "flicker", "bars", "hashes")}
+        sound = {"measures": {**measures, "sharpness": 1.0}, "places": [[1, 1, 0, False]], "sizes": [0]}
+        return {**sound, **self.change}, bytearray(self.body)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"measures": {}}, {"places": []}, {"sizes": ["x"]}, {"measures": {"luma": [float("nan")]}}, {"sizes": None}],
+    ids=str,
+)
+def test_a_worker_that_talks_nonsense_is_a_fault_of_its_file(clinic, change):
+    header = probe(clinic / "other.mp4")
+    (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
+    job = footage.Look(clinic / "other.mp4", header, plan)
+    assert footage.ask(_Lying({}), job).measures.sharpness == 1
+    with pytest.raises(DataError, match="answered with nonsense"):
+        footage.ask(_Lying(change), job)
+
+
 # ------------------------------------------------------------------------------------------------------ starting points
 
 
@@ -492,6 +518,22 @@ def test_a_browser_shows_the_pixels_that_training_sees(browser, report, clinic, 
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
     assert np.array_equal(shown, decode(clinic / "bars.mp4", header, plan).pixels[:, 0].permute(1, 2, 0).numpy())
     tab.page.close()
+
+
+def test_an_image_condition_is_shown_and_a_bad_one_named(clinic, tiny_model, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("other", "fast"):
+        shutil.copy(clinic / f"{name}.mp4", folder)
+        (folder / f"{name}.txt").write_text(f"a red circle {name}")
+    Image.new("RGB", (96, 64), (200, 30, 30)).save(folder / "other.png")
+    (folder / "fast.png").write_bytes(b"no picture")
+    content = values(tiny_model("5b-i2v"), folder, tmp_path / "run", data={"buckets": ["9x64x64"], "holdout": 0})
+    report = finetune.doctor(content, progress=False)
+    image = clip_of(report, "other.mp4").pictures[1]
+    assert image.label == "first-frame image, exact"
+    assert np.asarray(Image.open(io.BytesIO(image.content)))[0, 0].tolist() == [200, 30, 30]
+    assert {fault.name for fault in clip_of(report, "fast.mp4").faults} >= {"undecodable"}
 
 
 def test_the_vae_shows_what_it_loses(clinic, tiny_model, tmp_path):

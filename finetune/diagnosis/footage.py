@@ -311,7 +311,7 @@ def look_at(jobs: Sequence[Look], workers: int) -> Iterator[Seen | DataError]:
                 return look(job)
             worker = idle.get()
             try:
-                return _ask(worker, job)
+                return ask(worker, job)
             finally:
                 idle.put(worker)
         except DataError as error:
@@ -327,7 +327,8 @@ def look_at(jobs: Sequence[Look], workers: int) -> Iterator[Seen | DataError]:
         threads.shutdown(wait=True)
 
 
-def _ask(worker: Worker, job: Look) -> Seen:
+def ask(worker: Worker, job: Look) -> Seen:
+    """Have a worker look at a clip. Raises its DataError, and one where its answer is none."""
     request = decode_pool.fields_of(decode_pool.DecodeJob(job.path, job.probe, job.plan, job.image))
     fields, body = worker.ask(job.path, {**request, "exact": job.exact}, most_bytes=_MOST_BYTES, timeout_s=_TIMEOUT_S)
     try:
