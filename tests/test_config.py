@@ -591,7 +591,7 @@ def test_overrides_in_code_are_one_string_or_many_or_values(write, overrides):
         ({"train.steps.x": 1}, "'train.steps' is 100 in the file"),
         ({"output_dir": "a\x1bb"}, "output_dir is damaged: it holds U+001B"),
     ],
-    ids=lambda value: f"{value!r:.40}" if value != {"train.seed": 10**5_000} else "digits",
+    ids=lambda value: f"{value!r:.40}".split(" object at")[0] if value != {"train.seed": 10**5_000} else "digits",
 )
 def test_faulty_overrides_name_themselves_in_plain_words(write, overrides, said):
     message = fault(write(), overrides)
