@@ -514,6 +514,19 @@ def test_cuts_are_found_in_colour_and_in_black_and_white(detector, grey):
     assert found.cuts() == [24, 48]
 
 
+def test_a_cut_that_is_blended_over_frames_is_found():
+    shares = np.asarray([0.25, 0.5, 0.75])[:, None, None, None]
+    blended = (scene(1, 27)[24:] * (1 - shares) + scene(5, 3) * shares).astype(np.uint8)
+    frames = np.concatenate([scene(1, 24), blended, scene(5, 24)])
+    for fps, expected in [(32.0, True), (8.0, False)]:  # the canary: at 8 a second there is no second look
+        found = make_detector("adaptive", None, fps)
+        for frame in frames:
+            found.add(frame)
+        cuts = found.cuts()
+        assert bool(cuts) == expected
+        assert not expected or (min(cuts) <= 24 and max(cuts) >= 27)  # no blended frame belongs to a scene
+
+
 def test_a_fade_through_black_is_found():
     dark = np.concatenate([np.linspace(1, 0, 12), np.linspace(0, 1, 12)])[:, None, None, None]
     faded = (np.concatenate([scene(1, 12), scene(2, 12)]) * dark).astype(np.uint8)

@@ -20,7 +20,7 @@ from finetune.datasets.decode import probe_file, read_frames
 from finetune.datasets.pictures import resize_crop, turn_upright
 from finetune.footage.scenes import DetectorName, make_detector
 
-RULE = "measure-1"
+RULE = "measure-2"
 """Names this arithmetic. Stored measurements of another one are taken again."""
 
 SAMPLES_PER_S = 4.0

@@ -6,6 +6,7 @@ Scenes too short for a clip are dropped later, with their seconds in the ledger.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -71,6 +72,12 @@ GREY_CHROMA = 8.0
 """Levels between the largest and the smallest of R, G and B, on average: a film with less is black and white."""
 
 
+COARSE_FPS = 8.0
+"""The adaptive detector looks a second time, at so many frames a second, as training does: a cut whose two scenes
+are blended over a few frames (a film at another rate, a short dissolve) is several small changes at 30, and one large
+one at 8."""
+
+
 class _PySceneDetect:
     """Colour footage by hue, saturation and luma; black-and-white footage by luma alone.
 
@@ -88,10 +95,12 @@ class _PySceneDetect:
         }[name]
         # 1 and not 0: with 0 the first frame, which follows nothing, would do for a cut.
         options: dict[str, Any] = {"min_scene_len": 1, **({} if threshold is None else {option: threshold})}
-        self._colour: Any = kind(**options)
-        self._luma: Any = self._colour if name == "threshold" else kind(luma_only=True, **options)
-        self._cuts: dict[Any, set[int]] = {self._colour: set(), self._luma: set()}
-        self._fps = fps
+        fades = name == "threshold"
+        kinds = [{}, {} if fades else {"luma_only": True}]
+        # A change against a fixed number grows with the time between two frames; one against its neighbours' does not.
+        self._every = max(1, round(fps / COARSE_FPS)) if name == "adaptive" else 1
+        self._fine = [_Cuts(kind(**options, **grey), fps) for grey in kinds]
+        self._coarse = [_Cuts(kind(**options, **grey), fps / self._every) for grey in kinds] if self._every > 1 else []
         self._frames = 0
         self._chroma = 0.0
 
@@ -106,26 +115,44 @@ class _PySceneDetect:
         largest, smallest = cv2.max(cv2.max(red, green), blue), cv2.min(cv2.min(red, green), blue)
         self._chroma += float(cv2.mean(cv2.subtract(largest, smallest))[0])
         picture = cv2.merge((blue, green, red))
-        for detector, cuts in self._cuts.items():
-            cuts.update(_numbers(detector.process_frame(self._timecode(self._frames), picture)))
+        for cuts in (*self._fine, *(self._coarse if self._frames % self._every == 0 else ())):
+            cuts.add(picture)
         self._frames += 1
 
     def cuts(self) -> list[int]:
-        if not self._frames:
-            return []
-        for detector, cuts in self._cuts.items():
-            cuts.update(_numbers(detector.post_process(self._timecode(self._frames - 1))))
-        chosen = self._luma if self._chroma / self._frames < GREY_CHROMA else self._colour
-        return sorted(cut for cut in self._cuts[chosen] if 0 < cut < self._frames)
+        grey = self._frames > 0 and self._chroma / self._frames < GREY_CHROMA
+        cuts = set(self._fine[grey].end())
+        for number in self._coarse[grey].end() if self._coarse else ():
+            after, last = number * self._every, (number - 1) * self._every
+            if not any(last < cut <= after for cut in cuts):
+                # Somewhere in between, or a little beside it: those frames are of neither scene.
+                cuts |= {last + 1 - self._every // 2, after + self._every // 2}
+        return sorted(cut for cut in cuts if 0 < cut < self._frames)
 
-    def _timecode(self, number: int) -> Any:
+
+class _Cuts:
+    """One of PySceneDetect's detectors, and the numbers of the frames that it cuts at."""
+
+    def __init__(self, detector: Any, fps: float) -> None:
+        self._detector = detector
+        self._fps = fps
+        self._frames = 0
+        self._numbers: list[int] = []
+
+    def add(self, picture: Frame) -> None:
+        self._note(self._detector.process_frame, self._frames, picture)
+        self._frames += 1
+
+    def end(self) -> list[int]:
+        if self._frames:
+            self._note(self._detector.post_process, self._frames - 1)
+        return self._numbers
+
+    def _note(self, look: Callable[..., list[Any]], number: int, *picture: Frame) -> None:
         from scenedetect import FrameTimecode
 
-        return FrameTimecode(number, fps=self._fps)
-
-
-def _numbers(timecodes: list[Any]) -> list[int]:
-    return [timecode.frame_num for timecode in timecodes]
+        cuts = look(FrameTimecode(number, fps=self._fps), *picture)
+        self._numbers += [cut.frame_num for cut in cuts]
 
 
 class _TransNet:
