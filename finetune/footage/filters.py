@@ -55,7 +55,7 @@ class Limits(Strict):
     """The same: more is too fast, or a camera that shakes."""
     min_sharpness: float | None = Field(15.0, ge=0)
     """Variance of the Laplacian at 360 pixels; photographers call 100 sharp."""
-    max_text: float | None = Field(0.06, ge=0, le=1)
+    max_text: float | None = Field(0.03, ge=0, le=1)
     """Share of the picture that looks like lines of letters: subtitles, titles."""
     duplicate_bits: float | None = Field(6.0, ge=0, le=64)
     """Two clips whose perceptual hashes (64 bits a frame) differ by no more bits on average are the same."""
