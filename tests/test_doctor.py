@@ -14,18 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from decoding import decode, probe
+from diffusers import AutoencoderKLCogVideoX
 from fuzz import boxes
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 from worlds import run_values
 
 import finetune
 from finetune.cli.main import OK, USER_ERROR, WARNED, main
+from finetune.cogvideox.components import read_part
+from finetune.cogvideox.model_files import known_model
 from finetune.config.starting_points import STARTING_POINTS, starting_point, suited, word_on_length
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket
 from finetune.datasets.geometry import ClipConfig, plan_clips
-from finetune.diagnosis import faults, footage
+from finetune.diagnosis import faults, footage, outlook
 from finetune.diagnosis.page import Bars, Card, Column, Fault, Page, Picture, Table, render
 from finetune.diagnosis.report import ClipReport, DoctorReport
 from finetune.planner import plan as planner
@@ -169,6 +174,10 @@ def test_the_document_has_what_the_report_has(report):
     assert document["predicted"]["step_s"] > 0 and document["captions"]["limit"] == report.token_limit
 
 
+def test_faults_of_the_run_are_its_own(report):
+    assert {fault.name for fault in report.faults} == {"length", "no holdout", "little kept"}
+
+
 def test_the_text_counts_each_fault_once(report):
     lines = str(report).splitlines()
     assert sum(" x near-duplicate, such as " in line for line in lines) == 1
@@ -227,8 +236,15 @@ def test_a_held_out_clip_that_is_a_training_clip_is_named(clinic, tiny_model, tm
         shutil.copy(clinic / f"{name}.mp4", tmp_path / side)
         (tmp_path / side / f"{name}.txt").write_text(f"a red circle {name}")
     sources = [{"path": str(tmp_path / "train")}, {"path": str(tmp_path / "kept"), "split": "holdout"}]
-    content = values(tiny_model(), tmp_path, tmp_path / "run", data={"sources": sources})
+    content = values(
+        tiny_model(),
+        tmp_path,
+        tmp_path / "run",
+        data={"sources": sources, "trigger": "zkx"},
+        validation={"samples": [{"prompt": "a zkxing circle"}]},
+    )
     report = finetune.doctor(content, progress=False)
+    assert {fault.name for fault in report.faults} == {"trigger missing", "length"}
     named = {Path(clip.name).name: {fault.name for fault in clip.faults} for clip in report.clips}
     assert "leak" in named["good.mp4"] and "leak" in named["again.mp4"] and "leak" not in named["other.mp4"]
 
@@ -290,6 +306,32 @@ def test_a_worker_that_talks_nonsense_is_a_fault_of_its_file(clinic, change):
     assert footage.ask(_Lying({}), job).measures.sharpness == 1
     with pytest.raises(DataError, match="answered with nonsense"):
         footage.ask(_Lying(change), job)
+
+
+# -------------------------------------------------------------------------------------------------------- what it takes
+
+
+def test_operations_of_the_vae_s_encoder_are_those_that_torch_counts():
+    folder, bucket = known_model("5b"), Bucket(49, 480, 720)
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX.from_config(AutoencoderKLCogVideoX.load_config(folder / "vae"))
+        pixels = torch.zeros(1, 3, bucket.frames, bucket.height, bucket.width)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        vae.encode(pixels)
+    ours = outlook.encode_operations(read_part(folder, "vae"), bucket)
+    assert ours == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize(("card_gib", "fits", "word"), [(24, True, ": fits"), (18, False, ": does not fit")])
+def test_memory_is_compared_with_the_card(report, card_gib, fits, word):
+    ours = outlook.with_memory(report.outlook, 18 * 2**30, "18 GiB predicted", card_gib * 2**30)
+    assert ours.fits is fits and ours.memory.endswith(word)
+    assert outlook.with_memory(report.outlook, None, "not yet", card_gib * 2**30).fits is None
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(12, "12 s"), (600, "10.0 min"), (9000, "2.5 h"), (3e5, "3.5 days")])
+def test_a_duration_is_told_in_its_unit(seconds, words):
+    assert outlook.duration(seconds) == words
 
 
 # ------------------------------------------------------------------------------------------------------ starting points

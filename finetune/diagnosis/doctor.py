@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
@@ -88,12 +89,12 @@ def doctor(
     warnings = require_valid(config, spec)
     card_bytes = amount("--card", card or config.memory.budget)
     dataset = _read(config, spec, progress)
-    with _Prediction(config, card_bytes, device) as prediction:
+    with _Prediction(config, card_bytes, device) if dataset.planned else nullcontext() as prediction:
         seen = _look(config, dataset.planned, progress)
         captions = {clip.sample.caption: clip.sample.where for clip in dataset.planned}
         tokens = _read_captions(config, spec, list(captions))
         report = _report(config, spec, dataset, _Sights(seen, tokens, _reconstruct(config, dataset, vae, progress)))
-        if report.buckets:
+        if report.buckets and prediction is not None:
             outlook = outlooks.look_ahead(
                 config,
                 spec,
@@ -125,7 +126,7 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
     data = config.data
     read = read_samples(data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True)
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
-    level: Level = "warning" if data.unreadable_clips == "skip" else "error"
+    level = _level(config)
     left_out = [
         ClipReport(error.where, error.where, faults=(Fault(level, "caption", error.what, error.fix),))
         for error in read.unusable
@@ -168,8 +169,14 @@ def _look(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> li
     exact = min(SHOWN, EXACT_PICTURES // max(1, len(clips)))
     exact = max(1, exact) if len(clips) <= MOST_CARDS else 0
     jobs = [Look(clip.sample.video, clip.probe, clip.plan, clip.sample.image, exact) for clip in clips]
-    seen = look_at(jobs, _workers(config, len(jobs)))
-    return list(Bar(seen, total=len(jobs), desc="looking at clips", disable=not progress))
+    seen: list[Seen | DataError] = []
+    looking = look_at(jobs, _workers(config, len(jobs)))
+    for sight in Bar(looking, total=len(jobs), desc="looking at clips", disable=not progress):
+        plan = clips[len(seen)].plan
+        if isinstance(sight, Seen) and len(seen) >= MOST_CARDS and not any(picture_faults(sight.measures, plan)):
+            sight = replace(sight, frames=())  # it will have no card, and there may be a million
+        seen.append(sight)
+    return seen
 
 
 def _read_captions(config: RunConfig, spec: ModelSpec, captions: Sequence[str]) -> dict[str, TokenizedCaption]:
@@ -216,13 +223,16 @@ class _Prediction:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._begun.result().close()
+        if (running := self._begun.result()) is not None:
+            running.close()
         self._threads.shutdown()
 
-    def _begin(self) -> BackgroundPrediction:
+    def _begin(self) -> BackgroundPrediction | None:
         from finetune.planner.cost_model import card_here, device_here
         from finetune.planner.plan import predict_async
 
+        if self._config.memory.kind == "auto":  # a search of minutes, for the card that it will run on
+            return None
         self._card_bytes = self._card_bytes or card_here()
         model = self._config.model
         here = local_folder(model.pretrained, model.revision)
@@ -233,7 +243,9 @@ class _Prediction:
 
     def added_to(self, outlook: Outlook, *, patient: bool) -> Outlook:
         """The outlook with the memory that is predicted, as far as it is by now."""
-        prediction = self._begun.result().result(24 * 3600.0 if patient else outlooks.PATIENCE_S)
+        if (running := self._begun.result()) is None:
+            return outlooks.with_memory(outlook, None, "chosen to fit (memory.kind: auto)", None)
+        prediction = running.result(24 * 3600.0 if patient else outlooks.PATIENCE_S)
         if prediction is None:
             message = "not predicted yet: half a minute with --predict, remembered from then on"
             return outlooks.with_memory(outlook, None, message, None)
@@ -243,66 +255,86 @@ class _Prediction:
 # --------------------------------------------------------------------------------------------------------- the findings
 
 
-def _report(
-    config: RunConfig,
-    spec: ModelSpec,
-    dataset: _Dataset,
-    sights: _Sights,
-) -> DoctorReport:
-    planned, fps, data = dataset.planned, dataset.fps, config.data
-    seen, tokens = sights.seen, sights.tokens
-    faults: list[Fault] = []
+def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, sights: _Sights) -> DoctorReport:
+    planned, fps, tokens = dataset.planned, dataset.fps, sights.tokens
     held_out: tuple[bool, ...] = ()
     if planned:
-        held_out = split_clips(planned, identities(config, planned, progress=False), data.holdout)
-    found: list[list[Fault]] = []
-    for clip, sight, loss in zip(planned, seen, sights.losses, strict=True):
-        own = [*header_faults(clip.probe, fps), *plan_faults(clip.probe, clip.plan, fps)]
-        if isinstance(sight, Seen):
-            own += picture_faults(sight.measures, clip.plan)
-        if error := next((one for one in (sight, loss) if isinstance(one, DataError)), None):
-            level: Level = "warning" if data.unreadable_clips == "skip" else "error"
-            own.insert(0, Fault(level, "undecodable", error.what, error.fix))
-        if isinstance(loss, Reconstruction) and loss.psnr < WELL_ENCODED:
-            text = f"the VAE gives it back at {loss.psnr:.1f} dB, its worst frame at {loss.worst_psnr:.1f}"
-            own.append(Fault("warning", "lost in the VAE", text))
-        caption = clip.sample.caption
-        found.append([*own, *caption_faults(caption, tokens.get(caption), spec.max_text_seq_length)])
-    _add_likenesses(planned, seen, held_out, found)
+        held_out = split_clips(planned, identities(config, planned, progress=False), config.data.holdout)
+    limit = spec.max_text_seq_length
+    found = [
+        [*_clip_faults(config, clip, fps, sight, loss), *caption_faults(clip.sample.caption, read, limit)]
+        for clip, sight, loss in zip(planned, sights.seen, sights.losses, strict=True)
+        for read in (tokens.get(clip.sample.caption),)
+    ]
+    _add_likenesses(planned, sights.seen, held_out, found)
     _add_duplicates(planned, found)
     clips = tuple(
         _with_loss(_clip_report(clip, sight, kept, tuple(own), tokens.get(clip.sample.caption), fps), loss)
-        for clip, sight, kept, own, loss in zip(planned, seen, held_out, found, sights.losses, strict=True)
+        for clip, sight, kept, own, loss in zip(planned, sights.seen, held_out, found, sights.losses, strict=True)
     )
-    training = list(compress(planned, (not one for one in held_out)))
     buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
-    if not training:
-        faults.append(Fault("error", "no clips", "no clip is left to train on"))
-    elif word := word_on_length(len(training), epochs * max(clip.sample.repeats for clip in training), steps):
-        low = "train.steps" if config.train.steps else "train.epochs"
-        faults.append(Fault("warning", "length", f"{steps} steps are {epochs:.4g} epochs: {word}", f"change {low}"))
-    if training and not any(held_out):
-        text = "no clip is held out, so overfitting stays unseen"
-        faults.append(Fault("warning", "no holdout", text, "set data.holdout"))
-    prompts = [sample.prompt for sample in config.validation.samples]
-    if data.trigger and prompts and not any(holds_word(prompt, data.trigger) for prompt in prompts):
-        text = f"no prompt of validation.samples holds the trigger word {data.trigger!r}"
-        faults.append(Fault("warning", "trigger missing", text, "write it into one: prompts are taken as they stand"))
-    faults += [Fault("warning", "kept", text) for text in kept_warnings(planned, data, spec, fps)]
     notes = list(dataset.notes)
     if planned and not tokens:
         notes.append("captions were not counted in tokens: the model's tokenizer is not on this machine")
+    if len(planned) > MOST_CARDS:
+        notes.append(f"with more than {MOST_CARDS} clips all pictures are small ones, and none is exact")
     return DoctorReport(
         clips=(*dataset.left_out, *clips),
         buckets=buckets,
-        faults=tuple(faults),
+        faults=(
+            *_run_faults(config, planned, held_out, steps, epochs),
+            *(Fault("warning", "little kept", text) for text in kept_warnings(planned, config.data, spec, fps)),
+        ),
         steps=steps,
         epochs=epochs,
         tokens=tuple(one.length for one in tokens.values()),
-        token_limit=spec.max_text_seq_length,
+        token_limit=limit,
         outlook=None,
         notes=tuple(notes),
     )
+
+
+def _clip_faults(
+    config: RunConfig,
+    clip: PlannedClip,
+    fps: float,
+    sight: Seen | DataError,
+    loss: Reconstruction | DataError | None,
+) -> Iterator[Fault]:
+    if error := next((one for one in (sight, loss) if isinstance(one, DataError)), None):
+        yield Fault(_level(config), "undecodable", error.what, error.fix)
+    yield from header_faults(clip.probe, fps)
+    yield from plan_faults(clip.probe, clip.plan, fps)
+    if isinstance(sight, Seen):
+        yield from picture_faults(sight.measures, clip.plan)
+    if isinstance(loss, Reconstruction) and loss.psnr < WELL_ENCODED:
+        text = f"the VAE gives it back at {loss.psnr:.1f} dB, its worst frame at {loss.worst_psnr:.1f}"
+        yield Fault("warning", "lost in the VAE", text)
+
+
+def _level(config: RunConfig) -> Level:
+    """Of a file or row that cannot be used."""
+    return "warning" if config.data.unreadable_clips == "skip" else "error"
+
+
+def _run_faults(
+    config: RunConfig, clips: Sequence[PlannedClip], held_out: Sequence[bool], steps: int, epochs: float
+) -> Iterator[Fault]:
+    """Of the run as a whole."""
+    training = list(compress(clips, (not one for one in held_out)))
+    if not training:
+        yield Fault("error", "no clips", "no clip is left to train on")
+        return
+    if word := word_on_length(len(training), epochs * max(clip.sample.repeats for clip in training), steps):
+        option = "train.steps" if config.train.steps else "train.epochs"
+        yield Fault("warning", "length", f"{steps} steps are {epochs:.4g} epochs: {word}", f"change {option}")
+    if not any(held_out):
+        text = "no clip is held out, so overfitting stays unseen"
+        yield Fault("warning", "no holdout", text, "set data.holdout")
+    trigger, prompts = config.data.trigger, [sample.prompt for sample in config.validation.samples]
+    if trigger and prompts and not any(holds_word(prompt, trigger) for prompt in prompts):
+        text = f"no prompt of validation.samples holds the trigger word {trigger!r}"
+        yield Fault("warning", "trigger missing", text, "write it into one: prompts are taken as they stand")
 
 
 def _add_likenesses(
@@ -388,7 +420,7 @@ def _with_loss(clip: ClipReport, loss: Reconstruction | DataError | None) -> Cli
     return replace(clip, values={**clip.values, "psnr": loss.psnr}, pictures=(*clip.pictures, *pictures))
 
 
-def _pictures(clip: PlannedClip, seen: Seen) -> Iterable[Picture]:
+def _pictures(clip: PlannedClip, seen: Seen) -> Iterator[Picture]:
     (top, left), (height, width), bucket = clip.plan.crop_yx, clip.plan.resize_hw, clip.plan.bucket
     cut = (top / height, left / width, bucket.height / height, bucket.width / width)
     yield _picture(seen.source, f"source, {clip.probe.height}x{clip.probe.width}", cut)

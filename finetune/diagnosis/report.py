@@ -111,7 +111,9 @@ class DoctorReport:
             "level": self.level,
             "clips": [
                 {
-                    **{name: getattr(clip, name) for name in ("name", "where", "caption", "bucket", "holdout")},
+                    **{name: getattr(clip, name) for name in ("name", "where", "bucket", "holdout")},
+                    "caption": clip.caption + clip.cut_caption,
+                    "cut_caption": clip.cut_caption,
                     "values": dict(clip.values),
                     "faults": [vars(fault) for fault in clip.faults],
                 }
