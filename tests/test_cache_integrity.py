@@ -25,7 +25,8 @@ from finetune.core.errors import CacheError
 from finetune.core.types import Bucket, ClipPlan
 from finetune.datasets import cache as reading
 from finetune.datasets import cache_admin
-from finetune.datasets.cache import Cache, Encoding, fault_of
+from finetune.datasets.cache import Cache, Encoding
+from finetune.datasets.entries import fault_of
 from finetune.datasets.manifests import (
     DamagedManifestError,
     FileStamp,

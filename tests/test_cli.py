@@ -615,7 +615,7 @@ def test_cache_verbs(config_file, tmp_path, capsys):
     assert main(["cache", "export", str(tmp_path / "a.tar"), "--dir", str(cache.root)]) == OK
     assert main(["cache", "import", str(tmp_path / "a.tar"), "--dir", str(tmp_path / "there")]) == OK
     assert capsys.readouterr().out.count("1 entries copied") == 2
-    (entry,) = cache.entries("prompts")
+    (entry,) = cache.files("prompts")
     entry.write_bytes(entry.read_bytes()[:-1] + b"\x01")
     assert main(["cache", "verify", "--dir", str(cache.root)]) == USER_ERROR
     assert main(["cache", "gc", "--dir", str(cache.root)]) == OK

@@ -38,9 +38,10 @@ from finetune.core import files as space
 from finetune.core.errors import CacheError, DataError, KilledError, ModelError
 from finetune.core.types import Bucket
 from finetune.datasets import cache_admin
-from finetune.datasets.cache import Cache, read_metadata
+from finetune.datasets.cache import Cache
 from finetune.datasets.cache_transfer import export_cache, import_cache
 from finetune.datasets.decode_pool import fit_image
+from finetune.datasets.entries import read_metadata
 from finetune.datasets.manifests import UNKNOWN, Manifest, read_content
 
 ROOT = Path(__file__).parents[1]
@@ -1065,7 +1066,7 @@ def test_two_processes_share_the_work_agree_and_never_wait_for_one_that_failed(p
 
     assert said["1", "crashed"] == "ZeroDivisionError: out of luck"
     assert said["0", "crashed"] == "LaunchError: process 1 stopped: ZeroDivisionError: out of luck"
-    stored = [json.loads(_metadata(path)["address"])["dtype"] for path in home.cache.entries("latents")]
+    stored = [json.loads(_metadata(path)["address"])["dtype"] for path in home.cache.files("latents")]
     assert stored.count("fp16") == 4 and stored.count("bf16") == 2  # what the other process encoded stays
     assert said["0", "undecodable"] == said["1", "undecodable"]
     assert said["0", "undecodable"].startswith("DataError: 4 clips could not be encoded")
@@ -1120,7 +1121,7 @@ def test_the_space_that_is_asked_for_is_the_space_that_is_taken(project):
     config = home.config()
     plan = cache_plan.plan_cache(config, read_spec(str(home.model)), home.cache, progress=False)
     home.precompute()
-    entries = [path for kind in ("latents", "prompts") for path in home.cache.entries(kind)]
+    entries = [path for kind in ("latents", "prompts") for path in home.cache.files(kind)]
     stored = sum(tensor.nbytes for path in entries for tensor in load_file(path).values())
     manifest = next((home.cache.root / "manifests").iterdir()).stat().st_size
     overhead = plan.needed_bytes - stored - cache_plan.ENTRY_OVERHEAD * len(entries) - 2 * manifest

@@ -695,13 +695,14 @@ def generate(
     "finetune cache stats --config run.yaml",
     "finetune cache verify --dir cache",
     "finetune cache gc --dir cache --unused-days 30 --delete",
+    "finetune cache pack --dir cache",
     "finetune cache export cache.tar --config run.yaml",
     "finetune cache import cache.tar --dir cache",
 )
 def cache(
     action: Annotated[
-        Literal["verify", "gc", "stats", "export", "import"],
-        typer.Argument(help="Read every entry; collect garbage; count; copy to or from another machine."),
+        Literal["verify", "gc", "stats", "pack", "export", "import"],
+        typer.Argument(help="Read all; collect garbage; count; lay into shards; copy to or from another machine."),
     ],
     other: Annotated[
         Path | None,
@@ -716,11 +717,11 @@ def cache(
     unused_days: Annotated[float | None, _option("gc: also what no run has used for so long.", "DAYS")] = None,
     alone: Annotated[
         bool,
-        _flag("--alone", "gc: nothing else uses the cache; asked for on file systems without locks."),
+        _flag("--alone", "gc, pack: nothing else uses the cache; asked for on file systems without locks."),
     ] = False,
 ) -> int:
-    """Look after a cache: verify its entries, collect what nothing refers to, count what it holds, or move it."""
-    from finetune.datasets import cache_admin, cache_transfer
+    """Look after a cache: verify its entries, collect what nothing refers to, count, pack or move what it holds."""
+    from finetune.datasets import cache_admin, cache_packing, cache_transfer
     from finetune.datasets.cache import Cache
 
     if (dir is None) == (config is None):
@@ -749,6 +750,10 @@ def cache(
         if not delete and collected.bytes:
             _print_next("cache", "gc", *where, "--delete", *(["--alone"] if alone else []))
         return PREEMPTED if collected.held_back else OK
+    if action == "pack":
+        packed = cache_packing.pack(store, alone=alone, progress=sys.stderr.isatty())
+        print(packed)
+        return PREEMPTED if packed.held_back else USER_ERROR if packed.damaged else OK
     if other is not None:
         progress = sys.stderr.isatty()
         if action == "import":

@@ -3,7 +3,7 @@
 Checksums (xxh3, tens of GB/s) are against damage, not against forgery: who can change a file on purpose can change its
 checksum as well. Digests (blake2b, about 1 GB/s) are identities: of a source file, a request, a model. The same
 checksum stands in three places: in the marker of a published folder (``ChecksummedFolder``), as the first member of a
-JSON file (``checksummed_json``), and in the header of a cache entry (``datasets.cache``).
+JSON file (``checksummed_json``), and in the header of a cache entry (``datasets.entries``).
 """
 
 from __future__ import annotations

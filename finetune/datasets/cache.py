@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import time
 import uuid
@@ -26,20 +25,11 @@ from pydantic import Field
 
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.core import locks
-from finetune.core.checksums import (
-    NO_CHECKSUM,
-    canonical_json,
-    checksum_bytes,
-    checksum_fits,
-    checksummed_json,
-    digest_file,
-    digest_of,
-    insert_checksum,
-    parse_checksummed_json,
-)
+from finetune.core.checksums import canonical_json, checksummed_json, digest_file, digest_of, parse_checksummed_json
 from finetune.core.errors import CacheError, DataError
 from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
 from finetune.core.types import Bucket, CacheEntry, ClipPlan, DtypeName, Strict, torch_dtype
+from finetune.datasets.entries import fault_of, read_metadata, serialise, tensors_in
 from finetune.datasets.manifests import (
     FORMAT,
     KINDS,
@@ -50,6 +40,7 @@ from finetune.datasets.manifests import (
     manifest_fault,
     read_content,
 )
+from finetune.datasets.shards import Shards
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -158,81 +149,6 @@ class Encoding:
         }
 
 
-# -------------------------------------------------------------------------------------------------------------- entries
-
-_OPENING = b'{"__metadata__":{"checksum":"'
-
-_CHECKSUM_AT = 8 + len(_OPENING)
-"""Where the checksum stands in every entry: bytes 37 to 68."""
-
-_LARGEST_HEADER = 1 << 24
-"""Bytes; a damaged length must not make anybody read gigabytes."""
-
-
-def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file whose metadata vouches for every byte of it; equal arguments give equal bytes.
-
-    ``data_checksum`` is that of all bytes after the header. ``checksum`` is that of the header (its length, its padding
-    and ``data_checksum`` included), with zeros in its own place, so that a header can be trusted without its tensors.
-    """
-    from finetune.core.tensor_files import layout
-
-    data = list(layout(tensors, {}))[1:]
-    checked = {"checksum": NO_CHECKSUM.decode("ascii"), "data_checksum": checksum_bytes(*data), **metadata}
-    header = insert_checksum(bytes(next(layout(tensors, checked))), _CHECKSUM_AT)
-    return b"".join([header, *data])
-
-
-def fault_of(content: bytes | memoryview, kind: Kind, key: str) -> str:
-    """Why a file is not, to the bit, the entry that was written under this name; empty if it is."""
-    end = 8 + int.from_bytes(content[:8], "little")
-    try:
-        metadata = _checked_metadata(bytes(content[:end]), key)
-    except ValueError as error:
-        return str(error)
-    if metadata["data_checksum"] != checksum_bytes(memoryview(content)[end:]):
-        return "its tensors are not what was written"
-    address = json.loads(metadata["address"])
-    return "" if digest_of(address) == key and address["kind"] == kind else "it is another entry under this name"
-
-
-def _tensors_in(content: Tensor) -> dict[str, Tensor]:
-    """The tensors of an entry's bytes, whose memory they share: safetensors' own ``load`` copies it twice."""
-    from finetune.core.tensor_files import DTYPES_BY_NAME
-
-    view = content.numpy().data
-    end = 8 + int.from_bytes(view[:8], "little")
-    tensors = {}
-    for name, tensor in json.loads(bytes(view[8:end])).items():
-        if name != "__metadata__":
-            first, last = tensor["data_offsets"]
-            numbers = content[end + first : end + last].view(DTYPES_BY_NAME[tensor["dtype"]])
-            tensors[name] = numbers.view(tensor["shape"])
-    return tensors
-
-
-def read_metadata(entry: BinaryIO, key: str) -> dict[str, str]:
-    """The metadata of an entry from the beginning of its open file; its tensors are not read.
-
-    Raises:
-        ValueError: if its header is not, to the bit, what was written under this name.
-        OSError: if it cannot be read.
-    """
-    start = entry.read(8)
-    return _checked_metadata(start + entry.read(min(int.from_bytes(start, "little"), _LARGEST_HEADER)), key)
-
-
-def _checked_metadata(header: bytes, key: str) -> dict[str, str]:
-    if len(header) < 8 or len(header) != 8 + int.from_bytes(header[:8], "little"):
-        raise ValueError("it is cut off")
-    if header[8:_CHECKSUM_AT] != _OPENING or not checksum_fits(header, _CHECKSUM_AT):
-        raise ValueError("its header is not what was written")
-    metadata: dict[str, str] = json.loads(header[8:])["__metadata__"]
-    if metadata["key"] != key:
-        raise ValueError("it is another entry under this name")
-    return metadata
-
-
 def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
     """Give a damaged file a name that nobody reads, ``<name>.<unique>.damaged``, and return it.
 
@@ -263,8 +179,10 @@ class Cache:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._verified: dict[str, tuple[int, int, int]] = {}
-        """Of every entry that was found whole: inode, size and time of change, by its key."""
+        self.shards = Shards(root / "shards")
+        """Entries that are packed (``cache_packing``). What is packed is read there first."""
+        self._verified: dict[str, tuple[int, ...]] = {}
+        """Of every entry that was found whole: inode, offset, size and time of change, by its key."""
 
     @property
     def lock(self) -> Path:
@@ -300,12 +218,12 @@ class Cache:
     # --------------------------------------------------------------------------------------------------------- listing
 
     def path(self, kind: Kind, key: str) -> Path:
-        """Where an entry is filed."""
+        """Where an entry is filed that has a file of its own."""
         return self.root / kind / key[:2] / f"{key}.safetensors"
 
     def has(self, kind: Kind, key: str) -> bool:
         """Whether an entry is there. Entries appear whole, so being there is being complete."""
-        return self.path(kind, key).is_file()
+        return self.path(kind, key).is_file() or key in self.shards.entries()[kind]
 
     def sizes(self, kind: Kind) -> dict[str, int]:
         """Every entry of a kind and its bytes on disk, by listing folders: far quicker than asking for each."""
@@ -313,18 +231,20 @@ class Cache:
         for entry in self._listing(kind):
             with suppress(FileNotFoundError):  # moved aside since it was listed
                 sizes[entry.name.removesuffix(".safetensors")] = entry.stat().st_size
-        return sizes
+        # Listed last, for what is packed meanwhile is there before its file goes.
+        return sizes | {key: packed.size for key, packed in self.shards.entries()[kind].items()}
 
     def keys(self, kind: Kind) -> set[str]:
         """Every entry of a kind, as ``sizes``."""
-        return {entry.name.removesuffix(".safetensors") for entry in self._listing(kind)}
+        own = {entry.name.removesuffix(".safetensors") for entry in self._listing(kind)}
+        return own | self.shards.entries()[kind].keys()
 
     def all_keys(self) -> dict[Kind, set[str]]:
         """``keys`` of every kind."""
         return {kind: self.keys(kind) for kind in KINDS}
 
-    def entries(self, kind: Kind) -> list[Path]:
-        """The files of a kind's entries, sorted."""
+    def files(self, kind: Kind) -> list[Path]:
+        """The files of those entries of a kind that have one of their own, sorted."""
         return sorted(Path(entry.path) for entry in self._listing(kind))
 
     def _listing(self, kind: Kind) -> Iterator[os.DirEntry[str]]:
@@ -466,13 +386,13 @@ class Cache:
 
         Raises as ``read``; only the header is read, and verified.
         """
-        with self._open("prompts", key) as entry:
+        with self._open("prompts", key) as (entry, _):
             return int(read_metadata(entry, key)["tokens"])
 
     def content(self, kind: Kind, key: str) -> bytes:
         """The bytes of an entry, which are not verified. Raises as ``read``."""
-        with self._open(kind, key) as entry:
-            return entry.read()
+        with self._open(kind, key) as (entry, size):
+            return entry.read(size)
 
     def _read(self, kind: Kind, key: str, clip: str = "", *, again: bool = True) -> dict[str, Tensor]:
         """The tensors of an entry, which is verified when this process first reads its file.
@@ -481,10 +401,10 @@ class Cache:
         """
         import torch
 
-        with self._open(kind, key, clip) as entry:
+        with self._open(kind, key, clip) as (entry, size):
             status = os.fstat(entry.fileno())
-            identity = (status.st_ino, status.st_size, status.st_mtime_ns)
-            buffer = torch.empty(status.st_size, dtype=torch.uint8)
+            identity = (status.st_ino, entry.tell(), size, status.st_mtime_ns)
+            buffer = torch.empty(size, dtype=torch.uint8)
             content: memoryview = buffer.numpy().data
             try:
                 if entry.readinto(content) < len(content):  # type: ignore[attr-defined]
@@ -495,27 +415,38 @@ class Cache:
                 return self._read(kind, key, clip, again=False)
             if self._verified.get(key) != identity and (fault := fault_of(content, kind, key)):
                 raise ValueError(fault)
-            tensors = _tensors_in(buffer)
+            tensors = tensors_in(buffer)
         self._verified[key] = identity
         return tensors
 
     @contextmanager
-    def _open(self, kind: Kind, key: str, clip: str = "") -> Iterator[BinaryIO]:
-        """Open an entry, and say in words what is wrong with it. ``clip`` is whose it is, for messages.
+    def _open(self, kind: Kind, key: str, clip: str = "") -> Iterator[tuple[BinaryIO, int]]:
+        """Open an entry at its first byte, with its size; say in words what is wrong. ``clip`` is whose it is.
 
-        A damaged one (ValueError) is moved aside, so that it counts as missing.
+        A damaged one (ValueError) is moved aside, or dropped from its shard's index, so that it counts as missing.
         """
         path = self.path(kind, key)
-        where = f"{path} ({clip})" if clip else str(path)
+        packed = self.shards.entries(refresh=False)[kind].get(key)
+        if (packed is None and not path.exists()) or (packed is not None and not packed.shard.exists()):
+            packed = self.shards.entries()[kind].get(key)  # another process has packed it, or written its shard anew
+        where = str(path) if packed is None else f"{packed.shard} ({kind}/{key})"
+        where = f"{where} ({clip})" if clip else where
         try:
-            with path.open("rb") as entry:
-                yield entry
+            with (path if packed is None else packed.shard).open("rb") as entry:
+                if packed is None:
+                    yield entry, os.fstat(entry.fileno()).st_size
+                else:
+                    entry.seek(packed.offset)
+                    yield entry, packed.size
         except FileNotFoundError:
             raise CacheError("a cache entry is missing", where=where, fix=_ENCODE_AGAIN) from None
         except ValueError as reason:
             fix = _ENCODE_AGAIN
             try:
-                self.move_entry_aside(path, kind)
+                if packed is None:
+                    self.move_entry_aside(path, kind)
+                else:
+                    self.shards.drop(kind, key)
             except OSError as error:
                 fix = (
                     f"it cannot be moved aside from here ({error.strerror}): where it can, run"

@@ -7,7 +7,7 @@ import os
 import time
 import uuid
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,8 +17,20 @@ from finetune.core import locks
 from finetune.core.errors import CacheError
 from finetune.core.files import disk_fix, human_size
 from finetune.core.terminal import Bar
-from finetune.datasets.cache import Cache, fault_of
+from finetune.datasets.cache import Cache
+from finetune.datasets.entries import fault_of
 from finetune.datasets.manifests import KINDS, DamagedManifestError, Kind, Manifest, read_content
+from finetune.datasets.shards import (
+    ENDING,
+    INDEX_ENDING,
+    SHARD_BYTES,
+    Packed,
+    Row,
+    groups,
+    index_fault,
+    index_of,
+    remove,
+)
 
 LEFTOVER_AGE_S = 3600.0
 """An unfinished file that nobody has written to for this long belongs to a process that died; a damaged one that was
@@ -26,6 +38,9 @@ moved aside has been looked at, or will not be."""
 
 GRACE_S = 3600.0
 """Entries younger than this stay. Without locks their writer may be at work still, and file its manifest later."""
+
+MANY_FILES = 20_000
+"""Files of entries, of some 10 000 clips, above which copying and listing a folder becomes tedious."""
 
 FORMER_STALE_S = 900.0
 """Jobs of earlier versions touch their file in ``jobs`` every ten seconds; one that was not for so long is dead."""
@@ -48,6 +63,9 @@ class GcReport:
     deleted: bool
     young: int = 0
     """Further entries that nothing refers to, and that are too young to be deleted."""
+    packed: int = 0
+    """Further entries that nothing refers to, in shards of which at least half is needed."""
+    packed_bytes: int = 0
     held_back: str = ""
     """Why nothing was deleted although that was asked; empty otherwise."""
 
@@ -57,6 +75,9 @@ class GcReport:
         lines = [f"{verb} {what}: {human_size(self.bytes)}"]
         if self.young:
             lines.append(f"{self.young} more entries are unused and younger than {GRACE_S / 3600:g} h: they stay")
+        if self.packed:
+            size = human_size(self.packed_bytes)
+            lines.append(f"{self.packed} more entries are unused ({size}) in shards of which half is needed: they stay")
         if self.held_back:
             lines.append(f"nothing was deleted: {self.held_back}; run it again later")
         return "\n".join(lines)
@@ -74,6 +95,7 @@ def gc(
     """Find, and on demand delete, what no manifest refers to.
 
     Deleting takes the cache's lock for itself: while a job uses the cache, nothing is deleted, and the report says so.
+    A shard of which more than half is not needed is written anew with the rest, or deleted where there is none.
 
     Args:
         cache: which cache.
@@ -91,7 +113,7 @@ def gc(
     delete = delete and root.is_dir()
     try:
         with ExitStack() as lock:
-            held_back = _lock_out_jobs(lock, cache, alone) if delete else ""
+            held_back = lock_out_jobs(lock, cache, "cache gc", alone=alone) if delete else ""
             now = _file_system_time(root / "manifests") if delete and not held_back else time.time()
             if delete and not held_back and not alone:
                 held_back = _former_job(root, now)
@@ -99,7 +121,8 @@ def gc(
             if deleting:
                 _bring_back(root)
             # Before the manifests: what is written after this line cannot be taken for garbage.
-            listed = {kind: cache.entries(kind) for kind in KINDS}
+            listed = {kind: cache.files(kind) for kind in KINDS}
+            shards = cache.shards.by_shard()
             _require_none_aside(cache)
             manifests = dict(cache.manifests())
             most_s = float("inf") if unused_days is None else unused_days * 86_400
@@ -109,22 +132,76 @@ def gc(
             entries = [path for path in orphans if _age_s(path, now) >= grace_s]
             leftovers = [path for path in _leftovers(root) if _age_s(path, now) > leftover_age_s]
             doomed = [*unused, *entries, *leftovers]  # no manifest may stand that promises what is gone
-            size = sum(map(_size, doomed))
+            sparse = [_Sparse.of(shard, rows, needed, _age_s(shard, now) >= grace_s) for shard, rows in shards.items()]
+            emptied = [one for one in sparse if one.is_rewritten]
+            size = sum(map(_size, doomed)) + sum(one.unused_bytes for one in emptied)
             if deleting:
                 for path in doomed:
                     path.unlink(missing_ok=True)
+                _rewrite(cache, emptied)
+                cache.shards.mend_indexes()
                 _remove_empty(root / "jobs", root / "trash")
     except OSError as error:
         what = f"garbage cannot be collected: {error.strerror}"
         raise CacheError(what, where=str(root), fix=disk_fix(error)) from error
-    young = len(orphans) - len(entries)
-    return GcReport(len(entries), len(unused), len(leftovers), size, deleting, young, held_back)
+    staying = [one for one in sparse if not one.is_rewritten]
+    return GcReport(
+        entries=len(entries) + sum(one.unused for one in emptied),
+        manifests=len(unused),
+        leftovers=len(leftovers),
+        bytes=size,
+        deleted=deleting,
+        young=len(orphans) - len(entries) + sum(one.unused for one in staying if not one.is_old),
+        packed=sum(one.unused for one in staying if one.is_old),
+        packed_bytes=sum(one.unused_bytes for one in staying if one.is_old),
+        held_back=held_back,
+    )
 
 
-def _lock_out_jobs(lock: ExitStack, cache: Cache, alone: bool) -> str:
-    """Keep jobs out until ``lock`` is closed; why that cannot be, where a job is in."""
+@dataclass(frozen=True)
+class _Sparse:
+    """A shard of which something may not be needed."""
+
+    shard: Path
+    needed: list[Row]
+    unused: int
+    """Entries that nothing refers to, or that count elsewhere or no more."""
+    unused_bytes: int
+    is_old: bool
+
+    @classmethod
+    def of(cls, shard: Path, rows: list[Row], needed: Mapping[Kind, Collection[str]], is_old: bool) -> _Sparse:
+        rest = [row for row in rows if row.key in needed[row.kind]]
+        return cls(shard, rest, len(rows) - len(rest), _size(shard) - sum(row.size for row in rest), is_old)
+
+    @property
+    def is_rewritten(self) -> bool:
+        return self.is_old and 2 * self.unused_bytes > _size(self.shard)
+
+
+def _rewrite(cache: Cache, sparse: list[_Sparse]) -> None:
+    """Lay what is needed of shards into new ones, and delete the old ones. Copies are not verified: readers do that."""
+    places = {row.key: Packed(one.shard, row.offset, row.size) for one in sparse for row in one.needed}
+    for group in groups((row for one in sparse for row in one.needed), SHARD_BYTES):
+        cache.shards.write((row.kind, row.key, places[row.key].read()) for row in group)
+    for one in sparse:
+        remove(one.shard)
+
+
+def lock_out_jobs(lock: ExitStack, cache: Cache, user: str, *, alone: bool) -> str:
+    """Keep jobs out until ``lock`` is closed; why that cannot be, where a job is in.
+
+    Args:
+        lock: takes the cache's lock.
+        cache: which one.
+        user: what takes it, for messages.
+        alone: the caller knows that no job uses the cache; asked for where the file system has no locks.
+
+    Raises:
+        CacheError: if the file system has no locks, and ``alone`` is not said.
+    """
     try:
-        lock.enter_context(locks.hold(cache.lock, "cache gc", on_full_disk=True))
+        lock.enter_context(locks.hold(cache.lock, user, on_full_disk=True))
     except locks.HeldError as holder:
         return f"the cache is in use ({holder})"
     except locks.NoLocksError:
@@ -193,7 +270,8 @@ def _leftovers(root: Path) -> Iterator[Path]:
     for path in root.rglob("*"):
         folder = path.relative_to(root).parts[0]
         damaged = path.suffix == ".damaged" and folder != "manifests"
-        if (path.suffix == ".partial" or damaged or folder in ("jobs", "trash")) and path.is_file():
+        index = folder == "shards" and path.suffix == INDEX_ENDING and not path.with_suffix(ENDING).exists()
+        if (path.suffix == ".partial" or damaged or index or folder in ("jobs", "trash")) and path.is_file():
             yield path
 
 
@@ -275,11 +353,16 @@ def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> Ver
     checked, size = 0, 0
     # A collection that is under way would make entries look missing.
     with cache.in_use("cache verify") if cache.root.is_dir() else nullcontext():
-        paths = [(kind, path) for kind in KINDS for path in cache.entries(kind)]
-        for kind, path in Bar(paths, desc="verifying entries", disable=not progress):
+        files = [(kind, path.stem, path, path.read_bytes) for kind in KINDS for path in cache.files(kind)]
+        packed = [
+            (row.kind, row.key, shard, Packed(shard, row.offset, row.size).read)
+            for shard, rows in cache.shards.by_shard().items()
+            for row in rows
+        ]
+        for kind, key, path, read in Bar([*files, *packed], desc="verifying entries", disable=not progress):
             try:
-                content = path.read_bytes()
-                reason = fault_of(content, kind, path.stem)
+                content = read()
+                reason = fault_of(content, kind, key)
             except FileNotFoundError:
                 continue  # found damaged by a job that read it meanwhile
             except OSError as error:
@@ -287,9 +370,20 @@ def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> Ver
             checked += 1
             size += len(content)
             if reason:
-                damaged.append(Damage(path, reason))
+                is_packed = path.suffix == ENDING
+                damaged.append(Damage(path, f"{kind}/{key}: {reason}" if is_packed else reason))
                 if delete:
-                    _take_out(cache, path, kind)
+                    with _deleting(path):
+                        if is_packed:
+                            cache.shards.drop(kind, key)
+                        else:
+                            cache.move_entry_aside(path, kind).unlink(missing_ok=True)
+        for shard in cache.shards.paths():
+            if reason := index_fault(shard):
+                damaged.append(Damage(index_of(shard), reason))
+        if delete:
+            with _deleting(cache.shards.folder):
+                cache.shards.mend_indexes()
         there = cache.all_keys()
         missing: list[str] = []
         for path in cache.manifest_paths():
@@ -298,7 +392,8 @@ def verify(cache: Cache, *, delete: bool = False, progress: bool = False) -> Ver
             except DamagedManifestError as error:
                 damaged.append(Damage(path, error.what))
                 if delete:
-                    _take_out(cache, path, None)
+                    with _deleting(path):  # moved aside, for it alone knew what it referred to
+                        cache.move_manifest_aside(path)
     return VerifyReport(checked, size, tuple(damaged), tuple(missing), deleted=delete)
 
 
@@ -311,13 +406,10 @@ def missing_entries(path: Path, there: Mapping[Kind, Collection[str]]) -> list[s
     return [f"{kind}/{key} of manifest {path.stem[:12]}" for kind, keys in missing.items() for key in sorted(keys)]
 
 
-def _take_out(cache: Cache, path: Path, kind: Kind | None) -> None:
-    """Delete a damaged entry, or move a damaged manifest (``kind`` None) aside: it alone knew what it referred to."""
+@contextmanager
+def _deleting(path: Path) -> Iterator[None]:
     try:
-        if kind is None:
-            cache.move_manifest_aside(path)
-        else:
-            cache.move_entry_aside(path, kind).unlink(missing_ok=True)
+        yield
     except OSError as error:
         raise CacheError(
             f"a damaged file cannot be deleted: {error.strerror}", where=str(path), fix=disk_fix(error)
@@ -346,9 +438,16 @@ class CacheStats:
     entries: dict[Kind, int]
     bytes: dict[Kind, int]
     manifests: tuple[ManifestStats, ...]
+    packed: int = 0
+    """Of the entries, those that lie in shards."""
+    shards: int = 0
 
     def __str__(self) -> str:
         lines = [f"{kind:<9} {self.entries[kind]:>8} entries {human_size(self.bytes[kind]):>14}" for kind in KINDS]
+        if self.packed:
+            lines.append(f"{self.packed} of them in {self.shards} shards")
+        if (loose := sum(self.entries.values()) - self.packed) > MANY_FILES:
+            lines.append(f"{loose} of them have files of their own: `finetune cache pack` lays them into shards")
         for one in self.manifests:
             state = "" if one.complete else ", not finished"
             used = one.last_used.strftime("%Y-%m-%d %H:%M")
@@ -375,4 +474,6 @@ def stats(cache: Cache) -> CacheStats:
         {kind: len(entries) for kind, entries in sizes.items()},
         {kind: sum(entries.values()) for kind, entries in sizes.items()},
         tuple(manifests),
+        sum(map(len, cache.shards.entries().values())),
+        len(cache.shards.paths()),
     )

@@ -21,8 +21,9 @@ from finetune.core.checksums import parse_checksummed_json
 from finetune.core.errors import CacheError
 from finetune.core.files import PARTIAL, disk_fix, human_size, move, require_space
 from finetune.core.terminal import Bar
-from finetune.datasets.cache import Cache, fault_of
+from finetune.datasets.cache import Cache
 from finetune.datasets.cache_admin import Damage, missing_entries, needed_entries
+from finetune.datasets.entries import fault_of
 from finetune.datasets.manifests import KINDS, DamagedManifestError, Kind, manifest_fault, read_content
 
 _NAME = re.compile(
