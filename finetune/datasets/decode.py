@@ -614,13 +614,17 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
     return pixels
 
 
-def read_frames(path: Path, frame_indices: Sequence[int], header: VideoProbe) -> Iterator[tuple[int, Frame]]:
+def read_frames(
+    path: Path, frame_indices: Sequence[int], header: VideoProbe, *, short_side: int | None = None
+) -> Iterator[tuple[int, Frame]]:
     """Decode the named frames, as stored (not turned) and otherwise corrected, one at a time.
 
     Args:
         path: the video.
         frame_indices: ascending numbers into ``read_index(path).pts``; repeated ones are given once.
         header: its size and what it states, for which the plan was made.
+        short_side: larger pictures are scaled down to so many pixels by FFmpeg, before their colours are converted;
+            for who looks at every frame of a long video. Never for training: FFmpeg's scaling differs by version.
 
     Yields:
         The frame's number and its RGB pixels, uint8 [H, W, 3].
@@ -638,7 +642,7 @@ def read_frames(path: Path, frame_indices: Sequence[int], header: VideoProbe) ->
         for frame_index, frame in _pass_over(path, index, wanted[done:], header, seek=seek):
             if frame.is_corrupt:
                 raise DataError(f"frame {frame_index} is damaged", where=str(path), fix=FIX)
-            yield frame_index, _pixels(frame, header, str(path))
+            yield frame_index, _pixels(frame, header, str(path), short_side)
             done += 1
         if done == len(wanted):
             return
@@ -713,7 +717,7 @@ def _deinterlaced(frames: Iterator[Any], parity: str, stream: Any, where: str) -
             yield from filtered()
 
 
-def _pixels(frame: Any, header: VideoProbe, where: str) -> Frame:
+def _pixels(frame: Any, header: VideoProbe, where: str, short_side: int | None) -> Frame:
     """RGB of one frame, uint8 [H, W, 3], in the colours of BT.709 and opaque."""
     colours = _colours_of(header)
     laid_on_black = ON_BLACK in header.corrections
@@ -723,7 +727,10 @@ def _pixels(frame: Any, header: VideoProbe, where: str) -> Frame:
             frame.colorspace = BT2020_MATRIX  # swscale would take BT.601
     else:
         layout = "rgba" if laid_on_black else "rgb24"
-    stored = _as_array(frame, layout, where)
+    size: dict[str, int] = {}
+    if short_side is not None and (smaller := min(frame.height, frame.width)) > short_side:
+        size = {name: max(1, round(getattr(frame, name) * short_side / smaller)) for name in ("height", "width")}
+    stored = _as_array(frame, layout, where, **size)
     pixels: Frame = to_bt709(stored[..., :3], *colours) if colours else stored[..., :3]
     if laid_on_black:
         alpha = stored[..., 3:].astype(np.uint32) >> (8 if colours else 0)
@@ -731,8 +738,8 @@ def _pixels(frame: Any, header: VideoProbe, where: str) -> Frame:
     return pixels
 
 
-def _as_array(frame: Any, layout: str, where: str) -> NDArray[Any]:
+def _as_array(frame: Any, layout: str, where: str, **size: int) -> NDArray[Any]:
     """A frame converted to one of FFmpeg's packed pixel formats, [H, W, C]. Raises DataError."""
     with refusing(where):
-        pixels: NDArray[Any] = frame.to_ndarray(format=layout)
+        pixels: NDArray[Any] = frame.to_ndarray(format=layout, **size)
     return pixels

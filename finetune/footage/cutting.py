@@ -160,7 +160,7 @@ def _pictures(path: Path, header: VideoProbe, plan: CutPlan) -> Iterator[Frame]:
     if len(read_index(path).pts) != header.frames:
         raise DataError("the file has changed since it was measured", where=str(path), fix="run the command again")
     for index, frame in read_frames(path, plan.indices, header):
-        shown = as_shown(frame, header)[top : top + height, left : left + width]
+        shown = as_shown(frame, header, (header.height, header.width))[top : top + height, left : left + width]
         picture = resize_crop(shown, plan.resize_hw, (0, 0), plan.resize_hw)
         for _ in range(counts[index]):
             yield picture

@@ -20,11 +20,14 @@ from finetune.datasets.decode import probe_file, read_frames
 from finetune.datasets.pictures import resize_crop, turn_upright
 from finetune.footage.scenes import DetectorName, make_detector
 
-RULE = "measure-2"
+RULE = "measure-3"
 """Names this arithmetic. Stored measurements of another one are taken again."""
 
 SAMPLES_PER_S = 4.0
 """Frames that the slow measurements are taken of."""
+
+_LOOKED_AT = 720
+"""Pixels of the short side that frames are scaled down to before anything: four times as many a second of 4K in HDR."""
 
 _SHORT_SIDE = 360
 """Pixels that a sample is scaled down to for sharpness and text: what is blurred in a film of 4K may be sharp enough
@@ -97,6 +100,8 @@ def measure(path: Path, detector: DetectorName, threshold: float | None) -> Foot
 
     cv2.setNumThreads(1)  # one process per core is the parallelism
     header = probe_file(path)
+    scale = min(1.0, _LOOKED_AT / min(header.height, header.width))
+    size_hw = max(1, round(header.height * scale)), max(1, round(header.width * scale))
     scenes = make_detector(detector, threshold, header.fps)
     luma: list[float] = []
     change: list[float] = []
@@ -104,8 +109,8 @@ def measure(path: Path, detector: DetectorName, threshold: float | None) -> Foot
     before: NDArray[np.float32] | None = None
     fault = ""
     try:
-        for number, frame in read_frames(path, range(header.frames), header):
-            picture = as_shown(frame, header)
+        for number, frame in read_frames(path, range(header.frames), header, short_side=_LOOKED_AT):
+            picture = as_shown(frame, header, size_hw)
             scenes.add(picture)
             small = np.asarray(cv2.cvtColor(_scaled(picture, _CHANGE_WIDTH), cv2.COLOR_RGB2GRAY), np.float32)
             luma.append(float(small.mean()))
@@ -119,7 +124,8 @@ def measure(path: Path, detector: DetectorName, threshold: float | None) -> Foot
         fault = error.what
     cuts = np.asarray(scenes.cuts(), np.int32)
     numbers = np.asarray([sample.number for sample in samples], np.int32)
-    bars = np.asarray([sample.bars for sample in samples], np.int32).reshape(-1, 4)
+    seen = np.asarray([sample.bars for sample in samples], np.float64).reshape(-1, 4)
+    bars = np.ceil(seen * np.repeat(np.divide((header.height, header.width), size_hw), 2)).astype(np.int32)
     return Footage(
         header=header,
         cuts=cuts,
@@ -135,10 +141,9 @@ def measure(path: Path, detector: DetectorName, threshold: float | None) -> Foot
     )
 
 
-def as_shown(frame: NDArray[np.uint8], header: VideoProbe) -> NDArray[np.uint8]:
-    """A frame of ``decode.read_frames`` as a player shows it: upright, with square pixels."""
+def as_shown(frame: NDArray[np.uint8], header: VideoProbe, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """A frame of ``decode.read_frames`` as a player shows it: upright, with square pixels, of a size of its shape."""
     picture = turn_upright(frame, header.orientation)
-    size_hw = header.height, header.width
     return np.ascontiguousarray(resize_crop(picture, size_hw, (0, 0), size_hw))
 
 
