@@ -27,8 +27,9 @@ _DOWNLOAD_GB: Mapping[str, tuple[float, float, float]] = {
 }
 """Transformer, VAE and text encoder of the published models, in 16 bits: counted from their weights."""
 
-_CONVOLUTIONS = 0.5
-"""Rate of the VAE's convolutions, as a part of the rate of matrix products. Assumed."""
+_CONVOLUTIONS = 0.15
+"""Rate of the VAE's convolutions, as a part of the rate of matrix products: an A800 was reported to make 41 TFLOP/s of
+them, untiled (CogVideo's issue 579)."""
 
 _T5_WEIGHTS = 4.762e9
 
