@@ -237,6 +237,7 @@ def caption(
     side: int = 448,
     batch: int = 4,
     replace: bool = False,
+    review: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> CaptionReport:
@@ -259,6 +260,7 @@ def caption(
         side: longest side of a shown frame, in pixels.
         batch: clips that are asked about side by side.
         replace: write captions anew that another model, or another instruction, wrote.
+        review: a page to write afterwards, with every clip beside its caption, to be changed and saved in a browser.
         device: such as ``cuda:1`` or ``cpu``; None for a GPU where there is one.
         progress: draw a bar.
 
@@ -269,6 +271,7 @@ def caption(
     """
     from finetune.captioning.caption import CaptionOptions, caption_folder, read_instruction, token_limit
     from finetune.captioning.captioners import Captioner, EndpointCaptioner, LocalCaptioner
+    from finetune.captioning.review import write_review
 
     text = read_instruction(None if instruction is None else Path(instruction))
     options = CaptionOptions(text, variants, frames, side, batch, replace)
@@ -278,7 +281,11 @@ def caption(
             return LocalCaptioner(model, revision, device)
         return EndpointCaptioner(endpoint, model, key_variable, send=send, timeout_s=timeout_s)
 
-    return caption_folder(Path(folder), captioner, token_limit(target), options, progress=progress)
+    limit = token_limit(target)
+    report = caption_folder(Path(folder), captioner, limit, options, progress=progress)
+    if review is not None:
+        write_review(Path(folder), limit, Path(review), progress=progress)
+    return report
 
 
 @checked

@@ -7,12 +7,13 @@ import shutil
 import threading
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from tiny_vlm import save_image_model, save_video_model
 
 import finetune
-from finetune.captioning import caption, captioners
+from finetune.captioning import caption, captioners, review
 from finetune.captioning.caption import CaptionOptions, TokenLimit, caption_folder
 from finetune.captioning.captioners import EndpointCaptioner, LocalCaptioner
 from finetune.cli.main import main
@@ -428,3 +429,59 @@ def test_captions_train(clips, tiny_model, tmp_path):
 
     report = finetune.check(run_config(tiny_model(), clips, tmp_path / "run"))
     assert len(report.dataset.clips) == 4
+
+
+# -------------------------------------------------------------------------------------------------------- the review
+
+HOSTILE = 'a </textarea></script><script>document.title = "x"</script> "kite" & more'
+
+
+def test_captions_are_read_changed_and_saved_in_a_browser(clips, browser, tmp_path):
+    run(clips, Scripted("a kite", "a boat", HOSTILE, *["long " * 50] * 3))
+    table = rows(clips)
+    table = {name: {**row, "score": 0.5, "captions": [row["caption"], "other"]} for name, row in table.items()}
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.values()))
+    before = (clips / "metadata.jsonl").read_text()
+    review.write_review(clips, LIMIT, tmp_path / "page.html", progress=False)
+    page = browser.new_page()
+    noise = []
+    page.on("console", lambda message: noise.append(message.text))
+    page.on("pageerror", lambda error: noise.append(str(error)))
+    page.on("request", lambda request: request.url.startswith("file:") or noise.append(request.url[:50]))
+    page.goto((tmp_path / "page.html").as_uri())
+    fields = page.locator("textarea")
+    assert [fields.nth(number).input_value() for number in range(4)] == [row["caption"] for row in table.values()]
+    assert page.locator(".card", has=page.get_by_text("too long")).count() == 1
+    fields.nth(0).fill(' a red "kite"\n ')
+    page.locator("#sort").select_option("-tokens")  # cards move; what is saved keeps the order of the file
+    with page.expect_download() as download:
+        page.locator("#save").click()
+    assert download.value.suggested_filename == "metadata.jsonl"
+    saved = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]
+    first, *others = table.values()
+    assert saved == [{**first, "caption": 'a red "kite"', "captions": ['a red "kite"', "other"]}, *others]
+    assert page.title() == "captions of clips" and not [
+        text for text in noise if not text.startswith(("data:", "blob:"))
+    ]
+    assert (clips / "metadata.jsonl").read_text() == before
+    page.close()
+
+
+def test_a_review_says_what_is_missing_and_who_wrote(clips, tmp_path):
+    names = sorted(clip.name for clip in clips.glob("*.mp4"))
+    run(clips, Scripted("a kite", "a kite", DataError("no", where="x"), "a boat"))
+    table = rows(clips)
+    table[names[3]]["caption"] = "by me"
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table.values()))
+    (clips / names[1]).write_bytes(b"broken")
+    review.write_review(clips, LIMIT, tmp_path / "page.html", progress=False)
+    html = (tmp_path / "page.html").read_text()
+    for part in (
+        "4 clips, 1 without a caption",
+        ">scripted<",
+        ">by hand<",
+        ">no caption<",
+        "2 clips have this caption",
+    ):
+        assert part in html
+    assert html.count("<b>unreadable</b>") == 1 and html.count("data:image/webp") == 3 * 4

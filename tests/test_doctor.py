@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import shutil
@@ -455,20 +454,6 @@ def test_text_on_a_page_is_only_text():
     loaded = [value for _, attributes in tags for name, value in attributes.items() if name in ("src", "href")]
     assert len(loaded) == 2 and all(str(value).startswith("data:image/webp;base64,") for value in loaded)
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, driven by Playwright's client; nothing is downloaded."""
-    program = shutil.which("chromium") or shutil.which("chromium-browser")
-    if program is None or importlib.util.find_spec("playwright") is None:
-        pytest.skip("needs Playwright's client and a chromium in PATH (apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield started
-        started.close()
 
 
 class Tab:

@@ -16,11 +16,13 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from finetune.captioning.captioners import Answer, Captioner, Chat
+from finetune.captioning.folder import RECORD, CaptionRecord, Row, open_dataset, read_records
 from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import json_folder
@@ -28,20 +30,11 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core import locks
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, DataError, FinetuneError
-from finetune.core.files import atomic_write_text
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
-from finetune.datasets.rows import MAX_CAPTION_BYTES, VIDEO, PathPolicy, RowReport, Sidecars, check_caption, list_folder
-from finetune.datasets.tables import CAPTION_COLUMNS, VIDEO_COLUMNS, read_lines, read_text
-
-RECORD = "captions.jsonl"
-"""Beside the clips: one line for every caption that a model wrote."""
-
-TABLE = "metadata.jsonl"
-
-VARIANTS = "captions"
-"""Column of all variants of a caption, where there are several; the first is the caption."""
+from finetune.datasets.rows import MAX_CAPTION_BYTES, check_caption
+from finetune.datasets.tables import read_text
 
 SHORTER = (
     "That is too long: at most {words} words can be read. Write it again in at most {words} words, as one paragraph,"
@@ -127,23 +120,6 @@ class CaptionOptions:
             raise ConfigError("the instruction is empty", fix="write what the model is to do, or leave it out")
 
 
-@dataclass(frozen=True)
-class CaptionRecord:
-    """One caption that a model wrote, and what made it."""
-
-    file_name: str
-    variant: int
-    caption: str
-    tokens: int
-    """As CogVideoX counts them."""
-    model: str
-    revision: str
-    method: str
-    """Digest of the instruction and of how the clip was shown."""
-    video: str
-    """Digest of the clip's file."""
-
-
 @dataclass
 class CaptionReport:
     """What became of a folder's captions; ``str()`` of it is what the command prints."""
@@ -214,9 +190,9 @@ class _Captioning:
         self._options = options
         self._instruction = options.instruction.replace("{words}", str(limit.words)).strip()
         self._method = digest_of([self._instruction, options.frames, options.side, limit.most])
-        self._dataset = _open_dataset(folder, options.variants)
+        self._dataset = open_dataset(folder, options.variants)
         self._record_file = folder / RECORD
-        self._records = {(record.file_name, record.variant): record for record in _read_records(self._record_file)}
+        self._records = {(record.file_name, record.variant): record for record in read_records(self._record_file)}
         self._report = CaptionReport(self._dataset.file)
 
     def run(self, make_captioner: Callable[[], Captioner], progress: bool) -> CaptionReport:
@@ -234,7 +210,7 @@ class _Captioning:
                 long.append(row.file_name)
         return self._report
 
-    def _missing(self, captioner: Captioner | None) -> list[tuple[_Row, int]]:
+    def _missing(self, captioner: Captioner | None) -> list[tuple[Row, int]]:
         """Each row and variant that has to be asked for; what the record already has goes into the dataset."""
         missing = []
         for row in self._dataset.rows:
@@ -255,7 +231,7 @@ class _Captioning:
                 missing.append((row, variant))
         return missing
 
-    def _ask_all(self, captioner: Captioner, work: Sequence[tuple[_Row, int]], progress: bool) -> None:
+    def _ask_all(self, captioner: Captioner, work: Sequence[tuple[Row, int]], progress: bool) -> None:
         variants: dict[str, list[int]] = {}
         for row, variant in work:
             variants.setdefault(row.file_name, []).append(variant)
@@ -289,33 +265,14 @@ class _Captioning:
                     what = f"{failures} clips in a row could not be captioned; the last: {last.what}"
                     raise DataError(what, where=last.where, fix=last.fix or "mend that, and repeat the command")
 
-    def _shown_clips(self, rows: Iterable[_Row]) -> Iterator[tuple[_Row, Chat]]:
+    def _shown_clips(self, rows: Iterable[Row]) -> Iterator[tuple[Row, Chat]]:
         """Every clip with the frames that are shown of it; one that cannot be decoded becomes an error."""
-        rows = list(rows)
-        with DecodePool(2, in_flight=2 * self._options.batch) as pool:
-            jobs: list[tuple[_Row, DecodeJob]] = []
-            for row, (_, probe) in zip(rows, pool.probe_many(row.video for row in rows), strict=True):
-                if isinstance(probe, DataError):
-                    self._report.errors.append(DataError(probe.what, where=row.file_name, fix=probe.fix))
-                else:
-                    jobs.append((row, DecodeJob(row.video, probe, self._plan(probe))))
-            clips = pool.decode_many(job for _, job in jobs)
-            for (row, job), (_, clip) in zip(jobs, clips, strict=True):
-                if isinstance(clip, DataError):
-                    self._report.errors.append(DataError(clip.what, where=row.file_name, fix=clip.fix))
-                    continue
-                frames = np.ascontiguousarray(clip.pixels.permute(1, 2, 3, 0).numpy())
-                seconds = job.probe.frames / job.probe.fps
+        options = self._options
+        for row, seconds, frames in read_frames(rows, options.frames, options.side, ahead=2 * options.batch):
+            if isinstance(frames, DataError):
+                self._report.errors.append(DataError(frames.what, where=row.file_name, fix=frames.fix))
+            else:
                 yield row, Chat(row.video, frames, len(frames) / seconds, (self._instruction,))
-
-    def _plan(self, probe: VideoProbe) -> ClipPlan:
-        """Frames evenly over the whole clip, each from the middle of its share, whole pictures."""
-        wanted = max(_FEWEST_FRAMES, round(probe.frames / probe.fps * _FRAMES_PER_S))
-        count = min(wanted, self._options.frames, probe.frames)
-        indices = tuple(int((number + 0.5) * probe.frames / count) for number in range(count))
-        scale = min(1.0, self._options.side / max(probe.height, probe.width))
-        height, width = (max(1, round(length * scale)) for length in (probe.height, probe.width))
-        return ClipPlan(indices, (height, width), (0, 0), Bucket(count, height, width))
 
     def _captions(self, chats: Sequence[Chat], captioner: Captioner, variant: int) -> list[_Caption | FinetuneError]:
         """A caption for each chat; one that is too long is asked for again, and the shortest taken."""
@@ -354,140 +311,44 @@ class _Captioning:
         return counted
 
 
-# --- the record -------------------------------------------------------------------------------------------------------
+# --- frames -----------------------------------------------------------------------------------------------------------
 
 
-def _read_records(path: Path) -> list[CaptionRecord]:
-    """Every line; one that a crash cut short is taken off the end, so that the next starts a line of its own."""
-    if not path.exists():
-        return []
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        os.truncate(path, len(content))
-    records = []
-    for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
-        try:
-            records.append(CaptionRecord(**json.loads(line)))
-        except (ValueError, TypeError) as error:
-            what = f"the line is no record of a caption: {error}"
-            fix = "take the line out; its clip is captioned anew"
-            raise DataError(what, where=f"{path}:{number}", fix=fix) from None
-    return records
+def read_frames(
+    rows: Iterable[Row], most: int, side: int, *, ahead: int
+) -> Iterator[tuple[Row, float, NDArray[np.uint8] | DataError]]:
+    """Frames of each clip, evenly over its length, whole pictures: [F, H, W, 3] RGB, or why there are none.
 
+    Args:
+        rows: the clips.
+        most: frames of a clip, at most; two per second where that is fewer.
+        side: longest side of a frame, in pixels.
+        ahead: clips that are decoded before they are asked for.
 
-# --- the dataset ------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Row:
-    file_name: str
-    video: Path
-    texts: list[str]
-    """One per variant; empty where there is none."""
-    values: dict[str, Any] = field(default_factory=dict)
-    """All columns of the table."""
-
-
-@dataclass
-class _Table:
-    """A folder with a ``metadata.jsonl``, or one that gets it; columns that are not captions stay as they are."""
-
-    file: Path
-    rows: list[_Row]
-    column: str
-
-    def write(self) -> None:
-        lines = []
-        for row in self.rows:
-            captions: dict[str, Any] = {}
-            if row.texts[0] or self.column in row.values:
-                captions[self.column] = row.texts[0]
-            if VARIANTS in row.values or len(row.texts) > 1:
-                captions[VARIANTS] = [text for text in row.texts if text]
-            lines.append(json.dumps({**row.values, **captions}, ensure_ascii=False) + "\n")
-        content = "".join(lines)
-        if not self.file.exists() or self.file.read_bytes() != content.encode("utf-8"):
-            atomic_write_text(self.file, content)
-
-
-@dataclass
-class _Sidecars:
-    """A folder of clips with a ``.txt`` beside each."""
-
-    file: Path
-    rows: list[_Row]
-    texts_before: dict[str, str]
-
-    def write(self) -> None:
-        for row in self.rows:
-            if row.texts[0] != self.texts_before[row.file_name]:
-                atomic_write_text(row.video.with_suffix(".txt"), row.texts[0] + "\n")
-
-
-def _open_dataset(folder: Path, variants: int) -> _Table | _Sidecars:
-    table = folder / TABLE
-    if table.is_file():
-        return _open_table(table, variants)
-    others = ("metadata.csv", "metadata.parquet", "metadata.json", "prompts.txt")
-    if other := next((name for name in others if (folder / name).is_file()), None):
-        fix = f"write its rows into {TABLE}: one object per line, with file_name"
-        raise DataError(f"the captions of this folder are in {other}, which is not changed", where=str(folder), fix=fix)
-    report = RowReport()
-    files = list_folder(folder, report, allow_outside=False)
-    videos = [file for file in files if file.suffix.lower() in VIDEO.suffixes]
-    if not videos:
-        fix = f"known are {' '.join(VIDEO.suffixes)}"
-        raise DataError("; ".join(["the folder holds no videos", *report.notes]), where=str(folder), fix=fix)
-    sidecars = Sidecars(files, videos, (".txt",))
-    texts: dict[str, str] = {}
-    for video in videos:
-        text = sidecars.of(video)
-        texts[video.relative_to(folder).as_posix()] = (
-            "" if text is None else read_text(text, most_bytes=MAX_CAPTION_BYTES).strip()
+    Returns:
+        Each row with the clip's length in seconds and its frames.
+    """
+    rows = list(rows)
+    with DecodePool(2, in_flight=ahead) as pool:
+        probes = [probe for _, probe in pool.probe_many(row.video for row in rows)]
+        clips = pool.decode_many(
+            DecodeJob(row.video, probe, _spread(probe, most, side))
+            for row, probe in zip(rows, probes, strict=True)
+            if isinstance(probe, VideoProbe)
         )
-    rows = [
-        _Row(name, folder / name, [text, *[""] * (variants - 1)], {"file_name": name}) for name, text in texts.items()
-    ]
-    if not any(texts.values()):
-        return _Table(table, rows, "caption")
-    if variants > 1:
-        fix = f"move the captions into {TABLE}, or ask for one"
-        raise DataError("a .txt beside a clip holds one caption, not several", where=str(folder), fix=fix)
-    return _Sidecars(folder, rows, texts)
+        for row, probe in zip(rows, probes, strict=True):
+            if isinstance(probe, DataError):
+                yield row, 0.0, probe
+                continue
+            _, clip = next(clips)
+            frames = clip if isinstance(clip, DataError) else clip.pixels.permute(1, 2, 3, 0).contiguous().numpy()
+            yield row, probe.frames / probe.fps, frames
 
 
-def _open_table(path: Path, variants: int) -> _Table:
-    policy = PathPolicy()
-    rows: list[_Row] = []
-    columns: dict[str, None] = {}
-    for number, line in read_lines(path):
-        where = f"{path}:{number}"
-        if isinstance(line, DataError):
-            raise line
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"the line is no JSON: {error}", where=where, fix="mend it") from None
-        if not isinstance(values, dict):
-            raise DataError("the line is no JSON object", where=where, fix='write {"file_name": ..., ...}')
-        columns |= dict.fromkeys(values)
-        name = next((column for column in VIDEO_COLUMNS if column in values), VIDEO_COLUMNS[0])
-        video = policy.file(values.get(name), path.parent, VIDEO, where)
-        rows.append(_Row(str(values[name]), video, [], values))
-    captions = [column for column in CAPTION_COLUMNS if column in columns]
-    if len(captions) > 1:
-        what = f"the columns {' and '.join(captions)} could both be the caption"
-        raise DataError(what, where=str(path), fix="rename the one that is not")
-    column = captions[0] if captions else "caption"
-    if not rows:
-        raise DataError("the file has no rows", where=str(path), fix="write one per clip, with its file_name")
-    for row in rows:
-        texts = row.values.get(VARIANTS) or [row.values.get(column) or ""]
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            what = f"the captions of {row.file_name} are no text"
-            raise DataError(what, where=str(path), fix=f"write {column} as text, and {VARIANTS} as a list of text")
-        row.texts = [row.values.get(column) or "", *texts[1:], *[""] * (variants - len(texts))]
-    return _Table(path, rows, column)
+def _spread(probe: VideoProbe, most: int, side: int) -> ClipPlan:
+    """Each frame from the middle of its share of the clip."""
+    count = min(max(_FEWEST_FRAMES, round(probe.frames / probe.fps * _FRAMES_PER_S)), most, probe.frames)
+    indices = tuple(int((number + 0.5) * probe.frames / count) for number in range(count))
+    scale = min(1.0, side / max(probe.height, probe.width))
+    height, width = (max(1, round(length * scale)) for length in (probe.height, probe.width))
+    return ClipPlan(indices, (height, width), (0, 0), Bucket(count, height, width))

@@ -271,6 +271,7 @@ def init(
 @_verb(
     "finetune caption clips",
     "finetune caption clips --endpoint http://localhost:8000/v1 --model Qwen/Qwen3-VL-8B-Instruct --variants 3",
+    "finetune caption clips --review captions.html",
     "finetune caption --print-instruction",
 )
 def caption(
@@ -307,6 +308,9 @@ def caption(
     replace: Annotated[
         bool, _flag("--replace", "Write anew what another model or instruction wrote; people's captions stay.")
     ] = False,
+    review: Annotated[
+        Path | None, _option("Write a page to read, change and save the captions in a browser.", "HTML")
+    ] = None,
     device: Device = None,
 ) -> int:
     """Write the captions that a folder of clips lacks, as long and dense as CogVideoX was trained on.
@@ -335,9 +339,12 @@ def caption(
         side=side,
         batch=batch,
         replace=replace,
+        review=review,
         device=device,
     )
     print(report)
+    if review is not None:
+        print(f"page: {review}")
     return USER_ERROR if report.errors else OK
 
 

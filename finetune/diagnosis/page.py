@@ -6,7 +6,8 @@ one fills in a ``Page``:
 
 - ``columns`` say which values of a card are shown, in which format, and can be sorted by; their order is the page's;
 - a ``Card`` is a clip or whatever has pictures; its ``group`` and the names of its faults become filters;
-- ``Table``, ``Bars`` and ``notes`` stand above the cards.
+- ``Table``, ``Bars`` and ``notes`` stand above the cards;
+- ``Editing`` makes captions fields, and adds a button that saves them as a table.
 
 All text is shown as it is (``core.text.shown``), escaped, and in a direction of its own.
 """
@@ -17,9 +18,9 @@ import base64
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from finetune.core.text import shown
 
@@ -119,6 +120,20 @@ class Bars:
 
 
 @dataclass(frozen=True)
+class Editing:
+    """Lets a card's caption be changed, and the table that the captions stand in be saved from the page."""
+
+    file_name: str
+    """That is offered to save under; the browser asks where, and the page itself writes nothing."""
+    rows: Sequence[Mapping[str, Any]]
+    """One per card, in the cards' order: every column, as JSON has it."""
+    column: str
+    """Of the caption."""
+    variants: str
+    """Of all its variants, where a row has them: the first is the caption."""
+
+
+@dataclass(frozen=True)
 class Page:
     """A whole report."""
 
@@ -131,6 +146,7 @@ class Page:
     faults: Sequence[Fault] = ()
     """Of the dataset as a whole."""
     notes: Sequence[str] = ()
+    editing: Editing | None = None
 
 
 def render(page: Page) -> str:
@@ -138,7 +154,7 @@ def render(page: Page) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": lambda value: shown(str(value)), "written": _written}
+    environment.filters |= {"shown": lambda value: shown(str(value)), "written": _written, "editing": asdict}
     # The style and the script are the template's own: the page's policy allows them by digest, and nothing else.
     source = TEMPLATE.read_text(encoding="utf-8")
     style, script = (_between(source, f"<{tag}>", f"</{tag}>") for tag in ("style", "script"))
