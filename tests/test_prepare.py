@@ -25,7 +25,7 @@ from worlds import run_values
 
 import finetune
 from finetune.cli.main import main
-from finetune.core.errors import ConfigError, DataError
+from finetune.core.errors import ConfigError, DataError, FinetuneError
 from finetune.core.types import VideoProbe
 from finetune.datasets.decode import probe_file
 from finetune.datasets.geometry import seconds_of
@@ -431,12 +431,13 @@ def any_footage(draw: st.DrawFn) -> Footage:
         ClipShape,
         frames=st.integers(1, 12),
         fps=st.floats(1, 60),
-        min_frames=st.none() | st.integers(1, 12),
         keep_fps=st.booleans(),
     ),
+    least=st.none() | st.integers(1, 12),
     short_side=st.none() | st.integers(1, 120),
 )
-def test_spans_tile_every_source(seen, shape, short_side):
+def test_spans_tile_every_source(seen, shape, least, short_side):
+    shape = shape.model_copy(update={"min_frames": least and min(least, shape.frames)})
     sources = [(f"{place}", spans_of(one, shape, Limits(min_short_side=short_side))) for place, one in enumerate(seen)]
     drop_duplicates(sources, 4.0)
     for (_, spans), one in zip(sources, seen, strict=True):
@@ -676,6 +677,44 @@ def test_folders_that_cannot_be(short_film, tmp_path, raw, out, message):
     with pytest.raises((ConfigError, DataError), match=message):
         finetune.prepare(tmp_path / raw, tmp_path / out, **CLIP)
     assert digests(short_film) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_frames": 10}, "min_frames is 10, which is more than a whole clip's 9"),
+        ({"frames": 0}, "'frames' is 0"),
+        ({"workers": -1}, "-1 processes are none"),
+        ({"limits": {"max_txet": 1}}, "did you mean 'max_text'"),
+        ({"limits": {"max_text": 2.0}}, "'max_text' is 2.0"),
+        ({"detector": "histogram"}, "'detector' is 'histogram', which is not possible"),
+        ({"model": "./absent"}, "no such model folder"),
+    ],
+)
+def test_options_that_cannot_be(short_film, tmp_path, options, message):
+    with pytest.raises(FinetuneError) as refusal:
+        finetune.prepare(short_film, tmp_path / "out", **{**CLIP, **options})
+    assert message in str(refusal.value) and not (tmp_path / "out").exists()
+
+
+def test_a_disk_without_room_for_the_clips_is_said_before_they_are_cut(short_film, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.core.files.free_space", lambda path: 1000)
+    with pytest.raises(DataError, match=r"the rest of the clips needs .* and the disk has"):
+        finetune.prepare(short_film, tmp_path / "out", **CLIP)
+    assert not list((tmp_path / "out" / "clips").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fields", "body"), [({}, b""), ({"header": {}, "sizes": []}, b""), ({"copied": True}, b"\0" * 64)]
+)
+def test_a_worker_that_answers_nonsense_costs_its_file_only(fields, body):
+    header = replace(GOOD.header, frame_times_s=())
+    plan = CutPlan((0,), (0, 0, 16, 16), (16, 16), (0.0,))
+    path = Path("film.mp4")
+    for request in (pool.MeasureRequest(path, "adaptive", None, 1.0), pool.CutRequest(path, header, plan)):
+        with pytest.raises(DataError, match="answered with nonsense") as error:
+            pool.answer_of(request, fields, bytearray(body))
+        assert error.value.where == "film.mp4"
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it(short_film, tmp_path, monkeypatch):

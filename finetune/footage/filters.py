@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from finetune.core.types import Strict
 from finetune.datasets.geometry import frame_indices, seconds_of
@@ -77,6 +77,12 @@ class ClipShape(Strict):
     """Larger pictures are scaled down to this; None for never."""
     crop_bars: bool = True
     """Cut away black bars."""
+
+    @model_validator(mode="after")
+    def _shorter_is_shorter(self) -> ClipShape:
+        if self.min_frames is not None and self.min_frames > self.frames:
+            raise ValueError(f"min_frames is {self.min_frames}, which is more than a whole clip's {self.frames}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ def _clips(times: Sequence[float], shape: ClipShape) -> list[tuple[int, ...]]:
         shape: of clips.
     """
     clips = frame_indices(times[:-1], shape.frames, shape.fps, "all")
-    if shape.min_frames is not None and shape.min_frames < shape.frames:
+    if shape.min_frames is not None:
         rest = times[_frame_after(clips[-1], times, shape) if clips else 0 : -1]
         for frames in range(shape.frames - 1, shape.min_frames - 1, -1):
             # The longest that fits; never more than one, or it would not be the longest.
@@ -243,7 +249,7 @@ def _frame_after(clip: tuple[int, ...], times: Sequence[float], shape: ClipShape
 
 
 def _left_over(start_s: float, end_s: float, shape: ClipShape) -> Span:
-    needed = (shape.frames if shape.min_frames is None else min(shape.min_frames, shape.frames)) / shape.fps
+    needed = (shape.min_frames or shape.frames) / shape.fps
     return Span(start_s, end_s).dropped("short", end_s - start_s, needed)
 
 

@@ -124,6 +124,8 @@ def prepare(request: PrepareRequest, *, progress: bool = True) -> PrepareReport:
 
 def _check_folders(request: PrepareRequest) -> None:
     raw, out = request.raw, request.out
+    if request.workers < 0:
+        raise ConfigError(f"{request.workers} processes are none", where="workers", fix="give 0 or more")
     if not raw.is_dir():
         what = "there is no such folder" if not raw.exists() else "this is a file, not a folder"
         raise ConfigError(what, where=str(raw), fix="name the folder that holds the footage")
