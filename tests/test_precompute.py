@@ -29,13 +29,21 @@ from worlds import merged, run_values
 from finetune.caching import encode as encoding
 from finetune.caching import precompute as cache_plan
 from finetune.caching.check import check_dataset, identities, overview, split_clips, workers_for
-from finetune.caching.precompute import PrecomputeReport, encoding_of, ensure_cache, precompute, require_manifest
+from finetune.caching.parts import Part
+from finetune.caching.precompute import (
+    PrecomputeReport,
+    encoding_of,
+    ensure_cache,
+    merge_parts,
+    precompute,
+    require_manifest,
+)
 from finetune.cogvideox.load import load_text, load_vae
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core import files as space
-from finetune.core.errors import CacheError, DataError, KilledError, ModelError
+from finetune.core.errors import CacheError, ConfigError, DataError, KilledError, ModelError
 from finetune.core.types import Bucket
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
@@ -1136,3 +1144,79 @@ def test_real_clips(real_clips, tmp_path, tiny_model):
     report = home.precompute(data={"sources": sources, "buckets": ["9x48x80", "9x80x48"]}, cache={"decode_workers": 1})
     assert encoded(report) == (8, 9, 0)
     assert {str(item.bucket) for item in report.manifest.items} == {"9x48x80"}
+
+
+# --------------------------------------------------------------------------------------------------- parts of a dataset
+
+
+def part(home: Project, name: str, **changes: Any) -> PrecomputeReport:
+    return precompute(home.config(**changes), progress=False, part=Part.parse(name))
+
+
+def test_parts_in_any_order_make_what_one_command_makes_and_the_last_merges_them(project, filled):
+    home = project()
+    assert encoded(part(home, "3/3")) == (1, 2, 0) and encoded(part(home, "1/3")) == (2, 2, 0)
+    with pytest.raises(
+        CacheError, match=r"2 of 9 entries are not there[\s\S]*missing[\s\S]*`finetune precompute --shard 2/3` again"
+    ):
+        merge_parts(home.config(), progress=False)
+    assert cache_admin.gc(home.cache, grace_s=0).entries == 0  # they are still wanted
+    last = part(home, "2/3")
+    assert last.part is None and "9" in str(last)
+    assert home.manifest.digest == filled("5b").manifest.digest  # the only one that is left
+    assert _entries(home) == _entries(filled("5b"))
+    assert home.ensure(cache={"mode": "require"}).complete
+
+
+def test_a_merge_proves_every_entry_to_be_whole(project):
+    home = project()
+    part(home, "1/2")
+    whole = home.manifest.items[1]
+    path = home.cache.path("latents", whole.latents_key)
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(
+        CacheError, match=rf"latents/{whole.latents_key} \({whole.clip}[\s\S]*damaged[\s\S]*--shard 1/2` again"
+    ):
+        part(home, "2/2")
+    assert encoded(part(home, "1/2")) == (1, 0, 0) and path.read_bytes() == content
+    assert home.manifest.complete and len(home.manifest.items) == 4
+
+
+def test_more_parts_than_clips_and_a_part_that_runs_again(project):
+    home = project()
+    for number in (1, 1, 6, 2, 3, 4, 5):
+        report = part(home, f"{number}/6")
+    assert report.part is None and len(home.manifest.items) == 4
+    assert home.ensure().digest == home.manifest.digest
+
+
+def test_a_clip_that_a_part_could_not_decode_is_left_out_of_the_whole(project, monkeypatch):
+    home = project(data={"unreadable_clips": "skip"})
+    lost = home.clips[1].name
+    _break_decoding(monkeypatch, lost)
+    for number in (1, 2):
+        report = part(home, f"{number}/2")
+    assert report.part is None and report.skipped == {"unreadable": 1} and len(home.manifest.items) == 3
+    assert any(note.startswith("left out: ") and lost in note for note in home.manifest.notes)
+
+
+@pytest.mark.parametrize("text", ["0/4", "5/4", "3", "a/b", "1/0", "-1/4", ""])
+def test_a_part_that_cannot_be_is_refused(text):
+    with pytest.raises(ConfigError, match="from 1/16 to 16/16"):
+        Part.parse(text)
+
+
+@pytest.mark.slow  # a minute: each task's process imports everything
+def test_parts_go_through_ray_where_it_is_installed(project):
+    """Two tasks on a local Ray, without its dashboard."""
+    ray = pytest.importorskip("ray", reason="ray is an extra")
+    from finetune.caching.ray_data import precompute_on_ray
+
+    home = project()
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    try:
+        report = precompute_on_ray(home.config(), 2, num_gpus=0)
+    finally:
+        ray.shutdown()
+    assert report.part is None and len(home.manifest.items) == 4 and home.manifest.complete

@@ -37,6 +37,7 @@ from finetune.caching.encode import (
     encode_clips,
     store_images,
 )
+from finetune.caching.parts import LEFT_OUT, Part, all_finished, filed_parts, remove_parts, require_whole
 from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import local_folder, resolve_pretrained
@@ -172,6 +173,8 @@ class CachePlan:
     images: tuple[ImageJob, ...]
     needed_bytes: int
     """Disk space that the missing entries and the manifest will take."""
+    part: Part | None
+    """Of the dataset; None for all of it."""
 
     @property
     def missing(self) -> dict[Kind, int]:
@@ -179,8 +182,10 @@ class CachePlan:
         return {"latents": len(self.latents), "prompts": len(self.prompts), "images": len(self.images)}
 
 
-def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) -> CachePlan:
-    """Read the dataset, digest its files and list the entries it needs.
+def plan_cache(
+    config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool, part: Part | None = None
+) -> CachePlan:
+    """Read the dataset, digest its files and list the entries it needs; of a ``part`` of it, those of its clips.
 
     Raises:
         DataError: listing every row and file that cannot be used.
@@ -191,6 +196,8 @@ def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bo
     # Captions are compared with it, before an encoder of 10 GB is fetched.
     resolve_pretrained(config.model.pretrained, config.model.revision, components=["tokenizer"])
     report = check_dataset(config, spec, progress=progress)
+    if part is not None:
+        report = replace(report, clips=part.take(report.clips))
     encoding = encoding_of(config, spec, cache, fetch=True)
     samples, bucket = config.validation.samples, sample_bucket(config)
     images = {sample.image for sample in samples if sample.image and spec.image_to_video}
@@ -221,6 +228,7 @@ def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bo
         return stills.setdefault(job.key, job).key
 
     val_split = split_clips(report.clips, {path: stamp.digest for path, stamp in stamps.items()}, config.data.holdout)
+    request = portable(make_request(config, spec, encoding), config.base)
     manifest = Manifest(
         items=tuple(
             ManifestItem(
@@ -237,7 +245,7 @@ def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bo
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),
         empty_prompt_key=prompt_key(""),
-        request=portable(make_request(config, spec, encoding), config.base),
+        request=request if part is None else part.request(request),
         inputs={str(path): stamp for path, stamp in stamps.items()},
         prompts={sample.prompt: prompt_key(sample.prompt) for sample in samples},
         images={str(path): image_key(path) for path in sorted(images)},
@@ -254,7 +262,7 @@ def plan_cache(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bo
     needed += len(prompts) * prompt_bytes(spec, encoding.dtype) + len(pixels) * 3 * bucket.height * bucket.width
     needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(pixels))
     needed += 2 * len(manifest.to_bytes(config.base))  # the old one stands until the new one is whole
-    return CachePlan(manifest, latents, prompts, pixels, needed)
+    return CachePlan(manifest, latents, prompts, pixels, needed, part)
 
 
 def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
@@ -317,6 +325,8 @@ class PrecomputeReport:
     """On disk, of every entry that the dataset needs."""
     written_bytes: int
     seconds: float
+    part: Part | None = None
+    """Of the dataset; None where it is all of it."""
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -324,7 +334,8 @@ class PrecomputeReport:
         return self.manifest.skipped
 
     def __str__(self) -> str:
-        lines = [f"cache {from_here(self.cache_dir)}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
+        part = "" if self.part is None else f", shard {self.part} of the dataset"
+        lines = [f"cache {from_here(self.cache_dir)}{part}", f"{'':<10}{'encoded':>10}{'reused':>10}"]
         lines += [
             f"{_TITLES[kind]:<10}{self.encoded[kind]:>10}{self.reused[kind]:>10}"
             for kind in KINDS
@@ -342,6 +353,7 @@ def precompute(
     spec: ModelSpec | None = None,
     distributed: ProcessGroup | None = None,
     progress: bool = True,
+    part: Part | None = None,
 ) -> PrecomputeReport:
     """Encode what the cache lacks of a dataset, shared out over the processes of the launch.
 
@@ -352,6 +364,7 @@ def precompute(
         spec: of its model; read from it if None.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
+        part: encode these clips alone. Who ends last of all parts merges them.
 
     Raises:
         DataError: listing every row and file that cannot be used, before anything is encoded; or every clip whose
@@ -365,17 +378,74 @@ def precompute(
     spec = spec or read_spec(config.model.pretrained, config.model.revision)
     cache = Cache(config.cache.dir)
     with cache.in_use("precompute", quiet=not ranks.is_main):
-        return _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main)
+        report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main, part=part)
+        if part is None:
+            return report
+        whole = ranks.run_on_main(lambda: _merge_if_last(config, spec, cache, report, progress=progress))
+        return whole or report
+
+
+def _merge_if_last(
+    config: RunConfig, spec: ModelSpec, cache: Cache, report: PrecomputeReport, *, progress: bool
+) -> PrecomputeReport | None:
+    request = {name: value for name, value in report.manifest.request.items() if name != "shard"}
+    if report.part is None or not all_finished(filed_parts(cache, request), report.part.of):
+        return None
+    whole = _merge(config, spec, cache, progress=progress)
+    reused = {kind: count - report.encoded[kind] for kind, count in whole.reused.items()}
+    return replace(whole, encoded=report.encoded, reused=reused, written_bytes=report.written_bytes)
+
+
+def merge_parts(
+    config: RunConfig | Mapping[str, Any] | str | Path, *, spec: ModelSpec | None = None, progress: bool = True
+) -> PrecomputeReport:
+    """File the manifest of a dataset whose parts were encoded one by one, if every entry of it is there and whole.
+
+    Nothing is encoded. For one process; arguments and what else is raised are those of ``precompute``.
+
+    Raises:
+        CacheError: naming every entry that is missing or damaged, and the parts to run again.
+    """
+    config = pin_model(as_config(config))
+    spec = spec or read_spec(config.model.pretrained, config.model.revision)
+    require_valid(config, spec)
+    cache = Cache(config.cache.dir)
+    with cache.in_use("precompute"):
+        return _merge(config, spec, cache, progress=progress)
+
+
+def _merge(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) -> PrecomputeReport:
+    begun = time.perf_counter()
+    plan = plan_cache(config, spec, cache, progress=progress)
+    parts = filed_parts(cache, plan.manifest.request)
+    notes = [note for _, manifest in parts.values() for note in manifest.notes if note.startswith(LEFT_OUT)]
+    failures = [
+        Failure(job.key, DataError(note.removeprefix(f"{LEFT_OUT}{job.where}: "), where=job.where))
+        for job in plan.latents
+        for note in notes
+        if note.startswith(f"{LEFT_OUT}{job.where}: ")
+    ]
+    require_whole(plan.manifest, cache, parts, {failure.key for failure in failures}, progress=progress)
+    results: dict[Kind, list[EncodeResult]] = {kind: [] for kind in KINDS}
+    report = _finish(config, spec, cache, plan, results | {"latents": [EncodeResult(0, 0, tuple(failures))]}, begun)
+    remove_parts(parts)
+    return report
 
 
 def _precompute(
-    config: RunConfig, spec: ModelSpec, cache: Cache, ranks: ProcessGroup, *, progress: bool
+    config: RunConfig,
+    spec: ModelSpec,
+    cache: Cache,
+    ranks: ProcessGroup,
+    *,
+    progress: bool,
+    part: Part | None = None,
 ) -> PrecomputeReport:
     begun = time.perf_counter()
 
     def prepare() -> CachePlan:
         require_valid(config, spec)
-        plan = plan_cache(config, spec, cache, progress=progress)
+        plan = plan_cache(config, spec, cache, progress=progress, part=part)
         require_room(plan, cache.root)
         if any(plan.missing.values()):  # should this process die, its entries are still wanted
             cache.save_manifest(plan.manifest.pending(), config.base)
@@ -419,7 +489,7 @@ def _finish(
     if config.data.unreadable_clips == "error":
         raise_all(DataError, errors, what="{n} clips could not be encoded; all others are in the cache")
     manifest = _without(plan.manifest, failures)
-    if all(item.holdout for item in manifest.items):
+    if plan.part is None and all(item.holdout for item in manifest.items):
         raise_all(DataError, errors, what="no clip is left to train on; {n} failed")
     manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, spec)))
     sizes = {kind: cache.sizes(kind) for kind in KINDS}
@@ -435,6 +505,7 @@ def _finish(
         bytes=sum(sizes[kind][key] for kind in KINDS for key in manifest.keys(kind)),
         written_bytes=sum(one.bytes for kind in KINDS for one in results[kind]),
         seconds=time.perf_counter() - begun,
+        part=plan.part,
     )
 
 
@@ -446,7 +517,7 @@ def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
     if not lost:
         return manifest
     skipped = {**manifest.skipped, UNREADABLE: manifest.skipped.get(UNREADABLE, 0) + lost}
-    notes = [f"left out: {failure.error.where}: {failure.error.what}" for failure in failures]
+    notes = [f"{LEFT_OUT}{failure.error.where}: {failure.error.what}" for failure in failures]
     return replace(manifest, items=items, skipped=skipped, notes=(*manifest.notes, *notes))
 
 

@@ -49,7 +49,7 @@ From one's own clips to a video, in five commands:
 _EXITS = """\
 Exit codes: 0 done, 2 something to mend (the message says where), 3 the doctor has warnings and found nothing that stops
 training, 1 a bug, 130 interrupted, 75 training was stopped by a
-signal and saved, or a collection met a job that uses the cache (the same command continues).
+signal and saved, or a collection or packing met a job that uses the cache (the same command continues).
 """
 
 _SYSTEM_FIX = "name a folder that can be written and has room, or change its owner and rights"
@@ -540,13 +540,25 @@ def calibrate(seconds: Annotated[float, _option("How long to measure.")] = 20.0)
 @_verb(
     "finetune precompute --config run.yaml",
     "accelerate launch --num_processes 4 -m finetune precompute --config run.yaml",
+    "finetune precompute --config run.yaml --shard 3/16",
+    "finetune precompute --config run.yaml --merge",
 )
-def precompute(config: Config, overrides: Overrides = []) -> None:
+def precompute(
+    config: Config,
+    overrides: Overrides = [],
+    shard: Annotated[
+        str | None, _option("Only this part of the clips; the others by commands of their own, anywhere.", "K/N")
+    ] = None,
+    merge: Annotated[
+        bool, _flag("--merge", "Encode nothing; prove that the shards made all of it, and say so.")
+    ] = False,
+) -> None:
     """Encode clips and captions into the cache: what is there already is kept. Training does the same where needed."""
-    report = finetune.precompute(finetune.load_config(config, overrides))
+    report = finetune.precompute(finetune.load_config(config, overrides), shard=shard, merge=merge)
     if _is_main():
         print(report)
-        _print_next("train", *_config_words(config, overrides))
+        following = ["train"] if report.part is None else ["precompute", "--merge"]
+        _print_next(*following, *_config_words(config, overrides))
 
 
 @_verb(

@@ -389,6 +389,12 @@ class Cache:
         with self._open("prompts", key) as (entry, _):
             return int(read_metadata(entry, key)["tokens"])
 
+    def check(self, kind: Kind, key: str) -> None:
+        """Read an entry and compare it with its checksums. Raises as ``read``."""
+        with self._open(kind, key) as (entry, size):
+            if fault := fault_of(entry.read(size), kind, key):
+                raise ValueError(fault)
+
     def content(self, kind: Kind, key: str) -> bytes:
         """The bytes of an entry, which are not verified. Raises as ``read``."""
         with self._open(kind, key) as (entry, size):
