@@ -28,6 +28,7 @@ from finetune.datasets.geometry import (
     ClipConfig,
     Span,
     better_size,
+    part_of,
     picture_kept,
     plan_clips,
     plan_notes,
@@ -55,7 +56,8 @@ class PlannedClip:
     """One clip that training would see."""
 
     name: str
-    """The video relative to the configuration's folder, and ``#2`` for the second clip cut from it."""
+    """The video relative to the configuration's folder, ``@12.5s`` for the part of it that begins there, and ``#2`` for
+    the second clip cut from it."""
     sample: Sample
     probe: VideoProbe
     plan: ClipPlan
@@ -66,6 +68,11 @@ class PlannedClip:
     def first_frame(self) -> tuple[Path, Bucket] | None:
         """The image that stands for its first frame, and what it is cut to."""
         return None if self.sample.image is None else (self.sample.image, self.plan.bucket)
+
+    @property
+    def part(self) -> VideoProbe:
+        """The header of what its row has of the video: all of it, or a span."""
+        return part_of(self.probe, self.sample.span_s)[0]
 
     @property
     def where(self) -> str:
@@ -100,6 +107,12 @@ class DatasetReport:
         for reason, names in self.skipped.items():
             lines.append(f"  left out, {reason}: {named(names)}")
         return "\n".join([*lines, *map(note_line, self.notes)])
+
+
+def clip_labels(name: str, sample: Sample, count: int) -> list[str]:
+    """What the clips of one row are called (``PlannedClip.name``); ``name`` is its video's."""
+    label = name if sample.span_s is None else f"{name}@{sample.span_s[0]:g}s"
+    return [label] if count == 1 else [f"{label}#{number}" for number in range(1, count + 1)]
 
 
 def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) -> DatasetReport:
@@ -139,14 +152,13 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
             unreadable(name, probe, f"{name} ({sample.where})")
             continue
         try:
-            plans = plan_clips(probe, config.data, fps, f"{name} ({sample.where})")
+            plans = plan_clips(probe, config.data, fps, f"{name} ({sample.where})", sample.span_s)
         except DataError as error:
             errors.append(error)
             continue
         if not plans:
             skipped[TOO_SHORT].append(name)
-        for number, plan in enumerate(plans, start=1):
-            label = name if len(plans) == 1 else f"{name}#{number}"
+        for label, plan in zip(clip_labels(name, sample, len(plans)), plans, strict=True):
             clips.append(PlannedClip(label, sample, probe, plan, holdout))
             advice.update(plan_notes(probe, plan, fps, config.data.span))
 
@@ -371,7 +383,7 @@ def _picture_warnings(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelS
 def _seconds_warning(
     bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float
 ) -> str:
-    probes = [probe for probe, _ in _videos(clips)]
+    probes = [clip.part for clip, _ in _videos(clips)]
     share = _kept_share(clips, fps).seconds
 
     def kept(frames: int, span: Span) -> float:
@@ -398,10 +410,10 @@ def _seconds_warning(
 def _kept_share(clips: Sequence[PlannedClip], fps: float) -> KeptShare:
     bucket = clips[0].plan.bucket
     videos = _videos(clips)
-    seconds = sum(seconds_kept(probe, plans, fps) for probe, plans in videos)
+    seconds = sum(seconds_kept(clip.probe, plans, fps) for clip, plans in videos)
     return KeptShare(
         picture=_mean([(clip.probe.height, clip.probe.width) for clip in clips], bucket),
-        seconds=seconds / sum(seconds_of(probe) for probe, _ in videos),
+        seconds=seconds / sum(seconds_of(clip.part) for clip, _ in videos),
     )
 
 
@@ -412,11 +424,11 @@ def _by_bucket(clips: Iterable[PlannedClip]) -> dict[Bucket, list[PlannedClip]]:
     return grouped
 
 
-def _videos(clips: Iterable[PlannedClip]) -> list[tuple[VideoProbe, list[ClipPlan]]]:
-    """Each row's video, with the clips that were cut from it."""
-    grouped: dict[str, tuple[VideoProbe, list[ClipPlan]]] = {}
+def _videos(clips: Iterable[PlannedClip]) -> list[tuple[PlannedClip, list[ClipPlan]]]:
+    """The first clip of each row, with the plans of all that were cut from its video."""
+    grouped: dict[str, tuple[PlannedClip, list[ClipPlan]]] = {}
     for clip in clips:
-        grouped.setdefault(f"{clip.sample.where}\n{clip.sample.video}", (clip.probe, []))[1].append(clip.plan)
+        grouped.setdefault(f"{clip.sample.where}\n{clip.sample.video}", (clip, []))[1].append(clip.plan)
     return list(grouped.values())
 
 

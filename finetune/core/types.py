@@ -48,6 +48,8 @@ class Sample:
     """Such as ``metadata.jsonl:17``: the file and line (or row) a person can open."""
     repeats: float = 1.0
     """How often per epoch: 3 = three times, 0.5 = in every other epoch on average (see ``schedule.epoch_items``)."""
+    span_s: tuple[float, float] | None = None
+    """The part of the video that is the row's: begin and end in seconds from its first frame; None: all of it."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
@@ -224,22 +225,48 @@ def resize_and_crop(source_hw: tuple[int, int], bucket: Bucket) -> tuple[tuple[i
     return resize_hw, ((resize_hw[0] - bucket.height) // 2, (resize_hw[1] - bucket.width) // 2)
 
 
-def plan_clips(probe: VideoProbe, clip: ClipConfig, fps: float, where: str) -> list[ClipPlan]:
-    """Plan every clip of one video.
+def part_of(probe: VideoProbe, span_s: tuple[float, float] | None, where: str = "") -> tuple[VideoProbe, int]:
+    """The header that a part of a video would have as a file of its own, and the number of its first frame.
+
+    Args:
+        probe: the video's header.
+        span_s: begin and end in seconds from the video's first frame, the end not included; None for all of it.
+        where: for messages.
+
+    Raises:
+        DataError: if the video has no frame there.
+    """
+    if span_s is None:
+        return probe, 0
+    times = probe.frame_times_s
+    first, end = (bisect_left(times, second - TIE_S) for second in span_s)
+    if first == end:
+        what = f"the video has no frame from {span_s[0]:g} to {span_s[1]:g} s: it lasts {seconds_of(probe):.6g} s"
+        raise DataError(what, where=where, fix="correct the span, or check that it is the right video")
+    part = tuple(time - times[first] for time in times[first:end])
+    return replace(probe, frames=len(part), frame_times_s=part), first
+
+
+def plan_clips(
+    probe: VideoProbe, clip: ClipConfig, fps: float, where: str, span_s: tuple[float, float] | None = None
+) -> list[ClipPlan]:
+    """Plan every clip of one video, or of a part of it.
 
     Args:
         probe: the video's header.
         clip: buckets, span and policies.
         fps: the rate of the clips: ``clip.fps``, or the model's native rate where that is None.
         where: the file and the row that names it, for messages.
+        span_s: see ``part_of``.
 
     Returns:
         The plans in order of time; none if the video is short and ``short_clips`` is ``skip`` (the caller counts it).
 
     Raises:
         DataError: if the video is short and ``short_clips`` is ``error``, or if less than 1/``MAX_ASPECT_MISMATCH`` of
-            its picture would remain.
+            its picture would remain; or if it has no frame in the span.
     """
+    probe, first = part_of(probe, span_s, where)
     bucket = choose_bucket(probe, clip.buckets, fps, clip.span)
     resize_hw, crop_yx = resize_and_crop((probe.height, probe.width), bucket)
     kept = picture_kept((probe.height, probe.width), bucket)
@@ -252,7 +279,7 @@ def plan_clips(probe: VideoProbe, clip: ClipConfig, fps: float, where: str) -> l
     clips = frame_indices(probe.frame_times_s, bucket.frames, fps, clip.span, pad=clip.short_clips == "pad")
     if not clips and clip.short_clips == "error":
         raise _short(probe, bucket, fps, clip.span, where)
-    return [ClipPlan(indices, resize_hw, crop_yx, bucket) for indices in clips]
+    return [ClipPlan(tuple(first + i for i in indices), resize_hw, crop_yx, bucket) for indices in clips]
 
 
 def _short(probe: VideoProbe, bucket: Bucket, fps: float, span: Span, where: str) -> DataError:

@@ -68,6 +68,10 @@ class RawRow:
     """The folder that ``video`` and ``image`` start at and may not lead out of."""
     where: str
     """File and line."""
+    span_s: tuple[float, float] | None = None
+    """The part of the video that is meant: begin and end in seconds; None: all of it."""
+    repeats: float = 1.0
+    """What the source's own ``repeats`` is multiplied by."""
 
 
 @dataclass

@@ -8,9 +8,10 @@ place for all of them. A new layout is a new ``_Source`` here, joined to ``Sourc
 
 from __future__ import annotations
 
+import csv
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -20,6 +21,7 @@ from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
 from finetune.core.text import holds_word, stripped, text_fault, without_invisible
 from finetune.core.types import Sample, Strict
+from finetune.datasets.musubi import read_musubi
 from finetune.datasets.rows import (
     IMAGE,
     MAX_CAPTION_BYTES,
@@ -35,6 +37,7 @@ from finetune.datasets.rows import (
     list_folder,
     require_inside,
 )
+from finetune.datasets.spans import PANDA_COLUMNS, rows_of
 from finetune.datasets.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -52,6 +55,9 @@ from finetune.datasets.tables import (
 # --- layouts ----------------------------------------------------------------------------------------------------------
 
 Split = Literal["train", "holdout"]
+
+TYPE_COLUMN = "type"
+"""VideoX-Fun's lists say in it whether a row is a ``video`` or an ``image``."""
 
 _Value = TypeVar("_Value")
 
@@ -102,7 +108,7 @@ class MetadataSource(_Source):
         """Add the rows of the file."""
         file = self._located(base)
         named = {self.video_column, self.caption_column, self.image_column} - {None}
-        table = read_table(file, {*VIDEO_COLUMNS, *CAPTION_COLUMNS, *IMAGE_COLUMNS, *map(str, named)})
+        table = read_table(file, {*VIDEO_COLUMNS, *CAPTION_COLUMNS, *IMAGE_COLUMNS, TYPE_COLUMN, *map(str, named)})
         report.unusable += table.faults
         if not table.columns:
             return
@@ -114,18 +120,94 @@ class MetadataSource(_Source):
             report.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
             image = ""
         root = file.parent if self.root is None else self._located(base, self.root)
+        stills = []
         for row in table.rows:
+            if row.values.get(TYPE_COLUMN) == "image" and str(row.values.get(video)).lower().endswith(PICTURES):
+                stills.append(row.where)
+                continue
             picture = (row.values.get(image) or None) if image else None
             report.rows.append(RawRow(row.values.get(video), row.values.get(caption), picture, root, row.where))
+        if stills:
+            report.notes.append(f"{len(stills)} rows of {file} are of type image and not read, such as {stills[0]}")
 
     def files(self, base: Path) -> list[Path]:
         """The file."""
         return [self._located(base)]
 
 
+class SpansSource(_Source):
+    """A table whose rows are parts of longer videos: a ``timestamp`` column as Panda-70M has it, or begin and end."""
+
+    kind: Literal["spans"] = "spans"
+    root: Path | None = None
+    """Folder that the videos' names start at, and that none may lead out of; the table's own folder if left out."""
+    video_column: str = "videoID"
+    """Column of video file names; one without an ending is looked for with each that is known."""
+    caption_column: str = "caption"
+    """Column of captions: a list of them where the row has a list of spans."""
+    span_columns: tuple[str] | tuple[str, str] = ("timestamp",)
+    """One column with a span or a list of spans, or two columns with begin and end; each time in seconds or as
+    ``0:01:02.345``."""
+
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add a row for every span."""
+        file = self._located(base)
+        table = read_table(file, {self.video_column, self.caption_column, *self.span_columns})
+        report.unusable += table.faults
+        for option, column in (
+            ("video_column", self.video_column),
+            ("caption_column", self.caption_column),
+            *(("span_columns", column) for column in self.span_columns),
+        ):
+            column_of(table, column, (), option, file)
+        root = file.parent if self.root is None else self._located(base, self.root)
+        for row in table.rows:
+            rows = _or_error(rows_of, row, (self.video_column, self.caption_column), self.span_columns, root)
+            if isinstance(rows, DataError):
+                report.unusable.append(rows)
+            else:
+                report.rows += rows
+
+    def files(self, base: Path) -> list[Path]:
+        """The file."""
+        return [self._located(base)]
+
+
+class MusubiSource(_Source):
+    """musubi-tuner's dataset TOML: the videos of its ``video_directory`` and ``video_jsonl_file`` entries.
+
+    Relative paths in it start at its own folder. What it says of frames and sizes is not read: that is ``data``'s.
+    """
+
+    kind: Literal["musubi"] = "musubi"
+
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add the rows of every dataset that it names."""
+        datasets, notes = read_musubi(self._located(base))
+        report.notes += notes
+        for dataset, source in zip(datasets, self._sources(base), strict=True):
+            first = len(report.rows)
+            source.read(base, report)
+            report.rows[first:] = [replace(row, repeats=dataset.repeats) for row in report.rows[first:]]
+
+    def files(self, base: Path) -> list[Path]:
+        """The file, and those of what it names."""
+        return [self._located(base), *(file for source in self._sources(base) for file in source.files(base))]
+
+    def _sources(self, base: Path) -> list[MetadataSource | FolderSource]:
+        sources: list[MetadataSource | FolderSource] = []
+        folder = self._located(base).parent
+        for dataset in read_musubi(self._located(base))[0]:
+            require_inside(dataset.path, folder, allow_outside=self.allow_outside)
+            kind = MetadataSource if dataset.is_list else FolderSource
+            sources.append(kind(path=dataset.path, allow_outside=self.allow_outside))
+        return sources
+
+
 class PromptsSource(_Source):
     """CogVideo's layout: a folder with ``prompts.txt`` and ``videos.txt``, which pair line by line (a blank line that
-    others follow is an error), and for image-to-video optionally ``images.txt``.
+    others follow is an error), and for image-to-video optionally ``images.txt``. cogvideox-factory's and finetrainers'
+    names serve too: ``prompt.txt``, ``captions.txt``, ``caption.txt``; ``video.txt``.
     """
 
     kind: Literal["prompts"] = "prompts"
@@ -150,14 +232,28 @@ class PromptsSource(_Source):
             raise DataError(what, where=str(folder), fix="write one line per clip in each file")
         for number, (caption, video, *image) in enumerate(zip(*columns, strict=True), start=1):
             if not any(isinstance(value, DataError) for value in (caption, video, *image)):
-                where = f"{folder / 'prompts.txt'}:{number}"
+                where = f"{self.files(base)[0]}:{number}"
                 report.rows.append(RawRow(video, caption, image[0] if image else None, folder, where))
 
     def files(self, base: Path) -> list[Path]:
-        """Its two or three files."""
+        """Its two or three files. Raises DataError if there are two of one sort."""
         folder = self._located(base)
         optional = [folder / "images.txt"] if (folder / "images.txt").is_file() else []
-        return [folder / "prompts.txt", folder / "videos.txt", *optional]
+        return [_only_file(folder, PROMPT_LISTS), _only_file(folder, VIDEO_LISTS), *optional]
+
+
+PROMPT_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
+
+VIDEO_LISTS = ("videos.txt", "video.txt")
+
+
+def _only_file(folder: Path, names: Sequence[str]) -> Path:
+    """The file of one of these names; of the first if there is none."""
+    present = [folder / name for name in names if (folder / name).is_file()]
+    if len(present) > 1:
+        listed = " and ".join(file.name for file in present)
+        raise DataError(f"{listed} could both be meant", where=str(folder), fix="leave one of them there")
+    return present[0] if present else folder / names[0]
 
 
 def _paired_lines(path: Path) -> list[str | DataError]:
@@ -311,6 +407,25 @@ def _videos(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in VIDEO.suffixes]
 
 
+_Recognised = MetadataSource | SpansSource | MusubiSource | PromptsSource | CogKitSource | FolderSource
+
+
+def _table_source(path: Path, allow_outside: bool) -> MetadataSource | SpansSource:
+    """A table as it is usual, or as Panda-70M's: that has no column of file names."""
+    spans = path.suffix.lower() == ".csv" and _has_spans(path)
+    return (SpansSource if spans else MetadataSource)(path=path, allow_outside=allow_outside)
+
+
+def _has_spans(path: Path) -> bool:
+    """Whether a CSV file has Panda-70M's columns and none that would name files."""
+    try:
+        _, line = next(read_lines(path), (0, ""))
+    except DataError:  # told by who reads the rest
+        return False
+    columns = set(next(csv.reader([line]), [])) if isinstance(line, str) else set()
+    return columns >= set(PANDA_COLUMNS) and not columns & set(VIDEO_COLUMNS)
+
+
 class AutoSource(_Source):
     """A path whose format is recognised by what it holds; what is ambiguous is an error that asks for ``kind``."""
 
@@ -324,17 +439,19 @@ class AutoSource(_Source):
         """Those of what the path is."""
         return self.recognise(base).files(base)
 
-    def recognise(self, base: Path) -> MetadataSource | PromptsSource | CogKitSource | FolderSource:
+    def recognise(self, base: Path) -> _Recognised:
         """The source that this path is. Raises DataError if it is none, or could be several."""
         path, allow_outside = self._located(base), self.allow_outside
         if path.is_file():
             if path.suffix.lower() in SUFFIXES:
-                return MetadataSource(path=path, allow_outside=allow_outside)
+                return _table_source(path, allow_outside)
+            if path.suffix.lower() == ".toml":
+                return MusubiSource(path=path, allow_outside=allow_outside)
             fix = f"name a {', '.join(SUFFIXES)} file, or the clips' folder"
             raise DataError("the file is no dataset", where=str(path), fix=fix)
         if not path.is_dir():
             raise DataError("there is no such file or folder", where=str(path), fix="check data.sources")
-        candidates: list[MetadataSource | PromptsSource | CogKitSource | FolderSource] = []
+        candidates: list[_Recognised] = []
         if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
             candidates.append(PromptsSource(path=path, allow_outside=allow_outside))
         if any((path / name).is_file() for name in ("videos/metadata.jsonl", "train/metadata.jsonl")):
@@ -344,13 +461,16 @@ class AutoSource(_Source):
                 # A .json beside one of the others describes the dataset, more likely than not.
                 if table.is_file() and (table.suffix != ".json" or not candidates):
                     require_inside(table, path, allow_outside=allow_outside)
-                    candidates.append(MetadataSource(path=table, allow_outside=allow_outside))
+                    candidates.append(_table_source(table, allow_outside))
         listing = RowReport()
         files = list_folder(path, listing, allow_outside=allow_outside)
         videos = _videos(files)
         captions = Sidecars(files, videos, (".txt",))
         if any(captions.all_of(video) for video in videos):
             candidates.append(FolderSource(path=path, allow_outside=allow_outside))
+        lists = [any((path / name).is_file() for name in names) for names in (PROMPT_LISTS, VIDEO_LISTS)]
+        if not candidates and all(lists):
+            candidates.append(PromptsSource(path=path, allow_outside=allow_outside))
         if not candidates:
             raise_all(DataError, listing.errors, what="{n} things are wrong with the folder")
             what = "; ".join(["the folder is no dataset that is known", *listing.notes])
@@ -375,6 +495,8 @@ def _kind_of(value: Any) -> str:
 SourceConfig = Annotated[
     Annotated[AutoSource, Tag("auto")]
     | Annotated[MetadataSource, Tag("metadata")]
+    | Annotated[SpansSource, Tag("spans")]
+    | Annotated[MusubiSource, Tag("musubi")]
     | Annotated[PromptsSource, Tag("prompts")]
     | Annotated[CogKitSource, Tag("cogkit")]
     | Annotated[FolderSource, Tag("folder")],
@@ -466,7 +588,8 @@ def read_samples(
             if checked is not None:
                 video, image, caption = checked
                 where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
-                sample = Sample(video, captions.apply(caption), image, where, source.repeats)
+                sample = Sample(video, captions.apply(caption), image, where, source.repeats * row.repeats)
+                sample = sample if row.span_s is None else replace(sample, span_s=row.span_s)
                 samples[source.split].append(sample)
             if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
                 what = "too much is wrong with the dataset to go on reading it"
@@ -527,10 +650,10 @@ def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], policy: PathPolic
 
 
 def _duplicates(samples: Iterable[Sample], policy: PathPolicy) -> list[str]:
-    first: dict[tuple[str, str], str] = {}
+    first: dict[tuple[object, ...], str] = {}
     repeated: list[str] = []
     for sample in samples:
-        where = first.setdefault((policy.real(sample.video), sample.caption), sample.where)
+        where = first.setdefault((policy.real(sample.video), sample.caption, sample.span_s), sample.where)
         if where != sample.where:
             repeated.append(f"{sample.where} repeats {where}")
     rows = f"{len(repeated)} rows have the video and caption of another row"

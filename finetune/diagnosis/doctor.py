@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune.caching.check import (
     PlannedClip,
+    clip_labels,
     cpu_cores,
     identities,
     kept_by_bucket,
@@ -143,14 +144,13 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
             left_out.append(_left_out(name, sample, holdout, Fault(level, "undecodable", probe.what, probe.fix)))
             continue
         try:
-            plans = plan_clips(probe, data, fps, "")
+            plans = plan_clips(probe, data, fps, "", sample.span_s)
             fault = Fault("warning", "short", "too short for every bucket of its shape: left out")
         except DataError as error:
             plans, fault = [], Fault("error", "short" if "frames" in error.what else "shape", error.what, error.fix)
         if not plans:
             left_out.append(_left_out(name, sample, holdout, fault, *header_faults(probe, fps)))
-        for number, plan in enumerate(plans, start=1):
-            label = name if len(plans) == 1 else f"{name}#{number}"
+        for label, plan in zip(clip_labels(name, sample, len(plans)), plans, strict=True):
             planned.append(PlannedClip(label, sample, probe, plan, holdout))
     return _Dataset(tuple(planned), tuple(left_out), read.notes, fps)
 
@@ -382,8 +382,8 @@ def _clip_report(
     read = len(caption) if tokens is None else tokens.read
     values: dict[str, float | str | None] = {
         "picture": picture_kept((probe.height, probe.width), plan.bucket),
-        "seconds": seconds_kept(probe, [plan], fps) / seconds_of(probe),
-        "length_s": seconds_of(probe),
+        "seconds": seconds_kept(probe, [plan], fps) / seconds_of(clip.part),
+        "length_s": seconds_of(clip.part),
         "fps": probe.fps,
         "size": f"{probe.height}x{probe.width}",
         "tokens": None if tokens is None else tokens.length,

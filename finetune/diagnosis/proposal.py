@@ -215,7 +215,7 @@ def _prompts(
             yield Prompt(sample.caption, sample.image)
             continue
         config = ClipConfig(buckets=tuple(buckets), short_clips="pad")
-        plan = plan_clips(probes[sample.video], config, spec.native_fps, "")[0]
+        plan = plan_clips(probes[sample.video], config, spec.native_fps, "", sample.span_s)[0]
         (seen,) = look_at([Look(sample.video, probes[sample.video], plan)], workers=1)
         if isinstance(seen, Seen):
             yield Prompt(sample.caption, seen.frames[0])

@@ -1,0 +1,275 @@
+"""Datasets in the form that other trainers have them: each is read as it is, and trains like the same clips here."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pydantic import TypeAdapter
+
+from finetune.caching.check import check_dataset
+from finetune.cogvideox.spec import read_spec
+from finetune.core.errors import DataError
+from finetune.core.types import VideoProbe
+from finetune.datasets.geometry import ClipConfig, plan_clips
+from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples
+from finetune.trainers.loop import train
+
+Rows = list[dict[str, str]]
+
+SOURCES = TypeAdapter(tuple[SourceConfig, ...])
+
+
+def read(base: Path, *written: dict) -> SourceRead:
+    return read_samples(
+        SOURCES.validate_python(list(written)), CaptionConfig(), image_to_video=False, base=base, skip=False
+    )
+
+
+def fault(base: Path, *written: dict) -> str:
+    with pytest.raises(DataError) as caught:
+        read(base, *written)
+    return str(caught.value)
+
+
+def table(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+# Each writes the demo clips, which lie in ``folder``, as its project has them, and returns the source.
+
+
+def as_finetrainers_lists(folder: Path, rows: Rows) -> dict:
+    (folder / "prompt.txt").write_text("".join(row["prompt"] + "\n" for row in rows))
+    (folder / "videos.txt").write_text("".join(row["file_name"] + "\n" for row in rows))
+    return {"path": "."}
+
+
+def as_finetrainers_pairs(folder: Path, rows: Rows) -> dict:
+    for row in rows:
+        (folder / row["file_name"]).with_suffix(".txt").write_text(row["prompt"])
+    return {"path": "."}
+
+
+def as_finetrainers_csv(folder: Path, rows: Rows) -> dict:
+    table(folder / "metadata.csv", [{"file_name": row["file_name"], "caption": row["prompt"]} for row in rows])
+    return {"path": "."}
+
+
+def as_factory(folder: Path, rows: Rows) -> dict:
+    (folder / "prompts.txt").write_text("\n".join(row["prompt"] for row in rows))
+    (folder / "videos.txt").write_text("\n".join(row["file_name"] for row in rows))
+    return {"path": "."}
+
+
+def as_videox_fun(folder: Path, rows: Rows) -> dict:
+    listed = [{"file_path": row["file_name"], "text": row["prompt"], "type": "video"} for row in rows]
+    still = {"file_path": "train/00000002.jpg", "text": "A still.", "type": "image"}
+    (folder / "json_of_internal_datasets.json").write_text(json.dumps([*listed, still], indent=2))
+    return {"path": "json_of_internal_datasets.json"}
+
+
+def as_musubi_list(folder: Path, rows: Rows) -> dict:
+    lines = [{"video_path": str(folder / row["file_name"]), "caption": row["prompt"]} for row in rows]
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "dataset.toml").write_text(
+        "[general]\nresolution = [960, 544]\nbatch_size = 1\nenable_bucket = true\n\n"
+        f'[[datasets]]\nvideo_jsonl_file = "{folder / "list.jsonl"}"\ncache_directory = "/somewhere"\n'
+        'target_frames = [1, 25, 45]\nframe_extraction = "head"\nsource_fps = 30.0\n'
+    )
+    return {"path": "dataset.toml", "allow_outside": True}
+
+
+def as_musubi_folder(folder: Path, rows: Rows) -> dict:
+    as_finetrainers_pairs(folder, rows)
+    (folder / "clips").mkdir()
+    for file in [*folder.glob("*.mp4"), *folder.glob("*.txt")]:
+        file.rename(folder / "clips" / file.name)
+    written = '[general]\ncaption_extension = ".txt"\n[[datasets]]\nvideo_directory = "clips"\n'
+    (folder / "dataset.toml").write_text(written)
+    return {"path": "dataset.toml"}
+
+
+def as_openvid(folder: Path, rows: Rows) -> dict:
+    """Names in a folder of their own, and columns of scores."""
+    (folder / "video").mkdir()
+    for row in rows:
+        (folder / row["file_name"]).rename(folder / "video" / Path(row["file_name"]).name)
+    scores = {"aesthetic score": 5.1, "motion score": 2.2, "temporal consistency score": 0.9, "camera motion": "static"}
+    scores |= {"frame": 9, "fps": 8.0, "seconds": 1.1}
+    listed = [{"video": Path(row["file_name"]).name, "caption": row["prompt"], **scores} for row in rows]
+    table(folder / "data/train/OpenVid-1M.csv", listed)
+    return {"kind": "metadata", "path": "data/train/OpenVid-1M.csv", "root": "video"}
+
+
+LAYOUTS: list[Callable[[Path, Rows], dict]] = [
+    *(as_finetrainers_lists, as_finetrainers_pairs, as_finetrainers_csv, as_factory, as_videox_fun),
+    *(as_musubi_list, as_musubi_folder, as_openvid),
+]
+
+
+@pytest.fixture
+def clips(demo_clips: Path, tmp_path: Path) -> tuple[Path, Rows]:
+    """A folder of the demo clips without their list, and its rows."""
+    folder = tmp_path / "data"
+    shutil.copytree(demo_clips, folder)
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").unlink()
+    return folder, sorted((json.loads(line) for line in lines), key=lambda row: row["file_name"])
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, str]:
+    """The weights that the same clips give from a list of our own; filled by who comes first."""
+    return {}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_trains_unchanged(clips, layout, tiny_run, reference):
+    folder, rows = clips
+
+    def weights(name: str, source: dict) -> str:
+        return train(tiny_run(name, data={"sources": [source]}, train={"steps": 1, "seed": 7})).weights
+
+    if not reference:
+        listed = folder / "sorted.jsonl"
+        listed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        reference["weights"] = weights("ours", {"path": str(listed)})
+        listed.unlink()
+    source = layout(folder, rows)
+    found = read(folder, source)
+    assert [sample.caption for sample in found.train] == [row["prompt"] for row in rows]
+    assert len(found.notes) == (layout in (as_videox_fun, as_musubi_list))
+    paths = {name: str(folder / source[name]) for name in ("path", "root") if name in source}
+    assert weights("theirs", {**source, **paths}) == reference["weights"] != ""
+
+
+# --- time spans -------------------------------------------------------------------------------------------------------
+
+PANDA = {
+    "videoID": "---4IxR2xOg",
+    "url": "https://www.youtube.com/watch?v=---4IxR2xOg",
+    "timestamp": "[['0:00:00.000', '0:00:00.600'], ['0:00:00.500', '0:00:01.300']]",
+    "caption": "['A news anchor, standing.', \"A man's work.\"]",
+    "matching_score": "[0.453857421875, 0.44873046875]",
+}
+
+
+def test_spans_of_panda_70m_train_unchanged(clips, tiny_run):
+    folder, rows = clips
+    shutil.move(folder / rows[0]["file_name"], folder / "---4IxR2xOg.mp4")
+    table(folder / "panda70m_testing.csv", [PANDA])
+    found = read(folder, {"path": "panda70m_testing.csv"})
+    assert [(sample.caption, sample.span_s) for sample in found.train] == [
+        ("A news anchor, standing.", (0.0, 0.6)),
+        ("A man's work.", (0.5, 1.3)),
+    ]
+    assert found.notes == () and len({sample.where for sample in found.train}) == 2
+    source = {"path": str(folder / "panda70m_testing.csv")}
+    config = tiny_run(data={"sources": [source], "fps": 16}, train={"steps": 1, "seed": 7})
+    report = check_dataset(config, read_spec(config.model.pretrained), progress=False)
+    assert [clip.plan.frame_indices for clip in report.clips] == [
+        (0, 0, 1, 1, 2, 2, 3, 3, 4),
+        (4, 4, 5, 5, 6, 6, 7, 7, 8),
+    ]
+    assert [clip.name.rpartition("@")[2] for clip in report.clips] == ["0s", "0.5s"]
+    assert "90% of the seconds" in str(report), "of the span, not of the video"
+    assert train(config).step == 1
+
+
+@pytest.mark.parametrize(
+    ("columns", "values"),
+    [
+        (["start", "end"], {"start": "0.5", "end": "1.25"}),
+        (["Start_timestamp", "End_timestamp"], {"Start_timestamp": "00:00:00.500", "End_timestamp": "00:01.25"}),
+        (["timestamp"], {"timestamp": "('0:0:0.5', 1.25)"}),
+        (["span"], {"span": "[0.5, 1.25]"}),
+    ],
+)
+def test_spans_are_written_in_many_ways(clips, columns, values):
+    folder, rows = clips
+    table(folder / "m.csv", [{"file": rows[0]["file_name"], "text": "a, b", **values}])
+    source = {"kind": "spans", "path": "m.csv", "span_columns": columns}
+    (sample,) = read(folder, {**source, "video_column": "file", "caption_column": "text"}).train
+    assert (sample.span_s, sample.caption) == ((0.5, 1.25), "a, b")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"timestamp": "[['0:00:01', '0:00:02']]"}, "1 spans and 2 captions"),
+        ({"timestamp": "[['0:00:01', '0:00:01'], [1, 2]]"}, "no time span"),
+        ({"timestamp": "[[2, 1], [1, 2]]"}, "no time span"),
+        ({"timestamp": "[['nan', 1], [1, 2]]"}, "no time span"),
+        ({"timestamp": "__import__('os')"}, "no time span"),
+        ({"timestamp": "[" * 5000}, "no time span"),
+        ({"timestamp": "[[0, 1], [1, 2]]", "caption": "one text"}, "one caption"),
+        ({"videoID": "../a"}, "leads out"),
+        ({"videoID": "gone"}, "gone.mp4"),
+    ],
+)
+def test_spans_that_cannot_be_used(clips, change, message):
+    folder, rows = clips
+    shutil.copy(folder / rows[0]["file_name"], folder / "---4IxR2xOg.mp4")
+    table(folder / "m.csv", [{**PANDA, **change}])
+    told = fault(folder, {"path": "m.csv"})
+    assert message in told and "m.csv:2" in told
+
+
+def test_a_span_is_planned_as_a_file_of_its_own():
+    """Frames are the span's alone, whatever ``span`` is, and one that lies outside the video is an error."""
+    probe = VideoProbe(80, 8.0, 64, 64, [number / 8 for number in range(80)], 1)
+    for span, begins in {"head": [16], "center": [21], "all": [16, 25]}.items():
+        config = ClipConfig(buckets=("9x64x64",), span=span)
+        plans = plan_clips(probe, config, 8.0, "", (2.0, 4.375))
+        assert [plan.frame_indices for plan in plans] == [tuple(range(begin, begin + 9)) for begin in begins]
+    with pytest.raises(DataError, match="no frame from 20 to 21 s"):
+        plan_clips(probe, ClipConfig(buckets=("9x64x64",)), 8.0, "", (20.0, 21.0))
+    with pytest.raises(DataError, match="needs 9"):
+        plan_clips(probe, ClipConfig(buckets=("9x64x64",)), 8.0, "", (2.0, 2.5))
+
+
+# --- musubi-tuner's TOML ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[[datasets]]\nimage_directory = "x"\n', "image_directory cannot be meant here"),
+        ('[[datasets]]\nvideo_directory = "."\ncontrol_directory = "x"\n', "control_directory"),
+        ('[[datasets]]\nvideo_directory = "."\ncaption_extension = ".caption"\n', "only .txt"),
+        ('[[datasets]]\nvideo_directory = "."\nnum_repeats = 0\n', "num_repeats is 0"),
+        ('[[datasets]]\nvideo_directory = ".."\n', "leads out"),
+        ("[[datasets]]\n", "wants one video_directory"),
+        ("[general]\nresolution = [1, 2]\n", "no list of"),
+        ("[[datasets]\n", "not valid TOML"),
+    ],
+)
+def test_musubi_files_that_cannot_be_used(clips, text, message):
+    folder, rows = clips
+    as_finetrainers_pairs(folder, rows)
+    (folder / "d.toml").write_text(text)
+    assert message in fault(folder, {"path": "d.toml"})
+
+
+def test_musubi_repeats_multiply_the_source_s(clips):
+    folder, rows = clips
+    as_finetrainers_pairs(folder, rows)
+    (folder / "d.toml").write_text('[[datasets]]\nvideo_directory = "."\nnum_repeats = 3\n')
+    assert {sample.repeats for sample in read(folder, {"path": "d.toml", "repeats": 0.5}).train} == {1.5}
+
+
+def test_lists_of_two_names_are_ambiguous(clips):
+    folder, rows = clips
+    as_finetrainers_lists(folder, rows)
+    (folder / "captions.txt").write_text("x")
+    assert "prompt.txt and captions.txt could both be meant" in fault(folder, {"kind": "prompts", "path": "."})
