@@ -168,9 +168,8 @@ def look(job: Look) -> Seen:
             glances[position] = _glance(upright, cut, plan, sharp=position in sharp, hashed=position in shown)
             if position in shown[: job.exact]:
                 size_hw = plan.bucket.height, plan.bucket.width
-                tiles[position] = encoded(
-                    resize_crop(upright, plan.resize_hw, plan.crop_yx, size_hw), position, exact=True
-                )
+                whole = resize_crop(upright, plan.resize_hw, plan.crop_yx, size_hw)
+                tiles[position] = encoded(whole, position, exact=True)
             elif position in shown:
                 tiles[position] = encoded(cut, position, exact=False)
     pictures = [tiles[position] for position in shown]
