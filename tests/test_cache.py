@@ -80,7 +80,7 @@ def filled(root: Path, captions=("a", "b")) -> tuple[Cache, Manifest, Path]:
         items=tuple(items),
         empty_prompt_key=digest_of(empty),
         request={"data": {"fps": 8}},
-        inputs={str(root / "clips/0.mp4"): FileStamp(3, 5, "d")},
+        inputs={str(root / "clips/0.mp4"): FileStamp(3, 5, "d"), str(root): FileStamp(-1, -1, "names")},
         prompts={"a validation prompt": digest_of(caption_address(captions[0]))},
         images={str(root / "still.png"): "k" * 32},
         skipped={"too short": 2},
@@ -202,7 +202,7 @@ def test_a_manifest_is_read_back_and_moves_with_its_folder(tmp_path):
     _, manifest, path = filled(tmp_path)
     content = read_content(path)
     elsewhere = Manifest.from_content(content, Path("/moved"))
-    assert elsewhere.inputs == {"/moved/clips/0.mp4": FileStamp(3, 5, "d")}
+    assert elsewhere.inputs == {"/moved/clips/0.mp4": FileStamp(3, 5, "d"), "/moved": FileStamp(-1, -1, "names")}
     assert elsewhere.images == {"/moved/still.png": "k" * 32}
     here = Manifest.from_content(content, tmp_path)
     assert replace(here, images={}) == manifest and here.digest == manifest.digest
