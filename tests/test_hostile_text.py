@@ -353,9 +353,12 @@ def test_too_many_columns_rows_and_faults(data, monkeypatch):
     assert "and 480 more" in (told := fails(data, {"path": "m.csv"})) and len(told) < 2_000
     (data / "m.jsonl").write_text("not json\n" * (tables.MAX_FAULTS + 2))
     assert "more than 10,000 rows cannot be read" in fails(data, {"path": "m.jsonl"})
-    (data / "prompts.txt").write_bytes(b"caf\xe9\n" * (tables.MAX_FAULTS + 2))
     (data / "videos.txt").write_text("a.mp4\n")
-    assert "more than 10,000 lines that cannot be read" in fails(data, {"kind": "prompts", "path": "."})
+    for lines in (b"caf\xe9\n" * (tables.MAX_FAULTS + 2), b"x" + b"\n" * (tables.MAX_FAULTS + 3) + b"y"):
+        (data / "prompts.txt").write_bytes(lines)
+        assert "more than 10,000 lines that cannot be read" in fails(data, {"kind": "prompts", "path": "."})
+    (data / "prompts.txt").write_text("x" + "\n" * (tables.MAX_FAULTS + 3))
+    read(data, {"kind": "prompts", "path": "."})  # at the end, any number is left out
     write_rows(data / "m.jsonl", *[{"file_name": "gone.mp4", "prompt": "x"}] * 20)
     monkeypatch.setattr("finetune.datasets.sources.MAX_FAULTS", 5)
     assert "too much is wrong" in fails(data, {"path": "m.jsonl"})

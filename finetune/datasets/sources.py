@@ -268,21 +268,27 @@ def _paired_lines(path: Path) -> list[str | DataError]:
     """
     lines: list[str | DataError] = []
     faults: list[DataError] = []
+    blank: list[int] = []
+    last = 0
     for number, line in read_lines(path):
-        lines.append(line if isinstance(line, DataError) else stripped(line))
-        faults += [line] if isinstance(line, DataError) else []
-        if len(lines) > MAX_ROWS or len(faults) > MAX_FAULTS:
+        text = line if isinstance(line, DataError) else stripped(line)
+        if text == "":
+            if len(blank) <= MAX_FAULTS:  # what follows may be endless, and blank to its end
+                blank.append(number)
+            continue
+        last = number
+        lines.append(text)
+        faults += [text] if isinstance(text, DataError) else []
+        if len(lines) > MAX_ROWS or len(faults) + len(blank) > MAX_FAULTS:
             most = f"{MAX_ROWS:,} lines" if len(lines) > MAX_ROWS else f"{MAX_FAULTS:,} lines that cannot be read"
             fix = "check that this is the right file"
             raise DataError(f"the file has more than {most}", where=f"{path}:{number}", fix=fix)
-    while lines and lines[-1] == "":
-        lines.pop()
     fix = "write what belongs there, or take the line out of every file"
-    places = [f"{path}:{number}" for number, line in enumerate(lines, start=1) if line == ""]
-    blank = [DataError("the line is blank, and more follow", where=place, fix=fix) for place in places]
-    if blank:
+    places = [f"{path}:{number}" for number in blank if number < last]
+    between = [DataError("the line is blank, and more follow", where=place, fix=fix) for place in places]
+    if between:
         what = "{n} lines cannot be used, so that it cannot be told what belongs together"
-        raise_all(DataError, [*blank, *faults], what=what)
+        raise_all(DataError, [*between, *faults], what=what)
     return lines
 
 
