@@ -978,6 +978,16 @@ def test_tiling_is_recorded_and_leaves_the_address_alone(project):
 # ------------------------------------------------------------------------------------------------ killed, and together
 
 
+def test_what_another_machine_wrote_may_not_be_listed_yet(project, monkeypatch):
+    """As on NFS, where a folder's listing may be half a minute old."""
+    home = project()
+    listed = Cache.sizes
+    monkeypatch.setattr(Cache, "sizes", lambda cache, kind: dict([*listed(cache, kind).items()][1:]))
+    report = home.precompute()
+    assert encoded(report) == (4, 5, 0)
+    assert report.bytes == sum(path.stat().st_size for path in home.cache.root.rglob("*.safetensors"))
+
+
 def test_stopped_midway_it_goes_on_where_it_stopped(project, monkeypatch):
     """By whatever: an interrupt at the third clip stands for SIGKILL, which tests/test_soak.py sends in earnest."""
     home, real, begun = project(), encoding.encode_video, []

@@ -493,6 +493,10 @@ def _finish(
         raise_all(DataError, errors, what="no clip is left to train on; {n} failed")
     manifest = replace(manifest, notes=(*manifest.notes, *_cut_captions(manifest, cache, spec)))
     sizes = {kind: cache.sizes(kind) for kind in KINDS}
+    for kind in KINDS:
+        for key in manifest.keys(kind) - sizes[kind].keys():
+            with suppress(FileNotFoundError):  # a network drive lists late what another machine wrote a moment ago
+                sizes[kind][key] = cache.path(kind, key).stat().st_size
     if gone := [f"{kind}/{key}" for kind in KINDS for key in sorted(manifest.keys(kind) - sizes[kind].keys())]:
         what = f"entries went while others were encoded: {named(gone)}"
         raise CacheError(what, where=str(cache.root), fix="run the same command again: it encodes them anew")
