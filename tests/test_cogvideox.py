@@ -438,10 +438,19 @@ SENTINELS = {
     for number, token in SPECIAL.items()
 }
 TEXTS = ["a caption", "", "a  b", "  a lead ", "\u732b a", "a <extra_id_1> b", "a<extra_id_99>b </s> c", "<pad> <unk>",
-         "a\tb\nc", "\u2581a", "a\u00a0b", "\ufb01 \u212b", "caption " * 40]  # fmt: skip
+         "a\tb\nc", "\u2581a", "a <bar> b", "a\u00a0b", "\ufb01 \u212b", "caption " * 40]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [{}, {"extra_ids": 0}, {"added_tokens_decoder": SENTINELS, "extra_ids": 100}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"extra_ids": 0},
+        {"added_tokens_decoder": SENTINELS, "extra_ids": 100},
+        {"added_tokens_decoder": SENTINELS, "extra_ids": 0},  # numbered in the decoder's order
+        {"bos_token": "<bar>", "sep_token": "</s>", "mask_token": "<extra_id_100>"},
+    ],
+)
 @pytest.mark.parametrize("kind", ["sentencepiece", "json"])
 def test_tokens_are_those_of_transformers(config, kind, tmp_path):
     folder = tmp_path / "tokenizer"

@@ -269,8 +269,7 @@ def test_a_tokenizer_reads_its_own_files_only(model):
 
 
 def broken_tokenizer(place: Path, **changes: Any) -> None:
-    path = place / ("tokenizer_config.json" if "extra_ids" in changes or "pad_token" in changes else "tokenizer.json")
-    edit(path, **changes)
+    edit(place / ("tokenizer.json" if {"normalizer", "model"} & set(changes) else "tokenizer_config.json"), **changes)
 
 
 def charsmap(content: bytes) -> dict[str, Any]:
@@ -292,6 +291,10 @@ def charsmap(content: bytes) -> dict[str, Any]:
         ({"extra_ids": "x"}, "extra_ids: Input should be a valid integer"),
         ({"pad_token": None}, "pad_token"),
         ({"pad_token": 3}, "pad_token"),
+        # transformers gives other tokens for these than we do
+        ({"padding_side": "left"}, "padding_side: Input should be 'right'"),
+        ({"truncation_side": "left"}, "truncation_side: Input should be 'right'"),
+        ({"split_special_tokens": True}, "split_special_tokens: Input should be False"),
     ],
 )
 def test_a_damaged_tokenizer_is_an_error_about_its_file(model, changes, said):
@@ -299,6 +302,16 @@ def test_a_damaged_tokenizer_is_an_error_about_its_file(model, changes, said):
     with pytest.raises(ModelError) as caught:
         load_text(config_of(model))
     assert said in str(caught.value) and str(model) in str(caught.value)
+
+
+def test_an_old_list_of_added_tokens_is_not_passed_over(model):
+    """Where the settings hold no ``added_tokens_decoder``, transformers adds what ``added_tokens.json`` lists."""
+    listed = model / "tokenizer/added_tokens.json"
+    listed.write_text(json.dumps({"</s>": 1}))
+    load_tokenizer(config_of(model))
+    listed.write_text(json.dumps({"</s>": 1, "<bar>": 400}))
+    with pytest.raises(ModelError, match=r"it adds '<bar>', which tokenizer_config\.json does not list"):
+        load_tokenizer(config_of(model))
 
 
 def test_a_panic_of_the_tokenizers_library_is_past_what_python_catches():

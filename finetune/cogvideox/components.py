@@ -213,6 +213,13 @@ class TokenizerSettings(Part):
     eos_token: _Token = "</s>"
     unk_token: _Token = "<unk>"
     pad_token: _Token = "<pad>"
+    bos_token: _Token | None = None
+    sep_token: _Token | None = None
+    cls_token: _Token | None = None
+    mask_token: _Token | None = None
+    padding_side: Literal["right"] = "right"
+    truncation_side: Literal["right"] = "right"
+    split_special_tokens: Literal[False] = False
     extra_ids: Annotated[int, Field(ge=0, le=1_000)] = 100
     added_tokens_decoder: Annotated[dict[_TokenNumber, AddedToken], Field(max_length=_MOST_TOKENS)] | None = None
     additional_special_tokens: Annotated[list[_Token], Field(max_length=_MOST_TOKENS)] | None = None
