@@ -141,6 +141,28 @@ def test_every_layout_gives_the_same_samples(base, layout, named):
     assert all(sample.image is None for sample in read(base, written).train), "images are for image-to-video only"
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("column", ["prompt", None])
+def test_a_list_of_captions_is_further_ones(base, kind, column):
+    several = [["a", "b b"], None, ["c"]]
+    wanted = [("x a", "x b b"), ("x",), ("x c",)]
+    values = [{"file_name": clip, "captions": texts} for clip, texts in zip(CLIPS, several, strict=True)]
+    if column:
+        values = [{**value, column: "first"} for value in values]
+        wanted = [("x first", "x a", "x b b"), ("x first",), ("x first", "x c")]
+    else:
+        values, wanted = [values[0], values[2]], [wanted[0], wanted[2]]
+    if kind == "jsonl":
+        jsonl(base / "rows.jsonl", values)
+    else:
+        import pyarrow
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(values), base / "rows.parquet")
+    found = read_samples(sources({"path": f"rows.{kind}"}), CaptionConfig(trigger="x"), image_to_video=False, base=base)
+    assert [sample.captions for sample in found.train] == wanted
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_says_what_it_depends_on(base, layout):
     written = layout(base)

@@ -95,7 +95,7 @@ class DatasetReport:
 
     def __str__(self) -> str:
         videos = len({clip.sample.video for clip in self.clips})
-        captions = len({clip.sample.caption for clip in self.clips})
+        captions = len({text for clip in self.clips for text in clip.sample.captions})
         lines = [f"{len(self.clips)} clips from {videos} videos, {captions} distinct captions, at {self.fps:g} fps"]
         counts = Counter((clip.plan.bucket, clip.holdout) for clip in self.clips)
         for bucket in sorted({bucket for bucket, _ in counts}, key=str):
@@ -175,7 +175,8 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
 
     captions: dict[str, str] = {}
     for sample, _ in rows:
-        captions.setdefault(sample.caption, sample.where)
+        for text in sample.captions:
+            captions.setdefault(text, sample.where)
     for shown in config.validation.samples:
         captions.setdefault(shown.prompt, "validation.samples")
     caption_warnings, caption_errors = check_captions(config, spec, captions)

@@ -241,6 +241,7 @@ def plan_cache(
                 latents_key=clip_key(clip),
                 prompt_key=prompt_key(clip.sample.caption),
                 media_digest=stamps[clip.sample.video].digest,
+                variants=tuple((text, prompt_key(text)) for text in clip.sample.variants),
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),
@@ -528,6 +529,7 @@ def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
 def _cut_captions(manifest: Manifest, cache: Cache, spec: ModelSpec) -> list[str]:
     """A note on captions longer than the model reads."""
     captions = {item.prompt_key: item.caption for item in manifest.items}
+    captions |= {key: text for item in manifest.items for text, key in item.variants}
     captions |= {key: prompt for prompt, key in manifest.prompts.items()}
     cut = [text for key, text in captions.items() if cache.prompt_tokens(key) > spec.max_text_seq_length]
     if not cut:

@@ -11,15 +11,12 @@ from typing import Any
 from finetune.core.errors import DataError
 from finetune.core.files import atomic_write_text
 from finetune.datasets.rows import MAX_CAPTION_BYTES, VIDEO, PathPolicy, RowReport, Sidecars, list_folder
-from finetune.datasets.tables import CAPTION_COLUMNS, VIDEO_COLUMNS, read_lines, read_text
+from finetune.datasets.tables import CAPTION_COLUMNS, VARIANTS, VIDEO_COLUMNS, read_lines, read_text
 
 RECORD = "captions.jsonl"
 """Beside the clips: one line for every caption that a model wrote."""
 
 TABLE = "metadata.jsonl"
-
-VARIANTS = "captions"
-"""Column of all variants of a caption, where there are several; the first is the caption."""
 
 
 @dataclass(frozen=True)

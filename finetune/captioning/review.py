@@ -10,10 +10,11 @@ from pathlib import Path
 from PIL import Image
 
 from finetune.captioning.caption import TokenLimit, read_frames
-from finetune.captioning.folder import RECORD, TABLE, VARIANTS, Row, TextFiles, open_dataset, read_records
+from finetune.captioning.folder import RECORD, TABLE, Row, TextFiles, open_dataset, read_records
 from finetune.core.errors import DataError
 from finetune.core.files import atomic_write_text
 from finetune.core.terminal import Bar
+from finetune.datasets.tables import VARIANTS
 from finetune.diagnosis.page import Card, Column, Editing, Fault, Page, Picture, render
 
 _FRAMES = 6

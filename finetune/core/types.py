@@ -50,6 +50,13 @@ class Sample:
     """How often per epoch: 3 = three times, 0.5 = in every other epoch on average (see ``schedule.epoch_items``)."""
     span_s: tuple[float, float] | None = None
     """The part of the video that is the row's: begin and end in seconds from its first frame; None: all of it."""
+    variants: tuple[str, ...] = ()
+    """Further captions: training takes any of them or ``caption``, measurements ``caption`` alone."""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Every caption, the first one first."""
+        return self.caption, *self.variants
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.encode import condition_latents, model_latents
 from finetune.cogvideox.objective import sample_noise
 from finetune.cogvideox.spec import ModelSpec
+from finetune.core.rng import generator
 from finetune.core.types import Batch
 from finetune.datasets.cache import Cache
 from finetune.datasets.manifests import ManifestItem
@@ -48,13 +49,22 @@ class BatchMaker:
     def training(self, step: int, micro: MicroBatch) -> Batch:
         """One micro-batch of optimizer step ``step``."""
         rows = [
-            self._sample(self.items[index], "train", step, slot)
+            self._sample(self._with_drawn_caption(self.items[index], step, slot), "train", step, slot)
             for index, slot in zip(micro.items, micro.slots, strict=True)
         ]
         return _collate(rows, micro.slots)
 
+    def _with_drawn_caption(self, item: ManifestItem, step: int, slot: int) -> ManifestItem:
+        """The clip with one of its captions: with a purpose of its own, so that no other choice moves."""
+        if not item.variants:
+            return item
+        captions = len(item.prompt_keys)
+        source = generator(self.seed, "caption", step, slot)
+        return item.with_caption(int(torch.randint(captions, (), generator=source)))
+
     def fixed(self, index: int, timesteps: Sequence[int]) -> Batch:
-        """One clip at given timesteps, with noise that is the same at every call; nothing is dropped.
+        """One clip with its first caption at given timesteps, and noise that is the same at every call; nothing is
+        dropped.
 
         Args:
             index: the clip.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +58,42 @@ class ManifestItem:
     prompt_key: str
     media_digest: str
     """Digest of the video file's bytes: the identity of the video, whatever its name."""
+    # What few datasets have is left out of a manifest's file and digest where it is not there: so older ones hold.
+    variants: tuple[tuple[str, str], ...] = ()
+    """Further captions, each with the key of its embedding: training takes any of them or ``caption``."""
+
+    @property
+    def prompt_keys(self) -> tuple[str, ...]:
+        """The embeddings of all its captions, that of ``caption`` first."""
+        return self.prompt_key, *(key for _, key in self.variants)
+
+    def with_caption(self, number: int) -> ManifestItem:
+        """The clip with its ``number``-th caption, from 0, in the place of the first."""
+        if number == 0:
+            return self
+        caption, prompt_key = self.variants[number - 1]
+        return replace(self, caption=caption, prompt_key=prompt_key)
+
+    def extras(self) -> dict[str, Any]:
+        """Values that few items have, by field, as far as this one has them."""
+        return {name: value for name, default in _extras().items() if (value := getattr(self, name)) != default}
+
+    def to_content(self) -> dict[str, Any]:
+        """What a manifest's file says of it."""
+        common = {name: value for name, value in vars(self).items() if name not in _extras()}
+        return {**common, **self.extras(), "bucket": str(self.bucket)}
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any], bucket: Bucket) -> ManifestItem:
+        """From what a manifest's file says of it."""
+        variants = tuple((caption, key) for caption, key in content.get("variants", ()))
+        return cls(**{**content, "bucket": bucket, "variants": variants})
+
+
+@cache
+def _extras() -> Mapping[str, Any]:
+    """The fields of a ``ManifestItem`` that have a default, and the default."""
+    return {one.name: one.default for one in fields(ManifestItem) if one.default is not MISSING}
 
 
 @dataclass(frozen=True)
@@ -97,7 +133,10 @@ class Manifest:
     @cached_property
     def digest(self) -> str:
         """Identity of the training data: every entry in its order, and how it takes part."""
-        rows = [[item.latents_key, item.prompt_key, item.repeats, item.holdout] for item in self.items]
+        rows = [
+            [item.latents_key, item.prompt_key, item.repeats, item.holdout, *([extras] if extras else [])]
+            for item, extras in ((item, item.extras()) for item in self.items)
+        ]
         return digest_of([FORMAT, rows, self.empty_prompt_key])
 
     @property
@@ -111,7 +150,8 @@ class Manifest:
             return {item.latents_key for item in self.items}
         if kind == "images":
             return set(self.images.values())
-        return {item.prompt_key for item in self.items} | {self.empty_prompt_key} | set(self.prompts.values())
+        captions = {key for item in self.items for key in item.prompt_keys}
+        return captions | {self.empty_prompt_key} | set(self.prompts.values())
 
     def to_bytes(self, base: Path) -> bytes:
         """Its file: one JSON document with its checksum, with paths in ``base`` written relative to it."""
@@ -121,7 +161,7 @@ class Manifest:
             "base": str(base),
             "request": self.request,
             "digest": self.digest,
-            "items": [{**vars(item), "bucket": str(item.bucket)} for item in self.items],
+            "items": [item.to_content() for item in self.items],
             "empty_prompt_key": self.empty_prompt_key,
             "prompts": self.prompts,
             "images": {portable(Path(path), base): key for path, key in self.images.items()},
@@ -140,7 +180,7 @@ class Manifest:
         """From what ``read_content`` gave; relative paths start at ``base``."""
         bucket = cache(parse_bucket)
         return cls(
-            items=tuple(ManifestItem(**{**item, "bucket": bucket(item["bucket"])}) for item in content["items"]),
+            items=tuple(ManifestItem.from_content(item, bucket(item["bucket"])) for item in content["items"]),
             empty_prompt_key=content["empty_prompt_key"],
             request=content["request"],
             inputs={

@@ -61,7 +61,7 @@ class RawRow:
 
     video: object
     caption: object
-    """Or the DataError that says why its file cannot be read."""
+    """Text, or a tuple of several; or the DataError that says why its file cannot be read."""
     image: object
     """Or the DataError that says why it cannot be told which image it is: one for image-to-video only."""
     root: Path

@@ -44,6 +44,7 @@ from finetune.datasets.tables import (
     MAX_FAULTS,
     MAX_ROWS,
     SUFFIXES,
+    VARIANTS,
     VIDEO_COLUMNS,
     Row,
     column_of,
@@ -99,7 +100,8 @@ class MetadataSource(_Source):
     """Column of video file names; left out, the one column called ``file_name``, ``video``, ``video_path``, ``path``,
     ``file_path`` or ``file``."""
     caption_column: str | None = None
-    """Column of captions; left out, the one column called ``prompt``, ``caption`` or ``text``."""
+    """Column of captions; left out, the one column called ``prompt``, ``caption`` or ``text``. A list in a column
+    ``captions`` is further captions of the clip."""
     image_column: str | None = None
     """Column of first-frame images, for image-to-video only; left out, the one column called ``image``, ``image_path``
     or ``image_file``, if there is one. An empty cell means the video's own first frame."""
@@ -108,12 +110,15 @@ class MetadataSource(_Source):
         """Add the rows of the file."""
         file = self._located(base)
         named = {self.video_column, self.caption_column, self.image_column} - {None}
-        table = read_table(file, {*VIDEO_COLUMNS, *CAPTION_COLUMNS, *IMAGE_COLUMNS, TYPE_COLUMN, *map(str, named)})
+        usual = {*VIDEO_COLUMNS, *CAPTION_COLUMNS, VARIANTS, *IMAGE_COLUMNS, TYPE_COLUMN}
+        table = read_table(file, usual | {str(name) for name in named})
         report.unusable += table.faults
         if not table.columns:
             return
         video = column_of(table, self.video_column, VIDEO_COLUMNS, "video_column", file)
-        caption = column_of(table, self.caption_column, CAPTION_COLUMNS, "caption_column", file)
+        listed = VARIANTS in table.columns and not table.columns.keys() & set(CAPTION_COLUMNS)
+        one_of = (VARIANTS,) if listed else CAPTION_COLUMNS
+        caption = column_of(table, self.caption_column, one_of, "caption_column", file)
         image = column_of(table, self.image_column, IMAGE_COLUMNS, "image_column", file)
         if image and table.columns[image]:
             # No fault of a text-to-video run; for image-to-video its own first frame stands in, and it is said.
@@ -126,7 +131,10 @@ class MetadataSource(_Source):
                 stills.append(row.where)
                 continue
             picture = (row.values.get(image) or None) if image else None
-            report.rows.append(RawRow(row.values.get(video), row.values.get(caption), picture, root, row.where))
+            text, more = row.values.get(caption), row.values.get(VARIANTS)
+            if isinstance(more, list) and more:  # what is no list is another column
+                text = (*([text] if text and caption != VARIANTS else []), *more)
+            report.rows.append(RawRow(row.values.get(video), text, picture, root, row.where))
         if stills:
             report.notes.append(f"{len(stills)} rows of {file} are of type image and not read, such as {stills[0]}")
 
@@ -592,10 +600,11 @@ def read_samples(
         for row in report.rows:
             checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
             if checked is not None:
-                video, image, caption = checked
+                video, image, written = checked
+                caption, *variants = dict.fromkeys(map(captions.apply, written))
                 where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
-                sample = Sample(video, captions.apply(caption), image, where, source.repeats * row.repeats)
-                sample = sample if row.span_s is None else replace(sample, span_s=row.span_s)
+                repeats = source.repeats * row.repeats
+                sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants))
                 samples[source.split].append(sample)
             if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
                 what = "too much is wrong with the dataset to go on reading it"
@@ -622,8 +631,8 @@ def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
 
 def _checked_row(
     row: RawRow, source: SourceConfig, dataset: RowReport, policy: PathPolicy, *, image_to_video: bool
-) -> tuple[Path, Path | None, str] | None:
-    """The video, image and caption of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
+) -> tuple[Path, Path | None, list[str]] | None:
+    """The video, image and captions of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
 
     def located(name: object, kind: FileKind) -> Path | DataError:
         return _or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
@@ -631,11 +640,13 @@ def _checked_row(
     video, image = located(row.video, VIDEO), row.image if image_to_video else None
     if image is not None and not isinstance(image, DataError):
         image = located(image, IMAGE)
-    caption = row.caption if isinstance(row.caption, DataError) else _or_error(check_caption, row.caption, row.where)
+    texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
+    checked = [text if isinstance(text, DataError) else _or_error(check_caption, text, row.where) for text in texts]
+    captions = [text for text in checked if isinstance(text, str)]
     dataset.errors += [fault for fault in (video, image) if isinstance(fault, DataError)]
-    dataset.unusable += [caption] if isinstance(caption, DataError) else []
-    if isinstance(video, Path) and isinstance(image, Path | None) and isinstance(caption, str):
-        return video, image, caption
+    dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
+    if isinstance(video, Path) and isinstance(image, Path | None) and len(captions) == len(checked):
+        return video, image, captions
     return None
 
 
@@ -659,7 +670,7 @@ def _duplicates(samples: Iterable[Sample], policy: PathPolicy) -> list[str]:
     first: dict[tuple[object, ...], str] = {}
     repeated: list[str] = []
     for sample in samples:
-        where = first.setdefault((policy.real(sample.video), sample.caption, sample.span_s), sample.where)
+        where = first.setdefault((policy.real(sample.video), sample.captions, sample.span_s), sample.where)
         if where != sample.where:
             repeated.append(f"{sample.where} repeats {where}")
     rows = f"{len(repeated)} rows have the video and caption of another row"

@@ -173,6 +173,10 @@ CAPTION_COLUMNS = ("prompt", "caption", "text")
 
 IMAGE_COLUMNS = ("image", "image_path", "image_file")
 
+VARIANTS = "captions"
+"""Column of lists of captions, as ``finetune caption --variants`` writes it: the first is the caption. In a CSV, whose
+cells are text, it is a column like others."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -476,13 +480,16 @@ def _parquet_columns(path: Path, wanted: set[str]) -> tuple[dict[str, str], str]
             return {}, f"the file has {claims.num_rows:,} rows; 1 to {MAX_ROWS:,} are read"
         for column in schema:
             kind = column.type.value_type if pyarrow.types.is_dictionary(column.type) else column.type
+            if column.name == VARIANTS and (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+                kind = kind.value_type
             text = pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)
             columns[column.name] = "" if text else f"{column.type}"[:60]
         # What compressed text unfolds to is written beside it.
         groups = [claims.row_group(number) for number in range(claims.num_row_groups)]
         chunks = [group.column(place) for group in groups for place in range(group.num_columns)]
         read = {name for name in wanted if columns.get(name) == ""}
-        claimed = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in read)
+        paths = {path for path in (chunk.path_in_schema for chunk in chunks) if path.partition(".")[0] in read}
+        claimed = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema in read | paths)
         if claimed > MAX_FILE_BYTES:
             return {}, f"its text unfolds to {claimed:,} bytes; at most {MAX_FILE_BYTES:,} are read"
     return columns, ""
@@ -495,7 +502,10 @@ def _parquet_lines(path: Path, names: list[str]) -> list[bytes]:
     sounds and addresses that rows name.
     """
     import datasets
+    import pyarrow
+    from pyarrow import parquet
 
+    types, text = parquet.read_schema(path), datasets.Value("string")
     lines: list[bytes] = []
     characters = 0
     with tempfile.TemporaryDirectory() as folder:
@@ -505,14 +515,17 @@ def _parquet_lines(path: Path, names: list[str]) -> list[bytes]:
         rows = datasets.Dataset.from_parquet(
             str(link),
             columns=names,
-            features=datasets.Features({name: datasets.Value("string") for name in names}),
+            features=datasets.Features(
+                {n: datasets.List(text) if pyarrow.types.is_nested(types.field(n).type) else text for n in names}
+            ),
             batch_size=_PARQUET_BATCH,
             cache_dir=folder,
             streaming=True,
         )
         for row in rows:
             values = [row[name] for name in names]
-            characters += sum(len(value) for value in values if value is not None)
+            cells = [cell for value in values for cell in (value if isinstance(value, list) else [value])]
+            characters += sum(len(cell) for cell in cells if cell is not None)
             if characters > MAX_FILE_BYTES:
                 what = f"its text unfolds to more than {MAX_FILE_BYTES:,} characters"
                 raise DataError(what, where=str(path), fix="write the file again, or a smaller one")

@@ -92,8 +92,8 @@ def doctor(
     dataset = _read(config, spec, progress)
     with _Prediction(config, card_bytes, device) if dataset.planned else nullcontext() as prediction:
         seen = _look(config, dataset.planned, progress)
-        captions = {clip.sample.caption: clip.sample.where for clip in dataset.planned}
-        tokens = _read_captions(config, spec, list(captions))
+        captions = list(dict.fromkeys(text for clip in dataset.planned for text in clip.sample.captions))
+        tokens = _read_captions(config, spec, captions)
         report = _report(config, spec, dataset, _Sights(seen, tokens, _reconstruct(config, dataset, vae, progress)))
         if report.buckets and prediction is not None:
             outlook = outlooks.look_ahead(
@@ -262,9 +262,11 @@ def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, sights: _Sigh
         held_out = split_clips(planned, identities(config, planned, progress=False), config.data.holdout)
     limit = spec.max_text_seq_length
     found = [
-        [*_clip_faults(config, clip, fps, sight, loss), *caption_faults(clip.sample.caption, read, limit)]
+        [
+            *_clip_faults(config, clip, fps, sight, loss),
+            *(fault for text in clip.sample.captions for fault in caption_faults(text, tokens.get(text), limit)),
+        ]
         for clip, sight, loss in zip(planned, sights.seen, sights.losses, strict=True)
-        for read in (tokens.get(clip.sample.caption),)
     ]
     _add_likenesses(planned, sights.seen, held_out, found)
     _add_duplicates(planned, found)

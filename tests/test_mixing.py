@@ -1,0 +1,144 @@
+"""What a dataset may give beside one caption per clip: several of them, chosen by address."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from worlds import assert_same_run, run_config, stop_after
+
+from finetune.caching.check import check_dataset
+from finetune.caching.precompute import ensure_cache, precompute
+from finetune.cogvideox.spec import read_spec
+from finetune.config.schema import RunConfig
+from finetune.core.errors import TrainingError
+from finetune.datasets.cache import Cache
+from finetune.datasets.dataloader import BatchMaker
+from finetune.datasets.manifests import Manifest, read_content
+from finetune.datasets.schedule import MicroBatch
+from finetune.trainers.loop import train
+from finetune.trainers.replay import replay
+
+
+@pytest.fixture
+def home(tmp_path, tiny_model, demo_clips) -> Callable[..., RunConfig]:
+    """``home("run", edit, **changes)``: a run on a copy of the demo clips, each of whose rows ``edit`` has changed."""
+
+    def make(name: str, edit: Callable[[int, dict[str, Any]], object] = lambda *_: None, **changes: Any) -> RunConfig:
+        clips = tmp_path / "clips"
+        shutil.copytree(demo_clips, clips, dirs_exist_ok=True)
+        rows = [json.loads(line) for line in (demo_clips / "metadata.jsonl").read_text().splitlines()]
+        for number, row in enumerate(rows):
+            edit(number, row)
+        (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return run_config(tiny_model(), clips, tmp_path / name, **changes)
+
+    return make
+
+
+def two_more(number: int, row: dict[str, Any]) -> None:
+    """The caption once more with spaces, which adds none, and two others; the last clip keeps its one."""
+    if number < 3:
+        row["captions"] = [f"{row['prompt']} ", f"clip  {number} otherwise", f"clip {number} in short"]
+
+
+def batches(config: RunConfig) -> BatchMaker:
+    spec, cache = read_spec(config.model.pretrained), Cache(config.cache.dir)
+    manifest = ensure_cache(config, spec, progress=False)
+    quiet = config.data.model_copy(update={"caption_dropout": 0.0})
+    empty = cache.read_prompt(manifest.empty_prompt_key)
+    return BatchMaker(spec, cache, manifest.items, empty, quiet, config.train.seed)
+
+
+def test_every_caption_is_cached_and_training_takes_one_by_its_address(home):
+    plain = precompute(home("plain"), progress=False).manifest
+    before = batches(home("plain"))
+    config = home("run", two_more)
+    report = precompute(config, progress=False)
+    assert (report.encoded["latents"], report.encoded["prompts"]) == (0, 6)
+    first, last = report.manifest.items[0], report.manifest.items[3]
+    assert [text for text, _ in first.variants] == ["clip 0 otherwise", "clip 0 in short"]
+    assert first.caption == plain.items[0].caption and last == plain.items[3] and last.variants == ()
+    assert report.manifest.digest != plain.digest
+
+    made, cache = batches(config), Cache(config.cache.dir)
+    embeds = [cache.read_prompt(key) for key in first.prompt_keys]
+
+    def taken(step: int) -> int:
+        batch = made.training(step, MicroBatch(items=(0,), slots=(0,)))
+        alone = before.training(step, MicroBatch(items=(0,), slots=(0,)))
+        assert torch.equal(batch.noise, alone.noise) and torch.equal(batch.latents, alone.latents)
+        return next(k for k, embed in enumerate(embeds) if torch.equal(batch.prompt_embeds[0], embed))
+
+    drawn = [taken(step) for step in range(24)]
+    assert set(drawn) == {0, 1, 2} and drawn == [taken(step) for step in range(24)]
+    assert torch.equal(made.fixed(0, [3]).prompt_embeds[0], embeds[0]), "measurements take the first"
+    last_of = made.training(5, MicroBatch(items=(3,), slots=(1,)))
+    assert torch.equal(last_of.prompt_embeds, before.training(5, MicroBatch(items=(3,), slots=(1,))).prompt_embeds)
+
+
+def test_a_manifest_without_extras_is_the_file_it_was(home):
+    config = home("run")
+    manifest = precompute(config, progress=False).manifest
+    (path,) = Cache(config.cache.dir).manifest_paths()
+    content = read_content(path)
+    assert set(content["items"][0]) == {
+        *("clip", "where", "caption", "bucket", "repeats", "holdout", "latents_key", "prompt_key", "media_digest")
+    }
+    assert Manifest.from_content(content, config.base).items == manifest.items
+    precompute(config := home("run", two_more), progress=False)
+    assert ensure_cache(config, read_spec(config.model.pretrained), progress=False).items[0].variants
+
+
+def test_a_run_with_variants_resumes_to_the_bit(home):
+    whole = train(home("whole", two_more, train={"steps": 4, "batch_size": 2}))
+    part = home("part", two_more, train={"steps": 4, "batch_size": 2}, checkpoint={"every": 2})
+    stop_after(2, part)
+    assert_same_run(train(part), whole)
+
+
+def test_a_replay_finds_the_caption_of_the_step(home, monkeypatch):
+    config = home("run", two_more, cache={"latents_dtype": "fp32"}, train={"steps": 40})
+    manifest = precompute(config, progress=False).manifest
+    cache = Cache(config.cache.dir)
+    chosen = manifest.items[1].variants[1][1]
+    address = json.loads(_metadata(cache.path("prompts", chosen))["address"])
+    huge = torch.full_like(cache.read_prompt(chosen), 3e38)
+    cache.write_prompt(address, huge, tokens=4)
+    with pytest.raises(TrainingError, match="non-finite"):
+        train(config)
+    (folder,) = (config.output_dir / "reports").iterdir()
+    (again,) = replay(folder).samples
+    assert again.sample.item.clip == manifest.items[1].clip and not again.is_finite
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as entry:
+        return dict(entry.metadata())
+
+
+@pytest.mark.parametrize(
+    ("captions", "message"),
+    [([7], "the caption is int, not text"), (["fine", ""], "the caption is empty"), (["a\x00b"], "damaged")],
+)
+def test_each_of_several_captions_is_checked(home, captions, message):
+    config = home("run", lambda number, row: row.update(captions=captions) if number == 1 else None)
+    with pytest.raises(Exception, match=message):
+        check_dataset(config, read_spec(config.model.pretrained), progress=False)
+
+
+def test_check_reads_every_caption_as_the_model_does(home):
+    config = home("run", lambda number, row: row.update(captions=["一只红色的风筝"] if number == 1 else []))
+    (warning,) = (
+        note
+        for note in check_dataset(config, read_spec(config.model.pretrained), progress=False).notes
+        if "does not know" in note
+    )
+    assert "1 of 5 captions" in warning
