@@ -249,13 +249,21 @@ class DamagedManifestError(CacheError):
 
 def manifest_fault(content: bytes, name: str) -> str:
     """Why a file is not, to the bit, the manifest of this name; empty if it is, or is of the oldest format."""
-    if content.startswith(_OPENING_OF_1):
-        return ""
     try:
-        request = parse_checksummed_json(content)["request"]
+        _parse(content, name)
     except ValueError as error:
         return str(error)
-    return "" if digest_of(request) == name else "it is another manifest under this name"
+    return ""
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any] | None:
+    """What stands in a manifest; None for the oldest format. ValueError says why it is not what was written."""
+    if content.startswith(_OPENING_OF_1):
+        return None
+    parsed = parse_checksummed_json(content)
+    if digest_of(parsed["request"]) != name:
+        raise ValueError("it is another manifest under this name")
+    return parsed
 
 
 def read_content(path: Path) -> dict[str, Any] | None:
@@ -272,16 +280,17 @@ def read_content(path: Path) -> dict[str, Any] | None:
         raise
     except OSError as error:
         raise CacheError(f"a manifest of the cache cannot be read: {error.strerror}", where=str(path)) from None
-    if reason := manifest_fault(text, path.stem):
+    try:
+        content = _parse(text, path.stem)
+    except ValueError as reason:
         raise DamagedManifestError(
             f"a manifest of the cache is damaged: {reason}",
             where=str(path),
             fix="run `finetune precompute` with its configuration, which makes it anew and encodes nothing twice; or"
             " delete it",
-        )
-    if text.startswith(_OPENING_OF_1):
+        ) from None
+    if content is None:
         return None
-    content = parse_checksummed_json(text)
     number = content["format"]
     if number > FORMAT:
         raise CacheError(
