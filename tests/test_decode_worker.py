@@ -100,7 +100,7 @@ def test_only_a_pool_meets_files_of_strangers():
 
     room = ROOT / "finetune" / "datasets"
     footage = ROOT / "finetune" / "diagnosis" / "footage.py"  # asks a worker of its own
-    inside = [footage, *(room / f"{name}.py" for name in (*below, "decode_pool", "tables"))]
+    inside = [footage, *(room / f"{name}.py" for name in (*below, "decode_pool", "tables", "packed"))]
     used = {path: taken(path.read_text(encoding="utf-8")) for path in (ROOT / "finetune").rglob("*.py")}
     assert all(used.pop(path) or path.stem == "worker" for path in inside)
     assert len(used) > 50 and {path for path, names in used.items() if names} == set()
@@ -232,7 +232,7 @@ def greedy(path):
 decode.probe_file = greedy
 pictures.read_fitted_image = lambda path, bucket: np.empty(2**30, np.uint8)[:3]
 if "free" in sys.argv:
-    worker.limit_process = lambda: None
+    worker.limit_process = lambda *limits: None
     worker._limit_memory = lambda more: None
 worker.serve(decode_pool.handle)
 print([resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE)])

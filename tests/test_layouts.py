@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
@@ -24,15 +27,14 @@ Rows = list[dict[str, str]]
 SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 
 
-def read(base: Path, *written: dict) -> SourceRead:
-    return read_samples(
-        SOURCES.validate_python(list(written)), CaptionConfig(), image_to_video=False, base=base, skip=False
-    )
+def read(base: Path, *written: dict, media: Path | None = None) -> SourceRead:
+    sources = SOURCES.validate_python(list(written))
+    return read_samples(sources, CaptionConfig(), image_to_video=False, base=base, media=media)
 
 
-def fault(base: Path, *written: dict) -> str:
+def fault(base: Path, *written: dict, media: Path | None = None) -> str:
     with pytest.raises(DataError) as caught:
-        read(base, *written)
+        read(base, *written, media=media)
     return str(caught.value)
 
 
@@ -133,9 +135,92 @@ def reference() -> dict[str, str]:
     return {}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_trains_unchanged(clips, layout, tiny_run, reference):
+def packed(folder: Path, rows: Rows) -> list[dict]:
+    """The clips as ``datasets`` holds them, taken out of the folder."""
+    cells = [{"bytes": (folder / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    for row in rows:
+        (folder / row["file_name"]).unlink()
+    return [{"video": cell, "caption": row["prompt"]} for cell, row in zip(cells, rows, strict=True)]
+
+
+def as_dataset(folder: Path, rows: Rows) -> Any:
+    import datasets
+
+    features = datasets.Features({"video": datasets.Video(decode=False), "caption": datasets.Value("string")})
+    return datasets.Dataset.from_list(packed(folder, rows), features=features)
+
+
+def as_saved(folder: Path, rows: Rows) -> dict:
+    as_dataset(folder, rows).save_to_disk(folder)
+    return {"path": "."}
+
+
+def as_saved_splits(folder: Path, rows: Rows) -> dict:
+    import datasets
+
+    parts = datasets.DatasetDict({"train": as_dataset(folder, rows)})
+    parts["test"] = parts["train"]
+    parts.save_to_disk(folder)
+    return {"path": "."}
+
+
+def as_parquet_bytes(folder: Path, rows: Rows) -> dict:
+    (folder / "data").mkdir()
+    as_dataset(folder, rows).to_parquet(folder / "data/train-00000-of-00001.parquet")
+    return {"path": "."}
+
+
+def as_parquet_paths(folder: Path, rows: Rows) -> dict:
+    import pyarrow
+    from pyarrow import parquet
+
+    cells = [{"video": {"bytes": None, "path": row["file_name"]}, "text": row["prompt"]} for row in rows]
+    parquet.write_table(pyarrow.Table.from_pylist(cells), folder / "t.parquet")
+    return {"kind": "packed", "path": "t.parquet"}
+
+
+def put(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def as_webdataset(folder: Path, rows: Rows) -> dict:
+    with tarfile.open(folder / "train-0000.tar", "w") as tar:
+        for number, (row, own) in enumerate(zip(packed(folder, rows), rows, strict=True)):
+            put(tar, f"{number:06}.mp4", row["video"]["bytes"])
+            if number % 2:
+                put(tar, f"{number:06}.txt", own["prompt"].encode())
+            put(tar, f"{number:06}.json", json.dumps({} if number % 2 else {"caption": own["prompt"]}).encode())
+    return {"path": "."}
+
+
+def as_hub(folder: Path, rows: Rows) -> dict:
+    """A dataset in the hub's cache: links into ``blobs``."""
+    from huggingface_hub import constants
+
+    store = Path(constants.HF_HUB_CACHE) / "datasets--someone--clips"
+    snapshot = store / "snapshots" / ("a" * 40)
+    (store / "blobs").mkdir(parents=True)
+    (store / "refs").mkdir()
+    (store / "refs/main").write_text("a" * 40)
+    as_finetrainers_csv(folder, rows)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        shutil.move(file, store / "blobs" / str(number))
+        snapshot.mkdir(parents=True, exist_ok=True)
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    return {"kind": "hub", "path": "someone/clips"}
+
+
+PACKED: list[Callable[[Path, Rows], dict]] = [
+    *(as_saved, as_saved_splits, as_parquet_bytes, as_parquet_paths, as_webdataset, as_hub),
+]
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *PACKED])
+def test_a_layout_trains_unchanged(clips, layout, tiny_run, reference, tmp_path, monkeypatch):
     folder, rows = clips
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
 
     def weights(name: str, source: dict) -> str:
         return train(tiny_run(name, data={"sources": [source]}, train={"steps": 1, "seed": 7})).weights
@@ -146,10 +231,11 @@ def test_a_layout_trains_unchanged(clips, layout, tiny_run, reference):
         reference["weights"] = weights("ours", {"path": str(listed)})
         listed.unlink()
     source = layout(folder, rows)
-    found = read(folder, source)
+    found = read(folder, source, media=tmp_path / "cache-media")
     assert [sample.caption for sample in found.train] == [row["prompt"] for row in rows]
     assert len(found.notes) == (layout in (as_videox_fun, as_musubi_list))
-    paths = {name: str(folder / source[name]) for name in ("path", "root") if name in source}
+    absolute = ("path", "root") if layout is not as_hub else ()
+    paths = {name: str(folder / source[name]) for name in absolute if name in source}
     assert weights("theirs", {**source, **paths}) == reference["weights"] != ""
 
 
@@ -273,3 +359,58 @@ def test_lists_of_two_names_are_ambiguous(clips):
     as_finetrainers_lists(folder, rows)
     (folder / "captions.txt").write_text("x")
     assert "prompt.txt and captions.txt could both be meant" in fault(folder, {"kind": "prompts", "path": "."})
+
+
+# --- media inside datasets --------------------------------------------------------------------------------------------
+
+
+def test_packed_media_are_written_once_and_again_where_one_is_gone(clips, tmp_path, monkeypatch):
+    folder, rows = clips
+    source, media = as_saved(folder, rows), tmp_path / "media"
+    first = read(folder, source, media=media).train
+    assert len({sample.video for sample in first}) == len(rows) == len(list(media.glob("*.mp4")))
+    with monkeypatch.context() as patch:
+        patch.setattr("finetune.datasets.packed.Worker.ask", lambda *_, **__: pytest.fail("it was read again"))
+        assert read(folder, source, media=media).train == first
+    first[0].video.unlink()
+    assert read(folder, source, media=media).train == first and first[0].video.is_file()
+    assert not list(media.glob(".unpacked-*"))
+    assert "no folder for the media" in fault(folder, source)
+
+
+@pytest.mark.parametrize("name", ["/etc/a.mp4", "../a.mp4", "x/../../a.mp4", "~/a.mp4"])
+def test_hostile_names_in_tars_are_refused(tmp_path, name):
+    folder = tmp_path
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        put(tar, name, b"x")
+    assert "is refused" in fault(folder, {"path": "a.tar"}, media=tmp_path / "media")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_members_that_are_no_files_are_refused(tmp_path, kind):
+    folder = tmp_path
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        member = tarfile.TarInfo("a.mp4")
+        member.type, member.linkname = kind, "/etc/passwd"
+        tar.addfile(member)
+    assert "is refused" in fault(folder, {"path": "a.tar"}, media=tmp_path / "media")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.arrow", "a.parquet"])
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100])
+def test_damaged_datasets_are_named(tmp_path, name, content):
+    folder = tmp_path
+    (folder / name).write_bytes(content)
+    told = fault(folder, {"kind": "packed", "path": name}, media=tmp_path / "media")
+    assert name in told and "fix:" in told
+
+
+def test_a_hub_dataset_leads_nowhere_else(clips, tmp_path, monkeypatch):
+    folder, rows = clips
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "out.mp4").write_bytes(b"x")
+    outside = [{"file_name": name, "prompt": "x"} for name in (str(tmp_path / "out.mp4"), "../../../../out.mp4")]
+    source = as_hub(folder, [*rows, *outside])
+    told = fault(folder, source)
+    assert "is an absolute path" in told and "leads out of" in told and "2 things" in told
+    assert "cannot be downloaded" in fault(folder, {"kind": "hub", "path": "someone/else"})

@@ -37,6 +37,7 @@ from finetune.datasets.geometry import (
     seconds_of,
 )
 from finetune.datasets.manifests import WARNING, FileStamp, portable
+from finetune.datasets.packed import media_folder
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.datasets.sources import choose_val_split, read_samples
 
@@ -128,7 +129,12 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
     """
     skip = config.data.unreadable_clips == "skip"
     read = read_samples(
-        config.data.sources, config.data, image_to_video=spec.image_to_video, base=config.base, skip=skip
+        config.data.sources,
+        config.data,
+        image_to_video=spec.image_to_video,
+        base=config.base,
+        skip=skip,
+        media=media_folder(config.cache.dir),
     )
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     fps = config.data.fps or spec.native_fps

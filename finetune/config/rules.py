@@ -136,7 +136,7 @@ def _other_folders(config: RunConfig) -> Iterator[str]:
     for source in config.data.sources:
         if source.kind == "folder":  # all that is in it is read, and so would be the run's samples
             inside[source.path.resolve()] = "a folder of clips"
-        else:
+        elif source.kind != "hub":
             folder = source.path.parent if source.path.is_file() else source.path
             taken[folder.resolve()] = "the folder of a dataset"
     for folder, what in {**taken, **inside}.items():

@@ -84,6 +84,8 @@ class RowReport:
     unusable: list[DataError] = field(default_factory=list)
     """Rows whose text cannot be read: errors too, unless such rows are to be left out."""
     notes: list[str] = field(default_factory=list)
+    media: Path | None = None
+    """Folder for videos and images that lie inside a dataset's own files."""
 
 
 def check_caption(value: object, where: str) -> str:

@@ -21,7 +21,9 @@ from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
 from finetune.core.text import holds_word, stripped, text_fault, without_invisible
 from finetune.core.types import Sample, Strict
+from finetune.datasets.hub import fetch_dataset
 from finetune.datasets.musubi import read_musubi
+from finetune.datasets.packed import packed_files, read_packed
 from finetune.datasets.rows import (
     IMAGE,
     MAX_CAPTION_BYTES,
@@ -210,6 +212,72 @@ class MusubiSource(_Source):
             kind = MetadataSource if dataset.is_list else FolderSource
             sources.append(kind(path=dataset.path, allow_outside=self.allow_outside))
         return sources
+
+
+class PackedSource(_Source):
+    """A dataset that holds its media: a folder of ``datasets.save_to_disk``, Parquet files with bytes, or WebDataset
+    tars; one such file, or a folder of them. The media are written once, to a folder beside the cache.
+    """
+
+    kind: Literal["packed"] = "packed"
+    video_column: str | None = None
+    """Column of videos, bytes or names; left out, the one with a usual name (``kind: metadata``). Tars have none."""
+    caption_column: str | None = None
+    """Column of captions, in a tar a key of the ``.json`` members; left out, the one with a usual name, in a tar the
+    ``.txt`` member before that."""
+    image_column: str | None = None
+    """Column of first-frame images; left out, the one with a usual name, if there is one."""
+
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add the rows of all its files."""
+        if report.media is None:
+            fix = "name it in data.sources of a configuration"
+            raise DataError("there is no folder for the media that it holds", where=str(self.path), fix=fix)
+        path = self._located(base)
+        root = path if path.is_dir() else path.parent
+        for file in self.files(base):
+            require_inside(file, root, allow_outside=self.allow_outside)
+            columns = (self.video_column, self.caption_column, self.image_column)
+            report.rows += read_packed(file, report.media, root, columns)
+
+    def files(self, base: Path) -> list[Path]:
+        """Its files."""
+        path = self._located(base)
+        if files := packed_files(path):
+            return files
+        fix = "name a folder of datasets.save_to_disk, or .parquet, .arrow or .tar files"
+        raise DataError("there is no packed dataset", where=str(path), fix=fix)
+
+
+class HubSource(_Source):
+    """A dataset on the Hugging Face hub: downloaded whole into the hub's cache, and recognised there."""
+
+    kind: Literal["hub"] = "hub"
+    path: str  # type: ignore[assignment]  # no folder, so that it is not made absolute
+    """Its id, ``owner/name``."""
+    revision: str | None = None
+    """Branch, tag or commit; left out, the main branch as it is."""
+
+    def read(self, base: Path, report: RowReport) -> None:
+        """Add the rows of what was downloaded."""
+        snapshot = fetch_dataset(self.path, self.revision)
+        first = len(report.rows)
+        self._recognised(snapshot).read(base, report)
+        # Its files are links into a folder beside it, to which rows may lead, and no further.
+        store = snapshot.parents[1]
+        for place, row in enumerate(report.rows[first:], start=first):
+            if isinstance(row.video, str) and row.root.is_relative_to(store):
+                folder = row.root.relative_to(store)
+                image = str(folder / row.image) if isinstance(row.image, str) else row.image
+                report.rows[place] = replace(row, root=store, video=str(folder / row.video), image=image)
+
+    def files(self, base: Path) -> list[Path]:
+        """Those of what was downloaded."""
+        return self._recognised(fetch_dataset(self.path, self.revision)).files(base)
+
+    @staticmethod
+    def _recognised(snapshot: Path) -> _Recognised:
+        return AutoSource(path=snapshot, allow_outside=True).recognise(snapshot)
 
 
 class PromptsSource(_Source):
@@ -421,7 +489,7 @@ def _videos(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in VIDEO.suffixes]
 
 
-_Recognised = MetadataSource | SpansSource | MusubiSource | PromptsSource | CogKitSource | FolderSource
+_Recognised = MetadataSource | SpansSource | MusubiSource | PackedSource | PromptsSource | CogKitSource | FolderSource
 
 
 def _table_source(path: Path, allow_outside: bool) -> MetadataSource | SpansSource:
@@ -459,6 +527,8 @@ class AutoSource(_Source):
         if path.is_file():
             if path.suffix.lower() in SUFFIXES:
                 return _table_source(path, allow_outside)
+            if path.suffix.lower() in (".tar", ".arrow"):
+                return PackedSource(path=path, allow_outside=allow_outside)
             if path.suffix.lower() == ".toml":
                 return MusubiSource(path=path, allow_outside=allow_outside)
             fix = f"name a {', '.join(SUFFIXES)} file, or the clips' folder"
@@ -485,6 +555,8 @@ class AutoSource(_Source):
         lists = [any((path / name).is_file() for name in names) for names in (PROMPT_LISTS, VIDEO_LISTS)]
         if not candidates and all(lists):
             candidates.append(PromptsSource(path=path, allow_outside=allow_outside))
+        if not candidates and packed_files(path):
+            candidates.append(PackedSource(path=path, allow_outside=allow_outside))
         if not candidates:
             raise_all(DataError, listing.errors, what="{n} things are wrong with the folder")
             what = "; ".join(["the folder is no dataset that is known", *listing.notes])
@@ -511,6 +583,8 @@ SourceConfig = Annotated[
     | Annotated[MetadataSource, Tag("metadata")]
     | Annotated[SpansSource, Tag("spans")]
     | Annotated[MusubiSource, Tag("musubi")]
+    | Annotated[PackedSource, Tag("packed")]
+    | Annotated[HubSource, Tag("hub")]
     | Annotated[PromptsSource, Tag("prompts")]
     | Annotated[CogKitSource, Tag("cogkit")]
     | Annotated[FolderSource, Tag("folder")],
@@ -568,7 +642,13 @@ class SourceRead:
 
 
 def read_samples(
-    sources: Sequence[SourceConfig], captions: CaptionConfig, *, image_to_video: bool, base: Path, skip: bool = False
+    sources: Sequence[SourceConfig],
+    captions: CaptionConfig,
+    *,
+    image_to_video: bool,
+    base: Path,
+    skip: bool = False,
+    media: Path | None = None,
 ) -> SourceRead:
     """Read and check every row of every source; no video is opened.
 
@@ -580,6 +660,7 @@ def read_samples(
         base: folder that relative paths start at.
         skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
             file or one outside its folder is an error all the same: the dataset is not what it should be.
+        media: the folder that media inside a dataset's own files are written to; None: such a dataset is an error.
 
     Raises:
         DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
@@ -589,7 +670,7 @@ def read_samples(
     samples: dict[Split, list[Sample]] = {"train": [], "holdout": []}
     policy = PathPolicy()
     for source in sources:
-        report = RowReport()
+        report = RowReport(media=media)
         try:
             source.read(base, report)
         except DataError as error:

@@ -251,7 +251,7 @@ def column_of(table: Table, named: str | None, usual: tuple[str, ...], option: s
     else:
         names = [name for name in usual if name in table.columns]
     optional = option == "image_column"
-    fix = f"name a column of text with {option} (kind: metadata)"
+    fix = f"name a column of text with {option} (kind: metadata); for videos inside the file, kind: packed"
     if len(names) > 1:
         raise DataError(f"the columns {' and '.join(names)} could both be meant", where=str(file), fix=fix)
     if not names and not optional:

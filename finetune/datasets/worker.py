@@ -58,13 +58,14 @@ def too_much_memory(where: str) -> DataError:
 # --- the child --------------------------------------------------------------------------------------------------------
 
 
-def serve(handler: Handler) -> None:
+def serve(handler: Handler, file_bytes: int = LOG_BYTES) -> None:
     """Answer requests from standard input until it ends, so that a worker does not outlive its parent.
 
     Args:
         handler: may raise DataError, which is an answer too. Other errors are bugs, which the parent raises.
+        file_bytes: that it may write to one file.
     """
-    limit_process()
+    limit_process(file_bytes)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # C libraries print; a stray line must not land between two answers
     _write(answers, _READY)
@@ -92,14 +93,14 @@ def _texts(error: DataError) -> list[str]:
     return [text[:1000] for text in (error.what, error.where, error.fix)]
 
 
-def limit_process() -> None:
+def limit_process(file_bytes: int = LOG_BYTES) -> None:
     """Put this process under a worker's limits. On Linux in full; on other systems what there is."""
     import resource
 
     with suppress(OSError):  # Linux only. If the machine runs out of memory, a worker goes and not the training
         Path("/proc/self/oom_score_adj").write_text("1000")
     _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, LOG_BYTES)
+    _limit(resource.RLIMIT_FSIZE, file_bytes)
     _limit(resource.RLIMIT_NOFILE, OPEN_FILES)
     _limit_memory(0)
 

@@ -36,6 +36,7 @@ from finetune.core.types import Bucket, Sample, VideoProbe
 from finetune.datasets.decode_pool import DecodePool
 from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
 from finetune.datasets.manifests import portable
+from finetune.datasets.packed import media_folder
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.datasets.sources import read_samples
 from finetune.diagnosis import outlook as outlooks
@@ -125,7 +126,10 @@ class _Dataset:
 def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
     """Rows and headers: as ``check_dataset`` reads them, but what is wrong is kept beside what is right."""
     data = config.data
-    read = read_samples(data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True)
+    media = media_folder(config.cache.dir)
+    read = read_samples(
+        data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True, media=media
+    )
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     level = _level(config)
     left_out = [
