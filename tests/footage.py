@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,33 @@ def encode(path: Path, frames: Frames, *arguments: str, fps: float = 16, before:
     boxes.ffmpeg(*before, *source, "-i", raw, *(arguments or H264), path)
     raw.unlink()
     return path
+
+
+def footage_of_every_kind(raw: Path) -> Path:
+    """Write a tree of footage with everything that trees of footage have, good and bad."""
+    film = encode(raw / "day1" / "film.mp4", np.concatenate([scene(1, 36), scene(2, 20), scene(3, 10)]))
+    shutil.copy(film, raw / "day2 copy.mp4")
+    boxes.ffmpeg("-i", film, "-vf", "scale=160:120", "-an", *H264, raw / "smaller.mp4")
+    (raw / "truncated.mp4").write_bytes(film.read_bytes()[: film.stat().st_size // 2])
+    encode(raw / "day2" / "film.mp4", scene(4, 20))  # another video of the same name
+    encode(raw / "black.mp4", np.zeros((20, *SIZE_HW, 3), np.uint8))
+    encode(raw / "still.mp4", np.repeat(scene(5, 1), 20, axis=0))
+    encode(raw / "boxed.mp4", np.pad(scene(6, 20), ((0, 0), (20, 20), (0, 0), (0, 0))))
+    encode(raw / "portrait.mp4", scene(7, 20, size_hw=(192, 96)))
+    encode(raw / "tiny.mp4", scene(8, 20, size_hw=(48, 64)))
+    av1 = ("-c:v", "libsvtav1", "-preset", "12", "-crf", "20", "-pix_fmt", "yuv420p")
+    encode(raw / "av1.mkv", scene(9, 20), *av1)
+    variable = ("-vf", "setpts='if(lt(N,10),N,10+2*(N-10))/16/TB'", "-fps_mode", "vfr", *H264)
+    encode(raw / "variable.mp4", scene(10, 24), *variable)
+    turned = encode(raw / "turned0.mp4", scene(11, 20))
+    boxes.ffmpeg("-display_rotation", "90", "-i", turned, "-c", "copy", raw / "turned.mp4")
+    turned.unlink()
+    hdr = ("-color_primaries", "bt2020", "-color_trc", "smpte2084", "-colorspace", "bt2020nc")
+    layout = ("-vf", "scale=out_color_matrix=bt2020", "-pix_fmt", "yuv420p10le")
+    encode(raw / "hdr.mp4", scene(12, 20), "-c:v", "libx265", "-preset", "ultrafast", *layout, *hdr)
+    fields = ("-vf", "interlace", "-flags", "+ilme+ildct", *H264)
+    encode(raw / "interlaced.mp4", scene(13, 40), *fields, fps=32)
+    boxes.ffmpeg("-f", "lavfi", "-i", "sine=d=1", raw / "audio.mp4")
+    (raw / "page.mp4").write_text("<!doctype html><title>Log in</title>")
+    (raw / "notes.txt").write_text("shot on a Sunday")
+    return raw

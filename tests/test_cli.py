@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import pty
+import re
 import shlex
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from worlds import run_config
 import finetune
 from finetune.caching.check import run_advice
 from finetune.cli.init import EXAMPLES, RECIPES, example
-from finetune.cli.main import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, main
+from finetune.cli.main import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, WARNED, main
 from finetune.cli.streams import own_log
 from finetune.cogvideox.model_files import HUB_IDS, known_model
 from finetune.cogvideox.spec import read_spec
@@ -653,7 +654,8 @@ def test_every_command_that_is_printed_works_where_it_is_printed(tiny_model, dem
 
     def typed(line: str) -> str:
         program, *words = shlex.split(line)
-        assert (program, main(words)) == ("finetune", OK), line
+        allowed = (OK, WARNED) if words[0] == "doctor" else (OK,)
+        assert program == "finetune" and main(words) in allowed, line
         done = capfd.readouterr()
         printed.append(done.out + done.err)
         *_, last = [line for line in done.out.splitlines() if line.startswith("next: ")] or [""]
@@ -664,19 +666,20 @@ def test_every_command_that_is_printed_works_where_it_is_printed(tiny_model, dem
         shlex.join(["finetune", "init", "--model", f"{tiny_model()}", "--data", f"{demo_clips}", "--output", f"{file}"])
     )
     text = file.read_text()
-    small = {"steps: 1500": "steps: 1", "holdout: 0.1": "holdout: 0", "rank: 128": "rank: 4"}
-    small |= {"mode: auto": "mode: auto\n  decode_workers: 0", "sample_every: 500": "sample_every: null"}
-    for before, after in small.items():
-        assert before in text
-        text = text.replace(before, after)
+    small = {
+        r"\bsteps: \d+": "steps: 1",
+        r"holdout: [\d.]+": "holdout: 0",
+        "mode: auto": "mode: auto\n  decode_workers: 0",
+    }
+    for before, after in (small | {r"sample_every: \d+": "sample_every: null"}).items():
+        text, changes = re.subn(before, after, text)
+        assert changes, before
     file.write_text(text)
     commands = [line.removeprefix("#   ") for line in text.splitlines() if line.startswith("#   finetune")]
     assert following == commands[0] and len(commands) == 4
     for line, after in itertools.pairwise([*commands, ""]):
         following = typed(line)
-        assert (
-            line.startswith("finetune check") or following == after or not after or after.startswith("finetune export")
-        )
+        assert following == after or not after or after.startswith("finetune export")
     assert "tensorboard --logdir" in printed[-2] and "measuring the base model" not in printed[-2]
     assert "sampling" not in printed[-2]
     assert following.startswith("finetune generate") and "my conf/runs/r/export" in following

@@ -265,7 +265,7 @@ def init(
     notes = write_starter(model=model, method=method, card_gib=card_gib, clips=data, output=output, force=force)
     print(f"wrote {output}")
     _print_notes(notes)
-    _print_next("check", "--config", str(output))
+    _print_next("doctor", "--config", str(output))
 
 
 @_verb(
@@ -345,7 +345,10 @@ def caption(
     print(report)
     if review is not None:
         print(f"page: {review}")
-    return USER_ERROR if report.errors else OK
+    if report.errors:
+        return USER_ERROR
+    _print_next("init", "--model", target, "--data", str(folder))
+    return OK
 
 
 @_verb(
@@ -420,7 +423,7 @@ def prepare(
         print(f"page: {out / 'ledger.html'}")
     _print_notes(prepared.notes)
     _print_notes(prepared.unreadable, "unreadable")
-    _print_next("caption", str(out))
+    _print_next("caption", str(out), *([] if model is None else ["--for", model]))
 
 
 @_verb(
@@ -467,7 +470,7 @@ def doctor(
     )
     print(report.to_json() if json else report)
     if report.level != "error" and not json:
-        _print_next("train", *_config_words(config, overrides))
+        _print_next("precompute", *_config_words(config, overrides))
     return {"error": USER_ERROR, "warning": WARNED}.get(report.level or "", OK)
 
 
