@@ -34,16 +34,11 @@ CLIPS = {
 
 def main() -> None:
     """Make the clips, look at them, and take the picture."""
-    from playwright.sync_api import sync_playwright
-
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips"
         clips.mkdir()
         for name, (view, filters, caption) in CLIPS.items():
-            source = ["-f", "lavfi", "-i", f"mandelbrot=r=24:{view}", "-t", "7", "-vf", filters]
-            command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", *source]
-            command += ["-pix_fmt", "yuv420p", str(clips / f"{name}.mp4")]
-            subprocess.run(command, check=True)
+            film(clips / f"{name}.mp4", f"mandelbrot=r=24:{view}", "-t", "7", "-vf", filters)
             (clips / f"{name}.txt").write_text(caption)
         config = {
             "model": {"pretrained": "5b", "dtype": "bf16"},
@@ -55,14 +50,36 @@ def main() -> None:
         report = finetune.doctor(config, page=page, card="24GB", device="4090", predict=True)
         page.write_text(page.read_text(encoding="utf-8").replace(f"{clips}/", "clips/"), encoding="utf-8")
         print(report)
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            tab = browser.new_page(viewport={"width": 1100, "height": 1240}, color_scheme="light")
-            tab.goto(page.as_uri())
-            tab.select_option("#sort", "picture")
-            picture = Image.open(io.BytesIO(tab.screenshot()))
-            browser.close()
-        picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(ROOT / "docs" / "doctor.png", optimize=True)
+        photograph(page, ROOT / "docs" / "doctor.png", sort="picture")
+
+
+def film(path: Path, source: str, *arguments: str) -> None:
+    """Write a video of what FFmpeg's filter ``source`` shows."""
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i", source, *arguments]
+    subprocess.run([*command, "-pix_fmt", "yuv420p", str(path)], check=True)
+
+
+def photograph(page: Path, target: Path, *, sort: str = "", start: str = "body", height: int = 1240) -> None:
+    """Save what a browser shows of a report, in few colours.
+
+    Args:
+        page: the report.
+        target: the PNG.
+        sort: one of the report's columns.
+        start: CSS selector of what is at the top.
+        height: of the picture, in pixels.
+    """
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1100, "height": height}, color_scheme="light")
+        tab.goto(page.as_uri())
+        tab.select_option("#sort", sort)
+        tab.eval_on_selector(start, "element => element.scrollIntoView()")
+        picture = Image.open(io.BytesIO(tab.screenshot()))
+        browser.close()
+    picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 if __name__ == "__main__":
