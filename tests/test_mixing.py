@@ -1,4 +1,4 @@
-"""What a dataset may give beside one caption per clip: several of them, chosen by address."""
+"""What a dataset may give beside one caption per clip: several of them, chosen by address; and what sources set."""
 
 from __future__ import annotations
 
@@ -142,3 +142,66 @@ def test_check_reads_every_caption_as_the_model_does(home):
         if "does not know" in note
     )
     assert "1 of 5 captions" in warning
+
+
+def of_two_sources(config: RunConfig, **own: Any) -> RunConfig:
+    """The run with every clip once more, from a source that sets ``own``."""
+    data = config.to_dict()["data"]
+    (source,) = data["sources"]
+    values = config.to_dict() | {"data": {**data, "trigger": "zkx", "sources": [source, {**source, **own}]}}
+    return RunConfig.from_dict(values)
+
+
+OWN_WORDS: list[tuple[dict[str, str], str]] = [
+    ({"trigger": ""}, "{}"),
+    ({"trigger": "abc"}, "abc {}"),
+    ({"caption_prefix": "Ink. "}, "zkx Ink. {}"),
+    ({"caption_suffix": ", ink"}, "zkx {}, ink"),
+]
+
+
+@pytest.mark.parametrize(("own", "expected"), OWN_WORDS)
+def test_a_source_has_its_own_words(home, own, expected):
+    config = of_two_sources(home("run"), **own)
+    clips = check_dataset(config, read_spec(config.model.pretrained), progress=False).clips
+    captions = [clip.sample.caption for clip in clips]
+    assert captions[4:] == [expected.format(caption.removeprefix("zkx ")) for caption in captions[:4]]
+    assert all(caption.startswith("zkx ") for caption in captions[:4])
+
+
+def test_a_source_has_its_own_caption_dropout(home):
+    config = of_two_sources(home("run"), caption_dropout=1.0)
+    precompute(config, progress=False)
+    made = batches(config)
+    shown = made.training(0, MicroBatch(items=(0, 4), slots=(0, 1))).prompt_embeds
+    assert not torch.equal(shown[0], made.empty_prompt) and torch.equal(shown[1], made.empty_prompt)
+    assert torch.equal(made.fixed(4, [3]).prompt_embeds[0], made.cache.read_prompt(made.items[4].prompt_key))
+
+
+def test_a_weight_multiplies_the_gradient_of_its_clips_alone(home):
+    def trained(name: str, weight: float | None) -> tuple[Any, Any]:
+        config = home(name, train={"steps": 2, "batch_size": 2, "max_grad_norm": None})
+        values = config.to_dict()
+        (source,) = values["data"]["sources"]
+        sources = [source if weight is None else {**source, "weight": weight}]
+        records: list[Any] = []
+        report = train(RunConfig.from_dict(values | {"data": {**values["data"], "sources": sources}}), records.append)
+        return report, records[0]
+
+    (plain, first), (one, _), (_, twice) = trained("plain", None), trained("one", 1.0), trained("two", 2.0)
+    assert_same_run(one, plain)
+    assert twice.losses == first.losses and twice.grad_norm == pytest.approx(2 * first.grad_norm, rel=1e-5)
+
+    config = of_two_sources(home("mixed"), weight=0.5)
+    precompute(config, progress=False)
+    mixed = batches(config).training(0, MicroBatch(items=(1, 6), slots=(0, 1)))
+    assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 0.5]
+
+
+def test_sources_that_set_nothing_ask_for_what_they_always_did(home):
+    config = home("run")
+    manifest = precompute(config, progress=False).manifest
+    assert set(manifest.request["data"]["sources"][0]).isdisjoint({"trigger", "caption_dropout", "weight"})
+    changed = precompute(of_two_sources(config, weight=2.0, caption_dropout=0.0), progress=False).manifest
+    assert changed.items[4].weight == 2.0 and changed.items[4].caption_dropout == 0.0
+    assert set(changed.items[0].extras()) == set()

@@ -70,6 +70,12 @@ _PLANNING_RULES = 1
 """By which headers are read and captions cleaned. Another number has every dataset planned anew; what is encoded anew
 is only what then has another address."""
 
+_SOURCE_SINCE: Mapping[str, float | None] = {
+    **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
+    "weight": 1.0,
+}
+"""Options that sources did not always have, with what was done before: manifests from then still answer."""
+
 ENTRY_OVERHEAD = 8192
 """Bytes that an entry takes beside its tensors: a header of one or two kB, and what rounding up to blocks costs."""
 
@@ -139,6 +145,10 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict
     data = config.data.model_dump(mode="python", exclude=set(DropoutConfig.model_fields))
     if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
         del data["unreadable_captions"]
+    data["sources"] = [
+        {name: value for name, value in source.items() if name not in _SOURCE_SINCE or value != _SOURCE_SINCE[name]}
+        for source in data["sources"]
+    ]
     samples = config.validation.samples
     images = sorted({sample.image for sample in samples if sample.image} if spec.image_to_video else ())
     return {
@@ -242,6 +252,8 @@ def plan_cache(
                 prompt_key=prompt_key(clip.sample.caption),
                 media_digest=stamps[clip.sample.video].digest,
                 variants=tuple((text, prompt_key(text)) for text in clip.sample.variants),
+                caption_dropout=clip.sample.caption_dropout,
+                weight=clip.sample.weight,
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),

@@ -166,6 +166,11 @@ def v_mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
+def weighted(losses: Tensor, batch: Batch) -> Tensor:
+    """What the gradient is taken of: the losses of a batch [B], each times its sample's weight; the same without."""
+    return losses if batch.weights is None else losses * batch.weights
+
+
 def velocity_losses(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:
     """The velocity's mean squared error per sample, float32 [B].
 

@@ -52,6 +52,10 @@ class Sample:
     """The part of the video that is the row's: begin and end in seconds from its first frame; None: all of it."""
     variants: tuple[str, ...] = ()
     """Further captions: training takes any of them or ``caption``, measurements ``caption`` alone."""
+    caption_dropout: float | None = None
+    """In place of the configuration's; None where its source has none of its own."""
+    weight: float = 1.0
+    """What its loss is multiplied by in training."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -155,6 +159,8 @@ class Batch:
     """Each sample's global index inside its optimizer step."""
     clips: tuple[str, ...]
     """Names of the clips, for messages."""
+    weights: Tensor | None = None
+    """What each sample's loss is multiplied by, float32 [B]; None where every one counts 1."""
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class BatchMaker:
             timesteps: one sample of the batch each.
         """
         keeping = replace(self, dropout=DropoutConfig(caption_dropout=0, image_dropout=0))
-        item = self.items[index]
+        item = replace(self.items[index], caption_dropout=None)
         # The address is the clip's content, so a clip keeps its noise when others are added or taken away.
         clip = int(item.latents_key[:12], 16)
         rows = [
@@ -84,6 +84,9 @@ class BatchMaker:
         """A batch of one sample, whose random choices are those of ``(purpose, step, slot)``."""
         entry = self.cache.read(item)
         frames = entry.latents_mean.shape[1]
+        dropout = self.dropout
+        if item.caption_dropout is not None:
+            dropout = dropout.model_copy(update={"caption_dropout": item.caption_dropout})
         choice = sample_noise(
             self.seed,
             step,
@@ -91,7 +94,7 @@ class BatchMaker:
             latent_shape=tuple(entry.latents_mean.shape),  # type: ignore[arg-type]  # always four numbers
             padded_frames=frames + self.spec.front_padding(frames),
             image_draws=0 if entry.image_latents is None else entry.image_latents.shape[0],
-            dropout=self.dropout,
+            dropout=dropout,
             num_train_timesteps=self.spec.num_train_timesteps,
             purpose=purpose,
         )
@@ -108,11 +111,14 @@ class BatchMaker:
             image_latents=image,
             slots=(slot,),
             clips=(item.clip,),
+            weights=None if item.weight == 1 else torch.tensor([item.weight]),
         )
 
 
 def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:
     images = [sample.image_latents for sample in samples if sample.image_latents is not None]
+    weighted = any(sample.weights is not None for sample in samples)
+    weights = [torch.ones(1) if sample.weights is None else sample.weights for sample in samples]
     return Batch(
         latents=torch.cat([sample.latents for sample in samples]),
         noise=torch.cat([sample.noise for sample in samples]),
@@ -121,6 +127,7 @@ def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:
         image_latents=torch.cat(images) if images else None,
         slots=slots,
         clips=tuple(clip for sample in samples for clip in sample.clips),
+        weights=torch.cat(weights) if weighted else None,
     )
 
 

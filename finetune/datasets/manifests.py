@@ -61,6 +61,10 @@ class ManifestItem:
     # What few datasets have is left out of a manifest's file and digest where it is not there: so older ones hold.
     variants: tuple[tuple[str, str], ...] = ()
     """Further captions, each with the key of its embedding: training takes any of them or ``caption``."""
+    caption_dropout: float | None = None
+    """In place of the configuration's."""
+    weight: float = 1.0
+    """What its loss is multiplied by in training."""
 
     @property
     def prompt_keys(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
@@ -65,6 +65,15 @@ TYPE_COLUMN = "type"
 _Value = TypeVar("_Value")
 
 
+def _one_line(text: str) -> str:
+    if fault := text_fault(text, one_line=True):
+        raise ValueError(f"must be one line of text: {fault}")
+    return text
+
+
+_Line = Annotated[str, AfterValidator(_one_line)]
+
+
 class _Source(Strict):
     path: Path
     """File or folder; a relative path starts at the configuration file's folder, ``~`` is the home folder,
@@ -77,6 +86,26 @@ class _Source(Strict):
     """Let file names be absolute, hold ``..`` and be links out of the dataset's folder, as in lists of files on a
     network drive. Whoever writes the list can then have any video or image read that this account can read, and a
     linked caption file show any text: only for lists that you trust."""
+    trigger: _Line | None = None
+    """In place of ``data.trigger`` for this source; ``""`` for none, as regularisation clips want it."""
+    caption_prefix: _Line | None = None
+    """In place of ``data.caption_prefix``; ``""`` for none."""
+    caption_suffix: _Line | None = None
+    """In place of ``data.caption_suffix``; ``""`` for none."""
+    caption_dropout: float | None = Field(default=None, ge=0, le=1)
+    """In place of ``data.caption_dropout``."""
+    weight: float = Field(default=1.0, ge=0.001, le=1_000)
+    """What the loss of each of its clips is multiplied by in training, before the mean over the step's clips. What is
+    logged, and the held-out loss, is not weighted."""
+
+    def added(self, captions: CaptionConfig) -> CaptionConfig:
+        """What is added to this source's captions, where ``captions`` is added to all others'."""
+        own = {
+            "trigger": self.trigger,
+            "caption_prefix": self.caption_prefix,
+            "caption_suffix": self.caption_suffix,
+        }
+        return captions.model_copy(update={name: text for name, text in own.items() if text is not None})
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add this source's rows; raises DataError for what concerns the whole file or folder."""
@@ -599,24 +628,17 @@ SourceConfig = Annotated[
 class CaptionConfig(Strict):
     """What is added to every caption when it is read."""
 
-    trigger: str = ""
+    trigger: _Line = ""
     """Trigger word, such as ``zkx``: put before everything else with a space after it, unless prefix, caption and
     suffix together hold it already as a word of its own, in the same case."""
-    caption_prefix: str = ""
+    caption_prefix: _Line = ""
     """Put before every caption exactly as written: end it with a space where one is wanted (and quote it in YAML)."""
-    caption_suffix: str = ""
+    caption_suffix: _Line = ""
     """Put after every caption exactly as written."""
     unreadable_captions: Literal["warn", "error"] = "warn"
     """What happens where the model's text encoder does not know a caption's characters (T5 knows English and a few more
     languages; Chinese, emoji and ``{`` become one unknown mark): say so, or stop where most of a caption is unknown and
     where two captions differ in unknown characters only."""
-
-    @field_validator("trigger", "caption_prefix", "caption_suffix")
-    @classmethod
-    def _plain_text(cls, text: str) -> str:
-        if fault := text_fault(text, one_line=True):
-            raise ValueError(f"must be one line of text: {fault}")
-        return text
 
     def apply(self, caption: str) -> str:
         """The caption that is trained on: white space joined to single spaces, then prefix, suffix and trigger.
@@ -678,14 +700,16 @@ def read_samples(
         dataset.errors += report.errors
         dataset.unusable += report.unusable
         dataset.notes += report.notes
+        apply = source.added(captions).apply
         for row in report.rows:
             checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
             if checked is not None:
                 video, image, written = checked
-                caption, *variants = dict.fromkeys(map(captions.apply, written))
+                caption, *variants = dict.fromkeys(map(apply, written))
                 where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
                 repeats = source.repeats * row.repeats
-                sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants))
+                own = (source.caption_dropout, source.weight)
+                sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
                 samples[source.split].append(sample)
             if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
                 what = "too much is wrong with the dataset to go on reading it"

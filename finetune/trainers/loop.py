@@ -24,6 +24,7 @@ from accelerate.utils import gather
 
 from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, verdict
 from finetune.checkpoint.save import CheckpointManager
+from finetune.cogvideox.objective import weighted
 from finetune.config.schema import RunConfig, as_config
 from finetune.core.distributed import peers
 from finetune.core.errors import TrainingError, first_line, is_out_of_memory
@@ -241,7 +242,9 @@ class _Loop:
                     losses = model.losses(part)
                     # The strategy averages over processes; with this weight the gradient is the mean over the step's
                     # samples, also where a bucket's last micro-batch is smaller.
-                    model.strategy.backward(losses.sum() * (run.ranks.world / samples * model.loss_scale))
+                    model.strategy.backward(
+                        weighted(losses, part).sum() * (run.ranks.world / samples * model.loss_scale)
+                    )
                     self.metrics.add(losses, part.timesteps)
 
     def _validate(self) -> bool:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cogvideox.load import load_transformer
-from finetune.cogvideox.objective import alpha_bar, velocity_losses
+from finetune.cogvideox.objective import alpha_bar, velocity_losses, weighted
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device
@@ -346,7 +346,7 @@ class _Step:
         with _watched(self.module) as outputs:
             losses = velocity_losses(self.module, self.spec, self.alpha_bar, batch)
         # The same factor as in the step, so that what overflowed there overflows here.
-        (losses.sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
+        (weighted(losses, batch).sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]
         # One at a time in float32: after full fine-tuning, all of them are twice the model.
         grad_norm = math.hypot(*(float(torch.linalg.vector_norm(gradient.float())) for gradient in gradients))
