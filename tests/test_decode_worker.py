@@ -32,7 +32,9 @@ PIXEL_BYTES = 3 * 2 * 64 * 64
 JOBS = [
     FileJob(Path("/a/b\n \udcff é.mp4")),
     DecodeJob(Path("/a.mp4"), VideoProbe(2, 8.1, 64, 48, (), 6), PLAN, Path("/\udcfe.png")),
-    DecodeJob(Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, ("bwdif-tff-1", "pq-bt2020-1")), PLAN),
+    DecodeJob(
+        Path("/a.mp4"), VideoProbe(2, 1 / 3, 64, 48, (), 4, ("bwdif-tff-1", "pq-bt2020-1")), PLAN, None, "decord"
+    ),
     FileJob(Path("/a.png"), Bucket(1, 32, 48)),
 ]
 CLIP = np.arange(PIXEL_BYTES, dtype=np.uint32).astype(np.uint8).reshape(3, 2, 64, 64)
@@ -91,7 +93,7 @@ def test_the_canary_of_malformed_answers():
 
 def test_only_a_pool_meets_files_of_strangers():
     """Nothing above decodes in the main process: no ``probe_file``, ``read_clip``..."""
-    below = {"decode", "pictures", "worker"}
+    below = {"decode", "decord_reader", "pictures", "worker"}
 
     def taken(text: str) -> set[str]:
         imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]

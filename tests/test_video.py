@@ -535,7 +535,7 @@ def test_closing_ends_processes_and_threads(media, tmp_path, crashing_worker):
 def test_nothing_heavy_is_imported_before_it_is_needed():
     worker = "import finetune.datasets.decode_pool, finetune.datasets.worker, sys"
     here = "import finetune.datasets.decode_pool, finetune.datasets.sources, finetune.datasets.geometry, sys"
-    for code, forbidden in ((worker, "torch datasets av"), (here, "av datasets diffusers")):
+    for code, forbidden in ((worker, "torch datasets av decord"), (here, "av decord datasets diffusers")):
         check = f"{code}; print(sorted(set('{forbidden}'.split()) & set(sys.modules)))"
         assert (
             subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True).stdout == "[]\n"

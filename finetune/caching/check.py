@@ -23,7 +23,7 @@ from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
 from finetune.datasets.cache import Cache
-from finetune.datasets.decode_pool import DecodePool
+from finetune.datasets.decode_pool import DecodePool, require_decoder
 from finetune.datasets.geometry import (
     ClipConfig,
     Span,
@@ -126,7 +126,9 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
 
     Raises:
         DataError: one that lists every row and file that cannot be used, or says that no clip is left.
+        ConfigError: if ``cache.decoder`` is not installed.
     """
+    require_decoder(config.cache.decoder)
     skip = config.data.unreadable_clips == "skip"
     read = read_samples(
         config.data.sources,

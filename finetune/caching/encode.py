@@ -122,7 +122,9 @@ def encode_clips(
     encoded, size, failures = 0, 0, []
     vae = load_vae(config.model, device=device)
     with DecodePool(min(workers, len(jobs))) as pool:
-        decoded = pool.decode_many(DecodeJob(job.video, job.probe, job.plan, job.image) for job in jobs)
+        decoded = pool.decode_many(
+            DecodeJob(job.video, job.probe, job.plan, job.image, config.cache.decoder) for job in jobs
+        )
         bar = Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress)
         for job, (_, clip) in zip(jobs, bar, strict=True):
             try:

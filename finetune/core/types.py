@@ -26,6 +26,10 @@ DtypeName = Literal["bf16", "fp16", "fp32"]
 """What weights are held and computed in, as configurations name it."""
 
 
+Decoder = Literal["pyav", "decord"]
+"""What decodes videos, as configurations name it."""
+
+
 def torch_dtype(name: DtypeName) -> torch.dtype:
     """Torch's dtype of this name."""
     import torch

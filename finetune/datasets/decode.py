@@ -14,7 +14,7 @@ import struct
 from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import pairwise
@@ -144,6 +144,13 @@ def check_container(path: Path) -> None:
     if not is_mp4 and (foreign := _foreign(head)):
         what = f"not a video: it begins like {foreign}"
         raise DataError(what, where=str(path), fix="download it again, or take it out")
+
+
+def is_mp4_or_matroska(path: Path) -> bool:
+    """Whether a file begins like one of these, whatever FFmpeg takes it for."""
+    with path.open("rb") as file:
+        head = file.read(8)
+    return head[4:] in _MP4_BOXES or head.startswith(_EBML)
 
 
 def _foreign(head: bytes) -> str | None:
@@ -475,6 +482,8 @@ class Index(NamedTuple):
     """Presentation times of the shown frames in units of ``time_base``, ascending; frame numbers if not ``timed``."""
     keyframes: tuple[int, ...]
     """Ascending times that decoding may start at; empty where it must start at the beginning."""
+    open_gop: bool
+    """Whether frames shown before a keyframe are stored after it."""
     time_base: float
     timed: bool
     """False where the container stores no presentation times (AVI): then frames are counted."""
@@ -553,7 +562,7 @@ def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
     where = str(path)
     shown: set[int] = set()
     keyframes: list[int] = []
-    count, timed = 0, True
+    count, timed, open_gop = 0, True, False
     with opened(path) as (container, stream):
         format_name = container.format.name.split(",")[0]
         time_base = float(stream.time_base or 1)
@@ -569,6 +578,8 @@ def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
                 continue
             if packet.is_keyframe:
                 keyframes.append(packet.pts)
+            elif keyframes and packet.pts < keyframes[-1]:
+                open_gop = True
             if not packet.is_discard:  # frames that an edit list hides are decoded, never shown
                 shown.add(packet.pts)
     timed = timed and format_name != "avi"
@@ -576,7 +587,7 @@ def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
     if not pts:
         raise DataError("the video stream has no frames", where=where, fix="leave the file out")
     starts = sorted(keyframes) if timed and format_name in SEEKABLE else ()
-    return Index(tuple(pts), tuple(starts), time_base, timed)
+    return Index(tuple(pts), tuple(starts), open_gop, time_base, timed)
 
 
 def _count_frames(path: Path) -> int:
@@ -606,10 +617,16 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
         DataError: if one of the frames cannot be decoded, or the file is not the one that was probed.
     """
     check_container(path)
+    frames = read_frames(path, plan.frame_indices, probe)
+    return fitted(((number, turn_upright(frame, probe.orientation)) for number, frame in frames), plan)
+
+
+def fitted(frames: Iterable[tuple[int, Frame]], plan: ClipPlan) -> Frame:
+    """Resize and crop the frames of a clip, uint8 RGB [3, F, H, W], from their numbers and upright pixels [H, W, 3]."""
     size_hw = (plan.bucket.height, plan.bucket.width)
     pixels = np.empty((3, len(plan.frame_indices), *size_hw), np.uint8)
-    for frame_index, frame in read_frames(path, plan.frame_indices, probe):
-        cut = resize_crop(turn_upright(frame, probe.orientation), plan.resize_hw, plan.crop_yx, size_hw)
+    for frame_index, frame in frames:
+        cut = resize_crop(frame, plan.resize_hw, plan.crop_yx, size_hw)
         pixels[:, np.equal(plan.frame_indices, frame_index)] = cut.transpose(2, 0, 1)[:, None]
     return pixels
 

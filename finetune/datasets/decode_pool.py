@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from finetune.core.errors import DataError
-from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets import decode, pictures
+from finetune.core.errors import ConfigError, DataError
+from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, Decoder, VideoProbe
+from finetune.datasets import decode, decord_reader, pictures
 from finetune.datasets.decode import MAX_FPS, MAX_FRAMES, check_times
 from finetune.datasets.pictures import Frame, check_frame_size
 from finetune.datasets.worker import Worker, too_much_memory
@@ -49,6 +50,7 @@ class DecodeJob:
     probe: VideoProbe
     plan: ClipPlan
     image: Path | None = None
+    decoder: Decoder = "pyav"
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -78,9 +80,20 @@ Answer = VideoProbe | list[Frame]
 def perform(job: Job) -> Answer:
     """Do a job in this process. Raises DataError if a file cannot be used."""
     if isinstance(job, DecodeJob):
-        clip = decode.read_clip(job.path, job.probe, job.plan)
+        reader = decord_reader if job.decoder == "decord" else decode
+        clip = reader.read_clip(job.path, job.probe, job.plan)
         return [clip, *([pictures.read_fitted_image(job.image, job.plan.bucket)] if job.image else [])]
     return decode.probe_file(job.path) if job.bucket is None else [pictures.read_fitted_image(job.path, job.bucket)]
+
+
+def require_decoder(decoder: Decoder) -> None:
+    """Raise ConfigError if a decoder is not installed; nothing is imported."""
+    if decoder == "decord" and find_spec("decord") is None:
+        raise ConfigError(
+            "decord is not installed",
+            where="cache.decoder",
+            fix="leave cache.decoder out (PyAV gives the same pixels), or pip install decord (on Arm: decord2)",
+        )
 
 
 # --- a job and its answer as a worker's messages ----------------------------------------------------------------------
@@ -106,9 +119,8 @@ def job_of(fields: dict[str, Any]) -> Job:
         return FileJob(path, fields["bucket"] and Bucket(**fields["bucket"]))
     plan = {name: tuple(value) for name, value in fields["plan"].items() if name != "bucket"}
     image = None if fields["image"] is None else Path(fields["image"])
-    return DecodeJob(
-        path, _probe_of(fields["probe"]), ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"])), image
-    )
+    cut = ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"]))
+    return DecodeJob(path, _probe_of(fields["probe"]), cut, image, fields["decoder"])
 
 
 def most_bytes(job: Job) -> int:
@@ -236,6 +248,8 @@ class DecodePool:
         try:
             return self._ask_worker(job) if self._workers else perform(job)
         except DataError as error:
+            if isinstance(job, DecodeJob) and job.decoder == "decord" and self._workers:
+                return self._answer(replace(job, decoder="pyav"))  # decord may have ended the worker
             return error
         except MemoryError:
             return too_much_memory(str(job.path))
