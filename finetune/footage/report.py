@@ -8,11 +8,13 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from finetune.core.errors import DataError
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
-from finetune.datasets.pictures import Frame
 from finetune.diagnosis.page import Bars, Card, Column, Fault, Page, Picture, Table, render
 from finetune.footage.filters import Limits, Span
 from finetune.footage.ledger import Source, clip_name
@@ -139,7 +141,7 @@ def _share(span: Span, header: VideoProbe) -> tuple[float, float, float, float] 
     return None if min(share[2:]) > 0.99 else share
 
 
-def _picture(frame: Frame, label: str, cut: tuple[float, float, float, float] | None) -> Picture:
+def _picture(frame: NDArray[np.uint8], label: str, cut: tuple[float, float, float, float] | None) -> Picture:
     from PIL import Image
 
     file = io.BytesIO()
