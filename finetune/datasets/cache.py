@@ -288,7 +288,7 @@ class Cache:
             mean: [C, F, H, W] before any scaling factor.
             std: the same shape.
             image_latents: [K, C, 1, H, W], image-to-video only.
-            made_with: how it was made on this machine (decoder, tiling). Recorded, but no part of the address: an entry
+            made_with: how it was made on this machine (tiling, say). Recorded, but no part of the address: an entry
                 must not become unusable on another machine.
 
         Returns:
