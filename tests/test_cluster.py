@@ -64,7 +64,7 @@ def slurm(tmp_path: Path) -> dict[str, str]:
 
 def test_the_scripts_are_shell():
     scripts = blocks()
-    assert len(scripts) == 4 and scripts[0].startswith("#!/bin/bash\n#SBATCH")
+    assert len(scripts) == 5 and scripts[0].startswith("#!/bin/bash\n#SBATCH")
     for script in scripts:
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
     assert subprocess.run(["bash", "-n"], input="if true", text=True, capture_output=True).returncode != 0

@@ -577,7 +577,7 @@ def test_a_starting_configuration_cannot_be_written_into(tmp_path):
         write_starter(model="5b", method="lora", card_gib=None, clips=Path("x\ny: 1"), output=tmp_path / "run.yaml")
     output = tmp_path / "a run; true.yaml"
     write_starter(model="5b", method="lora", card_gib=None, clips=Path("it's"), output=output)
-    assert f"finetune check --config '{output}'" in output.read_text()
+    assert f"finetune doctor --config '{output}'" in output.read_text()
     from finetune.config.schema import load_config
 
     assert load_config(output).data.sources[0].path.name == "it's"
