@@ -58,7 +58,7 @@ def build(folder: Path, clips: int) -> None:
     """A cache of ``clips`` clips and as many captions, all packed, with its manifest and empty source files."""
     import torch
 
-    from finetune.caching.precompute import encoding_of, make_request
+    from finetune.caching.request import encoding_of, make_request
     from finetune.cogvideox.spec import read_spec
     from finetune.core.checksums import canonical_json, digest_of
     from finetune.core.types import ClipPlan
@@ -159,7 +159,7 @@ def start(folder: Path) -> dict[str, Any]:
     import pyarrow.parquet  # noqa: F401 - an import
     import torch
 
-    from finetune.caching.precompute import find_manifest
+    from finetune.caching.request import find_manifest
     from finetune.cogvideox.spec import read_spec
     from finetune.core.distributed import ProcessGroup
     from finetune.trainers.setup import _run_data

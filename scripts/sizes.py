@@ -111,7 +111,7 @@ def walks(folder: Path) -> dict[str, set[str]]:
     from finetune.checkpoint.save import save_checkpoint
     from finetune.cogvideox.objective import velocity_losses
     from finetune.datasets.dataloader import BatchMaker
-    from finetune.datasets.sources import read_samples
+    from finetune.datasets.samples import read_samples
     from finetune.optim.optimizers import AdamW, set_lr
     from finetune.testing.demo import Scene, write_clips
     from finetune.testing.tiny import build_tiny

@@ -19,7 +19,7 @@ from waiting import HANG_S, until
 from finetune.core.errors import DataError
 from finetune.core.text import shown
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets import decode, decode_pool, pictures, worker
+from finetune.datasets import containers, decode_pool, pictures, worker
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, FileJob
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_the_canary_of_malformed_answers():
 
 def test_only_a_pool_meets_files_of_strangers():
     """Nothing above decodes in the main process: no ``probe_file``, ``read_clip``..."""
-    below = {"decode", "decord_reader", "pictures", "worker"}
+    below = {"containers", "decode", "decord_reader", "pictures", "worker"}
 
     def taken(text: str) -> set[str]:
         imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
@@ -102,7 +102,7 @@ def test_only_a_pool_meets_files_of_strangers():
 
     room = ROOT / "finetune" / "datasets"
     # These ask workers of their own, or run in them.
-    others = [f"footage/{name}.py" for name in ("pool", "measure", "cutting")] + ["diagnosis/footage.py"]
+    others = [f"footage/{name}.py" for name in ("pool", "measure", "cutting")] + ["diagnosis/frames.py"]
     inside = [
         *(ROOT / "finetune" / name for name in others),
         *(room / f"{name}.py" for name in (*below, "decode_pool", "tables", "packed")),
@@ -229,7 +229,7 @@ GREEDY = """
 import resource, sys
 import numpy as np
 from pathlib import Path
-from finetune.datasets import decode, decode_pool, pictures, worker
+from finetune.datasets import containers, decode, decode_pool, pictures, worker
 
 held = []
 def greedy(path):
@@ -267,7 +267,7 @@ def test_a_worker_is_under_limits():
 
 def test_the_limits_leave_room_for_what_people_have():
     assert 7680 * 4320 <= pictures.MAX_PIXELS < 65535**2
-    assert 9 * 3600 * 60 < decode.MAX_FRAMES < 10**9
+    assert 9 * 3600 * 60 < containers.MAX_FRAMES < 10**9
     # Ten reference frames of 8K at 10 bits and 4:4:4, a picture in RGB, and the libraries.
     assert worker.MEMORY_BYTES > 10 * 7680 * 4320 * 2 * 3 + 3 * 7680 * 4320 + 2**28
     plan = ClipPlan(tuple(range(10**6, 10**6 + 4096)), (1, 1), (0, 0), Bucket(1, 1, 1))

@@ -22,14 +22,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from worlds import run_values
 
 import finetune
-from finetune.cli.main import OK, USER_ERROR, WARNED, main
+from finetune.cli.main import main
+from finetune.cli.verbs import OK, USER_ERROR, WARNED
 from finetune.cogvideox.components import read_part
 from finetune.cogvideox.model_files import known_model
 from finetune.config.starting_points import STARTING_POINTS, starting_point, suited, word_on_length
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket
 from finetune.datasets.geometry import ClipConfig, plan_clips
-from finetune.diagnosis import faults, footage, outlook
+from finetune.diagnosis import faults, outlook
+from finetune.diagnosis import frames as clip_frames
 from finetune.diagnosis.page import Bars, Card, Column, Fault, Page, Picture, Table, render
 from finetune.diagnosis.report import ClipReport, DoctorReport
 from finetune.planner import plan as planner
@@ -255,10 +257,10 @@ def test_frames_that_are_called_exact_are_those_of_the_decoded_clip(clinic):
     path = clinic / "tall.mp4"
     header = probe(path)
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
-    seen = footage.look(footage.Look(path, header, plan, exact=2))
+    seen = clip_frames.look(clip_frames.Look(path, header, plan, exact=2))
     clip = decode(path, header, plan).pixels.permute(1, 2, 3, 0).numpy()
     exact = [picture for picture in seen.frames if picture.exact]
-    assert len(exact) == 2 and len(seen.frames) == footage.SHOWN
+    assert len(exact) == 2 and len(seen.frames) == clip_frames.SHOWN
     for picture in exact:
         pixels = np.asarray(Image.open(io.BytesIO(picture.content)))
         assert np.array_equal(pixels, clip[picture.frame])
@@ -266,18 +268,18 @@ def test_frames_that_are_called_exact_are_those_of_the_decoded_clip(clinic):
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 9, 49, 161])
 def test_sampled_frames_go_from_the_first_to_the_last(frames):
-    shown, pairs = footage.sampled_positions(frames)
-    assert shown[0] == 0 and shown[-1] == frames - 1 and len(shown) <= footage.SHOWN
+    shown, pairs = clip_frames.sampled_positions(frames)
+    assert shown[0] == 0 and shown[-1] == frames - 1 and len(shown) <= clip_frames.SHOWN
     assert all(0 <= one < other < frames and other == one + 1 for one, other in pairs)
 
 
 def test_a_worker_answers_as_this_process_does(clinic):
     header = probe(clinic / "other.mp4")
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
-    sound = footage.Look(clinic / "other.mp4", header, plan)
+    sound = clip_frames.Look(clinic / "other.mp4", header, plan)
     lost = replace(sound, path=clinic / "broken.mp4")
-    theirs = list(footage.look_at([sound, lost, sound], workers=1))
-    assert theirs[0] == footage.look(sound) == theirs[2]
+    theirs = list(clip_frames.look_at([sound, lost, sound], workers=1))
+    assert theirs[0] == clip_frames.look(sound) == theirs[2]
     assert isinstance(theirs[1], DataError) and theirs[1].where == str(lost.path)
 
 
@@ -301,10 +303,10 @@ class _Lying:
 def test_a_worker_that_talks_nonsense_is_a_fault_of_its_file(clinic, change):
     header = probe(clinic / "other.mp4")
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
-    job = footage.Look(clinic / "other.mp4", header, plan)
-    assert footage.ask(_Lying({}), job).measures.sharpness == 1
+    job = clip_frames.Look(clinic / "other.mp4", header, plan)
+    assert clip_frames.ask(_Lying({}), job).measures.sharpness == 1
     with pytest.raises(DataError, match="answered with nonsense"):
-        footage.ask(_Lying(change), job)
+        clip_frames.ask(_Lying(change), job)
 
 
 # -------------------------------------------------------------------------------------------------------- what it takes

@@ -13,7 +13,8 @@ from torch import Tensor
 from worlds import run_config
 
 from finetune.caching import encode
-from finetune.caching.precompute import encoding_of, precompute
+from finetune.caching.precompute import precompute
+from finetune.caching.request import encoding_of
 from finetune.cogvideox.encode import encode_prompts, encode_video
 from finetune.cogvideox.load import ModelConfig, load_text
 from finetune.cogvideox.model_files import known_model

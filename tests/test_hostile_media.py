@@ -33,8 +33,7 @@ from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets import decode as decode_module
-from finetune.datasets import pictures
+from finetune.datasets import containers, pictures
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, load_fitted_image
 
 """For any one file here; the slowest takes a fraction of a second on a machine of its own."""
@@ -193,7 +192,7 @@ def test_the_canary_of_claims_is_believed_without_the_guard(good, tmp_path, monk
     (tmp_path / "liar.mp4").write_bytes(boxes.patched(plain, "stts", 12, U32.pack(0x7FFFFFFF)))
     with pytest.raises(DataError, match="604,800 s"):
         probe(tmp_path / "liar.mp4")
-    monkeypatch.setattr(decode_module, "check_times", lambda *arguments: None)
+    monkeypatch.setattr(containers, "check_times", lambda *arguments: None)
     assert probe(tmp_path / "liar.mp4").frame_times_s[-1] > 604_800
 
 
@@ -447,7 +446,7 @@ def test_no_file_makes_another_be_opened(pool, tmp_path, lure, monkeypatch, guar
             if guard == "both":
                 refused(pool, path)
             else:  # in this process, where the first guard can be taken away
-                monkeypatch.setattr(decode_module, "_foreign", lambda head: None)
+                monkeypatch.setattr(containers, "_foreign", lambda head: None)
                 with pytest.raises(DataError):
                     probe(path)
             tried += 1

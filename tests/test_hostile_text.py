@@ -26,7 +26,7 @@ from finetune.core.errors import ConfigError, DataError, FinetuneError, KilledEr
 from finetune.core.text import shown, text_fault, without_invisible
 from finetune.datasets import tables
 from finetune.datasets.rows import MAX_CAPTION_CHARS, VIDEO, PathPolicy
-from finetune.datasets.sources import CaptionConfig
+from finetune.datasets.samples import CaptionConfig
 
 
 def write_rows(path: Path, *written: dict[str, Any]) -> Path:
@@ -360,7 +360,7 @@ def test_too_many_columns_rows_and_faults(data, monkeypatch):
     (data / "prompts.txt").write_text("x" + "\n" * (tables.MAX_FAULTS + 3))
     read(data, {"kind": "prompts", "path": "."})  # at the end, any number is left out
     write_rows(data / "m.jsonl", *[{"file_name": "gone.mp4", "prompt": "x"}] * 20)
-    monkeypatch.setattr("finetune.datasets.sources.MAX_FAULTS", 5)
+    monkeypatch.setattr("finetune.datasets.samples.MAX_FAULTS", 5)
     assert "too much is wrong" in fails(data, {"path": "m.jsonl"})
     monkeypatch.setattr(tables, "MAX_ROWS", 10)
     assert "more than 10 rows" in fails(data, {"path": "m.jsonl"})

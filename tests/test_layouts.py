@@ -19,7 +19,8 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import DataError
 from finetune.core.types import VideoProbe
 from finetune.datasets.geometry import ClipConfig, plan_clips
-from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples
+from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples
+from finetune.datasets.sources import SourceConfig
 from finetune.trainers.loop import train
 
 Rows = list[dict[str, str]]

@@ -30,14 +30,8 @@ from finetune.caching import encode as encoding
 from finetune.caching import precompute as cache_plan
 from finetune.caching.check import check_dataset, identities, overview, split_clips, workers_for
 from finetune.caching.parts import Part
-from finetune.caching.precompute import (
-    PrecomputeReport,
-    encoding_of,
-    ensure_cache,
-    merge_parts,
-    precompute,
-    require_manifest,
-)
+from finetune.caching.precompute import PrecomputeReport, ensure_cache, merge_parts, precompute
+from finetune.caching.request import encoding_of, require_manifest
 from finetune.cogvideox.load import load_text, load_vae
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec

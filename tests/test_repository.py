@@ -211,7 +211,7 @@ def test_the_dead_option_check_can_fail():
 
 # ------------------------------------------------------------------------------------------- functions and docstrings
 
-VERBS = ("finetune.api", "finetune.cli.main")
+VERBS = ("finetune.api", "finetune.cli.verbs")
 """Where the options of a command are the parameters of a function."""
 
 MOST_PARAMETERS = 6

@@ -8,6 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.core.types import Bucket
+from finetune.datasets.samples import ValSplitConfig, choose_val_split
 from finetune.datasets.schedule import (
     Constant,
     Cosine,
@@ -20,7 +21,6 @@ from finetune.datasets.schedule import (
     is_due,
     lr_at,
 )
-from finetune.datasets.sources import ValSplitConfig, choose_val_split
 
 WIDE, TALL = Bucket(9, 64, 96), Bucket(9, 96, 64)
 ITEMS = tuple(Item(WIDE if i % 3 else TALL, 1.0) for i in range(11))

@@ -13,7 +13,8 @@ from decoding import read_parquet_here
 from pydantic import TypeAdapter, ValidationError
 
 from finetune.core.errors import DataError
-from finetune.datasets.sources import CaptionConfig, SourceConfig, SourceRead, read_samples, source_files
+from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples, source_files
+from finetune.datasets.sources import SourceConfig
 
 CAPTIONS = ["A red ball, rolling.", "NA", 'She says "go" in 2024-01-01']
 CLIPS = ["clips/a.mp4", "clips/b.mp4", "clips/deep/a.mp4"]

@@ -22,8 +22,7 @@ from waiting import until
 
 from finetune.core.errors import DataError, KilledError
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
-from finetune.datasets import decode as decode_module
-from finetune.datasets import decode_pool, pictures
+from finetune.datasets import containers, decode_pool, pictures
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, fit_image
 from finetune.datasets.geometry import ClipConfig, plan_clips, resize_and_crop
 from finetune.datasets.pictures import resize_crop
@@ -311,7 +310,7 @@ def test_boxes_within_boxes_within_boxes_end(tmp_path):
 
 
 def test_limits_hold_where_the_container_says_nothing(media, monkeypatch):
-    monkeypatch.setattr(decode_module, "MAX_FRAMES", 59)
+    monkeypatch.setattr(containers, "MAX_FRAMES", 59)
     with pytest.raises(DataError, match="more than 59 frames"):
         probe(media / "cfr.mkv")
     monkeypatch.setattr(pictures, "MAX_PIXELS", HEIGHT * WIDTH - 1)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune.caching.precompute import encoding_of, make_request
+from finetune.caching.request import encoding_of, make_request
 from finetune.checkpoint.folders import checkpoint_path, list_checkpoints
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig

@@ -38,8 +38,8 @@ from finetune.datasets.geometry import (
 )
 from finetune.datasets.manifests import WARNING, FileStamp, portable
 from finetune.datasets.packed import media_folder
+from finetune.datasets.samples import choose_val_split, read_samples
 from finetune.datasets.schedule import Item, StepPlan
-from finetune.datasets.sources import choose_val_split, read_samples
 
 TOO_SHORT = "too short"
 

@@ -22,7 +22,7 @@ from finetune.core.text import text_fault
 from finetune.core.types import Bucket
 
 if TYPE_CHECKING:
-    from finetune.diagnosis.footage import Encoded
+    from finetune.diagnosis.frames import Encoded
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 

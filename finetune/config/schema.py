@@ -30,8 +30,9 @@ from finetune.core.text import text_fault
 from finetune.core.types import MOST_STEPS, SamplePrompt, Strict
 from finetune.datasets.cache import CacheConfig
 from finetune.datasets.geometry import BucketField, ClipConfig
+from finetune.datasets.samples import CaptionConfig, ValSplitConfig
 from finetune.datasets.schedule import Constant, LRScheduleConfig, TrainConfig
-from finetune.datasets.sources import CaptionConfig, SourceConfig, ValSplitConfig
+from finetune.datasets.sources import SourceConfig
 from finetune.memory.config import MemoryConfig
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod

@@ -19,7 +19,7 @@ import numpy as np
 from finetune.core.errors import ConfigError, DataError
 from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, Decoder, VideoProbe
 from finetune.datasets import decode, decord_reader, pictures
-from finetune.datasets.decode import MAX_FPS, MAX_FRAMES, check_times
+from finetune.datasets.containers import MAX_FPS, MAX_FRAMES, check_times
 from finetune.datasets.pictures import Frame, check_frame_size
 from finetune.datasets.worker import Worker, too_much_memory
 

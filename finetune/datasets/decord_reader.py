@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from finetune.core.types import ClipPlan, VideoProbe
-from finetune.datasets import decode
+from finetune.datasets import containers, decode
 from finetune.datasets.pictures import Frame, turn_upright
 
 _MAX_FRAME_BYTES = 8 * 2**20
@@ -37,7 +37,7 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    decode.check_container(path)
+    containers.check_container(path)
     # Beside its own error decord raises RuntimeError of a file, AssertionError of a count, UnicodeError of a name.
     failures = decord.DECORDError, RuntimeError, AssertionError, IndexError, OSError, UnicodeError
     try:
@@ -49,7 +49,7 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
 def _upright_frames(decord: Any, path: Path, probe: VideoProbe, wanted: list[int]) -> Iterator[tuple[int, Frame]]:
     """The wanted frames, uint8 RGB [H, W, 3], which decord turns by itself."""
     index = decode.read_index(path)
-    readable = decode.is_mp4_or_matroska(path) and index.keyframes and not index.open_gop
+    readable = containers.is_mp4_or_matroska(path) and index.keyframes and not index.open_gop
     if not readable or set(probe.corrections) - {"turned-1"} or probe.height * probe.width * 3 > _MAX_FRAME_BYTES:
         raise _DisagreementError
     groups = {bisect_right(index.keyframes, index.pts[number]): number for number in reversed(wanted)}

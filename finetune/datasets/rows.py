@@ -8,9 +8,10 @@ import os
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 from finetune.core.errors import DataError
 from finetune.core.text import text_fault
@@ -381,3 +382,14 @@ class Sidecars:
         """The files that lie beside none of the videos."""
         claimed = {file for video in videos for file in self.all_of(video)}
         return [file for files in self._groups.values() for file in files if file not in claimed]
+
+
+_Value = TypeVar("_Value")
+
+
+def or_error(check: Callable[..., _Value], *arguments: Any, **options: Any) -> _Value | DataError:
+    """What a check gives, or the DataError that it raises: so that one row can have several."""
+    try:
+        return check(*arguments, **options)
+    except DataError as error:
+        return error

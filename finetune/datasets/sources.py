@@ -1,42 +1,36 @@
-"""The layouts that a dataset may have on disk, and from them its samples.
+"""The layouts that a dataset may have on disk.
 
-Every bad row is reported at once, with its file and line, before a video is opened. A layout only says which video,
-caption and image belong together, and where that is written (``RawRow``); what makes a row usable is checked in one
-place for all of them. A new layout is a new ``_Source`` here, joined to ``SourceConfig`` and to
-``AutoSource.recognise``.
+A layout only says which video, caption and image belong together, and where that is written (``RawRow``); what makes a
+row usable is checked in one place for all of them (``samples``). A new layout is a new ``_Source`` here, joined to
+``SourceConfig`` and to ``AutoSource.recognise``.
 """
 
 from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from finetune.core.errors import DataError, raise_all
-from finetune.core.rng import seed_for
-from finetune.core.text import holds_word, stripped, text_fault, without_invisible
-from finetune.core.types import Sample, Strict
-from finetune.datasets.hub import fetch_dataset
+from finetune.core.text import stripped, text_fault
+from finetune.core.types import Strict
 from finetune.datasets.musubi import read_musubi
 from finetune.datasets.packed import packed_files, read_packed
 from finetune.datasets.rows import (
-    IMAGE,
     MAX_CAPTION_BYTES,
     PICTURES,
     VIDEO,
-    FileKind,
-    PathPolicy,
     RawRow,
     RowReport,
     Sidecars,
-    check_caption,
     is_foreign_absolute,
     list_folder,
+    or_error,
     require_inside,
 )
 from finetune.datasets.spans import PANDA_COLUMNS, rows_of
@@ -62,8 +56,6 @@ Split = Literal["train", "holdout"]
 TYPE_COLUMN = "type"
 """VideoX-Fun's lists say in it whether a row is a ``video`` or an ``image``."""
 
-_Value = TypeVar("_Value")
-
 
 def _one_line(text: str) -> str:
     if fault := text_fault(text, one_line=True):
@@ -71,7 +63,8 @@ def _one_line(text: str) -> str:
     return text
 
 
-_Line = Annotated[str, AfterValidator(_one_line)]
+Line = Annotated[str, AfterValidator(_one_line)]
+"""One line of text, without what a terminal obeys."""
 
 
 class _Source(Strict):
@@ -86,26 +79,17 @@ class _Source(Strict):
     """Let file names be absolute, hold ``..`` and be links out of the dataset's folder, as in lists of files on a
     network drive. Whoever writes the list can then have any video or image read that this account can read, and a
     linked caption file show any text: only for lists that you trust."""
-    trigger: _Line | None = None
+    trigger: Line | None = None
     """In place of ``data.trigger`` for this source; ``""`` for none, as regularisation clips want it."""
-    caption_prefix: _Line | None = None
+    caption_prefix: Line | None = None
     """In place of ``data.caption_prefix``; ``""`` for none."""
-    caption_suffix: _Line | None = None
+    caption_suffix: Line | None = None
     """In place of ``data.caption_suffix``; ``""`` for none."""
     caption_dropout: float | None = Field(default=None, ge=0, le=1)
     """In place of ``data.caption_dropout``."""
     weight: float = Field(default=1.0, ge=0.001, le=1_000)
     """What the loss of each of its clips is multiplied by in training, before the mean over the step's clips. What is
     logged, and the held-out loss, is not weighted."""
-
-    def added(self, captions: CaptionConfig) -> CaptionConfig:
-        """What is added to this source's captions, where ``captions`` is added to all others'."""
-        own = {
-            "trigger": self.trigger,
-            "caption_prefix": self.caption_prefix,
-            "caption_suffix": self.caption_suffix,
-        }
-        return captions.model_copy(update={name: text for name, text in own.items() if text is not None})
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add this source's rows; raises DataError for what concerns the whole file or folder."""
@@ -201,7 +185,7 @@ class SpansSource(_Source):
             column_of(table, column, (), option, file)
         root = file.parent if self.root is None else self._located(base, self.root)
         for row in table.rows:
-            rows = _or_error(rows_of, row, (self.video_column, self.caption_column), self.span_columns, root)
+            rows = or_error(rows_of, row, (self.video_column, self.caption_column), self.span_columns, root)
             if isinstance(rows, DataError):
                 report.unusable.append(rows)
             else:
@@ -289,7 +273,7 @@ class HubSource(_Source):
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add the rows of what was downloaded."""
-        snapshot = fetch_dataset(self.path, self.revision)
+        snapshot = _fetch_dataset(self.path, self.revision)
         first = len(report.rows)
         self._recognised(snapshot).read(base, report)
         # Its files are links into a folder beside it, to which rows may lead, and no further.
@@ -302,11 +286,41 @@ class HubSource(_Source):
 
     def files(self, base: Path) -> list[Path]:
         """Those of what was downloaded."""
-        return self._recognised(fetch_dataset(self.path, self.revision)).files(base)
+        return self._recognised(_fetch_dataset(self.path, self.revision)).files(base)
 
     @staticmethod
     def _recognised(snapshot: Path) -> _Recognised:
         return AutoSource(path=snapshot, allow_outside=True).recognise(snapshot)
+
+
+def _fetch_dataset(repo: str, revision: str | None) -> Path:
+    """Download a dataset's files, those that are there already left out; without a network, what is there is taken.
+
+    Args:
+        repo: ``owner/name``.
+        revision: branch, tag or commit; None for the main branch.
+
+    Returns:
+        The folder of the snapshot. Its files are links into ``blobs``, two folders up.
+
+    Raises:
+        DataError: if it cannot be had.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"{repo} on the Hugging Face hub" + (f", revision {revision}" if revision else "")
+    try:
+        return Path(snapshot_download(repo, repo_type="dataset", revision=revision))
+    except errors.GatedRepoError:
+        what, fix = "the dataset asks for its terms to be accepted", "accept them on its page, then run `hf auth login`"
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        what, fix = "there is no such dataset or revision", "check them; for a private one run `hf auth login` first"
+    except errors.HFValidationError as error:
+        what, fix = f"this is no dataset's id: {error}", "write it as owner/name"
+    except Exception as error:  # the client's HTTP library changes from one version to the next, and its errors with it
+        what = f"it cannot be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__:.200}"
+        fix = f"download it where there is a network: `hf download --repo-type dataset {repo}`"
+    raise DataError(what, where=where, fix=fix)
 
 
 class PromptsSource(_Source):
@@ -498,8 +512,8 @@ class FolderSource(_Source):
             except DataError as error:
                 report.errors.append(error)
                 continue
-            text = _or_error(read_text, caption, most_bytes=MAX_CAPTION_BYTES)
-            image = _or_error(images.of, video)
+            text = or_error(read_text, caption, most_bytes=MAX_CAPTION_BYTES)
+            image = or_error(images.of, video)
             names = [path.relative_to(folder).as_posix() if isinstance(path, Path) else path for path in (video, image)]
             report.rows.append(RawRow(names[0], text, names[1], folder, str(caption)))
         for what, sidecars in (("text files", captions), ("images", images)):
@@ -620,197 +634,3 @@ SourceConfig = Annotated[
     Discriminator(_kind_of),
 ]
 """One entry of ``data.sources``; without a ``kind`` the format is recognised (``auto``)."""
-
-
-# --- samples ----------------------------------------------------------------------------------------------------------
-
-
-class CaptionConfig(Strict):
-    """What is added to every caption when it is read."""
-
-    trigger: _Line = ""
-    """Trigger word, such as ``zkx``: put before everything else with a space after it, unless prefix, caption and
-    suffix together hold it already as a word of its own, in the same case."""
-    caption_prefix: _Line = ""
-    """Put before every caption exactly as written: end it with a space where one is wanted (and quote it in YAML)."""
-    caption_suffix: _Line = ""
-    """Put after every caption exactly as written."""
-    unreadable_captions: Literal["warn", "error"] = "warn"
-    """What happens where the model's text encoder does not know a caption's characters (T5 knows English and a few more
-    languages; Chinese, emoji and ``{`` become one unknown mark): say so, or stop where most of a caption is unknown and
-    where two captions differ in unknown characters only."""
-
-    def apply(self, caption: str) -> str:
-        """The caption that is trained on: white space joined to single spaces, then prefix, suffix and trigger.
-
-        Characters that are invisible and mean nothing (zero-width spaces, byte order marks, soft hyphens) are left out.
-        """
-        # T5's tokenizer joins white space too, so this changes no token; it makes equal captions share a cache entry.
-        text = f"{self.caption_prefix}{' '.join(without_invisible(caption).split())}{self.caption_suffix}"
-        trigger = self.trigger.strip()
-        return text if holds_word(text, trigger) else f"{trigger} {text}"
-
-
-@dataclass(frozen=True)
-class SourceRead:
-    """All samples of a dataset, in the order of the sources and of their rows."""
-
-    train: tuple[Sample, ...]
-    holdout: tuple[Sample, ...]
-    notes: tuple[str, ...]
-    """Advice that is no error, such as duplicate rows."""
-    unusable: tuple[DataError, ...] = ()
-    """Rows left out because their text cannot be used; empty unless that was asked for."""
-
-
-def read_samples(
-    sources: Sequence[SourceConfig],
-    captions: CaptionConfig,
-    *,
-    image_to_video: bool,
-    base: Path,
-    skip: bool = False,
-    media: Path | None = None,
-) -> SourceRead:
-    """Read and check every row of every source; no video is opened.
-
-    Args:
-        sources: where to read.
-        captions: what is added to every caption.
-        image_to_video: read first-frame images where a source names them; a row without one gets ``image=None``, which
-            means the video's own first frame. False: images are neither read nor checked.
-        base: folder that relative paths start at.
-        skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
-            file or one outside its folder is an error all the same: the dataset is not what it should be.
-        media: the folder that media inside a dataset's own files are written to; None: such a dataset is an error.
-
-    Raises:
-        DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
-            read, a video in both splits, or no training clip at all.
-    """
-    dataset = RowReport()
-    samples: dict[Split, list[Sample]] = {"train": [], "holdout": []}
-    policy = PathPolicy()
-    for source in sources:
-        report = RowReport(media=media)
-        try:
-            source.read(base, report)
-        except DataError as error:
-            dataset.errors.append(error)
-        dataset.errors += report.errors
-        dataset.unusable += report.unusable
-        dataset.notes += report.notes
-        apply = source.added(captions).apply
-        for row in report.rows:
-            checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
-            if checked is not None:
-                video, image, written = checked
-                caption, *variants = dict.fromkeys(map(apply, written))
-                where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
-                repeats = source.repeats * row.repeats
-                own = (source.caption_dropout, source.weight)
-                sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
-                samples[source.split].append(sample)
-            if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
-                what = "too much is wrong with the dataset to go on reading it"
-                dataset.errors.append(DataError(what, where=row.where))
-                break
-    train, holdout = samples["train"], samples["holdout"]
-    errors = [*dataset.errors, *([] if skip else dataset.unusable), *_leaks(train, holdout, policy)]
-    if not errors and not train:
-        what = "the sources hold no training clip"
-        errors = [*dataset.unusable, DataError(what, where="data.sources", fix="add one of split: train")]
-    raise_all(DataError, errors, what="{n} things are wrong with the dataset")
-    notes = (*dataset.notes, *_duplicates([*train, *holdout], policy))
-    return SourceRead(tuple(train), tuple(holdout), notes, tuple(dataset.unusable) if skip else ())
-
-
-def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
-    """What decides which rows ``read_samples`` finds: files by their content, folders by their listing.
-
-    Whoever keeps the result of reading can tell from these, without reading again, whether it still holds. Videos and
-    images are not among them. Raises DataError if a source's layout cannot be told.
-    """
-    return list(dict.fromkeys(file for source in sources for file in source.files(base)))
-
-
-def _checked_row(
-    row: RawRow, source: SourceConfig, dataset: RowReport, policy: PathPolicy, *, image_to_video: bool
-) -> tuple[Path, Path | None, list[str]] | None:
-    """The video, image and captions of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
-
-    def located(name: object, kind: FileKind) -> Path | DataError:
-        return _or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
-
-    video, image = located(row.video, VIDEO), row.image if image_to_video else None
-    if image is not None and not isinstance(image, DataError):
-        image = located(image, IMAGE)
-    texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
-    checked = [text if isinstance(text, DataError) else _or_error(check_caption, text, row.where) for text in texts]
-    captions = [text for text in checked if isinstance(text, str)]
-    dataset.errors += [fault for fault in (video, image) if isinstance(fault, DataError)]
-    dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
-    if isinstance(video, Path) and isinstance(image, Path | None) and len(captions) == len(checked):
-        return video, image, captions
-    return None
-
-
-def _or_error(check: Callable[..., _Value], *arguments: Any, **options: Any) -> _Value | DataError:
-    try:
-        return check(*arguments, **options)
-    except DataError as error:
-        return error
-
-
-def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], policy: PathPolicy) -> Iterator[DataError]:
-    """Held-out clips that are trained on: the held-out loss would measure memory."""
-    trained = {policy.real(sample.video): sample.where for sample in train} if holdout else {}
-    for sample in holdout:
-        if (where := trained.get(policy.real(sample.video))) is not None:
-            what = f"{sample.video} is held out, and also a training clip ({where})"
-            yield DataError(what, where=sample.where, fix="take it out of one of the two")
-
-
-def _duplicates(samples: Iterable[Sample], policy: PathPolicy) -> list[str]:
-    first: dict[tuple[object, ...], str] = {}
-    repeated: list[str] = []
-    for sample in samples:
-        where = first.setdefault((policy.real(sample.video), sample.captions, sample.span_s), sample.where)
-        if where != sample.where:
-            repeated.append(f"{sample.where} repeats {where}")
-    rows = f"{len(repeated)} rows have the video and caption of another row"
-    return [f"{rows}, such as: {repeated[0]}"] if repeated else []
-
-
-# --- held-out clips ---------------------------------------------------------------------------------------------------
-
-
-class ValSplitConfig(Strict):
-    """Which clips are kept out of training, to measure on."""
-
-    holdout: float = Field(0, ge=0, le=1_000_000)
-    """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All
-    clips of one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
-
-    @model_validator(mode="after")
-    def _fraction_or_count(self) -> ValSplitConfig:
-        if self.holdout >= 1 and not float(self.holdout).is_integer():
-            raise ValueError(f"data.holdout is {self.holdout}: give a fraction below 1 or a whole number of videos")
-        return self
-
-
-def choose_val_split(videos: Sequence[str], holdout: float) -> frozenset[str]:
-    """Pick the held-out videos by the digest of their identity, so that adding a clip moves as few others as possible.
-
-    Args:
-        videos: one identity per video (its content digest); repeats count once.
-        holdout: ``ValSplitConfig.holdout``.
-
-    Returns:
-        The identities held out; never all of them, because training needs one.
-    """
-    unique = sorted(set(videos), key=lambda video: seed_for(0, "holdout", video))
-    count = round(holdout * len(unique)) if holdout < 1 else int(holdout)
-    if 0 < holdout < 1 and len(unique) > 1:
-        count = max(1, count)
-    return frozenset(unique[: min(count, max(len(unique) - 1, 0))])

@@ -37,8 +37,8 @@ from finetune.datasets.decode_pool import DecodePool
 from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
 from finetune.datasets.manifests import portable
 from finetune.datasets.packed import media_folder
+from finetune.datasets.samples import read_samples
 from finetune.datasets.schedule import Item, StepPlan
-from finetune.datasets.sources import read_samples
 from finetune.diagnosis import outlook as outlooks
 from finetune.diagnosis.faults import (
     WELL_ENCODED,
@@ -49,7 +49,7 @@ from finetune.diagnosis.faults import (
     picture_faults,
     plan_faults,
 )
-from finetune.diagnosis.footage import SHOWN, Encoded, Look, Reconstruction, Seen, look_at
+from finetune.diagnosis.frames import SHOWN, Encoded, Look, Reconstruction, Seen, look_at
 from finetune.diagnosis.outlook import Outlook
 from finetune.diagnosis.page import Fault, Level, Picture, render
 from finetune.diagnosis.report import MOST_CARDS, BucketReport, ClipReport, DoctorReport, page_of

@@ -13,7 +13,7 @@ import numpy as np
 from finetune.cogvideox.captions import TokenizedCaption
 from finetune.core.types import CORRECTIONS, ClipPlan, VideoProbe
 from finetune.datasets.geometry import picture_kept
-from finetune.diagnosis.footage import Measures, sampled_positions
+from finetune.diagnosis.frames import Measures, sampled_positions
 from finetune.diagnosis.page import Fault
 
 UNEVEN = 0.3

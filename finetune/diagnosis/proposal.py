@@ -24,8 +24,9 @@ from finetune.datasets.geometry import (
     seconds_kept,
     seconds_of,
 )
-from finetune.datasets.sources import AutoSource, CaptionConfig, read_samples
-from finetune.diagnosis.footage import Encoded, Look, Seen, look_at
+from finetune.datasets.samples import CaptionConfig, read_samples
+from finetune.datasets.sources import AutoSource
+from finetune.diagnosis.frames import Encoded, Look, Seen, look_at
 
 MOST_BUCKETS = 3
 """Sizes that are proposed; each has shorter clips beside it where there are some."""

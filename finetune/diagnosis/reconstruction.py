@@ -20,7 +20,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError
 from finetune.core.terminal import Bar
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
-from finetune.diagnosis.footage import Encoded, Reconstruction, encoded
+from finetune.diagnosis.frames import Encoded, Reconstruction, encoded
 
 
 def reconstruct(

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from finetune.core.errors import DataError
 from finetune.core.types import VideoProbe
-from finetune.datasets.decode import MAX_FRAMES
+from finetune.datasets.containers import MAX_FRAMES
 from finetune.datasets.worker import Worker, too_much_memory
 from finetune.footage.cutting import CutPlan, cut
 from finetune.footage.measure import Footage, footage_of, measure, parts_of

@@ -22,15 +22,8 @@ from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError
 from finetune.datasets import tables
-from finetune.datasets.sources import (
-    CaptionConfig,
-    CogKitSource,
-    FolderSource,
-    MetadataSource,
-    PromptsSource,
-    read_samples,
-    source_files,
-)
+from finetune.datasets.samples import CaptionConfig, read_samples, source_files
+from finetune.datasets.sources import CogKitSource, FolderSource, MetadataSource, PromptsSource
 from finetune.datasets.tables import Table, read_table
 from finetune.datasets.worker import Worker
 

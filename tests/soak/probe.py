@@ -24,7 +24,7 @@ from typing import Any
 
 PHASES: dict[str, tuple[str, ...]] = {
     "planning": ("finetune.caching.precompute:plan_cache",),
-    "asking the cache": ("finetune.caching.precompute:find_manifest",),
+    "asking the cache": ("finetune.caching.request:find_manifest",),
     "loading an encoder": ("finetune.cogvideox.load:load_vae", "finetune.cogvideox.load:load_text"),
     "reading headers": ("finetune.datasets.decode_pool:DecodePool.probe_many",),
     "decoding": ("finetune.datasets.decode_pool:DecodePool.decode_many",),

@@ -34,7 +34,7 @@ SHOWN = 6
 TILE_HEIGHT = 112
 """Of the small pictures, in pixels."""
 
-_WORKER = "from finetune.datasets import worker; from finetune.diagnosis import footage; worker.serve(footage.handle)"
+_WORKER = "from finetune.datasets import worker; from finetune.diagnosis import frames; worker.serve(frames.handle)"
 
 _TIMEOUT_S = 600.0
 

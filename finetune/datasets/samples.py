@@ -1,0 +1,216 @@
+"""The samples of a dataset: every row of every source checked, its caption as it is trained on, and who is held out.
+
+Every bad row is reported at once, with its file and line, before a video is opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from finetune.core.errors import DataError, raise_all
+from finetune.core.rng import seed_for
+from finetune.core.text import holds_word, without_invisible
+from finetune.core.types import Sample, Strict
+from finetune.datasets.rows import IMAGE, VIDEO, FileKind, PathPolicy, RawRow, RowReport, check_caption, or_error
+from finetune.datasets.sources import Line, SourceConfig, Split
+from finetune.datasets.tables import MAX_FAULTS
+
+
+class CaptionConfig(Strict):
+    """What is added to every caption when it is read."""
+
+    trigger: Line = ""
+    """Trigger word, such as ``zkx``: put before everything else with a space after it, unless prefix, caption and
+    suffix together hold it already as a word of its own, in the same case."""
+    caption_prefix: Line = ""
+    """Put before every caption exactly as written: end it with a space where one is wanted (and quote it in YAML)."""
+    caption_suffix: Line = ""
+    """Put after every caption exactly as written."""
+    unreadable_captions: Literal["warn", "error"] = "warn"
+    """What happens where the model's text encoder does not know a caption's characters (T5 knows English and a few more
+    languages; Chinese, emoji and ``{`` become one unknown mark): say so, or stop where most of a caption is unknown and
+    where two captions differ in unknown characters only."""
+
+    def apply(self, caption: str) -> str:
+        """The caption that is trained on: white space joined to single spaces, then prefix, suffix and trigger.
+
+        Characters that are invisible and mean nothing (zero-width spaces, byte order marks, soft hyphens) are left out.
+        """
+        # T5's tokenizer joins white space too, so this changes no token; it makes equal captions share a cache entry.
+        text = f"{self.caption_prefix}{' '.join(without_invisible(caption).split())}{self.caption_suffix}"
+        trigger = self.trigger.strip()
+        return text if holds_word(text, trigger) else f"{trigger} {text}"
+
+
+@dataclass(frozen=True)
+class SourceRead:
+    """All samples of a dataset, in the order of the sources and of their rows."""
+
+    train: tuple[Sample, ...]
+    holdout: tuple[Sample, ...]
+    notes: tuple[str, ...]
+    """Advice that is no error, such as duplicate rows."""
+    unusable: tuple[DataError, ...] = ()
+    """Rows left out because their text cannot be used; empty unless that was asked for."""
+
+
+def read_samples(
+    sources: Sequence[SourceConfig],
+    captions: CaptionConfig,
+    *,
+    image_to_video: bool,
+    base: Path,
+    skip: bool = False,
+    media: Path | None = None,
+) -> SourceRead:
+    """Read and check every row of every source; no video is opened.
+
+    Args:
+        sources: where to read.
+        captions: what is added to every caption.
+        image_to_video: read first-frame images where a source names them; a row without one gets ``image=None``, which
+            means the video's own first frame. False: images are neither read nor checked.
+        base: folder that relative paths start at.
+        skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
+            file or one outside its folder is an error all the same: the dataset is not what it should be.
+        media: the folder that media inside a dataset's own files are written to; None: such a dataset is an error.
+
+    Raises:
+        DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
+            read, a video in both splits, or no training clip at all.
+    """
+    dataset = RowReport()
+    samples: dict[Split, list[Sample]] = {"train": [], "holdout": []}
+    policy = PathPolicy()
+    for source in sources:
+        report = RowReport(media=media)
+        try:
+            source.read(base, report)
+        except DataError as error:
+            dataset.errors.append(error)
+        dataset.errors += report.errors
+        dataset.unusable += report.unusable
+        dataset.notes += report.notes
+        apply = _added(source, captions).apply
+        for row in report.rows:
+            checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
+            if checked is not None:
+                video, image, written = checked
+                caption, *variants = dict.fromkeys(map(apply, written))
+                where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
+                repeats = source.repeats * row.repeats
+                own = (source.caption_dropout, source.weight)
+                sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
+                samples[source.split].append(sample)
+            if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
+                what = "too much is wrong with the dataset to go on reading it"
+                dataset.errors.append(DataError(what, where=row.where))
+                break
+    train, holdout = samples["train"], samples["holdout"]
+    errors = [*dataset.errors, *([] if skip else dataset.unusable), *_leaks(train, holdout, policy)]
+    if not errors and not train:
+        what = "the sources hold no training clip"
+        errors = [*dataset.unusable, DataError(what, where="data.sources", fix="add one of split: train")]
+    raise_all(DataError, errors, what="{n} things are wrong with the dataset")
+    notes = (*dataset.notes, *_duplicates([*train, *holdout], policy))
+    return SourceRead(tuple(train), tuple(holdout), notes, tuple(dataset.unusable) if skip else ())
+
+
+def _added(source: SourceConfig, captions: CaptionConfig) -> CaptionConfig:
+    """What is added to a source's captions, where ``captions`` is added to those of a source that says nothing."""
+    own = {
+        "trigger": source.trigger,
+        "caption_prefix": source.caption_prefix,
+        "caption_suffix": source.caption_suffix,
+    }
+    return captions.model_copy(update={name: text for name, text in own.items() if text is not None})
+
+
+def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
+    """What decides which rows ``read_samples`` finds: files by their content, folders by their listing.
+
+    Whoever keeps the result of reading can tell from these, without reading again, whether it still holds. Videos and
+    images are not among them. Raises DataError if a source's layout cannot be told.
+    """
+    return list(dict.fromkeys(file for source in sources for file in source.files(base)))
+
+
+def _checked_row(
+    row: RawRow, source: SourceConfig, dataset: RowReport, policy: PathPolicy, *, image_to_video: bool
+) -> tuple[Path, Path | None, list[str]] | None:
+    """The video, image and captions of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
+
+    def located(name: object, kind: FileKind) -> Path | DataError:
+        return or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
+
+    video, image = located(row.video, VIDEO), row.image if image_to_video else None
+    if image is not None and not isinstance(image, DataError):
+        image = located(image, IMAGE)
+    texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
+    checked = [text if isinstance(text, DataError) else or_error(check_caption, text, row.where) for text in texts]
+    captions = [text for text in checked if isinstance(text, str)]
+    dataset.errors += [fault for fault in (video, image) if isinstance(fault, DataError)]
+    dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
+    if isinstance(video, Path) and isinstance(image, Path | None) and len(captions) == len(checked):
+        return video, image, captions
+    return None
+
+
+def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], policy: PathPolicy) -> Iterator[DataError]:
+    """Held-out clips that are trained on: the held-out loss would measure memory."""
+    trained = {policy.real(sample.video): sample.where for sample in train} if holdout else {}
+    for sample in holdout:
+        if (where := trained.get(policy.real(sample.video))) is not None:
+            what = f"{sample.video} is held out, and also a training clip ({where})"
+            yield DataError(what, where=sample.where, fix="take it out of one of the two")
+
+
+def _duplicates(samples: Iterable[Sample], policy: PathPolicy) -> list[str]:
+    first: dict[tuple[object, ...], str] = {}
+    repeated: list[str] = []
+    for sample in samples:
+        where = first.setdefault((policy.real(sample.video), sample.captions, sample.span_s), sample.where)
+        if where != sample.where:
+            repeated.append(f"{sample.where} repeats {where}")
+    rows = f"{len(repeated)} rows have the video and caption of another row"
+    return [f"{rows}, such as: {repeated[0]}"] if repeated else []
+
+
+# --- held-out clips ---------------------------------------------------------------------------------------------------
+
+
+class ValSplitConfig(Strict):
+    """Which clips are kept out of training, to measure on."""
+
+    holdout: float = Field(0, ge=0, le=1_000_000)
+    """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All
+    clips of one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
+
+    @model_validator(mode="after")
+    def _fraction_or_count(self) -> ValSplitConfig:
+        if self.holdout >= 1 and not float(self.holdout).is_integer():
+            raise ValueError(f"data.holdout is {self.holdout}: give a fraction below 1 or a whole number of videos")
+        return self
+
+
+def choose_val_split(videos: Sequence[str], holdout: float) -> frozenset[str]:
+    """Pick the held-out videos by the digest of their identity, so that adding a clip moves as few others as possible.
+
+    Args:
+        videos: one identity per video (its content digest); repeats count once.
+        holdout: ``ValSplitConfig.holdout``.
+
+    Returns:
+        The identities held out; never all of them, because training needs one.
+    """
+    unique = sorted(set(videos), key=lambda video: seed_for(0, "holdout", video))
+    count = round(holdout * len(unique)) if holdout < 1 else int(holdout)
+    if 0 < holdout < 1 and len(unique) > 1:
+        count = max(1, count)
+    return frozenset(unique[: min(count, max(len(unique) - 1, 0))])
