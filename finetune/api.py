@@ -139,11 +139,10 @@ def doctor(
         ModelError: if the model's JSON cannot be found or used.
     """
     from finetune.config.schema import as_config
-    from finetune.diagnosis.doctor import doctor
+    from finetune.diagnosis.doctor import DoctorOptions, doctor
 
-    file = None if page is None else Path(page)
-    options = {"page": file, "card": card, "device": device, "predict": predict, "vae": vae, "progress": progress}
-    return doctor(as_config(config), **options)  # type: ignore[arg-type]
+    options = DoctorOptions(None if page is None else Path(page), card, device, predict, vae)
+    return doctor(as_config(config), options, progress=progress)
 
 
 @checked
@@ -179,11 +178,12 @@ def plan(
         ModelError: if the model's JSON cannot be found or used.
     """
     from finetune.config.schema import as_config
-    from finetune.planner.plan import plan
+    from finetune.planner.plan import PlanOptions
+    from finetune.planner.plan import plan as plan_run
 
-    options = {"card": card, "ram": ram, "budget": budget, "device": device, "processes": processes}
-    flags = {"quantize": quantize, "plot": None if plot is None else Path(plot), "exact": exact, "as_json": as_json}
-    return plan(as_config(config), **options, **flags)  # type: ignore[arg-type]
+    drawing = None if plot is None else Path(plot)
+    options = PlanOptions(card, ram, budget, device, processes, quantize, drawing, exact, as_json)
+    return plan_run(as_config(config), options)
 
 
 @checked

@@ -288,6 +288,15 @@ def changed(**sections: dict[str, Any] | str) -> dict[str, Any]:
     return {**CONFIG, **{k: {**CONFIG.get(k, {}), **v} if isinstance(v, dict) else v for k, v in sections.items()}}
 
 
+def test_a_run_from_before_a_source_had_an_option_is_the_same_run():
+    before = {"data": {"sources": [{"path": "clips", "repeats": 1.0}]}}
+    (source,) = before["data"]["sources"]
+    since = {"trigger": None, "caption_prefix": None, "caption_suffix": None, "caption_dropout": None, "weight": 1.0}
+    assert compare_configs(before, {"data": {"sources": [source | since]}}) == []
+    (change,) = compare_configs(before, {"data": {"sources": [source | since | {"weight": 2.0}]}})
+    assert change.field == "data.sources"
+
+
 def test_differences_are_named_field_by_field():
     written = {**CONFIG, "output_dir": Path("run"), "optimizer": {**CONFIG["optimizer"], "betas": (0.9, 0.95)}}
     assert compare_configs(CONFIG, written) == [], "a path is its text, a tuple its list"

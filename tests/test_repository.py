@@ -218,14 +218,7 @@ MOST_PARAMETERS = 6
 
 EXCEPTIONS = {
     "finetune.memory.runner.forward": "autograd calls it with what its block takes",
-    **dict.fromkeys(
-        (
-            "finetune.cogvideox.objective.sample_noise",
-            "finetune.diagnosis.doctor.doctor",
-            "finetune.planner.plan.plan",
-        ),
-        "to be mended",
-    ),
+    "finetune.cogvideox.objective.sample_noise": "to be mended",
 }
 """Functions with more parameters -> why. A row that no longer applies is deleted; none is added."""
 

@@ -32,16 +32,11 @@ from finetune.datasets.manifests import (
     read_content,
 )
 from finetune.datasets.samples import source_files
+from finetune.datasets.sources import SOURCE_SINCE
 
 _PLANNING_RULES = 1
 """By which headers are read and captions cleaned. Another number has every dataset planned anew; what is encoded anew
 is only what then has another address."""
-
-_SOURCE_SINCE: Mapping[str, float | None] = {
-    **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
-    "weight": 1.0,
-}
-"""Options that sources did not always have, with what was done before: manifests from then still answer."""
 
 
 def encoding_of(config: RunConfig, spec: ModelSpec, cache: Cache, *, fetch: bool) -> Encoding:
@@ -102,7 +97,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict
     if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
         del data["unreadable_captions"]
     data["sources"] = [
-        {name: value for name, value in source.items() if name not in _SOURCE_SINCE or value != _SOURCE_SINCE[name]}
+        {name: value for name, value in source.items() if name not in SOURCE_SINCE or value != SOURCE_SINCE[name]}
         for source in data["sources"]
     ]
     samples = config.validation.samples

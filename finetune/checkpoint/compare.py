@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.cogvideox.model_files import canonical_name, is_commit
 from finetune.core.errors import CheckpointError
+from finetune.datasets.sources import SOURCE_SINCE
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,7 @@ _SINCE: Mapping[str, object] = {
 
 def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
     """Every field in which two resolved configurations differ, in the order of their names."""
-    # As a file would give it back, so that a path equals its text and a tuple its list.
-    before, after = ({**_SINCE, **flat(json.loads(json.dumps(config, default=str)))} for config in (old, new))
+    before, after = _filled(old), _filled(new)
     for values in (before, after):
         if isinstance(name := values.get("model.pretrained"), str):
             values["model.pretrained"] = canonical_name(name)
@@ -79,6 +79,15 @@ def compare_configs(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Diff
         for field in sorted(before.keys() | after.keys())
         if before.get(field) != after.get(field)
     ]
+
+
+def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration of any age, flat, with what was done before there was a choice."""
+    # As a file would give it back, so that a path equals its text and a tuple its list.
+    values = json.loads(json.dumps(config, default=str))
+    if sources := values.get("data", {}).get("sources"):
+        values["data"]["sources"] = [{**SOURCE_SINCE, **source} for source in sources]
+    return {**_SINCE, **flat(values)}
 
 
 def require_same_run(

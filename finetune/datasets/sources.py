@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -102,6 +102,13 @@ class _Source(Strict):
     def _located(self, base: Path, path: Path | None = None) -> Path:
         # Takes out "..", follows no links.
         return Path(os.path.abspath(base / (path or self.path).expanduser()))  # noqa: PTH100
+
+
+SOURCE_SINCE: Mapping[str, float | None] = {
+    **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
+    "weight": 1.0,
+}
+"""Options that sources did not always have, with what was done before: what was recorded without them is the same."""
 
 
 class MetadataSource(_Source):

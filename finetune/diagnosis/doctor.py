@@ -61,41 +61,30 @@ EXACT_PICTURES = 160
 """At training size and without loss, on a page: some 40 MB at 480x720."""
 
 
-def doctor(
-    config: RunConfig,
-    *,
-    page: Path | None = None,
-    card: str | None = None,
-    device: str | None = None,
-    predict: bool = False,
-    vae: bool = False,
-    progress: bool = True,
-) -> DoctorReport:
-    """Look at everything that a run would train on.
+@dataclass(frozen=True)
+class DoctorOptions:
+    """What is looked at beside the clips; ``finetune.doctor`` says what each word means."""
 
-    Args:
-        config: of the run.
-        page: the HTML file to write; None for none.
-        card: memory of the GPU, such as ``24GB``; None for ``memory.budget``, or the one that is here.
-        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
-        predict: wait for the prediction of memory however long it takes.
-        vae: load the VAE, and put every clip through it.
-        progress: draw bars.
+    page: Path | None = None
+    card: str | None = None
+    device: str | None = None
+    predict: bool = False
+    vae: bool = False
 
-    Raises:
-        ConfigError: if the configuration does not fit the model, or ``card`` is no amount.
-        DataError: if the sources cannot be read at all, or name files that are not there.
-        ModelError: if the model's JSON cannot be found or used.
-    """
+
+def doctor(config: RunConfig, options: DoctorOptions, *, progress: bool = True) -> DoctorReport:
+    """Look at everything that a run would train on; errors stand at ``finetune.doctor``."""
     spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
     warnings = require_valid(config, spec)
-    card_bytes = amount("--card", card or config.memory.budget)
+    card_bytes = amount("--card", options.card or config.memory.budget)
     dataset = _read(config, spec, progress)
-    with _Prediction(config, card_bytes, device) if dataset.planned else nullcontext() as prediction:
+    with _Prediction(config, card_bytes, options.device) if dataset.planned else nullcontext() as prediction:
         seen = _look(config, dataset.planned, progress)
         captions = list(dict.fromkeys(text for clip in dataset.planned for text in clip.sample.captions))
         tokens = _read_captions(config, spec, captions)
-        report = _report(config, spec, dataset, _Sights(seen, tokens, _reconstruct(config, dataset, vae, progress)))
+        report = _report(
+            config, spec, dataset, _Sights(seen, tokens, _reconstruct(config, dataset, options.vae, progress))
+        )
         if report.buckets and prediction is not None:
             outlook = outlooks.look_ahead(
                 config,
@@ -103,12 +92,12 @@ def doctor(
                 {bucket.bucket: bucket.clips + bucket.held_out for bucket in report.buckets},
                 len(captions),
                 (report.steps, sum(clip.holdout for clip in report.clips)),
-                device or "",
+                options.device or "",
             )
-            report = replace(report, outlook=prediction.added_to(outlook, patient=predict))
-    report = replace(report, notes=(*report.notes, *warnings), page=page)
-    if page is not None:
-        atomic_write_text(page, render(page_of(report, config.model.pretrained)))
+            report = replace(report, outlook=prediction.added_to(outlook, patient=options.predict))
+    report = replace(report, notes=(*report.notes, *warnings), page=options.page)
+    if options.page is not None:
+        atomic_write_text(options.page, render(page_of(report, config.model.pretrained)))
     return report
 
 

@@ -57,24 +57,25 @@ class Planned:
         return self.text
 
 
-def plan(
-    config: RunConfig,
-    *,
-    card: str | None = None,
-    ram: str | None = None,
-    budget: str | None = None,
-    device: str | None = None,
-    processes: int = 1,
-    quantize: bool = False,
-    plot: Path | None = None,
-    exact: bool = False,
-    as_json: bool = False,
-) -> Planned:
-    """The work of ``finetune.plan``, which explains the parameters, for a configuration that is loaded.
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is planned for; ``finetune.plan`` says what each word means."""
 
-    Raises:
-        ConfigError, ModelError: as there.
-    """
+    card: str | None = None
+    ram: str | None = None
+    budget: str | None = None
+    device: str | None = None
+    processes: int = 1
+    quantize: bool = False
+    plot: Path | None = None
+    exact: bool = False
+    as_json: bool = False
+
+
+def plan(config: RunConfig, options: PlanOptions) -> Planned:
+    """The work of ``finetune.plan``, where the errors stand, for a configuration that is loaded."""
+    budget, ram, quantize = options.budget, options.ram, options.quantize
+    processes, plot = options.processes, options.plot
     spec = spec_of(config)
     require_valid(config, spec)
     if plot is not None:
@@ -83,14 +84,14 @@ def plan(
         raise ConfigError("a run has at least one process", where=f"--processes {processes}")
     automatic = config.memory.kind == "auto"
     if automatic:  # what the file asks for, where the command does not
-        budget, ram = budget or config.memory.budget or card, ram or config.memory.ram
+        budget, ram = budget or config.memory.budget or options.card, ram or config.memory.ram
         quantize = quantize or config.memory.quantize
         if budget is None and card_here() is None:
             where = config.where("memory")
             raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GB")
-    asked_bytes = amount("--budget", budget) or amount("--card", card)
+    asked_bytes = amount("--budget", budget) or amount("--card", options.card)
     card_bytes = asked_bytes or card_here()
-    ram_bytes, rates = amount("--ram", ram), rates_of(device or device_here())
+    ram_bytes, rates = amount("--ram", ram), rates_of(options.device or device_here())
     others = held_note() if asked_bytes is None else ""
     lines = [f"{others}: planned for the rest", ""] if others else []
     result: SearchResult | None = None
@@ -102,14 +103,14 @@ def plan(
         refused = memory_errors(config, memory_traits(config, spec, processes=processes))
         raise_all(ConfigError, refused, what="{n} settings of memory do not go with several processes")
     room = None if card_bytes is None else usable(card_bytes, processes)
-    estimate = predict(config, card_bytes=room, processes=processes, exact=exact or plot is not None)
+    estimate = predict(config, card_bytes=room, processes=processes, exact=options.exact or plot is not None)
     workspace = DETERMINISTIC_WORKSPACE if config.train.deterministic else None
     beside = overhead(rates.device, processes=processes, workspace=workspace)
     verdict = Verdict(estimate, card_bytes, ram_bytes, beside)
     if plot is not None:
         draw(estimate.phase("train"), _title(config, estimate.bucket), plot, card_bytes=card_bytes)
     step_s = None if rates.source == OF_ANOTHER else step_cost(config, spec, config.memory, rates).step_s
-    if as_json:
+    if options.as_json:
         content: dict[str, Any] = document(verdict) | {
             "processes": processes,
             "memory": config.memory.model_dump(mode="json"),
