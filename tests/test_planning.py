@@ -635,14 +635,14 @@ def test_a_plan_is_made_for_what_is_free(gpu, monkeypatch) -> None:
     monkeypatch.setattr(plan, "fit_memory", fit)
     config = run(memory={"kind": "auto"})
     gpu(24, 24)
-    free = plan.plan(config).text
+    free = plan.plan(config, plan.PlanOptions()).text
     assert "other programs" not in free and "a card of 24.0 GiB has" in free
     gpu(24, 14)
-    held = plan.plan(config).text
+    held = plan.plan(config, plan.PlanOptions()).text
     assert held.startswith("other programs hold 9.50 GiB of this GPU's 24.00 GiB (nvidia-smi): planned for the rest")
     assert "a card of 14.5 GiB is 1.70 GiB too small" in held
     assert choose_memory(config)[1][0].startswith("other programs hold 9.50 GiB")
-    asked = plan.plan(config, budget="24GiB").text  # for a card that may be elsewhere
+    asked = plan.plan(config, plan.PlanOptions(budget="24GiB")).text  # for a card that may be elsewhere
     assert "other programs" not in asked and "a card of 24.0 GiB has" in asked
     assert planned_for == [24, 14.5, 14.5, 24]
 
