@@ -10,7 +10,11 @@
 ``import finetune`` costs nothing: a verb loads what it needs when it is called. ``docs/python.md`` has them all.
 """
 
-from finetune.api import caption, check, doctor, export, generate, load_config, plan, precompute, prepare, train
+from finetune.data import caption, check, doctor, prepare
+from finetune.precompute import precompute
+from finetune.runs import load_config, plan, train
+from finetune.sampling import generate
+from finetune.sharing import export
 
 __version__ = "0.1.0"
 __all__ = [

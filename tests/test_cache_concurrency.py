@@ -21,8 +21,8 @@ from waiting import HANG_S, until
 from worlds import fabricate_cache, run_config, run_values
 
 from finetune.caching.precompute import ensure_cache
+from finetune.cli.app import OK, PREEMPTED, USER_ERROR
 from finetune.cli.main import main
-from finetune.cli.verbs import OK, PREEMPTED, USER_ERROR
 from finetune.cogvideox.spec import read_spec
 from finetune.core import locks
 from finetune.core.checksums import digest_of

@@ -26,10 +26,10 @@ from worlds import run_config
 
 import finetune
 from finetune.caching.check import run_advice
+from finetune.cli.app import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, WARNED
 from finetune.cli.init import EXAMPLES, RECIPES, example
 from finetune.cli.main import main
 from finetune.cli.streams import own_log
-from finetune.cli.verbs import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, WARNED
 from finetune.cogvideox.model_files import HUB_IDS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.rules import check_against

@@ -20,8 +20,7 @@ import yaml
 
 import finetune
 from finetune.cli.init import EXAMPLES, RECIPES
-from finetune.cli.main import one_value_each
-from finetune.cli.verbs import app
+from finetune.cli.main import app, one_value_each
 from finetune.cogvideox.model_files import HUB_IDS, known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.rules import check_against

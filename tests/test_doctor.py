@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from worlds import run_values
 
 import finetune
+from finetune.cli.app import OK, USER_ERROR, WARNED
 from finetune.cli.main import main
-from finetune.cli.verbs import OK, USER_ERROR, WARNED
 from finetune.cogvideox.components import read_part
 from finetune.cogvideox.model_files import known_model
 from finetune.config.starting_points import STARTING_POINTS, starting_point, suited, word_on_length

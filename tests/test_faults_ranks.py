@@ -16,7 +16,7 @@ from test_replay import poison
 from worlds import SMOOTH_ADAM, differing, run_config, run_values, saved_steps
 
 from finetune.caching.precompute import precompute
-from finetune.cli.verbs import INTERRUPTED, OK, PREEMPTED, USER_ERROR
+from finetune.cli.app import INTERRUPTED, OK, PREEMPTED, USER_ERROR
 from finetune.config.schema import RunConfig
 from finetune.trainers.fault_report import read_report
 from finetune.trainers.replay import replay

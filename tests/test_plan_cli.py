@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from waiting import HANG_S
 
+from finetune.cli.app import OK, USER_ERROR
 from finetune.cli.init import RECIPES
 from finetune.cli.main import main
-from finetune.cli.verbs import OK, USER_ERROR
 from finetune.config.rules import memory_traits
 from finetune.config.schema import load_config
 from finetune.core.types import GIB

@@ -17,8 +17,8 @@ from worlds import run_config, run_values
 from finetune.caching.precompute import precompute
 from finetune.checkpoint.folders import list_checkpoints
 from finetune.checkpoint.load import load_checkpoint
+from finetune.cli.app import OK, USER_ERROR
 from finetune.cli.main import main
-from finetune.cli.verbs import OK, USER_ERROR
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, ModelError, TrainingError
 from finetune.datasets.cache import Cache

@@ -18,8 +18,8 @@ from waiting import HANG_S, until
 from worlds import assert_same_run, history, run_values, saved_steps
 
 from finetune.checkpoint import save
+from finetune.cli.app import INTERRUPTED, OK, PREEMPTED
 from finetune.cli.main import main
-from finetune.cli.verbs import INTERRUPTED, OK, PREEMPTED
 from finetune.config.schema import RunConfig
 from finetune.datasets.dataloader import BatchMaker
 from finetune.trainers import loop, validation

@@ -14,8 +14,8 @@ from tiny_vlm import save_image_model
 from worlds import saved_steps
 
 from finetune.caching.request import require_manifest
+from finetune.cli.app import OK, WARNED
 from finetune.cli.main import main
-from finetune.cli.verbs import OK, WARNED
 from finetune.config.schema import load_config
 from finetune.core.errors import DataError
 from finetune.datasets.cache import Cache

@@ -14,8 +14,9 @@ from pathlib import Path
 import typer
 
 import finetune
+from finetune.cli import data, runs, sampling, sharing  # noqa: F401  (their functions become verbs of the app, in this order)
+from finetune.cli.app import BUG, INTERRUPTED, OK, USER_ERROR, app
 from finetune.cli.streams import lasting_streams, open_streams, own_log, quiet_libraries
-from finetune.cli.verbs import BUG, INTERRUPTED, OK, USER_ERROR, app
 from finetune.core.errors import ConfigError, FinetuneError, first_line, is_out_of_memory, is_refusal
 from finetune.core.text import shown
 

@@ -1,0 +1,66 @@
+"""Verbs that hand on what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+import finetune
+from finetune.cli.app import (
+    Model,
+    flag,
+    option,
+    verb,
+)
+
+if TYPE_CHECKING:
+    pass
+
+
+_PANEL = "What was trained"
+
+
+@verb(
+    _PANEL,
+    "finetune export runs/run",
+    "finetune export runs/run --checkpoint best --output my-lora",
+    "finetune export runs/run --merged --strength 0.8",
+)
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or one checkpoint's.")],
+    to: Annotated[Literal["diffusers"], option("Layout of the export.")] = "diffusers",
+    output: Annotated[Path | None, option("Where to; left out: RUN/export, or RUN/merged.", "DIR")] = None,
+    checkpoint: Annotated[Literal["latest", "best"], option("Of a run's folder; best by held-out loss.")] = "latest",
+    merged: Annotated[
+        bool,
+        flag(
+            "--merged",
+            "Put the adapter into the base's weights: a whole transformer, in RUN/merged where --output is left out.",
+        ),
+    ] = False,
+    strength: Annotated[float, option("With --merged: how much of the adapter; 1 as trained, 0 none.")] = 1.0,
+    full_pipeline: Annotated[
+        bool,
+        flag(
+            "--full-pipeline",
+            "After full fine-tuning, or with --merged: VAE, text encoder and scheduler beside the transformer.",
+        ),
+    ] = False,
+    model: Model = None,
+    weights: Annotated[Literal["auto", "ema", "raw"], option("auto takes the average where one was kept.")] = "auto",
+) -> None:
+    """Write what was trained in diffusers' format: reloaded through the stock pipeline, compared, kept if equal."""
+    print(
+        finetune.export(
+            source,
+            output,
+            checkpoint=checkpoint,
+            full_pipeline=full_pipeline,
+            weights=weights,
+            pretrained=model,
+            merged=merged,
+            strength=strength,
+        )
+    )

@@ -1,0 +1,97 @@
+"""Functions of the library for a run: its configuration, its plan, the training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.arguments import checked
+
+if TYPE_CHECKING:
+    from finetune.config.schema import RunConfig
+    from finetune.planner.plan import Planned
+    from finetune.trainers.loop import TrainReport
+    from finetune.trainers.tracking import StepRecord
+
+
+def load_config(path: str | Path, overrides: str | Iterable[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """Read a YAML configuration.
+
+    Args:
+        path: the file. Relative paths in it, and in the overrides, start at its folder.
+        overrides: assignments such as ``optimizer.lr=2e-4``, applied in order as though the file had said so; the value
+            is YAML, and ``data.sources.0.path=clips`` reaches into a list. A single string is one assignment. A mapping
+            holds values instead of YAML: ``{"optimizer.lr": 2e-4}``, or nested, ``{"optimizer": {"lr": 2e-4}}``.
+
+    Raises:
+        ConfigError: if the file is unreadable or says something that a run cannot be; all faults are reported together,
+            each with its line and column.
+    """
+    from finetune.config.schema import load_config
+
+    return load_config(path, overrides)
+
+
+@checked
+def plan(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    card: str | None = None,
+    ram: str | None = None,
+    budget: str | None = None,
+    device: str | None = None,
+    processes: int = 1,
+    quantize: bool = False,
+    plot: str | Path | None = None,
+    exact: bool = False,
+    as_json: bool = False,
+) -> Planned:
+    """Predict a run's memory, phase by phase, from its model's JSON; with ``budget``, choose its memory section first.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        card: memory of the GPU, such as ``24GB``; None for the one that is here, if any.
+        ram: host memory that the run may take.
+        budget: search for the fastest memory section within this much GPU memory.
+        device: name of the GPU to reckon seconds for; None for the one that is here, or an A100.
+        processes: how many train a whole model each (DDP); the figures are of one of them.
+        quantize: whether the search may quantise the base to be faster.
+        plot: a PNG to draw the training step's curve into.
+        exact: run every block, where two short models would do.
+        as_json: a JSON document in place of tables.
+
+    Raises:
+        ConfigError: if an amount is none, the configuration does not fit the model, or nothing fits the budget.
+        ModelError: if the model's JSON cannot be found or used.
+    """
+    from finetune.config.schema import as_config
+    from finetune.planner.plan import PlanOptions
+    from finetune.planner.plan import plan as plan_run
+
+    drawing = None if plot is None else Path(plot)
+    options = PlanOptions(card, ram, budget, device, processes, quantize, drawing, exact, as_json)
+    return plan_run(as_config(config), options)
+
+
+@checked
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path, *, on_step: Callable[[StepRecord], None] | None = None
+) -> TrainReport:
+    """Train as ``config`` says: fill the cache if need be, continue or begin the run, and save what was learnt.
+
+    Args:
+        config: a configuration, the values of one, or its file.
+        on_step: called on the main process after each optimizer step, with its number, losses and times; what it raises
+            ends the run as it is.
+
+    Raises:
+        ConfigError, DataError, CacheError, CheckpointError, ModelError: before any training, with what to mend.
+        CacheError: in training, if an entry turned out to be damaged; the steps before it are saved.
+        TrainingError: a loss or gradient was not finite, gradient checkpointing did not recompute, or the GPU's memory
+            does not hold a step.
+        LaunchError: another process of the launch failed or is gone.
+    """
+    from finetune.trainers.loop import train
+
+    return train(config, on_step)

@@ -1,0 +1,53 @@
+"""Functions of the library that hand on what was trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from finetune.arguments import checked
+
+if TYPE_CHECKING:
+    from finetune.convert.export import ExportReport
+
+
+@checked
+def export(
+    source: str | Path,
+    to: str | Path | None = None,
+    *,
+    checkpoint: Literal["latest", "best"] = "latest",
+    full_pipeline: bool = False,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+    pretrained: str | Path | None = None,
+    merged: bool = False,
+    strength: float = 1.0,
+) -> ExportReport:
+    """Export a run or one of its checkpoints.
+
+    A LoRA becomes ``pytorch_lora_weights.safetensors`` with its settings in the header, or merged into its base a
+    ``transformer`` folder, which is what a full fine-tuning becomes in any case. All get a model card, a record for
+    programs and the run's sampled videos.
+
+    Args:
+        source: a run's folder, or one checkpoint's.
+        to: the export's folder, replaced if it is an earlier export; None for ``<run>/export``, or ``<run>/merged``.
+        checkpoint: of a run's folder, the newest checkpoint or the one with the lowest held-out loss.
+        full_pipeline: put the base's other components beside a whole transformer, so that the folder is a whole
+            pipeline (hard links where the file system has them, copies elsewhere).
+        weights: the moving average or the trained weights themselves; ``auto`` takes the average if one was kept.
+        pretrained: where the base model is now, if not where the run had it.
+        merged: put the adapter into the base's weights; a full fine-tuning is whole already, and exported as ever.
+        strength: how much of the adapter is merged: 1 as trained, 0 none of it.
+
+    Raises:
+        CheckpointError: if the checkpoint is missing or damaged; the message names those of the run that are whole.
+        ModelError: if the base model cannot be found or loaded.
+        ExportError: if what was written does not give back what was trained.
+    """
+    from finetune.convert.export import ExportOptions, export
+
+    options = ExportOptions(
+        checkpoint, full_pipeline, weights, None if pretrained is None else str(pretrained), merged, strength
+    )
+    return export(Path(source).expanduser(), None if to is None else Path(to).expanduser(), options)
