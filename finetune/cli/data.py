@@ -37,14 +37,23 @@ _PANEL = "Clips and captions"
     _PANEL,
     "finetune init --model 5b --method lora --card 24GB --data clips",
     "finetune init --model ./my-cogvideox --data clips/metadata.jsonl",
+    "finetune init --from train_ddp_t2v.sh",
 )
 def init(
     model: Annotated[
-        str,
+        str | None,
         option(
             "2b, 5b, 5b-i2v, 1.5-5b or 1.5-5b-i2v; a hub id; or the folder of a CogVideoX in diffusers format.", "MODEL"
         ),
-    ],
+    ] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            help="In place of all else: a script or file of CogVideo, CogKit, cogvideox-factory or finetrainers.",
+            metavar="FILE",
+        ),
+    ] = None,
     method: Annotated[Literal["lora", "full"], option("Train an adapter, or every weight.")] = "lora",
     card: Annotated[
         str | None,
@@ -54,14 +63,19 @@ def init(
     output: Annotated[Path, option("The file to write.", "FILE")] = Path("run.yaml"),
     force: Annotated[bool, flag("--force", "Replace the file if it exists.")] = False,
 ) -> None:
-    """Write a commented configuration for a model, a method and a card."""
-    from finetune.cli.init import write_starter
+    """Write a commented configuration for a model, a method and a card, or from another trainer's own."""
+    from finetune.cli.init import write_starter, write_translated
     from finetune.core.gpu import amount
     from finetune.core.types import GIB
 
     card_bytes = amount("--card", card)
     card_gib = None if card_bytes is None else card_bytes / GIB
-    notes = write_starter(model=model, method=method, card_gib=card_gib, clips=data, output=output, force=force)
+    if (model is None) == (source is None):
+        raise typer.BadParameter("give one of --model and --from")
+    if source is not None:
+        notes = write_translated(source, output, force=force)
+    elif model is not None:
+        notes = write_starter(model=model, method=method, card_gib=card_gib, clips=data, output=output, force=force)
     print(f"wrote {output}")
     print_notes(notes)
     print_next("doctor", "--config", str(output))

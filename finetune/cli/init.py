@@ -190,8 +190,7 @@ def write_starter(
         ConfigError: if the file exists, or a name is not one line of text.
         ModelError: if the model cannot be found, or is none.
     """
-    if output.exists() and not force:
-        raise ConfigError("the file exists already", where=str(output), fix="choose another --output, or pass --force")
+    _require_free(output, force=force)
     for option, text in (("--model", model), ("--data", str(clips or "")), ("--output", str(output))):
         if fault := text_fault(text, one_line=True):  # it would stand in a comment, and end it
             raise ConfigError(f"the name is damaged: {fault}", where=option)
@@ -213,6 +212,39 @@ def write_starter(
     )
     atomic_write_text(output, starter.text(str(output)))
     return [*starter.notes(str(output)), *notes]
+
+
+def _require_free(output: Path, *, force: bool) -> None:
+    if output.exists() and not force:
+        raise ConfigError("the file exists already", where=str(output), fix="choose another --output, or pass --force")
+
+
+def write_translated(source: Path, output: Path, *, force: bool = False) -> list[str]:
+    """Write another trainer's script or file as a configuration of ours, which says what became of each setting.
+
+    Args:
+        source: the script or file; relative paths in it start at its folder.
+        output: the file to write.
+        force: replace an existing file.
+
+    Returns:
+        What to look at before a run.
+
+    Raises:
+        ConfigError: if the file exists, ``source`` is of no trainer that is known, or what it asks for is possible in
+            no run of ours; the file is written in the last case, for its faults to be mended.
+    """
+    from finetune.config.document import Document
+    from finetune.config.other_trainers import translate
+    from finetune.config.schema import build
+
+    _require_free(output, force=force)
+    translation = translate(source.expanduser(), output.absolute().parent)
+    atomic_write_text(output, translation.text())
+    build(Document.read(output), base=output.absolute().parent)
+    unmapped = [setting for setting, _ in translation.unmapped if setting.line is not None]
+    counted = f"{len(unmapped)} of its settings have no counterpart: the head of the file says why of each"
+    return [*translation.notes, *([counted] if unmapped else [])]
 
 
 def _settings(spec: ModelSpec, method: Method, clips: Path | None, output: Path) -> tuple[Settings, list[str]]:
