@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,15 @@ from finetune.caching.precompute import ensure_cache, precompute
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.errors import TrainingError
+from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
+from finetune.datasets.cache_packing import pack
+from finetune.datasets.cache_transfer import export_cache
 from finetune.datasets.dataloader import BatchMaker
+from finetune.datasets.decode_pool import DecodeJob, DecodePool
+from finetune.datasets.geometry import ClipConfig, plan_clips
 from finetune.datasets.manifests import Manifest, read_content
+from finetune.datasets.samples import names_a_side
 from finetune.datasets.schedule import MicroBatch
 from finetune.trainers.loop import train
 from finetune.trainers.replay import replay
@@ -29,14 +36,20 @@ from finetune.trainers.replay import replay
 def home(tmp_path, tiny_model, demo_clips) -> Callable[..., RunConfig]:
     """``home("run", edit, **changes)``: a run on a copy of the demo clips, each of whose rows ``edit`` has changed."""
 
-    def make(name: str, edit: Callable[[int, dict[str, Any]], object] = lambda *_: None, **changes: Any) -> RunConfig:
+    def make(
+        name: str,
+        edit: Callable[[int, dict[str, Any]], object] = lambda *_: None,
+        *,
+        variant: str = "5b",
+        **changes: Any,
+    ) -> RunConfig:
         clips = tmp_path / "clips"
         shutil.copytree(demo_clips, clips, dirs_exist_ok=True)
         rows = [json.loads(line) for line in (demo_clips / "metadata.jsonl").read_text().splitlines()]
         for number, row in enumerate(rows):
             edit(number, row)
         (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return run_config(tiny_model(), clips, tmp_path / name, **changes)
+        return run_config(tiny_model(variant), clips, tmp_path / name, **changes)
 
     return make
 
@@ -205,3 +218,116 @@ def test_sources_that_set_nothing_ask_for_what_they_always_did(home):
     changed = precompute(of_two_sources(config, weight=2.0, caption_dropout=0.0), progress=False).manifest
     assert changed.items[4].weight == 2.0 and changed.items[4].caption_dropout == 0.0
     assert set(changed.items[0].extras()) == set()
+
+
+# ------------------------------------------------------------------------------------------------------ mirrored clips
+
+
+SIDES: list[tuple[str, bool]] = [
+    ("a car in the left lane", True),
+    ("RIGHT, then up", True),
+    ("she left", True),
+    ("the leftmost door", True),
+    ("turning left-handed", True),
+    ("tags: left_hand, night", True),
+    ("it moves rightwards.", True),
+    ("turns counter-clockwise", True),
+    ("bright light on a copyright page", False),
+    ("a cleft rock, upright", False),
+    ("straightforward", False),
+]
+
+
+@pytest.mark.parametrize(("caption", "says"), SIDES)
+def test_which_captions_keep_a_clip_from_being_mirrored(caption, says):
+    assert names_a_side(caption) is says
+
+
+def flipping(home: Callable[..., RunConfig], name: str, *args: Any, **changes: Any) -> RunConfig:
+    """A run of the demo clips whose source sets ``random_flip``; two of the four captions say left or right."""
+    values = home(name, *args, **changes).to_dict()
+    (source,) = values["data"]["sources"]
+    return RunConfig.from_dict(values | {"data": {**values["data"], "sources": [{**source, "random_flip": True}]}})
+
+
+def test_a_mirrored_clip_is_another_entry_and_all_else_stays(home, tmp_path):
+    plain = precompute(home("plain"), progress=False).manifest
+    config = flipping(home, "run", data={"holdout": 1})
+    report = precompute(config, progress=False)
+    items = {item.clip: item for item in report.manifest.items}
+    assert [item.latents_key for item in items.values()] == [item.latents_key for item in plain.items]
+    # The two whose captions name a side, and the one held out, are as they were.
+    sides = [names_a_side(item.caption) for item in items.values()]
+    assert sum(sides) == 2 and sum(item.holdout for item in items.values()) == 1
+    expected = [not side and not item.holdout for side, item in zip(sides, items.values(), strict=True)]
+    assert [bool(item.flipped_key) for item in items.values()] == expected
+    assert report.encoded["latents"] == sum(expected) > 0
+    assert f"{sum(expected)} of 4 clips are there mirrored" in str(report)
+    (note,) = (note for note in report.manifest.notes if "not flipped" in note)
+    assert note.startswith("2 rows") and "metadata.jsonl:1" in note and "metadata.jsonl:3" in note
+    assert plain.digest != report.manifest.digest
+
+    # What looks after a cache knows the entries: nothing is garbage, a copy has them, a shard too.
+    cache, copy = Cache(config.cache.dir), Cache(tmp_path / "copy")
+    flipped = {item.flipped_key for item in items.values() if item.flipped_key}
+    cache_admin.gc(cache, delete=True)
+    export_cache(cache, copy.root)
+    pack(copy)
+    for one in (cache, copy):
+        assert cache_admin.verify(one).ok and flipped <= one.keys("latents")
+    cache.path("latents", min(flipped)).unlink()
+    assert ensure_cache(config, read_spec(config.model.pretrained), progress=False).digest == report.manifest.digest
+    assert flipped <= cache.keys("latents")
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+def test_the_mirror_is_exact_for_the_clip_and_for_its_image(demo_clips, decoder):
+    if decoder == "decord":
+        pytest.importorskip("decord")
+    from decoding import probe
+    from PIL import Image
+
+    video = sorted(demo_clips.rglob("*.mp4"))[0]
+    clips = ClipConfig(buckets=["9x32x48"], fps=8)
+    (plan,) = plan_clips(probe(video), clips, 8, "")
+    image = demo_clips.parent / "half.png"
+    Image.linear_gradient("L").rotate(90).resize((50, 31)).save(image)
+    jobs = [DecodeJob(video, probe(video), replace(plan, flip=flip), image, decoder) for flip in (False, True)]
+    with DecodePool(workers=1) as pool:
+        straight, mirrored = (clip for _, clip in pool.decode_many(jobs))
+    for ours, theirs in ((mirrored.pixels, straight.pixels), (mirrored.image, straight.image)):
+        assert torch.equal(ours, theirs.flip(-1)) and not torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("variant", ["5b", "5b-i2v"])
+def test_training_draws_the_mirrored_clip_half_of_the_time_and_measures_the_plain_one(home, variant):
+    config = flipping(home, "run", variant=variant)
+    precompute(config, progress=False)
+    made, index = batches(config), 1
+    plain = replace(made, items=[replace(item, flipped_key="") for item in made.items])
+    mirrored = replace(made, items=[replace(item, latents_key=item.flipped_key) for item in made.items])
+    micro = MicroBatch(items=(index,), slots=(3,))
+
+    def is_mirrored(step: int) -> bool:
+        batch, straight, other = (one.training(step, micro) for one in (made, plain, mirrored))
+        assert torch.equal(batch.noise, straight.noise) and torch.equal(batch.timesteps, straight.timesteps)
+        chosen = other if torch.equal(batch.latents, other.latents) else straight
+        assert torch.equal(batch.latents, chosen.latents) and not torch.equal(other.latents, straight.latents)
+        if "i2v" in variant:  # the image goes with the clip
+            assert torch.equal(batch.image_latents, chosen.image_latents)
+        return chosen is other
+
+    drawn = [is_mirrored(step) for step in range(64)]
+    assert 20 <= sum(drawn) <= 44 and drawn[:8] == [is_mirrored(step) for step in range(8)]
+    assert torch.equal(made.fixed(index, [3]).latents, plain.fixed(index, [3]).latents)
+
+
+def test_a_run_with_mirrored_clips_resumes_to_the_bit_and_is_another_run(home):
+    steps: dict[str, list[Any]] = {"plain": [], "whole": []}
+    plain = train(home("plain", train={"steps": 4}), steps["plain"].append)
+    whole = train(flipping(home, "whole", train={"steps": 4}), steps["whole"].append)
+    part = flipping(home, "part", train={"steps": 4}, checkpoint={"every": 2})
+    stop_after(2, part)
+    assert_same_run(train(part), whole)
+    losses = [[record.losses for record in steps[name]] for name in ("plain", "whole")]
+    assert losses[0] != losses[1] and plain.step == whole.step

@@ -103,7 +103,7 @@ def require_whole(
     totals = {part.of for part in parts}
     lines, again = [], set()
     for (kind, key), fault in faults.items():
-        rows = [n for n, item in enumerate(manifest.items) if key in (item.latents_key, item.prompt_key)]
+        rows = [n for n, item in enumerate(manifest.items) if key in (*item.latents_keys, *item.prompt_keys)]
         whose = f" ({manifest.items[rows[0]].clip}, {manifest.items[rows[0]].where})" if rows else ""
         lines.append(f"  {kind}/{key}{whose}: {fault}")
         again |= {str(Part((rows[0] if rows else 0) % of + 1, of)) for of in totals}

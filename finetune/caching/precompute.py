@@ -45,7 +45,7 @@ from finetune.config.schema import RunConfig, as_config
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import from_here, human_size, require_space
-from finetune.core.types import DTYPE_BYTES, Bucket, DtypeName
+from finetune.core.types import DTYPE_BYTES, Bucket, ClipPlan, DtypeName
 from finetune.datasets.cache import Cache
 from finetune.datasets.manifests import (
     KINDS,
@@ -115,15 +115,18 @@ def plan_cache(
     captions: dict[str, EncodeJob] = {}
     stills: dict[str, ImageJob] = {}
 
-    def clip_key(clip: PlannedClip) -> str:
+    def clip_key(clip: PlannedClip, plan: ClipPlan) -> str:
         image = clip.sample.image if spec.image_to_video else None
         stamp = stamps[clip.sample.video]
         digest = stamps[image].digest if image else None
-        address = encoding.latents_address(stamp.digest, clip.plan, image=digest, corrections=clip.probe.corrections)
+        address = encoding.latents_address(stamp.digest, plan, image=digest, corrections=clip.probe.corrections)
         # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
         probe = replace(clip.probe, frame_times_s=())
-        job = ClipJob(address, clip.where, clip.sample.video, stamp, probe, clip.plan, image)
+        job = ClipJob(address, clip.where, clip.sample.video, stamp, probe, plan, image)
         return clips.setdefault(job.key, job).key
+
+    def flipped_key(clip: PlannedClip) -> str:
+        return clip_key(clip, replace(clip.plan, flip=True)) if clip.sample.random_flip else ""
 
     def prompt_key(text: str) -> str:
         job = EncodeJob(encoding.prompt_address(text))
@@ -144,12 +147,13 @@ def plan_cache(
                 bucket=clip.plan.bucket,
                 repeats=clip.sample.repeats,
                 holdout=is_val,
-                latents_key=clip_key(clip),
+                latents_key=clip_key(clip, clip.plan),
                 prompt_key=prompt_key(clip.sample.caption),
                 media_digest=stamps[clip.sample.video].digest,
                 variants=tuple((text, prompt_key(text)) for text in clip.sample.variants),
                 caption_dropout=clip.sample.caption_dropout,
                 weight=clip.sample.weight,
+                flipped_key="" if is_val else flipped_key(clip),
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),
@@ -251,6 +255,8 @@ class PrecomputeReport:
             if self.encoded[kind] or self.reused[kind]
         ]
         lines += [f"left out  {count:>10}  {reason}" for reason, count in self.skipped.items()]
+        if mirrored := sum(bool(item.flipped_key) for item in self.manifest.items):
+            lines.append(f"{mirrored} of {len(self.manifest.items)} clips are there mirrored as well")
         lines.append(f"{human_size(self.bytes)}, {human_size(self.written_bytes)} of it new; {self.seconds:.1f} s")
         lines += [f"bucket {bucket}: {kept}" for bucket, kept in self.manifest.kept.items()]
         return "\n".join([*lines, *map(note_line, self.manifest.notes)])
@@ -394,7 +400,7 @@ def _finish(
 ) -> PrecomputeReport:
     """Settle what could not be decoded, file the manifest and count."""
     failures = [failure for one in results["latents"] for failure in one.failures]
-    errors = [failure.error for failure in failures]
+    errors = list({str(failure.error): failure.error for failure in failures}.values())  # mirrored clips fail alike
     if config.data.unreadable_clips == "error":
         raise_all(DataError, errors, what="{n} clips could not be encoded; all others are in the cache")
     manifest = _without(plan.manifest, failures)
@@ -425,12 +431,12 @@ def _finish(
 def _without(manifest: Manifest, failures: Sequence[Failure]) -> Manifest:
     """The manifest without the clips that failed, counted as unreadable."""
     failed = {failure.key for failure in failures}
-    items = tuple(item for item in manifest.items if item.latents_key not in failed)
+    items = tuple(item for item in manifest.items if failed.isdisjoint(item.latents_keys))
     lost = len(manifest.items) - len(items)
     if not lost:
         return manifest
     skipped = {**manifest.skipped, UNREADABLE: manifest.skipped.get(UNREADABLE, 0) + lost}
-    notes = [f"{LEFT_OUT}{failure.error.where}: {failure.error.what}" for failure in failures]
+    notes = dict.fromkeys(f"{LEFT_OUT}{failure.error.where}: {failure.error.what}" for failure in failures)
     return replace(manifest, items=items, skipped=skipped, notes=(*manifest.notes, *notes))
 
 

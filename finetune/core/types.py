@@ -60,6 +60,8 @@ class Sample:
     """In place of the configuration's; None where its source has none of its own."""
     weight: float = 1.0
     """What its loss is multiplied by in training."""
+    random_flip: bool = False
+    """Whether training may mirror its clips left to right."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -120,6 +122,8 @@ class ClipPlan:
     resize_hw: tuple[int, int]
     crop_yx: tuple[int, int]
     bucket: Bucket
+    flip: bool = False
+    """Whether the cut frames are mirrored left to right, and the image that stands for the first frame with them."""
 
 
 @dataclass(frozen=True)

@@ -110,17 +110,19 @@ class Encoding:
 
         Args:
             media: digest of the video file's bytes.
-            plan: how the clip is cut out of the video.
+            plan: how the clip is cut out of the video, and whether it is mirrored; the latter is left out where it is
+                not, so that clips keep the addresses they had before any was.
             image: digest of the image file that stands for the first frame; None where the first frame itself does.
             corrections: what is done to the frames of a video that is not plain. Left out where there is none, so that
                 plain videos keep the addresses they had before there were any.
         """
+        cut = {name: value for name, value in asdict(plan).items() if name != "flip" or value}
         return {
             "kind": "latents",
             "format": FORMAT,
             "media": media,
             "image": image,
-            "plan": {**asdict(plan), "bucket": str(plan.bucket)},
+            "plan": {**cut, "bucket": str(plan.bucket)},
             "pixels": self.pixel_rule,
             "vae": self.vae,
             "vae_dtype": self.dtype,

@@ -49,22 +49,28 @@ class BatchMaker:
     def training(self, step: int, micro: MicroBatch) -> Batch:
         """One micro-batch of optimizer step ``step``."""
         rows = [
-            self._sample(self._with_drawn_caption(self.items[index], step, slot), "train", step, slot)
+            self._sample(self._drawn(self.items[index], step, slot), "train", step, slot)
             for index, slot in zip(micro.items, micro.slots, strict=True)
         ]
         return _collate(rows, micro.slots)
 
-    def _with_drawn_caption(self, item: ManifestItem, step: int, slot: int) -> ManifestItem:
-        """The clip with one of its captions: with a purpose of its own, so that no other choice moves."""
-        if not item.variants:
-            return item
-        captions = len(item.prompt_keys)
-        source = generator(self.seed, "caption", step, slot)
-        return item.with_caption(int(torch.randint(captions, (), generator=source)))
+    def _drawn(self, item: ManifestItem, step: int, slot: int) -> ManifestItem:
+        """The clip with one of its captions, mirrored or not: each with a purpose of its own, so that no other choice
+        moves.
+        """
+
+        def one_of(count: int, purpose: str) -> int:
+            return int(torch.randint(count, (), generator=generator(self.seed, purpose, step, slot)))
+
+        if item.variants:
+            item = item.with_caption(one_of(len(item.prompt_keys), "caption"))
+        if item.flipped_key and one_of(2, "flip"):
+            item = replace(item, latents_key=item.flipped_key)
+        return item
 
     def fixed(self, index: int, timesteps: Sequence[int]) -> Batch:
         """One clip with its first caption at given timesteps, and noise that is the same at every call; nothing is
-        dropped.
+        dropped or mirrored.
 
         Args:
             index: the clip.

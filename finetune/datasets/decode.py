@@ -457,11 +457,12 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
 
 
 def fitted(frames: Iterable[tuple[int, Frame]], plan: ClipPlan) -> Frame:
-    """Resize and crop the frames of a clip, uint8 RGB [3, F, H, W], from their numbers and upright pixels [H, W, 3]."""
+    """Cut the frames of a clip, uint8 RGB [3, F, H, W], out of numbered upright pixels [H, W, 3]."""
     size_hw = (plan.bucket.height, plan.bucket.width)
     pixels = np.empty((3, len(plan.frame_indices), *size_hw), np.uint8)
     for frame_index, frame in frames:
         cut = resize_crop(frame, plan.resize_hw, plan.crop_yx, size_hw)
+        cut = cut[:, ::-1] if plan.flip else cut
         pixels[:, np.equal(plan.frame_indices, frame_index)] = cut.transpose(2, 0, 1)[:, None]
     return pixels
 

@@ -82,7 +82,10 @@ def perform(job: Job) -> Answer:
     if isinstance(job, DecodeJob):
         reader = decord_reader if job.decoder == "decord" else decode
         clip = reader.read_clip(job.path, job.probe, job.plan)
-        return [clip, *([pictures.read_fitted_image(job.image, job.plan.bucket)] if job.image else [])]
+        if job.image is None:
+            return [clip]
+        image = pictures.read_fitted_image(job.image, job.plan.bucket)
+        return [clip, np.ascontiguousarray(image[..., ::-1]) if job.plan.flip else image]
     return decode.probe_file(job.path) if job.bucket is None else [pictures.read_fitted_image(job.path, job.bucket)]
 
 
@@ -117,9 +120,9 @@ def job_of(fields: dict[str, Any]) -> Job:
     path = Path(fields["path"])
     if "plan" not in fields:
         return FileJob(path, fields["bucket"] and Bucket(**fields["bucket"]))
-    plan = {name: tuple(value) for name, value in fields["plan"].items() if name != "bucket"}
+    plan: dict[str, Any] = {name: tuple(fields["plan"][name]) for name in ("frame_indices", "resize_hw", "crop_yx")}
     image = None if fields["image"] is None else Path(fields["image"])
-    cut = ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"]))
+    cut = ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"]), flip=fields["plan"]["flip"])
     return DecodeJob(path, _probe_of(fields["probe"]), cut, image, fields["decoder"])
 
 

@@ -65,6 +65,13 @@ class ManifestItem:
     """In place of the configuration's."""
     weight: float = 1.0
     """What its loss is multiplied by in training."""
+    flipped_key: str = ""
+    """The entry of the clip mirrored left to right, which training takes half of the time; empty: it is never."""
+
+    @property
+    def latents_keys(self) -> tuple[str, ...]:
+        """The entries of the clip: as it is, then mirrored."""
+        return (self.latents_key, self.flipped_key) if self.flipped_key else (self.latents_key,)
 
     @property
     def prompt_keys(self) -> tuple[str, ...]:
@@ -151,7 +158,7 @@ class Manifest:
     def keys(self, kind: Kind) -> set[str]:
         """The entries of one kind that it refers to."""
         if kind == "latents":
-            return {item.latents_key for item in self.items}
+            return {key for item in self.items for key in item.latents_keys}
         if kind == "images":
             return set(self.images.values())
         captions = {key for item in self.items for key in item.prompt_keys}

@@ -6,6 +6,7 @@ Every bad row is reported at once, with its file and line, before a video is ope
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,7 @@ def read_samples(
         dataset.unusable += report.unusable
         dataset.notes += report.notes
         apply = _added(source, captions).apply
+        unflipped: list[str] = []
         for row in report.rows:
             checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
             if checked is not None:
@@ -105,13 +107,21 @@ def read_samples(
                 caption, *variants = dict.fromkeys(map(apply, written))
                 where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
                 repeats = source.repeats * row.repeats
-                own = (source.caption_dropout, source.weight)
+                flip = source.random_flip and source.split == "train"
+                if flip and any(map(names_a_side, (caption, *variants))):
+                    flip = False
+                    unflipped.append(where)
+                own = (source.caption_dropout, source.weight, flip)
                 sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
                 samples[source.split].append(sample)
             if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
                 what = "too much is wrong with the dataset to go on reading it"
                 dataset.errors.append(DataError(what, where=row.where))
                 break
+        if unflipped:
+            rows = ", ".join(unflipped[:_NAMED]) + (" and others" if len(unflipped) > _NAMED else "")
+            what = f"{len(unflipped)} rows are not flipped, for a caption says left or right (or clockwise)"
+            dataset.notes.append(f"{what}: {rows}")
     train, holdout = samples["train"], samples["holdout"]
     errors = [*dataset.errors, *([] if skip else dataset.unusable), *_leaks(train, holdout, policy)]
     if not errors and not train:
@@ -130,6 +140,22 @@ def _added(source: SourceConfig, captions: CaptionConfig) -> CaptionConfig:
         "caption_suffix": source.caption_suffix,
     }
     return captions.model_copy(update={name: text for name, text in own.items() if text is not None})
+
+
+_NAMED = 5
+"""Rows that a note names."""
+
+_SIDES = re.compile(
+    r"(?<![^\W\d_])(?:(?:left|right)(?:most|wards?|[- _]?hand(?:ed)?|s)?|(?:counter|anti)?-?clockwise)(?![^\W\d_])",
+    re.IGNORECASE,
+)
+
+
+def names_a_side(caption: str) -> bool:
+    """Whether a caption says left or right, or clockwise, as a word of its own in any case: of the mirrored clip it may
+    be wrong. What the word means is not asked: "the left lane", "she left" and "right away" count, "bright" does not.
+    """
+    return _SIDES.search(caption) is not None
 
 
 def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:

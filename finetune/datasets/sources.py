@@ -90,6 +90,9 @@ class _Source(Strict):
     weight: float = Field(default=1.0, ge=0.001, le=1_000)
     """What the loss of each of its clips is multiplied by in training, before the mean over the step's clips. What is
     logged, and the held-out loss, is not weighted."""
+    random_flip: bool = False
+    """Show each clip mirrored left to right half of the time, chosen by seed, step and place in the step. Its mirrored
+    form is encoded too. Held-out clips are never mirrored, nor are clips with a caption that says left or right."""
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add this source's rows; raises DataError for what concerns the whole file or folder."""
@@ -107,6 +110,7 @@ class _Source(Strict):
 SOURCE_SINCE: Mapping[str, float | None] = {
     **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
     "weight": 1.0,
+    "random_flip": False,
 }
 """Options that sources did not always have, with what was done before: what was recorded without them is the same."""
 

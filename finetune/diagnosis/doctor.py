@@ -89,7 +89,7 @@ def doctor(config: RunConfig, options: DoctorOptions, *, progress: bool = True) 
             outlook = outlooks.look_ahead(
                 config,
                 spec,
-                {bucket.bucket: bucket.clips + bucket.held_out for bucket in report.buckets},
+                {bucket.bucket: bucket.entries for bucket in report.buckets},
                 len(captions),
                 (report.steps, sum(clip.holdout for clip in report.clips)),
                 options.device or "",
@@ -441,6 +441,7 @@ def _buckets(
     steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
     kept = kept_by_bucket(clips, fps)
     counts = Counter(item.bucket for item in items)
+    flipped = Counter(clip.plan.bucket for clip in training if clip.sample.random_flip)
     samples: Counter[Bucket] = Counter()
     for item in items:
         samples[item.bucket] += item.repeats  # type: ignore[assignment]  # a fraction
@@ -453,6 +454,7 @@ def _buckets(
             steps_per_epoch=math.ceil(samples[bucket] / train.batch_size) / train.accumulation,
             picture=share.picture,
             seconds=share.seconds,
+            flipped=flipped[bucket],
         )
         for bucket, share in kept.items()
     )

@@ -96,7 +96,7 @@ def look_ahead(
     Args:
         config: of the run.
         spec: of its model.
-        clips: how many each bucket has, held-out ones too.
+        clips: how many are encoded in each bucket, held-out and mirrored ones too.
         captions: how many different ones.
         run: optimizer steps, and held-out clips.
         device: name of the GPU; empty for the one that is here, or an A100.

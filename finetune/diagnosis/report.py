@@ -71,6 +71,13 @@ class BucketReport:
     picture: float
     seconds: float
     """Shares that are kept, 0 to 1."""
+    flipped: int = 0
+    """How many of ``clips`` are encoded mirrored as well."""
+
+    @property
+    def entries(self) -> int:
+        """How many encoded clips the cache holds of it."""
+        return self.clips + self.held_out + self.flipped
 
 
 @dataclass(frozen=True)

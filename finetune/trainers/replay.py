@@ -281,7 +281,8 @@ def _batches(report: Report, config: RunConfig, spec: ModelSpec) -> list[Batch]:
     missing = {
         item.clip
         for item in items
-        if not (cache.has("latents", item.latents_key) and all(cache.has("prompts", key) for key in item.prompt_keys))
+        if not all(cache.has("latents", key) for key in item.latents_keys)
+        or not all(cache.has("prompts", key) for key in item.prompt_keys)
     }
     if missing or not cache.has("prompts", report.empty_prompt_key):
         raise CacheError(
