@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import sqlite3
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
+from av.video.frame import PictureType
 from decoding import decode, probe
 from diffusers import AutoencoderKLCogVideoX
 from fuzz import boxes
@@ -29,12 +34,16 @@ from finetune.cogvideox.model_files import known_model
 from finetune.config.starting_points import STARTING_POINTS, starting_point, suited, word_on_length
 from finetune.core.errors import DataError
 from finetune.core.types import Bucket
+from finetune.datasets.decode import read_frames
+from finetune.datasets.file_memory import FileMemory
 from finetune.datasets.geometry import ClipConfig, plan_clips
 from finetune.diagnosis import faults, outlook
 from finetune.diagnosis import frames as clip_frames
 from finetune.diagnosis.page import Bars, Card, Column, Fault, Page, Picture, Table, render
 from finetune.diagnosis.report import ClipReport, DoctorReport
 from finetune.planner import plan as planner
+
+NOISE = "noise=alls=9:allf=t"
 
 H264 = ["-c:v", "libx264", "-preset", "ultrafast", "-crf", "18", "-pix_fmt", "yuv420p"]
 
@@ -281,6 +290,90 @@ def test_a_worker_answers_as_this_process_does(clinic):
     theirs = list(clip_frames.look_at([sound, lost, sound], workers=1))
     assert theirs[0] == clip_frames.look(sound) == theirs[2]
     assert isinstance(theirs[1], DataError) and theirs[1].where == str(lost.path)
+
+
+def test_frames_between_those_that_are_wanted_are_left_out_and_change_nothing(tmp_path):
+    """x264's usual settings: two in three frames are B frames, of which most carry no other."""
+    path = tmp_path / "b.mp4"
+    boxes.ffmpeg(*filmed(f"null,{NOISE}", seconds=6, after=["-c:v", "libx264", "-pix_fmt", "yuv420p"]), path)
+    with av.open(path) as container:
+        frames = list(container.decode(video=0))
+    assert sum(frame.pict_type == PictureType.B for frame in frames) > 20
+    for wanted in ([0, 1, 11, 24, 47], [2], list(range(3, 48, 4))):
+        for number, pixels in read_frames(path, wanted, probe(path)):
+            assert np.array_equal(pixels, frames[number].to_ndarray(format="rgb24")), number
+
+
+# --------------------------------------------------------------------------------------------------- what is remembered
+
+
+def aged(path: Path, seconds: float = 60) -> Path:
+    """A file that was written some time ago, as far as one can see."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+    return path
+
+
+def unseen(path: Path) -> None:
+    """Nothing can be read of a file any more, which looks as it did."""
+    status = path.stat()
+    path.write_bytes(bytes(status.st_size))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_clips_that_were_seen_are_not_decoded_again_until_they_change(clinic, tiny_model, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in ("good", "bars"):
+        aged(Path(shutil.copy(clinic / f"{name}.mp4", clips)))
+        (clips / f"{name}.txt").write_text(f"a red circle {name}")
+    content = values(tiny_model(), clips, tmp_path / "run")
+    first = finetune.doctor(content, progress=False)
+    for name in ("good", "bars"):
+        unseen(clips / f"{name}.mp4")
+    assert finetune.doctor(content, progress=False).clips == first.clips
+    aged(clips / "bars.mp4", 30)
+    changed = finetune.doctor(content, progress=False)
+    assert clip_of(changed, "good.mp4") == clip_of(first, "good.mp4")
+    assert {fault.name for fault in clip_of(changed, "bars.mp4").faults} == {"undecodable"}
+
+
+def test_what_is_remembered_is_of_one_rule_and_one_question(tmp_path):
+    file = tmp_path / "clip.mp4"
+    file.write_bytes(b"1")
+    aged(file)
+
+    def ask(rule: str, question: str, content: bytes = b"") -> bytes | None:
+        with FileMemory(tmp_path / "memory.sqlite", rule) as memory:
+            answer = memory.recall(file, question)
+            if content:
+                memory.remember(file, content, question)
+            return answer
+
+    assert ask("a", "how long", b"9 s") is None and ask("a", "how long") == b"9 s"
+    assert ask("a", "how wide") is None and ask("b", "how long") is None
+    assert ask("b", "how long", b"8 s") is None and ask("b", "how long") == b"8 s"
+    file.write_bytes(b"2")  # this very moment: it may change again, and nobody could tell
+    assert ask("b", "how long", b"7 s") is None and ask("b", "how long") is None
+
+
+@pytest.mark.parametrize("harm", ["damaged", "a folder", "locked"])
+def test_a_memory_that_cannot_be_used_is_as_good_as_none(tmp_path, harm):
+    file, path = tmp_path / "clip.mp4", tmp_path / "memory.sqlite"
+    file.write_bytes(b"1")
+    aged(file)
+    other = None
+    if harm == "damaged":
+        path.write_bytes(b"no database" * 999)
+    elif harm == "a folder":
+        path.mkdir()
+    else:
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+    for expected in (None, b"9 s" if harm == "damaged" else None):
+        with FileMemory(path, "rule") as memory:
+            assert memory.recall(file) == expected
+            memory.remember(file, b"9 s")
 
 
 class _Lying:

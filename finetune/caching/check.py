@@ -23,7 +23,7 @@ from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
 from finetune.datasets.cache import Cache
-from finetune.datasets.decode_pool import DecodePool, require_decoder
+from finetune.datasets.decode_pool import DecodePool, probe_memory, require_decoder
 from finetune.datasets.geometry import (
     ClipConfig,
     Span,
@@ -215,10 +215,9 @@ def _image_faults(
 
 def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
     paths = sorted(videos)
-    with DecodePool(workers_for(config, len(paths))) as pool:
-        return dict(
-            Bar(pool.probe_many(paths), total=len(paths), desc="reading headers of videos", disable=not progress)
-        )
+    with DecodePool(workers_for(config, len(paths))) as pool, probe_memory(config.cache.dir) as memory:
+        probes = pool.probe_many(paths, memory)
+        return dict(Bar(probes, total=len(paths), desc="reading headers of videos", disable=not progress))
 
 
 def workers_for(config: RunConfig, jobs: int, processes: int = 1) -> int:

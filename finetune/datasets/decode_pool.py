@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import queue
 from array import array
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +27,8 @@ from finetune.datasets.worker import Worker, too_much_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from finetune.datasets.file_memory import FileMemory
 
 PIXEL_RULE = "pillow-bicubic-1"
 """Names the arithmetic from a decoded frame to pixels. Part of a cache address: another rule re-encodes."""
@@ -106,7 +110,8 @@ def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
     """Do a job in a worker."""
     answer = perform(job_of(fields))
     if isinstance(answer, VideoProbe):
-        return asdict(replace(answer, frame_times_s=())), [answer.frame_times_s]
+        fields, times = _parts_of(answer)
+        return fields, [times]
     return {}, [np.ascontiguousarray(pixels) for pixels in answer]
 
 
@@ -129,6 +134,11 @@ def job_of(fields: dict[str, Any]) -> Job:
 def most_bytes(job: Job) -> int:
     """The length of a job's answer, or the most it may be."""
     return sum(map(math.prod, job.shapes)) or 8 * MAX_FRAMES
+
+
+def _parts_of(probe: VideoProbe) -> tuple[dict[str, Any], array[float]]:
+    """A header's fields for JSON, and its frame times."""
+    return asdict(replace(probe, frame_times_s=())), array("d", probe.frame_times_s)
 
 
 def _probe_of(fields: dict[str, Any], frame_times_s: Sequence[float] = ()) -> VideoProbe:
@@ -158,6 +168,29 @@ def _checked_probe(probe: VideoProbe) -> VideoProbe:
     check_frame_size(probe.height, probe.width, "")
     check_times(probe.frame_times_s, "")
     return probe
+
+
+# --- headers that were read before ------------------------------------------------------------------------------------
+
+
+def probe_memory(cache_dir: Path) -> FileMemory:
+    """Where the headers of videos that were read before are remembered, beside a cache's entries."""
+    from finetune.datasets.file_memory import FileMemory
+
+    return FileMemory(cache_dir / "headers.sqlite", read_rule())
+
+
+def read_rule() -> str:
+    """Names what reads videos: what was remembered of another version's reading is read again."""
+    return f"{PIXEL_RULE}, header-1, av {version('av')}"
+
+
+def _recalled(memory: FileMemory, path: Path) -> VideoProbe | None:
+    fields, _, times = (memory.recall(path) or b"").partition(b"\n")
+    try:
+        return _checked_probe(_probe_of(json.loads(fields), array("d", times)))
+    except (DataError, KeyError, TypeError, ValueError):  # there is none, or a damaged one
+        return None
 
 
 # --- the pool ---------------------------------------------------------------------------------------------------------
@@ -193,11 +226,29 @@ class DecodePool:
         """Of the worker processes that run."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
-    def probe_many(self, paths: Iterable[Path]) -> Iterator[tuple[Path, VideoProbe | DataError]]:
-        """Probe every path, in the order given; an unusable file gives its error and the next ones go on."""
-        for job, answer in self._ordered(map(FileJob, paths)):
+    def probe_many(
+        self, paths: Iterable[Path], memory: FileMemory | None = None
+    ) -> Iterator[tuple[Path, VideoProbe | DataError]]:
+        """Probe every path, in the order given; an unusable file gives its error and the next ones go on.
+
+        Args:
+            paths: of videos.
+            memory: of earlier probes (``probe_memory``).
+        """
+        paths, known = list(paths), dict[Path, VideoProbe]()
+        if memory is not None:
+            known = {path: probe for path in paths if (probe := _recalled(memory, path)) is not None}
+        fresh = self._ordered(FileJob(path) for path in paths if path not in known)
+        for path in paths:
+            if path in known:
+                yield path, known[path]
+                continue
+            _, answer = next(fresh)
             assert not isinstance(answer, list)
-            yield job.path, answer
+            if memory is not None and isinstance(answer, VideoProbe):
+                fields, times = _parts_of(answer)
+                memory.remember(path, b"\n".join([json.dumps(fields).encode(), bytes(times)]))
+            yield path, answer
 
     def decode_many(self, jobs: Iterable[DecodeJob]) -> Iterator[tuple[DecodeJob, Clip | DataError]]:
         """Decode the clip of every job, in the order given, at most ``in_flight`` clips ahead of the consumer."""

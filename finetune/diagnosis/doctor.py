@@ -33,7 +33,7 @@ from finetune.core.gpu import amount
 from finetune.core.terminal import Bar
 from finetune.core.text import holds_word
 from finetune.core.types import Bucket, Sample, VideoProbe
-from finetune.datasets.decode_pool import DecodePool
+from finetune.datasets.decode_pool import DecodePool, probe_memory
 from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
 from finetune.datasets.manifests import portable
 from finetune.datasets.packed import media_folder
@@ -49,7 +49,7 @@ from finetune.diagnosis.faults import (
     picture_faults,
     plan_faults,
 )
-from finetune.diagnosis.frames import SHOWN, Encoded, Look, Reconstruction, Seen, look_at
+from finetune.diagnosis.frames import SHOWN, Encoded, Look, Reconstruction, Seen, look_at, look_memory
 from finetune.diagnosis.outlook import Outlook
 from finetune.diagnosis.page import Fault, Level, Picture, render
 from finetune.diagnosis.report import MOST_CARDS, BucketReport, ClipReport, DoctorReport, page_of
@@ -127,8 +127,9 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
     ]
     fps = data.fps or spec.native_fps
     videos = sorted({sample.video for sample, _ in rows})
-    with DecodePool(_workers(config, len(videos))) as pool:
-        bar = Bar(pool.probe_many(videos), total=len(videos), desc="reading headers of videos", disable=not progress)
+    with DecodePool(_workers(config, len(videos))) as pool, probe_memory(config.cache.dir) as memory:
+        probed = pool.probe_many(videos, memory)
+        bar = Bar(probed, total=len(videos), desc="reading headers of videos", disable=not progress)
         probes: dict[Path, VideoProbe | DataError] = dict(bar)
     planned: list[PlannedClip] = []
     for sample, holdout in rows:
@@ -163,12 +164,13 @@ def _look(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> li
     exact = max(1, exact) if len(clips) <= MOST_CARDS else 0
     jobs = [Look(clip.sample.video, clip.probe, clip.plan, clip.sample.image, exact) for clip in clips]
     seen: list[Seen | DataError] = []
-    looking = look_at(jobs, _workers(config, len(jobs)))
-    for sight in Bar(looking, total=len(jobs), desc="looking at clips", disable=not progress):
-        plan = clips[len(seen)].plan
-        if isinstance(sight, Seen) and len(seen) >= MOST_CARDS and not any(picture_faults(sight.measures, plan)):
-            sight = replace(sight, frames=())  # it will have no card, and there may be a million
-        seen.append(sight)
+    with look_memory(config.cache.dir) as memory:
+        looking = look_at(jobs, _workers(config, len(jobs)), memory)
+        for sight in Bar(looking, total=len(jobs), desc="looking at clips", disable=not progress):
+            plan = clips[len(seen)].plan
+            if isinstance(sight, Seen) and len(seen) >= MOST_CARDS and not any(picture_faults(sight.measures, plan)):
+                sight = replace(sight, frames=())  # it will have no card, and there may be a million
+            seen.append(sight)
     return seen
 
 

@@ -10,23 +10,29 @@ import io
 import json
 import math
 import queue
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.Image import Image as Picture
 from PIL.Image import Resampling
 
+from finetune.core.checksums import digest_of
 from finetune.core.errors import DataError
 from finetune.core.types import ClipPlan, VideoProbe
 from finetune.datasets import decode, decode_pool
 from finetune.datasets.pictures import read_fitted_image, resize_crop, turn_upright
 from finetune.datasets.worker import Worker
+
+if TYPE_CHECKING:
+    from finetune.datasets.file_memory import FileMemory
 
 SHOWN = 6
 """Frames of a clip on its contact sheet, evenly spread from the first to the last."""
@@ -35,6 +41,12 @@ TILE_HEIGHT = 112
 """Of the small pictures, in pixels."""
 
 _WORKER = "from finetune.datasets import worker; from finetune.diagnosis import frames; worker.serve(frames.handle)"
+
+LOOK_RULE = "look-2"
+"""Names what is shown and measured of a clip. What was remembered of another rule is looked at again."""
+
+_AHEAD = 16
+"""Clips for each worker that are looked at ahead of the caller: one of them may be large."""
 
 _TIMEOUT_S = 600.0
 
@@ -47,8 +59,6 @@ MEASURED_HEIGHT = 180
 
 _SMALL_HW = 48, 72
 """Of the grey pictures that brightness, motion and likeness are measured on."""
-
-Frame = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -142,12 +152,8 @@ def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
     """Answer a request of ``look_at`` in a worker."""
     job = decode_pool.job_of(fields)
     assert isinstance(job, decode_pool.DecodeJob)
-    seen = look(Look(job.path, job.probe, job.plan, job.image, fields["exact"]))
-    pictures = (seen.source, *seen.frames)
-    places = [[picture.height, picture.width, picture.frame, picture.exact] for picture in pictures]
-    sizes = [len(picture.content) for picture in pictures]
-    answer = {"measures": asdict(seen.measures), "places": places, "sizes": sizes}
-    return answer, [np.frombuffer(picture.content, np.uint8) for picture in pictures]
+    answer, contents = _parts_of(look(Look(job.path, job.probe, job.plan, job.image, fields["exact"])))
+    return answer, [np.frombuffer(content, np.uint8) for content in contents]
 
 
 def look(job: Look) -> Seen:
@@ -162,46 +168,42 @@ def look(job: Look) -> Seen:
     source: Encoded | None = None
     for frame_index, frame in decode.read_frames(job.path, indices, header):
         upright = np.ascontiguousarray(turn_upright(frame, header.orientation))
-        source = source or encoded(upright, 0, exact=False)
+        picture = Image.fromarray(upright)
+        source = source or encoded(picture, 0, exact=False)
+        cut = _cut(picture, plan)
         for position in (position for position in wanted if plan.frame_indices[position] == frame_index):
-            cut = _cut(upright, plan, MEASURED_HEIGHT)
-            glances[position] = _glance(upright, cut, plan, sharp=position in sharp, hashed=position in shown)
+            glances[position] = _glance(picture, cut, plan, sharp=position in sharp, hashed=position in shown)
             if position in shown[: job.exact]:
                 size_hw = plan.bucket.height, plan.bucket.width
-                whole = resize_crop(upright, plan.resize_hw, plan.crop_yx, size_hw)
-                tiles[position] = encoded(whole, position, exact=True)
+                pixels = resize_crop(upright, plan.resize_hw, plan.crop_yx, size_hw)
+                tiles[position] = encoded(Image.fromarray(np.ascontiguousarray(pixels)), position, exact=True)
             elif position in shown:
                 tiles[position] = encoded(cut, position, exact=False)
     pictures = [tiles[position] for position in shown]
     if job.image is not None:
         image = read_fitted_image(job.image, plan.bucket).transpose(1, 2, 0)
-        pictures.insert(0, encoded(image, -1, exact=job.exact > 0))
+        pictures.insert(0, encoded(Image.fromarray(np.ascontiguousarray(image)), -1, exact=job.exact > 0))
     assert source is not None
     return Seen(_measured([glances[position] for position in wanted], wanted, shown, pairs), source, tuple(pictures))
 
 
-def _cut(upright: Frame, plan: ClipPlan, height: int) -> Frame:
-    """What the plan keeps of a frame, made small: ``height`` rows."""
-    return _resized(
-        upright, _kept_box(upright, plan), (height, max(1, height * plan.bucket.width // plan.bucket.height))
-    )
+def _cut(picture: Picture, plan: ClipPlan) -> Picture:
+    """What the plan keeps of a frame, made small: ``MEASURED_HEIGHT`` rows."""
+    width = max(1, MEASURED_HEIGHT * plan.bucket.width // plan.bucket.height)
+    return picture.resize((width, MEASURED_HEIGHT), Resampling.BICUBIC, _kept_box(picture, plan), reducing_gap=1.0)
 
 
-def _kept_box(upright: Frame, plan: ClipPlan) -> tuple[float, float, float, float]:
+def _kept_box(picture: Picture, plan: ClipPlan) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of what the plan keeps, in pixels of the source."""
-    down, across = (size / resized for size, resized in zip(upright.shape[:2], plan.resize_hw, strict=True))
+    down, across = picture.height / plan.resize_hw[0], picture.width / plan.resize_hw[1]
     top, left = plan.crop_yx
     return left * across, top * down, (left + plan.bucket.width) * across, (top + plan.bucket.height) * down
 
 
-def _resized(frame: Frame, box: tuple[float, float, float, float], hw: tuple[int, int]) -> Frame:
-    return np.asarray(Image.fromarray(frame).resize(hw[::-1], Resampling.BICUBIC, box, reducing_gap=2.0))
-
-
-def encoded(frame: Frame, number: int, *, exact: bool) -> Encoded:
-    """A frame [H, W, 3] as a picture: at its own size without loss, or small."""
-    picture = Image.fromarray(np.ascontiguousarray(frame))
+def encoded(picture: Picture, number: int, *, exact: bool) -> Encoded:
+    """A picture as a file: at its own size without loss, or small."""
     if not exact:
+        picture = picture.copy()
         picture.thumbnail((4 * TILE_HEIGHT, TILE_HEIGHT), Resampling.BILINEAR)
     file = io.BytesIO()
     # Without loss, quality says how hard to try.
@@ -222,8 +224,8 @@ class _Glance(NamedTuple):
     hash: int
 
 
-def _glance(upright: Frame, cut: Frame, plan: ClipPlan, *, sharp: bool, hashed: bool) -> _Glance:
-    grey = Image.fromarray(cut).convert("L")
+def _glance(picture: Picture, cut: Picture, plan: ClipPlan, *, sharp: bool, hashed: bool) -> _Glance:
+    grey = cut.convert("L")
     # Means of eight pixels along a bar: specks of compression beside the picture are no picture.
     along = grey.resize((max(1, grey.width // 8), grey.height), Resampling.BOX)
     across = grey.resize((grey.width, max(1, grey.height // 8)), Resampling.BOX)
@@ -231,25 +233,25 @@ def _glance(upright: Frame, cut: Frame, plan: ClipPlan, *, sharp: bool, hashed: 
         small=np.asarray(grey.resize(_SMALL_HW[::-1], Resampling.BOX), np.float32),
         rows=np.asarray(along).max(1),
         columns=np.asarray(across).max(0),
-        sharpness=_sharpness(upright, plan) if sharp else 0.0,
-        hash=_hash(upright) if hashed else 0,
+        sharpness=_sharpness(picture, plan) if sharp else 0.0,
+        hash=_hash(picture) if hashed else 0,
     )
 
 
-def _hash(upright: Frame) -> int:
+def _hash(picture: Picture) -> int:
     import imagehash
 
-    small = Image.fromarray(upright).resize((64, 64), Resampling.BILINEAR, reducing_gap=2.0).convert("L")
+    small = picture.resize((64, 64), Resampling.BILINEAR, reducing_gap=2.0).convert("L")
     return int(str(imagehash.phash(small, _HASH_SIDE)), 16)
 
 
-def _sharpness(upright: Frame, plan: ClipPlan) -> float:
+def _sharpness(picture: Picture, plan: ClipPlan) -> float:
     """Variance of the Laplacian of the middle of what is kept, a quarter of its area, at training size."""
-    left, top, right, bottom = _kept_box(upright, plan)
+    left, top, right, bottom = _kept_box(picture, plan)
     width, height = (right - left) / 4, (bottom - top) / 4
     middle = (left + width, top + height, right - width, bottom - height)
-    hw = max(4, plan.bucket.height // 2), max(4, plan.bucket.width // 2)
-    grey = np.asarray(Image.fromarray(_resized(upright, middle, hw)).convert("L"), np.int16)
+    size = max(4, plan.bucket.width // 2), max(4, plan.bucket.height // 2)
+    grey = np.asarray(picture.convert("L").resize(size, Resampling.BICUBIC, middle, reducing_gap=2.0), np.int16)
     around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
     return float((around - 4 * grey[1:-1, 1:-1]).var())
 
@@ -289,15 +291,53 @@ def _bars(glances: Sequence[_Glance]) -> tuple[float, float, float, float]:
     return edges[0], edges[1], edges[2], edges[3]
 
 
+# --- as a worker's answer, and as it is remembered --------------------------------------------------------------------
+
+
+def _parts_of(seen: Seen) -> tuple[dict[str, Any], list[bytes]]:
+    """Fields for JSON, and the pictures' files."""
+    pictures = (seen.source, *seen.frames)
+    places = [[picture.height, picture.width, picture.frame, picture.exact] for picture in pictures]
+    contents = [picture.content for picture in pictures]
+    return {"measures": asdict(seen.measures), "places": places, "sizes": list(map(len, contents))}, contents
+
+
+def _seen_of(fields: Mapping[str, Any], body: bytes | bytearray) -> Seen:
+    """The other way round; raises KeyError, TypeError, ValueError or IndexError for anything else."""
+    pictures, end = [], 0
+    for size, (height, width, frame, exact) in zip(fields["sizes"], fields["places"], strict=True):
+        pictures.append(Encoded(bytes(body[end : end + size]), int(height), int(width), int(frame), bool(exact)))
+        end += size
+    return Seen(_checked(fields["measures"]), pictures[0], tuple(pictures[1:]))
+
+
+def _checked(fields: Mapping[str, Any]) -> Measures:
+    numbers = {name: tuple(map(float, value)) for name, value in fields.items() if name not in ("hashes", "sharpness")}
+    if not all(math.isfinite(number) for values in numbers.values() for number in values):
+        raise ValueError(json.dumps(fields)[:60])
+    top, bottom, left, right = numbers.pop("bars")
+    hashes = tuple(int(value) & (2 ** (_HASH_SIDE**2) - 1) for value in fields["hashes"])
+    sharpness = float(fields["sharpness"])
+    return Measures(**numbers, sharpness=sharpness, bars=(top, bottom, left, right), hashes=hashes)
+
+
 # --- in the main process ----------------------------------------------------------------------------------------------
 
 
-def look_at(jobs: Sequence[Look], workers: int) -> Iterator[Seen | DataError]:
+def look_memory(cache_dir: Path) -> FileMemory:
+    """Where looks at clips are remembered, beside a cache's entries."""
+    from finetune.datasets.file_memory import FileMemory
+
+    return FileMemory(cache_dir / "looks.sqlite", f"{LOOK_RULE}, {decode_pool.read_rule()}")
+
+
+def look_at(jobs: Iterable[Look], workers: int, memory: FileMemory | None = None) -> Iterator[Seen | DataError]:
     """Look at every clip, in the order given; one that cannot be decoded gives its error.
 
     Args:
         jobs: the clips.
         workers: processes; 0 looks in this one, for files that are trusted.
+        memory: of earlier looks.
     """
     idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
     started = [Worker("decoder", _WORKER) for _ in range(workers)]
@@ -317,8 +357,14 @@ def look_at(jobs: Sequence[Look], workers: int) -> Iterator[Seen | DataError]:
             return error
 
     threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="look")
+    pending: deque[tuple[Look, Seen | Future[Seen | DataError]]] = deque()
     try:
-        yield from threads.map(answer, jobs)
+        for job in jobs:
+            pending.append((job, _recalled(memory, job) or threads.submit(answer, job)))
+            if len(pending) > _AHEAD * (workers + 1):
+                yield _remembered(memory, *pending.popleft())
+        while pending:
+            yield _remembered(memory, *pending.popleft())
     finally:
         threads.shutdown(wait=False, cancel_futures=True)
         for worker in started:
@@ -331,20 +377,30 @@ def ask(worker: Worker, job: Look) -> Seen:
     request = decode_pool.fields_of(decode_pool.DecodeJob(job.path, job.probe, job.plan, job.image))
     fields, body = worker.ask(job.path, {**request, "exact": job.exact}, most_bytes=_MOST_BYTES, timeout_s=_TIMEOUT_S)
     try:
-        pictures, end = [], 0
-        for size, (height, width, frame, exact) in zip(fields["sizes"], fields["places"], strict=True):
-            pictures.append(Encoded(bytes(body[end : end + size]), int(height), int(width), int(frame), bool(exact)))
-            end += size
-        return Seen(_checked(fields["measures"]), pictures[0], tuple(pictures[1:]))
+        return _seen_of(fields, body)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise DataError(f"the decoder answered with nonsense ({error})", where=str(job.path)) from None
 
 
-def _checked(fields: Mapping[str, Any]) -> Measures:
-    numbers = {name: tuple(map(float, value)) for name, value in fields.items() if name not in ("hashes", "sharpness")}
-    if not all(math.isfinite(number) for values in numbers.values() for number in values):
-        raise ValueError(json.dumps(fields)[:60])
-    top, bottom, left, right = numbers.pop("bars")
-    hashes = tuple(int(value) & (2 ** (_HASH_SIDE**2) - 1) for value in fields["hashes"])
-    sharpness = float(fields["sharpness"])
-    return Measures(**numbers, sharpness=sharpness, bars=(top, bottom, left, right), hashes=hashes)
+def _recalled(memory: FileMemory | None, job: Look) -> Seen | None:
+    if memory is None or job.image is not None:  # which is a second file that may change
+        return None
+    fields, _, body = (memory.recall(job.path, _question(job)) or b"").partition(b"\n")
+    try:
+        return _seen_of(json.loads(fields), body)
+    except (KeyError, TypeError, ValueError, IndexError):  # there is none, or a damaged one
+        return None
+
+
+def _remembered(memory: FileMemory | None, job: Look, answer: Seen | Future[Seen | DataError]) -> Seen | DataError:
+    if isinstance(answer, Seen):
+        return answer
+    seen = answer.result()
+    if memory is not None and job.image is None and isinstance(seen, Seen):
+        fields, contents = _parts_of(seen)
+        memory.remember(job.path, b"\n".join([json.dumps(fields).encode(), b"".join(contents)]), _question(job))
+    return seen
+
+
+def _question(job: Look) -> str:
+    return digest_of([asdict(job.plan), job.exact])

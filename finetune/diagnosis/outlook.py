@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from finetune.caching.precompute import ENTRY_OVERHEAD, clip_bytes, prompt_bytes
 from finetune.cogvideox.components import Vae, read_part
 from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
 from finetune.cogvideox.spec import ModelSpec
@@ -101,6 +100,8 @@ def look_ahead(
         run: optimizer steps, and held-out clips.
         device: name of the GPU; empty for the one that is here, or an A100.
     """
+    # Both import torch, which takes a second that looking at clips need not wait for.
+    from finetune.caching.precompute import ENTRY_OVERHEAD, clip_bytes, prompt_bytes
     from finetune.planner.cost_model import device_here, rates_of, step_cost
 
     steps, held_out = run

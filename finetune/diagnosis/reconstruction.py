@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune.caching.check import PlannedClip, workers_for
@@ -66,7 +67,8 @@ def _compared(pixels: Tensor, result: Tensor, exact: bool) -> Reconstruction:
     worst = int(errors.argmax())
 
     def picture(frames: Tensor) -> Encoded:
-        return encoded(np.ascontiguousarray(frames[:, worst].permute(1, 2, 0).numpy()), worst, exact=exact)
+        pixels = np.ascontiguousarray(frames[:, worst].permute(1, 2, 0).numpy())
+        return encoded(Image.fromarray(pixels), worst, exact=exact)
 
     return Reconstruction(psnr(errors.mean()), psnr(errors[worst]), picture(pixels), picture(result))
 
