@@ -14,7 +14,7 @@ from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
 from finetune.runs import load_config, plan, train
 from finetune.sampling import generate
-from finetune.sharing import export
+from finetune.sharing import export, inspect
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "doctor",
     "export",
     "generate",
+    "inspect",
     "load_config",
     "plan",
     "precompute",

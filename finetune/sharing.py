@@ -9,6 +9,7 @@ from finetune.arguments import checked
 
 if TYPE_CHECKING:
     from finetune.convert.export import ExportReport
+    from finetune.convert.inspection import Inspection
 
 
 @checked
@@ -51,3 +52,22 @@ def export(
         checkpoint, full_pipeline, weights, None if pretrained is None else str(pretrained), merged, strength
     )
     return export(Path(source).expanduser(), None if to is None else Path(to).expanduser(), options)
+
+
+@checked
+def inspect(source: str | Path, *, norms: bool = False) -> Inspection:
+    """What an adapter or a checkpoint is, and what programs will make of it.
+
+    Names, shapes and metadata are read from the headers of safetensors files, and JSON that stands beside them. A
+    pickle is not read.
+
+    Args:
+        source: a file, or the folder of an export, an adapter, a transformer, a pipeline, a checkpoint or a run.
+        norms: read the tensors too: how strong the update of each block is, and the alpha that stands in tensors.
+
+    Raises:
+        ConfigError: if there is nothing of the kind, or a file is damaged.
+    """
+    from finetune.convert.inspection import inspect
+
+    return inspect(Path(source).expanduser(), norms=norms)

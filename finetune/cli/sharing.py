@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,10 +14,6 @@ from finetune.cli.app import (
     option,
     verb,
 )
-
-if TYPE_CHECKING:
-    pass
-
 
 _PANEL = "What was trained"
 
@@ -64,3 +60,21 @@ def export(
             strength=strength,
         )
     )
+
+
+@verb(
+    _PANEL,
+    "finetune inspect my_lora.safetensors",
+    "finetune inspect runs/run/export --norms",
+    "finetune inspect my_lora.safetensors --json",
+)
+def inspect(
+    source: Annotated[
+        Path, typer.Argument(metavar="FILE_OR_FOLDER", help="An adapter, a checkpoint, a model or a run.")
+    ],
+    norms: Annotated[bool, flag("--norms", "Read the tensors too: how strong each block's update is.")] = False,
+    json: Annotated[bool, flag("--json", "Print everything as JSON.")] = False,
+) -> None:
+    """Say what an adapter or a checkpoint is, from its header, and what each program will make of it."""
+    report = finetune.inspect(source, norms=norms)
+    print(report.to_json() if json else report)
