@@ -207,11 +207,14 @@ def test_every_command_named_in_passing_exists():
 
 def test_the_options_that_errors_name_exist():
     """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
-    for verb, folder, least in (("export", "convert", 3), ("generate", "inference", 8)):
-        paths = [
-            path for path in (ROOT / "finetune" / folder).glob("*.py") if path.stem != "model_card"
-        ]  # other verbs'
-        texts = [path.read_text(encoding="utf-8") for path in paths]
+    modules = (
+        ("export", "convert/export", 3),
+        ("export", "convert/source", 1),
+        ("inspect", "convert/stored", 1),
+        ("generate", "inference/*", 8),
+    )
+    for verb, names, least in modules:
+        texts = [path.read_text(encoding="utf-8") for path in (ROOT / "finetune").glob(f"{names}.py")]
         named = {option for text in texts for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text)}
         assert len(named) >= least
         assert mention_fault(verb, " " + " ".join(sorted(named))) is None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -238,7 +240,7 @@ class RunsCode:
 def test_a_pickle_is_not_read(tmp_path):
     (tmp_path / "lora.pt").write_bytes(pickle.dumps(RunsCode()))
     report = inspect(tmp_path / "lora.pt", norms=True)
-    assert "pickle" in report.kind and "finetune convert" in str(report) and not report.loadings
+    assert "pickle" in report.kind and "can run code" in str(report) and not report.loadings
 
 
 def test_runs_exports_models_and_their_parts(tiny_model, tmp_path):
@@ -289,3 +291,16 @@ def test_what_cannot_be_looked_at(tmp_path, files, message):
         inspect(tmp_path)
     with pytest.raises(ConfigError, match="no such file or folder"):
         inspect(tmp_path / "nowhere")
+
+
+def test_every_command_of_the_page_runs(tiny_model, tmp_path, monkeypatch, capsys):
+    """docs/sharing.md, in a folder where its run and its file stand."""
+    page = (Path(__file__).parent.parent / "docs" / "sharing.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    export(make_run(tmp_path / "runs", tiny_model("5b"), LORA))
+    write(tmp_path / "my_lora.safetensors", lora_of(attention(64, 2)), "diffusers", header(r=4, lora_alpha=2))
+    words = [shlex.split(line) for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(words) >= 3
+    for program, *arguments in words:
+        assert program == "finetune" and main(arguments) == 0, arguments
+    assert "LoRA" in capsys.readouterr().out

@@ -69,19 +69,18 @@ def _stock(lora: StoredLora) -> tuple[bool, str]:
     alphas, where = lora.alphas(read=False)
     if not alphas:
         return True, "with alpha taken as the rank: the update counts 1, whatever it was trained at"
-    return True, f"at strength 1 as trained (alpha is read from where it stands, {where})"
+    return True, f"at strength 1 as trained, by its alpha {where}"
 
 
 def _comfyui(lora: StoredLora) -> Loading:
     layouts = (LAYOUTS["comfyui"], LAYOUTS["kohya-comfyui"])
-    stems = {name: split_name(name)[0] for name in lora.shapes if not name.endswith("lora_magnitude_vector")}
-    consumed = [name for name, stem in stems.items() if any(layout.module_of(stem) for layout in layouts)]
-    if len(consumed) == len(lora.shapes):
-        without = "" if lora.states_alpha else "; without .alpha tensors the update counts 1"
-        outcome = f"every tensor finds its place{without}"
-        return Loading("ComfyUI", True, outcome)
-    outcome = f"{len(consumed)} of {len(lora.shapes)} tensors find a place, the others are a warning in its log"
-    return Loading("ComfyUI", False, f"{outcome}; `finetune merge FILE --to comfyui` renames them")
+    stems = [split_name(name)[0] for name in lora.shapes if not name.endswith("lora_magnitude_vector")]
+    count = sum(any(layout.module_of(stem) for layout in layouts) for stem in stems)
+    if count < len(lora.shapes):
+        lost = f"{len(lora.shapes) - count} of {len(lora.shapes)} tensors find no place"
+        return Loading("ComfyUI", False, f"{lost}, which its log warns of")
+    without = "" if lora.states_alpha else "; without .alpha tensors the update counts 1"
+    return Loading("ComfyUI", True, f"every tensor finds its place{without}")
 
 
 def _kijai(lora: StoredLora) -> Loading:
@@ -105,7 +104,7 @@ def _kijai(lora: StoredLora) -> Loading:
 def _init_from(lora: StoredLora) -> Loading:
     program = "method.init_from"
     if lora.layout is None or lora.layout.name not in ("diffusers", "bare"):
-        return Loading(program, False, "it takes diffusers' names; `finetune convert` brings a file into them")
+        return Loading(program, False, "it takes diffusers' names")
     ranks = sorted(set(lora.ranks.values()))
     alphas = set(lora.alphas(read=False)[0].values()) or {float(ranks[0])}
     if len(ranks) > 1 or len(alphas) > 1:
@@ -123,4 +122,4 @@ def _generate(lora: StoredLora) -> Loading:
     if any(name.startswith(f"{COMPONENT}.") and ".lora_A" in name for name in lora.shapes):
         loads, outcome = _stock(lora)
         return Loading(program, loads, f"through diffusers: {outcome}")
-    return Loading(program, False, "it takes diffusers' layout; `finetune convert` brings a file into it")
+    return Loading(program, False, "it takes diffusers' layout")

@@ -148,7 +148,7 @@ def is_lora(name: str) -> bool:
 
 def detect(names: Iterable[str]) -> Layout | None:
     """The layout that most of a LoRA's tensor names are of; None where no name is of any."""
-    stems = [stem for stem, _ in map(_split, names)]
+    stems = [stem for stem, _ in map(split_name, names)]
     scores = {name: sum(layout.module_of(stem) is not None for stem in stems) for name, layout in LAYOUTS.items()}
     best = max(scores, key=lambda name: scores[name])
     return LAYOUTS[best] if scores[best] else None
@@ -167,7 +167,7 @@ def to_diffusers(tensors: Mapping[str, Tensor], layout: Layout) -> Lora:
     found: dict[str, dict[str, Tensor]] = {}
     strange = []
     for name, tensor in tensors.items():
-        stem, part = _split(name)
+        stem, part = split_name(name)
         module = layout.module_of(stem) if part else None
         if module is None:
             strange.append(name)
@@ -238,8 +238,8 @@ def from_diffusers(lora: Lora, layout: Layout) -> dict[str, Tensor]:
     return tensors
 
 
-def _split(name: str) -> tuple[str, str]:
-    """The name without what it says of the part, and that part; ("", "") where it is no part of a LoRA."""
+def split_name(name: str) -> tuple[str, str]:
+    """A tensor's name without what it says of its part in an update, and that part; ("", "") if it is of no LoRA."""
     for pattern, part in _PARTS:
         if match := pattern.search(name):
             return name[: match.start()] + name[match.end() :], part
