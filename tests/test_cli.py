@@ -563,12 +563,16 @@ def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
         f"generate --model base --revision r --transformer full --adapter a:0.5 --adapter b "
         f"--prompts {tmp_path}/prompts.txt --prompt third --image i.png --seed 7 "
         "--bucket 9x64x32 --fps 4 --negative-prompt ugly --steps 3 --guidance 2 "
-        "--dynamic-cfg --dtype fp32 --offload --device cpu --output out"
+        "--dynamic-cfg --dtype fp32 --offload --device cpu --output out --last-image l.png --video v.mp4 "
+        "--strength 0.5 --extend 2 --videos 3 --scheduler ddim --gif"
     )
     assert main(words.split()) == OK
     (request,) = asked
-    assert [(prompt.prompt, prompt.seed) for prompt in request.prompts] == [("first", 7), ("second", 8), ("third", 9)]
-    assert request.prompts[2].image == Path("i.png") and request.prompts[0].image is None
+    assert [(prompt.prompt, prompt.seed) for prompt in request.prompts] == [("first", 7), ("second", 10), ("third", 13)]
+    third = {"image": Path("i.png"), "last_image": Path("l.png"), "video": Path("v.mp4")}
+    assert {name: getattr(request.prompts[2], name) for name in third} == third and request.prompts[0].image is None
+    assert (request.strength, request.extend, request.videos) == (0.5, 2, 3)
+    assert (request.scheduler, request.gif) == ("ddim", True)
     assert [(str(adapter.path), adapter.strength) for adapter in request.adapters] == [("a", 0.5), ("b", 1.0)]
     assert request.bucket == Bucket(9, 64, 32) and request.fps == 4 and request.out == Path("out")
     assert (request.base, request.revision, request.transformer) == ("base", "r", Path("full"))

@@ -30,10 +30,11 @@ from finetune.convert import verify as verifying
 from finetune.core import locks
 from finetune.core.errors import CheckpointError, ConfigError, ExportError
 from finetune.core.files import LORA_FILE
-from finetune.core.types import Bucket, RunState, SamplePrompt
+from finetune.core.types import Bucket, RunState
 from finetune.inference.adapters import TRAINING_RECORD
-from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, generate, sample_videos
-from finetune.inference.request import AdapterArgument, GenerateRequest
+from finetune.inference.generate import generate
+from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
+from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
 from tests.broken_disk import disk
 from tests.worlds import run_config, run_values
 
@@ -211,7 +212,7 @@ def test_an_average_is_exported_where_one_was_kept(tiny_model, tmp_path):
 def frames_of(base: Path | None, adapter: Path, out: Path) -> np.ndarray:
     request = GenerateRequest(
         base=None if base is None else str(base),
-        prompts=(SamplePrompt(prompt="a red ring", seed=5),),
+        prompts=(VideoPrompt(prompt="a red ring", seed=5),),
         out=out,
         adapters=(AdapterArgument(adapter),),
         bucket=Bucket(9, 32, 48),

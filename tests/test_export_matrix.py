@@ -23,10 +23,10 @@ from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.load import ModelConfig, load_transformer
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ExportError
-from finetune.core.types import Bucket, SamplePrompt
+from finetune.core.types import Bucket
 from finetune.inference.adapters import TRAINING_RECORD
 from finetune.inference.generate import generate
-from finetune.inference.request import AdapterArgument, GenerateRequest
+from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.methods import lora as merging
 from finetune.methods.lora import ADAPTER, LoraMethod, merge, set_strength
 from finetune.testing.tiny import VARIANTS
@@ -293,7 +293,7 @@ def test_the_command_line_merges_and_generate_samples_the_merged_folder(tiny_mod
     adapter = export(run).folder
 
     def frames(**options) -> np.ndarray:
-        prompts = (SamplePrompt(prompt="a red ring", seed=5),)
+        prompts = (VideoPrompt(prompt="a red ring", seed=5),)
         sizes = {"bucket": Bucket(9, 32, 48), "num_inference_steps": 1}
         request = GenerateRequest(base=str(model), prompts=prompts, out=tmp_path / "out", **sizes, **options)
         return generate(request).frames[0].astype(int)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -26,13 +28,24 @@ from finetune.cogvideox.load import (
 )
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.core.errors import ConfigError
+from finetune.core.errors import ConfigError, FinetuneError
 from finetune.core.files import LORA_FILE
-from finetune.core.types import Bucket, SamplePrompt
+from finetune.core.types import Bucket
 from finetune.inference import generate
+from finetune.inference import sample as sampling
 from finetune.inference.adapters import TRAINING_RECORD, TrainingRecord, base_faults, transformer_root
-from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, sample_videos
-from finetune.inference.request import AdapterArgument, GenerateRequest, parse_adapter, prompts_with_seeds, read_prompts
+from finetune.inference.continuation import join, match_colours
+from finetune.inference.modes import FromImage, FromImages, FromText, read_clip
+from finetune.inference.request import (
+    AdapterArgument,
+    GenerateRequest,
+    VideoPrompt,
+    parse_adapter,
+    prompts_with_seeds,
+    read_prompts,
+)
+from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
+from finetune.inference.videos import write_mp4
 from finetune.methods.adapter import read_adapter
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import build_tiny
@@ -50,13 +63,13 @@ def loaded(folder: Path) -> tuple[SampleModules, Callable[..., SampleRequest]]:
     """A model's modules, and ``request(seed)`` for one video of ``PROMPT``."""
     model, spec = ModelConfig(pretrained=str(folder)), read_spec(str(folder))
     empty, prompt = encode_prompts(*load_text(model), ["", PROMPT], spec)
-    bucket, picture = bucket_of(spec), None
+    bucket, mode = bucket_of(spec), FromText()
     if spec.image_to_video:
         shape, generator = (3, bucket.height, bucket.width), torch.Generator().manual_seed(3)
-        picture = torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8)
+        mode = FromImage(torch.randint(0, 255, shape, generator=generator, dtype=torch.uint8))
 
     def request(seed: int = 7, **changes) -> SampleRequest:
-        return replace(SampleRequest(prompt, empty, seed, bucket, picture), **changes)
+        return replace(SampleRequest(prompt, empty, seed, bucket, mode), **changes)
 
     return SampleModules(spec, load_transformer(model), load_scheduler(model), load_vae(model)), request
 
@@ -85,30 +98,111 @@ def save_adapter(folder, base, *, scale: float = 0.5, seed: int = 0, **options):
 # ------------------------------------------------------------------------------------------------------------- sampling
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b-i2v", "1.5-5b-i2v"])
-def test_videos_are_those_of_the_stock_pipeline(tiny_model, variant):
+def picture(bucket: Bucket, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (bucket.height, bucket.width, 3), dtype=np.uint8)
+
+
+CASES = [
+    *((variant, "text", kind) for variant in ("2b", "5b", "1.5-5b") for kind in ("ddim", "dpm")),
+    *((variant, "image", kind) for variant in ("5b-i2v", "1.5-5b-i2v") for kind in ("ddim", "dpm")),
+    *((variant, "video", None) for variant in ("2b", "5b", "1.5-5b")),
+    ("5b", "video", "ddim"),
+]
+
+
+@pytest.mark.parametrize(("variant", "mode", "kind"), CASES)
+def test_videos_are_those_of_the_stock_pipeline_bit_for_bit(tiny_model, tmp_path, variant, mode, kind):
+    """Ours is the whole command; theirs is diffusers' own pipeline, loaded and called by hand."""
     folder = tiny_model(variant)
-    modules, request = loaded(folder)
-    spec, wanted = modules.spec, request(seed=7)
-    (ours,) = sample(modules, wanted, steps=2, guidance=3.0)
-    stock = pipeline_class(spec).from_pretrained(folder)
+    spec = read_spec(str(folder))
+    bucket, steps = bucket_of(spec), 4
+    image, frames = picture(bucket, 3), np.stack([picture(bucket, seed) for seed in range(bucket.frames)])
+    Image.fromarray(image).save(tmp_path / "first.png")
+    prompt = {"image": {"image": tmp_path / "first.png"}, "video": {"video": tmp_path / "v.mp4"}}.get(mode, {})
+    kinds = {"text": "CogVideoXPipeline", "image": "CogVideoXImageToVideoPipeline"}
+    stock = getattr(diffusers, kinds.get(mode, "CogVideoXVideoToVideoPipeline")).from_pretrained(folder)
+    if kind:
+        scheduler = getattr(diffusers, f"CogVideoX{kind.upper()}Scheduler")
+        stock.scheduler = scheduler.from_config(stock.scheduler.config)
+    arguments = {"num_frames": bucket.frames, "image": Image.fromarray(image)}
+    if mode == "text":
+        del arguments["image"]
+    if mode == "video":
+        write_mp4(tmp_path / "v.mp4", frames, spec.native_fps)
+        stored = list(read_clip(tmp_path / "v.mp4", bucket, spec.native_fps))
+        if spec.patch_size_t is not None:  # the pipeline itself refuses an odd number of latent frames
+            stored = [stored[0]] * 4 + stored
+        arguments = {"video": [Image.fromarray(frame) for frame in stored], "strength": 0.5}
     stock.set_progress_bar_config(disable=True)
-    image = {} if wanted.image is None else {"image": Image.fromarray(wanted.image.permute(1, 2, 0).numpy())}
     theirs = stock(
         prompt=PROMPT,
-        num_frames=wanted.bucket.frames,
-        height=wanted.bucket.height,
-        width=wanted.bucket.width,
-        num_inference_steps=2,
+        negative_prompt="a blue square",
+        height=bucket.height,
+        width=bucket.width,
+        num_inference_steps=steps,
         guidance_scale=3.0,
+        use_dynamic_cfg=True,
         generator=torch.Generator().manual_seed(7),
         output_type="np",
         max_sequence_length=spec.max_text_seq_length,
-        **image,
+        **arguments,
     ).frames[0]
-    assert ours.dtype == np.uint8 and ours.shape == (wanted.bucket.frames, wanted.bucket.height, wanted.bucket.width, 3)
-    assert np.abs(ours.astype(float) - theirs * 255).max() <= 0.5 + 1e-4
+    changes = {"num_inference_steps": steps, "guidance_scale": 3.0, "dynamic_cfg": True, "scheduler": kind}
+    changes |= {"prompts": (VideoPrompt(prompt=PROMPT, seed=7, **prompt),), "strength": 0.5, "bucket": bucket}
+    ours = frames_of(request_for(folder, tmp_path / "out", negative_prompt="a blue square", **changes))
+    assert ours.dtype == np.uint8 and ours.shape == (bucket.frames, bucket.height, bucket.width, 3)
+    assert np.array_equal(ours, (theirs[-bucket.frames :] * 255).round().astype(np.uint8))
     assert ours.std() > 1
+
+
+@pytest.mark.parametrize("variant", ["5b-i2v", "1.5-5b-i2v"])
+def test_a_last_frame_fills_the_last_latent_frame_of_the_condition_and_nothing_else(tiny_model, variant, monkeypatch):
+    modules, request = loaded(tiny_model(variant))
+    first = request().mode.image
+    conditions, theirs = [], diffusers.CogVideoXTransformer3DModel.forward
+
+    def forward(self, hidden_states, *args, **kwargs):
+        conditions.append(hidden_states[0].clone())  # [F, noise and condition, H, W]
+        return theirs(self, hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(diffusers.CogVideoXTransformer3DModel, "forward", forward)
+    plain, both = sample(modules, request(), request(mode=FromImages(first, first.flip(-1))))
+    channels = modules.spec.latent_channels
+    without, with_last = conditions
+    assert torch.equal(without[:, :channels], with_last[:, :channels])  # the noise
+    assert torch.equal(without[:-1], with_last[:-1]) and without[-1, channels:].abs().max() == 0
+    # The last frame is scaled as the first is: the first image in its place has latents of the same size.
+    scale = with_last[-1, channels:].std() / without[0, channels:].std()
+    assert 0.5 < scale < 2 and not np.array_equal(plain, both)
+
+
+@pytest.mark.parametrize(("variant", "overlap"), [("5b-i2v", 1), ("5b", 5), ("1.5-5b", 5)])
+def test_a_continued_video_has_the_first_part_and_shares_frames_with_the_next(tiny_model, tmp_path, variant, overlap):
+    spec = read_spec(str(tiny_model(variant)))
+    bucket, image = bucket_of(spec), {}
+    if spec.image_to_video:
+        Image.fromarray(picture(bucket, 3)).save(tmp_path / "first.png")
+        image = {"image": tmp_path / "first.png"}
+    changes = {"bucket": bucket, "prompts": (VideoPrompt(prompt=PROMPT, seed=5, **image),), "num_inference_steps": 2}
+    plain, longer, again = (
+        frames_of(request_for(tiny_model(variant), tmp_path / f"{number}", extend=extend, **changes))
+        for number, extend in enumerate((0, 2, 2))
+    )
+    assert len(longer) == bucket.frames + 2 * (bucket.frames - overlap)
+    shared = 0 if overlap == 1 else overlap
+    assert np.array_equal(longer[: bucket.frames - shared], plain[: bucket.frames - shared])
+    assert np.array_equal(longer, again)
+
+
+def test_colours_are_brought_back_to_those_of_the_part_before():
+    video = np.stack([picture(SMALL, seed) // 2 + 40 for seed in range(6)])
+    drifted = (video * np.array([0.8, 1.0, 1.2]) + np.array([10, 0, -20])).round().clip(0, 255).astype(np.uint8)
+    corrected = match_colours(drifted, drifted[:1], video[:1])
+    assert np.abs(corrected.astype(int) - video).max() <= 2 < np.abs(drifted.astype(int) - video).max()
+    flat = np.full((2, 8, 8, 3), 90, np.uint8)  # no contrast to go by: the level alone
+    assert np.array_equal(match_colours(flat, flat, flat + 20), flat + 20)
+    faded = join(np.zeros((4, 2, 2, 3), np.uint8), np.full((4, 2, 2, 3), 90, np.uint8), 2)
+    assert faded[:, 0, 0, 0].tolist() == [0, 0, 30, 60, 90, 90]
 
 
 def test_sampling_leaves_the_modules_and_the_random_state_as_they_were(tiny_model):
@@ -164,8 +258,8 @@ def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_mo
         "decode",
         lambda *args, **options: (tiled.append(modules.vae.use_tiling), decode(*args, **options))[1],
     )
-    for limit in (generate.DECODE_WHOLE_BELOW, 1_000_000):
-        monkeypatch.setattr(generate, "DECODE_WHOLE_BELOW", limit)
+    for limit in (sampling.DECODE_WHOLE_BELOW, 1_000_000):
+        monkeypatch.setattr(sampling, "DECODE_WHOLE_BELOW", limit)
         sample(modules, request())
     assert tiled == [False, True] and not modules.vae.use_tiling
     monkeypatch.undo()
@@ -173,13 +267,13 @@ def test_large_videos_are_decoded_in_tiles_and_the_vae_is_left_as_it_was(tiny_mo
     cases = [((49, 480, 720), torch.bfloat16, True), ((9, 64, 64), torch.bfloat16, False)]
     cases += [((9, 256, 256), torch.float32, True), ((9, 256, 256), torch.bfloat16, False)]
     for sizes, dtype, tiles in cases:
-        assert generate.decodes_in_tiles(Bucket(*sizes), dtype) == tiles
+        assert sampling.decodes_in_tiles(Bucket(*sizes), dtype) == tiles
 
 
 def test_images_and_dtypes_must_fit_the_model(tiny_model):
     modules, request = loaded(tiny_model("5b"))
     with pytest.raises(ValueError, match="text-to-video, but an image is given"):
-        sample(modules, request(image=torch.zeros(3, 32, 48, dtype=torch.uint8)))
+        sample(modules, request(mode=FromImage(torch.zeros(3, 32, 48, dtype=torch.uint8))))
     with pytest.raises(ValueError, match=r"VAE is torch.bfloat16"):
         sample(replace(modules, vae=modules.vae.bfloat16()))
 
@@ -190,7 +284,7 @@ def test_images_and_dtypes_must_fit_the_model(tiny_model):
 def request_for(folder, out, **changes) -> GenerateRequest:
     defaults = {
         "base": str(folder),
-        "prompts": (SamplePrompt(prompt=PROMPT, seed=5),),
+        "prompts": (VideoPrompt(prompt=PROMPT, seed=5),),
         "out": out,
         "bucket": SMALL,
         "num_inference_steps": 1,
@@ -218,7 +312,7 @@ def frames_of(request) -> np.ndarray:
 
 
 def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, rates):
-    prompts = prompts_with_seeds([PROMPT, "a Blue/square..  moving"], [], seed=5)
+    prompts = prompts_with_seeds([PROMPT, "a Blue/square..  moving"], [], seeds=range(5, 9))
     report = generate.generate(request_for(tiny_model("5b"), tmp_path / "out", prompts=prompts))
     assert [path.name for path in report.videos] == [
         "000-a-red-circle-moving-left-seed5.mp4",
@@ -244,6 +338,39 @@ def test_adapters_act_by_their_strength(tiny_model, tmp_path):
     assert all(not np.array_equal(a, b) for i, a in enumerate(different) for b in different[:i])
 
 
+def test_a_row_has_its_own_adapters_seed_and_size(tiny_model, tmp_path):
+    """What each row of one batch gives is what a request of its own gives, whatever was loaded before."""
+    base = tiny_model("5b")
+    save_adapter(tmp_path / "one", base), save_adapter(tmp_path / "two", base, seed=1)
+    rows = [
+        {"seed": 1, "adapter": "one"},
+        {"seed": 1, "adapter": ["two:0.5", "one:-1"]},
+        {"seed": 1, "adapter": []},
+        {"seed": 4, "adapter": "one:0.25", "bucket": "9x48x32"},
+        {"seed": 1},
+    ]
+    lines = [json.dumps({"prompt": PROMPT, **row}) for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    own = (AdapterArgument(tmp_path / "two"),)
+    prompts = read_prompts(tmp_path / "rows.jsonl")
+    together = generate.generate(request_for(base, tmp_path / "out", prompts=prompts, adapters=own)).frames
+    for index, prompt in enumerate(prompts):
+        adapters = own if prompt.adapters is None else prompt.adapters
+        alone = VideoPrompt(prompt=PROMPT, seed=prompt.seed)
+        request = request_for(base, tmp_path / f"{index}", prompts=(alone,), adapters=adapters)
+        assert np.array_equal(frames_of(replace(request, bucket=prompt.bucket or SMALL)), together[index])
+    assert together[3].shape == (9, 48, 32, 3)
+    assert len({frames.tobytes() for frames in together}) == 5
+
+
+def test_several_videos_of_a_prompt_are_all_saved_each_with_its_seed(tiny_model, tmp_path):
+    prompts = prompts_with_seeds(["a", "b"], seeds=range(5, 99, 2))
+    report = generate.generate(request_for(tiny_model("5b"), tmp_path, prompts=prompts, videos=2, gif=True))
+    assert [path.name for path in report.videos] == [f"00{i}-{'aabb'[i]}-seed{5 + i}.mp4" for i in range(4)]
+    assert all(Image.open(path.with_suffix(".gif")).n_frames == 9 for path in report.videos)
+    assert len({frames.tobytes() for frames in report.frames}) == 4
+
+
 def test_size_and_fps_come_from_the_adapters_training_record(tiny_model, tmp_path, rates):
     base = tiny_model("1.5-5b")
     adapter = save_adapter(tmp_path / "one", base)
@@ -261,7 +388,7 @@ def test_image_to_video_from_a_file_of_another_size(tiny_model, tmp_path):
     prompts = prompts_with_seeds([PROMPT], [picture])
     frames = frames_of(request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
     assert frames.shape == (9, 32, 48, 3)
-    prompts = (SamplePrompt(prompt=PROMPT, image=tmp_path / "other.png"),)
+    prompts = (VideoPrompt(prompt=PROMPT, image=tmp_path / "other.png"),)
     Image.new("RGB", (100, 90), (30, 30, 200)).save(tmp_path / "other.png")
     other = frames_of(request_for(tiny_model("1.5-5b-i2v"), tmp_path / "out", prompts=prompts))
     assert not np.array_equal(frames, other)
@@ -323,6 +450,13 @@ def no_weights(monkeypatch):
         ({"num_inference_steps": 0}, "0 denoising steps"),
         ({"guidance_scale": 0.5}, "guidance scale 0.5"),
         ({"fps": -1.0}, "frames per second"),
+        ({"strength": 1.5}, "strength 1.5"),
+        ({"videos": 0}, "give 1 or more"),
+        ({"extend": -1}, "give 0 or more"),
+        ({"prompts": (VideoPrompt(prompt="a", bucket="8x32x48"),)}, "8 frames are not possible"),
+        ({"prompts": (VideoPrompt(prompt="a", last_image=Path("x.png")),)}, "takes no image"),
+        ({"prompts": (VideoPrompt(prompt="a", video=Path("none.mp4")),)}, "none.mp4"),
+        ({"prompts": (VideoPrompt(prompt="a", adapters=(AdapterArgument(Path("no")),)),)}, "no such file or folder"),
         ({"prompts": prompts_with_seeds(["a"], [Path("x.png")])}, "takes no image"),
         ({"device": "cuda:99"}, "device cannot be used"),
         ({"device": "cpu", "offload": True}, "no GPU to offload from"),
@@ -335,11 +469,31 @@ def test_bad_requests_are_refused_before_any_loading(tiny_model, tmp_path, no_we
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("variant", "changes", "message"),
+    [
+        ("5b-i2v", {"bucket": Bucket(9, 64, 48)}, "its learned positions fix it to 9x64x64"),
+        ("1.5-5b", {"bucket": Bucket(9, 80, 32)}, "height 80 is not possible: it must be a multiple of 16, at most 64"),
+        ("5b", {"bucket": Bucket(17, 32, 48)}, "at most 9"),
+        ("5b-i2v", {"video": True}, "only text-to-video models make video-to-video"),
+        ("5b", {"video": True, "bucket": Bucket(9, 32, 48)}, "the video has 5 frames at 8 fps, and 9x32x48 needs 9"),
+        ("5b", {"video": True, "strength": 0.1}, "strength 0.1 of 4 steps is none"),
+    ],
+)
+def test_what_a_model_cannot_make_is_refused_by_name(tiny_model, tmp_path, no_weights, variant, changes, message):
+    """Portrait and other sizes as far as the positions go; videos that are too short."""
+    clip = write_mp4(tmp_path / "clip.mp4", np.stack([picture(SMALL, seed) for seed in range(5)]), 8)
+    prompt = VideoPrompt(prompt=PROMPT, video=clip if changes.pop("video", False) else None)
+    request = request_for(tiny_model(variant), tmp_path / "out", prompts=(prompt,), num_inference_steps=4, **changes)
+    with pytest.raises(FinetuneError, match=re.escape(message)):
+        generate.generate(request)
+
+
 def test_all_mistakes_are_told_at_once(tiny_model, tmp_path, no_weights):
     request = request_for(
         tiny_model("1.5-5b-i2v"),
         tmp_path / "out",
-        prompts=(SamplePrompt(prompt="a"), SamplePrompt(prompt="b", image=tmp_path / "x.png")),
+        prompts=(VideoPrompt(prompt="a"), VideoPrompt(prompt="b", image=tmp_path / "x.png")),
         guidance_scale=0.0,
         bucket=Bucket(9, 33, 48),
     )
@@ -539,12 +693,15 @@ def test_parse_adapter(tmp_path):
 def test_read_prompts(tmp_path):
     text = tmp_path / "prompts.txt"
     text.write_text("a red ring\n\n  a blue ring \n", encoding="utf-8")
-    assert [(p.prompt, p.seed) for p in read_prompts(text, seed=3)] == [("a red ring", 3), ("a blue ring", 4)]
+    assert [(p.prompt, p.seed) for p in read_prompts(text, seeds=range(3, 9))] == [
+        ("a red ring", 3),
+        ("a blue ring", 4),
+    ]
     rows = tmp_path / "prompts.jsonl"
     rows.write_text('{"prompt": "a", "image": "x.png"}\n{"prompt": "b", "seed": 9}\n', encoding="utf-8")
     assert read_prompts(rows) == (
-        SamplePrompt(prompt="a", image=tmp_path / "x.png", seed=0),
-        SamplePrompt(prompt="b", seed=9),
+        VideoPrompt(prompt="a", image=tmp_path / "x.png", seed=0),
+        VideoPrompt(prompt="b", seed=9),
     )
 
 

@@ -32,9 +32,8 @@ from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.errors import CheckpointError, ConfigError, ModelError
 from finetune.core.files import LORA_FILE, publish_dir
-from finetune.core.types import SamplePrompt
 from finetune.inference.adapters import TRAINING_RECORD, TrainingRecord, read_record, read_sources
-from finetune.inference.request import AdapterArgument, GenerateRequest, read_prompts, request_faults
+from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt, read_prompts, request_faults
 from finetune.trainers.loop import train
 
 SHA_A, SHA_B = "a" * 40, "b" * 40
@@ -446,8 +445,8 @@ def test_an_adapter_s_header_cannot_ask_for_more_than_its_tensors(tmp_path, sett
 
 def test_a_prompt_that_is_no_text_is_refused(tmp_path):
     spec = read_spec(str(known_model("5b")))
-    request = GenerateRequest("x/y", (SamplePrompt(prompt="a\x1b[2Jb"),), tmp_path / "out")
-    (fault,) = request_faults(request, spec, spec.training_bucket)
+    request = GenerateRequest((VideoPrompt(prompt="a\x1b[2Jb"),), tmp_path / "out", "x/y")
+    (fault,) = request_faults(request, spec, spec.training_bucket, 8.0)
     assert "the prompt is damaged: it holds U+001B" in str(fault)
     (tmp_path / "p.jsonl").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match="nested too deeply"):

@@ -25,11 +25,10 @@ from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_file, folder_checksums
 from finetune.core.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
 from finetune.core.files import COMPLETE
-from finetune.core.types import SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.inference.adapters import TRAINING_RECORD
 from finetune.inference.generate import generate
-from finetune.inference.request import AdapterArgument, GenerateRequest
+from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.memory.quantized_linear import placement
 from finetune.trainers.loop import train
 from finetune.trainers.setup import _same_base
@@ -125,7 +124,7 @@ def sampled(config: RunConfig, out: Path) -> GenerateRequest:
     whole = config.method.kind == "full"
     return GenerateRequest(
         base=config.model.pretrained,
-        prompts=(SamplePrompt(prompt="a red circle"),),
+        prompts=(VideoPrompt(prompt="a red circle"),),
         out=out,
         adapters=() if whole else (AdapterArgument(config.output_dir / "export"),),
         transformer=config.output_dir / "export" if whole else None,

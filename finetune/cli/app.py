@@ -71,12 +71,12 @@ def config_words(config: Path, overrides: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------------------------------------- options and their kinds
 
 
-def option(help: str, metavar: str | None = None) -> Any:
-    return typer.Option(help=help, metavar=metavar)
+def option(help: str, metavar: str | None = None, panel: str | None = None) -> Any:
+    return typer.Option(help=help, metavar=metavar, rich_help_panel=panel)
 
 
-def flag(name: str, help: str) -> Any:
-    return typer.Option(name, help=help)  # named, so that there is no --no-...
+def flag(name: str, help: str, panel: str | None = None) -> Any:
+    return typer.Option(name, help=help, rich_help_panel=panel)  # named, so that there is no --no-...
 
 
 _CONFIG_HELP = "The run's YAML file."

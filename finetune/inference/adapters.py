@@ -121,13 +121,21 @@ class AdapterSource:
 # -------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_sources(adapters: Iterable[AdapterArgument]) -> tuple[list[AdapterSource], list[FinetuneError]]:
-    """Find and read adapters; with what is wrong with those that cannot be used."""
-    sources: list[AdapterSource] = []
+def read_sources(
+    adapters: Iterable[AdapterArgument],
+) -> tuple[dict[Path, AdapterSource], list[FinetuneError]]:
+    """Find and read adapters, each path once; with what is wrong with those that cannot be used.
+
+    Returns:
+        By path: the adapter as first named with a strength other than 0, so that it is known which of them act.
+    """
+    sources: dict[Path, AdapterSource] = {}
     faults: list[FinetuneError] = []
-    for adapter in adapters:
+    for adapter in sorted(dict.fromkeys(adapters), key=lambda adapter: adapter.strength == 0):
+        if adapter.path in sources:
+            continue
         try:
-            sources.append(_read(adapter))
+            sources[adapter.path] = _read(adapter)
         except FinetuneError as fault:
             faults.append(fault)
     return sources, faults
@@ -343,7 +351,7 @@ def _misfit(source: AdapterSource, why: str) -> ConfigError:
     )
 
 
-def require_same_base(transformer: nn.Module, base: str, sources: Sequence[AdapterSource]) -> None:
+def require_same_base(transformer: nn.Module, base: str, sources: Iterable[AdapterSource]) -> None:
     """Refuse adapters that were trained on other weights than these.
 
     Raises:
@@ -379,29 +387,67 @@ def trigger_notes(record: TrainingRecord, where: str, prompts: Sequence[SamplePr
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def load_adapters(spec: ModelSpec, transformer: Any, scheduler: Any, sources: Sequence[AdapterSource]) -> None:
-    """Load adapters with the stock pipeline's own loader and set their strengths; one of strength 0 is left out.
+class LoadedAdapters:
+    """Adapters in a transformer, through the stock pipeline's own loader, and how strongly each of them acts now.
 
-    Raises:
-        ConfigError: if an adapter does not fit the transformer, in full.
+    Args:
+        spec: of the model.
+        transformer: unwrapped; it holds no adapters yet.
+        scheduler: any of CogVideoX's: the stock pipeline wants one.
+        sources: what may be asked for, by path.
     """
-    from peft import get_peft_model_state_dict
 
-    active = [source for source in sources if source.adapter.strength != 0]
-    pipeline = build_pipeline(spec, transformer=transformer, scheduler=scheduler)
-    names = [f"adapter_{index}" for index in range(len(active))]
-    for name, source in zip(names, active, strict=True):
+    def __init__(self, spec: ModelSpec, transformer: Any, scheduler: Any, sources: Mapping[Path, AdapterSource]):
+        self._pipeline = build_pipeline(spec, transformer=transformer, scheduler=scheduler)
+        self._sources = sources
+        self._names: dict[Path, str] = {}
+        """Of those that are loaded."""
+        self._loaded_ever = 0
+
+    def use(self, adapters: Iterable[AdapterArgument], *, later: Iterable[AdapterArgument] = ()) -> None:
+        """Let these act, and no others; one of strength 0 is left out, and one that is named twice acts by the sum.
+
+        Args:
+            adapters: what acts.
+            later: what will be asked for later; all other adapters leave the memory.
+
+        Raises:
+            ConfigError: if an adapter does not fit the transformer, in full.
+        """
+        strengths = dict.fromkeys((adapter.path for adapter in adapters), 0.0)
+        for adapter in adapters:
+            strengths[adapter.path] += adapter.strength
+        strengths = {path: strength for path, strength in strengths.items() if strength}
+        needed = {*strengths, *(adapter.path for adapter in later if adapter.strength)}
+        if unneeded := [name for path, name in self._names.items() if path not in needed]:
+            self._pipeline.delete_adapters(unneeded)
+        self._names = {path: name for path, name in self._names.items() if path in needed}
+        for path in strengths:
+            if path not in self._names:
+                self._names[path] = self._load(self._sources[path])
+        if strengths:
+            self._pipeline.enable_lora()
+            self._pipeline.set_adapters([self._names[path] for path in strengths], [*strengths.values()])
+        elif self._names:
+            self._pipeline.disable_lora()
+
+    def _load(self, source: AdapterSource) -> str:
+        from peft import get_peft_model_state_dict
+
+        name = f"adapter_{self._loaded_ever}"
+        self._loaded_ever += 1
+        transformer = self._pipeline.transformer
         try:
             if source.settings is None:
                 folder, file = str(source.adapter.file.parent), source.adapter.file.name
-                pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
+                self._pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
             else:
-                pipeline.load_lora_into_transformer(
+                self._pipeline.load_lora_into_transformer(
                     dict(source.tensors),
                     transformer=transformer,
                     adapter_name=name,
                     metadata=dict(source.settings),
-                    _pipeline=pipeline,
+                    _pipeline=self._pipeline,
                 )
         except (ValueError, RuntimeError, KeyError) as error:
             if is_out_of_memory(error):  # says nothing of the adapter
@@ -411,5 +457,4 @@ def load_adapters(spec: ModelSpec, transformer: Any, scheduler: Any, sources: Se
         placed = {f"{COMPONENT}.{key}" for key in get_peft_model_state_dict(transformer, adapter_name=name)}
         if left_out := source.tensors.keys() - placed:
             raise _misfit(source, f"{len(left_out)} tensors have no place, such as {min(left_out)}")
-    if active:
-        pipeline.set_adapters(names, [source.adapter.strength for source in active])
+        return name

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from finetune.cogvideox.spec import ModelSpec
-from finetune.core.errors import ConfigError, raise_all
+from finetune.core.errors import ConfigError, DataError, FinetuneError, raise_all
 from finetune.core.files import LORA_FILE
 from finetune.core.text import text_fault
 from finetune.core.types import Bucket, SamplePrompt
+from finetune.datasets.geometry import BucketField
+from finetune.inference.modes import FromImage, FromImages, FromText, FromVideo, Mode, read_clip, require_clip
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,32 @@ class AdapterArgument:
         return self.path / LORA_FILE if self.path.is_dir() else self.path
 
 
+class VideoPrompt(SamplePrompt):
+    """One video to generate: what for, with which noise, and what is its own rather than the request's."""
+
+    last_image: Path | None = None
+    """Last frame, beside ``image``."""
+    video: Path | None = None
+    """What video-to-video starts from."""
+    strength: float | None = Field(None, gt=0, le=1)
+    """Of video-to-video; None for the request's."""
+    bucket: BucketField | None = None
+    """Frames x height x width; None for the request's."""
+    adapters: tuple[AdapterArgument, ...] | None = None
+    """None for the request's; empty for the base model."""
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One call of ``generate``."""
 
-    base: str | None
-    """Model folder in diffusers format, or hub id; None: what the first adapter or ``transformer`` was trained on."""
-    prompts: tuple[SamplePrompt, ...]
+    prompts: tuple[VideoPrompt, ...]
     out: Path
     """Folder for the videos."""
+    base: str | None = None
+    """Model folder in diffusers format, or hub id; None: what the first adapter or ``transformer`` was trained on."""
+    videos: int = 1
+    """Of each prompt, with its seed and the next ones."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     transformer: Path | None = None
@@ -59,6 +78,14 @@ class GenerateRequest:
     guidance_scale: float = 6.0
     dynamic_cfg: bool = False
     """Let the guidance grow with the denoising steps."""
+    scheduler: Literal["ddim", "dpm"] | None = None
+    """What takes the denoising steps; None: as the base says (of the published models, 2B has DDIM, the others DPM)."""
+    strength: float = 0.8
+    """Of video-to-video: which part of the denoising steps is made."""
+    extend: int = 0
+    """By how many further parts each video is continued."""
+    gif: bool = False
+    """Write each video as an animated GIF as well."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     offload: bool = False
     """Keep on the GPU only the component that runs: slower, for cards on which the transformer just fits."""
@@ -71,17 +98,17 @@ class GenerateRequest:
             object.__setattr__(self, "transformer", Path(self.transformer))
 
 
-def parse_adapter(text: str) -> AdapterArgument:
-    """Read ``PATH`` or ``PATH:STRENGTH``, as in ``my_lora:0.8``.
+def parse_adapter(text: str, folder: Path = Path()) -> AdapterArgument:
+    """Read ``PATH`` or ``PATH:STRENGTH``, as in ``my_lora:0.8``; a relative path starts at ``folder``.
 
     Raises:
         ConfigError: if what follows the last colon is no number.
     """
-    if Path(text).exists() or ":" not in text:
-        return AdapterArgument(Path(text))
+    if (folder / text).exists() or ":" not in text:
+        return AdapterArgument(folder / text)
     path, _, strength = text.rpartition(":")
     try:
-        return AdapterArgument(Path(path), float(strength))
+        return AdapterArgument(folder / path, float(strength))
     except ValueError:
         raise ConfigError(
             f"the adapter's strength {strength!r} is not a number",
@@ -90,35 +117,51 @@ def parse_adapter(text: str) -> AdapterArgument:
         ) from None
 
 
-def prompts_with_seeds(prompts: list[str], images: list[Path], *, seed: int = 0) -> tuple[SamplePrompt, ...]:
-    """Prompts as given one by one, the first with ``seed``, the next with ``seed + 1`` and so on.
+def prompts_with_seeds(
+    prompts: Sequence[str],
+    images: Sequence[Path] = (),
+    *,
+    last_images: Sequence[Path] = (),
+    videos: Sequence[Path] = (),
+    seeds: range = range(2**62),
+) -> tuple[VideoPrompt, ...]:
+    """Prompts as given one by one, each with the next of ``seeds``.
 
     Args:
         prompts: the texts.
-        images: none, one for all prompts, or one for each.
-        seed: of the first.
+        images: first frames: none, one for all prompts, or one for each.
+        last_images: last frames, likewise.
+        videos: what video-to-video starts from, likewise.
+        seeds: the first is the first prompt's.
 
     Raises:
         ConfigError: if there are images, but neither one nor as many as prompts.
     """
-    if len(images) not in (0, 1, len(prompts)):
-        raise ConfigError(
-            f"{len(images)} images for {len(prompts)} prompts", where="--image", fix="give one for all, or one for each"
-        )
-    paired: list[Path | None] = [*images] if len(images) == len(prompts) else [*images, None][:1] * len(prompts)
-    return tuple(
-        SamplePrompt(prompt=prompt, image=image, seed=seed + index)
-        for index, (prompt, image) in enumerate(zip(prompts, paired, strict=True))
-    )
+    columns = {"image": images, "last_image": last_images, "video": videos}
+    rows: list[dict[str, Any]] = [
+        {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=False)
+    ]
+    for name, files in columns.items():
+        if len(files) not in (0, 1, len(prompts)):
+            raise ConfigError(
+                f"{len(files)} {name.replace('_', ' ')}s for {len(prompts)} prompts",
+                where=f"--{name.replace('_', '-')}",
+                fix="give one for all, or one for each",
+            )
+        for index, row in enumerate(rows if files else []):
+            row[name] = files[index if len(files) > 1 else 0]
+    return tuple(VideoPrompt(**row) for row in rows)
 
 
-def read_prompts(path: Path, *, seed: int = 0) -> tuple[SamplePrompt, ...]:
+def read_prompts(path: Path, *, seeds: range = range(2**62)) -> tuple[VideoPrompt, ...]:
     """Read prompts from a file.
 
     Args:
         path: text with one prompt per line, or ``.jsonl`` with an object per line: ``prompt``, and where wanted
-            ``image`` (relative to the file) and ``seed``. Empty lines are left out.
-        seed: of the first prompt; each following one that states none gets the next number.
+            ``seed``, ``bucket``, ``image``, ``last_image``, ``video``, ``strength`` (of video-to-video) and
+            ``adapter`` (``PATH:STRENGTH``, or a list of them). Paths are relative to the file; empty lines are left
+            out.
+        seeds: of the prompts in turn; one that states its own leaves its place unused.
 
     Raises:
         ConfigError: if the file cannot be read or is empty; every bad line is named.
@@ -131,54 +174,107 @@ def read_prompts(path: Path, *, seed: int = 0) -> tuple[SamplePrompt, ...]:
     if not numbered:
         raise ConfigError("there is no prompt in the file", where=str(path), fix="write one prompt per line")
     if path.suffix != ".jsonl":
-        return prompts_with_seeds([line for _, line in numbered], [], seed=seed)
+        return prompts_with_seeds([line for _, line in numbered], seeds=seeds)
     prompts, errors = [], []
-    for index, (number, line) in enumerate(numbered):
+    for (number, line), seed in zip(numbered, seeds, strict=False):
         try:
-            prompts.append(_from_row(json.loads(line), path.parent, seed + index))
+            prompts.append(_from_row(json.loads(line), path.parent, seed))
         except ValidationError as error:
             reasons = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
             errors.append(ConfigError("; ".join(reasons), where=f"{path}:{number}"))
         except (ValueError, RecursionError) as error:
             reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             errors.append(ConfigError(f"not a prompt: {reason}", where=f"{path}:{number}"))
+        except ConfigError as error:
+            errors.append(ConfigError(error.what, where=f"{path}:{number}", fix=error.fix))
     raise_all(ConfigError, errors, what="{n} prompts cannot be used")
     return tuple(prompts)
 
 
-def _from_row(row: Any, folder: Path, seed: int) -> SamplePrompt:
+def _from_row(row: Any, folder: Path, seed: int) -> VideoPrompt:
     if not isinstance(row, dict):
         raise ValueError('expected an object such as {"prompt": "a red ring", "seed": 3}')
-    prompt = SamplePrompt.model_validate({"seed": seed, **row})
-    image = None if prompt.image is None else folder / prompt.image.expanduser()
-    return prompt.model_copy(update={"image": image})
+    row = {"seed": seed, **row}
+    if "adapters" in row:
+        raise ValueError("write adapter, with a text or a list of texts")
+    if "adapter" in row:
+        texts = [row["adapter"]] if isinstance(row["adapter"], str) else row["adapter"]
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("adapter is PATH or PATH:STRENGTH, or a list of them")
+        row["adapters"] = tuple(parse_adapter(text, folder) for text in texts)
+        del row["adapter"]
+    prompt = VideoPrompt.model_validate(row)
+    files = {name: getattr(prompt, name) for name in ("image", "last_image", "video")}
+    return prompt.model_copy(update={name: folder / p.expanduser() for name, p in files.items() if p is not None})
 
 
-def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket) -> Iterator[ConfigError]:
+def mode_of(prompt: VideoPrompt, bucket: Bucket, fps: float, strength: float) -> Mode:
+    """What a prompt's video is sampled from.
+
+    Raises:
+        DataError: if its video cannot be read.
+    """
+    if prompt.video is not None:
+        return FromVideo(read_clip(prompt.video, bucket, fps), prompt.strength or strength)
+    if prompt.image is None:
+        return FromText()
+    return FromImage(prompt.image) if prompt.last_image is None else FromImages(prompt.image, prompt.last_image)
+
+
+def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fps: float) -> Iterator[FinetuneError]:
     """Everything that is wrong with a request for this model at this size, adapters and base left aside."""
     if not request.prompts:
         yield ConfigError("there is no prompt", fix="give --prompt TEXT or --prompts FILE")
     for index, prompt in enumerate(request.prompts):
-        yield from _prompt_faults(prompt, spec, where=f"prompt {index + 1} ({prompt.prompt[:40]!r})")
-    for problem in spec.check_bucket(bucket):
-        yield ConfigError(problem, where=f"size {bucket}")
+        where = f"prompt {index + 1} ({prompt.prompt[:40]!r})"
+        yield from _prompt_faults(prompt, spec, where=where)
+        yield from _video_faults(request, prompt, prompt.bucket or bucket, fps, where=where)
+    for size in {bucket, *(prompt.bucket for prompt in request.prompts if prompt.bucket is not None)}:
+        for problem in spec.check_bucket(size):
+            yield ConfigError(problem, where=f"size {size}")
     if not 1 <= request.num_inference_steps <= spec.num_train_timesteps:
         steps = request.num_inference_steps
         yield ConfigError(f"{steps} denoising steps", where="--steps", fix=f"give 1 to {spec.num_train_timesteps}")
     if not (math.isfinite(request.guidance_scale) and request.guidance_scale >= 1):
         yield ConfigError(f"guidance scale {request.guidance_scale}", where="--guidance", fix="give 1 (none) or more")
+    if not 0 < request.strength <= 1:
+        yield ConfigError(f"strength {request.strength}", where="--strength", fix="give more than 0, at most 1")
+    if request.videos < 1 or request.extend < 0:
+        option, fix = ("--videos", "1 or more") if request.videos < 1 else ("--extend", "0 or more")
+        yield ConfigError("there is nothing to sample", where=option, fix=f"give {fix}")
     if request.fps is not None and not (math.isfinite(request.fps) and request.fps > 0):
         yield ConfigError(f"{request.fps} frames per second", where="--fps", fix="give a positive number")
     if request.out.exists() and not request.out.is_dir():
         yield ConfigError("the output is a file, not a folder", where=str(request.out))
 
 
-def _prompt_faults(prompt: SamplePrompt, spec: ModelSpec, *, where: str) -> Iterator[ConfigError]:
+def _prompt_faults(prompt: VideoPrompt, spec: ModelSpec, *, where: str) -> Iterator[ConfigError]:
     if fault := text_fault(prompt.prompt):
         yield ConfigError(f"the prompt is damaged: {fault}", where=where, fix="write it again as text")
-    if spec.image_to_video and prompt.image is None:
+    images = [image for image in (prompt.image, prompt.last_image) if image is not None]
+    if spec.image_to_video and prompt.video is not None:
+        yield ConfigError(
+            "the model is image-to-video, and only text-to-video models make video-to-video",
+            where=where,
+            fix="use a text-to-video model, or give the video's first frame as --image",
+        )
+    elif spec.image_to_video and prompt.image is None:
         yield ConfigError("the model is image-to-video and needs a first frame", where=where, fix="give --image FILE")
-    if prompt.image is not None and not spec.image_to_video:
+    if images and not spec.image_to_video:
         yield ConfigError("the model is text-to-video and takes no image", where=where, fix="leave the image out")
-    elif prompt.image is not None and not prompt.image.is_file():
-        yield ConfigError("there is no such image", where=f"{where}: {prompt.image}")
+        return
+    yield from (ConfigError("there is no such image", where=f"{where}: {p}") for p in images if not p.is_file())
+
+
+def _video_faults(
+    request: GenerateRequest, prompt: VideoPrompt, bucket: Bucket, fps: float, *, where: str
+) -> Iterator[FinetuneError]:
+    strength, steps = prompt.strength or request.strength, request.num_inference_steps
+    if prompt.video is None:
+        return
+    if 0 < strength <= 1 and int(strength * steps) < 1:
+        yield ConfigError(f"strength {strength} of {steps} steps is none", where=where, fix="give more of either")
+    try:
+        require_clip(prompt.video, bucket, fps)
+    except DataError as error:
+        yield error

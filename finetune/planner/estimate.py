@@ -35,7 +35,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.files import atomic_write_text, user_folder
 from finetune.core.types import Bucket
-from finetune.inference.generate import decodes_in_tiles
+from finetune.inference.sample import decodes_in_tiles
 from finetune.memory.quantized_linear import placement
 from finetune.memory.runner import undo
 from finetune.planner import fake_run

@@ -15,9 +15,8 @@ from finetune.caching.precompute import precompute
 from finetune.config.schema import load_config
 from finetune.convert.export import ExportOptions, ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
-from finetune.core.types import SamplePrompt
 from finetune.inference.generate import generate
-from finetune.inference.request import AdapterArgument, GenerateRequest
+from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.inference.videos import Frames, side_by_side
 from finetune.testing.demo import (
     KNOWN_SHAPES,
@@ -125,7 +124,7 @@ def _sample(folder: Path, name: str, adapters: tuple[AdapterArgument, ...]) -> S
     report = generate(
         GenerateRequest(
             base=str(folder / "model"),
-            prompts=tuple(SamplePrompt(prompt=scene.caption, seed=seed) for seed, scene in enumerate(scenes)),
+            prompts=tuple(VideoPrompt(prompt=scene.caption, seed=seed) for seed, scene in enumerate(scenes)),
             out=folder / "samples" / name,
             adapters=adapters,
             fps=8,

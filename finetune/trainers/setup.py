@@ -305,7 +305,7 @@ def _other_base(config: RunConfig, base: str) -> str:
     if not isinstance(config.method, LoraMethod) or config.method.init_from is None:
         return ""
     sources, _ = read_sources([AdapterArgument(config.method.init_from)])
-    recorded = {source.record.base_digest for source in sources if source.record} - {None, base}
+    recorded = {source.record.base_digest for source in sources.values() if source.record} - {None, base}
     return f"{config.method.init_from} was trained on another base transformer than this one" if recorded else ""
 
 

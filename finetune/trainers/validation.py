@@ -24,7 +24,8 @@ from finetune.core.rng import seed_for, training_state_untouched
 from finetune.core.types import Batch, RunState, SamplePrompt
 from finetune.datasets.dataloader import BatchMaker, to_device
 from finetune.datasets.schedule import is_due
-from finetune.inference.generate import SampleModules, SampleRequest, SampleSettings, sample_videos
+from finetune.inference.modes import FromImage, FromText
+from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
 from finetune.inference.videos import Frames, write_mp4
 from finetune.trainers.fault_report import ReportedSample, refuse_measurement
 from finetune.trainers.run import Run
@@ -311,10 +312,11 @@ class Sampler:
     def _request(self, sample: SamplePrompt) -> SampleRequest:
         config, cache, manifest = self._run.config, self._run.data.cache, self._run.data.manifest
         empty = cache.read_prompt(manifest.empty_prompt_key)
+        image = None if sample.image is None else cache.read_image(manifest.images[str(sample.image)])
         return SampleRequest(
             prompt_embeds=cache.read_prompt(manifest.prompts[sample.prompt]),
             negative_embeds=empty if config.data.unconditional_text == "empty" else torch.zeros_like(empty),
-            image=None if sample.image is None else cache.read_image(manifest.images[str(sample.image)]),
+            mode=FromText() if image is None else FromImage(image),
             seed=sample.seed,
             bucket=config.validation.bucket or config.data.buckets[0],
         )

@@ -1,0 +1,200 @@
+"""What a video is sampled from: a text alone, a first frame, a first and a last frame, or another video.
+
+Each is a value of its own with the stock pipeline that samples it and the arguments which are that pipeline's alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from finetune.cogvideox.spec import ModelSpec
+from finetune.core.errors import DataError
+from finetune.core.types import Bucket
+from finetune.datasets.decode_pool import DecodeJob, DecodePool, fit_image, load_fitted_image
+from finetune.datasets.geometry import ClipConfig, frame_indices, plan_clips
+from finetune.inference.videos import Frames
+
+
+class Mode(Protocol):
+    """What a video is sampled from."""
+
+    image_to_video: ClassVar[bool]
+    """Which kind of model samples it."""
+
+    def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
+        """The diffusers pipeline around ``modules``, for a video of this size."""
+
+    def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
+        """What it is called with beside prompt, size, steps, guidance and generator.
+
+        Raises:
+            DataError: if an image cannot be read.
+        """
+
+
+@dataclass(frozen=True)
+class FromText:
+    """Text-to-video."""
+
+    image_to_video: ClassVar[bool] = False
+
+    def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
+        """``CogVideoXPipeline``."""
+        from diffusers import CogVideoXPipeline
+
+        return CogVideoXPipeline(**modules)
+
+    def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
+        """How long the video is."""
+        return {"num_frames": bucket.frames}
+
+
+@dataclass(frozen=True)
+class FromImage:
+    """Image-to-video."""
+
+    image_to_video: ClassVar[bool] = True
+    image: Path | Tensor
+    """First frame: a file, or uint8 RGB [3, H, W]; resized and cropped as training clips are."""
+
+    def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
+        """``CogVideoXImageToVideoPipeline``."""
+        from diffusers import CogVideoXImageToVideoPipeline
+
+        return CogVideoXImageToVideoPipeline(**modules)
+
+    def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
+        """The first frame, and how long the video is."""
+        return {"num_frames": bucket.frames, "image": _picture(self.image, bucket)}
+
+
+@dataclass(frozen=True)
+class FromImages:
+    """Image-to-video with a last frame as well: stock weights were not trained for it."""
+
+    image_to_video: ClassVar[bool] = True
+    image: Path | Tensor
+    """First frame, as in ``FromImage``."""
+    last_image: Path | Tensor
+
+    def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
+        """The stock image-to-video pipeline, with the condition of its last latent frame filled."""
+        pipeline = FromImage(self.image).pipeline(bucket, **modules)
+        pipeline.prepare_latents = partial(_with_last_frame, pipeline, _picture(self.last_image, bucket))
+        return pipeline
+
+    def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
+        """As ``FromImage``'s: the pipeline has the last frame already."""
+        return FromImage(self.image).arguments(spec, bucket)
+
+
+@dataclass(frozen=True)
+class FromVideo:
+    """Video-to-video, by a text-to-video model."""
+
+    image_to_video: ClassVar[bool] = False
+    frames: Frames
+    """As many as the bucket has, and of its size."""
+    strength: float
+    """Which part of the denoising steps is made: 1 keeps next to nothing of the video, a little above 0 all of it."""
+
+    def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
+        """``CogVideoXVideoToVideoPipeline``."""
+        from diffusers import CogVideoXVideoToVideoPipeline
+
+        return CogVideoXVideoToVideoPipeline(**modules)
+
+    def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
+        """The video, lengthened in front where the model wants whole temporal patches.
+
+        Text-to-video pads its latents by itself and drops the padding again; this pipeline refuses such a video.
+        """
+        from PIL import Image
+
+        extra = spec.front_padding(spec.latent_frames(bucket.frames)) * spec.vae_temporal
+        frames = np.concatenate([self.frames[:1].repeat(extra, axis=0), self.frames])
+        return {"video": [Image.fromarray(frame) for frame in frames], "strength": self.strength}
+
+
+def _with_last_frame(
+    pipeline: Any, last_image: Any, image: Tensor, batch_size: int, channels: int, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    """Noise and condition as the stock pipeline makes them, [B, F, C, H, W] each; then the last frame's place.
+
+    Args:
+        pipeline: ``CogVideoXImageToVideoPipeline``.
+        last_image: a PIL image.
+        image: the first frame, [B, 3, H, W].
+        batch_size: B.
+        channels: C of either.
+        rest: frames, height, width, dtype, device, generator and given noise, as the pipeline's call hands them on.
+    """
+    prepare = type(pipeline).prepare_latents
+    frames, height, width, dtype, device, generator, _ = rest
+    noise, condition = prepare(pipeline, image, batch_size, channels, frames, *rest[1:])
+    # The image's own latents, scaled by the stock rule: the condition of a video of one frame. With noise given, none
+    # is drawn, and the video starts from the noise that it has without a last frame.
+    last = pipeline.video_processor.preprocess(last_image, height=height, width=width).to(device, dtype)
+    _, single = prepare(pipeline, last, batch_size, channels, 1, height, width, dtype, device, generator, noise)
+    condition[:, -1] = single[:, -1]
+    return noise, condition
+
+
+def _picture(image: Path | Tensor, bucket: Bucket) -> Any:
+    from PIL import Image
+
+    fitted = load_fitted_image(image, bucket) if isinstance(image, Path) else fit_image(image, bucket)
+    return Image.fromarray(fitted.permute(1, 2, 0).numpy())
+
+
+def require_clip(path: Path, bucket: Bucket, fps: float) -> None:
+    """Refuse a video that ``read_clip`` would, by its header.
+
+    Raises:
+        DataError: as ``read_clip``.
+    """
+    with DecodePool(workers=1) as pool:
+        _plan_clip(pool, path, bucket, fps)
+
+
+def read_clip(path: Path, bucket: Bucket, fps: float) -> Frames:
+    """The beginning of a video, at a rate and cut to a size by the rules for training clips.
+
+    Args:
+        path: the file.
+        bucket: frames, height and width.
+        fps: at which frames are taken.
+
+    Returns:
+        uint8 [F, H, W, 3].
+
+    Raises:
+        DataError: if it cannot be read, is too short, or of another shape altogether.
+    """
+    with DecodePool(workers=1) as pool:
+        ((_, clip),) = pool.decode_many([_plan_clip(pool, path, bucket, fps)])
+    if isinstance(clip, DataError):
+        raise clip
+    frames: Frames = np.ascontiguousarray(clip.pixels.permute(1, 2, 3, 0).numpy())
+    return frames
+
+
+def _plan_clip(pool: DecodePool, path: Path, bucket: Bucket, fps: float) -> DecodeJob:
+    ((_, probe),) = pool.probe_many([path])
+    if isinstance(probe, DataError):
+        raise probe
+    if not frame_indices(probe.frame_times_s, bucket.frames, fps, "head"):
+        raise DataError(
+            f"the video has {int(probe.frame_times_s[-1] * fps + 0.5) + 1} frames at {fps:g} fps, and {bucket} needs"
+            f" {bucket.frames}",
+            where=str(path),
+            fix="give a --bucket of fewer frames, or a higher --fps",
+        )
+    (plan,) = plan_clips(probe, ClipConfig(buckets=(bucket,)), fps, str(path))
+    return DecodeJob(path, probe, plan)
