@@ -12,7 +12,7 @@
 
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
-from finetune.runs import load_config, plan, train
+from finetune.runs import load_config, plan, report, train
 from finetune.sampling import generate
 from finetune.sharing import export, inspect
 
@@ -29,5 +29,6 @@ __all__ = [
     "plan",
     "precompute",
     "prepare",
+    "report",
     "train",
 ]

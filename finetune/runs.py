@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,3 +95,30 @@ def train(
     from finetune.trainers.loop import train
 
     return train(config, on_step)
+
+
+@checked
+def report(
+    runs: str | Path | Sequence[str | Path], output: str | Path | None = None, *, read_clips: bool = True
+) -> Path:
+    """Write a page of what a run came to, or of several side by side: curves, samples, clips, settings.
+
+    Args:
+        runs: a run's folder, or several.
+        output: the page; None for ``report.html`` in the run's folder, of several in the working folder.
+        read_clips: read the dataset of a single run for pictures of its clips, where no earlier report has.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ConfigError: if a folder is no run's, or none is given.
+    """
+    from finetune.core.errors import ConfigError
+    from finetune.reports.report import REPORT, write_report
+
+    folders = [Path(run).expanduser() for run in ([runs] if isinstance(runs, str | Path) else runs)]
+    if not folders:
+        raise ConfigError("no run is named", where="report()", fix="give a run's folder, or several")
+    page = (folders[0] if len(folders) == 1 else Path()) / REPORT if output is None else Path(output).expanduser()
+    return write_report(folders, page, read_clips=read_clips)

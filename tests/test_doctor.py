@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from av.video.frame import PictureType
+from browsing import Tab
 from decoding import decode, probe
 from diffusers import AutoencoderKLCogVideoX
 from fuzz import boxes
@@ -551,21 +552,8 @@ def test_text_on_a_page_is_only_text():
     assert not [name for _, attributes in tags for name in attributes if name.startswith("on")]
 
 
-class Tab:
-    """A page in a browser, which keeps what must not happen."""
-
-    def __init__(self, browser: Any, path: Path) -> None:
-        self.page = browser.new_page(viewport={"width": 1000, "height": 800})
-        self.noise: list[str] = []
-        self.page.on("console", lambda message: self.noise.append(message.text))
-        self.page.on("pageerror", lambda error: self.noise.append(str(error)))
-        self.page.on("dialog", lambda dialog: (self.noise.append(dialog.message), dialog.dismiss()))
-        self.page.on("request", self._request)
-        self.page.goto(path.as_uri())
-
-    def _request(self, request: Any) -> None:
-        if not request.url.startswith(("file://", "data:image/webp")):
-            self.noise.append(request.url)
+class Cards(Tab):
+    """The doctor's page in a browser."""
 
     def visible(self) -> list[str]:
         titles: list[str] = self.page.eval_on_selector_all(
@@ -575,9 +563,9 @@ class Tab:
 
 
 @pytest.fixture
-def tab(browser, tmp_path) -> Iterator[Tab]:
+def tab(browser, tmp_path) -> Iterator[Cards]:
     (tmp_path / "page.html").write_text(render(hostile_page()), encoding="utf-8")
-    tab = Tab(browser, tmp_path / "page.html")
+    tab = Cards(browser, tmp_path / "page.html")
     yield tab
     tab.page.close()
 

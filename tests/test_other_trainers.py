@@ -141,6 +141,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
         FACTORY,
         {
             "data.trigger": "BW_STYLE",
+            "data.sources": [{"path": "/data/disney", "random_flip": True}],
             "data.buckets": ["49x480x720", "49x480x848"],
             "method.rank": 128,
             "method.alpha": 64,

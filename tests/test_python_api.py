@@ -54,7 +54,7 @@ def test_every_function_says_what_it_takes_and_raises(function):
 @pytest.mark.parametrize("given", [None, 7, object(), ["run.yaml"]], ids=["none", "number", "object", "list"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, given):
-    if function is finetune.generate and given == ["run.yaml"]:
+    if function in (finetune.generate, finetune.report) and given == ["run.yaml"]:
         given = [7]
     with pytest.raises(
         ConfigError,

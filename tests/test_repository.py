@@ -40,7 +40,19 @@ def sources(folder: str = "finetune") -> dict[str, str]:
 
 LAYERS = (
     *("core", "cogvideox", "datasets", "memory", "optim", "methods", "checkpoint", "parallel", "config", "caching"),
-    *("inference", "convert", "planner", "diagnosis", "captioning", "footage", "trainers", "", "testing", "cli"),
+    *(
+        "inference",
+        "convert",
+        "planner",
+        "diagnosis",
+        "captioning",
+        "footage",
+        "reports",
+        "trainers",
+        "",
+        "testing",
+        "cli",
+    ),
 )
 """From the bottom up; the empty name stands for the files beside the folders: the library's verbs."""
 

@@ -20,6 +20,7 @@ from broken_disk import forked, mount_small_disk
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune.checkpoint.folders import METRICS
 from finetune.config.schema import TrackingConfig
 from finetune.core.errors import ConfigError
 from finetune.trainers.tracking import Console, StepRecord, Tracker, duration, hparams, require_tracker
@@ -133,12 +134,12 @@ def test_hparams():
     }
 
 
-def test_none_writes_nothing(tmp_path):
+def test_none_writes_the_file_of_metrics_alone(tmp_path):
     ours = tracker(tmp_path, kind="none")
     ours.log(1, {"train/loss": 1.0})
     ours.log_video("samples/00", np.zeros((2, 8, 8, 3), np.uint8), 1, 8)
     ours.close()
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == [METRICS]
 
 
 class Service(GeneralTracker):
@@ -269,7 +270,7 @@ def test_a_full_file_system_is_one_warning(tmp_path):
     seen = forked(fill)
     if seen is None:
         pytest.skip("no file system can be mounted here; the errors are injected above")
-    assert seen[0] and seen[1].count("No space left on device") == 1
+    assert seen[0] and seen[1].count("No space left on device") == 2  # of the tracker, and of the file beside it
 
 
 def test_another_threads_failure_is_still_shown(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What stands in a run's folder: checkpoints, of which some stay, and the history of validation."""
+"""What stands in a run's folder: checkpoints, of which some stay, metrics, and the history of validation."""
 
 from __future__ import annotations
 
@@ -41,6 +41,9 @@ HISTORY = "heldout.jsonl"
 _STEP = r"step-(\d{8,})"
 
 _DAMAGED = r"\.damaged-[0-9a-f]{8}"
+
+METRICS = "metrics.jsonl"
+"""One JSON line per record of metrics: ``step`` and the values by name, whatever else tracks the run."""
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
@@ -166,6 +169,31 @@ class Measurement:
 
 _MEASUREMENT = TypeAdapter(Measurement)
 
+Outcome = Literal["learning", "still", "memorising", "worse"]
+"""What measurements say of a run: the held-out loss still falls; nothing moves; it rises while training clips improve;
+it rises and so do they."""
+
+_MOVED = 1e-3
+"""Share of the first loss by which weights that learn something move the same clips' loss: a measurement has no noise,
+so anything is a change, and less than this is none that anybody would see."""
+
+
+def outcome(history: Sequence[Measurement], best: tuple[int, float]) -> Outcome:
+    """What became of a run.
+
+    Args:
+        history: oldest first, not empty.
+        best: as ``best_of`` gives it.
+    """
+    first, last = history[0], history[-1]
+    moves = (abs(row.trainsubset - first.trainsubset) > _MOVED * abs(first.trainsubset) for row in history)
+    if not any(moves) and abs(best[1] - first.heldout) <= _MOVED * abs(first.heldout):
+        return "still"
+    if best[1] >= last.heldout:
+        return "learning"
+    then = next((row for row in history if row.step == best[0]), first)
+    return "memorising" if last.trainsubset < then.trainsubset else "worse"
+
 
 def read_history(path: Path) -> list[Measurement]:
     """The measurements in a run's ``HISTORY``, oldest first; none where there is no such file.
@@ -225,9 +253,9 @@ def verdict(history: Sequence[Measurement], best: tuple[int, float]) -> str:
             text += (
                 f"\nsince then the gap (held-out minus training clips) went from {gaps[0]:+.4f} to {gaps[1]:+.4f}: "
                 + (
-                    "training clips went on improving, which is memorising"
-                    if last.trainsubset < then.trainsubset
-                    else "training clips got worse as well, so rather a smaller learning rate than fewer steps"
+                    "training clips got worse as well, so rather a smaller learning rate than fewer steps"
+                    if last.trainsubset >= then.trainsubset
+                    else "training clips went on improving, which is memorising"
                 )
             )
     if 0 in rows and rows[0].heldout <= loss:

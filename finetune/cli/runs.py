@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -24,6 +25,7 @@ from finetune.cli.app import (
     print_next,
     verb,
 )
+from finetune.core.errors import FinetuneError
 
 if TYPE_CHECKING:
     pass
@@ -154,8 +156,23 @@ def train(config: Config, overrides: Overrides = []) -> int:
     if is_main():
         print(report)
         if not report.stopped_by:
+            with suppress(FinetuneError):  # a run whose folder is gone, or whose page cannot be written, is trained
+                print(f"report: {finetune.report(report.run_dir)}")
             print(f"next: {report.export_command}")
     return PREEMPTED if report.stopped_by else OK
+
+
+@verb(
+    _PANEL,
+    "finetune report runs/run",
+    "finetune report runs/first runs/second --output compared.html",
+)
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="A run's folder, or several to compare.")],
+    output: Annotated[Path | None, option("The page; left out: RUN/report.html, or ./report.html.", "FILE")] = None,
+) -> None:
+    """Show a run, or several side by side, as one page: a verdict, curves, samples, clips, settings."""
+    print(f"wrote {finetune.report(runs, output)}")
 
 
 @verb(

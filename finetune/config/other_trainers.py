@@ -250,7 +250,6 @@ _UNMAPPED: dict[str, str] = {
     "reshape_mode": "clips are resized to cover their bucket, and cropped at the centre",
     "skip_frames_start": "cut the videos beforehand (`finetune prepare`), or give spans (data.sources kind: spans)",
     "skip_frames_end": "cut the videos beforehand (`finetune prepare`), or give spans (data.sources kind: spans)",
-    "random_flip": "asked for per source: see docs/data.md",
     "scale_lr": "write the learning rate that you mean",
     "beta3": "no optimizer of ours has it",
     "layerwise_upcasting_modules": "memory.base: fp8 holds the frozen base in 8 bits, with a scale per row",
@@ -314,6 +313,12 @@ class _Mapper:
         holder[name] = value
 
     def sources(self) -> None:
+        (flip,) = self.take("random_flip", place="data.sources")
+        self._sources()
+        for source in self.values.get("data", {}).get("sources", []) if flip is not None and _scalar(flip) else ():
+            source["random_flip"] = True
+
+    def _sources(self) -> None:
         root, old_root = self.take("data_root", "instance_data_root", place="data.sources")
         table, video, caption, image = self.take(
             "dataset_file", "video_column", "caption_column", "image_column", place="data.sources"

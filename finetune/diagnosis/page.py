@@ -1,8 +1,6 @@
 """A report as one HTML file: cards with pictures, captions and faults, tables above them, sorted and filtered in place.
 
-The page is whole in itself: pictures are data URLs, style and script stand in it, and its Content-Security-Policy
-forbids everything else, so that text from a dataset can neither act nor fetch. It knows nothing of CogVideoX. Who makes
-one fills in a ``Page``:
+The page is whole in itself (``core.html``). It knows nothing of CogVideoX. Who makes one fills in a ``Page``:
 
 - ``columns`` say which values of a card are shown, in which format, and can be sorted by; their order is the page's;
 - a ``Card`` is a clip or whatever has pictures; its ``group`` and the names of its faults become filters;
@@ -14,14 +12,13 @@ All text is shown as it is (``core.text.shown``), escaped, and in a direction of
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.core import html
 from finetune.core.text import shown
 
 TEMPLATE = Path(__file__).parent.parent / "templates" / "page.html"
@@ -66,7 +63,7 @@ class Picture:
     @property
     def url(self) -> str:
         """The picture itself."""
-        return f"data:image/webp;base64,{base64.b64encode(self.content).decode()}"
+        return html.data_url(self.content, "image/webp")
 
 
 @dataclass(frozen=True)
@@ -151,32 +148,17 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as HTML."""
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": lambda value: shown(str(value)), "written": _written, "editing": asdict}
-    # The style and the script are the template's own: the page's policy allows them by digest, and nothing else.
-    source = TEMPLATE.read_text(encoding="utf-8")
-    style, script = (_between(source, f"<{tag}>", f"</{tag}>") for tag in ("style", "script"))
     counts = Counter((fault.level, fault.name) for card in page.cards for fault in card.faults)
     names = sorted(counts, key=lambda key: (LEVELS.index(key[0]), -counts[key], key[1]))
-    return environment.from_string(source).render(
+    return html.render(
+        TEMPLATE,
+        {"written": _written, "editing": asdict},
         page=page,
         groups=sorted({card.group for card in page.cards if card.group}),
         fault_names=[(level, name, counts[level, name]) for level, name in names],
         levels=LEVELS,
-        style_digest=_digest(style),
-        script_digest=_digest(script),
     )
 
 
 def _written(value: float | str | None, layout: str) -> str:
     return "–" if value is None else shown(layout.format(value))
-
-
-def _between(text: str, begin: str, end: str) -> str:
-    return text.partition(begin)[2].partition(end)[0]
-
-
-def _digest(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -18,6 +18,7 @@ from finetune.core.files import atomic_write_text, from_here
 from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.inference.videos import Frames, side_by_side
+from finetune.reports.report import REPORT, write_report
 from finetune.testing.demo import (
     KNOWN_SHAPES,
     NEW_SHAPE,
@@ -111,6 +112,7 @@ def main(folder: Path) -> Outcome | TrainReport:
         old=(_recognised(base[new:], OLD_SCENES), _recognised(adapted[new:], OLD_SCENES)),
         picture=side_by_side(rows, ["base model", "with the adapter"], folder / "before_and_after.png"),
     )
+    write_report([trained.run_dir], trained.run_dir / REPORT)
     print(_summary(folder, outcome))
     return outcome
 
@@ -153,6 +155,7 @@ What changed
 
 What there is
   {outcome.picture}    look at this first
+  {from_here(run / REPORT)}    the run in a browser: curves, samples, clips, and what to do next
   {from_here(outcome.export.folder)}    the adapter, for diffusers' load_lora_weights
   {from_here(run)}    checkpoints, sampled videos, curves: {tensorboard_command(run)}
   {folder / "run.yaml"}    the configuration that made it

@@ -27,12 +27,13 @@ from finetune.checkpoint.save import CheckpointManager
 from finetune.cogvideox.objective import weighted
 from finetune.config.schema import RunConfig, as_config
 from finetune.core.distributed import peers
-from finetune.core.errors import TrainingError, first_line, is_out_of_memory
+from finetune.core.errors import FinetuneError, TrainingError, first_line, is_out_of_memory
 from finetune.core.files import from_here
 from finetune.core.rng import seed_for
 from finetune.core.types import RunState
 from finetune.datasets.schedule import is_due, lr_at
 from finetune.optim.optimizers import begin, set_lr
+from finetune.reports.report import REPORT, write_report
 from finetune.trainers.fault_report import require_finite
 from finetune.trainers.oom_retry import OomRetry, out_of_memory
 from finetune.trainers.run import Run
@@ -175,9 +176,20 @@ class _Loop:
             if ending:
                 break
             # After saving: sampling takes minutes.
-            if is_due(self.state.step, config.validation.sample_every, last=total_steps):
+            if sampled := is_due(self.state.step, config.validation.sample_every, last=total_steps):
                 self.sampler.sample(self.state.step)
+            if sampled or is_due(self.state.step, config.validation.every, last=total_steps):
+                self._write_page()
         return self._report()
+
+    def _write_page(self) -> None:
+        """Show how the run stands as ``report.html``; a page is not worth a run."""
+        folder = self.run.config.output_dir
+        try:
+            if self.run.ranks.is_main:
+                write_report([folder], folder / REPORT, read_clips=False)
+        except (OSError, FinetuneError) as error:
+            self.run.console.note(f"warning: {REPORT} could not be written: {first_line(error)}")
 
     def _catch_up(self) -> None:
         """Measure and sample the base model of a new run, or what the start before this one still owes."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shlex
@@ -21,9 +22,10 @@ import torch
 from torch import Tensor
 
 from finetune.checkpoint.compare import flat
+from finetune.checkpoint.folders import METRICS
 from finetune.config.schema import RunConfig, TrackingConfig
 from finetune.core.errors import ConfigError, first_line
-from finetune.core.files import from_here
+from finetune.core.files import atomic_write_bytes, from_here
 from finetune.core.text import shown
 from finetune.inference.videos import Frames, gif_bytes
 
@@ -212,8 +214,51 @@ def require_tracker(config: RunConfig, accelerator: Any) -> None:
         )
 
 
+class MetricsFile:
+    """Every record of metrics as a line of JSON in the run's folder, for reports and programs.
+
+    A run that goes on keeps the lines up to the step it continues from. The first error is a warning, and the last.
+
+    Args:
+        path: the file.
+        resumed_step: completed steps of the checkpoint that the run continues; 0 for a new run.
+    """
+
+    def __init__(self, path: Path, *, resumed_step: int = 0) -> None:
+        self._path = path
+        self._active = True
+        try:
+            lines = path.read_bytes().splitlines(keepends=True) if resumed_step and path.exists() else []
+            kept = [line for line in lines if _step_of(line) is not None and (_step_of(line) or 0) <= resumed_step]
+            atomic_write_bytes(path, b"".join(kept))
+        except OSError as error:
+            self._failed(error)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append a record; what is not finite is left out."""
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        if self._active and finite:
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps({"step": step, **finite}) + "\n")
+            except OSError as error:
+                self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self._active = False
+        _log.warning("metrics are no longer written to %s; training goes on: %s", self._path.name, error)
+
+
+def _step_of(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if isinstance(step, int) else None
+
+
 class Tracker:
-    """Writes metrics and videos of one run through accelerate; does nothing on other processes, or with ``kind: none``.
+    """Writes metrics and videos of one run to its folder, and through accelerate; does nothing on other processes.
 
     A full disk, a lost network drive or a service that does not answer must not end a run of days: the first error of
     the tracker is printed as a warning, and from then on nothing more is tracked.
@@ -231,7 +276,9 @@ class Tracker:
     ) -> None:
         self._kind = config.kind
         self._accelerator = accelerator
-        self._active = config.kind != "none" and bool(accelerator.is_main_process)
+        main = bool(accelerator.is_main_process)
+        self._active = config.kind != "none" and main
+        self._file = MetricsFile(Path(accelerator.project_dir) / METRICS, resumed_step=resumed_step) if main else None
         self._thread_hook: Callable[[threading.ExceptHookArgs], object] = threading.excepthook
         if self._active:
             threading.excepthook = self._thread_failed
@@ -253,7 +300,8 @@ class Tracker:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record metrics at ``step`` (completed optimizer steps)."""
-        if metrics:
+        if metrics and self._file is not None:
+            self._file.write(step, metrics)
             self._guarded(lambda: self._accelerator.log(dict(metrics), step=step))
 
     def log_video(self, tag: str, frames: Frames, step: int, fps: float) -> None:
