@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from pydantic import TypeAdapter
 
 from finetune.caching.check import check_dataset
@@ -240,6 +241,106 @@ def test_a_layout_trains_unchanged(clips, layout, tiny_run, reference, tmp_path,
     assert weights("theirs", {**source, **paths}) == reference["weights"] != ""
 
 
+# --- still images -----------------------------------------------------------------------------------------------------
+
+
+def pictures(folder: Path) -> Rows:
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (60, 40), (80 * number, 9, 99)).save(folder / f"{number}.png")
+    return [{"file_name": f"{number}.png", "prompt": f"picture {number}"} for number in range(3)]
+
+
+def as_image_folder(folder: Path, rows: Rows) -> dict:
+    """Hugging Face's: ``metadata.jsonl`` beside the images."""
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"path": "."}
+
+
+def as_image_column(folder: Path, rows: Rows) -> dict:
+    table(folder / "metadata.csv", [{"image": row["file_name"], "text": row["prompt"]} for row in rows])
+    return {"path": "."}
+
+
+def as_pairs(folder: Path, rows: Rows) -> dict:
+    for row in rows:
+        (folder / row["file_name"]).with_suffix(".txt").write_text(row["prompt"])
+    return {"path": "."}
+
+
+def as_musubi_images(folder: Path, rows: Rows) -> dict:
+    as_pairs(folder, rows)
+    (folder / "images").mkdir()
+    for file in [*folder.glob("*.png"), *folder.glob("*.txt")]:
+        file.rename(folder / "images" / file.name)
+    (folder / "d.toml").write_text('[[datasets]]\nimage_directory = "images"\n')
+    return {"path": "d.toml"}
+
+
+def as_musubi_image_list(folder: Path, rows: Rows) -> dict:
+    lines = [{"image_path": row["file_name"], "caption": row["prompt"]} for row in rows]
+    (folder / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "d.toml").write_text('[[datasets]]\nimage_jsonl_file = "list.jsonl"\n')
+    return {"path": "d.toml"}
+
+
+def as_videox_fun_images(folder: Path, rows: Rows) -> dict:
+    listed = [{"file_path": row["file_name"], "text": row["prompt"], "type": "image"} for row in rows]
+    (folder / "list.json").write_text(json.dumps(listed))
+    return {"path": "list.json"}
+
+
+def as_image_parquet(folder: Path, rows: Rows) -> dict:
+    import datasets
+
+    cells = [{"bytes": (folder / row["file_name"]).read_bytes(), "path": row["file_name"]} for row in rows]
+    features = datasets.Features({"image": datasets.Image(decode=False), "text": datasets.Value("string")})
+    listed = [{"image": cell, "text": row["prompt"]} for cell, row in zip(cells, rows, strict=True)]
+    for row in rows:
+        (folder / row["file_name"]).unlink()
+    datasets.Dataset.from_list(listed, features=features).to_parquet(folder / "train-0.parquet")
+    return {"path": "."}
+
+
+def as_image_tar(folder: Path, rows: Rows) -> dict:
+    with tarfile.open(folder / "train-0.tar", "w") as tar:
+        for row in rows:
+            put(tar, row["file_name"], (folder / row["file_name"]).read_bytes())
+            put(tar, f"{Path(row['file_name']).stem}.txt", row["prompt"].encode())
+            (folder / row["file_name"]).unlink()
+    return {"path": "."}
+
+
+STILLS: list[Callable[[Path, Rows], dict]] = [
+    *(as_image_folder, as_image_column, as_pairs, as_musubi_images, as_musubi_image_list, as_videox_fun_images),
+    *(as_image_parquet, as_image_tar),
+]
+
+
+@pytest.mark.parametrize("layout", STILLS)
+def test_still_images_are_read_where_a_source_asks_for_them(tmp_path, layout):
+    folder, media = tmp_path / "stills", tmp_path / "media"
+    rows = pictures(folder)
+    contents = [(folder / row["file_name"]).read_bytes() for row in rows]
+    source = layout(folder, rows)
+    found = read(folder, {**source, "images": True}, media=media)
+    assert [sample.caption for sample in found.train] == [row["prompt"] for row in rows] and not found.notes
+    assert [sample.video.read_bytes() for sample in found.train] == contents
+    assert "fix" in fault(folder, source, media=media), "unasked, there is no training clip"
+
+
+def test_a_list_of_both_gives_both(clips):
+    folder, rows = clips
+    source = as_videox_fun(folder, rows)
+    assert "images: true" in read(folder, source).notes[0]
+    Image.new("RGB", (60, 40)).save(folder / "still.jpg")
+    (folder / "json_of_internal_datasets.json").write_text(
+        (folder / "json_of_internal_datasets.json").read_text().replace("train/00000002.jpg", "still.jpg")
+    )
+    found = read(folder, {**source, "images": True})
+    assert [sample.video.suffix for sample in found.train] == [*[".mp4"] * len(rows), ".jpg"] and not found.notes
+
+
 # --- time spans -------------------------------------------------------------------------------------------------------
 
 PANDA = {
@@ -331,12 +432,12 @@ def test_a_span_is_planned_as_a_file_of_its_own():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[[datasets]]\nimage_directory = "x"\n', "image_directory cannot be meant here"),
+        ('[[datasets]]\nimage_directory = "x"\n', "set images: true"),
         ('[[datasets]]\nvideo_directory = "."\ncontrol_directory = "x"\n', "control_directory"),
         ('[[datasets]]\nvideo_directory = "."\ncaption_extension = ".caption"\n', "only .txt"),
         ('[[datasets]]\nvideo_directory = "."\nnum_repeats = 0\n', "num_repeats is 0"),
         ('[[datasets]]\nvideo_directory = ".."\n', "leads out"),
-        ("[[datasets]]\n", "wants one video_directory"),
+        ("[[datasets]]\n", "wants one of video_directory"),
         ("[general]\nresolution = [1, 2]\n", "no list of"),
         ("[[datasets]\n", "not valid TOML"),
     ],

@@ -214,7 +214,10 @@ def test_a_weight_multiplies_the_gradient_of_its_clips_alone(home):
 def test_sources_that_set_nothing_ask_for_what_they_always_did(home):
     config = home("run")
     manifest = precompute(config, progress=False).manifest
-    assert set(manifest.request["data"]["sources"][0]).isdisjoint({"trigger", "caption_dropout", "weight"})
+    assert set(manifest.request["data"]["sources"][0]).isdisjoint(
+        {"trigger", "caption_dropout", "weight", "random_flip", "images"}
+    )
+    assert "image_buckets" not in manifest.request["data"]
     changed = precompute(of_two_sources(config, weight=2.0, caption_dropout=0.0), progress=False).manifest
     assert changed.items[4].weight == 2.0 and changed.items[4].caption_dropout == 0.0
     assert set(changed.items[0].extras()) == set()

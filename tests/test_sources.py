@@ -580,7 +580,7 @@ def test_paths_that_are_no_dataset(base):
         ("$CLIPS/a.mp4", "no variable is filled in"),
         ("clips/empty.mp4", "empty"),
         ("folder.mp4", "a folder, not a file"),
-        ("clips/a.png", "not a known kind of video"),
+        ("clips/a.png", r"is a still image[\s\S]*set images: true"),
         ("clips/a", "not a known kind of video"),
         ("x" * 5000 + ".mp4", "5,004 characters"),
         ("x" * 500 + ".mp4", "cannot be read: File name too long"),

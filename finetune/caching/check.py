@@ -97,14 +97,16 @@ class DatasetReport:
     def __str__(self) -> str:
         videos = len({clip.sample.video for clip in self.clips})
         captions = len({text for clip in self.clips for text in clip.sample.captions})
-        lines = [f"{len(self.clips)} clips from {videos} videos, {captions} distinct captions, at {self.fps:g} fps"]
+        stills = len({clip.sample.video for clip in self.clips if clip.probe.still})
+        files = f"{videos - stills} videos" + (f" and {stills} still images" if stills else "")
+        lines = [f"{len(self.clips)} clips from {files}, {captions} distinct captions, at {self.fps:g} fps"]
         counts = Counter((clip.plan.bucket, clip.holdout) for clip in self.clips)
         for bucket in sorted({bucket for bucket, _ in counts}, key=str):
-            seconds = bucket.frames / self.fps
+            length = f" of {bucket.frames / self.fps:.1f} s" if bucket.frames > 1 else " of one frame"
             held_out = counts[bucket, True]
             also = f", {held_out} of them from held-out sources" if held_out else ""
             number = counts[bucket, False] + held_out
-            lines.append(f"  bucket {bucket}: {number} clips of {seconds:.1f} s{also}; {self.kept[bucket]}")
+            lines.append(f"  bucket {bucket}: {number} clips{length}{also}; {self.kept[bucket]}")
         for reason, names in self.skipped.items():
             lines.append(f"  left out, {reason}: {named(names)}")
         return "\n".join([*lines, *map(note_line, self.notes)])
@@ -343,10 +345,12 @@ class KeptShare:
 
     picture: float
     """The mean over the clips."""
-    seconds: float
-    """Of all videos that the clips were cut from, together."""
+    seconds: float | None
+    """Of all videos that the clips were cut from, together; None for still images alone, which have no seconds."""
 
     def __str__(self) -> str:
+        if self.seconds is None:
+            return f"{self.picture:.0%} of the picture is kept"
         return f"{self.picture:.0%} of the picture and {self.seconds:.0%} of the seconds are kept"
 
 
@@ -360,8 +364,10 @@ def kept_warnings(clips: Iterable[PlannedClip], data: ClipConfig, spec: ModelSpe
     warnings = []
     for bucket, group in _by_bucket(clips).items():
         warnings += _picture_warnings(bucket, group, spec)
-        if _kept_share(group, fps).seconds < ENOUGH:
-            warnings.append(_seconds_warning(bucket, group, data, spec, fps))
+        share = _kept_share(group, fps).seconds
+        if share is not None and share < ENOUGH:
+            moving = [clip for clip in group if not clip.probe.still]
+            warnings.append(_seconds_warning(bucket, moving, share, (data, spec, fps)))
     return warnings
 
 
@@ -389,10 +395,10 @@ def _picture_warnings(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelS
 
 
 def _seconds_warning(
-    bucket: Bucket, clips: Sequence[PlannedClip], data: ClipConfig, spec: ModelSpec, fps: float
+    bucket: Bucket, clips: Sequence[PlannedClip], share: float, run: tuple[ClipConfig, ModelSpec, float]
 ) -> str:
+    data, spec, fps = run
     probes = [clip.part for clip, _ in _videos(clips)]
-    share = _kept_share(clips, fps).seconds
 
     def kept(frames: int, span: Span) -> float:
         return sum(seconds_fitting(probe, frames, fps, span) for probe in probes) / sum(map(seconds_of, probes))
@@ -417,11 +423,11 @@ def _seconds_warning(
 
 def _kept_share(clips: Sequence[PlannedClip], fps: float) -> KeptShare:
     bucket = clips[0].plan.bucket
-    videos = _videos(clips)
+    videos = _videos(clip for clip in clips if not clip.probe.still)
     seconds = sum(seconds_kept(clip.probe, plans, fps) for clip, plans in videos)
     return KeptShare(
         picture=_mean([(clip.probe.height, clip.probe.width) for clip in clips], bucket),
-        seconds=seconds / sum(seconds_of(clip.part) for clip, _ in videos),
+        seconds=seconds / sum(seconds_of(clip.part) for clip, _ in videos) if videos else None,
     )
 
 
@@ -479,9 +485,12 @@ def split_clips(clips: Sequence[PlannedClip], identities: Mapping[Path, str], va
     Args:
         clips: of the whole dataset.
         identities: what tells one video from another, by file: the digest of its bytes, so that copies are one video.
-        val_split: ``data.holdout``.
+        val_split: ``data.holdout``. Still images are taken only where there are no videos: a loss over both would
+            measure neither.
     """
-    chosen = choose_val_split([identities[clip.sample.video] for clip in clips if not clip.holdout], val_split)
+    offered = [clip for clip in clips if not clip.holdout]
+    offered = [clip for clip in offered if not clip.probe.still] or offered
+    chosen = choose_val_split([identities[clip.sample.video] for clip in offered], val_split)
     return tuple(clip.holdout or identities[clip.sample.video] in chosen for clip in clips)
 
 

@@ -96,6 +96,8 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict
     data = config.data.model_dump(mode="python", exclude=set(DropoutConfig.model_fields))
     if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
         del data["unreadable_captions"]
+    if data["image_buckets"] is None:  # likewise
+        del data["image_buckets"]
     data["sources"] = [
         {name: value for name, value in source.items() if name not in SOURCE_SINCE or value != SOURCE_SINCE[name]}
         for source in data["sources"]

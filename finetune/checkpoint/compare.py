@@ -64,6 +64,7 @@ _SINCE: Mapping[str, object] = {
     "optimizer.weights": "master",
     "memory.base": "native",
     "data.unreadable_captions": "warn",
+    "data.image_buckets": None,
 }
 """Fields that configurations did not always have, and what was done before."""
 

@@ -87,6 +87,8 @@ class Settings:
 
     buckets: tuple[Bucket, ...]
     bucket_words: str = "frames x height x width; several sort the clips by shape"
+    images: bool = False
+    """Whether still images among them are trained on."""
     span: str = "head"
     rank: int = 128
     alpha: int = 64
@@ -266,13 +268,19 @@ def _settings(spec: ModelSpec, method: Method, clips: Path | None, output: Path)
         image = "" if prompt.image is None else _image(prompt.image, output, number)
         samples.append((prompt.text, image))
     point = proposal.point
-    notes = [f"for {proposal.clips} clips of {proposal.videos} videos; the buckets {proposal.loss}"]
+    notes = [f"for {proposal.clips} clips of {proposal.files}; the buckets {proposal.loss}"]
+    if proposal.images:
+        notes.append(
+            "images: true trains on the still images too, each as a clip of one frame; take it out if they are none of"
+            " the dataset"
+        )
     if proposal.left_out:
         notes.append(
             f"{proposal.left_out} videos cannot be read or are too short for them: `finetune doctor` names each"
         )
     settings = Settings(
         buckets=proposal.buckets,
+        images=proposal.images > 0,
         bucket_words=proposal.loss,
         span=proposal.span,
         rank=point.rank,

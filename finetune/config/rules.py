@@ -95,8 +95,13 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     """(whether it is so, path, what, fix) of all that makes the run impossible."""
     validation, image_to_video = config.validation, spec.image_to_video
     buckets = {f"data.buckets.{index}": bucket for index, bucket in enumerate(config.data.buckets)}
+    buckets |= {f"data.image_buckets.{index}": bucket for index, bucket in enumerate(config.data.image_buckets or ())}
     if validation.bucket is not None:
         buckets["validation.bucket"] = validation.bucket
+    for index, source in enumerate(config.data.sources):
+        what = "an image-to-video model learns nothing from a still image, which is the very frame that it is given"
+        fix = "leave images: true out, or choose a text-to-video model"
+        yield source.images and image_to_video, f"data.sources.{index}.images", what, fix
     for path, bucket in buckets.items():
         for fault in spec.check_bucket(bucket):
             yield True, path, fault, ""
@@ -152,6 +157,8 @@ def _warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, s
     for index, bucket in enumerate(data.buckets):
         for advice in () if spec.check_bucket(bucket) else spec.advise_bucket(bucket):
             yield True, f"data.buckets.{index}", advice
+    unused = data.image_buckets is not None and not any(source.images for source in data.sources)
+    yield unused, "data.image_buckets", "image_buckets has no effect: no source has images: true"
     fps = data.fps or spec.native_fps
     advice = (
         f"clips are cut at {fps:g} frames per second; the model was made for {spec.native_fps}, and learns to "

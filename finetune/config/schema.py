@@ -27,7 +27,7 @@ from finetune.config.messages import explain
 from finetune.core.checksums import digest_of
 from finetune.core.errors import ConfigError, raise_all
 from finetune.core.text import text_fault
-from finetune.core.types import MOST_STEPS, SamplePrompt, Strict
+from finetune.core.types import MOST_STEPS, Bucket, SamplePrompt, Strict
 from finetune.datasets.cache import CacheConfig
 from finetune.datasets.geometry import BucketField, ClipConfig
 from finetune.datasets.samples import CaptionConfig, ValSplitConfig
@@ -102,6 +102,12 @@ class DataConfig(ValSplitConfig, DropoutConfig, CaptionConfig, ClipConfig):
 
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     """Where clips and captions come from. Several sources are read one after the other; ``repeats`` weighs them."""
+
+    @property
+    def trained_buckets(self) -> tuple[Bucket, ...]:
+        """``buckets``, and those of still images where a source has some."""
+        stills = self.still_buckets if any(source.images for source in self.sources) else ()
+        return tuple(dict.fromkeys([*self.buckets, *stills]))
 
 
 @dataclass(frozen=True)

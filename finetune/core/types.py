@@ -111,6 +111,8 @@ class VideoProbe:
     """How stored frames are made upright, by EXIF's numbers 1 to 8; height and width are after it."""
     corrections: tuple[str, ...] = ()
     """Of ``CORRECTIONS``: what is done to its frames; empty for a plain video."""
+    still: bool = False
+    """Whether it is a still image, taken for a video of one frame; its rate then means nothing."""
 
 
 @dataclass(frozen=True)

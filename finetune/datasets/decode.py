@@ -32,6 +32,7 @@ from finetune.datasets.pictures import (
     Frame,
     check_frame_size,
     colours_by_number,
+    read_image,
     resize_crop,
     to_bt709,
     turn_upright,
@@ -450,8 +451,8 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
     """Decode, turn, resize and crop the frames of one clip, holding one source frame at a time.
 
     Args:
-        path: the video.
-        probe: what ``probe_file`` returned for it; its frame times are not looked at.
+        path: the video, or the still image.
+        probe: what was read of its header (``probe_file``); its frame times are not looked at.
         plan: its frames are ascending; repeated ones are decoded once.
 
     Returns:
@@ -460,7 +461,8 @@ def read_clip(path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
     Raises:
         DataError: if one of the frames cannot be decoded, or the file is not the one that was probed.
     """
-    containers.check_container(path)
+    if not probe.still:
+        containers.check_container(path)
     frames = read_frames(path, plan.frame_indices, probe)
     return fitted(((number, turn_upright(frame, probe.orientation)) for number, frame in frames), plan)
 
@@ -482,7 +484,7 @@ def read_frames(
     """Decode the named frames, as stored (not turned) and otherwise corrected, one at a time.
 
     Args:
-        path: the video.
+        path: the video, or the still image, which is given upright.
         frame_indices: ascending numbers into ``read_index(path).pts``; repeated ones are given once.
         header: its size and what it states, for which the plan was made.
         short_side: larger pictures are scaled down to so many pixels by FFmpeg, before their colours are converted;
@@ -495,9 +497,16 @@ def read_frames(
         DataError: if a named frame cannot be decoded, is damaged, of another size, or states something else, or if the
             file is not the one that was probed. Damage elsewhere in the file does not matter.
     """
+    changed = DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
+    if header.still:
+        picture = read_image(path)
+        if picture.shape[:2] != (header.height, header.width):
+            raise changed
+        yield 0, picture
+        return
     index = read_index(path)
     if len(index.pts) != header.frames:
-        raise DataError("the file has changed since its header was read", where=str(path), fix="run the command again")
+        raise changed
     wanted = sorted(set(frame_indices))
     done = 0
     for seek in (True, False) if index.keyframes else (False,):

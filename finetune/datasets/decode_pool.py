@@ -23,6 +23,7 @@ from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, Decoder, Vi
 from finetune.datasets import decode, decord_reader, pictures
 from finetune.datasets.containers import MAX_FPS, MAX_FRAMES, check_times
 from finetune.datasets.pictures import Frame, check_frame_size
+from finetune.datasets.rows import is_still
 from finetune.datasets.worker import Worker, too_much_memory
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class DecodeJob:
 
 @dataclass(frozen=True)
 class FileJob:
-    """A video whose header is read; with ``bucket``, a still image that is cut to it."""
+    """A video or still image whose header is read; with ``bucket``, a still image that is cut to it."""
 
     path: Path
     bucket: Bucket | None = None
@@ -84,13 +85,15 @@ Answer = VideoProbe | list[Frame]
 def perform(job: Job) -> Answer:
     """Do a job in this process. Raises DataError if a file cannot be used."""
     if isinstance(job, DecodeJob):
-        reader = decord_reader if job.decoder == "decord" else decode
+        reader = decord_reader if job.decoder == "decord" and not job.probe.still else decode
         clip = reader.read_clip(job.path, job.probe, job.plan)
         if job.image is None:
             return [clip]
         image = pictures.read_fitted_image(job.image, job.plan.bucket)
         return [clip, np.ascontiguousarray(image[..., ::-1]) if job.plan.flip else image]
-    return decode.probe_file(job.path) if job.bucket is None else [pictures.read_fitted_image(job.path, job.bucket)]
+    if job.bucket is not None:
+        return [pictures.read_fitted_image(job.path, job.bucket)]
+    return pictures.probe_image(job.path) if is_still(job.path) else decode.probe_file(job.path)
 
 
 def require_decoder(decoder: Decoder) -> None:
@@ -163,6 +166,7 @@ def _checked_probe(probe: VideoProbe) -> VideoProbe:
     known = set(probe.corrections) <= set(CORRECTIONS)
     counted = len(probe.frame_times_s) == probe.frames > 0
     whole = all(type(n) is int for n in (probe.frames, probe.height, probe.width, probe.orientation))
+    whole &= type(probe.still) is bool
     if not counted or not known or not whole or not 0 < probe.fps <= 2 * MAX_FPS or not 1 <= probe.orientation <= 8:
         raise ValueError(f"{replace(probe, frame_times_s=())}")
     check_frame_size(probe.height, probe.width, "")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
 from finetune.core.errors import DataError
 from finetune.core.types import CORRECTIONS, Bucket, ClipPlan, Strict, VideoProbe
@@ -85,6 +85,9 @@ class ClipConfig(Strict):
     buckets: Annotated[tuple[BucketField, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     """Shapes that clips are cut to, each ``frames x height x width`` as in ``49x480x720``. A video goes to the bucket
     of the nearest aspect ratio, then the most frames that fit it, then the largest area that needs no enlarging."""
+    image_buckets: Annotated[tuple[BucketField, ...] | None, BeforeValidator(_as_list)] = Field(None, min_length=1)
+    """Shapes that still images are cut to (sources with ``images: true``), each of one frame as in ``1x480x720``; the
+    one of the nearest aspect ratio. Left out: the height and width of each of ``buckets``."""
     fps: float | None = Field(default=None, ge=0.01, le=1000)
     """Frames per second of the training clips. Left out: the model's own rate (8 for CogVideoX, 16 for 1.5)."""
     span: Span = "head"
@@ -97,6 +100,19 @@ class ClipConfig(Strict):
     unreadable_clips: Literal["error", "skip"] = "error"
     """What happens to a file whose header or frames cannot be read, and to a row of a dataset whose text cannot be
     used: stop, or leave it out and count it. A row that names a missing file or one outside its folder always stops."""
+
+    @field_validator("image_buckets")
+    @classmethod
+    def _of_one_frame(cls, buckets: tuple[Bucket, ...] | None) -> tuple[Bucket, ...] | None:
+        if more := [str(bucket) for bucket in buckets or () if bucket.frames != 1]:
+            raise ValueError(f"a still image has one frame, as in 1x480x720; got {', '.join(more)}")
+        return buckets
+
+    @property
+    def still_buckets(self) -> tuple[Bucket, ...]:
+        """What still images are cut to."""
+        sizes = (Bucket(1, bucket.height, bucket.width) for bucket in self.buckets)
+        return self.image_buckets or tuple(dict.fromkeys(sizes))
 
 
 def frame_indices(
@@ -250,10 +266,10 @@ def part_of(probe: VideoProbe, span_s: tuple[float, float] | None, where: str = 
 def plan_clips(
     probe: VideoProbe, clip: ClipConfig, fps: float, where: str, span_s: tuple[float, float] | None = None
 ) -> list[ClipPlan]:
-    """Plan every clip of one video, or of a part of it.
+    """Plan every clip of one video, or of a part of it; of a still image, the one clip of one frame.
 
     Args:
-        probe: the video's header.
+        probe: the video's or image's header.
         clip: buckets, span and policies.
         fps: the rate of the clips: ``clip.fps``, or the model's native rate where that is None.
         where: the file and the row that names it, for messages.
@@ -267,7 +283,7 @@ def plan_clips(
             its picture would remain; or if it has no frame in the span.
     """
     probe, first = part_of(probe, span_s, where)
-    bucket = choose_bucket(probe, clip.buckets, fps, clip.span)
+    bucket = choose_bucket(probe, clip.still_buckets if probe.still else clip.buckets, fps, clip.span)
     resize_hw, crop_yx = resize_and_crop((probe.height, probe.width), bucket)
     kept = picture_kept((probe.height, probe.width), bucket)
     if kept * MAX_ASPECT_MISMATCH < 1:

@@ -29,13 +29,18 @@ class MusubiDataset:
     """One ``[[datasets]]`` of the file."""
 
     path: Path
-    """A folder of clips with a ``.txt`` beside each, or a list of them."""
+    """A folder of clips or images with a ``.txt`` beside each, or a list of them."""
     is_list: bool
+    has_images: bool
     repeats: float
 
 
-def read_musubi(file: Path) -> tuple[list[MusubiDataset], list[str]]:
+def read_musubi(file: Path, *, images: bool = False) -> tuple[list[MusubiDataset], list[str]]:
     """The datasets of a TOML file, and a note on what of it is not read.
+
+    Args:
+        file: the TOML.
+        images: accept datasets of images.
 
     Raises:
         DataError: if the file cannot be read, or for all that it asks for and cannot be meant here.
@@ -54,7 +59,7 @@ def read_musubi(file: Path) -> tuple[list[MusubiDataset], list[str]]:
     ignored: dict[str, str] = {}
     for number, part in enumerate(written, start=1):
         try:
-            datasets.append(_dataset({**general, **part}, file, f"{file}, dataset {number}"))
+            datasets.append(_dataset({**general, **part}, file, f"{file}, dataset {number}", images))
         except DataError as fault:
             faults.append(fault)
         ignored |= {name: _SHAPES[name] for name in {**general, **part} if name in _SHAPES}
@@ -64,20 +69,25 @@ def read_musubi(file: Path) -> tuple[list[MusubiDataset], list[str]]:
     return datasets, notes
 
 
-def _dataset(values: dict[str, Any], file: Path, where: str) -> MusubiDataset:
-    known = {"video_directory", "video_jsonl_file", "num_repeats", *_SHAPES, *_UNREAD}
-    if unknown := sorted(values.keys() - known):
-        fix = "name images and the like as sources of their own, and take it out here"
+_PATHS = ("video_directory", "video_jsonl_file", "image_directory", "image_jsonl_file")
+
+
+def _dataset(values: dict[str, Any], file: Path, where: str, images: bool) -> MusubiDataset:
+    if unknown := sorted(values.keys() - {*_PATHS, "num_repeats", *_SHAPES, *_UNREAD}):
+        fix = "take it out here: control videos and the like are not trained on"
         raise DataError(f"{', '.join(unknown)} cannot be meant here", where=where, fix=fix)
-    paths = [(name, values[name]) for name in ("video_directory", "video_jsonl_file") if name in values]
+    paths = [(name, values[name]) for name in _PATHS if name in values]
     if len(paths) != 1 or not isinstance(paths[0][1], str) or not paths[0][1]:
-        raise DataError("it wants one video_directory or one video_jsonl_file", where=where, fix="write one of them")
-    is_list = paths[0][0] == "video_jsonl_file"
+        raise DataError(f"it wants one of {', '.join(_PATHS)}", where=where, fix="write one of them")
+    is_list, has_images = paths[0][0].endswith("_jsonl_file"), paths[0][0].startswith("image_")
+    if has_images and not images:
+        fix = "set images: true for the source to train on each as a clip of one frame (text-to-video), or take it out"
+        raise DataError("it is a dataset of images", where=where, fix=fix)
     extension = values.get("caption_extension", ".txt")
     if not is_list and extension != ".txt":
-        fix = "rename the captions, or list them in a video_jsonl_file"
+        fix = f"rename the captions, or list them in {'an image' if has_images else 'a video'}_jsonl_file"
         raise DataError(f"captions in files of {extension!r:.40}: only .txt is read", where=where, fix=fix)
     repeats = values.get("num_repeats", 1)
     if not isinstance(repeats, int) or isinstance(repeats, bool) or not 1 <= repeats <= 10_000:
         raise DataError(f"num_repeats is {repeats!r:.40}", where=where, fix="write a whole number from 1 to 10 000")
-    return MusubiDataset(file.parent / Path(paths[0][1]).expanduser(), is_list, float(repeats))
+    return MusubiDataset(file.parent / Path(paths[0][1]).expanduser(), is_list, has_images, float(repeats))

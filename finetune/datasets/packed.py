@@ -69,7 +69,9 @@ def packed_files(path: Path) -> list[Path]:
     return []
 
 
-def read_packed(file: Path, media: Path, root: Path, columns: Sequence[str | None]) -> list[RawRow]:
+def read_packed(
+    file: Path, media: Path, root: Path, columns: Sequence[str | None], *, images: bool = False
+) -> list[RawRow]:
     """The rows of one file; their media are written to ``media`` unless they are there.
 
     Args:
@@ -77,24 +79,28 @@ def read_packed(file: Path, media: Path, root: Path, columns: Sequence[str | Non
         media: the folder for them.
         root: the folder that names of files in rows start at, where a row holds a name and no bytes.
         columns: of video, caption and image; None: one with a usual name.
+        images: a row without a video is its image; a column of videos may then be missing.
 
     Raises:
         DataError: if the file is damaged or has no such columns, or the media cannot be written.
     """
     status = file.stat()
-    identity = json.dumps([1, str(file), status.st_size, status.st_mtime_ns, list(columns)])
+    asked = [*columns, *(["images"] if images else [])]
+    identity = json.dumps([1, str(file), status.st_size, status.st_mtime_ns, asked])
     index = media / "index" / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.jsonl"
     rows = _rows(index.read_bytes()) if index.is_file() else []
     if not rows or not all((media / name).is_file() for row in rows for name in (row[0], row[2]) if _is_ours(name)):
         media.mkdir(parents=True, exist_ok=True)
         with closing(Worker("dataset reader", WORKER)) as worker:
-            request = {"media": str(media.absolute()), "columns": list(columns)}
+            request = {"media": str(media.absolute()), "columns": list(columns), "images": images}
             _, body = worker.ask(file.absolute(), request, most_bytes=MAX_FILE_BYTES, timeout_s=TIMEOUT_S)
         rows = _rows(bytes(body))
         index.parent.mkdir(exist_ok=True)
         atomic_write_bytes(index, bytes(body))
     raw = []
     for number, (video, caption, image) in enumerate(rows, start=1):
+        if images and video is None:
+            video, image = image, None
         ours = _is_ours(video)
         picture: object = image
         if image is not None and _is_ours(image) != ours:
@@ -130,8 +136,11 @@ def handle_packed(fields: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
     path, media = Path(fields["path"]), Path(fields["media"])
     lines: list[bytes] = []
     try:
-        samples = _tar_samples if path.suffix.lower() == ".tar" else _table_samples
-        for row in samples(path, media, fields["columns"]):
+        if path.suffix.lower() == ".tar":
+            rows = _tar_samples(path, media, fields["columns"])
+        else:
+            rows = _table_samples(path, media, fields["columns"], images=fields["images"])
+        for row in rows:
             lines.append(json.dumps(row, ensure_ascii=False).encode() + b"\n")
             if len(lines) > MAX_ROWS:
                 raise DataError(f"the file has more than {MAX_ROWS:,} rows", where=str(path), fix="split it")
@@ -165,7 +174,7 @@ def _store(chunks: Iterator[bytes], name: str, media: Path, kinds: tuple[str, ..
     return target
 
 
-def _table_samples(path: Path, media: Path, named: Sequence[str | None]) -> Iterator[list[Any]]:
+def _table_samples(path: Path, media: Path, named: Sequence[str | None], *, images: bool) -> Iterator[list[Any]]:
     import pyarrow
     from pyarrow import ipc, parquet
 
@@ -173,11 +182,11 @@ def _table_samples(path: Path, media: Path, named: Sequence[str | None]) -> Iter
     with pyarrow.memory_map(str(path)) as file:
         if path.suffix.lower() == ".parquet":
             table = parquet.ParquetFile(file, pre_buffer=False)
-            columns = _columns(table.schema_arrow.names, named, path)
+            columns = _columns(table.schema_arrow.names, named, path, images=images)
             batches = table.iter_batches(batch_size=_BATCH, columns=[name for name in columns if name])
         else:
             batches = ipc.open_stream(file)
-            columns = _columns(batches.schema.names, named, path)
+            columns = _columns(batches.schema.names, named, path, images=images)
         for batch in batches:
             for number in range(batch.num_rows):
                 video, caption, image = (name and batch.column(name)[number].as_py() for name in columns)
@@ -193,12 +202,13 @@ def _named(value: Any, media: Path, kinds: tuple[str, ...]) -> Any:
     return text if isinstance(text, str) and text and not text.startswith(_MARK) else None
 
 
-def _columns(names: Sequence[str], named: Sequence[str | None], path: Path) -> list[str | None]:
+def _columns(names: Sequence[str], named: Sequence[str | None], path: Path, *, images: bool) -> list[str | None]:
+    """The columns of video, caption and image; the first or the last may be None, with ``images`` not both."""
     found: list[str | None] = []
-    for column, usual, is_needed in zip(
-        named, (VIDEO_COLUMNS, CAPTION_COLUMNS, IMAGE_COLUMNS), (True, True, False), strict=True
-    ):
+    for column, usual in zip(named, (VIDEO_COLUMNS, CAPTION_COLUMNS, IMAGE_COLUMNS), strict=True):
         matches = [name for name in names if name == column or (column is None and name in usual)]
+        is_optional = images if usual is VIDEO_COLUMNS else usual is IMAGE_COLUMNS and not (images and not found[0])
+        is_needed = not is_optional
         if len(matches) > 1 or (not matches and (is_needed or column)):
             what = f"the columns {' and '.join(matches)} could both be meant" if matches else "a column is missing"
             fix = f"name video_column, caption_column and image_column; there are: {', '.join(names)[:400]}"

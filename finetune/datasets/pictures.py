@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from finetune.core.errors import DataError
-from finetune.core.types import Bucket
+from finetune.core.types import Bucket, VideoProbe
 from finetune.datasets.geometry import MAX_ASPECT_MISMATCH, resize_and_crop
 from finetune.datasets.worker import too_much_memory
 
@@ -249,6 +252,21 @@ def read_image(path: Path) -> Frame:
     Raises:
         DataError: if the file is not an image of ``IMAGE_FORMATS``, is damaged, or is too large.
     """
+    with _opened(path) as image:
+        return _to_rgb(image, _stated_colours(path, image.format), str(path))
+
+
+def probe_image(path: Path) -> VideoProbe:
+    """The header of a still image, as of a video of one frame; upright, as ``read_image`` gives it. Raises as that."""
+    with _opened(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        height, width = (image.width, image.height) if turned else (image.height, image.width)
+    return VideoProbe(1, 1.0, height, width, array("d", [0.0]), orientation=1, still=True)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image whose header is read and within bounds. Raises as ``read_image``, also for what is done with it."""
     where = str(path)
     check_regular(path)
     try:
@@ -259,7 +277,7 @@ def read_image(path: Path) -> Frame:
             image = Image.open(path, formats=IMAGE_FORMATS)
         with image:
             check_frame_size(image.height, image.width, where)  # from the header, before the pixels are read
-            return _to_rgb(image, _stated_colours(path, image.format), where)
+            yield image
     except DataError:
         raise
     except Image.DecompressionBombError as error:

@@ -48,6 +48,14 @@ VIDEO = FileKind(
 
 IMAGE = FileKind("image", (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff"))
 
+MEDIA = FileKind("video or image", (*VIDEO.suffixes, *IMAGE.suffixes))
+
+
+def is_still(name: str | Path) -> bool:
+    """Whether a file is a still image by its ending."""
+    return os.path.splitext(name)[1].lower() in IMAGE.suffixes  # noqa: PTH122 - a million of them
+
+
 PICTURES = (*IMAGE.suffixes, ".heic", ".heif", ".jxl", ".jp2", ".tga", ".psd", ".exr", ".dng")
 """The others are not read: one beside a clip is an error, so that the clip's own first frame never stands in for it
 unnoticed."""

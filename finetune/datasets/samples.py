@@ -18,7 +18,18 @@ from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
 from finetune.core.text import holds_word, without_invisible
 from finetune.core.types import Sample, Strict
-from finetune.datasets.rows import IMAGE, VIDEO, FileKind, PathPolicy, RawRow, RowReport, check_caption, or_error
+from finetune.datasets.rows import (
+    IMAGE,
+    MEDIA,
+    VIDEO,
+    FileKind,
+    PathPolicy,
+    RawRow,
+    RowReport,
+    check_caption,
+    is_still,
+    or_error,
+)
 from finetune.datasets.sources import Line, SourceConfig, Split
 from finetune.datasets.tables import MAX_FAULTS
 
@@ -175,7 +186,11 @@ def _checked_row(
     def located(name: object, kind: FileKind) -> Path | DataError:
         return or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
 
-    video, image = located(row.video, VIDEO), row.image if image_to_video else None
+    video: Path | DataError = located(row.video, MEDIA if source.images else VIDEO)
+    if isinstance(video, DataError) and not source.images and isinstance(row.video, str) and is_still(row.video):
+        fix = "set images: true for its source to train on it as a clip of one frame (text-to-video), or take it out"
+        video = DataError(f"{row.video:.200} is a still image", where=row.where, fix=fix)
+    image = row.image if image_to_video else None
     if image is not None and not isinstance(image, DataError):
         image = located(image, IMAGE)
     texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
@@ -216,7 +231,8 @@ class ValSplitConfig(Strict):
 
     holdout: float = Field(0, ge=0, le=1_000_000)
     """Videos to keep out of training for the held-out loss: a fraction below 1, or a whole number of videos. All
-    clips of one video go to the same side. Sources marked ``split: holdout`` are held out in any case."""
+    clips of one video go to the same side. Still images count only where there are no videos. Sources marked ``split:
+    holdout`` are held out in any case."""
 
     @model_validator(mode="after")
     def _fraction_or_count(self) -> ValSplitConfig:

@@ -23,12 +23,14 @@ from finetune.datasets.musubi import read_musubi
 from finetune.datasets.packed import packed_files, read_packed
 from finetune.datasets.rows import (
     MAX_CAPTION_BYTES,
+    MEDIA,
     PICTURES,
     VIDEO,
     RawRow,
     RowReport,
     Sidecars,
     is_foreign_absolute,
+    is_still,
     list_folder,
     or_error,
     require_inside,
@@ -90,6 +92,9 @@ class _Source(Strict):
     weight: float = Field(default=1.0, ge=0.001, le=1_000)
     """What the loss of each of its clips is multiplied by in training, before the mean over the step's clips. What is
     logged, and the held-out loss, is not weighted."""
+    images: bool = False
+    """Train on its still images too, each as a clip of one frame (text-to-video only): a file that is an image, in a
+    folder one that lies beside no video."""
     random_flip: bool = False
     """Show each clip mirrored left to right half of the time, chosen by seed, step and place in the step. Its mirrored
     form is encoded too. Held-out clips are never mirrored, nor are clips with a caption that says left or right."""
@@ -111,6 +116,7 @@ SOURCE_SINCE: Mapping[str, float | None] = {
     **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
     "weight": 1.0,
     "random_flip": False,
+    "images": False,
 }
 """Options that sources did not always have, with what was done before: what was recorded without them is the same."""
 
@@ -141,7 +147,9 @@ class MetadataSource(_Source):
         report.unusable += table.faults
         if not table.columns:
             return
-        video = column_of(table, self.video_column, VIDEO_COLUMNS, "video_column", file)
+        names = [name for name in IMAGE_COLUMNS if name in table.columns and self.image_column is None]
+        only_images = self.images and names and not table.columns.keys() & {self.video_column, *VIDEO_COLUMNS}
+        video = "" if only_images else column_of(table, self.video_column, VIDEO_COLUMNS, "video_column", file)
         listed = VARIANTS in table.columns and not table.columns.keys() & set(CAPTION_COLUMNS)
         one_of = (VARIANTS,) if listed else CAPTION_COLUMNS
         caption = column_of(table, self.caption_column, one_of, "caption_column", file)
@@ -153,16 +161,19 @@ class MetadataSource(_Source):
         root = file.parent if self.root is None else self._located(base, self.root)
         stills = []
         for row in table.rows:
-            if row.values.get(TYPE_COLUMN) == "image" and str(row.values.get(video)).lower().endswith(PICTURES):
+            name, picture = row.values.get(video), (row.values.get(image) or None) if image else None
+            if self.images and not name:  # a row with an image and no video
+                name, picture = picture, None
+            if not self.images and row.values.get(TYPE_COLUMN) == "image" and str(name).lower().endswith(PICTURES):
                 stills.append(row.where)
                 continue
-            picture = (row.values.get(image) or None) if image else None
             text, more = row.values.get(caption), row.values.get(VARIANTS)
             if isinstance(more, list) and more:  # what is no list is another column
                 text = (*([text] if text and caption != VARIANTS else []), *more)
-            report.rows.append(RawRow(row.values.get(video), text, picture, root, row.where))
+            report.rows.append(RawRow(name, text, picture, root, row.where))
         if stills:
-            report.notes.append(f"{len(stills)} rows of {file} are of type image and not read, such as {stills[0]}")
+            what = f"{len(stills)} rows of {file} are of type image and not read, such as {stills[0]}"
+            report.notes.append(f"{what} (images: true trains on them)")
 
     def files(self, base: Path) -> list[Path]:
         """The file."""
@@ -208,7 +219,8 @@ class SpansSource(_Source):
 
 
 class MusubiSource(_Source):
-    """musubi-tuner's dataset TOML: the videos of its ``video_directory`` and ``video_jsonl_file`` entries.
+    """musubi-tuner's dataset TOML: the videos of its ``video_directory`` and ``video_jsonl_file`` entries, and with
+    ``images: true`` the images of ``image_directory`` and ``image_jsonl_file``.
 
     Relative paths in it start at its own folder. What it says of frames and sizes is not read: that is ``data``'s.
     """
@@ -217,7 +229,7 @@ class MusubiSource(_Source):
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add the rows of every dataset that it names."""
-        datasets, notes = read_musubi(self._located(base))
+        datasets, notes = read_musubi(self._located(base), images=self.images)
         report.notes += notes
         for dataset, source in zip(datasets, self._sources(base), strict=True):
             first = len(report.rows)
@@ -231,10 +243,10 @@ class MusubiSource(_Source):
     def _sources(self, base: Path) -> list[MetadataSource | FolderSource]:
         sources: list[MetadataSource | FolderSource] = []
         folder = self._located(base).parent
-        for dataset in read_musubi(self._located(base))[0]:
+        for dataset in read_musubi(self._located(base), images=self.images)[0]:
             require_inside(dataset.path, folder, allow_outside=self.allow_outside)
             kind = MetadataSource if dataset.is_list else FolderSource
-            sources.append(kind(path=dataset.path, allow_outside=self.allow_outside))
+            sources.append(kind(path=dataset.path, allow_outside=self.allow_outside, images=dataset.has_images))
         return sources
 
 
@@ -262,7 +274,7 @@ class PackedSource(_Source):
         for file in self.files(base):
             require_inside(file, root, allow_outside=self.allow_outside)
             columns = (self.video_column, self.caption_column, self.image_column)
-            report.rows += read_packed(file, report.media, root, columns)
+            report.rows += read_packed(file, report.media, root, columns, images=self.images)
 
     def files(self, base: Path) -> list[Path]:
         """Its files."""
@@ -299,9 +311,8 @@ class HubSource(_Source):
         """Those of what was downloaded."""
         return self._recognised(_fetch_dataset(self.path, self.revision)).files(base)
 
-    @staticmethod
-    def _recognised(snapshot: Path) -> _Recognised:
-        return AutoSource(path=snapshot, allow_outside=True).recognise(snapshot)
+    def _recognised(self, snapshot: Path) -> _Recognised:
+        return AutoSource(path=snapshot, allow_outside=True, images=self.images).recognise(snapshot)
 
 
 def _fetch_dataset(repo: str, revision: str | None) -> Path:
@@ -436,7 +447,8 @@ class CogKitSource(_Source):
         for file in self.files(base):
             require_inside(file, folder, allow_outside=self.allow_outside)
         if not (folder / "videos" / "metadata.jsonl").is_file():
-            MetadataSource(path=folder / "metadata.jsonl", allow_outside=self.allow_outside).read(base, report)
+            options = {"allow_outside": self.allow_outside, "images": self.images}
+            MetadataSource(path=folder / "metadata.jsonl", **options).read(base, report)
             return
         videos = _rows_by_id(folder / "videos" / "metadata.jsonl", report)
         images = _rows_by_id(folder / "images" / "metadata.jsonl", report)
@@ -504,14 +516,16 @@ class FolderSource(_Source):
     kind: Literal["folder"] = "folder"
 
     def read(self, base: Path, report: RowReport) -> None:
-        """Add a row for every video."""
+        """Add a row for every video, and for every image that is trained on."""
         folder = self._located(base)
         files = list_folder(folder, report, allow_outside=self.allow_outside)
-        videos = _videos(files)
-        captions, images = (Sidecars(files, videos, suffixes) for suffixes in ((".txt",), PICTURES))
+        images = Sidecars(files, _videos(files), PICTURES)
+        videos = _media(files, images=self.images)
+        captions = Sidecars(files, videos, (".txt",))
         if not videos and not report.errors:
-            fix = f"known are {' '.join(VIDEO.suffixes)}"
-            raise DataError("; ".join(["the folder holds no videos", *report.notes]), where=str(folder), fix=fix)
+            fix = f"known are {' '.join((MEDIA if self.images else VIDEO).suffixes)}"
+            what = "the folder holds no videos and no images" if self.images else "the folder holds no videos"
+            raise DataError("; ".join([what, *report.notes]), where=str(folder), fix=fix)
         for video in videos:
             try:
                 caption = captions.of(video)
@@ -524,7 +538,7 @@ class FolderSource(_Source):
                 report.errors.append(error)
                 continue
             text = or_error(read_text, caption, most_bytes=MAX_CAPTION_BYTES)
-            image = or_error(images.of, video)
+            image = None if is_still(video) else or_error(images.of, video)
             names = [path.relative_to(folder).as_posix() if isinstance(path, Path) else path for path in (video, image)]
             report.rows.append(RawRow(names[0], text, names[1], folder, str(caption)))
         for what, sidecars in (("text files", captions), ("images", images)):
@@ -543,13 +557,20 @@ def _videos(files: Iterable[Path]) -> list[Path]:
     return [file for file in files if file.suffix.lower() in VIDEO.suffixes]
 
 
+def _media(files: Sequence[Path], *, images: bool) -> list[Path]:
+    """The videos of a folder, and with ``images`` the images that lie beside none of them."""
+    videos = _videos(files)
+    stills = set(Sidecars(files, videos, PICTURES).unclaimed(videos)) if images else set()
+    return [file for file in files if file in stills or file.suffix.lower() in VIDEO.suffixes]
+
+
 _Recognised = MetadataSource | SpansSource | MusubiSource | PackedSource | PromptsSource | CogKitSource | FolderSource
 
 
-def _table_source(path: Path, allow_outside: bool) -> MetadataSource | SpansSource:
+def _table_source(own: Mapping[str, Any]) -> MetadataSource | SpansSource:
     """A table as it is usual, or as Panda-70M's: that has no column of file names."""
-    spans = path.suffix.lower() == ".csv" and _has_spans(path)
-    return (SpansSource if spans else MetadataSource)(path=path, allow_outside=allow_outside)
+    spans = own["path"].suffix.lower() == ".csv" and _has_spans(own["path"])
+    return (SpansSource if spans else MetadataSource)(**own)
 
 
 def _has_spans(path: Path) -> bool:
@@ -578,45 +599,46 @@ class AutoSource(_Source):
     def recognise(self, base: Path) -> _Recognised:
         """The source that this path is. Raises DataError if it is none, or could be several."""
         path, allow_outside = self._located(base), self.allow_outside
+        own: dict[str, Any] = {"path": path, "allow_outside": allow_outside, "images": self.images}
         if path.is_file():
             if path.suffix.lower() in SUFFIXES:
-                return _table_source(path, allow_outside)
+                return _table_source(own)
             if path.suffix.lower() in (".tar", ".arrow"):
-                return PackedSource(path=path, allow_outside=allow_outside)
+                return PackedSource(**own)
             if path.suffix.lower() == ".toml":
-                return MusubiSource(path=path, allow_outside=allow_outside)
+                return MusubiSource(**own)
             fix = f"name a {', '.join(SUFFIXES)} file, or the clips' folder"
             raise DataError("the file is no dataset", where=str(path), fix=fix)
         if not path.is_dir():
             raise DataError("there is no such file or folder", where=str(path), fix="check data.sources")
         candidates: list[_Recognised] = []
         if (path / "prompts.txt").is_file() and (path / "videos.txt").is_file():
-            candidates.append(PromptsSource(path=path, allow_outside=allow_outside))
+            candidates.append(PromptsSource(**own))
         if any((path / name).is_file() for name in ("videos/metadata.jsonl", "train/metadata.jsonl")):
-            candidates.append(CogKitSource(path=path, allow_outside=allow_outside))
+            candidates.append(CogKitSource(**own))
         else:
             for table in (path / f"metadata{suffix}" for suffix in SUFFIXES):
                 # A .json beside one of the others describes the dataset, more likely than not.
                 if table.is_file() and (table.suffix != ".json" or not candidates):
                     require_inside(table, path, allow_outside=allow_outside)
-                    candidates.append(_table_source(table, allow_outside))
+                    candidates.append(_table_source(own | {"path": table}))
         listing = RowReport()
         files = list_folder(path, listing, allow_outside=allow_outside)
-        videos = _videos(files)
-        captions = Sidecars(files, videos, (".txt",))
-        if any(captions.all_of(video) for video in videos):
-            candidates.append(FolderSource(path=path, allow_outside=allow_outside))
+        media = _media(files, images=self.images)
+        captions = Sidecars(files, media, (".txt",))
+        if any(captions.all_of(one) for one in media):
+            candidates.append(FolderSource(**own))
         lists = [any((path / name).is_file() for name in names) for names in (PROMPT_LISTS, VIDEO_LISTS)]
         if not candidates and all(lists):
-            candidates.append(PromptsSource(path=path, allow_outside=allow_outside))
+            candidates.append(PromptsSource(**own))
         if not candidates and packed_files(path):
-            candidates.append(PackedSource(path=path, allow_outside=allow_outside))
+            candidates.append(PackedSource(**own))
         if not candidates:
             raise_all(DataError, listing.errors, what="{n} things are wrong with the folder")
             what = "; ".join(["the folder is no dataset that is known", *listing.notes])
             fix = (
                 "a dataset's folder holds prompts.txt and videos.txt; metadata.jsonl, .csv, .parquet or .json;"
-                " or clips with a .txt beside each"
+                " or clips with a .txt beside each (or with images: true images)"
             )
             raise DataError(what, where=str(path), fix=fix)
         if len(candidates) > 1:

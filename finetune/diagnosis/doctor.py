@@ -379,9 +379,9 @@ def _clip_report(
     read = len(caption) if tokens is None else tokens.read
     values: dict[str, float | str | None] = {
         "picture": picture_kept((probe.height, probe.width), plan.bucket),
-        "seconds": seconds_kept(probe, [plan], fps) / seconds_of(clip.part),
-        "length_s": seconds_of(clip.part),
-        "fps": probe.fps,
+        "seconds": None if probe.still else seconds_kept(probe, [plan], fps) / seconds_of(clip.part),
+        "length_s": None if probe.still else seconds_of(clip.part),
+        "fps": None if probe.still else probe.fps,
         "size": f"{probe.height}x{probe.width}",
         "tokens": None if tokens is None else tokens.length,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from finetune.datasets.geometry import (
     seconds_kept,
     seconds_of,
 )
-from finetune.datasets.samples import CaptionConfig, read_samples
+from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples
 from finetune.datasets.sources import AutoSource
 from finetune.diagnosis.frames import Encoded, Look, Seen, look_at
 
@@ -52,13 +53,15 @@ class Proposal:
     """What suits a dataset."""
 
     videos: int
+    images: int
+    """Still images among them, each a clip of one frame; with some, the source wants ``images: true``."""
     clips: int
     buckets: tuple[Bucket, ...]
     span: Span
     picture: float
     """What is kept of pictures, on average, 0 to 1."""
-    seconds: float
-    """What is kept of all seconds, 0 to 1."""
+    seconds: float | None
+    """What is kept of all seconds, 0 to 1; None for still images alone."""
     left_out: int
     """Videos too short for every bucket, or that cannot be read."""
     point: StartingPoint
@@ -68,7 +71,14 @@ class Proposal:
     @property
     def loss(self) -> str:
         """What is kept, in words."""
-        return f"keep {self.picture:.0%} of the picture and {self.seconds:.0%} of the seconds of {self.videos} videos"
+        seconds = "" if self.seconds is None else f" and {self.seconds:.0%} of the seconds"
+        return f"keep {self.picture:.0%} of the picture{seconds} of {self.files}"
+
+    @property
+    def files(self) -> str:
+        """How many there are, in words."""
+        counts = {"videos": self.videos, "still images": self.images}
+        return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
@@ -82,23 +92,18 @@ def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
     Raises:
         DataError: if the dataset cannot be read, or no clip can be cut from it.
     """
-    read = read_samples(
-        [AutoSource(path=clips.absolute())],
-        CaptionConfig(),
-        image_to_video=spec.image_to_video,
-        base=Path.cwd(),
-        skip=True,
-    )
+    read = _read(clips, spec)
     paths = sorted({sample.video for sample in read.train})
     with DecodePool(min(workers, len(paths))) as pool:
         probed = dict(pool.probe_many(paths))
     probes = {path: probe for path, probe in probed.items() if isinstance(probe, VideoProbe)}
     if not probes:
         raise DataError("none of its videos can be read", where=str(clips), fix="`finetune doctor` names each")
-    buckets = _buckets(list(probes.values()), spec)
+    stills = sum(probe.still for probe in probes.values())
+    buckets = _buckets([probe for probe in probes.values() if not probe.still] or list(probes.values()), spec)
     options = [_kept(probes, buckets, span, spec) for span in _SPANS]
     span, kept = _SPANS[0], options[0]
-    if options[1].seconds >= kept.seconds + WORTH:
+    if options[1].seconds is not None and kept.seconds is not None and options[1].seconds >= kept.seconds + WORTH:
         span, kept = _SPANS[1], options[1]
     if not kept.clips:
         raise DataError("all of its videos are too short for this model", where=str(clips))
@@ -106,10 +111,12 @@ def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
     point = starting_point(kept.clips)
     steps = math.sqrt(low * high) * kept.clips / point.accumulation
     usable = [sample for sample in read.train if sample.video in kept.planned]
+    usable = [sample for sample in usable if not probes[sample.video].still] or usable
     return Proposal(
-        videos=len(paths),
+        videos=len(paths) - stills,
+        images=stills,
         clips=kept.clips,
-        buckets=tuple(bucket for bucket in buckets if bucket in kept.used),
+        buckets=tuple(bucket for bucket in buckets if bucket in kept.used or stills == len(paths)),
         span=span,
         picture=kept.picture,
         seconds=kept.seconds,
@@ -120,6 +127,19 @@ def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
     )
 
 
+def _read(clips: Path, spec: ModelSpec) -> SourceRead:
+    """The dataset, for text-to-video with its still images where each has a caption."""
+
+    def read(*, images: bool) -> SourceRead:
+        sources = [AutoSource(path=clips.absolute(), images=images)]
+        return read_samples(sources, CaptionConfig(), image_to_video=spec.image_to_video, base=Path.cwd(), skip=True)
+
+    if not spec.image_to_video:
+        with suppress(DataError):  # pictures beside the clips that are none of the dataset
+            return read(images=True)
+    return read(images=False)
+
+
 _SPANS: tuple[Span, ...] = ("head", "all")
 
 
@@ -127,7 +147,7 @@ _SPANS: tuple[Span, ...] = ("head", "all")
 class _Kept:
     clips: int
     picture: float
-    seconds: float
+    seconds: float | None
     planned: frozenset[Path]
     used: frozenset[Bucket]
 
@@ -145,11 +165,11 @@ def _kept(probes: dict[Path, VideoProbe], buckets: Sequence[Bucket], span: Span,
             planned.add(path)
             used.add(plans[0].bucket)
             pictures += [picture_kept((probe.height, probe.width), plans[0].bucket)]
-            seconds += seconds_kept(probe, plans, fps)
+            seconds += 0 if probe.still else seconds_kept(probe, plans, fps)
             clips += len(plans)
-    whole = sum(map(seconds_of, probes.values()))
+    whole = sum(seconds_of(probe) for probe in probes.values() if not probe.still)
     picture = sum(pictures) / max(1, len(pictures))
-    return _Kept(clips, picture, seconds / whole, frozenset(planned), frozenset(used))
+    return _Kept(clips, picture, seconds / whole if whole else None, frozenset(planned), frozenset(used))
 
 
 def _buckets(probes: Sequence[VideoProbe], spec: ModelSpec) -> list[Bucket]:
@@ -179,6 +199,8 @@ def _buckets(probes: Sequence[VideoProbe], spec: ModelSpec) -> list[Bucket]:
         if chosen and mean([*chosen, best]) < mean(chosen) + WORTH:
             break
         chosen.append(best)
+    if all(probe.still for probe in probes):  # of their height and width the images' buckets are made
+        return chosen
     return [bucket for size in chosen for bucket in _lengths(size, probes, chosen, spec)]
 
 

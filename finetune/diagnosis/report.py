@@ -69,8 +69,8 @@ class BucketReport:
     steps_per_epoch: float
     """That its clips fill."""
     picture: float
-    seconds: float
-    """Shares that are kept, 0 to 1."""
+    seconds: float | None
+    """Shares that are kept, 0 to 1; still images have no seconds."""
     flipped: int = 0
     """How many of ``clips`` are encoded mirrored as well."""
 
@@ -160,7 +160,8 @@ def _bucket_rows(report: DoctorReport) -> tuple[list[str], list[list[str]]]:
             cache = human_size(report.outlook.cache_bytes[one.bucket])
             encode = duration(report.outlook.encode_s[one.bucket])
         counts = [str(one.clips), str(one.held_out), f"{one.tokens:,}", f"{one.steps_per_epoch:.4g}"]
-        rows.append([str(one.bucket), *counts, f"{one.picture:.0%}", f"{one.seconds:.0%}", cache, encode])
+        seconds = "" if one.seconds is None else f"{one.seconds:.0%}"
+        rows.append([str(one.bucket), *counts, f"{one.picture:.0%}", seconds, cache, encode])
     return header, rows
 
 

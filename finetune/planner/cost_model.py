@@ -381,7 +381,7 @@ class _Work:
 
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec) -> _Work:
-        tokens = max(spec.tokens(bucket) for bucket in config.data.buckets)
+        tokens = max(spec.tokens(bucket) for bucket in config.data.trained_buckets)
         width, layers = spec.num_attention_heads * spec.attention_head_dim, spec.num_layers
         block, modulation = 12.0 * width**2, 12.0 * width * 512
         adapters, trained = 0.0, layers * (block + modulation)

@@ -85,7 +85,7 @@ def spec_of(config: RunConfig) -> ModelSpec:
 
 def longest_bucket(config: RunConfig, spec: ModelSpec) -> Bucket:
     """The bucket with the longest sequence, which needs the most memory."""
-    return max(config.data.buckets, key=spec.tokens)
+    return max(config.data.trained_buckets, key=spec.tokens)
 
 
 # -------------------------------------------------------------------------------------- from short models to a long one

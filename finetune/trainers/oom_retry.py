@@ -102,7 +102,7 @@ def out_of_memory(run: Run, memory: MemoryConfig, message: str, when: str, *, vi
     advice = ", ".join(_advice(config, memory, run.traits, videos=videos and bool(config.validation.samples)))
     return TrainingError(
         f"out of GPU memory {when}: {message}",
-        where=f"buckets {', '.join(map(str, config.data.buckets))}, train.batch_size {config.train.batch_size},"
+        where=f"buckets {', '.join(map(str, config.data.trained_buckets))}, train.batch_size {config.train.batch_size},"
         f" memory.checkpointing {memory.checkpointing}, method {config.method.kind}, optimizer {config.optimizer.kind}",
         fix=f"ask `finetune plan --budget` what fits; or, in this order: {advice}; the last checkpoint is intact",
     )

@@ -128,9 +128,15 @@ class Validator:
         """Whether a measurement was ended by ``stop``; the same on every process."""
 
     def _passes(self, maker: BatchMaker) -> list[_Pass]:
-        """At most ``validation.clips`` clips, the same ones for the same dataset, chosen by their content."""
+        """At most ``validation.clips`` clips, the same ones for the same dataset, chosen by their content.
+
+        Of one frame only where held-out clips are: the loss of a still image is not compared with that of a video.
+        """
         config, size = self._run.config, self._run.config.train.batch_size
-        order = sorted(range(len(maker.items)), key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
+        measured = {item.bucket.frames == 1 for item in self._run.data.val.items}
+        alike = [index for index, item in enumerate(maker.items) if (item.bucket.frames == 1) in measured]
+        choice = alike or range(len(maker.items))
+        order = sorted(choice, key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
         return [
             _Pass(maker, index, self._timesteps[first : first + size])
             for index in order[: config.validation.clips]
