@@ -10,17 +10,19 @@
 ``import finetune`` costs nothing: a verb loads what it needs when it is called. ``docs/python.md`` has them all.
 """
 
+import finetune.convert  # noqa: F401  (first: importing the folder sets this name, which the function below then takes)
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
 from finetune.runs import load_config, plan, report, train
 from finetune.sampling import generate
-from finetune.sharing import export, inspect
+from finetune.sharing import convert, export, inspect
 
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "caption",
     "check",
+    "convert",
     "doctor",
     "export",
     "generate",

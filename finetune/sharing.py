@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Literal
 from finetune.arguments import checked
 
 if TYPE_CHECKING:
+    from finetune.convert.convert import ConversionReport
     from finetune.convert.export import ExportReport
     from finetune.convert.inspection import Inspection
+    from finetune.core.types import DtypeName
 
 
 @checked
@@ -71,3 +73,36 @@ def inspect(source: str | Path, *, norms: bool = False) -> Inspection:
     from finetune.convert.inspection import inspect
 
     return inspect(Path(source).expanduser(), norms=norms)
+
+
+@checked
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    to: Literal["diffusers", "sat"] = "diffusers",
+    model: str | Path | None = None,
+    dtype: DtypeName | None = None,
+) -> ConversionReport:
+    """Convert another program's checkpoint, or a diffusers folder to SAT.
+
+    What the source is, and which CogVideoX, follows from its tensors' names and shapes. What is written is loaded again
+    and compared with the source before it gets its name.
+
+    Args:
+        source: a file of weights, or a folder of SAT or diffusers.
+        out: the folder to make; it must be new or empty.
+        to: diffusers' format, or SAT's, which CogVideo's own first scripts read.
+        model: a model in diffusers' format with the same shapes, where they are no published model's; its files on
+            this machine stand in for the components that the source has not.
+        dtype: of the weights that are written; None for as they are.
+
+    Raises:
+        ConfigError: if there is nothing to convert, or an argument is missing that nothing in the source tells.
+        ModelError: if the source is damaged, would run code, or is no CogVideoX.
+        ExportError: if what was written does not give back what the source holds, or cannot be written.
+    """
+    from finetune.convert.convert import ConvertOptions, convert
+
+    options = ConvertOptions(to, None if model is None else str(model), dtype)
+    return convert(Path(source).expanduser(), Path(out).expanduser(), options)

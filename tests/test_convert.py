@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
+import sat_model
 import torch
+from safetensors.torch import load_file
+from stock_pipeline import latents_of, load_pipeline
 from torch import nn
 
+from finetune import convert
+from finetune.cogvideox.denoise import OFS, denoise, rotary_table
+from finetune.cogvideox.load import empty_component, sine_positions
+from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
+from finetune.cogvideox.spec import read_spec
+from finetune.convert import pipelines
+from finetune.convert.checkpoint_files import named_tensors
 from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
-from finetune.core.errors import ConfigError
+from finetune.convert.sat import POSITIONS, PREFIXES, from_sat, to_sat
+from finetune.convert.structure import model_of
+from finetune.convert.torch_files import write_torch_file
+from finetune.core.errors import ConfigError, ExportError, ModelError
+from finetune.core.tensor_files import Deferred, content_of
 from finetune.testing.tiny import VARIANTS, tiny_transformer
 
 # ------------------------------------------------------------------------------------------- names of a LoRA's tensors
@@ -107,3 +129,317 @@ def test_a_lora_that_is_not_whole_is_refused(change, message):
     change(tensors)
     with pytest.raises(ConfigError, match=message):
         to_diffusers(tensors, LAYOUTS["kohya"])
+
+
+# ------------------------------------------------------------------------------------------------------------- SAT
+
+
+def state_of(folder: Path, component: str = "transformer") -> dict[str, torch.Tensor]:
+    stem = "model" if component == "text_encoder" else "diffusion_pytorch_model"
+    return load_file(folder / component / f"{stem}.safetensors")
+
+
+def sat_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The transformer of a diffusers folder as a SAT file holds it, with the sines of a model that computes them."""
+    tensors = state_of(folder)
+    module = empty_component(folder, "transformer", torch.float32)
+    if module.patch_embed.use_positional_embeddings:
+        tensors[POSITIONS] = sine_positions(module)
+    named = to_sat("transformer", tensors)
+    # diffusers stores learned positions as float64, which it made them in.
+    return {PREFIXES["transformer"] + name: content_of(tensor).float() for name, tensor in named.items()}
+
+
+@pytest.fixture
+def training_checkpoint(tiny_model, tmp_path):
+    """``training_checkpoint("5b")``: what a training in SAT saves, all three components in a file, and more."""
+
+    def build(variant: str = "5b", change: Any = None) -> Path:
+        base = tiny_model(variant)
+        tensors = sat_of(base)
+        for component in ("vae", "text_encoder"):
+            own = state_of(base, component)
+            theirs = (
+                to_sat(component, own)
+                if component == "vae"
+                else {**own, "encoder.embed_tokens.weight": own["shared.weight"]}
+            )
+            tensors |= {PREFIXES[component] + name: content_of(tensor).clone() for name, tensor in theirs.items()}
+        tensors |= {"denoiser.sigmas": torch.ones(1000), "first_stage_model.loss.logvar": torch.ones(1)}
+        tensors[f"{PREFIXES['transformer']}mixins.pos_embed.freqs_sin"] = torch.ones(4, 4)
+        if change is not None:
+            change(tensors)
+        folder = tmp_path / "sat" / "1000"
+        folder.mkdir(parents=True)
+        torch.save({"iteration": 1000, "module": tensors}, folder / "mp_rank_00_model_states.pt")
+        (folder.parent / "latest").write_text("1000")
+        return folder.parent
+
+    return build
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sats_own_arithmetic_on_its_names_is_what_diffusers_computes(variant, tiny_model):
+    spec = read_spec(str(tiny_model(variant)))
+    module = load_pipeline(str(tiny_model(variant))).transformer
+    generator = torch.Generator().manual_seed(1)
+    frames, height, width = (3 if spec.patch_size_t is None else 4), 8, 8
+    latents = torch.randn(2, spec.latent_channels, frames, height, width, generator=generator)
+    text = torch.randn(2, spec.max_text_seq_length, spec.text_embed_dim, generator=generator)
+    image = torch.randn(2, spec.latent_channels, 1, height, width, generator=generator) if spec.image_to_video else None
+    timesteps = torch.tensor([17, 801])
+    with torch.no_grad():
+        theirs = denoise(module, spec, latents, text, timesteps, image)
+        seen = latents.transpose(1, 2)
+        if image is not None:
+            condition = torch.zeros_like(latents)
+            condition[:, :, :1] = image
+            seen = torch.cat([seen, condition.transpose(1, 2)], dim=2)
+        ours = sat_model.velocity(
+            sat_of(tiny_model(variant)),
+            seen,
+            text,
+            timesteps,
+            heads=spec.num_attention_heads,
+            rotary=rotary_table(spec, frames, height, width, device=torch.device("cpu")) if spec.use_rotary else None,
+            ofs=torch.full((2,), OFS) if spec.ofs_embed_dim else None,
+        )
+    torch.testing.assert_close(ours.transpose(1, 2), theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_to_sat_and_back_is_the_same_pipeline(variant, tiny_model, tmp_path):
+    base = tiny_model(variant)
+    there = convert(base, tmp_path / "sat", to="sat")
+    assert {"transformer/1/mp_rank_00_model_states.pt", "vae/3d-vae.pt", "t5-v1_1-xxl/config.json"} < {*there.files}
+    back = convert(tmp_path / "sat", tmp_path / "back", model=base)
+    assert [line.split(":")[0] for line in back.comparisons] == ["transformer", "vae"]
+    for component in ("transformer", "vae"):
+        ours, theirs = state_of(tmp_path / "back", component), state_of(base, component)
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+        settings = [
+            json.loads((folder / component / "config.json").read_text()) for folder in (base, tmp_path / "back")
+        ]
+        settings[0].pop("_name_or_path", None)
+        assert settings[0] == settings[1]
+    if variant == "5b-i2v":  # samples as the model that it was
+        outputs = [latents_of(load_pipeline(str(folder))) for folder in (base, tmp_path / "back")]
+        assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("variant", KNOWN_MODELS)
+def test_which_published_model_it_is_follows_from_full_size_shapes_alone(variant):
+    components = {}
+    for component in ("transformer", "vae"):
+        own = empty_component(known_model(variant), component, torch.bfloat16).state_dict()
+        theirs = {PREFIXES[component] + name: tensor for name, tensor in to_sat(component, own).items()}
+        components |= from_sat(theirs, "").components
+        assert {n: tuple(t.shape) for n, t in components[component].items()} == {
+            n: tuple(t.shape) for n, t in own.items()
+        }
+    shapes = {name: {key: tuple(t.shape) for key, t in part.items()} for name, part in components.items()}
+    found = model_of(shapes, None, "")
+    assert found == known_model(variant)
+    config = json.loads((found / "transformer" / "config.json").read_text())
+    if variant.startswith("1.5"):
+        assert (config["sample_height"], config["sample_width"], config["max_text_seq_length"]) == (300, 300, 224)
+    with pytest.raises(ModelError, match=r"of another model than .*: .*num_layers|in_channels|ofs_embed_dim"):
+        model_of(shapes, "2b" if variant != "2b" else "5b", "")
+
+
+def test_the_checkpoint_of_a_training_gives_all_three_components(training_checkpoint, tiny_model, tmp_path):
+    base = tiny_model("2b")
+    report = convert(training_checkpoint("2b"), tmp_path / "out", model=base)
+    assert [line.split(":")[0] for line in report.comparisons] == ["transformer", "vae", "text_encoder"]
+    assert "denoiser.sigmas" in str(report) and "finetune generate --model" in report.command
+    for component in ("transformer", "vae", "text_encoder"):
+        assert all(
+            torch.equal(t, state_of(base, component)[name]) for name, t in state_of(tmp_path / "out", component).items()
+        )
+    assert torch.isfinite(latents_of(load_pipeline(str(tmp_path / "out")))).all()
+
+
+def test_a_dtype_can_be_asked_for_and_what_lacks_is_said(training_checkpoint, tiny_model, tmp_path):
+    def transformer_alone(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if not name.startswith(PREFIXES["transformer"])]:
+            del tensors[name]
+
+    # JSON without weights: nothing stands in for what the source lacks.
+    shutil.copytree(
+        tiny_model("1.5-5b-i2v"), tmp_path / "json", ignore=shutil.ignore_patterns("*.safetensors", "tokenizer*")
+    )
+    report = convert(
+        training_checkpoint("1.5-5b-i2v", transformer_alone), tmp_path / "out", model=tmp_path / "json", dtype="bf16"
+    )
+    assert {tensor.dtype for tensor in state_of(tmp_path / "out").values()} == {torch.bfloat16}
+    assert "the source has no" in str(report) and "--transformer" in report.command
+    assert not (tmp_path / "out" / "model_index.json").exists()
+
+
+def anonymous_memory() -> int:
+    """Bytes of this process that no file stands behind."""
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_one_tensor_at_a_time_is_in_memory(tiny_model, tmp_path, monkeypatch):
+    """Both directions of a transformer of 200 MB, measured whenever a tensor is made."""
+    monkeypatch.setattr(pipelines, "_SHARD_BYTES", 80_000_000)
+    shutil.copytree(tiny_model("5b"), tmp_path / "json", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((tmp_path / "json" / "transformer" / "config.json").read_text())
+    config |= {"num_layers": 4, "num_attention_heads": 64}
+    (tmp_path / "json" / "transformer" / "config.json").write_text(json.dumps(config))
+    measured: list[int] = []
+
+    def watched(tensor: torch.Tensor | Deferred) -> Deferred:
+        def make() -> torch.Tensor:
+            measured.append(anonymous_memory())
+            return content_of(tensor) if tensor.dtype == torch.bfloat16 else torch.ones(tensor.shape)
+
+        return Deferred(tensor.dtype, tuple(tensor.shape), make)
+
+    def written(write: Any, folder: str, tensors: dict[str, Any]) -> int:
+        (tmp_path / folder).mkdir()
+        before = anonymous_memory()
+        measured.clear()
+        model = pipelines.Model({"transformer": tensors}, tmp_path / "json", read_spec(str(tmp_path / "json")), "")
+        write(tmp_path / folder, model)
+        return max(measured) - before
+
+    own = empty_component(tmp_path / "json", "transformer", torch.float32).state_dict()
+    peaks = [written(pipelines.write_sat, "sat", {name: watched(tensor) for name, tensor in own.items()})]
+    stored = from_sat(named_tensors(tmp_path / "sat" / "transformer" / "1" / "mp_rank_00_model_states.pt"), "")
+    halves = pipelines.cast(stored.components["transformer"], torch.bfloat16)
+    peaks.append(written(pipelines.write_diffusers, "out", {name: watched(tensor) for name, tensor in halves.items()}))
+    largest = max(tensor.numel() * 4 for tensor in own.values())
+    whole = sum(tensor.numel() * 4 for tensor in own.values())
+    assert all(peak < 4 * largest < whole / 3 for peak in peaks), (peaks, largest, whole)
+    index = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    assert named_tensors(index).keys() == own.keys() and len(list(index.parent.glob("*-of-0000*.safetensors"))) == 2
+
+
+# ------------------------------------------------------------------------------------------------------ hostile sources
+
+
+class Trap:
+    def __reduce__(self):
+        return os.system, ("touch sprung",)
+
+
+def _without(name: str):
+    return lambda tensors: tensors.pop(PREFIXES["transformer"] + name)
+
+
+def _with(name: str, tensor: torch.Tensor):
+    return lambda tensors: tensors.update({PREFIXES["transformer"] + name: tensor})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            _without("transformer.layers.1.attention.dense.bias"),
+            r"1 weights are missing, such as .*1\.attn1\.to_out\.0\.bias",
+        ),
+        (_without("transformer.final_layernorm.weight"), r"norm_final\.weight is missing"),
+        (_with("mixins.control.0.weight", torch.ones(2)), r"1 tensors of the transformer are none .*mixins\.control"),
+        (_with("time_embed.2.weight", torch.ones(3, 3)), r"1 weights are of another shape, such as time_embedding"),
+        (_with("transformer.layers.0.attention.query_key_value.bias", torch.ones(10)), "cannot be cut into 3"),
+        (_with("mixins.pos_embed.pos_embedding", torch.ones(1, 64, 64)), "has a table of positions, and a model of"),
+        (lambda tensors: tensors.clear() or tensors.update({"a.weight": torch.ones(2)}), "no tensors of a CogVideoX"),
+    ],
+)
+def test_a_checkpoint_that_is_no_cogvideox_is_refused_before_anything_is_written(
+    change, message, training_checkpoint, tiny_model, tmp_path
+):
+    with pytest.raises(ModelError, match=message):
+        convert(training_checkpoint("5b", change), tmp_path / "out", model=tiny_model("5b"))
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_positions_that_are_not_diffusers_sines_are_refused(training_checkpoint, tiny_model, tmp_path):
+    def stretched(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[PREFIXES["transformer"] + "mixins.pos_embed.pos_embedding"] *= 1.1
+
+    with pytest.raises(ModelError, match="not the sines that diffusers computes"):
+        convert(training_checkpoint("2b", stretched), tmp_path / "out", model=tiny_model("2b"))
+
+
+def test_a_model_of_other_widths_has_to_be_named(training_checkpoint, tmp_path):
+    with pytest.raises(ModelError, match=r"no published CogVideoX has these shapes: 2 layers, 4 heads of 16") as caught:
+        convert(training_checkpoint("5b"), tmp_path / "out")
+    assert "--model FOLDER" in caught.value.fix
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def unpickled_code(path: Path) -> None:
+    torch.save({"module": {"a": torch.ones(2)}, "more": Trap()}, path)
+
+
+def old_form(path: Path) -> None:
+    torch.save({"module": {"a": torch.ones(2)}}, path, _use_new_zipfile_serialization=False)
+
+
+def nothing(path: Path) -> None:
+    torch.save({"step": 3}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "cannot be read as one of torch.save"),
+        (unpickled_code, r"would run code when it is unpickled, and is not read: it names posix\.system"),
+        (old_form, "cannot be read as one of torch.save"),
+        (nothing, "holds no named tensors"),
+    ],
+)
+def test_a_file_that_is_damaged_or_hostile_is_refused(damage, message, training_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = training_checkpoint("5b")
+    damage(source / "1000" / "mp_rank_00_model_states.pt")
+    with pytest.raises(ModelError, match=message):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "sprung").exists() and not (tmp_path / "out").exists()
+
+
+def test_what_is_no_source_or_has_no_place_is_said_at_once(tiny_model, training_checkpoint, tmp_path, monkeypatch):
+    base, source = tiny_model("5b"), training_checkpoint("5b")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("text")
+    (source / "1000" / "mp_rank_01_model_states.pt").touch()
+    for arguments, kind, message in (
+        ((base, "out"), ConfigError, "in diffusers' format already"),
+        ((tmp_path / "nowhere", "out"), ConfigError, "no such file or folder"),
+        ((tmp_path / "empty", "out"), ConfigError, "holds no checkpoint that is known"),
+        ((tmp_path / "notes.txt", "out"), ConfigError, "no file of weights"),
+        ((source, "out"), ModelError, "split over 2 files by model parallelism"),
+        ((base / "transformer", "full", "sat"), ExportError, "is not empty"),
+    ):
+        with pytest.raises(kind, match=message):
+            convert(arguments[0], tmp_path / arguments[1], to=arguments[2] if arguments[2:] else "diffusers")
+    monkeypatch.setattr("finetune.core.files.free_space", lambda _: 1000)
+    with pytest.raises(ExportError, match=r"the conversion needs .* MiB and the disk has 0\.001 MiB free"):
+        convert(base, tmp_path / "out", to="sat")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_written_wrongly_is_not_published(tiny_model, tmp_path, monkeypatch):
+    """Canary of the comparison: a writer that loses a tensor's content."""
+
+    def wrong(path: Path, tensors: dict[str, Any], *within: str) -> None:
+        name = "model.diffusion_model.transformer.layers.0.attention.dense.weight"
+        if name in tensors:
+            tensors = {**tensors, name: torch.zeros(tensors[name].shape)}
+        write_torch_file(path, tensors, *within)
+
+    monkeypatch.setattr(pipelines, "write_torch_file", wrong)
+    with pytest.raises(
+        ExportError, match=r"not the source's, and was deleted: 1 of 64 tensors differ, such as .*to_out"
+    ):
+        convert(tiny_model("5b"), tmp_path / "out", to="sat")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*.partial"))

@@ -333,8 +333,8 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(tiny_model, tm
 
 
 def test_an_export_that_cannot_be_written_says_so_and_leaves_the_earlier_one(tiny_model, tmp_path, monkeypatch):
-    import finetune.convert.export
     from finetune import export
+    from finetune.convert import export as export_module
     from finetune.trainers.loop import train
 
     config = run_config(
@@ -359,11 +359,11 @@ def test_an_export_that_cannot_be_written_says_so_and_leaves_the_earlier_one(tin
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def full_too(*_: object, **__: object) -> None:
-        raise finetune.convert.export.SafetensorError("Error while serializing: I/O error: No space left on device")
+        raise export_module.SafetensorError("Error while serializing: I/O error: No space left on device")
 
     for fail in (full, full_too):
         with monkeypatch.context() as patch:
-            patch.setattr(finetune.convert.export, "_save_adapter", fail)
+            patch.setattr(export_module, "_save_adapter", fail)
             with pytest.raises(ExportError, match=r"cannot be written: .*No space left") as caught:
                 export(tmp_path / "run")
         assert "make room" in caught.value.fix and unharmed()

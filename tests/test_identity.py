@@ -22,6 +22,7 @@ from finetune.cogvideox.load import ModelConfig, base_digest, load_transformer, 
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
+from finetune.convert import export as export_module
 from finetune.core.checksums import digest_file, folder_checksums
 from finetune.core.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
 from finetune.core.files import COMPLETE
@@ -173,7 +174,7 @@ def test_without_the_comparison_noise_would_be_trained_on(trained, changed, tmp_
     changed(noise)
     shutil.copytree(trained.output_dir, tmp_path / "run")
     monkeypatch.setattr("finetune.trainers.setup.require_base", lambda *_, **__: None)
-    monkeypatch.setattr("finetune.convert.export.require_base", lambda *_, **__: None)
+    monkeypatch.setattr(export_module, "require_base", lambda *_, **__: None)
     config = longer(trained).model_copy(update={"output_dir": tmp_path / "run"})
     assert train(config).step == 4
     assert export(tmp_path / "run", tmp_path / "export").step == 4

@@ -28,13 +28,13 @@ PAGE = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
 def test_importing_the_package_imports_nothing_else(tmp_path):
     probe = (
         "import sys; before = set(sys.modules); import finetune\n"
-        "from finetune import check, export, generate, load_config, plan, precompute, train\n"
+        "from finetune import check, convert, export, generate, load_config, plan, precompute, train\n"
         "print([name for name in ('torch', 'pydantic', 'yaml', 'numpy', 'typer') if name in sys.modules])\n"
         "import finetune.convert.export, finetune.caching.precompute\n"
-        "print(finetune.export is export and finetune.precompute is precompute and callable(export))"
+        "print([getattr(finetune, f.__name__) is f for f in (convert, export, precompute)])"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.splitlines() == ["[]", "True"], done.stderr
+    assert done.stdout.splitlines() == ["[]", "[True, True, True]"], done.stderr
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
@@ -60,7 +60,7 @@ def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, give
         ConfigError,
         match=r"is no (configuration|path)|[a-z]+\(\)( \((folder|source|prompts|raw))?",
     ):
-        function(*[given] * (2 if function is finetune.prepare else 1))
+        function(*[given] * (2 if function in (finetune.prepare, finetune.convert) else 1))
 
 
 @pytest.mark.parametrize(

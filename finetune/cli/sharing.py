@@ -78,3 +78,26 @@ def inspect(
     """Say what an adapter or a checkpoint is, from its header, and what each program will make of it."""
     report = finetune.inspect(source, norms=norms)
     print(report.to_json() if json else report)
+
+
+@verb(
+    _PANEL,
+    "finetune convert CogVideoX-5b-sat --out CogVideoX-5b",
+    "finetune convert CogVideoX-5b --to sat --out CogVideoX-5b-sat",
+)
+def convert(
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="A file of weights, or a folder of SAT or diffusers.")
+    ],
+    out: Annotated[Path, option("The folder to make; it must be new or empty.", "DIR")],
+    to: Annotated[
+        Literal["diffusers", "sat"], option("What it becomes; sat is CogVideo's own first format.")
+    ] = "diffusers",
+    model: Annotated[
+        str | None,
+        option("Has the source's shapes, if they are no published model's; lends the parts that it lacks.", "MODEL"),
+    ] = None,
+    dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, option("Of the weights; left out: as they are.")] = None,
+) -> None:
+    """Turn others' checkpoints into diffusers' format, or diffusers' into SAT's; compared, kept if equal."""
+    print(finetune.convert(source, out, to=to, model=model, dtype=dtype))

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import T5EncoderModel
 
+Component = Literal["transformer", "vae", "text_encoder"]
+
 _DIFFUSERS_STEM, _T5_STEM = "diffusion_pytorch_model", "model"
 """How diffusers and transformers name their weight files."""
 
@@ -96,11 +98,8 @@ def load_transformer(
         tensors = _noting(stored_tensors(folder / "transformer", _DIFFUSERS_STEM), checksums)
         place(module, tensors, torch.device(device), placement)
         _note_base(module, checksums)
-        embed = module.patch_embed
-        if embed.use_positional_embeddings:
-            # No file holds it. The first generation computes it in float64; it is then cast.
-            table = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
-            embed.pos_embedding = table.to(device=device, dtype=embed.pos_embedding.dtype)
+        if module.patch_embed.use_positional_embeddings:
+            module.patch_embed.pos_embedding = sine_positions(module).to(device)
     transformer: CogVideoXTransformer3DModel = module.eval()
     return transformer
 
@@ -137,6 +136,29 @@ def empty_transformer(
     return module.eval()
 
 
+def sine_positions(transformer: Any) -> Tensor:
+    """The positions of a model that computes them (2B), in the dtype of its table, [1, text and video tokens, width].
+
+    No file holds them. diffusers computes them in float64; they are then cast.
+    """
+    embed = transformer.patch_embed
+    table: Tensor = embed._get_positional_embeddings(embed.sample_height, embed.sample_width, embed.sample_frames)
+    return table.to(embed.pos_embedding.dtype)
+
+
+def empty_component(folder: Path, component: Component, dtype: torch.dtype) -> nn.Module:
+    """A component as its ``config.json`` describes it, on the meta device; ``place`` fills it.
+
+    Raises:
+        ModelError: if the configuration cannot be read, or is none of the component.
+    """
+    with loading(component, folder):
+        is_text = component == "text_encoder"
+        module: nn.Module = _empty_text_encoder(folder, dtype) if is_text else _on_meta_device(folder, component, dtype)
+        module.eval()
+    return module
+
+
 def load_vae(
     model: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> AutoencoderKLCogVideoX:
@@ -162,8 +184,6 @@ def load_text(
     placement: Placement | None = None,
 ) -> tuple[Tokenizer, T5EncoderModel]:
     """The tokenizer and the T5 encoder, frozen and in evaluation mode. Otherwise as ``load_transformer``."""
-    from transformers import T5Config, T5EncoderModel
-
     folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer", "text_encoder"])
     require_loadable(folder, "text_encoder")
     tokenizer = load_tokenizer(model)
@@ -175,19 +195,25 @@ def load_text(
             fix="set model.dtype: bf16, or memory.text_encoder: streamed",
         )
     with loading("text_encoder", folder):
-        config = T5Config(**read_part(folder, "text_encoder").model_dump())
-        with on_meta(dtype):
-            encoder = T5EncoderModel(config)
-        if dtype == torch.float16:  # its outputs overflow there, so that transformers keeps these in float32
-            for name, layer in encoder.named_modules():
-                if name.endswith(".wo"):
-                    layer.float()
+        encoder = _empty_text_encoder(folder, dtype)
         # A whole T5 also holds a decoder, whose weights are left where they are.
         _require_exact(encoder, folder / "text_encoder", _T5_STEM, allow_unexpected=True)
         place(encoder, stored_tensors(folder / "text_encoder", _T5_STEM), torch.device(device), placement)
-        if (pieces := max(tokenizer.get_vocab().values()) + 1) > config.vocab_size:
-            raise ValueError(f"it knows {config.vocab_size:,} pieces, and the tokenizer has {pieces:,}")
+        if (pieces := max(tokenizer.get_vocab().values()) + 1) > encoder.config.vocab_size:
+            raise ValueError(f"it knows {encoder.config.vocab_size:,} pieces, and the tokenizer has {pieces:,}")
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def _empty_text_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
+    from transformers import T5Config, T5EncoderModel
+
+    with on_meta(dtype):
+        encoder = T5EncoderModel(T5Config(**read_part(folder, "text_encoder").model_dump()))
+    if dtype == torch.float16:  # its outputs overflow there, so that transformers keeps these in float32
+        for name, layer in encoder.named_modules():
+            if name.endswith(".wo"):
+                layer.float()
+    return encoder
 
 
 def load_scheduler(model: ModelConfig) -> CogVideoXDDIMScheduler | CogVideoXDPMScheduler:
@@ -320,10 +346,8 @@ def _noting(tensors: Iterable[tuple[str, Tensor]], checksums: dict[str, str]) ->
 def _require_exact(module: nn.Module, folder: Path, stem: str, *, allow_unexpected: bool = False) -> None:
     """Compare the tables of contents of a component's files with what ``module`` holds; no tensor is read.
 
-    The libraries would only warn, and then train or sample with random numbers in a weight's place.
-
     Raises:
-        ValueError: if a weight is missing, unknown or of another shape; one of each is named.
+        ValueError: as ``misfits`` says.
         OSError, safetensors.SafetensorError: as ``stored_tensors``.
     """
     from safetensors import safe_open
@@ -332,6 +356,16 @@ def _require_exact(module: nn.Module, folder: Path, stem: str, *, allow_unexpect
     for path in _weight_files(folder, stem):
         with safe_open(path, framework="pt", device="cpu") as source:
             shapes |= {name: tuple(source.get_slice(name).get_shape()) for name in source.keys()}  # noqa: SIM118
+    if faults := misfits(module, shapes, allow_unexpected=allow_unexpected):
+        raise ValueError("; ".join(faults))
+
+
+def misfits(module: nn.Module, shapes: Mapping[str, tuple[int, ...]], *, allow_unexpected: bool = False) -> list[str]:
+    """What stored tensors of these shapes are otherwise than ``module`` by its configuration, in words.
+
+    Weights that are missing, unknown or of another shape are counted, and one of each is named. The libraries would
+    only warn, and then train or sample with random numbers in a weight's place.
+    """
     own = module.state_dict(keep_vars=True)
     problems = {
         "missing": [names[0] for names in _names_by_tensor(module) if not any(name in shapes for name in names)],
@@ -342,9 +376,7 @@ def _require_exact(module: nn.Module, folder: Path, stem: str, *, allow_unexpect
         ],
         "unknown": [] if allow_unexpected else [name for name in shapes if name not in own],
     }
-    faults = [f"{len(names)} weights are {fault}, such as {min(names)}" for fault, names in problems.items() if names]
-    if faults:
-        raise ValueError("; ".join(faults))
+    return [f"{len(names)} weights are {fault}, such as {min(names)}" for fault, names in problems.items() if names]
 
 
 @torch.no_grad()
@@ -425,8 +457,6 @@ def _set(module: nn.Module, names: list[str], tensor: Tensor) -> None:
 
 
 # ------------------------------------------------------------------------------------------ what identifies the weights
-
-Component = Literal["transformer", "vae", "text_encoder"]
 
 _DECIDING = (".json", ".safetensors", ".model", ".txt")
 """Suffixes of the files that loading reads: configuration, weights, sentencepiece models, vocabularies."""

@@ -7,7 +7,9 @@ library.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,34 @@ DTYPES: Mapping[torch.dtype, str] = {
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
-def atomic_save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made when it is written, and takes no memory before and after."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    full_tensor: Callable[[], Tensor]
+    """Makes it, on the CPU; named as tensors name it that are spread over processes."""
+
+    def numel(self) -> int:
+        """How many numbers it has."""
+        return prod(self.shape)
+
+    def element_size(self) -> int:
+        """Bytes of one of them."""
+        return self.dtype.itemsize
+
+
+def content_of(tensor: Tensor | Deferred) -> Tensor:
+    """The tensor itself: made now if it was deferred, put together if it is spread over processes."""
+    gather = getattr(tensor, "full_tensor", None)
+    content: Any = tensor if gather is None else gather()
+    return content  # type: ignore[no-any-return]
+
+
+def atomic_save_tensors(
+    path: Path, tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None = None
+) -> str:
     """Write a safetensors file as ``files.atomic_write_bytes`` does; equal arguments give equal bytes.
 
     Tensors come to the CPU one at a time and are hashed on their way to the disk, so that a checkpoint of 40 GB neither
@@ -61,7 +90,7 @@ def form_of(dtype: torch.dtype, shape: Sequence[int]) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
-def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[memoryview]:
+def layout(tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str]) -> Iterator[memoryview]:
     """The bytes of a safetensors file, one part after the other; equal arguments give equal bytes.
 
     Tensors come to the CPU, and are made contiguous, one at a time; so are those that are spread over processes, which
@@ -75,9 +104,7 @@ def layout(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterat
     text = _header(names, tensors, metadata)
     yield memoryview(len(text).to_bytes(8, "little") + text)
     for name in names:
-        tensor = tensors[name]
-        gather = getattr(tensor, "full_tensor", None)  # of one that is spread over processes
-        yield _content(tensor if gather is None else gather())
+        yield _content(content_of(tensors[name]))
 
 
 def _content(tensor: Tensor) -> memoryview:
@@ -100,12 +127,12 @@ def weights_digest(tensors: Mapping[str, Tensor]) -> str:
     return checksum_parts(layout(tensors, {}))
 
 
-def file_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+def file_bytes(tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str] | None = None) -> int:
     """How large the file of ``tensors`` will be."""
     return 8 + len(_header(list(tensors), tensors, metadata or {})) + sum(map(_size, tensors.values()))
 
 
-def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+def _header(names: list[str], tensors: Mapping[str, Tensor | Deferred], metadata: Mapping[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     begin = 0
     for name in names:
@@ -119,5 +146,5 @@ def _header(names: list[str], tensors: Mapping[str, Tensor], metadata: Mapping[s
     return text + b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
 
 
-def _size(tensor: Tensor) -> int:
+def _size(tensor: Tensor | Deferred) -> int:
     return tensor.numel() * tensor.element_size()

@@ -1,0 +1,190 @@
+"""A checkpoint of another program's in, what diffusers or SAT reads out; compared before it is published."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, KNOWN_MODELS, MODEL_INDEX
+from finetune.cogvideox.spec import read_spec
+from finetune.convert.checkpoint_files import (
+    Checkpoint,
+    by_component,
+    files_of,
+    merge_checkpoints,
+    named_tensors,
+)
+from finetune.convert.pipelines import (
+    COMPONENTS,
+    Model,
+    add_sat_text,
+    cast,
+    checked_components,
+    compare,
+    complete_pipeline,
+    require_room,
+    write_diffusers,
+    write_sat,
+)
+from finetune.convert.sat import Tensors
+from finetune.convert.structure import model_of
+from finetune.core.checksums import folder_checksums
+from finetune.core.errors import ConfigError, ExportError
+from finetune.core.files import disk_fix, from_here, publish_dir, require_writable
+from finetune.core.types import DtypeName, torch_dtype
+from finetune.methods.adapter import some
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """What becomes of a source; ``finetune.convert`` says what each word means."""
+
+    to: Literal["diffusers", "sat"] = "diffusers"
+    model: str | None = None
+    dtype: DtypeName | None = None
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was published, and how it was compared with its source."""
+
+    folder: Path
+    kind: str
+    """What the source was, such as ``SAT checkpoint of CogVideoX 5b``."""
+    files: tuple[str, ...]
+    """Relative to the folder, sorted."""
+    comparisons: tuple[str, ...]
+    """A line per component, or for an adapter."""
+    notes: tuple[str, ...] = ()
+    command: str = ""
+    """What follows."""
+
+    def __str__(self) -> str:
+        lines = [f"converted: {self.kind}, to {from_here(self.folder)}: {some(self.files, 8)}"]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"loaded again and compared: {line}" for line in self.comparisons]
+        lines += [f"next: {self.command}"] if self.command else []
+        return "\n".join(lines)
+
+
+def convert(source: Path, out: Path, options: ConvertOptions) -> ConversionReport:
+    """Convert a checkpoint or an adapter; errors stand at ``finetune.convert``."""
+    kind, paths = files_of(source)
+    target = _free_folder(out)
+    if kind == "diffusers folder" and options.to == "diffusers":
+        raise ConfigError(
+            "this is in diffusers' format already",
+            where=str(source),
+            fix="use it as it is, or give --to sat for a SAT checkpoint of it",
+        )
+    checkpoint = _checkpoint(kind, paths, source)
+    if options.to == "sat":
+        checkpoint = _for_sat(checkpoint, source)
+    return _convert_model(checkpoint, source, target, options)
+
+
+def _free_folder(out: Path) -> Path:
+    """``out`` with its links followed.
+
+    Raises:
+        ExportError: if something is there, or nothing can be written there.
+    """
+    real = out.resolve()
+    if real.exists() and not (real.is_dir() and not any(real.iterdir())):
+        raise ExportError(
+            "the place for the conversion is not empty", where=str(out), fix="name a new or empty folder with --out"
+        )
+    if real == Path.cwd():
+        raise ExportError(
+            "the place for the conversion is the folder that this command runs in",
+            where=str(out),
+            fix="name a folder inside it with --out",
+        )
+    require_writable(real.parent, kind=ExportError, what="the conversion", where=str(out))
+    return real
+
+
+def _checkpoint(kind: str, paths: list[Path], source: Path) -> Checkpoint:
+    if kind == "diffusers folder":
+        return _diffusers_checkpoint(source)
+    return merge_checkpoints([by_component(named_tensors(path), path) for path in paths], source)
+
+
+def _diffusers_checkpoint(folder: Path) -> Checkpoint:
+    """The weights of a diffusers folder: a pipeline, or a transformer alone."""
+    root = folder if (folder / "transformer").is_dir() else folder.parent
+    components: dict[str, Tensors] = {}
+    for component in COMPONENTS[:2]:  # SAT has T5 as transformers has it
+        indexed = root / component / "diffusion_pytorch_model.safetensors.index.json"
+        file = indexed if indexed.is_file() else root / component / "diffusion_pytorch_model.safetensors"
+        if file.is_file():
+            components[component] = named_tensors(file)
+    if not components:
+        raise ConfigError("the folder holds no weights", where=str(folder), fix=COMPLETE_CHECKPOINT)
+    return Checkpoint("diffusers folder", root, components)
+
+
+def _for_sat(checkpoint: Checkpoint, source: Path) -> Checkpoint:
+    """What of a checkpoint SAT has in files of its own: it reads T5 as transformers has it."""
+    if checkpoint.kind.startswith("SAT"):
+        raise ConfigError("this is in SAT's format already", where=str(source), fix="leave --to sat out")
+    own = {name: tensors for name, tensors in checkpoint.components.items() if name != "text_encoder"}
+    return replace(checkpoint, components=own)
+
+
+def _convert_model(checkpoint: Checkpoint, source: Path, target: Path, options: ConvertOptions) -> ConversionReport:
+    where = str(source)
+    named = options.model
+    if named is None and (checkpoint.path / MODEL_INDEX).is_file():
+        named = str(checkpoint.path)
+    shapes = {
+        component: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for component, tensors in checkpoint.components.items()
+    }
+    json = model_of(shapes, named, where)
+    checked = checked_components(checkpoint.components, json, where)
+    dtype = None if options.dtype is None else torch_dtype(options.dtype)
+    model = Model({name: cast(tensors, dtype) for name, tensors in checked.items()}, json, read_spec(str(json)), where)
+    require_room(target, model)
+    lacking: list[str] = []
+    comparisons: list[str] = []
+
+    def fill(partial: Path) -> str:
+        (write_sat if options.to == "sat" else write_diffusers)(partial, model)
+        comparisons.extend(map(str, compare(partial, model, options.to)))
+        marker = folder_checksums(partial)  # before the base's files: they are others' and large
+        if options.to == "sat":
+            add_sat_text(partial, checkpoint.path)
+        else:
+            lacking.extend(complete_pipeline(partial, model, options.model))
+        return marker
+
+    try:
+        publish_dir(target, fill)
+    except OSError as error:
+        raise ExportError(
+            f"the conversion cannot be written: {error}", where=str(target), fix=disk_fix(error)
+        ) from error
+    name = json.name if json.name in KNOWN_MODELS else str(options.model or checkpoint.path.name)
+    notes = [f"left out, of no use: {some(checkpoint.left_out)}"] if checkpoint.left_out else []
+    if lacking:
+        notes.append(
+            f"the source has no {', '.join(lacking)}: for a whole pipeline give --model, a folder or hub id whose files"
+            " are on this machine"
+        )
+    command = ""
+    if options.to == "diffusers":
+        place = shlex.quote(from_here(target))
+        command = f"finetune generate --transformer {place} --prompt '...'"
+        if not lacking:
+            command = f"finetune generate --model {place} --prompt '...'"
+    return ConversionReport(
+        target,
+        f"{checkpoint.kind} of CogVideoX {name}",
+        tuple(sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())),
+        tuple(comparisons),
+        tuple(notes),
+        command,
+    )
