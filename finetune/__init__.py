@@ -14,7 +14,7 @@ import finetune.convert  # noqa: F401  (first: importing the folder sets this na
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
 from finetune.runs import load_config, plan, report, train
-from finetune.sampling import generate
+from finetune.sampling import enhance, generate, invert, story, vae
 from finetune.sharing import convert, export, inspect
 
 __version__ = "0.1.0"
@@ -24,13 +24,17 @@ __all__ = [
     "check",
     "convert",
     "doctor",
+    "enhance",
     "export",
     "generate",
     "inspect",
+    "invert",
     "load_config",
     "plan",
     "precompute",
     "prepare",
     "report",
+    "story",
     "train",
+    "vae",
 ]

@@ -141,7 +141,8 @@ def caption(
         DataError: if the folder, its table or its record cannot be used, or too many clips in a row failed.
         ModelError: if the model, the tokenizer or the endpoint cannot be had.
     """
-    from finetune.captioning.caption import CaptionOptions, caption_folder, read_instruction, token_limit
+    from finetune.captioning.answers import token_limit
+    from finetune.captioning.caption import CaptionOptions, caption_folder, read_instruction
     from finetune.captioning.captioners import Captioner, EndpointCaptioner, LocalCaptioner
     from finetune.captioning.review import write_review
 

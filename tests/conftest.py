@@ -237,3 +237,20 @@ def real_clips() -> Path:
 def estimates_kept(tmp_path_factory, monkeypatch):
     """The planner's cache is in a folder that the tests of one worker share."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def serve():
+    """``serve(behave)``: an endpoint on this machine (``endpoint.Server``)."""
+    from endpoint import Server
+
+    servers = []
+
+    def start(behave):
+        servers.append(Server(behave))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from endpoint import said
 from tiny_vlm import save_image_model, save_video_model
 
 import finetune
 from finetune.captioning import caption, captioners, review
-from finetune.captioning.caption import CaptionOptions, TokenLimit, caption_folder
+from finetune.captioning.answers import TokenLimit
+from finetune.captioning.caption import CaptionOptions, caption_folder
 from finetune.captioning.captioners import EndpointCaptioner, LocalCaptioner
 from finetune.cli.main import main
 from finetune.core.errors import ConfigError, DataError, ModelError
@@ -270,54 +270,6 @@ def test_what_is_no_video_language_model_is_said(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ an endpoint
-
-
-class Server(ThreadingHTTPServer):
-    """Answers each request as ``behave(request) -> (status, body)`` says; a float is a pause first."""
-
-    def __init__(self, behave):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.behave, self.requests = behave, []
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.requests.append((self.headers["Authorization"], request))
-        status, body = self.server.behave(request)
-        content = body.encode() if isinstance(body, str) else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        with suppress(BrokenPipeError):
-            self.wfile.write(content)
-
-    def log_message(self, *arguments):
-        pass
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(behave):
-        servers.append(Server(behave))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-def said(text):
-    return 200, {"choices": [{"message": {"role": "assistant", "content": text}, "finish_reason": "stop"}]}
 
 
 def kinds(request):

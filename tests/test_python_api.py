@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import yaml
+from endpoint import said
+from tiny_vlm import save_painter
 from worlds import run_values
 
 import finetune
@@ -54,13 +56,13 @@ def test_every_function_says_what_it_takes_and_raises(function):
 @pytest.mark.parametrize("given", [None, 7, object(), ["run.yaml"]], ids=["none", "number", "object", "list"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
 def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, given):
-    if function in (finetune.generate, finetune.report) and given == ["run.yaml"]:
+    if function in (finetune.generate, finetune.enhance, finetune.report) and given == ["run.yaml"]:
         given = [7]
-    with pytest.raises(
-        ConfigError,
-        match=r"is no (configuration|path)|[a-z]+\(\)( \((folder|source|prompts|raw))?",
-    ):
-        function(*[given] * (2 if function in (finetune.prepare, finetune.convert) else 1))
+    needed = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    positional = [given for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD]
+    named = {each.name: given for each in needed if each.kind is each.KEYWORD_ONLY}
+    with pytest.raises(ConfigError, match=rf"is no (configuration|path)|{function.__name__}\(\)"):
+        function(*positional, **named)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +111,17 @@ def test_a_configuration_is_one_or_its_values_or_its_file(name, tmp_path):
 # ------------------------------------------------------------------------------------------------------------ the page
 
 
-def test_the_page_shows_every_function_and_runs(tiny_model, demo_clips, tmp_path, monkeypatch, capsys):
+def test_the_page_shows_every_function_and_runs(tiny_model, demo_clips, tmp_path, monkeypatch, capsys, serve):
     values = run_values(tiny_model(), demo_clips, tmp_path / "run")
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(demo_clips, tmp_path / "footage")
     monkeypatch.chdir(tmp_path)
-    program = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    here = {"http://localhost:8000/v1": serve(lambda request: said("a red circle moving left")).url}
+    here |= {"5b-i2v": str(tiny_model("5b-i2v")), "black-forest-labs/FLUX.1-schnell": str(save_painter(tmp_path / "p"))}
+    page = PAGE
+    for name, stand_in in here.items():
+        page = page.replace(f'"{name}"', f'"{stand_in}"')
+    program = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(program) >= 6 and not [
         each.__name__ for each in FUNCTIONS if f"{each.__name__}(" not in "".join(program)
     ]

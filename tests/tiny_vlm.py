@@ -33,6 +33,57 @@ def _tokenizer():
     )
 
 
+def save_text_model(folder: Path) -> Path:
+    """A Llama, which only reads."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+            **{"num_attention_heads": 2, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": None},
+        )
+    )
+    model.generation_config.update(pad_token_id=tokenizer.pad_token_id, eos_token_id=None)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def save_painter(folder: Path) -> Path:
+    """A PixArt, which paints what a T5 reads."""
+    import torch
+    from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+
+    from finetune.testing.tiny import tiny_text
+
+    tokenizer, encoder = tiny_text()
+    torch.manual_seed(0)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=encoder,
+        vae=AutoencoderKL(
+            block_out_channels=(4, 4, 4, 4),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            norm_num_groups=2,
+        ),
+        transformer=PixArtTransformer2DModel(
+            **{"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "caption_channels": 32},
+            **{"cross_attention_dim": 16, "sample_size": 32, "norm_num_groups": 2},
+        ),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
 def save_image_model(folder: Path) -> Path:
     """A LLaVA, which is shown pictures."""
     import torch

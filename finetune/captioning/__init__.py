@@ -1,1 +1,1 @@
-"""Captions for clips, from a video-language model on this machine or behind an OpenAI-compatible endpoint."""
+"""Captions for clips and long prompts, by a language model on this machine or behind an OpenAI-compatible endpoint."""

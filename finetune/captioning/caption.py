@@ -9,43 +9,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from importlib import resources
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.captioning.captioners import Answer, Captioner, Chat
+from finetune.captioning.answers import TokenLimit, answers_within
+from finetune.captioning.captioners import Captioner, Chat
 from finetune.captioning.folder import RECORD, CaptionRecord, Row, open_dataset, read_records
-from finetune.cogvideox.captions import load_tokenizer, tokenize
-from finetune.cogvideox.config import ModelConfig
-from finetune.cogvideox.model_files import json_folder
-from finetune.cogvideox.spec import read_spec
 from finetune.core import locks
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, DataError, FinetuneError
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
-from finetune.datasets.rows import MAX_CAPTION_BYTES, check_caption
+from finetune.datasets.rows import MAX_CAPTION_BYTES
 from finetune.datasets.tables import read_text
-
-SHORTER = (
-    "That is too long: at most {words} words can be read. Write it again in at most {words} words, as one paragraph,"
-    " with what matters most to how it looks and moves. Write only the description."
-)
-
-WORDS_PER_TOKEN = 0.66
-"""Of English prose under T5's tokenizer, on the safe side."""
-
-_ATTEMPTS = 3
-"""To make a caption short enough."""
 
 _FRAMES_PER_S = 2.0
 """Shown of a clip, within ``frames``: what video-language models are trained on."""
@@ -54,38 +38,6 @@ _FEWEST_FRAMES = 4
 
 _FAILURES = 10
 """Clips in a row that fail before the rest is given up."""
-
-_THOUGHTS = re.compile(r"<think>.*?</think>", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class TokenLimit:
-    """What CogVideoX's text encoder reads of a caption."""
-
-    most: int
-    count: Callable[[Sequence[str]], list[int]]
-    """Tokens of each text."""
-
-    @property
-    def words(self) -> int:
-        """About as many English words."""
-        return int(self.most * WORDS_PER_TOKEN)
-
-
-def token_limit(target: str) -> TokenLimit:
-    """What a CogVideoX reads of a caption, counted by its own tokenizer.
-
-    Args:
-        target: a folder, a hub id, or a published model's name such as ``5b``.
-
-    Raises:
-        ModelError: if its JSON or its tokenizer cannot be found or read.
-    """
-    spec = read_spec(str(json_folder(target)))
-    tokenizer = load_tokenizer(ModelConfig(pretrained=target))
-    return TokenLimit(
-        spec.max_text_seq_length, lambda texts: [tokens.length for tokens in tokenize(tokenizer, texts, spec)]
-    )
 
 
 def read_instruction(path: Path | None = None) -> str:
@@ -177,11 +129,6 @@ def caption_folder(
         return _Captioning(folder, limit, options).run(captioner, progress)
 
 
-class _Caption(NamedTuple):
-    text: str
-    tokens: int
-
-
 class _Captioning:
     """One run over one folder."""
 
@@ -242,8 +189,10 @@ class _Captioning:
             while batch := list(islice(clips, self._options.batch)):
                 for variant in range(self._options.variants):
                     asked = [(row, chat) for row, chat in batch if variant in variants[row.file_name]]
-                    answers = self._captions([chat for _, chat in asked], captioner, variant) if asked else []
-                    for (row, chat), answer in zip(asked, answers, strict=True):
+                    answers = (
+                        answers_within(self._limit, [chat for _, chat in asked], captioner, variant) if asked else []
+                    )
+                    for (row, _), answer in zip(asked, answers, strict=True):
                         bar.update()
                         if isinstance(answer, FinetuneError):
                             self._report.errors.append(answer)
@@ -252,7 +201,7 @@ class _Captioning:
                         failures = 0
                         line = CaptionRecord(
                             *(row.file_name, variant, answer.text, answer.tokens),
-                            *(captioner.name, captioner.revision, self._method, digest_file(chat.video)),
+                            *(captioner.name, captioner.revision, self._method, digest_file(row.video)),
                         )
                         record.write(json.dumps(asdict(line), ensure_ascii=False) + "\n")
                         self._records[row.file_name, variant] = line
@@ -272,43 +221,7 @@ class _Captioning:
             if isinstance(frames, DataError):
                 self._report.errors.append(DataError(frames.what, where=row.file_name, fix=frames.fix))
             else:
-                yield row, Chat(row.video, frames, len(frames) / seconds, (self._instruction,))
-
-    def _captions(self, chats: Sequence[Chat], captioner: Captioner, variant: int) -> list[_Caption | FinetuneError]:
-        """A caption for each chat; one that is too long is asked for again, and the shortest taken."""
-        captions = self._counted(chats, captioner.answer(chats, variant))
-        for attempt in range(1, _ATTEMPTS):
-            long = {
-                at: caption
-                for at, caption in enumerate(captions)
-                if isinstance(caption, _Caption) and caption.tokens > self._limit.most
-            }
-            if not long:
-                break
-            request = SHORTER.format(words=int(self._limit.words * 0.85**attempt))
-            again = [
-                replace(chats[at], turns=(chats[at].turns[0], caption.text, request)) for at, caption in long.items()
-            ]
-            for at, answer in zip(long, self._counted(again, captioner.answer(again, variant)), strict=True):
-                if isinstance(answer, _Caption) and answer.tokens < long[at].tokens:
-                    captions[at] = answer
-        return captions
-
-    def _counted(self, chats: Sequence[Chat], answers: Sequence[Answer]) -> list[_Caption | FinetuneError]:
-        counted: list[_Caption | FinetuneError] = []
-        for chat, answer in zip(chats, answers, strict=True):
-            if isinstance(answer, FinetuneError):
-                counted.append(answer)
-                continue
-            text = " ".join(_THOUGHTS.sub(" ", answer).split()).strip('"\u201c\u201d ')
-            try:
-                check_caption(text, str(chat.video))
-            except DataError as error:
-                what = f"the answer is no caption: {error.what}"
-                counted.append(DataError(what, where=str(chat.video), fix="repeat the command, or write it by hand"))
-                continue
-            counted.append(_Caption(text, self._limit.count([text])[0]))
-        return counted
+                yield row, Chat(str(row.video), (self._instruction,), row.video, frames, len(frames) / seconds)
 
 
 # --- frames -----------------------------------------------------------------------------------------------------------

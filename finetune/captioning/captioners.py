@@ -1,4 +1,4 @@
-"""Who writes captions: a model of ``transformers`` in this process, or one behind an OpenAI-compatible endpoint."""
+"""Who writes captions and prompts: a model of ``transformers`` here, or one behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import mimetypes
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -35,14 +35,17 @@ Answer = str | FinetuneError
 
 @dataclass(frozen=True)
 class Chat:
-    """What a model is asked about one clip."""
+    """What a model is asked about one clip, about a picture, or about nothing that can be seen."""
 
-    video: Path
-    frames: NDArray[np.uint8]
-    """Evenly spaced over the clip, [F, H, W, 3] RGB."""
-    frames_per_s: float
+    about: str
+    """For messages: the clip's file, or the prompt."""
     turns: tuple[str, ...]
     """The instruction, an answer, what is asked next, and so on; the last is the user's."""
+    video: Path | None = None
+    """The clip's file; None for pictures that belong to none."""
+    frames: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, 1, 1, 3), np.uint8))
+    """Evenly spaced over the clip, or the picture alone, [F, H, W, 3] RGB."""
+    frames_per_s: float = 1.0
 
 
 class Captioner(Protocol):
@@ -54,14 +57,14 @@ class Captioner(Protocol):
     """The exact weights, as far as they can be told; else empty."""
 
     def answer(self, chats: Sequence[Chat], variant: int) -> list[Answer]:
-        """An answer to each chat's last turn, or the error that this clip met.
+        """An answer to each chat's last turn, or the error that this chat met.
 
         Args:
             chats: answered side by side.
             variant: 0 asks for the likeliest text, any other number for one drawn with this seed.
 
         Raises:
-            FinetuneError: for what no clip is to blame for, such as a server that is not there.
+            FinetuneError: for what no chat is to blame for, such as a server that is not there.
         """
         ...
 
@@ -70,37 +73,52 @@ class Captioner(Protocol):
 
 
 class LocalCaptioner:
-    """An image-text-to-text model of ``transformers``; sees a video where its processor has them, else pictures.
+    """A chat model of ``transformers``; sees a video where its processor has them, else pictures.
 
     Args:
         model: a folder or a hub id.
         revision: branch, tag or commit on the hub.
         device: such as ``cuda:0``; None for a GPU where there is one.
+        sees: it has to be an image-text-to-text model; False takes one that only reads as well.
 
     Raises:
-        ModelError: if it cannot be found, loaded, or takes neither videos nor pictures in a chat.
+        ModelError: if it cannot be found or loaded, or is of another kind.
     """
 
-    def __init__(self, model: str, revision: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self, model: str, revision: str | None = None, device: str | None = None, *, sees: bool = True
+    ) -> None:
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import (
+            AutoConfig,
+            AutoModelForCausalLM,
+            AutoModelForImageTextToText,
+            AutoProcessor,
+            AutoTokenizer,
+        )
 
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         try:
-            self._processor: Any = AutoProcessor.from_pretrained(model, revision=revision)
-            self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                model, revision=revision, dtype="auto", use_safetensors=True
-            )
+            if not sees:
+                config = AutoConfig.from_pretrained(model, revision=revision)
+                sees = type(config) in AutoModelForImageTextToText._model_mapping
+            reader = AutoProcessor if sees else AutoTokenizer
+            kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+            self._processor: Any = reader.from_pretrained(model, revision=revision)
+            self._model: Any = kind.from_pretrained(model, revision=revision, dtype="auto", use_safetensors=True)
         except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+            example = "an image-text-to-text model, such as Qwen/Qwen3-VL-8B-Instruct"
             raise ModelError(
-                f"{model} cannot be loaded as a video-language model: {first_line(error)}",
-                fix="name the folder or hub id of an image-text-to-text model, such as Qwen/Qwen3-VL-8B-Instruct;"
+                f"{model} cannot be loaded as a {'video-' if sees else ''}language model: {first_line(error)}",
+                fix=f"name the folder or hub id of {example if sees else 'a chat model, such as Qwen/Qwen3-8B'};"
                 " pip install 'cogvideox-finetune[caption]' has what its processor needs",
             ) from error
         if not getattr(self._processor, "chat_template", None):
             raise ModelError(f"{model} has no chat template", fix="take an instruction-tuned model")
         self._model.to(self._device).eval()
-        self._processor.tokenizer.padding_side = "left"  # answers begin where questions end
+        self._sees = sees
+        # Answers begin where questions end.
+        getattr(self._processor, "tokenizer", self._processor).padding_side = "left"
         self.name = model
         self.revision = getattr(self._model.config, "_commit_hash", None) or revision or ""
 
@@ -112,7 +130,7 @@ class LocalCaptioner:
             if not is_out_of_memory(error):
                 raise
             if len(chats) == 1:
-                what = f"one clip of {len(chats[0].frames)} frames does not fit into memory with {self.name}"
+                what = f"one chat of {len(chats[0].frames)} frames does not fit into memory with {self.name}"
                 raise ModelError(what, fix="lower --frames or --side, or take a smaller model") from error
         middle = len(chats) // 2
         return [*self.answer(chats[:middle], variant), *self.answer(chats[middle:], variant)]
@@ -120,7 +138,7 @@ class LocalCaptioner:
     def _generate(self, chats: Sequence[Chat], variant: int) -> list[str]:
         import torch
 
-        inputs = self._inputs(chats).to(self._device, self._model.dtype)
+        inputs = self._inputs(chats)
         torch.manual_seed(variant)
         sampling = {"do_sample": True, "temperature": TEMPERATURE} if variant else {"do_sample": False}
         with torch.inference_mode():
@@ -131,8 +149,12 @@ class LocalCaptioner:
         return answers
 
     def _inputs(self, chats: Sequence[Chat]) -> Any:
-        videos = getattr(self._processor, "video_processor", None)
+        videos = getattr(self._processor, "video_processor", None) if chats[0].video is not None else None
         options: dict[str, Any] = {"padding": True}
+        if not self._sees:
+            messages = [_words(chat) for chat in chats]
+            template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+            return self._processor.apply_chat_template(messages, **template, **options).to(self._device)
         if videos is not None:
             options |= {"do_sample_frames": False, "video_metadata": [_metadata(chat) for chat in chats]}
             if "cap_pixels_per_frame" in getattr(videos.valid_kwargs, "__annotations__", {}):
@@ -144,7 +166,7 @@ class LocalCaptioner:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs=options,
-        )
+        ).to(self._device, self._model.dtype)
 
 
 def _conversation(chat: Chat, *, as_video: bool) -> list[dict[str, Any]]:
@@ -157,6 +179,11 @@ def _conversation(chat: Chat, *, as_video: bool) -> list[dict[str, Any]]:
         content = [*(shown if number == 0 else ()), {"type": "text", "text": text}]
         messages.append({"role": "assistant" if number % 2 else "user", "content": content})
     return messages
+
+
+def _words(chat: Chat) -> list[dict[str, Any]]:
+    """A conversation in words alone, as models that only read take it."""
+    return [{"role": "assistant" if at % 2 else "user", "content": text} for at, text in enumerate(chat.turns)]
 
 
 def _metadata(chat: Chat) -> dict[str, Any]:
@@ -205,7 +232,7 @@ class EndpointCaptioner:
             import openai
         except ImportError:
             fix = "pip install 'cogvideox-finetune[caption]'"
-            raise ConfigError("captions from an endpoint need the openai client", fix=fix) from None
+            raise ConfigError("an endpoint needs the openai client", fix=fix) from None
         if not base_url.startswith(("http://", "https://")):
             raise ConfigError(f"{base_url} is no http address", fix="such as http://localhost:8000/v1")
         self._key = os.environ.get(key_variable) or "none"
@@ -224,8 +251,10 @@ class EndpointCaptioner:
     def _answer(self, chat: Chat, variant: int) -> Answer:
         import openai
 
-        as_video = self._send == "video" or (
-            self._send == "auto" and chat.video.stat().st_size <= MAX_VIDEO_BYTES and _video_type(chat.video) != ""
+        video = chat.video
+        as_video = video is not None and (
+            self._send == "video"
+            or (self._send == "auto" and video.stat().st_size <= MAX_VIDEO_BYTES and _video_type(video) != "")
         )
         try:
             return self._request(chat, variant, as_video)
@@ -252,11 +281,10 @@ class EndpointCaptioner:
             return self._fault(chat, what, "check that it serves chat completions")
 
     def _request(self, chat: Chat, variant: int, as_video: bool) -> Answer:
-        messages: Any = [
-            {"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(chat.turns)
-        ]
-        shown = [_video_part(chat.video)] if as_video else [_image_part(frame) for frame in chat.frames]
-        messages[0]["content"] = [*shown, {"type": "text", "text": chat.turns[0]}]
+        messages: Any = _words(chat)
+        shown = [_video_part(chat.video)] if as_video and chat.video else [_image_part(frame) for frame in chat.frames]
+        if shown:  # else a plain text, which every server takes
+            messages[0]["content"] = [*shown, {"type": "text", "text": chat.turns[0]}]
         response: Any = self._client.chat.completions.create(
             model=self.name,
             messages=messages,
@@ -276,7 +304,7 @@ class EndpointCaptioner:
 
     @staticmethod
     def _fault(chat: Chat, what: str, fix: str) -> DataError:
-        return DataError(what, where=str(chat.video), fix=fix)
+        return DataError(what, where=chat.about, fix=fix)
 
 
 def _video_type(video: Path) -> str:

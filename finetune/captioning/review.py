@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from finetune.captioning.caption import TokenLimit, read_frames
+from finetune.captioning.answers import TokenLimit
+from finetune.captioning.caption import read_frames
 from finetune.captioning.folder import RECORD, TABLE, Row, TextFiles, open_dataset, read_records
 from finetune.core.errors import DataError
 from finetune.core.files import atomic_write_text

@@ -27,7 +27,10 @@ _MEMORY_FIX = (
     " --bucket or --offload, or set CUDA_VISIBLE_DEVICES= to compute on the CPU"
 )
 
-_LASTING = ("caption", "prepare", "precompute", "train", "replay", "export", "convert", "generate", "quickstart")
+_LASTING = (
+    *("caption", "prepare", "precompute", "train", "replay", "export", "convert", "quickstart"),
+    *("generate", "invert", "vae", "enhance", "story"),
+)
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 
 

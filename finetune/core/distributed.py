@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import distributed
 
-from finetune.core.errors import FinetuneError, LaunchError, is_out_of_memory
+from finetune.core.errors import ConfigError, FinetuneError, LaunchError, is_out_of_memory
 
 GLOO_TIMEOUT = timedelta(days=7)
 """Of what goes through ``ProcessGroup``: encoding a large dataset takes hours."""
@@ -86,6 +86,25 @@ def compute_device(name: str | None = None) -> torch.device:
     device = torch.device(name or ("cpu" if on_cpu() else "cuda"))
     require_cudnn(device)
     return indexed(device)
+
+
+def usable_device(name: str | None = None) -> torch.device:
+    """``compute_device`` of a name that a person gave, tried out.
+
+    Raises:
+        ConfigError: if there is no such device, or it cannot be used.
+        LaunchError: see ``require_cudnn``.
+    """
+    try:
+        device = compute_device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        if is_out_of_memory(error):  # another program holds all of it
+            raise
+        raise ConfigError(
+            f"the device cannot be used: {str(error).splitlines()[0]}", where=f"--device {name or 'cuda'}"
+        ) from None
+    return device
 
 
 _PLUGINS = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")

@@ -6,7 +6,6 @@ Training sees nothing that the VAE loses: fine text, grain, small faces far away
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,13 +14,13 @@ from torch import Tensor
 
 from finetune.caching.check import PlannedClip, workers_for
 from finetune.caching.encode import release_memory, set_tiling
-from finetune.cogvideox.encode import encode_video
 from finetune.cogvideox.load import load_vae
 from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError
 from finetune.core.terminal import Bar
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.diagnosis.frames import Encoded, Reconstruction, encoded
+from finetune.inference.vae_files import psnr, through_vae
 
 
 def reconstruct(
@@ -48,18 +47,9 @@ def reconstruct(
                 yield clip
                 continue
             set_tiling(vae, config.cache.vae_tiling, job.plan.bucket)
-            yield _compared(clip.pixels, _through(vae, clip.pixels), exact)
+            yield _compared(clip.pixels, through_vae(vae, clip.pixels), exact)
     del vae
     release_memory()
-
-
-@torch.no_grad()
-def _through(vae: Any, pixels: Tensor) -> Tensor:
-    """Uint8 RGB [3, F, H, W] through the VAE, on the CPU again."""
-    mean, _ = encode_video(vae, pixels[None])
-    sample = vae.decode(mean.to(vae.dtype)).sample[0].float()
-    levels: Tensor = ((sample + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
-    return levels
 
 
 def _compared(pixels: Tensor, result: Tensor, exact: bool) -> Reconstruction:
@@ -71,8 +61,3 @@ def _compared(pixels: Tensor, result: Tensor, exact: bool) -> Reconstruction:
         return encoded(Image.fromarray(pixels), worst, exact=exact)
 
     return Reconstruction(psnr(errors.mean()), psnr(errors[worst]), picture(pixels), picture(result))
-
-
-def psnr(error: Tensor) -> float:
-    """Of a mean squared error of uint8 levels, in dB; 99 where there is none."""
-    return float(10 * torch.log10(255**2 / error.clamp(min=255**2 / 10**9.9)))

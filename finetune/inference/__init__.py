@@ -1,1 +1,1 @@
-"""Videos from a prompt: what is asked for, which adapters, sampling, and files of frames."""
+"""Videos from a prompt, latents or another video: requests, adapters, sampling, inversion, and files of frames."""

@@ -19,8 +19,8 @@ from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import empty_transformer, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.model_files import json_folder, pin_revision
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.core.distributed import compute_device
-from finetune.core.errors import ConfigError, FinetuneError, is_out_of_memory, raise_all
+from finetune.core.distributed import usable_device
+from finetune.core.errors import ConfigError, FinetuneError, raise_all
 from finetune.core.files import atomic_write_bytes, require_writable
 from finetune.core.types import Bucket
 from finetune.datasets.geometry import parse_bucket
@@ -289,15 +289,7 @@ def _recorded_bucket(record: TrainingRecord, spec: ModelSpec) -> Bucket | None:
 
 
 def _device(request: GenerateRequest) -> torch.device:
-    try:
-        device = compute_device(request.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        if is_out_of_memory(error):  # another program holds all of it
-            raise
-        raise ConfigError(
-            f"the device cannot be used: {str(error).splitlines()[0]}", where=f"--device {request.device or 'cuda'}"
-        ) from None
+    device = usable_device(request.device)
     if request.offload and device.type == "cpu":
         raise ConfigError("there is no GPU to offload from", where="--offload", fix="leave --offload out")
     return device

@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError
 
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import ConfigError, DataError, FinetuneError, raise_all
-from finetune.core.files import LORA_FILE
+from finetune.core.files import LORA_FILE, atomic_write_text
 from finetune.core.text import text_fault
 from finetune.core.types import Bucket, SamplePrompt
 from finetune.datasets.geometry import BucketField
@@ -189,6 +189,28 @@ def read_prompts(path: Path, *, seeds: range = range(2**62)) -> tuple[VideoPromp
             errors.append(ConfigError(error.what, where=f"{path}:{number}", fix=error.fix))
     raise_all(ConfigError, errors, what="{n} prompts cannot be used")
     return tuple(prompts)
+
+
+def write_prompts(path: Path, prompts: Sequence[SamplePrompt]) -> None:
+    """Write prompts as ``read_prompts`` reads them, ``.jsonl``, files by their absolute paths.
+
+    Raises:
+        ConfigError: for another suffix.
+        OSError: if it cannot be written.
+    """
+    if path.suffix != ".jsonl":
+        raise ConfigError("prompts with seeds are written as .jsonl", where=f"--output {path}", fix="name it so")
+    atomic_write_text(path, "".join(json.dumps(_as_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
+
+
+def _as_row(prompt: SamplePrompt) -> dict[str, Any]:
+    row = prompt.model_dump(mode="json", exclude_none=True, exclude={"adapters"})
+    for name in ("image", "last_image", "video"):
+        if name in row:
+            row[name] = str(Path(row[name]).absolute())
+    if isinstance(prompt, VideoPrompt) and prompt.adapters is not None:
+        row["adapter"] = [f"{adapter.path.absolute()}:{adapter.strength}" for adapter in prompt.adapters]
+    return row
 
 
 def _from_row(row: Any, folder: Path, seed: int) -> VideoPrompt:
