@@ -329,6 +329,18 @@ def test_still_images_are_read_where_a_source_asks_for_them(tmp_path, layout):
     assert "fix" in fault(folder, source, media=media), "unasked, there is no training clip"
 
 
+def test_a_column_of_images_may_be_named_and_has_to_hold_names(tmp_path):
+    folder, media = tmp_path / "stills", tmp_path / "media"
+    rows = pictures(folder)
+    table(folder / "m.csv", [{"drawing": row["file_name"], "text": row["prompt"]} for row in rows])
+    source = {"kind": "metadata", "path": "m.csv", "image_column": "drawing"}
+    assert len(read(folder, {**source, "images": True}).train) == 3
+    assert "none of the usual columns" in fault(folder, source)
+    as_image_parquet(folder, rows)
+    assert "kind: packed" in fault(folder, {"path": "train-0.parquet", "images": True})
+    assert len(read(folder, {"kind": "packed", "path": "train-0.parquet", "images": True}, media=media).train) == 3
+
+
 def test_a_list_of_both_gives_both(clips):
     folder, rows = clips
     source = as_videox_fun(folder, rows)

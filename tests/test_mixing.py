@@ -311,7 +311,7 @@ def test_training_draws_the_mirrored_clip_half_of_the_time_and_measures_the_plai
     mirrored = replace(made, items=[replace(item, latents_key=item.flipped_key) for item in made.items])
     micro = MicroBatch(items=(index,), slots=(3,))
 
-    def is_mirrored(step: int) -> bool:
+    def is_mirrored(step: int, micro: MicroBatch = micro) -> bool:
         batch, straight, other = (one.training(step, micro) for one in (made, plain, mirrored))
         assert torch.equal(batch.noise, straight.noise) and torch.equal(batch.timesteps, straight.timesteps)
         chosen = other if torch.equal(batch.latents, other.latents) else straight
@@ -323,6 +323,11 @@ def test_training_draws_the_mirrored_clip_half_of_the_time_and_measures_the_plai
     drawn = [is_mirrored(step) for step in range(64)]
     assert 20 <= sum(drawn) <= 44 and drawn[:8] == [is_mirrored(step) for step in range(8)]
     assert torch.equal(made.fixed(index, [3]).latents, plain.fixed(index, [3]).latents)
+    # One process or several, a sample of a step has its own slot and so its own draw.
+    other = MicroBatch(items=(index,), slots=(4,))
+    assert drawn[:16] != [is_mirrored(step, other) for step in range(16)]
+    both = made.training(0, MicroBatch(items=(index, index), slots=(3, 4))).latents
+    assert torch.equal(both, torch.cat([made.training(0, one).latents for one in (micro, other)]))
 
 
 def test_a_run_with_mirrored_clips_resumes_to_the_bit_and_is_another_run(home):

@@ -147,13 +147,15 @@ class MetadataSource(_Source):
         report.unusable += table.faults
         if not table.columns:
             return
-        names = [name for name in IMAGE_COLUMNS if name in table.columns and self.image_column is None]
-        only_images = self.images and names and not table.columns.keys() & {self.video_column, *VIDEO_COLUMNS}
+        image = column_of(table, self.image_column, IMAGE_COLUMNS, "image_column", file)
+        only_images = self.images and image and not self.video_column and not table.columns.keys() & set(VIDEO_COLUMNS)
         video = "" if only_images else column_of(table, self.video_column, VIDEO_COLUMNS, "video_column", file)
         listed = VARIANTS in table.columns and not table.columns.keys() & set(CAPTION_COLUMNS)
         one_of = (VARIANTS,) if listed else CAPTION_COLUMNS
         caption = column_of(table, self.caption_column, one_of, "caption_column", file)
-        image = column_of(table, self.image_column, IMAGE_COLUMNS, "image_column", file)
+        if only_images and table.columns[image]:
+            fix = "name a column of text with image_column (kind: metadata); for images inside the file, kind: packed"
+            raise DataError(f"the column {image} holds {table.columns[image]}, not text", where=str(file), fix=fix)
         if image and table.columns[image]:
             # No fault of a text-to-video run; for image-to-video its own first frame stands in, and it is said.
             report.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")

@@ -271,6 +271,8 @@ def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, sights: _Sigh
     )
     buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
     notes = list(dataset.notes)
+    if flipped := sum(bucket.flipped for bucket in buckets):
+        notes.append(f"{flipped} clips are encoded mirrored as well, and shown so half of the time (random_flip)")
     if planned and not tokens:
         notes.append("captions were not counted in tokens: the model's tokenizer is not on this machine")
     if len(planned) > MOST_CARDS:
@@ -388,7 +390,7 @@ def _clip_report(
     if isinstance(sight, Seen):
         measures = sight.measures
         values |= {
-            "motion": sum(measures.motion) / max(1, len(measures.motion)),
+            "motion": None if probe.still else sum(measures.motion) / max(1, len(measures.motion)),
             "sharpness": measures.sharpness,
             "brightness": sum(measures.luma) / len(measures.luma),
         }
