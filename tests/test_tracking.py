@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import math
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -21,9 +23,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune.checkpoint.folders import METRICS
+from finetune.cli.streams import own_log
 from finetune.config.schema import TrackingConfig
 from finetune.core.errors import ConfigError
-from finetune.trainers.tracking import Console, StepRecord, Tracker, duration, hparams, require_tracker
+from finetune.trainers.console import Console, duration, sparkline
+from finetune.trainers.tracking import StepRecord, Tracker, hparams, require_tracker
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = {
@@ -328,21 +332,60 @@ def test_console_prints_plain_lines_at_intervals():
     assert "ETA" not in lines[0] and "ETA" not in lines[-1]
 
 
-def test_console_rewrites_its_line_on_a_terminal(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
-    written = Terminal()
-    run_console(written, 3)
-    assert written.getvalue().count("\r") == 3 and written.getvalue().endswith("\n")
-    for line in written.getvalue().removesuffix("\n").split("\r")[1:]:
-        assert len(line.removesuffix("\x1b[K")) <= 39
+@pytest.fixture
+def terminal(monkeypatch) -> Terminal:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return Terminal()
 
 
-def test_notes_do_not_tear_the_progress_line():
-    stream = Terminal()
-    console = Console(5, stream=stream)
+def test_console_redraws_a_panel_on_a_terminal(terminal):
+    lines = run_console(terminal, 30, memory_gib=24.0)
+    panel = "\n".join(lines[-6:])
+    assert (
+        "step 30/30" in panel and "100%" in panel and "1.50 of 24.0 GiB" in panel and "\x1b[1A" in terminal.getvalue()
+    )
+    assert any(bar in panel for bar in "▁▂▃▄▅▆▇█")
+    for line in lines:
+        assert len(re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line)) <= 60
+
+
+@pytest.mark.parametrize(("name", "value", "has"), [("NO_COLOR", "1", "panel"), ("TERM", "dumb", "lines")])
+def test_a_terminal_that_wants_less_gets_less(terminal, monkeypatch, name, value, has):
+    monkeypatch.setenv(name, value)
+    run_console(terminal, 3)
+    written = terminal.getvalue()
+    assert not re.search(r"\x1b\[[0-9;]*3[0-9]m", written)
+    assert ("\x1b[" in written) == (has == "panel")
+
+
+def test_notes_and_warnings_stand_above_the_panel(terminal, monkeypatch):
+    monkeypatch.setattr("sys.stderr", terminal)
+    clock = Clock()
+    console = Console(5, stream=terminal, clock=clock)
     console.step(record(1))
-    console.note("saved")
-    assert stream.getvalue().endswith("\x1b[K\nsaved\n")
+    with own_log():
+        console.note("saved [bold]here[/bold]")
+        logging.getLogger("finetune").warning("the disk is slow")
+    console.fact("held out", "0.1 at step 1")
+    console.close()
+    clock.now += 1
+    console.step(record(2))
+    console.close()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.getvalue()).replace("\r", "\n").splitlines()
+    for text in ("saved [bold]here[/bold]", "warning: the disk is slow"):
+        assert text in [line.strip() for line in plain]
+    assert any("held out" in line and "0.1 at step 1" in line for line in plain)
+    assert sys.stderr is terminal
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [([], ""), ([1.0], "▁"), ([0.0, 1.0], "▁█"), ([1.0, 1.0, 1.0], "▁▁▁"), ([0.0, math.nan, 1.0], "▁██")],
+)
+def test_sparkline(values, bars):
+    assert sparkline(values, 40) == bars
 
 
 def test_console_is_silent_on_other_processes():

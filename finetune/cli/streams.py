@@ -79,6 +79,15 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+class _ToStandardError(logging.StreamHandler[TextIO]):
+    """Writes to what standard error is at that moment: a panel on the terminal takes its place while it stands."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """As any ``StreamHandler``."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 class _Formatter(logging.Formatter):
     """Warnings in the style of all others, and the rest as it is."""
 
@@ -90,7 +99,7 @@ class _Formatter(logging.Formatter):
 @contextmanager
 def own_log() -> Iterator[None]:
     """Inside, this package's log goes to standard error: warnings, and the planner's steps, which may take a minute."""
-    log, handler = logging.getLogger("finetune"), logging.StreamHandler(sys.stderr)
+    log, handler = logging.getLogger("finetune"), _ToStandardError()
     level, propagates = log.level, log.propagate
     handler.setFormatter(_Formatter())
     log.addHandler(handler)

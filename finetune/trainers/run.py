@@ -32,7 +32,8 @@ from finetune.memory.runner import rewriting_weights
 from finetune.optim.ema import Ema
 from finetune.parallel.strategy import ParallelStrategy, require_agreement
 from finetune.planner.plan import BackgroundPrediction
-from finetune.trainers.tracking import Console, GatheredStep, StepRecord, Tracker, loss_by_timestep_bucket
+from finetune.trainers.console import Console
+from finetune.trainers.tracking import GatheredStep, StepRecord, Tracker, loss_by_timestep_bucket
 
 FP16_LOSS_SCALE = 1024.0
 """Constant factor on the loss under fp16 compute, taken off the gradients again. Activation gradients of a mean over a

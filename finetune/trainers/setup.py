@@ -46,9 +46,10 @@ from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
 from finetune.planner.cost_model import card_here, held_note
 from finetune.planner.plan import BackgroundPrediction, choose_memory, predict_async
+from finetune.trainers.console import Console
 from finetune.trainers.launch import Launch, Replicate, make_accelerator, make_strategy, read_launch, require_launch
 from finetune.trainers.run import Run, RunData, TrainedModel
-from finetune.trainers.tracking import Console, Tracker, require_tracker, tensorboard_command
+from finetune.trainers.tracking import Tracker, require_tracker, tensorboard_command
 
 
 def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
@@ -96,7 +97,12 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
 
     tracker = Tracker(config.tracking, accelerator, settings=config.to_dict(), resumed_step=state.step)
     cleanup.callback(tracker.close)
-    console = Console(data.total_steps, interval_s=config.tracking.console_interval_s, enabled=ranks.is_main)
+    console = Console(
+        data.total_steps,
+        interval_s=config.tracking.console_interval_s,
+        enabled=ranks.is_main,
+        memory_gib=_memory_gib(ranks.device),
+    )
     cleanup.callback(console.close)
     run = Run(
         config=config,
@@ -363,3 +369,7 @@ def _device_name(device: torch.device) -> str:
         others = held_note(device)
         return f"{torch.cuda.get_device_name(device)}, {total_gib:.1f} GiB" + (f"; {others}" if others else "")
     return f"{torch.get_num_threads()} threads"
+
+
+def _memory_gib(device: torch.device) -> float | None:
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None

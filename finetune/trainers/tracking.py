@@ -1,4 +1,4 @@
-"""What a run tells of itself: numbers of each step over all processes, to a tracker and to the console.
+"""What a run tells of itself: numbers of each step over all processes, to its folder and to a tracker.
 
 ``docs/training.md`` lists the names of the metrics. A step in them is the number of completed optimizer steps.
 """
@@ -9,14 +9,11 @@ import json
 import logging
 import math
 import shlex
-import shutil
-import sys
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -342,90 +339,3 @@ class Tracker:
         """Print no traceback of a failed write: TensorBoard's thread leaves its error to the next call."""
         if "tensorboard." not in type(failure.thread).__module__:
             self._thread_hook(failure)
-
-
-# -------------------------------------------------------------------------------------------------------------- console
-
-
-class Console:
-    """One progress line: rewritten after every step on a terminal, printed at intervals elsewhere.
-
-    Args:
-        total_steps: optimizer steps of the whole run.
-        interval_s: least seconds between two lines where ``stream`` is no terminal.
-        stream: where to print; None is standard output.
-        enabled: False on every process but the main one.
-        clock: seconds from any origin.
-    """
-
-    def __init__(
-        self,
-        total_steps: int,
-        *,
-        interval_s: float = 10.0,
-        stream: TextIO | None = None,
-        enabled: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._total = total_steps
-        self._interval_s = interval_s
-        self._stream = stream or sys.stdout
-        self._enabled = enabled
-        self._clock = clock
-        self._terminal = self._stream.isatty()
-        self._origin: tuple[int, float] | None = None
-        self._last_line_s = -math.inf
-        self._open_line = False
-
-    def step(self, record: StepRecord) -> None:
-        """Show a step that is complete."""
-        step, now = record.step, self._clock()
-        if self._origin is None:
-            self._origin = step, now  # the first step is slow (allocator, kernel selection): the estimate begins after
-        due = self._terminal or step >= self._total or now - self._last_line_s >= self._interval_s
-        if not (self._enabled and due):
-            return
-        parts = [
-            f"step {step:>{len(str(self._total))}}/{self._total}",
-            f"loss {record.loss:.4f}",
-            f"lr {record.lr:.2e}",
-            f"{record.s_per_step:.2f} s/step",
-            f"peak {record.peak_gib:.2f} GiB",
-        ]
-        first, first_s = self._origin
-        if first < step < self._total:
-            parts.append(f"ETA {duration((now - first_s) / (step - first) * (self._total - step))}")
-        self._write("  ".join(parts))
-        self._last_line_s = now
-
-    def _write(self, line: str) -> None:
-        if self._terminal:
-            # A line wider than the terminal wraps, and a wrapped line cannot be rewritten.
-            width = shutil.get_terminal_size().columns - 1
-            self._stream.write(f"\r{line[:width]}\x1b[K")
-            self._open_line = True
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
-
-    def note(self, text: str) -> None:
-        """Print whole lines without tearing the progress line."""
-        if self._enabled:
-            self.close()
-            self._stream.write(text + "\n")
-            self._stream.flush()
-
-    def close(self) -> None:
-        """End a progress line that is still open."""
-        if self._open_line:
-            self._stream.write("\n")
-            self._stream.flush()
-            self._open_line = False
-
-
-def duration(seconds: float) -> str:
-    """``45s``, ``7m 38s`` or ``3h 02m``."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60}h {minutes % 60:02d}m"
-    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"

@@ -202,6 +202,7 @@ class Validator:
             f"step {step}: held-out loss {val.mean:.4f}, same on training clips {train_subset.mean:.4f}"
             f" (gap {gap:+.4f})"
         )
+        run.console.fact("held out", f"{val.mean:.4f} at step {step}, training clips {train_subset.mean:.4f}")
         self._remember(Measurement(step, val.mean, train_subset.mean, by_bucket))
         return val.mean
 
@@ -292,6 +293,7 @@ class Sampler:
         shown = sorted(run.ranks.gather(videos), key=lambda pair: pair[0])
         for number, frames in shown:
             run.tracker.log_video(f"samples/{number:02d} {config.samples[number].prompt[:60]}", frames, step, fps)
+        run.console.fact("samples", from_here(folder))
         run.console.note(f"step {step}: sampled {len(shown)} of {len(config.samples)} videos to {from_here(folder)}")
 
     def _own_videos(self) -> Iterator[tuple[int, Frames]]:
