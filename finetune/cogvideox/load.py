@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import attrgetter
@@ -73,6 +74,7 @@ def load_transformer(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     placement: Placement | None = None,
+    quantization: Any = None,
 ) -> CogVideoXTransformer3DModel:
     """The denoiser in evaluation mode, its weights in ``dtype`` from the first moment on.
 
@@ -81,6 +83,7 @@ def load_transformer(
         device: where its weights go.
         dtype: None for ``model.torch_dtype()``.
         placement: who decides which weights are held in another form; None for as they are.
+        quantization: a ``quantization_config`` of diffusers, which then does the loading, in place of ``placement``.
 
     Returns:
         The module; ``base_digest`` says which weights it was filled with.
@@ -96,7 +99,11 @@ def load_transformer(
         module: Any = _on_meta_device(folder, "transformer", dtype or model.torch_dtype())
         _require_exact(module, folder / "transformer", _DIFFUSERS_STEM)
         tensors = _noting(stored_tensors(folder / "transformer", _DIFFUSERS_STEM), checksums)
-        place(module, tensors, torch.device(device), placement)
+        if quantization is None:
+            place(module, tensors, torch.device(device), placement)
+        else:
+            deque(tensors, maxlen=0)  # for the checksums
+            module = _quantised(type(module), folder / "transformer", quantization, module.dtype, torch.device(device))
         _note_base(module, checksums)
         if module.patch_embed.use_positional_embeddings:
             module.patch_embed.pos_embedding = sine_positions(module).to(device)
@@ -182,6 +189,7 @@ def load_text(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     placement: Placement | None = None,
+    quantization: Any = None,
 ) -> tuple[Tokenizer, T5EncoderModel]:
     """The tokenizer and the T5 encoder, frozen and in evaluation mode. Otherwise as ``load_transformer``."""
     folder = resolve_pretrained(model.pretrained, model.revision, components=["tokenizer", "text_encoder"])
@@ -198,10 +206,21 @@ def load_text(
         encoder = _empty_text_encoder(folder, dtype)
         # A whole T5 also holds a decoder, whose weights are left where they are.
         _require_exact(encoder, folder / "text_encoder", _T5_STEM, allow_unexpected=True)
-        place(encoder, stored_tensors(folder / "text_encoder", _T5_STEM), torch.device(device), placement)
+        if quantization is None:
+            place(encoder, stored_tensors(folder / "text_encoder", _T5_STEM), torch.device(device), placement)
+        else:
+            encoder = _quantised(type(encoder), folder / "text_encoder", quantization, dtype, torch.device(device))
         if (pieces := max(tokenizer.get_vocab().values()) + 1) > encoder.config.vocab_size:
             raise ValueError(f"it knows {encoder.config.vocab_size:,} pieces, and the tokenizer has {pieces:,}")
     return tokenizer, encoder.eval().requires_grad_(False)
+
+
+def _quantised(kind: Any, folder: Path, quantization: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """A component as its library loads and quantises it, each weight on ``device`` if that is a GPU."""
+    places = {"device_map": {"": device}} if device.type == "cuda" else {}
+    return kind.from_pretrained(
+        folder, torch_dtype=dtype, quantization_config=quantization, local_files_only=True, **places
+    )
 
 
 def _empty_text_encoder(folder: Path, dtype: torch.dtype) -> T5EncoderModel:
