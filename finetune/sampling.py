@@ -10,7 +10,7 @@ from finetune.arguments import checked
 
 if TYPE_CHECKING:
     from finetune.captioning.prompts import EnhanceReport
-    from finetune.core.types import Bucket, DtypeName, SamplePrompt
+    from finetune.core.types import Bucket, DtypeName, Offload, Quantization, SamplePrompt
     from finetune.inference.editing import InvertReport
     from finetune.inference.generate import GenerateReport
     from finetune.inference.request import VideoPrompt
@@ -43,7 +43,12 @@ def generate(
     scheduler: Literal["ddim", "dpm"] | None = None,
     gif: bool | None = None,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
-    offload: bool | None = None,
+    budget: str | int | None = None,
+    offload: Offload | Literal["auto"] | None = None,
+    quantize: Quantization | None = None,
+    quantize_text: Quantization | None = None,
+    compile: bool | None = None,
+    parallel: Literal["prompts", "cfg", "context"] | None = None,
     device: str | None = None,
 ) -> GenerateReport:
     """Sample a video for each prompt from a base model with any number of adapters.
@@ -56,7 +61,7 @@ def generate(
         out: folder for the videos.
         model: the base model, a folder or a hub id; None for what the first adapter was trained on.
         revision: branch, tag or commit of a hub id.
-        transformer: a fully fine-tuned transformer in place of the base's, from an export.
+        transformer: in place of the base's: a fully fine-tuned one, from an export, or a GGUF file.
         adapters: LoRAs, each a file, an export, a checkpoint or a run, as ``PATH`` or ``PATH:STRENGTH``.
         images: first frames, for image-to-video models: one for all texts, or one for each.
         last_images: last frames, likewise.
@@ -74,7 +79,12 @@ def generate(
         scheduler: what takes the steps; None for the base's own.
         gif: write animated GIFs as well.
         dtype: what to compute in.
-        offload: keep on the GPU only the component that runs; slower.
+        budget: of the GPU's memory, such as ``8GiB`` or bytes; None for what is free of it.
+        offload: what waits in host memory meanwhile; None for as little as the budget allows.
+        quantize: the transformer in fewer bits, which changes the videos.
+        quantize_text: the same for the text encoder.
+        compile: compile the transformer's blocks.
+        parallel: what the processes of ``accelerate launch`` divide: videos, the two passes of guidance, or tokens.
         device: such as ``cuda:1`` or ``cpu``; None for the GPU if there is one.
 
     Raises:
@@ -82,6 +92,7 @@ def generate(
         ConfigError: for a prompt, image, adapter, size or number that cannot be used; all of them at once.
         DataError: if an image or a video cannot be read.
     """
+    from finetune.core.gpu import amount
     from finetune.inference.generate import generate
     from finetune.inference.request import GenerateRequest, parse_adapter
 
@@ -106,7 +117,12 @@ def generate(
         "videos": videos,
         "gif": gif,
         "dtype": dtype,
+        "budget": amount("--budget", budget) if isinstance(budget, str) else budget,
         "offload": offload,
+        "quantize": quantize,
+        "quantize_text": quantize_text,
+        "compile": compile,
+        "parallel": parallel,
         "device": device,
     }
     return generate(GenerateRequest(**{name: value for name, value in given.items() if value is not None}))
@@ -387,7 +403,8 @@ def story(
         return enhance(text, model=writer, target=name, **options).prompts[0].prompt  # type: ignore[arg-type]
 
     def animate(prompt: str, frame: Path) -> Path:
-        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "offload": offload}
+        waiting = "model" if offload else "auto"
+    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "offload": waiting}
         prompts = [SamplePrompt(prompt=prompt, image=frame, seed=seed)]
         options = {"model": name, "adapters": listed, "bucket": shape, "device": device}
         return generate(prompts, folder, **options, **settings).videos[0]  # type: ignore[arg-type]

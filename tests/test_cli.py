@@ -563,7 +563,8 @@ def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
         f"generate --model base --revision r --transformer full --adapter a:0.5 --adapter b "
         f"--prompts {tmp_path}/prompts.txt --prompt third --image i.png --seed 7 "
         "--bucket 9x64x32 --fps 4 --negative-prompt ugly --steps 3 --guidance 2 "
-        "--dynamic-cfg --dtype fp32 --offload --device cpu --output out --last-image l.png --video v.mp4 "
+        "--dynamic-cfg --dtype fp32 --budget 8GiB --offload group --quantize int8 --quantize-text nf4 --compile "
+        "--parallel cfg --device cpu --output out --last-image l.png --video v.mp4 "
         "--strength 0.5 --extend 2 --videos 3 --scheduler ddim --gif"
     )
     assert main(words.split()) == OK
@@ -577,7 +578,9 @@ def test_generate_hands_on_every_option(monkeypatch, tmp_path, capsys):
     assert request.bucket == Bucket(9, 64, 32) and request.fps == 4 and request.out == Path("out")
     assert (request.base, request.revision, request.transformer) == ("base", "r", Path("full"))
     assert (request.negative_prompt, request.num_inference_steps, request.guidance_scale) == ("ugly", 3, 2)
-    assert (request.dynamic_cfg, request.dtype, request.offload, request.device) == (True, "fp32", True, "cpu")
+    assert (request.dynamic_cfg, request.dtype, request.device) == (True, "fp32", "cpu")
+    assert (request.budget, request.offload, request.quantize, request.quantize_text) == (2**33, "group", "int8", "nf4")
+    assert (request.compile, request.parallel) == (True, "cfg")
     assert capsys.readouterr().out == "done\n"
     assert main(["generate", "--model", "base", "--prompt", "a", "--bucket", "9x64"]) == USER_ERROR
     assert "--bucket 9x64" in capsys.readouterr().err

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 
+import imageio.v3 as imageio
 import pytest
 
+from finetune.cli.main import main
 from finetune.cogvideox.spec import read_spec
 from finetune.core.types import Bucket
 from finetune.inference.context_parallel import division_faults
@@ -47,3 +49,17 @@ def test_what_cannot_be_divided_is_known_before_anything_is_loaded(tiny_model, d
         *division_faults(division, spec, Bucket(9, 64, 64), processes, **{"guided": True, "ring": True, **options})
     ]
     assert [message in fault.what for fault in faults] == ([True] if message else [])
+
+
+@pytest.mark.parametrize("parallel", ["prompts", "cfg", "context"])
+def test_generate_on_two_processes_writes_what_one_writes(tiny_model, launcher, tmp_path, parallel):
+    words = ["generate", "--model", str(tiny_model("5b")), "--bucket", "9x32x48", "--steps", "2", "--dtype", "fp32"]
+    words += [word for prompt in ("a red circle", "a blue square", "a ring") for word in ("--prompt", prompt)]
+    assert main([*words, "--output", str(tmp_path / "one")]) == 0
+    ends = launcher.run("launcher_cases:command", *words, "--output", str(tmp_path / "two"), "--parallel", parallel)
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.log[-3000:] for end in ends)
+    assert [end.log.count("sheet.png") for end in ends] == [1, 0]
+    one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 4
+    sheets = [imageio.imread(files[-1]).astype(int) for files in (one, two)]  # of the frames before compression
+    assert abs(sheets[0] - sheets[1]).max() <= (0 if parallel == "prompts" else 1)

@@ -31,7 +31,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError, FinetuneError
 from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket
-from finetune.inference import generate
+from finetune.inference import generate, loading
 from finetune.inference import sample as sampling
 from finetune.inference.adapters import TRAINING_RECORD, TrainingRecord, base_faults, transformer_root
 from finetune.inference.continuation import join, match_colours
@@ -412,7 +412,7 @@ def test_a_full_fine_tuning_replaces_the_transformer(tiny_model, tmp_path):
 
 def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_path, monkeypatch):
     encoders = []
-    load_text_ = generate.load_text
+    load_text_ = loading.load_text
 
     def spy_text(*args, **options):
         loaded = load_text_(*args, **options)
@@ -424,8 +424,8 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_p
         assert [encoder() for encoder in encoders] == [None]
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "load_text", spy_text)
-    monkeypatch.setattr(generate, "load_transformer", spy_transformer)
+    monkeypatch.setattr(loading, "load_text", spy_text)
+    monkeypatch.setattr(loading, "load_transformer", spy_transformer)
     with pytest.raises(KeyboardInterrupt):
         generate.generate(request_for(tiny_model("5b"), tmp_path))
 
@@ -436,8 +436,8 @@ def test_the_text_encoder_is_gone_before_the_transformer_comes(tiny_model, tmp_p
 @pytest.fixture
 def no_weights(monkeypatch):
     """Fails the test if a weight is loaded."""
-    for name in ("load_text", "load_transformer", "load_vae"):
-        monkeypatch.setattr(generate, name, lambda *a, **k: pytest.fail("a weight was loaded"))
+    for module, name in ((loading, "load_text"), (loading, "load_transformer"), (generate, "load_vae")):
+        monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("a weight was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -459,7 +459,11 @@ def no_weights(monkeypatch):
         ({"prompts": (VideoPrompt(prompt="a", adapters=(AdapterArgument(Path("no")),)),)}, "no such file or folder"),
         ({"prompts": prompts_with_seeds(["a"], [Path("x.png")])}, "takes no image"),
         ({"device": "cuda:99"}, "device cannot be used"),
-        ({"device": "cpu", "offload": True}, "no GPU to offload from"),
+        ({"device": "cpu", "offload": "model"}, "no GPU to offload from"),
+        ({"device": "cpu", "budget": 2**33}, "no GPU to offload from"),
+        ({"device": "cpu", "quantize": "nf4"}, "needs a GPU of NVIDIA's"),
+        ({"device": "cpu", "transformer": Path("none.gguf")}, "the file cannot be read"),
+        ({"parallel": "context"}, "there is one process"),
     ],
 )
 def test_bad_requests_are_refused_before_any_loading(tiny_model, tmp_path, no_weights, changes, message):
@@ -532,7 +536,7 @@ def outcome(monkeypatch, request) -> str:
     def load_text(*_, **__):
         raise ArrivedError
 
-    monkeypatch.setattr(generate, "load_text", load_text)
+    monkeypatch.setattr(loading, "load_text", load_text)
     try:
         generate.generate(request)
     except ArrivedError:

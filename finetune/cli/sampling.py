@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 import finetune
-from finetune.cli.app import Device, flag, option, print_next, print_notes, verb
+from finetune.cli.app import Device, flag, is_main, option, print_next, print_notes, verb
 
 _PANEL = "Videos"
 
+
+_Scheme = Literal["int8", "int8-dynamic", "fp8", "fp8-dynamic", "fp8-cast", "nf4", "bnb-int8"]
 
 _MODEL, _SHOWN, _SAMPLING, _FILES, _COMPUTE = "Model", "What is shown", "Sampling", "Files", "Computing"
 
@@ -25,7 +27,9 @@ _MODEL, _SHOWN, _SAMPLING, _FILES, _COMPUTE = "Model", "What is shown", "Samplin
 def generate(
     model: Annotated[str | None, option("Folder, hub id, 5b...; left out: the adapter's own.", "MODEL", _MODEL)] = None,
     revision: Annotated[str | None, option("Branch, tag or commit of a hub id.", "REV", _MODEL)] = None,
-    transformer: Annotated[Path | None, option("A fully fine-tuned one, from an export.", "DIR", _MODEL)] = None,
+    transformer: Annotated[
+        Path | None, option("A fully fine-tuned one, from an export; or GGUF.", "PATH", _MODEL)
+    ] = None,
     adapter: Annotated[
         list[str], option("A LoRA: file, export, checkpoint or run; give it again for more.", "PATH:STRENGTH", _MODEL)
     ] = [],
@@ -56,7 +60,20 @@ def generate(
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"] | None, option("Left out: as the model is stored.", None, _COMPUTE)
     ] = None,
-    offload: Annotated[bool, flag("--offload", "Keep on the GPU only what is in use; slower.", _COMPUTE)] = False,
+    budget: Annotated[
+        str | None, option("GPU memory to keep within; left out: what is free.", "8GiB", _COMPUTE)
+    ] = None,
+    offload: Annotated[
+        Literal["auto", "none", "model", "group", "sequential"],
+        option("What waits in host memory; auto: as little as fits.", None, _COMPUTE),
+    ] = "auto",
+    quantize: Annotated[_Scheme | None, option("The transformer in fewer bits: other videos.", None, _COMPUTE)] = None,
+    quantize_text: Annotated[_Scheme | None, option("The same for T5.", None, _COMPUTE)] = None,
+    compile: Annotated[bool, flag("--compile", "Compile the transformer's blocks.", _COMPUTE)] = False,
+    parallel: Annotated[
+        Literal["prompts", "cfg", "context"] | None,
+        option("What the processes of `accelerate launch` divide.", None, _COMPUTE),
+    ] = None,
     device: Annotated[
         str | None, option("Such as cuda:1 or cpu; left out: a GPU where there is one.", "NAME", _COMPUTE)
     ] = None,
@@ -67,30 +84,35 @@ def generate(
     seeds = range(seed, 2**62, videos or 1)
     listed = () if prompts is None else read_prompts(prompts, seeds=seeds)
     typed = prompts_with_seeds(prompt, image, last_images=last_image, videos=video, seeds=seeds[len(listed) :])
-    print(
-        finetune.generate(
-            [*listed, *typed],
-            output,
-            model=model,
-            revision=revision,
-            transformer=transformer,
-            adapters=adapter or None,
-            strength=strength,
-            extend=extend,
-            videos=videos,
-            bucket=bucket,
-            fps=fps,
-            negative_prompt=negative_prompt,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            dynamic_cfg=dynamic_cfg or None,
-            scheduler=scheduler,
-            gif=gif or None,
-            dtype=dtype,
-            offload=offload or None,
-            device=device,
-        )
+    report = finetune.generate(
+        [*listed, *typed],
+        output,
+        model=model,
+        revision=revision,
+        transformer=transformer,
+        adapters=adapter or None,
+        strength=strength,
+        extend=extend,
+        videos=videos,
+        bucket=bucket,
+        fps=fps,
+        negative_prompt=negative_prompt,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        dynamic_cfg=dynamic_cfg or None,
+        scheduler=scheduler,
+        gif=gif or None,
+        dtype=dtype,
+        budget=budget,
+        offload=offload,
+        quantize=quantize,
+        quantize_text=quantize_text,
+        compile=compile or None,
+        parallel=parallel,
+        device=device,
     )
+    if is_main():  # of the processes of a launch, which all have it
+        print(report)
 
 
 @verb(

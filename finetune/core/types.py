@@ -29,6 +29,14 @@ DtypeName = Literal["bf16", "fp16", "fp32"]
 Decoder = Literal["pyav", "decord"]
 """What decodes videos, as configurations name it."""
 
+Offload = Literal["none", "model", "group", "sequential"]
+"""What waits in host memory while videos are sampled: nothing; the module that does not compute now; all of the
+transformer's blocks but two; all layers but two. Ordered from the fastest to the slowest."""
+
+Quantization = Literal["int8", "int8-dynamic", "fp8", "fp8-dynamic", "fp8-cast", "nf4", "bnb-int8"]
+"""Weights in fewer bits while videos are sampled: torchao's, but for ``fp8-cast``, which is torch's own cast of whole
+layers, and bitsandbytes' ``nf4`` and ``bnb-int8``. With ``-dynamic`` products are computed in eight bits too."""
+
 
 def torch_dtype(name: DtypeName) -> torch.dtype:
     """Torch's dtype of this name."""

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import gc
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.config import ModelConfig
-from finetune.cogvideox.encode import encode_prompts
-from finetune.cogvideox.load import empty_transformer, load_scheduler, load_text, load_transformer, load_vae
+from finetune.cogvideox.load import empty_transformer, load_scheduler, load_vae
 from finetune.cogvideox.model_files import json_folder, pin_revision
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.core.distributed import usable_device
+from finetune.core.distributed import ProcessGroup, usable_device
 from finetune.core.errors import ConfigError, FinetuneError, raise_all
 from finetune.core.files import atomic_write_bytes, require_writable
 from finetune.core.types import Bucket
@@ -37,7 +36,10 @@ from finetune.inference.adapters import (
     transformer_root,
     trigger_notes,
 )
+from finetune.inference.context_parallel import Division, divide, division_faults
 from finetune.inference.continuation import sample_continued
+from finetune.inference.loading import embed_prompts, load_denoiser, start_device
+from finetune.inference.placement import Placement, Sampling, choose
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt, mode_of, request_faults
 from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
 from finetune.inference.videos import Frames, contact_sheet, gif_bytes, write_mp4
@@ -87,6 +89,9 @@ class _Plan:
     bucket: Bucket
     fps: float
     device: torch.device
+    placement: Placement
+    division: Division | Literal["prompts"]
+    """What the processes divide."""
     notes: tuple[str, ...]
 
 
@@ -102,34 +107,53 @@ def generate(request: GenerateRequest) -> GenerateReport:
         DataError: if an image or a video cannot be read.
         FinetuneError: if a video cannot be written.
     """
-    plan = _plan(request)
+    ranks = _processes(request)
+    try:
+        return _generate(request, ranks)
+    finally:
+        ranks.close()
+
+
+def _generate(request: GenerateRequest, ranks: ProcessGroup) -> GenerateReport:
+    plan = _plan(request, ranks)
     texts = dict.fromkeys([request.negative_prompt, *(shot.prompt.prompt for shot in plan.shots)])
-    embeds = dict(zip(texts, _embed(plan.model, plan.spec, [*texts], plan.device), strict=True))
+    # One T5 for all processes, which share the host's memory.
+    encoded = ranks.run_on_main(lambda: embed_prompts(plan.model, plan.spec, [*texts], plan.placement, plan.device))
+    embeds = dict(zip(texts, encoded, strict=True))
     modules = _load_modules(plan, request)
+    if plan.division in ("cfg", "context"):
+        divide(modules.transformer, plan.division, ranks)
+    shots = plan.shots[ranks.rank :: ranks.world] if plan.division == "prompts" else plan.shots
     adapters = LoadedAdapters(plan.spec, modules.transformer, modules.scheduler, plan.sources)
-    rows: list[tuple[str, Frames]] = []
-    for index, shot in enumerate(plan.shots):
-        adapters.use(shot.adapters, later=[one for other in plan.shots[index + 1 :] for one in other.adapters])
+    rows: list[tuple[Path, str, Frames]] = []
+    for index, shot in enumerate(shots):
+        adapters.use(shot.adapters, later=[one for other in shots[index + 1 :] for one in other.adapters])
         frames = _sample(plan, request, modules, shot, embeds)
+        rows.append((shot.path, f"{shot.prompt.prompt} (seed {shot.prompt.seed})", frames))
+        if plan.division != "prompts" and not ranks.is_main:  # which has the same video
+            continue
         # Each as soon as it is sampled: an interrupted batch keeps what is done.
         write_mp4(shot.path, frames, plan.fps)
         if request.gif:
             atomic_write_bytes(shot.path.with_suffix(".gif"), gif_bytes(frames, plan.fps))
-        rows.append((f"{shot.prompt.prompt} (seed {shot.prompt.seed})", frames))
-    sheet = contact_sheet(rows, request.out / "sheet.png")
+    if plan.division == "prompts":
+        rows = sorted(ranks.gather(rows), key=lambda row: row[0])
+    pictures = [(label, frames) for _, label, frames in rows]
+    sheet = ranks.run_on_main(lambda: contact_sheet(pictures, request.out / "sheet.png"))
     paths = tuple(shot.path for shot in plan.shots)
-    return GenerateReport(paths, sheet, plan.bucket, tuple(frames for _, frames in rows), plan.notes)
+    return GenerateReport(paths, sheet, plan.bucket, tuple(frames for _, frames in pictures), plan.notes)
 
 
 def _load_modules(plan: _Plan, request: GenerateRequest) -> SampleModules:
     """Transformer, scheduler and VAE, in the state in which they sample; without adapters."""
     dtype = plan.model.torch_dtype()
-    device = torch.device("cpu") if request.offload else plan.device
-    transformer = load_transformer(plan.transformer, device=device, dtype=dtype)
-    if plan.transformer == plan.model:  # an adapter that is put on another transformer is so on purpose
+    transformer = load_denoiser(plan.transformer, plan.placement, plan.device, dtype)
+    # An adapter that is put on another transformer is so on purpose.
+    if plan.transformer == plan.model and request.gguf is None:
         require_same_base(transformer, plan.model.pretrained, plan.sources.values())
     scheduler = _scheduler(load_scheduler(plan.model), request.scheduler)
-    return SampleModules(plan.spec, transformer, scheduler, load_vae(plan.model, device=device, dtype=dtype))
+    vae = load_vae(plan.model, device=start_device(plan.placement, plan.device), dtype=dtype)
+    return SampleModules(plan.spec, transformer, scheduler, vae)
 
 
 def _scheduler(own: Any, kind: str | None) -> Any:
@@ -147,8 +171,8 @@ def _sample(
     settings = SampleSettings(request.num_inference_steps, request.guidance_scale, request.dynamic_cfg)
 
     def sample(part: SampleRequest) -> Frames:
-        offload_to = plan.device if request.offload else None
-        (frames,) = sample_videos(modules, [part], settings, progress=True, offload_to=offload_to)
+        how, device = plan.placement.offload, plan.device
+        (frames,) = sample_videos(modules, [part], settings, progress=True, offload=how, device=device)
         return frames
 
     first = SampleRequest(
@@ -166,9 +190,9 @@ _Record = tuple[str, Path, TrainingRecord]
 """Which option, its folder, and what its training says of itself."""
 
 
-def _plan(request: GenerateRequest) -> _Plan:
+def _plan(request: GenerateRequest, ranks: ProcessGroup) -> _Plan:
     """Find base, adapters, size and rate, and refuse what cannot be sampled; no weight is loaded."""
-    tuned = None if request.transformer is None else transformer_root(request.transformer)
+    tuned = None if request.transformer is None or request.gguf else transformer_root(request.transformer)
     shown = [prompt.adapters for prompt in request.prompts if prompt.adapters is not None]
     sources, faults = read_sources([*request.adapters, *(adapter for adapters in shown for adapter in adapters)])
     active = {path: source for path, source in sources.items() if source.adapter.strength}
@@ -185,11 +209,35 @@ def _plan(request: GenerateRequest) -> _Plan:
     misfits = _misfits(base, folder, spec, [*active.values()], records)
     faults = [*request_faults(request, spec, bucket, fps), *faults, *misfits]
     raise_all(ConfigError, faults, what="{n} things are wrong with the request")
-    device = _device(request)
-    # Sampling takes minutes per video.
-    require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
+    device = ranks.device if ranks.world > 1 else usable_device(request.device)
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
     shots = _shots(request, bucket)
+    division = request.parallel or ("context" if len(shots) == 1 < ranks.world else "prompts")
+    guided = request.guidance_scale > 1
+    buckets = dict.fromkeys(shot.bucket for shot in shots)
+    if division != "prompts":
+        ring = device.type == "cpu" or model.torch_dtype() != torch.float32
+        undivided = [
+            fault
+            for size in buckets
+            for fault in division_faults(division, spec, size, ranks.world, guided=guided, ring=ring)
+        ]
+        if request.compile and division == "context":
+            what = "blocks that talk to other processes are not compiled"
+            undivided.append(ConfigError(what, where="--compile, --parallel context", fix="leave --compile out"))
+        raise_all(ConfigError, undivided, what="{n} things keep the processes from one video")
+    sampling = Sampling(
+        folder=json_folder(base, revision),
+        spec=spec,
+        bucket=max(buckets, key=spec.tokens),
+        dtype=model.torch_dtype(),
+        guided=guided and division != "cfg",
+        adapter_bytes=sum(tensor.nbytes for source in active.values() for tensor in source.tensors.values()),
+        processes=ranks.world if division == "context" else 1,
+    )
+    placement = choose(request, sampling, device)
+    # Sampling takes minutes per video.
+    require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
     choices = [source.note for source in sources.values() if source.note]
     warnings: list[str] = []
     for where, path, record in records:
@@ -209,6 +257,8 @@ def _plan(request: GenerateRequest) -> _Plan:
         bucket=bucket,
         fps=fps,
         device=device,
+        placement=placement,
+        division=division,
         notes=(*choices, *warnings),
     )
 
@@ -268,17 +318,6 @@ def _unread(model: ModelConfig, spec: ModelSpec, texts: Sequence[str]) -> list[s
     ]
 
 
-def _embed(model: ModelConfig, spec: ModelSpec, prompts: Sequence[str], device: torch.device) -> list[Tensor]:
-    """T5 embeddings [L, D] on the CPU; the encoder is gone from memory afterwards."""
-    tokenizer, encoder = load_text(model, device=device)
-    embeds = [encode_prompts(tokenizer, encoder, [prompt], spec)[0].cpu() for prompt in prompts]
-    del tokenizer, encoder
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    return embeds
-
-
 def _recorded_bucket(record: TrainingRecord, spec: ModelSpec) -> Bucket | None:
     """The first bucket of a training record, if this base can sample it."""
     try:
@@ -288,8 +327,17 @@ def _recorded_bucket(record: TrainingRecord, spec: ModelSpec) -> Bucket | None:
     return None if spec.check_bucket(bucket) else bucket
 
 
-def _device(request: GenerateRequest) -> torch.device:
-    device = usable_device(request.device)
-    if request.offload and device.type == "cpu":
-        raise ConfigError("there is no GPU to offload from", where="--offload", fix="leave --offload out")
-    return device
+def _processes(request: GenerateRequest) -> ProcessGroup:
+    """Those that ``accelerate launch`` or ``torchrun`` started; one, where none did."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if request.device is not None:
+            what = "several processes compute on a device each, which the launcher chooses"
+            raise ConfigError(what, where=f"--device {request.device}", fix="leave it out")
+        return ProcessGroup.current()
+    if request.parallel is not None:
+        raise ConfigError(
+            "there is one process, and nothing to divide",
+            where=f"--parallel {request.parallel}",
+            fix="start it as `accelerate launch --num_processes 2 -m finetune generate ...`",
+        )
+    return ProcessGroup()

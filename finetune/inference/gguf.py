@@ -20,8 +20,13 @@ def gguf_faults(file: Path) -> Iterator[ConfigError]:
     where = f"--transformer {file}"
     if importlib.util.find_spec("gguf") is None:
         yield ConfigError("gguf is not installed", where=where, fix="pip install 'cogvideox-finetune[gguf]'")
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
+    try:
+        with file.open("rb") as stream:
+            genuine = stream.read(4) == b"GGUF"
+    except OSError as error:
+        yield ConfigError(f"the file cannot be read: {error.strerror}", where=where)
+    else:
+        if not genuine:
             yield ConfigError("this is no GGUF file", where=where, fix="fetch it again")
 
 
@@ -68,7 +73,7 @@ class _GgufLayers:
         if not isinstance(tensor, GGUFParameter):
             return False
         owner, _, leaf = name.rpartition(".")
-        module.get_submodule(owner)._parameters[leaf] = tensor.to(device)  # type: ignore[assignment]
+        module.get_submodule(owner)._parameters[leaf] = tensor.to(device)
         return True
 
 

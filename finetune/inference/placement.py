@@ -1,35 +1,31 @@
-"""What of a model is on the GPU while videos are sampled, how much memory that takes, and what fits a budget.
+"""How a model is held while videos are sampled, how much memory of a GPU that takes, and what fits a budget.
 
-None of the ways to offload changes what is computed. They are diffusers' own.
+A budget changes no video: it chooses what waits in host memory, and never in how many bits.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from finetune.cogvideox.components import read_json
 from finetune.cogvideox.load import empty_transformer, meta_text_encoder, on_meta
 from finetune.cogvideox.spec import ModelSpec
-from finetune.core.errors import ConfigError
+from finetune.core.errors import ConfigError, raise_all
 from finetune.core.gpu import to_gib, usable
-from finetune.core.types import Bucket
-from finetune.inference.generate import DECODED_BYTES_PER_PIXEL, decodes_in_tiles
-from finetune.inference.quantization import SCHEMES, Quantization, is_quantised
-
-Offload = Literal["none", "model", "group", "sequential"]
-"""What waits in host memory: nothing; the module that does not compute now; all of the transformer's blocks but two;
-all layers but two. Ordered from the fastest to the slowest."""
-
-OFFLOADS: tuple[Offload, ...] = ("none", "model", "group", "sequential")
+from finetune.core.types import Bucket, Offload, Quantization
+from finetune.inference.gguf import gguf_faults
+from finetune.inference.offload import OFFLOADS
+from finetune.inference.quantization import SCHEMES, is_quantised, scheme_faults
+from finetune.inference.request import GenerateRequest
+from finetune.inference.sample import DECODED_BYTES_PER_PIXEL, decodes_in_tiles
 
 
 @dataclass(frozen=True)
@@ -42,6 +38,8 @@ class Placement:
     quantization: Quantization | None = None
     """Of the transformer."""
     text_quantization: Quantization | None = None
+    gguf: Path | None = None
+    """A file whose bits the transformer's weights stay in."""
     compile: bool = False
     """Compile the transformer's blocks, which are one program."""
 
@@ -51,6 +49,9 @@ class Placement:
         if self.offload in ("group", "sequential") and self.quantization and not SCHEMES[self.quantization].leaves:
             what = f"layers in {self.quantization} do not move by themselves"
             yield ConfigError(what, where=where, fix="give --offload model, or --quantize int8")
+        if self.gguf is not None and self.quantization is not None:
+            what = "a GGUF file is quantised as it is"
+            yield ConfigError(what, where=f"--transformer {self.gguf}, --quantize", fix="leave --quantize out")
         if self.compile and self.offload == "sequential":
             what = "what moves every layer by itself cannot be compiled"
             yield ConfigError(what, where=f"--compile, {where}", fix="leave one of them out")
@@ -100,10 +101,12 @@ def peaks(sampling: Sampling, placement: Placement) -> dict[str, int]:
         "sequential": 2 * transformer.layer + adapters,
     }[placement.offload]
     beside = {"none": held, "model": vae, "group": adapters + vae, "sequential": adapters + vae}[placement.offload]
+    width = sampling.spec.num_attention_heads * sampling.spec.attention_head_dim
+    decoded = 4 * width**2 * sampling.dtype.itemsize  # a layer of a feed-forward, made whole as it computes
     encoder = text.outside + 2 * text.block if placement.stream_text else text.total
     return {
         "encoding the prompts": encoder + _TEXT_ACTIVATIONS * sampling.dtype.itemsize // 2,
-        "denoising": held + _activations(sampling) + (transformer.layer if placement.quantization else 0),
+        "denoising": held + _activations(sampling) + (decoded if placement.quantization or placement.gguf else 0),
         "decoding": beside + _decoded(sampling.bucket, sampling.dtype),
     }
 
@@ -164,6 +167,9 @@ def _read_weights(sampling: Sampling, placement: Placement) -> tuple[_Weights, _
     for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
         fewer = scheme is not None and is_quantised(scheme, name, tensor)
         denoiser[name] = tensor.numel() * SCHEMES[scheme].bytes_per_weight if scheme and fewer else tensor.nbytes
+    if placement.gguf is not None:
+        share = placement.gguf.stat().st_size / sum(denoiser.values())
+        denoiser = {name: share * nbytes for name, nbytes in denoiser.items()}
     encoder = {name: float(tensor.nbytes) for name, tensor in text.named_parameters()}
     if (by := placement.text_quantization) is not None:
         embedding = "shared.weight"
@@ -174,76 +180,63 @@ def _read_weights(sampling: Sampling, placement: Placement) -> tuple[_Weights, _
 # ------------------------------------------------------------------------------------------------------------- choosing
 
 
-def fit(sampling: Sampling, placement: Placement, budget: int, *, option: str = "--budget") -> Placement:
+def fit(sampling: Sampling, placement: Placement, budget: int, among: Sequence[Offload] = OFFLOADS) -> Placement:
     """The fastest way to offload that keeps within a budget, and T5 streamed where it does not fit whole.
 
     Args:
         sampling: what is sampled.
-        placement: how it is held otherwise; at least its own ``offload`` is done.
+        placement: how the model is held otherwise.
         budget: bytes of the card that may be used.
-        option: for messages.
+        among: ways to offload.
 
     Raises:
         ConfigError: if none fits; with how much the smallest takes.
     """
     room = usable(budget, sampling.processes)
-    choices = [replace(placement, offload=offload) for offload in OFFLOADS[OFFLOADS.index(placement.offload) :]]
-    choices = [choice for choice in choices if not [*choice.faults()]] or [placement]
-    if peaks(sampling, placement)["encoding the prompts"] > room:
-        choices = [replace(choice, stream_text=placement.text_quantization is None) for choice in choices]
+    if placement.text_quantization is None and peaks(sampling, placement)["encoding the prompts"] > room:
+        placement = replace(placement, stream_text=True)
+    choices = [choice for how in among if not [*(choice := replace(placement, offload=how)).faults()]]
     for choice in choices:
         if max(peaks(sampling, choice).values()) <= room:
             return choice
     least = min((peaks(sampling, choice) for choice in choices), key=lambda phases: max(phases.values()))
     phase = max(least, key=lambda name: least[name])
-    needed = to_gib(least[phase] + budget - room)
     raise ConfigError(
-        f"{to_gib(budget)} is not enough for {sampling.bucket}: {phase} takes {needed}, however the model is offloaded",
-        where=option,
-        fix="make a smaller or shorter video (--bucket)" + ("" if phase != "denoising" else ", or leave guidance out"),
+        f"{to_gib(budget)} is not enough for {sampling.bucket}: {phase} takes {to_gib(least[phase] + budget - room)}",
+        where="--budget, or this card's free memory",
+        fix="make a smaller or shorter video (--bucket)"
+        + (", or name an --offload" if among == OFFLOADS else ", or leave --offload out"),
     )
 
 
-# ----------------------------------------------------------------------------------------------------- putting in place
+def choose(request: GenerateRequest, sampling: Sampling, device: torch.device) -> Placement:
+    """How a request's model is held: as asked for, and else the fastest way that fits the budget.
 
-
-@contextmanager
-def offloading(pipeline: Any, how: Offload, device: torch.device) -> Iterator[None]:
-    """Inside, a pipeline's modules are on ``device`` while they compute; diffusers' own hooks see to it.
-
-    With ``group`` and ``sequential`` the modules keep their hooks: page-locking the weights takes seconds.
-
-    Args:
-        pipeline: its modules on the CPU; with ``none`` on ``device``, where they stay.
-        how: which of them when.
-        device: what computes.
+    Raises:
+        ConfigError: for what does not go together, cannot run on ``device``, or does not fit.
     """
-    if how == "model":
-        pipeline.enable_model_cpu_offload(device=device)
-    elif how in ("group", "sequential"):
-        blocks: dict[str, Any] = {"offload_type": "block_level", "num_blocks_per_group": 1}
-        options = blocks if how == "group" else {"offload_type": "leaf_level"}
-        options |= {"onload_device": device, "use_stream": device.type == "cuda"}
-        if not _is_offloaded(pipeline.transformer):
-            pipeline.transformer.enable_group_offload(**options)
-        if how == "group":
-            pipeline.vae.to(device)
-        elif not _is_offloaded(pipeline.vae):
-            pipeline.vae.enable_group_offload(**options)
-    try:
-        yield
-    finally:
-        if how == "model":
-            pipeline.remove_all_hooks()
-
-
-def _is_offloaded(module: Any) -> bool:
-    from diffusers.hooks.group_offloading import _is_group_offload_enabled
-
-    return bool(_is_group_offload_enabled(module))
-
-
-def compile_blocks(transformer: Any) -> None:
-    """Compile each block: they are alike, so it is done once, in seconds."""
-    for block in transformer.transformer_blocks:
-        block.compile()
+    placement = Placement(
+        offload="none" if request.offload == "auto" else request.offload,
+        quantization=request.quantize,
+        text_quantization=request.quantize_text,
+        gguf=request.gguf,
+        compile=request.compile,
+    )
+    faults = [*placement.faults()]
+    for option, scheme in (("--quantize", request.quantize), ("--quantize-text", request.quantize_text)):
+        faults += [] if scheme is None else scheme_faults(scheme, option, device, sampling.dtype)
+    if request.gguf is not None:
+        faults += gguf_faults(request.gguf)
+    if device.type == "cpu" and (placement.offload != "none" or request.budget is not None):
+        where = "--budget" if request.budget else f"--offload {request.offload}"
+        faults.append(ConfigError("there is no GPU to offload from", where=where, fix="leave it out"))
+    raise_all(ConfigError, faults, what="{n} options do not go together, or not with this machine")
+    if device.type == "cpu":
+        return placement
+    budget = request.budget or torch.cuda.mem_get_info(device)[0]
+    if request.offload == "auto":
+        return fit(sampling, placement, budget)
+    if request.budget is not None:
+        return fit(sampling, placement, budget, among=[request.offload])
+    whole = peaks(sampling, placement)["encoding the prompts"] <= usable(budget)
+    return replace(placement, stream_text=not whole and request.quantize_text is None)

@@ -8,15 +8,12 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from finetune.core.errors import ConfigError
-
-Quantization = Literal["int8", "int8-dynamic", "fp8", "fp8-dynamic", "fp8-cast", "nf4", "bnb-int8"]
-"""torchao's, but for ``fp8-cast``, which is torch's own cast of whole layers, and bitsandbytes' ``nf4`` and
-``bnb-int8``. Weights are held in as many bits; with ``-dynamic`` products are computed in them too."""
+from finetune.core.types import Quantization
 
 KEPT = ("patch_embed", "time_embedding", "ofs_embedding", "norm1", "norm2", "norm_out", "proj_out")
 """Modules that stay as they are: what they compute scales or shifts whole rows, so rounding would not average out."""
@@ -113,13 +110,3 @@ def quantization_config(scheme: Quantization, *, text: bool = False) -> Any:
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=None if text else [*KEPT],
     )
-
-
-def cast_to_fp8(transformer: Any, dtype: torch.dtype) -> None:
-    """Hold a transformer's layers, but for norms and the patch embedding, in float8 while they do not compute.
-
-    Args:
-        transformer: before any adapter is loaded, so that adapters stay as they are.
-        dtype: in which each layer computes.
-    """
-    transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)

@@ -15,7 +15,7 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import ConfigError, DataError, FinetuneError, raise_all
 from finetune.core.files import LORA_FILE, atomic_write_text
 from finetune.core.text import text_fault
-from finetune.core.types import Bucket, SamplePrompt
+from finetune.core.types import Bucket, Offload, Quantization, SamplePrompt
 from finetune.datasets.geometry import BucketField
 from finetune.inference.modes import FromImage, FromImages, FromText, FromVideo, Mode, read_clip, require_clip
 
@@ -67,7 +67,8 @@ class GenerateRequest:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     transformer: Path | None = None
-    """A fully fine-tuned transformer in place of the base's: an export's folder, or its ``transformer`` sub-folder."""
+    """A fully fine-tuned transformer in place of the base's: an export's folder, its ``transformer`` sub-folder, or a
+    GGUF file."""
     adapters: tuple[AdapterArgument, ...] = ()
     bucket: Bucket | None = None
     """Frames x height x width; None: what the first adapter or ``transformer`` was trained at, else the native size."""
@@ -87,8 +88,19 @@ class GenerateRequest:
     gif: bool = False
     """Write each video as an animated GIF as well."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    offload: bool = False
-    """Keep on the GPU only the component that runs: slower, for cards on which the transformer just fits."""
+    budget: int | None = None
+    """Bytes of the GPU's memory that may be used; None: what is free of it."""
+    offload: Offload | Literal["auto"] = "auto"
+    """What waits in host memory; ``auto``: as little as the budget allows."""
+    quantize: Quantization | None = None
+    """How the transformer is held in fewer bits, which changes the videos."""
+    quantize_text: Quantization | None = None
+    """The same for T5."""
+    compile: bool = False
+    """Compile the transformer's blocks."""
+    parallel: Literal["prompts", "cfg", "context"] | None = None
+    """What several processes divide: the videos, the two passes of guidance, or every pass's tokens; None: the videos
+    where there are several, else tokens."""
     device: str | None = None
     """None: the GPU if there is one."""
 
@@ -96,6 +108,11 @@ class GenerateRequest:
         object.__setattr__(self, "out", Path(self.out))
         if self.transformer is not None:
             object.__setattr__(self, "transformer", Path(self.transformer))
+
+    @property
+    def gguf(self) -> Path | None:
+        """``transformer``, if it is a file."""
+        return self.transformer if self.transformer is not None and self.transformer.suffix == ".gguf" else None
 
 
 def parse_adapter(text: str, folder: Path = Path()) -> AdapterArgument:

@@ -18,8 +18,9 @@ from torch import Tensor
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import training_state_untouched
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket
+from finetune.core.types import Bucket, Offload
 from finetune.inference.modes import FromText, Mode
+from finetune.inference.offload import offloading
 from finetune.inference.videos import Frames
 
 _log = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def sample_videos(
     settings: SampleSettings,
     *,
     progress: bool = False,
-    offload_to: torch.device | None = None,
+    offload: Offload = "none",
+    device: torch.device | None = None,
 ) -> list[Frames]:
     """Sample each request through the stock pipeline of its mode, one at a time: none depends on its neighbours.
 
@@ -96,7 +98,8 @@ def sample_videos(
         requests: what to sample.
         settings: how.
         progress: show a bar per video.
-        offload_to: keep each module on the CPU but while it runs on this device.
+        offload: what waits in host memory; with ``group`` and ``sequential`` the modules keep hooks for it.
+        device: what computes where something waits; else where the modules are.
 
     Returns:
         One uint8 [F, H, W, 3] per request.
@@ -111,7 +114,7 @@ def sample_videos(
     if vae.dtype != dtype:
         raise ValueError(f"the VAE is {vae.dtype} and the transformer {dtype}; the pipeline needs them equal")
     videos = []
-    with training_state_untouched(transformer, vae), _without_new_hooks(transformer):
+    with training_state_untouched(transformer, vae):
         for request in requests:
             if request.mode.image_to_video != spec.image_to_video:
                 kind, state = ("image", "missing") if spec.image_to_video else ("text", "given")
@@ -127,26 +130,24 @@ def sample_videos(
             pipeline.progress_bar = lambda iterable=None, total=None: Bar(
                 iterable, total=total, desc="denoising", disable=not progress
             )
-            try:
-                if offload_to is not None:
-                    pipeline.enable_model_cpu_offload(device=offload_to)
-                device = pipeline._execution_device
-                with _tiled_if_large(vae, request.bucket):
-                    output = pipeline(
-                        **request.mode.arguments(spec, request.bucket),
-                        prompt_embeds=request.prompt_embeds[None].to(device, dtype),
-                        negative_prompt_embeds=request.negative_embeds[None].to(device, dtype),
-                        height=request.bucket.height,
-                        width=request.bucket.width,
-                        num_inference_steps=settings.num_inference_steps,
-                        guidance_scale=settings.guidance_scale,
-                        use_dynamic_cfg=settings.dynamic_cfg,
-                        generator=torch.Generator("cpu").manual_seed(request.seed),
-                        output_type="np",
-                    )
-            finally:
-                if offload_to is not None:
-                    pipeline.remove_all_hooks()
+            with (
+                offloading(pipeline, offload, device or transformer.device),
+                _without_new_hooks(transformer),
+                _tiled_if_large(vae, request.bucket),
+            ):
+                here = pipeline._execution_device
+                output = pipeline(
+                    **request.mode.arguments(spec, request.bucket),
+                    prompt_embeds=request.prompt_embeds[None].to(here, dtype),
+                    negative_prompt_embeds=request.negative_embeds[None].to(here, dtype),
+                    height=request.bucket.height,
+                    width=request.bucket.width,
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    use_dynamic_cfg=settings.dynamic_cfg,
+                    generator=torch.Generator("cpu").manual_seed(request.seed),
+                    output_type="np",
+                )
             # The VAE decodes an even number of latent frames (possible with a temporal patch only) to 4F' frames
             # where 4F' - 3 were encoded: the first, single frame comes out as four.
             videos.append(_to_uint8(output.frames[0][-request.bucket.frames :], request.seed))
