@@ -338,6 +338,6 @@ def _processes(request: GenerateRequest) -> ProcessGroup:
         raise ConfigError(
             "there is one process, and nothing to divide",
             where=f"--parallel {request.parallel}",
-            fix="start it as `accelerate launch --num_processes 2 -m finetune generate ...`",
+            fix="start several with `accelerate launch` (docs/inference.md)",
         )
     return ProcessGroup()
