@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cogvideox.components import loading
-from finetune.cogvideox.load import empty_transformer, fill_positions, place
+from finetune.cogvideox.load import empty_transformer, misfits, place, sine_positions
 from finetune.core.errors import ConfigError
 
 
@@ -50,9 +50,16 @@ def load_gguf(file: Path, folder: Path, *, device: torch.device, dtype: torch.dt
         tensors = load_gguf_checkpoint(str(file))
         layers = {f"{name}.weight" for name, layer in transformer.named_modules() if isinstance(layer, nn.Linear)}
         tensors = {name: tensor if name in layers else _decoded(tensor) for name, tensor in tensors.items()}
-    _require_exact(transformer, tensors, file)
+    shapes = {name: tuple(getattr(tensor, "quant_shape", tensor.shape)) for name, tensor in tensors.items()}
+    if faults := misfits(transformer, shapes):
+        raise ConfigError(
+            "; ".join(faults),
+            where=f"--transformer {file}",
+            fix="give a file of this model with diffusers' names (transformer_blocks.0.attn1.to_q.weight)",
+        )
     place(transformer, tensors.items(), device, _GgufLayers(tensors, dtype))
-    fill_positions(transformer, device)
+    if transformer.patch_embed.use_positional_embeddings:
+        transformer.patch_embed.pos_embedding = sine_positions(transformer).to(device)
     return transformer.eval().requires_grad_(False)
 
 
@@ -82,19 +89,3 @@ def _decoded(tensor: Tensor) -> Tensor:
 
     whole: Tensor = dequantize_gguf_tensor(tensor) if isinstance(tensor, GGUFParameter) else tensor
     return whole
-
-
-def _require_exact(transformer: nn.Module, tensors: Mapping[str, Any], file: Path) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in transformer.state_dict().items()}
-    shapes = {name: tuple(getattr(tensor, "quant_shape", tensor.shape)) for name, tensor in tensors.items()}
-    for what, names in (
-        ("missing", own.keys() - shapes.keys()),
-        ("unknown", shapes.keys() - own.keys()),
-        ("of another shape", {name for name in own.keys() & shapes.keys() if own[name] != shapes[name]}),
-    ):
-        if names:
-            raise ConfigError(
-                f"{len(names)} of its tensors are {what}, such as {min(names)}",
-                where=f"--transformer {file}",
-                fix="give a file of this model with diffusers' names (transformer_blocks.0.attn1.to_q.weight)",
-            )

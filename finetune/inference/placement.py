@@ -11,12 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from math import ceil
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
-from finetune.cogvideox.components import read_json
-from finetune.cogvideox.load import empty_transformer, meta_text_encoder, on_meta
+from finetune.cogvideox.load import Component, empty_component
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import ConfigError, raise_all
 from finetune.core.gpu import to_gib, usable
@@ -150,18 +149,13 @@ def _weights(tensors: Mapping[str, float], blocks: str) -> _Weights:
 
 
 @cache
-def _empty_models(folder: Path, dtype: torch.dtype) -> tuple[Any, Any, int]:
-    """Transformer and T5 without content, and the bytes of the VAE."""
-    from diffusers import AutoencoderKLCogVideoX
-
-    with on_meta(dtype):
-        vae = AutoencoderKLCogVideoX.from_config(read_json(folder / "vae" / "config.json"))
-    transformer = empty_transformer(folder, dtype=dtype, device="meta")
-    return transformer, meta_text_encoder(folder, dtype), sum(tensor.nbytes for tensor in vae.parameters())
+def _empty(folder: Path, component: Component, dtype: torch.dtype) -> nn.Module:
+    return empty_component(folder, component, dtype)
 
 
 def _read_weights(sampling: Sampling, placement: Placement) -> tuple[_Weights, _Weights, int]:
-    transformer, text, vae = _empty_models(sampling.folder, sampling.dtype)
+    components: tuple[Component, ...] = ("transformer", "text_encoder", "vae")
+    transformer, text, vae = (_empty(sampling.folder, name, sampling.dtype) for name in components)
     scheme = placement.quantization
     denoiser: dict[str, float] = {}
     for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
@@ -174,7 +168,11 @@ def _read_weights(sampling: Sampling, placement: Placement) -> tuple[_Weights, _
     if (by := placement.text_quantization) is not None:
         embedding = "shared.weight"
         encoder = {n: b if n == embedding else b / 2 * SCHEMES[by].bytes_per_weight for n, b in encoder.items()}
-    return _weights(denoiser, "transformer_blocks"), _weights(encoder, "encoder.block"), vae
+    return (
+        _weights(denoiser, "transformer_blocks"),
+        _weights(encoder, "encoder.block"),
+        sum(t.nbytes for t in vae.parameters()),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing

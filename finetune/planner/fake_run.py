@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from finetune.cogvideox.components import read_json
 from finetune.cogvideox.denoise import denoise
-from finetune.cogvideox.load import make_room, meta_text_encoder, on_meta
+from finetune.cogvideox.load import empty_component, make_room, on_meta
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -89,7 +89,7 @@ def empty_text_encoder(folder: Path, dtype: torch.dtype, where: TextEncoder) -> 
         dtype: of its weights.
         where: ``memory.text_encoder``.
     """
-    encoder: Any = meta_text_encoder(folder, dtype)
+    encoder: Any = empty_component(folder, "text_encoder", dtype)
     if (form := text_placement(where)) is not None:
         form.prepare(encoder)
     make_room(encoder, CPU)
