@@ -404,7 +404,7 @@ def story(
 
     def animate(prompt: str, frame: Path) -> Path:
         waiting = "model" if offload else "auto"
-    settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "offload": waiting}
+        settings = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "offload": waiting}
         prompts = [SamplePrompt(prompt=prompt, image=frame, seed=seed)]
         options = {"model": name, "adapters": listed, "bucket": shape, "device": device}
         return generate(prompts, folder, **options, **settings).videos[0]  # type: ignore[arg-type]
