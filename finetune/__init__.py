@@ -15,7 +15,7 @@ from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
 from finetune.runs import load_config, plan, report, train
 from finetune.sampling import enhance, generate, invert, story, vae
-from finetune.sharing import convert, export, inspect
+from finetune.sharing import convert, export, inspect, merge
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "inspect",
     "invert",
     "load_config",
+    "merge",
     "plan",
     "precompute",
     "prepare",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.convert.convert import ConversionReport
     from finetune.convert.export import ExportReport
     from finetune.convert.inspection import Inspection
+    from finetune.convert.merge import MergeReport
     from finetune.core.types import DtypeName
 
 
@@ -23,25 +25,32 @@ def export(
     full_pipeline: bool = False,
     weights: Literal["auto", "ema", "raw"] = "auto",
     pretrained: str | Path | None = None,
-    merged: bool = False,
+    layout: Literal["diffusers", "comfyui", "kohya", "peft", "merged"] = "diffusers",
     strength: float = 1.0,
+    dtype: DtypeName | None = None,
+    max_shard_size: str | None = None,
 ) -> ExportReport:
     """Export a run or one of its checkpoints.
 
-    A LoRA becomes ``pytorch_lora_weights.safetensors`` with its settings in the header, or merged into its base a
-    ``transformer`` folder, which is what a full fine-tuning becomes in any case. All get a model card, a record for
-    programs and the run's sampled videos.
+    A LoRA becomes ``pytorch_lora_weights.safetensors`` with its settings in the header, a file of another layout, or
+    merged into its base a ``transformer`` folder, which is what a full fine-tuning becomes in any case. All get a model
+    card, a record for programs and the run's sampled videos.
 
     Args:
         source: a run's folder, or one checkpoint's.
-        to: the export's folder, replaced if it is an earlier export; None for ``<run>/export``, or ``<run>/merged``.
+        to: the export's folder, replaced if it is an earlier export; None for ``<run>/export``, or of another layout
+            ``<run>/<layout>``.
         checkpoint: of a run's folder, the newest checkpoint or the one with the lowest held-out loss.
         full_pipeline: put the base's other components beside a whole transformer, so that the folder is a whole
             pipeline (hard links where the file system has them, copies elsewhere).
         weights: the moving average or the trained weights themselves; ``auto`` takes the average if one was kept.
         pretrained: where the base model is now, if not where the run had it.
-        merged: put the adapter into the base's weights; a full fine-tuning is whole already, and exported as ever.
+        layout: whose names an adapter's tensors get: ``diffusers`` (which kijai's wrapper for ComfyUI reads too),
+            ``comfyui`` (its own CogVideoX), ``kohya`` or ``peft``; or ``merged``: into the base's weights. A full
+            fine-tuning is whole already, and exported as ever.
         strength: how much of the adapter is merged: 1 as trained, 0 none of it.
+        dtype: of a whole transformer, which is loaded and merged in it; None for what the run trained in.
+        max_shard_size: of a whole transformer's files, such as ``2GB``; None for 5 GB.
 
     Raises:
         CheckpointError: if the checkpoint is missing or damaged; the message names those of the run that are whole.
@@ -49,9 +58,12 @@ def export(
         ExportError: if what was written does not give back what was trained.
     """
     from finetune.convert.export import ExportOptions, export
+    from finetune.core.gpu import amount
 
+    base = None if pretrained is None else str(pretrained)
+    shard = amount("--max-shard-size", max_shard_size)
     options = ExportOptions(
-        checkpoint, full_pipeline, weights, None if pretrained is None else str(pretrained), merged, strength
+        checkpoint, full_pipeline, weights, base, layout, strength, dtype, "5GB" if shard is None else shard
     )
     return export(Path(source).expanduser(), None if to is None else Path(to).expanduser(), options)
 
@@ -106,3 +118,38 @@ def convert(
 
     options = ConvertOptions(to, None if model is None else str(model), dtype)
     return convert(Path(source).expanduser(), Path(out).expanduser(), options)
+
+
+@checked
+def merge(
+    sources: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    layout: Literal["diffusers", "comfyui", "kohya", "peft"] = "diffusers",
+    rank: int | None = None,
+) -> MergeReport:
+    """Write the sum of LoRAs as one LoRA, of any program and for any program.
+
+    Nothing is lost unless a lower rank is asked for. One source alone is written in another layout, or at that rank.
+
+    Args:
+        sources: each a file, or the folder of an export, an adapter, a checkpoint or a run; as ``PATH:WEIGHT`` where it
+            is not to count 1.
+        out: the file to write, new; for peft a folder.
+        layout: as for ``export``.
+        rank: of each layer at most; None for the sum of all.
+
+    Raises:
+        ConfigError: if a source is none or of another model, or ``out`` exists.
+        ExportError: if it cannot be written, or what was written does not give back what it should.
+    """
+    from finetune.convert.merge import merge
+    from finetune.core.errors import ConfigError
+    from finetune.inference.request import parse_adapter
+
+    if rank is not None and rank < 1:
+        raise ConfigError(f"a rank of {rank} is none", where="rank", fix="give a whole number from 1 up")
+    texts = [sources] if isinstance(sources, str | Path) else sources
+    if not texts:
+        raise ConfigError("there is nothing to merge", where="sources", fix="name an adapter")
+    return merge([parse_adapter(str(text)) for text in texts], Path(out).expanduser(), layout, rank)

@@ -91,7 +91,8 @@ def files_run(under: set[CodeType]) -> Iterator[set[str]]:
             depths.count = getattr(depths, "count", 0) + (1 if event == "call" else -1)
         if event == "call" and (getattr(depths, "count", 0) or frame.f_code in under):
             name = frame.f_code.co_filename
-            if name.startswith(package) and not name.startswith(f"{package}core/"):
+            is_import = frame.f_code.co_name == "<module>"
+            if name.startswith(package) and not name.startswith(f"{package}core/") and not is_import:
                 files.add(name.removeprefix(package))
 
     threading.setprofile(watch)

@@ -603,9 +603,9 @@ def test_export_hands_on_every_option(monkeypatch, capsys):
 
     asked = []
     monkeypatch.setattr(exporting, "export", lambda *words: asked.append(words) or "done")
-    words = "export runs/a --to diffusers --output out --checkpoint best --full-pipeline --weights ema --model base"
-    assert main([*words.split(), "--merged", "--strength", "0.5"]) == OK
-    options = exporting.ExportOptions("best", True, "ema", "base", merged=True, strength=0.5)
+    words = "export runs/a --to merged --output out --checkpoint best --full-pipeline --weights ema --model base"
+    assert main([*words.split(), "--strength", "0.5", "--dtype", "fp16", "--max-shard-size", "2GB"]) == OK
+    options = exporting.ExportOptions("best", True, "ema", "base", "merged", 0.5, "fp16", 2 << 30)
     assert asked == [(Path("runs/a"), Path("out"), options)]
 
 

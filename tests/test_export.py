@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
 import gc
+import hashlib
 import json
+import os
 import shutil
 import weakref
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +18,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import CogVideoXPipeline, CogVideoXTransformer3DModel
+from other_programs import comfyui_updates, kijai_updates
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stock_pipeline import load_pipeline
 
-from finetune import export
+from finetune import export, inspect
 from finetune.checkpoint.save import CheckpointContent, save_checkpoint
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import load_scheduler, load_text, load_transformer, load_vae
@@ -35,6 +42,9 @@ from finetune.inference.adapters import TRAINING_RECORD
 from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
+from finetune.inference.videos import write_mp4
+from finetune.methods import lora as merging
+from finetune.methods.lora import adapted_layers
 from tests.broken_disk import disk
 from tests.worlds import run_config, run_values
 
@@ -251,6 +261,138 @@ def test_a_run_or_a_checkpoint_samples_what_its_export_samples(tiny_model, tmp_p
     assert f"the lowest held-out loss is step 2's: --adapter {older}" in caplog.text
 
 
+# ------------------------------------------------------------------------------------------------------- other layouts
+
+ALL_LINEAR = LORA | {"targets": "all-linear", "alpha": 2.5, "use_rslora": True}
+
+
+def exported_file(run: Path, layout: str, **options) -> tuple[Path, dict[str, torch.Tensor]]:
+    folder = export(run, layout=layout, **options).folder
+    assert folder.name == layout and not (folder / LORA_FILE).exists()
+    (file,) = folder.glob("*.safetensors")
+    return file, load_file(file)
+
+
+def merged_weights(model: Path, run: Path, method: dict) -> dict[str, torch.Tensor]:
+    """What training's model multiplies by, by module."""
+    transformer = trained_transformer(run, model, method)
+    with torch.no_grad():
+        return {name: merging._merged_weight(layer) for name, layer in adapted_layers(transformer)}
+
+
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_comfyui_reads_every_tensor_and_computes_what_was_trained(tiny_model, tmp_path, variant, options):
+    """ComfyUI's own rules, written down in ``other_programs``: each key is consumed, with its alpha."""
+    model, method = tiny_model(variant), ALL_LINEAR | options
+    run = make_run(tmp_path, model, method)
+    file, tensors = exported_file(run, "comfyui")
+    base = load_transformer(ModelConfig(pretrained=str(model)))
+    theirs, unread = comfyui_updates(base, tensors)
+    ours = merged_weights(model, run, method)
+    assert not unread and theirs.keys() == ours.keys() and file.name == "run.safetensors"
+    assert all(name.startswith("diffusion_model.") for name in tensors) and inspect(file).loadings[1].loads
+    for module, weight in ours.items():
+        torch.testing.assert_close(theirs[module], weight, rtol=1e-5, atol=1e-5)
+    tensors.pop(next(name for name in tensors if name.endswith("ff_out.alpha")))  # a canary: alpha counts
+    wrong, _ = comfyui_updates(base, tensors)
+    assert any(not torch.allclose(wrong[module], weight, atol=1e-4) for module, weight in ours.items())
+
+
+def test_kijai_s_wrapper_reads_both_of_its_layouts(tiny_model, tmp_path):
+    """Diffusers' through diffusers' loader, as every export is verified; kohya's merged by its own rules."""
+    model = tiny_model("5b")
+    run = make_run(tmp_path, model, ALL_LINEAR)
+    _, tensors = exported_file(run, "kohya")
+    ours = merged_weights(model, run, ALL_LINEAR)
+    theirs = kijai_updates(load_transformer(ModelConfig(pretrained=str(model))), tensors)
+    assert theirs.keys() == ours.keys() and all(name.startswith("lora_unet_") for name in tensors)
+    for module, weight in ours.items():
+        torch.testing.assert_close(theirs[module], weight, rtol=1e-5, atol=1e-5)
+    diffusers = load_file(export(run).folder / LORA_FILE)
+    assert any("lora_B" in name for name in diffusers)  # for which the wrapper calls load_lora_weights
+    trained = trained_velocity(run, model, ALL_LINEAR)
+    torch.testing.assert_close(stock_velocity(model, run / "export"), trained, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_peft_reads_its_folder(tiny_model, tmp_path, options):
+    from peft import PeftModel
+
+    model, method = tiny_model("5b"), ALL_LINEAR | options
+    run = make_run(tmp_path, model, method)
+    folder = export(run, layout="peft").folder
+    transformer = PeftModel.from_pretrained(load_transformer(ModelConfig(pretrained=str(model))), folder)
+    spec = read_spec(str(model))
+    with torch.no_grad():
+        theirs = denoise(transformer.base_model.model.eval(), spec, *inputs(spec))
+    torch.testing.assert_close(theirs, trained_velocity(run, model, method), rtol=0, atol=1e-5)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == model.name and settings["lora_alpha"] == pytest.approx(5.0)
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+def test_an_export_s_header_is_read_by_sites_and_the_same_each_time(tiny_model, tmp_path, layout):
+    words = {"data": {"trigger": "zwx"}, "validation": {"samples": [{"prompt": "a", "seed": 4}]}}
+    run = make_run(tmp_path, tiny_model("5b"), ALL_LINEAR, **words)
+    video = run / "samples" / "step-00000003" / "00-seed4.mp4"
+    video.parent.mkdir(parents=True)
+    write_mp4(video, np.random.default_rng(1).integers(0, 255, (9, 64, 96, 3), dtype=np.uint8), fps=8)
+    first, second = (export(run, tmp_path / name, layout=layout).folder for name in "ab")
+    (file,) = first.glob("*.safetensors")
+    for name in (file.name, "finetune.json", *(["adapter_config.json"] if layout == "peft" else [])):
+        assert (first / name).read_bytes() == (second / name).read_bytes()
+    with safe_open(file, framework="pt") as source:
+        metadata = source.metadata()
+    content = file.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    assert metadata["modelspec.hash_sha256"] == f"0x{digest}" and metadata["sshs_model_hash"] == digest
+    assert metadata["modelspec.architecture"] == "cogvideox/lora"  # of no published model
+    # rsLoRA counts alpha / sqrt(rank): 2.5 / 2 here, which sites take for alpha / rank.
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "5")
+    assert metadata["modelspec.trigger_phrase"] == "zwx" and metadata["modelspec.resolution"] == "64x64"
+    head, _, picture = metadata["modelspec.thumbnail"].partition(",")
+    strip = Image.open(BytesIO(base64.b64decode(picture)))
+    assert head == "data:image/jpeg;base64" and strip.format == "JPEG" and max(strip.size) == 256
+    os.utime(run / "checkpoints" / "step-00000003" / "COMPLETE", (0, 0))
+    (file,) = export(run, tmp_path / "c", layout=layout).folder.glob("*.safetensors")
+    with safe_open(file, framework="pt") as source:
+        assert source.metadata()["modelspec.date"] == "1970-01-01"  # of the checkpoint, not of the clock
+
+
+def test_a_layout_that_loses_something_is_deleted(tiny_model, tmp_path, monkeypatch):
+    from finetune.convert import lora_files
+
+    def one_off(lora, layout):
+        tensors = from_diffusers(lora, layout)
+        return tensors | {name: t + 1e-6 for name, t in list(tensors.items())[:1]}
+
+    from_diffusers = lora_files.from_diffusers
+    run = make_run(tmp_path, tiny_model("5b"), LORA)
+    monkeypatch.setattr(lora_files, "from_diffusers", one_off)
+    with pytest.raises(ExportError, match="not what was given"):
+        export(run, layout="comfyui")
+    assert not (run / "comfyui").exists() and not list(run.glob("*.partial"))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_whole_transformer_in_another_dtype_and_in_shards(tiny_model, tmp_path, dtype):
+    model = tiny_model("5b")
+    for name, method in (("lora", LORA), ("full", FULL)):
+        run = make_run(tmp_path / name, model, method, dtype="fp32")
+        report = export(run, layout="merged", dtype=dtype, max_shard_size="0.2MB")
+        shards = sorted((report.folder / "transformer").glob("diffusion_pytorch_model-*.safetensors"))
+        assert len(shards) > 1
+        stored = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+        merged = {} if method == FULL else merged_weights(model, run, LORA)
+        exact = {f"{module}.weight": weight for module, weight in merged.items()} or trained_tensors(run)
+        wanted, rtol = (torch.bfloat16, 2**-6) if dtype == "bf16" else (torch.float16, 2**-9)
+        assert {tensor.dtype for tensor in stored.values()} == {wanted} and exact
+        for name, tensor in exact.items():
+            # Merged in the base's dtype, so the base is rounded before and the sum after.
+            torch.testing.assert_close(stored[name].float(), tensor, rtol=rtol, atol=1e-3)
+
+
 # ------------------------------------------------------------------------------------------------ what must not get out
 
 
@@ -350,7 +492,7 @@ def test_never_two_transformers_at_once(tiny_model, tmp_path, monkeypatch):
     counted(exporting)
     counted(verifying)
     for name, merged in (("lora", False), ("full", False), ("lora", True)):
-        export(runs[name], merged=merged)
+        export(runs[name], layout="merged" if merged else "diffusers")
     assert len(alive) == 6
 
 
@@ -375,15 +517,20 @@ def test_latest_best_named_and_moved_checkpoints(tiny_model, tmp_path):
 def test_requests_that_cannot_be_met(tiny_model, tmp_path):
     lora = make_run(tmp_path / "lora", tiny_model("5b"), LORA)
     full = make_run(tmp_path / "full", tiny_model("5b"), FULL)
+    dora = make_run(tmp_path / "dora", tiny_model("5b"), LORA | {"use_dora": True})
     cases: list[tuple[Path, dict, type[Exception], str | None]] = [
         (lora, {"weights": "ema"}, ExportError, "no moving average"),
         (lora, {"checkpoint": "best"}, ExportError, "no held-out loss was measured"),
         (lora, {"full_pipeline": True}, ExportError, "no pipeline of its own"),
         (tmp_path, {}, CheckpointError, "no complete checkpoint"),
         (tmp_path / "nowhere", {"to": tmp_path / "made"}, CheckpointError, None),
-        (lora, {"merged": True, "strength": float("nan")}, ConfigError, "'strength' is nan"),
+        (lora, {"layout": "merged", "strength": float("nan")}, ConfigError, "'strength' is nan"),
         (lora, {"strength": 0.5}, ExportError, "chosen where it is loaded"),
-        (full, {"merged": True, "strength": 0.5}, ExportError, "has no strength"),
+        (full, {"layout": "merged", "strength": 0.5}, ExportError, "has no strength"),
+        (full, {"layout": "comfyui"}, ExportError, "is no adapter, and this is a layout of adapters"),
+        (lora, {"dtype": "bf16"}, ExportError, "keeps its float32"),
+        (full, {"max_shard_size": "big"}, ConfigError, "no amount"),
+        (dora, {"layout": "kohya"}, ConfigError, "pass over the magnitudes"),
     ]
     for source, options, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -96,12 +96,12 @@ def matrix(tiny_model, root: Path, cases: list[tuple[str, str]]) -> dict[tuple[s
         def job(name: str, *, case: str = f"{variant} {method}", model: Path = model, **options) -> None:
             jobs.append({"name": f"{case} {name}", "model": str(model), **options})
 
-        job("merged", transformer=str(export(run, merged=True).folder))
+        job("merged", transformer=str(export(run, layout="merged").folder))
         if method == "full":
             job("diffusers", transformer=str(export(run).folder))
             continue
         job("diffusers", adapter=str(export(run).folder), scales=[0.5, 0.0])
-        job("merged 0.5", transformer=str(export(run, here / "half", merged=True, strength=0.5).folder))
+        job("merged 0.5", transformer=str(export(run, here / "half", layout="merged", strength=0.5).folder))
     outputs = in_a_fresh_process(jobs, root)
     found: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     for variant, method in cases:
@@ -205,14 +205,14 @@ def test_a_narrow_base_is_rounded_once(tiny_model, method):
 
 def test_a_weak_adapter_drowns_in_a_narrow_base_and_the_report_says_so(tiny_model, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), LORA, scale=1e-3, dtype="bf16")
-    report = export(run, merged=True)
+    report = export(run, layout="merged")
     assert report.merged is not None and report.merged.rounding > 0.5
     assert f"{report.merged.rounding:.1%} of its update" in str(report)
     assert f"{report.merged.rounding:.1%} of its update" in (report.folder / "README.md").read_text()
 
 
 def test_half_precision_merges_stay_inside_the_stated_tolerance(tiny_model, tmp_path):
-    report = export(make_run(tmp_path, tiny_model("5b"), LORA | {"use_dora": True}, dtype="bf16"), merged=True)
+    report = export(make_run(tmp_path, tiny_model("5b"), LORA | {"use_dora": True}, dtype="bf16"), layout="merged")
     assert 0 < report.max_abs_diff <= report.tolerance
     assert {tensor.dtype for tensor in load_file(report.folder / WEIGHTS).values()} == {torch.bfloat16}
 
@@ -221,13 +221,13 @@ def test_half_precision_merges_stay_inside_the_stated_tolerance(tiny_model, tmp_
 def test_at_strength_zero_the_merged_weights_are_the_base_s_bit_for_bit(tiny_model, tmp_path, method):
     model = tiny_model("5b-i2v")
     run = make_run(tmp_path, model, METHODS[method])
-    folder = export(run, merged=True, strength=0.0).folder
+    folder = export(run, layout="merged", strength=0.0).folder
     base, merged = (load_file(root / WEIGHTS) for root in (model, folder))
     assert merged.keys() == base.keys()
     # In the model's dtype: the tiny model's table of positions is stored in float64, which nobody loads.
     base = {name: tensor.float() for name, tensor in base.items()}
     assert all(torch.equal(merged[name], base[name]) for name in base)
-    weak = load_file(export(run, tmp_path / "weak", merged=True, strength=1e-3).folder / WEIGHTS)
+    weak = load_file(export(run, tmp_path / "weak", layout="merged", strength=1e-3).folder / WEIGHTS)
     assert any(not torch.equal(weak[name], base[name]) for name in base)  # a canary
 
 
@@ -251,7 +251,7 @@ def test_a_merge_that_forgets_alpha_is_deleted(tiny_model, tmp_path, monkeypatch
     monkeypatch.setattr(merging, "_merged_weight", forgetful)
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     with pytest.raises(ExportError, match="predicted velocities differ"):
-        export(run, merged=True)
+        export(run, layout="merged")
     assert nothing_left(run)
 
 
@@ -259,13 +259,13 @@ def test_a_merged_file_that_was_tampered_with_is_deleted(tiny_model, tmp_path, m
     tamper(one_number)(monkeypatch)
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     with pytest.raises(ExportError, match=r"1 of \d+ tensors differ, such as proj_out.bias"):
-        export(run, merged=True)
+        export(run, layout="merged")
     assert nothing_left(run)
 
 
 def test_a_merged_export_says_what_it_is(tiny_model, tmp_path):
     model = tiny_model("5b")
-    report = export(make_run(tmp_path, model, LORA), merged=True, strength=0.8, full_pipeline=True)
+    report = export(make_run(tmp_path, model, LORA), layout="merged", strength=0.8, full_pipeline=True)
     card = (report.folder / "README.md").read_text()
     assert f"LoRA of `{model.name}`" in card
     assert "the adapter is merged into the base at strength 0.8" in card and "strength 0.8" in str(report)
@@ -279,7 +279,7 @@ def test_a_merged_export_says_what_it_is(tiny_model, tmp_path):
 
 def test_a_full_fine_tuning_is_merged_already(tiny_model, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), FULL)
-    merged, plain = export(run, merged=True), export(run)
+    merged, plain = export(run, layout="merged"), export(run)
     assert "whole: merged or not" in str(merged) and merged.merged is None
     assert (merged.folder / WEIGHTS).read_bytes() == (plain.folder / WEIGHTS).read_bytes()
     assert json.loads((merged.folder / TRAINING_RECORD).read_text())["merged"] is None
@@ -288,7 +288,7 @@ def test_a_full_fine_tuning_is_merged_already(tiny_model, tmp_path):
 def test_the_command_line_merges_and_generate_samples_the_merged_folder(tiny_model, tmp_path, capsys):
     model = tiny_model("5b")
     run = make_run(tmp_path, model, LORA)
-    assert main.main(["export", str(run), "--merged", "--strength", "0.5"]) == 0
+    assert main.main(["export", str(run), "--to", "merged", "--strength", "0.5"]) == 0
     assert "merged into the base at strength 0.5" in capsys.readouterr().out
     adapter = export(run).folder
 

@@ -150,7 +150,7 @@ def test_what_it_says_of_each_program_is_what_happens(pipeline, tmp_path, layout
     assert report.layout == LAYOUTS[layout].label
 
 
-def test_the_verdicts_are_not_all_alike(tmp_path):
+def test_the_verdicts_are_not_all_alike(pipeline, tmp_path):
     """The table above would also hold if nothing ever loaded."""
     verdicts = {}
     for layout in LAYOUTS:
@@ -158,6 +158,10 @@ def test_the_verdicts_are_not_all_alike(tmp_path):
         verdicts[layout] = [loading.loads for loading in report.loadings]
     assert verdicts["diffusers"] == [True, False, True, True, True]
     assert verdicts["comfyui"][:3] == [False, True, False] and verdicts["kohya"][:3] == [False, False, True]
+    lacking = write(tmp_path / "lacking" / "a.safetensors", lora_of(attention(64, 2)), "diffusers", header(r=4))
+    assert "for want of target_modules" in str(inspect(lacking))
+    with pytest.raises(KeyError):
+        pipeline.load_lora_weights(str(lacking.parent), weight_name="a.safetensors")
     trap = inspect(write(tmp_path / "orbit" / "a.safetensors", lora_of(attention(64, 2)), "diffusers"))
     assert "multiplies by 1 / rank" in str(trap) and not trap.loadings[2].loads
 

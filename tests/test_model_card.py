@@ -100,8 +100,8 @@ def test_the_model_card_tells_what_was_done(tiny_model, tmp_path):
     ("options", "sentence"),
     [
         ({}, "Sampled at step 3, with the averaged weights of this export."),
-        ({"merged": True}, "Sampled at step 3, with the averaged weights that were then merged."),
-        ({"merged": True, "strength": 0.5}, None),
+        ({"layout": "merged"}, "Sampled at step 3, with the averaged weights that were then merged."),
+        ({"layout": "merged", "strength": 0.5}, None),
         ({"weights": "raw"}, None),
         ({"checkpoint": "best"}, None),
     ],
@@ -136,21 +136,29 @@ def test_an_export_names_a_better_checkpoint_that_stands(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("variant", "method", "full_pipeline"),
-    [("5b", LORA, False), ("1.5-5b-i2v", FULL, False), ("1.5-5b", FULL, True)],
+    ("variant", "method", "options"),
+    [
+        ("5b", LORA, {}),
+        ("1.5-5b-i2v", FULL, {}),
+        ("1.5-5b", FULL, {"full_pipeline": True}),
+        ("5b", LORA, {"layout": "peft"}),
+    ],
 )
-def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, variant, method, full_pipeline):
+def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, variant, method, options):
     """Where ``finetune export`` was typed, with the folder named as it was there; and its command is one."""
     trigger = {"trigger": "r1ng's"}
     run = make_run(tmp_path, tiny_model(variant), method, validation={"num_inference_steps": 1}, data=trigger)
     monkeypatch.chdir(tmp_path)
-    report = export(run.relative_to(tmp_path), full_pipeline=full_pipeline)
+    report = export(run.relative_to(tmp_path), **options)
     card = (report.folder / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0]
-    assert f"'{run.name}/export'" in code
+    assert f"'{run.name}/{report.folder.name}'" in code
     Image.new("RGB", (64, 64), (200, 0, 0)).save("first_frame.png")
     exec(code, {})
     assert Path("video.mp4").stat().st_size > 0
+    if "layout" in options:  # `generate` reads diffusers' layout
+        assert "```bash" not in card
+        return
     line = card.split("```bash\n")[1].split("\n")[0]
     program, *words = shlex.split(line)
     weights, calls = Path("run/export"), []
@@ -266,3 +274,11 @@ def test_only_what_a_run_writes_is_published(exported, tmp_path):
     config = model.source.config.model_copy(update={"validation": validation})
     source = replace(model.source, config=config, checkpoint=tmp_path / "checkpoints" / "step-00000003")
     assert copy_samples(replace(model, source=source), tmp_path / "out") == {"00-seed4.mp4": "a ring"}
+
+
+@pytest.mark.parametrize(("layout", "place"), [("comfyui", "models/loras"), ("kohya", "models/CogVideo/loras")])
+def test_the_card_of_another_layout_says_where_its_file_goes(tiny_model, tmp_path, layout, place):
+    report = export(make_run(tmp_path, tiny_model("5b"), LORA), layout=layout)
+    front, body = parts_of((report.folder / "README.md").read_text())
+    assert "`run.safetensors`" in body and f"`ComfyUI/{place}`" in body and "load_lora_weights" not in body
+    assert front["tags"][-1] == "lora" and "next:" not in str(report)

@@ -71,7 +71,7 @@ def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, give
         (lambda: finetune.train({}, on_step=5), "'on_step' is 5"),
         (lambda: finetune.export("run", checkpoint="newest"), "'checkpoint' is 'newest', which is not possible"),
         (lambda: finetune.export("run", strength="much"), "'strength' is 'much': should be a number"),
-        (lambda: finetune.export("run", merged=None, weights="emma"), r"2 faults in export\(\)"),
+        (lambda: finetune.export("run", layout=None, weights="emma"), r"2 faults in export\(\)"),
         (lambda: finetune.plan({}, processes="two"), "'processes' is 'two': should be a whole number"),
         (lambda: finetune.precompute({}, progress=[]), "'progress' is a list: should be true or false"),
         (lambda: finetune.precompute({}, progress="1"), "'progress' is '1': should be true or false"),

@@ -12,8 +12,10 @@ from finetune.cli.app import (
     Model,
     flag,
     option,
+    print_next,
     verb,
 )
+from finetune.core.types import DtypeName
 
 _PANEL = "What was trained"
 
@@ -22,32 +24,31 @@ _PANEL = "What was trained"
     _PANEL,
     "finetune export runs/run",
     "finetune export runs/run --checkpoint best --output my-lora",
-    "finetune export runs/run --merged --strength 0.8",
+    "finetune export runs/run --to comfyui",
+    "finetune export runs/run --to merged --strength 0.8 --dtype bf16",
 )
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="A run's folder, or one checkpoint's.")],
-    to: Annotated[Literal["diffusers"], option("Layout of the export.")] = "diffusers",
-    output: Annotated[Path | None, option("Where to; left out: RUN/export, or RUN/merged.", "DIR")] = None,
+    to: Annotated[
+        Literal["diffusers", "comfyui", "kohya", "peft", "merged"],
+        option("Layout of an adapter; merged: into the base's weights, a whole transformer."),
+    ] = "diffusers",
+    output: Annotated[Path | None, option("Where to; left out: RUN/export, or RUN/ and the layout.", "DIR")] = None,
     checkpoint: Annotated[Literal["latest", "best"], option("Of a run's folder; best by held-out loss.")] = "latest",
-    merged: Annotated[
-        bool,
-        flag(
-            "--merged",
-            "Put the adapter into the base's weights: a whole transformer, in RUN/merged where --output is left out.",
-        ),
-    ] = False,
-    strength: Annotated[float, option("With --merged: how much of the adapter; 1 as trained, 0 none.")] = 1.0,
+    strength: Annotated[float, option("With --to merged: how much of the adapter; 1 as trained, 0 none.")] = 1.0,
     full_pipeline: Annotated[
         bool,
         flag(
             "--full-pipeline",
-            "After full fine-tuning, or with --merged: VAE, text encoder and scheduler beside the transformer.",
+            "After full fine-tuning, or with --to merged: VAE, text encoder and scheduler beside the transformer.",
         ),
     ] = False,
     model: Model = None,
     weights: Annotated[Literal["auto", "ema", "raw"], option("auto takes the average where one was kept.")] = "auto",
+    dtype: Annotated[DtypeName | None, option("Of a whole transformer; left out: what the run trained in.")] = None,
+    max_shard_size: Annotated[str | None, option("Of a whole transformer's files, such as 2GB.", "SIZE")] = None,
 ) -> None:
-    """Write what was trained in diffusers' format: reloaded through the stock pipeline, compared, kept if equal."""
+    """Write what was trained for other programs: reloaded through the stock pipeline, compared, kept if equal."""
     print(
         finetune.export(
             source,
@@ -56,8 +57,10 @@ def export(
             full_pipeline=full_pipeline,
             weights=weights,
             pretrained=model,
-            merged=merged,
+            layout=to,
             strength=strength,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
         )
     )
 
@@ -101,3 +104,24 @@ def convert(
 ) -> None:
     """Turn others' checkpoints into diffusers' format, or diffusers' into SAT's; compared, kept if equal."""
     print(finetune.convert(source, out, to=to, model=model, dtype=dtype))
+
+
+@verb(
+    _PANEL,
+    "finetune merge style.safetensors:0.7 runs/run/export:0.5 --out both.safetensors",
+    "finetune merge my_lora.safetensors --rank 32 --out small.safetensors",
+    "finetune merge my_lora.safetensors --to comfyui --out my_lora_comfyui.safetensors",
+)
+def merge(
+    sources: Annotated[
+        list[str],
+        typer.Argument(metavar="ADAPTER[:WEIGHT] ...", help="LoRA files of any program, exports, checkpoints or runs."),
+    ],
+    out: Annotated[Path, option("The file to write; for peft a folder.", "FILE")],
+    to: Annotated[Literal["diffusers", "comfyui", "kohya", "peft"], option("Layout of what is written.")] = "diffusers",
+    rank: Annotated[int | None, option("Of each layer at most; left out: the sum of all, and nothing is lost.")] = None,
+) -> None:
+    """Write LoRAs as one: added by weight, at a lower rank, or under another program's names."""
+    print(finetune.merge(sources, out, layout=to, rank=rank))
+    if to == "diffusers":
+        print_next("inspect", str(out))

@@ -274,19 +274,22 @@ def _class_of(folder: Path, component: str) -> Any:
     return getattr(diffusers, read_part(folder, component).model_dump()["class_name"])
 
 
-def save_transformer(transformer: CogVideoXTransformer3DModel, folder: Path) -> None:
+def save_transformer(
+    transformer: CogVideoXTransformer3DModel, folder: Path, *, max_shard_size: int | str = "5GB"
+) -> None:
     """Write a transformer as ``from_pretrained`` reads it: ``config.json``, ``diffusion_pytorch_model*.safetensors``.
 
     Args:
         transformer: without adapters, unwrapped.
         folder: inside a directory that the caller publishes whole (``files.publish_dir``).
+        max_shard_size: of each file, as the library reads it.
 
     Raises:
         ValueError: if adapters are still in it; their weights would be saved under names that nothing loads.
     """
     if adapters := getattr(transformer, "peft_config", None):
         raise ValueError(f"the transformer still holds adapters ({', '.join(adapters)}); merge or remove them first")
-    transformer.save_pretrained(folder, safe_serialization=True, max_shard_size="5GB")
+    transformer.save_pretrained(folder, safe_serialization=True, max_shard_size=max_shard_size)
     # diffusers writes down where the model was loaded from: a path of this machine, which is nobody else's business.
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)

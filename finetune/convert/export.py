@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +25,14 @@ from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.convert.model_card import ExportedModel, copy_samples, model_card, training_record
+from finetune.convert.model_card import (
+    ExportedModel,
+    LayoutName,
+    copy_samples,
+    header_metadata,
+    model_card,
+    training_record,
+)
 from finetune.convert.source import ExportSource, default_folder, find_checkpoint, read_source
 from finetune.convert.verify import (
     TrainedModel,
@@ -50,12 +57,16 @@ from finetune.core.files import (
     require_writable,
     undo_interrupted,
 )
-from finetune.core.tensor_files import file_bytes
+from finetune.core.tensor_files import add_metadata, file_bytes
+from finetune.core.types import DtypeName
 from finetune.inference.adapters import TRAINING_RECORD
 from finetune.methods.lora import Merged, merge, set_strength
 
 _SIDE_FILES = 1 << 20
 """Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""
+
+_FOLDERS = {"diffusers": "export"}
+"""In the run's folder, where no folder is named; of other layouts the layout's name."""
 
 _OTHER_COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "vae")
 
@@ -102,28 +113,32 @@ class ExportOptions:
     full_pipeline: bool = False
     weights: Literal["auto", "ema", "raw"] = "auto"
     pretrained: str | None = None
-    merged: bool = False
+    layout: Literal["diffusers", "comfyui", "kohya", "peft", "merged"] = "diffusers"
     strength: float = 1.0
+    dtype: DtypeName | None = None
+    max_shard_size: int | str = "5GB"
+
+    @property
+    def merged(self) -> bool:
+        """Whether an adapter goes into its base."""
+        return self.layout == "merged"
 
 
 def export(source: Path, to: Path | None, options: ExportOptions) -> ExportReport:
     """Export a run or one of its checkpoints; errors stand at ``finetune.export``."""
     path = find_checkpoint(source, options.checkpoint)
-    folder = to if to is not None else default_folder(path, "merged" if options.merged else "export")
+    folder = to if to is not None else default_folder(path, _FOLDERS.get(options.layout, options.layout))
     target = _replaceable(folder)
     if is_complete(path):  # else it is refused for that, and no folder is made
         # Reading a checkpoint, loading a model twice and merging take minutes.
         require_writable(target.parent, kind=ExportError, what="the export", where=str(target))
-    run = read_source(path, options.weights, options.pretrained)
+    run = read_source(path, options.weights, options.pretrained, options.dtype)
     spec = read_spec(run.config.model.pretrained, run.config.model.revision)
     _require_sense(run, options)
-    merge_at = options.strength if options.merged and run.is_lora else None
     outcome: list[tuple[ExportedModel, Verification]] = []
 
     def fill(partial: Path) -> str:
-        outcome.append(
-            _write(partial, run, spec, merge_at, name=from_here(folder), full_pipeline=options.full_pipeline)
-        )
+        outcome.append(_write(partial, run, spec, options, name=from_here(folder)))
         marker = folder_checksums(partial)  # before the base's files: they are others' and large
         if options.full_pipeline:
             _add_components(partial, run.config.model)
@@ -148,35 +163,52 @@ def export(source: Path, to: Path | None, options: ExportOptions) -> ExportRepor
         verification.max_abs_diff,
         verification.tolerance,
         merged=model.merged,
-        notes=tuple(_notes(run, merged=options.merged, shows_video=any(name.startswith("samples/") for name in files))),
+        notes=tuple(_notes(run, options, shows_video=any(name.startswith("samples/") for name in files))),
         command=model.command,
     )
 
 
 def _require_sense(run: ExportSource, options: ExportOptions) -> None:
-    strength = f"--strength {options.strength:g}"
-    if options.full_pipeline and run.is_lora and not options.merged:
-        raise ExportError(
+    strength, is_adapter = f"--strength {options.strength:g}", run.is_lora and not options.merged
+    faults = (
+        (
+            options.full_pipeline and is_adapter,
             "a LoRA has no pipeline of its own",
-            where="--full-pipeline",
-            fix="leave the option out (the adapter is loaded onto the base pipeline), or add --merged",
-        )
-    if options.strength != 1 and not run.is_lora:
-        raise ExportError(
+            "--full-pipeline",
+            "leave the option out (the adapter is loaded onto the base pipeline), or add --to merged",
+        ),
+        (
+            options.strength != 1 and not run.is_lora,
             "a full fine-tuning has no strength: nothing of the base is kept apart from it",
-            where=strength,
-            fix="leave the option out",
-        )
-    if options.strength != 1 and not options.merged:
-        raise ExportError(
+            strength,
+            "leave the option out",
+        ),
+        (
+            options.strength != 1 and not options.merged,
             "the strength of an adapter is chosen where it is loaded",
-            where=strength,
-            fix="add --merged, or leave the option out",
-        )
+            strength,
+            "add --to merged, or leave the option out",
+        ),
+        (
+            options.layout in get_args(LayoutName) and options.layout != "diffusers" and not run.is_lora,
+            "a full fine-tuning is no adapter, and this is a layout of adapters",
+            f"--to {options.layout}",
+            "leave the option out: the export is a transformer in diffusers' format, which kijai's wrapper reads too",
+        ),
+        (
+            options.dtype is not None and is_adapter,
+            "an adapter keeps its float32: it is small, and whoever loads it casts it",
+            f"--dtype {options.dtype}",
+            "leave the option out, or add --to merged",
+        ),
+    )
+    for is_fault, what, where, fix in faults:
+        if is_fault:
+            raise ExportError(what, where=where, fix=fix)
 
 
-def _notes(run: ExportSource, *, merged: bool, shows_video: bool) -> Iterator[str]:
-    if merged and not run.is_lora:
+def _notes(run: ExportSource, options: ExportOptions, *, shows_video: bool) -> Iterator[str]:
+    if options.merged and not run.is_lora:
         yield "a full fine-tuning is whole: merged or not, its export is the same"
     if run.config.validation.samples and not shows_video:
         yield f"the card shows no video: the run sampled none with these weights of step {run.state.step}"
@@ -242,24 +274,25 @@ def _only_writer(folder: Path) -> Iterator[None]:
 
 
 def _write(
-    folder: Path, run: ExportSource, spec: ModelSpec, merge_at: float | None, *, name: str, full_pipeline: bool
+    folder: Path, run: ExportSource, spec: ModelSpec, options: ExportOptions, *, name: str
 ) -> tuple[ExportedModel, Verification]:
     """Write weights, record, card and samples into ``folder``, the weights verified."""
     config, device = run.config, compute_device()
     transformer = _trained_transformer(run, device)
-    merged = None
-    if merge_at is not None:
-        set_strength(transformer, merge_at)
-        if merge_at == 0:  # DoRA's magnitudes act at any strength
+    merges = options.merged and run.is_lora
+    if merges:
+        set_strength(transformer, options.strength)
+        if options.strength == 0:  # DoRA's magnitudes act at any strength
             transformer.disable_adapters()
     velocity = seeded_velocity(transformer, spec, device)
-    if merge_at is not None:
-        merged = merge(transformer, merge_at)
-    if run.is_lora and merged is None:
-        _save_adapter(transformer, config.method, spec, folder)
+    merged = merge(transformer, options.strength) if merges else None
+    model = ExportedModel(run, spec, merged, name, options.layout, options.full_pipeline)
+    samples = copy_samples(model, folder)
+    if model.is_adapter:
+        _save_adapter(transformer, model, folder)
     else:
         _require_room(folder, file_bytes(transformer.state_dict()))
-        save_transformer(transformer, folder / "transformer")
+        save_transformer(transformer, folder / "transformer", max_shard_size=options.max_shard_size)
     trained = TrainedModel(
         velocity, tensor_checksums(transformer, config.model.torch_dtype()), adapter_scaling(transformer)
     )
@@ -268,8 +301,8 @@ def _write(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     verification = verify(folder, trained, config.model, spec, device, where=str(run.checkpoint))
-    model = ExportedModel(run, spec, merged, name, full_pipeline)
-    samples = copy_samples(model, folder)
+    if model.is_adapter and options.layout != "diffusers":
+        _rename_adapter(model, folder)
     atomic_write_text(folder / TRAINING_RECORD, training_record(model, verification))
     atomic_write_text(folder / "README.md", model_card(model, samples))
     return model, verification
@@ -297,15 +330,33 @@ def _trained_transformer(run: ExportSource, device: torch.device) -> Any:
     return transformer.eval()
 
 
-def _save_adapter(transformer: Any, method: Any, spec: ModelSpec, folder: Path) -> None:
+def _save_adapter(transformer: Any, model: ExportedModel, folder: Path) -> None:
+    method: Any = model.source.config.method
     tensors: dict[str, Tensor] = method.peft_state(transformer)
     _require_room(folder, file_bytes(tensors))
-    pipeline_class(spec).save_lora_weights(
+    pipeline_class(model.spec).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
         transformer_lora_adapter_metadata=method.lora_metadata(transformer),
         weight_name=LORA_FILE,
     )
+    add_metadata(folder / LORA_FILE, lambda sha256: header_metadata(model, folder, sha256))
+
+
+def _rename_adapter(model: ExportedModel, folder: Path) -> None:
+    """Put the verified file of diffusers' layout into another, which is read back and compared."""
+    from finetune.convert.lora_files import read_lora, write_lora
+
+    layout: Any = model.layout
+    lora, *_ = read_lora(folder / LORA_FILE)
+    write_lora(
+        lora,
+        layout,
+        folder if layout == "peft" else folder / model.adapter_file,
+        model.public_base,
+        lambda sha256: header_metadata(model, folder, sha256),
+    )
+    (folder / LORA_FILE).unlink()
 
 
 def _add_components(folder: Path, model: ModelConfig) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 from finetune.checkpoint.folders import CONFIG, EMA, OPTIMIZER
 from finetune.convert.loaders import Loading, lora_loadings, transformer_loadings
 from finetune.convert.lora_layouts import detect, is_lora
+from finetune.convert.model_card import PEFT_CONFIG
 from finetune.convert.stored import (
-    PEFT_CONFIG,
     Shapes,
     StoredLora,
     block_count,

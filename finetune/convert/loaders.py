@@ -64,6 +64,8 @@ def _stock(lora: StoredLora) -> tuple[bool, str]:
         return False, f"load_lora_weights loads nothing and only warns: no name begins with {COMPONENT}."
     if lora.layout is None or lora.layout.name != "diffusers":
         return False, "its names are none of a CogVideoX transformer"
+    if lora.settings[0] and not lora.settings[0].get("target_modules"):
+        return False, "load_lora_weights fails for want of target_modules among the settings in its header"
     if len(names) < len(lora.shapes):
         return False, "the magnitudes of its DoRA are dropped with a warning"
     alphas, where = lora.alphas(read=False)

@@ -7,23 +7,33 @@ import platform
 import re
 import shlex
 import shutil
+from base64 import b64encode
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
 from pathlib import Path
+from typing import Any, Literal
 
 import jinja2
 import torch
 
 from finetune.checkpoint.folders import sample_name, samples_path
 from finetune.cogvideox.load import pipeline_class
-from finetune.cogvideox.model_files import is_hub_id
-from finetune.cogvideox.spec import ModelSpec
+from finetune.cogvideox.model_files import KNOWN_MODELS, is_hub_id, known_model
+from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.convert.source import ExportSource
 from finetune.convert.verify import Verification
-from finetune.core.files import LORA_FILE, from_here
+from finetune.core.files import COMPLETE, LORA_FILE, from_here
 from finetune.core.text import shown
 from finetune.inference.adapters import base_numbers
 from finetune.methods.lora import Merged
+
+LayoutName = Literal["diffusers", "comfyui", "kohya", "peft"]
+"""The layouts that adapters are written in."""
+
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""How peft names an adapter's file, and its settings beside it."""
 
 _CAPTION_LENGTH = 240
 
@@ -40,6 +50,8 @@ class ExportedModel:
     """What became of an adapter that was merged into its base."""
     name: str
     """Of the export's folder, from where the command was typed."""
+    layout: str = "diffusers"
+    """As ``--to`` names it."""
     full_pipeline: bool = False
     """Whether the base's other components stand in it."""
 
@@ -47,6 +59,16 @@ class ExportedModel:
     def is_adapter(self) -> bool:
         """Whether its weights are loaded onto a base."""
         return self.source.is_lora and self.merged is None
+
+    @property
+    def title(self) -> str:
+        """The run's name."""
+        return self.source.config.output_dir.name
+
+    @property
+    def adapter_file(self) -> str:
+        """How the file of an adapter is called; where programs list files by name, after the run."""
+        return {"diffusers": LORA_FILE, "peft": PEFT_FILE}.get(self.layout, f"{self.title}.safetensors")
 
     @property
     def is_as_measured(self) -> bool:
@@ -77,7 +99,9 @@ class ExportedModel:
 
     @property
     def command(self) -> str:
-        """The command that samples with it."""
+        """The command that samples with it; empty for a layout of other programs."""
+        if self.is_adapter and self.layout != "diffusers":
+            return ""
         words = ["finetune", "generate", "--model", self.base, "--adapter" if self.is_adapter else "--transformer"]
         words += [self.name, *(["--revision", self.source.revision] if self.source.revision is not None else [])]
         words += ["--image", "first_frame.png"] if self.spec.image_to_video else []
@@ -123,6 +147,98 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+def header_metadata(model: ExportedModel, folder: Path, sha256: str) -> dict[str, str]:
+    """What sites read in the header of an adapter's file: entries of modelspec, and those of kohya's scripts.
+
+    The same checkpoint gives the same, so that it can be exported again to the byte.
+
+    Args:
+        model: what is exported.
+        folder: where its sampled videos are.
+        sha256: of the tensors' bytes.
+    """
+    source, spec, config = model.source, model.spec, model.source.config
+    method: Any = config.method
+    bucket = config.data.buckets[0]
+    task = "image-to-video" if spec.image_to_video else "text-to-video"
+    written = datetime.fromtimestamp((source.checkpoint / COMPLETE).stat().st_mtime, UTC)
+    variants = (name for name in KNOWN_MODELS if base_numbers(read_spec(str(known_model(name)))) == base_numbers(spec))
+    entries = {
+        **lora_metadata(model.title, next(variants, None), method.rank, method.scaling * method.rank, sha256),
+        "modelspec.implementation": "https://github.com/Comfy-Org/ComfyUI"
+        if model.layout == "comfyui"
+        else "diffusers",
+        "modelspec.description": f"LoRA of {model.public_base} ({task}), {source.state.step} optimizer steps",
+        "modelspec.date": written.date().isoformat(),
+        "modelspec.resolution": f"{bucket.width}x{bucket.height}",
+        "modelspec.tags": f"cogvideox, {task}",
+        "modelspec.trigger_phrase": config.data.trigger or "",
+        "modelspec.thumbnail": _thumbnail(folder),
+        "ss_steps": str(source.state.step),
+        "ss_seed": str(config.train.seed),
+        "ss_learning_rate": f"{config.optimizer.lr:g}",
+        "ss_optimizer": config.optimizer.kind,
+    }
+    return {name: value for name, value in entries.items() if value}
+
+
+def lora_metadata(title: str, variant: str | None, rank: int, alpha: float, sha256: str) -> dict[str, str]:
+    """Of any LoRA: the entries that modelspec demands, and those that sites take rank and scale from.
+
+    Args:
+        title: for people.
+        variant: its base, if that is one of ``KNOWN_MODELS``.
+        rank: of most layers.
+        alpha: so that alpha / rank is what the update counts.
+        sha256: of the tensors' bytes.
+    """
+    base = f"cogvideox{'' if variant is None else '' if variant.startswith('1.5') else '-'}{variant or ''}"
+    return {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{base}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": title,
+        "modelspec.hash_sha256": f"0x{sha256}",
+        "modelspec.prediction_type": "v",
+        "modelspec.timestep_range": "0,999",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": f"{alpha:g}",
+        "ss_base_model_version": base,
+        "ss_output_name": title,
+        "sshs_model_hash": sha256,
+    }
+
+
+_STRIP_FRAMES, _STRIP_WIDTH = 4, 256
+
+
+def _thumbnail(folder: Path) -> str:
+    """Some frames of the first sampled video side by side, as modelspec has it; empty where there is no video."""
+    video = next(iter(sorted((folder / "samples").glob("*.mp4"))), None)
+    if video is None:
+        return ""
+    import av
+    from PIL import Image
+
+    try:
+        with av.open(str(video)) as container:
+            frames = [frame.to_image() for frame in container.decode(video=0)]
+    except (av.FFmpegError, IndexError):  # an export must not fail for a picture
+        frames = []
+    if not frames:
+        return ""
+    width = _STRIP_WIDTH // _STRIP_FRAMES
+    height = max(1, min(_STRIP_WIDTH, round(frames[0].height * width / frames[0].width)))
+    strip = Image.new("RGB", (_STRIP_WIDTH, height))
+    for place in range(_STRIP_FRAMES):
+        frame = frames[place * (len(frames) - 1) // (_STRIP_FRAMES - 1)]
+        strip.paste(frame.resize((width, height), Image.Resampling.LANCZOS), (place * width, 0))
+    buffer = BytesIO()
+    strip.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{b64encode(buffer.getvalue()).decode('ascii')}"
+
+
 def copy_samples(model: ExportedModel, folder: Path) -> dict[str, str]:
     """Copy the videos that the run sampled with the exported weights to ``folder/samples``.
 
@@ -165,7 +281,6 @@ def model_card(model: ExportedModel, samples: dict[str, str]) -> str:
         bucket=config.data.buckets[0],
         fps=config.data.fps or spec.native_fps,
         dtype=str(config.model.torch_dtype()),
-        adapter_file=LORA_FILE,
         samples=samples,
         versions=_versions(),
         weights_names=_WEIGHTS_NAMES,

@@ -26,7 +26,7 @@ from finetune.checkpoint.load import load_checkpoint
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, CheckpointError, ExportError
-from finetune.core.types import RunState
+from finetune.core.types import DtypeName, RunState
 from finetune.datasets.cache import Cache
 from finetune.methods.lora import LoraMethod
 
@@ -163,13 +163,16 @@ def find_checkpoint(path: Path, which: Literal["latest", "best"]) -> Path:
     return checkpoint_path(path, best_step)
 
 
-def read_source(path: Path, weights: Literal["auto", "ema", "raw"], pretrained: str | None) -> ExportSource:
+def read_source(
+    path: Path, weights: Literal["auto", "ema", "raw"], pretrained: str | None, dtype: DtypeName | None = None
+) -> ExportSource:
     """Read a checkpoint that is to be exported.
 
     Args:
         path: its folder, as ``find_checkpoint`` finds it.
         weights: the moving average, the trained weights, or ``auto``: the average if there is one.
         pretrained: where the base model is now; None for where the run had it.
+        dtype: what the base is loaded in, and an adapter merged; None for what the run trained in.
 
     Raises:
         CheckpointError: if it is no complete checkpoint, or damaged.
@@ -185,6 +188,8 @@ def read_source(path: Path, weights: Literal["auto", "ema", "raw"], pretrained: 
     values = loaded.config
     if pretrained is not None:
         values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
+    if dtype is not None:
+        values = {**values, "model": {**values["model"], "dtype": dtype}}
     averaged = weights != "raw" and loaded.ema is not None
     return ExportSource(
         checkpoint=path,

@@ -18,12 +18,10 @@ from finetune.checkpoint.folders import CONFIG, step_folders
 from finetune.cogvideox.components import Transformer, read_json, read_json_as
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.convert.lora_layouts import LAYOUTS, Layout, split_name
+from finetune.convert.model_card import PEFT_CONFIG, PEFT_FILE
 from finetune.core.errors import ConfigError, ModelError
 from finetune.core.files import LORA_FILE, TRAINABLE
 from finetune.methods.adapter import COMPONENT, METADATA_KEY, some
-
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-"""How peft names an adapter's file, and its settings beside it."""
 
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
 

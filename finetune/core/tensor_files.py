@@ -6,6 +6,7 @@ library.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -85,6 +86,27 @@ def atomic_save_tensors(
     return atomic_write(path, layout(tensors, metadata or {}))
 
 
+def add_metadata(path: Path, describe: Callable[[str], Mapping[str, str]]) -> None:
+    """Add to the metadata of a safetensors file; its tensors stay as they are, byte for byte.
+
+    The library writes metadata in an order that changes from process to process. Here it is sorted, so that equal
+    content is an equal file.
+
+    Args:
+        path: the file, which is read whole: an adapter's, not a model's.
+        describe: what to add, given the SHA-256 of the tensors' bytes.
+
+    Raises:
+        OSError: as ``atomic_write_bytes``.
+    """
+    content = path.read_bytes()
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    metadata = {**header.pop("__metadata__", {}), **describe(hashlib.sha256(content[begin:]).hexdigest())}
+    text = _aligned({"__metadata__": dict(sorted(metadata.items())), **header})
+    atomic_write(path, [memoryview(len(text).to_bytes(8, "little") + text), memoryview(content)[begin:]])
+
+
 def form_of(dtype: torch.dtype, shape: Sequence[int]) -> str:
     """What a tensor is, but for its content, such as ``float32 [4, 64]``."""
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
@@ -142,6 +164,10 @@ def _header(names: list[str], tensors: Mapping[str, Tensor | Deferred], metadata
         end = begin + _size(tensor)
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
         begin = end
+    return _aligned(header)
+
+
+def _aligned(header: dict[str, Any]) -> bytes:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     return text + b" " * (-len(text) % 8)  # tensors begin at a multiple of eight bytes
 
