@@ -40,13 +40,13 @@ def precompute(
     """
     import logging
 
-    from finetune.caching.parts import Part
     from finetune.caching.precompute import merge_parts, precompute
     from finetune.cogvideox.spec import read_spec
     from finetune.config.rules import pin_model, require_valid
     from finetune.config.schema import as_config
     from finetune.core.distributed import ProcessGroup
     from finetune.core.errors import ConfigError
+    from finetune.datasets.parts import Part
     from finetune.planner.plan import choose_memory
 
     if merge and shard is not None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import DataError
 from finetune.core.types import VideoProbe
 from finetune.datasets.geometry import ClipConfig, plan_clips
+from finetune.datasets.rows import MediaPlace
 from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples
 from finetune.datasets.sources import SourceConfig
 from finetune.trainers.loop import train
@@ -31,7 +34,8 @@ SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 
 def read(base: Path, *written: dict, media: Path | None = None) -> SourceRead:
     sources = SOURCES.validate_python(list(written))
-    return read_samples(sources, CaptionConfig(), image_to_video=False, base=base, media=media)
+    place = media and MediaPlace(media, base / "records")
+    return read_samples(sources, CaptionConfig(), image_to_video=False, base=base, media=place)
 
 
 def fault(base: Path, *written: dict, media: Path | None = None) -> str:
@@ -488,8 +492,19 @@ def test_packed_media_are_written_once_and_again_where_one_is_gone(clips, tmp_pa
         assert read(folder, source, media=media).train == first
     first[0].video.unlink()
     assert read(folder, source, media=media).train == first and first[0].video.is_file()
-    assert not list(media.glob(".unpacked-*"))
     assert "no folder for the media" in fault(folder, source)
+
+
+def test_what_killed_readers_left_is_removed_when_it_is_old(clips, tmp_path):
+    folder, rows = clips
+    source, media = as_parquet_bytes(folder, rows), tmp_path / "media"
+    media.mkdir()
+    old, young = media / ".unpacked-old", media / ".unpacked-young"
+    for file in (old, young):
+        file.write_bytes(b"half a video")
+    os.utime(old, (time.time() - 7200,) * 2)
+    read(folder, source, media=media)
+    assert not old.exists() and young.exists(), "which another process may be writing"
 
 
 @pytest.mark.parametrize("name", ["/etc/a.mp4", "../a.mp4", "x/../../a.mp4", "~/a.mp4"])
@@ -528,3 +543,26 @@ def test_a_hub_dataset_leads_nowhere_else(clips, tmp_path, monkeypatch):
     told = fault(folder, source)
     assert "is an absolute path" in told and "leads out of" in told and "2 things" in told
     assert "cannot be downloaded" in fault(folder, {"kind": "hub", "path": "someone/else"})
+
+
+def test_a_damaged_caption_of_a_tar_costs_its_row_alone(clips, tmp_path):
+    folder, rows = clips
+    video = (folder / rows[0]["file_name"]).read_bytes()
+    with tarfile.open(folder / "a.tar", "w") as tar:
+        for name, content in (("0.json", b"{no json"), ("1.txt", b"\xff\xfe"), ("2.txt", b"a red ball")):
+            put(tar, f"{name[0]}.mp4", video)
+            put(tar, name, content)
+    told = fault(folder, {"path": "a.tar"}, media=tmp_path / "media")
+    assert "a.tar, row 1" in told and "a.tar, row 2" in told and "row 3" not in told
+
+
+def test_columns_of_a_dataset_on_the_hub_are_chosen(clips, tmp_path, monkeypatch):
+    folder, rows = clips
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    source = as_hub(folder, rows)
+    (metadata,) = (tmp_path / "hub").rglob("metadata.csv")
+    listed = [{"file_name": row["file_name"], "caption": "short", "prompt": row["prompt"]} for row in rows]
+    table(metadata.resolve(), listed)
+    assert "could both be meant" in fault(folder, source)
+    (sample, *_) = read(folder, {**source, "caption_column": "prompt"}).train
+    assert sample.caption == rows[0]["prompt"]

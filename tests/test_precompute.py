@@ -29,7 +29,6 @@ from worlds import merged, run_values
 from finetune.caching import encode as encoding
 from finetune.caching import precompute as cache_plan
 from finetune.caching.check import check_dataset, identities, overview, split_clips, workers_for
-from finetune.caching.parts import Part
 from finetune.caching.precompute import PrecomputeReport, ensure_cache, merge_parts, precompute
 from finetune.caching.request import encoding_of, require_manifest
 from finetune.cogvideox.load import load_text, load_vae
@@ -45,6 +44,7 @@ from finetune.datasets.cache_transfer import export_cache, import_cache
 from finetune.datasets.decode_pool import fit_image
 from finetune.datasets.entries import read_metadata
 from finetune.datasets.manifests import UNKNOWN, Manifest, read_content
+from finetune.datasets.parts import Part
 
 ROOT = Path(__file__).parents[1]
 

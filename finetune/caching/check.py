@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
 
@@ -37,7 +37,9 @@ from finetune.datasets.geometry import (
     seconds_of,
 )
 from finetune.datasets.manifests import WARNING, FileStamp, portable
-from finetune.datasets.packed import media_folder
+from finetune.datasets.packed import content_digest, is_ours
+from finetune.datasets.parts import Part
+from finetune.datasets.rows import MediaPlace, Streamed
 from finetune.datasets.samples import choose_val_split, read_samples
 from finetune.datasets.schedule import Item, StepPlan
 
@@ -93,6 +95,8 @@ class DatasetReport:
     """Of the clips."""
     kept: Mapping[Bucket, KeptShare]
     """How much of pictures and videos the clips show."""
+    streamed: Streamed = field(default_factory=Streamed)
+    """Of media that came as a stream: those are not on the disk."""
 
     def __str__(self) -> str:
         videos = len({clip.sample.video for clip in self.clips})
@@ -118,13 +122,16 @@ def clip_labels(name: str, sample: Sample, count: int) -> list[str]:
     return [label] if count == 1 else [f"{label}#{number}" for number in range(1, count + 1)]
 
 
-def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) -> DatasetReport:
+def check_dataset(
+    config: RunConfig, spec: ModelSpec, *, progress: bool = True, part: Part | None = None
+) -> DatasetReport:
     """Read every source and every video's header, and plan the clips. No weights are loaded.
 
     Args:
         config: the run's configuration.
         spec: of its model.
         progress: draw a bar.
+        part: read all rows, and go on with those alone that are its own.
 
     Raises:
         DataError: one that lists every row and file that cannot be used, or says that no clip is left.
@@ -138,11 +145,15 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
         image_to_video=spec.image_to_video,
         base=config.base,
         skip=skip,
-        media=media_folder(config.cache.dir),
+        media=MediaPlace.of(config.cache.dir, part),
     )
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
+    streamed = read.streamed.media
+    if part is not None:  # of streams it has its own rows alone
+        rows = [*part.take([row for row in rows if row[0].video not in streamed]), *_streamed(rows, streamed)]
     fps = config.data.fps or spec.native_fps
-    probes = _probe(config, {sample.video for sample, _ in rows}, progress)
+    probes = _probe(config, {sample.video for sample, _ in rows} - streamed.keys(), progress)
+    probes |= {path: media.probe for path, media in streamed.items() if media.probe is not None}
     clips: list[PlannedClip] = []
     skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
     skipped[UNUSABLE] = [f"{error.where}: {error.what}" for error in read.unusable]
@@ -172,7 +183,7 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
             clips.append(PlannedClip(label, sample, probe, plan, holdout))
             advice.update(plan_notes(probe, plan, fps, config.data.span))
 
-    faults = _image_faults(config, clips, progress) if spec.image_to_video else {}
+    faults = _image_faults(config, clips, streamed, progress) if spec.image_to_video else {}
     for start in sorted({sample.image for sample in config.validation.samples if sample.image is not None}):
         if fault := faults.get((start, sample_bucket(config))):
             errors.append(DataError(fault.what, where=f"{start} (validation.samples)", fix=fault.fix))
@@ -192,19 +203,21 @@ def check_dataset(config: RunConfig, spec: ModelSpec, *, progress: bool = True) 
     caption_warnings, caption_errors = check_captions(config, spec, captions)
     raise_all(DataError, [*errors, *caption_errors], what="{n} clips, images or captions cannot be used")
     left_out = {why: tuple(names) for why, names in skipped.items() if names}
-    if not any(not clip.holdout for clip in clips):
+    if part is None and not any(not clip.holdout for clip in clips):
         counts = [f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in left_out.items()]
         raise DataError(f"no clip is left to train on: {'; '.join(counts) or 'every source is held out'}")
     notes = [*read.notes, *caption_warnings, *(f"{count} clips: {note}" for note, count in advice.most_common())]
     notes += [f"{WARNING}{warning}" for warning in kept_warnings(clips, config.data, spec, fps)]
-    return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps))
+    return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps), read.streamed)
 
 
 def _image_faults(
-    config: RunConfig, clips: Iterable[PlannedClip], progress: bool
+    config: RunConfig, clips: Iterable[PlannedClip], streamed: Collection[Path], progress: bool
 ) -> dict[tuple[Path, Bucket], DataError]:
-    """First-frame images and validation images that cannot be read or cut to a bucket, each tried as it is encoded."""
-    wanted = {clip.first_frame for clip in clips if clip.first_frame is not None}
+    """First-frame images and validation images that cannot be read or cut to a bucket, each tried as it is encoded; but
+    for those that came as a stream: there it is the clip that failed.
+    """
+    wanted = {clip.first_frame for clip in clips if clip.first_frame and clip.first_frame[0] not in streamed}
     for sample in config.validation.samples:
         # With a complete cache they may be elsewhere.
         if sample.image is not None and (config.cache.mode == "auto" or sample.image.is_file()):
@@ -213,6 +226,10 @@ def _image_faults(
     with DecodePool(workers_for(config, len(jobs))) as pool:
         bar = Bar(pool.load_images(jobs), total=len(jobs), desc="reading images", disable=not progress)
         return {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
+
+
+def _streamed(rows: Iterable[tuple[Sample, bool]], streamed: Collection[Path]) -> list[tuple[Sample, bool]]:
+    return [row for row in rows if row[0].video in streamed]
 
 
 def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
@@ -506,12 +523,18 @@ def identities(config: RunConfig, clips: Sequence[PlannedClip], *, progress: boo
     gives: dict[Path, Counter[tuple[Bucket, float, bool]]] = {}
     for clip in clips:
         gives.setdefault(clip.sample.video, Counter())[clip.plan.bucket, clip.sample.repeats, clip.holdout] += 1
-    sizes = {video.stat().st_size for video in gives}
-    alike = len({frozenset(given.items()) for given in gives.values()}) == 1
-    if not config.data.holdout or (alike and len(sizes) == len(gives)):
+    if not config.data.holdout:
         return {video: str(video) for video in gives}
-    stamps = stamp_files(gives, Cache(config.cache.dir), progress)
-    return {video: stamp.digest for video, stamp in stamps.items()}
+    # What came out of a dataset is named by its digest, and of a stream only the name is left.
+    media = MediaPlace.of(config.cache.dir).folder
+    named = {video: content_digest(video.name) for video in gives if video.parent == media and is_ours(video.name)}
+    files = gives.keys() - named.keys()
+    sizes = {video.stat().st_size for video in files}
+    alike = len({frozenset(given.items()) for given in gives.values()}) == 1
+    if alike and len(sizes) == len(gives):
+        return {video: str(video) for video in gives}
+    stamps = stamp_files(files, Cache(config.cache.dir), progress)
+    return {**named, **{video: stamp.digest for video, stamp in stamps.items()}}
 
 
 # --------------------------------------------------------------------------------- derived numbers, each with its unit

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -23,10 +23,13 @@ from finetune.core.errors import CacheError, DataError, is_out_of_memory
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
-from finetune.datasets.cache import Cache
+from finetune.datasets.cache import Cache, Encoding
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.datasets.manifests import FileStamp
 from finetune.memory.block_streaming import stream_text, text_placement
+
+if TYPE_CHECKING:
+    from finetune.caching.check import PlannedClip
 
 NOISE_SEED = 0
 """Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""
@@ -63,6 +66,7 @@ class ClipJob(EncodeJob):
     plan: ClipPlan
     image: Path | None
     """The file that stands for the first frame; None where the first frame itself does."""
+    image_stamp: FileStamp | None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,89 @@ class EncodeResult:
     failures: tuple[Failure, ...] = ()
 
 
+def clip_job(
+    clip: PlannedClip, plan: ClipPlan, stamps: Mapping[Path, FileStamp], encoding: Encoding, spec: ModelSpec
+) -> ClipJob:
+    """What is encoded of a clip.
+
+    Args:
+        clip: which one.
+        plan: its own, or that of its mirror image.
+        stamps: of its files.
+        encoding: how.
+        spec: of the model.
+    """
+    image = clip.sample.image if spec.image_to_video else None
+    stamp, image_stamp = stamps[clip.sample.video], stamps[image] if image else None
+    digest = image_stamp.digest if image_stamp else None
+    address = encoding.latents_address(stamp.digest, plan, image=digest, corrections=clip.probe.corrections)
+    # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
+    probe = replace(clip.probe, frame_times_s=())
+    return ClipJob(address, clip.where, clip.sample.video, stamp, probe, plan, image, image_stamp)
+
+
+class ClipEncoder:
+    """The VAE and decode workers, which are started by the first clip and stay until it is closed; a context manager.
+
+    Args:
+        config: of the run, whose VAE encodes, in the model's dtype.
+        cache: where entries go.
+        device: where the VAE runs.
+        workers: decode processes.
+    """
+
+    def __init__(self, config: RunConfig, cache: Cache, device: torch.device, workers: int) -> None:
+        self._config, self._cache, self._device = config, cache, device
+        self._vae: Any = None
+        self.pool = DecodePool(workers)
+
+    def __enter__(self) -> ClipEncoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.close()
+        if self._vae is not None:
+            self._vae = None
+            release_memory()
+
+    def encode(self, jobs: Sequence[ClipJob], *, progress: bool) -> EncodeResult:
+        """Decode clips in worker processes, encode them one by one and store them.
+
+        Args:
+            jobs: what is missing; nothing is loaded where there is none.
+            progress: draw a bar.
+
+        Returns:
+            Counts, and a failure for every clip that could not be decoded; the others are stored.
+
+        Raises:
+            CacheError: if an entry cannot be written or the GPU's memory does not suffice.
+        """
+        if not jobs:
+            return EncodeResult(0, 0)
+        from finetune.cogvideox.load import load_vae
+
+        if self._vae is None:
+            self._vae = load_vae(self._config.model, device=self._device)
+        encoded, size, failures = 0, 0, []
+        options = self._config.cache
+        decoded = self.pool.decode_many(
+            DecodeJob(job.video, job.probe, job.plan, job.image, options.decoder) for job in jobs
+        )
+        bar = Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress)
+        for job, (_, clip) in zip(jobs, bar, strict=True):
+            try:
+                if isinstance(clip, DataError):
+                    raise clip
+                size += _encode_clip(job, clip, self._vae, self._cache, options.vae_tiling)
+                encoded += 1
+            except DataError as error:
+                where = f"{job.where}: {error.where}" if error.where else job.where
+                fix = error.fix or "re-encode the file, take it out, or set data.unreadable_clips: skip"
+                failures.append(Failure(job.key, DataError(error.what, where=where, fix=fix)))
+        return EncodeResult(encoded, size, tuple(failures))
+
+
 def encode_clips(
     jobs: Sequence[ClipJob],
     config: RunConfig,
@@ -99,46 +186,9 @@ def encode_clips(
     workers: int,
     progress: bool,
 ) -> EncodeResult:
-    """Decode clips in worker processes, encode them one by one and store them.
-
-    Args:
-        jobs: what is missing; nothing is loaded where there is none.
-        config: of the run, whose VAE encodes, in the model's dtype.
-        cache: where entries go.
-        device: where the VAE runs.
-        workers: decode processes.
-        progress: draw a bar.
-
-    Returns:
-        Counts, and a failure for every clip that could not be decoded; the others are stored.
-
-    Raises:
-        CacheError: if an entry cannot be written or the GPU's memory does not suffice.
-    """
-    if not jobs:
-        return EncodeResult(0, 0)
-    from finetune.cogvideox.load import load_vae
-
-    encoded, size, failures = 0, 0, []
-    vae = load_vae(config.model, device=device)
-    with DecodePool(min(workers, len(jobs))) as pool:
-        decoded = pool.decode_many(
-            DecodeJob(job.video, job.probe, job.plan, job.image, config.cache.decoder) for job in jobs
-        )
-        bar = Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress)
-        for job, (_, clip) in zip(jobs, bar, strict=True):
-            try:
-                if isinstance(clip, DataError):
-                    raise clip
-                size += _encode_clip(job, clip, vae, cache, config.cache.vae_tiling)
-                encoded += 1
-            except DataError as error:
-                where = f"{job.where}: {error.where}" if error.where else job.where
-                fix = error.fix or "re-encode the file, take it out, or set data.unreadable_clips: skip"
-                failures.append(Failure(job.key, DataError(error.what, where=where, fix=fix)))
-    del vae
-    release_memory()
-    return EncodeResult(encoded, size, tuple(failures))
+    """Encode clips with a ``ClipEncoder`` of their own. Arguments and errors are those of it and of its ``encode``."""
+    with ClipEncoder(config, cache, device, min(workers, len(jobs))) as encoder:
+        return encoder.encode(jobs, progress=progress)
 
 
 def _encode_clip(job: ClipJob, clip: Clip, vae: Any, cache: Cache, tiling: Literal["auto", "on", "off"]) -> int:
@@ -160,8 +210,8 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, cache: Cache, tiling: Liter
             fix="set cache.vae_tiling: on, free GPU memory, or use smaller buckets",
         ) from error
     # Only now is it certain which bytes were decoded: those that the address was made from, or others.
-    changed = job.image is not None and cache.digest_file(job.image) != job.address["image"]
-    if changed or not cache.is_unchanged(job.video, job.stamp):
+    image_is_unchanged = job.image is None or job.image_stamp is None or cache.is_unchanged(job.image, job.image_stamp)
+    if not image_is_unchanged or not cache.is_unchanged(job.video, job.stamp):
         raise DataError("the file changed while it was being encoded", fix="run precompute again")
     return cache.write_latents(job.address, mean[0], std[0], image_latents, made_with={"tiled": tiled})
 

@@ -32,12 +32,14 @@ from finetune.caching.encode import (
     EncodeResult,
     Failure,
     ImageJob,
+    clip_job,
     encode_captions,
     encode_clips,
     store_images,
 )
-from finetune.caching.parts import LEFT_OUT, Part, all_finished, filed_parts, remove_parts, require_whole
-from finetune.caching.request import encoding_of, find_manifest, make_request
+from finetune.caching.parts import LEFT_OUT, all_finished, filed_parts, remove_parts, require_whole
+from finetune.caching.request import encoding_of, find_manifest, make_request, stream_identities
+from finetune.caching.streaming import encode_streams
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import pin_model, require_valid
@@ -47,6 +49,7 @@ from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import from_here, human_size, require_space
 from finetune.core.types import DTYPE_BYTES, Bucket, ClipPlan, DtypeName
 from finetune.datasets.cache import Cache
+from finetune.datasets.cache_packing import PackReport, pack
 from finetune.datasets.manifests import (
     KINDS,
     FileStamp,
@@ -55,6 +58,7 @@ from finetune.datasets.manifests import (
     ManifestItem,
     portable,
 )
+from finetune.datasets.parts import Part
 from finetune.datasets.samples import source_files
 
 ENTRY_OVERHEAD = 8192
@@ -81,6 +85,10 @@ class CachePlan:
     """Disk space that the missing entries and the manifest will take."""
     part: Part | None
     """Of the dataset; None for all of it."""
+    failures: tuple[Failure, ...]
+    """Clips that came as a stream, could not be encoded, and are gone."""
+    streamed: tuple[EncodeResult, ...] = ()
+    """What was encoded of streams, before it was known what the dataset needs."""
 
     @property
     def missing(self) -> dict[Kind, int]:
@@ -101,28 +109,23 @@ def plan_cache(
     stamps = {path: cache.stamp(path) for path in source_files(config.data.sources, config.base)}
     # Captions are compared with it, before an encoder of 10 GB is fetched.
     resolve_pretrained(config.model.pretrained, config.model.revision, components=["tokenizer"])
-    report = check_dataset(config, spec, progress=progress)
-    if part is not None:
-        report = replace(report, clips=part.take(report.clips))
+    report = check_dataset(config, spec, progress=progress, part=part)
+    streamed = report.streamed
     encoding = encoding_of(config, spec, cache, fetch=True)
     samples, bucket = config.validation.samples, sample_bucket(config)
     images = {sample.image for sample in samples if sample.image and spec.image_to_video}
     conditions = {clip.sample.image for clip in report.clips if clip.sample.image and spec.image_to_video}
     left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
     media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
-    stamps |= stamp_files(media | conditions | images, cache, progress)
+    stamps |= stamp_files((media | conditions | images) - streamed.media.keys(), cache, progress)
+    inputs = {str(path): stamp for path, stamp in stamps.items()}
+    stamps |= {path: media.stamp for path, media in streamed.media.items()}  # of which nothing is left to compare
     clips: dict[str, ClipJob] = {}
     captions: dict[str, EncodeJob] = {}
     stills: dict[str, ImageJob] = {}
 
     def clip_key(clip: PlannedClip, plan: ClipPlan) -> str:
-        image = clip.sample.image if spec.image_to_video else None
-        stamp = stamps[clip.sample.video]
-        digest = stamps[image].digest if image else None
-        address = encoding.latents_address(stamp.digest, plan, image=digest, corrections=clip.probe.corrections)
-        # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
-        probe = replace(clip.probe, frame_times_s=())
-        job = ClipJob(address, clip.where, clip.sample.video, stamp, probe, plan, image)
+        job = clip_job(clip, plan, stamps, encoding, spec)
         return clips.setdefault(job.key, job).key
 
     def flipped_key(clip: PlannedClip) -> str:
@@ -137,7 +140,7 @@ def plan_cache(
         return stills.setdefault(job.key, job).key
 
     val_split = split_clips(report.clips, {path: stamp.digest for path, stamp in stamps.items()}, config.data.holdout)
-    request = portable(make_request(config, spec, encoding), config.base)
+    request = portable(make_request(config, spec, encoding, stream_identities(config, recorded=True)), config.base)
     manifest = Manifest(
         items=tuple(
             ManifestItem(
@@ -159,7 +162,7 @@ def plan_cache(
         ),
         empty_prompt_key=prompt_key(""),
         request=request if part is None else part.request(request),
-        inputs={str(path): stamp for path, stamp in stamps.items()},
+        inputs=inputs,
         prompts={sample.prompt: prompt_key(sample.prompt) for sample in samples},
         images={str(path): image_key(path) for path in sorted(images)},
         skipped={reason: len(names) for reason, names in report.skipped.items()},
@@ -167,7 +170,15 @@ def plan_cache(
         kept={str(bucket): str(kept) for bucket, kept in report.kept.items()},
     )
     there = {kind: cache.keys(kind) for kind in KINDS}
-    latents = tuple(job for key, job in clips.items() if key not in there["latents"])
+    failures = tuple(
+        Failure(key, DataError(error.what, where=clips[key].where, fix=error.fix))
+        for key, error in streamed.failed.items()
+        if key in clips and key not in there["latents"]
+    )
+    # What else of a stream is missing went since it was encoded; who counts in the end will say so.
+    latents = tuple(
+        job for key, job in clips.items() if key not in there["latents"] and job.video not in streamed.media
+    )
     prompts = tuple(job for key, job in captions.items() if key not in there["prompts"])
     pixels = tuple(job for key, job in stills.items() if key not in there["images"])
     draws = encoding.image_draws or 0
@@ -175,7 +186,7 @@ def plan_cache(
     needed += len(prompts) * prompt_bytes(spec, encoding.dtype) + len(pixels) * 3 * bucket.height * bucket.width
     needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(pixels))
     needed += 2 * len(manifest.to_bytes(config.base))  # the old one stands until the new one is whole
-    return CachePlan(manifest, latents, prompts, pixels, needed, part)
+    return CachePlan(manifest, latents, prompts, pixels, needed, part, failures)
 
 
 def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
@@ -240,6 +251,8 @@ class PrecomputeReport:
     seconds: float
     part: Part | None = None
     """Of the dataset; None where it is all of it."""
+    packed: PackReport | None = None
+    """What was laid into shards, of a dataset that is read as a stream."""
 
     @property
     def skipped(self) -> Mapping[str, int]:
@@ -259,6 +272,7 @@ class PrecomputeReport:
             lines.append(f"{mirrored} of {len(self.manifest.items)} clips are there mirrored as well")
         lines.append(f"{human_size(self.bytes)}, {human_size(self.written_bytes)} of it new; {self.seconds:.1f} s")
         lines += [f"bucket {bucket}: {kept}" for bucket, kept in self.manifest.kept.items()]
+        lines += [] if self.packed is None else [str(self.packed)]
         return "\n".join([*lines, *map(note_line, self.manifest.notes)])
 
 
@@ -294,10 +308,14 @@ def precompute(
     cache = Cache(config.cache.dir)
     with cache.in_use("precompute", quiet=not ranks.is_main):
         report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main, part=part)
-        if part is None:
-            return report
-        whole = ranks.run_on_main(lambda: _merge_if_last(config, spec, cache, report, progress=progress))
-        return whole or report
+        if part is not None:
+            whole = ranks.run_on_main(lambda: _merge_if_last(config, spec, cache, report, progress=progress))
+            report = whole or report
+    return ranks.run_on_main(lambda: _packed(config, cache, report, progress=progress))
+
+
+def _streams(config: RunConfig) -> bool:
+    return any(source.stream(config.base) is not None for source in config.data.sources)
 
 
 def _merge_if_last(
@@ -326,7 +344,21 @@ def merge_parts(
     require_valid(config, spec)
     cache = Cache(config.cache.dir)
     with cache.in_use("precompute"):
-        return _merge(config, spec, cache, progress=progress)
+        report = _merge(config, spec, cache, progress=progress)
+    return _packed(config, cache, report, progress=progress)
+
+
+def _packed(config: RunConfig, cache: Cache, report: PrecomputeReport, *, progress: bool) -> PrecomputeReport:
+    """Lay the entries of a dataset that came as a stream, which may be millions, into shards when all of it is there.
+
+    Where another job uses the cache, or the file system has no locks, the report says why nothing was packed.
+    """
+    if report.part is not None or not _streams(config):
+        return report
+    try:
+        return replace(report, packed=pack(cache, progress=progress))
+    except CacheError as error:
+        return replace(report, packed=PackReport(0, 0, 0, held_back=error.what))
 
 
 def _merge(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) -> PrecomputeReport:
@@ -340,7 +372,8 @@ def _merge(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) 
         for note in notes
         if note.startswith(f"{LEFT_OUT}{job.where}: ")
     ]
-    require_whole(plan.manifest, cache, parts, {failure.key for failure in failures}, progress=progress)
+    failed = {failure.key for failure in (*failures, *plan.failures)}
+    require_whole(plan.manifest, cache, parts, failed, progress=progress)
     results: dict[Kind, list[EncodeResult]] = {kind: [] for kind in KINDS}
     report = _finish(config, spec, cache, plan, results | {"latents": [EncodeResult(0, 0, tuple(failures))]}, begun)
     remove_parts(parts)
@@ -366,7 +399,11 @@ def _precompute(
             cache.save_manifest(plan.manifest.pending(), config.base)
         return plan
 
-    plan = ranks.run_on_main(prepare)
+    streamed: list[EncodeResult] = []
+    if _streams(config):
+        ranks.run_on_main(lambda: require_valid(config, spec))
+        streamed = encode_streams(config, spec, cache, ranks, part=part, progress=progress)
+    plan = replace(ranks.run_on_main(prepare), streamed=tuple(streamed))
     share = slice(ranks.rank, None, ranks.world)
     results: dict[Kind, list[EncodeResult]] = {
         # First, because it takes no time and a damaged image should not be found after hours.
@@ -399,6 +436,7 @@ def _finish(
     begun: float,
 ) -> PrecomputeReport:
     """Settle what could not be decoded, file the manifest and count."""
+    results = {**results, "latents": [*plan.streamed, *results["latents"], EncodeResult(0, 0, plan.failures)]}
     failures = [failure for one in results["latents"] for failure in one.failures]
     errors = list({str(failure.error): failure.error for failure in failures}.values())  # mirrored clips fail alike
     if config.data.unreadable_clips == "error":
@@ -416,11 +454,13 @@ def _finish(
         what = f"entries went while others were encoded: {named(gone)}"
         raise CacheError(what, where=str(cache.root), fix="run the same command again: it encodes them anew")
     cache.save_manifest(manifest, config.base)
+    streamed = sum(one.encoded for one in plan.streamed) + len(plan.failures)
+    new = {**plan.missing, "latents": plan.missing["latents"] + streamed}
     return PrecomputeReport(
         manifest=manifest,
         cache_dir=cache.root,
         encoded={kind: sum(one.encoded for one in results[kind]) for kind in KINDS},
-        reused={kind: len(plan.manifest.keys(kind)) - plan.missing[kind] for kind in KINDS},
+        reused={kind: max(0, len(plan.manifest.keys(kind)) - new[kind]) for kind in KINDS},
         bytes=sum(sizes[kind][key] for kind in KINDS for key in manifest.keys(kind)),
         written_bytes=sum(one.bytes for kind in KINDS for one in results[kind]),
         seconds=time.perf_counter() - begun,

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from finetune.caching.parts import Part
 from finetune.caching.precompute import PrecomputeReport, merge_parts, precompute
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig, as_config
 from finetune.core.errors import ConfigError
+from finetune.datasets.parts import Part
 
 
 def precompute_on_ray(

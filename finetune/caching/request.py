@@ -31,8 +31,9 @@ from finetune.datasets.manifests import (
     portable,
     read_content,
 )
+from finetune.datasets.rows import MediaPlace
 from finetune.datasets.samples import source_files
-from finetune.datasets.sources import SOURCE_SINCE
+from finetune.datasets.sources import source_since
 
 _PLANNING_RULES = 1
 """By which headers are read and captions cleaned. Another number has every dataset planned anew; what is encoded anew
@@ -87,11 +88,12 @@ def _has_weights(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards) and any(folder.glob("*.safetensors"))
 
 
-def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict[str, Any]:
+def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams: Sequence[str] = ()) -> dict[str, Any]:
     """Everything that decides which entries a dataset needs, under the names that the configuration has for it.
 
     Paths are ``Path`` objects (``portable`` writes them out). Of ``data``, every field counts but those of
-    caption and image dropout, which are applied to what the cache holds.
+    caption and image dropout, which are applied to what the cache holds. ``streams`` are the identities of those
+    sources that are read as streams; how much of them may lie on the disk does not count.
     """
     data = config.data.model_dump(mode="python", exclude=set(DropoutConfig.model_fields))
     if data["unreadable_captions"] == "warn":  # what was done before there was a choice: such manifests still answer
@@ -99,7 +101,11 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict
     if data["image_buckets"] is None:  # likewise
         del data["image_buckets"]
     data["sources"] = [
-        {name: value for name, value in source.items() if name not in SOURCE_SINCE or value != SOURCE_SINCE[name]}
+        {
+            name: value
+            for name, value in source.items()
+            if name != "stream_room" and source_since(source["kind"]).get(name, _NEW) != value
+        }
         for source in data["sources"]
     ]
     samples = config.validation.samples
@@ -120,7 +126,29 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding) -> dict
             "images": images,
             "bucket": str(sample_bucket(config)) if images else None,
         },
+        **({"streams": list(streams)} if streams else {}),
     }
+
+
+_NEW = object()
+
+
+def stream_identities(config: RunConfig, *, recorded: bool) -> list[str]:
+    """What tells whether the streams among the sources are what they were.
+
+    Args:
+        config: of the run.
+        recorded: as they were listed when they were read last; else as they are now, and ``UNKNOWN`` for one that is on
+            the hub, or is not on this machine.
+    """
+    identities = []
+    for source in config.data.sources:
+        if (stream := source.stream(config.base)) is not None:
+            listing = (
+                stream.recorded(MediaPlace.of(config.cache.dir).records, config.base) if recorded else stream.current()
+            )
+            identities.append(UNKNOWN if listing is None else listing.identity)
+    return identities
 
 
 def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> Manifest | None:
@@ -135,7 +163,7 @@ def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> Manifest 
         ModelError: if the dtype of the model cannot be told.
     """
     encoding = encoding_of(config, spec, cache, fetch=False)
-    request = make_request(config, spec, encoding)
+    request = make_request(config, spec, encoding, stream_identities(config, recorded=False))
     require = config.cache.mode == "require"
     contents, damaged = _read_manifests(
         [cache.root / "manifests" / f"{digest_of(portable(request, config.base))}.json"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.cogvideox.model_files import canonical_name, is_commit
 from finetune.core.errors import CheckpointError
-from finetune.datasets.sources import SOURCE_SINCE
+from finetune.datasets.sources import source_since
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
     # As a file would give it back, so that a path equals its text and a tuple its list.
     values = json.loads(json.dumps(config, default=str))
     if sources := values.get("data", {}).get("sources"):
-        values["data"]["sources"] = [{**SOURCE_SINCE, **source} for source in sources]
+        values["data"]["sources"] = [{**source_since(source.get("kind")), **source} for source in sources]
     return {**_SINCE, **flat(values)}
 
 

@@ -31,6 +31,7 @@ from finetune.datasets.shards import (
     index_of,
     remove,
 )
+from finetune.datasets.streams import wanted_entries
 
 LEFTOVER_AGE_S = 3600.0
 """An unfinished file that nobody has written to for this long belongs to a process that died; a damaged one that was
@@ -128,6 +129,9 @@ def gc(
             most_s = float("inf") if unused_days is None else unused_days * 86_400
             unused = [path for path in cache.manifest_paths() if path not in manifests or _age_s(path, now) > most_s]
             needed = needed_entries([content for path, content in manifests.items() if path not in unused])
+            for record in (root / "streams").glob("*/*.jsonl"):
+                if _age_s(record, now) <= most_s:
+                    needed["latents"] |= wanted_entries(record)
             orphans = [path for kind, paths in listed.items() for path in paths if path.stem not in needed[kind]]
             entries = [path for path in orphans if _age_s(path, now) >= grace_s]
             leftovers = [path for path in _leftovers(root) if _age_s(path, now) > leftover_age_s]

@@ -2,6 +2,10 @@
 
 They are read in a worker, for over a damaged table the process ends. It writes each video and image once, to a file
 that is named by its content, so that the decoder's workers have a path; nothing in a dataset names what is written.
+Here all media are written before any is encoded; for datasets larger than the disk there are ``streams``.
+
+Tars are read with ``tarfile``, and not with ``datasets``, whose reader takes a sample into memory as a whole, refuses
+tars whose first five samples differ in kind, and passes over links and devices without a word.
 """
 
 from __future__ import annotations
@@ -11,15 +15,16 @@ import json
 import os
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from finetune.core.errors import DataError
+from finetune.core.errors import DataError, first_line
 from finetune.core.files import atomic_write_bytes
-from finetune.datasets.rows import IMAGE, MAX_CAPTION_BYTES, VIDEO, RawRow
+from finetune.datasets.rows import IMAGE, MAX_CAPTION_BYTES, VIDEO, FileKind, RawRow
 from finetune.datasets.tables import CAPTION_COLUMNS, IMAGE_COLUMNS, MAX_FILE_BYTES, MAX_ROWS, VIDEO_COLUMNS
 from finetune.datasets.worker import Worker
 
@@ -41,10 +46,11 @@ _BATCH = 8
 
 _CHUNK = 1 << 20
 
+_UNFINISHED = ".unpacked-"
+"""How the name of a file begins that is being written."""
 
-def media_folder(cache_dir: Path) -> Path:
-    """Where a run's datasets are unpacked: beside its cache."""
-    return cache_dir.with_name(f"{cache_dir.name}-media")
+_LEFTOVER_AGE_S = 3600.0
+"""An unfinished file that nobody has written to for so long belongs to a process that died."""
 
 
 def packed_files(path: Path) -> list[Path]:
@@ -69,6 +75,14 @@ def packed_files(path: Path) -> list[Path]:
     return []
 
 
+def remove_leftovers(media: Path) -> None:
+    """Delete what killed readers left unfinished in a folder for media."""
+    for path in media.glob(f"{_UNFINISHED}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
+                path.unlink()
+
+
 def read_packed(
     file: Path, media: Path, root: Path, columns: Sequence[str | None], *, images: bool = False
 ) -> list[RawRow]:
@@ -89,7 +103,7 @@ def read_packed(
     identity = json.dumps([1, str(file), status.st_size, status.st_mtime_ns, asked])
     index = media / "index" / f"{hashlib.blake2b(identity.encode(), digest_size=16).hexdigest()}.jsonl"
     rows = _rows(index.read_bytes()) if index.is_file() else []
-    if not rows or not all((media / name).is_file() for row in rows for name in (row[0], row[2]) if _is_ours(name)):
+    if not rows or not all((media / name).is_file() for row in rows for name in (row[0], row[2]) if is_ours(name)):
         media.mkdir(parents=True, exist_ok=True)
         with closing(Worker("dataset reader", WORKER)) as worker:
             request = {"media": str(media.absolute()), "columns": list(columns), "images": images}
@@ -101,13 +115,27 @@ def read_packed(
     for number, (video, caption, image) in enumerate(rows, start=1):
         if images and video is None:
             video, image = image, None
-        ours = _is_ours(video)
+        ours = is_ours(video)
         picture: object = image
-        if image is not None and _is_ours(image) != ours:
+        if image is not None and is_ours(image) != ours:
             where, fix = f"{file}, row {number}", "hold both as bytes, or both as names"
             picture = DataError("of video and image one is bytes and one is a name", where=where, fix=fix)
-        raw.append(RawRow(video, caption, picture, media if ours else root, f"{file}, row {number}"))
+        where = f"{file}, row {number}"
+        raw.append(RawRow(video, value_of(caption, where), picture, media if ours else root, where))
     return raw
+
+
+def value_of(written: object, where: str) -> object:
+    """A value of a row, or the DataError that stands for one that could not be read (``fault``)."""
+    if not isinstance(written, dict):
+        return written
+    what, fix = written["fault"]
+    return DataError(what, where=where, fix=fix)
+
+
+def fault(what: str, fix: str) -> dict[str, Any]:
+    """What stands in a row, which is JSON, in the place of a value that cannot be used."""
+    return {"fault": [what, fix]}
 
 
 def _rows(body: bytes) -> list[list[Any]]:
@@ -117,8 +145,14 @@ def _rows(body: bytes) -> list[list[Any]]:
 _MARK = "content-"
 
 
-def _is_ours(name: object) -> bool:
+def is_ours(name: object) -> bool:
+    """Whether a name is one that was made of a file's content."""
     return isinstance(name, str) and name.startswith(_MARK)
+
+
+def content_digest(name: str) -> str:
+    """The digest of a file's bytes (``checksums.digest_file``), from the name that was made of them."""
+    return name.removeprefix(_MARK).partition(".")[0]
 
 
 # --- in the worker ----------------------------------------------------------------------------------------------------
@@ -147,31 +181,34 @@ def handle_packed(fields: dict[str, Any]) -> tuple[dict[str, Any], list[bytes]]:
     except (DataError, MemoryError):
         raise
     except Exception as error:  # of pyarrow and tarfile, and of the disk
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         fix = f"write the file again, or make room in {media}"
-        raise DataError(f"the file cannot be unpacked: {reason:.300}", where=str(path), fix=fix) from None
+        raise DataError(f"the file cannot be unpacked: {first_line(error):.300}", where=str(path), fix=fix) from None
     if not lines:
         raise DataError("the file has no rows", where=str(path))
     return {}, lines
 
 
-def _store(chunks: Iterator[bytes], name: str, media: Path, kinds: tuple[str, ...]) -> str:
-    """Write media to the file that its content names; ``name`` gives the ending."""
-    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - of any text
-    suffix = suffix if suffix in kinds else kinds[0]  # what it is, the decoder tells by its content
+def store(chunks: Iterable[bytes], name: str, media: Path, kind: FileKind) -> str:
+    """Write media to the file that its content names, and return its name; ``name`` gives the ending."""
     digest = hashlib.blake2b(digest_size=16)
-    with tempfile.NamedTemporaryFile(dir=media, prefix=".unpacked-", delete=False) as file:
+    with tempfile.NamedTemporaryFile(dir=media, prefix=_UNFINISHED, delete=False) as file:
         try:
             for chunk in chunks:
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
-            target = f"{_MARK}{digest.hexdigest()}{suffix}"
+            target = name_of(digest.hexdigest(), name, kind)
             os.replace(file.name, media / target)
         except BaseException:
             Path(file.name).unlink(missing_ok=True)
             raise
     return target
+
+
+def name_of(digest: str, name: str, kind: FileKind) -> str:
+    """The name of a file with this content; its ending is that of ``name``, where that is one of its kind."""
+    suffix = os.path.splitext(name)[1].lower()  # noqa: PTH122 - of any text
+    return f"{_MARK}{digest}{suffix if suffix in kind.suffixes else kind.suffixes[0]}"  # decoders go by the content
 
 
 def _table_samples(path: Path, media: Path, named: Sequence[str | None], *, images: bool) -> Iterator[list[Any]]:
@@ -182,28 +219,46 @@ def _table_samples(path: Path, media: Path, named: Sequence[str | None], *, imag
     with pyarrow.memory_map(str(path)) as file:
         if path.suffix.lower() == ".parquet":
             table = parquet.ParquetFile(file, pre_buffer=False)
-            columns = _columns(table.schema_arrow.names, named, path, images=images)
+            columns = columns_of(table.schema_arrow.names, named, path, images=images)
             batches = table.iter_batches(batch_size=_BATCH, columns=[name for name in columns if name])
         else:
             batches = ipc.open_stream(file)
-            columns = _columns(batches.schema.names, named, path, images=images)
+            columns = columns_of(batches.schema.names, named, path, images=images)
         for batch in batches:
             for number in range(batch.num_rows):
                 video, caption, image = (name and batch.column(name)[number].as_py() for name in columns)
-                yield [_named(video, media, VIDEO.suffixes), caption, _named(image, media, IMAGE.suffixes)]
+                yield [_named(video, media, VIDEO), caption, _named(image, media, IMAGE)]
 
 
-def _named(value: Any, media: Path, kinds: tuple[str, ...]) -> Any:
-    """The name of what a cell holds: bytes are written, a name stays; ``datasets`` has ``{bytes, path}``."""
-    content, name = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, "")
-    if isinstance(content, bytes) and content:
-        return _store(iter([content]), str(name or ""), media, kinds)
-    text = name if isinstance(value, dict) else value
-    return text if isinstance(text, str) and text and not text.startswith(_MARK) else None
+def _named(cell: Any, media: Path, kind: FileKind) -> str | None:
+    """The name of what a cell holds: bytes are written, a name stays."""
+    content, name = content_of(cell)
+    if content:
+        return store([content], name, media, kind)
+    return name if name and not is_ours(name) else None
 
 
-def _columns(names: Sequence[str], named: Sequence[str | None], path: Path, *, images: bool) -> list[str | None]:
-    """The columns of video, caption and image; the first or the last may be None, with ``images`` not both."""
+def content_of(cell: Any) -> tuple[bytes, str]:
+    """What a cell holds, and its name; each empty where there is none. ``datasets`` has ``{bytes, path}``."""
+    content, name = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, cell)
+    return content if isinstance(content, bytes) else b"", name if isinstance(name, str) else ""
+
+
+def columns_of(
+    names: Sequence[str], named: Sequence[str | None], path: Path | str, *, images: bool
+) -> list[str | None]:
+    """The columns of video, caption and image: those that are named, or the one with a usual name.
+
+    Args:
+        names: all there are.
+        named: of the three; None for one with a usual name.
+        path: the file, for messages.
+        images: whether a row may have an image in place of a video. Of video and image, either may then be None; else
+            the latter alone.
+
+    Raises:
+        DataError: if one that is needed is not there, or several could be meant.
+    """
     found: list[str | None] = []
     for column, usual in zip(named, (VIDEO_COLUMNS, CAPTION_COLUMNS, IMAGE_COLUMNS), strict=True):
         matches = [name for name in names if name == column or (column is None and name in usual)]
@@ -218,43 +273,90 @@ def _columns(names: Sequence[str], named: Sequence[str | None], path: Path, *, i
 
 
 def _tar_samples(path: Path, media: Path, named: Sequence[str | None]) -> Iterator[list[Any]]:
-    """Members that follow each other under one name are a sample, as WebDataset has it: ``a.mp4``, ``a.txt``."""
+    with tarfile.open(path) as tar:
+
+        def members() -> Iterator[tuple[str, IO[bytes]]]:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not member.isfile():
+                    raise _refused(member.name, path)
+                stream = tar.extractfile(member)
+                assert stream is not None
+                limit = MAX_MEDIA_BYTES if kind_of_member(member.name) else MAX_CAPTION_BYTES
+                if member.size > limit and member.name.lower().endswith((*VIDEO.suffixes, *IMAGE.suffixes, *_TEXTS)):
+                    what = f"the member {member.name!r:.100} has {member.size:,} bytes; at most {limit:,} are read"
+                    raise DataError(what, where=str(path), fix="leave it out")
+                yield member.name, stream
+
+        def keep(stream: IO[bytes], name: str, kind: FileKind) -> str:
+            return store(iter(partial(stream.read, _CHUNK), b""), name, media, kind)
+
+        yield from tar_rows(members(), named, keep, str(path))
+
+
+_TEXTS = (".txt", ".caption", ".json")
+"""Members of a tar that may hold a caption."""
+
+
+def kind_of_member(name: str) -> FileKind | None:
+    """What a tar's member is, by its ending."""
+    return next((kind for kind in (VIDEO, IMAGE) if name.lower().endswith(kind.suffixes)), None)
+
+
+def tar_rows(
+    members: Iterable[tuple[str, IO[bytes]]],
+    named: Sequence[str | None],
+    keep: Callable[[IO[bytes], str, FileKind], Any],
+    where: str,
+) -> Iterator[list[Any]]:
+    """Members that follow each other under one name are a sample, as WebDataset has it: ``a.mp4``, ``a.txt``.
+
+    Args:
+        members: names and contents, in the tar's order.
+        named: as ``read_packed`` has its columns; the second one is a key of ``.json`` members.
+        keep: takes a video or image in hand: what it returns stands in the row.
+        where: the tar, for messages.
+
+    Raises:
+        DataError: if a member's name leads out of the tar.
+    """
     key = ""
     parts: dict[str, Any] = {}
-    with tarfile.open(path) as tar:
-        for member in tar:
-            if member.isdir():
-                continue
-            folder, _, base = member.name.rpartition("/")
-            stem, _, field = base.partition(".")
-            if member.name.startswith(("/", "~")) or ".." in folder.split("/") or not member.isfile():
-                fix = "pack plain files under relative names"
-                raise DataError(f"the member {member.name!r:.100} is refused", where=str(path), fix=fix)
-            if f"{folder}/{stem}" != key and parts:
-                yield _sample(parts, named)
-                parts = {}
-            key, suffix = f"{folder}/{stem}", f".{field.rpartition('.')[2].lower()}"
-            kinds = next((kind.suffixes for kind in (VIDEO, IMAGE) if suffix in kind.suffixes), ())
-            limit = MAX_MEDIA_BYTES if kinds else MAX_CAPTION_BYTES
-            if (kinds or suffix in (".txt", ".json", ".caption")) and member.size > limit:
-                what = f"the member {member.name!r:.100} has {member.size:,} bytes; at most {limit:,} are read"
-                raise DataError(what, where=str(path), fix="leave it out")
-            stream = tar.extractfile(member)
-            assert stream is not None
-            if kinds:
-                chunks = iter(partial(stream.read, _CHUNK), b"")
-                parts["video" if kinds is VIDEO.suffixes else "image"] = _store(chunks, base, media, kinds)
-            elif suffix == ".json":
-                content = json.loads(stream.read())
-                parts["json"] = content if isinstance(content, dict) else {}
-            elif suffix in (".txt", ".caption"):
-                parts["text"] = stream.read().decode()
+    for name, stream in members:
+        folder, _, base = name.rpartition("/")
+        if name.startswith(("/", "~")) or ".." in folder.split("/"):
+            raise _refused(name, where)
+        sample = f"{folder}/{base.partition('.')[0]}"
+        if sample != key and parts:
+            yield _sample(parts, named)
+            parts = {}
+        key = sample
+        if kind := kind_of_member(base):
+            parts["video" if kind is VIDEO else "image"] = keep(stream, base, kind)
+        elif base.lower().endswith(_TEXTS):
+            parts["json" if base.lower().endswith(".json") else "text"] = stream.read(MAX_CAPTION_BYTES + 1)
     if parts:
         yield _sample(parts, named)
 
 
+def _refused(name: str, where: object) -> DataError:
+    fix = "pack plain files under relative names"
+    return DataError(f"the member {name!r:.100} is refused", where=str(where), fix=fix)
+
+
 def _sample(parts: dict[str, Any], named: Sequence[str | None]) -> list[Any]:
-    values = parts.get("json", {})
-    names = [named[1]] if named[1] else [name for name in CAPTION_COLUMNS if name in values][:1]
-    caption = values.get(names[0]) if names and (named[1] or "text" not in parts) else parts.get("text")
-    return [parts.get("video"), caption, parts.get("image")]
+    return [parts.get("video"), _caption(parts, named[1]), parts.get("image")]
+
+
+def _caption(parts: dict[str, Any], named: str | None) -> Any:
+    """Of a sample: ``named`` of its ``.json``, or its text, or what has a usual name; a fault if that is damaged."""
+    try:
+        content = json.loads(parts.get("json", b"{}"))
+        values = content if isinstance(content, dict) else {}
+        names = [named] if named else [name for name in CAPTION_COLUMNS if name in values][:1]
+        if names and (named or "text" not in parts):
+            return values.get(names[0])
+        return parts["text"].decode() if "text" in parts else None
+    except (ValueError, RecursionError) as error:
+        return fault(f"the caption's member cannot be read: {first_line(error):.100}", "write it again, in UTF-8")

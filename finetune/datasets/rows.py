@@ -15,6 +15,9 @@ from typing import Any, TypeVar
 
 from finetune.core.errors import DataError
 from finetune.core.text import text_fault
+from finetune.core.types import VideoProbe
+from finetune.datasets.manifests import FileStamp
+from finetune.datasets.parts import Part
 from finetune.datasets.tables import kind_of
 
 MAX_CAPTION_CHARS = 10_000
@@ -81,6 +84,41 @@ class RawRow:
     """The part of the video that is meant: begin and end in seconds; None: all of it."""
     repeats: float = 1.0
     """What the source's own ``repeats`` is multiplied by."""
+    is_streamed: bool = False
+    """Whether the media may be gone; what was known of them is then in ``RowReport.streamed``."""
+
+
+@dataclass(frozen=True)
+class MediaPlace:
+    """Where the media go that lie inside datasets, and what is recorded of those that are read as streams."""
+
+    folder: Path
+    records: Path
+    part: Part | None = None
+    """Of the dataset, whose streams alone are wanted; None for all of it."""
+
+    @classmethod
+    def of(cls, cache_dir: Path, part: Part | None = None) -> MediaPlace:
+        """Of a run: media lie beside its cache, records in it."""
+        return cls(cache_dir.with_name(f"{cache_dir.name}-media"), cache_dir / "streams", part)
+
+
+@dataclass(frozen=True)
+class StreamedMedia:
+    """What was known of a video or image when it was on the disk."""
+
+    stamp: FileStamp
+    probe: VideoProbe | DataError | None
+    """A video's header, or why it has none; None for an image."""
+
+
+@dataclass
+class Streamed:
+    """What was known of all media that came as a stream; they are gone, or will be."""
+
+    media: dict[Path, StreamedMedia] = field(default_factory=dict)
+    failed: dict[str, DataError] = field(default_factory=dict)
+    """Why clips could not be encoded, by the keys of their latents."""
 
 
 @dataclass
@@ -93,8 +131,9 @@ class RowReport:
     unusable: list[DataError] = field(default_factory=list)
     """Rows whose text cannot be read: errors too, unless such rows are to be left out."""
     notes: list[str] = field(default_factory=list)
-    media: Path | None = None
-    """Folder for videos and images that lie inside a dataset's own files."""
+    media: MediaPlace | None = None
+    """For videos and images that lie inside a dataset's own files."""
+    streamed: Streamed = field(default_factory=Streamed)
 
 
 def check_caption(value: object, where: str) -> str:
@@ -130,6 +169,11 @@ class PathPolicy:
     def real(self, path: Path) -> str:
         """The file that a checked path is, every link followed: two paths of one file give the same."""
         return self._files[str(path)]
+
+    def streamed(self, path: Path) -> Path:
+        """The path of a file that is named by its content, and may be gone."""
+        self._files[str(path)] = str(path)
+        return path
 
     def file(self, value: object, root: Path, kind: FileKind, where: str, *, allow_outside: bool = False) -> Path:
         """The path of a usable file; one that differs from the name in case, Unicode form or slashes only is taken too.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +23,11 @@ from finetune.datasets.rows import (
     MEDIA,
     VIDEO,
     FileKind,
+    MediaPlace,
     PathPolicy,
     RawRow,
     RowReport,
+    Streamed,
     check_caption,
     is_still,
     or_error,
@@ -70,6 +72,8 @@ class SourceRead:
     """Advice that is no error, such as duplicate rows."""
     unusable: tuple[DataError, ...] = ()
     """Rows left out because their text cannot be used; empty unless that was asked for."""
+    streamed: Streamed = field(default_factory=Streamed)
+    """Of media that came as a stream."""
 
 
 def read_samples(
@@ -79,7 +83,7 @@ def read_samples(
     image_to_video: bool,
     base: Path,
     skip: bool = False,
-    media: Path | None = None,
+    media: MediaPlace | None = None,
 ) -> SourceRead:
     """Read and check every row of every source; no video is opened.
 
@@ -91,7 +95,7 @@ def read_samples(
         base: folder that relative paths start at.
         skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
             file or one outside its folder is an error all the same: the dataset is not what it should be.
-        media: the folder that media inside a dataset's own files are written to; None: such a dataset is an error.
+        media: where media inside a dataset's own files go; None: such a dataset is an error.
 
     Raises:
         DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
@@ -101,7 +105,7 @@ def read_samples(
     samples: dict[Split, list[Sample]] = {"train": [], "holdout": []}
     policy = PathPolicy()
     for source in sources:
-        report = RowReport(media=media)
+        report = RowReport(media=media, streamed=dataset.streamed)
         try:
             source.read(base, report)
         except DataError as error:
@@ -109,38 +113,65 @@ def read_samples(
         dataset.errors += report.errors
         dataset.unusable += report.unusable
         dataset.notes += report.notes
-        apply = _added(source, captions).apply
-        unflipped: list[str] = []
+        reader = _RowReader(source, _added(source, captions), dataset, policy, image_to_video, base)
         for row in report.rows:
-            checked = _checked_row(row, source, dataset, policy, image_to_video=image_to_video)
-            if checked is not None:
-                video, image, written = checked
-                caption, *variants = dict.fromkeys(map(apply, written))
-                where = row.where.removeprefix(f"{os.path.abspath(base)}{os.sep}")  # noqa: PTH100 - as `_located` does
-                repeats = source.repeats * row.repeats
-                flip = source.random_flip and source.split == "train"
-                if flip and any(map(names_a_side, (caption, *variants))):
-                    flip = False
-                    unflipped.append(where)
-                own = (source.caption_dropout, source.weight, flip)
-                sample = Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
+            sample = reader.sample(row)
+            if sample is not None:
                 samples[source.split].append(sample)
             if len(dataset.errors) + len(dataset.unusable) > MAX_FAULTS:
                 what = "too much is wrong with the dataset to go on reading it"
                 dataset.errors.append(DataError(what, where=row.where))
                 break
-        if unflipped:
+        if unflipped := reader.unflipped:
             rows = ", ".join(unflipped[:_NAMED]) + (" and others" if len(unflipped) > _NAMED else "")
             what = f"{len(unflipped)} rows are not flipped, for a caption says left or right (or clockwise)"
             dataset.notes.append(f"{what}: {rows}")
     train, holdout = samples["train"], samples["holdout"]
     errors = [*dataset.errors, *([] if skip else dataset.unusable), *_leaks(train, holdout, policy)]
-    if not errors and not train:
+    if not errors and not train and (media is None or media.part is None):
         what = "the sources hold no training clip"
         errors = [*dataset.unusable, DataError(what, where="data.sources", fix="add one of split: train")]
     raise_all(DataError, errors, what="{n} things are wrong with the dataset")
     notes = (*dataset.notes, *_duplicates([*train, *holdout], policy))
-    return SourceRead(tuple(train), tuple(holdout), notes, tuple(dataset.unusable) if skip else ())
+    unusable = tuple(dataset.unusable) if skip else ()
+    return SourceRead(tuple(train), tuple(holdout), notes, unusable, dataset.streamed)
+
+
+def usable_sample(
+    row: RawRow, source: SourceConfig, captions: CaptionConfig, *, image_to_video: bool, base: Path
+) -> Sample | None:
+    """The sample that ``read_samples`` makes of one row of a source; None where the row cannot be used."""
+    return _RowReader(source, _added(source, captions), RowReport(), PathPolicy(), image_to_video, base).sample(row)
+
+
+@dataclass
+class _RowReader:
+    """Makes samples of the rows of one source; all that is wrong goes into ``dataset``."""
+
+    source: SourceConfig
+    captions: CaptionConfig
+    dataset: RowReport
+    policy: PathPolicy
+    image_to_video: bool
+    base: Path
+    unflipped: list[str] = field(default_factory=list)
+    """Rows that are not mirrored although their source's are, because of what a caption says."""
+
+    def sample(self, row: RawRow) -> Sample | None:
+        """None if the row cannot be used."""
+        checked = _checked_row(row, self.source, self.dataset, self.policy, image_to_video=self.image_to_video)
+        if checked is None:
+            return None
+        video, image, written = checked
+        caption, *variants = dict.fromkeys(map(self.captions.apply, written))
+        where = row.where.removeprefix(f"{os.path.abspath(self.base)}{os.sep}")  # noqa: PTH100 - as `_located` does
+        repeats = self.source.repeats * row.repeats
+        flip = self.source.random_flip and self.source.split == "train"
+        if flip and any(map(names_a_side, (caption, *variants))):
+            flip = False
+            self.unflipped.append(where)
+        own = (self.source.caption_dropout, self.source.weight, flip)
+        return Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
 
 
 def _added(source: SourceConfig, captions: CaptionConfig) -> CaptionConfig:
@@ -184,19 +215,23 @@ def _checked_row(
     """The video, image and captions of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
 
     def located(name: object, kind: FileKind) -> Path | DataError:
+        if isinstance(name, DataError):
+            return name
+        if row.is_streamed and isinstance(name, str):
+            return policy.streamed(row.root / name)
         return or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
 
-    video: Path | DataError = located(row.video, MEDIA if source.images else VIDEO)
+    video = located(row.video, MEDIA if source.images else VIDEO)
     if isinstance(video, DataError) and not source.images and isinstance(row.video, str) and is_still(row.video):
         fix = "set images: true for its source to train on it as a clip of one frame (text-to-video), or take it out"
         video = DataError(f"{row.video:.200} is a still image", where=row.where, fix=fix)
-    image = row.image if image_to_video else None
-    if image is not None and not isinstance(image, DataError):
-        image = located(image, IMAGE)
+    image = located(row.image, IMAGE) if image_to_video and row.image is not None else None
     texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
     checked = [text if isinstance(text, DataError) else or_error(check_caption, text, row.where) for text in texts]
     captions = [text for text in checked if isinstance(text, str)]
-    dataset.errors += [fault for fault in (video, image) if isinstance(fault, DataError)]
+    # A stream is what somebody else has made: a row of it that holds no video is left out like one without a caption.
+    faults = dataset.unusable if row.is_streamed else dataset.errors
+    faults += [fault for fault in (video, image) if isinstance(fault, DataError)]
     dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
     if isinstance(video, Path) and isinstance(image, Path | None) and len(captions) == len(checked):
         return video, image, captions

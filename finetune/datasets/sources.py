@@ -14,13 +14,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
 
 from finetune.core.errors import DataError, raise_all
+from finetune.core.gpu import parse_bytes
 from finetune.core.text import stripped, text_fault
 from finetune.core.types import Strict
+from finetune.datasets.hub import fetch_dataset
 from finetune.datasets.musubi import read_musubi
-from finetune.datasets.packed import packed_files, read_packed
+from finetune.datasets.packed import packed_files, read_packed, remove_leftovers
 from finetune.datasets.rows import (
     MAX_CAPTION_BYTES,
     MEDIA,
@@ -36,6 +38,7 @@ from finetune.datasets.rows import (
     require_inside,
 )
 from finetune.datasets.spans import PANDA_COLUMNS, rows_of
+from finetune.datasets.streams import Stream, recorded_rows
 from finetune.datasets.tables import (
     CAPTION_COLUMNS,
     IMAGE_COLUMNS,
@@ -107,18 +110,29 @@ class _Source(Strict):
         """What decides which rows are read: a file by its content, a folder by its listing."""
         raise NotImplementedError
 
+    def stream(self, base: Path) -> Stream | None:
+        """What is read row by row, its media on the disk only until they are encoded; None for what lies there."""
+        return None
+
     def _located(self, base: Path, path: Path | None = None) -> Path:
         # Takes out "..", follows no links.
         return Path(os.path.abspath(base / (path or self.path).expanduser()))  # noqa: PTH100
 
 
-SOURCE_SINCE: Mapping[str, float | None] = {
+SOURCE_SINCE: Mapping[str, float | str | None] = {
     **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
     "weight": 1.0,
     "random_flip": False,
     "images": False,
+    "stream_room": None,
 }
 """Options that sources did not always have, with what was done before: what was recorded without them is the same."""
+
+
+def source_since(kind: object) -> Mapping[str, float | str | None]:
+    """``SOURCE_SINCE`` for sources of one kind."""
+    columns = ("video_column", "caption_column", "image_column") if kind == "hub" else ()
+    return {**SOURCE_SINCE, **dict.fromkeys(columns)}
 
 
 class MetadataSource(_Source):
@@ -252,12 +266,12 @@ class MusubiSource(_Source):
         return sources
 
 
-class PackedSource(_Source):
-    """A dataset that holds its media: a folder of ``datasets.save_to_disk``, Parquet files with bytes, or WebDataset
-    tars; one such file, or a folder of them. The media are written once, to a folder beside the cache.
-    """
+class _MediaSource(_Source):
+    """What sources have in common whose rows may hold media."""
 
-    kind: Literal["packed"] = "packed"
+    stream_room: str | None = None
+    """Read it as a stream, for media that the disk does not hold: at most so much of them (``20GB``) lies on it at one
+    time, and each is deleted when it is encoded. Left out, all are written to the disk first."""
     video_column: str | None = None
     """Column of videos, bytes or names; left out, the one with a usual name (``kind: metadata``). Tars have none."""
     caption_column: str | None = None
@@ -266,20 +280,61 @@ class PackedSource(_Source):
     image_column: str | None = None
     """Column of first-frame images; left out, the one with a usual name, if there is one."""
 
+    @field_validator("stream_room")
+    @classmethod
+    def _is_amount(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_bytes(text)
+        return text
+
+    @property
+    def _columns(self) -> tuple[str | None, str | None, str | None]:
+        return self.video_column, self.caption_column, self.image_column
+
+    def _streamed(self, path: str, *, is_hub: bool = False, revision: str | None = None) -> Stream | None:
+        if self.stream_room is None:
+            return None
+        return Stream(path, revision, is_hub, self._columns, self.images, parse_bytes(self.stream_room))
+
+    def _read_stream(self, stream: Stream, base: Path, report: RowReport) -> None:
+        if report.media is None:
+            raise _no_place(stream.path)
+        recorded_rows(stream, report.media, base, report)
+
+
+def _no_place(path: object) -> DataError:
+    fix = "name it in data.sources of a configuration"
+    return DataError("there is no folder for the media that it holds", where=str(path), fix=fix)
+
+
+class PackedSource(_MediaSource):
+    """A dataset that holds its media: a folder of ``datasets.save_to_disk``, Parquet files with bytes, or WebDataset
+    tars; one such file, or a folder of them. The media are written once, to a folder beside the cache.
+    """
+
+    kind: Literal["packed"] = "packed"
+
     def read(self, base: Path, report: RowReport) -> None:
         """Add the rows of all its files."""
+        if (stream := self.stream(base)) is not None:
+            return self._read_stream(stream, base, report)
         if report.media is None:
-            fix = "name it in data.sources of a configuration"
-            raise DataError("there is no folder for the media that it holds", where=str(self.path), fix=fix)
+            raise _no_place(self.path)
         path = self._located(base)
         root = path if path.is_dir() else path.parent
+        remove_leftovers(report.media.folder)
         for file in self.files(base):
             require_inside(file, root, allow_outside=self.allow_outside)
-            columns = (self.video_column, self.caption_column, self.image_column)
-            report.rows += read_packed(file, report.media, root, columns, images=self.images)
+            report.rows += read_packed(file, report.media.folder, root, self._columns, images=self.images)
+
+    def stream(self, base: Path) -> Stream | None:
+        """Its files, where ``stream_room`` is given."""
+        return self._streamed(str(self._located(base)))
 
     def files(self, base: Path) -> list[Path]:
-        """Its files."""
+        """Its files; none of a stream, which is told by their sizes and times (``Stream.current``)."""
+        if self.stream_room is not None:
+            return []
         path = self._located(base)
         if files := packed_files(path):
             return files
@@ -287,8 +342,10 @@ class PackedSource(_Source):
         raise DataError("there is no packed dataset", where=str(path), fix=fix)
 
 
-class HubSource(_Source):
-    """A dataset on the Hugging Face hub: downloaded whole into the hub's cache, and recognised there."""
+class HubSource(_MediaSource):
+    """A dataset on the Hugging Face hub: downloaded whole into the hub's cache, and recognised there; or, with
+    ``stream_room``, Parquet files or WebDataset tars of which never more than that is on the disk.
+    """
 
     kind: Literal["hub"] = "hub"
     path: str  # type: ignore[assignment]  # no folder, so that it is not made absolute
@@ -298,7 +355,9 @@ class HubSource(_Source):
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add the rows of what was downloaded."""
-        snapshot = _fetch_dataset(self.path, self.revision)
+        if (stream := self.stream(base)) is not None:
+            return self._read_stream(stream, base, report)
+        snapshot = fetch_dataset(self.path, self.revision)
         first = len(report.rows)
         self._recognised(snapshot).read(base, report)
         # Its files are links into a folder beside it, to which rows may lead, and no further.
@@ -309,42 +368,24 @@ class HubSource(_Source):
                 image = str(folder / row.image) if isinstance(row.image, str) else row.image
                 report.rows[place] = replace(row, root=store, video=str(folder / row.video), image=image)
 
+    def stream(self, base: Path) -> Stream | None:
+        """It, where ``stream_room`` is given."""
+        return self._streamed(self.path, is_hub=True, revision=self.revision)
+
     def files(self, base: Path) -> list[Path]:
-        """Those of what was downloaded."""
-        return self._recognised(_fetch_dataset(self.path, self.revision)).files(base)
+        """Those of what was downloaded; none of a stream, so that training needs no network."""
+        if self.stream_room is not None:
+            return []
+        return self._recognised(fetch_dataset(self.path, self.revision)).files(base)
 
     def _recognised(self, snapshot: Path) -> _Recognised:
-        return AutoSource(path=snapshot, allow_outside=True, images=self.images).recognise(snapshot)
-
-
-def _fetch_dataset(repo: str, revision: str | None) -> Path:
-    """Download a dataset's files, those that are there already left out; without a network, what is there is taken.
-
-    Args:
-        repo: ``owner/name``.
-        revision: branch, tag or commit; None for the main branch.
-
-    Returns:
-        The folder of the snapshot. Its files are links into ``blobs``, two folders up.
-
-    Raises:
-        DataError: if it cannot be had.
-    """
-    from huggingface_hub import errors, snapshot_download
-
-    where = f"{repo} on the Hugging Face hub" + (f", revision {revision}" if revision else "")
-    try:
-        return Path(snapshot_download(repo, repo_type="dataset", revision=revision))
-    except errors.GatedRepoError:
-        what, fix = "the dataset asks for its terms to be accepted", "accept them on its page, then run `hf auth login`"
-    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
-        what, fix = "there is no such dataset or revision", "check them; for a private one run `hf auth login` first"
-    except errors.HFValidationError as error:
-        what, fix = f"this is no dataset's id: {error}", "write it as owner/name"
-    except Exception as error:  # the client's HTTP library changes from one version to the next, and its errors with it
-        what = f"it cannot be downloaded: {str(error).splitlines()[0] if str(error) else type(error).__name__:.200}"
-        fix = f"download it where there is a network: `hf download --repo-type dataset {repo}`"
-    raise DataError(what, where=where, fix=fix)
+        source = AutoSource(path=snapshot, allow_outside=True, images=self.images).recognise(snapshot)
+        names = ("video_column", "caption_column", "image_column")
+        given = {name: column for name, column in zip(names, self._columns, strict=True) if column is not None}
+        if given and not isinstance(source, MetadataSource | PackedSource):
+            what = f"{', '.join(given)}: what was downloaded is of kind {source.kind}, which has no columns"
+            raise DataError(what, where=self.path, fix="leave them out")
+        return source.model_copy(update=given)
 
 
 class PromptsSource(_Source):

@@ -36,7 +36,7 @@ from finetune.core.types import Bucket, Sample, VideoProbe
 from finetune.datasets.decode_pool import DecodePool, probe_memory
 from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
 from finetune.datasets.manifests import portable
-from finetune.datasets.packed import media_folder
+from finetune.datasets.rows import MediaPlace
 from finetune.datasets.samples import read_samples
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.diagnosis import outlook as outlooks
@@ -115,7 +115,15 @@ class _Dataset:
 def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
     """Rows and headers: as ``check_dataset`` reads them, but what is wrong is kept beside what is right."""
     data = config.data
-    media = media_folder(config.cache.dir)
+    streams = [source.path for source in data.sources if source.stream(config.base) is not None]
+    if streams:
+        raise DataError(
+            "it is read as a stream, so no frame of it is on this disk that could be looked at",
+            where=", ".join(map(str, streams)),
+            fix="name a part of it that the disk holds, without stream_room (docs/data.md); of what was encoded,"
+            " `finetune check` says all but what pictures show",
+        )
+    media = MediaPlace.of(config.cache.dir)
     read = read_samples(
         data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True, media=media
     )
