@@ -14,6 +14,7 @@ import torch
 from worlds import assert_same_run, run_config, stop_after
 
 from finetune.caching.check import check_dataset
+from finetune.caching.parts import Part
 from finetune.caching.precompute import ensure_cache, precompute
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
@@ -281,6 +282,17 @@ def test_a_mirrored_clip_is_another_entry_and_all_else_stays(home, tmp_path):
     cache.path("latents", min(flipped)).unlink()
     assert ensure_cache(config, read_spec(config.model.pretrained), progress=False).digest == report.manifest.digest
     assert flipped <= cache.keys("latents")
+
+
+@pytest.mark.parametrize("holdout", [1, 2])
+def test_parts_of_a_dataset_encode_every_mirrored_clip_that_the_whole_needs(home, holdout):
+    """A part cannot know which of its clips the whole holds out."""
+    config = flipping(home, "run", lambda number, row: row.update(prompt=f"scene {number}"), data={"holdout": holdout})
+    for part in ("1/2", "2/2"):
+        report = precompute(config, progress=False, part=Part.parse(part))
+    assert report.part is None, "merged"
+    manifest = ensure_cache(config, read_spec(config.model.pretrained), progress=False)
+    assert [bool(item.flipped_key) for item in manifest.items] == [not item.holdout for item in manifest.items]
 
 
 @pytest.mark.parametrize("decoder", ["pyav", "decord"])

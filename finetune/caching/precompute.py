@@ -128,8 +128,10 @@ def plan_cache(
         job = clip_job(clip, plan, stamps, encoding, spec)
         return clips.setdefault(job.key, job).key
 
-    def flipped_key(clip: PlannedClip) -> str:
-        return clip_key(clip, replace(clip.plan, flip=True)) if clip.sample.random_flip else ""
+    def flipped_key(clip: PlannedClip, is_val: bool) -> str:
+        # A part does not see which of its clips the whole dataset holds out, and encodes all.
+        flips = clip.sample.random_flip and not (is_val and part is None)
+        return clip_key(clip, replace(clip.plan, flip=True)) if flips else ""
 
     def prompt_key(text: str) -> str:
         job = EncodeJob(encoding.prompt_address(text))
@@ -156,7 +158,7 @@ def plan_cache(
                 variants=tuple((text, prompt_key(text)) for text in clip.sample.variants),
                 caption_dropout=clip.sample.caption_dropout,
                 weight=clip.sample.weight,
-                flipped_key="" if is_val else flipped_key(clip),
+                flipped_key=flipped_key(clip, is_val),
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),
