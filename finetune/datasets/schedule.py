@@ -109,7 +109,7 @@ def _extra_before(repeats: float, members: int, epoch: int) -> int:
 
 
 def _permuted(members: Sequence[int], seed: int, *path: int | str) -> list[int]:
-    return [members[position] for position in permutation(len(members), seed, *path)]
+    return list(map(members.__getitem__, permutation(len(members), seed, *path)))
 
 
 @dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, so that the epoch cache is cheap
@@ -232,7 +232,7 @@ def _epoch(plan: StepPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
     batches: list[tuple[int, ...]] = []
     for members in epoch_items(plan.groups, plan.seed, epoch).values():
         batches += [tuple(members[i : i + plan.batch_size]) for i in range(0, len(members), plan.batch_size)]
-    return tuple(batches[position] for position in permutation(len(batches), plan.seed, "batches", epoch))
+    return tuple(map(batches.__getitem__, permutation(len(batches), plan.seed, "batches", epoch)))
 
 
 # ---------------------------------------------------------------------------------------------------- learning rate

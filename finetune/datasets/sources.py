@@ -31,6 +31,7 @@ from finetune.datasets.rows import (
     RawRow,
     RowReport,
     Sidecars,
+    has_ending,
     is_foreign_absolute,
     is_still,
     list_folder,
@@ -597,7 +598,7 @@ class FolderSource(_Source):
 
 
 def _videos(files: Iterable[Path]) -> list[Path]:
-    return [file for file in files if file.suffix.lower() in VIDEO.suffixes]
+    return [file for file in files if has_ending(file, VIDEO.suffixes)]
 
 
 def _media(files: Sequence[Path], *, images: bool) -> list[Path]:
