@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sqlite3
+import tarfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -176,6 +177,26 @@ def test_what_is_cut_from_a_caption_is_the_rest_of_it(report):
     assert f"{report.token_limit} are read" in cut.text
     lost = next(fault for fault in clip_of(report, "other.mp4").faults if fault.name == "unknown words")
     assert "\u4e0d\u77e5" in lost.text
+
+
+def test_every_caption_of_a_clip_is_shown(clinic, tiny_model, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    shutil.copy(clinic / "good.mp4", clips)
+    row = {"file_name": "good.mp4", "caption": "a circle", "captions": ["a red circle", "it moves " * 30]}
+    (clips / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    sources = [{"path": str(clips), "trigger": "zkx"}]
+    content = values(
+        tiny_model(), clips, tmp_path / "run", data={"sources": sources}, validation={"samples": [{"prompt": "a"}]}
+    )
+    report = finetune.doctor(content, page=tmp_path / "page.html", progress=False)
+    (clip,) = report.clips
+    assert (clip.caption, clip.variants[0]) == ("zkx a circle", ("zkx a red circle", ""))
+    assert clip.variants[1][1].endswith("it moves") and clip.variants[1][0].startswith("zkx it moves")
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<p class="caption"') == 3 and f"{clip.variants[1][1]}</s>" in page
+    assert any("1 rows of " in note and "caption that is none of their captions" in note for note in report.notes)
+    assert "'zkx'" in next(fault.text for fault in report.faults if fault.name == "trigger missing")
 
 
 def test_the_document_has_what_the_report_has(report):
@@ -496,6 +517,29 @@ def test_init_writes_the_first_frame_of_a_prompt_s_clip(tmp_path, monkeypatch):
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(49, 480, 720),)), 8, "")
     first = decode(tmp_path / "clips" / "0.mp4", header, plan).pixels[:, 0].permute(1, 2, 0).numpy()
     assert np.array_equal(np.asarray(Image.open(sample.image)), first)
+
+
+def test_init_measures_what_rows_have_of_a_video(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    footage_of(tmp_path / "clips", ("180x120", 20))
+    spans = ["['0:00:00.000', '0:00:07.000']", "['0:00:08.000', '0:00:15.000']"]
+    rows = "".join(f'0.mp4,"[{span}]","[\'take {number}\']"\n' for number, span in enumerate(spans))
+    (tmp_path / "clips.csv").write_text("videoID,timestamp,caption\n" + rows)
+    shutil.move(tmp_path / "clips" / "0.mp4", tmp_path)
+    assert main(["init", "--model", "5b", "--data", "clips.csv"]) == OK
+    assert "for 2 clips of 2 videos" in capsys.readouterr().err
+    assert "keep 100% of the picture and 88% of the seconds of 2 videos" in (tmp_path / "run.yaml").read_text()
+
+
+def test_init_reads_a_dataset_that_holds_its_media(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clips = footage_of(tmp_path / "clips", ("180x120", 7), ("180x120", 7.5))
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for file in sorted(clips.iterdir()):
+            tar.add(file, file.name)
+    assert main(["init", "--model", "5b", "--data", "shard.tar"]) == OK
+    assert "for 2 clips of 2 videos" in capsys.readouterr().err
+    assert finetune.check("run.yaml").dataset.clips[0].sample.video.is_relative_to(tmp_path / "cache-media")
 
 
 @pytest.mark.parametrize("content", [None, b"no video"], ids=["no clips", "unreadable"])

@@ -19,6 +19,7 @@ from finetune.datasets.geometry import (
     choose_bucket,
     frame_indices,
     parse_bucket,
+    part_of,
     picture_kept,
     plan_clips,
     plan_notes,
@@ -234,6 +235,16 @@ def test_a_picture_of_another_shape_is_refused():
     assert plan_clips(probe_of(height=64, width=int(64 * MAX_ASPECT_MISMATCH)), config, 8, "x")
     with pytest.raises(DataError, match="would keep"):
         plan_clips(probe_of(height=2, width=5000), config, 8, "x")
+
+
+@pytest.mark.parametrize(
+    ("source_fps", "end_s", "cause"), [(8, 3, "the clip is short"), (4, 10, "the video has 4 fps")]
+)
+def test_the_cause_of_repeated_frames_is_named_for_parts_of_a_video_too(source_fps, end_s, cause):
+    probe, config = probe_of(20 * source_fps, source_fps), ClipConfig(buckets=["49x480x720"], short_clips="pad")
+    (plan,) = plan_clips(probe, config, 8, "x", (2, 2 + end_s))
+    (note,) = plan_notes(probe, plan, 8, "head", part_of(probe, (2, 2 + end_s))[0])
+    assert f": {cause}, 8 fps are wanted" in note
 
 
 def test_notes_tell_of_enlarging_and_speed():

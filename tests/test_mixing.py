@@ -18,7 +18,7 @@ from finetune.caching.parts import Part
 from finetune.caching.precompute import ensure_cache, precompute
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.core.errors import TrainingError
+from finetune.core.errors import ConfigError, TrainingError
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_packing import pack
@@ -210,6 +210,12 @@ def test_a_weight_multiplies_the_gradient_of_its_clips_alone(home):
     precompute(config, progress=False)
     mixed = batches(config).training(0, MicroBatch(items=(1, 6), slots=(0, 1)))
     assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 0.5]
+
+
+@pytest.mark.parametrize("own", [{"weight": 0.5}, {"caption_dropout": 0.0}], ids=str)
+def test_what_only_training_does_is_refused_of_a_held_out_source(home, own):
+    with pytest.raises(ConfigError, match=f"{next(iter(own))} would have no effect: what is held out"):
+        of_two_sources(home("run"), split="holdout", **own)
 
 
 def test_sources_that_set_nothing_ask_for_what_they_always_did(home):

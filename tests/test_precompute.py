@@ -822,6 +822,9 @@ def test_captions_that_the_model_cannot_read_stop_it_where_that_is_asked_for(pro
     prefix = {"unreadable_captions": "error", "caption_prefix": "a red circle moving left, a blue square moving up, "}
     with pytest.raises(DataError, match="100% of the caption"):  # of what was written for the clip
         home.precompute(data=prefix)
+    own = {"path": str(home.folder / "clips"), "caption_prefix": prefix.pop("caption_prefix"), "trigger": "zkx"}
+    with pytest.raises(DataError, match="100% of the caption"):
+        home.precompute(data={**prefix, "sources": [own]})
 
 
 def test_captions_are_not_compared_where_there_is_no_tokenizer(project, tmp_path):

@@ -40,7 +40,7 @@ from finetune.datasets.manifests import WARNING, FileStamp, portable
 from finetune.datasets.packed import content_digest, is_ours
 from finetune.datasets.parts import Part
 from finetune.datasets.rows import MediaPlace, Streamed
-from finetune.datasets.samples import choose_val_split, read_samples
+from finetune.datasets.samples import captions_of, choose_val_split, read_samples
 from finetune.datasets.schedule import Item, StepPlan
 
 TOO_SHORT = "too short"
@@ -180,8 +180,9 @@ def check_dataset(
         if not plans:
             skipped[TOO_SHORT].append(name)
         for label, plan in zip(clip_labels(name, sample, len(plans)), plans, strict=True):
-            clips.append(PlannedClip(label, sample, probe, plan, holdout))
-            advice.update(plan_notes(probe, plan, fps, config.data.span))
+            clip = PlannedClip(label, sample, probe, plan, holdout)
+            clips.append(clip)
+            advice.update(plan_notes(probe, plan, fps, config.data.span, clip.part))
 
     faults = _image_faults(config, clips, streamed, progress) if spec.image_to_video else {}
     for start in sorted({sample.image for sample in config.validation.samples if sample.image is not None}):
@@ -300,7 +301,7 @@ def check_captions(
         where = "its tokenizer is not on this machine (precompute does it, before it encodes anything)"
         return [f"captions were not compared with what the model can read: {where}"], []
     tokenizer = load_tokenizer(config.model)
-    added = _letters(config.data.apply(""))  # prefix, suffix and trigger word do not count
+    added = [captions_of(source, config.data) for source in config.data.sources]
     texts = list(captions)
     unknown: dict[str, float] = {}
     by_tokens: dict[tuple[int, ...], list[str]] = {}
@@ -308,7 +309,8 @@ def check_captions(
         batch = texts[first : first + 1_000]
         for text, tokens in zip(batch, tokenize(tokenizer, batch, spec), strict=True):
             if tokens.unknown:
-                unknown[text] = min(1.0, tokens.unknown / max(1, _letters(text) - added))
+                own = _letters(text) - max(_letters(one.added_to(text)) for one in added)
+                unknown[text] = min(1.0, tokens.unknown / max(1, own))
             by_tokens.setdefault(tokens.ids, []).append(text)
     alike = [group for group in by_tokens.values() if len(group) > 1]
     mostly = {text: part for text, part in unknown.items() if part > MOST_UNKNOWN}

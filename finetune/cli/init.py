@@ -28,6 +28,9 @@ TEMPLATES = Path(__file__).parent.parent / "templates"
 
 Method = Literal["lora", "full"]
 
+CACHE = "cache"
+"""``cache.dir`` of a new file."""
+
 _COMMENT_COLUMN = 25
 
 
@@ -207,7 +210,7 @@ def write_starter(
         recipe=recipe_for(known, method, card_gib) if known else None,
         card_gib=card_gib,
         clips="clips" if clips is None else _from_folder_of(output, clips),
-        cache_dir="cache",
+        cache_dir=CACHE,
         output_dir=f"runs/{output.stem}",
         command="finetune init",
         settings=settings,
@@ -257,10 +260,12 @@ def _settings(spec: ModelSpec, method: Method, clips: Path | None, output: Path)
     if not clips.expanduser().exists():
         return usual, [f"there is nothing at {clips} yet"]
     from finetune.caching.check import cpu_cores
+    from finetune.datasets.rows import MediaPlace
     from finetune.diagnosis.proposal import propose
 
     try:
-        proposal = propose(clips.expanduser(), spec, cpu_cores())
+        media = MediaPlace.of(output.absolute().parent / CACHE)
+        proposal = propose(clips.expanduser(), spec, cpu_cores(), media)
     except DataError as error:
         return usual, [f"nothing is proposed for these clips: {error}"]
     samples = []

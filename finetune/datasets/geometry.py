@@ -365,18 +365,25 @@ def seconds_fitting(probe: VideoProbe, frames: int, fps: float, span: Span) -> f
     return min(clips * frames / fps, seconds_of(probe))
 
 
-def plan_notes(probe: VideoProbe, plan: ClipPlan, fps: float, span: Span) -> tuple[str, ...]:
+def is_padded(part: VideoProbe, plan: ClipPlan, fps: float, span: Span) -> bool:
+    """Whether a plan of ``plan_clips`` repeats the last frame of a video, or of a part of one, that is too short."""
+    return (part.frames if span == "uniform" else _fitting(part.frame_times_s[-1], fps)) < plan.bucket.frames
+
+
+def plan_notes(
+    probe: VideoProbe, plan: ClipPlan, fps: float, span: Span, part: VideoProbe | None = None
+) -> tuple[str, ...]:
     """Advice on one plan of ``plan_clips``; empty when there is nothing to say.
 
     It tells of what is done to a video that is not plain, of frames that are repeated (a source slower than ``fps``, or
-    padding), of a picture that is enlarged, and of a speed that ``uniform`` changes by more than a tenth.
+    padding), of a picture that is enlarged, and of a speed that ``uniform`` changes by more than a tenth. ``part`` is
+    what the plan was made of, where that is not all of the video (``part_of``).
     """
     notes = [CORRECTIONS[name] for name in probe.corrections]
     repeated = len(plan.frame_indices) - len(set(plan.frame_indices))
     if repeated:
-        cause = (
-            "the clip is short" if plan.frame_indices[-1] == probe.frames - 1 else f"the video has {probe.fps:.4g} fps"
-        )
+        short = is_padded(part or probe, plan, fps, span)
+        cause = "the clip is short" if short else f"the video has {probe.fps:.4g} fps"
         notes.append(f"{repeated} of {plan.bucket.frames} frames repeat another: {cause}, {fps:g} fps are wanted")
     scale = max(plan.resize_hw[0] / probe.height, plan.resize_hw[1] / probe.width)
     if scale > 1.001:

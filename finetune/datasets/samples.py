@@ -61,6 +61,12 @@ class CaptionConfig(Strict):
         trigger = self.trigger.strip()
         return text if holds_word(text, trigger) else f"{trigger} {text}"
 
+    def added_to(self, text: str) -> str:
+        """What ``apply`` may have added to a caption; empty if ``text`` does not begin and end so."""
+        trigger = f"{self.trigger.strip()} " if self.trigger.strip() else ""
+        begins = [begin for begin in (trigger + self.caption_prefix, self.caption_prefix) if text.startswith(begin)]
+        return begins[0] + self.caption_suffix if begins and text.endswith(self.caption_suffix) else ""
+
 
 @dataclass(frozen=True)
 class SourceRead:
@@ -113,7 +119,7 @@ def read_samples(
         dataset.errors += report.errors
         dataset.unusable += report.unusable
         dataset.notes += report.notes
-        reader = _RowReader(source, _added(source, captions), dataset, policy, image_to_video, base)
+        reader = _RowReader(source, captions_of(source, captions), dataset, policy, image_to_video, base)
         for row in report.rows:
             sample = reader.sample(row)
             if sample is not None:
@@ -141,7 +147,7 @@ def usable_sample(
     row: RawRow, source: SourceConfig, captions: CaptionConfig, *, image_to_video: bool, base: Path
 ) -> Sample | None:
     """The sample that ``read_samples`` makes of one row of a source; None where the row cannot be used."""
-    return _RowReader(source, _added(source, captions), RowReport(), PathPolicy(), image_to_video, base).sample(row)
+    return _RowReader(source, captions_of(source, captions), RowReport(), PathPolicy(), image_to_video, base).sample(row)
 
 
 @dataclass
@@ -174,7 +180,7 @@ class _RowReader:
         return Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
 
 
-def _added(source: SourceConfig, captions: CaptionConfig) -> CaptionConfig:
+def captions_of(source: SourceConfig, captions: CaptionConfig) -> CaptionConfig:
     """What is added to a source's captions, where ``captions`` is added to those of a source that says nothing."""
     own = {
         "trigger": source.trigger,

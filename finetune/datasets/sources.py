@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from finetune.core.errors import DataError, raise_all
 from finetune.core.gpu import parse_bytes
@@ -103,6 +103,13 @@ class _Source(Strict):
     """Show each clip mirrored left to right half of the time, chosen by seed, step and place in the step. Its mirrored
     form is encoded too. Held-out clips are never mirrored, nor are clips with a caption that says left or right."""
 
+    @model_validator(mode="after")
+    def _held_out_is_not_trained_on(self) -> _Source:
+        idle = [name for name in ("caption_dropout", "weight") if getattr(self, name) != SOURCE_SINCE[name]]
+        if self.split == "holdout" and idle:
+            raise ValueError(f"{' and '.join(idle)} would have no effect: what is held out is never trained on")
+        return self
+
     def read(self, base: Path, report: RowReport) -> None:
         """Add this source's rows; raises DataError for what concerns the whole file or folder."""
         raise NotImplementedError
@@ -176,7 +183,7 @@ class MetadataSource(_Source):
             report.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
             image = ""
         root = file.parent if self.root is None else self._located(base, self.root)
-        stills = []
+        stills, reworded = [], []
         for row in table.rows:
             name, picture = row.values.get(video), (row.values.get(image) or None) if image else None
             if self.images and not name:  # a row with an image and no video
@@ -186,8 +193,13 @@ class MetadataSource(_Source):
                 continue
             text, more = row.values.get(caption), row.values.get(VARIANTS)
             if isinstance(more, list) and more:  # what is no list is another column
+                if text and caption != VARIANTS and _words(text) not in map(_words, more):
+                    reworded.append(row.where)
                 text = (*([text] if text and caption != VARIANTS else []), *more)
             report.rows.append(RawRow(name, text, picture, root, row.where))
+        if reworded:
+            what = f"{len(reworded)} rows of {file} have a {caption} that is none of their {VARIANTS}, such as"
+            report.notes.append(f"{what} {reworded[0]}: all are trained on, also what was reworded in one place only")
         if stills:
             what = f"{len(stills)} rows of {file} are of type image and not read, such as {stills[0]}"
             report.notes.append(f"{what} (images: true trains on them)")
@@ -195,6 +207,10 @@ class MetadataSource(_Source):
     def files(self, base: Path) -> list[Path]:
         """The file."""
         return [self._located(base)]
+
+
+def _words(text: object) -> list[str]:
+    return str(text).split()
 
 
 class SpansSource(_Source):

@@ -34,10 +34,10 @@ from finetune.core.terminal import Bar
 from finetune.core.text import holds_word
 from finetune.core.types import Bucket, Sample, VideoProbe
 from finetune.datasets.decode_pool import DecodePool, probe_memory
-from finetune.datasets.geometry import picture_kept, plan_clips, seconds_kept, seconds_of
+from finetune.datasets.geometry import is_padded, picture_kept, plan_clips, seconds_kept, seconds_of
 from finetune.datasets.manifests import portable
 from finetune.datasets.rows import MediaPlace
-from finetune.datasets.samples import read_samples
+from finetune.datasets.samples import captions_of, read_samples
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.diagnosis import outlook as outlooks
 from finetune.diagnosis.faults import (
@@ -274,7 +274,7 @@ def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, sights: _Sigh
     _add_likenesses(planned, sights.seen, held_out, found)
     _add_duplicates(planned, found)
     clips = tuple(
-        _with_loss(_clip_report(clip, sight, kept, tuple(own), tokens.get(clip.sample.caption), fps), loss)
+        _with_loss(_clip_report(clip, sight, kept, tuple(own), tokens, fps), loss)
         for clip, sight, kept, own, loss in zip(planned, sights.seen, held_out, found, sights.losses, strict=True)
     )
     buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
@@ -311,7 +311,7 @@ def _clip_faults(
     if error := next((one for one in (sight, loss) if isinstance(one, DataError)), None):
         yield Fault(_level(config), "undecodable", error.what, error.fix)
     yield from header_faults(clip.probe, fps)
-    yield from plan_faults(clip.probe, clip.plan, fps)
+    yield from plan_faults(clip.probe, clip.plan, fps, padded=is_padded(clip.part, clip.plan, fps, config.data.span))
     if isinstance(sight, Seen):
         yield from picture_faults(sight.measures, clip.plan)
     if isinstance(loss, Reconstruction) and loss.psnr < WELL_ENCODED:
@@ -338,10 +338,12 @@ def _run_faults(
     if not any(held_out):
         text = "no clip is held out, so overfitting stays unseen"
         yield Fault("warning", "no holdout", text, "set data.holdout")
-    trigger, prompts = config.data.trigger, [sample.prompt for sample in config.validation.samples]
-    if trigger and prompts and not any(holds_word(prompt, trigger) for prompt in prompts):
-        text = f"no prompt of validation.samples holds the trigger word {trigger!r}"
-        yield Fault("warning", "trigger missing", text, "write it into one: prompts are taken as they stand")
+    prompts = [sample.prompt for sample in config.validation.samples]
+    sources = [source for source in config.data.sources if source.split == "train"]
+    for trigger in dict.fromkeys(captions_of(source, config.data).trigger.strip() for source in sources):
+        if trigger and prompts and not any(holds_word(prompt, trigger) for prompt in prompts):
+            text = f"no prompt of validation.samples holds the trigger word {trigger!r}"
+            yield Fault("warning", "trigger missing", text, "write it into one: prompts are taken as they stand")
 
 
 def _add_likenesses(
@@ -382,18 +384,18 @@ def _clip_report(
     sight: Seen | DataError,
     holdout: bool,
     faults: tuple[Fault, ...],
-    tokens: TokenizedCaption | None,
+    tokens: Mapping[str, TokenizedCaption],
     fps: float,
 ) -> ClipReport:
     probe, plan, caption = clip.probe, clip.plan, clip.sample.caption
-    read = len(caption) if tokens is None else tokens.read
+    (text, cut_text), *variants = (_as_read(text, tokens.get(text)) for text in clip.sample.captions)
     values: dict[str, float | str | None] = {
         "picture": picture_kept((probe.height, probe.width), plan.bucket),
         "seconds": None if probe.still else seconds_kept(probe, [plan], fps) / seconds_of(clip.part),
         "length_s": None if probe.still else seconds_of(clip.part),
         "fps": None if probe.still else probe.fps,
         "size": f"{probe.height}x{probe.width}",
-        "tokens": None if tokens is None else tokens.length,
+        "tokens": tokens[caption].length if caption in tokens else None,
     }
     if isinstance(sight, Seen):
         measures = sight.measures
@@ -405,14 +407,21 @@ def _clip_report(
     return ClipReport(
         name=clip.name,
         where=clip.sample.where,
-        caption=caption[:read],
+        caption=text,
         bucket=str(plan.bucket),
         holdout=holdout,
         values=values,
         faults=faults,
         pictures=() if isinstance(sight, DataError) else tuple(_pictures(clip, sight)),
-        cut_caption=caption[read:],
+        cut_caption=cut_text,
+        variants=tuple(variants),
     )
+
+
+def _as_read(text: str, tokens: TokenizedCaption | None) -> tuple[str, str]:
+    """What the model reads of a caption, and its end, which it does not."""
+    read = len(text) if tokens is None else tokens.read
+    return text[:read], text[read:]
 
 
 def _with_loss(clip: ClipReport, loss: Reconstruction | DataError | None) -> ClipReport:

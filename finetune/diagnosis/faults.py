@@ -88,14 +88,14 @@ def header_faults(probe: VideoProbe, fps: float) -> Iterator[Fault]:
         yield Fault("warning", "high rate", text, "convert it to the rate at which it should be seen, if so")
 
 
-def plan_faults(probe: VideoProbe, plan: ClipPlan, fps: float) -> Iterator[Fault]:
-    """What cutting a clip to its bucket does to it."""
+def plan_faults(probe: VideoProbe, plan: ClipPlan, fps: float, *, padded: bool) -> Iterator[Fault]:
+    """What cutting a clip to its bucket does to it; ``padded``: its last frame is repeated (``geometry.is_padded``)."""
     kept = picture_kept((probe.height, probe.width), plan.bucket)
     if kept < KEPT:
         text = f"{kept:.0%} of its picture of {probe.height}x{probe.width} is kept"
         yield Fault("warning", "cropped", text, "add a bucket nearer to its shape")
     missing = len(plan.frame_indices) - len(set(plan.frame_indices))
-    if missing and plan.frame_indices[-1] == plan.frame_indices[-2]:
+    if missing and padded:
         text = f"{missing} of {plan.bucket.frames} frames are its last one, repeated"
         yield Fault("warning", "short", text, "add a bucket of fewer frames, or set data.short_clips: skip")
     elif missing:

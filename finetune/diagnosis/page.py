@@ -92,6 +92,8 @@ class Card:
     values: Mapping[str, float | str | None] = field(default_factory=dict)
     """By ``Column.name``; a value may be missing."""
     faults: Sequence[Fault] = ()
+    variants: Sequence[tuple[str, str]] = ()
+    """Further captions, each with its end that is not read."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,14 @@ from finetune.datasets.geometry import (
     ClipConfig,
     Span,
     better_size,
+    part_of,
     picture_kept,
     plan_clips,
     seconds_fitting,
     seconds_kept,
     seconds_of,
 )
+from finetune.datasets.rows import MediaPlace
 from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples
 from finetune.datasets.sources import AutoSource
 from finetune.diagnosis.frames import Encoded, Look, Seen, look_at
@@ -81,27 +83,29 @@ class Proposal:
         return " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
-def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
+def propose(clips: Path, spec: ModelSpec, workers: int, media: MediaPlace) -> Proposal:
     """Read rows and headers, and the first frames of prompts for image-to-video.
 
     Args:
         clips: a folder or a metadata file.
         spec: of the model.
         workers: decode processes.
+        media: where media inside a dataset's own files go.
 
     Raises:
         DataError: if the dataset cannot be read, or no clip can be cut from it.
     """
-    read = _read(clips, spec)
+    read = _read(clips, spec, media)
     paths = sorted({sample.video for sample in read.train})
     with DecodePool(min(workers, len(paths))) as pool:
         probed = dict(pool.probe_many(paths))
-    probes = {path: probe for path, probe in probed.items() if isinstance(probe, VideoProbe)}
-    if not probes:
+    rows = {(sample.video, sample.span_s) for sample in read.train}
+    parts = dict(_parts(read.train, probed))
+    if not parts:
         raise DataError("none of its videos can be read", where=str(clips), fix="`finetune doctor` names each")
-    stills = sum(probe.still for probe in probes.values())
-    buckets = _buckets([probe for probe in probes.values() if not probe.still] or list(probes.values()), spec)
-    options = [_kept(probes, buckets, span, spec) for span in _SPANS]
+    stills = sum(probe.still for probe in parts.values())
+    buckets = _buckets([probe for probe in parts.values() if not probe.still] or list(parts.values()), spec)
+    options = [_kept(parts, buckets, span, spec) for span in _SPANS]
     span, kept = _SPANS[0], options[0]
     if options[1].seconds is not None and kept.seconds is not None and options[1].seconds >= kept.seconds + WORTH:
         span, kept = _SPANS[1], options[1]
@@ -110,34 +114,50 @@ def propose(clips: Path, spec: ModelSpec, workers: int) -> Proposal:
     low, high = suited(kept.clips)
     point = starting_point(kept.clips)
     steps = math.sqrt(low * high) * kept.clips / point.accumulation
-    usable = [sample for sample in read.train if sample.video in kept.planned]
-    usable = [sample for sample in usable if not probes[sample.video].still] or usable
+    usable = [sample for sample in read.train if (sample.video, sample.span_s) in kept.planned]
+    usable = [sample for sample in usable if not parts[sample.video, sample.span_s].still] or usable
     return Proposal(
-        videos=len(paths) - stills,
+        videos=len(rows) - stills,
         images=stills,
         clips=kept.clips,
-        buckets=tuple(bucket for bucket in buckets if bucket in kept.used or stills == len(paths)),
+        buckets=tuple(bucket for bucket in buckets if bucket in kept.used or stills == len(rows)),
         span=span,
         picture=kept.picture,
         seconds=kept.seconds,
-        left_out=len(paths) - len(kept.planned),
+        left_out=len(rows) - len(kept.planned),
         point=point,
         steps=max(10, 10 * round(steps / 10)),
-        prompts=tuple(_prompts(usable, probes, buckets, spec)),
+        prompts=tuple(_prompts(usable, probed, buckets, spec)),
     )
 
 
-def _read(clips: Path, spec: ModelSpec) -> SourceRead:
+def _read(clips: Path, spec: ModelSpec, media: MediaPlace) -> SourceRead:
     """The dataset, for text-to-video with its still images where each has a caption."""
 
     def read(*, images: bool) -> SourceRead:
         sources = [AutoSource(path=clips.absolute(), images=images)]
-        return read_samples(sources, CaptionConfig(), image_to_video=spec.image_to_video, base=Path.cwd(), skip=True)
+        i2v = spec.image_to_video
+        return read_samples(sources, CaptionConfig(), image_to_video=i2v, base=Path.cwd(), skip=True, media=media)
 
     if not spec.image_to_video:
         with suppress(DataError):  # pictures beside the clips that are none of the dataset
             return read(images=True)
     return read(images=False)
+
+
+_Part = tuple[Path, tuple[float, float] | None]
+"""A video, and the seconds of it that a row means."""
+
+
+def _parts(
+    samples: Sequence[Sample], probes: Mapping[Path, VideoProbe | DataError]
+) -> Iterator[tuple[_Part, VideoProbe]]:
+    """Every part of a video that can be read, with the header that it would have as a file of its own."""
+    for sample in samples:
+        probe = probes[sample.video]
+        if isinstance(probe, VideoProbe):
+            with suppress(DataError):  # the video has no frame there
+                yield (sample.video, sample.span_s), part_of(probe, sample.span_s)[0]
 
 
 _SPANS: tuple[Span, ...] = ("head", "all")
@@ -148,26 +168,26 @@ class _Kept:
     clips: int
     picture: float
     seconds: float | None
-    planned: frozenset[Path]
+    planned: frozenset[_Part]
     used: frozenset[Bucket]
 
 
-def _kept(probes: dict[Path, VideoProbe], buckets: Sequence[Bucket], span: Span, spec: ModelSpec) -> _Kept:
+def _kept(parts: Mapping[_Part, VideoProbe], buckets: Sequence[Bucket], span: Span, spec: ModelSpec) -> _Kept:
     config = ClipConfig(buckets=tuple(buckets), span=span, short_clips="skip")
     fps, planned, used, pictures = float(spec.native_fps), set(), set(), []
     clips, seconds = 0, 0.0
-    for path, probe in probes.items():
+    for part, probe in parts.items():
         try:
             plans = plan_clips(probe, config, fps, "")
         except DataError:  # a shape that no bucket is near to
             continue
         if plans:
-            planned.add(path)
+            planned.add(part)
             used.add(plans[0].bucket)
             pictures += [picture_kept((probe.height, probe.width), plans[0].bucket)]
             seconds += 0 if probe.still else seconds_kept(probe, plans, fps)
             clips += len(plans)
-    whole = sum(seconds_of(probe) for probe in probes.values() if not probe.still)
+    whole = sum(seconds_of(probe) for probe in parts.values() if not probe.still)
     picture = sum(pictures) / max(1, len(pictures))
     return _Kept(clips, picture, seconds / whole if whole else None, frozenset(planned), frozenset(used))
 
@@ -227,7 +247,10 @@ def _lengths(size: Bucket, probes: Sequence[VideoProbe], sizes: Sequence[Bucket]
 
 
 def _prompts(
-    samples: Sequence[Sample], probes: dict[Path, VideoProbe], buckets: Sequence[Bucket], spec: ModelSpec
+    samples: Sequence[Sample],
+    probes: Mapping[Path, VideoProbe | DataError],
+    buckets: Sequence[Bucket],
+    spec: ModelSpec,
 ) -> Iterator[Prompt]:
     """Captions spread over the dataset, each with its first frame where the model wants one."""
     captions = {sample.caption: sample for sample in reversed(samples)}
@@ -238,7 +261,9 @@ def _prompts(
             yield Prompt(sample.caption, sample.image)
             continue
         config = ClipConfig(buckets=tuple(buckets), short_clips="pad")
-        plan = plan_clips(probes[sample.video], config, spec.native_fps, "", sample.span_s)[0]
-        (seen,) = look_at([Look(sample.video, probes[sample.video], plan)], workers=1)
+        probe = probes[sample.video]
+        assert isinstance(probe, VideoProbe)
+        plan = plan_clips(probe, config, spec.native_fps, "", sample.span_s)[0]
+        (seen,) = look_at([Look(sample.video, probe, plan)], workers=1)
         if isinstance(seen, Seen):
             yield Prompt(sample.caption, seen.frames[0])

@@ -51,6 +51,8 @@ class ClipReport:
     pictures: tuple[Picture, ...] = field(default=(), repr=False)
     cut_caption: str = ""
     """The end of the caption, which is not read."""
+    variants: tuple[tuple[str, str], ...] = ()
+    """Its further captions, each with what of it is not read."""
 
     @property
     def severity(self) -> tuple[int, ...]:
@@ -121,6 +123,7 @@ class DoctorReport:
                     **{name: getattr(clip, name) for name in ("name", "where", "bucket", "holdout")},
                     "caption": clip.caption + clip.cut_caption,
                     "cut_caption": clip.cut_caption,
+                    "variants": ["".join(texts) for texts in clip.variants],
                     "values": dict(clip.values),
                     "faults": [vars(fault) for fault in clip.faults],
                 }
@@ -223,6 +226,7 @@ def _card(clip: ClipReport) -> Card:
         title=clip.name,
         text=clip.caption,
         cut_text=clip.cut_caption,
+        variants=clip.variants,
         group=f"{group}, held out" if clip.holdout else group,
         pictures=clip.pictures,
         values=clip.values,
