@@ -659,7 +659,7 @@ PIXELS = """image => image.decode().then(() => {
 
 
 def test_a_browser_shows_the_pixels_that_training_sees(browser, report, clinic, tmp_path):
-    tab = Tab(browser, report.page)
+    tab = Cards(browser, report.page)
     assert len(tab.visible()) == len(report.clips) and tab.noise == []
     tab.page.screenshot(path=tmp_path / "page.png")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "page.png")))) > 50
