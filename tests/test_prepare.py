@@ -31,7 +31,8 @@ from finetune.datasets.decode import probe_file
 from finetune.datasets.geometry import seconds_of
 from finetune.footage import measure, pool, scenes
 from finetune.footage.cutting import CutPlan, cut
-from finetune.footage.filters import ClipShape, Limits, Span, drop_duplicates, spans_of
+from finetune.footage.duplicates import drop_duplicates
+from finetune.footage.filters import ClipShape, Limits, Span, spans_of
 from finetune.footage.ledger import read_rows
 from finetune.footage.measure import Footage, flat_bars, text_share
 from finetune.footage.prepare import PrepareReport
@@ -252,6 +253,51 @@ def test_what_was_written_into_rows_stays(short_film, tmp_path):
     assert rows(out, "metadata.jsonl") == edited and report.encoded == 3
 
 
+def test_rows_of_others_stay_whatever_their_columns_and_letters(short_film, tmp_path):
+    out = tmp_path / "out"
+    finetune.prepare(short_film, out, **CLIP)
+    first, *others = rows(out, "metadata.jsonl")
+    edited = [
+        {**first, "caption": "a line\u2028and another\x85"},  # letters at which `str.splitlines` ends a line
+        {**first, "caption": "the same clip in other words"},
+        *others,
+        {"file_name": "mine.mp4", "caption": "x", "source": "my phone"},
+    ]
+    (out / "metadata.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in edited))
+    for _ in range(2):
+        finetune.prepare(short_film, out, **CLIP)
+        assert rows(out, "metadata.jsonl") == edited
+
+
+def test_a_table_that_cannot_be_read_stops_it_before_anything_is_measured(short_film, tmp_path):
+    out = tmp_path / "out"
+    finetune.prepare(short_film, out, **CLIP)
+    table = out / "metadata.jsonl"
+    table.write_bytes(table.read_bytes() + b"\xff\n")
+    shutil.rmtree(out / ".prepare" / "measured")
+    with pytest.raises(DataError, match=r"metadata\.jsonl:4"):
+        finetune.prepare(short_film, out, **CLIP)
+    assert not (out / ".prepare" / "measured").exists() and table.read_bytes().endswith(b"\xff\n")
+
+
+def test_a_source_that_changes_while_it_is_read_is_left_out(short_film, tmp_path, monkeypatch):
+    real = measure.measure
+
+    def growing(path: Path, *more: Any) -> Footage:
+        footage = real(path, *more)
+        if path.parent.name == "a":  # a recording that goes on
+            path.write_bytes(path.read_bytes() + b"\0" * 8)
+        return footage
+
+    monkeypatch.setattr(pool, "measure", growing)
+    finetune.prepare(short_film, tmp_path / "out", **CLIP)
+    details = {row["source"]: row["detail"] for row in rows(tmp_path / "out") if row["reason"] == "unreadable"}
+    assert details == {"a/film.mp4": "the file changed while it was read"}
+    assert len(list((tmp_path / "out" / ".prepare" / "measured").iterdir())) == 1
+    monkeypatch.setattr(pool, "measure", real)
+    assert finetune.prepare(short_film, tmp_path / "out", **CLIP).clips == 3
+
+
 def test_a_source_that_changed_is_read_again_and_one_that_moved_is_not(short_film, tmp_path, monkeypatch):
     out = tmp_path / "out"
     finetune.prepare(short_film, out, **CLIP)
@@ -449,6 +495,43 @@ def test_of_duplicates_the_largest_is_kept():
     assert found["small"].detail == "large at 0.000 s" and found["small"].value == 2.0
 
 
+def all_pairs(clips: list[np.ndarray], limit: float) -> dict[int, tuple[int, float]]:
+    """Each clip that is dropped, with the one it is like and their distance: every pair looked at."""
+    originals: list[int] = []
+    dropped: dict[int, tuple[int, float]] = {}
+    for number, hashes in enumerate(clips):
+        bits = [np.bitwise_count(hashes[:, None] ^ clips[other]) for other in originals]
+        distances = [float(max(pair.min(1).mean(), pair.min(0).mean())) for pair in bits]
+        if distances and min(distances) <= limit:
+            nearest = distances.index(min(distances))
+            dropped[number] = originals[nearest], distances[nearest]
+        else:
+            originals.append(number)
+    return dropped
+
+
+@settings(max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.5, 6.0, 6.5, 11.0, 14.0, 40.0]))
+def test_duplicates_are_those_that_looking_at_all_pairs_finds(seed, limit):
+    rng = np.random.default_rng(seed)
+    clips: list[np.ndarray] = []
+    for _ in range(40):
+        hashes = rng.integers(0, 2**64, int(rng.integers(1, 6)), np.uint64)
+        if clips and rng.random() < 0.7:  # one of before, with some bits changed and perhaps a frame less
+            hashes = clips[rng.integers(len(clips))].copy()
+            for bit in rng.integers(0, 64, int(rng.integers(0, 3 * limit + 3))):
+                hashes[rng.integers(len(hashes))] ^= np.uint64(1) << np.uint64(bit)
+            hashes = hashes[: max(1, len(hashes) - int(rng.integers(0, 2)))]
+        clips.append(hashes)
+    plan = CutPlan((0,), (0, 0, 16, 16), (16, 16), (0.0,))
+    spans = [[Span(0.0, 1.0, plan=plan, hashes=tuple(hashes.tolist()))] for hashes in clips]
+    drop_duplicates([(str(number), span) for number, span in enumerate(spans)], limit)
+    ours = {
+        number: (int(span.detail.split(" at ")[0]), span.value) for number, (span,) in enumerate(spans) if span.reason
+    }
+    assert ours == all_pairs(clips, limit)
+
+
 # ------------------------------------------------------------------------------------------------ how it is measured
 
 
@@ -566,6 +649,12 @@ def test_packets_are_copied_where_that_gives_the_very_frames(tmp_path):
     assert not is_copy and clip.shape[1:3] == (100, 192)
 
 
+def test_a_picture_that_no_codec_takes_is_a_fault_of_its_clip(tmp_path):
+    path = encode(tmp_path / "thin.mkv", scene(1, 4, size_hw=(16, 1)), "-c:v", "png")
+    with pytest.raises(DataError, match="the clip cannot be encoded"):
+        copied(path, 0, 3)
+
+
 def test_an_open_group_of_pictures_is_not_copied(tmp_path):
     path = encode(tmp_path / "open.mp4", scene(1, 48), *KEYED, "-bf", "2", "-x264-params", "open-gop=1:bframes=3")
     original = shown(path)
@@ -596,6 +685,8 @@ def test_a_scorer_drops_clips_and_is_asked_once(short_film, tmp_path, monkeypatc
         "    return frames[0, 0, 0, 0]\n"
         "def words(frames):\n"
         "    return 'good'\n"
+        "def broken(frames):\n"
+        "    return frames['a']\n"
         "number = 5\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -615,6 +706,7 @@ def test_a_scorer_drops_clips_and_is_asked_once(short_film, tmp_path, monkeypatc
         "my_scorers": "not the import path of a scorer",
         "my_scorers:rank>=good": "not the import path of a scorer",
         "my_scorers:words": "'good', which is no number",
+        "my_scorers:broken": "the scorer failed: IndexError",
     }.items():
         with pytest.raises(ConfigError, match=message):
             finetune.prepare(short_film, out, **CLIP, scorers=[text])

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from finetune.captioning.answers import TokenLimit, answers_within
 from finetune.captioning.captioners import Captioner, Chat
-from finetune.captioning.folder import RECORD, CaptionRecord, Row, open_dataset, read_records
+from finetune.captioning.folder import RECORD, CaptionRecord, Row, mend_records, open_dataset, read_records
 from finetune.core import locks
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, DataError, FinetuneError
@@ -139,6 +139,7 @@ class _Captioning:
         self._method = digest_of([self._instruction, options.frames, options.side, limit.most])
         self._dataset = open_dataset(folder, options.variants)
         self._record_file = folder / RECORD
+        mend_records(self._record_file)
         self._records = {(record.file_name, record.variant): record for record in read_records(self._record_file)}
         self._report = CaptionReport(self._dataset.file)
 
@@ -185,7 +186,10 @@ class _Captioning:
         rows = {row.file_name: row for row, _ in work}
         failures = 0
         clips = self._shown_clips(rows.values())
-        with Bar(total=len(work), desc="captions", disable=not progress) as bar, self._record_file.open("a") as record:
+        with (
+            Bar(total=len(work), desc="captions", disable=not progress) as bar,
+            self._record_file.open("a", encoding="utf-8") as record,
+        ):
             while batch := list(islice(clips, self._options.batch)):
                 for variant in range(self._options.variants):
                     asked = [(row, chat) for row, chat in batch if variant in variants[row.file_name]]

@@ -36,16 +36,20 @@ class CaptionRecord:
     """Digest of the clip's file."""
 
 
+def mend_records(path: Path) -> None:
+    """For who writes: take a line that a crash cut short off the end, so that the next starts a line of its own."""
+    if path.exists():
+        content = path.read_bytes()
+        os.truncate(path, content.rfind(b"\n") + 1)
+
+
 def read_records(path: Path) -> list[CaptionRecord]:
-    """Every line; one that a crash cut short is taken off the end, so that the next starts a line of its own."""
+    """Every whole line of a record; none where there is no record."""
     if not path.exists():
         return []
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        content = content[: content.rfind(b"\n") + 1]
-        os.truncate(path, len(content))
+    *lines, _ = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     records = []
-    for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         try:
             records.append(CaptionRecord(**json.loads(line)))
         except (ValueError, TypeError) as error:

@@ -147,7 +147,8 @@ def usable_sample(
     row: RawRow, source: SourceConfig, captions: CaptionConfig, *, image_to_video: bool, base: Path
 ) -> Sample | None:
     """The sample that ``read_samples`` makes of one row of a source; None where the row cannot be used."""
-    return _RowReader(source, captions_of(source, captions), RowReport(), PathPolicy(), image_to_video, base).sample(row)
+    own = captions_of(source, captions)
+    return _RowReader(source, own, RowReport(), PathPolicy(), image_to_video, base).sample(row)
 
 
 @dataclass

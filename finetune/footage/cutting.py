@@ -65,12 +65,13 @@ def cut(path: Path, header: VideoProbe, plan: CutPlan) -> tuple[bool, bytes]:
         Whether its packets were copied, and an MP4 file.
 
     Raises:
-        DataError: if a frame cannot be decoded, or PyAV has no H.264 encoder.
+        DataError: if a frame cannot be decoded, a picture not encoded, or PyAV has no H.264 encoder.
     """
     copied = _copy(path, header, plan)
     if copied is not None:
         return True, copied
-    return False, _encode(_pictures(path, header, plan), plan)
+    with refusing(str(path), "the clip cannot be encoded"):
+        return False, _encode(_pictures(path, header, plan), plan)
 
 
 # --- copied -----------------------------------------------------------------------------------------------------------

@@ -174,12 +174,13 @@ def _runs(flags: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 def _flashes(luma: NDArray[np.float32], levels: float) -> NDArray[np.bool_]:
     """Frames that are brighter or darker than the frames before and after a short stretch, which are alike."""
     flags = np.zeros(len(luma), bool)
-    for length in range(1, _FLASH_FRAMES + 1):
-        for at in range(1, len(luma) - length):
-            before, after, inside = luma[at - 1], luma[at + length], luma[at : at + length]
-            off = np.minimum(np.abs(inside - before), np.abs(inside - after))
-            if off.min() >= levels and abs(after - before) < levels / 2:
-                flags[at : at + length] = True
+    for length in range(1, min(_FLASH_FRAMES, len(luma) - 2) + 1):
+        before, after = luma[: -length - 1, None], luma[length + 1 :, None]
+        inside = np.lib.stride_tricks.sliding_window_view(luma[1:-1], length)
+        off = np.minimum(np.abs(inside - before), np.abs(inside - after)).min(axis=1)
+        starts = 1 + np.flatnonzero((off >= levels) & (np.abs(after - before)[:, 0] < levels / 2))
+        for step in range(length):
+            flags[starts + step] = True
     return flags
 
 
@@ -322,49 +323,3 @@ def _cut_plan(
         indices = tuple(range(indices[0], int(np.searchsorted(times, span.end_s))))
         return CutPlan(indices, crop, size_hw, tuple(times[index] - times[indices[0]] for index in indices))
     return CutPlan(indices, crop, size_hw, tuple(number / shape.fps for number in range(len(indices))))
-
-
-# --- near-duplicates --------------------------------------------------------------------------------------------------
-
-
-def drop_duplicates(sources: Sequence[tuple[str, list[Span]]], limit: float | None) -> None:
-    """Drop clips that look like another one, in place. Of two the one with more pixels is kept, then the first.
-
-    Every sample of a clip is compared with the nearest of the other's, both ways: a clip that begins a little later, or
-    was cut from another version, is found as well.
-
-    Args:
-        sources: name and spans of every source.
-        limit: ``Limits.duplicate_bits``.
-    """
-    if limit is None:
-        return
-    places = [
-        (-span.plan.crop[2] * span.plan.crop[3], source, number)
-        for source, (_, spans) in enumerate(sources)
-        for number, span in enumerate(spans)
-        if span.plan is not None and span.hashes
-    ]
-    total = sum(len(sources[source][1][number].hashes) for _, source, number in places)
-    hashes = np.zeros(total, np.uint64)  # of what is kept, laid end to end
-    starts: list[int] = []
-    originals: list[tuple[int, int]] = []
-    used = 0
-    for _, source, number in sorted(places):
-        span = sources[source][1][number]
-        if originals:
-            bits = np.bitwise_count(np.asarray(span.hashes, np.uint64)[:, None] ^ hashes[None, :used])
-            lengths = np.diff([*starts, used])
-            there = np.minimum.reduceat(bits, starts, axis=1).mean(axis=0)
-            back = np.add.reduceat(bits.min(axis=0), starts, dtype=np.int64) / lengths
-            distances = np.maximum(there, back)
-            nearest = int(distances.argmin())
-            if distances[nearest] <= limit:
-                name, spans = sources[originals[nearest][0]]
-                detail = f"{name} at {spans[originals[nearest][1]].start_s:.3f} s"
-                sources[source][1][number] = span.dropped("duplicate", float(distances[nearest]), limit, detail)
-                continue
-        hashes[used : used + len(span.hashes)] = span.hashes
-        starts.append(used)
-        originals.append((source, number))
-        used += len(span.hashes)

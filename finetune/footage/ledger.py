@@ -6,8 +6,10 @@ import json
 import os
 import re
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from finetune.core.checksums import digest_of
 from finetune.core.errors import DataError
 from finetune.core.files import PARTIAL, atomic_write, atomic_write_text
 from finetune.core.types import VideoProbe
+from finetune.datasets.tables import read_lines
 from finetune.footage import cutting, measure
 from finetune.footage.filters import Span
 from finetune.footage.measure import Footage, footage_of, parts_of
@@ -23,6 +26,9 @@ STATE = ".prepare"
 """Folder of what a next call goes on from; it also says that a folder is ``prepare``'s."""
 
 METADATA, LEDGER, CLIPS = "metadata.jsonl", "ledger.jsonl", "clips"
+
+CAPTIONS = "captions.jsonl"
+"""In ``STATE``: rows of clips that are gone."""
 
 
 @dataclass
@@ -34,6 +40,8 @@ class Source:
     path: Path
     digest: str
     """Of its bytes."""
+    stamp: tuple[int, int] = (0, 0)
+    """Its size, and when it changed in ns, when they were read."""
     header: VideoProbe | None = None
     """None if it cannot be read, or is a copy of another."""
     spans: list[Span] = field(default_factory=list)
@@ -173,7 +181,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), start=1):
+    for number, line in read_lines(path):
+        if isinstance(line, DataError):
+            raise line
         if not line.strip():
             continue
         try:
@@ -197,16 +207,21 @@ def write_dataset(out: Path, sources: Sequence[Source]) -> list[str]:
         Names of the clips that were deleted.
     """
     earlier = read_rows(out / METADATA)
-    remembered = read_rows(out / STATE / "captions.jsonl")
-    written = {str(row.get("file_name")): row for row in [*remembered, *earlier]}
-    rows = [metadata_row(source, span) for source in sources for span in source.spans if span.reason is None]
-    names = {row["file_name"] for row in rows}
-    for row in rows:
-        known = written.get(row["file_name"], {})
-        row.update({name: value for name, value in known.items() if name == "caption" or name not in row})
-    gone = [row for name, row in written.items() if name not in names and "source" in row and row.get("caption")]
-    foreign = [row for row in earlier if "source" not in row]
-    write_rows(out / STATE / "captions.jsonl", gone)
+    written: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_rows(out / STATE / CAPTIONS):
+        written[row["file_name"]].append(row)
+    for name in {str(row.get("file_name")) for row in earlier}:
+        written.pop(name, None)
+    for row in earlier:
+        written[str(row.get("file_name"))].append(row)
+    made = [metadata_row(source, span) for source in sources for span in source.spans if span.reason is None]
+    names = {row["file_name"] for row in made}
+    # A clip may have been given several rows.
+    rows = [_merged(row, known) for row in made for known in written.get(row["file_name"], [{}])]
+    gone = [row for row in chain(*written.values()) if row["file_name"] not in names and row.get("caption")]
+    gone = [row for row in gone if _is_own(row)]
+    foreign = [row for row in earlier if not _is_own(row)]
+    write_rows(out / STATE / CAPTIONS, gone)
     write_rows(out / LEDGER, [ledger_row(source, span) for source in sources for span in source.spans])
     if rows or foreign:
         write_rows(out / METADATA, [*rows, *foreign])
@@ -217,6 +232,16 @@ def write_dataset(out: Path, sources: Sequence[Source]) -> list[str]:
     for name in deleted:
         (out / name).unlink()
     return deleted
+
+
+def _merged(row: dict[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+    """A clip's row with its caption and further columns of an earlier call."""
+    return row | {name: value for name, value in known.items() if name == "caption" or name not in row}
+
+
+def _is_own(row: Mapping[str, Any]) -> bool:
+    """Whether ``prepare`` made a row: others may well have a column ``source``."""
+    return "source" in row and _OWN.search(str(row.get("file_name"))) is not None
 
 
 def clips_there(out: Path) -> set[str]:

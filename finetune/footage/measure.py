@@ -116,7 +116,8 @@ def measure(path: Path, detector: DetectorName, threshold: float | None) -> Foot
             luma.append(float(small.mean()))
             change.append(0.0 if before is None else float(np.abs(small - before).mean()))
             before = small
-            if header.frame_times_s[number] * SAMPLES_PER_S >= len(samples):
+            slot = int(header.frame_times_s[number] * SAMPLES_PER_S)
+            if not samples or slot > int(header.frame_times_s[samples[-1].number] * SAMPLES_PER_S):
                 samples.append(_sample(picture, number, samples[-1] if samples else None, header))
     except DataError as error:
         if not luma:

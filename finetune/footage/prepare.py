@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +18,24 @@ from finetune.core.errors import ConfigError, DataError, is_refusal
 from finetune.core.files import atomic_write_bytes, atomic_write_text, disk_fix, require_space, require_writable
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, ClipPlan, VideoProbe
+from finetune.datasets.cache import YOUNG_S
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.datasets.geometry import seconds_of
 from finetune.datasets.rows import VIDEO, RowReport, list_folder
 from finetune.footage.cutting import CutPlan
-from finetune.footage.filters import ClipShape, Limits, Span, drop_duplicates, spans_of
-from finetune.footage.ledger import CLIPS, STATE, Source, State, clip_name, clips_there, write_dataset
+from finetune.footage.duplicates import drop_duplicates
+from finetune.footage.filters import ClipShape, Limits, Span, spans_of
+from finetune.footage.ledger import (
+    CLIPS,
+    METADATA,
+    STATE,
+    Source,
+    State,
+    clip_name,
+    clips_there,
+    read_rows,
+    write_dataset,
+)
 from finetune.footage.measure import Footage
 from finetune.footage.pool import CutRequest, MadeClip, MeasureRequest, PreparePool
 from finetune.footage.report import write_report
@@ -104,6 +117,7 @@ def prepare(request: PrepareRequest, *, progress: bool = True) -> PrepareReport:
     with _locked(request.out), _clear_when_full(request.out):
         (request.out / CLIPS).mkdir(exist_ok=True)
         state.clean(request.out)
+        read_rows(request.out / METADATA)  # which may have been edited, and is needed in the end
         notes, paths = _videos(request)
         sources, unreadable = _measured_sources(request, state, paths, progress)
         drop_duplicates([(source.name, source.spans) for source in sources], request.limits.duplicate_bits)
@@ -220,6 +234,8 @@ def _measured_sources(
         for source, answer in measuring.run(jobs):
             if isinstance(answer, DataError):
                 faults[source.digest] = answer
+            elif not _is_unchanged(source):
+                faults[source.digest] = DataError(_CHANGED)
             elif isinstance(answer, Footage):
                 state.write_footage(source.digest, *arguments, answer)
                 there[source.digest] = answer
@@ -258,8 +274,22 @@ def _digested(request: PrepareRequest, state: State, paths: Sequence[Path], prog
     with ThreadPoolExecutor(max(1, request.workers)) as threads:
         bar = Bar(threads.map(read, paths), total=len(paths), desc="reading files", disable=not progress)
         files = dict(bar)
-    state.write_digests({name: values for name, values in files.items() if values[1]})
-    return [Source(name, path, files[name][2]) for name, path in zip(files, paths, strict=True)]
+    # One that is so young may change again within a tick of its file system's clock.
+    old_ns = time.time_ns() - YOUNG_S * 1e9
+    state.write_digests({name: values for name, values in files.items() if 0 < values[1] < old_ns})
+    return [Source(name, path, files[name][2], files[name][:2]) for name, path in zip(files, paths, strict=True)]
+
+
+_CHANGED = "the file changed while it was read"
+
+
+def _is_unchanged(source: Source) -> bool:
+    """Whether a source is still what its digest is of, as far as its size and time tell."""
+    try:
+        status = source.path.stat()
+    except OSError:
+        return False
+    return source.stamp == (status.st_size, status.st_mtime_ns)
 
 
 class _Clip(NamedTuple):
@@ -346,6 +376,8 @@ def _cut_clips(request: PrepareRequest, sources: Sequence[Source], progress: boo
         for clip, answer in pool.run(jobs):
             if isinstance(answer, DataError):
                 clip.replace_span(clip.span.dropped("unreadable", None, None, answer.what))
+            elif not _is_unchanged(clip.source):
+                clip.replace_span(clip.span.dropped("unreadable", None, None, _CHANGED))
             elif isinstance(answer, MadeClip):
                 atomic_write_bytes(request.out / clip.name, bytes(answer.content))
                 made[answer.copied] += 1

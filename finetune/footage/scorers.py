@@ -92,13 +92,18 @@ def score(rule: ScorerRule, frames: NDArray[np.uint8], clip: str) -> float:
     """What a scorer says of a clip.
 
     Raises:
-        ConfigError: if it says no finite number.
+        ConfigError: if it fails, or says no finite number.
     """
-    value = rule.scorer(frames)
+    where = f"--scorer {rule.path}, {clip}"
+    try:
+        value = rule.scorer(frames)
+    except Exception as error:  # other people's code, as above
+        fix = "mend it and run the same command again, which goes on"
+        raise ConfigError(f"the scorer failed: {type(error).__name__}: {error}", where=where, fix=fix) from error
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"the scorer said {value!r:.60}, which is no number", where=f"--scorer {rule.path}, {clip}")
+        raise ConfigError(f"the scorer said {value!r:.60}, which is no number", where=where)
     return number
