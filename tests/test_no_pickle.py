@@ -59,6 +59,8 @@ ALLOWED: Mapping[tuple[str, str], tuple[int, str]] = {
         2,
         "as tensors only; what else is named becomes an empty object",
     ),
+    ("finetune/inference/postprocess.py", "torch.load"): (1, "as tensors only"),
+    ("finetune/inference/preview.py", "torch.load"): (1, "as tensors only"),
     ("finetune/captioning/captioners.py", "reader.from_pretrained"): (1, "text files, no weights"),
     ("finetune/captioning/captioners.py", "AutoConfig.from_pretrained"): (1, "JSON, no weights"),
     ("finetune/cogvideox/load.py", "_class_of(folder, 'scheduler').from_pretrained"): (
