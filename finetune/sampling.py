@@ -42,6 +42,11 @@ def generate(
     dynamic_cfg: bool | None = None,
     scheduler: Literal["ddim", "dpm"] | None = None,
     gif: bool | None = None,
+    upscale: str | Path | None = None,
+    interpolate: str | None = None,
+    preview: str | Path | None = None,
+    enhance: str | None = None,
+    endpoint: str | None = None,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] | None = None,
     budget: str | int | None = None,
     offload: Offload | Literal["auto"] | None = None,
@@ -78,6 +83,11 @@ def generate(
         dynamic_cfg: let the guidance grow with the steps.
         scheduler: what takes the steps; None for the base's own.
         gif: write animated GIFs as well.
+        upscale: super-resolution weights that enlarge the files' frames; the extra ``upscale``.
+        interpolate: ``minterpolate`` for twice as many frames per second in the files, ``minterpolate:4`` for four.
+        preview: ``taecvx`` weights, which show each video while it is sampled, in the terminal or ``preview.png``.
+        enhance: a language model that makes the prompts long first, as ``model`` of the function ``enhance``.
+        endpoint: where that model is, if it is behind an OpenAI-compatible server.
         dtype: what to compute in.
         budget: of the GPU's memory, such as ``8GiB`` or bytes; None for what is free of it.
         offload: what waits in host memory meanwhile; None for as little as the budget allows.
@@ -94,10 +104,13 @@ def generate(
     """
     from finetune.core.gpu import amount
     from finetune.inference.generate import generate
+    from finetune.inference.postprocess import parse_interpolation
     from finetune.inference.request import GenerateRequest, parse_adapter
 
     files = {"images": images, "last_images": last_images, "videos": source_videos}
     listed = _listed(prompts, files, range(seed, 2**62, videos or 1))
+    if enhance is not None:
+        listed = _enhanced(listed, enhance, endpoint, model)
     given: dict[str, Any] = {
         "base": None if model is None else str(model),
         "prompts": tuple(listed),
@@ -116,6 +129,9 @@ def generate(
         "extend": extend,
         "videos": videos,
         "gif": gif,
+        "upscale": None if upscale is None else Path(upscale),
+        "interpolate": None if interpolate is None else parse_interpolation(interpolate),
+        "preview": None if preview is None else Path(preview),
         "dtype": dtype,
         "budget": amount("--budget", budget) if isinstance(budget, str) else budget,
         "offload": offload,
@@ -441,6 +457,26 @@ def _listed(
     texts = [item for item in items if isinstance(item, str)]
     seeded = iter(prompts_with_seeds(texts, **{name: _paths(paths) for name, paths in files.items()}, seeds=seeds))
     return [next(seeded) if isinstance(item, str) else VideoPrompt.model_validate(dict(item)) for item in items]
+
+
+def _enhanced(
+    prompts: Sequence[VideoPrompt], writer: str, endpoint: str | None, model: str | Path | None
+) -> list[VideoPrompt]:
+    """Long prompts for short ones, as ``generate`` takes them; the language model is gone from memory afterwards."""
+    import os
+
+    from finetune.caching.encode import release_memory
+    from finetune.core.errors import ConfigError
+
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        fix = "run `finetune enhance` first, and generate from its file"
+        raise ConfigError("several processes would write prompts of their own", where="--enhance", fix=fix)
+    if model is None:
+        fix = "name it: a folder, a hub id, 5b, ..."
+        raise ConfigError("it is not known which model will read the prompts", where="--model", fix=fix)
+    report = enhance(prompts, model=writer, endpoint=endpoint, target=str(model))
+    release_memory()
+    return _listed(report.prompts, {})
 
 
 def _bucket(bucket: str | Bucket | None) -> Bucket | None:

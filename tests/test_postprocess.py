@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import base64
-import importlib
 import io
 import re
 import sys
-import types
 
+import av
 import numpy as np
 import pytest
 import torch
+from endpoint import said
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_upscaler import save_upscaler
 
+import finetune
+from finetune.cli.main import main
+from finetune.cogvideox.load import ModelConfig, load_vae
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError
 from finetune.inference import postprocess
@@ -37,42 +41,8 @@ def moving_square(frames: int = 6, height: int = 48, width: int = 80) -> np.ndar
 @pytest.fixture(scope="module")
 def esrgan(tmp_path_factory):
     """``esrgan(scale, suffix)``: a file of a tiny ESRGAN's weights; skips where spandrel is not installed."""
-    _import_spandrel()
-    from spandrel.architectures.ESRGAN import ESRGAN
-
     folder = tmp_path_factory.mktemp("esrgan")
-
-    def save(scale: int = 2, suffix: str = ".safetensors"):
-        torch.manual_seed(0)
-        weights = ESRGAN(num_filters=8, num_blocks=1, scale=scale).state_dict()
-        path = folder / f"x{scale}{suffix}"
-        save_file(weights, path) if suffix == ".safetensors" else torch.save({"params_ema": weights}, path)
-        return path
-
-    return save
-
-
-def _import_spandrel() -> None:
-    """Two of its thirty architectures want torchvision, which beside a torch of another build cannot be imported.
-
-    ESRGAN is none of them, so that empty names stand in for it while spandrel is imported, and no longer.
-    """
-    try:
-        importlib.import_module("spandrel")
-        return
-    except (ImportError, RuntimeError):
-        if importlib.util.find_spec("spandrel") is None:
-            pytest.skip("spandrel is not installed (the extra upscale)")
-    for name in [name for name in sys.modules if name.split(".")[0] == "spandrel"]:
-        del sys.modules[name]
-    functions = types.ModuleType("torchvision.transforms.functional")
-    functions.InterpolationMode = functions.rotate = functions.normalize = object
-    stand_ins = {functions.__name__: functions}
-    stand_ins |= {name: types.ModuleType(name) for name in ("torchvision", "torchvision.transforms")}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, module in stand_ins.items():
-            patch.setitem(sys.modules, name, module)
-        importlib.import_module("spandrel")
+    return lambda scale=2, suffix=".safetensors": save_upscaler(folder / f"x{scale}{suffix}", scale)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
@@ -259,3 +229,56 @@ def test_a_look_is_an_image_in_the_terminal_else_a_file(tiny_model, decoder, tmp
     terminal(TERM="dumb")
     look.show(torch.randn(1, 3, 4, 8, 8))
     assert Image.open(file).size == (256, 64)
+
+
+# --------------------------------------------------------------------------------------------------------- generate
+
+
+def test_generate_enlarges_smooths_and_shows(tiny_model, decoder, esrgan, tmp_path, monkeypatch, capsys):
+    """And nothing of it changes what is sampled."""
+    looks, show = [], Preview.show
+    monkeypatch.setattr(Preview, "show", lambda self, latents: (looks.append(latents), show(self, latents)))
+    options = {"model": tiny_model("5b"), "bucket": "9x32x48", "num_inference_steps": 3, "device": "cpu"}
+    plain = finetune.generate("a red circle", tmp_path / "plain", guidance_scale=1.0, **options)
+    weights = tmp_path / "taecvx.safetensors"
+    save_file(decoder.state_dict(), weights)
+    line = f"generate --model {options['model']} --bucket 9x32x48 --steps 3 --guidance 1 --device cpu"
+    line += f" --upscale {esrgan(2)} --interpolate minterpolate --preview {weights} --output {tmp_path / 'large'}"
+    assert main([*line.split(), "--prompt", "a red circle"]) == 0
+    (large,) = (tmp_path / "large").glob("*.mp4")
+    with av.open(str(large)) as file:
+        (stream,) = file.streams.video
+        assert (stream.width, stream.height, stream.average_rate, stream.frames) == (96, 64, 16, 17)
+    assert len(looks) == 3 and all(latents.shape == (1, 3, 4, 4, 6) for latents in looks)
+    assert Image.open(tmp_path / "large/preview.png").size == (4 * 48, 32)
+    again = finetune.generate("a red circle", tmp_path / "again", guidance_scale=1.0, preview=weights, **options)
+    assert np.array_equal(plain.frames[0], again.frames[0])
+    # What is looked at is the estimate of the clean video: after the last step it is the video.
+    vae = load_vae(ModelConfig(pretrained=str(options["model"])))
+    shown = vae.decode(looks[-1].transpose(1, 2) / vae.config.scaling_factor).sample[0].permute(1, 2, 3, 0)
+    assert np.abs(((shown / 2 + 0.5).clamp(0, 1) * 255).numpy() - again.frames[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"upscale": "absent.pth"}, "no such file"),
+        ({"interpolate": "rife"}, "no interpolation 'rife'"),
+        ({"preview": "absent.pth"}, "no weights of TAEHV"),
+        ({"enhance": "some", "model": None}, "which model will read the prompts"),
+    ],
+)
+def test_generate_refuses_them_before_weights_load(tiny_model, tmp_path, monkeypatch, options, message):
+    monkeypatch.setattr("finetune.inference.generate.embed_prompts", None)
+    with pytest.raises(ConfigError, match=message):
+        finetune.generate("a", tmp_path, **({"model": tiny_model(), "device": "cpu"} | options))
+
+
+def test_generate_has_prompts_made_long_first(tiny_model, tmp_path, serve, monkeypatch):
+    server = serve(lambda request: said("a red circle moving left"))
+    options = {"model": tiny_model(), "bucket": "9x32x32", "num_inference_steps": 1, "device": "cpu"}
+    report = finetune.generate("a circle", tmp_path, enhance="some", endpoint=server.url, seed=7, **options)
+    assert "a-red-circle-moving-left-seed7" in report.videos[0].name and len(server.requests) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several processes"):
+        finetune.generate("a circle", tmp_path, enhance="some", endpoint=server.url, **options)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.ndimage import gaussian_filter
+from tiny_upscaler import save_upscaler
 from tiny_vlm import save_image_model, save_painter, save_text_model
 
 import finetune
@@ -28,6 +29,7 @@ from finetune.cogvideox.load import ModelConfig, load_vae
 from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError
 from finetune.core.types import Bucket
 from finetune.inference import story
+from finetune.inference.preview import TinyDecoder
 from finetune.inference.request import read_prompts
 from finetune.inference.source_video import Cut, read_video
 from finetune.inference.vae_files import frame_psnr, frame_ssim, read_latents
@@ -342,6 +344,8 @@ def test_the_commands_of_the_page_run(tiny_model, painter, clip, tmp_path, monke
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
     monkeypatch.chdir(tmp_path)
     shutil.copy(clip, "clip.mp4")
+    save_upscaler(Path("RealESRGAN_x2plus.pth"))
+    save_file(TinyDecoder(4).state_dict(), "taecvx.safetensors")
     for name in ("painted.png", "boat.png"):
         Image.new("RGB", (64, 64), (0, 200, 0)).save(name)
     Path("ideas.txt").write_text("a kite\na boat\n")
@@ -353,11 +357,12 @@ def test_the_commands_of_the_page_run(tiny_model, painter, clip, tmp_path, monke
     }
     here |= {name: str(tiny_model(name)) for name in ("5b", "5b-i2v")}
     short = {"invert": ["--steps", "2"], "story": ["--steps", "1", "--endpoint", server], "vae": []}
+    short["generate"] = ["--steps", "1", "--bucket", "9x64x64"]
     short["enhance"] = ["--endpoint", server, "--for", here["5b"]]
     for line in lines:
         words = [here.get(word, word) for word in shlex.split(line)[1:]]
         assert main([*words, *short[words[0]], "--device", "cpu"]) == 0, line
-    assert len(lines) >= 10 and "next: finetune vae decode clip.safetensors" in capsys.readouterr().out
+    assert len(lines) >= 13 and "next: finetune vae decode clip.safetensors" in capsys.readouterr().out
     names = {path.name for path in Path().rglob("*.*")}
     assert {"clip.safetensors", "worst.png", "reconstruction.mp4", "edit.mp4", "edit.png", "prompts.jsonl"} <= names
-    assert {"prompt.txt", "frame.png", "story.json"} <= names
+    assert {"prompt.txt", "frame.png", "story.json", "preview.png"} <= names

@@ -44,6 +44,10 @@ def generate(
     extend: Annotated[int | None, option("Continue each video by so many parts.", "N", _SHOWN)] = None,
     videos: Annotated[int | None, option("Of each prompt (1).", "N", _SHOWN)] = None,
     negative_prompt: Annotated[str | None, option("What to steer away from.", "TEXT", _SHOWN)] = None,
+    enhance: Annotated[
+        str | None, option("Language model that makes prompts long first (docs/tools.md).", "MODEL", _SHOWN)
+    ] = None,
+    endpoint: Annotated[str | None, option("The server that has it.", "URL", _SHOWN)] = None,
     seed: Annotated[int, option("Of the first video; each further one has the next.", "N", _SAMPLING)] = 0,
     bucket: Annotated[
         str | None, option("Frames x height x width; left out: as the adapter was trained.", "FxHxW", _SAMPLING)
@@ -57,6 +61,11 @@ def generate(
     output: Annotated[Path, option("Folder for the videos.", "DIR", _FILES)] = Path("videos"),
     fps: Annotated[float | None, option("Left out: as the adapter was trained.", "X", _FILES)] = None,
     gif: Annotated[bool, flag("--gif", "Write animated GIFs as well.", _FILES)] = False,
+    upscale: Annotated[Path | None, option("Enlarge by super-resolution weights.", "FILE", _FILES)] = None,
+    interpolate: Annotated[
+        str | None, option("minterpolate: twice as many frames per second; minterpolate:4.", "HOW", _FILES)
+    ] = None,
+    preview: Annotated[Path | None, option("Show videos meanwhile, by taecvx weights.", "FILE", _FILES)] = None,
     dtype: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"] | None, option("Left out: as the model is stored.", None, _COMPUTE)
     ] = None,
@@ -102,6 +111,11 @@ def generate(
         dynamic_cfg=dynamic_cfg or None,
         scheduler=scheduler,
         gif=gif or None,
+        upscale=upscale,
+        interpolate=interpolate,
+        preview=preview,
+        enhance=enhance,
+        endpoint=endpoint,
         dtype=dtype,
         budget=budget,
         offload=offload,

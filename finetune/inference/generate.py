@@ -40,6 +40,8 @@ from finetune.inference.context_parallel import Division, divide, division_fault
 from finetune.inference.continuation import sample_continued
 from finetune.inference.loading import embed_prompts, load_denoiser, start_device
 from finetune.inference.placement import Placement, Sampling, choose
+from finetune.inference.postprocess import Postprocess
+from finetune.inference.preview import Preview, load_decoder
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt, mode_of, request_faults
 from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
 from finetune.inference.videos import Frames, contact_sheet, gif_bytes, write_mp4
@@ -56,7 +58,7 @@ class GenerateReport:
     """All videos as rows of frames in one PNG."""
     bucket: Bucket
     frames: tuple[Frames, ...] = field(repr=False)
-    """The videos before compression, each uint8 [F, H, W, 3], in the order of the prompts."""
+    """The videos as they were sampled, each uint8 [F, H, W, 3], in the order of the prompts."""
     notes: tuple[str, ...] = ()
     """What was remarked on the request before it began."""
 
@@ -92,6 +94,8 @@ class _Plan:
     placement: Placement
     division: Division | Literal["prompts"]
     """What the processes divide."""
+    postprocess: Postprocess
+    preview: Preview | None
     notes: tuple[str, ...]
 
 
@@ -133,9 +137,10 @@ def _generate(request: GenerateRequest, ranks: ProcessGroup) -> GenerateReport:
         if plan.division != "prompts" and not ranks.is_main:  # which has the same video
             continue
         # Each as soon as it is sampled: an interrupted batch keeps what is done.
-        write_mp4(shot.path, frames, plan.fps)
+        finished, fps = plan.postprocess(frames, plan.fps)
+        write_mp4(shot.path, finished, fps)
         if request.gif:
-            atomic_write_bytes(shot.path.with_suffix(".gif"), gif_bytes(frames, plan.fps))
+            atomic_write_bytes(shot.path.with_suffix(".gif"), gif_bytes(finished, fps))
     if plan.division == "prompts":
         rows = sorted(ranks.gather(rows), key=lambda row: row[0])
     pictures = [(label, frames) for _, label, frames in rows]
@@ -168,7 +173,8 @@ def _sample(
     plan: _Plan, request: GenerateRequest, modules: SampleModules, shot: _Shot, embeds: Mapping[str, Tensor]
 ) -> Frames:
     """One video, from its first part to its last."""
-    settings = SampleSettings(request.num_inference_steps, request.guidance_scale, request.dynamic_cfg)
+    watch = None if plan.preview is None else plan.preview.attach
+    settings = SampleSettings(request.num_inference_steps, request.guidance_scale, request.dynamic_cfg, watch)
 
     def sample(part: SampleRequest) -> Frames:
         how, device = plan.placement.offload, plan.device
@@ -236,6 +242,10 @@ def _plan(request: GenerateRequest, ranks: ProcessGroup) -> _Plan:
         processes=ranks.world if division == "context" else 1,
     )
     placement = choose(request, sampling, device)
+    postprocess = Postprocess(request.upscale, request.interpolate, device)
+    preview = None
+    if request.preview is not None and (ranks.is_main or division == "prompts"):
+        preview = Preview(load_decoder(request.preview), spec, request.out / f"preview{ranks.rank or ''}.png")
     # Sampling takes minutes per video.
     require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
     choices = [source.note for source in sources.values() if source.note]
@@ -259,6 +269,8 @@ def _plan(request: GenerateRequest, ranks: ProcessGroup) -> _Plan:
         device=device,
         placement=placement,
         division=division,
+        postprocess=postprocess,
+        preview=preview,
         notes=(*choices, *warnings),
     )
 

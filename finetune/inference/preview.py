@@ -7,6 +7,7 @@ another kept package has its architecture. They are given, never fetched.
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import os
 import sys
@@ -149,6 +150,7 @@ class Preview:
         """
         step, estimates = pipeline.scheduler.step, [torch.empty(0)]
 
+        @functools.wraps(step)  # the pipeline looks at its parameters: without them it would draw noise unseeded
         def listened(*arguments: Any, **options: Any) -> Any:
             result = step(*arguments, **options)
             estimates[0] = result[1]

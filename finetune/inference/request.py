@@ -18,6 +18,7 @@ from finetune.core.text import text_fault
 from finetune.core.types import Bucket, Offload, Quantization, SamplePrompt
 from finetune.datasets.geometry import BucketField
 from finetune.inference.modes import FromImage, FromImages, FromText, FromVideo, Mode, read_clip, require_clip
+from finetune.inference.postprocess import Interpolation
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ class GenerateRequest:
     """By how many further parts each video is continued."""
     gif: bool = False
     """Write each video as an animated GIF as well."""
+    upscale: Path | None = None
+    """Super-resolution weights that enlarge the files' frames (``postprocess``)."""
+    interpolate: Interpolation | None = None
+    """How the files get more frames per second (``postprocess``)."""
+    preview: Path | None = None
+    """Weights of a tiny VAE that shows videos while they are sampled (``preview``)."""
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     budget: int | None = None
     """Bytes of the GPU's memory that may be used; None: what is free of it."""

@@ -6,7 +6,7 @@ The stock pipelines, because they are what a fine-tuned model will meet in other
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -77,6 +77,8 @@ class SampleSettings:
     """1 for no guidance."""
     dynamic_cfg: bool = False
     """Let the guidance grow with the denoising steps."""
+    watch: Callable[[Any, int], dict[str, Any]] | None = None
+    """Who looks on, such as ``preview.Preview.attach``: given the pipeline and its steps, what it is called with."""
 
 
 def sample_videos(
@@ -136,8 +138,10 @@ def sample_videos(
                 _tiled_if_large(vae, request.bucket),
             ):
                 here = pipeline._execution_device
+                watching = settings.watch(pipeline, settings.num_inference_steps) if settings.watch else {}
                 output = pipeline(
                     **request.mode.arguments(spec, request.bucket),
+                    **watching,
                     prompt_embeds=request.prompt_embeds[None].to(here, dtype),
                     negative_prompt_embeds=request.negative_embeds[None].to(here, dtype),
                     height=request.bucket.height,
