@@ -95,19 +95,21 @@ def convert(
     to: Literal["diffusers", "sat"] = "diffusers",
     model: str | Path | None = None,
     dtype: DtypeName | None = None,
+    alpha: float | None = None,
 ) -> ConversionReport:
-    """Convert another program's checkpoint, or a diffusers folder to SAT.
+    """Convert another program's checkpoint or LoRA, or a diffusers folder to SAT.
 
     What the source is, and which CogVideoX, follows from its tensors' names and shapes. What is written is loaded again
     and compared with the source before it gets its name.
 
     Args:
-        source: a file of weights, or a folder of SAT or diffusers.
+        source: a file of weights, or a folder of SAT, DeepSpeed, FSDP, torch.distributed.checkpoint or diffusers.
         out: the folder to make; it must be new or empty.
         to: diffusers' format, or SAT's, which CogVideo's own first scripts read.
         model: a model in diffusers' format with the same shapes, where they are no published model's; its files on
             this machine stand in for the components that the source has not.
         dtype: of the weights that are written; None for as they are.
+        alpha: of a LoRA whose file does not state it: its update counts alpha / rank.
 
     Raises:
         ConfigError: if there is nothing to convert, or an argument is missing that nothing in the source tells.
@@ -116,7 +118,7 @@ def convert(
     """
     from finetune.convert.convert import ConvertOptions, convert
 
-    options = ConvertOptions(to, None if model is None else str(model), dtype)
+    options = ConvertOptions(to, None if model is None else str(model), dtype, alpha)
     return convert(Path(source).expanduser(), Path(out).expanduser(), options)
 
 

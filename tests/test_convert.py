@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sat_model
 import torch
-from safetensors.torch import load_file
+import yaml
+from safetensors.torch import load_file, save_file
 from stock_pipeline import latents_of, load_pipeline
 from torch import nn
 
@@ -22,7 +24,8 @@ from finetune.cogvideox.denoise import OFS, denoise, rotary_table
 from finetune.cogvideox.load import empty_component, sine_positions
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.convert import pipelines
+from finetune.convert import convert as convert_module
+from finetune.convert import lora_files, pipelines
 from finetune.convert.checkpoint_files import named_tensors
 from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
 from finetune.convert.sat import POSITIONS, PREFIXES, from_sat, to_sat
@@ -30,18 +33,19 @@ from finetune.convert.structure import model_of
 from finetune.convert.torch_files import write_torch_file
 from finetune.core.errors import ConfigError, ExportError, ModelError
 from finetune.core.tensor_files import Deferred, content_of
+from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import VARIANTS, tiny_transformer
 
 # ------------------------------------------------------------------------------------------- names of a LoRA's tensors
 
 
-def lora_of(modules, rank=4, alpha=2.0, **sizes):
-    """A random LoRA by our names; ``sizes`` are (out, in) of modules that have others than (16, 16)."""
+def lora_of(modules, rank=4, alpha=2.0, width=16):
+    """A random LoRA by our names, of square layers."""
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for module in modules:
-        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, 16, generator=generator)
-        tensors[f"{module}.lora_B.weight"] = torch.randn(16, rank, generator=generator)
+        tensors[f"{module}.lora_A.weight"] = torch.randn(rank, width, generator=generator)
+        tensors[f"{module}.lora_B.weight"] = torch.randn(width, rank, generator=generator)
     return Lora(tensors, dict.fromkeys(modules, alpha))
 
 
@@ -129,6 +133,139 @@ def test_a_lora_that_is_not_whole_is_refused(change, message):
     change(tensors)
     with pytest.raises(ConfigError, match=message):
         to_diffusers(tensors, LAYOUTS["kohya"])
+
+
+# ---------------------------------------------------------------------------------------------- a LoRA of any trainer's
+
+ATTENTION = [f"transformer_blocks.{i}.attn1.{name}" for i in range(2) for name in ("to_q", "to_k", "to_v", "to_out.0")]
+
+
+def update_of(model: Path, module: str, adapter: Path) -> torch.Tensor:
+    """What the stock pipeline adds to a layer's weight with an adapter: its scale times B A."""
+    pipeline = load_pipeline(str(model), adapter=str(adapter))
+    layer = pipeline.transformer.get_submodule(module)
+    with torch.no_grad():
+        return layer.scaling["tuned"] * layer.lora_B["tuned"].weight @ layer.lora_A["tuned"].weight
+
+
+def theirs(layout: str, path: Path, alpha: float, **metadata: str) -> Path:
+    """A LoRA of rank 4 as another program writes it; ``metadata`` is its header's."""
+    tensors = {
+        name: t.contiguous()
+        for name, t in from_diffusers(lora_of(ATTENTION, width=64, alpha=alpha), LAYOUTS[layout]).items()
+    }
+    if layout.startswith("sat"):
+        torch.save(
+            {"module": {**tensors, "model.diffusion_model.transformer.layers.0.mlp.dense_4h_to_h.bias": torch.ones(3)}},
+            path,
+        )
+    else:
+        save_file(tensors, path, metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "beside", "options"),
+    [
+        ("kohya", "a.safetensors", {}, {}),
+        ("comfyui", "a.safetensors", {}, {}),
+        ("kohya-comfyui", "a.safetensors", {}, {}),
+        ("sat", "mp_rank_00_model_states.pt", {}, {}),
+        ("diffusers", "a.safetensors", {"lora_config": json.dumps({"r": 4, "lora_alpha": 2})}, {}),
+        ("peft", "adapter_model.safetensors", {}, {}),
+        ("bare", "adapter_model.safetensors", {}, {"alpha": 2}),
+        ("videox-fun", "a.safetensors", {}, {"alpha": 2}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_other_trainers_loras_count_as_they_were_trained(layout, name, beside, options, tiny_model, tmp_path):
+    model = tiny_model("5b")
+    source = theirs(layout, tmp_path / name, 2.0, **beside)
+    if layout == "peft":
+        (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 2}))
+    report = convert(source, tmp_path / "out", model=model, **options)
+    lora = lora_of(ATTENTION, width=64)
+    for module in (ATTENTION[1], ATTENTION[-1]):
+        expected = 2 / 4 * lora.tensors[f"{module}.lora_B.weight"] @ lora.tensors[f"{module}.lora_A.weight"]
+        torch.testing.assert_close(update_of(model, module, tmp_path / "out"), expected, rtol=1e-5, atol=1e-5)
+    assert "8 layers, largest difference of an update" in str(report)
+    settings = re.search(r"to train it further: method: (.*)", str(report))[1]
+    method = LoraMethod.model_validate(
+        yaml.safe_load(settings)["method"] if "method" in settings else yaml.safe_load(settings)
+    )
+    transformer = tiny_transformer("5b")
+    method.apply(transformer, seed=0)  # refuses what does not fit
+    assert method.targets == "attention" and method.scaling == (1 / 4 if layout == "sat" else 2 / 4)
+
+
+def test_a_scale_that_stands_nowhere_is_asked_for_and_never_guessed(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    for layout in ("diffusers", "bare", "videox-fun", "diffusion-model"):
+        with pytest.raises(ConfigError, match=r"its scale stands nowhere: .*rank is 4") as caught:
+            convert(theirs(layout, tmp_path / "a.safetensors", 2.0), tmp_path / "out", model=model)
+        assert "--alpha NUMBER" in caught.value.fix and "64" in caught.value.fix
+    with pytest.raises(ConfigError, match=r"the file's alpha is 2 \(in its tensors\)"):
+        convert(theirs("kohya", tmp_path / "a.safetensors", 2.0), tmp_path / "out", model=model, alpha=64)
+
+
+def test_layers_of_several_alphas_and_ranks_keep_their_scales(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    lora = lora_of(ATTENTION, width=64)
+    alphas = {**lora.alphas, ATTENTION[0]: 3.0}
+    save_file(from_diffusers(Lora(lora.tensors, alphas), LAYOUTS["kohya"]), tmp_path / "alphas.safetensors")
+    report = convert(tmp_path / "alphas.safetensors", tmp_path / "one", model=model)
+    assert "1 layers had another alpha" in str(report) and "to train it further" in str(report)
+    wide = lora_of([ATTENTION[0]], rank=6, width=64).tensors
+    save_file(from_diffusers(Lora({**lora.tensors, **wide}, alphas), LAYOUTS["kohya"]), tmp_path / "ranks.safetensors")
+    report = convert(tmp_path / "ranks.safetensors", tmp_path / "two", model=model)
+    assert "several ranks" in str(report) and "to train it further" not in str(report)
+    for folder, tensors, rank in (("one", lora.tensors, 4), ("two", wide, 6)):
+        expected = 3 / rank * tensors[f"{ATTENTION[0]}.lora_B.weight"] @ tensors[f"{ATTENTION[0]}.lora_A.weight"]
+        torch.testing.assert_close(update_of(model, ATTENTION[0], tmp_path / folder), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_goes_to_sat_with_its_scale_in_its_tensors(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    convert(theirs("kohya", tmp_path / "a.safetensors", 2.0), tmp_path / "sat", model=model, to="sat")
+    again = convert(tmp_path / "sat", tmp_path / "out", model=model)
+    assert "SAT's layout" in again.kind
+    lora = lora_of(ATTENTION, width=64)
+    expected = 2 / 4 * lora.tensors[f"{ATTENTION[2]}.lora_B.weight"] @ lora.tensors[f"{ATTENTION[2]}.lora_A.weight"]
+    torch.testing.assert_close(update_of(model, ATTENTION[2], tmp_path / "out"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_lora_fits_is_told_by_its_layers(tiny_model, tmp_path):
+    modules = [f"transformer_blocks.{i}.attn1.to_q" for i in range(42)]
+    save_file(from_diffusers(lora_of(modules, width=3072), LAYOUTS["kohya"]), tmp_path / "a.safetensors")
+    report = convert(tmp_path / "a.safetensors", tmp_path / "out", dtype="bf16")
+    assert "its layers are those of CogVideoX 5b or 5b-i2v or 1.5-5b" in str(report)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "pytorch_lora_weights.safetensors").values()} == {
+        torch.bfloat16
+    }
+    with pytest.raises(ConfigError, match=r"of another model than 2b: .*\[3072, 3072\]"):
+        convert(tmp_path / "a.safetensors", tmp_path / "other", model="2b")
+    with pytest.raises(ConfigError, match="no published CogVideoX has such layers") as caught:
+        convert(theirs("kohya", tmp_path / "tiny.safetensors", 2.0), tmp_path / "other")
+    assert "--model FOLDER" in caught.value.fix
+    save_file(
+        {"lycoris_blocks_0.lokr_w1": torch.ones(2, 2), "a.lora_A.weight": torch.ones(2, 2)},
+        tmp_path / "lokr.safetensors",
+    )
+    with pytest.raises(ConfigError, match="LyCORIS"):
+        convert(tmp_path / "lokr.safetensors", tmp_path / "other")
+
+
+def test_a_lora_that_is_written_wrongly_is_not_published(tiny_model, tmp_path, monkeypatch):
+    """Canary of the comparison: a writer that loses the scale."""
+    right = lora_files.write_lora
+
+    def without_scale(folder: Path, written: Any, spec: Any) -> None:
+        right(folder, replace(written, settings={**written.settings, "lora_alpha": written.settings["r"]}), spec)
+
+    monkeypatch.setattr(convert_module, "write_lora", without_scale)
+    with pytest.raises(ExportError, match=r"the update of .* differs by 1 of its size"):
+        convert(theirs("kohya", tmp_path / "a.safetensors", 2.0), tmp_path / "out", model=tiny_model("5b"))
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- SAT

@@ -86,11 +86,12 @@ def inspect(
 @verb(
     _PANEL,
     "finetune convert CogVideoX-5b-sat --out CogVideoX-5b",
+    "finetune convert pytorch_lora_weights.safetensors --alpha 64 --out my-lora",
     "finetune convert CogVideoX-5b --to sat --out CogVideoX-5b-sat",
 )
 def convert(
     source: Annotated[
-        Path, typer.Argument(metavar="SOURCE", help="A file of weights, or a folder of SAT or diffusers.")
+        Path, typer.Argument(metavar="SOURCE", help="A file of weights, or a folder of SAT, DeepSpeed, FSDP, DCP.")
     ],
     out: Annotated[Path, option("The folder to make; it must be new or empty.", "DIR")],
     to: Annotated[
@@ -101,9 +102,10 @@ def convert(
         option("Has the source's shapes, if they are no published model's; lends the parts that it lacks.", "MODEL"),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, option("Of the weights; left out: as they are.")] = None,
+    alpha: Annotated[float | None, option("Of a LoRA whose file does not state it.", "NUMBER")] = None,
 ) -> None:
-    """Turn others' checkpoints into diffusers' format, or diffusers' into SAT's; compared, kept if equal."""
-    print(finetune.convert(source, out, to=to, model=model, dtype=dtype))
+    """Turn others' checkpoints and LoRAs into diffusers' format, or diffusers' into SAT's; compared, kept if equal."""
+    print(finetune.convert(source, out, to=to, model=model, dtype=dtype, alpha=alpha))
 
 
 @verb(

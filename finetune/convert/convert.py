@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+from safetensors import SafetensorError
 
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, KNOWN_MODELS, MODEL_INDEX
 from finetune.cogvideox.spec import read_spec
@@ -16,6 +19,17 @@ from finetune.convert.checkpoint_files import (
     merge_checkpoints,
     named_tensors,
 )
+from finetune.convert.lora_files import (
+    base_json,
+    compare_lora,
+    compare_sat_lora,
+    for_diffusers,
+    method_of,
+    read_lora,
+    write_lora,
+    write_sat_lora,
+)
+from finetune.convert.lora_layouts import is_lora
 from finetune.convert.pipelines import (
     COMPONENTS,
     Model,
@@ -44,6 +58,7 @@ class ConvertOptions:
     to: Literal["diffusers", "sat"] = "diffusers"
     model: str | None = None
     dtype: DtypeName | None = None
+    alpha: float | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +94,12 @@ def convert(source: Path, out: Path, options: ConvertOptions) -> ConversionRepor
             where=str(source),
             fix="use it as it is, or give --to sat for a SAT checkpoint of it",
         )
+    if kind == "file" or kind == "SAT":
+        tensors = named_tensors(paths[0])
+        if any(map(is_lora, tensors)):
+            return _convert_lora(paths[0], tensors, target, options)
+    if options.alpha is not None:
+        raise ConfigError("a whole model has no alpha", where=f"--alpha {options.alpha:g}", fix="leave --alpha out")
     checkpoint = _checkpoint(kind, paths, source)
     if options.to == "sat":
         checkpoint = _for_sat(checkpoint, source)
@@ -161,12 +182,7 @@ def _convert_model(checkpoint: Checkpoint, source: Path, target: Path, options: 
             lacking.extend(complete_pipeline(partial, model, options.model))
         return marker
 
-    try:
-        publish_dir(target, fill)
-    except OSError as error:
-        raise ExportError(
-            f"the conversion cannot be written: {error}", where=str(target), fix=disk_fix(error)
-        ) from error
+    _publish(target, fill)
     name = json.name if json.name in KNOWN_MODELS else str(options.model or checkpoint.path.name)
     notes = [f"left out, of no use: {some(checkpoint.left_out)}"] if checkpoint.left_out else []
     if lacking:
@@ -183,8 +199,59 @@ def _convert_model(checkpoint: Checkpoint, source: Path, target: Path, options: 
     return ConversionReport(
         target,
         f"{checkpoint.kind} of CogVideoX {name}",
-        tuple(sorted(str(path.relative_to(target)) for path in target.rglob("*") if path.is_file())),
+        _files(target),
         tuple(comparisons),
         tuple(notes),
         command,
     )
+
+
+def _convert_lora(path: Path, tensors: Tensors, target: Path, options: ConvertOptions) -> ConversionReport:
+    read = read_lora(path, tensors, options.alpha)
+    json, fitting = base_json(read, options.model, str(path))
+    dtype = None if options.dtype is None else torch_dtype(options.dtype)
+    written = for_diffusers(read, dtype)
+    comparisons: list[str] = []
+
+    def fill(partial: Path) -> str:
+        if options.to == "sat":
+            write_sat_lora(partial, read, dtype)
+            comparisons.append(compare_sat_lora(partial, read, dtype))
+        else:
+            write_lora(partial, written, read_spec(str(json)))
+            comparisons.append(compare_lora(partial, read, json, dtype))
+        return folder_checksums(partial)
+
+    _publish(target, fill)
+    scales = sorted({f"{read.scale(module):g}" for module in read.lora.ranks})
+    notes = [f"its update counts {some(scales)} (alpha / rank); alpha stands {read.stated}"]
+    notes += [f"its layers are those of CogVideoX {' or '.join(fitting)}"] if fitting else []
+    command = ""
+    if options.to == "diffusers":
+        notes += written.notes
+        place = from_here(target)
+        notes += [f"to train it further: {method_of(written, json, place)}"] if written.uniform else []
+        command = f"finetune generate --adapter {shlex.quote(place)} --prompt '...'"
+    return ConversionReport(
+        target,
+        f"LoRA of {len(read.lora.ranks)} layers in {read.label}",
+        _files(target),
+        tuple(comparisons),
+        tuple(notes),
+        command,
+    )
+
+
+def _publish(target: Path, fill: Callable[[Path], str]) -> None:
+    try:
+        publish_dir(target, fill)
+    except (OSError, SafetensorError) as error:  # the latter from the library's writer
+        raise ExportError(
+            f"the conversion cannot be written: {error}",
+            where=str(target),
+            fix=disk_fix(error) if isinstance(error, OSError) else "make room, or look at the disk, and try again",
+        ) from error
+
+
+def _files(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()))

@@ -23,6 +23,9 @@ from finetune.core.errors import ConfigError, ModelError
 from finetune.core.files import LORA_FILE, TRAINABLE
 from finetune.methods.adapter import COMPONENT, METADATA_KEY, some
 
+_FINETRAINERS_KEY = "lora_config"
+"""Header entry under which finetrainers keeps an adapter's settings."""
+
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
 _BLOCK = re.compile(r"^((?:transformer_)?blocks\.)(\d+)(?=\.)")
@@ -171,6 +174,12 @@ class StoredLora:
             header = None
         if isinstance(header, dict) and header:
             return {key.removeprefix(f"{COMPONENT}."): value for key, value in header.items()}, "in its header"
+        try:
+            header = json.loads(self.metadata.get(_FINETRAINERS_KEY, "{}"))
+        except (ValueError, RecursionError):
+            header = None
+        if isinstance(header, dict) and header:
+            return header, "in its header, as finetrainers writes it"
         if self.file.name == TRAINABLE:
             method = settings_beside(self.file.parent, CONFIG).get("method")
             if isinstance(method, dict) and "alpha" in method:

@@ -219,17 +219,17 @@ def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
     tensors, settings = read_lora_file(file, where)
     if not any(name.startswith(f"{COMPONENT}.") and ".lora_A" in name for name in tensors):
         # diffusers would load nothing from such a file, and only log a warning.
-        what, fix = foreign_layout(tensors, file) or _unknown_layout(tensors)
+        what, fix = foreign_layout(tensors, file) or _unknown_layout(tensors, file)
         what = f"the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight): {what}"
         raise ConfigError(what, where=where, fix=fix)
     _require_true_ranks(settings, {len(t) for name, t in tensors.items() if ".lora_A" in name and t.ndim}, where)
     return AdapterSource(adapter, tensors, read_record(path))
 
 
-def _unknown_layout(names: Iterable[str]) -> tuple[str, str]:
+def _unknown_layout(names: Iterable[str], file: Path) -> tuple[str, str]:
     names = [name for name in names if "transformer_blocks." in name]
     if any(".lora_A" in name for name in names):
-        return f"its names lack the leading {COMPONENT}.", "put it before every name, or export it again"
+        return f"its names lack the leading {COMPONENT}.", f"run `finetune convert {file} --out FOLDER`, and name that"
     if names:
         return "it looks like a whole transformer", "give the folder that it stands in with --transformer"
     return "its tensors' names are unknown", "convert it to diffusers' names"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,32 +96,15 @@ COMPONENT = "transformer"
 _PEFT = "adapter_config.json"
 """Beside a file of peft's own."""
 
-_RENAME = (
-    "rename its tensors to diffusers' `transformer.transformer_blocks.0.attn1.to_q.lora_A.weight` and so on, and write"
-    " them with `CogVideoXPipeline.save_lora_weights`, r and lora_alpha as its `transformer_lora_adapter_metadata`"
-)
-
 _LAYOUTS = (
-    (r"base_model\.model\.", "peft's layout", f"{_RENAME}; r and lora_alpha stand in {_PEFT}"),
-    (r"diffusion_model\.", "ComfyUI's layout", _RENAME),
-    (
-        r"lora_(unet|transformer|te\d?)_|.*\.lora_(down|up)\.",
-        "kohya's layout",
-        f"{_RENAME}; lora_down is lora_A and lora_up is lora_B, and lora_alpha is what its .alpha tensors hold",
-    ),
-    (
-        r".*\.(matrix_[AB]\.\d|query_key_value\b|dense_h_to_4h\b)",
-        "SAT's layout, CogVideo's own",
-        "convert it with CogVideo's tools/export_sat_lora_weight.py; SAT scales by 1 / r, so lora_alpha is 1",
-    ),
-    (r".*\.processor\..*_lora\.", "the layout of diffusers before peft", _RENAME),
-    (
-        r".*\.(lokr_|hada_|lora_mid)",
-        "a LoHa, LoKr or LoCon of LyCORIS, no LoRA",
-        "merge it into a model where it was made",
-    ),
+    (r"base_model\.model\.", "peft's layout"),
+    (r"diffusion_model\.", "ComfyUI's layout"),
+    (r"lora_(unet|transformer|te\d?)_|.*\.lora_(down|up)\.", "kohya's layout"),
+    (r".*\.(matrix_[AB]\.\d|query_key_value\b|dense_h_to_4h\b)", "SAT's layout, CogVideo's own"),
 )
-"""How other programs name a LoRA's tensors: a pattern for the name's start, whose it is, and the way to diffusers'."""
+"""How other programs name a LoRA's tensors: a pattern for the name's start, and whose it is. ``convert`` knows more."""
+
+_LYCORIS = r".*\.(lokr_|hada_|lora_mid)"
 
 
 def foreign_layout(names: Iterable[str], path: Path) -> tuple[str, str] | None:
@@ -131,12 +115,15 @@ def foreign_layout(names: Iterable[str], path: Path) -> tuple[str, str] | None:
         path: its file or folder, which peft marks by a file of its own.
     """
     names = list(names)
+    fix = f"run `finetune convert {shlex.quote(str(path))} --out FOLDER`, and name that folder"
     if not names and (path / _PEFT).is_file():
-        return f"it is in {_LAYOUTS[0][1]}", _LAYOUTS[0][2]
-    for pattern, layout, fix in _LAYOUTS:
-        if any(re.match(pattern, name) for name in names):
-            return f"it is in {layout}" if "layout" in layout else f"it is {layout}", fix
-    return None
+        return f"it is in {_LAYOUTS[0][1]}", fix
+    if any(re.match(_LYCORIS, name) for name in names):
+        return "it is a LoHa, LoKr or LoCon of LyCORIS, no LoRA", "merge it into a model where it was made"
+    return next(
+        ((f"it is in {layout}", fix) for pattern, layout in _LAYOUTS if any(re.match(pattern, name) for name in names)),
+        None,
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,369 @@
+"""A LoRA of any trainer's: what its scale is, written in diffusers' layout with its settings, or in SAT's; compared.
+
+A low-rank update means nothing without its scale, and several trainers do not write it down. It is taken from where it
+stands, in the file or beside it, and asked for where it stands nowhere: half of the strength, or twice, would look like
+a bad training.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.cogvideox.components import Transformer, read_part
+from finetune.cogvideox.load import build_pipeline, empty_component, pipeline_class
+from finetune.cogvideox.model_files import json_folder, known_model
+from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.convert.checkpoint_files import named_tensors
+from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, split_name, to_diffusers
+from finetune.convert.sat import Tensors
+from finetune.convert.stored import StoredLora, layer_shapes, published_bases, read_headers
+from finetune.convert.torch_files import write_torch_file
+from finetune.core.errors import ConfigError, ExportError, is_out_of_memory
+from finetune.core.files import LORA_FILE, require_space
+from finetune.core.rng import generator
+from finetune.core.tensor_files import content_of, file_bytes
+from finetune.methods.adapter import foreign_layout, some
+from finetune.methods.lora import ADAPTER, PRESETS, LoraMethod, adapted_layers
+
+SAT_LORA = "1/mp_rank_00_model_states.pt"
+"""Where SAT looks for the checkpoint of a LoRA, below its folder."""
+
+_DOWN, _UP, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+
+
+@dataclass(frozen=True)
+class ReadLora:
+    """A LoRA with its scale."""
+
+    lora: Lora
+    """By our names, with an alpha for every module."""
+    label: str
+    """Whose layout it has."""
+    stated: str
+    """Where its scale stands."""
+    use_rslora: bool = False
+    """Whether the update counts alpha / sqrt(rank)."""
+
+    def scale(self, module: str) -> float:
+        """By what the update of a module is multiplied."""
+        rank = self.lora.ranks[module]
+        return self.lora.alphas[module] / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def lora_alone(tensors: Tensors) -> Tensors:
+    """A LoRA without the model that was saved with it, and without a trainer's wrapper before its names."""
+    if any(re.search(r"\.(lora_(A|B)\.default|matrix_[AB]\.\d)", name) for name in tensors):  # as it is in memory
+        tensors = {name: tensor for name, tensor in tensors.items() if split_name(name)[1]}
+    if detect(tensors) is None:
+        wrapper = next((name.split("transformer_blocks.")[0] for name in tensors if "transformer_blocks." in name), "")
+        tensors = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return tensors
+
+
+def read_lora(path: Path, tensors: Tensors, alpha: float | None) -> ReadLora:
+    """Read a LoRA by any names, and find its scale.
+
+    Args:
+        path: its file.
+        tensors: of that file.
+        alpha: what the user says it is; None to find it.
+
+    Raises:
+        ConfigError: if the names are of no layout that is known, the scale stands nowhere and ``alpha`` is None, or
+            it stands there otherwise than ``alpha``.
+        ModelError: if the file is damaged.
+    """
+    where = str(path)
+    layout = detect(tensors)
+    if layout is None:
+        what, fix = foreign_layout(tensors, path) or ("its tensors' names are of no program that is known here", "")
+        raise ConfigError(what, where=where, fix=fix or "rename them as `finetune inspect` shows those of another LoRA")
+    lora = to_diffusers({name: content_of(tensor) for name, tensor in tensors.items()}, layout)
+    stored = StoredLora(
+        path,
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        read_headers([path])[1] if path.suffix == ".safetensors" else {},
+        layout,
+    )
+    alphas, stated = dict(lora.alphas), "in its tensors" if any(map(_is_alpha, tensors)) else "as its program has it"
+    if not alphas:
+        alphas, stated = stored.alphas(read=False)
+    alphas = {module: value or float(lora.ranks[module]) for module, value in alphas.items()}  # 0 is kohya's for none
+    if wrong := [value for value in (*alphas.values(), 1.0 if alpha is None else alpha) if not 0 < value < math.inf]:
+        raise ConfigError(f"an alpha of {wrong[0]:g} is none: a scale is a positive number", where=where)
+    if alpha is not None:
+        if any(not math.isclose(value, alpha) for value in alphas.values()):
+            raise ConfigError(
+                f"the file's alpha is {some(f'{value:g}' for value in sorted(set(alphas.values())))} ({stated})",
+                where=f"--alpha {alpha:g}, {where}",
+                fix="leave --alpha out",
+            )
+        alphas, stated = dict.fromkeys(lora.ranks, alpha), "as --alpha says"
+    if not alphas:
+        raise _scale_unknown(lora, layout.label, where)
+    return ReadLora(Lora(lora.tensors, alphas), layout.label, stated, stored.settings[0].get("use_rslora") is True)
+
+
+def _is_alpha(name: str) -> bool:
+    return split_name(name)[1] == "alpha"
+
+
+def _scale_unknown(lora: Lora, label: str, where: str) -> ConfigError:
+    ranks = sorted(set(lora.ranks.values()))
+    return ConfigError(
+        f"the LoRA is in {label} and its scale stands nowhere: its update counts alpha / rank, rank is"
+        f" {some(map(str, ranks))}, and neither the file nor one beside it states alpha",
+        where=where,
+        fix="say what it was trained with: --alpha NUMBER. CogVideo's finetune/ and CogKit have 64 by default,"
+        " cogvideox-factory, finetrainers and VideoX-Fun what --lora_alpha or --network_alpha said; what CogVideo's"
+        " export_sat_lora_weight.py wrote has 1. The rank itself makes the update count in full",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the base
+
+
+def base_json(read: ReadLora, model: str | None, where: str) -> tuple[Path, tuple[str, ...]]:
+    """A folder with the JSON of a model that the LoRA fits, and the published ones that it fits.
+
+    Raises:
+        ConfigError: if no published model has its layers, or ``model`` has not.
+    """
+    tensors = read.lora.tensors
+    layers = {
+        module: (len(tensors[f"{module}.{_UP}"]), *tensors[f"{module}.{_DOWN}"].shape[1:]) for module in read.lora.ranks
+    }
+    fitting = published_bases(layers, is_whole=False)
+    if model is None:
+        if not fitting:
+            example = min(layers)
+            raise ConfigError(
+                f"no published CogVideoX has such layers: {example} is {list(layers[example])} there",
+                where=where,
+                fix="name the model that it was trained on: --model FOLDER",
+            )
+        return known_model(fitting[0]), fitting
+    folder = json_folder(model)
+    part = read_part(folder, "transformer")
+    own = layer_shapes(part) if isinstance(part, Transformer) else {}
+    blocks = {f"transformer_blocks.{n}." for n in range(part.model_dump()["num_layers"])}
+    for module, shape in layers.items():
+        block = next((block for block in blocks if module.startswith(block)), "")
+        template = module.replace(block, "transformer_blocks.{i}.", 1) if block else module
+        if own.get(template) != shape:
+            raise ConfigError(
+                f"the LoRA is of another model than {model}: {module} is {list(shape)}, there {own.get(template)}",
+                where=where,
+                fix="name the model that it was trained on, or leave --model out",
+            )
+    return folder, fitting
+
+
+# ----------------------------------------------------------------------------------------------------------- written
+
+
+@dataclass(frozen=True)
+class WrittenLora:
+    """A LoRA in diffusers' layout: what is in its header."""
+
+    settings: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    notes: tuple[str, ...]
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all layers have one rank and one alpha, which is what ``method.init_from`` takes."""
+        return not self.settings["rank_pattern"] and not self.settings["alpha_pattern"]
+
+
+def for_diffusers(read: ReadLora, dtype: torch.dtype | None) -> WrittenLora:
+    """A LoRA as diffusers writes it. Layers of one rank get one alpha: what differs goes into their second halves."""
+    lora, notes = read.lora, []
+    rank = Counter(lora.ranks.values()).most_common(1)[0][0]
+    alpha = Counter(lora.alphas.values()).most_common(1)[0][0]
+    tensors = dict(lora.tensors)
+    alpha_pattern: dict[str, float] = {}
+    folded = [module for module, value in lora.alphas.items() if value != alpha]
+    if folded and set(lora.ranks.values()) == {rank}:
+        for module in folded:
+            name = f"{module}.{_UP}"
+            tensors[name] = tensors[name].float() * (lora.alphas[module] / alpha)
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}  # a file of one dtype
+        notes.append(f"{len(folded)} layers had another alpha, which their tensors have now")
+    elif folded:
+        alpha_pattern = {module: _whole(lora.alphas[module]) for module in folded}
+    rank_pattern = {module: value for module, value in lora.ranks.items() if value != rank}
+    if rank_pattern:
+        notes.append("its layers have several ranks: generate takes it, method.init_from does not")
+    settings = {
+        "r": rank,
+        "lora_alpha": _whole(alpha),
+        "use_rslora": read.use_rslora,
+        "use_dora": any(name.endswith(_MAGNITUDE) for name in tensors),
+        "target_modules": sorted(lora.ranks),
+        "rank_pattern": rank_pattern,
+        "alpha_pattern": alpha_pattern,
+    }
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    return WrittenLora(settings, {name: tensor.contiguous() for name, tensor in tensors.items()}, tuple(notes))
+
+
+def _whole(alpha: float) -> float:
+    """An integral alpha as an integer, the type that every reader of adapter files knows."""
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def write_lora(folder: Path, written: WrittenLora, spec: ModelSpec) -> None:
+    """Write the file that ``load_lora_weights`` of a pipeline and ``method.init_from`` read. Raises ExportError."""
+    _require_room(folder, written.tensors)
+    pipeline_class(spec).save_lora_weights(
+        str(folder),
+        transformer_lora_layers=dict(written.tensors),
+        transformer_lora_adapter_metadata=dict(written.settings),
+        weight_name=LORA_FILE,
+    )
+
+
+def write_sat_lora(folder: Path, read: ReadLora, dtype: torch.dtype | None) -> None:
+    """Write the LoRA as SAT does, which multiplies by 1 / rank. Raises ExportError; ConfigError where SAT cannot."""
+    counted = {module: read.scale(module) * rank for module, rank in read.lora.ranks.items()}
+    tensors = from_diffusers(Lora(read.lora.tensors, counted), LAYOUTS["sat"])
+    if dtype is not None:
+        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    _require_room(folder, tensors)
+    (folder / SAT_LORA).parent.mkdir()
+    write_torch_file(folder / SAT_LORA, tensors, "module")
+    (folder / "latest").write_text("1", encoding="utf-8")
+
+
+def _require_room(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    require_space(
+        folder,
+        file_bytes(tensors) + (1 << 20),
+        kind=ExportError,
+        what="the conversion",
+        fix="make room, or convert to another disk with --out",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- compared
+
+
+def compare_lora(folder: Path, read: ReadLora, json: Path, dtype: torch.dtype | None) -> str:
+    """Load what was written with the stock pipeline, and compare each layer's update of seeded inputs; in words.
+
+    The base is the model's own class without weights: an update is computed beside them. ``dtype`` is the one that was
+    asked for; rounding to it is allowed.
+
+    Raises:
+        ExportError: if a layer is missing or its update differs.
+    """
+    spec = read_spec(str(json))
+    transformer: Any = empty_component(json, "transformer", torch.float32)
+    _without_weights(transformer)
+    try:
+        pipeline = build_pipeline(spec, transformer=transformer, scheduler=None)
+        pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True)
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise _not_the_same(f"it cannot be loaded: {error}") from error
+    loaded = {
+        name: (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+        for name, layer in adapted_layers(transformer)
+    }
+    magnitudes = {
+        name: layer.lora_magnitude_vector[ADAPTER].weight
+        for name, layer in adapted_layers(transformer)
+        if layer.use_dora[ADAPTER]
+    }
+    for name, magnitude in magnitudes.items():
+        if not torch.equal(magnitude.float().flatten(), read.lora.tensors[f"{name}.{_MAGNITUDE}"].float()):
+            raise _not_the_same(f"the magnitudes of {name} differ")
+    return _compared(loaded, read, dtype)
+
+
+def compare_sat_lora(folder: Path, read: ReadLora, dtype: torch.dtype | None) -> str:
+    """As ``compare_lora``, read by SAT's own rule."""
+    again = to_diffusers({n: content_of(t) for n, t in named_tensors(folder / SAT_LORA).items()}, LAYOUTS["sat"])
+    loaded = {
+        module: (again.tensors[f"{module}.{_DOWN}"], again.tensors[f"{module}.{_UP}"], 1 / rank)
+        for module, rank in again.ranks.items()
+    }
+    return _compared(loaded, read, dtype)
+
+
+@torch.no_grad()
+def _compared(loaded: Mapping[str, tuple[Tensor, Tensor, float]], read: ReadLora, dtype: torch.dtype | None) -> str:
+    if unequal := sorted(loaded.keys() ^ read.lora.ranks.keys()):
+        raise _not_the_same(f"{len(unequal)} layers have no counterpart, such as {unequal[0]}")
+    worst = 0.0
+    for module in read.lora.ranks:
+        down, up = (read.lora.tensors[f"{module}.{part}"] for part in (_DOWN, _UP))
+        inputs = torch.randn(4, math.prod(down.shape[1:]), generator=generator(0, "convert", module))
+        ours = read.scale(module) * _update(inputs, down, up)
+        again_down, again_up, scale = loaded[module]
+        theirs = scale * _update(inputs, again_down, again_up)
+        narrow = min((up.dtype, dtype or up.dtype), key=lambda kind: kind.itemsize)
+        allowed = 1e-5 if narrow == torch.float32 else 4 * torch.finfo(narrow).eps
+        difference = ((ours - theirs).abs().max() / ours.abs().max().clamp_min(1e-30)).item()
+        if math.isnan(difference) or difference > allowed:
+            raise _not_the_same(
+                f"the update of {module} differs by {difference:.2g} of its size, allowed {allowed:.2g}"
+            )
+        worst = max(worst, difference)
+    return f"{len(loaded)} layers, largest difference of an update {worst:.2g} of its size"
+
+
+def _update(inputs: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    return inputs @ down.float().flatten(1).T @ up.float().flatten(1).T
+
+
+def _without_weights(transformer: nn.Module) -> None:
+    """Give every parameter a value and no memory: one zero, seen at every place."""
+    for name, parameter in [*transformer.named_parameters()]:
+        owner, _, leaf = name.rpartition(".")
+        zero = nn.Parameter(torch.zeros((), dtype=parameter.dtype).expand(parameter.shape), requires_grad=False)
+        setattr(transformer.get_submodule(owner), leaf, zero)
+
+
+def _not_the_same(what: str) -> ExportError:
+    return ExportError(
+        f"the LoRA that was written is not the source's, and was deleted: {what}",
+        fix="update diffusers and peft; if it persists this is a bug, and the source is unharmed",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- trained further
+
+
+def method_of(written: WrittenLora, json: Path, folder: str) -> str:
+    """The ``method`` section that trains the LoRA further."""
+    transformer = empty_component(json, "transformer", torch.float32)
+    linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+    adapted = set(written.settings["target_modules"])
+    targets: Any = next(
+        (preset for preset in PRESETS if {n for n in linear if LoraMethod(targets=preset).matches(n)} == adapted), ""
+    )
+    if not targets:
+        targets = "[" + ", ".join(sorted({f"'{_pattern(name)}'" for name in adapted})) + "]"
+    extra = "".join(f", {name}: true" for name in ("use_rslora", "use_dora") if written.settings[name])
+    return (
+        f"method: {{kind: lora, rank: {written.settings['r']}, alpha: {written.settings['lora_alpha']},"
+        f" targets: {targets}{extra}, init_from: {folder}}}"
+    )
+
+
+def _pattern(module: str) -> str:
+    """The regular expression of ``method.targets`` for a layer in every block."""
+    return re.sub(r"^transformer_blocks\\\.\d+", r"transformer_blocks\.\\d+", re.escape(module))
