@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import shlex
 import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from stock_pipeline import latents_of, load_pipeline
 from torch import nn
 
 from finetune import convert
+from finetune.cli.main import main
 from finetune.cogvideox.denoise import OFS, denoise, rotary_table
 from finetune.cogvideox.load import empty_component, sine_positions
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
@@ -32,6 +36,7 @@ from finetune.convert.sat import POSITIONS, PREFIXES, from_sat, to_sat
 from finetune.convert.structure import model_of
 from finetune.convert.torch_files import write_torch_file
 from finetune.core.errors import ConfigError, ExportError, ModelError
+from finetune.core.files import is_complete
 from finetune.core.tensor_files import Deferred, content_of
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import VARIANTS, tiny_transformer
@@ -384,16 +389,18 @@ def test_which_published_model_it_is_follows_from_full_size_shapes_alone(variant
         model_of(shapes, "2b" if variant != "2b" else "5b", "")
 
 
-def test_the_checkpoint_of_a_training_gives_all_three_components(training_checkpoint, tiny_model, tmp_path):
+@pytest.mark.parametrize("dtype", [None, "fp16"])
+def test_the_checkpoint_of_a_training_gives_all_three_components(dtype, training_checkpoint, tiny_model, tmp_path):
     base = tiny_model("2b")
-    report = convert(training_checkpoint("2b"), tmp_path / "out", model=base)
+    report = convert(training_checkpoint("2b"), tmp_path / "out", model=base, dtype=dtype)
     assert [line.split(":")[0] for line in report.comparisons] == ["transformer", "vae", "text_encoder"]
     assert "denoiser.sigmas" in str(report) and "finetune generate --model" in report.command
     for component in ("transformer", "vae", "text_encoder"):
-        assert all(
-            torch.equal(t, state_of(base, component)[name]) for name, t in state_of(tmp_path / "out", component).items()
-        )
-    assert torch.isfinite(latents_of(load_pipeline(str(tmp_path / "out")))).all()
+        source, written = state_of(base, component), state_of(tmp_path / "out", component)
+        assert {tensor.dtype for tensor in written.values()} == {torch.float16 if dtype else torch.float32}
+        assert all(torch.equal(tensor, source[name].to(tensor.dtype)) for name, tensor in written.items())
+    if dtype is None:
+        assert torch.equal(*(latents_of(load_pipeline(str(folder))) for folder in (base, tmp_path / "out")))
 
 
 def test_a_dtype_can_be_asked_for_and_what_lacks_is_said(training_checkpoint, tiny_model, tmp_path):
@@ -453,6 +460,178 @@ def test_one_tensor_at_a_time_is_in_memory(tiny_model, tmp_path, monkeypatch):
     assert all(peak < 4 * largest < whole / 3 for peak in peaks), (peaks, largest, whole)
     index = tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     assert named_tensors(index).keys() == own.keys() and len(list(index.parent.glob("*-of-0000*.safetensors"))) == 2
+
+
+# --------------------------------------------------------------------------------------- shares of several processes
+
+
+class ZeroStageEnum:
+    """Stands for DeepSpeed's, which is not installed where the file is read."""
+
+    def __reduce__(self):
+        return ZeroStageEnum, ()
+
+
+def saved_by_deepspeed(value: Any, path: Path) -> None:
+    """``torch.save`` where ``ZeroStageEnum`` is DeepSpeed's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ZeroStageEnum, "__module__", "deepspeed")
+        patch.setitem(sys.modules, "deepspeed", SimpleNamespace(ZeroStageEnum=ZeroStageEnum))
+        torch.save(value, path)
+
+
+def zero_checkpoint(model: Path, folder: Path, stage: int, processes: int = 3, prefix: str = "", **extra: Any) -> Path:
+    """What DeepSpeed saves of a transformer of which the first layer is frozen, by the rules of zero_to_fp32.py."""
+    tensors = {prefix + name: tensor.float() for name, tensor in (state_of(model) | extra).items()}
+    frozen = {name: t for name, t in tensors.items() if "patch_embed.proj" in name}
+    buffers = {name: t for name, t in tensors.items() if "pos_embedding" in name}
+    names = [name for name in tensors if name not in frozen and name not in buffers]
+    groups = [names[::2], names[1::2]]
+    share = folder / "pytorch_model"
+    share.mkdir(parents=True)
+    (folder / "latest").write_text("pytorch_model")
+
+    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        flat = tensor.flatten()
+        padded = torch.cat([flat, torch.full((-len(flat) % processes,), torch.nan)])
+        return list(padded.chunk(processes))
+
+    for rank in range(processes):
+        if stage == 3:
+            key, flat = (
+                "fp32_flat_groups",
+                [torch.cat([parts(tensors[name])[rank] for name in each]) for each in groups],
+            )
+            fragments = {name: parts(t)[rank] for name, t in frozen.items()}
+        else:
+            whole = [torch.cat([tensors[name].flatten() for name in each]) for each in groups]
+            padding = [torch.full((-len(each) % (2 * processes),), torch.nan) for each in whole]
+            key = "single_partition_of_fp32_groups"
+            flat = [
+                torch.cat([each, fill]).chunk(processes)[rank].clone()
+                for each, fill in zip(whole, padding, strict=True)
+            ]
+            fragments = frozen
+        states = {"zero_stage": ZeroStageEnum(), "partition_count": processes, key: flat, "ds_version": "0.17"}
+        name = f"zero_pp_rank_{rank}_mp_rank_00"
+        saved_by_deepspeed({"optimizer_state_dict": states}, share / f"bf16_{name}_optim_states.pt")
+        content = {
+            "module": {name: t.bfloat16() for name, t in buffers.items()}
+            if stage == 3
+            else {n: t.bfloat16() for n, t in tensors.items()},
+            "buffer_names": [*buffers],
+            "param_shapes": [{name: tensors[name].shape for name in each} for each in groups],
+            "frozen_param_shapes": {name: t.shape for name, t in frozen.items()},
+            "frozen_param_fragments": fragments,
+            "shared_params": {},
+            "ds_config": {"zero_optimization": {"stage": stage}},
+        }
+        if stage == 3 or rank == 0:
+            torch.save(content, share / (f"{name}_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"))
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "variant"), [(2, "5b"), (3, "5b-i2v"), (3, "1.5-5b")])
+def test_deepspeeds_shares_are_the_float32_weights_of_the_optimizer(stage, variant, tiny_model, tmp_path):
+    model = tiny_model(variant)
+    source = zero_checkpoint(model, tmp_path / "checkpoint-3", stage, prefix="module.")
+    for folder, path in (("out", source), ("inner", source / "pytorch_model")):
+        report = convert(path, tmp_path / folder, model=model, dtype="fp32")
+        assert "(ZeRO)" in report.kind
+    for name, tensor in state_of(model).items():
+        if "pos_embedding" not in name:  # a buffer, which DeepSpeed holds in the model's dtype
+            assert torch.equal(state_of(tmp_path / "out")[name], tensor), name
+    (source / "pytorch_model" / "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt").unlink()
+    with pytest.raises(ModelError, match="3 processes wrote the checkpoint, and files of 2 are here"):
+        convert(source, tmp_path / "other", model=model)
+
+
+def test_a_lora_in_deepspeeds_shares_is_one(tiny_model, tmp_path):
+    lora = lora_of(ATTENTION, width=64)
+    extra = {name.replace(".weight", ".default.weight"): tensor for name, tensor in lora.tensors.items()}
+    source = zero_checkpoint(tiny_model("5b"), tmp_path / "zero", 2, prefix="module.", **extra)
+    with pytest.raises(ConfigError, match="its scale stands nowhere"):
+        convert(source, tmp_path / "out", model=tiny_model("5b"))
+    convert(source, tmp_path / "out", model=tiny_model("5b"), alpha=2)
+    expected = 2 / 4 * lora.tensors[f"{ATTENTION[2]}.lora_B.weight"] @ lora.tensors[f"{ATTENTION[2]}.lora_A.weight"]
+    torch.testing.assert_close(
+        update_of(tiny_model("5b"), ATTENTION[2], tmp_path / "out"), expected, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_shares_of_torchs_own_checkpoints_become_one_folder(launcher, tiny_model, tmp_path):
+    model = tiny_model("1.5-5b-i2v")
+    ends = launcher.run("launcher_cases:shares_of_dcp", str(model), str(tmp_path / "dcp"))
+    assert [end.code for end in ends] == [0, 0], ends[0].log
+    report = convert(tmp_path / "dcp", tmp_path / "out", model=model)
+    assert "(DCP)" in report.kind and "exp_avg" in str(report)
+    assert all(torch.equal(state_of(tmp_path / "out")[name], tensor) for name, tensor in state_of(model).items())
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "dcp").rename(tmp_path / "accelerate" / "pytorch_model_fsdp_0")
+    share = tmp_path / "accelerate" / "pytorch_model_fsdp_0"
+    (share / "__1_0.distcp").rename(share / "elsewhere")
+    with pytest.raises(ModelError, match=r"1 of its 2 files are missing: __1_0\.distcp"):
+        convert(tmp_path / "accelerate", tmp_path / "other", model=model)
+    for content, message in (
+        (pickle.dumps(Trap()), r"would run code when it is unpickled, and is not read: it names posix\.system"),
+        (pickle.dumps({"a": 1}), r"the table of contents \(\.metadata\) cannot be read"),
+        ((share / ".metadata").read_bytes()[:200], r"cannot be read"),
+    ):
+        (share / ".metadata").write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            convert(tmp_path / "accelerate", tmp_path / "other", model=model)
+    assert not Path("sprung").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model_fsdp.bin", "pytorch_model.bin.index.json"])
+def test_weights_without_their_json_become_a_transformer(file, tiny_model, tmp_path):
+    """What CogVideo's finetune/ leaves of a full fine-tuning, accelerate of FSDP, and zero_to_fp32.py of ZeRO."""
+    model = tiny_model("2b")
+    tensors = {f"_orig_mod.{name}": tensor for name, tensor in state_of(model).items()}
+    folder = tmp_path / "checkpoint-200"
+    folder.mkdir()
+    if file.endswith(".safetensors"):
+        save_file(tensors, folder / file)
+    elif file.endswith(".json"):
+        halves = [dict([*tensors.items()][:30]), dict([*tensors.items()][30:])]
+        for index, half in enumerate(halves):
+            torch.save(half, folder / f"{index}.bin")
+        weight_map = {name: f"{index}.bin" for index, half in enumerate(halves) for name in half}
+        (folder / file).write_text(json.dumps({"weight_map": weight_map}))
+    else:
+        torch.save(tensors, folder / file)
+    report = convert(folder, tmp_path / "out", model=model)
+    assert all(torch.equal(state_of(tmp_path / "out")[name], tensor) for name, tensor in state_of(model).items())
+    assert "--model" in report.command
+
+
+# ------------------------------------------------------------------------------------------------------------ the page
+
+
+def test_every_command_of_the_page_runs(tiny_model, training_checkpoint, tmp_path, monkeypatch, capsys):
+    base = tiny_model("5b")
+    training_checkpoint("5b").rename(tmp_path / "CogVideoX-5b-sat")
+    zero_checkpoint(base, tmp_path / "checkpoint-200", 2)
+    save_file(state_of(base), tmp_path / "checkpoint-200" / "model.safetensors")
+    theirs("kohya", tmp_path / "their-lora.safetensors", 2.0)
+    theirs("diffusers", tmp_path / "pytorch_lora_weights.safetensors", 2.0)
+    page = (Path(__file__).parents[1] / "docs" / "convert.md").read_text(encoding="utf-8")
+    lines = [shlex.split(line) for line in re.findall(r"`(finetune convert (?!SOURCE)[^`]+)`", page)]
+    assert len(lines) >= 8
+    monkeypatch.chdir(tmp_path)
+    for words in lines:
+        out = Path(words[words.index("--out") + 1])
+        if out.exists():
+            shutil.rmtree(out)
+        if words[2] == "CogVideoX-5b":
+            shutil.copytree(base, words[2], dirs_exist_ok=True)
+        elif "--model" in words:
+            words[words.index("--model") + 1] = str(base)
+        else:  # no published model has a tiny one's shapes
+            words += ["--model", str(base)]
+        assert main(words[1:]) == 0, capsys.readouterr().err
+        printed = capsys.readouterr().out
+        assert "loaded again and compared:" in printed and is_complete(out), printed
 
 
 # ------------------------------------------------------------------------------------------------------ hostile sources

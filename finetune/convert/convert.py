@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -19,11 +19,13 @@ from finetune.convert.checkpoint_files import (
     merge_checkpoints,
     named_tensors,
 )
+from finetune.convert.distributed_checkpoints import read_dcp, read_zero
 from finetune.convert.lora_files import (
     base_json,
     compare_lora,
     compare_sat_lora,
     for_diffusers,
+    lora_alone,
     method_of,
     read_lora,
     write_lora,
@@ -49,6 +51,9 @@ from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import disk_fix, from_here, publish_dir, require_writable
 from finetune.core.types import DtypeName, torch_dtype
 from finetune.methods.adapter import some
+
+_READERS: Mapping[str, Callable[[Path], Tensors]] = {"ZeRO": read_zero, "DCP": read_dcp}
+"""Of what is not in files that one process wrote; by ``files_of``."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,10 @@ def convert(source: Path, out: Path, options: ConvertOptions) -> ConversionRepor
             where=str(source),
             fix="use it as it is, or give --to sat for a SAT checkpoint of it",
         )
-    if kind == "file" or kind == "SAT":
-        tensors = named_tensors(paths[0])
+    if kind != "diffusers folder":
+        tensors = _READERS.get(kind, named_tensors)(paths[0])
         if any(map(is_lora, tensors)):
-            return _convert_lora(paths[0], tensors, target, options)
+            return _convert_lora(paths[0], lora_alone(tensors), target, options)
     if options.alpha is not None:
         raise ConfigError("a whole model has no alpha", where=f"--alpha {options.alpha:g}", fix="leave --alpha out")
     checkpoint = _checkpoint(kind, paths, source)
@@ -130,7 +135,11 @@ def _free_folder(out: Path) -> Path:
 def _checkpoint(kind: str, paths: list[Path], source: Path) -> Checkpoint:
     if kind == "diffusers folder":
         return _diffusers_checkpoint(source)
-    return merge_checkpoints([by_component(named_tensors(path), path) for path in paths], source)
+    read = _READERS.get(kind, named_tensors)
+    merged = merge_checkpoints([by_component(read(path), path) for path in paths], source)
+    return (
+        replace(merged, kind=f"{merged.kind} in shares of several processes ({kind})") if kind in _READERS else merged
+    )
 
 
 def _diffusers_checkpoint(folder: Path) -> Checkpoint:
