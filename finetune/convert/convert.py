@@ -20,15 +20,15 @@ from finetune.convert.checkpoint_files import (
     named_tensors,
 )
 from finetune.convert.distributed_checkpoints import read_dcp, read_zero
-from finetune.convert.lora_files import (
+from finetune.convert.lora_conversion import (
     base_json,
-    compare_lora,
+    compare_own,
     compare_sat_lora,
-    for_diffusers,
     lora_alone,
     method_of,
-    read_lora,
-    write_lora,
+    one_alpha,
+    read_foreign_lora,
+    write_own,
     write_sat_lora,
 )
 from finetune.convert.lora_layouts import is_lora
@@ -216,10 +216,10 @@ def _convert_model(checkpoint: Checkpoint, source: Path, target: Path, options: 
 
 
 def _convert_lora(path: Path, tensors: Tensors, target: Path, options: ConvertOptions) -> ConversionReport:
-    read = read_lora(path, tensors, options.alpha)
+    read = read_foreign_lora(path, tensors, options.alpha)
     json, fitting = base_json(read, options.model, str(path))
     dtype = None if options.dtype is None else torch_dtype(options.dtype)
-    written = for_diffusers(read, dtype)
+    lora, changes = one_alpha(read, dtype)
     comparisons: list[str] = []
 
     def fill(partial: Path) -> str:
@@ -227,8 +227,8 @@ def _convert_lora(path: Path, tensors: Tensors, target: Path, options: ConvertOp
             write_sat_lora(partial, read, dtype)
             comparisons.append(compare_sat_lora(partial, read, dtype))
         else:
-            write_lora(partial, written, read_spec(str(json)))
-            comparisons.append(compare_lora(partial, read, json, dtype))
+            write_own(partial, lora, read, fitting, target.name)
+            comparisons.append(compare_own(partial, read, json, dtype))
         return folder_checksums(partial)
 
     _publish(target, fill)
@@ -237,9 +237,10 @@ def _convert_lora(path: Path, tensors: Tensors, target: Path, options: ConvertOp
     notes += [f"its layers are those of CogVideoX {' or '.join(fitting)}"] if fitting else []
     command = ""
     if options.to == "diffusers":
-        notes += written.notes
+        notes += changes
         place = from_here(target)
-        notes += [f"to train it further: {method_of(written, json, place)}"] if written.uniform else []
+        if len(set(lora.ranks.values())) == 1:
+            notes.append(f"to train it further: {method_of(lora, json, place)}")
         command = f"finetune generate --adapter {shlex.quote(place)} --prompt '...'"
     return ConversionReport(
         target,

@@ -1,4 +1,4 @@
-"""A LoRA of any trainer's: what its scale is, written in diffusers' layout with its settings, or in SAT's; compared.
+"""A LoRA of any trainer's: what its scale is, written as one of ours or in SAT's layout, and its updates compared.
 
 A low-rank update means nothing without its scale, and several trainers do not write it down. It is taken from where it
 stands, in the file or beside it, and asked for where it stands nowhere: half of the strength, or twice, would look like
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox.components import Transformer, read_part
-from finetune.cogvideox.load import build_pipeline, empty_component, pipeline_class
+from finetune.cogvideox.components import Transformer, read_json_as
+from finetune.cogvideox.load import build_pipeline, empty_component
 from finetune.cogvideox.model_files import json_folder, known_model
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import read_spec
 from finetune.convert.checkpoint_files import named_tensors
+from finetune.convert.lora_files import MAGNITUDE, peft_settings, write_lora
 from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, split_name, to_diffusers
+from finetune.convert.model_card import lora_metadata
 from finetune.convert.sat import Tensors
 from finetune.convert.stored import StoredLora, layer_shapes, published_bases, read_headers
 from finetune.convert.torch_files import write_torch_file
 from finetune.core.errors import ConfigError, ExportError, is_out_of_memory
-from finetune.core.files import LORA_FILE, require_space
+from finetune.core.files import LORA_FILE, atomic_write_text, require_space
 from finetune.core.rng import generator
 from finetune.core.tensor_files import content_of, file_bytes
 from finetune.methods.adapter import foreign_layout, some
@@ -37,7 +39,10 @@ from finetune.methods.lora import ADAPTER, PRESETS, LoraMethod, adapted_layers
 SAT_LORA = "1/mp_rank_00_model_states.pt"
 """Where SAT looks for the checkpoint of a LoRA, below its folder."""
 
-_DOWN, _UP, _MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
+_DOWN, _UP = "lora_A.weight", "lora_B.weight"
+
+_IN_MEMORY = re.compile(r"\.(lora_[AB]\.default|matrix_[AB]\.\d)")
+"""In the names of a model that a LoRA was put into."""
 
 
 @dataclass(frozen=True)
@@ -45,23 +50,22 @@ class ReadLora:
     """A LoRA with its scale."""
 
     lora: Lora
-    """By our names, with an alpha for every module."""
+    """By our names, with an alpha for every module so that alpha / rank is what its update counts."""
     label: str
     """Whose layout it has."""
     stated: str
     """Where its scale stands."""
-    use_rslora: bool = False
-    """Whether the update counts alpha / sqrt(rank)."""
+    metadata: Mapping[str, str]
+    """Of the file's header."""
 
     def scale(self, module: str) -> float:
         """By what the update of a module is multiplied."""
-        rank = self.lora.ranks[module]
-        return self.lora.alphas[module] / (math.sqrt(rank) if self.use_rslora else rank)
+        return self.lora.alphas[module] / self.lora.ranks[module]
 
 
 def lora_alone(tensors: Tensors) -> Tensors:
     """A LoRA without the model that was saved with it, and without a trainer's wrapper before its names."""
-    if any(re.search(r"\.(lora_(A|B)\.default|matrix_[AB]\.\d)", name) for name in tensors):  # as it is in memory
+    if any(map(_IN_MEMORY.search, tensors)):
         tensors = {name: tensor for name, tensor in tensors.items() if split_name(name)[1]}
     if detect(tensors) is None:
         wrapper = next((name.split("transformer_blocks.")[0] for name in tensors if "transformer_blocks." in name), "")
@@ -69,12 +73,12 @@ def lora_alone(tensors: Tensors) -> Tensors:
     return tensors
 
 
-def read_lora(path: Path, tensors: Tensors, alpha: float | None) -> ReadLora:
+def read_foreign_lora(path: Path, tensors: Tensors, alpha: float | None) -> ReadLora:
     """Read a LoRA by any names, and find its scale.
 
     Args:
-        path: its file.
-        tensors: of that file.
+        path: its file, or the folder of its shares.
+        tensors: of that file (``lora_alone``).
         alpha: what the user says it is; None to find it.
 
     Raises:
@@ -86,16 +90,14 @@ def read_lora(path: Path, tensors: Tensors, alpha: float | None) -> ReadLora:
     layout = detect(tensors)
     if layout is None:
         what, fix = foreign_layout(tensors, path) or ("its tensors' names are of no program that is known here", "")
-        raise ConfigError(what, where=where, fix=fix or "rename them as `finetune inspect` shows those of another LoRA")
+        raise ConfigError(what, where=where, fix=fix or "see what `finetune inspect` says of it")
     lora = to_diffusers({name: content_of(tensor) for name, tensor in tensors.items()}, layout)
-    stored = StoredLora(
-        path,
-        {name: tuple(tensor.shape) for name, tensor in tensors.items()},
-        read_headers([path])[1] if path.suffix == ".safetensors" else {},
-        layout,
-    )
-    alphas, stated = dict(lora.alphas), "in its tensors" if any(map(_is_alpha, tensors)) else "as its program has it"
-    if not alphas:
+    metadata = read_headers([path])[1] if path.suffix == ".safetensors" else {}
+    stored = StoredLora(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, metadata, layout)
+    alphas, stated = dict(lora.alphas), "as its program has it"
+    if stored.states_alpha:
+        stated = "in its tensors"
+    elif not alphas:
         alphas, stated = stored.alphas(read=False)
     alphas = {module: value or float(lora.ranks[module]) for module, value in alphas.items()}  # 0 is kohya's for none
     if wrong := [value for value in (*alphas.values(), 1.0 if alpha is None else alpha) if not 0 < value < math.inf]:
@@ -110,11 +112,9 @@ def read_lora(path: Path, tensors: Tensors, alpha: float | None) -> ReadLora:
         alphas, stated = dict.fromkeys(lora.ranks, alpha), "as --alpha says"
     if not alphas:
         raise _scale_unknown(lora, layout.label, where)
-    return ReadLora(Lora(lora.tensors, alphas), layout.label, stated, stored.settings[0].get("use_rslora") is True)
-
-
-def _is_alpha(name: str) -> bool:
-    return split_name(name)[1] == "alpha"
+    if stored.settings[0].get("use_rslora") is True:  # alpha / sqrt(rank)
+        alphas = {module: value * math.sqrt(lora.ranks[module]) for module, value in alphas.items()}
+    return ReadLora(Lora(lora.tensors, alphas), layout.label, stated, metadata)
 
 
 def _scale_unknown(lora: Lora, label: str, where: str) -> ConfigError:
@@ -129,7 +129,7 @@ def _scale_unknown(lora: Lora, label: str, where: str) -> ConfigError:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- the base
+# ------------------------------------------------------------------------------------------------------------ the base
 
 
 def base_json(read: ReadLora, model: str | None, where: str) -> tuple[Path, tuple[str, ...]]:
@@ -153,13 +153,12 @@ def base_json(read: ReadLora, model: str | None, where: str) -> tuple[Path, tupl
             )
         return known_model(fitting[0]), fitting
     folder = json_folder(model)
-    part = read_part(folder, "transformer")
-    own = layer_shapes(part) if isinstance(part, Transformer) else {}
-    blocks = {f"transformer_blocks.{n}." for n in range(part.model_dump()["num_layers"])}
+    transformer = read_json_as(Transformer, folder / "transformer" / "config.json")
+    own = layer_shapes(transformer)
     for module, shape in layers.items():
-        block = next((block for block in blocks if module.startswith(block)), "")
-        template = module.replace(block, "transformer_blocks.{i}.", 1) if block else module
-        if own.get(template) != shape:
+        block = re.match(r"transformer_blocks\.(\d+)\.", module)
+        template = f"transformer_blocks.{{i}}.{module[block.end() :]}" if block else module
+        if own.get(template) != shape or (block and int(block[1]) >= transformer.num_layers):
             raise ConfigError(
                 f"the LoRA is of another model than {model}: {module} is {list(shape)}, there {own.get(template)}",
                 where=where,
@@ -168,82 +167,55 @@ def base_json(read: ReadLora, model: str | None, where: str) -> tuple[Path, tupl
     return folder, fitting
 
 
-# ----------------------------------------------------------------------------------------------------------- written
+# ------------------------------------------------------------------------------------------------------------- written
 
 
-@dataclass(frozen=True)
-class WrittenLora:
-    """A LoRA in diffusers' layout: what is in its header."""
+def one_alpha(read: ReadLora, dtype: torch.dtype | None) -> tuple[Lora, list[str]]:
+    """A LoRA as ours are, in ``dtype``, and what was changed: layers of one rank get one alpha.
 
-    settings: Mapping[str, Any]
-    tensors: Mapping[str, Tensor]
-    notes: tuple[str, ...]
-
-    @property
-    def uniform(self) -> bool:
-        """Whether all layers have one rank and one alpha, which is what ``method.init_from`` takes."""
-        return not self.settings["rank_pattern"] and not self.settings["alpha_pattern"]
-
-
-def for_diffusers(read: ReadLora, dtype: torch.dtype | None) -> WrittenLora:
-    """A LoRA as diffusers writes it. Layers of one rank get one alpha: what differs goes into their second halves."""
+    ``method.init_from`` and the exports of others know one scale; what differs goes into the second halves.
+    """
     lora, notes = read.lora, []
-    rank = Counter(lora.ranks.values()).most_common(1)[0][0]
     alpha = Counter(lora.alphas.values()).most_common(1)[0][0]
-    tensors = dict(lora.tensors)
-    alpha_pattern: dict[str, float] = {}
-    folded = [module for module, value in lora.alphas.items() if value != alpha]
-    if folded and set(lora.ranks.values()) == {rank}:
-        for module in folded:
-            name = f"{module}.{_UP}"
-            tensors[name] = tensors[name].float() * (lora.alphas[module] / alpha)
-        tensors = {name: tensor.float() for name, tensor in tensors.items()}  # a file of one dtype
-        notes.append(f"{len(folded)} layers had another alpha, which their tensors have now")
-    elif folded:
-        alpha_pattern = {module: _whole(lora.alphas[module]) for module in folded}
-    rank_pattern = {module: value for module, value in lora.ranks.items() if value != rank}
-    if rank_pattern:
+    others = [module for module, value in lora.alphas.items() if value != alpha]
+    tensors, alphas = dict(lora.tensors), dict(lora.alphas)
+    if len(set(lora.ranks.values())) > 1:
         notes.append("its layers have several ranks: generate takes it, method.init_from does not")
-    settings = {
-        "r": rank,
-        "lora_alpha": _whole(alpha),
-        "use_rslora": read.use_rslora,
-        "use_dora": any(name.endswith(_MAGNITUDE) for name in tensors),
-        "target_modules": sorted(lora.ranks),
-        "rank_pattern": rank_pattern,
-        "alpha_pattern": alpha_pattern,
-    }
+    elif others:
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}
+        for module in others:
+            tensors[f"{module}.{_UP}"] = tensors[f"{module}.{_UP}"] * (lora.alphas[module] / alpha)
+        alphas = dict.fromkeys(alphas, alpha)
+        notes.append(f"{len(others)} layers had another alpha, which their tensors have now")
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    return WrittenLora(settings, {name: tensor.contiguous() for name, tensor in tensors.items()}, tuple(notes))
+    return Lora({name: tensor.contiguous() for name, tensor in tensors.items()}, alphas), notes
 
 
-def _whole(alpha: float) -> float:
-    """An integral alpha as an integer, the type that every reader of adapter files knows."""
-    return int(alpha) if alpha.is_integer() else alpha
-
-
-def write_lora(folder: Path, written: WrittenLora, spec: ModelSpec) -> None:
+def write_own(folder: Path, lora: Lora, read: ReadLora, fitting: tuple[str, ...], name: str) -> None:
     """Write the file that ``load_lora_weights`` of a pipeline and ``method.init_from`` read. Raises ExportError."""
-    _require_room(folder, written.tensors)
-    pipeline_class(spec).save_lora_weights(
-        str(folder),
-        transformer_lora_layers=dict(written.tensors),
-        transformer_lora_adapter_metadata=dict(written.settings),
-        weight_name=LORA_FILE,
-    )
+    _require_room(folder, lora.tensors)
+    settings = peft_settings(lora)
+
+    def describe(sha256: str) -> dict[str, str]:
+        own = lora_metadata(
+            name, fitting[0] if len(fitting) == 1 else None, settings["r"], settings["lora_alpha"], sha256
+        )
+        words = {key: value for key, value in read.metadata.items() if key.startswith(("modelspec.", "ss_"))}
+        return {**words, **own}
+
+    write_lora(lora, "diffusers", folder / LORA_FILE, "", describe)
 
 
 def write_sat_lora(folder: Path, read: ReadLora, dtype: torch.dtype | None) -> None:
     """Write the LoRA as SAT does, which multiplies by 1 / rank. Raises ExportError; ConfigError where SAT cannot."""
-    counted = {module: read.scale(module) * rank for module, rank in read.lora.ranks.items()}
-    tensors = from_diffusers(Lora(read.lora.tensors, counted), LAYOUTS["sat"])
+    tensors = from_diffusers(read.lora, LAYOUTS["sat"])
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     _require_room(folder, tensors)
     (folder / SAT_LORA).parent.mkdir()
     write_torch_file(folder / SAT_LORA, tensors, "module")
-    (folder / "latest").write_text("1", encoding="utf-8")
+    atomic_write_text(folder / "latest", Path(SAT_LORA).parent.name)
 
 
 def _require_room(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -256,10 +228,10 @@ def _require_room(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------- compared
+# ------------------------------------------------------------------------------------------------------------ compared
 
 
-def compare_lora(folder: Path, read: ReadLora, json: Path, dtype: torch.dtype | None) -> str:
+def compare_own(folder: Path, read: ReadLora, json: Path, dtype: torch.dtype | None) -> str:
     """Load what was written with the stock pipeline, and compare each layer's update of seeded inputs; in words.
 
     The base is the model's own class without weights: an update is computed beside them. ``dtype`` is the one that was
@@ -268,33 +240,28 @@ def compare_lora(folder: Path, read: ReadLora, json: Path, dtype: torch.dtype | 
     Raises:
         ExportError: if a layer is missing or its update differs.
     """
-    spec = read_spec(str(json))
     transformer: Any = empty_component(json, "transformer", torch.float32)
     _without_weights(transformer)
     try:
-        pipeline = build_pipeline(spec, transformer=transformer, scheduler=None)
+        pipeline = build_pipeline(read_spec(str(json)), transformer=transformer, scheduler=None)
         pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True)
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         if is_out_of_memory(error):
             raise
         raise _not_the_same(f"it cannot be loaded: {error}") from error
-    loaded = {
-        name: (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
-        for name, layer in adapted_layers(transformer)
-    }
-    magnitudes = {
-        name: layer.lora_magnitude_vector[ADAPTER].weight
-        for name, layer in adapted_layers(transformer)
-        if layer.use_dora[ADAPTER]
-    }
-    for name, magnitude in magnitudes.items():
-        if not torch.equal(magnitude.float().flatten(), read.lora.tensors[f"{name}.{_MAGNITUDE}"].float()):
-            raise _not_the_same(f"the magnitudes of {name} differ")
+    loaded = {}
+    for name, layer in adapted_layers(transformer):
+        loaded[name] = (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER])
+        if layer.use_dora[ADAPTER]:
+            magnitude = layer.lora_magnitude_vector[ADAPTER].weight.float().flatten()
+            expected = read.lora.tensors[f"{name}.{MAGNITUDE}"]
+            if not torch.equal(magnitude, (expected if dtype is None else expected.to(dtype)).float()):
+                raise _not_the_same(f"the magnitudes of {name} differ")
     return _compared(loaded, read, dtype)
 
 
 def compare_sat_lora(folder: Path, read: ReadLora, dtype: torch.dtype | None) -> str:
-    """As ``compare_lora``, read by SAT's own rule."""
+    """As ``compare_own``, read by SAT's own rule."""
     again = to_diffusers({n: content_of(t) for n, t in named_tensors(folder / SAT_LORA).items()}, LAYOUTS["sat"])
     loaded = {
         module: (again.tensors[f"{module}.{_DOWN}"], again.tensors[f"{module}.{_UP}"], 1 / rank)
@@ -344,26 +311,27 @@ def _not_the_same(what: str) -> ExportError:
     )
 
 
-# ---------------------------------------------------------------------------------------------------- trained further
+# ----------------------------------------------------------------------------------------------------- trained further
 
 
-def method_of(written: WrittenLora, json: Path, folder: str) -> str:
-    """The ``method`` section that trains the LoRA further."""
+def method_of(lora: Lora, json: Path, folder: str) -> str:
+    """The ``method`` section that trains a LoRA of one rank and alpha further."""
+    settings = peft_settings(lora)
     transformer = empty_component(json, "transformer", torch.float32)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
-    adapted = set(written.settings["target_modules"])
-    targets: Any = next(
+    adapted = set(lora.ranks)
+    targets = next(
         (preset for preset in PRESETS if {n for n in linear if LoraMethod(targets=preset).matches(n)} == adapted), ""
     )
     if not targets:
         targets = "[" + ", ".join(sorted({f"'{_pattern(name)}'" for name in adapted})) + "]"
-    extra = "".join(f", {name}: true" for name in ("use_rslora", "use_dora") if written.settings[name])
+    dora = ", use_dora: true" if settings["use_dora"] else ""
     return (
-        f"method: {{kind: lora, rank: {written.settings['r']}, alpha: {written.settings['lora_alpha']},"
-        f" targets: {targets}{extra}, init_from: {folder}}}"
+        f"method: {{kind: lora, rank: {settings['r']}, alpha: {settings['lora_alpha']}, targets: {targets}{dora},"
+        f" init_from: {folder}}}"
     )
 
 
 def _pattern(module: str) -> str:
     """The regular expression of ``method.targets`` for a layer in every block."""
-    return re.sub(r"^transformer_blocks\\\.\d+", r"transformer_blocks\.\\d+", re.escape(module))
+    return re.sub(r"^transformer_blocks\\\.\d+", r"transformer_blocks\\.\\d+", re.escape(module))
