@@ -15,7 +15,7 @@ from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
 from finetune.runs import load_config, plan, report, train
 from finetune.sampling import enhance, generate, invert, story, vae
-from finetune.sharing import convert, export, inspect, merge
+from finetune.sharing import convert, export, inspect, merge, push
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "plan",
     "precompute",
     "prepare",
+    "push",
     "report",
     "story",
     "train",

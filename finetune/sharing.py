@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from finetune.convert.export import ExportReport
     from finetune.convert.inspection import Inspection
     from finetune.convert.merge import MergeReport
+    from finetune.convert.push import PushReport
     from finetune.core.types import DtypeName
 
 
@@ -155,3 +156,24 @@ def merge(
     if not texts:
         raise ConfigError("there is nothing to merge", where="sources", fix="name an adapter")
     return merge([parse_adapter(str(text)) for text in texts], Path(out).expanduser(), layout, rank)
+
+
+@checked
+def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool = True) -> PushReport:
+    """Upload an export to the Hugging Face hub: weights, card, record and sampled videos, in one commit.
+
+    The card that is uploaded has the repository's name where the export's has its folder. The token is the one that
+    ``hf auth login`` keeps, or ``HF_TOKEN``.
+
+    Args:
+        folder: an export. Runs, checkpoints and whatever else an export does not hold are refused.
+        repo: ``user/name``, or ``name`` for one's own; it is created if need be.
+        public: let everybody see it. Without, a repository that is public already is refused.
+        dry_run: only say what would be uploaded; nothing is asked of a network.
+
+    Raises:
+        ExportError: if it is no export, is damaged or holds other things; or if the hub does not take it.
+    """
+    from finetune.convert.push import push
+
+    return push(Path(folder).expanduser(), repo, public=public, send=not dry_run)

@@ -127,3 +127,18 @@ def merge(
     print(finetune.merge(sources, out, layout=to, rank=rank))
     if to == "diffusers":
         print_next("inspect", str(out))
+
+
+@verb(
+    _PANEL,
+    "finetune push runs/run/export --repo me/red-kites",
+    "finetune push runs/run/export --repo me/red-kites --yes",
+)
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="EXPORT", help="An export's folder.")],
+    repo: Annotated[str, option("On the Hugging Face hub; created if need be.", "USER/NAME")],
+    public: Annotated[bool, flag("--public", "Let everybody see it; without, it is private.")] = False,
+    yes: Annotated[bool, flag("--yes", "Upload; without, only say what would be.")] = False,
+) -> None:
+    """Upload an export to the Hugging Face hub, with its card and sampled videos; a dry run unless told --yes."""
+    print(finetune.push(folder, repo, public=public, dry_run=not yes))
