@@ -305,9 +305,13 @@ def test_init_says_what_it_does_with_images(tmp_path, capsys, monkeypatch, still
     finetune.check(load_config("run.yaml"))
     text, _ = written(stills, "5b-i2v")
     assert "images: true" not in text
-    (stills / "cover.jpg").write_bytes((stills / "0.png").read_bytes())  # without a caption: none of the dataset
     for clip in demo_clips.rglob("*.mp4"):
         shutil.copy(clip, stills / clip.name)
         (stills / clip.name).with_suffix(".txt").write_text("a clip")
+    text, notes = written(stills)
+    config = load_config("run.yaml")
+    assert "of 4 videos and 3 still images" in notes and {bucket.frames for bucket in config.data.still_buckets} == {1}
+    assert "image_buckets: [1x" in text and len(config.data.still_buckets) == 3, "upright, lying and square"
+    (stills / "cover.jpg").write_bytes((stills / "0.png").read_bytes())  # without a caption: none of the dataset
     text, notes = written(stills)
     assert "images: true" not in text and "of 4 videos" in notes

@@ -406,7 +406,12 @@ def _picture_warnings(bucket: Bucket, clips: Sequence[PlannedClip], spec: ModelS
         example = max(sources, key=sources.count)
         subject = f"bucket {bucket} keeps {_mean(sources, bucket):.0%} of the picture of {len(sources)} clips"
         subject += f" of {example[0]}x{example[1]}" + (" and others" if len(set(sources)) > 1 else "")
-        more = f"{size} would keep {_mean(sources, size):.0%}" if size else "this model takes no size that keeps more"
+        named_size = f"{size} in data.image_buckets" if clips[0].probe.still else str(size)
+        more = (
+            f"{named_size} would keep {_mean(sources, size):.0%}"
+            if size
+            else "this model takes no size that keeps more"
+        )
         warnings.append(f"{subject} (height x width): {more}")
     if rest := sum(len(sources) for _, sources in ordered[_MOST_SIZES:]):
         warnings.append(f"bucket {bucket} keeps less than {ENOUGH:.0%} of the picture of {rest} clips of more shapes")

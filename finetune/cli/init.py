@@ -90,6 +90,7 @@ class Settings:
 
     buckets: tuple[Bucket, ...]
     bucket_words: str = "frames x height x width; several sort the clips by shape"
+    image_buckets: tuple[Bucket, ...] = ()
     images: bool = False
     """Whether still images among them are trained on."""
     span: str = "head"
@@ -285,6 +286,7 @@ def _settings(spec: ModelSpec, method: Method, clips: Path | None, output: Path)
         )
     settings = Settings(
         buckets=proposal.buckets,
+        image_buckets=proposal.image_buckets,
         images=proposal.images > 0,
         bucket_words=proposal.loss,
         span=proposal.span,

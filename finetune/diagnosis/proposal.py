@@ -59,6 +59,8 @@ class Proposal:
     """Still images among them, each a clip of one frame; with some, the source wants ``images: true``."""
     clips: int
     buckets: tuple[Bucket, ...]
+    image_buckets: tuple[Bucket, ...]
+    """Of still images, where they want others than the height and width of ``buckets``."""
     span: Span
     picture: float
     """What is kept of pictures, on average, 0 to 1."""
@@ -103,9 +105,13 @@ def propose(clips: Path, spec: ModelSpec, workers: int, media: MediaPlace) -> Pr
     parts = dict(_parts(read.train, probed))
     if not parts:
         raise DataError("none of its videos can be read", where=str(clips), fix="`finetune doctor` names each")
-    stills = sum(probe.still for probe in parts.values())
-    buckets = _buckets([probe for probe in parts.values() if not probe.still] or list(parts.values()), spec)
-    options = [_kept(parts, buckets, span, spec) for span in _SPANS]
+    moving, stills = ([probe for probe in parts.values() if probe.still is still] for still in (False, True))
+    sizes, image_sizes = (_sizes(some, spec) if some else [] for some in (moving, stills))
+    buckets = [bucket for size in sizes for bucket in _lengths(size, moving, sizes, spec)] or image_sizes
+    images = [Bucket(1, size.height, size.width) for size in image_sizes]
+    if set(images) <= set(ClipConfig(buckets=tuple(buckets)).still_buckets):  # which need no word
+        images = []
+    options = [_kept(parts, (buckets, images), span, spec) for span in _SPANS]
     span, kept = _SPANS[0], options[0]
     if options[1].seconds is not None and kept.seconds is not None and options[1].seconds >= kept.seconds + WORTH:
         span, kept = _SPANS[1], options[1]
@@ -117,10 +123,11 @@ def propose(clips: Path, spec: ModelSpec, workers: int, media: MediaPlace) -> Pr
     usable = [sample for sample in read.train if (sample.video, sample.span_s) in kept.planned]
     usable = [sample for sample in usable if not parts[sample.video, sample.span_s].still] or usable
     return Proposal(
-        videos=len(rows) - stills,
-        images=stills,
+        videos=len(rows) - len(stills),
+        images=len(stills),
         clips=kept.clips,
-        buckets=tuple(bucket for bucket in buckets if bucket in kept.used or stills == len(rows)),
+        buckets=tuple(bucket for bucket in buckets if bucket in kept.used or not moving),
+        image_buckets=tuple(images),
         span=span,
         picture=kept.picture,
         seconds=kept.seconds,
@@ -172,8 +179,15 @@ class _Kept:
     used: frozenset[Bucket]
 
 
-def _kept(parts: Mapping[_Part, VideoProbe], buckets: Sequence[Bucket], span: Span, spec: ModelSpec) -> _Kept:
-    config = ClipConfig(buckets=tuple(buckets), span=span, short_clips="skip")
+def _kept(
+    parts: Mapping[_Part, VideoProbe],
+    buckets: tuple[Sequence[Bucket], Sequence[Bucket]],
+    span: Span,
+    spec: ModelSpec,
+) -> _Kept:
+    """What is kept with buckets of clips, and of still images."""
+    sizes = {"buckets": tuple(buckets[0]), "image_buckets": tuple(buckets[1]) or None}
+    config = ClipConfig(**sizes, span=span, short_clips="skip")
     fps, planned, used, pictures = float(spec.native_fps), set(), set(), []
     clips, seconds = 0, 0.0
     for part, probe in parts.items():
@@ -192,8 +206,8 @@ def _kept(parts: Mapping[_Part, VideoProbe], buckets: Sequence[Bucket], span: Sp
     return _Kept(clips, picture, seconds / whole if whole else None, frozenset(planned), frozenset(used))
 
 
-def _buckets(probes: Sequence[VideoProbe], spec: ModelSpec) -> list[Bucket]:
-    """Sizes that keep most of the pictures, each with the frame counts that its videos have."""
+def _sizes(probes: Sequence[VideoProbe], spec: ModelSpec) -> list[Bucket]:
+    """Sizes that keep most of the pictures, of as many frames as the model was made for."""
     native = spec.training_bucket
 
     def takes(bucket: Bucket) -> bool:
@@ -219,9 +233,7 @@ def _buckets(probes: Sequence[VideoProbe], spec: ModelSpec) -> list[Bucket]:
         if chosen and mean([*chosen, best]) < mean(chosen) + WORTH:
             break
         chosen.append(best)
-    if all(probe.still for probe in probes):  # of their height and width the images' buckets are made
-        return chosen
-    return [bucket for size in chosen for bucket in _lengths(size, probes, chosen, spec)]
+    return chosen
 
 
 def _lengths(size: Bucket, probes: Sequence[VideoProbe], sizes: Sequence[Bucket], spec: ModelSpec) -> Iterator[Bucket]:
