@@ -61,6 +61,7 @@ def make_run(folder: Path, rows: Rows, *, steps: tuple[int, ...] = (), prompt: s
         ([(0, 1.0, 0.9), (100, 0.8, 0.7)], "learning", "lowest at the last step measured, 100, with 0.8000"),
         ([(0, 1.0, 0.9), (100, 0.8, 0.7), (200, 0.85, 0.6)], "memorising", "Memorising since step 100"),
         ([(0, 1.0, 0.9), (100, 0.8, 0.7), (200, 0.85, 0.75)], "worse", "on training clips as well"),
+        ([(0, 1.0, 0.9), (100, 0.8, 0.7), (200, 0.803, 0.65)], "level", "No longer improving: step 100 has 0.8000"),
         ([(0, 1.0, 0.9), (100, 1.0002, 0.9001), (200, 0.9999, 0.8999)], "still", "Not moving"),
         ([(0, 1.0, 0.9), (100, 1.2, 0.8), (200, 1.3, 0.7)], "memorising", "No step was better than the base model"),
         ([(0, 1.0, 0.9), (100, 1.0, 0.5)], "learning", "No step was better than the base model"),

@@ -169,13 +169,16 @@ class Measurement:
 
 _MEASUREMENT = TypeAdapter(Measurement)
 
-Outcome = Literal["learning", "still", "memorising", "worse"]
-"""What measurements say of a run: the held-out loss still falls; nothing moves; it rises while training clips improve;
-it rises and so do they."""
+Outcome = Literal["learning", "still", "level", "memorising", "worse"]
+"""What measurements say of a run: the held-out loss still falls; nothing moves; it has stopped falling; it rises while
+training clips improve; it rises and so do they."""
 
 _MOVED = 1e-3
 """Share of the first loss by which weights that learn something move the same clips' loss: a measurement has no noise,
 so anything is a change, and less than this is none that anybody would see."""
+
+_LEVEL = 5e-3
+"""Share of the best loss within which a later one is called as good."""
 
 
 def outcome(history: Sequence[Measurement], best: tuple[int, float]) -> Outcome:
@@ -191,6 +194,8 @@ def outcome(history: Sequence[Measurement], best: tuple[int, float]) -> Outcome:
         return "still"
     if best[1] >= last.heldout:
         return "learning"
+    if last.heldout - best[1] <= _LEVEL * abs(best[1]):
+        return "level"
     then = next((row for row in history if row.step == best[0]), first)
     return "memorising" if last.trainsubset < then.trainsubset else "worse"
 

@@ -52,7 +52,7 @@ class Verdict:
     """What the measurements come to."""
 
     kind: str
-    """``learning``, ``still``, ``memorising``, ``worse`` or ``unmeasured``: the page colours by it."""
+    """``learning``, ``still``, ``level``, ``memorising``, ``worse`` or ``unmeasured``: the page colours by it."""
     text: str
     advice: str
     command: str
@@ -84,6 +84,10 @@ def verdict(run: RunRecord) -> Verdict:
         "still": (
             f"Not moving: after {last.step} steps neither loss has moved by a thousandth.",
             "Raise optimizer.lr (2e-4, then 5e-4 for a LoRA); see whether the captions name what is new.",
+        ),
+        "level": (
+            f"No longer improving: step {step} has {loss:.4f}, and step {last.step}, the last one measured, as much.",
+            "Enough steps. For more, add clips, or try another learning rate or rank.",
         ),
         "memorising": (
             f"Memorising since step {step}: the held-out loss rose from {loss:.4f} to {last.heldout:.4f}, while"
