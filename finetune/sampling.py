@@ -231,7 +231,7 @@ def invert(
     fps: float | None = None,
     num_inference_steps: int = 50,
     guidance_scale: float = 6.0,
-    corrections: int = 1,
+    corrections: int = 3,
     share: float = 1.0,
     seed: int | None = None,
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
@@ -324,7 +324,7 @@ def enhance(
 
     Raises:
         ConfigError: if there is no prompt, or an argument cannot be used.
-        DataError: if an image cannot be read, or an answer cannot be used.
+        DataError: if an image cannot be read, or no answer can be used; the report has those of single prompts.
         ModelError: if the model, the tokenizer or the endpoint cannot be had.
     """
     from finetune.captioning.answers import token_limit
@@ -392,6 +392,7 @@ def story(
         DataError: if the language model's answer cannot be used.
         ModelError: if one of the models cannot be had.
     """
+    from finetune.captioning.prompts import read_instructions
     from finetune.cogvideox.model_files import json_folder
     from finetune.cogvideox.spec import read_spec
     from finetune.core.checksums import digest_of
@@ -425,11 +426,11 @@ def story(
         options = {"model": name, "adapters": listed, "bucket": shape, "device": device}
         return generate(prompts, folder, **options, **settings).videos[0]  # type: ignore[arg-type]
 
-    text = "" if instruction is None else digest_of(Path(instruction).read_text(encoding="utf-8"))
+    asked = digest_of(read_instructions(None if instruction is None else Path(instruction)).text)
     return tell(
         idea,
         folder,
-        Script(write, {"writer": writer, "endpoint": endpoint, "instruction": text}),
+        Script(write, {"writer": writer, "endpoint": endpoint, "instruction": asked}),
         Painter(str(painter), shape, seed, painter_steps, usable_device(device)),
         Animation(
             animate,
@@ -466,7 +467,7 @@ def _enhanced(
     import os
 
     from finetune.caching.encode import release_memory
-    from finetune.core.errors import ConfigError
+    from finetune.core.errors import ConfigError, DataError, raise_all
 
     if os.environ.get("WORLD_SIZE", "1") != "1":
         fix = "run `finetune enhance` first, and generate from its file"
@@ -475,6 +476,7 @@ def _enhanced(
         fix = "name it: a folder, a hub id, 5b, ..."
         raise ConfigError("it is not known which model will read the prompts", where="--model", fix=fix)
     report = enhance(prompts, model=writer, endpoint=endpoint, target=str(model))
+    raise_all(DataError, report.errors, what="{n} prompts stay short")
     release_memory()
     return _listed(report.prompts, {})
 

@@ -66,6 +66,21 @@ def test_parts_of_a_large_frame_fit_together(esrgan, monkeypatch):
     assert np.abs(postprocess.upscale(frames, upscaler, CPU).astype(int) - whole).max() > 3
 
 
+def test_a_full_gpu_loses_no_video(esrgan, monkeypatch, caplog):
+    upscaler, frames, where = load_upscaler(esrgan(2)), moving_square(1), []
+    upscaled = postprocess._upscaled
+
+    def full(frames, upscaler, device):
+        where.append(device.type)
+        if device.type == "cuda":
+            raise torch.OutOfMemoryError
+        return upscaled(frames, upscaler, device)
+
+    monkeypatch.setattr(postprocess, "_upscaled", full)
+    assert postprocess.upscale(frames, upscaler, torch.device("cuda")).shape == (1, 96, 160, 3)
+    assert where == ["cuda", "cpu"] and "goes on on the CPU" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -202,14 +202,29 @@ def test_a_long_prompt_is_asked_for_again_and_its_end_noted(tiny_model, serve, c
 
 
 @pytest.mark.parametrize(
-    ("answer", "message"),
-    [((200, {}), "holds no text"), (said(""), "the answer is no caption"), ((401, {}), "refuses the key")],
+    ("answer", "message"), [((200, {}), "holds no text"), (said(""), "the answer is no caption"), ((500, {}), "500")]
 )
-def test_a_prompt_that_stays_short_is_named(tiny_model, serve, answer, message):
+def test_a_prompt_that_stays_short_is_named_and_the_others_are_kept(
+    tiny_model, serve, tmp_path, capsys, answer, message
+):
     server = serve(lambda request: answer if "a boat" in words_of(request) else said(LONG))
-    with pytest.raises(FinetuneError, match=message) as error:
+    words = ["--endpoint", server.url, "--for", str(tiny_model()), "--output", str(tmp_path / "long.jsonl")]
+    assert main(["enhance", "--prompt", "a boat", "--prompt", "a kite", *words]) == 2
+    assert message in (text := capsys.readouterr().err) and "'a boat'" in text
+    assert [(prompt.prompt, prompt.seed) for prompt in read_prompts(tmp_path / "long.jsonl")] == [(LONG, 1)]
+    with pytest.raises(DataError, match=message):
+        finetune.generate(
+            ["a kite", "a boat"], tmp_path, model=tiny_model(), enhance="some", endpoint=server.url, device="cpu"
+        )
+    with pytest.raises(DataError, match=message):
+        finetune.enhance("a boat", endpoint=server.url, target=str(tiny_model()))
+
+
+def test_an_endpoint_that_refuses_the_key_ends_it(tiny_model, serve):
+    server = serve(lambda request: (401, {}))
+    with pytest.raises(ModelError, match="refuses the key in OPENAI_API_KEY"):
         finetune.enhance(["a kite", "a boat"], endpoint=server.url, target=str(tiny_model()))
-    assert isinstance(error.value, ModelError) or "a boat" in error.value.where
+    assert len(server.requests) == 1
 
 
 @pytest.mark.parametrize("save", [save_text_model, save_image_model], ids=["reads", "sees"])
@@ -324,6 +339,7 @@ def test_only_what_changed_is_made_again(tmp_path, monkeypatch):
         ({"bucket": "8x32x48"}, "nearest"),
         ({"painter": "absent/painter"}, "cannot be painted"),
         ({"device": "abacus"}, "device cannot be used"),
+        ({"instruction": "absent.txt"}, "absent.txt"),
         ({"record": "[]"}, "no story's record"),
     ],
 )

@@ -60,6 +60,8 @@ class EnhanceReport:
     """That the text encoder makes of each."""
     too_long: tuple[int, ...] = ()
     """Positions of those of which it will not read the end."""
+    errors: tuple[FinetuneError, ...] = ()
+    """Why some were not made long; those are not among ``prompts``."""
 
     def __str__(self) -> str:
         return "\n".join(prompt.prompt for prompt in self.prompts)
@@ -77,7 +79,7 @@ def enhance_prompts(
         instructions: what the model is asked.
 
     Raises:
-        DataError: if an image cannot be read, or for a prompt there is no answer that could be used; all are named.
+        DataError: if an image cannot be read, or there is no answer to any prompt that could be used.
         ModelError: if the model or its endpoint cannot be had.
     """
     chats = [_chat(prompt, limit, instructions) for prompt in prompts]
@@ -85,12 +87,15 @@ def enhance_prompts(
     texts: list[Text | FinetuneError] = []
     for chat in chats:  # one after the other: a batch of pictures and prompts is nothing that every model takes
         texts += answers_within(limit, [chat], model, 0)
-    raise_all(DataError, [text for text in texts if isinstance(text, FinetuneError)], what="{n} prompts stay short")
-    written = [text for text in texts if isinstance(text, Text)]
+    errors = [text for text in texts if isinstance(text, FinetuneError)]
+    written = [(prompt, text) for prompt, text in zip(prompts, texts, strict=True) if isinstance(text, Text)]
+    if not written:
+        raise_all(DataError, errors, what="{n} prompts stay short")
     return EnhanceReport(
-        tuple(prompt.model_copy(update={"prompt": text.text}) for prompt, text in zip(prompts, written, strict=True)),
-        tuple(text.tokens for text in written),
-        tuple(at for at, text in enumerate(written) if text.tokens > limit.most),
+        tuple(prompt.model_copy(update={"prompt": text.text}) for prompt, text in written),
+        tuple(text.tokens for _, text in written),
+        tuple(at for at, (_, text) in enumerate(written) if text.tokens > limit.most),
+        tuple(errors),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 import finetune
-from finetune.cli.app import Device, flag, is_main, option, print_next, print_notes, verb
+from finetune.cli.app import OK, USER_ERROR, Device, flag, is_main, option, print_next, print_notes, verb
 
 _PANEL = "Videos"
 
@@ -197,7 +197,7 @@ def invert(
     guidance: Annotated[float, option("Classifier-free guidance of the edit; 1 for none.")] = 6.0,
     corrections: Annotated[
         int, option("More calls of the model per step, each of which makes the inversion more exact.", "N")
-    ] = 1,
+    ] = 3,
     share: Annotated[float, option("Part of the steps in which the edit looks at the video: 0 to 1.")] = 1.0,
     seed: Annotated[int | None, option("Begin the edit with this noise, not with the inverted one.", "N")] = None,
     dtype: Annotated[Literal["auto", "bf16", "fp16", "fp32"], option("What to compute in.")] = "auto",
@@ -266,14 +266,14 @@ def enhance(
     output: Annotated[
         Path | None, option("Write them as .jsonl for generate --prompts, seeds and images kept.", "FILE")
     ] = None,
-) -> None:
+) -> int:
     """Turn short prompts into the long ones that CogVideoX was trained on, with a language model."""
     if print_instruction:
         from finetune.captioning.prompts import read_instructions
 
         shipped = read_instructions(instruction)
         print(shipped.image if image else shipped.text, end="")
-        return
+        return OK
     from finetune.inference.request import prompts_with_seeds, read_prompts, write_prompts
 
     listed = () if prompts is None else read_prompts(prompts)
@@ -293,6 +293,8 @@ def enhance(
     if output is not None:
         write_prompts(output, report.prompts)
         print_next("generate", "--model", target, "--prompts", str(output))
+    print_notes([str(error) for error in report.errors], "error")
+    return USER_ERROR if report.errors else OK
 
 
 @verb(

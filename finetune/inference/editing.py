@@ -57,7 +57,7 @@ class InvertRequest:
     """None: the model's native rate."""
     num_inference_steps: int = 50
     guidance_scale: float = 6.0
-    corrections: int = 1
+    corrections: int = 3
     """Of each step of the inversion (``inversion.invert``)."""
     share: float = 1.0
     """The part of the steps in which the edit attends to the video (``inversion.Editing``)."""

@@ -75,7 +75,7 @@ def step_up_from(latents: Tensor, velocity: Tensor, turn: float) -> Tensor:
 
 @torch.no_grad()
 def invert(
-    predict: Velocity, latents: Tensor, levels: Angles, *, corrections: int = 1, progress: Callable[[], object] = int
+    predict: Velocity, latents: Tensor, levels: Angles, *, corrections: int = 3, progress: Callable[[], object] = int
 ) -> list[Tensor]:
     """Follow a video up to noise.
 

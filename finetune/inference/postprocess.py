@@ -5,6 +5,7 @@ Nothing is fetched: the weights are a file of the user's, read as tensors only.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.core.errors import ConfigError, first_line
+from finetune.core.errors import ConfigError, first_line, is_out_of_memory
 from finetune.core.terminal import Bar
 from finetune.inference.videos import Frames
+
+_log = logging.getLogger(__name__)
 
 MINTERPOLATE = "minterpolate"
 """ffmpeg's motion-compensated interpolation."""
@@ -153,23 +156,34 @@ def upscale(frames: Frames, upscaler: Upscaler, device: torch.device) -> Frames:
     Args:
         frames: uint8 [F, H, W, 3].
         upscaler: of ``load_upscaler``.
-        device: where it runs, in half precision on a GPU if it can.
+        device: where it runs, in half precision on a GPU if it can. Where the GPU's memory is full of other things it
+            runs on the CPU, for which minutes of sampling would otherwise be lost.
 
     Returns:
         uint8 [F, scale * H, scale * W, 3].
     """
-    network = upscaler.network
-    if device.type == "cuda" and network.supports_half:
-        network.half()
-    network.to(device)
     try:
-        enlarged = [
-            _enlarged(upscaler, torch.from_numpy(frame).to(device, network.dtype).permute(2, 0, 1)[None] / 255)
-            for frame in Bar(frames, desc="enlarging")
-        ]
+        return _upscaled(frames, upscaler, device)
+    except Exception as error:
+        if device.type == "cpu" or not is_out_of_memory(error):
+            raise
+        _log.warning("the GPU's memory does not hold the super-resolution network's work: it goes on on the CPU")
+        return _upscaled(frames, upscaler, torch.device("cpu"))
+
+
+def _upscaled(frames: Frames, upscaler: Upscaler, device: torch.device) -> Frames:
+    network = upscaler.network
+    half = device.type == "cuda" and network.supports_half
+    network.to(device, torch.float16 if half else torch.float32)
+    enlarged: list[Frames] = []
+    try:
+        for frame in Bar(frames, desc="enlarging"):
+            picture = torch.from_numpy(frame).to(device, network.dtype).permute(2, 0, 1)[None] / 255
+            large = _enlarged(upscaler, picture)[0].permute(1, 2, 0)
+            enlarged.append((large.float() * 255).round().byte().cpu().numpy())
     finally:
         network.to("cpu")
-    return np.stack([(frame[0].permute(1, 2, 0) * 255).round().byte().cpu().numpy() for frame in enlarged])
+    return np.stack(enlarged)
 
 
 def _enlarged(upscaler: Upscaler, picture: Tensor) -> Tensor:

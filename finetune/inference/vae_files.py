@@ -204,7 +204,7 @@ def encode_file(request: VaeRequest) -> VaeReport:
     folder = resolve_pretrained(model.pretrained, model.revision, components=["vae"])
     metadata = LatentsMetadata(
         format=FORMAT,
-        model=model.pretrained,
+        model=str(Path(model.pretrained).absolute()) if Path(model.pretrained).is_dir() else model.pretrained,
         revision=model.revision or "",
         vae=fingerprint(folder, "vae"),
         scaling_factor=spec.scaling_factor,
