@@ -18,7 +18,7 @@ from finetune.datasets.cache import Cache, Encoding
 from finetune.datasets.cache_packing import pack
 from finetune.datasets.cache_transfer import export_cache
 from finetune.datasets.manifests import KINDS, Manifest, ManifestItem
-from finetune.datasets.shards import index_fault, index_of
+from finetune.datasets.shards import index_fault, index_of, remove
 
 ENCODING = Encoding("v", "t", "fp32", 4, "fp16", None, "rule")
 BUCKET = Bucket(1, 2, 2)
@@ -190,9 +190,11 @@ def test_a_file_goes_only_when_its_copy_in_a_shard_is_whole(packed):
     assert pack(Cache(cache.root)).entries == 1 and is_whole(cache, manifest)
 
 
-def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path):
+@pytest.mark.parametrize("fail_at", [2, 3, 10, 13])
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, fail_at):
+    """Nor is room taken by a shard whose index did not fit."""
     cache, manifest = make_cache(tmp_path / "cache")
-    with disk(fail_at=3), pytest.raises(CacheError, match=r"cannot be packed: No space[\s\S]*packed already stays"):
+    with disk(fail_at=fail_at), pytest.raises(CacheError, match=r"cannot be packed: No space[\s\S]*already stays"):
         pack(cache)
     assert is_whole(cache, manifest)
     assert not cache.shards.paths() and pack(cache).entries == 8
@@ -305,3 +307,34 @@ def test_a_reader_follows_when_its_shard_is_written_anew(packed):
         other.shards.write(moved)
         shard.unlink()
     assert float(cache.read(manifest.items[3]).latents_mean.mean()) == 3
+
+
+def test_what_a_process_read_long_ago_does_not_stop_it_from_packing(packed):
+    """Another process has written the shards anew since, and a file that lay in one is there again."""
+    cache, manifest = packed
+    first = manifest.items[0]
+    content = cache.content("latents", first.latents_key)
+    assert cache.shards.entries()
+    other = Cache(cache.root)
+    moved = [(kind, key, other.content(kind, key)) for kind in KINDS for key in other.keys(kind)]
+    former = other.shards.paths()
+    other.shards.write(moved)
+    for shard in former:
+        remove(shard)
+    cache.publish(cache.path("latents", first.latents_key), content)
+    assert pack(cache).entries == 0 and is_whole(cache, manifest) and not cache.files("latents")
+
+
+def test_a_shard_that_is_written_while_they_are_listed_is_seen(packed, monkeypatch):
+    cache, manifest = packed
+    content = cache.content("latents", manifest.items[0].latents_key)
+    paths = cache.shards.paths
+
+    def listed_late() -> list[Path]:
+        listed = paths()
+        monkeypatch.undo()
+        Cache(cache.root).shards.write([("latents", manifest.items[0].latents_key, content)])
+        return listed
+
+    monkeypatch.setattr(cache.shards, "paths", listed_late)
+    assert sum(map(len, cache.shards.by_shard().values())) == 8

@@ -22,6 +22,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import DataError
 from finetune.core.types import VideoProbe
 from finetune.datasets.geometry import ClipConfig, plan_clips
+from finetune.datasets.packed import handle_packed
 from finetune.datasets.rows import MediaPlace
 from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples
 from finetune.datasets.sources import SourceConfig
@@ -566,3 +567,16 @@ def test_columns_of_a_dataset_on_the_hub_are_chosen(clips, tmp_path, monkeypatch
     assert "could both be meant" in fault(folder, source)
     (sample, *_) = read(folder, {**source, "caption_column": "prompt"}).train
     assert sample.caption == rows[0]["prompt"]
+
+
+def test_media_are_on_the_disk_before_they_are_named(clips, tmp_path, monkeypatch):
+    """Or a power cut would leave rows whose videos are empty."""
+    folder, rows = clips
+    as_parquet_bytes(folder, rows)
+    (file,) = (folder / "data").glob("*.parquet")
+    calls: list[str] = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+    handle_packed({"path": file, "media": tmp_path, "columns": [None] * 3, "images": False})
+    assert calls == ["fsync", "replace"] * len(rows)

@@ -1227,3 +1227,18 @@ def test_parts_go_through_ray_where_it_is_installed(project):
     finally:
         ray.shutdown()
     assert report.part is None and len(home.manifest.items) == 4 and home.manifest.complete
+
+
+def test_a_part_opens_its_own_videos_alone(project, monkeypatch):
+    from finetune.datasets import decode as frames
+
+    home, opened = project(cache={"decode_workers": 0}), set()
+    real = frames.probe_file
+
+    def counted(path: Path) -> Any:
+        opened.add(path.name)
+        return real(path)
+
+    monkeypatch.setattr(frames, "probe_file", counted)
+    part(home, "1/2")
+    assert len(opened) == 2

@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from PIL import Image
 from waiting import HANG_S
 from worlds import merged, run_values
 
@@ -24,7 +28,7 @@ from finetune.caching.check import check_dataset, identities
 from finetune.caching.precompute import PrecomputeReport, ensure_cache, merge_parts, precompute
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.core.errors import DataError, FinetuneError
+from finetune.core.errors import CacheError, DataError, FinetuneError
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_transfer import export_cache
@@ -177,7 +181,7 @@ def test_a_stream_gives_the_entries_of_the_same_clips_as_files_within_its_room(h
     assert report.packed is not None and report.packed.entries == 9 and not made.cache.files("latents")
 
 
-@pytest.mark.parametrize(("layout", "files"), [(as_parquet, 1), (as_parquet, 3), (as_tars, 2)])
+@pytest.mark.parametrize(("layout", "files"), [(as_parquet, 1), (as_tars, 2)])
 def test_parts_make_what_one_command_makes(home, reference, layout, files):
     """Two parts take whole files where there are two, and every second row of one."""
     made: Home = home(layout, files=files)
@@ -233,9 +237,47 @@ def test_a_stream_and_files_answer_each_other(home, reference):
     """Addresses are equal: what one way encoded is found the other way."""
     made: Home = home(as_parquet)
     made.precompute()
+    require = {"cache": {"mode": "require"}}
+    assert ensure_cache(made.config(**require), spec(made), progress=False).complete
+    (file,) = (made.folder / "data").iterdir()
+    os.utime(file, (1, 1))
+    with pytest.raises(CacheError, match=r"streams\[0\]"):  # it may be another dataset now
+        ensure_cache(made.config(**require), spec(made), progress=False)
+    assert not any(made.precompute().encoded.values())
+    assert ensure_cache(made.config(**require), spec(made), progress=False).complete
     made.room = ""
     report = made.precompute()
     assert not any(report.encoded.values()) and report.reused["latents"] == 4 and len(made.media) == 5
+
+
+@pytest.mark.parametrize(
+    ("variant", "images"), [("1.5-5b-i2v", False), ("5b", True)], ids=["first frames", "still images"]
+)
+def test_images_come_as_a_stream_too(home, clips, tiny_model, variant, images):
+    """A first frame of its own for image-to-video; and a still image in a row without a video."""
+
+    def layout(folder: Path, rows: list[Clip]) -> dict[str, Any]:
+        import pyarrow
+        from pyarrow import parquet
+
+        table = []
+        for number, (video, caption) in enumerate(rows):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 64), (60 * number, 0, 90)).save(picture, "png")
+            is_still = images and number % 2
+            table.append({"video": None if is_still else video, "caption": caption, "image": picture.getvalue()})
+        parquet.write_table(pyarrow.Table.from_pylist(table), folder / "a.parquet", row_group_size=2)
+        return {"kind": "packed", "path": str(folder), "images": images}
+
+    made: Home = home(layout)
+    made.model = tiny_model(variant)
+    made.precompute()
+    there: Home = Home(made.folder.with_name("there"), made.model, made.source, room="")
+    there.folder.mkdir()
+    there.precompute()
+    assert made.entries() == there.entries() and seen(made.manifest) == seen(there.manifest)
+    assert len(made.cache.keys("latents")) == 4 and made.media == []
+    assert len(check_dataset(made.config(), spec(made), progress=False).clips) == 4
 
 
 # ------------------------------------------------------------------------------------------------------------- going on
@@ -289,8 +331,10 @@ def die_at(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) ->
     monkeypatch.setattr(owner, name, dying)
 
 
-@pytest.mark.parametrize("layout", [as_parquet, as_tars])
-@pytest.mark.parametrize(("owner", "name", "call"), [(Cache, "write_latents", 3), (streaming, "append", 2)])
+@pytest.mark.parametrize(
+    ("layout", "owner", "name", "call"),
+    [(as_parquet, Cache, "write_latents", 3), (as_tars, streaming, "append", 2)],
+)
 def test_stopped_at_any_moment_the_next_call_goes_on(home, reference, layout, owner, name, call, monkeypatch):
     made: Home = home(layout)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -424,3 +468,114 @@ def test_what_is_no_stream_is_said(home, source, message):
         Home(made.folder, made.model, given, "much").config()
     with pytest.raises(DataError, match=r"nothing of it has been read yet[\s\S]*finetune precompute"):
         check_dataset(Home(made.folder, made.model, {**given, "video_column": "film"}).config(), spec(made))
+
+
+# -------------------------------------------------------------------------------------------------------------- the hub
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the hub as a dataset is listed and read with."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("127.0.0.1", 0), HubAnswer)
+        self.root = root
+        self.read: list[str] = []
+        """Files of data that bytes were asked of."""
+        self.lost: set[str] = set()
+
+
+class HubAnswer(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Hub
+    commit = "a" * 40
+
+    def log_message(self, *_: Any) -> None:
+        """Nothing is logged."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path
+        repo, _, rest = path.partition("/datasets/someone/clips")[2].lstrip("/").partition("/")
+        if repo in ("", "revision") and path.startswith("/api/"):
+            info = {"id": "someone/clips", "sha": self.commit, "private": False, "tags": [], "siblings": []}
+            return self._send(json.dumps(info).encode())
+        name = rest.partition("/")[2]
+        if repo == "tree":
+            files = self.server.root.glob("data/*") if name else []
+            listed = [{"type": "file", "path": f"data/{file.name}", "size": file.stat().st_size} for file in files]
+            folder = {"type": "directory", "path": "data"}
+            return self._send(json.dumps([{**one, "oid": "b" * 40} for one in listed or [folder]]).encode())
+        file = self.server.root / name
+        if repo != "resolve" or not file.is_file() or file.name in self.server.lost:
+            return self._send(b"", 404)
+        if self.command == "GET":
+            self.server.read.append(file.name)
+        self._send(file.read_bytes())
+
+    def _send(self, content: bytes, status: int = 200) -> None:
+        headers = {"ETag": '"e"', "X-Repo-Commit": self.commit, "Accept-Ranges": "bytes"}
+        headers |= {"X-Error-Code": "EntryNotFound"} if status == 404 else {}
+        if (asked := self.headers.get("Range")) and status == 200:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            end = min(int(last or len(content)), len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{end}/{len(content)}"
+            content, status = content[int(first) : end + 1], 206
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    server = Hub(tmp_path / "hub")
+    Thread(target=server.serve_forever, daemon=True).start()
+    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    for name, value in {**variables, "HF_HOME": str(tmp_path / "hf")}.items():
+        monkeypatch.setenv(name, value)  # of the worker, which alone asks
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dataset_on_the_hub_is_never_there_as_a_whole(home, reference, hub, tmp_path, monkeypatch):
+    made: Home = home(as_parquet, files=2)
+    (hub.root).mkdir()
+    (made.folder / "data").rename(hub.root / "data")
+    made.source = {"kind": "hub", "path": "someone/clips"}
+    # A folder of that name where the command runs is something else.
+    (tmp_path / "someone/clips").mkdir(parents=True)
+    (tmp_path / "someone/clips/a.txt").write_text("no dataset")
+    monkeypatch.chdir(tmp_path)
+    hub.lost.add("train-00001-of-00002.parquet")
+    with pytest.raises(DataError, match=r"it cannot be read|broke off"):
+        made.precompute()
+    assert len(made.cache.keys("latents")) == 2, "of the file that could be reached"
+    hub.lost.clear()
+    hub.read.clear()
+    made.precompute()
+    assert set(hub.read) == {"train-00001-of-00002.parquet"} and made.entries() == reference.entries()
+    hub.read.clear()
+    assert not any(made.precompute().encoded.values()) and hub.read == []
+    hub.shutdown()
+    assert ensure_cache(made.config(), spec(made), progress=False).complete, "training asks nobody"
+    assert not list((tmp_path / "hf").rglob("*.parquet")) and made.media == []
+    listed = [item.where for item in made.manifest.items]
+    assert listed[0].startswith("hf://datasets/someone/clips@aaaa") and listed[0].endswith(", row 1")
+
+
+def test_processes_of_a_launch_share_a_stream_and_its_room(home, reference, launcher):
+    made: Home = home(as_parquet, files=2)
+    made.room = "0.02MB"
+    path = made.folder / "run.yaml"
+    path.write_text(yaml.safe_dump(made.config().model_dump(mode="json")))
+    ends = launcher.run("launcher_cases:command", "precompute", "--config", str(path))
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.log[-3000:] for end in ends)
+    assert made.entries() == reference.entries() and sorted(seen(made.manifest)) == sorted(seen(reference.manifest))
+    records = [record.name.split(".", 1)[1] for record in (made.folder / "cache/streams").glob("*/*.jsonl")]
+    assert sorted(records) == ["0-2.jsonl", "1-2.jsonl"] and made.media == []
+    assert not made.cache.files("latents"), "and all is packed"

@@ -313,6 +313,7 @@ def precompute(
         if part is not None:
             whole = ranks.run_on_main(lambda: _merge_if_last(config, spec, cache, report, progress=progress))
             report = whole or report
+    ranks.run_on_all(lambda: None)  # until none of them uses the cache
     return ranks.run_on_main(lambda: _packed(config, cache, report, progress=progress))
 
 

@@ -72,6 +72,7 @@ def pack(cache: Cache, *, alone: bool = False, shard_bytes: int = SHARD_BYTES, p
             if held_back := lock_out_jobs(lock, cache, "cache pack", alone=alone):
                 return PackReport(0, 0, 0, held_back=held_back)
             cache.shards.mend_indexes()
+            cache.shards.entries()  # what was read before nobody could change anything may be of shards that are gone
             files = [
                 Row(kind, path.stem, 0, path.stat().st_size)
                 for kind in KINDS

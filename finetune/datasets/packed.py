@@ -197,6 +197,7 @@ def store(chunks: Iterable[bytes], name: str, media: Path, kind: FileKind) -> st
                 digest.update(chunk)
                 file.write(chunk)
             file.flush()
+            os.fsync(file.fileno())  # the rows that name it will be on the disk, also after a power cut
             target = name_of(digest.hexdigest(), name, kind)
             os.replace(file.name, media / target)
         except BaseException:

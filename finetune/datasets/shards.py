@@ -102,7 +102,7 @@ class Shards:
         rows: dict[Path, list[Row]] = {shard: [] for shard in self.paths()}
         for kind, entries in self.entries().items():
             for key, (shard, offset, size) in entries.items():
-                rows[shard].append(Row(kind, key, offset, size))
+                rows.setdefault(shard, []).append(Row(kind, key, offset, size))  # or it was written meanwhile
         return {shard: sorted(its, key=lambda row: row.offset) for shard, its in rows.items()}
 
     def write(self, contents: Iterable[tuple[Kind, str, bytes]]) -> list[Row]:
@@ -121,10 +121,14 @@ class Shards:
                 offset += len(content)
                 yield memoryview(content)
 
-        atomic_write(shard, parts())
-        if rows:
-            write_rows(shard, rows)
-        else:
+        try:
+            atomic_write(shard, parts())
+            if rows:
+                write_rows(shard, rows)
+        except OSError:  # a disk that is full of a shard has no room for its index
+            shard.unlink(missing_ok=True)
+            raise
+        if not rows:
             shard.unlink()
         return rows
 

@@ -8,6 +8,7 @@ that was read in part, what was read goes over the network once more, and nothin
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import tarfile
@@ -82,6 +83,7 @@ def _row(fields: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # of pyarrow, tarfile, datasets, the hub's client, and of the disk
         before = {"rows": _reader.index + 1, "groups": _reader.groups}
         _reader = None
+        _open_table.cache_clear()
         if isinstance(error, DataError):
             return {"broken": [error.what, error.fix], **before}
         return {"broken" if _is_damage(error) else "lost": [f"{first_line(error):.300}", ""], **before}
@@ -148,16 +150,8 @@ class _Reader:
         return self._row
 
     def _of_table(self, loader: str, named: Sequence[str | None]) -> Iterator[list[Any]]:
-        import datasets
-
         path, group = self.place
-        files = {"train": [path if "://" in path else glob.escape(path)]}
-        names = datasets.load_dataset(loader, data_files=files, split="train", streaming=True).column_names
-        columns = columns_of(names, named, path, images=self._stills)
-        # Without it each batch is as large as the first row group, whose videos would all be in memory.
-        options = {"columns": [name for name in columns if name], "batch_size": 1} if loader == "parquet" else {}
-        table = datasets.load_dataset(loader, data_files=files, split="train", streaming=True, **options)
-        table = table.decode(False).reshard()
+        columns, table = _open_table(path, loader, tuple(named), self._stills)
         self.groups = table.num_shards
         for row in table.shard(table.num_shards, group):
             video, caption, image = (name and row[name] for name in columns)
@@ -188,6 +182,20 @@ class _Reader:
 
         members = datasets.StreamingDownloadManager().iter_archive(self.place[0])
         yield from tar_rows(members, named, keep, self.place[0])
+
+
+@functools.lru_cache(maxsize=1)
+def _open_table(path: str, loader: str, named: Sequence[str | None], stills: bool) -> tuple[list[str | None], Any]:
+    """The columns of video, caption and image, and the file as a stream whose shards are its row groups."""
+    import datasets
+
+    files = {"train": [path if "://" in path else glob.escape(path)]}
+    names = datasets.load_dataset(loader, data_files=files, split="train", streaming=True).column_names
+    columns = columns_of(names, named, path, images=stills)
+    # Without it each batch is as large as the first row group, whose videos would all be in memory.
+    options = {"columns": [name for name in columns if name], "batch_size": 1} if loader == "parquet" else {}
+    table = datasets.load_dataset(loader, data_files=files, split="train", streaming=True, **options)
+    return columns, table.decode(False).reshard()
 
 
 def _too_large(size: int, most: int, kind: FileKind) -> dict[str, Any]:

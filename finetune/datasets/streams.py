@@ -36,6 +36,7 @@ from finetune.datasets.tables import MAX_FILE_BYTES
 from finetune.datasets.worker import Worker
 
 WORKER = (
+    "import os; os.chdir('/'); "  # `datasets` takes owner/name for a folder where there is one
     "from finetune.datasets import packed, stream_worker, worker;"
     " worker.serve(stream_worker.handle_stream, file_bytes=packed.MAX_MEDIA_BYTES)"
 )
