@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -34,6 +35,8 @@ from finetune.planner.fake_run import empty_text_encoder, empty_vae, fake_world,
 from finetune.planner.memory_tracker import CPU, measure
 
 BF16 = torch.bfloat16
+
+ROOT = Path(__file__).parents[1]
 
 
 def sampling_of(variant: str, **changes) -> Sampling:
@@ -122,6 +125,7 @@ def test_predicted_peaks_of_decoding(bucket):
     [
         ("5b", 24, Placement(), Placement()),
         ("5b", 15, Placement(), Placement("model")),
+        ("5b", 12, Placement(), Placement("group")),
         ("5b", 8, Placement(), Placement("group", stream_text=True)),
         ("5b", 8, Placement(quantization="nf4"), Placement("model", stream_text=True, quantization="nf4")),
         ("1.5-5b", 8.5, Placement(), Placement("sequential", stream_text=True)),
@@ -217,11 +221,16 @@ def write_gguf(path: Path, transformer) -> Path:
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-dynamic", "fp8", "fp8-cast", "gguf"])
-def test_fewer_bits_change_little_and_adapters_act_on_them_as_on_whole_weights(quantised, scheme):
+def test_fewer_bits_change_little_and_adapters_act_on_them_as_on_whole_weights(tiny_model, quantised, scheme):
     pytest.importorskip({"gguf": "gguf", "fp8-cast": "torch"}.get(scheme, "torchao"))
     load, spec = quantised
     whole, fewer = load(None), load(scheme)
     assert held(fewer) < 0.8 * held(whole)
+    if scheme != "gguf":
+        sampling = Sampling(tiny_model("5b"), spec, spec.training_bucket, BF16)
+        before, after = (peaks(sampling, Placement("model", quantization=s))["denoising"] for s in (None, scheme))
+        decoded = 4 * 64**2 * 2  # of a layer of the feed-forward, as it computes
+        assert before - after + decoded == pytest.approx(held(whole) - held(fewer), rel=0.08)
 
     base, rounded = velocity(whole, spec), velocity(fewer, spec)
     assert 0 < (rounded - base).norm() < 0.05 * base.norm()
@@ -289,3 +298,25 @@ def test_every_scheme_on_a_gpu(tiny_model, scheme, how):
             output_type="pt",
         ).frames
     assert torch.isfinite(video).all()
+
+
+# --------------------------------------------------------------------------------------------------------- the table
+
+
+def test_the_page_has_the_figures_of_today(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("sampling_memory")
+    found = json.loads(benchmark.RESULTS.read_text())
+    assert found["predicted_gib"] == benchmark.predicted()
+    page = benchmark.PAGE.read_text(encoding="utf-8")
+    assert benchmark.renewed(page, found) == page
+    assert benchmark.renewed(page, {**found, "machine": "another"}) != page
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_up_to_rounding(tiny_model):
+    model = ModelConfig(pretrained=str(tiny_model("5b")))
+    spec = read_spec(model.pretrained)
+    plain, compiled = (load_denoiser(model, Placement(compile=c), CPU, torch.float32) for c in (False, True))
+    torch.testing.assert_close(velocity(compiled, spec), velocity(plain, spec), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(velocity(adapted(compiled), spec), velocity(adapted(plain), spec), rtol=1e-4, atol=1e-4)

@@ -219,7 +219,12 @@ def _quantised(kind: Any, folder: Path, quantization: Any, dtype: torch.dtype, d
     """A component as its library loads and quantises it, each weight on ``device`` if that is a GPU."""
     places = {"device_map": {"": device}} if device.type == "cuda" else {}
     return kind.from_pretrained(
-        folder, torch_dtype=dtype, quantization_config=quantization, local_files_only=True, **places
+        folder,
+        torch_dtype=dtype,
+        quantization_config=quantization,
+        local_files_only=True,
+        use_safetensors=True,
+        **places,
     )
 
 

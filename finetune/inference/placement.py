@@ -67,6 +67,8 @@ class Sampling:
     dtype: torch.dtype
     guided: bool = True
     """Two passes in one batch."""
+    encodes: bool = False
+    """Whether the VAE encodes an image or a video first, and then stays beside the transformer."""
     adapter_bytes: int = 0
     processes: int = 1
     """That share each pass."""
@@ -94,7 +96,7 @@ def peaks(sampling: Sampling, placement: Placement) -> dict[str, int]:
     adapters = sampling.adapter_bytes
     held = {
         "none": transformer.total + adapters + vae,
-        "model": transformer.total + adapters,
+        "model": transformer.total + adapters + (vae if sampling.encodes else 0),
         # One block, or layer, computes while the next arrives.
         "group": transformer.outside + 2 * transformer.block + adapters + vae,
         "sequential": 2 * transformer.layer + adapters,
@@ -121,7 +123,9 @@ def _activations(sampling: Sampling) -> int:
     spec = sampling.spec
     tokens = (2 if sampling.guided else 1) * spec.tokens(sampling.bucket)
     width = spec.num_attention_heads * spec.attention_head_dim
-    units = _ACTIVATIONS[spec.use_rotary] / sampling.processes
+    # Each process has a view of whole embedded tokens, and builds them from whole patches.
+    whole = 0 if sampling.processes == 1 else 2
+    units = _ACTIVATIONS[spec.use_rotary] / sampling.processes + whole
     return round(units * tokens * width * sampling.dtype.itemsize)
 
 
@@ -199,11 +203,11 @@ def fit(sampling: Sampling, placement: Placement, budget: int, among: Sequence[O
             return choice
     least = min((peaks(sampling, choice) for choice in choices), key=lambda phases: max(phases.values()))
     phase = max(least, key=lambda name: least[name])
+    more = "divide it among GPUs (--parallel context)" if tuple(among) == OFFLOADS else "leave --offload out"
     raise ConfigError(
         f"{to_gib(budget)} is not enough for {sampling.bucket}: {phase} takes {to_gib(least[phase] + budget - room)}",
-        where="--budget, or this card's free memory",
-        fix="make a smaller or shorter video (--bucket)"
-        + (", or name an --offload" if among == OFFLOADS else ", or leave --offload out"),
+        where="--budget, or what is free of the GPU where none is given",
+        fix=f"make a smaller or shorter video (--bucket), or {more}",
     )
 
 
@@ -231,6 +235,8 @@ def choose(request: GenerateRequest, sampling: Sampling, device: torch.device) -
     raise_all(ConfigError, faults, what="{n} options do not go together, or not with this machine")
     if device.type == "cpu":
         return placement
+    encodes = sampling.spec.image_to_video or request.extend > 0 or any(prompt.video for prompt in request.prompts)
+    sampling = replace(sampling, encodes=encodes)
     budget = request.budget or torch.cuda.mem_get_info(device)[0]
     if request.offload == "auto":
         return fit(sampling, placement, budget)
