@@ -244,9 +244,9 @@ _UNMAPPED: dict[str, str] = {
     "logging_dir": "the run's folder holds it",
     "log_level": "",
     "gen_fps": "sampled videos have the rate of the training clips",
-    "push_to_hub": "`hf upload` does it, after the export",
+    "push_to_hub": "`finetune push` does it, after the export",
     "hub_token": "the login of huggingface_hub is used; no token belongs into a file",
-    "hub_model_id": "`hf upload` does it, after the export",
+    "hub_model_id": "`finetune push` does it, after the export",
     "reshape_mode": "clips are resized to cover their bucket, and cropped at the centre",
     "skip_frames_start": "cut the videos beforehand (`finetune prepare`), or give spans (data.sources kind: spans)",
     "skip_frames_end": "cut the videos beforehand (`finetune prepare`), or give spans (data.sources kind: spans)",
@@ -262,7 +262,7 @@ _SWEPT_BY_PREFIX = {
     "flow_": "of flow-matching models; CogVideoX predicts v",
     "prodigy_": "Prodigy is no optimizer of ours",
     "layerwise_upcasting_": "memory.base",
-    "hub_": "`hf upload`, after the export",
+    "hub_": "`finetune push`, after the export",
     "compile_": "no part of training is compiled",
 }
 

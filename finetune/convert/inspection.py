@@ -177,7 +177,7 @@ def inspect(path: Path, *, norms: bool) -> Inspection:
     files, notes = find_files(path)
     size = sum(file.stat().st_size for file in files)
     if files[0].suffix in _PICKLES:
-        note = "a pickle can run code when it is read, so this one was not"
+        note = "a pickle can run code when it is read, so this one was not; `finetune convert` takes its tensors alone"
         return Inspection(path, files, size, "a pickle, PyTorch's format of old", notes=(*notes, note))
     forms, metadata = read_headers(files)
     shapes = {name: form.shape for name, form in forms.items()}

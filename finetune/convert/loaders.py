@@ -80,7 +80,7 @@ def _comfyui(lora: StoredLora) -> Loading:
     count = sum(any(layout.module_of(stem) for layout in layouts) for stem in stems)
     if count < len(lora.shapes):
         lost = f"{len(lora.shapes) - count} of {len(lora.shapes)} tensors find no place"
-        return Loading("ComfyUI", False, f"{lost}, which its log warns of")
+        return Loading("ComfyUI", False, f"{lost}, which its log warns of; `finetune merge --to comfyui` renames them")
     without = "" if lora.states_alpha else "; without .alpha tensors the update counts 1"
     return Loading("ComfyUI", True, f"every tensor finds its place{without}")
 
@@ -106,7 +106,7 @@ def _kijai(lora: StoredLora) -> Loading:
 def _init_from(lora: StoredLora) -> Loading:
     program = "method.init_from"
     if lora.layout is None or lora.layout.name not in ("diffusers", "bare"):
-        return Loading(program, False, "it takes diffusers' names")
+        return Loading(program, False, "it takes diffusers' names, into which `finetune convert` brings a LoRA")
     ranks = sorted(set(lora.ranks.values()))
     alphas = set(lora.alphas(read=False)[0].values()) or {float(ranks[0])}
     if len(ranks) > 1 or len(alphas) > 1:
@@ -124,4 +124,4 @@ def _generate(lora: StoredLora) -> Loading:
     if any(name.startswith(f"{COMPONENT}.") and ".lora_A" in name for name in lora.shapes):
         loads, outcome = _stock(lora)
         return Loading(program, loads, f"through diffusers: {outcome}")
-    return Loading(program, False, "it takes diffusers' layout")
+    return Loading(program, False, "it takes diffusers' layout, into which `finetune convert` brings a LoRA")
