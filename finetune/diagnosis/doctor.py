@@ -264,18 +264,18 @@ def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, sights: _Sigh
     if planned:
         held_out = split_clips(planned, identities(config, planned, progress=False), config.data.holdout)
     limit = spec.max_text_seq_length
-    found = [
+    faults = [
         [
             *_clip_faults(config, clip, fps, sight, loss),
             *(fault for text in clip.sample.captions for fault in caption_faults(text, tokens.get(text), limit)),
         ]
         for clip, sight, loss in zip(planned, sights.seen, sights.losses, strict=True)
     ]
-    _add_likenesses(planned, sights.seen, held_out, found)
-    _add_duplicates(planned, found)
+    _add_likenesses(planned, sights.seen, held_out, faults)
+    _add_duplicates(planned, faults)
     clips = tuple(
-        _with_loss(_clip_report(clip, sight, kept, tuple(own), tokens, fps), loss)
-        for clip, sight, kept, own, loss in zip(planned, sights.seen, held_out, found, sights.losses, strict=True)
+        _with_loss(_clip_report(clip, sight, holdout, tuple(named), tokens, fps), loss)
+        for clip, sight, holdout, named, loss in zip(planned, sights.seen, held_out, faults, sights.losses, strict=True)
     )
     buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
     notes = list(dataset.notes)

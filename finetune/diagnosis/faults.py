@@ -196,4 +196,4 @@ def groups(pairs: Sequence[tuple[int, int, float]]) -> dict[int, list[int]]:
     for one, other, bits in pairs:
         near.setdefault(one, []).append((bits, other))
         near.setdefault(other, []).append((bits, one))
-    return {index: [other for _, other in sorted(found)] for index, found in near.items()}
+    return {index: [other for _, other in sorted(others)] for index, others in near.items()}

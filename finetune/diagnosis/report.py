@@ -103,8 +103,8 @@ class DoctorReport:
     @property
     def level(self) -> Level | None:
         """The worst that was found."""
-        found = {fault.level for fault in (*self.faults, *(fault for clip in self.clips for fault in clip.faults))}
-        return next((level for level in LEVELS if level in found), None)
+        levels = {fault.level for fault in (*self.faults, *(fault for clip in self.clips for fault in clip.faults))}
+        return next((level for level in LEVELS if level in levels), None)
 
     def __str__(self) -> str:
         return "\n".join(_text(self))
@@ -151,7 +151,7 @@ def _fault_counts(report: DoctorReport) -> list[tuple[Fault, int, str]]:
         for fault in clip.faults:
             kinds.setdefault((fault.level, fault.name), []).append((fault, clip.name))
     ordered = sorted(kinds.items(), key=lambda item: (LEVELS.index(item[0][0]), -len(item[1])))
-    return [(found[0][0], len(found), found[0][1]) for _, found in ordered]
+    return [(clips[0][0], len(clips), clips[0][1]) for _, clips in ordered]
 
 
 def _bucket_rows(report: DoctorReport) -> tuple[list[str], list[list[str]]]:

@@ -84,9 +84,9 @@ def _copy(path: Path, header: VideoProbe, plan: CutPlan) -> bytes | None:
     clip rests on one outside. The copy is decoded, and its first and last frame compared with the video's.
     """
     first, last = plan.indices[0], plan.indices[-1]
-    plain = not header.corrections and header.orientation == 1
-    whole = plan.crop == (0, 0, header.height, header.width) and plan.resize_hw == (header.height, header.width)
-    if not plain or not whole or plan.indices != tuple(range(first, last + 1)):
+    is_plain = not header.corrections and header.orientation == 1
+    is_whole = plan.crop == (0, 0, header.height, header.width) and plan.resize_hw == (header.height, header.width)
+    if not is_plain or not is_whole or plan.indices != tuple(range(first, last + 1)):
         return None
     index = read_index(path)
     if not index.timed or len(index.pts) != header.frames or index.pts[first] not in index.keyframes:

@@ -125,8 +125,8 @@ def measure(path: Path, detector: DetectorName, threshold: float | None) -> Foot
         fault = error.what
     cuts = np.asarray(scenes.cuts(), np.int32)
     numbers = np.asarray([sample.number for sample in samples], np.int32)
-    seen = np.asarray([sample.bars for sample in samples], np.float64).reshape(-1, 4)
-    bars = np.ceil(seen * np.repeat(np.divide((header.height, header.width), size_hw), 2)).astype(np.int32)
+    edges = np.asarray([sample.bars for sample in samples], np.float64).reshape(-1, 4)
+    bars = np.ceil(edges * np.repeat(np.divide((header.height, header.width), size_hw), 2)).astype(np.int32)
     return Footage(
         header=header,
         cuts=cuts,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -207,54 +207,72 @@ def _measured_sources(
 ) -> tuple[list[Source], list[str]]:
     """Every source with its spans; and those that cannot be read, with why."""
     sources = _digested(request, state, paths, progress)
-    first: dict[str, Source] = {}
+    originals: dict[str, Source] = {}
     for source in sources:
-        first.setdefault(source.digest, source)
+        originals.setdefault(source.digest, source)
+    measured = _measured(request, state, originals, progress)
+    unreadable = []
+    for source in sources:
+        footage = measured.footage.get(source.digest)
+        if footage is None:
+            fault = measured.faults[source.digest].what
+            whole = Span(0.0, measured.seconds.get(source.digest, 0.0))
+            source.spans = [whole.dropped("unreadable", None, None, fault)]
+            unreadable.append(f"{source.name}: {fault}")
+        elif source is not originals[source.digest]:
+            whole = Span(0.0, seconds_of(footage.header))
+            source.spans = [whole.dropped("copy", None, None, originals[source.digest].name)]
+        else:
+            source.spans = spans_of(footage, request.shape, request.limits)
+            source.header = footage.header
+    return sources, unreadable
+
+
+@dataclass
+class _Measured:
+    """What is known of sources, by digest."""
+
+    footage: dict[str, Footage]
+    faults: dict[str, DataError] = field(default_factory=dict)
+    """Why there is no footage of the others."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """How long those are that this call has measured, as their headers say."""
+
+
+def _measured(request: PrepareRequest, state: State, sources: Mapping[str, Source], progress: bool) -> _Measured:
+    """Measure every source that no earlier call has measured."""
     arguments = request.detector, request.threshold
-    there = {digest: footage for digest in first if (footage := state.footage(digest, *arguments)) is not None}
-    missing = {source.path: source for digest, source in first.items() if digest not in there}
-    faults: dict[str, DataError] = {}
-    headers: dict[Path, VideoProbe] = {}
+    earlier = ((digest, state.footage(digest, *arguments)) for digest in sources)
+    measured = _Measured({digest: footage for digest, footage in earlier if footage is not None})
+    missing = {source.path: source for digest, source in sources.items() if digest not in measured.footage}
     with DecodePool(workers=request.workers) as pool:
         bar = Bar(pool.probe_many(missing), total=len(missing), desc="reading headers", disable=not progress)
         for path, header in bar:
             if isinstance(header, DataError):
-                faults[missing[path].digest] = header
+                measured.faults[missing[path].digest] = header
             else:
-                headers[path] = header
-    lengths = {path: seconds_of(header) for path, header in headers.items()}
+                measured.seconds[missing[path].digest] = seconds_of(header)
     # The longest first: begun last, it would leave the other workers idle.
-    ordered = sorted(headers, key=lambda path: -lengths[path])
-    jobs = ((missing[path], MeasureRequest(path, *arguments, lengths[path])) for path in ordered)
-    total = round(sum(lengths.values()))
+    ordered = sorted(measured.seconds, key=lambda digest: -measured.seconds[digest])
+    jobs = (
+        (sources[digest], MeasureRequest(sources[digest].path, *arguments, measured.seconds[digest]))
+        for digest in ordered
+    )
+    total = round(sum(measured.seconds.values()))
     with (
         PreparePool[Source](request.workers) as measuring,
         Bar(total=total, desc="measuring footage, seconds", disable=not progress) as bar,
     ):
         for source, answer in measuring.run(jobs):
             if isinstance(answer, DataError):
-                faults[source.digest] = answer
+                measured.faults[source.digest] = answer
             elif not _is_unchanged(source):
-                faults[source.digest] = DataError(_CHANGED)
+                measured.faults[source.digest] = DataError(_CHANGED)
             elif isinstance(answer, Footage):
                 state.write_footage(source.digest, *arguments, answer)
-                there[source.digest] = answer
-            bar.update(round(lengths[source.path]))
-    unreadable = []
-    for source in sources:
-        original = first[source.digest]
-        if source.digest in faults:
-            fault = faults[source.digest]
-            length_s = lengths.get(original.path, 0.0)
-            source.spans = [Span(0.0, length_s).dropped("unreadable", None, None, fault.what)]
-            unreadable.append(f"{source.name}: {fault.what}")
-        elif source is not original:
-            whole = Span(0.0, seconds_of(there[source.digest].header))
-            source.spans = [whole.dropped("copy", None, None, original.name)]
-        else:
-            source.spans = spans_of(there[source.digest], request.shape, request.limits)
-            source.header = there[source.digest].header
-    return sources, unreadable
+                measured.footage[source.digest] = answer
+            bar.update(round(measured.seconds[source.digest]))
+    return measured
 
 
 def _digested(request: PrepareRequest, state: State, paths: Sequence[Path], progress: bool) -> list[Source]:
