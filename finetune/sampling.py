@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
 @checked
 def generate(
-    prompts: str | Sequence[str | SamplePrompt],
+    prompts: str | Sequence[str | SamplePrompt] = (),
     out: str | Path = Path("videos"),
     *,
+    record: str | Path | None = None,
+    compare: Sequence[float] | str | Path | None = None,
     model: str | Path | None = None,
     revision: str | None = None,
     transformer: str | Path | None = None,
@@ -33,7 +35,7 @@ def generate(
     strength: float | None = None,
     extend: int | None = None,
     videos: int | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     bucket: str | Bucket | None = None,
     fps: float | None = None,
     negative_prompt: str | None = None,
@@ -58,12 +60,16 @@ def generate(
 ) -> GenerateReport:
     """Sample a video for each prompt from a base model with any number of adapters.
 
-    What is None is as ``GenerateRequest`` has it.
+    What is None is as ``record`` has it, else as ``GenerateRequest`` has it. A video that is there already, made by an
+    equal request, is not made again.
 
     Args:
         prompts: one text or several; a ``SamplePrompt`` has an image and a seed of its own, a ``VideoPrompt`` of
             ``finetune.inference.request`` adapters, size, last frame and source video as well.
         out: folder for the videos.
+        record: a video of this function, or the JSON beside it: it is made again, but for what else is given here.
+        compare: sample every prompt in columns: with each of these factors of its adapters' strengths (0 is the base),
+            or with each checkpoint of this run.
         model: the base model, a folder or a hub id; None for what the first adapter was trained on.
         revision: branch, tag or commit of a hub id.
         transformer: in place of the base's: a fully fine-tuned one, from an export, or a GGUF file.
@@ -74,7 +80,7 @@ def generate(
         strength: of video-to-video, more than 0 to 1: which part of the denoising steps is made.
         extend: by how many parts each video is continued.
         videos: of each prompt; each has the next seed.
-        seed: of the first text's first video; each further one has the next.
+        seed: of the first text's first video (0); each further one has the next.
         bucket: frames x height x width, such as ``49x480x720``; None: as the first adapter was trained.
         fps: of the written files; None: as the first adapter was trained.
         negative_prompt: what to steer away from.
@@ -105,15 +111,16 @@ def generate(
     from finetune.core.gpu import amount
     from finetune.inference.generate import generate
     from finetune.inference.postprocess import parse_interpolation
+    from finetune.inference.record import read_video_record, request_again
     from finetune.inference.request import GenerateRequest, parse_adapter
 
     files = {"images": images, "last_images": last_images, "videos": source_videos}
-    listed = _listed(prompts, files, range(seed, 2**62, videos or 1))
+    listed = _listed(prompts, files, range(seed or 0, 2**62, videos or 1))
     if enhance is not None:
         listed = _enhanced(listed, enhance, endpoint, model)
     given: dict[str, Any] = {
         "base": None if model is None else str(model),
-        "prompts": tuple(listed),
+        "prompts": tuple(listed) or None,
         "out": Path(out),
         "revision": revision,
         "transformer": None if transformer is None else Path(transformer),
@@ -128,6 +135,7 @@ def generate(
         "strength": strength,
         "extend": extend,
         "videos": videos,
+        "compare": Path(compare) if isinstance(compare, str | Path) else None if compare is None else tuple(compare),
         "gif": gif,
         "upscale": None if upscale is None else Path(upscale),
         "interpolate": None if interpolate is None else parse_interpolation(interpolate),
@@ -141,7 +149,13 @@ def generate(
         "parallel": parallel,
         "device": device,
     }
-    return generate(GenerateRequest(**{name: value for name, value in given.items() if value is not None}))
+    given = {name: value for name, value in given.items() if value is not None}
+    if record is None:
+        return generate(GenerateRequest(**{"prompts": (), **given}))
+    recorded = read_video_record(Path(record))
+    if seed is not None and not listed:
+        given["prompts"] = tuple(prompt.model_copy(update={"seed": seed}) for prompt in recorded.request.prompts)
+    return generate(request_again(recorded, **given))
 
 
 @checked

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import re
 import weakref
@@ -16,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from finetune import export
 from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import (
     ModelConfig,
@@ -31,7 +33,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import ConfigError, FinetuneError
 from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket
-from finetune.inference import generate, loading
+from finetune.inference import generate, loading, plan
 from finetune.inference import sample as sampling
 from finetune.inference.adapters import TRAINING_RECORD, TrainingRecord, base_faults, transformer_root
 from finetune.inference.continuation import join, match_colours
@@ -49,6 +51,7 @@ from finetune.inference.videos import write_mp4
 from finetune.methods.adapter import read_adapter
 from finetune.methods.lora import LoraMethod
 from finetune.testing.tiny import build_tiny
+from finetune.trainers import validation
 from tests.broken_disk import disk
 
 SMALL = Bucket(9, 32, 48)
@@ -298,16 +301,20 @@ def rates(monkeypatch):
     """The frame rates that ``generate`` writes files with."""
     written, theirs = [], generate.write_mp4
 
-    def write_mp4(path, frames, fps):
+    def write_mp4(path, frames, fps, metadata):
         written.append(fps)
-        return theirs(path, frames, fps)
+        return theirs(path, frames, fps, metadata)
 
     monkeypatch.setattr(generate, "write_mp4", write_mp4)
     return written
 
 
+_numbers = itertools.count()
+
+
 def frames_of(request) -> np.ndarray:
-    (frames,) = generate.generate(request).frames
+    """What a request samples, in a folder of its own: a finished video would be kept."""
+    (frames,) = generate.generate(replace(request, out=request.out / f"{next(_numbers)}")).frames
     return frames
 
 
@@ -321,6 +328,36 @@ def test_generate_writes_a_video_per_prompt_and_a_sheet(tiny_model, tmp_path, ra
     assert all(path.stat().st_size > 0 for path in report.videos)
     assert Image.open(report.sheet).size[0] > 0 and str(report.sheet) in str(report)
     assert rates == [8, 8]
+
+
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
+def test_an_export_at_strength_1_samples_what_validation_sampled(
+    train_tiny, tiny_model, tmp_path, variant, monkeypatch
+):
+    """Bit for bit on a CPU, from another process's point of view: through files, T5 and the stock loader."""
+    bucket, image = Bucket(9, 64, 64), {}
+    if "i2v" in variant:
+        Image.fromarray(picture(bucket, 3)).save(tmp_path / "first.png")
+        image = {"image": str(tmp_path / "first.png")}
+    sampled, theirs = [], validation.write_mp4
+    monkeypatch.setattr(validation, "write_mp4", lambda path, *args: (sampled.append(args[0]), theirs(path, *args)))
+    report = train_tiny(
+        variant=variant,
+        train={"steps": 3},
+        optimizer={"lr": 1e-2},
+        validation={
+            "samples": [{"prompt": "a red circle", "seed": 4, **image}],
+            "sample_every": 3,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+        },
+    )
+    adapters = (AdapterArgument(export(report.run_dir).folder),)
+    prompts = (VideoPrompt(prompt="a red circle", seed=4, image=image.get("image")),)
+    changes = {"prompts": prompts, "bucket": bucket, "num_inference_steps": 2}
+    request = request_for(tiny_model(variant), tmp_path / "out", **changes)
+    assert np.array_equal(frames_of(replace(request, adapters=adapters)), sampled[-1])
+    assert not np.array_equal(frames_of(request), sampled[-1])
 
 
 def test_adapters_act_by_their_strength(tiny_model, tmp_path):
@@ -623,7 +660,7 @@ def test_the_base_is_the_one_that_the_record_names(tiny_model, tmp_path, monkeyp
         asked.append((base, revision))
         raise ConfigError("enough")
 
-    monkeypatch.setattr(generate, "pin_revision", pinned)
+    monkeypatch.setattr(plan, "pin_revision", pinned)
     request = request_for(None, tmp_path / "out", base=None, adapters=(AdapterArgument(adapter),))
     for record in ({"base_model": "org/it", "revision": "0" * 40}, {"base_model": str(tiny_model("5b"))}):
         (adapter / TRAINING_RECORD).write_text(json.dumps(record))

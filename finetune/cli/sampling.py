@@ -23,6 +23,8 @@ _MODEL, _SHOWN, _SAMPLING, _FILES, _COMPUTE = "Model", "What is shown", "Samplin
     'finetune generate --adapter runs/run/export --prompt "a red kite at sea"',
     "finetune generate --adapter a:0.8 --adapter b:0.5 --prompts prompts.txt",
     'finetune generate --model 5b-i2v --image boat.png --prompt "it sails away"',
+    'finetune generate --adapter runs/run/export --compare 0,0.5,1 --prompt "a red kite at sea"',
+    "finetune generate --from videos/000-a-red-kite-at-sea-seed0.mp4 --output again",
 )
 def generate(
     model: Annotated[str | None, option("Folder, hub id, 5b...; left out: the adapter's own.", "MODEL", _MODEL)] = None,
@@ -43,12 +45,26 @@ def generate(
     strength: Annotated[float | None, option("Of video-to-video, to 1 (0.8).", "X", _SHOWN)] = None,
     extend: Annotated[int | None, option("Continue each video by so many parts.", "N", _SHOWN)] = None,
     videos: Annotated[int | None, option("Of each prompt (1).", "N", _SHOWN)] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Make this video (its .mp4 or .json) again, but for what else is given.",
+            rich_help_panel=_SHOWN,
+        ),
+    ] = None,
+    compare: Annotated[
+        str | None, option("In columns: factors of the strengths, such as 0,0.5,1; or a run.", "X,Y|RUN", _SHOWN)
+    ] = None,
     negative_prompt: Annotated[str | None, option("What to steer away from.", "TEXT", _SHOWN)] = None,
     enhance: Annotated[
         str | None, option("Language model that makes prompts long first (docs/tools.md).", "MODEL", _SHOWN)
     ] = None,
     endpoint: Annotated[str | None, option("The server that has it.", "URL", _SHOWN)] = None,
-    seed: Annotated[int, option("Of the first video; each further one has the next.", "N", _SAMPLING)] = 0,
+    seed: Annotated[
+        int | None, option("Of the first video (0); each further one has the next.", "N", _SAMPLING)
+    ] = None,
     bucket: Annotated[
         str | None, option("Frames x height x width; left out: as the adapter was trained.", "FxHxW", _SAMPLING)
     ] = None,
@@ -88,14 +104,18 @@ def generate(
     ] = None,
 ) -> None:
     """Sample videos from a base model with any number of adapters."""
+    from finetune.inference.compare import parse_comparison
     from finetune.inference.request import prompts_with_seeds, read_prompts
 
-    seeds = range(seed, 2**62, videos or 1)
+    seeds = range(seed or 0, 2**62, videos or 1)
     listed = () if prompts is None else read_prompts(prompts, seeds=seeds)
     typed = prompts_with_seeds(prompt, image, last_images=last_image, videos=video, seeds=seeds[len(listed) :])
     report = finetune.generate(
         [*listed, *typed],
         output,
+        record=source,
+        compare=None if compare is None else parse_comparison(compare),
+        seed=seed,
         model=model,
         revision=revision,
         transformer=transformer,

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from finetune.cogvideox.components import read_json
 from finetune.cogvideox.load import build_pipeline, require_base
 from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, is_out_of_memory
 from finetune.core.files import TRAINABLE
+from finetune.core.tensor_files import weights_digest
 from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
@@ -111,6 +114,20 @@ class AdapterSource:
     """Rank, alpha and so on as ``load_lora_into_transformer`` takes them; None: they stand in the file."""
     note: str = ""
     """Which of several things was taken."""
+    checkpoint: Path | None = None
+    """The one that was taken of a run's."""
+
+    @property
+    def found(self) -> Path:
+        """What was read: a run has another newest checkpoint later on."""
+        return self.checkpoint or self.adapter.path
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what decides what it does: its file, or its tensors and settings where they were put together."""
+        if self.settings is None:
+            return digest_file(self.adapter.file)
+        return digest_of({"tensors": weights_digest(self.tensors), "settings": dict(self.settings)})
 
     @property
     def where(self) -> str:
@@ -200,7 +217,9 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
         if best is not None and best != loaded.state.step:
             note += f"; the lowest held-out loss is step {best}'s: --adapter {checkpoint.with_name(f'step-{best:08d}')}"
     named = {f"{COMPONENT}.{name}": tensors[name] for name in tensors}
-    return AdapterSource(adapter, named, record, {f"{COMPONENT}.{name}": v for name, v in settings.items()}, note)
+    return AdapterSource(
+        adapter, named, record, {f"{COMPONENT}.{name}": v for name, v in settings.items()}, note, checkpoint
+    )
 
 
 def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import DataError
-from finetune.core.types import Bucket
+from finetune.core.types import Bucket, ClipPlan, VideoProbe
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, fit_image, load_fitted_image
 from finetune.datasets.geometry import ClipConfig, frame_indices, plan_clips
 from finetune.inference.videos import Frames
@@ -178,7 +178,34 @@ def read_clip(path: Path, bucket: Bucket, fps: float) -> Frames:
         DataError: if it cannot be read, is too short, or of another shape altogether.
     """
     with DecodePool(workers=1) as pool:
-        ((_, clip),) = pool.decode_many([_plan_clip(pool, path, bucket, fps)])
+        return _decoded(pool, _plan_clip(pool, path, bucket, fps))
+
+
+def read_frames(path: Path) -> Frames:
+    """Every frame of a video, as it is.
+
+    Returns:
+        uint8 [F, H, W, 3].
+
+    Raises:
+        DataError: if it cannot be read.
+    """
+    with DecodePool(workers=1) as pool:
+        probe = _probe(pool, path)
+        size = probe.height, probe.width
+        plan = ClipPlan(tuple(range(probe.frames)), size, (0, 0), Bucket(probe.frames, *size))
+        return _decoded(pool, DecodeJob(path, probe, plan))
+
+
+def _probe(pool: DecodePool, path: Path) -> VideoProbe:
+    ((_, probe),) = pool.probe_many([path])
+    if isinstance(probe, DataError):
+        raise probe
+    return probe
+
+
+def _decoded(pool: DecodePool, job: DecodeJob) -> Frames:
+    ((_, clip),) = pool.decode_many([job])
     if isinstance(clip, DataError):
         raise clip
     frames: Frames = np.ascontiguousarray(clip.pixels.permute(1, 2, 3, 0).numpy())
@@ -186,9 +213,7 @@ def read_clip(path: Path, bucket: Bucket, fps: float) -> Frames:
 
 
 def _plan_clip(pool: DecodePool, path: Path, bucket: Bucket, fps: float) -> DecodeJob:
-    ((_, probe),) = pool.probe_many([path])
-    if isinstance(probe, DataError):
-        raise probe
+    probe = _probe(pool, path)
     if not frame_indices(probe.frame_times_s, bucket.frames, fps, "head"):
         raise DataError(
             f"the video has {int(probe.frame_times_s[-1] * fps + 0.5) + 1} frames at {fps:g} fps, and {bucket} needs"

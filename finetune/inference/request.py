@@ -67,11 +67,13 @@ class GenerateRequest:
     """Of each prompt, with its seed and the next ones."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
+    base_digest: str | None = None
+    """Which weights the transformer has to have; None for any."""
     transformer: Path | None = None
     """A fully fine-tuned transformer in place of the base's: an export's folder, its ``transformer`` sub-folder, or a
     GGUF file."""
     adapters: tuple[AdapterArgument, ...] = ()
-    bucket: Bucket | None = None
+    bucket: BucketField | None = None
     """Frames x height x width; None: what the first adapter or ``transformer`` was trained at, else the native size."""
     fps: float | None = None
     """Of the files written; None: what the first adapter or ``transformer`` was trained at, else the native rate."""
@@ -86,6 +88,9 @@ class GenerateRequest:
     """Of video-to-video: which part of the denoising steps is made."""
     extend: int = 0
     """By how many further parts each video is continued."""
+    compare: tuple[float, ...] | Path | None = None
+    """Sample every prompt in columns: with each of these factors of its adapters' strengths, or with each checkpoint of
+    a run."""
     gif: bool = False
     """Write each video as an animated GIF as well."""
     upscale: Path | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,8 +31,14 @@ _FONT_SIZE = 14
 _LEAST_CELL = 96
 """Cells narrower than this many pixels are enlarged by a whole factor, so that a 64-pixel video can be seen."""
 
+_MOST_CELL = 320
+"""Cells wider than this are made smaller in a sheet: six of a 720p video would be wider than any screen."""
 
-def write_mp4(path: Path, frames: Frames, fps: float) -> Path:
+_MOST_WIDTH = 3840
+"""Of a grid that plays: what players decode in hardware."""
+
+
+def write_mp4(path: Path, frames: Frames, fps: float, metadata: Mapping[str, str] | None = None) -> Path:
     """Write an H.264 file that every player opens (yuv420p), whole or not at all.
 
     yuv420p halves the colour planes, so an odd height or width is made even by repeating the last row or column.
@@ -41,6 +47,7 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> Path:
         path: ends in ``.mp4``; an existing file is replaced.
         frames: uint8 [F, H, W, 3].
         fps: frames per second.
+        metadata: tags of the container that MP4 knows, such as ``title`` and ``comment``.
 
     Raises:
         ValueError: for frames of another type or shape, or another suffix.
@@ -56,6 +63,7 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> Path:
     height, width = frames.shape[1:3]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
     path.parent.mkdir(parents=True, exist_ok=True)
+    tags = [word for name, text in (metadata or {}).items() for word in ("-metadata", f"{name}={text}")]
     # ffmpeg chooses the container by the suffix, so the partial file keeps it.
     partial = path.with_name(f".{path.stem}.{os.getpid()}-{uuid.uuid4().hex[:8]}.partial.mp4")
     try:
@@ -68,7 +76,7 @@ def write_mp4(path: Path, frames: Frames, fps: float) -> Path:
             quality=None,
             macro_block_size=2,
             ffmpeg_log_level="error",
-            output_params=["-crf", "17", "-movflags", "+faststart"],
+            output_params=["-crf", "17", "-movflags", "+faststart", *tags],
         )
         writer.send(None)
         try:
@@ -152,12 +160,53 @@ def side_by_side(
     return path
 
 
+def labelled_grid(cells: Sequence[tuple[str, Frames]], *, columns: int = 4) -> Frames:
+    """Videos beside each other as one, each below its label; after every ``columns`` of them begins another line.
+
+    Args:
+        cells: (label, video), all of one size and length.
+        columns: the most in one line, which is no wider than ``_MOST_WIDTH``.
+
+    Returns:
+        uint8 [F, H, W, 3].
+
+    Raises:
+        ValueError: for videos that differ in size or length, or none.
+    """
+    if len({frames.shape for _, frames in cells}) != 1:
+        raise ValueError("the videos of a grid are of one size and length")
+    large = [(label, _enlarged(frames)) for label, frames in cells]
+    width = large[0][1].shape[2] + 2 * _GAP
+    columns = max(1, min(columns, _MOST_WIDTH // width))
+    images = []
+    for label, frames in large:
+        line = np.broadcast_to(_text_line(label, width), (len(frames), _FONT_SIZE + 2 * _GAP, width, 3))
+        padded = np.pad(frames, ((0, 0), (0, _GAP), (_GAP, _GAP), (0, 0)), constant_values=_WHITE)
+        images.append(np.concatenate([line, padded], axis=1))
+    images += [np.full_like(images[0], _WHITE)] * (-len(images) % columns if len(images) > columns else 0)
+    lines = [np.concatenate(images[first : first + columns], axis=2) for first in range(0, len(images), columns)]
+    grid: Frames = np.concatenate(lines, axis=1)
+    return grid
+
+
+def _enlarged(frames: Frames) -> Frames:
+    factor = -(-_LEAST_CELL // frames.shape[2])
+    large: Frames = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    return large
+
+
+def _reduced(frames: Frames) -> Frames:
+    from PIL import Image
+
+    size = _MOST_CELL, max(1, round(frames.shape[1] * _MOST_CELL / frames.shape[2]))
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS)) for frame in frames])
+
+
 def _strip(frames: Frames, columns: int) -> Frames:
-    """Up to ``columns`` frames in one row, each pixel enlarged by a whole factor where frames are tiny."""
+    """Up to ``columns`` frames in one row, enlarged by a whole factor where they are tiny, smaller where large."""
     _check_frames(frames)
     frames = frames[np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)]
-    factor = -(-_LEAST_CELL // frames.shape[2])
-    large = frames.repeat(factor, axis=1).repeat(factor, axis=2)
+    large = _enlarged(frames) if frames.shape[2] <= _MOST_CELL else _reduced(frames)
     gaps = ((0, 0), (0, _GAP), (0, _GAP), (0, 0))
     strip: Frames = np.concatenate(np.pad(large, gaps, constant_values=_WHITE), axis=1)
     return strip
