@@ -297,6 +297,34 @@ def test_what_cannot_be_looked_at(tmp_path, files, message):
         inspect(tmp_path / "nowhere")
 
 
+HOSTILE = {
+    "nan": header(r=4, lora_alpha=float("nan")),
+    "text": header(r=4, lora_alpha="64", alpha_pattern=[1]),
+    "huge": {"lora_adapter_metadata": '{"transformer.lora_alpha": 1' + "0" * 400 + "}"},
+    "nested": {"lora_adapter_metadata": "[" * 100_000},
+    "escapes": {"software": "\x1b[2Jgone", "\x1b[31mred": "\u202e"},
+}
+
+
+@pytest.mark.parametrize("metadata", HOSTILE.values(), ids=HOSTILE)
+def test_a_stranger_s_header_is_only_read(tmp_path, metadata):
+    """Numbers that are none count as not stated, and nothing in it acts on a terminal."""
+    file = tmp_path / "a.safetensors"
+    tensors = {
+        "transformer.\x1b[2J.lora_A.weight": torch.zeros(4, 8),
+        "transformer.\x1b[2J.lora_B.weight": torch.zeros(8, 4),
+        "transformer.transformer_blocks.0.attn1.to_q.lora_A.weight": torch.zeros(0, 8),
+        "transformer.transformer_blocks.0.attn1.to_q.lora_B.weight": torch.zeros(8, 0),
+        "transformer.transformer_blocks.0.attn1.to_k.lora_A.weight": torch.zeros(4),
+        "\x1b[2J": torch.zeros(1),
+    }
+    save_file(tensors, file, metadata)
+    report = inspect(file, norms=True)
+    assert report.alphas == () and report.kind == "LoRA"
+    assert "\x1b" not in str(report) and "\u202e" not in str(report)
+    assert "\x1b" not in report.to_json()
+
+
 def test_every_command_of_the_page_runs(tiny_model, tmp_path, monkeypatch, capsys):
     """docs/sharing.md, in a folder where its run and its file stand."""
     page = (Path(__file__).parent.parent / "docs" / "sharing.md").read_text(encoding="utf-8")

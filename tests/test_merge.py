@@ -19,7 +19,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.convert.lora_files import read_lora
 from finetune.convert.lora_layouts import LAYOUTS, Lora
 from finetune.convert.merge import combine
-from finetune.core.errors import ConfigError, FinetuneError
+from finetune.core.errors import ConfigError, ExportError, FinetuneError
 
 LAYERS = attention(64, 2)
 SOME = {name: shape for name, shape in LAYERS.items() if "to_q" in name}
@@ -144,6 +144,8 @@ def test_merges_that_make_no_sense(tmp_path, sources):
         ([], {}, "nothing to merge"),
         ([tmp_path / "taken.safetensors"], {}, "no safetensors file, or a damaged one"),
         ([f"{sources[0]}:much"], {}, "strength 'much' is not a number"),
+        ([f"{sources[0]}:nan"], {}, "a weight of nan"),
+        ([write(tmp_path / "empty.safetensors", lora_of(LAYERS, rank=0), "diffusers")], {}, "has rank 0"),
     ]
     for given, options, message in cases:
         with pytest.raises(FinetuneError, match=message):
@@ -153,3 +155,17 @@ def test_merges_that_make_no_sense(tmp_path, sources):
         with pytest.raises(ConfigError, match=message):
             merge(sources[0], tmp_path / place)
     assert merge([dora], out).files == (out,)  # alone and whole, it stays as it is
+
+
+def test_what_is_not_the_sum_is_deleted(tmp_path, sources, monkeypatch):
+    from finetune.convert import lora_files
+
+    def one_off(lora, layout):
+        tensors = from_diffusers(lora, layout)
+        return tensors | {name: tensor + 1e-6 for name, tensor in list(tensors.items())[:1]}
+
+    from_diffusers = lora_files.from_diffusers
+    monkeypatch.setattr(lora_files, "from_diffusers", one_off)
+    with pytest.raises(ExportError, match="not what was given, and was deleted"):
+        merge(list(sources), tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()

@@ -140,14 +140,15 @@ class Inspection:
             ("targets", [", ".join(f"{name} x {count}" for name, count in (self.targets or {}).items())]),
             ("weights", [f"{self.parameters:,} in {', '.join(self.dtypes)}" if self.parameters else ""]),
             ("norms", str(self.norms or "").splitlines()),
-            ("metadata", [f"{shown(key)} = {_short(value)}" for key, value in (self.metadata or {}).items()]),
+            ("metadata", [f"{key} = {_short(value)}" for key, value in (self.metadata or {}).items()]),
             ("loads in", [str(loading) for loading in self.loadings]),
             *(("note", [note]) for note in self.notes),
         ]
         lines = [f"{from_here(self.path)}: {self.kind}, {human_size(self.size)}"]
         for label, texts in rows:
             texts = [text for text in texts if text]
-            lines += [f"{'' if index else label:<9} {text}" for index, text in enumerate(texts)]
+            # Names of tensors and words of metadata come from strangers.
+            lines += [f"{'' if index else label:<9} {shown(text)}" for index, text in enumerate(texts)]
         return "\n".join(lines)
 
     def _base(self) -> str:
@@ -169,7 +170,7 @@ def _listed(numbers: Sequence[float]) -> str:
 
 
 def _short(value: str) -> str:
-    return shown(value if len(value) <= 100 else f"{value[:80]}... ({len(value):,} characters)")
+    return value if len(value) <= 100 else f"{value[:80]}... ({len(value):,} characters)"
 
 
 def inspect(path: Path, *, norms: bool) -> Inspection:
@@ -264,7 +265,7 @@ def _stated_base(file: Path, metadata: Mapping[str, str]) -> str:
         PEFT_CONFIG: settings_beside(file.parent, PEFT_CONFIG).get("base_model_name_or_path"),
         **{key: metadata.get(key) for key in ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")},
     }
-    return next((f"{source} names {shown(str(base))}" for source, base in statements.items() if base), "")
+    return next((f"{source} names {base!s:.200}" for source, base in statements.items() if base), "")
 
 
 def _origin(file: Path, metadata: Mapping[str, str], lora: StoredLora | None) -> str:

@@ -50,6 +50,8 @@ def read_lora(path: Path) -> tuple[Lora, StoredLora, list[str]]:
         )
     stored = StoredLora(file, shapes, metadata, layout)
     lora = to_diffusers(read_lora_file(file, where)[0], layout)
+    if empty := [module for module, rank in lora.ranks.items() if not rank]:
+        raise ConfigError(f"{empty[0]} has rank 0: the file is not whole", where=where, fix="fetch or export it again")
     scales = stored.scales(read=True)
     if not stored.alphas(read=True)[0]:
         notes.append(f"{path} states no alpha: it is taken as the rank, as every program does")
@@ -74,7 +76,7 @@ def write_lora(lora: Lora, layout: LayoutName, target: Path, base: str, describe
 
     Raises:
         ConfigError: if the layout has no name for a module, or its readers no use for a DoRA.
-        ExportError: if what was written is not what was given.
+        ExportError: if what was written is not what was given; it is deleted then.
         OSError: if it cannot be written.
     """
     if layout == "kohya" and any(name.endswith(MAGNITUDE) for name in lora.tensors):
@@ -94,7 +96,11 @@ def write_lora(lora: Lora, layout: LayoutName, target: Path, base: str, describe
     add_metadata(file, describe)
     if layout == "peft":
         _write_peft_settings(target, settings, base)
-    _require_same(lora, read_lora(file)[0], str(file))
+    try:
+        _require_same(lora, read_lora(file)[0], str(file))
+    except ExportError:
+        file.unlink()
+        raise
     return (file, target / PEFT_CONFIG) if layout == "peft" else (file,)
 
 
@@ -136,4 +142,6 @@ def _require_same(ours: Lora, theirs: Lora, where: str) -> None:
         module for module in ours.ranks if not math.isclose(ours.alphas[module], theirs.alphas[module], rel_tol=1e-6)
     ]
     if unequal:
-        raise ExportError(f"what was written is not what was given: {some(sorted(unequal))}", where=where)
+        raise ExportError(
+            f"what was written is not what was given, and was deleted: {some(sorted(unequal))}", where=where
+        )

@@ -47,6 +47,9 @@ class MergeReport:
 
 def merge(sources: Sequence[AdapterArgument], output: Path, layout: LayoutName, rank: int | None) -> MergeReport:
     """Write the sum of LoRAs as one; arguments and errors stand at ``finetune.merge``."""
+    for source in sources:
+        if not math.isfinite(source.strength):
+            raise ConfigError(f"a weight of {source.strength} is no number", where=str(source.path))
     _require_new(output, layout)
     loras, headers, notes = zip(*(read_lora(source.path.expanduser()) for source in sources), strict=True)
     combined = combine([(lora, source.strength) for lora, source in zip(loras, sources, strict=True)], rank)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from safetensors import SafetensorError, safe_open
 
@@ -29,6 +29,8 @@ _FINETRAINERS_KEY = "lora_config"
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
 _BLOCK = re.compile(r"^((?:transformer_)?blocks\.)(\d+)(?=\.)")
+
+_LARGEST_ALPHA = 1e9
 
 Shapes = Mapping[str, tuple[int, ...]]
 """By name: of a layer [out, in], of the first generation's convolution [out, in, height, width]."""
@@ -197,9 +199,8 @@ class StoredLora:
         settings, where = self.settings
         patterns = settings.get("alpha_pattern")
         patterns = patterns if isinstance(patterns, dict) else {}
-        if isinstance(alpha := settings.get("lora_alpha"), int | float):
-            stated = {module: _matching(module, patterns, alpha) for module in self.ranks}
-            return {module: float(value) for module, value in stated.items()}, where
+        if _is_alpha(alpha := settings.get("lora_alpha")):
+            return {module: float(_matching(module, patterns, alpha)) for module in self.ranks}, where
         if named := {module: parts["alpha"] for module, parts in self.parts.items() if "alpha" in parts}:
             if not read:
                 return {}, f"in {len(named)} .alpha tensors, which --norms reads"
@@ -219,13 +220,17 @@ class StoredLora:
             module: alphas.get(module, math.sqrt(rank) if rooted else rank) / (math.sqrt(rank) if rooted else rank)
             for module, rank in ranks.items()
             if rank
-        }
+        } | {module: 0.0 for module, rank in ranks.items() if not rank}
 
 
 def _matching(module: str, patterns: Mapping[str, Any], default: float) -> float:
     """As peft chooses among its patterns: one that a module's name ends with."""
     value = next((value for name, value in patterns.items() if module == name or module.endswith(f".{name}")), default)
-    return value if isinstance(value, int | float) else default
+    return value if _is_alpha(value) else default
+
+
+def _is_alpha(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and abs(value) < _LARGEST_ALPHA
 
 
 # ------------------------------------------------------------------------------------------------ the base, by shapes
