@@ -170,7 +170,7 @@ from finetune.datasets import cache_admin
 finetune.load_config = lambda *_: None
 def verb(*_, **__):
     WORK
-    return types.SimpleNamespace(stopped_by="", export_command="")
+    return types.SimpleNamespace(stopped_by="", export_command="", run_dir=pathlib.Path("run"))
 finetune.train = cache_admin.stats = verb
 CHANGE
 sys.exit(cli.main(sys.argv[1:]))

@@ -156,7 +156,9 @@ def train(config: Config, overrides: Overrides = []) -> int:
     if is_main():
         print(report)
         if not report.stopped_by:
-            with suppress(FinetuneError):  # a run whose folder is gone, or whose page cannot be written, is trained
+            with suppress(
+                FinetuneError, OSError
+            ):  # a run whose folder is gone, or whose page cannot be written, is trained
                 print(f"report: {finetune.report(report.run_dir)}")
             print(f"next: {report.export_command}")
     return PREEMPTED if report.stopped_by else OK

@@ -15,7 +15,6 @@ from finetune.cli.app import (
     print_next,
     verb,
 )
-from finetune.core.types import DtypeName
 
 _PANEL = "What was trained"
 
@@ -45,7 +44,9 @@ def export(
     ] = False,
     model: Model = None,
     weights: Annotated[Literal["auto", "ema", "raw"], option("auto takes the average where one was kept.")] = "auto",
-    dtype: Annotated[DtypeName | None, option("Of a whole transformer; left out: what the run trained in.")] = None,
+    dtype: Annotated[
+        Literal["bf16", "fp16", "fp32"] | None, option("Of a whole transformer; left out: what the run trained in.")
+    ] = None,
     max_shard_size: Annotated[str | None, option("Of a whole transformer's files, such as 2GB.", "SIZE")] = None,
 ) -> None:
     """Write what was trained for other programs: reloaded through the stock pipeline, compared, kept if equal."""
