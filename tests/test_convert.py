@@ -728,12 +728,17 @@ def test_what_is_no_source_or_has_no_place_is_said_at_once(tiny_model, training_
     (tmp_path / "full" / "file").touch()
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("text")
+    (tmp_path / "run" / "checkpoints" / "step-00000002").mkdir(parents=True)
+    save_file({"a.lora_A.weight": torch.ones(4, 4)}, tmp_path / "cut.safetensors")
+    truncated(tmp_path / "cut.safetensors")
     (source / "1000" / "mp_rank_01_model_states.pt").touch()
     for arguments, kind, message in (
         ((base, "out"), ConfigError, "in diffusers' format already"),
         ((tmp_path / "nowhere", "out"), ConfigError, "no such file or folder"),
         ((tmp_path / "empty", "out"), ConfigError, "holds no checkpoint that is known"),
         ((tmp_path / "notes.txt", "out"), ConfigError, "no file of weights"),
+        ((tmp_path / "run", "out"), ConfigError, "a run of this package's"),
+        ((tmp_path / "cut.safetensors", "out"), ModelError, "the file cannot be read"),
         ((source, "out"), ModelError, "split over 2 files by model parallelism"),
         ((base / "transformer", "full", "sat"), ExportError, "is not empty"),
     ):

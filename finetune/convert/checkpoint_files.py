@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from finetune.checkpoint.folders import step_folders
 from finetune.cogvideox.components import read_json, require_plain_index
 from finetune.cogvideox.model_files import MODEL_INDEX
 from finetune.convert.sat import Tensors, from_sat, is_sat
@@ -50,16 +49,6 @@ class Checkpoint:
     """Names of tensors that have no use."""
 
 
-@dataclass(frozen=True)
-class LoraFile:
-    """A LoRA by whatever names."""
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    metadata: Mapping[str, str]
-    """Of a safetensors file's header."""
-
-
 def stored_tensors(path: Path) -> dict[str, Deferred]:
     """The tensors of a safetensors file; each is read when it is made.
 
@@ -89,15 +78,6 @@ def stored_tensors(path: Path) -> dict[str, Deferred]:
             f"the file cannot be read: {first_line(error):.200}", where=str(path), fix="fetch or copy it again"
         ) from None
     return tensors
-
-
-def header_of(path: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header. Raises as ``stored_tensors``."""
-    from safetensors import safe_open
-
-    stored_tensors(path)
-    with safe_open(path, framework="pt", device="cpu") as source:
-        return dict(source.metadata() or {})
 
 
 def named_tensors(path: Path) -> Tensors:
@@ -154,10 +134,8 @@ def files_of(source: Path) -> tuple[str, list[Path]]:
         return "diffusers folder", [source]
     if (source / "config.json").is_file() and _first(source, _MODEL_FILES[:2]):
         return "diffusers folder", [source]
-    if source.name.startswith("step-") and (source / "state.json").is_file():
-        raise ConfigError(
-            "this is a checkpoint of this package", where=str(source), fix=f"run `finetune export {source}`"
-        )
+    if step_folders(source) or (source / "state.json").is_file():
+        raise ConfigError("this is a run of this package's", where=str(source), fix=f"run `finetune export {source}`")
     for kind, find in (("DCP", _dcp), ("ZeRO", _zero), ("SAT", _sat)):
         if paths := find(source):
             return kind, paths
@@ -254,12 +232,3 @@ def dtype_of(tensors: Tensors) -> torch.dtype:
     for tensor in tensors.values():
         numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel()
     return max(numbers, key=lambda dtype: numbers[dtype])
-
-
-def json_beside(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object in a file's folder; empty where there is none, or none that can be read."""
-    try:
-        value = json.loads(path.with_name(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
