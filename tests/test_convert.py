@@ -369,6 +369,15 @@ def test_to_sat_and_back_is_the_same_pipeline(variant, tiny_model, tmp_path):
         assert torch.equal(*outputs)
 
 
+def test_a_transformer_alone_goes_to_sat_under_any_name(tiny_model, tmp_path):
+    shutil.copytree(tiny_model("2b") / "transformer", tmp_path / "mine")
+    report = convert(tmp_path / "mine", tmp_path / "sat", to="sat", model=tiny_model("2b"))
+    assert [line.split(":")[0] for line in report.comparisons] == ["transformer"]
+    stored = named_tensors(tmp_path / "sat" / "transformer" / "1" / "mp_rank_00_model_states.pt")
+    ours = sat_of(tiny_model("2b"))
+    assert stored.keys() == ours.keys() and all(torch.equal(content_of(stored[name]), ours[name]) for name in ours)
+
+
 @pytest.mark.parametrize("variant", KNOWN_MODELS)
 def test_which_published_model_it_is_follows_from_full_size_shapes_alone(variant):
     components = {}

@@ -100,7 +100,10 @@ def convert(
     ] = "diffusers",
     model: Annotated[
         str | None,
-        option("Has the source's shapes, if they are no published model's; lends the parts that it lacks.", "MODEL"),
+        option(
+            "A model of the same shapes, if no published one has them; its files stand in for what the source lacks.",
+            "MODEL",
+        ),
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, option("Of the weights; left out: as they are.")] = None,
     alpha: Annotated[float | None, option("Of a LoRA whose file does not state it.", "NUMBER")] = None,

@@ -22,8 +22,11 @@ from finetune.methods.adapter import some
 
 _LORA_FILES = (LORA_FILE, "adapter_model.safetensors", "adapter_model.bin")
 
+DIFFUSERS_FILES = ("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors")
+"""How diffusers names the weights of a component."""
+
 _MODEL_FILES = (
-    *("diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model.safetensors"),
+    *DIFFUSERS_FILES,
     *("model.safetensors.index.json", "model.safetensors", "pytorch_model_fsdp.bin"),
     *("pytorch_model.bin", "diffusion_pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
@@ -132,7 +135,7 @@ def files_of(source: Path) -> tuple[str, list[Path]]:
         raise ConfigError("there is no such file or folder", where=str(source))
     if (source / MODEL_INDEX).is_file() or (source / "transformer" / "config.json").is_file():
         return "diffusers folder", [source]
-    if (source / "config.json").is_file() and _first(source, _MODEL_FILES[:2]):
+    if (source / "config.json").is_file() and _first(source, DIFFUSERS_FILES):
         return "diffusers folder", [source]
     if step_folders(source) or (source / "state.json").is_file():
         raise ConfigError("this is a run of this package's", where=str(source), fix=f"run `finetune export {source}`")

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, KNOWN_MODELS, MODEL_INDEX
 from finetune.cogvideox.spec import read_spec
 from finetune.convert.checkpoint_files import (
+    DIFFUSERS_FILES,
     Checkpoint,
     by_component,
     files_of,
@@ -33,7 +34,6 @@ from finetune.convert.lora_conversion import (
 )
 from finetune.convert.lora_layouts import is_lora
 from finetune.convert.pipelines import (
-    COMPONENTS,
     Model,
     add_sat_text,
     cast,
@@ -143,17 +143,17 @@ def _checkpoint(kind: str, paths: list[Path], source: Path) -> Checkpoint:
 
 
 def _diffusers_checkpoint(folder: Path) -> Checkpoint:
-    """The weights of a diffusers folder: a pipeline, or a transformer alone."""
-    root = folder if (folder / "transformer").is_dir() else folder.parent
+    """The weights of a diffusers folder: a pipeline's transformer and VAE, or a transformer alone."""
+    is_pipeline = (folder / "transformer").is_dir()
+    parts = {"transformer": folder / "transformer", "vae": folder / "vae"} if is_pipeline else {"transformer": folder}
     components: dict[str, Tensors] = {}
-    for component in COMPONENTS[:2]:  # SAT has T5 as transformers has it
-        indexed = root / component / "diffusion_pytorch_model.safetensors.index.json"
-        file = indexed if indexed.is_file() else root / component / "diffusion_pytorch_model.safetensors"
-        if file.is_file():
-            components[component] = named_tensors(file)
+    for component, part in parts.items():
+        files = [part / name for name in DIFFUSERS_FILES if (part / name).is_file()]
+        if files:
+            components[component] = named_tensors(files[0])
     if not components:
-        raise ConfigError("the folder holds no weights", where=str(folder), fix=COMPLETE_CHECKPOINT)
-    return Checkpoint("diffusers folder", root, components)
+        raise ConfigError("the folder holds no weights in safetensors", where=str(folder), fix=COMPLETE_CHECKPOINT)
+    return Checkpoint("diffusers folder", folder, components)
 
 
 def _for_sat(checkpoint: Checkpoint, source: Path) -> Checkpoint:

@@ -34,7 +34,7 @@ def model_of(components: Mapping[str, Shapes], model: str | None, where: str) ->
     Raises:
         ModelError: if no published model has the shapes, or ``model`` has others.
     """
-    facts = {name: told_of[name](shapes, where) for name, shapes in components.items() if name in told_of}
+    facts = {name: FACTS[name](shapes, where) for name, shapes in components.items() if name in FACTS}
     if model is not None:
         folder = json_folder(model)
         if differing := list(_differences(facts, folder)):
@@ -140,7 +140,8 @@ def text_encoder_facts(shapes: Shapes, where: str) -> dict[str, Any]:
     }
 
 
-told_of = {"transformer": transformer_facts, "vae": vae_facts, "text_encoder": text_encoder_facts}
+FACTS = {"transformer": transformer_facts, "vae": vae_facts, "text_encoder": text_encoder_facts}
+"""By component: what shapes tell of its JSON."""
 
 
 def _depth(shapes: Shapes, pattern: str) -> int:
