@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -296,6 +297,15 @@ def test_a_source_that_changes_while_it_is_read_is_left_out(short_film, tmp_path
     assert len(list((tmp_path / "out" / ".prepare" / "measured").iterdir())) == 1
     monkeypatch.setattr(pool, "measure", real)
     assert finetune.prepare(short_film, tmp_path / "out", **CLIP).clips == 3
+
+
+def test_what_never_ends_is_unreadable_and_not_waited_for(short_film, tmp_path):
+    os.mkfifo(short_film / "pipe.mp4")
+    (short_film / "endless.mp4").symlink_to("/dev/zero")
+    finetune.prepare(short_film, tmp_path / "out", **CLIP)
+    details = {row["source"]: row["detail"] for row in rows(tmp_path / "out") if row["reason"] == "unreadable"}
+    assert set(details) == {"pipe.mp4", "endless.mp4"}
+    assert all("not a regular file" in text for text in details.values())
 
 
 def test_a_source_that_changed_is_read_again_and_one_that_moved_is_not(short_film, tmp_path, monkeypatch):

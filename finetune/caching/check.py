@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import compress
 from pathlib import Path
@@ -235,7 +236,10 @@ def _streamed(rows: Iterable[tuple[Sample, bool]], streamed: Collection[Path]) -
 
 def _probe(config: RunConfig, videos: Iterable[Path], progress: bool) -> dict[Path, VideoProbe | DataError]:
     paths = sorted(videos)
-    with DecodePool(workers_for(config, len(paths))) as pool, probe_memory(config.cache.dir) as memory:
+    with DecodePool(workers_for(config, len(paths))) as pool, ExitStack() as stack:
+        # A check leaves nothing behind: what it read is remembered where there is a cache, and makes none.
+        there = config.cache.dir.is_dir()
+        memory = stack.enter_context(probe_memory(config.cache.dir)) if there else None
         probes = pool.probe_many(paths, memory)
         return dict(Bar(probes, total=len(paths), desc="reading headers of videos", disable=not progress))
 

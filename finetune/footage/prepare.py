@@ -282,6 +282,8 @@ def _digested(request: PrepareRequest, state: State, paths: Sequence[Path], prog
         name = path.relative_to(request.raw).as_posix()
         try:
             status = path.stat()
+            if not path.is_file():  # a pipe waits for ever, and a device has no end
+                return name, (0, 0, f"unreadable {name}")
             size, mtime_ns, digest = known.get(name, (0, 0, ""))
             if (size, mtime_ns) != (status.st_size, status.st_mtime_ns):
                 digest = digest_file(path)
