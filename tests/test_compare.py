@@ -66,7 +66,9 @@ def test_the_record_stands_in_the_mp4_and_beside_it(tiny_model, tmp_path):
     assert [(p.prompt, p.seed) for p in request.prompts] == [(PROMPT, 5)] and request.adapters == adapters
     assert (request.base, request.bucket, request.fps, request.dtype) == (str(base), SMALL, 8.0, "fp32")
     assert (request.num_inference_steps, request.guidance_scale) == (1, 2.5)
-    assert set(record.digests) == {str(tmp_path / "one")} and len(record.base) == 32 and record.device == "cpu"
+    assert (
+        set(record.digests) == {str(tmp_path / "one"), str(base)} and len(record.base) == 32 and record.device == "cpu"
+    )
     assert record.versions["torch"] == torch.__version__ and {"diffusers", "peft"} <= set(record.versions)
 
 

@@ -58,7 +58,8 @@ def test_every_function_says_what_it_takes_and_raises(function):
 def test_what_is_no_configuration_path_or_prompt_is_no_type_error(function, given):
     if function in (finetune.generate, finetune.enhance, finetune.report) and given == ["run.yaml"]:
         given = [7]
-    needed = [each for each in inspect.signature(function).parameters.values() if each.default is each.empty]
+    parameters = [*inspect.signature(function).parameters.values()]
+    needed = [each for each in parameters if each.default is each.empty] or parameters[:1]
     positional = [given for each in needed if each.kind is each.POSITIONAL_OR_KEYWORD]
     named = {each.name: given for each in needed if each.kind is each.KEYWORD_ONLY}
     with pytest.raises(ConfigError, match=rf"is no (configuration|path)|{function.__name__}\(\)"):

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.cogvideox.components import read_json
-from finetune.core.checksums import digest_file
+from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, DataError, FinetuneError, raise_all
 from finetune.datasets.decode import opened
 from finetune.inference.adapters import AdapterSource, read_sources
@@ -42,7 +42,7 @@ class VideoRecord(BaseModel):
     request: GenerateRequest
     """Of this one video."""
     digests: dict[str, str]
-    """Of adapters, images and videos, by their path in the request."""
+    """Of adapters, images and videos by their content, of folders of models by sizes and times; by path."""
     base: str = ""
     """``base_digest`` of the transformer; empty where it is not known yet, or its file is among ``digests``."""
     device: str
@@ -69,7 +69,9 @@ def record_of(request: GenerateRequest, sources: Mapping[Path, AdapterSource], d
     # A run's newest checkpoint is another one tomorrow.
     adapters = tuple(replace(adapter, path=sources[adapter.path].found) for adapter in request.adapters)
     digests = {str(sources[adapter.path].found): sources[adapter.path].digest for adapter in request.adapters}
-    digests |= {str(path): digest_file(path) for path in _files(request)}
+    digests |= {str(path): digest_file(path) for path in _files(request) if path.is_file()}
+    folders = [Path(folder) for folder in (request.base, request.transformer) if folder is not None]
+    digests |= {str(folder): _stamp(folder) for folder in folders if folder.is_dir()}
     request = replace(request, adapters=adapters)
     return VideoRecord(request=request, digests=digests, device=device, versions=_versions())
 
@@ -81,6 +83,13 @@ def _files(request: GenerateRequest) -> Iterable[Path]:
         *(path for prompt in request.prompts for path in (prompt.image, prompt.last_image, prompt.video)),
     ]
     return dict.fromkeys(path for path in named if path is not None)
+
+
+def _stamp(folder: Path) -> str:
+    """Sizes and times of a model's weights: whoever exports to the same folder again means other videos."""
+    paths = sorted(folder.rglob("*.safetensors"))
+    status = {path.relative_to(folder).as_posix(): path.stat() for path in paths}
+    return digest_of({name: [one.st_size, one.st_mtime_ns] for name, one in status.items()})
 
 
 def _versions() -> dict[str, str]:
