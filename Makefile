@@ -1,3 +1,4 @@
+# make install      what training needs, into .venv
 # make quickstart   the first hour: environment, demo clips, train a LoRA, verify, sample
 # make test         the fast test suite (no network, no GPU)
 # make test-old-cpu what compares numbers, as a processor without AVX computes them
@@ -16,9 +17,12 @@ WORKERS ?= 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory size lint format docs clean
+.PHONY: install develop quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory size lint format docs clean
 
 install: $(VENV)/.installed
+
+# What works on the package itself needs more than its users do: pytest, ruff, mypy, build.
+develop: $(VENV)/.developing
 
 # pip is kept to errors: its warnings about editable installs are no news to anyone.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -26,49 +30,54 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=python3.12, say")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.developing: $(VENV)/.installed
+	@echo "adding development tools"
 	$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@touch $@
 
 quickstart: install
 	$(BIN)/finetune quickstart
 
-test: install
+test: develop
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
 
 # The arithmetic again as a processor without AVX does it: other kernels, other last digits.
 OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 ARITHMETIC := golden train parallel distributed export faults
 
-test-old-cpu: install
+test-old-cpu: develop
 	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1 $(ARITHMETIC:%=tests/test_%.py)
 
 # SOAK_KILLS=10 SOAK_FUZZ_SECONDS=30 make soak: the same in a few minutes.
-soak: install
+soak: develop
 	$(TEST_ENV) PYTHONPATH=tests $(BIN)/python -m soak
 
 # ONLY=5b make test-gpu: a piece that fits ten minutes; benchmarks/README.md has them.
-test-gpu: install
+test-gpu: develop
 	$(BIN)/python -m pytest -m gpu -s $(if $(ONLY),--only '$(ONLY)')
 
-bench-gpu: install
+bench-gpu: develop
 	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only '$(ONLY)')
 
-bench-memory: install
+bench-memory: develop
 	$(BIN)/python benchmarks/memory.py; code=$$?; $(BIN)/python scripts/make_memory.py && $(BIN)/python scripts/make_configs.py && exit $$code
 
-lint: install
+lint: develop
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-size: install
+size: develop
 	$(TEST_ENV) $(BIN)/python scripts/sizes.py
 
-format: install
+format: develop
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: install
+docs: develop
 	$(BIN)/python scripts/make_config_docs.py
 	$(BIN)/python scripts/make_configs.py
 	$(BIN)/python scripts/make_memory.py
