@@ -104,6 +104,7 @@ def test_the_configuration_reference_names_every_field():
 # ------------------------------------------------------------------------------------------------- documented commands
 
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+DOCS += sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 FENCE = re.compile(r"^ *```(\S*)[ ]*([^\n]*)\n(.*?)^ *```", re.M | re.S)
 WORDS = re.compile(r"`finetune ([a-z]+)((?: [^`\n]*)?)`")
 CHECKED = ("finetune", "accelerate", "make", "python", "python3", "torchrun")

@@ -9,7 +9,6 @@ import ast
 import importlib.util
 import re
 import sys
-import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import get_args
@@ -329,8 +328,3 @@ def test_the_check_of_seeded_faults_can_fail(mutants, change, said):
     assert fault.startswith("x: ") and said in fault
     twice = mutants.table_faults([mutants.Mutant(**row)] * 2, texts, tests)
     assert twice == ["x: another row is called so"]
-
-
-def test_one_version():
-    stated = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert finetune.__version__ == stated
