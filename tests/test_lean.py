@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.memory import lean_block
+from finetune.memory import lean_block, qk_norm
 from finetune.memory.checkpointing import SavedAttention, is_attention
 from finetune.memory.lean_block import (
     GradientSums,
@@ -21,9 +21,9 @@ from finetune.memory.lean_block import (
     chunks,
     decoded_once,
     masks,
-    undoable,
     unread,
 )
+from finetune.memory.qk_norm import undoable
 from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.runner import BlockInputs, BlockRunner, StockBlock
 from finetune.methods import layer_norm
@@ -279,8 +279,8 @@ def _streams(run_: type, monkeypatch) -> None:
 
 
 def _sign_back(run_: type, monkeypatch) -> None:
-    stock = lean_block.rotate_back
-    monkeypatch.setattr(lean_block, "rotate_back", lambda h, r: stock(h, r and (r[0], -r[1])))
+    stock = qk_norm.rotate_back
+    monkeypatch.setattr(qk_norm, "rotate_back", lambda h, r: stock(h, r and (r[0], -r[1])))
 
 
 def _chunk_lost(run_: type, monkeypatch) -> None:

@@ -239,11 +239,16 @@ def _holds_verbs(module: str) -> bool:
 
 
 def long_signatures(modules: Mapping[str, str]) -> set[str]:
-    """Functions outside ``VERBS`` with more than ``MOST_PARAMETERS``, by module and name; ``self`` is not counted."""
+    """Functions outside ``VERBS`` with more than ``MOST_PARAMETERS``, by module and name; ``self`` is not counted.
+
+    Triton kernels are left out: they take pointers, sizes and strides one by one.
+    """
     found = set()
     for module, text in modules.items():
         for node in ast.walk(ast.parse(text)) if not _holds_verbs(module) else ():
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                if any(ast.unparse(decorator) == "triton.jit" for decorator in node.decorator_list):
+                    continue
                 parts = node.args
                 every = [*parts.posonlyargs, *parts.args, *parts.kwonlyargs, parts.vararg, parts.kwarg]
                 names = [each.arg for each in every if each and each.arg not in ("self", "cls", "ctx")]

@@ -22,11 +22,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.memory.checkpointing import SavedAttention
+from finetune.memory.qk_norm import Normed, Rotary, gradient_in_place, norm_and_rotate_into, rotate, undoable
 from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.runner import BlockInputs, gradients_of
 
@@ -90,12 +90,12 @@ class LeanBlock:
         if of_attended is not None:
             of_q, of_k, of_v = torch.autograd.grad(attended, leaves, of_attended)
             del attended, of_attended, leaves
+            if undo:
+                part.undo_norms((Normed(q, rstd[0]), Normed(k, rstd[1])), (of_q, of_k))
+            del q, k
             with decoded_once(*part.before):
                 for chunk in part.chunks:
-                    here = chunk.joint
-                    results = [Normed(q[:, here], rstd[0][:, here]), Normed(k[:, here], rstd[1][:, here])]
-                    of_results = [of_q[:, here], of_k[:, here], of_v[:, here]]
-                    part.backward_before(chunk, results if undo else None, of_results)
+                    part.backward_before(chunk, [of[:, chunk.joint] for of in (of_q, of_k, of_v)], undone=undo)
         of_temb = part.backward_adaln()
         of_hidden, of_encoder = part.of_streams
         return [
@@ -139,6 +139,7 @@ class _Pass:
     def __init__(self, block: Any, inputs: BlockInputs, most: int, *, temb: Tensor) -> None:
         self.block: Any = block
         self.before = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
+        self.norms = (block.attn1.norm_q, block.attn1.norm_k)
         self.behind = (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
         self.inputs = inputs
         self.chunks = chunks(inputs.encoder.shape[1], inputs.hidden.shape[1], most)
@@ -185,17 +186,17 @@ class _Pass:
         attn, hidden = self.block.attn1, self.inputs.hidden
         shape = (len(hidden), self.chunks[-1].joint.stop, attn.heads, attn.inner_dim // attn.heads)
         q, k, v = (hidden.new_empty(shape) for _ in range(3))
-        rstd: list[Tensor] = []
+        rstd = [hidden.new_empty(*shape[:-1], 1, dtype=torch.float32) for _ in range(2)]
         with decoded_once(*self.before):
             for chunk in self.chunks:
                 with self.masks(_BEFORE_ATTENTION, chunk):
                     queries, keys, values = self.before_attention(chunk, self.tokens(chunk))
                 rotary = self.rotary(chunk)
-                for index, (features, norm, into) in enumerate(((queries, attn.norm_q, q), (keys, attn.norm_k, k))):
-                    into[:, chunk.joint], own = norm_and_rotate(features, norm, rotary)
-                    if chunk.index == 0:
-                        rstd.append(own.new_empty(*shape[:-1], 1))
-                    rstd[index][:, chunk.joint] = own
+                results = [
+                    Normed(into[:, chunk.joint], own[:, chunk.joint]) for into, own in zip((q, k), rstd, strict=True)
+                ]
+                for features, norm, result in zip((queries, keys), self.norms, results, strict=True):
+                    norm_and_rotate_into(features, norm, rotary, result)
                 v[:, chunk.joint] = values
         return _Projected(q, k, v, (rstd[0], rstd[1]))
 
@@ -257,26 +258,32 @@ class _BackwardPass(_Pass):
         self.row_sums.add(others[:2])
         self.sums.add(others[2:])
 
-    def backward_before(self, chunk: Chunk, results: list[Normed] | None, of_results: list[Tensor]) -> None:
+    def undo_norms(self, results: tuple[Normed, Normed], grads: tuple[Tensor, Tensor]) -> None:
+        """Turn the gradients of queries and keys as attention took them into those of what the linear layers gave.
+
+        Args:
+            results: queries and keys as attention took them.
+            grads: of these, written to.
+        """
+        for result, grad, norm in zip(results, grads, self.norms, strict=True):
+            gradient_in_place(grad, result, norm, self.inputs.rotary)
+
+    def backward_before(self, chunk: Chunk, of_results: list[Tensor], *, undone: bool) -> None:
         """What lies in front of attention: add its share to the residual stream's gradient.
 
         Args:
             chunk: which tokens.
-            results: queries and keys as attention took them, if their norm is undone; None to run it again.
             of_results: gradients of queries, keys and values.
+            undone: queries and keys are meant as the linear layers gave them; otherwise the norm is run again.
         """
         rotary, tokens = self.rotary(chunk), self._leaf(chunk)
-        norms = (self.block.attn1.norm_q, self.block.attn1.norm_k)
-        skipped = self.before[2:] if results is None else self.before
+        skipped = self.before if undone else self.before[2:]
         with torch.enable_grad(), self.masks(_BEFORE_ATTENTION, chunk), unread(*skipped):
             outputs = self.before_attention(chunk, tokens)
-            if results is None:
-                outputs[:2] = [rotate(norm(output), rotary) for norm, output in zip(norms, outputs[:2], strict=True)]
-        if results is not None:
-            of_results[:2] = [
-                gradient(result, grad, norm, rotary)
-                for result, grad, norm in zip(results, of_results[:2], norms, strict=True)
-            ]
+            if not undone:
+                outputs[:2] = [
+                    rotate(norm(output), rotary) for norm, output in zip(self.norms, outputs[:2], strict=True)
+                ]
         of_tokens, *others = gradients_of(outputs, of_results, [tokens, *self.rows, *self.sums.tensors])
         if of_tokens is not None:
             self.of_streams[chunk.text][:, chunk.within] += of_tokens
@@ -396,104 +403,6 @@ def writable(grad: Tensor) -> Tensor:
     """``grad`` itself, unless its elements share memory as an expanded tensor's do."""
     shared = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return grad.clone(memory_format=torch.contiguous_format) if shared else grad
-
-
-# -------------------------------------------------------------- the norm of queries and keys with the rotary embedding
-#
-# Both steps can be undone: a rotation by its transpose, ``normed * weight + bias`` by a division. So attention's
-# rotated queries and keys, which its own backward pass keeps anyway, and one number per head say all that the gradient
-# of the norm needs, and the unnormed ones are not computed again.
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines, float32 [n, head dim], neighbouring pairs equal; a rotation of each pair."""
-
-STEEPEST = 8.0
-"""Most that rounding errors may grow when the norm is undone; see ``undoable``."""
-
-
-class Normed(NamedTuple):
-    """Normed and rotated queries or keys."""
-
-    heads: Tensor
-    """[B, n, H, head dim]."""
-    rstd: Tensor
-    """Reciprocal standard deviation of each head, [B, n, H, 1]."""
-
-
-def rotate(heads: Tensor, rotary: Rotary | None) -> Tensor:
-    """The rotary embedding, to the digit as diffusers' CogVideoX processor applies it.
-
-    Args:
-        heads: [B, n, H, head dim].
-        rotary: of these n tokens; None leaves ``heads`` alone.
-    """
-    if rotary is None:
-        return heads
-    cos, sin = (table[:, None, :].to(heads.device) for table in rotary)
-    # One expression: under a name, the turned heads would stand beside their own fp32 copy, a chunk more at the peak.
-    return (heads.float() * cos + _turned(heads).float() * sin).to(heads.dtype)
-
-
-def _turned(heads: Tensor) -> Tensor:
-    """Each pair (a, b) of the last axis as (-b, a)."""
-    first, second = heads.reshape(*heads.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack([-second, first], dim=-1).flatten(-2)
-
-
-def rotate_back(heads: Tensor, rotary: Rotary | None) -> Tensor:
-    """The inverse of ``rotate``, which is also its transpose and so its backward pass; float32, not differentiable."""
-    wide = heads.float()
-    if rotary is None:
-        return wide
-    cos, sin = (table[:, None, :].to(heads.device) for table in rotary)
-    first, second = wide[..., 0::2], wide[..., 1::2]
-    back = wide * cos
-    back[..., 0::2].addcmul_(second, sin[..., 1::2])
-    back[..., 1::2].addcmul_(first, sin[..., 0::2], value=-1)
-    return back
-
-
-def norm_and_rotate(heads: Tensor, norm: nn.LayerNorm, rotary: Rotary | None) -> Normed:
-    """Queries or keys as attention takes them, with what ``gradient`` needs beside them.
-
-    Args:
-        heads: [B, n, H, head dim], as the linear layer gave them.
-        norm: ``norm_q`` or ``norm_k``.
-        rotary: of these n tokens.
-    """
-    normed, _, rstd = torch.native_layer_norm(heads, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return Normed(rotate(normed, rotary), rstd)
-
-
-def gradient(result: Normed, grad: Tensor, norm: nn.LayerNorm, rotary: Rotary | None) -> Tensor:
-    """The gradient of the unnormed queries or keys, in ``grad``'s dtype.
-
-    Args:
-        result: what ``norm_and_rotate`` gave.
-        grad: of ``result.heads``.
-        norm: the norm, ``undoable``.
-        rotary: as in the forward pass.
-    """
-    weight = norm.weight.float()
-    standard = (rotate_back(result.heads, rotary) - norm.bias.float()) / weight
-    slope = rotate_back(grad, rotary) * weight
-    mean, along = slope.mean(-1, keepdim=True), torch.linalg.vecdot(slope, standard)[..., None] / len(weight)
-    return slope.sub_(mean).addcmul_(standard, along, value=-1).mul_(result.rstd.float()).to(grad.dtype)
-
-
-def undoable(norm: nn.LayerNorm) -> bool:
-    """Whether ``gradient`` may stand in for running ``norm`` again.
-
-    It gives no gradient of the norm's own parameters, so they must be frozen. And a result is known to its rounding
-    error, relative to the larger of the pair that the rotation mixes: divided by a much smaller weight, the error would
-    be all that is left. Weights without values (fake or meta tensors) are taken for usual ones.
-    """
-    if norm.weight.requires_grad or norm.bias.requires_grad:
-        return False
-    weight, bias = norm.weight.detach().float().abs(), norm.bias.detach().float().abs()
-    reach = (weight + bias).view(-1, 2).amax(-1).repeat_interleave(2)
-    fits = (STEEPEST * weight >= reach).all()
-    return True if fits.is_meta or isinstance(fits, FakeTensor) else bool(fits)
 
 
 # -------------------------------------------------------------------------- linear layers that are worked in chunks

@@ -124,11 +124,13 @@ def _is_view(func: Any) -> bool:
 
 
 def _touched(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Iterable[Tensor]:
-    """Tensors that an operation reads, and those that it writes; one that it changes in place counts for both."""
-    arguments = [*args, *kwargs.values()]
-    yield from _tensors(arguments)
-    written = [a for a, declared in zip(args, func._schema.arguments, strict=False) if _is_written(declared)]
-    yield from _tensors(written)
+    """Tensors that an operation reads, and those that it writes; one that it changes in place counts for both, unless
+    it is named ``out`` or ``out_...``, as what is only written to is by torch's custom.
+    """
+    yield from _tensors([*args, *kwargs.values()])
+    for argument, declared in zip(args, func._schema.arguments, strict=False):
+        if _is_written(declared) and not (declared.name == "out" or declared.name.startswith("out_")):
+            yield from _tensors([argument])
     for returned, value in zip(func._schema.returns, result if isinstance(result, tuple) else (result,), strict=False):
         if returned.alias_info is None:
             yield from _tensors([value])
