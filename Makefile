@@ -42,14 +42,14 @@ quickstart: install
 	$(BIN)/finetune quickstart
 
 test: develop
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # The arithmetic again as a processor without AVX does it: other kernels, other last digits.
 OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTRUCTIONS=SSE4_2
 ARITHMETIC := golden train parallel distributed export faults
 
 test-old-cpu: develop
-	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist load --maxschedchunk 1 $(ARITHMETIC:%=tests/test_%.py)
+	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARITHMETIC:%=tests/test_%.py)
 
 # SOAK_KILLS=10 SOAK_FUZZ_SECONDS=30 make soak: the same in a few minutes.
 soak: develop

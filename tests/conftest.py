@@ -60,8 +60,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--only", default="", help=f"a piece of the GPU tests ({', '.join(GPU_PIECES)}), or a pattern")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests need a GPU; slow ones run when asked for by ``-m slow``; the longest go first."""
+    """GPU tests need a GPU; slow ones run when asked for by ``-m slow``; the longest go first.
+
+    Tests that share what is costly to make go to the same worker (``--dist loadgroup``), so that it is made once.
+    """
     only = config.getoption("--only")
     left_out = [item for item in items if not re.search(GPU_PIECES.get(only, only), item.nodeid)]
     config.hook.pytest_deselected(items=left_out)
@@ -70,12 +74,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: item.path.stem not in LONGEST)
     asked = config.getoption("-m")
     for item in items:
+        if group := shares(item):
+            item.add_marker(pytest.mark.xdist_group(group))
         if "gpu" in item.keywords:
             item.add_marker(pytest.mark.timeout(600))
             if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
         if "slow" in item.keywords and "slow" not in asked:
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+def shares(item: pytest.Item) -> str:
+    """The group of tests that one worker runs: those with the launcher's process, or a module's fixtures; or none."""
+    if not isinstance(item, pytest.Function):
+        return ""
+    if "launcher" in item.fixturenames:
+        return "launcher"
+    made = (fixture for name in item.fixturenames for fixture in item._fixtureinfo.name2fixturedefs.get(name, ()))
+    return item.path.stem if any(fixture.scope == "module" for fixture in made) else ""
 
 
 @pytest.fixture(scope="session")
@@ -235,8 +251,10 @@ def real_clips() -> Path:
 
 @pytest.fixture
 def estimates_kept(tmp_path_factory, monkeypatch):
-    """The planner's cache is in a folder that the tests of one worker share."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    """The planner's cache is in a folder that all tests share, those of other workers too."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
 
 
 @pytest.fixture

@@ -28,8 +28,8 @@ SCENE = Scene("square", "blue", "up")
 METHODS = {
     "full": {
         "method": {"kind": "full"},
-        "optimizer": {"kind": "adamw", "lr": 2e-3, "weight_decay": 0.0},
-        "train": {"steps": 240},
+        "optimizer": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0},
+        "train": {"steps": 180},
     },
     "lora": {
         "method": {"kind": "lora", "rank": 16, "alpha": 16, "targets": "all-linear"},
@@ -47,7 +47,7 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def sharp_model(tmp_path_factory) -> Callable[[str], Path]:
     """A tiny model whose VAE is sure of itself, as trained ones are.
 
