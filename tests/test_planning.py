@@ -238,7 +238,7 @@ APART: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "streamed, one slot": ({"streamed_blocks": 1}, {}),
     "streamed and trained": ({"streamed_blocks": 4, **RELEASED}, SFT),
 }
-SLOW = {"none", "selective", "fp8", "lean"}
+SLOW = {"none", "selective", "fp8", "lean", "streamed, one slot"}
 
 
 def slow_marked(names: Any) -> list[Any]:
@@ -262,7 +262,7 @@ def test_two_short_models_give_the_figures_of_a_long_one(look_alike: Path, name:
     assert exact.where.startswith(quick.where)
 
 
-@pytest.mark.parametrize("name", APART)
+@pytest.mark.parametrize("name", slow_marked(APART))
 def test_blocks_that_are_treated_apart_are_counted(look_alike: Path, name: str) -> None:
     memory, method = APART[name]
     quick, exact = both_ways(run(look_alike, memory=memory, **method))
