@@ -33,8 +33,8 @@ METHODS = {
     },
     "lora": {
         "method": {"kind": "lora", "rank": 16, "alpha": 16, "targets": "all-linear"},
-        "optimizer": {"kind": "adamw", "lr": 5e-3, "weight_decay": 0.0},
-        "train": {"steps": 300},
+        "optimizer": {"kind": "adamw", "lr": 1e-2, "weight_decay": 0.0},
+        "train": {"steps": 230},
     },
 }
 BOUND = {"full": 0.95, "lora": 0.85}
