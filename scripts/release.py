@@ -43,7 +43,8 @@ def faults(root: Path) -> list[str]:
         newest = headings[0] if headings else "nothing"
         found.append(f"CHANGELOG.md begins with {newest}, and finetune.__version__ is {version}: one version for both")
     if changes := _git(root, "status", "--porcelain").decode().splitlines():
-        found.append(f"{len(changes)} files are not as they are committed, {changes[0][3:]} for one: commit them")
+        some = ", ".join(line[3:] for line in changes[:5])
+        found.append(f"not as committed: {some} ({len(changes)} in all): commit or remove them")
     if _git(root, "tag", "--list", f"v{version}"):
         found.append(f"v{version} is tagged already: give this its own version")
     return found

@@ -42,10 +42,10 @@ def package_files() -> set[str]:
 def wheel(tmp_path_factory) -> Path:
     """Built as a release is, by way of the source distribution, from a copy of this checkout."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("dist")
-    leave = shutil.ignore_patterns(
-        ".*", "__pycache__", "*.egg-info", "build", "dist", "docs", "runs", "quickstart", "cache"
-    )
-    shutil.copytree(ROOT, tree, ignore=leave, dirs_exist_ok=True)
+    shutil.copytree(ROOT / "finetune", tree / "finetune", ignore=shutil.ignore_patterns("__pycache__"))
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, tree)
     source, built = sorted(release_script().build(tree, out), key=lambda path: path.suffix)
     assert source.suffix == ".gz" and built.suffix == ".whl"
     return built
@@ -153,7 +153,7 @@ def commit(root: Path) -> None:
         ("## 1.2.0\n", False, "v1.1.0", None),
         ("## Unreleased\n\n## 1.2.0\n", False, "v1.1.0", "begins with Unreleased"),
         ("", False, "v1.1.0", "begins with nothing"),
-        ("## 1.2.0\n", True, "v1.1.0", "1 files are not as they are committed, new.py"),
+        ("## 1.2.0\n", True, "v1.1.0", "not as committed: new.py (1 in all)"),
         ("## 1.2.0\n", False, "v1.2.0", "v1.2.0 is tagged already"),
     ],
 )
