@@ -210,7 +210,9 @@ def vae(
             raise ConfigError("no model is named", where="--model", fix="name it: a folder, a hub id, 5b, ...")
         metadata, _ = vae_files.read_latents(source)
         model, revision = metadata.model, metadata.revision or None
-    names = {"encode": f"{source.stem}.safetensors", "decode": f"{source.stem}.mp4", "roundtrip": f"{source.stem}-vae"}
+    # clip.mp4 is what clip.safetensors was encoded from.
+    endings = {"encode": ".safetensors", "decode": "-decoded.mp4", "roundtrip": "-vae"}
+    names = {each: source.stem + ending for each, ending in endings.items()}
     target = Path(names[action] if out is None else out)
     if action != "roundtrip" and target.suffix != Path(names[action]).suffix:
         fix = f"write a name that ends in {Path(names[action]).suffix}"

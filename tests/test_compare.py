@@ -62,6 +62,8 @@ def test_the_record_stands_in_the_mp4_and_beside_it(tiny_model, tmp_path):
     assert tags["title"] == PROMPT and json.loads(tags["comment"]) == json.loads(path.with_suffix(".json").read_text())
     record = read_video_record(path)
     assert record == read_video_record(path.with_suffix(".json"))
+    stated = json.loads(tags["comment"])["request"]  # defaults too, which another version may have changed
+    assert stated["num_inference_steps"] == 1 and stated["dynamic_cfg"] is False and stated["strength"] == 0.8
     request = record.request
     assert [(p.prompt, p.seed) for p in request.prompts] == [(PROMPT, 5)] and request.adapters == adapters
     assert (request.base, request.bucket, request.fps, request.dtype) == (str(base), SMALL, 8.0, "fp32")
@@ -123,6 +125,9 @@ def test_a_record_whose_files_have_changed_is_refused(tiny_model, tmp_path):
     save_adapter(adapter, base, seed=1)
     with pytest.raises(ConfigError, match="it is not what the video was made with"):
         finetune.generate(record=path)
+    shutil.rmtree(adapter)
+    with pytest.raises(ConfigError, match="it is gone, and the video was made with it"):
+        finetune.generate(record=path)
     shutil.copytree(tmp_path / "before", adapter, dirs_exist_ok=True)
     build_tiny(tmp_path / "other", "5b", seed=1)
     shutil.copytree(tmp_path / "other" / "transformer", base / "transformer", dirs_exist_ok=True)
@@ -164,6 +169,7 @@ def test_a_batch_goes_on_where_it_was_interrupted(tiny_model, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(generation, "embed_prompts", lambda *_, **__: pytest.fail("a weight was loaded"))
         assert len(generate(replace(request, gif=True)).kept) == 3
+    assert len(list(request.out.glob("*.gif"))) == 3
     for changes in ({"num_inference_steps": 2}, {"adapters": ()}, {"bucket": replace(SMALL, width=32)}):
         generate(replace(request, **changes))
         assert sampled == [0, 1, 2]

@@ -206,6 +206,21 @@ def test_every_command_named_in_passing_exists():
     assert not faults, "\n".join(faults)
 
 
+def test_what_the_guides_from_other_trainers_name_as_ours_exists():
+    """Commands and options in the column "here"."""
+    options = {name for command in COMMAND.commands.values() for option in command.params for name in option.opts}
+    faults, counted = [], 0
+    for path in sorted((ROOT / "docs").glob("coming-from-*.md")):
+        rows = re.findall(r"^\|[^|]*\|([^|]*)\|", path.read_text(encoding="utf-8"), re.M)
+        for words in re.findall(r"`([^`]*)`", "\n".join(rows)):
+            counted += words.startswith(("finetune ", "accelerate ", "--"))
+            unknown = words.split()[0] not in options if words.startswith("--") else command_fault(words)
+            if unknown:
+                faults.append(f"{path.name}: {words}: {unknown}")
+    assert counted >= 25
+    assert not faults, "\n".join(faults)
+
+
 def test_the_options_that_errors_name_exist():
     """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
     modules = (

@@ -555,6 +555,13 @@ def test_a_file_that_diffusers_would_silently_ignore_is_refused(tiny_model, tmp_
             generate.generate(request_for(tiny_model("5b"), tmp_path / "out", adapters=(adapter,)))
 
 
+def test_a_video_is_not_made_in_place_of_its_source(tiny_model, tmp_path, no_weights):
+    clip = write_mp4(tmp_path / "000-a-seed0.mp4", np.stack([picture(SMALL, seed) for seed in range(9)]), 8)
+    prompts = (VideoPrompt(prompt="a", video=clip),)
+    with pytest.raises(ConfigError, match="would take the place of what it is made from"):
+        generate.generate(request_for(tiny_model("5b"), tmp_path, prompts=prompts))
+
+
 @pytest.mark.parametrize("change", [{"attention_head_dim": 32}, {"num_layers": 3}], ids=["wider", "deeper"])
 def test_an_adapter_of_another_base_is_refused(tiny_model, tmp_path, no_weights, change):
     other = build_tiny(tmp_path / "other", "5b", **change)
@@ -764,6 +771,9 @@ def test_images_pair_with_prompts():
     assert [p.image for p in prompts_with_seeds(["a", "b"], [])] == [None, None]
     with pytest.raises(ConfigError, match="2 images for 3 prompts"):
         prompts_with_seeds(["a", "b", "c"], [x, y])
+    for seeds in (range(-1, 9), range(2**63, 2**62)):
+        with pytest.raises(ConfigError, match=f"seed {seeds.start}"):
+            prompts_with_seeds(["a"], seeds=seeds)
 
 
 def test_the_native_size_of_every_published_model_is_legal():

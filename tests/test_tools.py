@@ -380,5 +380,14 @@ def test_the_commands_of_the_page_run(tiny_model, painter, clip, tmp_path, monke
         assert main([*words, *short[words[0]], "--device", "cpu"]) == 0, line
     assert len(lines) >= 13 and "next: finetune vae decode clip.safetensors" in capsys.readouterr().out
     names = {path.name for path in Path().rglob("*.*")}
-    assert {"clip.safetensors", "worst.png", "reconstruction.mp4", "edit.mp4", "edit.png", "prompts.jsonl"} <= names
+    assert Path("clip.mp4").read_bytes() == clip.read_bytes()
+    assert {
+        "clip.safetensors",
+        "clip-decoded.mp4",
+        "worst.png",
+        "reconstruction.mp4",
+        "edit.mp4",
+        "edit.png",
+        "prompts.jsonl",
+    } <= names
     assert {"prompt.txt", "frame.png", "story.json", "preview.png"} <= names

@@ -75,7 +75,7 @@ def generate(request: GenerateRequest) -> GenerateReport:
 
 def _generate(request: GenerateRequest, ranks: ProcessGroup) -> GenerateReport:
     plan = plan_request(request, ranks)
-    kept = ranks.run_on_main(lambda: _finished(plan.shots))
+    kept = ranks.run_on_main(lambda: _finished(plan, request))
     frames = kept | _sample_all(plan, request, [shot for shot in plan.shots if shot.path not in kept], ranks)
     comparisons, sheet = ranks.run_on_main(lambda: _overview(plan, request, frames))
     paths = tuple(shot.path for shot in plan.shots)
@@ -83,13 +83,16 @@ def _generate(request: GenerateRequest, ranks: ProcessGroup) -> GenerateReport:
     return GenerateReport(paths, sheet, plan.bucket, videos, plan.notes, tuple(kept), comparisons)
 
 
-def _finished(shots: Sequence[Shot]) -> dict[Path, Frames]:
-    """The frames of the videos that an equal request has made already."""
+def _finished(plan: Plan, request: GenerateRequest) -> dict[Path, Frames]:
+    """The frames of the videos that an equal request has made already, which may have had no GIF."""
     kept = {}
-    for shot in shots:
+    for shot in plan.shots:
         with suppress(FinetuneError):  # not there, of another program, or damaged
             if read_video_record(shot.path).describes(shot.record):
                 kept[shot.path] = read_frames(shot.path)
+    fps = plan.fps * (1 if request.interpolate is None else request.interpolate.factor)
+    for path, frames in kept.items() if request.gif else ():
+        atomic_write_bytes(path.with_suffix(".gif"), gif_bytes(frames, fps))
     return kept
 
 
@@ -120,7 +123,7 @@ def _sample_all(
 
 def _write(plan: Plan, shot: Shot, frames: Frames, base: str, *, gif: bool) -> None:
     finished, fps = plan.postprocess(frames, plan.fps)
-    record = shot.record.model_copy(update={"base": base}).model_dump_json(exclude_defaults=True)
+    record = shot.record.model_copy(update={"base": base}).model_dump_json(exclude_none=True)
     write_mp4(shot.path, finished, fps, {"title": shot.prompt.prompt, "comment": record})
     atomic_write_text(shot.path.with_suffix(".json"), f"{record}\n")
     if gif:

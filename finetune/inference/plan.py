@@ -79,6 +79,8 @@ class Plan:
     notes: tuple[str, ...]
 
 
+_OTHER_FOLDER = "write to another folder, with --output"
+
 _Record = tuple[str, Path, TrainingRecord]
 """Which option, its folder, and what its training says of itself."""
 
@@ -111,6 +113,13 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
     resolved = replace(request, base=base, revision=revision, fps=fps, dtype=_dtype_name(model.torch_dtype()))
     shots = tuple(_shots(resolved, bucket, columns, sources, device.type))
+    replaced = {shot.path.resolve() for shot in shots}
+    overwritten = [
+        ConfigError("a video would take the place of what it is made from", where=str(prompt.video), fix=_OTHER_FOLDER)
+        for prompt in request.prompts
+        if prompt.video is not None and prompt.video.resolve() in replaced
+    ]
+    raise_all(ConfigError, overwritten, what="{n} videos would be lost")
     division = request.parallel or ("context" if len(shots) == 1 < ranks.world else "prompts")
     guided = request.guidance_scale > 1
     buckets = dict.fromkeys(shot.bucket for shot in shots)

@@ -147,13 +147,21 @@ def request_again(record: VideoRecord, **changes: Any) -> GenerateRequest:
     same_base = not changes.keys() & {"base", "revision", "transformer"}
     own = {"device": "cpu" if record.device == "cpu" else None, "base_digest": record.base if same_base else None}
     request = replace(record.request, **{**own, **changes})
-    sources, faults = read_sources(request.adapters)
+    folders = [Path(folder) for folder in (request.base, request.transformer) if folder is not None]
+    named = [*(adapter.path for adapter in request.adapters), *_files(request), *folders]
+    gone = {path: None for path in named if str(path) in record.digests and not path.exists()}
+    sources, faults = read_sources([adapter for adapter in request.adapters if adapter.path not in gone])
+    faults += [
+        ConfigError(
+            "it is gone, and the video was made with it",
+            where=str(path),
+            fix="bring it back, or name another with its option"
+            + ("" if path.is_absolute() else "; the path starts at the folder that the command was typed in"),
+        )
+        for path in gone
+    ]
     now = {str(path): source.digest for path, source in sources.items()}
-    for path in _files(request):
-        if path.is_file():
-            now[str(path)] = digest_file(path)
-        elif str(path) in record.digests:
-            faults.append(ConfigError("it is gone, and the video was made with it", where=str(path)))
+    now |= {str(path): digest_file(path) for path in _files(request) if path.is_file()}
     faults += [
         ConfigError(
             "it is not what the video was made with: its content has changed",

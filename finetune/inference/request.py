@@ -164,8 +164,10 @@ def prompts_with_seeds(
         seeds: the first is the first prompt's.
 
     Raises:
-        ConfigError: if there are images, but neither one nor as many as prompts.
+        ConfigError: if there are images, but neither one nor as many as prompts; for a seed below 0 or too large.
     """
+    if not seeds or seeds.start < 0:
+        raise ConfigError(f"seed {seeds.start}", where="--seed", fix="give 0 to 2^62 - 1")
     columns = {"image": images, "last_image": last_images, "video": videos}
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=False)
