@@ -557,7 +557,7 @@ def test_a_file_that_diffusers_would_silently_ignore_is_refused(tiny_model, tmp_
 
 def test_a_video_is_not_made_in_place_of_its_source(tiny_model, tmp_path, no_weights):
     clip = write_mp4(tmp_path / "000-a-seed0.mp4", np.stack([picture(SMALL, seed) for seed in range(9)]), 8)
-    prompts = (VideoPrompt(prompt="a", video=clip),)
+    prompts = (VideoPrompt(prompt="a", video=clip, strength=1),)
     with pytest.raises(ConfigError, match="would take the place of what it is made from"):
         generate.generate(request_for(tiny_model("5b"), tmp_path, prompts=prompts))
 
