@@ -219,7 +219,8 @@ def prepare(
         from finetune.cogvideox.spec import read_spec
 
         spec = read_spec(str(json_folder(str(model))))
-        frames, fps = frames or spec.sample_frames, fps or float(spec.native_fps)
+        frames = spec.sample_frames if frames is None else frames
+        fps = float(spec.native_fps) if fps is None else fps
     shape: dict[str, object] = {
         "min_frames": min_frames,
         "keep_fps": keep_fps,

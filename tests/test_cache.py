@@ -266,10 +266,14 @@ def test_a_digest_is_taken_once_and_again_only_when_the_file_may_have_changed(tm
     real = digest_reader(reads)
     monkeypatch.setattr("finetune.datasets.cache.digest_file", real)
     digest = cache.digest_file(file)
-    assert cache.digest_file(file) == digest and len(reads) == 1
+    assert cache.digest_file(file) == digest and len(reads) == 2 and not cache.root.exists()  # asking makes no cache
+    cache.root.mkdir()
+    assert cache.digest_file(file) == digest and len(reads) == 3
+    reads.clear()
+    assert cache.digest_file(file) == digest and not reads
     os.utime(file, (2, 2))
-    assert cache.digest_file(file) == digest and len(reads) == 2  # touched: read once more, and remembered again
-    assert cache.digest_file(file) == digest and len(reads) == 2
+    assert cache.digest_file(file) == digest and len(reads) == 1  # touched: read once more, and remembered again
+    assert cache.digest_file(file) == digest and len(reads) == 1
     file.write_bytes(b"two")
     os.utime(file, (3, 3))
     assert cache.digest_file(file) != digest

@@ -762,6 +762,8 @@ def test_folders_that_cannot_be(short_film, tmp_path, raw, out, message):
         ({"workers": -1}, "-1 processes are none"),
         ({"limits": {"max_txet": 1}}, "did you mean 'max_text'"),
         ({"limits": {"max_text": 2.0}}, "'max_text' is 2.0"),
+        ({"frames": 0, "model": "5b"}, "'frames' is 0"),
+        ({"threshold": -5.0}, "a threshold of -5 finds no scenes"),
         ({"detector": "histogram"}, "'detector' is 'histogram', which is not possible"),
         ({"model": "./absent"}, "no such model folder"),
     ],

@@ -483,7 +483,8 @@ class Cache:
     # ------------------------------------------------------------------------------------------------ source files
 
     def digest_file(self, path: Path) -> str:
-        """Digest of a file's bytes, remembered by path, size and time: a touched file is read once more, no more."""
+        """Digest of a file's bytes, remembered in a cache that is there by path, size and time: a touched file is read
+        once more, no more."""
         return self.stamp(path).digest
 
     def stamp(self, path: Path) -> FileStamp:
@@ -514,6 +515,8 @@ class Cache:
         if began_ns - status.st_mtime_ns < YOUNG_S * 1e9:
             return FileStamp(status.st_size, -1, digest)
         stamp = FileStamp(status.st_size, status.st_mtime_ns, digest)
+        if not self.root.is_dir():  # a check makes no cache; jobs that use one have locked it, which makes the folder
+            return stamp
         with suppress(OSError):  # a cache that cannot be written to can still be read
             atomic_write_bytes(memo, checksummed_json(canonical_json({"path": name, **asdict(stamp)})))
         return stamp

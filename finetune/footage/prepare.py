@@ -140,6 +140,9 @@ def _check_folders(request: PrepareRequest) -> None:
     raw, out = request.raw, request.out
     if request.workers < 0:
         raise ConfigError(f"{request.workers} processes are none", where="workers", fix="give 0 or more")
+    if request.threshold is not None and request.threshold <= 0:
+        fix = "give a number above 0, or leave it out"
+        raise ConfigError(f"a threshold of {request.threshold:g} finds no scenes", where="threshold", fix=fix)
     if not raw.is_dir():
         what = "there is no such folder" if not raw.exists() else "this is a file, not a folder"
         raise ConfigError(what, where=str(raw), fix="name the folder that holds the footage")
