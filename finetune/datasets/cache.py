@@ -484,7 +484,8 @@ class Cache:
 
     def digest_file(self, path: Path) -> str:
         """Digest of a file's bytes, remembered in a cache that is there by path, size and time: a touched file is read
-        once more, no more."""
+        once more, no more.
+        """
         return self.stamp(path).digest
 
     def stamp(self, path: Path) -> FileStamp:
