@@ -10,7 +10,6 @@
 ``import finetune`` costs nothing: a verb loads what it needs when it is called. ``docs/python.md`` has them all.
 """
 
-import finetune.convert  # noqa: F401  (first: importing the folder sets this name, which the function below then takes)
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
 from finetune.runs import load_config, plan, report, train

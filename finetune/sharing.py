@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Literal
 from finetune.arguments import checked
 
 if TYPE_CHECKING:
-    from finetune.convert.convert import ConversionReport
-    from finetune.convert.export import ExportReport
-    from finetune.convert.inspection import Inspection
-    from finetune.convert.merge import MergeReport
-    from finetune.convert.push import PushReport
+    from finetune.conversion.convert import ConversionReport
+    from finetune.conversion.export import ExportReport
+    from finetune.conversion.inspection import Inspection
+    from finetune.conversion.merge import MergeReport
+    from finetune.conversion.push import PushReport
     from finetune.core.types import DtypeName
 
 
@@ -58,7 +58,7 @@ def export(
         ModelError: if the base model cannot be found or loaded.
         ExportError: if what was written does not give back what was trained.
     """
-    from finetune.convert.export import ExportOptions, export
+    from finetune.conversion.export import ExportOptions, export
     from finetune.core.gpu import amount
 
     base = None if pretrained is None else str(pretrained)
@@ -83,7 +83,7 @@ def inspect(source: str | Path, *, norms: bool = False) -> Inspection:
     Raises:
         ConfigError: if there is nothing of the kind, or a file is damaged.
     """
-    from finetune.convert.inspection import inspect
+    from finetune.conversion.inspection import inspect
 
     return inspect(Path(source).expanduser(), norms=norms)
 
@@ -117,7 +117,7 @@ def convert(
         ModelError: if the source is damaged, would run code, or is no CogVideoX.
         ExportError: if what was written does not give back what the source holds, or cannot be written.
     """
-    from finetune.convert.convert import ConvertOptions, convert
+    from finetune.conversion.convert import ConvertOptions, convert
 
     options = ConvertOptions(to, None if model is None else str(model), dtype, alpha)
     return convert(Path(source).expanduser(), Path(out).expanduser(), options)
@@ -146,7 +146,7 @@ def merge(
         ConfigError: if a source is none or of another model, or ``out`` exists.
         ExportError: if it cannot be written, or what was written does not give back what it should.
     """
-    from finetune.convert.merge import merge
+    from finetune.conversion.merge import merge
     from finetune.core.errors import ConfigError
     from finetune.inference.request import parse_adapter
 
@@ -174,6 +174,6 @@ def push(folder: str | Path, repo: str, *, public: bool = False, dry_run: bool =
     Raises:
         ExportError: if it is no export, is damaged or holds other things; or if the hub does not take it.
     """
-    from finetune.convert.push import push
+    from finetune.conversion.push import push
 
     return push(Path(folder).expanduser(), repo, public=public, send=not dry_run)

@@ -36,7 +36,7 @@ WALKS = {
     "one clip, from its row to its loss": (16, ("caching", "datasets", "cogvideox", "memory", "trainers")),
     "a value of the configuration": (5, ("", "config", "optim", "trainers")),
     "save and resume": (6, ("checkpoint",)),
-    "an export": (6, ("", "convert", "methods")),
+    "an export": (6, ("", "conversion", "methods")),
 }
 """Walk -> how many files it may lead through, and the folders whose files count: an export also reads a configuration,
 a checkpoint and a base model, but each of these is a walk of its own."""

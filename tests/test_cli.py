@@ -599,7 +599,7 @@ def test_replay_hands_on_every_option(monkeypatch, capsys):
 
 
 def test_export_hands_on_every_option(monkeypatch, capsys):
-    from finetune.convert import export as exporting
+    from finetune.conversion import export as exporting
 
     asked = []
     monkeypatch.setattr(exporting, "export", lambda *words: asked.append(words) or "done")

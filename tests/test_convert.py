@@ -28,13 +28,13 @@ from finetune.cogvideox.denoise import OFS, denoise, rotary_table
 from finetune.cogvideox.load import empty_component, sine_positions
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.convert import convert as convert_module
-from finetune.convert import pipelines
-from finetune.convert.checkpoint_files import named_tensors
-from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
-from finetune.convert.sat import POSITIONS, PREFIXES, from_sat, to_sat
-from finetune.convert.structure import model_of
-from finetune.convert.torch_files import write_torch_file
+from finetune.conversion import convert as convert_module
+from finetune.conversion import pipelines
+from finetune.conversion.checkpoint_files import named_tensors
+from finetune.conversion.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
+from finetune.conversion.sat import POSITIONS, PREFIXES, from_sat, to_sat
+from finetune.conversion.structure import model_of
+from finetune.conversion.torch_files import write_torch_file
 from finetune.core.errors import ConfigError, ExportError, ModelError
 from finetune.core.files import is_complete
 from finetune.core.tensor_files import Deferred, content_of

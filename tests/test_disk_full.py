@@ -334,7 +334,7 @@ def test_a_run_on_a_disk_that_fills_up_goes_on_when_there_is_room(tiny_model, tm
 
 def test_an_export_that_cannot_be_written_says_so_and_leaves_the_earlier_one(tiny_model, tmp_path, monkeypatch):
     from finetune import export
-    from finetune.convert import export as export_module
+    from finetune.conversion import export as export_module
     from finetune.trainers.loop import train
 
     config = run_config(

@@ -224,12 +224,12 @@ def test_what_the_guides_from_other_trainers_name_as_ours_exists():
 def test_the_options_that_errors_name_exist():
     """``where="--adapter ..."`` and ``fix="... with --output"`` in the modules behind a verb."""
     modules = (
-        ("export", "convert/export", 3),
-        ("export", "convert/source", 1),
-        ("inspect", "convert/stored", 1),
-        ("convert", "convert/convert", 3),
-        ("convert", "convert/pipelines", 2),
-        ("convert", "convert/structure", 1),
+        ("export", "conversion/export", 3),
+        ("export", "conversion/source", 1),
+        ("inspect", "conversion/stored", 1),
+        ("convert", "conversion/convert", 3),
+        ("convert", "conversion/pipelines", 2),
+        ("convert", "conversion/structure", 1),
         ("generate invert vae story", "inference/*", 8),
     )
     for verbs, names, least in modules:

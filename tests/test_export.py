@@ -32,8 +32,8 @@ from finetune.cogvideox.encode import encode_prompts
 from finetune.cogvideox.load import load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.convert import export as exporting
-from finetune.convert import verify as verifying
+from finetune.conversion import export as exporting
+from finetune.conversion import verify as verifying
 from finetune.core import locks
 from finetune.core.errors import CheckpointError, ConfigError, ExportError
 from finetune.core.files import LORA_FILE
@@ -223,7 +223,7 @@ def frames_of(base: Path | None, adapter: Path, out: Path) -> np.ndarray:
     request = GenerateRequest(
         base=None if base is None else str(base),
         prompts=(VideoPrompt(prompt="a red ring", seed=5),),
-        out=out,
+        out=out / f"{len(list(out.glob('*')))}",  # what is there already would be kept, not sampled
         adapters=(AdapterArgument(adapter),),
         bucket=Bucket(9, 32, 48),
         num_inference_steps=2,
@@ -361,7 +361,7 @@ def test_an_export_s_header_is_read_by_sites_and_the_same_each_time(tiny_model, 
 
 
 def test_a_layout_that_loses_something_is_deleted(tiny_model, tmp_path, monkeypatch):
-    from finetune.convert import lora_files
+    from finetune.conversion import lora_files
 
     def one_off(lora, layout):
         tensors = from_diffusers(lora, layout)

@@ -22,7 +22,7 @@ from finetune.cogvideox.load import ModelConfig, base_digest, load_transformer, 
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.convert import export as export_module
+from finetune.conversion import export as export_module
 from finetune.core.checksums import digest_file, folder_checksums
 from finetune.core.errors import CheckpointError, ConfigError, DataError, ExportError, FinetuneError, ModelError
 from finetune.core.files import COMPLETE

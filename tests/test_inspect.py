@@ -22,8 +22,8 @@ from finetune.cli.main import main
 from finetune.cogvideox.components import Transformer, read_json_as
 from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
-from finetune.convert.lora_layouts import LAYOUTS, Lora, from_diffusers
-from finetune.convert.stored import layer_shapes
+from finetune.conversion.lora_layouts import LAYOUTS, Lora, from_diffusers
+from finetune.conversion.stored import layer_shapes
 from finetune.core.errors import ConfigError, FinetuneError
 from finetune.inference.adapters import read_sources
 from finetune.inference.request import AdapterArgument

@@ -16,9 +16,9 @@ from finetune import inspect, merge
 from finetune.cli.main import main
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.spec import read_spec
-from finetune.convert.lora_files import read_lora
-from finetune.convert.lora_layouts import LAYOUTS, Lora
-from finetune.convert.merge import combine
+from finetune.conversion.lora_files import read_lora
+from finetune.conversion.lora_layouts import LAYOUTS, Lora
+from finetune.conversion.merge import combine
 from finetune.core.errors import ConfigError, ExportError, FinetuneError
 
 LAYERS = attention(64, 2)
@@ -158,7 +158,7 @@ def test_merges_that_make_no_sense(tmp_path, sources):
 
 
 def test_what_is_not_the_sum_is_deleted(tmp_path, sources, monkeypatch):
-    from finetune.convert import lora_files
+    from finetune.conversion import lora_files
 
     def one_off(lora, layout):
         tensors = from_diffusers(lora, layout)

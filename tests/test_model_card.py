@@ -21,10 +21,10 @@ from finetune.cli import main
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
-from finetune.convert import model_card as cards
-from finetune.convert.model_card import ExportedModel, copy_samples, model_card, training_record
-from finetune.convert.source import DataSummary, ExportSource
-from finetune.convert.verify import Verification
+from finetune.conversion import model_card as cards
+from finetune.conversion.model_card import ExportedModel, copy_samples, model_card, training_record
+from finetune.conversion.source import DataSummary, ExportSource
+from finetune.conversion.verify import Verification
 from finetune.core.types import Bucket, RunState, SamplePrompt
 from finetune.datasets.cache import Cache
 from finetune.datasets.manifests import Manifest, ManifestItem

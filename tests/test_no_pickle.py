@@ -55,11 +55,11 @@ ALLOWED: Mapping[tuple[str, str], tuple[int, str]] = {
     ("finetune/core/distributed.py", "all_gather_object"): (1, "between processes of one launch"),
     ("finetune/footage/scorers.py", "import_module"): (1, "the scorer that the user's command names"),
     ("finetune/footage/scenes.py", "torch.load"): (1, "as tensors only, a file of an installed package's own"),
-    ("finetune/convert/distributed_checkpoints.py", "import pickle"): (
+    ("finetune/conversion/distributed_checkpoints.py", "import pickle"): (
         1,
         "a reader of a list of classes and no others",
     ),
-    ("finetune/convert/torch_files.py", "torch.load"): (
+    ("finetune/conversion/torch_files.py", "torch.load"): (
         2,
         "as tensors only; what else is named becomes an empty object",
     ),

@@ -32,7 +32,7 @@ def test_importing_the_package_imports_nothing_else(tmp_path):
         "import sys; before = set(sys.modules); import finetune\n"
         "from finetune import check, convert, export, generate, load_config, plan, precompute, train\n"
         "print([name for name in ('torch', 'pydantic', 'yaml', 'numpy', 'typer') if name in sys.modules])\n"
-        "import finetune.convert.export, finetune.caching.precompute\n"
+        "import finetune.conversion.export, finetune.caching.precompute\n"
         "print([getattr(finetune, f.__name__) is f for f in (convert, export, precompute)])"
     )
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True)

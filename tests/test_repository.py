@@ -41,7 +41,7 @@ LAYERS = (
     *("core", "cogvideox", "datasets", "memory", "optim", "methods", "checkpoint", "parallel", "config", "caching"),
     *(
         "inference",
-        "convert",
+        "conversion",
         "planner",
         "diagnosis",
         "captioning",
@@ -84,7 +84,7 @@ def test_a_folder_imports_only_from_folders_below_it():
         ("finetune.core.types", "def f():\n    from finetune.config.schema import RunConfig", "core.types:2 imports"),
         ("finetune.memory.config", "if 1:\n    import finetune.methods.lora", "imports finetune.methods.lora"),
         ("finetune.planner.search", "from finetune import train", "imports finetune.train"),
-        ("finetune.convert.export", "from finetune.cli import main", "imports finetune.cli.main"),
+        ("finetune.conversion.export", "from finetune.cli import main", "imports finetune.cli.main"),
         ("finetune.core.files", "from . import types", "imports ..types"),
         ("finetune.trainers.loop", "from finetune.planner.search import x", None),
         ("finetune.cli.main", "from finetune import train", None),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from finetune.caching.precompute import precompute
 from finetune.config.schema import load_config
-from finetune.convert.export import ExportOptions, ExportReport, export
+from finetune.conversion.export import ExportOptions, ExportReport, export
 from finetune.core.files import atomic_write_text, from_here
 from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt

@@ -24,7 +24,7 @@ PRELOADED = (
     "finetune.caching.precompute",
     "finetune.trainers.loop",
     "finetune.datasets.cache_admin",
-    "finetune.convert.export",
+    "finetune.conversion.export",
     "finetune.testing.tiny",
     "finetune.testing.demo",
     "safetensors.torch",

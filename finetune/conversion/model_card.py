@@ -22,8 +22,8 @@ from finetune.checkpoint.folders import sample_name, samples_path
 from finetune.cogvideox.load import pipeline_class
 from finetune.cogvideox.model_files import KNOWN_MODELS, is_hub_id, known_model
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.convert.source import ExportSource
-from finetune.convert.verify import Verification
+from finetune.conversion.source import ExportSource
+from finetune.conversion.verify import Verification
 from finetune.core.files import COMPLETE, LORA_FILE, from_here
 from finetune.core.text import shown
 from finetune.inference.adapters import base_numbers

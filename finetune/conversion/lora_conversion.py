@@ -22,13 +22,13 @@ from finetune.cogvideox.components import Transformer, read_json_as
 from finetune.cogvideox.load import build_pipeline, empty_component
 from finetune.cogvideox.model_files import json_folder, known_model
 from finetune.cogvideox.spec import read_spec
-from finetune.convert.checkpoint_files import named_tensors
-from finetune.convert.lora_files import MAGNITUDE, peft_settings, write_lora
-from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, split_name, to_diffusers
-from finetune.convert.model_card import lora_metadata
-from finetune.convert.sat import Tensors
-from finetune.convert.stored import StoredLora, layer_shapes, published_bases, read_headers
-from finetune.convert.torch_files import write_torch_file
+from finetune.conversion.checkpoint_files import named_tensors
+from finetune.conversion.lora_files import MAGNITUDE, peft_settings, write_lora
+from finetune.conversion.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, split_name, to_diffusers
+from finetune.conversion.model_card import lora_metadata
+from finetune.conversion.sat import Tensors
+from finetune.conversion.stored import StoredLora, layer_shapes, published_bases, read_headers
+from finetune.conversion.torch_files import write_torch_file
 from finetune.core.errors import ConfigError, ExportError, is_out_of_memory
 from finetune.core.files import LORA_FILE, atomic_write_text, require_space
 from finetune.core.rng import generator

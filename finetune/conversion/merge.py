@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox.model_files import HUB_IDS
-from finetune.convert.lora_files import MAGNITUDE, peft_settings, read_lora, write_lora
-from finetune.convert.lora_layouts import Lora
-from finetune.convert.model_card import LayoutName, lora_metadata
-from finetune.convert.stored import published_bases
+from finetune.conversion.lora_files import MAGNITUDE, peft_settings, read_lora, write_lora
+from finetune.conversion.lora_layouts import Lora
+from finetune.conversion.model_card import LayoutName, lora_metadata
+from finetune.conversion.stored import published_bases
 from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import disk_fix, from_here, require_writable
 from finetune.inference.request import AdapterArgument

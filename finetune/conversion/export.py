@@ -25,7 +25,7 @@ from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
-from finetune.convert.model_card import (
+from finetune.conversion.model_card import (
     ExportedModel,
     LayoutName,
     copy_samples,
@@ -33,8 +33,8 @@ from finetune.convert.model_card import (
     model_card,
     training_record,
 )
-from finetune.convert.source import ExportSource, default_folder, find_checkpoint, read_source
-from finetune.convert.verify import (
+from finetune.conversion.source import ExportSource, default_folder, find_checkpoint, read_source
+from finetune.conversion.verify import (
     TrainedModel,
     Verification,
     adapter_scaling,
@@ -345,7 +345,7 @@ def _save_adapter(transformer: Any, model: ExportedModel, folder: Path) -> None:
 
 def _rename_adapter(model: ExportedModel, folder: Path) -> None:
     """Put the verified file of diffusers' layout into another, which is read back and compared."""
-    from finetune.convert.lora_files import read_lora, write_lora
+    from finetune.conversion.lora_files import read_lora, write_lora
 
     layout: Any = model.layout
     lora, *_ = read_lora(folder / LORA_FILE)

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from finetune.checkpoint.folders import EMA
-from finetune.convert.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
-from finetune.convert.model_card import PEFT_CONFIG, PEFT_FILE, LayoutName
-from finetune.convert.stored import StoredLora, find_files, read_headers
+from finetune.conversion.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
+from finetune.conversion.model_card import PEFT_CONFIG, PEFT_FILE, LayoutName
+from finetune.conversion.stored import StoredLora, find_files, read_headers
 from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import atomic_write_text
 from finetune.core.tensor_files import add_metadata, atomic_save_tensors

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from finetune.convert.sat import Tensors
-from finetune.convert.torch_files import read_torch_file
+from finetune.conversion.sat import Tensors
+from finetune.conversion.torch_files import read_torch_file
 from finetune.core.errors import ModelError, first_line, is_out_of_memory
 from finetune.core.tensor_files import Deferred
 from finetune.methods.adapter import some

@@ -24,10 +24,10 @@ from finetune.cogvideox.components import CONFIG_FILES, read_json
 from finetune.cogvideox.load import Component, empty_component, misfits, place, sine_positions
 from finetune.cogvideox.model_files import MODEL_INDEX, local_folder
 from finetune.cogvideox.spec import ModelSpec
-from finetune.convert.checkpoint_files import dtype_of, named_tensors
-from finetune.convert.sat import POSITIONS, Tensors, from_sat, to_sat
-from finetune.convert.torch_files import write_torch_file
-from finetune.convert.verify import seeded_velocity, tolerance_of
+from finetune.conversion.checkpoint_files import dtype_of, named_tensors
+from finetune.conversion.sat import POSITIONS, Tensors, from_sat, to_sat
+from finetune.conversion.torch_files import write_torch_file
+from finetune.conversion.verify import seeded_velocity, tolerance_of
 from finetune.core.distributed import compute_device
 from finetune.core.errors import ExportError, ModelError, is_out_of_memory
 from finetune.core.files import atomic_write_text, require_space

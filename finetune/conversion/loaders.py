@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from finetune.convert.lora_layouts import LAYOUTS, Layout, split_name
-from finetune.convert.stored import StoredLora
+from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
+from finetune.conversion.stored import StoredLora
 from finetune.core.files import TRAINABLE
 from finetune.methods.adapter import COMPONENT
 

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from finetune.checkpoint.folders import CONFIG, EMA, OPTIMIZER
-from finetune.convert.loaders import Loading, lora_loadings, transformer_loadings
-from finetune.convert.lora_layouts import detect, is_lora
-from finetune.convert.model_card import PEFT_CONFIG
-from finetune.convert.stored import (
+from finetune.conversion.loaders import Loading, lora_loadings, transformer_loadings
+from finetune.conversion.lora_layouts import detect, is_lora
+from finetune.conversion.model_card import PEFT_CONFIG
+from finetune.conversion.stored import (
     Shapes,
     StoredLora,
     block_count,

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, KNOWN_MODELS, MODEL_INDEX
 from finetune.cogvideox.spec import read_spec
-from finetune.convert.checkpoint_files import (
+from finetune.conversion.checkpoint_files import (
     DIFFUSERS_FILES,
     Checkpoint,
     by_component,
@@ -20,8 +20,8 @@ from finetune.convert.checkpoint_files import (
     merge_checkpoints,
     named_tensors,
 )
-from finetune.convert.distributed_checkpoints import read_dcp, read_zero
-from finetune.convert.lora_conversion import (
+from finetune.conversion.distributed_checkpoints import read_dcp, read_zero
+from finetune.conversion.lora_conversion import (
     base_json,
     compare_own,
     compare_sat_lora,
@@ -32,8 +32,8 @@ from finetune.convert.lora_conversion import (
     write_own,
     write_sat_lora,
 )
-from finetune.convert.lora_layouts import is_lora
-from finetune.convert.pipelines import (
+from finetune.conversion.lora_layouts import is_lora
+from finetune.conversion.pipelines import (
     Model,
     add_sat_text,
     cast,
@@ -44,8 +44,8 @@ from finetune.convert.pipelines import (
     write_diffusers,
     write_sat,
 )
-from finetune.convert.sat import Tensors
-from finetune.convert.structure import model_of
+from finetune.conversion.sat import Tensors
+from finetune.conversion.structure import model_of
 from finetune.core.checksums import folder_checksums
 from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import disk_fix, from_here, publish_dir, require_writable

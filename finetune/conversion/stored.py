@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from finetune.checkpoint.folders import CONFIG, step_folders
 from finetune.cogvideox.components import Transformer, read_json, read_json_as
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
-from finetune.convert.lora_layouts import LAYOUTS, Layout, split_name
-from finetune.convert.model_card import PEFT_CONFIG, PEFT_FILE
+from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
+from finetune.conversion.model_card import PEFT_CONFIG, PEFT_FILE
 from finetune.core.errors import ConfigError, ModelError
 from finetune.core.files import LORA_FILE, TRAINABLE
 from finetune.methods.adapter import COMPONENT, METADATA_KEY, some

@@ -13,8 +13,8 @@ from torch import Tensor
 from finetune.checkpoint.folders import step_folders
 from finetune.cogvideox.components import read_json, require_plain_index
 from finetune.cogvideox.model_files import MODEL_INDEX
-from finetune.convert.sat import Tensors, from_sat, is_sat
-from finetune.convert.torch_files import TORCH_SUFFIXES, read_torch_file, unwrap
+from finetune.conversion.sat import Tensors, from_sat, is_sat
+from finetune.conversion.torch_files import TORCH_SUFFIXES, read_torch_file, unwrap
 from finetune.core.errors import ConfigError, ModelError, first_line, is_out_of_memory
 from finetune.core.files import LORA_FILE
 from finetune.core.tensor_files import DTYPES_BY_NAME, Deferred
