@@ -174,8 +174,9 @@ def test_a_batch_goes_on_where_it_was_interrupted(tiny_model, tmp_path, monkeypa
         generate(replace(request, **changes))
         assert sampled == [0, 1, 2]
         sampled.clear()
-    generate(request)
-    sampled.clear()
+    # None of them took the place of another.
+    assert {path.stem[len("000-a-seed0") :] for path in request.out.glob("000-*.mp4")} == {"", "-2", "-3", "-4"}
+    assert len(generate(request).kept) == 3 and not sampled
     save_adapter(adapter, base, seed=4)
     report.videos[1].write_bytes(report.videos[1].read_bytes()[:100])
     assert not generate(request).kept

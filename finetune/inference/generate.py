@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +75,28 @@ def generate(request: GenerateRequest) -> GenerateReport:
 
 def _generate(request: GenerateRequest, ranks: ProcessGroup) -> GenerateReport:
     plan = plan_request(request, ranks)
+    if request.compare is None:  # a comparison's files have the names of its columns
+        places = ranks.run_on_main(lambda: [_place(shot) for shot in plan.shots])
+        shots = (replace(shot, path=place) for shot, place in zip(plan.shots, places, strict=True))
+        plan = replace(plan, shots=tuple(shots))
     kept = ranks.run_on_main(lambda: _finished(plan, request))
     frames = kept | _sample_all(plan, request, [shot for shot in plan.shots if shot.path not in kept], ranks)
     comparisons, sheet = ranks.run_on_main(lambda: _overview(plan, request, frames))
     paths = tuple(shot.path for shot in plan.shots)
     videos = tuple(frames[path] for path in paths)
     return GenerateReport(paths, sheet, plan.bucket, videos, plan.notes, tuple(kept), comparisons)
+
+
+def _place(shot: Shot) -> Path:
+    """Where a video goes: beside one that was made with other settings, never in its place."""
+    path, number = shot.path, 1
+    while path.exists():
+        with suppress(FinetuneError):  # of another program, or damaged
+            if read_video_record(path).describes(shot.record):
+                break
+        number += 1
+        path = shot.path.with_name(f"{shot.path.stem}-{number}{shot.path.suffix}")
+    return path
 
 
 def _finished(plan: Plan, request: GenerateRequest) -> dict[Path, Frames]:
