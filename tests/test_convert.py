@@ -753,6 +753,10 @@ def test_what_is_no_source_or_has_no_place_is_said_at_once(tiny_model, training_
     ):
         with pytest.raises(kind, match=message):
             convert(arguments[0], tmp_path / arguments[1], to=arguments[2] if arguments[2:] else "diffusers")
+    (tmp_path / "one").mkdir()  # a folder is its only file of weights, whatever that is called
+    shutil.copy(tmp_path / "cut.safetensors", tmp_path / "one" / "kohya-style.safetensors")
+    with pytest.raises(ModelError, match="the file cannot be read"):
+        convert(tmp_path / "one", tmp_path / "out")
     monkeypatch.setattr("finetune.core.files.free_space", lambda _: 1000)
     with pytest.raises(ExportError, match=r"the conversion needs .* MiB and the disk has 0\.001 MiB free"):
         convert(base, tmp_path / "out", to="sat")

@@ -262,6 +262,22 @@ def test_alike_are_clips_whose_frames_differ_little_in_order():
     assert faults.groups(pairs) == {0: [2], 2: [0]}
 
 
+def test_parts_of_one_video_may_look_alike(tiny_model, tmp_path):
+    """Also where ``span: all``, which init proposes for long videos, makes several of each."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    boxes.ffmpeg(*filmed("fps=8", source="testsrc2=s=96x64:r=8:d=4", seconds=4), "long.mp4", cwd=clips)
+    (clips / "long.txt").write_text("a test card")
+    report = finetune.doctor(values(tiny_model(), clips, tmp_path / "run", data={"span": "all"}), progress=False)
+    assert len(report.clips) >= 3 and not [
+        f for clip in report.clips for f in clip.faults if f.name == "near-duplicate"
+    ]
+    shutil.copy(clips / "long.mp4", clips / "copy.mp4")
+    (clips / "copy.txt").write_text("a test card, again")
+    report = finetune.doctor(values(tiny_model(), clips, tmp_path / "run", data={"span": "all"}), progress=False)
+    assert [f for clip in report.clips for f in clip.faults if f.name == "near-duplicate"]
+
+
 def test_a_held_out_clip_that_is_a_training_clip_is_named(clinic, tiny_model, tmp_path):
     for side, name in (("train", "good"), ("kept", "again"), ("train", "other")):
         (tmp_path / side).mkdir(exist_ok=True)

@@ -145,6 +145,8 @@ def files_of(source: Path) -> tuple[str, list[Path]]:
     for names in (_LORA_FILES, _MODEL_FILES):
         if path := _first(source, names):
             return "file", [path]
+    if len(alone := sorted(source.glob("*.safetensors"))) == 1:  # an adapter that another program named
+        return "file", alone
     raise ConfigError(
         "the folder holds no checkpoint that is known here",
         where=str(source),

@@ -150,7 +150,9 @@ def check_caption(value: object, where: str) -> str:
             fix="check that the right column is read as the caption",
         )
     if fault := text_fault(value):
-        raise DataError(f"the caption is damaged: {fault}", where=where, fix="save the file as UTF-8, or take it out")
+        raise DataError(
+            f"the caption is damaged: {fault}", where=where, fix="save the file as UTF-8, or take it out of the text"
+        )
     return value
 
 
