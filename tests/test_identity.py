@@ -287,6 +287,7 @@ def test_a_hash_is_taken_once_and_only_of_what_the_hub_sent(tiny_model, tmp_path
         lambda path, *others: read.append(path) or digest_file(path, *others),
     )
     cache = Cache(tmp_path / "cache")
+    cache.root.mkdir()  # without one nothing is remembered
     for _ in range(2):
         require_as_sent(folder, "transformer", cache.digest_file)
     assert read == [folder / WEIGHTS] and hub_sha256(folder / SETTINGS) is None
