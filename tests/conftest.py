@@ -38,6 +38,7 @@ LONGEST = (
 
 GPU_PIECES = {
     "techniques": r"test_(memory|release|streaming|adaln_offload)\.py",
+    "kernels": r"test_(kernels|placement)\.py",
     "2b": r"full_size\[2b",
     "5b": r"full_size\[5b-lora",
     "5b-i2v": r"full_size\[5b-i2v",

@@ -60,6 +60,6 @@ def test_generate_on_two_processes_writes_what_one_writes(tiny_model, launcher, 
     assert [end.code for end in ends] == [0, 0], "\n".join(end.log[-3000:] for end in ends)
     assert [end.log.count("sheet.png") for end in ends] == [1, 0]
     one, two = (sorted((tmp_path / name).iterdir()) for name in ("one", "two"))
-    assert [path.name for path in one] == [path.name for path in two] and len(one) == 4
+    assert [path.name for path in one] == [path.name for path in two] and len(one) == 7
     sheets = [imageio.imread(files[-1]).astype(int) for files in (one, two)]  # of the frames before compression
     assert abs(sheets[0] - sheets[1]).max() <= (0 if parallel == "prompts" else 1)

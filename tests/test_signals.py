@@ -364,7 +364,7 @@ def test_a_terminal_that_is_closed_costs_no_step(tiny_run, tmp_path):
         os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
         os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), "--config", str(run_yaml)])
     printed = b""
-    while b"/4000  loss" not in printed:
+    while b"/4000" not in printed:  # the panel's progress
         printed += os.read(terminal, 10_000)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)

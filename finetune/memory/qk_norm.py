@@ -11,7 +11,6 @@ into tensors that are given to it. What it computes is said in plain torch; on C
 from __future__ import annotations
 
 import functools
-import importlib
 import warnings
 from collections.abc import Sequence
 from itertools import pairwise
@@ -193,7 +192,7 @@ def _kernels_for(*heads: Tensor) -> ModuleType | None:
 @functools.cache
 def triton_kernels() -> ModuleType | None:
     try:
-        return importlib.import_module("finetune.memory.kernels")
+        from finetune.memory import kernels
     except ImportError as error:
         warnings.warn(
             f"Triton cannot be imported ({error}): the norm of queries and keys and their rotary embedding run in"
@@ -201,3 +200,4 @@ def triton_kernels() -> ModuleType | None:
             stacklevel=1,
         )
         return None
+    return kernels

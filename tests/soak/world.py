@@ -28,6 +28,7 @@ Snapshot = Mapping[str, bytes]
 UNCOMPARED = {
     r"cache/lock": "who used the cache last: host, process and time",
     r"(.*/)?\.([^/]+\.)?lock": "who wrote to a run's folder or to an export last: host, process and time",
+    r"run/(metrics\.jsonl|report\.html)": "they hold seconds and memory",
     r"run/tensorboard/.*": "event files hold wall-clock times, and every process begins a new one",
     r".*\.partial(/.*)?": "left by a killed writer; never read, removed by the next save or by `finetune cache gc`",
 }
