@@ -192,7 +192,7 @@ def _kernels_for(*heads: Tensor) -> ModuleType | None:
 @functools.cache
 def triton_kernels() -> ModuleType | None:
     try:
-        from finetune.memory import kernels
+        import finetune.memory.kernels as kernels
     except ImportError as error:
         warnings.warn(
             f"Triton cannot be imported ({error}): the norm of queries and keys and their rotary embedding run in"
