@@ -10,16 +10,13 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError, first_line, is_out_of_memory
-
-if TYPE_CHECKING:
-    pass
 
 MAX_NEW_TOKENS = 512
 """Of an answer: more than twice what CogVideoX reads."""

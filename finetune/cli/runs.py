@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -26,10 +26,6 @@ from finetune.cli.app import (
     verb,
 )
 from finetune.core.errors import FinetuneError
-
-if TYPE_CHECKING:
-    pass
-
 
 _PANEL = "Training"
 
