@@ -304,10 +304,10 @@ def test_frames_that_are_called_exact_are_those_of_the_decoded_clip(clinic):
     path = clinic / "tall.mp4"
     header = probe(path)
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
-    seen = clip_frames.look(clip_frames.Look(path, header, plan, exact=2))
+    inspected = clip_frames.inspect_clip(clip_frames.ClipRequest(path, header, plan, exact=2))
     clip = decode(path, header, plan).pixels.permute(1, 2, 3, 0).numpy()
-    exact = [picture for picture in seen.frames if picture.exact]
-    assert len(exact) == 2 and len(seen.frames) == clip_frames.SHOWN
+    exact = [picture for picture in inspected.frames if picture.exact]
+    assert len(exact) == 2 and len(inspected.frames) == clip_frames.SHOWN
     for picture in exact:
         pixels = np.asarray(Image.open(io.BytesIO(picture.content)))
         assert np.array_equal(pixels, clip[picture.frame])
@@ -323,10 +323,10 @@ def test_sampled_frames_go_from_the_first_to_the_last(frames):
 def test_a_worker_answers_as_this_process_does(clinic):
     header = probe(clinic / "other.mp4")
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
-    sound = clip_frames.Look(clinic / "other.mp4", header, plan)
+    sound = clip_frames.ClipRequest(clinic / "other.mp4", header, plan)
     lost = replace(sound, path=clinic / "broken.mp4")
-    theirs = list(clip_frames.look_at([sound, lost, sound], workers=1))
-    assert theirs[0] == clip_frames.look(sound) == theirs[2]
+    theirs = list(clip_frames.inspect_clips([sound, lost, sound], workers=1))
+    assert theirs[0] == clip_frames.inspect_clip(sound) == theirs[2]
     assert isinstance(theirs[1], DataError) and theirs[1].where == str(lost.path)
 
 
@@ -434,7 +434,7 @@ class _Lying:
 def test_a_worker_that_talks_nonsense_is_a_fault_of_its_file(clinic, change):
     header = probe(clinic / "other.mp4")
     (plan,) = plan_clips(header, ClipConfig(buckets=(Bucket(9, 64, 96),)), 8, "")
-    job = clip_frames.Look(clinic / "other.mp4", header, plan)
+    job = clip_frames.ClipRequest(clinic / "other.mp4", header, plan)
     assert clip_frames.ask(_Lying({}), job).measures.sharpness == 1
     with pytest.raises(DataError, match="answered with nonsense"):
         clip_frames.ask(_Lying(change), job)

@@ -49,7 +49,15 @@ from finetune.diagnosis.faults import (
     picture_faults,
     plan_faults,
 )
-from finetune.diagnosis.frames import SHOWN, Encoded, Look, Reconstruction, Seen, look_at, look_memory
+from finetune.diagnosis.frames import (
+    SHOWN,
+    ClipRequest,
+    Encoded,
+    InspectedClip,
+    Reconstruction,
+    inspect_clips,
+    inspection_memory,
+)
 from finetune.diagnosis.outlook import Outlook
 from finetune.diagnosis.page import Fault, Level, Picture, render
 from finetune.diagnosis.report import MOST_CARDS, BucketReport, ClipReport, DoctorReport, page_of
@@ -79,11 +87,11 @@ def doctor(config: RunConfig, options: DoctorOptions, *, progress: bool = True) 
     card_bytes = amount("--card", options.card or config.memory.budget)
     dataset = _read(config, spec, progress)
     with _Prediction(config, card_bytes, options.device) if dataset.planned else nullcontext() as prediction:
-        seen = _look(config, dataset.planned, progress)
+        inspected = _inspect(config, dataset.planned, progress)
         captions = list(dict.fromkeys(text for clip in dataset.planned for text in clip.sample.captions))
         tokens = _read_captions(config, spec, captions)
         report = _report(
-            config, spec, dataset, _Sights(seen, tokens, _reconstruct(config, dataset, options.vae, progress))
+            config, spec, dataset, _Inspections(inspected, tokens, _reconstruct(config, dataset, options.vae, progress))
         )
         if report.buckets and prediction is not None:
             outlook = outlooks.look_ahead(
@@ -167,19 +175,23 @@ def _left_out(name: str, sample: Sample, holdout: bool, *faults: Fault) -> ClipR
     return ClipReport(name, sample.where, sample.caption, holdout=holdout, faults=faults)
 
 
-def _look(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> list[Seen | DataError]:
+def _inspect(config: RunConfig, clips: Sequence[PlannedClip], progress: bool) -> list[InspectedClip | DataError]:
     exact = min(SHOWN, EXACT_PICTURES // max(1, len(clips)))
     exact = max(1, exact) if len(clips) <= MOST_CARDS else 0
-    jobs = [Look(clip.sample.video, clip.probe, clip.plan, clip.sample.image, exact) for clip in clips]
-    seen: list[Seen | DataError] = []
-    with look_memory(config.cache.dir) as memory:
-        looking = look_at(jobs, _workers(config, len(jobs)), memory)
-        for sight in Bar(looking, total=len(jobs), desc="looking at clips", disable=not progress):
-            plan = clips[len(seen)].plan
-            if isinstance(sight, Seen) and len(seen) >= MOST_CARDS and not any(picture_faults(sight.measures, plan)):
-                sight = replace(sight, frames=())  # it will have no card, and there may be a million
-            seen.append(sight)
-    return seen
+    jobs = [ClipRequest(clip.sample.video, clip.probe, clip.plan, clip.sample.image, exact) for clip in clips]
+    inspected: list[InspectedClip | DataError] = []
+    with inspection_memory(config.cache.dir) as memory:
+        inspecting = inspect_clips(jobs, _workers(config, len(jobs)), memory)
+        for inspection in Bar(inspecting, total=len(jobs), desc="looking at clips", disable=not progress):
+            plan = clips[len(inspected)].plan
+            if (
+                isinstance(inspection, InspectedClip)
+                and len(inspected) >= MOST_CARDS
+                and not any(picture_faults(inspection.measures, plan))
+            ):
+                inspection = replace(inspection, frames=())  # it will have no card, and there may be a million
+            inspected.append(inspection)
+    return inspected
 
 
 def _read_captions(config: RunConfig, spec: ModelSpec, captions: Sequence[str]) -> dict[str, TokenizedCaption]:
@@ -192,10 +204,10 @@ def _read_captions(config: RunConfig, spec: ModelSpec, captions: Sequence[str]) 
 
 
 @dataclass(frozen=True)
-class _Sights:
+class _Inspections:
     """What was seen of each planned clip, in their order, and of each caption."""
 
-    seen: Sequence[Seen | DataError]
+    inspected: Sequence[InspectedClip | DataError]
     tokens: Mapping[str, TokenizedCaption]
     losses: Sequence[Reconstruction | DataError | None]
 
@@ -258,24 +270,26 @@ class _Prediction:
 # --------------------------------------------------------------------------------------------------------- the findings
 
 
-def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, sights: _Sights) -> DoctorReport:
-    planned, fps, tokens = dataset.planned, dataset.fps, sights.tokens
+def _report(config: RunConfig, spec: ModelSpec, dataset: _Dataset, inspections: _Inspections) -> DoctorReport:
+    planned, fps, tokens = dataset.planned, dataset.fps, inspections.tokens
     held_out: tuple[bool, ...] = ()
     if planned:
         held_out = split_clips(planned, identities(config, planned, progress=False), config.data.holdout)
     limit = spec.max_text_seq_length
     faults = [
         [
-            *_clip_faults(config, clip, fps, sight, loss),
+            *_clip_faults(config, clip, fps, inspection, loss),
             *(fault for text in clip.sample.captions for fault in caption_faults(text, tokens.get(text), limit)),
         ]
-        for clip, sight, loss in zip(planned, sights.seen, sights.losses, strict=True)
+        for clip, inspection, loss in zip(planned, inspections.inspected, inspections.losses, strict=True)
     ]
-    _add_likenesses(planned, sights.seen, held_out, faults)
+    _add_likenesses(planned, inspections.inspected, held_out, faults)
     _add_duplicates(planned, faults)
     clips = tuple(
-        _with_loss(_clip_report(clip, sight, holdout, tuple(named), tokens, fps), loss)
-        for clip, sight, holdout, named, loss in zip(planned, sights.seen, held_out, faults, sights.losses, strict=True)
+        _with_loss(_clip_report(clip, inspection, holdout, tuple(named), tokens, fps), loss)
+        for clip, inspection, holdout, named, loss in zip(
+            planned, inspections.inspected, held_out, faults, inspections.losses, strict=True
+        )
     )
     buckets, steps, epochs = _buckets(config, spec, planned, held_out, fps)
     notes = list(dataset.notes)
@@ -305,15 +319,15 @@ def _clip_faults(
     config: RunConfig,
     clip: PlannedClip,
     fps: float,
-    sight: Seen | DataError,
+    inspection: InspectedClip | DataError,
     loss: Reconstruction | DataError | None,
 ) -> Iterator[Fault]:
-    if error := next((one for one in (sight, loss) if isinstance(one, DataError)), None):
+    if error := next((one for one in (inspection, loss) if isinstance(one, DataError)), None):
         yield Fault(_level(config), "undecodable", error.what, error.fix)
     yield from header_faults(clip.probe, fps)
     yield from plan_faults(clip.probe, clip.plan, fps, padded=is_padded(clip.part, clip.plan, fps, config.data.span))
-    if isinstance(sight, Seen):
-        yield from picture_faults(sight.measures, clip.plan)
+    if isinstance(inspection, InspectedClip):
+        yield from picture_faults(inspection.measures, clip.plan)
     if isinstance(loss, Reconstruction) and loss.psnr < WELL_ENCODED:
         text = f"the VAE gives it back at {loss.psnr:.1f} dB, its worst frame at {loss.worst_psnr:.1f}"
         yield Fault("warning", "lost in the VAE", text)
@@ -348,11 +362,11 @@ def _run_faults(
 
 def _add_likenesses(
     clips: Sequence[PlannedClip],
-    seen: Sequence[Seen | DataError],
+    inspected: Sequence[InspectedClip | DataError],
     held_out: Sequence[bool],
     faults: Sequence[list[Fault]],
 ) -> None:
-    hashes = [() if isinstance(sight, DataError) else sight.measures.hashes for sight in seen]
+    hashes = [() if isinstance(inspection, DataError) else inspection.measures.hashes for inspection in inspected]
 
     def is_same(one: int, other: int) -> bool:  # parts of one video look alike, and a clip may have two captions
         return clips[one].sample.video == clips[other].sample.video and held_out[one] == held_out[other]
@@ -380,7 +394,7 @@ def _add_duplicates(clips: Sequence[PlannedClip], faults: Sequence[list[Fault]])
 
 def _clip_report(
     clip: PlannedClip,
-    sight: Seen | DataError,
+    inspection: InspectedClip | DataError,
     holdout: bool,
     faults: tuple[Fault, ...],
     tokens: Mapping[str, TokenizedCaption],
@@ -396,8 +410,8 @@ def _clip_report(
         "size": f"{probe.height}x{probe.width}",
         "tokens": tokens[caption].length if caption in tokens else None,
     }
-    if isinstance(sight, Seen):
-        measures = sight.measures
+    if isinstance(inspection, InspectedClip):
+        measures = inspection.measures
         values |= {
             "motion": None if probe.still else sum(measures.motion) / max(1, len(measures.motion)),
             "sharpness": measures.sharpness,
@@ -411,7 +425,7 @@ def _clip_report(
         holdout=holdout,
         values=values,
         faults=faults,
-        pictures=() if isinstance(sight, DataError) else tuple(_pictures(clip, sight)),
+        pictures=() if isinstance(inspection, DataError) else tuple(_pictures(clip, inspection)),
         cut_caption=cut_text,
         variants=tuple(variants),
     )
@@ -435,11 +449,11 @@ def _with_loss(clip: ClipReport, loss: Reconstruction | DataError | None) -> Cli
     return replace(clip, values={**clip.values, "psnr": loss.psnr}, pictures=(*clip.pictures, *pictures))
 
 
-def _pictures(clip: PlannedClip, seen: Seen) -> Iterator[Picture]:
+def _pictures(clip: PlannedClip, inspected: InspectedClip) -> Iterator[Picture]:
     (top, left), (height, width), bucket = clip.plan.crop_yx, clip.plan.resize_hw, clip.plan.bucket
     cut = (top / height, left / width, bucket.height / height, bucket.width / width)
-    yield _picture(seen.source, f"source, {clip.probe.height}x{clip.probe.width}", cut)
-    for encoded in seen.frames:
+    yield _picture(inspected.source, f"source, {clip.probe.height}x{clip.probe.width}", cut)
+    for encoded in inspected.frames:
         label = "first-frame image" if encoded.frame < 0 else f"frame {encoded.frame + 1} of {bucket.frames}"
         yield _picture(encoded, f"{label}, exact" if encoded.exact else label)
 

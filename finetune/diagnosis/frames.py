@@ -42,7 +42,7 @@ TILE_HEIGHT = 112
 
 _WORKER = "from finetune.datasets import worker; from finetune.diagnosis import frames; worker.serve(frames.handle)"
 
-LOOK_RULE = "look-2"
+INSPECTION_RULE = "look-2"
 """Names what is shown and measured of a clip. What was remembered of another rule is looked at again."""
 
 _AHEAD = 16
@@ -62,8 +62,8 @@ _SMALL_HW = 48, 72
 
 
 @dataclass(frozen=True)
-class Look:
-    """One clip to look at."""
+class ClipRequest:
+    """A clip whose frames are shown and measured."""
 
     path: Path
     probe: VideoProbe
@@ -114,8 +114,8 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a look at a clip gave."""
+class InspectedClip:
+    """What was shown and measured of a clip."""
 
     measures: Measures
     source: Encoded
@@ -152,18 +152,18 @@ def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
     """Answer a request of ``look_at`` in a worker."""
     job = decode_pool.job_of(fields)
     assert isinstance(job, decode_pool.DecodeJob)
-    answer, contents = _parts_of(look(Look(job.path, job.probe, job.plan, job.image, fields["exact"])))
+    answer, contents = _parts_of(inspect_clip(ClipRequest(job.path, job.probe, job.plan, job.image, fields["exact"])))
     return answer, [np.frombuffer(content, np.uint8) for content in contents]
 
 
-def look(job: Look) -> Seen:
+def inspect_clip(job: ClipRequest) -> InspectedClip:
     """Decode, measure and show a clip in this process. Raises DataError if one of its frames cannot be decoded."""
     plan, header = job.plan, job.probe
     shown, pairs = sampled_positions(len(plan.frame_indices))
     wanted = sorted({*shown, *(position for pair in pairs for position in pair)})
     sharp = {shown[0], shown[len(shown) // 2], shown[-1]}
     indices = [plan.frame_indices[position] for position in wanted]
-    glances: dict[int, _Glance] = {}
+    per_frame: dict[int, _FrameMeasures] = {}
     tiles: dict[int, Encoded] = {}
     source: Encoded | None = None
     for frame_index, frame in decode.read_frames(job.path, indices, header):
@@ -172,7 +172,7 @@ def look(job: Look) -> Seen:
         source = source or encoded(picture, 0, exact=False)
         cut = _cut(picture, plan)
         for position in (position for position in wanted if plan.frame_indices[position] == frame_index):
-            glances[position] = _glance(picture, cut, plan, sharp=position in sharp, hashed=position in shown)
+            per_frame[position] = _measure_frame(picture, cut, plan, sharp=position in sharp, hashed=position in shown)
             if position in shown[: job.exact]:
                 size_hw = plan.bucket.height, plan.bucket.width
                 pixels = resize_crop(upright, plan.resize_hw, plan.crop_yx, size_hw)
@@ -184,7 +184,9 @@ def look(job: Look) -> Seen:
         image = read_fitted_image(job.image, plan.bucket).transpose(1, 2, 0)
         pictures.insert(0, encoded(Image.fromarray(np.ascontiguousarray(image)), -1, exact=job.exact > 0))
     assert source is not None
-    return Seen(_measured([glances[position] for position in wanted], wanted, shown, pairs), source, tuple(pictures))
+    return InspectedClip(
+        _measured([per_frame[position] for position in wanted], wanted, shown, pairs), source, tuple(pictures)
+    )
 
 
 def _cut(picture: Picture, plan: ClipPlan) -> Picture:
@@ -211,7 +213,7 @@ def encoded(picture: Picture, number: int, *, exact: bool) -> Encoded:
     return Encoded(file.getvalue(), picture.height, picture.width, number, exact)
 
 
-class _Glance(NamedTuple):
+class _FrameMeasures(NamedTuple):
     """What is measured on one frame."""
 
     small: NDArray[np.float32]
@@ -224,12 +226,12 @@ class _Glance(NamedTuple):
     hash: int
 
 
-def _glance(picture: Picture, cut: Picture, plan: ClipPlan, *, sharp: bool, hashed: bool) -> _Glance:
+def _measure_frame(picture: Picture, cut: Picture, plan: ClipPlan, *, sharp: bool, hashed: bool) -> _FrameMeasures:
     grey = cut.convert("L")
     # Means of eight pixels along a bar: specks of compression beside the picture are no picture.
     along = grey.resize((max(1, grey.width // 8), grey.height), Resampling.BOX)
     across = grey.resize((grey.width, max(1, grey.height // 8)), Resampling.BOX)
-    return _Glance(
+    return _FrameMeasures(
         small=np.asarray(grey.resize(_SMALL_HW[::-1], Resampling.BOX), np.float32),
         rows=np.asarray(along).max(1),
         columns=np.asarray(across).max(0),
@@ -257,21 +259,24 @@ def _sharpness(picture: Picture, plan: ClipPlan) -> float:
 
 
 def _measured(
-    glances: Sequence[_Glance], positions: Sequence[int], shown: Sequence[int], pairs: Sequence[tuple[int, int]]
+    per_frame: Sequence[_FrameMeasures],
+    positions: Sequence[int],
+    shown: Sequence[int],
+    pairs: Sequence[tuple[int, int]],
 ) -> Measures:
-    at = dict(zip(positions, glances, strict=True))
+    at = dict(zip(positions, per_frame, strict=True))
 
     def difference(one: int, other: int) -> float:
         return float(np.abs(at[one].small - at[other].small).mean())
 
     return Measures(
-        luma=tuple(float(glance.small.mean()) for glance in glances),
-        bright=tuple(float(np.percentile(glance.small, 99)) for glance in glances),
+        luma=tuple(float(of_frame.small.mean()) for of_frame in per_frame),
+        bright=tuple(float(np.percentile(of_frame.small, 99)) for of_frame in per_frame),
         motion=tuple(difference(*pair) for pair in pairwise(shown)),
         beside=tuple(difference(*pair) for pair in pairs),
         flicker=tuple(abs(float(at[one].small.mean() - at[other].small.mean())) for one, other in pairs),
-        sharpness=max(glance.sharpness for glance in glances),
-        bars=_bars(glances),
+        sharpness=max(of_frame.sharpness for of_frame in per_frame),
+        bars=_bars(per_frame),
         hashes=tuple(at[position].hash for position in shown),
     )
 
@@ -280,10 +285,13 @@ _BLACK_BAR = 40
 """Of 255: no pixel of a black bar is brighter; limited range and compression lift black a little."""
 
 
-def _bars(glances: Sequence[_Glance]) -> tuple[float, float, float, float]:
+def _bars(per_frame: Sequence[_FrameMeasures]) -> tuple[float, float, float, float]:
     """What is black in every frame at the top, bottom, left and right."""
     edges = []
-    for levels in (np.max([glance.rows for glance in glances], 0), np.max([glance.columns for glance in glances], 0)):
+    for levels in (
+        np.max([of_frame.rows for of_frame in per_frame], 0),
+        np.max([of_frame.columns for of_frame in per_frame], 0),
+    ):
         visible = np.flatnonzero(levels > _BLACK_BAR)
         if not len(visible):  # black all over, which is another fault
             return 0.0, 0.0, 0.0, 0.0
@@ -294,21 +302,21 @@ def _bars(glances: Sequence[_Glance]) -> tuple[float, float, float, float]:
 # --- as a worker's answer, and as it is remembered --------------------------------------------------------------------
 
 
-def _parts_of(seen: Seen) -> tuple[dict[str, Any], list[bytes]]:
+def _parts_of(inspected: InspectedClip) -> tuple[dict[str, Any], list[bytes]]:
     """Fields for JSON, and the pictures' files."""
-    pictures = (seen.source, *seen.frames)
+    pictures = (inspected.source, *inspected.frames)
     places = [[picture.height, picture.width, picture.frame, picture.exact] for picture in pictures]
     contents = [picture.content for picture in pictures]
-    return {"measures": asdict(seen.measures), "places": places, "sizes": list(map(len, contents))}, contents
+    return {"measures": asdict(inspected.measures), "places": places, "sizes": list(map(len, contents))}, contents
 
 
-def _seen_of(fields: Mapping[str, Any], body: bytes | bytearray) -> Seen:
+def _seen_of(fields: Mapping[str, Any], body: bytes | bytearray) -> InspectedClip:
     """The other way round; raises KeyError, TypeError, ValueError or IndexError for anything else."""
     pictures, end = [], 0
     for size, (height, width, frame, exact) in zip(fields["sizes"], fields["places"], strict=True):
         pictures.append(Encoded(bytes(body[end : end + size]), int(height), int(width), int(frame), bool(exact)))
         end += size
-    return Seen(_checked(fields["measures"]), pictures[0], tuple(pictures[1:]))
+    return InspectedClip(_checked(fields["measures"]), pictures[0], tuple(pictures[1:]))
 
 
 def _checked(fields: Mapping[str, Any]) -> Measures:
@@ -324,15 +332,17 @@ def _checked(fields: Mapping[str, Any]) -> Measures:
 # --- in the main process ----------------------------------------------------------------------------------------------
 
 
-def look_memory(cache_dir: Path) -> FileMemory:
+def inspection_memory(cache_dir: Path) -> FileMemory:
     """Where looks at clips are remembered, beside a cache's entries."""
     from finetune.datasets.file_memory import FileMemory
 
-    return FileMemory(cache_dir / "looks.sqlite", f"{LOOK_RULE}, {decode_pool.read_rule()}")
+    return FileMemory(cache_dir / "looks.sqlite", f"{INSPECTION_RULE}, {decode_pool.read_rule()}")
 
 
-def look_at(jobs: Iterable[Look], workers: int, memory: FileMemory | None = None) -> Iterator[Seen | DataError]:
-    """Look at every clip, in the order given; one that cannot be decoded gives its error.
+def inspect_clips(
+    jobs: Iterable[ClipRequest], workers: int, memory: FileMemory | None = None
+) -> Iterator[InspectedClip | DataError]:
+    """Inspect every clip, in the order given; one that cannot be decoded gives its error.
 
     Args:
         jobs: the clips.
@@ -344,10 +354,10 @@ def look_at(jobs: Iterable[Look], workers: int, memory: FileMemory | None = None
     for worker in started:
         idle.put(worker)
 
-    def answer(job: Look) -> Seen | DataError:
+    def answer(job: ClipRequest) -> InspectedClip | DataError:
         try:
             if not workers:
-                return look(job)
+                return inspect_clip(job)
             worker = idle.get()
             try:
                 return ask(worker, job)
@@ -357,7 +367,7 @@ def look_at(jobs: Iterable[Look], workers: int, memory: FileMemory | None = None
             return error
 
     threads = ThreadPoolExecutor(max(1, workers), thread_name_prefix="look")
-    pending: deque[tuple[Look, Seen | Future[Seen | DataError]]] = deque()
+    pending: deque[tuple[ClipRequest, InspectedClip | Future[InspectedClip | DataError]]] = deque()
     try:
         for job in jobs:
             pending.append((job, _recalled(memory, job) or threads.submit(answer, job)))
@@ -372,8 +382,8 @@ def look_at(jobs: Iterable[Look], workers: int, memory: FileMemory | None = None
         threads.shutdown(wait=True)
 
 
-def ask(worker: Worker, job: Look) -> Seen:
-    """Have a worker look at a clip. Raises its DataError, and one where its answer is none."""
+def ask(worker: Worker, job: ClipRequest) -> InspectedClip:
+    """Have a worker inspect a clip. Raises its DataError, and one where its answer is none."""
     request = decode_pool.fields_of(decode_pool.DecodeJob(job.path, job.probe, job.plan, job.image))
     fields, body = worker.ask(job.path, {**request, "exact": job.exact}, most_bytes=_MOST_BYTES, timeout_s=_TIMEOUT_S)
     try:
@@ -382,7 +392,7 @@ def ask(worker: Worker, job: Look) -> Seen:
         raise DataError(f"the decoder answered with nonsense ({error})", where=str(job.path)) from None
 
 
-def _recalled(memory: FileMemory | None, job: Look) -> Seen | None:
+def _recalled(memory: FileMemory | None, job: ClipRequest) -> InspectedClip | None:
     if memory is None or job.image is not None:  # which is a second file that may change
         return None
     fields, _, body = (memory.recall(job.path, _question(job)) or b"").partition(b"\n")
@@ -392,15 +402,17 @@ def _recalled(memory: FileMemory | None, job: Look) -> Seen | None:
         return None
 
 
-def _remembered(memory: FileMemory | None, job: Look, answer: Seen | Future[Seen | DataError]) -> Seen | DataError:
-    if isinstance(answer, Seen):
+def _remembered(
+    memory: FileMemory | None, job: ClipRequest, answer: InspectedClip | Future[InspectedClip | DataError]
+) -> InspectedClip | DataError:
+    if isinstance(answer, InspectedClip):
         return answer
-    seen = answer.result()
-    if memory is not None and job.image is None and isinstance(seen, Seen):
-        fields, contents = _parts_of(seen)
+    inspected = answer.result()
+    if memory is not None and job.image is None and isinstance(inspected, InspectedClip):
+        fields, contents = _parts_of(inspected)
         memory.remember(job.path, b"\n".join([json.dumps(fields).encode(), b"".join(contents)]), _question(job))
-    return seen
+    return inspected
 
 
-def _question(job: Look) -> str:
+def _question(job: ClipRequest) -> str:
     return digest_of([asdict(job.plan), job.exact])

@@ -29,7 +29,7 @@ from finetune.datasets.geometry import (
 from finetune.datasets.rows import MediaPlace
 from finetune.datasets.samples import CaptionConfig, SourceRead, read_samples
 from finetune.datasets.sources import AutoSource
-from finetune.diagnosis.frames import Encoded, Look, Seen, look_at
+from finetune.diagnosis.frames import ClipRequest, Encoded, InspectedClip, inspect_clips
 
 MOST_BUCKETS = 3
 """Sizes that are proposed; each has shorter clips beside it where there are some."""
@@ -276,6 +276,6 @@ def _prompts(
         probe = probes[sample.video]
         assert isinstance(probe, VideoProbe)
         plan = plan_clips(probe, config, spec.native_fps, "", sample.span_s)[0]
-        (seen,) = look_at([Look(sample.video, probe, plan)], workers=1)
-        if isinstance(seen, Seen):
-            yield Prompt(sample.caption, seen.frames[0])
+        (inspected,) = inspect_clips([ClipRequest(sample.video, probe, plan)], workers=1)
+        if isinstance(inspected, InspectedClip):
+            yield Prompt(sample.caption, inspected.frames[0])

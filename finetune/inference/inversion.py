@@ -107,7 +107,7 @@ def invert(
 # ----------------------------------------------------------------------------------------------------- shared attention
 
 
-class _LookingAtLast:
+class _SharedAttention:
     """Attention in which every sample of a batch attends to the last one's tokens besides its own.
 
     The last one, the video on its way from noise, attends to itself alone. Its keys are turned by the same rotary
@@ -158,7 +158,7 @@ def attention_to_last(transformer: Any) -> Iterator[None]:
     attentions = [block.attn1 for block in transformer.transformer_blocks]
     before = [attention.processor for attention in attentions]
     for attention in attentions:
-        attention.processor = _LookingAtLast()
+        attention.processor = _SharedAttention()
     try:
         yield
     finally:

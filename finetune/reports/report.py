@@ -301,7 +301,7 @@ def _read_strips(config: RunConfig) -> list[ClipStrip]:
     from finetune.cogvideox.spec import read_spec
     from finetune.core.errors import DataError
     from finetune.datasets.samples import read_samples
-    from finetune.diagnosis.frames import Look, Seen, look_at
+    from finetune.diagnosis.frames import ClipRequest, InspectedClip, inspect_clips
 
     spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
     data = config.data
@@ -311,11 +311,11 @@ def _read_strips(config: RunConfig) -> list[ClipStrip]:
     clips = check_dataset(config, spec).clips
     picked = np.linspace(0, len(clips) - 1, min(_MOST_CLIPS, len(clips))).round().astype(int)
     chosen = [clips[index] for index in picked]
-    looks = [Look(clip.sample.video, clip.probe, clip.plan, clip.sample.image, 0) for clip in chosen]
+    requests = [ClipRequest(clip.sample.video, clip.probe, clip.plan, clip.sample.image, 0) for clip in chosen]
     strips = []
-    for clip, seen in zip(chosen, look_at(looks, min(2, len(looks))), strict=True):
-        if isinstance(seen, Seen):
-            pictures = [html.data_url(frame.content, "image/webp") for frame in seen.frames]
+    for clip, inspected in zip(chosen, inspect_clips(requests, min(2, len(requests))), strict=True):
+        if isinstance(inspected, InspectedClip):
+            pictures = [html.data_url(frame.content, "image/webp") for frame in inspected.frames]
             name = "/".join(Path(clip.name).parts[-2:])
             strips.append(ClipStrip(name, clip.sample.caption, str(clip.plan.bucket), pictures))
     return strips
