@@ -27,7 +27,7 @@ From one's own clips to a video, in five commands:
 
 \b
   finetune init --model 5b --method lora --card 24GB --data clips
-  finetune check --config run.yaml
+  finetune doctor --config run.yaml
   finetune train --config run.yaml
   finetune export runs/run
   finetune generate --adapter runs/run/export --prompt "a red kite at sea"

@@ -162,4 +162,4 @@ What there is
 
 Next, on your own clips (a folder of videos with a .txt caption beside each)
   finetune init --model 5b --method lora --card 24GB --data YOUR_CLIPS --output run.yaml
-  finetune check --config run.yaml"""
+  finetune doctor --config run.yaml"""
