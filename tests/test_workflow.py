@@ -36,11 +36,12 @@ def test_footage_becomes_a_trained_adapter(real, frames, tiny_model, tmp_path, m
     monkeypatch.chdir(tmp_path)
     verbs: list[str] = []
 
-    def typed(line: str, *words: str, code: int = OK) -> str:
+    def typed(line: str, *words: str, codes: tuple[int, ...] = (OK,)) -> str:
         """The command that a command says is next."""
         program, verb, *rest = shlex.split(line)
         verbs.append(verb)
-        assert (program, main([verb, *rest, *words])) == ("finetune", code), capsys.readouterr().err
+        code = main([verb, *rest, *words])
+        assert program == "finetune" and code in codes, (code, capsys.readouterr().err)
         (following,) = re.findall(r"^next: (.*)$", capsys.readouterr().out, re.M)
         return following
 
@@ -57,7 +58,7 @@ def test_footage_becomes_a_trained_adapter(real, frames, tiny_model, tmp_path, m
     assert {row["file_name"] for row in rows if row["caption"]} == kept
 
     line = typed(line)
-    line = typed(line, code=WARNED)  # what the random model wrote is one warning of several
+    line = typed(line, codes=(OK, WARNED))  # a random model's captions differ between processors, and so their faults
     page = Path("doctor.html").read_text()
     assert not [name for name in kept if name not in page]
 
