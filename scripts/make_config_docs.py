@@ -63,18 +63,20 @@ class Docs:
         return "\n".join(lines) + "\n"
 
     def section(self, path: str, schema: Schema) -> Iterator[str]:
-        """Text and tables of one section: one table, or one per kind, then those of the items of its lists."""
+        """Text and tables of one section: one table, or one per kind, then those of sections and lists inside it."""
         members = self.members(schema)
         if len(members) == 1:
             yield paragraph(members[0].get("description", ""))
             yield from self.table(members[0], list(members[0]["properties"]))
         else:
             yield from self.kinds(path, members, schema.get("default", {}).get("kind"))
-        items = {name: field["items"] for name, field in members[0]["properties"].items() if "items" in field}
-        for name, item in items.items():
-            if self.members(item):
-                yield from ["", f"### {path}.{name}", "", f"Each item of `{path}.{name}`:", ""]
-                yield from self.section(f"{path}.{name}[]", item)
+        inside = {name: field for member in members for name, field in member["properties"].items()}
+        for name, field in inside.items():
+            if self.members(field.get("items", field)):
+                yield from ["", f"### {path}.{name}", ""]
+                if "items" in field:
+                    yield from [f"Each item of `{path}.{name}`:", ""]
+                yield from self.section(f"{path}.{name}{'[]' if 'items' in field else ''}", field.get("items", field))
 
     def kinds(self, path: str, members: list[Schema], default: str | None) -> Iterator[str]:
         """A union: the fields that all kinds share, then each kind's own."""

@@ -283,7 +283,9 @@ def configured(path: tuple[str | int, ...], number: float) -> dict[str, Any]:
         if isinstance(part, str) and part.startswith("kind="):
             holder["kind"] = part.removeprefix("kind=")
             continue
-        fresh: Any = [0.5, 0.5] if following == 0 else {}
+        fresh: Any = {}
+        if following == 0:
+            fresh = [{"first": 0, "last": 1_000_000}] if part == "bands" else [0.5, 0.5]
         holder = holder.setdefault(part, fresh) if isinstance(holder, dict) else holder[part]
     holder[path[-1]] = number
     if path[-1] == "epochs":
@@ -556,6 +558,12 @@ def test_overrides_in_code_are_one_string_or_many_or_values(write, overrides):
         (["train.stesp=5"], "unknown field 'stesp'; did you mean 'steps'?\n  where: --set train.stesp=5"),
         (["trian.steps=5"], "unknown field 'trian'; did you mean 'train'?"),
         (["optimizer.kind=adma"], "unknown kind 'adma'"),
+        (["objective.noise_offset=0.1"], "there is nothing to make up for"),
+        (["train.min_snr_gamma=5"], "write objective.weighting: {kind: min_snr, gamma: 5}"),
+        (
+            ["objective.timesteps={kind: bands, bands: [{first: 9, last: 5}]}"],
+            "last timestep, 5, is below its first, 9",
+        ),
         *(([words], "is not an assignment") for words in ("train.steps", "=5", "train..steps=5", "x" * 100_000)),
         (["train.steps.x=5"], "'train.steps' is 100 in the file and has no field 'x'"),
         (["data.sources.x=5"], "'x' is no index"),
@@ -749,6 +757,12 @@ def test_a_plain_run_of_every_model_is_clean(variant):
         ("5b-i2v", {"validation__samples": [{"prompt": "a", "image": "b"}]}, "there is no image /nowhere/b", "image"),
         ("5b", {"data__sources": [{"path": "a", "split": "holdout"}]}, "nothing to train on", "data.sources"),
         ("5b", {"output_dir": "/dev/null"}, "is a file, not a folder", "output_dir"),
+        (
+            "5b",
+            {"objective__timesteps": {"kind": "bands", "bands": [{"first": 0, "last": 1000}]}},
+            "the band ends at timestep 1000; the model's timesteps are 0 to 999",
+            "objective.timesteps.bands.0.last",
+        ),
     ],
 )  # fmt: skip
 def test_what_the_model_cannot_do_is_an_error(variant, changes, said, path):

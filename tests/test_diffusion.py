@@ -7,9 +7,19 @@ import math
 import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler
+from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
-from finetune.cogvideox.config import DropoutConfig
-from finetune.cogvideox.objective import NoiseSample, add_noise, noise_batch, sample_noise, v_mse, velocity
+from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
+from finetune.cogvideox.objective import (
+    NoiseSample,
+    add_noise,
+    noise_batch,
+    sample_noise,
+    sample_timestep,
+    timestep_weights,
+    v_mse,
+    velocity,
+)
 from finetune.core.types import Batch
 
 SCHEDULER = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
@@ -107,3 +117,54 @@ def test_rates_and_timesteps_follow_their_distributions():
     chi_square = float(((counts - n / 10) ** 2 / (n / 10)).sum())
     assert chi_square < 33.7  # 9 degrees of freedom, p = 1e-4
     assert {d.image_draw for d in draws} == {0, 1, 2, 3}
+
+
+LEVELS = CogVideoXDDIMScheduler(**SCHEDULER, snr_shift_scale=1.0).alphas_cumprod.double()
+
+
+@pytest.mark.parametrize("kind", ["noise", "clean"])
+def test_a_weight_by_timestep_makes_the_error_that_of_what_the_velocity_implies(kind):
+    weights = timestep_weights(ObjectiveConfig(weighting=kind).weighting, LEVELS)
+    x0, eps = pair(count=1000)
+    noisy, target = add_noise(x0, eps, LEVELS), velocity(x0, eps, LEVELS)
+    prediction = target + torch.randn(x0.shape, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    a = LEVELS.reshape(-1, 1, 1, 1, 1)
+    implied, truth = a.sqrt() * prediction + (1 - a).sqrt() * noisy, eps
+    if kind == "clean":
+        implied, truth = a.sqrt() * noisy - (1 - a).sqrt() * prediction, x0
+    torch.testing.assert_close(weights * v_mse(prediction, target), v_mse(implied, truth), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0, 20.0])
+def test_min_snr_is_the_published_weight_for_velocity(gamma):
+    """As diffusers' training scripts have it: min(SNR, gamma) / SNR for noise, and over SNR + 1 for velocity."""
+    weighting = ObjectiveConfig(weighting={"kind": "min_snr", "gamma": gamma}).weighting
+    scheduler = CogVideoXDDIMScheduler(**SCHEDULER, snr_shift_scale=1.0)
+    snr = compute_snr(scheduler, torch.arange(999)).double()  # at the last one it is 0 / 1
+    theirs = torch.minimum(snr, torch.tensor(gamma)) / (snr + 1)
+    weights = timestep_weights(weighting, LEVELS)
+    torch.testing.assert_close(weights[:-1], theirs, rtol=1e-4, atol=1e-7)
+    assert weights[-1] == 0 and timestep_weights(ObjectiveConfig().weighting, LEVELS) is None
+
+
+def timesteps_of(sampling: object, count: int = 4000) -> torch.Tensor:
+    config = ObjectiveConfig(timesteps=sampling).timesteps
+    return torch.tensor([sample_timestep(3, step, 0, 1000, config) for step in range(count)]).double()
+
+
+def test_logit_normal_timesteps_are_distributed_as_the_reference():
+    reference = torch.Generator().manual_seed(1)
+    theirs = compute_density_for_timestep_sampling("logit_normal", 100_000, 0.5, 0.8, generator=reference).double()
+    ours = timesteps_of({"kind": "logit_normal", "mean": 0.5, "std": 0.8})
+    places = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+    assert (ours.quantile(places) / 1000 - theirs.quantile(places)).abs().max() < 0.02
+    assert ours.min() >= 0 and ours.max() <= 999
+
+
+def test_bands_are_drawn_by_their_shares_and_are_even_within():
+    low, high = {"first": 100, "last": 199, "share": 1}, {"first": 600, "last": 999, "share": 3}
+    drawn = timesteps_of({"kind": "bands", "bands": [low, high]})
+    below = drawn[drawn < 600]
+    assert abs(len(below) / len(drawn) - 0.25) < 0.03
+    assert below.min() == 100 and below.max() == 199 and abs(below.mean() - 149.5) < 5
+    assert drawn.max() == 999 and abs(drawn[drawn >= 600].mean() - 799.5) < 10

@@ -13,7 +13,8 @@ from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
 from finetune.caching.precompute import ensure_cache
-from finetune.cogvideox.config import DropoutConfig
+from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
+from finetune.cogvideox.objective import alpha_bar
 from finetune.cogvideox.spec import read_spec
 from finetune.core.errors import CacheError
 from finetune.datasets.cache import Cache
@@ -23,13 +24,21 @@ from finetune.datasets.schedule import Item, MicroBatch, StepPlan
 CPU = torch.device("cpu")
 
 
-def maker(model, tmp_path, dropout=None, **changes) -> BatchMaker:
+def maker(model, tmp_path, dropout=None, objective=None, **changes) -> BatchMaker:
     config = run_config(model, tmp_path / "none", tmp_path / "run", cache={"mode": "require"}, **changes)
     fabricate_cache(config, clips=3)
     spec, cache = read_spec(str(model)), Cache(config.cache.dir)
     manifest = ensure_cache(config, spec)
     empty = cache.read_prompt(manifest.empty_prompt_key)
-    return BatchMaker(spec, cache, manifest.items, empty, dropout or DropoutConfig(caption_dropout=0), seed=5)
+    return BatchMaker(
+        spec,
+        cache,
+        manifest.items,
+        empty,
+        dropout or DropoutConfig(caption_dropout=0),
+        5,
+        objective or ObjectiveConfig(),
+    )
 
 
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b", "5b-i2v", "1.5-5b-i2v"])
@@ -65,6 +74,20 @@ def test_dropped_conditions_are_the_unconditional_ones(tiny_model, tmp_path):
     batch = made.training(0, MicroBatch(items=(0,), slots=(0,)))
     assert torch.equal(batch.prompt_embeds[0], made.empty_prompt)
     assert batch.image_latents is not None and not batch.image_latents.any()
+
+
+def test_the_objective_changes_what_is_trained_and_not_what_is_measured(tiny_model, tmp_path):
+    bands = {"kind": "bands", "bands": [{"first": 900, "last": 910}]}
+    plain = maker(tiny_model(), tmp_path)
+    changed = maker(tiny_model(), tmp_path, objective=ObjectiveConfig(weighting="min_snr", timesteps=bands))
+    micro = MicroBatch(items=(0, 1), slots=(0, 1))
+    batch, usual = changed.training(0, micro), plain.training(0, micro)
+    assert all(900 <= timestep <= 910 for timestep in batch.timesteps.tolist())
+    levels = alpha_bar(plain.spec)[batch.timesteps]
+    torch.testing.assert_close(batch.weights, torch.minimum(levels, 5 * (1 - levels)).float())
+    assert usual.weights is None and torch.equal(batch.noise, usual.noise)
+    measured = changed.fixed(1, (100, 900))
+    assert measured.timesteps.tolist() == [100, 900] and measured.weights is None
 
 
 def test_fixed_batches_never_drop_and_never_change(tiny_model, tmp_path):

@@ -66,7 +66,7 @@ def batches(config: RunConfig) -> BatchMaker:
     manifest = ensure_cache(config, spec, progress=False)
     quiet = config.data.model_copy(update={"caption_dropout": 0.0})
     empty = cache.read_prompt(manifest.empty_prompt_key)
-    return BatchMaker(spec, cache, manifest.items, empty, quiet, config.train.seed)
+    return BatchMaker(spec, cache, manifest.items, empty, quiet, config.train.seed, config.objective)
 
 
 def test_every_caption_is_cached_and_training_takes_one_by_its_address(home):

@@ -35,6 +35,7 @@ _RULES: Mapping[str, tuple[bool, str]] = {
     "method": (False, "it decides which tensors are trained"),
     "method.dropout": (True, "holds from the next step"),
     "method.init_from": (True, "read at step 0 only"),
+    "objective": (True, "holds from the next step"),
     "optimizer": (False, "the optimizer's accumulated state belongs to its kind"),
     "optimizer.lr": (True, "holds from the next step"),
     "optimizer.betas": (True, "holds from the next step"),
@@ -61,6 +62,8 @@ _RULES: Mapping[str, tuple[bool, str]] = {
 """What may change when a run goes on, by dotted prefix; the longest one that fits decides."""
 
 _SINCE: Mapping[str, object] = {
+    "objective.weighting.kind": "velocity",
+    "objective.timesteps.kind": "uniform",
     "optimizer.weights": "master",
     "memory.base": "native",
     "data.unreadable_captions": "warn",

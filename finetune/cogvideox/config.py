@@ -1,13 +1,13 @@
-"""The sections of a configuration that say which model is trained, and what is withheld from it; no torch."""
+"""The sections of a configuration that say which model is trained, on what objective, what is withheld; no torch."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from finetune.cogvideox.components import loading, require_own_files
 from finetune.cogvideox.model_files import resolve_pretrained
@@ -73,3 +73,94 @@ class DropoutConfig(Strict):
     """Probability that an image-to-video sample trains on an all-zero image. The original training used 0.05."""
     unconditional_text: Literal["empty", "zeros"] = "empty"
     """What stands for "no caption": the embedding of the empty caption, as diffusers samples, or zeros, as SAT did."""
+
+
+class UniformTimesteps(Strict):
+    """Every timestep as often as any other, as CogVideoX was trained."""
+
+    kind: Literal["uniform"] = "uniform"
+
+
+class LogitNormalTimesteps(Strict):
+    """The middle of the schedule more often than its ends: the sigmoid of a normal number (Esser et al. 2024)."""
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = Field(0.0, ge=-10, le=10)
+    """Of the normal number: above 0 for more noise, below for less."""
+    std: float = Field(1.0, ge=1e-3, le=10)
+    """Of the normal number: smaller for a narrower peak."""
+
+
+class TimestepBand(Strict):
+    """A range of timesteps, uniform within."""
+
+    first: int = Field(ge=0, le=1_000_000)
+    """Lowest timestep; 0 has least noise."""
+    last: int = Field(ge=0, le=1_000_000)
+    """Highest timestep; 999 is noise alone."""
+    share: float = Field(1.0, ge=1e-6, le=1e6)
+    """How often it is drawn, relative to the other bands' shares."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> TimestepBand:
+        if self.last < self.first:
+            raise ValueError(f"the band's last timestep, {self.last}, is below its first, {self.first}")
+        return self
+
+
+class BandedTimesteps(Strict):
+    """Timesteps from some bands alone: first a band by its share, then any timestep in it."""
+
+    kind: Literal["bands"] = "bands"
+    bands: tuple[TimestepBand, ...] = Field(min_length=1, max_length=1_000)
+    """Such as ``[{first: 600, last: 999, share: 0.7}, {first: 0, last: 599, share: 0.3}]``."""
+
+
+TimestepSampling = UniformTimesteps | LogitNormalTimesteps | BandedTimesteps
+
+
+class VelocityWeighting(Strict):
+    """The squared error of the velocity as it is, as CogVideoX was trained."""
+
+    kind: Literal["velocity"] = "velocity"
+
+
+class MinSnrWeighting(Strict):
+    """min(SNR, gamma) / (SNR + 1): timesteps with little noise count less, and so does nearly pure noise (Hang et al.
+    2023).
+    """
+
+    kind: Literal["min_snr"] = "min_snr"
+    gamma: float = Field(5.0, ge=1e-3, le=1e6)
+    """The signal-to-noise ratio above which the weight falls, as gamma / (SNR + 1)."""
+
+
+class NoiseWeighting(Strict):
+    """The squared error of the noise that the velocity implies: weight alpha_bar. Details more."""
+
+    kind: Literal["noise"] = "noise"
+
+
+class CleanWeighting(Strict):
+    """The squared error of the clean latents that the velocity implies: weight 1 - alpha_bar. Structure more."""
+
+    kind: Literal["clean"] = "clean"
+
+
+LossWeighting = VelocityWeighting | MinSnrWeighting | NoiseWeighting | CleanWeighting
+
+
+class ObjectiveConfig(Strict):
+    """What of the prediction's error is learnt from. Losses are shown, and held-out clips measured, without weights and
+    at evenly spread timesteps, so that runs can be compared.
+    """
+
+    weighting: Annotated[LossWeighting, Field(discriminator="kind")] = VelocityWeighting()
+    """What a sample's loss is multiplied by, as a function of its timestep; a kind's name stands for its defaults."""
+    timesteps: Annotated[TimestepSampling, Field(discriminator="kind")] = UniformTimesteps()
+    """How often each timestep is trained; a kind's name stands for its defaults."""
+
+    @field_validator("weighting", "timesteps", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value

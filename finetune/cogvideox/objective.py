@@ -13,11 +13,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox.config import DropoutConfig
+from finetune.cogvideox.config import (
+    BandedTimesteps,
+    DropoutConfig,
+    LogitNormalTimesteps,
+    LossWeighting,
+    MinSnrWeighting,
+    TimestepSampling,
+    UniformTimesteps,
+)
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import generator
 from finetune.core.types import Batch, Noised
+
+UNIFORM = UniformTimesteps()
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ def sample_noise(
     image_draws: int,
     dropout: DropoutConfig,
     num_train_timesteps: int,
+    timesteps: TimestepSampling = UNIFORM,
     purpose: str = "train",
 ) -> NoiseSample:
     """Make every random choice for one sample: a pure function of ``(seed, purpose, step, slot)``.
@@ -59,7 +70,8 @@ def sample_noise(
         padded_frames: F after front padding (equal to F for models without a temporal patch).
         image_draws: how many image latents the cache holds for this sample; 0 for text-to-video.
         dropout: the probabilities.
-        num_train_timesteps: timesteps are uniform on {0, ..., this - 1}.
+        num_train_timesteps: timesteps are from {0, ..., this - 1}.
+        timesteps: how often each of them.
         purpose: separates the streams of training from those of validation.
     """
     channels, frames, height, width = latent_shape
@@ -68,7 +80,7 @@ def sample_noise(
         return generator(seed, purpose, what, step, slot)
 
     return NoiseSample(
-        timestep=sample_timestep(seed, step, slot, num_train_timesteps, purpose=purpose),
+        timestep=sample_timestep(seed, step, slot, num_train_timesteps, timesteps, purpose=purpose),
         noise=torch.randn(channels, padded_frames, height, width, generator=source("noise")),
         posterior_noise=torch.randn(channels, frames, height, width, generator=source("posterior")),
         drop_caption=_bernoulli(dropout.caption_dropout, source("caption")),
@@ -77,9 +89,33 @@ def sample_noise(
     )
 
 
-def sample_timestep(seed: int, step: int, slot: int, num_train_timesteps: int, *, purpose: str = "train") -> int:
-    """The timestep of ``draw``, alone; arguments as there."""
-    return int(torch.randint(num_train_timesteps, (), generator=generator(seed, purpose, "timestep", step, slot)))
+def sample_timestep(
+    seed: int,
+    step: int,
+    slot: int,
+    num_train_timesteps: int,
+    timesteps: TimestepSampling = UNIFORM,
+    *,
+    purpose: str = "train",
+) -> int:
+    """The timestep of ``sample_noise``, alone; arguments as there."""
+    source = generator(seed, purpose, "timestep", step, slot)
+    if isinstance(timesteps, LogitNormalTimesteps):
+        return _logit_normal(timesteps, num_train_timesteps, source)
+    if isinstance(timesteps, BandedTimesteps):
+        return _from_bands(timesteps, source)
+    return int(torch.randint(num_train_timesteps, (), generator=source))
+
+
+def _logit_normal(sampling: LogitNormalTimesteps, count: int, generator: torch.Generator) -> int:
+    place = torch.sigmoid(sampling.mean + sampling.std * torch.randn((), dtype=torch.float64, generator=generator))
+    return min(int(place * count), count - 1)
+
+
+def _from_bands(sampling: BandedTimesteps, generator: torch.Generator) -> int:
+    shares = torch.tensor([band.share for band in sampling.bands], dtype=torch.float64)
+    ranges = [(band.first, band.last + 1) for band in sampling.bands]
+    return int(torch.randint(*ranges[int(torch.multinomial(shares, 1, generator=generator))], (), generator=generator))
 
 
 def _bernoulli(probability: float, generator: torch.Generator) -> bool:
@@ -164,6 +200,25 @@ def v_mse(prediction: Tensor, target: Tensor) -> Tensor:
     if prediction.dtype not in (torch.float32, torch.float64) or prediction.dtype != target.dtype:
         raise TypeError(f"loss of {prediction.dtype} against {target.dtype}; both must be float32 or wider, and equal")
     return (prediction - target).square().flatten(1).mean(1)
+
+
+def timestep_weights(weighting: LossWeighting, alpha_bar: Tensor) -> Tensor | None:
+    """What the loss at every timestep is multiplied by, float64 [num_train_timesteps]; None where that is 1.
+
+    With signal-to-noise ratio s = alpha_bar / (1 - alpha_bar), the velocity's squared error is (s + 1) times that of
+    the clean latents it implies, and (s + 1) / s times that of the noise.
+
+    Args:
+        weighting: as configured.
+        alpha_bar: the noise schedule, float64 [num_train_timesteps].
+    """
+    if isinstance(weighting, MinSnrWeighting):
+        return _min_snr(weighting, alpha_bar)
+    return {"velocity": None, "noise": alpha_bar, "clean": 1 - alpha_bar}[weighting.kind]
+
+
+def _min_snr(weighting: MinSnrWeighting, alpha_bar: Tensor) -> Tensor:
+    return torch.minimum(alpha_bar, weighting.gamma * (1 - alpha_bar))  # min(s, gamma) / (s + 1), without a division
 
 
 def weighted(losses: Tensor, batch: Batch) -> Tensor:

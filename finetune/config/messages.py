@@ -172,12 +172,22 @@ def _wants(details: ErrorDetails) -> str:
     return message[0].lower() + message[1:]
 
 
+_ABSENT: Mapping[str, str] = {
+    "noise_offset": "leave it out: an offset teaches models to change the mean brightness that never see pure noise;"
+    " CogVideoX's schedule ends in pure noise (zero terminal SNR), so there is nothing to make up for",
+    "min_snr_gamma": "write objective.weighting: {kind: min_snr, gamma: 5}",
+}
+"""Settings that other trainers have under these names: what to write, or why there is none."""
+
+
 def _unknown(root: type[BaseModel], spot: _Spot, name: str) -> tuple[str, str]:
     """What is wrong with a name that is no field where it stands, and where it would be one."""
     fields = list(spot.holder.model_fields) if spot.holder else []
     fellows = [kind for member in spot.union if name in member.model_fields for kind in _kinds(member)]
     elsewhere = [path for path in field_paths(root) if path.rpartition(".")[2] == name]
-    if fellows:
+    if name in _ABSENT:
+        fix = _ABSENT[name]
+    elif fellows:
         fix = f"'{name}' belongs to kind {' and '.join(dict.fromkeys(fellows))}"
     elif elsewhere:
         fix = f"'{name}' is written as {' or '.join(dict.fromkeys(elsewhere))}"

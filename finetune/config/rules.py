@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.checkpoint.folders import list_checkpoints
+from finetune.cogvideox.config import BandedTimesteps
 from finetune.cogvideox.model_files import canonical_name, is_commit, pin_revision
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -116,6 +117,10 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     most = spec.num_train_timesteps
     what = f"{validation.timesteps} timesteps are wanted; the model has {most}"
     yield validation.timesteps > most, "validation.timesteps", what, ""
+    if isinstance(sampling := config.objective.timesteps, BandedTimesteps):
+        for index, band in enumerate(sampling.bands):
+            what = f"the band ends at timestep {band.last}; the model's timesteps are 0 to {most - 1}"
+            yield band.last >= most, f"objective.timesteps.bands.{index}.last", what, f"set last: {most - 1}"
     nothing_left = all(source.split == "holdout" for source in config.data.sources)
     what = "every source is held out, so there is nothing to train on"
     yield nothing_left, "data.sources", what, "leave `split: holdout` out of at least one source"

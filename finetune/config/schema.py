@@ -20,7 +20,7 @@ import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, field_validator
 
 from finetune.checkpoint.folders import CheckpointConfig
-from finetune.cogvideox.config import DropoutConfig, ModelConfig
+from finetune.cogvideox.config import DropoutConfig, ModelConfig, ObjectiveConfig
 from finetune.cogvideox.model_files import canonical_name
 from finetune.config.document import Document, Dumper, Keys, dotted, quoted
 from finetune.config.messages import explain
@@ -132,6 +132,8 @@ class RunConfig(Strict):
     """The store of VAE latents and text embeddings that training reads."""
     method: MethodConfig = _defaults(LoraMethod)
     """What is trained: an adapter (``lora``, where ``kind`` is left out) or the whole transformer (``full``)."""
+    objective: ObjectiveConfig = _defaults(ObjectiveConfig)
+    """What is learnt from a prediction: timesteps and their weights."""
     optimizer: OptimizerConfig = _defaults(AdamW8bit)
     """How weights are updated (``adamw8bit`` where ``kind`` is left out)."""
     lr_schedule: LRScheduleConfig = _defaults(Constant)

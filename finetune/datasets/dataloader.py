@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.cogvideox.config import DropoutConfig
+from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
 from finetune.cogvideox.encode import condition_latents, model_latents
-from finetune.cogvideox.objective import sample_noise
+from finetune.cogvideox.objective import alpha_bar, sample_noise, timestep_weights
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import generator
 from finetune.core.types import Batch
@@ -37,6 +38,7 @@ class BatchMaker:
         empty_prompt: embedding that stands for "no caption", [L, D].
         dropout: how often conditions are withheld.
         seed: the run's seed.
+        objective: which timesteps are trained, and what their losses count.
     """
 
     spec: ModelSpec
@@ -45,6 +47,11 @@ class BatchMaker:
     empty_prompt: Tensor
     dropout: DropoutConfig
     seed: int
+    objective: ObjectiveConfig
+
+    @cached_property
+    def _timestep_weights(self) -> Tensor | None:
+        return timestep_weights(self.objective.weighting, alpha_bar(self.spec))
 
     def training(self, step: int, micro: MicroBatch) -> Batch:
         """One micro-batch of optimizer step ``step``."""
@@ -76,7 +83,7 @@ class BatchMaker:
             index: the clip.
             timesteps: one sample of the batch each.
         """
-        keeping = replace(self, dropout=DropoutConfig(caption_dropout=0, image_dropout=0))
+        keeping = replace(self, dropout=DropoutConfig(caption_dropout=0, image_dropout=0), objective=ObjectiveConfig())
         item = replace(self.items[index], caption_dropout=None)
         # The address is the clip's content, so a clip keeps its noise when others are added or taken away.
         clip = int(item.latents_key[:12], 16)
@@ -102,6 +109,7 @@ class BatchMaker:
             image_draws=0 if entry.image_latents is None else entry.image_latents.shape[0],
             dropout=dropout,
             num_train_timesteps=self.spec.num_train_timesteps,
+            timesteps=self.objective.timesteps,
             purpose=purpose,
         )
         mean, std = entry.latents_mean.float()[None], entry.latents_std.float()[None]
@@ -117,8 +125,14 @@ class BatchMaker:
             image_latents=image,
             slots=(slot,),
             clips=(item.clip,),
-            weights=None if item.weight == 1 else torch.tensor([item.weight]),
+            weights=self._weight(item.weight, choice.timestep),
         )
+
+    def _weight(self, weight: float, timestep: int) -> Tensor | None:
+        """What a sample's loss is multiplied by, [1]; None for 1."""
+        if self._timestep_weights is not None:
+            weight *= float(self._timestep_weights[timestep])
+        return None if weight == 1 else torch.tensor([weight])
 
 
 def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:

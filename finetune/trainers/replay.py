@@ -293,7 +293,7 @@ def _batches(report: Report, config: RunConfig, spec: ModelSpec) -> list[Batch]:
     empty = cache.read_prompt(report.empty_prompt_key)
     if config.data.unconditional_text == "zeros":
         empty = torch.zeros_like(empty)
-    maker = BatchMaker(spec, cache, items, empty, config.data, config.train.seed)
+    maker = BatchMaker(spec, cache, items, empty, config.data, config.train.seed, config.objective)
     return [
         maker.fixed(index, [sample.timestep])
         if report.measured

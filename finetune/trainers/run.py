@@ -168,7 +168,8 @@ class Run:
         """
         plan = self.data.plan
         slots = [slot for micro in plan.step(step) for slot in micro.slots]
-        planned = [sample_timestep(plan.seed, step, slot, self.model.spec.num_train_timesteps) for slot in slots]
+        most, sampling = self.model.spec.num_train_timesteps, self.config.objective.timesteps
+        planned = [sample_timestep(plan.seed, step, slot, most, sampling) for slot in slots]
         if sorted(planned) != sorted(gathered.timesteps):
             raise TrainingError(
                 f"step {step}: {len(gathered.timesteps)} samples were trained on, and they are not the {len(planned)}"

@@ -177,7 +177,9 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, ranks: Pro
     if config.data.unconditional_text == "zeros":
         empty = torch.zeros_like(empty)
     parts = ([item for item in manifest.items if item.holdout == holdout] for holdout in (False, True))
-    training, val = (BatchMaker(spec, cache, items, empty, config.data, config.train.seed) for items in parts)
+    training, val = (
+        BatchMaker(spec, cache, items, empty, config.data, config.train.seed, config.objective) for items in parts
+    )
     if not training.items:
         raise DataError(
             "no clip is left to train on",
