@@ -609,11 +609,15 @@ def overview(
     flips = sum(clip.sample.random_flip for clip in training)
     mirrored = f" ({flips} of them mirrored half of the time)" if flips else ""
     kind = "image-to-video" if spec.image_to_video else "text-to-video"
+    together = f" / {config.parallel.context}" if config.parallel.context > 1 else ""
     numbers = [
         ("model", f"{config.model.pretrained}, {kind}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
         *(("bucket", _size(spec, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
         ("clips", f"{len(training)} to train on{mirrored}, {sum(in_val)} held out"),
-        ("effective batch", f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes"),
+        (
+            "effective batch",
+            f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes{together}",
+        ),
         ("epoch", f"{plan.samples_per_epoch} clips with repeats, {plan.steps_per_epoch:.2f} steps on one process"),
         ("steps", f"{steps}, {steps / plan.steps_per_epoch:.2f} epochs on one process"),
         ("method", config.method.kind),

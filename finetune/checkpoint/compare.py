@@ -52,6 +52,7 @@ _RULES: Mapping[str, tuple[bool, str]] = {
     # Clips, captions, buckets and their encoding are compared through the cache's digest, which sees their content.
     "data": (True, "the training data are compared by content"),
     "cache": (True, "the training data are compared by content"),
+    "parallel": (True, "it does not change what is computed"),
     "memory": (True, "it does not change what is computed"),
     "memory.base": (False, "the weights in another format are another model"),
     "validation": (True, "it does not touch training"),
@@ -66,6 +67,7 @@ _SINCE: Mapping[str, object] = {
     "objective.timesteps.kind": "uniform",
     "optimizer.weights": "master",
     "memory.base": "native",
+    "parallel.context": 1,
     "data.unreadable_captions": "warn",
     "data.image_buckets": None,
 }
@@ -108,8 +110,8 @@ def require_same_run(
         old: the checkpoint's configuration.
         new: this run's.
         where: the checkpoint, for the message.
-        processes: how many processes trained then, and train now. ``train.accumulation`` may change along with them,
-            as long as their product, the micro-batches of a step, does not.
+        processes: how many processes trained then, and train now. ``train.accumulation`` and ``parallel.context``
+            may change along with them, as long as the micro-batches of a step do not.
         identified: whether the checkpoint records the digest of its base, which decides then; a folder may have moved.
 
     Returns:
@@ -119,7 +121,10 @@ def require_same_run(
         CheckpointError: listing the differences it cannot continue with, each with its reason.
     """
     differences = compare_configs(old, new)
-    before, after = (_accumulation(config, where) * count for config, count in zip((old, new), processes, strict=True))
+    before, after = (
+        _number(config, "train", "accumulation", where) * count // _number(config, "parallel", "context", where)
+        for config, count in zip((old, new), processes, strict=True)
+    )
     excuses = {
         change.field: "the run did not record which commit it began with"
         for change in differences
@@ -147,12 +152,12 @@ def require_same_run(
     return differences
 
 
-def _accumulation(config: Mapping[str, Any], where: str) -> int:
-    train = config.get("train", {})
-    value = train.get("accumulation", 1) if isinstance(train, Mapping) else None
-    if not isinstance(value, int):
+def _number(config: Mapping[str, Any], section: str, field: str, where: str) -> int:
+    values = config.get(section, {})
+    value = values.get(field, 1) if isinstance(values, Mapping) else None
+    if not isinstance(value, int) or value < 1:
         raise CheckpointError(
-            "the checkpoint's configuration is not of this version of the package: train.accumulation is no number",
+            f"the checkpoint's configuration is not of this version of the package: {section}.{field} is no number",
             where=where,
             fix="continue with the version that wrote it",
         )

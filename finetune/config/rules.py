@@ -20,6 +20,7 @@ from finetune.core.errors import ConfigError, raise_all
 from finetune.core.text import holds_word
 from finetune.memory.config import Traits
 from finetune.methods.lora import LoraMethod
+from finetune.parallel.config import context_faults
 
 
 def memory_traits(config: RunConfig, spec: ModelSpec, *, processes: int = 1, sharded: bool = False) -> Traits:
@@ -127,6 +128,15 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     what = "full fine-tuning in fp16 would lose small gradients: fp16 has no digits below 6e-8"
     fix = "set model.dtype: bf16, or train a LoRA, whose gradients are float32"
     yield config.model.dtype == "fp16" and config.method.kind == "full", "model.dtype", what, fix
+    context = config.parallel.context
+    if context > 1:
+        sampled = [validation.bucket] if validation.bucket is not None else []
+        for what, most in context_faults(spec, dict.fromkeys([*config.data.trained_buckets, *sampled]), context):
+            yield True, "parallel.context", what, f"set parallel.context to at most {most}"
+        drops = isinstance(config.method, LoraMethod) and config.method.dropout > 0
+        what = "the lean block draws dropout masks for its own chunks of tokens, alike in every process"
+        fix = "set method.dropout: 0, or memory.block: stock"
+        yield config.memory.block == "lean" and drops, "parallel.context", what, fix
     for unusable in config.memory.faults(memory_traits(config, spec)):
         yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
     for folder in _other_folders(config):

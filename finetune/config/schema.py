@@ -37,6 +37,7 @@ from finetune.memory.config import MemoryConfig
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
 from finetune.optim.optimizers import AdamW8bit, OptimizerConfig
+from finetune.parallel.config import ParallelConfig
 
 
 class ValidationConfig(Strict):
@@ -140,6 +141,8 @@ class RunConfig(Strict):
     """How the learning rate moves (``constant`` where ``kind`` is left out)."""
     train: TrainConfig
     """How long, and on how much at once."""
+    parallel: ParallelConfig = _defaults(ParallelConfig)
+    """What several processes divide among them."""
     memory: MemoryConfig = _defaults(MemoryConfig)
     """What is traded for GPU memory."""
     validation: ValidationConfig = _defaults(ValidationConfig)

@@ -132,6 +132,23 @@ class ProcessGroup:
     """The patient gloo group; None where no process group was opened."""
     opened: bool = False
     """Whether ``current`` opened the process group, so that ``close`` has to close it."""
+    context: int = 1
+    """How many neighbouring processes compute each clip together (``parallel.context``); it divides ``world``."""
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the clips this process has; neighbours in ``context`` have the same."""
+        return self.rank // self.context
+
+    @property
+    def data_world(self) -> int:
+        """How many shares of the clips there are."""
+        return self.world // self.context
+
+    @property
+    def leads_context(self) -> bool:
+        """Whether this process is the first of those that have the same clips, and so the one that counts."""
+        return self.rank % self.context == 0
 
     @classmethod
     def current(cls, *, sharding: bool = False) -> ProcessGroup:

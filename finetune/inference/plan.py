@@ -124,11 +124,8 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
     guided = request.guidance_scale > 1
     buckets = dict.fromkeys(shot.bucket for shot in shots)
     if division != "prompts":
-        ring = device.type == "cpu" or model.torch_dtype() != torch.float32
         undivided = [
-            fault
-            for size in buckets
-            for fault in division_faults(division, spec, size, ranks.world, guided=guided, ring=ring)
+            fault for size in buckets for fault in division_faults(division, spec, size, ranks.world, guided=guided)
         ]
         if request.compile and division == "context":
             what = "blocks that talk to other processes are not compiled"

@@ -56,7 +56,7 @@ class LeanBlock:
         part = _Pass(block, inputs, self.tokens, temb=inputs.temb.detach())
         q, k, v, _ = part.project()
         with attention.recording():
-            attended = _attend(q, k, v)
+            attended = _attend(block, q, k, v)
         del q, k, v
         hidden, encoder = torch.empty_like(inputs.hidden), torch.empty_like(inputs.encoder)
         with decoded_once(*part.behind):
@@ -81,7 +81,7 @@ class LeanBlock:
         leaves = [tensor.detach().requires_grad_(part.through_attention) for tensor in (q, k, v)]
         del v
         with torch.enable_grad(), attention.replaying():
-            attended = _attend(*leaves)
+            attended = _attend(block, *leaves)
         of_attended = torch.empty_like(q) if part.through_attention else None
         with decoded_once(*part.behind):
             for chunk in part.chunks:
@@ -299,8 +299,11 @@ class _BackwardPass(_Pass):
         return of_temb
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention over the joint sequence, [B, T + S, H, head dim] to the same."""
+def _attend(block: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over the joint sequence, [B, T + S, H, head dim] to the same; the block's own, where it has one."""
+    if (own := getattr(block.attn1.processor, "attend", None)) is not None:  # tokens are divided among processes
+        result: Tensor = own(q, k, v)
+        return result
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

@@ -90,6 +90,23 @@ OTHER = "A100"
 OF_ANOTHER: Final = "of another card"
 
 
+_LINKS = {"H100": 350, "H200": 350, "A100": 230}
+"""GB/s that a GPU sends to its neighbours while it receives as much: of NVLink's 450 and 300 about what others measured
+of NCCL's exchanges. Cards without NVLink go through the host."""
+
+_HOST_LINK = 12
+
+
+def link_rate(device: str) -> float:
+    """Bytes per second that a GPU sends to others of its machine; published or assumed, never measured by us.
+
+    Args:
+        device: its name.
+    """
+    kinds = [rate for part, rate in _LINKS.items() if re.search(rf"\b{part}\b", device, re.IGNORECASE)]
+    return 1e9 * (kinds[0] if kinds else _HOST_LINK)
+
+
 def known_devices() -> list[str]:
     """What ``rates_of`` has rates of its own for: kinds of cards, and names of devices that were calibrated here."""
     files = sorted(calibration_file("any").parent.glob("*.json"))
@@ -346,8 +363,9 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
     # Weights are decoded, and copied, once for all clips that go through together.
     decoded = 0.0 if memory.base == "native" else work.block_weights * work.layers * _DEQUANTISED / rates.memory
     linear, attention = work.linear / rates.gemm, clips * work.attention / rates.attention_forward
+    exchanges = clips * work.exchanged / link_rate(rates.device)
     adapters, moved = work.adapters / rates.gemm, traffic / rates.memory
-    forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + decoded
+    forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + decoded + exchanges
     recompute = 0.0
     if memory.checkpointing != "none":
         keeping = 0 if memory.checkpointing == "full" else (memory.keep_attention or work.layers)
@@ -356,6 +374,7 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
         clips * (linear * (2 if kind == "full" else 1) + 2 * adapters + moved * _BACKWARD_TRAFFIC[kind])
         + clips * work.attention * _BACKWARD_ATTENTION / rates.attention_backward
         + decoded
+        + exchanges
     )
     waiting = _waiting(work, memory, rates, clips, forward, backward + recompute)
     update = _update(work, memory, rates)
@@ -364,7 +383,9 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
 
 @dataclass(frozen=True)
 class _Work:
-    """One clip through the whole model, forward: floating-point operations, bytes and weights."""
+    """One clip, or this process's share of it, through the whole model, forward: floating-point operations, bytes and
+    weights.
+    """
 
     layers: int
     linear: float
@@ -378,10 +399,13 @@ class _Work:
     modulation_weights: float
     trained: float
     """Weights that train."""
+    exchanged: float
+    """Bytes that this process sends to those it shares a clip with, and receives: queries, keys, values, and back."""
 
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec) -> _Work:
-        tokens = max(spec.tokens(bucket) for bucket in config.data.trained_buckets)
+        whole, context = max(spec.tokens(bucket) for bucket in config.data.trained_buckets), config.parallel.context
+        tokens = whole / context
         width, layers = spec.num_attention_heads * spec.attention_head_dim, spec.num_layers
         block, modulation = 12.0 * width**2, 12.0 * width * 512
         adapters, trained = 0.0, layers * (block + modulation)
@@ -392,12 +416,13 @@ class _Work:
         return cls(
             layers=layers,
             linear=2.0 * tokens * block * layers,
-            attention=4.0 * tokens**2 * width * layers,
+            attention=4.0 * tokens * whole * width * layers,
             adapters=adapters,
             token_bytes=2.0 * tokens * width,
             block_weights=block,
             modulation_weights=modulation,
             trained=trained,
+            exchanged=4 * 2.0 * tokens * width * layers * (context - 1) / context,
         )
 
 

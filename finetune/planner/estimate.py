@@ -317,6 +317,7 @@ def _cache_key(config: RunConfig, folder: Path, bucket: Bucket, request: Sequenc
             "optimizer": {name: value for name, value in values["optimizer"].items() if name != "lr"},
             "method": values["method"],
             "memory": values["memory"],
+            "parallel": values["parallel"],
             "samples": _samples_videos(config),
             "files": [digest_file(folder / name) for name in CONFIG_FILES.values() if (folder / name).is_file()],
             "bucket": str(bucket),

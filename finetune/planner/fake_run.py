@@ -28,6 +28,7 @@ from finetune.memory.host_buffers import label_buffer
 from finetune.optim.ema import Ema
 from finetune.optim.low_precision import LowPrecisionOptimizer
 from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
+from finetune.parallel.context import ContextGroup, divide
 from finetune.parallel.gradient_release import single_process_strategy
 from finetune.planner.memory_tracker import CPU, PHASES, MemoryTracker, ModuleTracker, Phase, measure
 
@@ -111,6 +112,16 @@ class OneProcess:
         return module
 
 
+class _SilentGroup(ContextGroup):
+    """A context group of which this process is the one with the most tokens and heads, and nobody else is there."""
+
+    def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Nothing arrives: sizes are all that is looked at."""
+
+    def all_gather(self, parts: list[Tensor], own: Tensor) -> None:
+        """As above."""
+
+
 class TrackedTraining:
     """A run put together as ``trainers.setup`` does, as it is between two steps, with a tracker looking on.
 
@@ -131,6 +142,8 @@ class TrackedTraining:
         config.method.apply(transformer, seed=config.train.seed)
         config.memory.apply(transformer, CPU)
         transformer.train()
+        if (processes := config.parallel.context) > 1:
+            divide(transformer, _SilentGroup(0, processes))
         self.parameters = config.method.trainable(transformer)
         max_norm = config.train.max_grad_norm
         self.strategy = single_process_strategy(

@@ -82,6 +82,9 @@ def plan(config: RunConfig, options: PlanOptions) -> Planned:
         _require_drawable(plot)
     if processes < 1:
         raise ConfigError("a run has at least one process", where=f"--processes {processes}")
+    if processes % (context := config.parallel.context):
+        what = f"parallel.context: {context} processes compute a clip together, and the run is to have {processes}"
+        raise ConfigError(what, where=f"--processes {processes}", fix=f"give a multiple of {context}")
     automatic = config.memory.kind == "auto"
     if automatic:  # what the file asks for, where the command does not
         budget, ram = budget or config.memory.budget or options.card, ram or config.memory.ram

@@ -58,6 +58,8 @@ def text(config: RunConfig, verdict: Verdict, *, processes: int = 1) -> str:
     """The whole table."""
     estimate = verdict.estimate
     each = f", in each of {processes} processes" if processes > 1 else ""
+    if (context := config.parallel.context) > 1:
+        each += f", {context} to a clip"
     beside = [(name, f"{nbytes / GIB:.2f}") for name, nbytes in verdict.overhead.items()]
     rows = [
         (phase.name, f"{phase.peak.nbytes / GIB:.2f}", "; ".join(filter(None, (phase.where, phase.note))))

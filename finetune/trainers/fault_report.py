@@ -197,9 +197,9 @@ def _published(run: Run, report: Report, name: str) -> TrainingError:
 
 def reported_samples(run: Run, step: int, gathered: GatheredStep) -> tuple[ReportedSample, ...]:
     """The samples of a step, of all processes, each with its place, clip and loss."""
-    data, world = run.data, run.ranks.world
+    data, world, context = run.data, run.ranks.data_world, run.ranks.context
     places = [
-        {"rank": rank, "micro_batch": number, "slot": slot, "item": data.training.items[index]}
+        {"rank": rank * context, "micro_batch": number, "slot": slot, "item": data.training.items[index]}
         for rank in range(world)
         for number, micro in enumerate(data.plan.for_rank(step, rank, world))
         for index, slot in zip(micro.items, micro.slots, strict=True)

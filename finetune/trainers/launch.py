@@ -62,7 +62,8 @@ _REFUSED_WHEN_ON: Mapping[str, tuple[str, str]] = {
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "launch with one of accelerate_configs/"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": (
         "a parallelism configuration (tensor, context, sequence or hybrid parallelism)",
-        "leave parallelism_config out; to shard the model launch with accelerate_configs/fsdp2.yaml",
+        "leave parallelism_config out; clips are divided by parallel.context of the run's configuration, and the model"
+        " with accelerate_configs/fsdp2.yaml",
     ),
     "ACCELERATE_USE_SAGEMAKER": ("SageMaker's launcher", "launch with one of accelerate_configs/"),
 }
@@ -229,7 +230,7 @@ def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: Pr
     if zero:
         import_deepspeed()
     optimizer, train = config.optimizer, config.train
-    clips = config.memory.clips_at_once
+    clips, context = config.memory.clips_at_once, config.parallel.context
     for fault, what, where, fix in (
         (
             sharded and not optimizer.elementwise,
@@ -266,6 +267,18 @@ def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: Pr
             "fp16 is not supported under DeepSpeed ZeRO, which would adapt the scale of the loss by itself",
             "model.dtype: fp16",
             "set model.dtype: bf16, or launch with accelerate_configs/ddp.yaml",
+        ),
+        (
+            bool(ranks.world % context),
+            f"{ranks.world} process{'es' if ranks.world > 1 else ''} cannot be divided into groups of {context}",
+            config.where("parallel.context"),
+            f"launch a multiple of {context} (accelerate launch --num_processes {context}), or set parallel.context: 1",
+        ),
+        (
+            zero and context > 1,
+            "clips are not divided among processes under DeepSpeed ZeRO",
+            config.where("parallel.context"),
+            "launch with accelerate_configs/ddp.yaml or fsdp2.yaml, or set parallel.context: 1",
         ),
         (
             # Micro-batches of different sizes, hence passes, meet in one step, and every pass is a collective.

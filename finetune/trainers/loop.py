@@ -144,7 +144,8 @@ class _Loop:
         self.validator = Validator(run, stop)
         self.sampler = Sampler(run, stop)
         self.checkpoints = CheckpointManager(run.save, run.config.checkpoint.every, run.console.note, run.state)
-        self.metrics = StepMetrics(run.config.train.accumulation * run.config.train.batch_size, gather)
+        rows = run.config.train.accumulation * run.config.train.batch_size
+        self.metrics = StepMetrics(rows, gather, counts=run.ranks.leads_context)
         self.durations_s: list[float] = []
 
     def train(self, on_step: Callable[[StepRecord], None] | None) -> TrainReport:
@@ -253,7 +254,8 @@ class _Loop:
                 with model.strategy.micro_batch(last=last):
                     losses = model.losses(part)
                     # The strategy averages over processes; with this weight the gradient is the mean over the step's
-                    # samples, also where a bucket's last micro-batch is smaller.
+                    # samples, also where a bucket's last micro-batch is smaller, and where processes share a sample:
+                    # what each of them has is its tokens' part of the sample's gradient.
                     model.strategy.backward(
                         weighted(losses, part).sum() * (run.ranks.world / samples * model.loss_scale)
                     )

@@ -76,6 +76,11 @@ class TrainedModel:
         """Factor on the loss before backward."""
         return FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
 
+    @property
+    def collective_forward(self) -> bool:
+        """Whether processes talk to each other in every forward pass, so that all must make equally many."""
+        return self.strategy.collective_forward or self.ranks.context > 1
+
     def losses(self, batch: Batch, *, training: bool = True) -> Tensor:
         """Velocity loss per sample of a micro-batch on the device, float32 [B].
 

@@ -44,6 +44,7 @@ from finetune.inference.request import AdapterArgument
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
+from finetune.parallel.context import ContextGroup, divide
 from finetune.planner.cost_model import card_here, held_note
 from finetune.planner.plan import BackgroundPrediction, choose_memory, predict_async
 from finetune.trainers.console import Console
@@ -69,6 +70,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     spec = read_spec(config.model.pretrained, config.model.revision)
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
+    ranks = replace(ranks, context=config.parallel.context)
     config, choice = choose_memory(config)
     accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
     require_tracker(config, accelerator)
@@ -190,10 +192,10 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, ranks: Pro
         items=tuple(Item(item.bucket, item.repeats) for item in training.items),
         seed=config.train.seed,
         batch_size=config.train.batch_size,
-        micro_batches=config.train.accumulation * ranks.world,
+        micro_batches=config.train.accumulation * ranks.data_world,
     )
     total_steps = config.train.steps or plan.steps_for_epochs(config.train.epochs or 1)
-    rank, processes, device = ranks.rank, ranks.world, ranks.device
+    rank, processes, device = ranks.data_rank, ranks.data_world, ranks.device
     loader = Loader(plan, training.training, rank=rank, processes=processes, total_steps=total_steps, device=device)
     return RunData(cache, manifest, training, val, plan, loader, total_steps)
 
@@ -250,6 +252,8 @@ def _trained_model(
     config.method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
+    if ranks.context > 1:
+        divide(module, ContextGroup.of(ranks, ranks.context))
     strategy = make_strategy(launch, ranks, accelerator, module, config)
     parameters = config.method.trainable(module)  # not before: sharding puts others in their place
     ema = None
@@ -348,7 +352,8 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         (
             "effective batch",
             f"{effective} clips = {config.train.batch_size} x {config.train.accumulation} accumulation"
-            f" x {run.ranks.world} processes",
+            f" x {run.ranks.data_world} processes"
+            + (f" of {run.ranks.world}: {run.ranks.context} compute a clip together" if run.ranks.context > 1 else ""),
         ),
         ("steps per epoch", f"{plan.steps_per_epoch:.2f}"),
         (

@@ -127,10 +127,12 @@ class StepMetrics:
         rows: most samples a process can have in a step (accumulation x batch size); shorter parts are padded, because a
             collective needs equal shapes.
         gather: concatenates a [rows + 1, 2] tensor over processes, such as ``accelerate.utils.gather``.
+        counts: whether this process's samples are told; not those that another process has too.
     """
 
     rows: int
     gather: Callable[[Tensor], Tensor]
+    counts: bool = True
     _losses: list[Tensor] = field(default_factory=list)
     _timesteps: list[Tensor] = field(default_factory=list)
 
@@ -148,7 +150,8 @@ class StepMetrics:
         """
         own = torch.stack([torch.cat(self._losses), torch.cat(self._timesteps)], dim=1)
         table = own.new_full((self.rows + 1, 2), _PADDING)
-        table[: len(own)] = own
+        if self.counts:
+            table[: len(own)] = own
         table[-1] = torch.tensor([_STOP * stop + _FAULT * fault, _FLAGS], dtype=own.dtype)
         rows = self.gather(table).tolist()
         samples = [(loss, int(timestep)) for loss, timestep in rows if timestep >= 0]

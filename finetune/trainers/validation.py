@@ -18,6 +18,7 @@ import torch
 from finetune.caching.encode import release_memory
 from finetune.checkpoint.folders import HISTORY, Measurement, read_history, sample_name, samples_path
 from finetune.cogvideox.load import load_scheduler, load_vae
+from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import FinetuneError, first_line
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.rng import seed_for, training_state_untouched
@@ -87,12 +88,12 @@ class MeasuredLoss:
         timesteps = [timestep for one in self.passes for timestep in one.timesteps]
         return loss_by_timestep_bucket(self.flat, timesteps, num_train_timesteps)
 
-    def samples(self, world: int) -> list[ReportedSample]:
-        """What was measured, with what came of it; pass ``n`` was made by process ``n % world``."""
+    def samples(self, ranks: ProcessGroup) -> list[ReportedSample]:
+        """What was measured, with what came of it; pass ``n`` was made by the processes of share ``n`` of the clips."""
         return [
             ReportedSample(
-                rank=number % world,
-                micro_batch=number // world,
+                rank=number % ranks.data_world * ranks.context,
+                micro_batch=number // ranks.data_world,
                 slot=slot,
                 item=one.maker.items[one.index],
                 timestep=timestep,
@@ -187,7 +188,7 @@ class Validator:
                 return None
             if not (val.is_finite and train_subset.is_finite):
                 # Here, where the weights are those that were measured.
-                refuse_measurement(run, val.samples(run.ranks.world) + train_subset.samples(run.ranks.world), step=step)
+                refuse_measurement(run, val.samples(run.ranks) + train_subset.samples(run.ranks), step=step)
         by_bucket, gap = val.by_bucket(run.model.spec.num_train_timesteps), val.mean - train_subset.mean
         run.tracker.log(
             step,
@@ -213,10 +214,10 @@ class Validator:
         def measure_own() -> list[list[float]]:
             return [model.losses(batch, training=False).double().tolist() for batch in self._own_batches(passes)]
 
-        by_rank = ranks.run_on_all(measure_own)
-        if sum(map(len, by_rank)) < len(passes):
+        shares = ranks.run_on_all(measure_own)[:: ranks.context]
+        if sum(map(len, shares)) < len(passes):
             return None
-        losses = [by_rank[number % ranks.world][number // ranks.world] for number in range(len(passes))]
+        losses = [shares[number % len(shares)][number // len(shares)] for number in range(len(passes))]
         return MeasuredLoss(passes, losses)
 
     def _own_batches(self, passes: Sequence[_Pass]) -> Iterator[Batch]:
@@ -225,9 +226,9 @@ class Validator:
         Where all processes communicate in each forward pass, they have equally many, made or given up by all: a pass
         that one makes only to keep the others company comes last, and its losses are not looked at.
         """
-        ranks, together = self._run.ranks, self._run.model.strategy.collective_forward
-        end = math.ceil(len(passes) / ranks.world) * ranks.world if together else len(passes)
-        for number in range(ranks.rank, end, ranks.world):
+        ranks, together = self._run.ranks, self._run.model.collective_forward
+        end = math.ceil(len(passes) / ranks.data_world) * ranks.data_world if together else len(passes)
+        for number in range(ranks.data_rank, end, ranks.data_world):
             batches: list[Batch] = []
             make = partial(self._make, passes[number % len(passes)], batches)
             if any(ranks.run_on_all(make) if together else [make()]):
@@ -299,10 +300,10 @@ class Sampler:
     def _own_videos(self) -> Iterator[tuple[int, Frames]]:
         """This process's videos, with their numbers, as far as it comes."""
         model, config, ranks = self._run.model, self._run.config.validation, self._run.ranks
-        count, together = len(config.samples), model.strategy.collective_forward
+        count, together = len(config.samples), model.collective_forward
         # From ``count`` on only to keep the others company, where all communicate in each forward pass.
-        end = math.ceil(count / ranks.world) * ranks.world if together else count
-        numbers = range(ranks.rank, end, ranks.world)
+        end = math.ceil(count / ranks.data_world) * ranks.data_world if together else count
+        numbers = range(ranks.data_rank, end, ranks.data_world)
         if not numbers:
             return
         vae = load_vae(self._run.config.model, device=ranks.device, dtype=model.dtype)
@@ -314,7 +315,7 @@ class Sampler:
                     return
                 modules = SampleModules(model.spec, model.module, load_scheduler(self._run.config.model), vae)
                 (frames,) = sample_videos(modules, [self._request(config.samples[number % count])], settings)
-                if number < count:
+                if number < count and ranks.leads_context:
                     yield number, frames
 
     def _request(self, sample: SamplePrompt) -> SampleRequest:
