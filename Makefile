@@ -49,7 +49,7 @@ OLD_CPU := ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 MKL_ENABLE_INSTR
 ARITHMETIC := golden train parallel distributed export faults
 
 test-old-cpu: develop
-	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARITHMETIC:%=tests/test_%.py)
+	$(TEST_ENV) $(OLD_CPU) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m arithmetic $(ARITHMETIC:%=tests/test_%.py)
 
 # SOAK_KILLS=10 SOAK_FUZZ_SECONDS=30 make soak: the same in a few minutes.
 soak: develop

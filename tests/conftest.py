@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
@@ -55,6 +56,8 @@ GPU_PIECES = {
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# No power cut is tested, and a run of a second waits for the disk some forty times; a wrong descriptor stays an error.
+os.fsync = os.fstat  # type: ignore[assignment]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,6 +88,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
+def pytest_collection_finish() -> None:
+    spare_libraries()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries in C++ complain at the end of what is left over
+
+
+def spare_libraries() -> None:
+    """Leave all objects of now out of garbage collections: each would walk the whole of the libraries for nothing."""
+    gc.collect()
+    gc.freeze()
+
+
 def shares(item: pytest.Item) -> str:
     """The group of tests that one worker runs: those with the launcher's process, or a module's fixtures; or none."""
     if not isinstance(item, pytest.Function):
@@ -98,8 +115,12 @@ def shares(item: pytest.Item) -> str:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_model("5b-i2v")``: the folder of a tiny look-alike, built on first use."""
+    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+
     from finetune.testing.tiny import build_tiny
 
+    assert CogVideoXPipeline and CogVideoXImageToVideoPipeline  # diffusers and transformers are loaded when used first
+    spare_libraries()
     root, built = tmp_path_factory.mktemp("models"), {}
 
     def build(variant: str = "5b", **options: object) -> Path:

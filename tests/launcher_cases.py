@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import signal
+import sys
+import termios
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
+
+from waiting import HANG_S
 
 RANK = int(os.environ.get("RANK", "0"))
 
@@ -99,8 +106,6 @@ def diverging(what: str, *words: str) -> int:
 
 def pin(config: dict[str, Any], commits: list[str], output: str, together: bool) -> int:
     """Settle the model's revision while the hub gives every process another answer: its branch is being moved."""
-    from pathlib import Path
-
     from finetune.config.rules import pin_model
     from finetune.config.schema import RunConfig
     from finetune.core.distributed import ProcessGroup
@@ -120,6 +125,49 @@ def pin(config: dict[str, Any], commits: list[str], output: str, together: bool)
     return 0
 
 
+def on_terminal(name: str, *words: str) -> int:
+    """The command line as a terminal starts it, whose end is the device ``name``."""
+    os.setsid()
+    device = os.open(name, os.O_RDWR)
+    fcntl.ioctl(device, termios.TIOCSCTTY, 0)
+    for stream in range(3):
+        os.dup2(device, stream)
+    # The forked ones believe that they write to a file.
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115 - until the process ends
+    return command(*words)
+
+
+def paused(note: str, where: str, *words: str) -> int:
+    """The command line, which waits for a signal when it comes to ``where`` and has written its pid to ``note``."""
+
+    def visited(*_: Any, **__: Any) -> None:
+        Path(f"{note}.new").write_text(str(os.getpid()))
+        os.replace(f"{note}.new", note)
+        time.sleep(HANG_S)
+
+    with mock.patch(where, visited):
+        return command(*words)
+
+
+def killed_while_recording(run_yaml: str) -> int:
+    """Precompute a stream, and be killed in the middle of the third line of its record."""
+    from finetune.caching import streaming
+
+    append, lines_written = streaming.append, 0
+
+    def dying(folder: Path, file: Any, reader: str, lines: Any) -> None:
+        nonlocal lines_written
+        append(folder, file, reader, lines)
+        lines_written += 1
+        if lines_written == 2:
+            with (folder / f"{file.identity}.{reader}.jsonl").open("ab") as record:
+                record.write(b"half a li")
+            _die()
+
+    with mock.patch.object(streaming, "append", dying):
+        return command("precompute", "--config", run_yaml)
+
+
 def load_t5(model: str) -> int:
     """Whether T5 has its weights in every process, whatever accelerate is told of loading models."""
     import torch
@@ -137,8 +185,6 @@ def load_t5(model: str) -> int:
 
 def uneven_shares(folder: str, phase: str) -> int:
     """Write tensors that do not divide by the number of processes, some with nothing for the last; or read them."""
-    from pathlib import Path
-
     import torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor

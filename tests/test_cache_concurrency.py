@@ -34,12 +34,6 @@ from finetune.datasets.manifests import Manifest
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch) -> None:
-    """Nobody pulls the plug here."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
 @pytest.fixture
 def without_locks(monkeypatch) -> None:
     """As on a file system that has none."""

@@ -10,7 +10,7 @@ import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,14 +120,6 @@ def make_world(folder: Path) -> World:
         os.utime(world.source(number), (1 + number, 1 + number))
         world.cache.stamp(world.source(number))
     return world
-
-
-@pytest.fixture(scope="module", autouse=True)
-def unflushed() -> Iterator[None]:
-    """Nobody pulls the plug here, and flushing thousands of files takes most of the time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
 
 
 @pytest.fixture(scope="module")

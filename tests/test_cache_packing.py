@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -24,11 +23,6 @@ ENCODING = Encoding("v", "t", "fp32", 4, "fp16", None, "rule")
 BUCKET = Bucket(1, 2, 2)
 SMALL = 1300
 """Bytes of a shard here: some two entries."""
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def add_clip(cache: Cache, number: int) -> ManifestItem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tarfile
 from pathlib import Path
 
@@ -18,11 +17,6 @@ from finetune.datasets.cache_transfer import export_cache, import_cache
 from finetune.datasets.manifests import KINDS, Manifest
 
 ENCODING = Encoding("v", "t", "fp32", 4, "fp16", None, "rule")
-
-
-@pytest.fixture(autouse=True)
-def unflushed(monkeypatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 def prompt_key(text: str) -> str:

@@ -90,6 +90,7 @@ SAMPLES = {"samples": [{"prompt": "a ring", "seed": 3}], "sample_every": 4, "num
 VALIDATION = {"every": 2, "at_start": True, "timesteps": 3, **SAMPLES}
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("strategy", fast(STRATEGIES, "ddp", "fsdp2"))
 @pytest.mark.parametrize(
     ("method", "variant"),

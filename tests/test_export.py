@@ -133,6 +133,7 @@ def trained_velocity(run: Path, model: Path, method: dict) -> torch.Tensor:
 # ----------------------------------------------------------------------------------------------------- what is written
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize(
     ("variant", "options"),
     [
@@ -161,6 +162,7 @@ def test_a_lora_means_the_same_to_the_stock_pipeline(tiny_model, tmp_path, varia
         assert not torch.equal(stock_velocity(model, report.folder, strength=0.5), base)
 
 
+@pytest.mark.arithmetic
 def test_half_precision_stays_inside_the_stated_tolerance(tiny_model, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), LORA | {"targets": "all-linear"}, dtype="bf16")
     report = export(run)

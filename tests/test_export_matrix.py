@@ -39,7 +39,7 @@ METHODS = {
     "rslora": {"kind": "lora", "rank": 8, "alpha": 4, "use_rslora": True, "targets": "all-linear"},
     "full": {"kind": "full"},
 }
-FAST = [("5b", method) for method in METHODS] + [("1.5-5b-i2v", "lora"), ("5b-i2v", "full")]
+FAST = [("5b", "dora"), ("5b", "rslora"), ("1.5-5b-i2v", "lora"), ("5b-i2v", "full")]
 REST = [(variant, method) for variant in VARIANTS for method in METHODS if (variant, method) not in FAST]
 ROUND_OFF = 1e-5
 """Of the largest output, float32: 4e-7 is what the models here show."""

@@ -43,6 +43,7 @@ LEARNS = {"optimizer": {"lr": 1e-2}, "method": {"dropout": 0.2}}
 # -------------------------------------------------------------------------------------------------------- out of memory
 
 
+@pytest.mark.arithmetic
 def test_a_step_is_done_again_with_checkpointing_bit_for_bit(tiny_run, calm_run, monkeypatch, capsys):
     """Memory runs out in the second micro-batch of the third step; LoRA's dropout draws the same masks again."""
     shared = LEARNS | {"memory": {"checkpointing": "none"}, "train": {"accumulation": 2, "batch_size": 2}}
@@ -157,6 +158,7 @@ def test_gradients_left_by_the_failed_attempt_would_show(tiny_run, calm_run, mon
     assert differing(tensors(hit), tensors(calm))
 
 
+@pytest.mark.arithmetic
 def test_micro_batches_are_split_until_they_fit(tiny_run, calm_run, tmp_path, monkeypatch):
     """Four clips never fit, two do: the weights after four steps are those of an undisturbed run to 1e-6."""
     shared = {"optimizer": SMOOTH_ADAM, "train": {"batch_size": 4}, "tracking": {"kind": "tensorboard"}}

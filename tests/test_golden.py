@@ -56,6 +56,7 @@ def check(variant: str, method: str, record: Record) -> list[str]:
     return faults(golden["runs"][method], record, golden["tolerance"])
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_twenty_steps_are_the_golden_ones(golden_models, tmp_path, variant, method):
@@ -97,6 +98,7 @@ def test_other_thread_counts_and_processors_give_the_golden_numbers(settings):
         assert all(figures[kind] <= tolerance[kind] for kind in figures), row
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 def test_bfloat16_follows_the_golden_curve(golden_models, tmp_path, method):
     """No golden numbers of its own: how bfloat16 adds up differs from one processor to the next."""

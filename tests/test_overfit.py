@@ -38,8 +38,9 @@ METHODS = {
     },
 }
 BOUND = {"full": 0.95, "lora": 0.85}
-FAST = {("2b", "full"), ("5b", "lora"), ("5b-i2v", "full"), ("1.5-5b", "lora"), ("1.5-5b-i2v", "lora")}
-"""Every variant, and both methods with and without an image; the others belong to ``make soak``."""
+FAST = {("2b", "full"), ("5b", "lora"), ("1.5-5b-i2v", "lora")}
+"""Both methods, sines and rotations, patches of one frame and of two, with an image and without; the others belong to
+``make soak``."""
 CASES = [
     pytest.param(variant, method, marks=[] if (variant, method) in FAST else pytest.mark.slow)
     for variant in VARIANTS

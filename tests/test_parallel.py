@@ -240,6 +240,7 @@ def test_float32_adapters_share_a_group_with_a_bf16_base(tiny_model, tmp_path, m
         torch.testing.assert_close(ours.trainable[name], theirs.trainable[name], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.arithmetic
 def test_averaged_weights_do_not_stay_behind_in_the_gathered_ones(tiny_model, demo_clips, tmp_path, fsdp, monkeypatch):
     """Measuring with averaged weights between two steps must leave the next step's alone; also the root's weights."""
 
@@ -281,6 +282,7 @@ def test_a_bad_step_is_not_taken_under_fsdp2(tiny_model, tmp_path, fsdp, monkeyp
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(last).trainable.values())
 
 
+@pytest.mark.arithmetic
 def test_the_norm_and_the_clipping_are_torchs(tiny_model, tmp_path, fsdp):
     ranks = ProcessGroup.current(sharding=True)
     try:

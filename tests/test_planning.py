@@ -229,7 +229,7 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "selective": ({"checkpointing": "selective"}, {}),
     "fp8": ({"base": "fp8", "modulation": "host", "activations": "host"}, {}),
     "lean": ({"block": "lean", "modulation": "host", "activations": "host"}, {}),
-    "streamed": ({"streamed_blocks": "all", "activations": "host"}, {}),
+    "streamed, all": ({"streamed_blocks": "all", "activations": "host"}, {}),
     "released": (RELEASED, SFT),
 }
 APART: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -238,7 +238,7 @@ APART: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "streamed, one slot": ({"streamed_blocks": 1}, {}),
     "streamed and trained": ({"streamed_blocks": 4, **RELEASED}, SFT),
 }
-SLOW = {"none", "selective", "fp8", "lean", "streamed, one slot"}
+SLOW = {"none", "selective", "fp8", "lean", "streamed, all", "streamed, one slot", "streamed and trained"}
 
 
 def slow_marked(names: Any) -> list[Any]:
@@ -269,7 +269,13 @@ def test_blocks_that_are_treated_apart_are_counted(look_alike: Path, name: str) 
     assert quick.peak.nbytes == pytest.approx(exact.peak.nbytes, rel=0.005)
 
 
-@pytest.mark.parametrize("memory", [{}, {"checkpointing": "selective"}], ids=["full", "selective"])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        pytest.param({}, id="full"),
+        pytest.param({"checkpointing": "selective"}, id="selective", marks=pytest.mark.slow),
+    ],
+)
 def test_under_ddp_all_gradients_are_there_all_the_time(look_alike: Path, memory: dict[str, Any]) -> None:
     """Another moment is the highest then: the end of the forward pass, where a single process has no gradient yet."""
     config = run(look_alike, memory=memory, data=NATIVE_BUCKET, **SFT)
@@ -434,8 +440,8 @@ def find(card_gib: float, *, quantize: bool = False, **changes: Any) -> SearchRe
 CARDS, RAMS = (3.0, 6.0, 8.0, 10.0, 13.0, 15.0, 17.0, 24.0), (None, 4.0, 8.0, 12.0)
 
 
-@pytest.mark.parametrize("device", ["H100", "4090"])
-def test_no_plan_is_much_faster_than_what_is_found(reckoned: None, device: str) -> None:
+@pytest.mark.parametrize(("device", "rams"), [("H100", RAMS[::2]), ("4090", RAMS[1::2])])
+def test_no_plan_is_much_faster_than_what_is_found(reckoned: None, device: str, rams: tuple[float | None, ...]) -> None:
     """Against every legal memory section, on cards and hosts of many sizes."""
     config = run(data=NATIVE_BUCKET, method={"rank": 128})
     traits = memory_traits(config, spec_of(config))
@@ -444,7 +450,7 @@ def test_no_plan_is_much_faster_than_what_is_found(reckoned: None, device: str) 
         for one in candidates(config, traits, DEFAULTS[device], ["native", *QUANTISED])
     ]
     fits = none = 0
-    for card, ram in itertools.product(CARDS, RAMS):
+    for card, ram in itertools.product(CARDS, rams):
         target = machine(card, ram, device)
         found = search(config, target)
         fitting = [
@@ -462,7 +468,7 @@ def test_no_plan_is_much_faster_than_what_is_found(reckoned: None, device: str) 
         assert found.best.fits(target) and found.quantised_unasked == (not native), (card, ram)
         fastest = min(one.step_s for one in native or fitting)
         assert found.best.step_s <= 1.02 * fastest, (card, ram, found.best.memory)
-    assert fits > 20 and none >= 1
+    assert fits > 10 and none >= 1
 
 
 def test_larger_cards_are_faster(reckoned: None) -> None:

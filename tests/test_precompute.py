@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import re
@@ -12,7 +11,7 @@ import subprocess
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,19 +88,6 @@ class Project:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         edit(rows)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_heap() -> Iterator[None]:
-    """Precompute collects garbage twice; without this each collection would walk all of torch and diffusers."""
-    import diffusers
-    import transformers
-
-    assert diffusers.AutoencoderKLCogVideoX and transformers.T5EncoderModel  # both libraries load on first use
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture

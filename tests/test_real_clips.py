@@ -14,8 +14,7 @@ from finetune.trainers.loop import train
 LAYOUTS = {"steamboat_willie": ("metadata.jsonl", 5), "cogvideox_samples": ("", 3)}
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "method"), [("steamboat_willie", "full"), ("cogvideox_samples", "lora")])
 def test_real_clips_train_unchanged(real_clips, tiny_model, tmp_path, layout, method):
     name, clips = LAYOUTS[layout]
     config = run_config(

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -355,33 +356,38 @@ def test_a_preempted_job_requeued_with_the_same_command_continues(tiny_model, de
     assert_same_run(tmp_path / "run", calm)
 
 
-def test_a_terminal_that_is_closed_costs_no_step(tiny_run, tmp_path):
+def test_a_terminal_that_is_closed_costs_no_step(tiny_run, tmp_path, launcher):
     """Its processes get SIGHUP, and cannot print any more."""
     run_yaml = tmp_path / "run.yaml"
     run_yaml.write_text(tiny_run("run", train={"steps": 4000}, tracking={"console_interval_s": 1e-3}).to_yaml())
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        os.execv(sys.executable, [sys.executable, str(ROOT / "train.py"), "--config", str(run_yaml)])
-    printed = b""
-    while b"/4000" not in printed:  # the panel's progress
-        printed += os.read(terminal, 10_000)
-    os.close(terminal)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == PREEMPTED
+    terminal, end = pty.openpty()
+    with ThreadPoolExecutor(1) as beside:
+        words = (os.ttyname(end), "train", "--config", str(run_yaml))
+        ends = beside.submit(launcher.run, "launcher_cases:on_terminal", *words, ranks=1)
+        printed = os.read(terminal, 10_000)
+        os.close(end)  # of two who have it open, so that reading fails where the other ends
+        while b"/4000" not in printed:  # the panel's progress
+            printed += os.read(terminal, 10_000)
+        os.close(terminal)
+        (ended,) = ends.result()
+    assert ended.code == PREEMPTED, ended.log
     (stopped_at,) = saved_steps(tmp_path / "run")
     assert 1 <= stopped_at < 4000
 
 
-def test_a_signal_while_encoding_ends_at_once_and_loses_nothing(tiny_model, demo_clips, tmp_path):
+def test_a_signal_while_encoding_ends_at_once_and_loses_nothing(tiny_model, demo_clips, tmp_path, launcher):
     values = many(tiny_model(), demo_clips, tmp_path / "run", 2)
     values["cache"] |= {"decode_workers": 2}
-    job = Process(written(values, tmp_path / "run.yaml"))
-    job.wait_for("has to be brought up to date")
-    workers = job.children()
-    job.popen.send_signal(signal.SIGTERM)
-    assert job.end() == -signal.SIGTERM
-    assert "Traceback" not in job.printed
+    run_yaml, note = written(values, tmp_path / "run.yaml"), tmp_path / "pid"
+    with ThreadPoolExecutor(1) as beside:
+        words = (str(note), "finetune.caching.encode.encode_video", "train", "--config", str(run_yaml))
+        ends = beside.submit(launcher.run, "launcher_cases:paused", *words, ranks=1)
+        until(lambda: note.exists() or ends.done(), "it comes to encoding")
+        pid = int(note.read_text())
+        workers = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        os.kill(pid, signal.SIGTERM)
+        (ended,) = ends.result()
+    assert ended.code == -signal.SIGTERM and "Traceback" not in ended.log
     until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers), "decode workers end with their parent")
     assert train(RunConfig.from_dict(values)).step == 2
 

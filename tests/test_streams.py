@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +19,6 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from PIL import Image
-from waiting import HANG_S
 from worlds import merged, run_values
 
 from finetune.caching import streaming
@@ -29,15 +27,13 @@ from finetune.caching.precompute import PrecomputeReport, ensure_cache, merge_pa
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, DataError, FinetuneError
-from finetune.datasets import cache_admin
+from finetune.datasets import cache_admin, stream_worker, streams
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_transfer import export_cache
 from finetune.datasets.manifests import KINDS, Manifest, read_content
 from finetune.datasets.parts import Part, share_out
 from finetune.diagnosis.doctor import DoctorOptions, doctor
 from finetune.trainers.loop import train
-
-ROOT = Path(__file__).parents[1]
 
 Clip = tuple[bytes, Any]
 """A video's bytes and its caption."""
@@ -125,6 +121,31 @@ class Home:
 Make = Callable[..., Home]
 
 
+class ReaderHere:
+    """A dataset reader in this process and as fresh as one of its own, which takes two seconds to start."""
+
+    def __init__(self, *_: str) -> None:
+        self._module = importlib.reload(stream_worker)
+
+    def ask(self, path: Path, fields: dict[str, Any], **_: float) -> tuple[dict[str, Any], bytearray]:
+        answer, body = self._module.handle_stream(json.loads(json.dumps({**fields, "path": path}, default=os.fspath)))
+        return json.loads(json.dumps(answer)), bytearray(b"".join(body))
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+@pytest.fixture(autouse=True)
+def reader_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "own_reader" not in request.fixturenames:
+        monkeypatch.setattr(streams, "Worker", ReaderHere)
+
+
+@pytest.fixture
+def own_reader() -> None:
+    """The test has readers in processes of their own, as users have."""
+
+
 @pytest.fixture
 def home(tmp_path: Path, tiny_model: Callable[..., Path], clips: list[Clip]) -> Make:
     def make(layout: Callable[..., dict[str, Any]], rows: list[Clip] | None = None, **options: Any) -> Home:
@@ -168,6 +189,7 @@ def watch_media(made: Home, most: list[int], monkeypatch: pytest.MonkeyPatch) ->
 # ------------------------------------------------------------------------------------------------------- the same cache
 
 
+@pytest.mark.usefixtures("own_reader")
 @pytest.mark.parametrize("layout", [as_parquet, as_tars])
 def test_a_stream_gives_the_entries_of_the_same_clips_as_files_within_its_room(home, reference, layout, monkeypatch):
     made: Home = home(layout)
@@ -349,26 +371,12 @@ def test_stopped_at_any_moment_the_next_call_goes_on(home, reference, layout, ow
     assert made.media == [] and sorted(seen(made.manifest)) == sorted(seen(reference.manifest))
 
 
-def test_killed_by_the_system_it_leaves_nothing_that_stays(home, reference):
+def test_killed_by_the_system_it_leaves_nothing_that_stays(home, reference, launcher):
     made: Home = home(as_parquet)
-    program = (
-        "import os, signal, sys; from pathlib import Path; from finetune.caching import streaming\n"
-        "from finetune.caching.precompute import precompute; from finetune.config.schema import load_config\n"
-        "work, calls = streaming.append, []\n"
-        "def dying(folder, file, reader, lines):\n"
-        "    work(folder, file, reader, lines); calls.append(1)\n"
-        "    if len(calls) == 2:\n"
-        "        with (folder / f'{file.identity}.{reader}.jsonl').open('ab') as record: record.write(b'half a li')\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "streaming.append = dying\n"
-        "precompute(load_config(Path(sys.argv[1])), progress=False)\n"
-    )
     path = made.folder / "run.yaml"
     path.write_text(yaml.safe_dump(made.config().model_dump(mode="json")))
-    command = [sys.executable, "-c", program, str(path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    killed = subprocess.run(command, timeout=HANG_S, capture_output=True, text=True, env=environment)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (killed,) = launcher.run("launcher_cases:killed_while_recording", str(path), ranks=1)
+    assert killed.code == -signal.SIGKILL, killed.log
     assert made.media, "the clip in hand"
     report = made.precompute()
     assert report.encoded["latents"] == 2 and made.entries() == reference.entries() and made.media == []
@@ -542,6 +550,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.server_close()
 
 
+@pytest.mark.usefixtures("own_reader")
 def test_a_dataset_on_the_hub_is_never_there_as_a_whole(home, reference, hub, tmp_path, monkeypatch):
     made: Home = home(as_parquet, files=2)
     (hub.root).mkdir()

@@ -71,6 +71,7 @@ def test_every_step_is_handed_to_the_caller(tiny_run):
         train(tiny_run("other", **changes), on_step=stop)
 
 
+@pytest.mark.arithmetic
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_n_steps_are_k_steps_and_a_resume(tiny_model, demo_clips, wide_clips, tmp_path, method, kind):
@@ -128,6 +129,7 @@ def test_a_missing_checkpoint_is_an_error(train_tiny, tmp_path):
         train_tiny("run", checkpoint={"resume": str(tmp_path / "nowhere")})
 
 
+@pytest.mark.arithmetic
 def test_validation_changes_no_bit_of_training(tiny_run, tmp_path):
     shared = {
         "method": METHODS["lora"],
@@ -256,6 +258,7 @@ def test_a_launchers_own_accumulation_is_refused(train_tiny, monkeypatch):
         train_tiny("run", train={"accumulation": 2})
 
 
+@pytest.mark.arithmetic
 def test_the_gradient_is_the_mean_over_samples_also_of_unequal_micro_batches(tiny_run):
     """Four clips in batches of three: micro-batches of three and of one, each clip counting the same."""
     config = tiny_run(

@@ -7,12 +7,16 @@ and forbids everything else, so that text from a dataset or a run can neither ac
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.core.text import shown
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def render(template: Path, filters: Mapping[str, Callable[..., Any]], **values: Any) -> str:
@@ -24,13 +28,19 @@ def render(template: Path, filters: Mapping[str, Callable[..., Any]], **values: 
         filters: further filters; ``shown`` is ``core.text.shown``.
         values: what the template names.
     """
+    return _compiled(template, tuple(filters.items())).render(**values)
+
+
+@functools.cache
+def _compiled(template: Path, filters: tuple[tuple[str, Callable[..., Any]], ...]) -> Template:
+    """The template with its digests; compiling takes several times as long as filling it in."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"shown": lambda value: shown(str(value)), **filters}
+    environment.filters |= {"shown": lambda value: shown(str(value)), **dict(filters)}
     source = template.read_text(encoding="utf-8")
     style, script = (_between(source, f"<{tag}>", f"</{tag}>") for tag in ("style", "script"))
-    return environment.from_string(source).render(style_digest=_digest(style), script_digest=_digest(script), **values)
+    return environment.from_string(source, globals={"style_digest": _digest(style), "script_digest": _digest(script)})
 
 
 def data_url(content: bytes, kind: str) -> str:

@@ -339,8 +339,8 @@ def run_moments(clips: Path) -> Tally:
     return tally
 
 
-def main() -> int:
-    """Write the figures to ``--out``, print all but the log."""
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the figures to ``--out``, print all but the log; ``words`` are those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scenario", choices=sorted(SCENARIOS), nargs="+", default=[])
     parser.add_argument("--clips", type=Path)
@@ -350,7 +350,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=900.0)
     parser.add_argument("--broken", choices=sorted(BREAKAGES))
     parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     processes.preload()
     begun = time.monotonic()
     if args.clips:
