@@ -109,6 +109,22 @@ def test_bfloat16_follows_the_golden_curve(golden_models, tmp_path, method):
     assert 1e-5 < off["loss"] <= BF16_LOSS
 
 
+@pytest.mark.slow
+def test_two_hundred_steps_do_not_tell_in_what_an_update_was_computed(golden_models, tmp_path):
+    """LoRA's products in bfloat16 and in float32, on a bfloat16 model; ``docs/numerics.md`` has the figures."""
+    records = []
+    for compute in ("model", "float32"):
+        train = {"steps": 200, "batch_size": 2, "accumulation": 2, "max_grad_norm": 0.5}
+        config = golden_config(
+            golden_models("5b"), tmp_path / compute, "lora", dtype="bf16", train=train, optimizer={"lr": 1e-3}
+        )
+        method = config.method.model_copy(update={"compute": compute})
+        records.append(golden_run(config.model_copy(update={"method": method})))
+    ours, theirs = records
+    assert sum(ours["loss"][-20:]) < 0.5 * sum(ours["loss"][:20]), "the run learns nothing"
+    assert 0 < deviations(theirs, ours)["loss"] < 0.005
+
+
 # ------------------------------------------------------------------------------------------------------------- canaries
 
 

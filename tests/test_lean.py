@@ -19,16 +19,16 @@ from finetune.memory.lean_block import (
     GradientSums,
     LeanBlock,
     chunks,
-    decoded_once,
     masks,
-    unread,
 )
+from finetune.memory.lean_linear import SharedInput, decoded_once, unread
 from finetune.memory.qk_norm import undoable
 from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.runner import BlockInputs, BlockRunner, StockBlock
 from finetune.methods import layer_norm
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
+from finetune.planner.work_counter import WorkCounter
 from finetune.testing.tiny import VARIANTS, tiny_transformer
 
 METHODS = {
@@ -171,7 +171,9 @@ def test_same_gradients_whatever_trains(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [*((method, torch.bfloat16) for method in METHODS), ("full", torch.float16)], ids=str
+    ("method", "dtype"),
+    [*((method, torch.bfloat16) for method in METHODS), ("full", torch.float16), ("attention", torch.float16)],
+    ids=str,
 )
 def test_narrow_dtypes_lose_no_more_than_the_stock_block(method, dtype):
     transformer = model("1.5-5b-i2v", METHODS[method], dtype)
@@ -241,21 +243,116 @@ def test_a_summed_norm_changes_nothing_else(dtype):
         assert our.dtype == dtype and error < torch.finfo(dtype).eps and before > 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("kind", ["fp8", "nf4"])
-def test_same_gradients_on_a_quantised_base(kind):
+def quantised(kind: str, method: LoraMethod) -> nn.Module:
+    """A float32 model with linear layers held in few bits."""
     transformer = tiny_transformer("5b")
     random_(transformer)
     for module in list(transformer.transformer_blocks.modules()):
         for name, linear in list(module.named_children()):
             if type(linear) is nn.Linear:
-                quantised = QuantisedLinear.like(linear, kind)
-                quantised.quantise(linear.weight.detach())
-                quantised.bias = linear.bias
-                setattr(module, name, quantised)
-    OTHERS["values"].apply(transformer, seed=0)
+                layer = QuantisedLinear.like(linear, kind)
+                layer.quantise(linear.weight.detach())
+                layer.bias = linear.bias
+                setattr(module, name, layer)
+    method.apply(transformer.requires_grad_(False), seed=0)
     random_(nn.ParameterList(p for p in transformer.parameters() if p.requires_grad))
+    return transformer
+
+
+@pytest.mark.parametrize("kind", ["fp8", "nf4"])
+def test_same_gradients_on_a_quantised_base(kind):
+    transformer = quantised(kind, OTHERS["values"])
     error, name = worst(errors(run(transformer, LeanBlock(tokens=20)), run(transformer, None)))
     assert error < 1e-5, name
+
+
+# ------------------------------------------------------------------------------- LoRA's products in the model's dtype
+
+
+def layers_of_attention(method: LoraMethod, kind: str | None = None) -> list[nn.Module]:
+    """``to_q``, ``to_k`` and ``to_v``: bfloat16, float32 adapters."""
+    transformer = model("5b", method, torch.bfloat16) if kind is None else quantised(kind, method)
+    adapters = {id(p) for p in transformer.parameters() if p.requires_grad}
+    transformer._apply(lambda t: t if id(t) in adapters else t.bfloat16() if t.is_floating_point() else t)
+    return [getattr(transformer.transformer_blocks[0].attn1, f"to_{name}") for name in "qkv"]
+
+
+def outputs_and_gradients(layers: list[nn.Module], features: Tensor, compute, read: slice = slice(None)):
+    features = features.detach().requires_grad_()
+    trains = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    outputs = compute(features)
+    grads = [
+        torch.randn(o.shape, generator=torch.Generator().manual_seed(n)).to(o.dtype) for n, o in enumerate(outputs)
+    ]
+    gradients = torch.autograd.grad(outputs, [features, *trains], grads)
+    assert all(p.dtype == gradient.dtype for p, gradient in zip(trains, gradients[1:], strict=True))
+    return [tensor.detach().double() for tensor in (*outputs[read], *gradients)]
+
+
+def test_layer_by_layer_they_compute_what_autocast_computes():
+    """The stock recipe's numbers, bit for bit."""
+    ours, theirs = (layers_of_attention(LoraMethod(rank=4, compute=compute)) for compute in ("model", "float32"))
+    features = torch.randn(2, 150, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+
+    def autocast(features: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [layer(features) for layer in theirs]
+
+    found = outputs_and_gradients(ours, features, lambda x: [layer(x) for layer in ours])
+    assert all(map(torch.equal, found, outputs_and_gradients(theirs, features, autocast)))
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"), [("attention", None), ("rslora", None), ("values", None), ("attention", "fp8")]
+)
+@pytest.mark.parametrize("skipped", [0, 1, 3])
+def test_layers_of_one_input_lose_no_more_together_than_one_by_one(method, kind, skipped):
+    layers = layers_of_attention((METHODS | OTHERS)[method], kind)
+    features = torch.randn(2, 150, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+    wide = [copy.deepcopy(layer).double() for layer in layers]
+    read = slice(3 - skipped)  # of those that are skipped, only the gradients are right
+    truth = outputs_and_gradients(wide, features.double(), lambda x: [layer(x) for layer in wide], read)
+    theirs = outputs_and_gradients(layers, features, lambda x: [layer(x) for layer in layers], read)
+    shared = SharedInput(layers, torch.bfloat16)
+    with WorkCounter() as counter:
+        ours = outputs_and_gradients(layers, features, lambda x: shared(x, layers[3 - skipped :]), read)
+    for our, their, true in zip(ours, theirs, truth, strict=True):
+        error, other = (float((found - true).norm() / true.norm()) for found in (our, their))
+        assert error <= 1.05 * other + 1e-4 and error < 0.01
+    # In one function: of the updates, A's product alone is needed where nobody reads a layer, and none is in float32.
+    base, update = 2.0 * 300 * 64 * 64, 2.0 * 300 * 64 * 4
+    adapted, shown = (sum(hasattr(layer, "lora_A") for layer in some) for some in (layers, layers[read]))
+    assert counter.work.flops == {"bfloat16": (3 - skipped + 3) * base + (5 * adapted + shown) * update}
+
+
+@pytest.mark.parametrize(
+    "method", [OTHERS["dora"], LoraMethod(rank=4, dropout=0.4), LoraMethod(rank=4, compute="float32")]
+)
+def test_other_adapters_run_one_by_one(method):
+    layers = layers_of_attention(method)
+    features = torch.randn(2, 15, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+    with masks(1, 0, 0, features.device):
+        theirs = [layer(features) for layer in layers]
+    with masks(1, 0, 0, features.device):
+        ours = SharedInput(layers, torch.bfloat16)(features)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_adapters_of_chunks_are_copied_once_and_summed_in_float32():
+    layers = layers_of_attention(METHODS["attention"])
+    features = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+    weights = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    shared = SharedInput(layers, torch.bfloat16)
+    sums = GradientSums(weights)
+    for chunk in features.split(10, dim=1):
+        outputs = shared(chunk.clone().requires_grad_())
+        sums.add(torch.autograd.grad(outputs, weights, [torch.ones_like(output) for output in outputs]))
+    whole = torch.autograd.grad(
+        outputs := shared(features.clone().requires_grad_()), weights, [torch.ones_like(output) for output in outputs]
+    )
+    for ours, theirs in zip(sums.settle(), whole, strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0.01 * float(theirs.abs().max()))
 
 
 def test_same_gradients_where_attention_is_kept():

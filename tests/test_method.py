@@ -18,10 +18,12 @@ from finetune.config.schema import MethodConfig
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.tensor_files import atomic_save_tensors
 from finetune.core.types import RunState
-from finetune.methods import adapter
+from finetune.memory.narrowed_lora import narrowed_update
+from finetune.methods import adapter, lora
 from finetune.methods.adapter import read_adapter
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
+from finetune.planner.work_counter import WorkCounter
 from finetune.testing.tiny import VARIANTS, tiny_transformer
 
 MODELS = Path(__file__).parents[1] / "finetune" / "assets" / "models"
@@ -197,6 +199,76 @@ def test_fp32_lora_on_a_bf16_base_trains_every_target(variant, variation):
     assert silent == []
     base = [p for name, p in transformer.named_parameters() if "lora" not in name]
     assert base and all(p.dtype == torch.bfloat16 and p.grad is None and not p.requires_grad for p in base)
+
+
+@pytest.mark.parametrize(
+    ("options", "dtypes"),
+    [
+        ({}, {"bfloat16"}),
+        ({"dropout": 0.3}, {"bfloat16"}),
+        ({"compute": "float32"}, {"bfloat16", "float32"}),
+        ({"use_dora": True}, {"bfloat16", "float32"}),
+    ],
+    ids=str,
+)
+def test_the_update_is_computed_in_what_is_asked_for(options, dtypes):
+    method = LoraMethod(rank=4, alpha=6, **options)
+    transformer = applied(method, dtype=torch.bfloat16).train()
+    perturb(method.trainable(transformer))
+    layer: Any = transformer.transformer_blocks[0].attn1.to_q
+    features = torch.randn(8, layer.in_features).bfloat16().requires_grad_()
+    with WorkCounter() as counter:
+        layer(features).sum().backward()
+    assert counter.work.flops.keys() == dtypes
+    gradients = [p.grad for p in layer.parameters() if p.requires_grad]
+    assert len(gradients) >= 2 and all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"dropout": 0.3}], ids=str)
+def test_in_float32_both_ways_to_compute_are_one(options):
+    models = [applied(LoraMethod(rank=4, compute=compute, **options)).train() for compute in ("model", "float32")]
+    gradients = []
+    for transformer in models:
+        trainable = LoraMethod().trainable(transformer)
+        perturb(trainable)
+        torch.manual_seed(3)
+        predict(transformer).square().mean().backward()
+        gradients.append([p.grad for p in trainable.values()])
+    assert all(map(torch.equal, *gradients)) and len(gradients[0]) == 16
+
+
+def test_what_is_read_of_pefts_layer_is_what_it_computes():
+    """Fails where an installed peft computes more or other than ``narrowed_update`` knows of."""
+    method = LoraMethod(rank=4, alpha=6)
+    transformer = applied(method, dtype=torch.bfloat16)
+    perturb(method.trainable(transformer))
+    layer: Any = transformer.transformer_blocks[0].attn1.to_q
+    features = torch.randn(50, layer.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def difference() -> float:
+        update = narrowed_update(layer, torch.bfloat16)
+        assert update is not None
+        weight = layer.base_layer.weight.double() + update.scale * update.up.double() @ update.down.double()
+        expected = features.double() @ weight.T + layer.base_layer.bias.double()
+        return float((layer(features).double() - expected).norm() / expected.norm())
+
+    assert difference() < 0.005
+    lora.set_strength(transformer, 3.0)
+    assert difference() < 0.005 and narrowed_update(layer, torch.bfloat16).scale == 4.5
+    assert narrowed_update(layer, torch.float32) is None, "nothing to narrow"
+    layer.enable_adapters(False)
+    assert narrowed_update(layer, torch.bfloat16) is None
+    layer.enable_adapters(True)
+    layer.merge()
+    assert narrowed_update(layer, torch.bfloat16) is None
+    layer.unmerge()
+    from peft import LoraConfig
+
+    model: Any = transformer
+    model.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "second")
+    model.set_adapters(["default", "second"])
+    assert narrowed_update(layer, torch.bfloat16) is None
+    assert layer(features).dtype == torch.bfloat16
 
 
 def test_an_adapter_is_not_put_on_an_adapter():

@@ -215,7 +215,7 @@ def test_5b_needs_what_was_counted_by_hand() -> None:
     """LoRA r128, fp32 AdamW: 10.38 GiB of weights, 0.49 of adapters, 0.98 of moments, 42 x 104 MiB of boundaries."""
     found = train_peak(run(data=NATIVE_BUCKET, method={"rank": 128}))
     parts = {part: nbytes / GIB for part, nbytes in found.peak.parts.items()}
-    assert found.peak.nbytes / GIB == pytest.approx(18.9, abs=0.2) and found.where == "backward, block 41 of 42"
+    assert found.peak.nbytes / GIB == pytest.approx(18.4, abs=0.2) and found.where == "backward, block 41 of 42"
     assert parts["frozen weights"] == pytest.approx(10.375, abs=0.01)
     assert parts["trainable weights"] == pytest.approx(0.492, abs=0.002)
     assert parts["optimizer state"] == pytest.approx(0.984, abs=0.002)

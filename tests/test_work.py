@@ -87,8 +87,8 @@ def test_works_add_up():
 
 
 BUDGETS = {
-    "5b lora, lean, attention kept": {"elementwise_u": 367, "product_u": 190, "kernels": 1870},
-    "5b lora, stock block": {"elementwise_u": 510, "product_u": 130, "kernels": 290},
+    "5b lora, lean, attention kept": {"elementwise_u": 142, "product_u": 147, "kernels": 1180},
+    "5b lora, stock block": {"elementwise_u": 387, "product_u": 95, "kernels": 290},
 }
 """Case of ``benchmarks/work.py`` -> the most that a block may do; lowered by whoever makes it do less."""
 
@@ -98,6 +98,7 @@ def test_a_step_does_no_more_than_its_budget(name, benchmark):
     case = benchmark.count(name)
     over = {what: case["block"][what] for what, most in BUDGETS[name].items() if case["block"][what] > most}
     assert not over and case["step"]["waits"] <= 1
+    assert case["step"]["tflop"].keys() == {"bfloat16"}, "a product in float32 takes ten times as long"
     recompute = 1045 if "kept" in name else 1265
     assert sum(case["step"]["tflop"].values()) + case["step"]["attention_tflop"] <= recompute
 

@@ -13,21 +13,19 @@ the order of sums and what narrow dtypes make of it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from finetune.memory.checkpointing import SavedAttention
+from finetune.memory.lean_linear import SharedInput, decoded_once, unread
 from finetune.memory.qk_norm import Normed, Rotary, gradient_in_place, norm_and_rotate_into, rotate, undoable
-from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.runner import BlockInputs, gradients_of
 
 TOKENS = 2048
@@ -141,6 +139,8 @@ class _Pass:
         self.before = (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v)
         self.norms = (block.attn1.norm_q, block.attn1.norm_k)
         self.behind = (block.attn1.to_out[0], block.ff.net[0].proj, block.ff.net[2])
+        self.into_attention = SharedInput(self.before, inputs.hidden.dtype)
+        self.out_of_attention = SharedInput(self.behind[:1], inputs.hidden.dtype)
         self.inputs = inputs
         self.chunks = chunks(inputs.encoder.shape[1], inputs.hidden.shape[1], most)
         with torch.enable_grad(), masks(inputs.seed, _ADALN, 0, temb.device):
@@ -166,18 +166,20 @@ class _Pass:
         shift, scale, gate = self.rows[norm][:, None, :].chunk(6, dim=-1)[3 * chunk.text : 3 * chunk.text + 3]
         return shift, scale, gate
 
-    def before_attention(self, chunk: Chunk, tokens: Tensor) -> list[Tensor]:
-        """Queries, keys and values as the linear layers give them, [B, n, H, head dim] each."""
+    def before_attention(self, chunk: Chunk, tokens: Tensor, skip: Collection[nn.Module] = ()) -> list[Tensor]:
+        """Queries, keys and values as the linear layers give them, [B, n, H, head dim] each; nobody reads those of the
+        layers to ``skip``.
+        """
         shift, scale, _ = self._of_stream(0, chunk)
         modulated = self.block.norm1.norm(tokens) * (1 + scale) + shift
-        return [linear(modulated).unflatten(-1, (self.block.attn1.heads, -1)) for linear in self.before]
+        outputs = self.into_attention(modulated, skip)
+        return [torch.unflatten(output, -1, (self.block.attn1.heads, -1)) for output in outputs]
 
     def behind_attention(self, chunk: Chunk, tokens: Tensor, attended: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The stream behind attention, the feed-forward's output on it (both [B, n, D]), and the gate between them."""
         shift, scale, gate = self._of_stream(1, chunk)
-        projected = attended
-        for module in self.block.attn1.to_out:
-            projected = module(projected)
+        (projected,) = self.out_of_attention(attended)
+        projected = self.block.attn1.to_out[1](projected)
         middle = tokens + self._of_stream(0, chunk)[2] * projected
         return middle, self.block.ff(self.block.norm2.norm(middle) * (1 + scale) + shift), gate
 
@@ -278,8 +280,8 @@ class _BackwardPass(_Pass):
         """
         rotary, tokens = self.rotary(chunk), self._leaf(chunk)
         skipped = self.before if undone else self.before[2:]
-        with torch.enable_grad(), self.masks(_BEFORE_ATTENTION, chunk), unread(*skipped):
-            outputs = self.before_attention(chunk, tokens)
+        with torch.enable_grad(), self.masks(_BEFORE_ATTENTION, chunk):
+            outputs = self.before_attention(chunk, tokens, skipped)
             if not undone:
                 outputs[:2] = [
                     rotate(norm(output), rotary) for norm, output in zip(self.norms, outputs[:2], strict=True)
@@ -406,95 +408,3 @@ def writable(grad: Tensor) -> Tensor:
     """``grad`` itself, unless its elements share memory as an expanded tensor's do."""
     shared = any(stride == 0 and size > 1 for stride, size in zip(grad.stride(), grad.shape, strict=True))
     return grad.clone(memory_format=torch.contiguous_format) if shared else grad
-
-
-# -------------------------------------------------------------------------- linear layers that are worked in chunks
-#
-# A linear layer's gradient needs its input and its weight, not its output. Where a block is run again only for its
-# gradients and nothing behind a layer looks at what it computed, the product need not be formed a second time.
-
-
-@contextmanager
-def unread(*layers: nn.Module) -> Iterator[None]:
-    """While it lasts, ``layers`` give zeros of the right shape instead of their output; their gradients are right.
-
-    Inside a LoRA layer this holds for the base layer, and the update is computed as usual. A layer whose gradient does
-    depend on the base's output (DoRA's magnitudes), or that is of a kind not known here, is computed as ever.
-
-    Args:
-        layers: ``nn.Linear`` and ``QuantisedLinear``, or peft's LoRA layers around them.
-    """
-    bases = [base for layer in layers if (base := _base_without_reader(layer)) is not None]
-    with _replaced("forward", {base: partial(_unread_forward, base) for base in bases}):
-        yield
-
-
-@contextmanager
-def decoded_once(*layers: nn.Module) -> Iterator[None]:
-    """While it lasts, the quantised ones of ``layers`` keep their weight in the layer's dtype: one decoding for all
-    chunks, which would otherwise cost about as much as the products.
-
-    Args:
-        layers: linear layers of any kind, or peft's LoRA layers around them.
-    """
-    bases = [getattr(layer, "base_layer", layer) for layer in layers]
-    quantised = [base for base in bases if isinstance(base, QuantisedLinear)]
-    with _replaced("dequantised", {base: partial(_as_dtype, base.dequantised()) for base in quantised}):
-        yield
-
-
-@contextmanager
-def _replaced(method: str, replacements: dict[Any, Callable[..., Tensor]]) -> Iterator[None]:
-    """Instances' own methods in place of their classes'."""
-    for instance, replacement in replacements.items():
-        setattr(instance, method, replacement)
-    try:
-        yield
-    finally:
-        for instance in replacements:
-            delattr(instance, method)
-
-
-def _as_dtype(weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    return weight if dtype is None else weight.to(dtype)
-
-
-def _base_without_reader(layer: nn.Module) -> nn.Linear | None:
-    """The linear layer of which no output is needed; None if it has to be computed."""
-    base: Any = getattr(layer, "base_layer", layer)
-    if base is not layer and getattr(layer, "lora_variant", None):
-        return None  # anything but `base + update`: DoRA rescales the sum, and its magnitudes' gradient is the sum's
-    # A subclass may hold its weight in another shape, and an instance's own `forward` may do more than a product.
-    known = type(base) is nn.Linear or isinstance(base, QuantisedLinear)
-    return base if known and "forward" not in vars(base) else None
-
-
-def _unread_forward(layer: nn.Linear, features: Tensor) -> Tensor:
-    weight = None if isinstance(layer, QuantisedLinear) else layer.weight
-    result: Tensor = _Unread.apply(features, weight, layer.bias, layer)  # type: ignore[no-untyped-call]
-    return result
-
-
-class _Unread(torch.autograd.Function):
-    """``features @ weight.T + bias``, of which only the gradients are formed. A quantised weight is frozen: None."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor | None, bias: Tensor | None, layer: nn.Linear) -> Tensor:
-        ctx.save_for_backward(features if weight is not None and weight.requires_grad else None, weight)
-        ctx.layer = layer
-        return features.new_zeros(()).expand(*features.shape[:-1], layer.out_features)  # one element's memory
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        of_features, of_weight, of_bias, _ = ctx.needs_input_grad
-        features, weight = ctx.saved_tensors
-        if of_features and weight is None:
-            weight = ctx.layer.dequantised(grad.dtype)
-        rows = grad.flatten(0, -2)
-        return (
-            (rows @ weight).view(*grad.shape[:-1], -1) if of_features else None,
-            rows.T @ features.flatten(0, -2) if of_weight else None,
-            rows.sum(0) if of_bias else None,
-            None,
-        )

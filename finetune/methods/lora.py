@@ -58,6 +58,9 @@ class LoraMethod(Strict):
     """Rank-stabilised scaling (Kalajdzievski 2023): for ranks of 64 and more with alpha of the order of sqrt(rank)."""
     use_dora: bool = False
     """Learn each output's magnitude apart from its direction (Liu et al. 2024); slower per step."""
+    compute: Literal["model", "float32"] = "model"
+    """What the update is computed in: ``model``, ``model.dtype``, or ``float32``, which is slower by far on a GPU. The
+    adapter's weights are float32 in either case. With ``use_dora`` it is always ``float32``."""
     init_from: Path | None = None
     """Adapter to continue from: a LoRA safetensors file, an export's folder, or one of our checkpoints."""
 
@@ -149,6 +152,8 @@ class LoraMethod(Strict):
         import torch
         from torch import nn
 
+        from finetune.memory.narrowed_lora import narrow
+
         lora: Any = layer
         down, up = lora.lora_A[ADAPTER], lora.lora_B[ADAPTER]
         # peft creates the tensors in the base's dtype; fp32 is what a learning rate of 1e-4 needs to move them at all.
@@ -163,6 +168,9 @@ class LoraMethod(Strict):
                 # the model before it has learned anything.
                 magnitude = lora.lora_magnitude_vector[ADAPTER].float()
                 magnitude.weight.copy_(torch.linalg.norm(lora.base_layer.weight.float(), dim=1))
+        # A DoRA divides by the norms of W + s B A, which bf16 would round to 0.4 %.
+        if self.compute == "model" and not self.use_dora:
+            narrow(lora, ADAPTER)
 
     def _continue_from(self, transformer: nn.Module, source: Path) -> None:
         adapter = read_adapter(source)
