@@ -7,6 +7,7 @@
 # make size         code lines per folder, and how many files four walks through the package touch
 # make docs         regenerate what is generated (docs/config.md, configs/, docs/memory.md)
 # make bench-memory predicted peaks of the shipped configurations against their goals; docs/memory.md
+# make site         the documentation as a site, in build/site
 # make test-gpu     what needs a CUDA device
 # make bench-gpu    every memory recipe at full size on a CUDA device: measured peak against predicted, s/step
 PYTHON ?= python3
@@ -17,7 +18,7 @@ WORKERS ?= 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install develop quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory size lint format docs clean
+.PHONY: install develop quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory size lint format docs site clean
 
 install: $(VENV)/.installed
 
@@ -83,6 +84,9 @@ docs: develop
 	$(BIN)/python scripts/make_memory.py
 	$(BIN)/python scripts/draw_layers.py
 	$(BIN)/python scripts/sizes.py --write
+
+site: develop
+	$(BIN)/python scripts/make_site.py
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -5,9 +5,12 @@ Every check is a function of its input, so that a canary can feed it something w
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
+import textwrap
+import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from io import StringIO
@@ -106,29 +109,38 @@ def test_the_configuration_reference_names_every_field():
 DOCS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 DOCS += sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 FENCE = re.compile(r"^ *```(\S*)[ ]*([^\n]*)\n(.*?)^ *```", re.M | re.S)
-WORDS = re.compile(r"`finetune ([a-z]+)((?: [^`\n]*)?)`")
+WORDS = re.compile(r"`finetune ([a-z]+)((?:[ \n][^`\n]*){0,2})`")
 CHECKED = ("finetune", "accelerate", "make", "python", "python3", "torchrun")
+OTHERS = {"source .venv/bin/activate", "tensorboard --logdir runs", "tensorboard --logdir quickstart"}
+"""Commands in ``bash`` blocks that are not ours."""
+EMBEDDED = re.compile(r"(?<![\w-])(?:finetune [a-z]+|accelerate launch) [^;|&'\n]*")
 
 
-def commands(text: str, language: str = "bash") -> Iterator[tuple[str, str]]:
-    """(mark after the language, command) of every command in a page's fenced blocks; continued lines are joined."""
-    for found_language, mark, body in FENCE.findall(text):
-        if found_language == language:
-            for line in body.replace("\\\n", " ").splitlines():
-                if words := line.strip().removeprefix("$ "):
-                    yield mark.strip(), words
+def commands(text: str) -> Iterator[str]:
+    """Every line of a page's ``bash`` blocks, and what is ours within a line of its ``sh`` and ``text`` blocks.
+
+    Those are scripts for other machines and what programs print. Continued lines are joined.
+    """
+    for language, _more, body in FENCE.findall(text):
+        body = body.replace("\\\n", " ")
+        if language == "bash":
+            yield from (line.strip().removeprefix("$ ") for line in body.splitlines() if line.strip())
+        elif language in ("sh", "text"):
+            yield from EMBEDDED.findall(body.replace('bash -c "', ""))
 
 
 def command_fault(command: str) -> str | None:
     """What is wrong with a documented command; None where nothing is."""
-    words = shlex.split(command, comments=True)
+    if command in OTHERS:
+        return None
+    words = shlex.split(command.replace("$((SLURM_NNODES * 8))", "16"), comments=True)
     while words and re.fullmatch(r"[A-Z][A-Z0-9_]*=.*", words[0]):
         words = words[1:]
     if not words:
         return None
     program = words[0].removeprefix(".venv/bin/")
     if program not in CHECKED:
-        return None
+        return f"{program} is not known to this test"
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)
         unknown = [word for word in words[1:] if "=" not in word and word not in targets]
@@ -184,11 +196,11 @@ def mention_fault(verb: str, rest: str) -> str | None:
 def test_every_documented_command_can_be_typed():
     faults, counted = [], 0
     for path in DOCS:
-        for _mark, command in commands(path.read_text(encoding="utf-8")):
+        for command in commands(path.read_text(encoding="utf-8")):
             counted += 1
             if fault := command_fault(command):
                 faults.append(f"{path.relative_to(ROOT)}: {command}: {fault}")
-    assert counted >= 15
+    assert counted >= 130
     assert not faults, "\n".join(faults)
 
 
@@ -214,7 +226,8 @@ def test_what_the_guides_from_other_trainers_name_as_ours_exists():
         rows = re.findall(r"^\|[^|]*\|([^|]*)\|", path.read_text(encoding="utf-8"), re.M)
         for words in re.findall(r"`([^`]*)`", "\n".join(rows)):
             counted += words.startswith(("finetune ", "accelerate ", "--"))
-            unknown = words.split()[0] not in options if words.startswith("--") else command_fault(words)
+            program = words.split()[0]
+            unknown = program not in options if words.startswith("--") else program in CHECKED and command_fault(words)
             if unknown:
                 faults.append(f"{path.name}: {words}: {unknown}")
     assert counted >= 25
@@ -270,8 +283,15 @@ def test_the_command_check_can_fail(command, said):
 
 
 def test_the_command_check_reads_blocks_and_mentions():
-    page = "text\n```bash gpu\nfinetune train \\\n  --config a.yaml  # go\n\nls\n```\n```yaml\nfinetune x\n```\n"
-    assert list(commands(page)) == [("gpu", "finetune train    --config a.yaml  # go"), ("gpu", "ls")]
+    page = "text\n```bash\nfinetune train \\\n  --config a.yaml  # go\n\nls\n```\n```yaml\nfinetune x\n```\n"
+    page += '```sh\nsrun bash -c "finetune train --config a.yaml; exec finetune cache gc"\n```\n'
+    assert list(commands(page)) == [
+        "finetune train    --config a.yaml  # go",
+        "ls",
+        "finetune train --config a.yaml",
+        'finetune cache gc"',
+    ]
+    assert "not known" in (command_fault("ls") or "")
     assert command_fault("finetune train    --config a.yaml  # go") is None
     assert "no verb" in (mention_fault("trian", "") or "")
     assert "no option" in (mention_fault("cache", " verify --delet") or "")
@@ -297,6 +317,86 @@ def test_yaml_in_the_docs_is_valid_configuration():
                 }
                 RunConfig.from_dict({**base, **merged})
     assert counted >= 4
+
+
+def program_fault(code: str) -> str | None:
+    """What is wrong with a Python block that no test runs: it does not compile, or imports what is not ours."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError as error:
+        return str(error)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "finetune":
+            module = importlib.import_module(node.module or "")
+            if absent := [name.name for name in node.names if not hasattr(module, name.name)]:
+                return f"{node.module} has no {absent}"
+    return None
+
+
+def test_programs_in_the_docs_compile_and_import_what_exists():
+    blocks = [
+        (path.name, textwrap.dedent(body))
+        for path in DOCS
+        for language, _more, body in FENCE.findall(path.read_text(encoding="utf-8"))
+        if language == "python"
+    ]
+    faults = [f"{name}: {fault}\n{code}" for name, code in blocks if (fault := program_fault(code))]
+    assert len(blocks) >= 15 and not faults, "\n".join(faults)
+    assert program_fault("from finetune.core.files import fro_here") and program_fault("print(") is not None  # canary
+
+
+# ------------------------------------------------------------------------------------------------------ links, the site
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+HEADING = re.compile(r"^#{1,6} (.*)$", re.M)
+
+
+def anchors(text: str) -> set[str]:
+    """The fragments that GitHub gives the headings of a page."""
+    slugs: list[str] = []
+    for heading in HEADING.findall(FENCE.sub("", text)):
+        words = re.sub(r"[^\w\- ]", "", re.sub(r"\]\([^)]*\)", "", heading).lower()).replace(" ", "-")
+        slugs.append(f"{words}-{slugs.count(words)}" if words in slugs else words)
+    return set(slugs)
+
+
+def link_faults(page: Path) -> list[str]:
+    """Links of a page that lead to no file of the repository, or to no heading of a page."""
+    faults = []
+    for link in LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8"))):
+        name, _, fragment = link.partition("#")
+        target = page.parent / name if name else page
+        if link.startswith(("https://", "mailto:")):
+            continue
+        if not target.exists():
+            faults.append(f"{page.name}: there is no {link}")
+        elif fragment and fragment not in anchors(target.read_text(encoding="utf-8")):
+            faults.append(f"{page.name}: there is no heading for {link}")
+    return faults
+
+
+def test_every_link_leads_somewhere(tmp_path):
+    """In the repository; of the site that is made of these pages, tests/test_site.py says the same."""
+    pages = [path for path in DOCS if path.suffix == ".md"]
+    faults = [fault for page in pages for fault in link_faults(page)]
+    assert not faults, "\n".join(faults)
+    (tmp_path / "a.md").write_text("# It's `a`: b\n[x](#its-a-b) [y](b.md) [z](#c) [w](https://example.org)\n")
+    assert link_faults(tmp_path / "a.md") == ["a.md: there is no b.md", "a.md: there is no heading for #c"]
+
+
+def targets(entries: list[Any]) -> Iterator[str]:
+    """The pages of a navigation, in its order."""
+    for entry in entries:
+        for value in entry.values():
+            yield from [value] if isinstance(value, str) else targets(value)
+
+
+def test_every_page_has_one_place_in_the_navigation(tmp_path):
+    settings = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    named = list(targets(settings["project"]["nav"]))
+    pages = [str(path) for path in _script("make_site").copy_pages(tmp_path) if path.suffix == ".md"]
+    assert sorted(named) == sorted(pages), "nav in zensical.toml"
+    assert named[:2] == ["README.md", "docs/quickstart.md"]
 
 
 def test_two_commits_that_differ_are_told_apart():

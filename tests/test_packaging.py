@@ -22,7 +22,17 @@ import yaml
 import finetune
 
 ROOT = Path(finetune.__file__).parent.parent
-DEVELOPMENT = {"build", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "ruff", "mypy", "playwright"}
+DEVELOPMENT = {
+    "build",
+    "pytest",
+    "pytest-timeout",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "playwright",
+    "zensical",
+}
 Command = Callable[..., str]
 
 
