@@ -28,6 +28,10 @@ CUSTOM = [
     {"name": "torch.optim.SGD", "kwargs": {"momentum": 0.9}},
     {"name": "torch.optim.Adagrad"},  # has state before its first step
     {"name": "torch.optim.Rprop"},  # knows no weight decay
+    {"name": "pytorch_optimizer.Prodigy", "lr": 1.0},  # notes numbers of its groups
+    {"name": "pytorch_optimizer.CAME"},
+    {"name": "pytorch_optimizer.Lion"},
+    {"name": "pytorch_optimizer.AdEMAMix"},
 ]
 EVERY = [pytest.param({"kind": kind.model_fields["kind"].default}, id=kind.__name__) for kind in UNION]
 EVERY = [member for member in EVERY if member.values[0]["kind"] != "custom"]
@@ -44,6 +48,8 @@ def build(monkeypatch: pytest.MonkeyPatch):
     """Build any member; a paged one as if there were a GPU (on the CPU bitsandbytes then keeps plain buffers)."""
 
     def made(values: dict[str, Any], parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+        if values.get("name", "").startswith("pytorch_optimizer."):
+            pytest.importorskip("pytorch_optimizer", reason="the extra 'optimizers' is not installed")
         if values["kind"] == "torchao_adamw8bit":
             pytest.importorskip("torchao", reason="the extra 'torchao' is not installed")
         if values["kind"] == "paged_adamw8bit":
@@ -278,10 +284,59 @@ def test_custom_is_checked_when_the_configuration_is_read(values, message):
         config_of({"kind": "custom", **values})
 
 
-def test_every_usable_torch_optimizer_can_be_named():
-    from finetune.optim.optimizers import _torch_optimizers
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("Prodgy", "did you mean 'pytorch_optimizer.Prodigy'"),
+        ("ScheduleFreeAdamW", "train.ema_decay averages weights"),
+        ("SOAP", "no form to save it in"),
+        ("Muon", "use_muon"),
+        ("AliG", "cannot be used here"),
+    ],
+)
+def test_what_cannot_be_continued_bit_for_bit_is_refused_with_the_reason(name, message):
+    pytest.importorskip("pytorch_optimizer", reason="the extra 'optimizers' is not installed")
+    with pytest.raises(ValidationError, match=message):
+        config_of({"kind": "custom", "name": f"pytorch_optimizer.{name}"})
 
-    names = set(_torch_optimizers())
+
+def test_numbers_of_a_group_belong_to_the_state():
+    """Prodigy's estimate of the distance stands in its group: without it a run would begin from nothing."""
+    pytest.importorskip("pytorch_optimizer", reason="the extra 'optimizers' is not installed")
+    values = {"kind": "custom", "name": "pytorch_optimizer.Prodigy", "lr": 1.0}
+    straight = make_parameters()
+    optimizer = config_of(values).build(straight.items())
+    train(optimizer, straight, range(3))
+    tensors, meta = optimizer_state(optimizer, straight)
+    assert meta["groups"][0]["d_numerator"]["values"][0] != 0 and meta["groups"][0]["step"] == 4
+    other = config_of(values).build(straight.items())
+    for wrong, message in (("lr", "lr is a number of a group that no"), ("betas", "betas is a number of a group")):
+        groups = [{**group, wrong: 0.5} for group in meta["groups"]]
+        with pytest.raises(CheckpointError, match=message):
+            load_optimizer_state(
+                config_of(values).build(straight.items()), (tensors, {**meta, "groups": groups}), straight
+            )
+    with pytest.raises(CheckpointError, match="of 1 groups of parameters, not of 2"):
+        few = {**meta, "groups": meta["groups"][:1]}
+        load_optimizer_state(other, (tensors, few), straight)
+
+
+def test_learning_rates_are_scaled_by_name():
+    """LoRA+: B's step is so many times as long."""
+    parameters = {f"block.{name}.weight": nn.Parameter(torch.zeros(4, 4)) for name in ("lora_A", "lora_B")}
+    optimizer = config_of({"kind": "adamw", "lr_scales": {"lora_B": 16}}).build(parameters.items())
+    set_lr(optimizer, 1e-3)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(4, 4)
+    optimizer.step()
+    steps = [float(parameter.detach()[0, 0]) for parameter in parameters.values()]
+    assert steps == pytest.approx([-1e-3, -16e-3], rel=1e-5)
+    with pytest.raises(ConfigError, match=r"'lora_C' in its name; one is block\.lora_A\.weight"):
+        config_of({"kind": "adamw", "lr_scales": {"lora_C": 16}}).build(parameters.items())
+
+
+def test_every_usable_torch_optimizer_can_be_named():
+    names = set(sections._classes("torch.optim.Adam"))
     assert {"torch.optim.Adam", "torch.optim.Adafactor", "torch.optim.Muon"} <= names and len(names) >= 12
     assert not {"torch.optim.LBFGS", "torch.optim.SparseAdam", "torch.optim.Optimizer"} & names
 
@@ -440,7 +495,7 @@ def whole_and_shares(values: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor
 
 
 def test_optimizers_that_are_said_to_work_on_shares_do():
-    known = [{"kind": "custom", "name": name} for name in sections._torch_optimizers()]
+    known = [{"kind": "custom", "name": name} for name in sections._classes("torch.optim.Adam")]
     members = [{"kind": "adamw"}, {"kind": "adamw8bit"}, *known]
     said = [values for values in members if config_of(values).elementwise]
     assert len(said) >= 12

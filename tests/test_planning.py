@@ -204,6 +204,19 @@ def test_8_bit_states_are_those_of_a_real_run(look_alike: Path) -> None:
     assert sizes[0]["master copies"] == pytest.approx(4 * weights, rel=0.01)
 
 
+def test_the_state_of_any_optimizer_is_measured_by_its_own_step(look_alike: Path) -> None:
+    """Prodigy keeps four numbers of each weight, torch's AdamW two."""
+    pytest.importorskip("pytorch_optimizer", reason="the extra 'optimizers' is not installed")
+    sizes = {}
+    for name in ("pytorch_optimizer.Prodigy", "torch.optim.AdamW"):
+        config = run(look_alike, optimizer={"kind": "custom", "name": name})
+        with fake_world() as tracker:
+            sizes[name] = training_in(tracker, config, layers=1).rest().peak.parts["optimizer state"]
+    assert sizes["pytorch_optimizer.Prodigy"] == pytest.approx(
+        2 * sizes["torch.optim.AdamW"], rel=0.05
+    )  # and counts of steps
+
+
 # --------------------------------------------------------------------------------------------------------- estimates
 
 

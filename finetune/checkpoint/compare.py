@@ -42,6 +42,7 @@ _RULES: Mapping[str, tuple[bool, str]] = {
     "optimizer.betas": (True, "holds from the next step"),
     "optimizer.eps": (True, "holds from the next step"),
     "optimizer.weight_decay": (True, "holds from the next step"),
+    "optimizer.lr_scales": (True, "holds from the next step"),
     "lr_schedule": (True, "the learning rate is a function of the step"),
     "train": (False, "the order of samples or the meaning of a step follows from it"),
     "train.steps": (True, "the length of the run; a linear or cosine schedule is stretched to it"),

@@ -20,6 +20,7 @@ from finetune.core.errors import ConfigError, raise_all
 from finetune.core.text import holds_word
 from finetune.memory.config import Traits
 from finetune.methods.lora import LoraMethod
+from finetune.optim.optimizers import CustomOptimizer
 from finetune.parallel.config import context_faults
 
 
@@ -139,6 +140,11 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         yield config.memory.block == "lean" and drops, "parallel.context", what, fix
     for unusable in config.memory.faults(memory_traits(config, spec)):
         yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
+    optimizer = config.optimizer
+    couples = isinstance(optimizer, CustomOptimizer) and not optimizer.in_torch
+    what = f"{optimizer.title} may look at all parameters together, and memory.gradient_release updates them one by one"
+    fix = "set memory.gradient_release: none, or an optimizer of torch.optim"
+    yield couples and config.memory.gradient_release != "none", "optimizer.name", what, fix
     for folder in _other_folders(config):
         yield True, "output_dir", f"the run's folder is {folder}", "name a folder of its own, such as runs/NAME"
     output = config.output_dir

@@ -28,6 +28,9 @@ Weights = Literal["master", "stochastic", "kahan"]
 
 Groups = list[dict[str, Any]]
 
+_SCALE = "lr_scale"
+"""A group's entry: what its learning rate is multiplied by."""
+
 _Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -40,6 +43,9 @@ class _Optimizer(Strict):
     """What keeps updates that are too small for a bf16 weight, in full fine-tuning: ``master``, an fp32 copy (4 bytes
     per weight); ``kahan``, the rounding error (2 bytes); ``stochastic``, rounding at random, which is right on average
     and keeps nothing. A LoRA's weights are fp32 and need none of them."""
+    lr_scales: dict[str, Annotated[float, Field(ge=0, le=1e6)]] = Field(default_factory=dict, max_length=1_000)
+    """Learning rates relative to ``lr``, by a part of the parameter's name; the first part that fits decides. LoRA+
+    (Hayou et al. 2024) is ``{lora_B: 16}``; ``{transformer_blocks.0.: 0.1}`` slows the first block down."""
 
     def build(self, params: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimizer over named parameters; those narrower than fp32 are updated as ``weights`` says.
@@ -58,11 +64,31 @@ class _Optimizer(Strict):
         """As ``build``, without regard to ``weights``: for a strategy that keeps master copies of its own."""
         return self._build(self._groups(list(params)))
 
-    def _groups(self, named: NamedParameters) -> Groups:
-        matrices = [(name, parameter) for name, parameter in named if parameter.ndim >= 2]
-        vectors = [(name, parameter) for name, parameter in named if parameter.ndim < 2]
-        groups: Groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+    def _groups(self, named: NamedParameters, *, decays: bool = True) -> Groups:
+        """Parameters by their learning rate, and by whether weight decay falls on them.
+
+        Args:
+            named: what trains.
+            decays: whether the optimizer knows weight decay.
+
+        Raises:
+            ConfigError: if a part of a name in ``lr_scales`` is in none.
+        """
+        groups: dict[tuple[float, bool], dict[str, Any]] = {}
+        unused = dict(self.lr_scales)
+        for name, parameter in named:
+            part = next((part for part in self.lr_scales if part in name), "")
+            unused.pop(part, None)
+            scale, exempt = self.lr_scales.get(part, 1.0), decays and parameter.ndim < 2
+            options = ({"weight_decay": 0.0} if exempt else {}) | ({} if scale == 1 else {_SCALE: scale})
+            groups.setdefault((scale, exempt), {"params": [], **options})["params"].append((name, parameter))
+        if unused:
+            raise ConfigError(
+                f"no parameter that trains has {', '.join(map(repr, unused))} in its name; one is {named[0][0]}",
+                where="optimizer.lr_scales",
+                fix="name a part of a parameter's name, such as lora_B or attn1.to_q",
+            )
+        return sorted(groups.values(), key=lambda group: "weight_decay" in group)
 
     @property
     def title(self) -> str:
@@ -151,17 +177,19 @@ class TorchaoAdamW8bit(_Adam):
 
 
 class CustomOptimizer(_Optimizer):
-    """Any optimizer of ``torch.optim`` by name. Only that module: a configuration file must not be able to run code."""
+    """Any optimizer of ``torch.optim``, or of the package pytorch_optimizer, which has Prodigy, CAME, Lion and a
+    hundred more, by its import path. Of no other: a configuration file must not be able to run code.
+    """
 
     kind: Literal["custom"] = "custom"
     name: str
-    """Such as ``torch.optim.Adafactor``."""
+    """Such as ``torch.optim.Adafactor``, or ``pytorch_optimizer.Prodigy`` (the extra ``optimizers``)."""
     kwargs: dict[str, Any] = Field(default_factory=dict)
     """Its further arguments, such as ``{betas: [0.9, 0.99]}``; ``lr`` stands beside, not in here."""
 
     @model_validator(mode="after")
     def _exists_and_takes_kwargs(self) -> CustomOptimizer:
-        known = _torch_optimizers()
+        known = _classes(self.name)
         if self.name not in known:
             raise ValueError(f"unknown optimizer {self.name!r}{_did_you_mean(self.name, known)}")
         takes = [name for name in inspect.signature(known[self.name]).parameters if name not in ("params", "lr")]
@@ -170,7 +198,17 @@ class CustomOptimizer(_Optimizer):
                 raise ValueError("give the learning rate as optimizer.lr, not inside kwargs")
             if name not in takes:
                 raise ValueError(f"{self.name} takes no {name!r}{_did_you_mean(name, takes)}")
+        if not self.in_torch:
+            from finetune.optim.state import why_not_resumable
+
+            if reason := why_not_resumable(lambda named: self._build([{"params": named}])):
+                raise ValueError(f"{self.name} cannot be used here: {reason}")
         return self
+
+    @property
+    def in_torch(self) -> bool:
+        """Whether it is one of torch's own, each of which updates a parameter by its own gradient alone."""
+        return self.name.startswith("torch.optim.")
 
     @property
     def title(self) -> str:
@@ -180,17 +218,17 @@ class CustomOptimizer(_Optimizer):
     @property
     def elementwise(self) -> bool:
         """Known of torch's own classes; one that torch adds is taken not to be."""
-        return self.name.rpartition(".")[2] in _ELEMENTWISE
+        return self.in_torch and self.name.rpartition(".")[2] in _ELEMENTWISE
 
-    def _groups(self, named: NamedParameters) -> Groups:
-        if "weight_decay" in inspect.signature(_torch_optimizers()[self.name]).parameters:
-            return super()._groups(named)
-        return [{"params": named}]
+    def _groups(self, named: NamedParameters, *, decays: bool = True) -> Groups:
+        return super()._groups(
+            named, decays="weight_decay" in inspect.signature(_classes(self.name)[self.name]).parameters
+        )
 
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
         kwargs = {name: tuple(value) if isinstance(value, list) else value for name, value in self.kwargs.items()}
         try:
-            return _torch_optimizers()[self.name](groups, lr=self.lr, **kwargs)
+            return _classes(self.name)[self.name](groups, lr=self.lr, **kwargs)
         except (TypeError, ValueError, RuntimeError) as error:
             if is_out_of_memory(error):
                 raise
@@ -209,16 +247,20 @@ _ELEMENTWISE = frozenset(
 """Of ``torch.optim``; Adafactor and Muon look at rows, columns or whole matrices."""
 
 
-def _torch_optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
-    """The usable classes of ``torch.optim`` by dotted name."""
+_UNUSABLE = {"Optimizer", "LBFGS", "SparseAdam"}
+"""Of ``torch.optim``: a base class; one that calls the loss again within a step; one for sparse gradients."""
+
+
+def _classes(name: str) -> dict[str, Callable[..., torch.optim.Optimizer]]:
+    """The usable classes by import path, of the package that ``name`` is of; of torch where it is of none known."""
     import torch
 
-    # LBFGS wants to call the loss again within a step, and SparseAdam wants sparse gradients; this loop has neither.
-    unusable = {"Optimizer", "LBFGS", "SparseAdam"}
+    package = "pytorch_optimizer" if name.startswith("pytorch_optimizer.") else "torch.optim"
+    module = torch.optim if package == "torch.optim" else _import(package, "custom", extra="optimizers")
     return {
-        f"torch.optim.{name}": member
-        for name, member in vars(torch.optim).items()
-        if inspect.isclass(member) and issubclass(member, torch.optim.Optimizer) and name not in unusable
+        f"{package}.{name}": member
+        for name, member in vars(module).items()
+        if inspect.isclass(member) and issubclass(member, torch.optim.Optimizer) and name not in _UNUSABLE
     }
 
 
@@ -242,14 +284,17 @@ def _import(module: str, kind: str, *, extra: str = "") -> Any:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every group; torchao keeps it in a tensor that its compiled step reads."""
+    """Set the learning rate of every group, as ``lr_scales`` scale it; torchao keeps it in a tensor that its compiled
+    step reads.
+    """
     from torch import Tensor
 
     for group in optimizer.param_groups:
+        scaled = lr * group.get(_SCALE, 1.0)
         if isinstance(group["lr"], Tensor):
-            group["lr"].fill_(lr)
+            group["lr"].fill_(scaled)
         else:
-            group["lr"] = lr
+            group["lr"] = scaled
 
 
 def begin(optimizer: torch.optim.Optimizer, *, seed: int, step: int) -> None:

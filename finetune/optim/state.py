@@ -13,18 +13,18 @@ from __future__ import annotations
 import importlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from finetune.core.errors import CheckpointError
+from finetune.core.errors import CheckpointError, first_line
 from finetune.core.tensor_files import form_of
 from finetune.core.types import MOST_STEPS
-from finetune.optim.low_precision import Fp32Masters, Kahan, LowPrecisionOptimizer
+from finetune.optim.low_precision import Fp32Masters, Kahan, LowPrecisionOptimizer, NamedParameters
 
 OptimizerState = tuple[Mapping[str, Tensor], Mapping[str, Any]]
 """Tensors by name, and the JSON-serialisable remainder."""
@@ -72,6 +72,8 @@ def optimizer_state(
     states = {name: inner.state.get(p, {}) for name, p in _by_name(inner, parameters).items()}
     tensors, packed = _pack(_saved_weights(optimizer), states)
     meta = {"class": type(inner).__qualname__, "parameters": list(states), **packed}
+    if any(groups := [_group_state(inner, group) for group in inner.param_groups]):
+        meta["groups"] = groups
     meta["stateless"] = [name for name, state in states.items() if not state]
     if isinstance(optimizer, LowPrecisionOptimizer):
         meta["weights"] = optimizer.policy.kind
@@ -124,6 +126,62 @@ def _pack(
     return tensors, {"scalars": scalars, "shared": shared, "composed": composed}
 
 
+_NO_GROUP_STATE = ("params", "param_names", "lr", "initial_lr", "lr_scale", "weight_decay")
+
+
+def _group_state(inner: torch.optim.Optimizer, group: Mapping[str, Any]) -> dict[str, Any]:
+    """What an optimizer has noted of a whole group, such as Prodigy's estimate of the distance: the numbers that are
+    not those it was built with. Tensors of few numbers stand as their dtype and values.
+    """
+    noted: dict[str, Any] = {}
+    for key, value in group.items():
+        if key in _NO_GROUP_STATE or (key in inner.defaults and _same(inner.defaults[key], value)):
+            continue
+        if isinstance(value, Tensor):
+            noted[key] = {"dtype": str(value.dtype), "values": value.flatten().tolist()}
+        elif value is None or isinstance(value, (bool, int, float)):
+            noted[key] = value
+        else:
+            raise TypeError(f"an optimizer keeps a {type(value).__name__} as {key!r} of a group: no form to save it in")
+    return noted
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (type(a) is type(b) and not isinstance(a, Tensor) and bool(a == b))
+
+
+def why_not_resumable(build: Callable[[NamedParameters], torch.optim.Optimizer]) -> str:
+    """Why an optimizer cannot be used for runs that continue bit for bit; empty where it can.
+
+    Two small matrices take two steps, once straight on and once through a saved state.
+
+    Args:
+        build: makes the optimizer over named parameters.
+    """
+    ends = []
+    try:
+        for interrupted in (False, True):
+            draw = torch.Generator().manual_seed(0)
+            parameters = {name: nn.Parameter(torch.randn(4, 6, generator=draw)) for name in ("first", "second")}
+            optimizer = build(list(parameters.items()))
+            if callable(getattr(optimizer, "eval", None)):
+                return "the weights that it trains are not those to be used; train.ema_decay averages weights as well"
+            for step in range(2):
+                if interrupted and step:
+                    saved = optimizer_state(optimizer, parameters)
+                    meta = json.loads(json.dumps(saved[1], allow_nan=False))
+                    optimizer = build(list(parameters.items()))
+                    load_optimizer_state(optimizer, ({k: t.clone() for k, t in saved[0].items()}, meta), parameters)
+                for parameter in parameters.values():
+                    parameter.grad = torch.randn(4, 6, generator=draw)
+                optimizer.step()
+            ends.append([parameter.detach() for parameter in parameters.values()])
+    except Exception as error:  # of a library that nothing here knows; whatever it raises is the reason
+        return first_line(error)
+    same = all(torch.equal(straight, resumed) for straight, resumed in zip(*ends, strict=True))
+    return "" if same else "continued from its saved state it does not do what it does uninterrupted"
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Every tensor that an optimizer holds at the moment, besides what it was given."""
     entries = [value for state in _inner(optimizer).state.values() for value in state.values()]
@@ -152,6 +210,8 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
     for key in (*keys, *meta["composed"]):
         name, entry = key.removeprefix("state.").rsplit(".", 1)
         states.setdefault(name, {})[entry] = _unpack(key, tensors, meta)
+    for group, noted in zip(inner.param_groups, meta.get("groups", ()), strict=False):
+        group |= {key: _from_group(value) for key, value in noted.items()}
     names = {id(parameter): name for name, parameter in _by_name(inner, parameters).items()}
     if hasattr(inner, "init_state"):
         _fill_bitsandbytes(inner, names, states)
@@ -173,6 +233,10 @@ def _unpack(key: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
 def _from_json(value: Any) -> Any:
     is_dtype = isinstance(value, str) and value.startswith("torch.")
     return getattr(torch, value.removeprefix("torch.")) if is_dtype else value
+
+
+def _from_group(value: Any) -> Any:
+    return torch.tensor(value["values"], dtype=_from_json(value["dtype"])) if isinstance(value, dict) else value
 
 
 def _fill_torch(
@@ -207,6 +271,15 @@ def _fill_bitsandbytes(inner: Any, names: Mapping[int, str], states: Mapping[str
 # ---------------------------------------------------------------------------------------------------------- comparison
 
 
+class _FewNumbers(BaseModel):
+    """A tensor of a group."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    dtype: Literal["torch.float32", "torch.float64", "torch.int64", "torch.bfloat16"]
+    values: list[float | int] = Field(max_length=16)
+
+
 class _Meta(BaseModel):
     """The JSON part, of which no value is taken before its kind is known."""
 
@@ -218,6 +291,7 @@ class _Meta(BaseModel):
     shared: dict[str, str]
     composed: dict[str, dict[str, Any]]
     stateless: list[str] | None = None
+    groups: list[dict[str, bool | int | float | _FewNumbers | None]] = Field(default_factory=list, max_length=10_000)
     weights: str = Fp32Masters.kind
     """What versions did in which there was no choice."""
 
@@ -286,6 +360,7 @@ def require_same_state(
         if expected.get(key) != actual.get(key)
     ]
     problems += _odd_counts(saved[0], meta)
+    problems += _odd_groups(inner, meta)
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
         raise CheckpointError(
@@ -358,6 +433,18 @@ def _odd_counts(tensors: Mapping[str, Tensor], meta: _Meta) -> list[str]:
         f"{key} is {number}"
         for key, number in numbers.items()
         if isinstance(number, int | float) and not (0 <= number <= MOST_STEPS and number == int(number))
+    ]
+
+
+def _odd_groups(inner: torch.optim.Optimizer, meta: _Meta) -> list[str]:
+    """Numbers of groups that are no group's, or would take the place of what this run's configuration says."""
+    if meta.groups and len(meta.groups) != len(inner.param_groups):
+        return [f"it has numbers of {len(meta.groups)} groups of parameters, not of {len(inner.param_groups)}"]
+    return [
+        f"{key} is a number of a group that no optimizer notes"
+        for noted, group in zip(meta.groups, inner.param_groups, strict=False)
+        for key in noted
+        if key in _NO_GROUP_STATE or not isinstance(group.get(key), int | float | Tensor | None)
     ]
 
 
