@@ -332,7 +332,7 @@ def test_reading_needs_no_write_access(tmp_path, monkeypatch):
     file.write_bytes(b"one")
     os.utime(file, (1, 1))
 
-    def refused(*_):
+    def refused(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("finetune.datasets.cache.atomic_write_bytes", refused)

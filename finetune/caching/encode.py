@@ -1,6 +1,7 @@
 """The two passes that fill the cache: clips through the VAE, then captions through T5, one encoder in memory at a time.
 
-Every item is written as soon as it is encoded, so a process that is killed loses the one in hand and no more.
+Every item is handed to threads that write as soon as it is encoded (``writing``), so a process that is killed loses the
+few in hand and no more.
 """
 
 from __future__ import annotations
@@ -8,12 +9,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
+from finetune.caching.writing import EncodeResult, EntryWriter
 from finetune.cogvideox.captions import tokenize
 from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video
 from finetune.cogvideox.spec import ModelSpec
@@ -53,6 +56,11 @@ class EncodeJob:
         """Of the entry."""
         return digest_of(self.address)
 
+    @property
+    def title(self) -> str:
+        """What it is, for messages: here, the caption."""
+        return f"caption {self.address['text']!r:.80}"
+
 
 @dataclass(frozen=True)
 class ClipJob(EncodeJob):
@@ -68,6 +76,11 @@ class ClipJob(EncodeJob):
     """The file that stands for the first frame; None where the first frame itself does."""
     image_stamp: FileStamp | None
 
+    @property
+    def title(self) -> str:
+        """The clip and its row."""
+        return self.where
+
 
 @dataclass(frozen=True)
 class ImageJob(EncodeJob):
@@ -75,23 +88,6 @@ class ImageJob(EncodeJob):
 
     image: Path
     bucket: Bucket
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A clip that could not be encoded."""
-
-    key: str
-    error: DataError
-
-
-@dataclass(frozen=True)
-class EncodeResult:
-    """What one process did of one kind."""
-
-    encoded: int
-    bytes: int
-    failures: tuple[Failure, ...] = ()
 
 
 def clip_job(
@@ -158,23 +154,19 @@ class ClipEncoder:
 
         if self._vae is None:
             self._vae = load_vae(self._config.model, device=self._device)
-        encoded, size, failures = 0, 0, []
         options = self._config.cache
         decoded = self.pool.decode_many(
             DecodeJob(job.video, job.probe, job.plan, job.image, options.decoder) for job in jobs
         )
         bar = Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress)
-        for job, (_, clip) in zip(jobs, bar, strict=True):
-            try:
+        with EntryWriter() as writer:
+            for job, (_, clip) in zip(jobs, bar, strict=True):
                 if isinstance(clip, DataError):
-                    raise clip
-                size += _encode_clip(job, clip, self._vae, self._cache, options.vae_tiling)
-                encoded += 1
-            except DataError as error:
-                where = f"{job.where}: {error.where}" if error.where else job.where
-                fix = error.fix or "re-encode the file, take it out, or set data.unreadable_clips: skip"
-                failures.append(Failure(job.key, DataError(error.what, where=where, fix=fix)))
-        return EncodeResult(encoded, size, tuple(failures))
+                    writer.fail(job, clip)
+                else:
+                    encoded = _encode_clip(job, clip, self._vae, options.vae_tiling)
+                    writer.store(job, partial(encoded.store, self._cache))
+            return writer.finish()
 
 
 def encode_clips(
@@ -191,7 +183,28 @@ def encode_clips(
         return encoder.encode(jobs, progress=progress)
 
 
-def _encode_clip(job: ClipJob, clip: Clip, vae: Any, cache: Cache, tiling: Literal["auto", "on", "off"]) -> int:
+@dataclass(frozen=True)
+class _EncodedClip:
+    """What the encoder made of a clip, where it made it: on a GPU, who brings it to the host waits for it."""
+
+    job: ClipJob
+    mean: Tensor
+    std: Tensor
+    image_latents: Tensor | None
+    tiled: bool
+
+    def store(self, cache: Cache) -> int:
+        """Write the entry and return its bytes. Raises DataError if the clip's files are not those that were named."""
+        job = self.job
+        # Only now is it certain which bytes were decoded: those that the address was made from, or others.
+        for path, stamp in ((job.video, job.stamp), (job.image, job.image_stamp)):
+            if path is not None and stamp is not None and not cache.is_unchanged(path, stamp):
+                raise DataError("the file changed while it was being encoded", fix="run precompute again")
+        made_with = {"tiled": self.tiled}
+        return cache.write_latents(job.address, self.mean, self.std, self.image_latents, made_with=made_with)
+
+
+def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on", "off"]) -> _EncodedClip:
     bucket = job.plan.bucket
     tiled = set_tiling(vae, tiling, bucket)
     draws = job.address["image_draws"]
@@ -209,11 +222,7 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, cache: Cache, tiling: Liter
             where=job.where,
             fix="set cache.vae_tiling: on, free GPU memory, or use smaller buckets",
         ) from error
-    # Only now is it certain which bytes were decoded: those that the address was made from, or others.
-    image_is_unchanged = job.image is None or job.image_stamp is None or cache.is_unchanged(job.image, job.image_stamp)
-    if not image_is_unchanged or not cache.is_unchanged(job.video, job.stamp):
-        raise DataError("the file changed while it was being encoded", fix="run precompute again")
-    return cache.write_latents(job.address, mean[0], std[0], image_latents, made_with={"tiled": tiled})
+    return _EncodedClip(job, mean[0], std[0], image_latents, tiled)
 
 
 def image_noise(address: Mapping[str, Any], draws: int) -> list[torch.Generator]:
@@ -276,13 +285,12 @@ def encode_captions(
         return EncodeResult(0, 0)
     from finetune.cogvideox.load import load_text
 
-    size = 0
     text_encoder, batch_size = config.memory.text_encoder, config.cache.text_batch_size
     start = torch.device("cpu") if text_encoder == "streamed" else device
     tokenizer, encoder = load_text(config.model, device=start, placement=text_placement(text_encoder))
     if text_encoder == "streamed":
         stream_text(encoder, device)
-    with Bar(total=len(jobs), desc="encoding captions", disable=not progress) as bar:
+    with Bar(total=len(jobs), desc="encoding captions", disable=not progress) as bar, EntryWriter() as writer:
         for first in range(0, len(jobs), batch_size):
             batch = jobs[first : first + batch_size]
             texts = [str(job.address["text"]) for job in batch]
@@ -296,11 +304,12 @@ def encode_captions(
                     fix="lower cache.text_batch_size, set memory.text_encoder: streamed, or free GPU memory",
                 ) from error
             for job, tokens, embed in zip(batch, tokenize(tokenizer, texts, spec), embeds, strict=True):
-                size += cache.write_prompt(job.address, embed, tokens=tokens.length)
+                writer.store(job, partial(cache.write_prompt, job.address, embed, tokens=tokens.length))
             bar.update(len(batch))
+        result = writer.finish()
     del tokenizer, encoder
     release_memory()
-    return EncodeResult(len(jobs), size)
+    return result
 
 
 def store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> EncodeResult:

@@ -29,8 +29,6 @@ from finetune.caching.check import (
 from finetune.caching.encode import (
     ClipJob,
     EncodeJob,
-    EncodeResult,
-    Failure,
     ImageJob,
     clip_job,
     encode_captions,
@@ -40,6 +38,7 @@ from finetune.caching.encode import (
 from finetune.caching.parts import LEFT_OUT, all_finished, filed_parts, remove_parts, require_whole
 from finetune.caching.request import encoding_of, find_manifest, make_request, stream_identities
 from finetune.caching.streaming import encode_streams
+from finetune.caching.writing import EncodeResult, Failure
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import pin_model, require_valid

@@ -18,8 +18,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.caching.check import PlannedClip, workers_for
-from finetune.caching.encode import ClipEncoder, ClipJob, EncodeResult, clip_job
+from finetune.caching.encode import ClipEncoder, ClipJob, clip_job
 from finetune.caching.request import encoding_of
+from finetune.caching.writing import EncodeResult
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import ProcessGroup

@@ -64,8 +64,14 @@ def _mkdir(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------ writing
 
 
-def atomic_write_bytes(path: Path, content: bytes) -> str:
+def atomic_write_bytes(path: Path, content: bytes, *, durable: bool = True) -> str:
     """Write ``content`` so that readers see the old file or the whole new one, also after a crash or a power cut.
+
+    Args:
+        path: the file.
+        content: all of it.
+        durable: wait until the disk has it, twice. Without it a power cut may leave anything under the name, so only
+            for what carries a checksum and can be made again.
 
     Returns:
         The content's ``checksum_bytes``.
@@ -74,7 +80,7 @@ def atomic_write_bytes(path: Path, content: bytes) -> str:
         OSError: the old file stands then, and nothing is left of the new one. (Only if the very last step fails, the
             flush of the directory, does the new one stand already.)
     """
-    return atomic_write(path, [memoryview(content)])
+    return atomic_write(path, [memoryview(content)], durable=durable)
 
 
 def atomic_write_text(path: Path, content: str) -> str:
@@ -82,7 +88,7 @@ def atomic_write_text(path: Path, content: str) -> str:
     return atomic_write_bytes(path, content.encode("utf-8"))
 
 
-def atomic_write(path: Path, parts: Iterable[memoryview]) -> str:
+def atomic_write(path: Path, parts: Iterable[memoryview], *, durable: bool = True) -> str:
     """``atomic_write_bytes`` of parts laid end to end, each made when the one before is written."""
     _make_folders(path.parent)
     # The name is unique per writer, so two processes that write the same file cannot mix their bytes.
@@ -96,13 +102,15 @@ def atomic_write(path: Path, parts: Iterable[memoryview]) -> str:
                     chunk = part[first : first + CHUNK]
                     digest.update(chunk)
                     _write(descriptor, chunk)
-            _sync(descriptor)
+            if durable:
+                _sync(descriptor)
         finally:
             os.close(descriptor)
         _rename(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    if durable:
+        _sync_folder(path.parent)
     return digest.hexdigest()
 
 

@@ -300,9 +300,11 @@ class Cache:
             CacheError: if a value is not finite, in the encoder's output or after rounding to the stored dtype.
         """
         dtype = torch_dtype(address["dtype"])
-        tensors = {"latents_mean": mean.to(dtype), "latents_std": std.to(dtype)}
+        tensors = {"latents_mean": mean, "latents_std": std}
         if image_latents is not None:
-            tensors["image_latents"] = image_latents.to(dtype)
+            tensors["image_latents"] = image_latents
+        # To the host at once: each look at a tensor on a GPU would wait for what the encoder was given meanwhile.
+        tensors = {name: tensor.to(dtype).cpu() for name, tensor in tensors.items()}
         return self._write(address, tensors, made_with=canonical_json(made_with or {}))
 
     def write_prompt(self, address: Mapping[str, Any], embeds: Tensor, *, tokens: int) -> int:
@@ -519,7 +521,8 @@ class Cache:
         if not self.root.is_dir():  # a check makes no cache; jobs that use one have locked it, which makes the folder
             return stamp
         with suppress(OSError):  # a cache that cannot be written to can still be read
-            atomic_write_bytes(memo, checksummed_json(canonical_json({"path": name, **asdict(stamp)})))
+            content = checksummed_json(canonical_json({"path": name, **asdict(stamp)}))
+            atomic_write_bytes(memo, content, durable=False)  # what a power cut takes is digested again
         return stamp
 
     def is_unchanged(self, path: str | Path, stamp: FileStamp) -> bool | None:

@@ -124,15 +124,10 @@ def _alpha_decoder(stream: Any) -> str | None:
     return _WITH_ALPHA.get(stream.codec_context.name) if _tag(stream, "alpha_mode") == "1" else None
 
 
-def _packets(container: Any, stream: Any, where: str) -> Iterator[Any]:
-    with refusing(where):
-        yield from container.demux(stream)
-
-
 def _decoded(
-    container: Any, stream: Any, where: str, decoder_name: str | None, needed: Collection[int] | None = None
+    packets: Iterable[Any], stream: Any, where: str, decoder_name: str | None, needed: Collection[int] | None = None
 ) -> Iterator[Any]:
-    """The frames from where the container stands, by FFmpeg's decoder or one of ``_WITH_ALPHA``. Raises DataError.
+    """The frames in a stream's packets, by FFmpeg's decoder or one of ``_WITH_ALPHA``. Raises DataError.
 
     With ``needed``, frames that no other frame rests on are left out but for those of these times: two in five of what
     x264 makes, and the others are the same without them.
@@ -146,7 +141,7 @@ def _decoded(
             for name in ("options", "thread_count", "color_primaries", "color_trc", "colorspace", "color_range"):
                 setattr(decoder, name, getattr(stream.codec_context, name))
         skipped = ""
-        for packet in container.demux(stream):
+        for packet in packets:
             if needed is not None and skipped != (skipped := "DEFAULT" if packet.pts in needed else "NONREF"):
                 context.skip_frame = skipped
             yield from decoder.decode(packet)
@@ -347,7 +342,10 @@ def probe_file(path: Path) -> VideoProbe:
     containers.check_container(path)
     with opened(path) as (container, stream):
         alpha_decoder = _alpha_decoder(stream)
-        first = next(_decoded(container, stream, where, alpha_decoder), None)
+        listing = _Listing(where)
+        # In one pass: opening a file takes as long as everything else about it.
+        packets = listing.passing(container.demux(stream))
+        first = next(_decoded(packets, stream, where, alpha_decoder), None)
         if first is None:
             raise DataError("no frame can be decoded", where=where, fix=FIX)
         check_frame_size(first.height, first.width, where)
@@ -355,7 +353,7 @@ def probe_file(path: Path) -> VideoProbe:
         corrections = (*_missed_turn(first, orientation), *_stated_corrections(stream, first, where))
         height, width = _shown_hw(first.height, first.width, _pixel_aspect(stream), orientation)
         rate = float(stream.average_rate) if stream.average_rate and stream.average_rate > 0 else None
-    index = read_index(path)
+        index = listing.index(path, container, stream, packets)
     check_frame_size(height, width, where)
     # Eight bytes each instead of thirty-two, for hours of video.
     if index.timed:
@@ -370,7 +368,7 @@ def probe_file(path: Path) -> VideoProbe:
 def _without_alpha(path: Path) -> Any:
     """The first frame as FFmpeg's own decoder gives it, with what the container says of it; None if it gives none."""
     with opened(path) as (container, stream):
-        return next(_decoded(container, stream, str(path), None), None)
+        return next(_decoded(container.demux(stream), stream, str(path), None), None)
 
 
 def _missed_turn(frame: Any, orientation: int) -> tuple[str, ...]:
@@ -405,40 +403,62 @@ def read_index(path: Path) -> Index:
 @lru_cache(maxsize=1)
 def _read_index(path: Path, stamp: tuple[int, int]) -> Index:
     where = str(path)
-    shown: set[int] = set()
-    keyframes: list[int] = []
-    count, timed, open_gop = 0, True, False
     with opened(path) as (container, stream):
+        listing = _Listing(where)
+        return listing.index(path, container, stream, listing.passing(container.demux(stream)))
+
+
+class _Listing:
+    """What the packets of a stream tell of its frames as they go by."""
+
+    def __init__(self, where: str) -> None:
+        self._where = where
+        self._shown: set[int] = set()
+        self._keyframes: list[int] = []
+        self._count, self._timed, self._open_gop, self._cut_off = 0, True, False, False
+
+    def passing(self, packets: Iterable[Any]) -> Iterator[Any]:
+        """The same packets, each listed."""
+        for packet in packets:
+            if packet.size:  # the flush at the end has none
+                self._add(packet)
+            yield packet
+
+    def _add(self, packet: Any) -> None:
+        self._cut_off |= packet.is_corrupt
+        self._count += 1
+        containers.check_frame_count(self._count, self._where)
+        if packet.pts is None:
+            self._timed = False
+            return
+        if packet.is_keyframe:
+            self._keyframes.append(packet.pts)
+        elif self._keyframes and packet.pts < self._keyframes[-1]:
+            self._open_gop = True
+        if not packet.is_discard:  # frames that an edit list hides are decoded, never shown
+            self._shown.add(packet.pts)
+
+    def index(self, path: Path, container: Any, stream: Any, packets: Iterator[Any]) -> Index:
+        """The index, after the rest of the ``packets`` has gone by. Raises DataError."""
+        with refusing(self._where):
+            for _ in packets:
+                if self._cut_off:
+                    break
+        if self._cut_off:
+            raise DataError("the file is cut off or damaged inside a frame", where=self._where, fix=FIX)
         format_name = container.format.name.split(",")[0]
-        time_base = float(stream.time_base or 1)
-        for packet in _packets(container, stream, where):
-            if packet.size == 0:  # the flush at the end
-                continue
-            if packet.is_corrupt:
-                raise DataError("the file is cut off or damaged inside a frame", where=where, fix=FIX)
-            count += 1
-            containers.check_frame_count(count, where)
-            if packet.pts is None:
-                timed = False
-                continue
-            if packet.is_keyframe:
-                keyframes.append(packet.pts)
-            elif keyframes and packet.pts < keyframes[-1]:
-                open_gop = True
-            if not packet.is_discard:  # frames that an edit list hides are decoded, never shown
-                shown.add(packet.pts)
-    timed = timed and format_name != "avi"
-    pts = sorted(shown) if timed else range(_count_frames(path))
-    if not pts:
-        raise DataError("the video stream has no frames", where=where, fix="leave the file out")
-    starts = sorted(keyframes) if timed and format_name in SEEKABLE else ()
-    return Index(tuple(pts), tuple(starts), open_gop, time_base, timed)
+        timed = self._timed and format_name != "avi"
+        pts = sorted(self._shown) if timed else range(_count_frames(path))
+        if not pts:
+            raise DataError("the video stream has no frames", where=self._where, fix="leave the file out")
+        starts = sorted(self._keyframes) if timed and format_name in SEEKABLE else ()
+        return Index(tuple(pts), tuple(starts), self._open_gop, float(stream.time_base or 1), timed)
 
 
 def _count_frames(path: Path) -> int:
     count = 0
     with opened(path) as (container, stream):
-        for _ in _decoded(container, stream, str(path), _alpha_decoder(stream)):
+        for _ in _decoded(container.demux(stream), stream, str(path), _alpha_decoder(stream)):
             count += 1
             containers.check_frame_count(count, str(path))
     return count
@@ -530,7 +550,7 @@ def _pass_over(
     with opened(path) as (container, stream):
 
         def from_here() -> Iterator[tuple[int, Any]]:
-            frames = _decoded(container, stream, where, _alpha_decoder(stream), needed)
+            frames = _decoded(container.demux(stream), stream, where, _alpha_decoder(stream), needed)
             return enumerate(_deinterlaced(frames, parity, stream, where) if parity else frames)
 
         frames = from_here()
