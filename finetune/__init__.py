@@ -12,7 +12,7 @@
 
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
-from finetune.runs import load_config, plan, report, train
+from finetune.runs import load_config, plan, report, strength, train
 from finetune.sampling import enhance, generate, invert, story, vae
 from finetune.sharing import convert, export, inspect, merge, push
 
@@ -36,6 +36,7 @@ __all__ = [
     "push",
     "report",
     "story",
+    "strength",
     "train",
     "vae",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.arguments import checked
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
     from finetune.planner.plan import Planned
     from finetune.trainers.loop import TrainReport
+    from finetune.trainers.strength import StrengthReport
     from finetune.trainers.tracking import StepRecord
 
 
@@ -122,3 +123,39 @@ def report(
         raise ConfigError("no run is named", where="report()", fix="give a run's folder, or several")
     page = (folders[0] if len(folders) == 1 else Path()) / REPORT if output is None else Path(output).expanduser()
     return write_report(folders, page, read_clips=read_clips)
+
+
+@checked
+def strength(
+    source: str | Path,
+    *,
+    checkpoint: Literal["latest", "best"] = "latest",
+    strengths: Sequence[float] = (0.5, 1.5),
+    clips: int | None = None,
+    device: str | None = None,
+    pretrained: str | Path | None = None,
+    cache: str | Path | None = None,
+) -> StrengthReport:
+    """Measure the held-out loss with an adapter at several strengths, and how much it changes each block.
+
+    Args:
+        source: a run's folder, or one checkpoint's.
+        checkpoint: which of a run's checkpoints.
+        strengths: factors on the adapter, from 0 to 10; 0 and 1 are always measured.
+        clips: how many at most; None for ``validation.clips``.
+        device: where; None for a GPU if there is one.
+        pretrained: where the base model is now; None for where the run had it.
+        cache: where the cache is now; None for where the run had it.
+
+    Raises:
+        ConfigError: if the run trained no LoRA, or a strength makes no sense.
+        CheckpointError, ExportError: if there is no such checkpoint, or it is damaged.
+        CacheError: if the clips that the run trained on are not in the cache.
+        ModelError: if the base model cannot be found.
+    """
+    from finetune.trainers.strength import StrengthOptions
+    from finetune.trainers.strength import strength as measure
+
+    base = None if pretrained is None else str(pretrained)
+    where = None if cache is None else Path(cache).expanduser()
+    return measure(Path(source).expanduser(), StrengthOptions(checkpoint, strengths, clips, device, base, where))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import suppress
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -25,7 +26,7 @@ from finetune.cli.app import (
     print_next,
     verb,
 )
-from finetune.core.errors import FinetuneError
+from finetune.core.errors import ConfigError, FinetuneError
 
 _PANEL = "Training"
 
@@ -171,6 +172,32 @@ def report(
 ) -> None:
     """Show a run, or several side by side, as one page: a verdict, curves, samples, clips, settings."""
     print(f"wrote {finetune.report(runs, output)}")
+
+
+@verb(
+    _PANEL,
+    "finetune strength runs/run",
+    "finetune strength runs/run --checkpoint best --strengths 0.25,0.75,2 --clips 32",
+)
+def strength(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or one of its checkpoints.")],
+    checkpoint: Annotated[Literal["latest", "best"], option("Which of the run's checkpoints.")] = "latest",
+    strengths: Annotated[str, option("Factors on the adapter; 0 and 1 are always measured.", "X,Y")] = "0.5,1.5",
+    clips: Annotated[int | None, option("At most N clips; left out: validation.clips.", "N")] = None,
+    json: Annotated[bool, flag("--json", "Print a JSON document.")] = False,
+    device: Device = None,
+    model: Model = None,
+    cache: Annotated[Path | None, option("Where the cache is now, if not where the run had it.", "DIR")] = None,
+) -> None:
+    """Say whether a LoRA has learnt too little or too much: its held-out loss at several strengths, block by block."""
+    try:
+        factors = [float(factor) for factor in strengths.split(",")]
+    except ValueError:
+        raise ConfigError(f"{strengths!r} is no list of numbers", where="--strengths", fix="such as 0.5,1.5") from None
+    report = finetune.strength(
+        run, checkpoint=checkpoint, strengths=factors, clips=clips, device=device, pretrained=model, cache=cache
+    )
+    print(dumps(report.to_dict(), indent=1) if json else report)
 
 
 @verb(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -50,7 +50,7 @@ def fixed_timesteps(count: int, num_train_timesteps: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class FixedPass:
     """One clip at a few of the fixed timesteps: what one forward pass measures."""
 
     maker: BatchMaker
@@ -61,11 +61,35 @@ class _Pass:
         return self.maker.fixed(self.index, self.timesteps)
 
 
+def fixed_passes(
+    maker: BatchMaker, timesteps: Sequence[int], clips: int, size: int, *, stills: Collection[bool] = ()
+) -> list[FixedPass]:
+    """At most so many clips, the same ones for the same dataset, chosen by their content.
+
+    Args:
+        maker: of the clips.
+        timesteps: at which each is measured.
+        clips: at most.
+        size: timesteps in one pass.
+        stills: whether clips of one frame are wanted, or of several, or both, where there are any: the loss of a still
+            image is not compared with that of a video.
+    """
+    alike = [index for index, item in enumerate(maker.items) if (item.bucket.frames == 1) in stills]
+    order = sorted(
+        alike or range(len(maker.items)), key=lambda index: seed_for(0, "subset", maker.items[index].latents_key)
+    )
+    return [
+        FixedPass(maker, index, timesteps[first : first + size])
+        for index in order[:clips]
+        for first in range(0, len(timesteps), size)
+    ]
+
+
 @dataclass(frozen=True)
 class MeasuredLoss:
     """The losses of every (clip, timestep) pair: passes by number, with a loss for each of their timesteps."""
 
-    passes: Sequence[_Pass]
+    passes: Sequence[FixedPass]
     losses: Sequence[Sequence[float]]
 
     @property
@@ -119,30 +143,18 @@ class Validator:
         self._run = run
         self._stop = stop
         spec, step = run.model.spec, run.state.step
-        self._timesteps = fixed_timesteps(run.config.validation.timesteps, spec.num_train_timesteps)
-        self._val, self._train_subset = self._passes(run.data.val), self._passes(run.data.training)
+        timesteps = fixed_timesteps(run.config.validation.timesteps, spec.num_train_timesteps)
+        frames = {item.bucket.frames == 1 for item in run.data.val.items}
+        self._val, self._train_subset = (
+            fixed_passes(maker, timesteps, run.config.validation.clips, run.config.train.batch_size, stills=frames)
+            for maker in (run.data.val, run.data.training)
+        )
         # A run that begins anew drops what an earlier one measured.
         history = read_history(run.config.output_dir / HISTORY) if step else []
         self.history = [row for row in history if row.step <= step]
         """What was measured so far, oldest first."""
         self.cut_short = False
         """Whether a measurement was ended by ``stop``; the same on every process."""
-
-    def _passes(self, maker: BatchMaker) -> list[_Pass]:
-        """At most ``validation.clips`` clips, the same ones for the same dataset, chosen by their content.
-
-        Of one frame only where held-out clips are: the loss of a still image is not compared with that of a video.
-        """
-        config, size = self._run.config, self._run.config.train.batch_size
-        measured = {item.bucket.frames == 1 for item in self._run.data.val.items}
-        alike = [index for index, item in enumerate(maker.items) if (item.bucket.frames == 1) in measured]
-        choice = alike or range(len(maker.items))
-        order = sorted(choice, key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
-        return [
-            _Pass(maker, index, self._timesteps[first : first + size])
-            for index in order[: config.validation.clips]
-            for first in range(0, len(self._timesteps), size)
-        ]
 
     @property
     def before(self) -> float | None:
@@ -207,7 +219,7 @@ class Validator:
         self._remember(Measurement(step, val.mean, train_subset.mean, by_bucket))
         return val.mean
 
-    def _evaluate(self, passes: Sequence[_Pass]) -> MeasuredLoss | None:
+    def _evaluate(self, passes: Sequence[FixedPass]) -> MeasuredLoss | None:
         """Make passes, shared out over the processes, and put their losses together; None where ``stop`` ended it."""
         ranks, model = self._run.ranks, self._run.model
 
@@ -220,7 +232,7 @@ class Validator:
         losses = [shares[number % len(shares)][number // len(shares)] for number in range(len(passes))]
         return MeasuredLoss(passes, losses)
 
-    def _own_batches(self, passes: Sequence[_Pass]) -> Iterator[Batch]:
+    def _own_batches(self, passes: Sequence[FixedPass]) -> Iterator[Batch]:
         """The batches of this process, on its device, until ``stop`` is requested.
 
         Where all processes communicate in each forward pass, they have equally many, made or given up by all: a pass
@@ -235,7 +247,7 @@ class Validator:
                 return
             yield to_device(batches[0], ranks.device)
 
-    def _make(self, one: _Pass, batches: list[Batch]) -> bool:
+    def _make(self, one: FixedPass, batches: list[Batch]) -> bool:
         """Make the batch of a pass; whether this process is to stop."""
         batches.append(one.batch())
         return self._stop.requested
