@@ -224,9 +224,9 @@ def test_an_update_that_runs_out_of_memory_is_not_repeated(tiny_run, tmp_path, m
 
 
 def test_the_advice_is_for_the_run_that_needs_it(tiny_run):
-    def fix(**values):
+    def fix(processes=1, **values):
         config = tiny_run("run", **values)
-        traits = memory_traits(config, read_spec(config.model.pretrained))
+        traits = memory_traits(config, read_spec(config.model.pretrained), processes=processes)
         run = SimpleNamespace(config=config, traits=traits)
         return out_of_memory(run, config.memory, "full", "now").fix
 
@@ -234,6 +234,8 @@ def test_the_advice_is_for_the_run_that_needs_it(tiny_run):
     assert "memory.base: fp8" in lora and "method.rank" in lora and "gradient_release" not in lora
     assert "memory.gradient_release: exact, memory.optimizer_states: host, memory.streamed_blocks: all" in full
     assert "base" not in full and "rank" not in full and "adamw8bit" not in full
+    assert "parallel.context" not in lora and "parallel.context: 2 and train.accumulation: 2" in fix(processes=4)
+    assert "parallel.context" not in fix(processes=4, parallel={"context": 4})
     # What cannot be had together with what the run has is not advised.
     accumulating = fix(method={"kind": "full"}, train={"accumulation": 2, "batch_size": 2})
     assert "gradient_release" not in accumulating and "train.batch_size: 1" in accumulating

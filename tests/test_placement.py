@@ -30,8 +30,9 @@ from finetune.inference.offload import OFFLOADS, offloading
 from finetune.inference.placement import Placement, Sampling, fit, peaks
 from finetune.inference.quantization import SCHEMES, quantization_config, scheme_faults
 from finetune.methods.lora import LoraMethod
+from finetune.parallel.context import divide
 from finetune.planner.estimate import _vae
-from finetune.planner.fake_run import empty_text_encoder, empty_vae, fake_world, latent_shape, tensors_of
+from finetune.planner.fake_run import SilentGroup, empty_text_encoder, empty_vae, fake_world, latent_shape, tensors_of
 from finetune.planner.memory_tracker import CPU, measure
 
 BF16 = torch.bfloat16
@@ -81,17 +82,19 @@ def test_a_video_is_the_same_wherever_the_model_waits(tiny_model, variant):
 # ----------------------------------------------------------------------------------------------------------- figures
 
 
-@pytest.mark.parametrize("variant", ["2b", "5b", "1.5-5b-i2v"])
-def test_predicted_peaks_are_those_of_the_code_on_fake_tensors(tmp_path, variant):
+@pytest.mark.parametrize(("variant", "processes"), [("2b", 1), ("5b", 1), ("1.5-5b-i2v", 1), ("1.5-5b", 4), ("2b", 8)])
+def test_predicted_peaks_are_those_of_the_code_on_fake_tensors(tmp_path, variant, processes):
     folder = shutil.copytree(known_model(variant), tmp_path / "model")
     config = folder / "transformer" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "num_layers": 3}))
     spec = read_spec(str(folder))
-    sampling = sampling_of(variant, folder=folder, spec=spec)
+    sampling = sampling_of(variant, folder=folder, spec=spec, processes=processes)
     predicted = peaks(sampling, Placement())
 
     with fake_world() as tracker, torch.no_grad():
         transformer = empty_transformer(folder, dtype=BF16, device=CPU)
+        if processes > 1:
+            divide(transformer, SilentGroup(0, processes))
         held = [transformer, empty_vae(folder, BF16)]
         tracker.name("weights", (tensor for module in held for tensor in tensors_of(module)))
         shape, text = latent_shape(spec, sampling.bucket), (2, spec.max_text_seq_length, spec.text_embed_dim)

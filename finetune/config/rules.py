@@ -39,6 +39,7 @@ def memory_traits(config: RunConfig, spec: ModelSpec, *, processes: int = 1, sha
         full=lora is None,
         adapts_adaln=lora is not None and any(map(lora.matches, _modulation(spec))),
         dora=lora is not None and lora.use_dora,
+        divided_masks=lora is not None and lora.dropout > 0 and config.parallel.context > 1,
         processes=processes,
         sharded=sharded,
         accumulation=config.train.accumulation,
@@ -134,10 +135,6 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         sampled = [validation.bucket] if validation.bucket is not None else []
         for what, most in context_faults(spec, dict.fromkeys([*config.data.trained_buckets, *sampled]), context):
             yield True, "parallel.context", what, f"set parallel.context to at most {most}"
-        drops = isinstance(config.method, LoraMethod) and config.method.dropout > 0
-        what = "the lean block draws dropout masks for its own chunks of tokens, alike in every process"
-        fix = "set method.dropout: 0, or memory.block: stock"
-        yield config.memory.block == "lean" and drops, "parallel.context", what, fix
     for unusable in config.memory.faults(memory_traits(config, spec)):
         yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
     optimizer = config.optimizer

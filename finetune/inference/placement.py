@@ -80,6 +80,9 @@ _ACTIVATIONS = {True: 13.3, False: 12.3}
 """Most that a block holds besides weights, in tensors of its input's size; with rotary tables and without. Counted on
 diffusers' code over fake tensors, 12.1 for 2B and 13.0 to 13.3 for the other four models."""
 
+_EMBEDDED = {True: 2.2, False: 3.2}
+"""Likewise while tokens are embedded, which every process does with all of them; 2B adds whole positions."""
+
 _TEXT_ACTIVATIONS = 64 * 2**20
 """Of T5 over one prompt, in bf16."""
 
@@ -123,9 +126,8 @@ def _activations(sampling: Sampling) -> int:
     spec = sampling.spec
     tokens = (2 if sampling.guided else 1) * spec.tokens(sampling.bucket)
     width = spec.num_attention_heads * spec.attention_head_dim
-    # Each process has a view of whole embedded tokens, and builds them from whole patches.
-    whole = 0 if sampling.processes == 1 else 2
-    units = _ACTIVATIONS[spec.use_rotary] / sampling.processes + whole
+    units = max(_ACTIVATIONS[spec.use_rotary] / sampling.processes, _EMBEDDED[spec.use_rotary])
+    units += 0.1 * (sampling.processes > 1)  # the whole latents and positions, and the largest share
     return round(units * tokens * width * sampling.dtype.itemsize)
 
 

@@ -49,6 +49,8 @@ class Traits:
     adapts_adaln: bool = False
     """Whether adaLN layers train, or carry an adapter."""
     dora: bool = False
+    divided_masks: bool = False
+    """Whether dropout masks are for tokens that processes divide (``parallel.context``)."""
     processes: int = 1
     sharded: bool = False
     """Whether FSDP2 or ZeRO spreads the model."""
@@ -258,6 +260,10 @@ def _rules(state: MemoryConfig, traits: Traits) -> Iterator[tuple[bool, Fault]]:
         )
         fix = "set memory.checkpointing: full or selective"
         yield state.checkpointing == "none" and option in changed, Fault(option, what, fix)
+
+    what = "the lean block draws dropout masks by chunks of tokens, and would draw the same for every process's tokens"
+    fix = "set method.dropout: 0 or parallel.context: 1, or memory.block: stock"
+    yield state.block == "lean" and traits.divided_masks, Fault("block", what, fix)
 
     quantised = state.base != "native"
     what = f"a base in {state.base} cannot train, and full fine-tuning trains it"

@@ -112,7 +112,7 @@ class OneProcess:
         return module
 
 
-class _SilentGroup(ContextGroup):
+class SilentGroup(ContextGroup):
     """A context group of which this process is the one with the most tokens and heads, and nobody else is there."""
 
     def all_to_all(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
@@ -143,7 +143,7 @@ class TrackedTraining:
         config.memory.apply(transformer, CPU)
         transformer.train()
         if (processes := config.parallel.context) > 1:
-            divide(transformer, _SilentGroup(0, processes))
+            divide(transformer, SilentGroup(0, processes))
         self.parameters = config.method.trainable(transformer)
         max_norm = config.train.max_grad_norm
         self.strategy = single_process_strategy(

@@ -116,6 +116,9 @@ def _advice(config: RunConfig, memory: MemoryConfig, traits: Traits, *, videos: 
         state = following
     if config.train.batch_size > 1:
         yield "train.batch_size: 1 and more accumulation"
+    context = 2 * config.parallel.context
+    if traits.processes % context == 0:
+        yield f"parallel.context: {context} and train.accumulation: {2 * config.train.accumulation}"
     if config.optimizer.kind == "adamw" and memory.optimizer_states == "device":
         yield "optimizer.kind: adamw8bit"
     if videos:
