@@ -76,6 +76,11 @@ def _base_without_reader(layer: nn.Module) -> nn.Linear | None:
     return base if known and "forward" not in vars(base) else None
 
 
+def needs_features(layer: nn.Module) -> bool:
+    """Whether a layer has to be given its real input for its gradients, even while it is ``unread``."""
+    return _base_without_reader(layer) is None or any(parameter.requires_grad for parameter in layer.parameters())
+
+
 def _unread_forward(layer: nn.Linear, features: Tensor) -> Tensor:
     weight = None if isinstance(layer, QuantisedLinear) else layer.weight
     result: Tensor = _Unread.apply(features, weight, layer.bias, layer)  # type: ignore[no-untyped-call]
@@ -124,14 +129,19 @@ class SharedInput:
     """
 
     def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
-        self.layers = layers
-        self._parts = _parts(layers, dtype)
+        self.layers = list(layers)
+        self._parts = _parts(self.layers, dtype)
         if self._parts is None:
             return
         updates = [part.update for part in self._parts if part.update is not None]
         with torch.enable_grad():
             self._down = _copied(dtype, updates[0].scale, *(update.down for update in updates))
             self._ups = [part.update and _copied(dtype, 1.0, part.update.up) for part in self._parts]
+
+    @property
+    def together(self) -> bool:
+        """Whether they are one autograd function."""
+        return self._parts is not None
 
     def __call__(self, features: Tensor, skip: Collection[nn.Module] = ()) -> list[Tensor]:
         """Outputs [..., out] of the layers on ``features`` [..., in]; nobody reads those of ``skip`` (``unread``)."""
@@ -143,6 +153,14 @@ class SharedInput:
             features, self._parts, read, self._down, *self._ups
         )
         return list(outputs)
+
+
+def shared_inputs(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[SharedInput]:
+    """All ``layers`` together, where that is one autograd function; else one by one, so that each is differentiated
+    before the next is computed.
+    """
+    shared = SharedInput(layers, dtype)
+    return [shared] if shared.together else [SharedInput([layer], dtype) for layer in layers]
 
 
 class _Part(NamedTuple):

@@ -4,22 +4,23 @@ Both steps can be undone: a rotation by its transpose, ``normed * weight + bias`
 queries and keys, which its own backward pass keeps anyway, and one number per head say all that the gradient of the
 norm needs, and the unnormed ones are not computed again.
 
-Each direction is one operation, ``finetune::norm_and_rotate`` and ``finetune::norm_and_rotate_gradient``, which writes
-into tensors that are given to it. What it computes is said in plain torch; on CUDA a Triton kernel computes it.
+Where the norm itself trains, or cannot be undone, the gradient starts from the unnormed ones.
+
+Each direction is one operation over text and video, ``finetune::norm_and_rotate``, ``norm_and_rotate_gradient`` and
+``norm_and_rotate_input_gradient``, which writes into tensors that are given to it. What it computes is said in plain
+torch; on CUDA a Triton kernel computes it.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
-from collections.abc import Sequence
-from itertools import pairwise
-from types import ModuleType
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+from finetune.memory.kernel_choice import kernels_for
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, float32 [n, head dim], neighbouring pairs equal; a rotation of each pair."""
@@ -98,9 +99,34 @@ def gradient(grad: Tensor, result: Normed, affine: Affine, rotary: Rotary | None
     """
     weight, bias = (parameter.float() for parameter in affine)
     standard = (rotate_back(result.heads, rotary) - bias) / weight
-    slope = rotate_back(grad, rotary) * weight
-    mean, along = slope.mean(-1, keepdim=True), torch.linalg.vecdot(slope, standard)[..., None] / len(weight)
-    return slope.sub_(mean).addcmul_(standard, along, value=-1).mul_(result.rstd.float()).to(grad.dtype)
+    return _through_norm(rotate_back(grad, rotary) * weight, standard, result.rstd.float()).to(grad.dtype)
+
+
+def input_gradient(
+    grad: Tensor, heads: Tensor, affine: Affine, eps: float, rotary: Rotary | None
+) -> tuple[Tensor, Tensor]:
+    """The same from what the linear layer gave, for any norm; and the gradients of the norm's own parameters.
+
+    Args:
+        grad: of what ``norm_and_rotate`` gave.
+        heads: what it was given.
+        affine: of the norm.
+        eps: of the norm.
+        rotary: as in the forward pass.
+
+    Returns:
+        The gradient of ``heads`` in ``grad``'s dtype, and of weight and bias, float32 [2, head dim].
+    """
+    standard, _, rstd = torch.native_layer_norm(heads.float(), affine[0].shape, None, None, eps)
+    slope = rotate_back(grad, rotary)
+    sums = torch.stack([(slope * standard).sum((0, 1, 2)), slope.sum((0, 1, 2))])
+    return _through_norm(slope * affine[0].float(), standard, rstd).to(grad.dtype), sums
+
+
+def _through_norm(slope: Tensor, standard: Tensor, rstd: Tensor) -> Tensor:
+    """From the gradient of the standardised to that of the input; ``slope`` is written to."""
+    mean, along = slope.mean(-1, keepdim=True), torch.linalg.vecdot(slope, standard)[..., None] / slope.shape[-1]
+    return slope.sub_(mean).addcmul_(standard, along, value=-1).mul_(rstd)
 
 
 def undoable(norm: nn.LayerNorm) -> bool:
@@ -123,17 +149,15 @@ def undoable(norm: nn.LayerNorm) -> bool:
 _PIECE = 2048
 """Tokens that plain torch works on at once: its float32 copies stay small beside a stream."""
 
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 
 def norm_and_rotate_into(heads: Tensor, norm: nn.LayerNorm, rotary: Rotary | None, out: Normed) -> None:
-    """``norm_and_rotate`` as one operation that writes into ``out``; it records no gradient.
+    """``norm_and_rotate`` as one operation over text and video, which writes into ``out``; it records no gradient.
 
     Args:
-        heads: [B, n, H, head dim], as the linear layer gave them.
+        heads: [B, T + S, H, head dim], as the linear layer gave them, text first.
         norm: ``norm_q`` or ``norm_k``.
-        rotary: of these n tokens.
-        out: written to; its ``rstd`` is float32.
+        rotary: of the S video tokens.
+        out: written to; its ``heads`` may be ``heads``, its ``rstd`` is float32.
     """
     _norm_and_rotate(heads, [norm.weight, norm.bias], norm.eps, list(rotary or ()), out.heads, out.rstd)
 
@@ -143,61 +167,81 @@ def gradient_in_place(grad: Tensor, result: Normed, norm: nn.LayerNorm, rotary: 
 
     Args:
         grad: of ``result.heads``, [B, T + S, H, head dim]; written to.
-        result: what ``norm_and_rotate_into`` gave for both streams, text first.
+        result: what ``norm_and_rotate_into`` gave.
         norm: the norm, ``undoable``.
         rotary: of the S video tokens.
     """
     _gradient(grad, result.heads, result.rstd, [norm.weight, norm.bias], list(rotary or ()))
 
 
+def input_gradient_in_place(grad: Tensor, heads: Tensor, norm: nn.LayerNorm, rotary: Rotary | None) -> Tensor:
+    """``input_gradient`` as one operation over text and video; ``grad`` becomes the gradient in front of the norm.
+
+    Args:
+        grad: of what ``norm_and_rotate_into`` gave, [B, T + S, H, head dim]; written to.
+        heads: what it was given.
+        norm: the norm.
+        rotary: of the S video tokens.
+
+    Returns:
+        Gradients of weight and bias, float32 [2, head dim].
+    """
+    sums = grad.new_zeros(2, grad.shape[-1], dtype=torch.float32)
+    _input_gradient(grad, heads, [norm.weight, norm.bias], norm.eps, list(rotary or ()), sums)
+    return sums
+
+
 @torch.library.custom_op("finetune::norm_and_rotate", mutates_args=("out", "out_rstd"))
 def _norm_and_rotate(
     heads: Tensor, affine: Sequence[Tensor], eps: float, rotary: Sequence[Tensor], out: Tensor, out_rstd: Tensor
 ) -> None:
-    tables = (rotary[0], rotary[1]) if rotary else None
-    if (kernels := _kernels_for(heads, out)) is not None:
-        kernels.norm_and_rotate(heads, (affine[0], affine[1]), eps, tables, Normed(out, out_rstd))
+    weight, bias = affine
+    if (kernels := kernels_for(heads, out)) is not None:
+        kernels.norm_and_rotate(heads, (weight, bias), eps, _tables(rotary), Normed(out, out_rstd))
         return
-    result = norm_and_rotate(heads, (affine[0], affine[1]), eps, tables)
-    out.copy_(result.heads)
-    out_rstd.copy_(result.rstd)
+    for here, positions in _pieces(heads.shape[1], rotary):
+        piece = norm_and_rotate(heads[:, here], (weight, bias), eps, positions)
+        out[:, here], out_rstd[:, here] = piece
 
 
 @torch.library.custom_op("finetune::norm_and_rotate_gradient", mutates_args=("grad",))
 def _gradient(grad: Tensor, result: Tensor, rstd: Tensor, affine: Sequence[Tensor], rotary: Sequence[Tensor]) -> None:
-    tables = (rotary[0], rotary[1]) if rotary else None
-    if (kernels := _kernels_for(grad, result)) is not None:
-        kernels.gradient(grad, Normed(result, rstd), (affine[0], affine[1]), tables)
+    weight, bias = affine
+    if (kernels := kernels_for(grad, result)) is not None:
+        kernels.gradient(grad, Normed(result, rstd), (weight, bias), _tables(rotary))
         return
-    tokens = grad.shape[1]
-    text = tokens - len(tables[0]) if tables else 0
-    for first, last in pairwise([0, *range(text, tokens, _PIECE), tokens]):
-        here, own = slice(first, last), slice(first - text, last - text)
-        positions = (tables[0][own], tables[1][own]) if tables and first >= text else None
-        piece = Normed(result[:, here], rstd[:, here])
-        grad[:, here] = gradient(grad[:, here], piece, (affine[0], affine[1]), positions)
+    for here, positions in _pieces(grad.shape[1], rotary):
+        grad[:, here] = gradient(grad[:, here], Normed(result[:, here], rstd[:, here]), (weight, bias), positions)
+
+
+@torch.library.custom_op("finetune::norm_and_rotate_input_gradient", mutates_args=("grad", "sums"))
+def _input_gradient(
+    grad: Tensor, heads: Tensor, affine: Sequence[Tensor], eps: float, rotary: Sequence[Tensor], sums: Tensor
+) -> None:
+    weight, bias = affine
+    if (kernels := kernels_for(grad, heads)) is not None:
+        kernels.input_gradient(grad, heads, (weight, bias), eps, _tables(rotary), sums)
+        return
+    for here, positions in _pieces(grad.shape[1], rotary):
+        of_heads, own = input_gradient(grad[:, here], heads[:, here], (weight, bias), eps, positions)
+        grad[:, here] = of_heads
+        sums += own
+
+
+def _tables(rotary: Sequence[Tensor]) -> Rotary | None:
+    return (rotary[0], rotary[1]) if rotary else None
+
+
+def _pieces(tokens: int, rotary: Sequence[Tensor]) -> Iterator[tuple[slice, Rotary | None]]:
+    """A few tokens of one stream at a time, with their positions; text, which has none, comes first."""
+    text = tokens - len(rotary[0]) if rotary else tokens
+    for start, stop, positioned in ((0, text, False), (text, tokens, True)):
+        for first in range(start, stop, _PIECE):
+            last = min(first + _PIECE, stop)
+            own = slice(first - text, last - text)
+            yield slice(first, last), (rotary[0][own], rotary[1][own]) if positioned else None
 
 
 # All that they give is given to them: there is nothing to make of fake tensors.
-_norm_and_rotate.register_fake(lambda *_: None)
-_gradient.register_fake(lambda *_: None)
-
-
-def _kernels_for(*heads: Tensor) -> ModuleType | None:
-    """The Triton kernels, if they can compute on these; None for plain torch."""
-    fit = all(t.is_cuda and t.stride(-1) == 1 and t.dtype in _KERNEL_DTYPES for t in heads)
-    return triton_kernels() if fit else None
-
-
-@functools.cache
-def triton_kernels() -> ModuleType | None:
-    try:
-        import finetune.memory.kernels as kernels
-    except ImportError as error:
-        warnings.warn(
-            f"Triton cannot be imported ({error}): the norm of queries and keys and their rotary embedding run in"
-            " plain torch, which computes the same in several times the memory traffic",
-            stacklevel=1,
-        )
-        return None
-    return kernels
+for _operation in (_norm_and_rotate, _gradient, _input_gradient):
+    _operation.register_fake(lambda *_: None)

@@ -127,7 +127,8 @@ def _touched(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: 
     """Tensors that an operation reads, and those that it writes; one that it changes in place counts for both, unless
     it is named ``out`` or ``out_...``, as what is only written to is by torch's custom.
     """
-    yield from _tensors([*args, *kwargs.values()])
+    if not func._schema.name.startswith("aten::new_"):  # of which the argument is a model, and is not read
+        yield from _tensors([*args, *kwargs.values()])
     for argument, declared in zip(args, func._schema.arguments, strict=False):
         if _is_written(declared) and not (declared.name == "out" or declared.name.startswith("out_")):
             yield from _tensors([argument])
