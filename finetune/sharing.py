@@ -97,8 +97,9 @@ def convert(
     model: str | Path | None = None,
     dtype: DtypeName | None = None,
     alpha: float | None = None,
+    extract_lora: float | None = None,
 ) -> ConversionReport:
-    """Convert another program's checkpoint or LoRA, or a diffusers folder to SAT.
+    """Convert another program's checkpoint or LoRA, a diffusers folder to SAT, or a full fine-tuning to a LoRA.
 
     What the source is, and which CogVideoX, follows from its tensors' names and shapes. What is written is loaded again
     and compared with the source before it gets its name.
@@ -111,6 +112,8 @@ def convert(
             this machine stand in for the components that the source has not.
         dtype: of the weights that are written; None for as they are.
         alpha: of a LoRA whose file does not state it: its update counts alpha / rank.
+        extract_lora: write a LoRA of how a full fine-tuning differs from ``model``: of this rank, or, below 1, of the
+            rank that keeps this share of the squared difference.
 
     Raises:
         ConfigError: if there is nothing to convert, or an argument is missing that nothing in the source tells.
@@ -119,7 +122,7 @@ def convert(
     """
     from finetune.conversion.convert import ConvertOptions, convert
 
-    options = ConvertOptions(to, None if model is None else str(model), dtype, alpha)
+    options = ConvertOptions(to, None if model is None else str(model), dtype, alpha, extract_lora)
     return convert(Path(source).expanduser(), Path(out).expanduser(), options)
 
 

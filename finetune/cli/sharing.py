@@ -89,6 +89,7 @@ def inspect(
     "finetune convert CogVideoX-5b-sat --out CogVideoX-5b",
     "finetune convert pytorch_lora_weights.safetensors --alpha 64 --out my-lora",
     "finetune convert CogVideoX-5b --to sat --out CogVideoX-5b-sat",
+    "finetune convert runs/full/export --model 5b --extract-lora 64 --out full-as-lora",
 )
 def convert(
     source: Annotated[
@@ -107,9 +108,13 @@ def convert(
     ] = None,
     dtype: Annotated[Literal["bf16", "fp16", "fp32"] | None, option("Of the weights; left out: as they are.")] = None,
     alpha: Annotated[float | None, option("Of a LoRA whose file does not state it.", "NUMBER")] = None,
+    extract_lora: Annotated[
+        float | None,
+        option("A LoRA of how a full fine-tuning differs from --model: its rank, or a share to keep.", "RANK|SHARE"),
+    ] = None,
 ) -> None:
     """Turn others' checkpoints and LoRAs into diffusers' format, or diffusers' into SAT's; compared, kept if equal."""
-    print(finetune.convert(source, out, to=to, model=model, dtype=dtype, alpha=alpha))
+    print(finetune.convert(source, out, to=to, model=model, dtype=dtype, alpha=alpha, extract_lora=extract_lora))
 
 
 @verb(

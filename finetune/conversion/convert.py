@@ -10,7 +10,7 @@ from typing import Literal
 
 from safetensors import SafetensorError
 
-from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, KNOWN_MODELS, MODEL_INDEX
+from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, KNOWN_MODELS, MODEL_INDEX, resolve_pretrained
 from finetune.cogvideox.spec import read_spec
 from finetune.conversion.checkpoint_files import (
     DIFFUSERS_FILES,
@@ -22,6 +22,7 @@ from finetune.conversion.checkpoint_files import (
 )
 from finetune.conversion.distributed_checkpoints import read_dcp, read_zero
 from finetune.conversion.lora_conversion import (
+    ReadLora,
     base_json,
     compare_own,
     compare_sat_lora,
@@ -32,6 +33,7 @@ from finetune.conversion.lora_conversion import (
     write_own,
     write_sat_lora,
 )
+from finetune.conversion.lora_extraction import extract_lora
 from finetune.conversion.lora_layouts import is_lora
 from finetune.conversion.pipelines import (
     Model,
@@ -64,6 +66,7 @@ class ConvertOptions:
     model: str | None = None
     dtype: DtypeName | None = None
     alpha: float | None = None
+    extract_lora: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,8 @@ def convert(source: Path, out: Path, options: ConvertOptions) -> ConversionRepor
     """Convert a checkpoint or an adapter; errors stand at ``finetune.convert``."""
     kind, paths = files_of(source)
     target = _free_folder(out)
+    if options.extract_lora is not None:
+        return _extract(_checkpoint(kind, paths, source), str(source), target, options, options.extract_lora)
     if kind == "diffusers folder" and options.to == "diffusers":
         raise ConfigError(
             "this is in diffusers' format already",
@@ -212,6 +217,44 @@ def _convert_model(checkpoint: Checkpoint, source: Path, target: Path, options: 
         tuple(comparisons),
         tuple(notes),
         command,
+    )
+
+
+def _extract(
+    checkpoint: Checkpoint, where: str, target: Path, options: ConvertOptions, wanted: float
+) -> ConversionReport:
+    """A LoRA of what a full fine-tuning changed."""
+    if options.model is None or options.to != "diffusers" or options.alpha is not None:
+        raise ConfigError(
+            "a LoRA is extracted against the model that was trained from, into diffusers' layout",
+            where=where,
+            fix="give --model BASE, and leave --to and --alpha out",
+        )
+    base = resolve_pretrained(options.model, None, components=["transformer"])
+    trained = checkpoint.components.get("transformer")
+    if trained is None:
+        raise ConfigError("the source has no transformer", where=where, fix="name the folder or file that has")
+    extracted = extract_lora(trained, _diffusers_checkpoint(base).components["transformer"], wanted, where)
+    read = ReadLora(extracted.lora, "a difference", "as its rank", {})
+    json, fitting = base_json(read, options.model, where)
+    dtype = None if options.dtype is None else torch_dtype(options.dtype)
+    lora, _ = one_alpha(read, dtype)
+    comparisons: list[str] = []
+
+    def fill(partial: Path) -> str:
+        write_own(partial, lora, read, fitting, target.name)
+        comparisons.append(compare_own(partial, read, json, dtype))
+        return folder_checksums(partial)
+
+    _publish(target, fill)
+    place = shlex.quote(from_here(target))
+    return ConversionReport(
+        target,
+        f"LoRA of what {checkpoint.kind} changed",
+        _files(target),
+        tuple(comparisons),
+        (str(extracted),),
+        f"finetune generate --model {shlex.quote(options.model)} --adapter {place} --prompt '...'",
     )
 
 
