@@ -21,7 +21,7 @@ from finetune.memory.lean_block import (
     chunks,
     masks,
 )
-from finetune.memory.lean_linear import SharedInput, decoded_once, unread
+from finetune.memory.lean_linear import SharedInput, computed_by, decoded_once, unread
 from finetune.memory.qk_norm import undoable
 from finetune.memory.quantized_linear import QuantisedLinear
 from finetune.memory.runner import BlockInputs, BlockRunner, StockBlock
@@ -336,6 +336,19 @@ def test_other_adapters_run_one_by_one(method):
     with masks(1, 0, 0, features.device):
         ours = SharedInput(layers, torch.bfloat16)(features)
     assert all(map(torch.equal, ours, theirs))
+
+
+def test_a_module_that_calls_its_layer_has_it_computed_so():
+    layer = layers_of_attention(METHODS["attention"])[0]
+    features = torch.randn(2, 15, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+    module, shared = nn.Sequential(layer), SharedInput([layer], torch.bfloat16)
+    expected = outputs_and_gradients([layer], features, shared)
+    with computed_by(shared):
+        ours = outputs_and_gradients([layer], features, lambda x: [module(x)])
+        with unread(layer):
+            skipped = outputs_and_gradients([layer], features, lambda x: [module(x)])
+    assert all(map(torch.equal, ours, expected)) and all(map(torch.equal, skipped[1:], expected[1:]))
+    assert not skipped[0].any() and "forward" not in vars(layer)
 
 
 def test_adapters_of_chunks_are_copied_once_and_summed_in_float32():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.memory.checkpointing import SavedAttention
-from finetune.memory.lean_linear import SharedInput, decoded_once, needs_features, shared_inputs, unread
+from finetune.memory.lean_linear import SharedInput, computed_by, decoded_once, needs_features, shared_inputs, unread
 from finetune.memory.modulation import Gated, Modulation, add_gated, gate_gradient, modulate, modulate_gradient
 from finetune.memory.qk_norm import (
     Normed,
@@ -72,7 +72,7 @@ class LeanBlock:
         outputs = torch.empty_like(inputs.hidden), torch.empty_like(inputs.encoder)
         entered = part.enter_feed_forward(projected, outputs)
         del projected
-        with decoded_once(*part.feed_forward):
+        with decoded_once(*part.feed_forward), computed_by(*part.in_feed_forward):
             for chunk in part.chunks:
                 with part.masks(_FEED_FORWARD, chunk.index):
                     fed = part.block.ff(_tokens_of(entered, chunk))
@@ -153,6 +153,7 @@ class _Pass:
         self.out_of_attention = SharedInput(block.attn1.to_out[:1], inputs.hidden.dtype)
         self.norms = (block.attn1.norm_q, block.attn1.norm_k)
         self.feed_forward = (block.ff.net[0].proj, block.ff.net[2])
+        self.in_feed_forward = [SharedInput([layer], inputs.hidden.dtype) for layer in self.feed_forward]
         self.inputs = inputs
         text, tokens = inputs.encoder.shape[1], inputs.encoder.shape[1] + inputs.hidden.shape[1]
         self.chunks = chunks(text, tokens, most or max(LEAST, -(-tokens // PARTS)))
@@ -294,7 +295,7 @@ class _BackwardPass(_Pass):
         features = projected.detach()
         del projected
         entered = self.enter_feed_forward(features)
-        with decoded_once(*self.feed_forward):
+        with decoded_once(*self.feed_forward), computed_by(*self.in_feed_forward):
             for chunk in self.chunks:
                 of_entered = self._backward_feed_forward(chunk, _tokens_of(entered, chunk))
                 for piece in chunk.pieces:

@@ -163,6 +163,20 @@ def shared_inputs(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[Share
     return [shared] if shared.together else [SharedInput([layer], dtype) for layer in layers]
 
 
+@contextmanager
+def computed_by(*inputs: SharedInput) -> Iterator[None]:
+    """While it lasts, a module that calls the one layer of any of these has it computed so; ``unread`` holds inside."""
+    with _replaced("forward", {each.layers[0]: partial(_alone, each) for each in inputs if each.together}):
+        yield
+
+
+def _alone(shared: SharedInput, features: Tensor) -> Tensor:
+    (layer,) = shared.layers
+    # Its base had no forward of its own when `shared` was made, so this is the one that `unread` gives it.
+    is_read = "forward" not in vars(getattr(layer, "base_layer", layer))
+    return shared(features, () if is_read else (layer,))[0]
+
+
 class _Part(NamedTuple):
     """One of several layers that share an input."""
 
