@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import runpy
 import signal
 import sys
 import termios
@@ -24,6 +25,18 @@ def command(*words: str) -> int:
     from finetune.cli.main import main
 
     return main(words)
+
+
+def command_in(folder: str, *words: str) -> int:
+    """The command line, typed in ``folder``."""
+    os.chdir(folder)
+    return command(*words)
+
+
+def script(path: str, *words: str) -> None:
+    """A program of Python, with its ``words``."""
+    sys.argv = [path, *words]
+    runpy.run_path(path, run_name="__main__")
 
 
 def faulty(how: str, where: str, rank: int, *words: str) -> int:

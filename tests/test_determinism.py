@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from goldens import FOLDER, faults, golden_config, golden_model, golden_run, read_golden
-from waiting import HANG_S
 from worlds import fabricate_cache, run_config
 
 from finetune.core.checksums import ChecksummedFolder, checksum_file
@@ -52,18 +49,15 @@ def small(tiny_model, root: Path, **changes):
 # ------------------------------------------------------------------------------------------------------- run to run
 
 
-def test_a_run_repeats_itself_and_in_a_fresh_process(tmp_path):
+def test_a_run_repeats_itself_and_in_a_fresh_process(tmp_path, launcher):
     """Same thread count, same bits, also of two threads; whatever their number, the golden numbers."""
     runs = [(1, "lora"), (2, "full"), (2, "full")]
     script = RUNS.format(
         root=str(FOLDER.parent.parent), tests=str(FOLDER.parent), scratch=str(tmp_path / "fresh"), runs=runs
     )
-    # Threads that wait for each other actively wait long on a busy machine.
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-    finished = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=HANG_S, env=environment
-    )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    (tmp_path / "runs.py").write_text(script)
+    (end,) = launcher.run("launcher_cases:script", str(tmp_path / "runs.py"), ranks=1)
+    assert end.code == 0, end.log[-3000:]
     there = json.loads((tmp_path / "fresh" / "found.json").read_text())
 
     config = golden_config(golden_model("5b", tmp_path / "model"), tmp_path / "here", "lora")

@@ -22,7 +22,6 @@ from broken_disk import disk
 from decoding import decode, load_image, probe
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from waiting import HANG_S
 from worlds import merged, run_values
 
 from finetune.caching import encode as encoding
@@ -1043,19 +1042,14 @@ attempt("unplanned", "data.sources.0.path=nowhere")
 """
 
 
-def test_two_processes_share_the_work_agree_and_never_wait_for_one_that_failed(project):
+def test_two_processes_share_the_work_agree_and_never_wait_for_one_that_failed(project, launcher):
     home = project("1.5-5b-i2v")
     (home.folder / "run.yaml").write_text(home.config().to_yaml())
     (home.folder / "together.py").write_text(TOGETHER)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=0"]
-    finished = subprocess.run(
-        [*launch, *(str(home.folder / name) for name in ("together.py", "run.yaml", "said"))],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=HANG_S,
+    ends = launcher.run(
+        "launcher_cases:script", *(str(home.folder / name) for name in ("together.py", "run.yaml", "said"))
     )
-    assert finished.returncode == 0, finished.stderr[-3000:]
+    assert [end.code for end in ends] == [0, 0], "\n".join(end.log[-3000:] for end in ends)
     said = {}
     for rank in "01":
         for line in (home.folder / f"said.{rank}").read_text().splitlines():
