@@ -296,7 +296,7 @@ def clip_strips(run: RunRecord, *, read: bool) -> tuple[list[ClipStrip], str]:
 
 
 def _read_strips(config: RunConfig) -> list[ClipStrip]:
-    from finetune.caching.check import check_dataset
+    from finetune.caching.check import check_dataset, workers_for
     from finetune.cogvideox.model_files import json_folder
     from finetune.cogvideox.spec import read_spec
     from finetune.core.errors import DataError
@@ -312,8 +312,9 @@ def _read_strips(config: RunConfig) -> list[ClipStrip]:
     picked = np.linspace(0, len(clips) - 1, min(_MOST_CLIPS, len(clips))).round().astype(int)
     chosen = [clips[index] for index in picked]
     requests = [ClipRequest(clip.sample.video, clip.probe, clip.plan, clip.sample.image, 0) for clip in chosen]
+    workers = min(2, workers_for(config, len(requests)))
     strips = []
-    for clip, inspected in zip(chosen, inspect_clips(requests, min(2, len(requests))), strict=True):
+    for clip, inspected in zip(chosen, inspect_clips(requests, workers), strict=True):
         if isinstance(inspected, InspectedClip):
             pictures = [html.data_url(frame.content, "image/webp") for frame in inspected.frames]
             name = "/".join(Path(clip.name).parts[-2:])
