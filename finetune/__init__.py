@@ -12,7 +12,7 @@
 
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
-from finetune.runs import load_config, plan, report, strength, train
+from finetune.runs import load_config, plan, report, strength, train, ui
 from finetune.sampling import enhance, generate, invert, story, vae
 from finetune.sharing import convert, export, inspect, merge, push
 
@@ -38,5 +38,6 @@ __all__ = [
     "story",
     "strength",
     "train",
+    "ui",
     "vae",
 ]

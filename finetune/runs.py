@@ -159,3 +159,41 @@ def strength(
     base = None if pretrained is None else str(pretrained)
     where = None if cache is None else Path(cache).expanduser()
     return measure(Path(source).expanduser(), StrengthOptions(checkpoint, strengths, clips, device, base, where))
+
+
+@checked
+def ui(
+    folder: str | Path = ".",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    token: str = "",
+    allow: Sequence[str | Path] = (),
+    most_upload: str = "1GB",
+) -> None:
+    """Serve the commands as a page in a browser, until SIGINT or SIGTERM; what it started goes on.
+
+    Args:
+        folder: where configurations, clips and runs are; the page reads and writes nothing outside.
+        host: the address to listen on. Where other machines can connect, a token is asked for.
+        port: to listen on; 0 for a free one.
+        token: what a browser has to know; empty for none on this machine, and for a new one elsewhere.
+        allow: further folders that may be read and written.
+        most_upload: of one request, such as ``500MB``.
+
+    Raises:
+        ConfigError: if the extra ``ui`` is missing, a folder is none, an amount is none, or the port is taken.
+    """
+    from importlib.util import find_spec
+
+    from finetune.core.errors import ConfigError
+    from finetune.core.gpu import amount
+
+    if missing := [name for name in ("starlette", "uvicorn", "python_multipart", "psutil") if find_spec(name) is None]:
+        fix = "pip install 'cogvideox-finetune[ui]'"
+        raise ConfigError(f"the page needs {' and '.join(missing)}", where="finetune ui", fix=fix)
+    from finetune.web.access import Door
+    from finetune.web.server import serve
+
+    door = Door(host, token, amount("--max-upload", most_upload) or 0)
+    serve(Path(folder), [Path(other) for other in allow], door, port)

@@ -48,6 +48,7 @@ LAYERS = (
         "footage",
         "reports",
         "trainers",
+        "web",
         "",
         "testing",
         "cli",

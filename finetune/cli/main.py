@@ -29,7 +29,7 @@ _MEMORY_FIX = (
 
 _LASTING = (
     *("caption", "prepare", "precompute", "train", "replay", "export", "convert", "merge", "push", "quickstart"),
-    *("generate", "invert", "vae", "enhance", "story"),
+    *("generate", "invert", "vae", "enhance", "story", "ui"),
 )
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 

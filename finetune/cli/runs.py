@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import secrets
 import sys
 from contextlib import suppress
 from json import dumps
@@ -221,3 +223,28 @@ def replay(
     from finetune.trainers.replay import replay
 
     print(replay(report, dtype=dtype, device=device, pretrained=model, cache=cache))
+
+
+@verb(
+    _PANEL,
+    "finetune ui",
+    "finetune ui my-project --allow /data/clips",
+    "finetune ui --host 0.0.0.0 --port 8080",
+)
+def ui(
+    folder: Annotated[
+        Path, typer.Argument(metavar="[DIR]", help="Where configurations, clips and runs are; left out: here.")
+    ] = Path(),
+    host: Annotated[
+        str, option("Address to listen on; beyond this machine a token is asked for.", "ADDRESS")
+    ] = "127.0.0.1",
+    port: Annotated[int, option("Port to listen on; 0 for a free one.", "N")] = 7860,
+    token: Annotated[
+        bool, flag("--token", "Ask for a token on this machine, too: of FINETUNE_UI_TOKEN, or a new one.")
+    ] = False,
+    allow: Annotated[list[Path], option("A further folder to read and write; again for more.", "DIR")] = [],
+    max_upload: Annotated[str, option("The largest upload.", "SIZE")] = "1GB",
+) -> None:
+    """Drive all of this from a page in a browser: clips, plan, runs, videos, exports. What it starts outlives it."""
+    word = os.environ.get("FINETUNE_UI_TOKEN", "") or (secrets.token_urlsafe(24) if token else "")
+    finetune.ui(folder, host=host, port=port, token=word, allow=allow, most_upload=max_upload)
