@@ -160,6 +160,24 @@ def test_deterministic_kernels_are_asked_for_and_given_back(other_settings, endi
     assert settings() == other_settings
 
 
+def test_sums_are_float32_in_a_run_and_afterwards_as_they_were(tiny_model, tmp_path, monkeypatch):
+    """Torch's switches, which only a GPU reads."""
+    from finetune.cogvideox import objective
+
+    matmul, real = torch.backends.cuda.matmul, objective.v_mse
+    switches = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    seen = []
+
+    def watched(prediction, target):
+        seen.append([getattr(matmul, switch) for switch in switches])
+        return real(prediction, target)
+
+    monkeypatch.setattr(objective, "v_mse", watched)
+    train(small(tiny_model, tmp_path))
+    assert seen and all(not any(each) for each in seen)
+    assert all(getattr(matmul, switch) for switch in switches)
+
+
 def test_not_asked_for_nothing_changes(other_settings):
     with deterministic_kernels(False):
         assert settings() == other_settings

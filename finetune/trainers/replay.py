@@ -22,6 +22,7 @@ from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
+from finetune.core.precision import sums_in_float32
 from finetune.core.rng import seed_for
 from finetune.core.text import shown
 from finetune.core.types import Batch, DtypeName, torch_dtype
@@ -200,6 +201,7 @@ def _table(samples: tuple[Replayed, ...]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
+@sums_in_float32()
 def replay(
     path: Path,
     *,

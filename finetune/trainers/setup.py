@@ -33,6 +33,7 @@ from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError, DataError, ModelError
 from finetune.core.files import atomic_write_text, disk_fix
 from finetune.core.gpu import grow_segments
+from finetune.core.precision import sums_in_float32
 from finetune.core.rng import deterministic_kernels, repeatability
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
@@ -59,8 +60,9 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     Raises:
         FinetuneError: of the kind that names what has to be mended, before any training.
     """
-    # Both before anything touches a GPU.
+    # All before anything touches a GPU.
     cleanup.enter_context(deterministic_kernels(config.train.deterministic))
+    cleanup.enter_context(sums_in_float32())
     grow_segments()
     launch = read_launch(os.environ)
     ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
