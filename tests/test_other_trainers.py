@@ -83,7 +83,7 @@ done
 
 FINETRAINERS = r"""
 data_cmd=( --dataset_config sets.json --precomputation_items 25 )
-DDP_1="--parallel_backend ptd --dp_degree 1"
+DDP_1="--parallel_backend ptd --dp_degree 1 --cp_degree 2"
 FSDP_2="--parallel_backend ptd --dp_shards 2"
 parallel_cmd=( $DDP_1 )
 torchrun --standalone --nproc_per_node=1 train.py "${parallel_cmd[@]}" "${data_cmd[@]}" \
@@ -170,6 +170,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
             "optimizer.lr": 3e-5,
             "lr_schedule": {"warmup_steps": 500},
             "train.steps": 5000,
+            "parallel.context": 2,
             "validation.samples": [{"prompt": "a dog"}],
             "tracking.kind": "wandb",
         },

@@ -58,8 +58,8 @@ class Translation:
 
 
 _SECTIONS = (
-    *("model", "data", "method", "optimizer", "lr_schedule", "train", "memory", "validation", "checkpoint", "tracking"),
-    "output_dir",
+    *("model", "data", "method", "optimizer", "lr_schedule", "train", "parallel", "memory", "validation"),
+    *("checkpoint", "tracking", "output_dir"),
 )
 """In the order of a file that ``init`` writes."""
 
@@ -188,6 +188,7 @@ _ONE_TO_ONE: dict[str, tuple[str, Callable[[Setting], Any]]] = {
     "gradient_accumulation_steps": ("train.accumulation", _scalar),
     "max_grad_norm": ("train.max_grad_norm", _scalar),
     "seed": ("train.seed", _scalar),
+    "cp_degree": ("parallel.context", _scalar),
     "gradient_checkpointing": ("memory.checkpointing", lambda s: "full" if _on(s) else "none"),
     "guidance_scale": ("validation.guidance_scale", _scalar),
     "use_dynamic_cfg": ("validation.dynamic_cfg", _on),
