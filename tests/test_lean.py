@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from finetune.memory import lean_block, qk_norm
 from finetune.memory.checkpointing import SavedAttention, is_attention
 from finetune.memory.lean_block import (
+    PARTS,
     GradientSums,
     LeanBlock,
     chunks,
@@ -509,7 +510,7 @@ def peak(math_: object, method: str) -> float:
 
 @pytest.mark.parametrize(("method", "most"), [("none", 10.5), ("attention", 10.5), ("full", 12)])
 def test_ten_streams_are_held(method, most):
-    assert 9.9 < peak(LeanBlock(tokens=75), method) < most
+    assert 9.9 < peak(LeanBlock(tokens=-(-1515 // PARTS)), method) < most
     assert peak(StockBlock(), method) > 20
 
 

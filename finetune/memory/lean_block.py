@@ -361,7 +361,8 @@ class _BackwardPass(_Pass):
             of_results: gradients of queries, keys and values; emptied.
             undone: queries and keys are meant as the linear layers gave them; otherwise these are computed again.
         """
-        leaf = self.enter_attention().requires_grad_()
+        wanted = any(tensor.requires_grad for tensor in (self.inputs.hidden, self.inputs.encoder))
+        leaf = self.enter_attention().requires_grad_(wanted or self._entered_sums[0] is not None)
         norms = {} if undone else dict(zip(self.before, self.norms, strict=False))
         skipped = [linear for linear in self.before if linear not in norms]
         of_entered: Tensor | None = None
@@ -377,9 +378,9 @@ class _BackwardPass(_Pass):
                 of_leaf, *others = gradients_of(outputs, grads, [leaf, *self.sums.tensors])
                 del outputs, output, grads, grad
                 self.sums.add(others)
-                assert of_leaf is not None
-                of_entered = of_leaf if of_entered is None else of_entered.add_(of_leaf)
-        assert of_entered is not None
+                of_entered = of_leaf if of_entered is None or of_leaf is None else of_entered.add_(of_leaf)
+        if of_entered is None:
+            return
         for piece in self.everything.pieces:
             modulation, sums = self.modulation(0, piece.text), _of_stream(self._entered_sums[0], piece.text)
             grad = self.of_streams[piece.text]

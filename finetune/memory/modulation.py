@@ -159,7 +159,7 @@ def _modulate_gradient(
         through = torch.ops.aten.native_layer_norm_backward(
             slope, entered, weight.shape, mean, rstd, None, None, [True, False, False]
         )
-        total = through[0].add_(grad[:, piece])
+        total = grad[:, piece] + through[0]
         grad[:, piece] = total
         if features is not None:
             if sums is not None:
