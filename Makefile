@@ -5,7 +5,7 @@
 # make soak         the slow half: hundreds of kills, a thousand corruptions, ten minutes of fuzzing (docs/reliability.md)
 # make lint         ruff and mypy --strict
 # make size         code lines per folder, and how many files four walks through the package touch
-# make docs         regenerate what is generated (docs/config.md, configs/, docs/memory.md)
+# make docs         regenerate what is generated (docs/config.md, configs/, docs/memory.md, notebooks/)
 # make bench-memory predicted peaks of the shipped configurations against their goals; docs/memory.md
 # make site         the documentation as a site, in build/site
 # make test-gpu     what needs a CUDA device
@@ -82,6 +82,7 @@ docs: develop
 	$(BIN)/python scripts/make_config_docs.py
 	$(BIN)/python scripts/make_configs.py
 	$(BIN)/python scripts/make_memory.py
+	$(BIN)/python scripts/make_notebooks.py
 	$(BIN)/python scripts/draw_layers.py
 	$(BIN)/python scripts/sizes.py --write
 

@@ -17,7 +17,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PAGES = ("*.md", "docs/*", "accelerate_configs/*", "benchmarks/*.md", "configs/*.yaml")
+PAGES = (
+    "*.md",
+    "docs/*",
+    "accelerate_configs/*",
+    "benchmarks/*.md",
+    "configs/*.yaml",
+    "notebooks/*.md",
+    "notebooks/*.ipynb",
+)
 """What is a page, or is linked by one."""
 
 

@@ -196,7 +196,10 @@ def mention_fault(verb: str, rest: str) -> str | None:
 def test_every_documented_command_can_be_typed():
     faults, counted = [], 0
     for path in DOCS:
-        for command in commands(path.read_text(encoding="utf-8")):
+        text = path.read_text(encoding="utf-8")
+        words = [words for _language, words, _body in FENCE.findall(text) if words]
+        faults += [f"{path.name}: {one!r} after a block's language: the site takes it for no block" for one in words]
+        for command in commands(text):
             counted += 1
             if fault := command_fault(command):
                 faults.append(f"{path.relative_to(ROOT)}: {command}: {fault}")

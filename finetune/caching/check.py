@@ -321,9 +321,10 @@ def check_captions(
     warnings = []
     if unknown:
         worst = max(unknown, key=unknown.__getitem__)
+        share = f" ({len(mostly)} of them for the most part)" if mostly else ""
         warnings.append(
             f"{WARNING}{len(unknown)} of {len(texts)} captions hold characters that the model's text encoder does not"
-            f" know, and reads as one unknown mark ({len(mostly)} of them for the most part): such as {quoted(worst)},"
+            f" know, and reads as one unknown mark{share}: such as {quoted(worst)},"
             f" {unknown[worst]:.0%} unknown"
         )
     if alike:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from finetune.caching.precompute import precompute
 from finetune.config.schema import load_config
 from finetune.conversion.export import ExportOptions, ExportReport, export
@@ -73,6 +75,7 @@ def main(folder: Path) -> Outcome | TrainReport:
     Raises:
         FinetuneError: as the steps do.
     """
+    torch.set_num_threads(1)  # more gain nothing on so small a model, and wait for each other where a machine is busy
     folder.mkdir(parents=True, exist_ok=True)
     _say(1, "a tiny CogVideoX that knows circles, squares and triangles, and clips of a shape it has never seen")
     install_demo_model(folder / "model")
