@@ -139,6 +139,8 @@ def command_fault(command: str) -> str | None:
     if not words:
         return None
     program = words[0].removeprefix(".venv/bin/")
+    if words[:2] == ["pip", "install"]:  # which extras there are: tests/test_packaging.py
+        return None
     if program not in CHECKED:
         return f"{program} is not known to this test"
     if program == "make":
