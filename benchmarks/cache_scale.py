@@ -168,9 +168,10 @@ def start(folder: Path) -> dict[str, Any]:
     config = config_of(folder)
     spec = read_spec(config.model.pretrained)
     before, begun, cpu = rss_mib(), time.perf_counter(), time.process_time()
-    manifest = find_manifest(config, spec, Cache(config.cache.dir))
+    cache = Cache(config.cache.dir)
+    manifest = find_manifest(config, spec, cache)
     assert manifest is not None
-    data = _run_data(config, spec, manifest, ProcessGroup.current())
+    data = _run_data(config, spec, manifest, cache, ProcessGroup.current())
     plan, maker = data.plan, data.training
 
     def step_ms(number: int) -> float:

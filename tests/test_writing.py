@@ -7,12 +7,12 @@ import threading
 from collections.abc import Callable
 
 import pytest
+from broken_disk import disk
 
 from finetune.caching.encode import EncodeJob
 from finetune.caching.writing import EntryWriter
 from finetune.core.errors import CacheError, DataError
 from finetune.datasets.cache import Cache
-from tests.broken_disk import disk
 
 JOBS = [EncodeJob({"kind": "prompts", "text": f"caption {number}"}) for number in range(24)]
 

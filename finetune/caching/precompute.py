@@ -43,6 +43,7 @@ from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import pin_model, require_valid
 from finetune.config.schema import RunConfig, as_config
+from finetune.core.collector import collector_paused
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import from_here, human_size, require_space
@@ -95,6 +96,7 @@ class CachePlan:
         return {"latents": len(self.latents), "prompts": len(self.prompts), "images": len(self.images)}
 
 
+@collector_paused()
 def plan_cache(
     config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool, part: Part | None = None
 ) -> CachePlan:
@@ -501,6 +503,7 @@ def ensure_cache(
     config: RunConfig,
     spec: ModelSpec,
     *,
+    cache: Cache | None = None,
     distributed: ProcessGroup | None = None,
     progress: bool = True,
     cleanup: ExitStack | None = None,
@@ -514,6 +517,7 @@ def ensure_cache(
     Args:
         config: the run's configuration.
         spec: of its model.
+        cache: the run's, which then knows what is packed without reading it again; made anew if None.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
         cleanup: takes the lock that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
@@ -524,7 +528,7 @@ def ensure_cache(
         DataError, ModelError: as ``precompute`` does.
     """
     ranks = distributed or ProcessGroup.current()
-    cache = Cache(config.cache.dir)
+    cache = cache or Cache(config.cache.dir)
     with ExitStack() as until_return:
         (cleanup or until_return).enter_context(cache.in_use("train", quiet=not ranks.is_main))
         manifest = ranks.run_on_main(lambda: find_manifest(config, spec, cache))

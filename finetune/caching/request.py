@@ -17,6 +17,7 @@ from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
+from finetune.core.collector import collector_paused
 from finetune.core.errors import CacheError, DataError, ModelError
 from finetune.core.files import from_here
 from finetune.datasets.cache import Cache, Encoding
@@ -151,6 +152,7 @@ def stream_identities(config: RunConfig, *, recorded: bool) -> list[str]:
     return identities
 
 
+@collector_paused()
 def find_manifest(config: RunConfig, spec: ModelSpec, cache: Cache) -> Manifest | None:
     """The manifest that answers a configuration; None, and why is printed, if something has to be planned or encoded.
 

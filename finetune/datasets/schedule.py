@@ -13,7 +13,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Annotated, Literal
+from itertools import accumulate
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -220,19 +221,37 @@ class StepPlan:
 
     def _nth(self, n: int) -> tuple[int, ...]:
         epoch = self.epoch_of(n)
-        return _epoch(self, epoch)[n - self._starts[epoch]]
+        return _epoch(self, epoch).batch(n - self._starts[epoch])
 
     def for_rank(self, step: int, rank: int, processes: int) -> tuple[MicroBatch, ...]:
         """The micro-batches of one step that fall to one process, in the order it runs them."""
         return self.step(step)[rank::processes]
 
 
+class _Epoch(NamedTuple):
+    """The micro-batches of one epoch, each cut out when it is asked for: a million tuples would take a second."""
+
+    members: list[list[int]]
+    """Clips by bucket, in their order."""
+    starts: list[int]
+    """Micro-batches before each bucket's."""
+    order: list[int]
+    """Of the micro-batches of all buckets."""
+    size: int
+    """Clips of a micro-batch."""
+
+    def batch(self, n: int) -> tuple[int, ...]:
+        number = self.order[n]
+        bucket = bisect_right(self.starts, number) - 1
+        first = (number - self.starts[bucket]) * self.size
+        return tuple(self.members[bucket][first : first + self.size])
+
+
 @lru_cache(maxsize=4)
-def _epoch(plan: StepPlan, epoch: int) -> tuple[tuple[int, ...], ...]:
-    batches: list[tuple[int, ...]] = []
-    for members in epoch_items(plan.groups, plan.seed, epoch).values():
-        batches += [tuple(members[i : i + plan.batch_size]) for i in range(0, len(members), plan.batch_size)]
-    return tuple(map(batches.__getitem__, permutation(len(batches), plan.seed, "batches", epoch)))
+def _epoch(plan: StepPlan, epoch: int) -> _Epoch:
+    members = list(epoch_items(plan.groups, plan.seed, epoch).values())
+    *starts, count = accumulate((math.ceil(len(clips) / plan.batch_size) for clips in members), initial=0)
+    return _Epoch(members, starts, permutation(count, plan.seed, "batches", epoch), plan.batch_size)
 
 
 # ---------------------------------------------------------------------------------------------------- learning rate

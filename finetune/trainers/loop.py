@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import gather
 
 from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, verdict
@@ -29,7 +28,7 @@ from finetune.config.schema import RunConfig, as_config
 from finetune.core.distributed import peers
 from finetune.core.errors import FinetuneError, TrainingError, first_line, is_out_of_memory
 from finetune.core.files import from_here
-from finetune.core.rng import seed_for
+from finetune.core.rng import seed_for, seed_global
 from finetune.core.types import RunState
 from finetune.datasets.schedule import is_due, lr_at
 from finetune.optim.optimizers import begin, set_lr
@@ -249,7 +248,7 @@ class _Loop:
         for number, batch in enumerate(run.data.loader.step(step), start=1):
             for part in self.memory.state.split(batch):
                 # LoRA dropout draws from the global generator: give that an address too.
-                torch.manual_seed(seed_for(train.seed, "model", step, part.slots[0]))
+                seed_global(seed_for(train.seed, "model", step, part.slots[0]), run.ranks.device)
                 last = number == train.accumulation and part.slots[-1] == batch.slots[-1]
                 with model.strategy.micro_batch(last=last):
                     losses = model.losses(part)

@@ -79,9 +79,10 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     for line in [*(f"warning: {warning}" for warning in warnings), *choice]:
         accelerator.print(line)
 
-    manifest = ensure_cache(config, spec, distributed=ranks, cleanup=cleanup)
+    cache = Cache(config.cache.dir)
+    manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, cleanup=cleanup)
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
-    data = _run_data(config, spec, manifest, ranks)
+    data = _run_data(config, spec, manifest, cache, ranks)
     cleanup.callback(data.loader.close)
     val_videos = len({item.media_digest for item in data.val.items})  # copies of one count once
     for advice in run_advice(config, data.plan, data.total_steps, val_videos=val_videos):
@@ -175,8 +176,7 @@ def hold_run_folder(run_dir: Path, ranks: ProcessGroup, tell: Callable[[str], ob
 # ------------------------------------------------------------------------------------------ data, checkpoint and model
 
 
-def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, ranks: ProcessGroup) -> RunData:
-    cache = Cache(config.cache.dir)
+def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, cache: Cache, ranks: ProcessGroup) -> RunData:
     empty = cache.read_prompt(manifest.empty_prompt_key)
     if config.data.unconditional_text == "zeros":
         empty = torch.zeros_like(empty)

@@ -1,0 +1,54 @@
+"""How often things are done that cost processor time; ``benchmarks/processor.py`` measures what they cost."""
+
+from __future__ import annotations
+
+import gc
+
+import av
+import pytest
+import torch
+
+from finetune.core.collector import collector_paused
+from finetune.core.rng import seed_global
+from finetune.core.types import Bucket
+from finetune.datasets import decode
+from finetune.datasets.schedule import Item, StepPlan
+from finetune.testing.demo import Scene, write_clips
+
+
+def test_a_header_is_read_in_one_opening(tmp_path, monkeypatch):
+    write_clips(tmp_path, [Scene("circle", "red", "left")])
+    (video,) = tmp_path.rglob("*.mp4")
+    index, real, openings = decode.read_index(video), av.open, []
+    monkeypatch.setattr(av, "open", lambda *args, **options: (openings.append(args), real(*args, **options))[1])
+    probe = decode.probe_file(video)
+    assert len(openings) == 1
+    assert list(probe.frame_times_s) == [(pts - index.pts[0]) * index.time_base for pts in index.pts]
+
+
+def test_a_seed_gives_the_numbers_of_manual_seed():
+    torch.manual_seed(7 << 40)
+    theirs = torch.rand(5)
+    seed_global(7 << 40, torch.device("cpu"))
+    assert torch.equal(torch.rand(5), theirs)
+
+
+def test_cycles_are_looked_for_again_whatever_ends_the_pause():
+    with pytest.raises(KeyError), collector_paused():
+        assert not gc.isenabled()
+        with collector_paused():
+            pass
+        assert not gc.isenabled(), "a pause in a pause does not end it"
+        raise KeyError
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_an_epoch_is_cut_into_batches_of_one_bucket_each(batch_size):
+    """Each batch is cut out when its step comes: no clip is left out, none stands twice."""
+    buckets = [Bucket(9, 64, 64), Bucket(9, 32, 64)]
+    plan = StepPlan(tuple(Item(buckets[number % 5 == 0], 1.0) for number in range(23)), 7, batch_size, 1)
+    batches = [micro.items for step in range(plan.start_of(1)) for micro in plan.step(step)]
+    assert sorted(clip for batch in batches for clip in batch) == list(range(23))
+    assert all(len({plan.items[clip].bucket for clip in batch}) == 1 for batch in batches)
+    assert sum(len(batch) < batch_size for batch in batches) <= 2
