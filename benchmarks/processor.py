@@ -193,6 +193,8 @@ def cache(folder: Path) -> dict[str, float]:
 @case
 def order(folder: Path) -> dict[str, float]:
     """The first step of an epoch of a million clips."""
+    import torch  # noqa: F401 - an import
+
     from finetune.core.types import Bucket
     from finetune.datasets.schedule import Item, StepPlan
 
