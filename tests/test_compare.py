@@ -252,7 +252,7 @@ def test_the_commands_of_the_page_run_as_they_stand(tiny_model, train_tiny, tmp_
         Image.fromarray(picture(Bucket(9, 64, 64), number)).save(tmp_path / f"{name}.png")
     write_mp4(tmp_path / "clip.mp4", np.stack([picture(Bucket(9, 64, 64), seed) for seed in range(9)]), 8)
     monkeypatch.chdir(tmp_path)
-    lines = [command for _, command in commands(text) if command.startswith("finetune ") and "--budget" not in command]
+    lines = [command for command in commands(text) if command.startswith("finetune ") and "--budget" not in command]
     for line in lines:  # the others need a GPU, or several
         words = shlex.split(line)[1:]
         if "--model" in words:
