@@ -12,7 +12,7 @@
 
 from finetune.data import caption, check, doctor, prepare
 from finetune.precompute import precompute
-from finetune.runs import load_config, plan, report, strength, train, ui
+from finetune.runs import load_config, lr_find, plan, report, strength, train, ui
 from finetune.sampling import enhance, generate, invert, story, vae
 from finetune.sharing import convert, export, inspect, merge, push
 
@@ -29,6 +29,7 @@ __all__ = [
     "inspect",
     "invert",
     "load_config",
+    "lr_find",
     "merge",
     "plan",
     "precompute",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import RunConfig
     from finetune.planner.plan import Planned
     from finetune.trainers.loop import TrainReport
+    from finetune.trainers.lr_find import LrReport
     from finetune.trainers.strength import StrengthReport
     from finetune.trainers.tracking import StepRecord
 
@@ -197,3 +198,32 @@ def ui(
 
     door = Door(host, token, amount("--max-upload", most_upload) or 0)
     serve(Path(folder), [Path(other) for other in allow], door, port)
+
+
+@checked
+def lr_find(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    *,
+    lowest: float = 1e-6,
+    highest: float = 1e-2,
+    steps: int = 60,
+    every: int = 3,
+) -> LrReport:
+    """Train a little with a growing learning rate, and see at which the held-out loss falls and at which it breaks.
+
+    Args:
+        config: a configuration, the values of one, or its file. Its run is not touched: this one has the folder
+            ``lr-find`` in ``output_dir``.
+        lowest: learning rate of the first step.
+        highest: of the last one.
+        steps: optimizer steps.
+        every: steps between two measurements.
+
+    Raises:
+        ConfigError: if no clip is held out, the numbers make no sense, or an earlier search stands in the folder.
+        Exception: what ``train`` raises.
+    """
+    from finetune.config.schema import as_config
+    from finetune.trainers.lr_find import lr_find as find
+
+    return find(as_config(config), lowest=lowest, highest=highest, steps=steps, every=every)

@@ -113,7 +113,7 @@ def test_a_configuration_is_one_or_its_values_or_its_file(name, tmp_path):
 
 
 def test_the_page_shows_every_function_and_runs(tiny_model, demo_clips, tmp_path, monkeypatch, capsys, serve):
-    values = run_values(tiny_model(), demo_clips, tmp_path / "run")
+    values = run_values(tiny_model(), demo_clips, tmp_path / "run", data={"holdout": 1})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     shutil.copytree(demo_clips, tmp_path / "footage")
     monkeypatch.chdir(tmp_path)

@@ -28,8 +28,8 @@ _MEMORY_FIX = (
 )
 
 _LASTING = (
-    *("caption", "prepare", "precompute", "train", "replay", "export", "convert", "merge", "push", "quickstart"),
-    *("generate", "invert", "vae", "enhance", "story", "ui"),
+    *("caption", "prepare", "precompute", "train", "lr-find", "replay", "export", "convert", "merge", "push"),
+    *("quickstart", "generate", "invert", "vae", "enhance", "story", "ui"),
 )
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 

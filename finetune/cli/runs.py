@@ -165,6 +165,29 @@ def train(config: Config, overrides: Overrides = []) -> int:
 
 @verb(
     _PANEL,
+    "finetune lr-find --config run.yaml",
+    "finetune lr-find --config run.yaml --highest 1e-3 --steps 100 --every 5",
+)
+def lr_find(
+    config: Config,
+    overrides: Overrides = [],
+    lowest: Annotated[float, option("Learning rate of the first step.", "LR")] = 1e-6,
+    highest: Annotated[float, option("Learning rate of the last step.", "LR")] = 1e-2,
+    steps: Annotated[int, option("Optimizer steps.", "N")] = 60,
+    every: Annotated[int, option("Steps between two measurements of the held-out loss.", "N")] = 3,
+) -> None:
+    """Find a learning rate: a short run in which it grows, looked at by the held-out loss."""
+    report = finetune.lr_find(
+        finetune.load_config(config, overrides), lowest=lowest, highest=highest, steps=steps, every=every
+    )
+    if is_main():
+        print(report)
+        if report.suggested is not None:
+            print_next("train", *config_words(config, [*overrides, f"optimizer.lr={report.suggested:.1e}"]))
+
+
+@verb(
+    _PANEL,
     "finetune report runs/run",
     "finetune report runs/first runs/second --output compared.html",
 )

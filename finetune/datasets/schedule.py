@@ -297,15 +297,31 @@ class Cosine(_Warmup):
         return self.final + (1 - self.final) * wave
 
 
+class Exponential(_Warmup):
+    """Up from ``first`` to the optimizer's learning rate at the last step, by the same factor each step: what
+    ``finetune lr-find`` trains with.
+    """
+
+    kind: Literal["exponential"] = "exponential"
+    first: float = Field(1e-4, ge=1e-12, le=1)
+    """Learning rate at the first step, as a fraction of the optimizer's."""
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate after warm-up."""
+        return float(self.first ** (1 - _progress(step, self.warmup_steps, total_steps)))
+
+
 def _progress(step: int, warmup_steps: int, total_steps: int) -> float:
     last = total_steps - 1
     return min(1.0, max(0.0, (step - warmup_steps) / max(1, last - warmup_steps)))
 
 
-LRScheduleConfig = Annotated[Constant | Linear | Cosine, Field(discriminator="kind")]
+LRSchedule = Constant | Linear | Cosine | Exponential
+
+LRScheduleConfig = Annotated[LRSchedule, Field(discriminator="kind")]
 
 
-def lr_at(step: int, base_lr: float, schedule: Constant | Linear | Cosine, total_steps: int) -> float:
+def lr_at(step: int, base_lr: float, schedule: LRSchedule, total_steps: int) -> float:
     """The learning rate of optimizer step ``step`` (from 0) of ``total_steps``.
 
     During warm-up step s trains at (s + 1) / (warmup_steps + 1) of the base rate: no step trains at zero.
