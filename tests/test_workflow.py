@@ -26,12 +26,12 @@ from finetune.footage.ledger import read_rows
 VIDEOS = (".mp4", ".mkv", ".avi")
 
 
-@pytest.mark.parametrize(("real", "frames"), [(False, 9), (True, 49)], ids=["made here", "real clips"])
-def test_footage_becomes_a_trained_adapter(real, frames, tiny_model, tmp_path, monkeypatch, capsys, request):
+@pytest.mark.parametrize("real", [False, True], ids=["made here", "real clips"])
+def test_footage_becomes_a_trained_adapter(real, tiny_model, tmp_path, monkeypatch, capsys, request):
     raw, clips = tmp_path / "raw", tmp_path / "clips"
     if real:
         raw.mkdir()
-        for video in sorted(videos(request.getfixturevalue("real_clips")), key=lambda path: path.stat().st_size)[:2]:
+        for video in list(videos(request.getfixturevalue("real_clips")))[::5]:
             shutil.copy(video, raw / f"real {video.name}")
     else:  # footage of every kind: test_prepare
         for number in range(5):
@@ -50,7 +50,7 @@ def test_footage_becomes_a_trained_adapter(real, frames, tiny_model, tmp_path, m
         (following,) = re.findall(r"^next: (.*)$", capsys.readouterr().out, re.M)
         return following
 
-    options = ("--model", str(model), "--frames", str(frames), "--limit", "min_short_side=64", "frozen_s=0.5")
+    options = ("--model", str(model), "--frames", "9", "--limit", "min_short_side=64", "frozen_s=0.5")
     line = typed("finetune prepare raw --out clips --report", *options)
     spans = read_rows(clips / "ledger.jsonl")
     assert {span["source"] for span in spans} == {str(path.relative_to(raw)) for path in videos(raw)}
