@@ -140,7 +140,7 @@ def test_text_of_a_form_never_becomes_an_option_and_no_path_leads_out(tmp_path):
     assert words == ["generate", "--adapter=runs/run:0.5", "--prompt=--output=/etc", "--prompt=a  kite"]
     assert COMMANDS["inspect"].words({"source": "-x"}, roots) == ["inspect", "--", "-x"]
     with pytest.raises(ConfigError) as fault:
-        COMMANDS["generate"].words({"output": "/etc", "seed": "x", "scheduler": "fast", "adapter": "../a:1"}, roots)
+        COMMANDS["generate"].words({"output": "/etc", "seed": "x", "compare": "../x", "adapter": "../a:1"}, roots)
     assert "4 fields" in str(fault.value)
     with pytest.raises(ConfigError, match="needed"):
         COMMANDS["export"].words({}, roots)
@@ -187,7 +187,8 @@ def test_a_folder_that_is_named_may_be_used(workspace, tmp_path):
 
 
 def test_a_configuration_that_leads_out_is_no_run(workspace, tmp_path):
-    for field, value in [("output_dir", "/tmp/x"), ("cache.dir", "../c"), ("data.sources.0.path", str(tmp_path))]:
+    changes = [("output_dir", "/tmp/x"), ("cache.dir", "../c"), ("data.sources.0.path", str(tmp_path))]
+    for field, value in [*changes, ("data.sources.0.allow_outside", "true")]:
         workspace.write("run.yaml", put(YAML, field, value, name=""), workspace.config("run.yaml").digest)
         with pytest.raises(ConfigError, match="outside of the folders") as fault:
             workspace.usable("run.yaml")
@@ -428,6 +429,15 @@ def test_uploads_are_bounded_in_size_and_kind(client, workspace, name, content, 
     assert response.status_code == (200 if kept else 413 if len(content) > 2000 else 422)
 
 
+def test_an_upload_that_does_not_say_its_length_is_bounded_too(client, workspace):
+    headers = {**ORIGIN, "content-type": "multipart/form-data; boundary=x"}
+    head = b'--x\r\ncontent-disposition: form-data; name="file"; filename="x.mp4"\r\n\r\n'
+    response = client.post(
+        "/upload?tab=data", headers=headers, content=iter([head, *[bytes(500)] * 9, b"\r\n--x--\r\n"])
+    )
+    assert response.status_code == 413 and not (workspace.roots.workspace / "uploads" / "x.mp4").exists()
+
+
 BAD_FORMS: list[tuple[str, dict[str, str]]] = [
     ("/plan/field?config=run.yaml", {"field": "train.steps", "value": "[", "before": "4"}),
     ("/plan/field?config=run.yaml", {"field": HOSTILE, "value": "1"}),
@@ -506,3 +516,23 @@ def test_every_part_shows_a_command_and_a_run(client, workspace, tab):
     assert page.status_code == 200 and "link.yaml" not in page.text
     assert tab == "plan" or ('<pre class="log"' in page.text and "&lt;b&gt;" in page.text)
     assert tab != "run" or ("polyline" in page.text and "step 2" in page.text)
+
+
+def test_what_a_configuration_takes_is_asked_once_and_shown(client, workspace):
+    document = {
+        "phases": [{"name": "training", "peak_bytes": 3 << 30, "where": "block 1", "parts": {"weights": 3 << 30}}]
+    }
+    document |= {"peak_bytes": 3 << 30, "beside_bytes": {"context": 1 << 30}, "overhead_bytes": 1 << 30}
+    document |= {"card_bytes": 2 << 30, "fits": False, "s_per_step": 2.0, "memory": {"block": "lean"}}
+    program = f"import sys; print('planning'); print({json.dumps(document, indent=1)!r})"
+    workspace.plans = Jobs(workspace.plans.folder, workspace.roots.workspace, [sys.executable, "-c", program])
+
+    def look() -> str:
+        text = client.get("/plan?config=run.yaml&card=2GB", headers={"x-finetune-again": "1"}).text
+        return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", text.partition('id="outlook"')[2].partition("</section>")[0]))
+
+    assert "predicting" in client.get("/plan?config=run.yaml&card=2GB").text and workspace.plans.all() == []
+    wait(lambda: "This memory section fits" in look())
+    shown = look()
+    assert "4.00 GiB of 2.0: does not fit" in shown and "2 s a step" in shown and "{block: lean}" in shown
+    assert len(workspace.plans.all()) == 2

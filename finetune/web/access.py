@@ -245,6 +245,13 @@ class Roots:
                 self.inside(path, config.where(name))
             except ConfigError as fault:
                 faults.append(fault)
+        for index, source in enumerate(config.data.sources):
+            if source.allow_outside:
+                where = config.where(f"data.sources.{index}.allow_outside")
+                fix = "take it out, or train from the command line"
+                faults.append(
+                    ConfigError("a list may not name files outside of the folders here", where=where, fix=fix)
+                )
         raise_all(ConfigError, faults, what="{n} paths of the configuration cannot be used here")
 
     def shown(self, path: Path) -> str:

@@ -70,6 +70,8 @@ def _start_run(workspace: Workspace, query: Values, form: Values) -> Next:
     name = form.get("config", "")
     config = workspace.usable(name).config
     assert config is not None
+    for plan in workspace.plans.all():  # what a run needs now is not for predictions
+        plan.stop()
     words = [verb, f"--config={workspace.roots.shown(workspace.roots.inside(name, 'the configuration'))}"]
     label = workspace.roots.shown(config.output_dir)
     job = workspace.jobs.start(words, label=label, in_line=not form.get("beside"))

@@ -14,9 +14,9 @@ from finetune.core.errors import ConfigError, raise_all
 from finetune.core.text import text_fault
 from finetune.web.access import Roots
 
-Kind = Literal["text", "long", "lines", "number", "choice", "flag", "path", "paths", "adapters", "model"]
+Kind = Literal["text", "lines", "number", "choice", "flag", "path", "paths", "adapters", "model", "strengths"]
 """``lines``: the option once for each line; ``paths``: likewise, of paths; ``adapters``: likewise, PATH:STRENGTH;
-``model``: a path, or a name that is none."""
+``model``: a path, or a name that is none; ``strengths``: numbers with commas between them, or a path."""
 
 _MOST_TEXT = 20_000
 
@@ -89,7 +89,7 @@ def _given(option: Option, text: str, roots: Roots) -> Iterator[str]:
         raise ConfigError(f"more than {_MOST_TEXT} characters", where=option.label)
     several = option.kind in ("lines", "paths", "adapters")
     for value in filter(None, map(str.strip, text.split("\n") if several else [text])):
-        if fault := text_fault(value, one_line=option.kind != "long"):
+        if fault := text_fault(value, one_line=True):
             raise ConfigError(f"the text is damaged: {fault}", where=option.label)
         if option.kind == "choice" and value not in option.choices:
             raise ConfigError(f"'{value:.60}' is none of {', '.join(option.choices)}", where=option.label)
@@ -102,7 +102,8 @@ def _given(option: Option, text: str, roots: Roots) -> Iterator[str]:
 
 
 def _placed(option: Option, value: str, roots: Roots) -> str:
-    if option.kind in ("path", "paths"):
+    strengths = option.kind == "strengths" and all(map(_is_number, value.split(",")))
+    if option.kind in ("path", "paths", "strengths") and not strengths:
         return roots.shown(roots.inside(value, option.label))
     if option.kind == "adapters":
         path, colon, strength = value.rpartition(":")
@@ -161,7 +162,12 @@ GENERATE = Command(
         Option("--adapter", "Adapters", "One a line: a run, checkpoint, export or file, with :STRENGTH.", "adapters"),
         Option("--model", "Base model", "Left out: the adapter's own.", "model"),
         Option("--prompt", "Prompts", "One a line: a video each.", "lines"),
-        Option("--compare", "Compare", "Columns: factors of the strengths, such as 0,0.5,1; or a run's folder."),
+        Option(
+            "--compare",
+            "Compare",
+            "Columns: factors of the strengths, such as 0,0.5,1; or a run's folder.",
+            "strengths",
+        ),
         Option("--seed", "Seed", "Of the first video; each further one has the next.", "number"),
         Option("--bucket", "Size", "Frames x height x width; left out: as trained."),
         Option("--steps", "Steps", "50 where left out.", "number"),

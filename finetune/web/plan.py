@@ -78,7 +78,7 @@ def outlook(plans: Jobs, config: RunConfig, file: str, machine: Machine, *, star
     words = ["plan", f"--config={file}", "--json"]
     words += [f"--card={card}"] if card else []
     words += [f"--device={device}"] if device else []
-    jobs = plans.all()
+    jobs = [job for job in plans.all() if job.state not in ("stopped", "lost")]
     job = next((job for job in jobs if job.label == key), None)
     if job is None and not start:
         return Outlook(pending=True)

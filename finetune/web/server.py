@@ -192,6 +192,7 @@ def serve(folder: Path, others: Sequence[Path], door: Door, port: int) -> None:
         application(workspace, door),
         log_level="critical",
         server_header=False,
+        proxy_headers=False,
         lifespan="off",
         timeout_graceful_shutdown=1,
     )

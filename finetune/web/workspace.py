@@ -113,7 +113,10 @@ class Workspace:
         """The folders that hold clips."""
 
         def holds_clips(folder: Path) -> bool:
-            names = [entry.name.lower() for entry in os.scandir(folder)]
+            try:
+                names = [entry.name.lower() for entry in os.scandir(folder)]
+            except OSError:
+                return False
             table = any(name.startswith("metadata.") for name in names)
             texts = {name.removesuffix(".txt") for name in names if name.endswith(".txt")}
             videos = [name for name in names if name.endswith(VIDEO.suffixes)]
