@@ -129,7 +129,10 @@ class Actors(TorchDispatchMode):
         """By stream, how many there were."""
         self.threads = 0
         self.waits = 0
-        """How often the host waited for the device: more than a program says, and races would hide behind them."""
+        """How often the host waited for what the device had still to do: more than a program says, and races would hide
+        behind them."""
+        self._queued = False
+        """Whether the compute was given work since the host last waited for it."""
 
     # ------------------------------------------------------------------------------------- what takes torch's place
 
@@ -193,6 +196,8 @@ class Actors(TorchDispatchMode):
         if _is_view(func):
             return func(*args, **kwargs)
         name, touches = func._schema.name, _touches_memory(func)
+        if name == "aten::lift_fresh" and _host_works():  # what Python's numbers become, in the host's own work
+            self._of(args[0], host=True)
         given = [(self._of(tensor), tensor, writes) for tensor, writes in _arguments(func, args, kwargs)]
         here = [memory.host for memory, _, _ in given]
         by_host = all(here) if given else _host_works()
@@ -206,6 +211,7 @@ class Actors(TorchDispatchMode):
             if not by_host and name != "aten::copy_" and any(memory.host and t.dim() for memory, t, _ in given):
                 raise self._race(f"{name} mixes host and device: {[tuple(tensor.shape) for _, tensor, _ in given]}")
             actor.act()
+            self._queued = self._queued or (actor is self.compute and name not in _READ_BY_THE_HOST)
             for memory, tensor, writes in given:
                 self._touch(actor, memory, tensor, writes, name)
         queued = name == "aten::copy_" and self._current is not self.compute
@@ -223,7 +229,8 @@ class Actors(TorchDispatchMode):
         return output
 
     def _host_waits(self) -> None:
-        self.waits += 1
+        self.waits += self._queued
+        self._queued = False
         self.learn(self.host, self._current.known())
 
     def _race(self, what: str) -> RaceError:

@@ -24,9 +24,11 @@ from pydantic import TypeAdapter
 from tiny_blocks import State, covering
 from torch import Tensor, nn
 
+from finetune.cli.init import RECIPES, Recipe
 from finetune.core.types import Batch, Bucket
 from finetune.datasets.dataloader import Loader
 from finetune.datasets.schedule import Item, StepPlan
+from finetune.memory.adaln_offload import announced, prepare
 from finetune.memory.config import MemoryConfig, Traits
 from finetune.memory.gradient_offload import DoubleBuffer, HostWeights
 from finetune.memory.host_buffers import CudaCopyStream, host_buffer, host_work
@@ -39,6 +41,7 @@ from finetune.optim.optimizers import OptimizerConfig, begin
 from finetune.parallel.gradient_release import GradientRelease, single_process_strategy
 from finetune.planner.fake_run import OneProcess
 from finetune.testing.tiny import tiny_transformer
+from finetune.trainers.tracking import StepMetrics
 
 CPU = torch.device("cpu")
 HOST: State = {"optimizer_states": "host"}
@@ -108,6 +111,21 @@ class Training:
         loss: Tensor = self.module(*given, return_dict=False)[0].float().square().mean()
         return loss
 
+    def step_with_metrics(self, number: int, metrics: StepMetrics) -> None:
+        """As ``trainers.loop`` takes it, of a single pass whose timesteps the host knows."""
+        timesteps = (10 * number, 500)
+        prepare(self.module, timesteps, None)
+        begin(self.strategy.optimizer, seed=3, step=number)
+        with self.strategy.micro_batch(last=True), announced(self.module, timesteps, None):
+            loss = self.look(number)
+            self.strategy.backward(loss)
+        metrics.add(loss[None], torch.tensor(timesteps[:1]))
+        gathered = metrics.exchange(self.strategy.clip(1.0))
+        assert math.isfinite(gathered.grad_norm)
+        self.strategy.step()
+        self.average.step()
+        metrics.reset()
+
     def step(self, number: int) -> list[float]:
         begin(self.strategy.optimizer, seed=3, step=number)
         micros = 1 if self.full else 2
@@ -117,7 +135,7 @@ class Training:
         norm = self.strategy.clip(1.0)
         self.strategy.step()
         self.average.step()
-        return [norm, self.measure(number)]
+        return [float(norm), self.measure(number)]
 
     def measure(self, number: int) -> float:
         with self.average.applied(partial(rewriting_weights, self.module)), torch.no_grad():
@@ -203,6 +221,31 @@ def gradients_compared() -> None:
         training.strategy.backward(training.look(1))
     for tensor in training.strategy.replicas().values():
         tensor.double().sum().tolist()
+
+
+def state_of(recipe: Recipe) -> State:
+    state = {option: value for option, value in recipe.memory.items() if option != "text_encoder"}
+    return state | ({"streamed_blocks": 2} if isinstance(state.get("streamed_blocks"), int) else {})
+
+
+RECIPE_STATES = {f"{recipe.method} {state_of(recipe)}": recipe for recipe in RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPE_STATES)
+def test_a_step_of_a_recipe_waits_for_the_device_once(name):
+    """Where losses and the norm are read."""
+    recipe = RECIPE_STATES[name]
+    state, method = state_of(recipe), recipe.method
+    with Actors() as actors:
+        training = Training(state, full=method == "full")
+        metrics = StepMetrics(1, gather=lambda table: table)
+        waits = []
+        for number in range(3):
+            before = actors.waits
+            training.step_with_metrics(number, metrics)
+            waits.append(actors.waits - before)
+        undo(training.module)
+    assert waits[1:] == [1, 1]
 
 
 def modulated_ahead() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from tiny_blocks import CPU, build, forward, modules, run_blocks, values
 from torch import Tensor, nn
 
+from finetune.cogvideox.denoise import OFS
 from finetune.core.errors import ConfigError, TrainingError
-from finetune.memory import checkpointing, host_buffers
-from finetune.memory.adaln_offload import AdaLnOffload
+from finetune.memory import adaln_offload, checkpointing, host_buffers
+from finetune.memory.adaln_offload import AdaLnOffload, announced, prepare
 from finetune.memory.block_streaming import BlockStreaming
 from finetune.methods.full import FullMethod
 from finetune.methods.lora import LoraMethod
@@ -165,6 +167,27 @@ def test_rows_of_a_pass_are_computed_once():
         patch.setattr(torch.nn.functional, "linear", counting)
         forward(transformer).backward()
     assert sum(calls) == 4 and len(calls) > 40
+
+
+@pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
+@torch.no_grad()
+def test_rows_computed_ahead_are_those_of_the_pass(variant):
+    """In another thread, and nobody asks the device for timesteps; what was not announced, or not ahead, is as ever."""
+    transformer = build(variant, dtype=torch.bfloat16, dropout=False)
+    ofs = OFS if transformer.config.ofs_embed_dim else None
+    expected = {seed: forward(transformer, seed).detach() for seed in (1, 2)}
+    install(transformer)
+    numbers = {seed: (500, seed) for seed in (1, 2)}
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(prepare, transformer, numbers[1], ofs).result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaln_offload, "_on_host", None)
+        for seed in (1, 1, 2):  # ahead, and the same and another one that are not
+            with announced(transformer, numbers[seed], ofs):
+                assert torch.equal(forward(transformer, seed), expected[seed])
+    with announced(transformer, numbers[1], ofs):
+        pass  # a pass that never came
+    assert torch.equal(forward(transformer, 2), expected[2])
 
 
 def test_nothing_grows_with_the_number_of_passes():

@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -300,6 +301,31 @@ def test_bf16_weights_and_fp32_adapters_give_float32(tiny):
     assert calls[0]["image_rotary_emb"][0].dtype == prediction.dtype == torch.float32
     with pytest.raises(ValueError, match="adapters"):
         save_transformer(transformer, model.folder / "never")
+
+
+def test_a_model_makes_its_positions_once_for_a_shape(tiny, monkeypatch):
+    from finetune.cogvideox import denoise as module
+
+    made = []
+    monkeypatch.setattr(
+        module, "rotary_table", lambda *args, **kwargs: made.append(args) or rotary_table(*args, **kwargs)
+    )
+    models = [deepcopy(tiny("5b").transformer) for _ in range(2)]
+    spec = tiny("5b").spec
+
+    def look(transformer: nn.Module, frames: int) -> torch.Tensor:
+        latents = seeded(1, spec.latent_shape(Bucket(9, 64, 64))[0], frames, 8, 8)
+        text = seeded(1, spec.max_text_seq_length, spec.text_embed_dim)
+        return denoise(transformer, spec, latents, text, torch.tensor([5]), None)
+
+    with torch.inference_mode():
+        first = look(models[0], 3)
+    again = look(models[0], 3)
+    again.sum().backward()  # with positions that were made where no gradient could be
+    assert len(made) == 1 and torch.equal(first, again)
+    look(models[0], 1)
+    look(models[1], 3)
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("name", KNOWN_MODELS)

@@ -128,6 +128,16 @@ def test_the_next_step_is_made_while_this_one_runs(tiny_model, tmp_path):
     assert begun[:4] == [0, 0, 1, 1]
 
 
+def test_what_the_host_computes_ahead_is_computed_in_the_thread(tiny_model, tmp_path):
+    made = maker(tiny_model(), tmp_path)
+    ahead, seen = loader(lambda step, micro: made.training(step, MicroBatch((0,), micro.slots)), steps=1), []
+    ahead.prepare = lambda batch: seen.append((threading.current_thread(), batch.timesteps_on_host))
+    batches = list(ahead.step(0))
+    ahead.close()
+    assert [tuple(batch.timesteps.tolist()) for batch in batches] == [timesteps for _, timesteps in seen]
+    assert threading.current_thread() not in {thread for thread, _ in seen}
+
+
 def test_nothing_is_made_beyond_the_last_step(tiny_model, tmp_path):
     made = maker(tiny_model(), tmp_path)
     begun: list[int] = []

@@ -162,6 +162,21 @@ def test_adamw_matches_torch_in_float64():
         torch.testing.assert_close(ours_p[name], theirs_p[name], rtol=1e-12, atol=1e-14)
 
 
+def test_8bit_adam_is_the_librarys_without_its_waiting(monkeypatch):
+    import bitsandbytes
+
+    def trained(make: Any) -> list[torch.Tensor]:
+        parameters = make_parameters()
+        train(make(parameters), parameters, range(3))
+        return list(parameters.values())
+
+    settings = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.0}
+    theirs = trained(lambda named: bitsandbytes.optim.AdamW8bit(list(named.items()), **settings))
+    monkeypatch.delattr(bitsandbytes.optim.optimizer, "sync_gpu")
+    ours = trained(lambda named: config_of({"kind": "adamw8bit", **settings}).build(named.items()))
+    assert all(map(torch.equal, ours, theirs))
+
+
 def test_8bit_adam_stays_near_32bit_adam():
     eight, thirty_two = make_parameters(), make_parameters()
     train(AdamW8bit(lr=1e-3).build(eight.items()), eight, range(20))

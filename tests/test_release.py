@@ -89,7 +89,7 @@ class World:
     def step(self, limit: float = math.inf, scale: float = 1.0) -> float:
         begin(self.strategy.optimizer, seed=3, step=self.done)
         self.passes()
-        norm = self.strategy.clip(limit, scale=scale)
+        norm = float(self.strategy.clip(limit, scale=scale))
         self.strategy.step()
         self.done += 1
         return norm
@@ -242,7 +242,7 @@ def test_exact_clips_by_the_norm_of_all(world: Maker, state, dtype):
     true = math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients))
     limit = true / 64
     start = theirs.weights()
-    norm, their_norm = theirs.strategy.clip(limit / 2, scale=2.0), ours.step(limit / 2, scale=2.0)
+    norm, their_norm = float(theirs.strategy.clip(limit / 2, scale=2.0)), ours.step(limit / 2, scale=2.0)
     theirs.strategy.step()
     bound = 2**-7 if dtype == torch.bfloat16 else 1e-6
     assert their_norm == pytest.approx(true / 2, rel=1e-6), "the strategy's own norm"

@@ -32,6 +32,7 @@ class Difference:
 _RULES: Mapping[str, tuple[bool, str]] = {
     "": (False, "what a step trains on or computes follows from it"),
     "model": (False, "the trained weights belong to the base model and its dtype"),
+    "model.attention": (True, "another kernel computes the same, but for the last digits"),
     "method": (False, "it decides which tensors are trained"),
     "method.dropout": (True, "holds from the next step"),
     "method.compute": (True, "holds from the next step"),
@@ -71,6 +72,7 @@ _SINCE: Mapping[str, object] = {
     "memory.base": "native",
     "method.compute": "float32",
     "parallel.context": 1,
+    "model.attention": "auto",
     "data.unreadable_captions": "warn",
     "data.image_buckets": None,
 }

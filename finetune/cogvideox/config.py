@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 
+Attention = Literal["auto", "cudnn", "flash", "flash3", "flash4", "efficient", "math"]
+
+
 class ModelConfig(Strict):
     """Which checkpoint is fine-tuned, and in which precision its frozen weights are held."""
 
@@ -28,6 +31,10 @@ class ModelConfig(Strict):
     dtype: Literal["auto", DtypeName] = "auto"
     """What weights are held and computed in. ``auto`` is ``fp32`` where the stored transformer is, else ``bf16``.
     LoRA weights, the optimizer's master copies and the loss are float32 in any case."""
+    attention: Attention = "auto"
+    """Which of torch's kernels computes attention. ``auto`` times those that are there for a second when a run begins
+    on a GPU, and the run keeps the fastest; on a CPU it is torch's choice. ``flash3`` and ``flash4`` need the package
+    ``flash_attn_interface`` or ``flash-attn-4``. The results differ in their last digits."""
 
     def dtype_name(self) -> DtypeName:
         """What ``dtype`` stands for; ``auto`` looks at the transformer's files, and so needs them here.

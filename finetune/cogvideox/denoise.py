@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,11 @@ from finetune.cogvideox.spec import ModelSpec
 
 OFS = 2.0
 """The offset that a model with an offset embedding is given; the stock pipeline knows no other."""
+
+
+def ofs_of(spec: ModelSpec) -> float | None:
+    """What the model's offset embedding is given; None for a model without one."""
+    return None if spec.ofs_embed_dim is None else OFS
 
 
 def denoise(
@@ -52,12 +58,14 @@ def denoise(
         condition = torch.zeros_like(hidden_states)
         condition[:, :1] = image_latents.to(dtype).transpose(1, 2)
         hidden_states = torch.cat([hidden_states, condition], dim=2)
-    positions = rotary_table(spec, frames, height, width, device=noisy_latents.device) if spec.use_rotary else None
+    positions = None
+    if spec.use_rotary:
+        positions = _kept_table(transformer, spec, (frames, height, width), noisy_latents.device)
     (velocity,) = transformer(
         hidden_states=hidden_states,
         encoder_hidden_states=prompt_embeds.to(dtype),
         timestep=timesteps,
-        ofs=None if spec.ofs_embed_dim is None else hidden_states.new_full((1,), OFS),
+        ofs=None if (ofs := ofs_of(spec)) is None else hidden_states.new_full((1,), ofs),
         image_rotary_emb=positions,
         return_dict=False,
     )
@@ -71,13 +79,32 @@ def _dtype_of(transformer: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
 
 
+_TABLES: WeakKeyDictionary[nn.Module, dict[Any, tuple[Tensor, Tensor]]] = WeakKeyDictionary()
+
+_MOST_TABLES = 8
+"""Per model: of 9 MiB each for 49 frames at 480x720."""
+
+
+def _kept_table(
+    transformer: nn.Module, spec: ModelSpec, shape: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``rotary_table`` of (frames, height, width), made once for a model: some dozens of small kernels otherwise, for
+    which the device waits at the beginning of every pass.
+    """
+    tables = _TABLES.setdefault(transformer, {})
+    key = spec, shape, device
+    if key not in tables:
+        while len(tables) >= _MOST_TABLES:
+            del tables[next(iter(tables))]
+        with torch.inference_mode(False):  # a table that sampling makes is good for training as well
+            tables[key] = rotary_table(spec, *shape, device=device)
+    return tables[key]
+
+
 def rotary_table(
     spec: ModelSpec, frames: int, height: int, width: int, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary positions, as the stock pipelines lay them out.
-
-    Not memoised: it is a few dozen small kernels beside a forward pass of seconds, and a kept table would outlive the
-    inference or fake-tensor mode it was made in.
 
     Args:
         spec: of a model with ``use_rotary``.

@@ -135,6 +135,9 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         sampled = [validation.bucket] if validation.bucket is not None else []
         for what, most in context_faults(spec, dict.fromkeys([*config.data.trained_buckets, *sampled]), context):
             yield True, "parallel.context", what, f"set parallel.context to at most {most}"
+    what = "math forms attention in many operations, and selective checkpointing keeps what one of them gives"
+    wrong = config.model.attention == "math" and config.memory.checkpointing == "selective"
+    yield wrong, "model.attention", what, "set model.attention: auto, or memory.checkpointing: full"
     for unusable in config.memory.faults(memory_traits(config, spec)):
         yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
     optimizer = config.optimizer

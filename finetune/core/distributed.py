@@ -57,9 +57,7 @@ def require_cudnn(device: torch.device) -> None:
     version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
     if version >= LEAST_CUDNN:
         return
-    # 8.9.2 is 8902, 9.10.2 is 91002.
-    thousands = 10_000 if version >= 10_000 else 1000
-    name = f"cuDNN {version // thousands}.{version % thousands // 100}.{version % 100}" if version else "no cuDNN"
+    name = f"cuDNN {cudnn_name(version)}" if version else "no cuDNN"
     cuda = torch.version.cuda.partition(".")[0]
     raise LaunchError(
         f"this torch has {name}, and CogVideoX needs 9.15.1: before it, the VAE's bf16 convolutions give wrong results"
@@ -68,6 +66,12 @@ def require_cudnn(device: torch.device) -> None:
         fix=f"pip install --upgrade 'nvidia-cudnn-cu{cuda}>=9.15.1', or torch's wheel from PyPI, which brings its own;"
         " or set CUDA_VISIBLE_DEVICES= to compute on the CPU",
     )
+
+
+def cudnn_name(version: int) -> str:
+    """``9.15.1`` for 91501, as ``torch.backends.cudnn.version()`` counts; 8.9.2 is 8902."""
+    thousands = 10_000 if version >= 10_000 else 1000
+    return f"{version // thousands}.{version % thousands // 100}.{version % 100}"
 
 
 def indexed(device: torch.device) -> torch.device:

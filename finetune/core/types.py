@@ -179,6 +179,8 @@ class Batch:
     """Names of the clips, for messages."""
     weights: Tensor | None = None
     """What each sample's loss is multiplied by, float32 [B]; None where every one counts 1."""
+    timesteps_on_host: tuple[int, ...] | None = None
+    """``timesteps`` as numbers, which are there without asking the device; None where they are not known."""
 
 
 @dataclass(frozen=True)

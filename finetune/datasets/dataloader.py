@@ -148,6 +148,7 @@ def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:
         slots=slots,
         clips=tuple(clip for sample in samples for clip in sample.clips),
         weights=torch.cat(weights) if weighted else None,
+        timesteps_on_host=tuple(int(timestep) for sample in samples for timestep in sample.timesteps),
     )
 
 
@@ -191,6 +192,8 @@ class Loader:
         self._device = device
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._ahead: dict[int, list[Future[Batch]]] = {}
+        self.prepare: Callable[[Batch], object] | None = None
+        """Called in the thread with each batch that is made: for what of a step the host can compute ahead."""
         self.waited_s = 0.0
         """Seconds that ``step`` has waited for batches so far: time in which the model had nothing to do."""
 
@@ -229,6 +232,8 @@ class Loader:
 
     def _one(self, step: int, micro: MicroBatch) -> Batch:
         batch = self._make(step, micro)
+        if self.prepare is not None:
+            self.prepare(batch)
         return _change_tensors(batch, Tensor.pin_memory) if self._device.type == "cuda" else batch
 
     def close(self) -> None:

@@ -5,14 +5,20 @@ weights, for one vector per clip. Where they are frozen, the result follows from
 the CPU, time embedding included, in the model's dtype and by the model's own operations: on a CPU bit for bit what the
 model computes, on a GPU up to rounding (both within 1 % of the largest entry in bf16, 0.001 % in fp32).
 
-A layer's rows are computed when its block is queued, while the device is busy with the blocks before, and are kept with
-their pass for the backward pass: several passes may be under way, each with timesteps of its own.
+Who knows a pass's timesteps on the host says so (``announced``), or they are read from the device, and the host waits
+for it. All rows of a pass may be computed ahead in another thread (``prepare``). Otherwise a layer's are computed when
+its block is queued. They are kept with their pass for the backward pass: several passes may be under way, each with
+timesteps of its own.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import threading
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -39,12 +45,20 @@ LABEL = "modulation"
 _EMBEDDINGS = ("time_embedding", "ofs_embedding")
 
 
+@dataclass(frozen=True)
+class _Conditions:
+    """What the time embedding is made of, as the host knows it."""
+
+    timesteps: tuple[int, ...]
+    ofs: float | None
+
+
 @dataclass
 class _Pass:
     """One forward pass of the model, and the backward pass that may follow."""
 
-    conditioning: Tensor
-    """What the adaLN layers are applied to, on the host, [B, E]."""
+    conditioning: Tensor | None
+    """What the adaLN layers are applied to, on the host, [B, E]; None where all rows were computed ahead."""
     staged: Tensor
     """Pinned memory from which the rows are copied, [layers, B, 6D]. torch's allocator of pinned memory gives it to
     nobody else before the copies are done."""
@@ -76,6 +90,12 @@ class AdaLnOffload:
         self._embeddings: dict[str, nn.Module] = {}
         self._signature = inspect.signature(type(transformer).forward)
         self._hook: Any = None
+        self._coming: _Conditions | None = None
+        """Of the next forward pass, where the host knows them."""
+        self._ahead: dict[_Conditions, list[Tensor]] = defaultdict(list)
+        """Rows of passes to come, pinned, [layers, B, 6D]."""
+        self._lock = threading.Lock()
+        """Between the thread that prepares and the one that takes, or removes."""
         self._announced: _Pass | None = None
         """The pass that has begun, and whose time embedding no block has seen yet."""
         self._passes: dict[int, tuple[StorageWeakRef, _Pass]] = {}
@@ -104,42 +124,94 @@ class AdaLnOffload:
             norm.silu.forward = _unchanged
             norm.linear.forward = partial(self._rows, number)
         self._hook = self._transformer.register_forward_pre_hook(self._begin, with_kwargs=True)
+        # As an attribute of the instance alone: what walks the model's modules does not see it.
+        self._transformer.__dict__[_OFFLOAD] = self
 
     def remove(self, device: torch.device | None = None) -> None:
         """Give the layers back as they were, their weights on ``device``, or in ordinary host memory if None."""
         if self._hook is None:
             return
-        self._hook.remove()
-        self._hook = None
-        for norm in self._norms.values():
-            del norm.silu.forward, norm.linear.forward
-            unpin_from_host(norm.linear)
-            _move(norm.linear, [torch.empty_like(p, device=device) for p in norm.linear.parameters()])
-        self._embeddings, self._passes, self._announced = {}, {}, None
+        self._transformer.__dict__.pop(_OFFLOAD, None)
+        with self._lock:
+            self._hook.remove()
+            self._hook = None
+            for norm in self._norms.values():
+                del norm.silu.forward, norm.linear.forward
+                unpin_from_host(norm.linear)
+                _move(norm.linear, [torch.empty_like(p, device=device) for p in norm.linear.parameters()])
+            self._embeddings, self._passes, self._announced, self._coming = {}, {}, None, None
+            self._ahead.clear()
+
+    # ------------------------------------------------------------------------------------------------- before a pass
+
+    @contextmanager
+    def announced(self, conditions: _Conditions) -> Iterator[None]:
+        """The forward pass inside has these; a later one does not, also if this one never comes to be."""
+        self._coming = conditions
+        try:
+            yield
+        finally:
+            self._coming = None
+
+    def prepare(self, conditions: _Conditions) -> None:
+        """Compute all rows of one pass to come that will have these; in any thread."""
+        with self._lock, torch.no_grad(), host_work(LABEL):
+            if self._hook is None:  # another memory state came in between
+                return
+            dtype, (timesteps, ofs) = self._linears[0].weight.dtype, _tensors_of(conditions)
+            conditioning = self._conditioning(timesteps, None, ofs, dtype)
+            staged = self._staged(conditioning)
+            for linear, rows in zip(self._linears, staged, strict=True):
+                rows.copy_(functional.linear(conditioning, linear.weight, linear.bias))
+            self._ahead[conditions].append(staged)
 
     def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a forward pass: the time embedding, as ``CogVideoXTransformer3DModel.forward`` computes it."""
+        """Before a forward pass: its rows, where they were computed ahead, or else its time embedding."""
         given = self._signature.bind(self._transformer, *args, **kwargs).arguments
         dtype = given["hidden_states"].dtype
-        with torch.no_grad(), host_work(LABEL):
-            condition = given.get("timestep_cond")
-            embedding = self._embeddings["time_embedding"](
-                self._transformer.time_proj(_on_host(given["timestep"])).to(dtype),
-                None if condition is None else _on_host(condition),
-            )
-            if "ofs_embedding" in self._embeddings:
-                ofs = self._transformer.ofs_proj(_on_host(given["ofs"])).to(dtype)
-                embedding = embedding + self._embeddings["ofs_embedding"](ofs)
-            conditioning = functional.silu(embedding)
         self._forget_passes()
+        conditions, self._coming = self._coming, None
+        if conditions is not None and (len(conditions.timesteps),) != given["timestep"].shape:
+            conditions = None
+        staged = None if conditions is None or dtype != self._linears[0].weight.dtype else self._take(conditions)
+        conditioning = None
+        if staged is None:
+            with torch.no_grad(), host_work(LABEL):
+                condition = given.get("timestep_cond")
+                if conditions is not None:
+                    timesteps, ofs = _tensors_of(conditions)
+                else:
+                    timesteps = _on_host(given["timestep"])
+                    ofs = None if given.get("ofs") is None else _on_host(given["ofs"])
+                condition = None if condition is None else _on_host(condition)
+                conditioning = self._conditioning(timesteps, condition, ofs, dtype)
+                staged = self._staged(conditioning)
+        rows = BufferLayout.of([staged]).views(device_buffer(_nbytes(staged), self._device, LABEL))[0]
+        self._announced = current = _Pass(conditioning, staged, rows)
+        if conditioning is None:
+            rows.copy_(staged, non_blocking=True)  # on the compute's own stream, as below
+            current.done.update(range(len(self._linears)))
+
+    def _conditioning(self, timesteps: Tensor, condition: Tensor | None, ofs: Tensor | None, dtype: Any) -> Tensor:
+        """The time embedding, as ``CogVideoXTransformer3DModel.forward`` computes it, [B, E]; all on the host."""
+        embedding = self._embeddings["time_embedding"](self._transformer.time_proj(timesteps).to(dtype), condition)
+        if "ofs_embedding" in self._embeddings:
+            embedding = embedding + self._embeddings["ofs_embedding"](self._transformer.ofs_proj(ofs).to(dtype))
+        return functional.silu(embedding)
+
+    def _staged(self, conditioning: Tensor) -> Tensor:
+        """Pinned memory for all rows of a pass."""
         shape = (len(self._linears), conditioning.shape[0], self._linears[0].out_features)
-        layout = BufferLayout.of([torch.empty(shape, dtype=dtype, device="meta")])
-        flats = (
-            host_buffer(layout.nbytes, pinned=True, what=LABEL),
-            device_buffer(layout.nbytes, self._device, LABEL),
-        )
-        staged, rows = (layout.views(flat)[0] for flat in flats)
-        self._announced = _Pass(conditioning, staged, rows)
+        layout = BufferLayout.of([torch.empty(shape, dtype=conditioning.dtype, device="meta")])
+        return layout.views(host_buffer(layout.nbytes, pinned=True, what=LABEL))[0]
+
+    def _take(self, conditions: _Conditions) -> Tensor | None:
+        with self._lock:
+            ready = self._ahead.get(conditions)
+            staged = ready.pop() if ready else None
+            if not ready:
+                self._ahead.pop(conditions, None)
+        return staged
 
     def _rows(self, number: int, temb: Tensor) -> Tensor:
         """What layer ``number`` gives for a pass, [B, 6D] on the device.
@@ -150,7 +222,7 @@ class AdaLnOffload:
                 run again: its values are not read, and may not be there yet.
         """
         current = self._pass_of(temb)
-        if number not in current.done:
+        if number not in current.done and current.conditioning is not None:
             linear, staged = self._linears[number], current.staged[number]
             with torch.no_grad():
                 with host_work(LABEL):
@@ -183,6 +255,42 @@ class AdaLnOffload:
             if reference.expired():  # type: ignore[no-untyped-call]
                 del self._passes[key]
         self._announced = None
+
+
+_OFFLOAD = "_adaln_offload"
+
+
+def announced(
+    transformer: nn.Module, timesteps: tuple[int, ...] | None, ofs: float | None
+) -> AbstractContextManager[None]:
+    """Around a forward pass of a transformer: which timesteps it has, so that nobody asks the device for them; where
+    its adaLN layers are not on the host, nothing is done.
+
+    Args:
+        transformer: in whatever memory state.
+        timesteps: of its batch; None where only the device knows them.
+        ofs: what its offset embedding is given, if it has one.
+    """
+    offload: AdaLnOffload | None = transformer.__dict__.get(_OFFLOAD)
+    if offload is None or timesteps is None:
+        return nullcontext()
+    return offload.announced(_Conditions(timesteps, ofs))
+
+
+def prepare(transformer: nn.Module, timesteps: tuple[int, ...] | None, ofs: float | None) -> None:
+    """Compute ahead what a forward pass that is ``announced`` later will need; in any thread, arguments as there."""
+    offload: AdaLnOffload | None = transformer.__dict__.get(_OFFLOAD)
+    if offload is not None and timesteps is not None:
+        offload.prepare(_Conditions(timesteps, ofs))
+
+
+def _tensors_of(conditions: _Conditions) -> tuple[Tensor, Tensor | None]:
+    """As the model is given them."""
+    return torch.tensor(conditions.timesteps), None if conditions.ofs is None else torch.tensor([conditions.ofs])
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return BufferLayout.of([tensor]).nbytes
 
 
 def _require_frozen(modules: dict[str, nn.Module]) -> None:

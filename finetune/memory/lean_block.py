@@ -509,15 +509,17 @@ def masks(seed: int | None, segment: int, chunk: int, device: torch.device) -> I
     if seed is None:
         yield
         return
+    # Only the generator that draws: ``fork_rng`` saves and restores all of them, chunk by chunk.
     # Steps by an odd constant without pattern keep addresses apart in the low 32 bits too, which is all that the CPU
     # generator reads.
     own = (seed + 0x9E3779B97F4A7C15 * (1 + segment + 4 * chunk)) % 2**63
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(own)
-        if cuda:
-            torch.cuda.default_generators[device.index].manual_seed(own)
+    source = torch.default_generator if device.type == "cpu" else torch.cuda.default_generators[device.index]
+    before = source.get_state()
+    source.manual_seed(own)
+    try:
         yield
+    finally:
+        source.set_state(before)
 
 
 class GradientSums:

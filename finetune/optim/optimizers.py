@@ -11,6 +11,7 @@ import importlib
 import inspect
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -141,7 +142,8 @@ class AdamW8bit(_Adam):
     kind: Literal["adamw8bit"] = "adamw8bit"
 
     def _build(self, groups: Groups) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = _import("bitsandbytes", self.kind).optim.AdamW8bit(groups, **self._arguments)
+        library = _import("bitsandbytes", self.kind).optim.AdamW8bit
+        optimizer: torch.optim.Optimizer = _queued(library)(groups, **self._arguments)
         return optimizer
 
 
@@ -245,6 +247,33 @@ _ELEMENTWISE = frozenset(
     {"ASGD", "Adadelta", "Adagrad", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD"}
 )
 """Of ``torch.optim``; Adafactor and Muon look at rows, columns or whole matrices."""
+
+
+@cache
+def _queued(library: Any) -> Any:
+    """An optimizer of bitsandbytes that only queues its updates.
+
+    The library's own ``step`` waits for the whole device after every parameter, copies of other streams included:
+    hundreds of times a step, and gradients that come back from the host do not overlap with updates. Nothing here needs
+    it: what is paged, and would, is left as it is.
+    """
+
+    def step(self: Any, closure: None = None) -> None:
+        if not self.initialized:
+            self.check_overrides()
+            self.to_gpu()
+            self.initialized = True
+        for group_index, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if parameter.grad is None:
+                    continue
+                if not self.state[parameter]:
+                    self.init_state(group, parameter, group_index, index)
+                self.update_step(group, parameter, group_index, index)
+
+    import torch
+
+    return type(library.__name__, (library,), {"step": torch.no_grad()(step), "__module__": library.__module__})
 
 
 _UNUSABLE = {"Optimizer", "LBFGS", "SparseAdam"}

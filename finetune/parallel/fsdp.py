@@ -94,11 +94,13 @@ class FullyShardedDataParallel:
         gradients = list(self._gradients().values())
         if scale != 1.0 and gradients:
             torch._foreach_div_(gradients, scale)
-        total = torch.zeros((), dtype=torch.float64, device=self._ranks.device)
+        # Summed where the shares are: kept on the host, each norm would be a copy that is waited for.
+        where = gradients[0].device if gradients else self._ranks.device
+        own = torch.zeros((), dtype=torch.float64, device=where)
         for gradient in gradients:
             if gradient.numel():
-                norm = torch.linalg.vector_norm(gradient, dtype=torch.float32)
-                total += norm.to(total.device, torch.float64).square()
+                own += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+        total = own.to(self._ranks.device)
         distributed.all_reduce(total)
         norm_of_all = math.sqrt(total.item())  # of NaN and infinity: themselves
         if norm_of_all > limit and gradients:

@@ -92,7 +92,9 @@ class GradientRelease(DataParallel):
         self._names = {id(parameter): name for name, parameter in self.parameters.items()}
         self._squares: list[Tensor] = []
         self._taken: set[str] = set()
-        self._factor, self._scale = 1.0, 1.0
+        self._limit, self._factor, self._scale = math.inf, 1.0, 1.0
+        self._norm: Tensor | float = 0.0
+        """Of the whole gradient, under ``exact``; on the device until the update."""
         self._updated = self._not_finite = False
         self._gradients: HostGradients | None = None
         self._weights: HostWeights | None = None
@@ -206,9 +208,9 @@ class GradientRelease(DataParallel):
             for name in named:
                 self._trained[name].grad = None
 
-    def clip(self, limit: float, *, scale: float = 1.0) -> float:
-        """Under ``per_parameter`` the gradients are gone: only the norm is told, as it was before
-        clipping, and it is NaN where something was not finite.
+    def clip(self, limit: float, *, scale: float = 1.0) -> Tensor | float:
+        """Under ``exact`` gradients are scaled and clipped when they are used. Under ``per_parameter`` they are gone:
+        only the norm is told, as it was before clipping, and it is NaN where something was not finite.
 
         Raises:
             ConfigError: under ``per_parameter``, for a scaled loss.
@@ -217,10 +219,9 @@ class GradientRelease(DataParallel):
             self._staging.finish()
         if self._gradients is not None:
             self._gradients.end_step()
-        total = float(torch.stack(self._squares).sum()) if self._squares else 0.0
-        norm = math.sqrt(total) / scale  # of NaN and infinity: themselves
+        norm = torch.stack(self._squares).sum().sqrt() / scale if self._squares else 0.0
         if self._exact:
-            self._scale, self._factor = scale, min(1.0, limit / (norm + 1e-6))
+            self._scale, self._limit, self._norm = scale, limit, norm
             return norm
         if scale != 1.0:
             raise ConfigError(
@@ -233,6 +234,7 @@ class GradientRelease(DataParallel):
     def step(self) -> None:
         """Under ``per_parameter`` all has happened, and this only ends the step."""
         if self._gradients is not None and self._taken:
+            self._factor = min(1.0, self._limit / (float(self._norm) + 1e-6))
             if self._weights is None:
                 self._gradients.apply_updates(self._device, self._update_clipped)
             else:

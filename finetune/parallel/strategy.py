@@ -60,12 +60,12 @@ class ParallelStrategy(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a scalar. Over a step, the gradient is the mean over processes of what each adds."""
 
-    def clip(self, limit: float, *, scale: float = 1.0) -> float:
+    def clip(self, limit: float, *, scale: float = 1.0) -> Tensor | float:
         """Divide the step's gradients by ``scale``, then clip them to a global L2 norm of ``limit``.
 
         Returns:
             The norm over all parameters of all processes, after ``scale`` and before clipping; the same number on
-            every process.
+            every process. It may still be on the device, so that nobody waits for it here.
         """
 
     def step(self) -> None:
@@ -128,10 +128,11 @@ class DataParallel:
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def clip(self, limit: float, *, scale: float = 1.0) -> float:
+    def clip(self, limit: float, *, scale: float = 1.0) -> Tensor | float:
         if scale != 1.0:
             torch._foreach_div_([p.grad for p in self.parameters.values() if p.grad is not None], scale)
-        return float(torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit))
+        norm: Tensor = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
+        return norm
 
     def step(self) -> None:
         self.optimizer.step()

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cogvideox.components import read_json
-from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.denoise import denoise, ofs_of
 from finetune.cogvideox.load import empty_component, make_room, on_meta
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.types import Batch, Bucket
+from finetune.memory.adaln_offload import announced, prepare
 from finetune.memory.block_streaming import stream_text, text_placement
 from finetune.memory.config import TextEncoder
 from finetune.memory.host_buffers import label_buffer
@@ -212,7 +213,7 @@ class TrackedTraining:
                 self._micro_batch(batch, running, spans, last=number == len(batches))
             spans["optimizer"] = tracker.tick
             running.enter("gradient clipping")
-            strategy.clip(self.config.train.max_grad_norm or math.inf)
+            float(strategy.clip(self.config.train.max_grad_norm or math.inf))  # read once, as the loop does
             running.enter("optimizer")
             strategy.step()
             if self.ema is not None:
@@ -230,7 +231,9 @@ class TrackedTraining:
             begin = tracker.tick
             spans.setdefault("forward", begin)
             running.enter("forward")
-            with strategy.micro_batch(last=last):
+            conditions = part.timesteps_on_host, ofs_of(self.spec)
+            prepare(self.transformer, *conditions)
+            with strategy.micro_batch(last=last), announced(self.transformer, *conditions):
                 losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part)
                 tracker.read_labels()
                 tracker.name_since(begin, "saved activations")
@@ -287,6 +290,7 @@ def fake_batches(
         timesteps=torch.zeros(size, dtype=torch.long),
         prompt_embeds=torch.zeros(size, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype),
         image_latents=image,
+        timesteps_on_host=(0,) * size,
         slots=tuple(range(size)),
         clips=tuple(f"clip {number}" for number in range(size)),
     )

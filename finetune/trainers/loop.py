@@ -29,7 +29,7 @@ from finetune.core.distributed import peers
 from finetune.core.errors import FinetuneError, TrainingError, first_line, is_out_of_memory
 from finetune.core.files import from_here
 from finetune.core.rng import seed_for, seed_global
-from finetune.core.types import RunState
+from finetune.core.types import Batch, RunState
 from finetune.datasets.schedule import is_due, lr_at
 from finetune.optim.optimizers import begin, set_lr
 from finetune.reports.report import REPORT, write_report
@@ -146,6 +146,12 @@ class _Loop:
         rows = run.config.train.accumulation * run.config.train.batch_size
         self.metrics = StepMetrics(rows, gather, counts=run.ranks.leads_context)
         self.durations_s: list[float] = []
+        run.data.loader.prepare = self._prepare
+
+    def _prepare(self, batch: Batch) -> None:
+        """In the loader's thread: what the host computes of a step ahead of it."""
+        for part in self.memory.state.split(batch):
+            self.run.model.prepare(part)
 
     def train(self, on_step: Callable[[StepRecord], None] | None) -> TrainReport:
         """Train to the end, or until a stop is requested."""
@@ -217,9 +223,10 @@ class _Loop:
 
         passes = partial(self._passes, step)
         self.memory.run_passes(step, passes, forget=self.metrics.reset)
-        grad_norm = model.strategy.clip(config.train.max_grad_norm or math.inf, scale=model.loss_scale)
+        norm = model.strategy.clip(config.train.max_grad_norm or math.inf, scale=model.loss_scale)
         fault = self._fault_ahead(step + 1)
-        gathered = self.metrics.exchange(stop=self.stop.requested, fault=fault is not None)
+        gathered = self.metrics.exchange(norm, stop=self.stop.requested, fault=fault is not None)
+        grad_norm = gathered.grad_norm
         require_finite(run, gathered, self.memory.state, passes, step=step, grad_norm=grad_norm)
         run.require_planned_samples(step, gathered)
         run.check_ranks(step, grad_norm)

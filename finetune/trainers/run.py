@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.checkpoint.save import CheckpointContent, save_checkpoint
+from finetune.cogvideox.denoise import ofs_of
 from finetune.cogvideox.objective import sample_timestep, velocity_losses
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.rules import memory_traits
@@ -27,6 +28,7 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, Loader
 from finetune.datasets.manifests import Manifest
 from finetune.datasets.schedule import StepPlan
+from finetune.memory import adaln_offload
 from finetune.memory.config import Traits
 from finetune.memory.runner import rewriting_weights
 from finetune.optim.ema import Ema
@@ -90,7 +92,17 @@ class TrainedModel:
                 whole: a wrapper may communicate in each call, and processes do not measure equally often.
         """
         wrapped = training or self.strategy.collective_forward
-        return velocity_losses(self.strategy.model if wrapped else self.module, self.spec, self.alpha_bar, batch)
+        model = self.strategy.model if wrapped else self.module
+        with adaln_offload.announced(self.module, batch.timesteps_on_host, ofs_of(self.spec)):
+            return velocity_losses(model, self.spec, self.alpha_bar, batch)
+
+    def prepare(self, part: Batch) -> None:
+        """Compute ahead what the host adds to a pass of ``losses``; from any thread.
+
+        Args:
+            part: what will go through the model at once.
+        """
+        adaln_offload.prepare(self.module, part.timesteps_on_host, ofs_of(self.spec))
 
     def update(self) -> None:
         """Take the step: new weights, no gradients, and the average, if one is kept, follows."""

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from finetune.caching.check import run_advice
+from finetune.caching.encode import release_memory
 from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
 from finetune.checkpoint.folders import clear_interrupted
@@ -42,6 +43,7 @@ from finetune.datasets.manifests import WARNING, Manifest
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.inference.adapters import read_sources
 from finetune.inference.request import AdapterArgument
+from finetune.memory.attention import AttentionRequest, attention_kernel, choose_kernel, require_kernel
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
 from finetune.optim.ema import Ema
@@ -73,6 +75,8 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
     ranks = replace(ranks, context=config.parallel.context)
+    attention = _attention_request(config, spec, ranks.device)
+    require_kernel(config.model.attention, attention, where=config.where("model.attention"))
     config, choice = choose_memory(config)
     accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
     require_tracker(config, accelerator)
@@ -94,6 +98,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         require_as_sent(folder, "transformer", data.cache.digest_file)
 
     ranks.run_on_main(require_base_as_sent)
+    config = _choose_attention(config, attention, saved, cleanup, accelerator.print, ranks)
     prediction = _predict_peak(config, launch, ranks)  # while the model is read
     if prediction is not None:
         cleanup.callback(prediction.close)
@@ -209,8 +214,11 @@ def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGrou
         return None
     state, where = saved.state, str(saved.path)
     processes = saved.processes, ranks.world
+    settings = config.to_dict()
+    if config.model.attention == "auto":  # which goes on with what it chose before
+        settings["model"]["attention"] = _recorded_attention(saved)
     for change in require_same_run(
-        saved.config, config.to_dict(), where=where, processes=processes, identified=bool(state.base)
+        saved.config, settings, where=where, processes=processes, identified=bool(state.base)
     ):
         if ranks.is_main:
             print(f"continuing with {change}", flush=True)
@@ -234,6 +242,43 @@ def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGrou
             fix="it was changed after it was written: bring its state.json back, or use another checkpoint of the run",
         )
     return saved
+
+
+def _attention_request(config: RunConfig, spec: ModelSpec, device: torch.device) -> AttentionRequest:
+    buckets = {*config.data.trained_buckets, *filter(None, (config.validation.bucket,))}
+    return AttentionRequest(
+        device=device,
+        dtype=config.model.torch_dtype(),
+        batch=min(config.memory.clips_at_once or config.train.batch_size, config.train.batch_size),
+        heads=max(1, spec.num_attention_heads // config.parallel.context),  # of which each process has a share
+        head_dim=spec.attention_head_dim,
+        lengths=tuple(sorted(map(spec.tokens, buckets))),
+        deterministic=config.train.deterministic,
+    )
+
+
+def _recorded_attention(saved: LoadedCheckpoint | None) -> Any:
+    return "auto" if saved is None else saved.config.get("model", {}).get("attention", "auto")
+
+
+def _choose_attention(
+    config: RunConfig,
+    request: AttentionRequest,
+    saved: LoadedCheckpoint | None,
+    cleanup: ExitStack,
+    tell: Callable[[str], object],
+    ranks: ProcessGroup,
+) -> RunConfig:
+    """The run with the kernel that computes attention from here until ``cleanup``: one for all processes."""
+    kernel = config.model.attention
+    if kernel == "auto":
+        choice = ranks.run_on_main(lambda: choose_kernel(request, recorded=_recorded_attention(saved)))
+        release_memory()
+        for line in choice.lines:
+            tell(line)
+        kernel = choice.kernel
+    cleanup.enter_context(attention_kernel(kernel))
+    return config.model_copy(update={"model": config.model.model_copy(update={"attention": kernel})})
 
 
 def _trained_model(
@@ -367,6 +412,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         ("optimizer", f"{config.optimizer.kind}, learning rate {config.optimizer.lr:g}, {config.lr_schedule.kind}"),
         ("parallel", model.strategy.name),
         ("device", f"{device} ({_device_name(device)})"),
+        ("attention", "as torch chooses" if config.model.attention == "auto" else config.model.attention),
         ("seed", str(config.train.seed)),
         ("repeatable", repeatability(config.train.deterministic, device)),
     ]

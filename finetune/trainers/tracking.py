@@ -80,6 +80,8 @@ class GatheredStep:
     """Whether any process was asked to stop."""
     fault: bool
     """Whether any process cannot go on after this step."""
+    grad_norm: float = 0.0
+    """Of this process's gradient, before clipping."""
 
     def is_finite(self, grad_norm: float) -> bool:
         """Whether the step may be taken: every loss, and the norm of the gradient, is a number."""
@@ -141,10 +143,12 @@ class StepMetrics:
         self._losses.append(losses.detach().double())
         self._timesteps.append(timesteps.double())
 
-    def exchange(self, *, stop: bool = False, fault: bool = False) -> GatheredStep:
-        """Share the step with every process. This is where a step waits for the device, once.
+    def exchange(self, norm: Tensor | float = 0.0, *, stop: bool = False, fault: bool = False) -> GatheredStep:
+        """Share the step with every process. This is where a step waits for the device, once, and it has to: a step
+        that is not finite is found here, before it is taken.
 
         Args:
+            norm: of this process's gradient, which is read along if it is on the device.
             stop: this process was asked to stop.
             fault: this process cannot go on after this step.
         """
@@ -152,8 +156,11 @@ class StepMetrics:
         table = own.new_full((self.rows + 1, 2), _PADDING)
         if self.counts:
             table[: len(own)] = own
-        table[-1] = torch.tensor([_STOP * stop + _FAULT * fault, _FLAGS], dtype=own.dtype)
-        rows = self.gather(table).tolist()
+        # Numbers one by one: a tensor of the host's would be copied, and waited for.
+        table[-1, 0], table[-1, 1] = float(_STOP * stop + _FAULT * fault), _FLAGS
+        everyone = self.gather(table)
+        norms = torch.zeros_like(everyone[:1]) + norm
+        *rows, (grad_norm, _) = torch.cat([everyone, norms]).tolist()
         samples = [(loss, int(timestep)) for loss, timestep in rows if timestep >= 0]
         flags = [int(value) for value, kind in rows if kind == _FLAGS]
         return GatheredStep(
@@ -161,6 +168,7 @@ class StepMetrics:
             timesteps=tuple(timestep for _, timestep in samples),
             stop=any(flag & _STOP for flag in flags),
             fault=any(flag & _FAULT for flag in flags),
+            grad_norm=grad_norm,
         )
 
     def reset(self) -> None:
