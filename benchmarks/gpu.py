@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Every memory recipe and technique at full size on a GPU: measured peak against the planner's, and seconds per step.
+"""Every memory recipe and technique at full size on a GPU: measured peak and seconds per step against the planner's,
+where a step's time goes, attention's kernels, and matrix products.
 
 Models are made from their configurations with random weights, through the code that loads real ones: memory and speed
 are real, quality is not. All of it takes longer than ten minutes: ``--only`` measures a piece (``PIECES``), and pieces
@@ -20,6 +21,8 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +35,23 @@ grow_segments()
 
 import torch
 from cases import cases
+from parts import (
+    ATTENTION,
+    PRODUCTS,
+    TOY_ATTENTION,
+    TOY_PRODUCTS,
+    Measurement,
+    Row,
+    attention_kernels,
+    breakdown,
+    products,
+)
 from record import Record
 from torch import Tensor, nn
 
 from finetune.caching.encode import release_memory
 from finetune.cli.init import RECIPES
+from finetune.cogvideox.denoise import ofs_of
 from finetune.cogvideox.load import empty_transformer, place
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.objective import alpha_bar, velocity_losses
@@ -44,12 +59,15 @@ from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.distributed import require_cudnn
 from finetune.core.types import GIB, Batch, Bucket
+from finetune.memory.adaln_offload import announced, prepare
 from finetune.memory.quantized_linear import placement
 from finetune.memory.runner import assert_recompute, undo
 from finetune.optim.optimizers import begin
 from finetune.parallel.gradient_release import single_process_strategy
-from finetune.planner.estimate import longest_bucket
+from finetune.planner.cost_model import OF_ANOTHER, device_name, rates_of
+from finetune.planner.estimate import longest_bucket, spec_of
 from finetune.planner.fake_run import OneProcess
+from finetune.planner.step_time import step_cost
 
 PLANS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 STOCK = ("cogvideox-2b-lora.yaml", "cogvideox-5b-lora.yaml")
@@ -61,8 +79,13 @@ PIECES = {
     "5b-full": "^cogvideox-5b-full",
     "5b-full-techniques": "^5B full",
     "1.5": "^cogvideox-1.5",
+    "attention": "^attention",
+    "products": "^product",
+    "breakdown": "^breakdown",
 }
 """What ``--only`` takes beside regular expressions; each piece is meant to fit ten minutes of an H100."""
+TAKEN_APART = ("cogvideox-5b-lora.yaml", "cogvideox-5b-lora-24gb.yaml", "cogvideox-5b-full-32gb.yaml")
+"""Configurations of which one step is profiled."""
 
 
 def random_tensors(module: nn.Module, dtype: torch.dtype, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -100,6 +123,7 @@ def random_batch(spec: ModelSpec, bucket: Bucket, dtype: torch.dtype, device: to
         latents=torch.randn(shape, device=device),
         noise=torch.randn(shape, device=device),
         timesteps=torch.full((1,), 500, device=device),
+        timesteps_on_host=(500,),
         prompt_embeds=torch.randn(1, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype, device=device),
         image_latents=image,
         slots=(0,),
@@ -107,22 +131,50 @@ def random_batch(spec: ModelSpec, bucket: Bucket, dtype: torch.dtype, device: to
     )
 
 
+class Training:
+    """A run of random weights and one random clip, step by step.
+
+    Args:
+        config: of the run.
+        folder: of the model's configurations.
+        bucket: of the clip.
+        device: where it trains.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, bucket: Bucket, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.config, self.spec = config, read_spec(str(folder))
+        self.module = build(config, folder, device)
+        self.strategy = single_process_strategy(
+            OneProcess,
+            self.module,
+            config.method.trainable(self.module),
+            memory=config.memory,
+            device=device,
+            max_norm=config.train.max_grad_norm,
+        )
+        self.strategy.start(config.optimizer, None)
+        self.schedule = alpha_bar(self.spec).float().to(device)
+        self.batch = random_batch(self.spec, bucket, config.model.torch_dtype(), device)
+        self.steps = 0
+
+    def step(self) -> tuple[float, float]:
+        """One optimizer step, as the loop takes it; loss and gradient norm."""
+        begin(self.strategy.optimizer, seed=0, step=self.steps)
+        conditions = self.batch.timesteps_on_host, ofs_of(self.spec)
+        prepare(self.module, *conditions)
+        with self.strategy.micro_batch(last=True), announced(self.module, *conditions):
+            loss = velocity_losses(self.strategy.model, self.spec, self.schedule, self.batch).sum()
+            self.strategy.backward(loss)
+        norm = float(self.strategy.clip(self.config.train.max_grad_norm or math.inf))
+        self.strategy.step()
+        self.steps += 1
+        return float(loss.detach()), norm
+
+
 def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.device, steps: int) -> dict[str, Any]:
     """Peak and seconds of optimizer steps after the first, in which the optimizer makes its states."""
-    spec, dtype = read_spec(str(folder)), config.model.torch_dtype()
-    torch.manual_seed(0)
-    module = build(config, folder, device)
-    strategy = single_process_strategy(
-        OneProcess,
-        module,
-        config.method.trainable(module),
-        memory=config.memory,
-        device=device,
-        max_norm=config.train.max_grad_norm,
-    )
-    strategy.start(config.optimizer, None)
-    schedule = alpha_bar(spec).float().to(device)
-    batch = random_batch(spec, bucket, dtype, device)
+    training = Training(config, folder, bucket, device)
     loaded = allocated(device)
     durations, losses, norm = [], [], math.nan
     for step in range(steps + 1):
@@ -130,15 +182,11 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
             torch.cuda.reset_peak_memory_stats(device)
         synchronise(device)
         begun = time.perf_counter()
-        begin(strategy.optimizer, seed=0, step=step)
-        with assert_recompute(module, config.memory), strategy.micro_batch(last=True):
-            loss = velocity_losses(strategy.model, spec, schedule, batch).sum()
-            strategy.backward(loss)
-        norm = strategy.clip(config.train.max_grad_norm or math.inf)
-        strategy.step()
+        with assert_recompute(training.module, config.memory):
+            loss, norm = training.step()
         synchronise(device)
         durations.append(time.perf_counter() - begun)
-        losses.append(float(loss.detach()))
+        losses.append(loss)
     found = {
         "s_per_step": round(statistics.median(durations[1:]), 4),
         "s_first_step": round(durations[0], 3),
@@ -153,8 +201,27 @@ def measure(config: RunConfig, folder: Path, bucket: Bucket, device: torch.devic
             "reserved_gib": round(torch.cuda.max_memory_reserved(device) / GIB, 3),
             "loaded_gib": round(loaded / GIB, 3),
         }
-    undo(module)
+    undo(training.module)
     return found
+
+
+def take_apart(config: RunConfig, folder: Path, bucket: Bucket, device: torch.device) -> dict[str, Any]:
+    """Where one step's time goes, after one that is not looked at."""
+    training = Training(config, folder, bucket, device)
+    training.step()
+    found = breakdown(training.step, device)
+    undo(training.module)
+    return found
+
+
+def predicted_seconds(config: RunConfig, device: torch.device) -> dict[str, Any]:
+    """What the planner says that a step takes, and its parts; nothing of a card that it does not know."""
+    rates = rates_of(device_name(device))
+    if rates.source == OF_ANOTHER:
+        return {}
+    step = step_cost(config, spec_of(config), config.memory, rates)
+    parts = {each.name: {k: round(v, 4) for k, v in asdict(each).items() if k != "name"} for each in step.passes}
+    return {"predicted_s": round(step.step_s, 3), "predicted_parts": parts, "rates": rates.source}
 
 
 def allocated(device: torch.device) -> int:
@@ -217,24 +284,18 @@ def main() -> int:
     output = args.output or (None if args.tiny else ROOT / "benchmarks" / "results" / f"gpu_memory_{slug}.json")
     record = Record(output, name_of_device, key="config")
     print(name_of_device, ", ".join(f"{name} {version}" for name, version in record.about["versions"].items()))
-    predicted = predictions()
     begun, rows, failed = time.monotonic(), [], 0
     with tempfile.TemporaryDirectory() as scratch:
-        for name, config in runs():
+        for name, work in measurements(args, device, Path(scratch)):
             if not re.search(PIECES.get(args.only, args.only), name):
                 continue
-            row: dict[str, Any] = {"config": name, "predicted_gib": predicted.get(name)}
+            row: Row = {"config": name}
             rows.append(row)
             if time.monotonic() - begun > args.seconds:
                 row["skipped"] = f"{args.seconds:g} s were over"
                 continue  # an earlier row of it is better than none
-            folder = json_folder(config.model.pretrained)
-            bucket = longest_bucket(config, read_spec(str(folder)))
-            if args.tiny:
-                folder, bucket = tiny_folder(Path(scratch), folder.name), Bucket(9, 64, 64)
-            row["bucket"] = str(bucket)
             try:
-                row |= measure(config, folder, bucket, device, args.steps)
+                row |= work()
             except Exception as error:  # the others are worth measuring
                 failed += 1
                 row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -247,15 +308,46 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def line(row: dict[str, Any]) -> str:
+def measurements(args: argparse.Namespace, device: torch.device, scratch: Path) -> Iterator[Measurement]:
+    """Everything there is to measure, by name."""
+    predicted = predictions()
+
+    def place(config: RunConfig) -> tuple[Path, Bucket]:
+        folder = json_folder(config.model.pretrained)
+        if args.tiny:
+            return tiny_folder(scratch, folder.name), Bucket(9, 64, 64)
+        return folder, longest_bucket(config, read_spec(str(folder)))
+
+    def of_run(name: str, config: RunConfig) -> Row:
+        folder, bucket = place(config)
+        row: Row = {"predicted_gib": predicted.get(name), "bucket": str(bucket)}
+        return row | predicted_seconds(config, device) | measure(config, folder, bucket, device, args.steps)
+
+    def of_step(config: RunConfig) -> Row:
+        folder, bucket = place(config)
+        return {"bucket": str(bucket)} | predicted_seconds(config, device) | take_apart(config, folder, bucket, device)
+
+    for name, config in runs():
+        yield name, partial(of_run, name, config)
+    yield from attention_kernels(device, TOY_ATTENTION if args.tiny else ATTENTION)
+    yield from products(device, TOY_PRODUCTS if args.tiny else PRODUCTS)
+    for name in TAKEN_APART:
+        yield f"breakdown {name}", partial(of_step, load_config(ROOT / "configs" / name))
+
+
+def line(row: Row) -> str:
     """A row of the table."""
-    if said := row.get("failed") or row.get("skipped"):
+    if said := row.get("failed") or row.get("skipped") or row.get("absent"):
         return f"{row['config']:<44} {said}"
-    peak, predicted = row.get("peak_gib"), row["predicted_gib"]
+    if "s_per_step" not in row:
+        shown = {key: value for key, value in row.items() if key not in ("config", "longest_s", "predicted_parts")}
+        return f"{row['config']:<44} " + ", ".join(f"{key} {value}" for key, value in shown.items())
+    peak, predicted, seconds = row.get("peak_gib"), row["predicted_gib"], row.get("predicted_s")
     memory = f"{peak:6.2f} GiB" if peak is not None else "   not measured"
     if peak is not None and predicted:
         memory += f", predicted {predicted:6.2f} ({(predicted / peak - 1) * 100:+.1f} %)"
-    return f"{row['config']:<44} {memory}  {row['s_per_step']:8.3f} s/step"
+    planned = f", predicted {seconds:.3f} ({(seconds / row['s_per_step'] - 1) * 100:+.1f} %)" if seconds else ""
+    return f"{row['config']:<44} {memory}  {row['s_per_step']:8.3f} s/step{planned}"
 
 
 if __name__ == "__main__":

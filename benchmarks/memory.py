@@ -23,10 +23,13 @@ from finetune.cli.init import EXAMPLES, RECIPES, Recipe
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.gpu import OVERHEAD_GIB, usable
 from finetune.core.types import GIB
-from finetune.planner.cost_model import DEFAULTS, step_cost
+from finetune.planner.cost_model import DEFAULTS
 from finetune.planner.estimate import predict, spec_of
+from finetune.planner.step_time import step_cost
 
 ROOT = Path(__file__).resolve().parent.parent
+CARDS = ("H100", "H200", "A100", "4090")
+"""Whose seconds are shown."""
 RESULTS = ROOT / "benchmarks" / "results" / "memory_plans.json"
 
 
@@ -50,9 +53,7 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
         "parts_gib": {part: _gib(nbytes) for part, nbytes in training.peak.parts.items() if nbytes > GIB // 200},
         "phases_gib": {phase.name: _gib(phase.peak.nbytes) for phase in estimate.phases},
         "host_gib": _gib(estimate.host_bytes),
-        "s_per_step": {
-            name: round(step_cost(config, spec, config.memory, rates).step_s, 2) for name, rates in DEFAULTS.items()
-        },
+        "s_per_step": {name: round(step_cost(config, spec, config.memory, DEFAULTS[name]).step_s, 2) for name in CARDS},
         "exact": exact,
         "took_cpu_s": round(time.process_time() - begun, 1),
     }

@@ -27,16 +27,22 @@ from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.objective import velocity_losses
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.config.schema import RunConfig
+from finetune.planner.cost_model import BACKWARD_ATTENTION, DEFAULTS
 from finetune.planner.fake_run import TrackedTraining, fake_batches, fake_world
+from finetune.planner.step_time import BLOCK_WORK, REFERENCES, BlockUnits, step_cost
 from finetune.planner.work_counter import Work, WorkCounter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "work.json"
 PAGE = ROOT / "docs" / "performance.md"
 PICTURE = ROOT / "docs" / "work.png"
-BEGIN, END = "<!-- work: written by benchmarks/work.py --page -->", "<!-- /work -->"
+WORK = "<!-- work: written by benchmarks/work.py --page -->", "<!-- /work -->"
+SECONDS = "<!-- seconds: written by benchmarks/work.py --page -->", "<!-- /seconds -->"
+SUMMED, OTHERS = "H100", ("A100", "4090", "3090")
+"""The card whose seconds are shown as a sum, and others."""
 
 STATES: dict[str, dict[str, Any]] = {
+    "nothing recomputed": {"checkpointing": "none"},
     "stock block": {"checkpointing": "full"},
     "lean": {"checkpointing": "full", "block": "lean"},
     "lean, attention kept": {"checkpointing": "selective", "block": "lean"},
@@ -73,16 +79,16 @@ def run_config(model: str, method: str, state: Mapping[str, Any]) -> tuple[RunCo
     return RunConfig.from_dict(values, base=ROOT), spec
 
 
-def step_work(config: RunConfig, spec: ModelSpec, layers: int) -> Work:
-    """One step of this package's own code with so many blocks."""
+def step_works(config: RunConfig, spec: ModelSpec, layers: int) -> dict[str, Work]:
+    """One step of this package's own code with so many blocks, by pass."""
     folder = Path(config.model.pretrained)
     with fake_world() as tracker:
         transformer = empty_transformer(folder, dtype=torch.bfloat16, layers=layers)
         training = TrackedTraining(tracker, spec, config, transformer, torch.bfloat16)
         batches = fake_batches(spec, config, spec.training_bucket, torch.bfloat16)
-        with WorkCounter() as counter:
+        with WorkCounter(lambda: PASSES.get(tracker.where.partition(",")[0], "update")) as counter:
             training.step(batches)
-        return counter.work
+        return {name: counter.works.get(name, Work()) for name in ("forward", "backward", "update")}
 
 
 def stock_work(model: str, layers: int) -> Work:
@@ -126,6 +132,10 @@ def _autocast_as_on_cuda() -> Iterator[None]:
         functional.layer_norm = layer_norm
 
 
+PASSES = {"forward": "forward", "backward": "backward"}
+"""What the tracker calls the passes of a step; all else is the update's."""
+
+
 def per_block(one: Work, two: Work, layers: int) -> tuple[Work, Work]:
     """Work of a block, and of a step of the whole model."""
     block = two - one
@@ -167,11 +177,38 @@ def count(name: str) -> dict[str, Any]:
     if name in STOCK:
         spec = read_spec(str(known_model(STOCK[name])))
         works = [stock_work(STOCK[name], layers) for layers in (1, 2)]
-    else:
-        model, method, state = CASES[name]
-        config, spec = run_config(model, method, state)
-        works = [step_work(config, spec, layers) for layers in (1, 2)]
-    return row(spec, *per_block(works[0], works[1], spec.num_layers))
+        return row(spec, *per_block(works[0], works[1], spec.num_layers))
+    model, method, state = CASES[name]
+    config, spec = run_config(model, method, state)
+    one, two = (step_works(config, spec, layers) for layers in (1, 2))
+    both = [per_block(one[each], two[each], spec.num_layers) for each in one]
+    block, step = (sum(works, Work()) for works in zip(*both, strict=True))
+    passes = {each: in_units(config, spec, work) for each, (work, _) in zip(one, both, strict=True)}
+    return row(spec, block, step) | {"passes": passes}
+
+
+def in_units(config: RunConfig, spec: ModelSpec, block: Work) -> dict[str, float]:
+    """A block's work in one pass of a step, in the units of ``planner.cost_model``: so it holds for other sizes."""
+    unit = BlockUnits.of(config, spec)
+    forward = block.attention_flops - block.attention_backward_flops
+    values = {
+        "linear": (sum(block.flops.values()) - block.thin_flops) / unit.linear,
+        "thin": block.thin_flops / unit.adapters if unit.adapters else 0.0,
+        "thin_u": block.thin_bytes / unit.token_bytes,
+        "attention": forward / unit.attention,
+        "attention_backward": block.attention_backward_flops / (BACKWARD_ATTENTION * unit.attention),
+        "elementwise_u": block.elementwise_bytes / unit.token_bytes,
+        "kernels": block.kernels,
+        "tokens": unit.tokens,
+    }
+    return {name: round(value, 3) for name, value in values.items()}
+
+
+def write_units(rows: Mapping[str, Any]) -> None:
+    """Put what the planner's seconds are made of into the package."""
+    kept = {name: rows[name]["passes"] for name in rows if "passes" in rows[name] and name.split()[0] in REFERENCES}
+    table = {name: passes for name, passes in kept.items() if "attention kept" not in name}
+    BLOCK_WORK.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: Mapping[str, Any]) -> str:
@@ -191,11 +228,31 @@ def table(rows: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def seconds_table() -> str:
+    """What the planner makes of it: every case in seconds, as a sum on an H100, and in all on other cards."""
+    lines = [
+        f"| case | {SUMMED}, s | products | attention | traffic | launches | {' | '.join(OTHERS)} |",
+        f"|---|---|---|---|---|---|{'---|' * len(OTHERS)}",
+    ]
+    for name, (model, method, state) in CASES.items():
+        config, spec = run_config(model, method, state)
+        steps = {card: step_cost(config, spec, config.memory, DEFAULTS[card]) for card in (SUMMED, *OTHERS)}
+        parts = [
+            sum(getattr(each, part) for each in steps[SUMMED].passes)
+            for part in ("products_s", "attention_s", "traffic_s", "launches_s")
+        ]
+        cells = [steps[SUMMED].step_s, *parts, *(steps[card].step_s for card in OTHERS)]
+        lines.append(f"| {name} | {' | '.join(f'{seconds:.2f}' for seconds in cells)} |")
+    return "\n".join(lines)
+
+
 def write_page(rows: Mapping[str, Any]) -> None:
-    """Put the table into the page, and draw the picture."""
+    """Put the tables into the page, and draw the picture."""
     text = PAGE.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table(rows)}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    for (begin, end), content in ((WORK, table(rows)), (SECONDS, seconds_table())):
+        before, rest = text.split(begin)
+        text = f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+    PAGE.write_text(text, encoding="utf-8")
     import matplotlib
 
     matplotlib.use("Agg")
@@ -224,17 +281,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=ORDER)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--page", action="store_true", help="write docs/performance.md from the kept results")
+    parser.add_argument(
+        "--page", action="store_true", help="write docs/performance.md, and the planner's table, from the kept results"
+    )
     arguments = parser.parse_args()
     if arguments.page:
-        write_page(json.loads(RESULTS.read_text(encoding="utf-8"))["cases"])
+        rows = json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]
+        write_units(rows)
+        write_page(rows)
         return
     rows = {}
+    if arguments.output is not None and arguments.output.is_file():  # what is not counted now stays
+        rows = json.loads(arguments.output.read_text(encoding="utf-8"))["cases"]
     for name in arguments.only:
         rows[name] = count(name)
         print(table({name: rows[name]}).splitlines()[-1], flush=True)
-    if arguments.output is not None:
-        arguments.output.write_text(json.dumps({"torch": torch.__version__, "cases": rows}, indent=1) + "\n")
+        if arguments.output is not None:
+            kept = {name: rows[name] for name in ORDER if name in rows}
+            arguments.output.write_text(json.dumps({"torch": torch.__version__, "cases": kept}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

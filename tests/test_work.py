@@ -104,6 +104,13 @@ def test_a_step_does_no_more_than_its_budget(name, benchmark):
     over = {what: done[what] for what, most in BUDGETS[name].items() if done[what] > most}
     assert not over and case["step"]["waits"] <= 1
     assert case["step"]["tflop"].keys() == {"bfloat16"}, "a product in float32 takes ten times as long"
+    # What the planner's seconds are made of is what the code does: `benchmarks/work.py --page` writes it.
+    kept = json.loads(benchmark.BLOCK_WORK.read_text(encoding="utf-8"))[name.removesuffix(", attention kept")]
+    for part, counts in case["passes"].items():
+        expected = dict(kept[part])
+        if "attention kept" in name and part == "backward":
+            expected["attention"] -= 1
+        assert counts == pytest.approx(expected, rel=0.02, abs=0.05), part
 
 
 def test_the_page_shows_the_kept_counts_and_no_lean_block_is_over_the_goal(benchmark):

@@ -102,13 +102,14 @@ def look_ahead(
     """
     # Both import torch, which takes a second that looking at clips need not wait for.
     from finetune.caching.precompute import ENTRY_OVERHEAD, clip_bytes, prompt_bytes
-    from finetune.planner.cost_model import device_here, rates_of, step_cost
+    from finetune.planner.cost_model import device_here, rates_of
+    from finetune.planner.step_time import step_cost
 
     steps, held_out = run
     rates = rates_of(device or device_here())
     cost = step_cost(config, spec, config.memory, rates)
     train, validation, cache = config.train, config.validation, config.cache
-    forward_s = cost.forward_s / (train.batch_size * train.accumulation)
+    forward_s = cost.forward.seconds / (train.batch_size * train.accumulation)
     passes = 0.0
     if validation.every and held_out:
         times = steps // validation.every + validation.at_start

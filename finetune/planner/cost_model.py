@@ -1,6 +1,5 @@
-"""How long a step takes: what a machine can do, measured on it or published for its kind of card, and arithmetic.
-
-Also what of a GPU's memory is not for the tensors of a training.
+"""What a machine can do, measured on it or published for its kind of card; and what of a GPU's memory is not for the
+tensors of a training. ``step_time`` makes seconds of it.
 """
 
 from __future__ import annotations
@@ -11,23 +10,19 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 import torch
+import yaml
 from pydantic import Field, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.cogvideox.spec import ModelSpec
-from finetune.config.schema import RunConfig
 from finetune.core.files import atomic_write_text, user_folder
 from finetune.core.gpu import NCCL_BYTES, OVERHEAD_GIB, to_gib
 from finetune.core.types import GIB, Strict
-from finetune.memory.config import MemoryConfig
-from finetune.methods.lora import LoraMethod
 
 
 class Rates(Strict):
@@ -39,6 +34,8 @@ class Rates(Strict):
     """Where the numbers come from."""
     gemm: float = Field(gt=0)
     """Matrix products in bf16."""
+    gemm_float32: float = Field(gt=0)
+    """Matrix products in float32, without TF32 as torch has it by default."""
     attention_forward: float = Field(gt=0)
     """Attention of head dimension 64 over some ten thousand tokens."""
     attention_backward: float = Field(gt=0)
@@ -52,35 +49,27 @@ class Rates(Strict):
     """To the device from ordinary memory."""
     host_memory: float = Field(gt=0)
     """Reads and writes of host memory."""
+    launch: float = Field(gt=0)
+    """Seconds in which Python and torch queue one kernel."""
 
 
-_PUBLISHED = {
-    # Teraflops of matrix products and of attention's two passes; TB/s of the memory; GB/s of the bus and of the host.
-    # GEMM: others measured 798 on large squares; less for these shapes. Attention: cuDNN, as the FlashAttention-3
-    # paper has it.
-    "H100": (720, 413, 433, 2.7, 50, 150),
-    # An H100 with faster memory, 4.8 TB/s at most.
-    "H200": (720, 413, 433, 3.8, 50, 150),
-    # GEMM: 312 at most, 265 seen. Attention: FlashAttention-2 paper. The bus: PCIe 4.
-    "A100": (265, 192, 170, 1.65, 25, 100),
-    # GEMM: 165 at most. Attention: assumed; no figure for its backward pass at head dimension 64 was found.
-    "4090": (150, 155, 120, 0.9, 25, 60),
+CARDS = Path(__file__).parent.parent / "templates" / "cards.yaml"
+
+_UNITS = {
+    **dict.fromkeys(("gemm", "gemm_float32", "attention_forward", "attention_backward", "memory"), 1e12),
+    **dict.fromkeys(("host_to_device", "host_memory"), 1e9),
+    "launch": 1e-6,
 }
 
+
+def _published(name: str, figures: Mapping[str, float]) -> Rates:
+    values = {key: value * _UNITS[key] for key, value in figures.items()}
+    bus = values["host_to_device"]
+    return Rates(device=name, source="published or assumed", device_to_host=bus, pageable=bus / 3, **values)
+
+
 DEFAULTS: Mapping[str, Rates] = {
-    name: Rates(
-        device=name,
-        source="published or assumed",
-        gemm=gemm * 1e12,
-        attention_forward=forward * 1e12,
-        attention_backward=backward * 1e12,
-        memory=memory * 1e12,
-        host_to_device=bus * 1e9,
-        device_to_host=bus * 1e9,
-        pageable=bus * 1e9 / 3,
-        host_memory=host * 1e9,
-    )
-    for name, (gemm, forward, backward, memory, bus, host) in _PUBLISHED.items()
+    name: _published(name, figures) for name, figures in yaml.safe_load(CARDS.read_text(encoding="utf-8")).items()
 }
 """By a part of the device's name. None of these was measured by us."""
 
@@ -173,7 +162,7 @@ def calibrate(device: torch.device, *, seconds: float = 20.0, tokens: int = 17_7
         torch.OutOfMemoryError: if some hundred MiB are not free.
     """
     dtype, cpu = torch.bfloat16, torch.device("cpu")
-    rate = partial(_rate, seconds=seconds / 8)
+    rate = partial(_rate, seconds=seconds / 10)
     rows = torch.randn(tokens, width, device=device, dtype=dtype)
     weight = torch.randn(4 * width, width, device=device, dtype=dtype)
     gemm = rate(lambda: functional.linear(rows, weight), device, 8.0 * tokens * width**2)
@@ -185,7 +174,7 @@ def calibrate(device: torch.device, *, seconds: float = 20.0, tokens: int = 17_7
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     output = attend()
     differentiate = partial(torch.autograd.grad, output, leaves, torch.randn_like(output), retain_graph=True)
-    backward = rate(differentiate, device, _BACKWARD_ATTENTION * attention)
+    backward = rate(differentiate, device, BACKWARD_ATTENTION * attention)
 
     scratch, on_host = torch.empty_like(rows), torch.empty(rows.shape, dtype=dtype)
     pinned = torch.empty(rows.shape, dtype=dtype, pin_memory=True) if device.type == "cuda" else on_host.clone()
@@ -193,10 +182,20 @@ def calibrate(device: torch.device, *, seconds: float = 20.0, tokens: int = 17_7
     def copy_rate(target: Tensor, source: Tensor, device: torch.device) -> float:
         return rate(lambda: target.copy_(source, non_blocking=True), device, float(source.nbytes))
 
+    few = torch.randn(16, width, device=device, dtype=dtype)
+    scale = torch.ones_like(few[0])
+
+    def launches() -> None:
+        functional.layer_norm(few, (width,)) * scale + scale
+
+    wide = rows[:4096].float()
+    square = weight[:width].float()
     return Rates(
         device=device_name(device),
         source="measured",
         gemm=gemm,
+        gemm_float32=rate(lambda: functional.linear(wide, square), device, 2.0 * len(wide) * width**2),
+        launch=1 / rate(launches, device, 3.0),
         attention_forward=forward,
         attention_backward=backward,
         memory=rate(lambda: torch.neg(rows, out=scratch), device, 2.0 * rows.nbytes),
@@ -205,6 +204,10 @@ def calibrate(device: torch.device, *, seconds: float = 20.0, tokens: int = 17_7
         pageable=copy_rate(scratch, on_host, device),
         host_memory=2 * copy_rate(on_host, pinned, cpu),
     )
+
+
+BACKWARD_ATTENTION = 2.5
+"""Matrix products of attention's backward pass for one of its forward pass: five for two."""
 
 
 def _rate(work: Callable[[], object], device: torch.device, amount: float, *, seconds: float) -> float:
@@ -300,155 +303,3 @@ def workspace_bytes(device: str, setting: str | None = None) -> int:
     else:
         hopper = _SINCE_HOPPER.search(device) is not None
     return 32 * 2**20 if hopper else (2 * 4096 + 8 * 16) * 1024
-
-
-# --------------------------------------------------------------------------------------------------- a step, in seconds
-#
-# Floating-point operations, bytes through memory, bytes over the bus. Everything is per process and for the longest
-# bucket. Copies that a technique makes beside the computation cost what they last longer than it.
-
-BYTES_PER_WEIGHT = {"native": 2.0, "fp8": 1.0, "fp8_64": 1.06, "int8": 1.0, "nf4": 0.53}
-"""With a weight's share of the scales."""
-
-_BACKWARD_ATTENTION = 2.5
-"""Matrix products of attention's backward pass for one of its forward pass: five for two."""
-
-_FORWARD_TRAFFIC = {"lora": 154, "full": 114}
-_BACKWARD_TRAFFIC = {"lora": 193, "full": 149}
-"""Reads and writes of a block's elementwise operations in each pass, counted on the stock block without autocast, in
-tensors of the video tokens' size (104 MiB for 5B at 49x480x720). What runs again costs a forward pass once more."""
-
-_LEAN_TRAFFIC = 1.1
-"""Of the stock block's; assumed, not counted."""
-
-_DEQUANTISED = 3.0
-"""Bytes read and written per weight of a quantised base, each time a block runs."""
-
-_UPDATE_TRAFFIC = 24
-"""Bytes of memory traffic of an 8- or 32-bit Adam update per weight, on whichever side it runs."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Where the time of an optimizer step goes, in seconds."""
-
-    forward_s: float
-    backward_s: float
-    recompute_s: float
-    waiting_s: float
-    """Copies that last longer than what they run beside."""
-    update_s: float
-
-    @property
-    def step_s(self) -> float:
-        """All together."""
-        return self.forward_s + self.backward_s + self.recompute_s + self.waiting_s + self.update_s
-
-
-def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: Rates) -> Cost:
-    """Predict an optimizer step.
-
-    Args:
-        config: of the run; its memory section is not looked at.
-        spec: of the model.
-        memory: the memory state.
-        rates: of the machine.
-    """
-    work = _Work.of(config, spec)
-    batch = config.train.batch_size
-    clips = min(memory.clips_at_once or batch, batch)
-    passes = config.train.accumulation * -(-batch // clips)
-    kind = config.method.kind
-    traffic = work.token_bytes * work.layers * (_LEAN_TRAFFIC if memory.block == "lean" else 1.0)
-    # Weights are decoded, and copied, once for all clips that go through together.
-    decoded = 0.0 if memory.base == "native" else work.block_weights * work.layers * _DEQUANTISED / rates.memory
-    linear, attention = work.linear / rates.gemm, clips * work.attention / rates.attention_forward
-    exchanges = clips * work.exchanged / link_rate(rates.device)
-    adapters, moved = work.adapters / rates.gemm, traffic / rates.memory
-    forward = clips * (linear + adapters + moved * _FORWARD_TRAFFIC[kind]) + attention + decoded + exchanges
-    recompute = 0.0
-    if memory.checkpointing != "none":
-        keeping = 0 if memory.checkpointing == "full" else (memory.keep_attention or work.layers)
-        recompute = forward - attention * min(keeping / work.layers, 1.0)
-    backward = (
-        clips * (linear * (2 if kind == "full" else 1) + 2 * adapters + moved * _BACKWARD_TRAFFIC[kind])
-        + clips * work.attention * _BACKWARD_ATTENTION / rates.attention_backward
-        + decoded
-        + exchanges
-    )
-    waiting = _waiting(work, memory, rates, clips, forward, backward + recompute)
-    update = _update(work, memory, rates)
-    return Cost(passes * forward, passes * backward, passes * recompute, passes * waiting, update)
-
-
-@dataclass(frozen=True)
-class _Work:
-    """One clip, or this process's share of it, through the whole model, forward: floating-point operations, bytes and
-    weights.
-    """
-
-    layers: int
-    linear: float
-    """Operations of the blocks' linear layers."""
-    attention: float
-    adapters: float
-    token_bytes: float
-    """Of one tensor of tokens."""
-    block_weights: float
-    """Of a block's attention and feed-forward layers."""
-    modulation_weights: float
-    trained: float
-    """Weights that train."""
-    exchanged: float
-    """Bytes that this process sends to those it shares a clip with, and receives: queries, keys, values, and back."""
-
-    @classmethod
-    def of(cls, config: RunConfig, spec: ModelSpec) -> _Work:
-        whole, context = max(spec.tokens(bucket) for bucket in config.data.trained_buckets), config.parallel.context
-        tokens = whole / context
-        width, layers = spec.num_attention_heads * spec.attention_head_dim, spec.num_layers
-        block, modulation = 12.0 * width**2, 12.0 * width * 512
-        adapters, trained = 0.0, layers * (block + modulation)
-        if isinstance(config.method, LoraMethod):
-            # As of the default targets, four square layers; others change seconds by hundredths.
-            trained = layers * 4 * 2 * width * config.method.rank
-            adapters = 2.0 * tokens * trained
-        return cls(
-            layers=layers,
-            linear=2.0 * tokens * block * layers,
-            attention=4.0 * tokens * whole * width * layers,
-            adapters=adapters,
-            token_bytes=2.0 * tokens * width,
-            block_weights=block,
-            modulation_weights=modulation,
-            trained=trained,
-            exchanged=4 * 2.0 * tokens * width * layers * (context - 1) / context,
-        )
-
-
-def _waiting(work: _Work, memory: MemoryConfig, rates: Rates, clips: int, forward_s: float, backward_s: float) -> float:
-    """What copies beside one forward and backward pass of some clips add, in seconds."""
-    streamed = work.layers if memory.streamed_blocks == "all" else min(memory.streamed_blocks, work.layers)
-    weights = streamed * work.block_weights * BYTES_PER_WEIGHT[memory.base]
-    if memory.modulation == "device":
-        weights += streamed * work.modulation_weights * 2.0
-    activations = clips * work.layers * work.token_bytes if memory.activations == "host" else 0.0
-    gradients = 0.0
-    if memory.gradient_release == "exact" or memory.optimizer_states == "host":
-        gradients = 2.0 * work.trained
-    if memory.streams and memory.ring == 1:
-        return 2 * (weights / rates.host_to_device)
-    forward_copies = max(weights / rates.host_to_device, activations / rates.device_to_host)
-    backward_copies = max((weights + activations) / rates.host_to_device, gradients / rates.device_to_host)
-    # Copies that hide behind the computation still take their share of the memory's bandwidth.
-    shared = (2 * weights + 2 * activations + gradients) / rates.memory
-    return shared + max(forward_copies, forward_s) - forward_s + (max(backward_copies, backward_s) - backward_s)
-
-
-def _update(work: _Work, memory: MemoryConfig, rates: Rates) -> float:
-    """The optimizer's own time, in seconds."""
-    weights_back = 2.0 * work.trained / rates.host_to_device
-    if memory.optimizer_states == "host":
-        return max(work.trained * _UPDATE_TRAFFIC / rates.host_memory, weights_back)
-    update = work.trained * _UPDATE_TRAFFIC / rates.memory
-    return max(update, weights_back) if memory.gradient_release == "exact" else update

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,22 @@ from finetune.planner.cost_model import (
     overhead,
     rates_of,
     save_rates,
-    step_cost,
 )
 from finetune.planner.estimate import predict, spec_of
 from finetune.planner.memory_tracker import PHASES, RUN_PHASES
-from finetune.planner.report import Verdict, document, draw, rates_in_words, search_document, search_lines, table, text
+from finetune.planner.report import (
+    Verdict,
+    document,
+    draw,
+    rates_in_words,
+    search_document,
+    search_lines,
+    seconds_table,
+    table,
+    text,
+)
 from finetune.planner.search import Machine, SearchResult, fit_memory
+from finetune.planner.step_time import step_cost
 
 
 @dataclass(frozen=True)
@@ -112,22 +122,23 @@ def plan(config: RunConfig, options: PlanOptions) -> Planned:
     verdict = Verdict(estimate, card_bytes, ram_bytes, beside)
     if plot is not None:
         draw(estimate.phase("train"), _title(config, estimate.bucket), plot, card_bytes=card_bytes)
-    step_s = None if rates.source == OF_ANOTHER else step_cost(config, spec, config.memory, rates).step_s
+    step = None if rates.source == OF_ANOTHER else step_cost(config, spec, config.memory, rates)
     if options.as_json:
         content: dict[str, Any] = document(verdict) | {
             "processes": processes,
             "memory": config.memory.model_dump(mode="json"),
-            "s_per_step": step_s,
+            "s_per_step": None if step is None else step.step_s,
+            "seconds": None if step is None else [asdict(each) | {"seconds": each.seconds} for each in step.passes],
             "rates": rates.model_dump(mode="json"),
             "search": None if result is None else search_document(result, rates),
         }
         return Planned(json.dumps(content, indent=1), verdict.fits)
     lines.append(text(config, verdict, processes=processes))
-    if step_s is None:
+    if step is None:
         known = ", ".join(known_devices())
         lines.append(f"time: nothing is known of {rates.device}, only of {known} (finetune calibrate measures a GPU)")
     else:
-        lines.append(f"time: about {step_s:.2f} s/step on {rates_in_words(rates)}")
+        lines += [f"time: about {step.step_s:.2f} s/step on {rates_in_words(rates)}", "", *seconds_table(step)]
     if plot is not None:
         lines.append(f"drawn: {plot}")
     return Planned("\n".join(lines), verdict.fits, chosen=result is not None and not automatic)
@@ -170,6 +181,7 @@ def run_calibration(seconds: float) -> str:
     path = save_rates(rates)
     rows = [
         ("matrix products", f"{rates.gemm / 1e12:.0f}", "TFLOP/s"),
+        ("matrix products in float32", f"{rates.gemm_float32 / 1e12:.0f}", "TFLOP/s"),
         ("attention, forward", f"{rates.attention_forward / 1e12:.0f}", "TFLOP/s"),
         ("attention, backward", f"{rates.attention_backward / 1e12:.0f}", "TFLOP/s"),
         ("device memory", f"{rates.memory / 1e9:.0f}", "GB/s"),
@@ -177,6 +189,7 @@ def run_calibration(seconds: float) -> str:
         ("device to host, pinned", f"{rates.device_to_host / 1e9:.1f}", "GB/s"),
         ("host to device, pageable", f"{rates.pageable / 1e9:.1f}", "GB/s"),
         ("host memory", f"{rates.host_memory / 1e9:.1f}", "GB/s"),
+        ("queueing a kernel", f"{rates.launch * 1e6:.1f}", "microseconds"),
     ]
     return "\n".join([f"{rates.device}, measured", *table(("", "", ""), rows), f"kept in {path}"])
 

@@ -15,6 +15,7 @@ from finetune.planner.cost_model import OF_ANOTHER, OTHER, Rates, overhead
 from finetune.planner.estimate import Estimate
 from finetune.planner.memory_tracker import Phase, rank_of
 from finetune.planner.search import Machine, MemoryPlan, SearchResult
+from finetune.planner.step_time import StepTime
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,29 @@ def _sentence(verdict: Verdict) -> str:
     if verdict.ram_spare_bytes is not None and verdict.ram_spare_bytes < 0:
         sentence += f"; {to_gib(-verdict.ram_spare_bytes)} of host memory are missing"
     return sentence
+
+
+_PARTS = {
+    "products": "products_s",
+    "attention": "attention_s",
+    "traffic": "traffic_s",
+    "exchanges": "exchanges_s",
+    "decoding": "decoding_s",
+    "launches": "launches_s",
+    "copies": "copies_s",
+    "alone": "serial_s",
+}
+
+
+def seconds_table(step: StepTime) -> Iterator[str]:
+    """A step's seconds as the sum that they are."""
+    used = {head: name for head, name in _PARTS.items() if any(getattr(each, name) >= 0.005 for each in step.passes)}
+    rows = [
+        (each.name, f"{each.seconds:.2f}", *(f"{getattr(each, name):.2f}" for name in used.values()))
+        for each in step.passes
+    ]
+    yield from table(("", "s", *used), rows)
+    yield "  a pass lasts as long as products, attention, traffic and decoding together, or as its launches or copies"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:

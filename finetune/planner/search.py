@@ -17,9 +17,10 @@ from finetune.core.gpu import to_gib, usable
 from finetune.datasets.geometry import parse_bucket
 from finetune.memory.config import MEMORY_LADDER, MemoryConfig, Traits
 from finetune.methods.lora import LoraMethod
-from finetune.planner.cost_model import BYTES_PER_WEIGHT, Rates, step_cost
+from finetune.planner.cost_model import Rates
 from finetune.planner.estimate import longest_bucket, predict, spec_of
 from finetune.planner.memory_tracker import PHASES, RUN_PHASES, Phase, PhaseName
+from finetune.planner.step_time import BYTES_PER_WEIGHT, step_cost
 
 QUANTISED = ("fp8", "int8", "nf4")
 """Bases that change the model, from the least to the most."""
