@@ -204,10 +204,10 @@ def test_fp32_lora_on_a_bf16_base_trains_every_target(variant, variation):
 @pytest.mark.parametrize(
     ("options", "dtypes"),
     [
-        ({}, {"bfloat16"}),
-        ({"dropout": 0.3}, {"bfloat16"}),
-        ({"compute": "float32"}, {"bfloat16", "float32"}),
-        ({"use_dora": True}, {"bfloat16", "float32"}),
+        ({}, ["bfloat16"]),
+        ({"dropout": 0.3}, ["bfloat16"]),
+        ({"compute": "float32"}, ["bfloat16", "float32"]),
+        ({"use_dora": True}, ["bfloat16", "float32"]),
     ],
     ids=str,
 )
@@ -219,7 +219,7 @@ def test_the_update_is_computed_in_what_is_asked_for(options, dtypes):
     features = torch.randn(8, layer.in_features).bfloat16().requires_grad_()
     with WorkCounter() as counter:
         layer(features).sum().backward()
-    assert counter.work.flops.keys() == dtypes
+    assert sorted(counter.work.flops) == dtypes
     gradients = [p.grad for p in layer.parameters() if p.requires_grad]
     assert len(gradients) >= 2 and all(gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
 
