@@ -89,7 +89,7 @@ def test_seconds_are_those_of_the_device_that_was_named(plan: Callable[..., str]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for unknown in ("3060", "NVIDIA RTX A1000", "A100X"):
         printed = plan("--device", unknown)
-        assert f"time: nothing is known of {unknown}, only of H100, H200, A100, 4090" in printed
+        assert f"time: nothing is known of {unknown}, only of H100, H200, B200, A100" in printed
         assert "s/step" not in printed
     monkeypatch.setattr("finetune.planner.plan.device_here", lambda: "NVIDIA GeForce RTX 3060")
     assert "time: nothing is known of NVIDIA GeForce RTX 3060" in plan()
@@ -121,9 +121,9 @@ def test_a_picture_without_matplotlib_is_refused_before_the_work(plan: Callable[
 def test_a_search_gives_a_section_to_write_and_says_which_plans_fit(plan: Callable[..., str], capsys) -> None:
     printed = plan("--budget", "24GiB", "--device", "4090")
     assert "memory:\n  checkpointing: none\n" in printed and "<- chosen" in printed and "4090" in printed
-    words = ("--budget", "24GiB", "--device", "3090")
+    words = ("--budget", "24GiB", "--device", "3060")
     printed = plan(*words)
-    assert "times compared on an A100, because nothing is known of 3090" in printed
+    assert "times compared on an A100, because nothing is known of 3060" in printed
     assert "s/step" not in printed and "1.00" in printed, "how plans compare is known, and no seconds"
     rows = [line for line in printed.splitlines() if "fits, too" in line]
     assert printed.count("<- chosen") == 1 and 1 <= len(rows) <= 3
