@@ -62,6 +62,14 @@ def plan(config_file: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return run
 
 
+def test_the_demo_model_is_planned_at_the_sizes_that_init_proposes(config_file, capsys):
+    """Its VAE's tiles are so small that the last of a row may be narrower than a convolution: frames stay whole."""
+    text = config_file.read_text().replace("./model", str(ROOT / "finetune" / "assets" / "demo"))
+    config_file.write_text(text.replace("9x64x64", "9x48x80"))
+    assert main(["plan", "--config", str(config_file)]) == OK
+    assert "VAE pass" in capsys.readouterr().out
+
+
 def test_a_table_from_json_files_alone(plan: Callable[..., str], config_file: Path) -> None:
     printed = plan("--card", "24GiB", "--processes", "2")
     assert "predicted, not measured" in printed and "T5 pass" in printed and "training" in printed

@@ -350,11 +350,16 @@ def _text(folder: Path, spec: ModelSpec, config: RunConfig) -> Phase:
         return measure(PHASES["text"], tracker.allocations, begin, tracker.tick, {"encode": begin}, note)
 
 
+_FREE_ANYWHERE = 2**30
+"""Bytes that every card has free beside the VAE, also one of which nothing is known."""
+
+
 def _encode(folder: Path, config: RunConfig, bucket: Bucket, card_bytes: int | None) -> Phase:
     """The VAE over one clip, in tiles or whole, as precomputing will decide where nothing else is on the GPU."""
     setting, dtype = config.cache.vae_tiling, config.model.torch_dtype()
     pixels = (1, 3, bucket.frames, bucket.height, bucket.width)
-    if setting != "off":
+    small = setting == "auto" and not must_tile(bucket, dtype, _FREE_ANYWHERE)
+    if setting != "off" and not small:
         tiled = _vae(folder, dtype, "encode", pixels, tiled=True)
         free = None if card_bytes is None else card_bytes - tiled.peak.parts["VAE weights"]
         if setting == "on" or free is None or must_tile(bucket, dtype, free):
