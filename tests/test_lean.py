@@ -85,8 +85,11 @@ def run(
     clips: int = 2,
     side: int = 8,
     frames: int | None = None,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
-    """Prediction, loss and every gradient, of the blocks as they are (None) or through a ``BlockMath``."""
+    """Prediction, loss and every gradient of the loss times ``scale``, of the blocks as they are (None) or through a
+    ``BlockMath``.
+    """
     config, dtype = transformer.config, transformer.dtype
     generator = torch.Generator().manual_seed(5)
     frames = frames or (4 if config.patch_size_t else 3)
@@ -113,7 +116,7 @@ def run(
         )[0]
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(6))
         loss = (out.double() * weights).mean() + out.double().square().mean()
-        loss.backward()
+        (scale * loss).backward()
     finally:
         if runner is not None:
             runner.remove()
@@ -185,6 +188,19 @@ def test_narrow_dtypes_lose_no_more_than_the_stock_block(method, dtype):
     error, name = max((error / theirs[name], name) for name, error in ours.items())
     assert error < 1.5, name
     assert 1e-4 < worst(ours)[0] < 0.15
+
+
+@pytest.mark.parametrize("math_", [None, LeanBlock()], ids=["stock", "lean"])
+def test_in_float16_an_adapter_gets_gradients_that_are_small_as_in_a_first_step(math_):
+    """B is as large as a learning rate of 1e-4 makes it, the loss a mean over a clip of 49x480x720, times 1024."""
+    transformer = model("2b", METHODS["attention"], torch.float16)
+    with torch.no_grad():
+        for name, parameter in transformer.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(1e-4 * parameter.sign())
+    scale = 1024 * run(transformer, None)["prediction"].numel() / (16 * 13 * 60 * 90)
+    found = errors(run(transformer, math_, scale=scale), run(widened(transformer), None, scale=scale))
+    assert max(error for name, error in found.items() if "lora_" in name) < 0.005
 
 
 LONG = {"clips": 1, "side": 48}

@@ -336,6 +336,19 @@ def test_numbers_of_a_group_belong_to_the_state():
         load_optimizer_state(other, (tensors, few), straight)
 
 
+def test_tensors_of_a_group_are_restored_beside_its_parameters():
+    """Most optimizers that note some leave them where they are, and add to them on the parameters' device."""
+    pytest.importorskip("pytorch_optimizer", reason="the extra 'optimizers' is not installed")
+    config = config_of({"kind": "custom", "name": "pytorch_optimizer.DAdaptAdam", "lr": 1.0})
+    straight = make_parameters()
+    optimizer = config.build(straight.items())
+    train(optimizer, straight, range(2))
+    elsewhere = {name: nn.Parameter(parameter.detach().to("meta")) for name, parameter in straight.items()}
+    other = config.build(elsewhere.items())
+    load_optimizer_state(other, optimizer_state(optimizer, straight), elsewhere)
+    assert {group["numerator_weighted"].device.type for group in other.param_groups} == {"meta"}
+
+
 def test_learning_rates_are_scaled_by_name():
     """LoRA+: B's step is so many times as long."""
     parameters = {f"block.{name}.weight": nn.Parameter(torch.zeros(4, 4)) for name in ("lora_A", "lora_B")}

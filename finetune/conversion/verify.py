@@ -147,9 +147,9 @@ def tolerance_of(velocity: Tensor, dtype: torch.dtype) -> float:
     In float32 both sides run the same operations on the same numbers; 1e-5 of the largest output leaves room for
     kernels that are chosen by memory alignment, and for what a merged adapter adds up in another order (4e-7 through
     42 layers). In half precision diffusers also rounds the float32 adapter to the model's dtype; where training did not
-    (``compute: float32``, DoRA, a merged adapter), a rounding that falls the other way somewhere travels through every
-    later layer: 8 units in the last place of the largest output. What hides below that (the wrong scale of a weak
-    adapter) is found by comparing tensors and scales, which allows no difference at all.
+    (``compute: float32``, float16, DoRA, a merged adapter), a rounding that falls the other way somewhere travels
+    through every later layer: 8 units in the last place of the largest output. What hides below that (the wrong scale
+    of a weak adapter) is found by comparing tensors and scales, which allows no difference at all.
     """
     relative = 1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps
     return relative * velocity.abs().max().item()

@@ -60,7 +60,7 @@ class LoraMethod(Strict):
     """Learn each output's magnitude apart from its direction (Liu et al. 2024); slower per step."""
     compute: Literal["model", "float32"] = "model"
     """What the update is computed in: ``model``, ``model.dtype``, or ``float32``, which is slower by far on a GPU. The
-    adapter's weights are float32 in either case. With ``use_dora`` it is always ``float32``."""
+    adapter's weights are float32 in either case. With ``use_dora``, and in fp16, it is always ``float32``."""
     init_from: Path | None = None
     """Adapter to continue from: a LoRA safetensors file, an export's folder, or one of our checkpoints."""
 
@@ -142,12 +142,15 @@ class LoraMethod(Strict):
         transformer.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # peft fills the new layers from the global generator; we refill them
             model.add_adapter(config, ADAPTER)
+        # A DoRA divides by the norms of W + s B A, which bf16 would round to 0.4 %. And while B is small, so is
+        # what A's gradients are sums of: mostly below 6e-8, fp16's last digit, the loss scale notwithstanding.
+        narrows = self.compute == "model" and not self.use_dora and model.dtype != torch.float16
         for name in names:
-            self._initialise(transformer.get_submodule(name), generator(seed, "lora", name))
+            self._initialise(transformer.get_submodule(name), generator(seed, "lora", name), narrows=narrows)
         if self.init_from is not None:
             self._continue_from(transformer, self.init_from)
 
-    def _initialise(self, layer: nn.Module, generator: torch.Generator) -> None:
+    def _initialise(self, layer: nn.Module, generator: torch.Generator, *, narrows: bool) -> None:
         """A as peft draws it (uniform, Kaiming with a = sqrt 5), B zero, DoRA's magnitude the base's row norms."""
         import torch
         from torch import nn
@@ -168,8 +171,7 @@ class LoraMethod(Strict):
                 # the model before it has learned anything.
                 magnitude = lora.lora_magnitude_vector[ADAPTER].float()
                 magnitude.weight.copy_(torch.linalg.norm(lora.base_layer.weight.float(), dim=1))
-        # A DoRA divides by the norms of W + s B A, which bf16 would round to 0.4 %.
-        if self.compute == "model" and not self.use_dora:
+        if narrows:
             narrow(lora, ADAPTER)
 
     def _continue_from(self, transformer: nn.Module, source: Path) -> None:

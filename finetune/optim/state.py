@@ -211,7 +211,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: OptimizerState
         name, entry = key.removeprefix("state.").rsplit(".", 1)
         states.setdefault(name, {})[entry] = _unpack(key, tensors, meta)
     for group, noted in zip(inner.param_groups, meta.get("groups", ()), strict=False):
-        group |= {key: _from_group(value) for key, value in noted.items()}
+        group |= {key: _from_group(value, group["params"][0].device) for key, value in noted.items()}
     names = {id(parameter): name for name, parameter in _by_name(inner, parameters).items()}
     if hasattr(inner, "init_state"):
         _fill_bitsandbytes(inner, names, states)
@@ -235,8 +235,10 @@ def _from_json(value: Any) -> Any:
     return getattr(torch, value.removeprefix("torch.")) if is_dtype else value
 
 
-def _from_group(value: Any) -> Any:
-    return torch.tensor(value["values"], dtype=_from_json(value["dtype"])) if isinstance(value, dict) else value
+def _from_group(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return torch.tensor(value["values"], dtype=_from_json(value["dtype"]), device=device)
 
 
 def _fill_torch(
