@@ -76,7 +76,8 @@ def test_the_fastest_is_chosen_and_what_fails_is_passed_over(cudnn, monkeypatch)
     rates = {"CUDNN_ATTENTION": None, "FLASH_ATTENTION": 300e12, "EFFICIENT_ATTENTION": 200e12}
 
     def rate(request: AttentionRequest, *, seconds: float) -> float:
-        assert seconds == pytest.approx(1 / 3) and request.shape == (1, 2, 17_776, 16)
+        if seconds:  # otherwise a few tokens are tried
+            assert seconds == pytest.approx(1 / 3) and request.shape == (1, 2, 17_776, 16)
         (name,) = (backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends())
         if rates[name] is None:
             raise RuntimeError("No available kernel. Aborting execution.")
@@ -88,6 +89,9 @@ def test_the_fastest_is_chosen_and_what_fails_is_passed_over(cudnn, monkeypatch)
     rates["CUDNN_ATTENTION"] = 500e12
     assert choose_kernel(GPU).kernel == "cudnn"
     assert choose_kernel(GPU, recorded="efficient").kernel == "efficient"
+    rates["CUDNN_ATTENTION"] = None  # the run goes on on another card
+    choice = choose_kernel(GPU, recorded="cudnn")
+    assert choice.kernel == "flash" and "No available kernel" in choice.lines[1]
     cudnn(OLD)
     with pytest.raises(AssertionError):  # a third of the second was for cuDNN
         choose_kernel(GPU, recorded="cudnn")

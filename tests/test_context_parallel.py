@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -238,5 +239,17 @@ def test_the_planner_counts_what_is_exchanged():
     assert exchanged < 0.1 < link_rate("H100") / link_rate("4090")
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_page_shows_the_planners_seconds(processes):
+    page = (Path(__file__).parents[1] / "docs" / "performance.md").read_text()
+    model = known_model("1.5-5b")
+    changes = {**LONG, "method": {"rank": 128}, "parallel": {"context": processes}}
+    config, memory = run_config(model, Path("clips"), Path("run"), **changes), {"checkpointing": "selective"}
+    steps = [step_cost(config, read_spec(str(model)), MemoryConfig(block="lean", **memory), card) for card in CARDS]
+    (row,) = re.findall(rf"^\| {processes} \|.* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", page, re.M)
+    assert [float(cell) for cell in row] == pytest.approx([step.step_s for step in steps], abs=0.06)
+
+
 LONG = {"data": {"buckets": ["81x768x1360"]}}
+CARDS = [DEFAULTS[name] for name in ("H100", "A100", "4090")]
 H100 = DEFAULTS["H100"]

@@ -388,6 +388,16 @@ def test_the_arithmetic_of_5b() -> None:
     assert backward_s(block="lean") < backward_s()  # what nobody reads is not computed again
 
 
+@pytest.mark.parametrize("wide", [{"compute": "float32"}, {"use_dora": True}, {}], ids=["as asked", "DoRA", "fp16"])
+def test_a_lora_that_is_computed_in_float32_is_priced_so(wide: dict[str, Any]) -> None:
+    spec, rates = read_spec(str(known_model("2b"))), DEFAULTS["H100"]
+    narrow, other = (run(data=NATIVE_BUCKET, method=method) for method in ({}, wide))
+    if not wide:
+        other = other.model_copy(update={"model": other.model.model_copy(update={"dtype": "fp16"})})
+    seconds = [step_cost(config, spec, MemoryConfig(), rates).backward.products_s for config in (narrow, other)]
+    assert seconds[1] > 1.1 * seconds[0]
+
+
 def test_a_pass_lasts_as_long_as_the_slowest_that_has_to_do_with_it() -> None:
     config, spec, rates = run(data=NATIVE_BUCKET), read_spec(str(known_model("5b"))), DEFAULTS["H100"]
     quick, slow = (rates.model_copy(update={"launch": launch}) for launch in (1e-9, 1e-3))

@@ -132,19 +132,23 @@ def require_kernel(kernel: Attention, request: AttentionRequest, *, where: str) 
     Raises:
         ConfigError: naming why, and what there is.
     """
-    refused = obstacles(request)
-    if kernel != "auto" and kernel not in refused:
-        tiny = replace(request, batch=1, heads=1, lengths=(min(min(request.lengths), 272),))
-        try:
-            with attention_kernel(kernel):
-                attention_rate(tiny, seconds=0)
-        except (RuntimeError, ImportError) as error:  # not for this card, dtype or head dimension
-            refused[kernel] = first_line(error)
-    if kernel in refused:
+    if kernel != "auto" and (reason := _why_not(kernel, request)):
+        refused = {kernel, *obstacles(request)}
         others = ", ".join(["auto", *(name for name in _BACKENDS if name not in refused)])
-        raise ConfigError(
-            f"{kernel} cannot compute attention here: {refused[kernel]}", where=where, fix=f"use {others}"
-        )
+        raise ConfigError(f"{kernel} cannot compute attention here: {reason}", where=where, fix=f"use {others}")
+
+
+def _why_not(kernel: Attention, request: AttentionRequest) -> str:
+    """Why a kernel cannot be used, of which a few tokens are tried; empty if it can."""
+    if kernel in (refused := obstacles(request)):
+        return refused[kernel]
+    tiny = replace(request, batch=1, heads=1, lengths=(min(min(request.lengths), 272),))
+    try:
+        with attention_kernel(kernel):
+            attention_rate(tiny, seconds=0)
+    except (RuntimeError, ImportError) as error:  # not for this card, dtype or head dimension
+        return first_line(error)
+    return ""
 
 
 def choose_kernel(request: AttentionRequest, *, recorded: Attention = "auto", seconds: float = 1.0) -> AttentionChoice:
@@ -157,13 +161,18 @@ def choose_kernel(request: AttentionRequest, *, recorded: Attention = "auto", se
             would change the last digits. ``auto`` where there is none.
         seconds: for all measurements together.
     """
-    if recorded != "auto" and recorded not in obstacles(request):
-        return AttentionChoice(recorded, (f"attention: {recorded}, as this run was trained so far",))
+    notes: list[str] = []
+    if recorded != "auto":
+        if not (reason := _why_not(recorded, request)):
+            return AttentionChoice(recorded, (f"attention: {recorded}, as this run was trained so far",))
+        notes.append(
+            f"warning: this run was trained so far with {recorded}, which cannot compute attention here: {reason}"
+        )
     if request.device.type != "cuda":
-        return AttentionChoice("auto")
-    library = [f"cuDNN {cudnn_name(torch.backends.cudnn.version() or 0)}"]  # type: ignore[no-untyped-call]
+        return AttentionChoice("auto", tuple(notes))
+    library = f"cuDNN {cudnn_name(torch.backends.cudnn.version() or 0)}"  # type: ignore[no-untyped-call]
     if other := shadowing_cudnn():
-        library.append(f"warning: {other}")
+        notes.append(f"warning: {other}")
     candidates = kernels_to_time(request)
     rates: dict[Attention, float] = {}
     failures: list[str] = []
@@ -175,12 +184,13 @@ def choose_kernel(request: AttentionRequest, *, recorded: Attention = "auto", se
             failures.append(f"{name}: {first_line(error)}")
     if not rates:
         why = "; ".join(failures)
-        return AttentionChoice("auto", (f"warning: attention is left to torch, no kernel could be timed ({why})",))
+        line = f"warning: attention is left to torch, no kernel could be timed ({why})"
+        return AttentionChoice("auto", (line, *notes))
     fastest = sorted(rates, key=lambda name: -rates[name])
     timed = ", ".join(f"{name} {rates[name] / 1e12:.0f}" for name in fastest)
     dtype = str(request.dtype).removeprefix("torch.")
-    line = f"attention: {fastest[0]}; TFLOP/s forward and backward at {request.shape} in {dtype}: {timed}; {library[0]}"
-    return AttentionChoice(fastest[0], (line, *library[1:]))
+    line = f"attention: {fastest[0]}; TFLOP/s forward and backward at {request.shape} in {dtype}: {timed}; {library}"
+    return AttentionChoice(fastest[0], (line, *notes))
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -88,6 +88,12 @@ class LoraMethod(Strict):
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    def in_float32(self, *, fp16: bool) -> bool:
+        """Whether the update is computed in float32 whatever the model's dtype is, which may be ``fp16``."""
+        # A DoRA divides by the norms of W + s B A, which bf16 would round to 0.4 %. And while B is small, so is what
+        # A's gradients are sums of: mostly below 6e-8, fp16's last digit, the loss scale notwithstanding.
+        return self.compute == "float32" or self.use_dora or fp16
+
     def matches(self, name: str) -> bool:
         """Whether a linear layer of this name gets an adapter."""
         return any(_selects(target, name) for target in _as_tuple(self.targets))
@@ -142,9 +148,7 @@ class LoraMethod(Strict):
         transformer.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # peft fills the new layers from the global generator; we refill them
             model.add_adapter(config, ADAPTER)
-        # A DoRA divides by the norms of W + s B A, which bf16 would round to 0.4 %. And while B is small, so is
-        # what A's gradients are sums of: mostly below 6e-8, fp16's last digit, the loss scale notwithstanding.
-        narrows = self.compute == "model" and not self.use_dora and model.dtype != torch.float16
+        narrows = not self.in_float32(fp16=model.dtype == torch.float16)
         for name in names:
             self._initialise(transformer.get_submodule(name), generator(seed, "lora", name), narrows=narrows)
         if self.init_from is not None:

@@ -161,7 +161,8 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
     runs = {"forward": 1, "backward": 1 if memory.checkpointing == "none" else 2}
     # Counted in bf16, where nothing is in float32.
     gemm = rates.gemm_float32 if config.model.dtype == "fp32" else rates.gemm
-    wide_adapters = isinstance(config.method, LoraMethod) and config.method.compute == "float32"
+    lora = config.method if isinstance(config.method, LoraMethod) else None
+    wide_adapters = lora is not None and lora.in_float32(fp16=config.model.dtype == "fp16")
     copies, shared, serial = _copies(unit, layers, memory, rates, clips)
 
     def passing(name: str) -> PassTime:
