@@ -10,6 +10,7 @@ from finetune import lr_find
 from finetune.core.errors import ConfigError
 from finetune.datasets.schedule import Exponential, lr_at
 from finetune.trainers.lr_find import LrReport
+from finetune.trainers.tracking import GatheredStep
 
 RUN = {"data": {"holdout": 2}, "validation": {"clips": 2, "timesteps": 2}}
 
@@ -31,6 +32,17 @@ def test_a_search_suggests_a_rate_and_leaves_the_run_alone(tiny_run, capsys):
     assert [path.name for path in config.output_dir.iterdir()] == ["lr-find"]
     with pytest.raises(ConfigError, match="an earlier search stands there"):
         lr_find(config, steps=2, every=1)
+
+
+def test_a_rate_that_breaks_the_model_ends_the_search(tiny_run, monkeypatch):
+    inner = GatheredStep.is_finite
+    checks: list[float] = []
+    monkeypatch.setattr(
+        GatheredStep, "is_finite", lambda self, norm: checks.append(norm) or (inner(self, norm) and len(checks) < 8)
+    )
+    report = lr_find(tiny_run("run", **RUN), lowest=1e-5, highest=1e-1, steps=12, every=2)
+    assert len(report.points) == 4 and report.points[-1][0] < report.broke_at < 1e-1
+    assert f"and breaks at {report.broke_at:.1e}" in report.verdict or report.suggested is None
 
 
 def test_what_cannot_be_searched_is_refused(tiny_run):

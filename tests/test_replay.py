@@ -19,6 +19,7 @@ from finetune.checkpoint.folders import list_checkpoints
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cli.app import OK, USER_ERROR
 from finetune.cli.main import main
+from finetune.cogvideox.objective import velocity_losses
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, ModelError, TrainingError
 from finetune.datasets.cache import Cache
@@ -101,6 +102,21 @@ def test_the_report_holds_what_decides_the_step(make, tmp_path):
     assert report.non_finite_gradients == list(report.gradient_norms) and report.gradient_norms.keys() == weights.keys()
     assert torch.__version__.startswith(report.versions["torch"]) and "peft" in report.versions
     assert report.model_files.keys() == {"config.json", "diffusion_pytorch_model.safetensors"}
+
+
+def test_attention_is_computed_by_the_step_s_own_kernel(make, monkeypatch):
+    """A fault of one kernel would not come again with another."""
+    config = make("run", train={"batch_size": 2})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "math"})})
+    poison(config)
+    path, _ = fails(config)
+    kernels = []
+    inner = velocity_losses
+    watched = lambda *words: kernels.append(torch.backends.cuda.flash_sdp_enabled()) or inner(*words)  # noqa: E731
+    monkeypatch.setattr("finetune.trainers.replay.velocity_losses", watched)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    replay(path)
+    assert kernels == [False, False]
 
 
 def test_the_weights_are_those_before_the_update(make, tmp_path, monkeypatch):

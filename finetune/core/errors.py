@@ -73,6 +73,10 @@ class TrainingError(FinetuneError):
     """Training had to stop: a non-finite loss, or a guarantee that no longer holds."""
 
 
+class NonFiniteError(TrainingError):
+    """A loss, a gradient or a weight is not finite."""
+
+
 class LaunchError(FinetuneError):
     """A process of the launch failed or is gone, or it cannot compute where it is."""
 

@@ -138,6 +138,11 @@ def require_kernel(kernel: Attention, request: AttentionRequest, *, where: str) 
         raise ConfigError(f"{kernel} cannot compute attention here: {reason}", where=where, fix=f"use {others}")
 
 
+def usable_kernel(kernel: Attention, request: AttentionRequest) -> Attention:
+    """``kernel`` where it can compute what is asked for; otherwise ``auto``."""
+    return "auto" if kernel != "auto" and _why_not(kernel, request) else kernel
+
+
 def _why_not(kernel: Attention, request: AttentionRequest) -> str:
     """Why a kernel cannot be used, of which a few tokens are tried; empty if it can."""
     if kernel in (refused := obstacles(request)):

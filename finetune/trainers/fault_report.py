@@ -21,7 +21,7 @@ from torch import Tensor
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.core.checksums import ChecksummedFolder, DamageError, checksum_file, folder_checksums
-from finetune.core.errors import FinetuneError, TrainingError, first_line
+from finetune.core.errors import FinetuneError, NonFiniteError, TrainingError, first_line
 from finetune.core.files import TRAINABLE, atomic_write_text, free_space, human_size, publish_dir
 from finetune.core.tensor_files import atomic_save_tensors, file_bytes
 from finetune.datasets.manifests import ManifestItem
@@ -192,7 +192,7 @@ def _published(run: Run, report: Report, name: str) -> TrainingError:
         )
         kind = "loss" if bad else "gradient"
         what = f"step {report.step}: non-finite {kind} (gradient norm {report.grad_norm}); {updated}"
-    return TrainingError(what, where=where, fix=fix)
+    return NonFiniteError(what, where=where, fix=fix)
 
 
 def reported_samples(run: Run, step: int, gathered: GatheredStep) -> tuple[ReportedSample, ...]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.checkpoint.folders import HISTORY, read_history
 from finetune.config.schema import RunConfig
-from finetune.core.errors import ConfigError, TrainingError
+from finetune.core.errors import ConfigError, NonFiniteError
 from finetune.core.files import from_here
 from finetune.datasets.schedule import lr_at
 from finetune.planner.report import table
@@ -117,9 +117,9 @@ def lr_find(config: RunConfig, *, lowest: float, highest: float, steps: int, eve
     broke_at = None
     try:
         train(grown)
-    except TrainingError as error:
+    except NonFiniteError:
         measured = read_history(folder / HISTORY)
-        if len(measured) < 2 or "finite" not in str(error):
+        if len(measured) < 2:
             raise
         broke_at = lr_at(measured[-1].step + 1, highest, grown.lr_schedule, steps)
     points = [

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ from finetune.core.types import Batch, DtypeName, torch_dtype
 from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, to_device
 from finetune.datasets.schedule import MicroBatch
+from finetune.memory.attention import attention_kernel, usable_kernel
 from finetune.memory.quantized_linear import placement
 from finetune.trainers.fault_report import Report, ReportedSample, model_files, read_report
 from finetune.trainers.run import FP16_LOSS_SCALE
+from finetune.trainers.setup import attention_request
 
 EXTREME_LATENTS = 100.0
 """Scaled latents have about unit variance; beyond this one is no picture any more."""
@@ -233,9 +235,11 @@ def replay(
     place = compute_device(device)
     try:
         step = _rebuild(report, config, weights, place, compute)
-        samples = tuple(
-            step.run(sample, to_device(batch, place)) for sample, batch in zip(report.samples, batches, strict=True)
-        )
+        attention = replace(attention_request(config, spec, place), dtype=compute)
+        with attention_kernel(usable_kernel(config.model.attention, attention)):  # the step's own, where it can be
+            samples = tuple(
+                step.run(sample, to_device(batch, place)) for sample, batch in zip(report.samples, batches, strict=True)
+            )
     except Exception as error:
         if not is_out_of_memory(error):
             raise

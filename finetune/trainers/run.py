@@ -20,7 +20,7 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import ProcessGroup
-from finetune.core.errors import TrainingError
+from finetune.core.errors import NonFiniteError, TrainingError
 from finetune.core.files import from_here
 from finetune.core.tensor_files import weights_digest
 from finetune.core.types import Batch, RunState
@@ -205,7 +205,7 @@ class Run:
         """
         output, model = self.config.output_dir, self.model
         if not model.is_finite():
-            raise TrainingError(
+            raise NonFiniteError(
                 f"after step {state.step} the weights are not finite, and are not saved",
                 where=str(output),
                 fix="lower optimizer.lr or lengthen lr_schedule.warmup_steps, and run the same command again: it"

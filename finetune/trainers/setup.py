@@ -75,7 +75,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
     ranks = replace(ranks, context=config.parallel.context)
-    attention = _attention_request(config, spec, ranks.device)
+    attention = attention_request(config, spec, ranks.device)
     require_kernel(config.model.attention, attention, where=config.where("model.attention"))
     config, choice = choose_memory(config)
     accelerator = make_accelerator(config.train.accumulation, **config.tracking.accelerator_options(config.output_dir))
@@ -244,7 +244,7 @@ def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGrou
     return saved
 
 
-def _attention_request(config: RunConfig, spec: ModelSpec, device: torch.device) -> AttentionRequest:
+def attention_request(config: RunConfig, spec: ModelSpec, device: torch.device) -> AttentionRequest:
     buckets = {*config.data.trained_buckets, *filter(None, (config.validation.bucket,))}
     return AttentionRequest(
         device=device,
