@@ -141,6 +141,7 @@ def pin(config: dict[str, Any], commits: list[str], output: str, together: bool)
 def on_terminal(name: str, *words: str) -> int:
     """The command line as a terminal starts it, whose end is the device ``name``."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, by all that is started there
     device = os.open(name, os.O_RDWR)
     fcntl.ioctl(device, termios.TIOCSCTTY, 0)
     for stream in range(3):
