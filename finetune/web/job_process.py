@@ -17,7 +17,8 @@ from finetune.core.files import atomic_write_text
 from finetune.core.locks import hold
 from finetune.web.jobs import ENDED, JOB, LOCK, PROCESS, ends_of, identity
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = [number for number in signal.Signals if number.name in ("SIGTERM", "SIGINT", "SIGHUP")]
+"""As far as the system has them."""
 
 
 def main(folder: Path) -> None:
