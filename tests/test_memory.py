@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from itertools import combinations, pairwise
@@ -495,3 +496,46 @@ def test_every_two_techniques_that_go_together_are_together_in_some_state():
         assert all(any(pair.items() <= state.changed().items() for state in states) for pair in pairs)
         counts[kind] = len(pairs)
     assert counts == {"lora": 58, "full": 9}
+
+
+def test_a_compiled_block_is_two_graphs_per_bucket_and_computes_the_same(monkeypatch):
+    """The first block's inputs need no gradient; the others are one graph. The counting compiler runs it as it is."""
+    graphs: list[torch.fx.GraphModule] = []
+    monkeypatch.setattr("finetune.memory.runner.COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
+
+    def gradients(state: MemoryConfig) -> list[Tensor]:
+        transformer, _ = prepared("full", LoraMethod(rank=4))
+        transformer.transformer_blocks.append(deepcopy(transformer.transformer_blocks[-1]))
+        state.apply(transformer)
+        for side in (8, 12, 8):
+            latents = torch.randn(
+                1, 3, transformer.config.in_channels, 8, side, generator=torch.Generator().manual_seed(5)
+            )
+            text = torch.ones(1, transformer.config.max_text_seq_length, transformer.config.text_embed_dim)
+            transformer(latents, text, torch.tensor([500]), return_dict=False)[0].square().mean().backward()
+        undo(transformer)
+        found, count = [p.grad for p in transformer.parameters() if p.grad is not None], len(graphs)
+        forward(transformer)
+        assert len(graphs) == count, "undone, nothing is compiled any more"
+        return found
+
+    plain = gradients(MemoryConfig())
+    assert not graphs
+    compiled = gradients(MemoryConfig(compile="block"))
+    assert len(graphs) == 2 * 2
+    assert len(plain) == len(compiled) and all(map(torch.equal, plain, compiled))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block": "lean"}, "only stock blocks are compiled"),
+        ({"activations": "host"}, "only stock blocks are compiled"),
+        ({"base": "fp8"}, "only stock blocks are compiled"),
+        ({"checkpointing": "selective"}, "a compiled one shows none"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(changes, words):
+    (fault,) = MemoryConfig(compile="block", **changes).faults(Traits())
+    assert fault.option == "compile" and words in fault.what
+    assert MemoryConfig(compile="block").faults(Traits()) == []

@@ -244,10 +244,10 @@ _UNMAPPED: dict[str, str] = {
 
 _SWEPT_BY_PREFIX = {
     "flow_": "of flow-matching models; CogVideoX predicts v",
-    "prodigy_": "Prodigy is no optimizer of ours",
+    "prodigy_": "optimizer: {kind: custom, name: pytorch_optimizer.Prodigy}, with its arguments as kwargs",
     "layerwise_upcasting_": "memory.base",
     "hub_": "`finetune push`, after the export",
-    "compile_": "no part of training is compiled",
+    "compile_": "memory.compile: block",
 }
 
 

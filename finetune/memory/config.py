@@ -83,6 +83,10 @@ class MemoryConfig(Strict):
     block: Literal["stock", "lean"] = "stock"
     """How a block is computed: as diffusers writes it, or by our own forward and backward pass, which hold half as
     much."""
+    compile: Literal["off", "block"] = "off"
+    """``block`` has torch.compile fuse what stands between a stock block's products: two graphs per bucket, because the
+    first block's inputs need no gradient, each compiled in its first step. The last digits are others. Lean blocks are
+    fused without; no GPU has measured either yet."""
     activations: Literal["device", "host"] = "device"
     """Where the blocks' inputs wait for the backward pass; ``host`` copies them while the GPU computes."""
     streamed_blocks: Annotated[int, Field(ge=0, le=1_000)] | Literal["all"] = 0
@@ -217,7 +221,7 @@ class LadderStep(NamedTuple):
 
 MEMORY_LADDER = (
     LadderStep({"checkpointing": "full", "keep_attention": None}),
-    LadderStep({"block": "lean"}),
+    LadderStep({"block": "lean", "compile": "off"}),
     LadderStep({"modulation": "host"}),
     LadderStep({"activations": "host"}),
     LadderStep({"streamed_blocks": "all"}),
@@ -265,6 +269,13 @@ def _rules(state: MemoryConfig, traits: Traits) -> Iterator[tuple[bool, Fault]]:
     fix = "set method.dropout: 0 or parallel.context: 1, or memory.block: stock"
     yield state.block == "lean" and traits.divided_masks, Fault("block", what, fix)
 
+    compiles = state.compile == "block"
+    what = "only stock blocks are compiled, as diffusers runs them"
+    fix = "set memory.compile: off (a lean block is fused without it), or leave the other techniques out"
+    yield compiles and (state.needs_block_runner or state.base != "native"), Fault("compile", what, fix)
+    what = "selective checkpointing watches each operation of a block, and a compiled one shows none"
+    yield compiles and state.checkpointing == "selective", Fault("compile", what, "set memory.checkpointing: full")
+
     quantised = state.base != "native"
     what = f"a base in {state.base} cannot train, and full fine-tuning trains it"
     yield quantised and traits.full, Fault("base", what, "set base: native")
@@ -303,7 +314,7 @@ def _rules(state: MemoryConfig, traits: Traits) -> Iterator[tuple[bool, Fault]]:
     why = "DDP wants every parameter on one device and every gradient at once"
     fix = "leave it out, launch one process, or shard the model with accelerate_configs/fsdp2.yaml"
     if traits.sharded:
-        single = ("block", "activations", "base", *single)
+        single = ("block", "compile", "activations", "base", *single)
         why = "FSDP2 and ZeRO place weights, gradients and states by themselves"
         fix = "leave it out, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml"
     for option in single:

@@ -10,7 +10,7 @@ model calls its blocks as before; validation and sampling pass through here too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -402,6 +402,9 @@ def apply(transformer: nn.Module, config: MemoryConfig, device: torch.device | N
         else:
             checkpointing.apply(transformer, config.checkpointing, config.keep_attention)
             stack.callback(checkpointing.apply, transformer, "none")
+        if config.compile == "block":
+            _compile(blocks)
+            stack.callback(_compile, blocks, undo=True)
         transformer.__dict__[_UNDO] = stack.pop_all()
 
 
@@ -410,6 +413,24 @@ def undo(transformer: nn.Module) -> None:
     stack: ExitStack | None = transformer.__dict__.pop(_UNDO, None)
     if stack is not None:
         stack.close()
+
+
+COMPILER = "inductor"
+
+_MOST_GRAPHS = 256
+"""Buckets, and shapes that are sampled, of which each is a graph; torch gives up after eight."""
+
+
+def _compile(blocks: Iterable[nn.Module], *, undo: bool = False) -> None:
+    """Have each block's forward pass compiled when it is first called with a shape, or not any more."""
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
+    for block in blocks:
+        if undo:
+            block._compiled_call_impl = None
+        else:
+            block.compile(backend=COMPILER, dynamic=False)
 
 
 def _streamed(streamed_blocks: int | str, number: int) -> list[int]:

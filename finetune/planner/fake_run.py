@@ -141,7 +141,7 @@ class TrackedTraining:
     ) -> None:
         self.tracker, self.spec, self.config, self.transformer, self.dtype = tracker, spec, config, transformer, dtype
         config.method.apply(transformer, seed=config.train.seed)
-        config.memory.apply(transformer, CPU)
+        config.memory.model_copy(update={"compile": "off"}).apply(transformer, CPU)  # it would run, and hold no less
         transformer.train()
         if (processes := config.parallel.context) > 1:
             divide(transformer, SilentGroup(0, processes))
