@@ -55,7 +55,7 @@ OF_BOTH: list[list[State]] = [
 OF_ADAPTERS: list[list[State]] = [[{}, {"modulation": "host"}], [{}, {"base": "fp8"}, {"base": "nf4"}]]
 OF_FULL: list[list[State]] = [[{}, {"gradient_release": "exact"}, {"gradient_release": "per_parameter"}], [{}, HOST]]
 MOVES = {"streamed_blocks", "activations", "modulation", "gradient_release"}
-NO_COPIES = {"kind", "budget", "ram", "quantize", "keep_attention", "text_encoder", "clips_at_once"}
+NO_COPIES = {"kind", "budget", "ram", "quantize", "keep_attention", "text_encoder", "clips_at_once", "compile"}
 """Of ``MemoryConfig``: what decides about nothing that moves while training."""
 
 
