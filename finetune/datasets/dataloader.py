@@ -27,6 +27,21 @@ from finetune.datasets.manifests import ManifestItem
 from finetune.datasets.schedule import MicroBatch, StepPlan
 
 
+def unconditional_prompt(cache: Cache, key: str, dropout: DropoutConfig) -> Tensor:
+    """The embedding that stands for "no caption", [L, D].
+
+    Args:
+        cache: where it is read.
+        key: of the empty caption's entry.
+        dropout: says whether that entry is meant, or zeros in its place.
+
+    Raises:
+        CacheError: if the entry cannot be read.
+    """
+    empty = cache.read_prompt(key)
+    return torch.zeros_like(empty) if dropout.unconditional_text == "zeros" else empty
+
+
 @dataclass(frozen=True)
 class BatchMaker:
     """Turns clips of the cache into training input.

@@ -1,1 +1,1 @@
-"""How a model lies on processes and how a step is taken there: one process and DDP, FSDP2, DeepSpeed ZeRO."""
+"""How a model, or one clip, lies on processes and how a step is taken there: DDP, FSDP2, DeepSpeed ZeRO, context."""

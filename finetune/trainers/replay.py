@@ -27,7 +27,7 @@ from finetune.core.rng import seed_for
 from finetune.core.text import shown
 from finetune.core.types import Batch, DtypeName, torch_dtype
 from finetune.datasets.cache import Cache
-from finetune.datasets.dataloader import BatchMaker, to_device
+from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_prompt
 from finetune.datasets.schedule import MicroBatch
 from finetune.memory.attention import attention_kernel, usable_kernel
 from finetune.memory.quantized_linear import placement
@@ -296,9 +296,7 @@ def _batches(report: Report, config: RunConfig, spec: ModelSpec) -> list[Batch]:
             where=str(config.cache.dir),
             fix="name the cache's folder with --cache, or encode the same data again with `finetune precompute`",
         )
-    empty = cache.read_prompt(report.empty_prompt_key)
-    if config.data.unconditional_text == "zeros":
-        empty = torch.zeros_like(empty)
+    empty = unconditional_prompt(cache, report.empty_prompt_key, config.data)
     maker = BatchMaker(spec, cache, items, empty, config.data, config.train.seed, config.objective)
     return [
         maker.fixed(index, [sample.timestep])

@@ -38,7 +38,7 @@ from finetune.core.precision import sums_in_float32
 from finetune.core.rng import deterministic_kernels, repeatability
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
-from finetune.datasets.dataloader import BatchMaker, Loader
+from finetune.datasets.dataloader import BatchMaker, Loader, unconditional_prompt
 from finetune.datasets.manifests import WARNING, Manifest
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.inference.adapters import read_sources
@@ -182,9 +182,7 @@ def hold_run_folder(run_dir: Path, ranks: ProcessGroup, tell: Callable[[str], ob
 
 
 def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, cache: Cache, ranks: ProcessGroup) -> RunData:
-    empty = cache.read_prompt(manifest.empty_prompt_key)
-    if config.data.unconditional_text == "zeros":
-        empty = torch.zeros_like(empty)
+    empty = unconditional_prompt(cache, manifest.empty_prompt_key, config.data)
     parts = ([item for item in manifest.items if item.holdout == holdout] for holdout in (False, True))
     training, val = (
         BatchMaker(spec, cache, items, empty, config.data, config.train.seed, config.objective) for items in parts

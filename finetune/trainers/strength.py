@@ -25,7 +25,7 @@ from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ConfigError
 from finetune.core.files import from_here
 from finetune.datasets.cache import Cache
-from finetune.datasets.dataloader import BatchMaker, to_device
+from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_prompt
 from finetune.datasets.manifests import Manifest
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import ADAPTER, LoraMethod
@@ -184,9 +184,7 @@ def _clips(read: ExportSource, cache: Path | None) -> tuple[BatchMaker, bool]:
             fix="name the cache's folder with --cache, or encode the same data again with `finetune precompute`",
         )
     manifest = Manifest.from_content(content, Path())
-    empty = store.read_prompt(manifest.empty_prompt_key)
-    if config.data.unconditional_text == "zeros":
-        empty = torch.zeros_like(empty)
+    empty = unconditional_prompt(store, manifest.empty_prompt_key, config.data)
     heldout = [item for item in manifest.items if item.holdout]
     spec = read_spec(config.model.pretrained, config.model.revision)
     items = heldout or list(manifest.items)

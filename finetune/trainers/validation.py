@@ -13,8 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import torch
-
 from finetune.caching.encode import release_memory
 from finetune.checkpoint.folders import HISTORY, Measurement, read_history, sample_name, samples_path
 from finetune.cogvideox.load import load_scheduler, load_vae
@@ -23,7 +21,7 @@ from finetune.core.errors import FinetuneError, first_line
 from finetune.core.files import atomic_write_text, from_here
 from finetune.core.rng import seed_for, training_state_untouched
 from finetune.core.types import Batch, RunState, SamplePrompt
-from finetune.datasets.dataloader import BatchMaker, to_device
+from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_prompt
 from finetune.datasets.schedule import is_due
 from finetune.inference.modes import FromImage, FromText
 from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
@@ -332,11 +330,10 @@ class Sampler:
 
     def _request(self, sample: SamplePrompt) -> SampleRequest:
         config, cache, manifest = self._run.config, self._run.data.cache, self._run.data.manifest
-        empty = cache.read_prompt(manifest.empty_prompt_key)
         image = None if sample.image is None else cache.read_image(manifest.images[str(sample.image)])
         return SampleRequest(
             prompt_embeds=cache.read_prompt(manifest.prompts[sample.prompt]),
-            negative_embeds=empty if config.data.unconditional_text == "empty" else torch.zeros_like(empty),
+            negative_embeds=unconditional_prompt(cache, manifest.empty_prompt_key, config.data),
             mode=FromText() if image is None else FromImage(image),
             seed=sample.seed,
             bucket=config.validation.bucket or config.data.buckets[0],
