@@ -221,6 +221,7 @@ def lr_find(
 
     Raises:
         ConfigError: if no clip is held out, the numbers make no sense, or an earlier search stands in the folder.
+        TrainingError: if it was stopped before it had measured twice.
         Exception: what ``train`` raises.
     """
     from finetune.config.schema import as_config

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from finetune import lr_find
-from finetune.core.errors import ConfigError
+from finetune.core.errors import ConfigError, TrainingError
 from finetune.datasets.schedule import Exponential, lr_at
 from finetune.trainers.lr_find import LrReport
+from finetune.trainers.stopping import StopRequest
 from finetune.trainers.tracking import GatheredStep
 
 RUN = {"data": {"holdout": 2}, "validation": {"clips": 2, "timesteps": 2}}
@@ -43,6 +46,14 @@ def test_a_rate_that_breaks_the_model_ends_the_search(tiny_run, monkeypatch):
     report = lr_find(tiny_run("run", **RUN), lowest=1e-5, highest=1e-1, steps=12, every=2)
     assert len(report.points) == 4 and report.points[-1][0] < report.broke_at < 1e-1
     assert f"and breaks at {report.broke_at:.1e}" in report.verdict or report.suggested is None
+
+
+def test_a_search_that_was_stopped_says_so(tiny_run, monkeypatch):
+    """By a signal that comes before the first step."""
+    inner = StopRequest.begin
+    monkeypatch.setattr(StopRequest, "begin", lambda self: inner(self) or os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingError, match="stopped before it had measured twice"):
+        lr_find(tiny_run("run", **RUN), lowest=1e-5, highest=1e-1, steps=12, every=2)
 
 
 def test_what_cannot_be_searched_is_refused(tiny_run):

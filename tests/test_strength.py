@@ -60,6 +60,7 @@ def test_what_cannot_be_measured_is_refused(calm_run, tmp_path, capsys):
     run = calm_run(**RUN).run_dir
     for words, message in (
         (["--strengths=-1,2"], "give numbers from 0 to 10"),
+        (["--clips", "0"], "0 clips are wanted"),
         (["--strengths", "half"], "is no list of numbers"),
         (["--cache", str(tmp_path / "none")], "the cache"),
         (["--checkpoint", "worst"], "worst"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.checkpoint.folders import HISTORY, read_history
 from finetune.config.schema import RunConfig
-from finetune.core.errors import ConfigError, NonFiniteError
+from finetune.core.errors import ConfigError, NonFiniteError, TrainingError
 from finetune.core.files import from_here
 from finetune.datasets.schedule import lr_at
 from finetune.planner.report import table
@@ -122,8 +122,14 @@ def lr_find(config: RunConfig, *, lowest: float, highest: float, steps: int, eve
         if len(measured) < 2:
             raise
         broke_at = lr_at(measured[-1].step + 1, highest, grown.lr_schedule, steps)
+    history = read_history(folder / HISTORY)
+    if len(history) < 2:
+        raise TrainingError(
+            "the search was stopped before it had measured twice",
+            where=from_here(folder),
+            fix=f"remove the folder, and search again: rm -r {folder}",
+        )
     points = [
-        (lr_at(row.step - 1, highest, grown.lr_schedule, steps) if row.step else 0.0, row.heldout)
-        for row in read_history(folder / HISTORY)
+        (lr_at(row.step - 1, highest, grown.lr_schedule, steps) if row.step else 0.0, row.heldout) for row in history
     ]
     return LrReport(points, folder, broke_at)

@@ -132,6 +132,8 @@ def strength(source: Path, options: StrengthOptions) -> StrengthReport:
     wanted = sorted({float(value) for value in options.strengths} | {0.0, 1.0})
     if wanted[0] < 0 or wanted[-1] > 10:
         raise ConfigError(f"strengths are {wanted}", where="strengths", fix="give numbers from 0 to 10")
+    if options.clips is not None and options.clips < 1:
+        raise ConfigError(f"{options.clips} clips are wanted", where="clips", fix="give 1 or more, or leave it out")
     read = read_source(find_checkpoint(source, options.checkpoint), "auto", options.pretrained)
     method = read.config.method
     if not isinstance(method, LoraMethod):
