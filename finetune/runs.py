@@ -193,11 +193,11 @@ def ui(
     if missing := [name for name in ("starlette", "uvicorn", "python_multipart", "psutil") if find_spec(name) is None]:
         fix = "pip install 'cogvideox-finetune[ui]'"
         raise ConfigError(f"the page needs {' and '.join(missing)}", where="finetune ui", fix=fix)
-    from finetune.web.access import Door
+    from finetune.web.access import AccessPolicy
     from finetune.web.server import serve
 
-    door = Door(host, token, amount("--max-upload", most_upload) or 0)
-    serve(Path(folder), [Path(other) for other in allow], door, port)
+    policy = AccessPolicy(host, token, amount("--max-upload", most_upload) or 0)
+    serve(Path(folder), [Path(other) for other in allow], policy, port)
 
 
 @checked

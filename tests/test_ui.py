@@ -26,7 +26,7 @@ for library in ("starlette", "uvicorn", "python_multipart"):
     pytest.importorskip(library, reason="the extra `ui` is not installed")
 
 # ruff: noqa: E402
-from finetune.web.access import Door, Roots
+from finetune.web.access import AccessPolicy, Roots
 from finetune.web.commands import COMMANDS
 from finetune.web.form import form_of
 from finetune.web.jobs import Jobs
@@ -305,7 +305,7 @@ def test_a_killed_command_is_known_from_one_that_runs(jobs):
     os.kill(known["pid"], signal.SIGKILL)
     wait(lambda: not job.is_alive)
     assert job.state == "failed"
-    (job.folder / "ended.json").unlink()  # as if its keeper had been killed beside it
+    (job.folder / "ended.json").unlink()  # as if its job's process had been killed beside it
     assert job.state == "lost"
     (job.folder / "process.json").write_text(json.dumps({**known, "pid": os.getpid()}))  # its number is another's now
     job.stop()
@@ -319,7 +319,7 @@ def test_a_killed_command_is_known_from_one_that_runs(jobs):
 def client(workspace):
     testclient = pytest.importorskip("starlette.testclient", reason="needs httpx2")
     return testclient.TestClient(
-        application(workspace, Door("127.0.0.1", most_upload_bytes=2000)), base_url="http://localhost:7860"
+        application(workspace, AccessPolicy("127.0.0.1", most_upload_bytes=2000)), base_url="http://localhost:7860"
     )
 
 
@@ -363,7 +363,7 @@ def test_requests_of_others_are_refused(client, workspace, method, headers, code
 
 def test_beyond_this_machine_a_token_is_asked_for(workspace):
     testclient = pytest.importorskip("starlette.testclient", reason="needs httpx2")
-    app = application(workspace, Door("0.0.0.0", "a-token", 1000))
+    app = application(workspace, AccessPolicy("0.0.0.0", "a-token", 1000))
     stranger = testclient.TestClient(app, base_url="http://192.0.2.7:7860")
     assert stranger.get("/run").status_code == 401
     assert stranger.get("/assets/ui.js").status_code == 401
@@ -498,7 +498,7 @@ def test_text_of_datasets_is_shown_and_does_nothing(client, workspace):
 def test_a_fault_of_ours_shows_no_trace(workspace, monkeypatch, capsys):
     testclient = pytest.importorskip("starlette.testclient", reason="needs httpx2")
     monkeypatch.setattr(Workspace, "configs", lambda self: 1 / 0)
-    app = application(workspace, Door("127.0.0.1"))
+    app = application(workspace, AccessPolicy("127.0.0.1"))
     response = testclient.TestClient(app, base_url="http://localhost", raise_server_exceptions=False).get("/data")
     assert response.status_code == 500 and "ZeroDivision" not in response.text
     assert "ZeroDivisionError" in capsys.readouterr().err

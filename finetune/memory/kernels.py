@@ -208,12 +208,12 @@ def modulate_kernel(
     added += factor * tl.load(bias + column, here, 0.0).to(tl.float32)
     factor *= tl.load(weight + column, here, 0.0).to(tl.float32)
     if gated:
-        opening = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
+        gates = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
     for token in range(first, tl.minimum(first + span, tokens)):
         values = tl.load(x + clip * x_clip + token * x_token + column, here, 0.0).to(tl.float32)
         if gated:
             own = tl.load(features + clip * features_clip + token * features_token + column, here, 0.0)
-            values += opening * own.to(tl.float32)
+            values += gates * own.to(tl.float32)
         if summed:
             tl.store(out_sum + clip * sum_clip + token * sum_token + column, values.to(out_sum.dtype.element_ty), here)
         centred = tl.where(here, values - tl.sum(values, 0) / width, 0.0)
@@ -237,16 +237,16 @@ def modulate_gradient_kernel(
     factor = 1.0 + tl.load(scale + clip * row_clip + column, here, 0.0).to(tl.float32)
     factor *= tl.load(weight + column, here, 0.0).to(tl.float32)
     if gated:
-        opening = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
+        gates = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
     if summed:
         of_shift, of_scale = tl.zeros((padded,), tl.float32), tl.zeros((padded,), tl.float32)
         of_gate = tl.zeros((padded,), tl.float32)
     for token in range(first, tl.minimum(first + span, tokens)):
         values = tl.load(x + clip * x_clip + token * x_token + column, here, 0.0).to(tl.float32)
         if gated:
-            door = features + clip * features_clip + token * features_token + column
-            own = tl.load(door, here, 0.0).to(tl.float32)
-            values += opening * own
+            place = features + clip * features_clip + token * features_token + column
+            own = tl.load(place, here, 0.0).to(tl.float32)
+            values += gates * own
         centred = tl.where(here, values - tl.sum(values, 0) / width, 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
         standard = centred * rstd
@@ -262,7 +262,7 @@ def modulate_gradient_kernel(
         if gated:
             if summed:
                 of_gate += total * own
-            tl.store(door, (total * opening).to(features.dtype.element_ty), here)
+            tl.store(place, (total * gates).to(features.dtype.element_ty), here)
     if summed:
         count = 3 if gated else 2
         row = sums + (clip * tl.num_programs(0) + program) * count * width + column
@@ -283,12 +283,12 @@ def add_gated_kernel(
     first, clip = tl.program_id(0).to(tl.int64) * span, tl.program_id(1).to(tl.int64)
     column = tl.arange(0, padded)
     here = column < width
-    opening = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
+    gates = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
     for token in range(first, tl.minimum(first + span, tokens)):
         into = x + clip * x_clip + token * x_token + column
         values = tl.load(into, here, 0.0).to(tl.float32)
         own = tl.load(features + clip * features_clip + token * features_token + column, here, 0.0).to(tl.float32)
-        tl.store(into, (values + opening * own).to(x.dtype.element_ty), here)
+        tl.store(into, (values + gates * own).to(x.dtype.element_ty), here)
 
 
 @triton.jit
@@ -303,7 +303,7 @@ def gate_gradient_kernel(
     first = program * span
     column = tl.arange(0, padded)
     here = column < width
-    opening = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
+    gates = tl.load(gate + clip * gate_clip + column, here, 0.0).to(tl.float32)
     if summed:
         of_gate = tl.zeros((padded,), tl.float32)
     for token in range(first, tl.minimum(first + span, tokens)):
@@ -312,7 +312,7 @@ def gate_gradient_kernel(
             own = tl.load(features + clip * features_clip + token * features_token + column, here, 0.0)
             of_gate += slope * own.to(tl.float32)
         into = out + clip * out_clip + token * out_token + column
-        tl.store(into, (slope * opening).to(out.dtype.element_ty), here)
+        tl.store(into, (slope * gates).to(out.dtype.element_ty), here)
     if summed:
         tl.store(sums + (clip * tl.num_programs(0) + program) * width + column, of_gate, here)
 

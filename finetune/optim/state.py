@@ -244,7 +244,7 @@ def _from_group(value: Any, device: torch.device) -> Any:
 def _fill_torch(
     inner: torch.optim.Optimizer, names: Mapping[int, str], states: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Through the library's own door, which knows on what device each entry belongs."""
+    """By the library itself, which knows on what device each entry belongs."""
     members = [names[id(parameter)] for group in inner.param_groups for parameter in group["params"]]
     # Composed tensors were put together from copies, and need not be able to copy themselves.
     copies = {

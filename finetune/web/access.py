@@ -67,7 +67,7 @@ def is_loopback(host: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Door:
+class AccessPolicy:
     """Who is let in."""
 
     host: str
@@ -113,11 +113,11 @@ class Door:
         return not self.token or hmac.compare_digest(ours, theirs)
 
 
-class Guard:
-    """The door as ASGI middleware; adds the headers to every answer."""
+class AccessMiddleware:
+    """The policy as ASGI middleware; adds the headers to every answer."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
-        self._app, self._door = app, door
+    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
+        self._app, self._policy = app, policy
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -136,27 +136,27 @@ class Guard:
         if response is not None:
             await response(scope, receive, send_with_headers)
             return
-        limit = self._door.most_upload_bytes if scope["path"] == "/upload" else MOST_FORM_BYTES
+        limit = self._policy.most_upload_bytes if scope["path"] == "/upload" else MOST_FORM_BYTES
         await self._app(scope, _bounded(receive, limit), send_with_headers)
 
     def _answer(self, scope: Scope) -> Response | None:
         """What a request is answered with here; None if it may pass."""
         headers = Headers(scope=scope)
-        if refused := self._door.refusal(scope["method"], headers):
+        if refused := self._policy.refusal(scope["method"], headers):
             return PlainTextResponse(f"refused: {refused}", 403)
-        limit = self._door.most_upload_bytes if scope["path"] == "/upload" else MOST_FORM_BYTES
+        limit = self._policy.most_upload_bytes if scope["path"] == "/upload" else MOST_FORM_BYTES
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > limit:
             return PlainTextResponse(f"refused: more than {limit:,} bytes", 413)
         query = parse_qs(scope["query_string"].decode("latin-1"))
-        if self._door.token and "token" in query:
-            if not self._door.knows(query["token"][0]):
+        if self._policy.token and "token" in query:
+            if not self._policy.knows(query["token"][0]):
                 return PlainTextResponse("refused: this is not the token", 403)
             rest = urlencode({name: values for name, values in query.items() if name != "token"}, doseq=True)
             response = RedirectResponse(f"/{scope['path'].lstrip('/')}" + (f"?{rest}" if rest else ""), 303)
             response.set_cookie(COOKIE, query["token"][0], httponly=True, samesite="strict")
             return response
-        if not self._door.knows(_cookie(headers)):
+        if not self._policy.knows(_cookie(headers)):
             return PlainTextResponse("refused: open the address with the token, which `finetune ui` printed", 401)
         return None
 

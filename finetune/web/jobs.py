@@ -66,7 +66,7 @@ class Job:
             code = _read(self.folder / ENDED).get("code")
             if code is not None:
                 return _CODES.get(code, "failed")
-            process = _process(self.folder)  # its keeper may have been killed, and the command not
+            process = _process(self.folder)  # the process of its job may have been killed, and the command not
             if process is None or not _read(self.folder / PROCESS).get("began"):
                 return "lost"
         return "running" if _read(self.folder / PROCESS).get("began") else "waiting"

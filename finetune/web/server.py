@@ -23,7 +23,15 @@ from starlette.routing import Route
 
 from finetune.core.errors import ConfigError, FinetuneError
 from finetune.core.text import shown
-from finetune.web.access import MOST_FORM_BYTES, SANDBOX, Door, Guard, Roots, TooLargeError, is_loopback
+from finetune.web.access import (
+    MOST_FORM_BYTES,
+    SANDBOX,
+    AccessMiddleware,
+    AccessPolicy,
+    Roots,
+    TooLargeError,
+    is_loopback,
+)
 from finetune.web.actions import ACTIONS
 from finetune.web.pages import TABS, show
 from finetune.web.workspace import SHOWN, STATE, Workspace
@@ -35,7 +43,7 @@ _ASSETS = {"ui.css": "text/css", "ui.js": "text/javascript"}
 _MOST_FIELDS = 200
 
 
-def application(workspace: Workspace, door: Door) -> Guard:
+def application(workspace: Workspace, policy: AccessPolicy) -> AccessMiddleware:
     """The ASGI application."""
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATES),
@@ -133,7 +141,7 @@ def application(workspace: Workspace, door: Door) -> Guard:
         Route("/{tab}/{action}", act, methods=["POST"]),
     ]
     handlers: Any = {HTTPException: _http_fault, TooLargeError: _too_large, Exception: _bug}
-    return Guard(Starlette(routes=routes, exception_handlers=handlers), door)
+    return AccessMiddleware(Starlette(routes=routes, exception_handlers=handlers), policy)
 
 
 def _to(tab: str, query: Mapping[str, str]) -> Response:
@@ -156,13 +164,13 @@ async def _bug(request: Request, error: Exception) -> Response:
     return PlainTextResponse("Something failed in the page. What runs goes on; the terminal says more.", 500)
 
 
-def serve(folder: Path, others: Sequence[Path], door: Door, port: int) -> None:
+def serve(folder: Path, others: Sequence[Path], policy: AccessPolicy, port: int) -> None:
     """Serve the page until SIGINT or SIGTERM; commands that run go on.
 
     Args:
         folder: the workspace.
         others: further folders that may be read and written.
-        door: who is let in; a token is made where other machines can connect and there is none.
+        policy: who is let in; a token is made where other machines can connect and there is none.
         port: 0 for a free one.
 
     Raises:
@@ -171,25 +179,25 @@ def serve(folder: Path, others: Sequence[Path], door: Door, port: int) -> None:
     for place in (folder, *others):
         if not place.expanduser().is_dir():
             raise ConfigError("there is no such folder", where=str(place), fix="make it, or name another")
-    if not door.token and not is_loopback(door.host):
-        door = Door(door.host, secrets.token_urlsafe(24), door.most_upload_bytes)
-    workspace = Workspace(Roots(folder.expanduser(), others), door.most_upload_bytes)
-    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+    if not policy.token and not is_loopback(policy.host):
+        policy = AccessPolicy(policy.host, secrets.token_urlsafe(24), policy.most_upload_bytes)
+    workspace = Workspace(Roots(folder.expanduser(), others), policy.most_upload_bytes)
+    family = socket.AF_INET6 if ":" in policy.host else socket.AF_INET
     try:
-        listener = socket.create_server((door.host.strip("[]"), port), family=family)
+        listener = socket.create_server((policy.host.strip("[]"), port), family=family)
     except (OSError, OverflowError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"cannot listen: {reason}", where=f"{door.host}:{port}", fix="choose another --port"
+            f"cannot listen: {reason}", where=f"{policy.host}:{port}", fix="choose another --port"
         ) from None
     (workspace.state).mkdir(exist_ok=True)
-    name = f"[{door.host}]" if ":" in door.host else door.host
-    name = socket.gethostname() if door.host in ("0.0.0.0", "::") else name
-    token = f"?token={door.token}" if door.token else ""
+    name = f"[{policy.host}]" if ":" in policy.host else policy.host
+    name = socket.gethostname() if policy.host in ("0.0.0.0", "::") else name
+    token = f"?token={policy.token}" if policy.token else ""
     print(f"http://{name}:{listener.getsockname()[1]}/{token}", flush=True)
     print(f"for {workspace.roots.workspace}; Ctrl-C ends the page, and not what runs ({STATE}/jobs)", flush=True)
     config = uvicorn.Config(
-        application(workspace, door),
+        application(workspace, policy),
         log_level="critical",
         server_header=False,
         proxy_headers=False,
