@@ -36,7 +36,8 @@ def denoise(
         noisy_latents: [B, C, F, H, W], F after front padding.
         prompt_embeds: [B, L, D], L = ``spec.max_text_seq_length``.
         timesteps: [B], int64.
-        image_latents: scaled (``condition_latents``), [B, C, 1, H, W]; None for a text-to-video model.
+        image_latents: scaled (``condition_latents``), [B, C, K, H, W]: what the first K <= F latent frames are given; one
+            frame for a first image. None for a text-to-video model.
 
     Returns:
         float32 [B, C, F, H, W], whatever the dtype of the transformer.
@@ -56,7 +57,7 @@ def denoise(
         # The condition stands at the first frame the transformer sees, also where that one is padding: the stock
         # pipeline rounds the frame count up before it lays out the image, so it never gets to copy the image.
         condition = torch.zeros_like(hidden_states)
-        condition[:, :1] = image_latents.to(dtype).transpose(1, 2)
+        condition[:, : image_latents.shape[2]] = image_latents.to(dtype).transpose(1, 2)
         hidden_states = torch.cat([hidden_states, condition], dim=2)
     positions = None
     if spec.use_rotary:
