@@ -160,6 +160,7 @@ def plan_cache(
                 caption_dropout=clip.sample.caption_dropout,
                 weight=clip.sample.weight,
                 flipped_key=flipped_key(clip, is_val),
+                prior=clip.sample.prior and not is_val,
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),

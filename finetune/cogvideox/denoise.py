@@ -36,8 +36,8 @@ def denoise(
         noisy_latents: [B, C, F, H, W], F after front padding.
         prompt_embeds: [B, L, D], L = ``spec.max_text_seq_length``.
         timesteps: [B], int64.
-        image_latents: scaled (``condition_latents``), [B, C, K, H, W]: what the first K <= F latent frames are given; one
-            frame for a first image. None for a text-to-video model.
+        image_latents: scaled (``condition_latents``), [B, C, K, H, W]: what the first K <= F latent frames are given;
+            one frame for a first image. None for a text-to-video model.
 
     Returns:
         float32 [B, C, F, H, W], whatever the dtype of the transformer.

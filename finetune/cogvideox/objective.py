@@ -226,7 +226,9 @@ def weighted(losses: Tensor, batch: Batch) -> Tensor:
     return losses if batch.weights is None else losses * batch.weights
 
 
-def velocity_losses(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:
+def velocity_losses(
+    model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch, base: Tensor | None = None
+) -> Tensor:
     """The velocity's mean squared error per sample, float32 [B].
 
     Args:
@@ -234,7 +236,20 @@ def velocity_losses(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch:
         spec: of the model.
         alpha_bar: the noise schedule, float32 [num_train_timesteps].
         batch: on the device of both.
+        base: what the base model predicts for it (``predicted_velocity``), [B, C, F, H, W], which is the target of the
+            samples that ``batch.prior`` marks; None: every sample's is the velocity of its clip.
     """
     noised = noise_batch(batch, alpha_bar)
-    prediction = denoise(model, spec, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)
-    return v_mse(prediction, noised.velocity)
+    target = noised.velocity
+    if base is not None and batch.prior is not None:  # row by row: the host knows which, and does not ask the device
+        target = torch.stack([base[row] if prior else target[row] for row, prior in enumerate(batch.prior)])
+    return v_mse(_predicted(model, spec, noised, batch), target)
+
+
+def predicted_velocity(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:
+    """What a model predicts for a micro-batch, float32 [B, C, F, H, W]; arguments as in ``velocity_losses``."""
+    return _predicted(model, spec, noise_batch(batch, alpha_bar), batch)
+
+
+def _predicted(model: nn.Module, spec: ModelSpec, noised: Noised, batch: Batch) -> Tensor:
+    return denoise(model, spec, noised.noisy_latents, batch.prompt_embeds, batch.timesteps, batch.image_latents)

@@ -127,6 +127,15 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     nothing_left = all(source.split == "holdout" for source in config.data.sources)
     what = "every source is held out, so there is nothing to train on"
     yield nothing_left, "data.sources", what, "leave `split: holdout` out of at least one source"
+    for index, source in enumerate(config.data.sources):
+        path = f"data.sources.{index}.prior_preservation"
+        what = "full fine-tuning changes the base model itself, and so has nothing left to ask what that would predict"
+        fix = "train a LoRA, or leave prior_preservation out: its clips are then trained on like all others"
+        yield source.prior_preservation and config.method.kind == "full", path, what, fix
+    trained = [source for source in config.data.sources if source.split == "train"]
+    what = "every source is for prior preservation, so the model can only stay what it is"
+    idle = bool(trained) and all(source.prior_preservation for source in trained)
+    yield idle, "data.sources", what, "add a source of the clips that are to be learnt"
     what = "full fine-tuning in fp16 would lose small gradients: fp16 has no digits below 6e-8"
     fix = "set model.dtype: bf16, or train a LoRA, whose gradients are float32"
     yield config.model.dtype == "fp16" and config.method.kind == "full", "model.dtype", what, fix
@@ -178,6 +187,10 @@ def _warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, s
     for index, bucket in enumerate(data.buckets):
         for advice in () if spec.check_bucket(bucket) else spec.advise_bucket(bucket):
             yield True, f"data.buckets.{index}", advice
+    for index, source in enumerate(data.sources):
+        words = data.trigger if source.trigger is None else source.trigger
+        advice = 'the trigger word is held to what the base model knows of it; set trigger: "" for this source'
+        yield source.prior_preservation and bool(words.strip()), f"data.sources.{index}", advice
     unused = data.image_buckets is not None and not any(source.images for source in data.sources)
     yield unused, "data.image_buckets", "image_buckets has no effect: no source has images: true"
     fps = data.fps or spec.native_fps

@@ -110,6 +110,11 @@ class DataConfig(ValSplitConfig, DropoutConfig, CaptionConfig, ClipConfig):
         stills = self.still_buckets if any(source.images for source in self.sources) else ()
         return tuple(dict.fromkeys([*self.buckets, *stills]))
 
+    @property
+    def preserves_prior(self) -> bool:
+        """Whether a source's clips are for prior preservation."""
+        return any(source.prior_preservation for source in self.sources)
+
 
 @dataclass(frozen=True)
 class Provenance:

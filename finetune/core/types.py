@@ -70,6 +70,8 @@ class Sample:
     """What its loss is multiplied by in training."""
     random_flip: bool = False
     """Whether training may mirror its clips left to right."""
+    prior: bool = False
+    """Whether training on it aims at what the base model predicts, not at the clip."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -181,6 +183,8 @@ class Batch:
     """What each sample's loss is multiplied by, float32 [B]; None where every one counts 1."""
     timesteps_on_host: tuple[int, ...] | None = None
     """``timesteps`` as numbers, which are there without asking the device; None where they are not known."""
+    prior: tuple[bool, ...] | None = None
+    """Which samples aim at what the base model predicts; None where no sample of the whole run does."""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ class BatchMaker:
     objective: ObjectiveConfig
 
     @cached_property
+    def any_prior(self) -> bool:
+        """Whether any of the clips is for prior preservation."""
+        return any(item.prior for item in self.items)
+
+    @cached_property
     def _timestep_weights(self) -> Tensor | None:
         return timestep_weights(self.objective.weighting, alpha_bar(self.spec))
 
@@ -74,7 +79,10 @@ class BatchMaker:
             self._sample(self._drawn(self.items[index], step, slot), "train", step, slot)
             for index, slot in zip(micro.items, micro.slots, strict=True)
         ]
-        return _collate(rows, micro.slots)
+        batch = _collate(rows, micro.slots)
+        if not self.any_prior:
+            return batch
+        return replace(batch, prior=tuple(self.items[index].prior for index in micro.items))
 
     def _drawn(self, item: ManifestItem, step: int, slot: int) -> ManifestItem:
         """The clip with one of its captions, mirrored or not: each with a purpose of its own, so that no other choice

@@ -67,6 +67,8 @@ class ManifestItem:
     """What its loss is multiplied by in training."""
     flipped_key: str = ""
     """The entry of the clip mirrored left to right, which training takes half of the time; empty: it is never."""
+    prior: bool = False
+    """Whether training on it aims at what the base model predicts, not at the clip."""
 
     @property
     def latents_keys(self) -> tuple[str, ...]:

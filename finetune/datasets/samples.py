@@ -177,7 +177,7 @@ class _RowReader:
         if flip and any(map(names_a_side, (caption, *variants))):
             flip = False
             self.unflipped.append(where)
-        own = (self.source.caption_dropout, self.source.weight, flip)
+        own = (self.source.caption_dropout, self.source.weight, flip, self.source.prior_preservation)
         return Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
 
 

@@ -96,6 +96,11 @@ class _Source(Strict):
     weight: float = Field(default=1.0, ge=0.001, le=1_000)
     """What the loss of each of its clips is multiplied by in training, before the mean over the step's clips. What is
     logged, and the held-out loss, is not weighted."""
+    prior_preservation: bool = False
+    """Keep what the base model makes of these captions (LoRA only): the loss of its clips is the distance to what the
+    model predicts without the adapter, for the same noised clip and caption. For clips and captions of what must not
+    change, beside those that teach something; ``weight`` says how much it counts. Each of its micro-batches takes one
+    more forward pass."""
     images: bool = False
     """Train on its still images too, each as a clip of one frame (text-to-video only): a file that is an image, in a
     folder one that lies beside no video."""
@@ -105,7 +110,8 @@ class _Source(Strict):
 
     @model_validator(mode="after")
     def _held_out_is_not_trained_on(self) -> _Source:
-        idle = [name for name in ("caption_dropout", "weight") if getattr(self, name) != SOURCE_SINCE[name]]
+        training = ("caption_dropout", "weight", "prior_preservation")
+        idle = [name for name in training if getattr(self, name) != SOURCE_SINCE[name]]
         if self.split == "holdout" and idle:
             raise ValueError(f"{' and '.join(idle)} would have no effect: what is held out is never trained on")
         return self
@@ -130,6 +136,7 @@ class _Source(Strict):
 SOURCE_SINCE: Mapping[str, float | str | None] = {
     **dict.fromkeys(("trigger", "caption_prefix", "caption_suffix", "caption_dropout")),
     "weight": 1.0,
+    "prior_preservation": False,
     "random_flip": False,
     "images": False,
     "stream_room": None,

@@ -26,6 +26,7 @@ from finetune.memory.adaln_offload import announced, prepare
 from finetune.memory.block_streaming import stream_text, text_placement
 from finetune.memory.config import TextEncoder
 from finetune.memory.host_buffers import label_buffer
+from finetune.methods.prior import asks_base, base_prediction
 from finetune.optim.ema import Ema
 from finetune.optim.low_precision import LowPrecisionOptimizer
 from finetune.optim.optimizers import AdamW8bit, PagedAdamW8bit, begin
@@ -232,9 +233,12 @@ class TrackedTraining:
             spans.setdefault("forward", begin)
             running.enter("forward")
             conditions = part.timesteps_on_host, ofs_of(self.spec)
-            prepare(self.transformer, *conditions)
+            for _ in range(1 + asks_base(part, collective=False)):
+                prepare(self.transformer, *conditions)
+            model = self.transformer
+            base = base_prediction(model, model, self.spec, self.alpha_bar, part, collective=False)
             with strategy.micro_batch(last=last), announced(self.transformer, *conditions):
-                losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part)
+                losses = velocity_losses(strategy.model, self.spec, self.alpha_bar, part, base)
                 tracker.read_labels()
                 tracker.name_since(begin, "saved activations")
                 spans.setdefault("backward", tracker.tick)
@@ -291,6 +295,7 @@ def fake_batches(
         prompt_embeds=torch.zeros(size, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype),
         image_latents=image,
         timesteps_on_host=(0,) * size,
+        prior=(True,) * size if config.data.preserves_prior else None,
         slots=tuple(range(size)),
         clips=tuple(f"clip {number}" for number in range(size)),
     )

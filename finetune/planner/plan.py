@@ -138,7 +138,8 @@ def plan(config: RunConfig, options: PlanOptions) -> Planned:
         known = ", ".join(known_devices())
         lines.append(f"time: nothing is known of {rates.device}, only of {known} (finetune calibrate measures a GPU)")
     else:
-        lines += [f"time: about {step.step_s:.2f} s/step on {rates_in_words(rates)}", "", *seconds_table(step)]
+        which = ", where all of its clips are for prior preservation" if step.base else ""
+        lines += [f"time: about {step.step_s:.2f} s/step on {rates_in_words(rates)}{which}", "", *seconds_table(step)]
     if plot is not None:
         lines.append(f"drawn: {plot}")
     return Planned("\n".join(lines), verdict.fits, chosen=result is not None and not automatic)

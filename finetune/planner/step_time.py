@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -78,11 +78,15 @@ class StepTime:
     backward: PassTime
     """With what is computed again in it."""
     update: PassTime
+    base: PassTime | None = None
+    """Of the base model, before the others, where all clips of the step are for prior preservation; None where none
+    is.
+    """
 
     @property
     def passes(self) -> tuple[PassTime, ...]:
         """In their order."""
-        return self.forward, self.backward, self.update
+        return (*([self.base] if self.base else []), self.forward, self.backward, self.update)
 
     @property
     def step_s(self) -> float:
@@ -195,7 +199,8 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
         last = PassTime("update", serial_s=update)
     else:
         last = PassTime("update", traffic_s=update, launches_s=update_launches)
-    return StepTime(passing("forward"), passing("backward"), last)
+    base = replace(passing("forward"), name="base") if config.data.preserves_prior else None
+    return StepTime(passing("forward"), passing("backward"), last, base)
 
 
 @cache

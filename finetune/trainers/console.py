@@ -65,7 +65,8 @@ class Console:
         step, now = record.step, self._clock()
         if self._origin is None:
             self._origin = step, now  # the first step is slow (allocator, kernel selection): the estimate begins after
-        self._losses.append(record.loss)
+        if not math.isnan(record.loss):  # as where all samples are for prior preservation
+            self._losses.append(record.loss)
         due = step >= self._total or now - self._shown_s >= (_REDRAWN_S if self._terminal else self._interval_s)
         if not (self._enabled and due):
             return
@@ -81,7 +82,7 @@ class Console:
     def _line(self, record: StepRecord, left: str) -> str:
         parts = [
             f"step {record.step:>{len(str(self._total))}}/{self._total}",
-            f"loss {record.loss:.4f}",
+            _loss(record),
             f"lr {record.lr:.2e}",
             f"{record.s_per_step:.2f} s/step",
             f"peak {record.peak_gib:.2f} GiB",
@@ -104,7 +105,7 @@ class Console:
         body = Table.grid(padding=(0, 2))
         body.add_column(style="dim", no_wrap=True)
         body.add_column(no_wrap=True, overflow="ellipsis")
-        body.add_row("loss", f"{record.loss:.4f}  {sparkline([*self._losses], 40)}")
+        body.add_row("loss", f"{_loss(record).removeprefix('loss ')}  {sparkline([*self._losses], 40)}")
         body.add_row("step", f"{record.s_per_step:.2f} s, {record.data_wait_s:.2f} s of it waiting for data")
         body.add_row("lr, gradient", f"{record.lr:.2e}, {record.grad_norm:.3g}")
         memory = Table.grid(padding=(0, 1))
@@ -150,6 +151,11 @@ class Console:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _loss(record: StepRecord) -> str:
+    losses = {"loss": record.loss, "prior loss": record.prior_loss}
+    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if not math.isnan(loss))
 
 
 def _plain(text: str) -> Any:

@@ -199,14 +199,16 @@ def reported_samples(run: Run, step: int, gathered: GatheredStep) -> tuple[Repor
     """The samples of a step, of all processes, each with its place, clip and loss."""
     data, world, context = run.data, run.ranks.data_world, run.ranks.context
     places = [
-        {"rank": rank * context, "micro_batch": number, "slot": slot, "item": data.training.items[index]}
+        {"rank": rank * context, "micro_batch": number, "slot": slot}
         for rank in range(world)
         for number, micro in enumerate(data.plan.for_rank(step, rank, world))
-        for index, slot in zip(micro.items, micro.slots, strict=True)
+        for slot in micro.slots
     ]
     return tuple(
-        ReportedSample(timestep=timestep, loss=loss, **place)
-        for place, timestep, loss in zip(places, gathered.timesteps, gathered.losses, strict=True)
+        ReportedSample(item=item, timestep=timestep, loss=loss, **place)
+        for item, place, timestep, loss in zip(
+            run.items_of(step), places, gathered.timesteps, gathered.losses, strict=True
+        )
     )
 
 

@@ -245,6 +245,7 @@ class _Loop:
             s_per_step=self.durations_s[-1],
             data_wait_s=run.data.loader.waited_s - waited_s,
             peak_gib=model.peak_gib(),
+            prior=tuple(item.prior for item in run.items_of(step)) if run.data.training.any_prior else (),
         )
         return record, gathered, fault
 

@@ -31,6 +31,7 @@ from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_pr
 from finetune.datasets.schedule import MicroBatch
 from finetune.memory.attention import attention_kernel, usable_kernel
 from finetune.memory.quantized_linear import placement
+from finetune.methods.prior import base_prediction
 from finetune.trainers.fault_report import Report, ReportedSample, model_files, read_report
 from finetune.trainers.run import FP16_LOSS_SCALE
 from finetune.trainers.setup import attention_request
@@ -348,8 +349,9 @@ class _Step:
         scale = FP16_LOSS_SCALE if self.dtype == torch.float16 else 1.0
         count = len(self.report.samples)
         torch.manual_seed(seed_for(self.report.config["train"]["seed"], "model", self.report.step, sample.slot))
+        base = base_prediction(self.module, self.module, self.spec, self.alpha_bar, batch, collective=False)
         with _watched(self.module) as outputs:
-            losses = velocity_losses(self.module, self.spec, self.alpha_bar, batch)
+            losses = velocity_losses(self.module, self.spec, self.alpha_bar, batch, base)
         # The same factor as in the step, so that what overflowed there overflows here.
         (weighted(losses, batch).sum() * (scale / count)).backward()  # type: ignore[no-untyped-call]
         gradients = [parameter.grad for parameter in self.parameters.values() if parameter.grad is not None]

@@ -26,16 +26,17 @@ from finetune.core.tensor_files import weights_digest
 from finetune.core.types import Batch, RunState
 from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, Loader
-from finetune.datasets.manifests import Manifest
+from finetune.datasets.manifests import Manifest, ManifestItem
 from finetune.datasets.schedule import StepPlan
 from finetune.memory import adaln_offload
 from finetune.memory.config import Traits
 from finetune.memory.runner import rewriting_weights
+from finetune.methods.prior import asks_base, base_prediction
 from finetune.optim.ema import Ema
 from finetune.parallel.strategy import ParallelStrategy, require_agreement
 from finetune.planner.plan import BackgroundPrediction
 from finetune.trainers.console import Console
-from finetune.trainers.tracking import GatheredStep, StepRecord, Tracker, loss_by_timestep_bucket
+from finetune.trainers.tracking import GatheredStep, StepRecord, Tracker
 
 FP16_LOSS_SCALE = 1024.0
 """Constant factor on the loss under fp16 compute, taken off the gradients again. Activation gradients of a mean over a
@@ -84,17 +85,20 @@ class TrainedModel:
         return self.strategy.collective_forward or self.ranks.context > 1
 
     def losses(self, batch: Batch, *, training: bool = True) -> Tensor:
-        """Velocity loss per sample of a micro-batch on the device, float32 [B].
+        """Velocity loss per sample of a micro-batch on the device, float32 [B]; in training, of samples for prior
+        preservation that against the base model's prediction.
 
         Args:
             batch: the micro-batch.
             training: through the wrapper that synchronises gradients. Otherwise through the module itself where that is
                 whole: a wrapper may communicate in each call, and processes do not measure equally often.
         """
-        wrapped = training or self.strategy.collective_forward
-        model = self.strategy.model if wrapped else self.module
+        unwrapped = self.strategy.model if self.strategy.collective_forward else self.module
+        model = self.strategy.model if training else unwrapped
+        together = self.collective_forward
+        base = base_prediction(unwrapped, self.module, self.spec, self.alpha_bar, batch, collective=together)
         with adaln_offload.announced(self.module, batch.timesteps_on_host, ofs_of(self.spec)):
-            return velocity_losses(model, self.spec, self.alpha_bar, batch)
+            return velocity_losses(model, self.spec, self.alpha_bar, batch, base)
 
     def prepare(self, part: Batch) -> None:
         """Compute ahead what the host adds to a pass of ``losses``; from any thread.
@@ -102,7 +106,8 @@ class TrainedModel:
         Args:
             part: what will go through the model at once.
         """
-        adaln_offload.prepare(self.module, part.timesteps_on_host, ofs_of(self.spec))
+        for _ in range(1 + asks_base(part, collective=self.collective_forward)):
+            adaln_offload.prepare(self.module, part.timesteps_on_host, ofs_of(self.spec))
 
     def update(self) -> None:
         """Take the step: new weights, no gradients, and the average, if one is kept, follows."""
@@ -174,6 +179,12 @@ class Run:
             agreed = {"samples of the step": self.data.plan.step(step), "gradient norm": grad_norm}
             require_agreement(step, self.model.strategy.replicas(), agreed, self.ranks)
 
+    def items_of(self, step: int) -> tuple[ManifestItem, ...]:
+        """The clips of a step, of all processes, in the order of ``GatheredStep``."""
+        data, world = self.data, self.ranks.data_world
+        micros = (micro for rank in range(world) for micro in data.plan.for_rank(step, rank, world))
+        return tuple(data.training.items[index] for micro in micros for index in micro.items)
+
     def require_planned_samples(self, step: int, gathered: GatheredStep) -> None:
         """Raise unless a step was made of its plan's samples, each of them once, whichever process had it.
 
@@ -230,12 +241,10 @@ class Run:
         """Write one optimizer step, and an epoch that ended in it, to the tracker and to the console."""
         plan, step = self.data.plan, record.step
         if step % self.config.tracking.every == 0 or step in (1, self.data.total_steps):
-            by_bucket = loss_by_timestep_bucket(record.losses, record.timesteps, self.model.spec.num_train_timesteps)
             self.tracker.log(
                 step,
                 {
-                    "train/loss": record.loss,
-                    **{f"train/loss/{bucket}": loss for bucket, loss in by_bucket.items()},
+                    **record.shown_losses(self.model.spec.num_train_timesteps),
                     "train/grad_norm": record.grad_norm,
                     "train/lr": record.lr,
                     "train/samples_seen": record.samples_seen,

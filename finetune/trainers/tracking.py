@@ -109,11 +109,36 @@ class StepRecord:
     """Seconds of them in which the main process waited for a batch."""
     peak_gib: float
     """Most memory the main process has held: allocated on its GPU, or resident where there is none."""
+    prior: tuple[bool, ...] = ()
+    """Which samples are for prior preservation: their loss is the distance to the base model's prediction. Empty where
+    none is."""
 
     @property
     def loss(self) -> float:
-        """Mean over the samples of the step, each counted once."""
-        return mean(self.losses)
+        """Mean over the samples of the step, each counted once, without those for prior preservation; NaN without
+        others.
+        """
+        losses, _ = self._of(prior=False)
+        return mean(losses) if losses else math.nan
+
+    @property
+    def prior_loss(self) -> float:
+        """Mean over the samples for prior preservation; NaN without any."""
+        losses, _ = self._of(prior=True)
+        return mean(losses) if losses else math.nan
+
+    def _of(self, *, prior: bool) -> tuple[list[float], list[int]]:
+        """Losses and timesteps of one kind of samples."""
+        flags = self.prior or (False,) * len(self.losses)
+        rows = [row for row, flag in enumerate(flags) if flag == prior]
+        return [self.losses[row] for row in rows], [self.timesteps[row] for row in rows]
+
+    def shown_losses(self, num_train_timesteps: int) -> dict[str, float]:
+        """The metrics ``train/loss``, the same by timestep bucket, and ``train/prior_loss``: those that there are."""
+        by_bucket = loss_by_timestep_bucket(*self._of(prior=False), num_train_timesteps)
+        metrics = {"train/loss": self.loss, **{f"train/loss/{bucket}": loss for bucket, loss in by_bucket.items()}}
+        metrics["train/prior_loss"] = self.prior_loss
+        return {name: loss for name, loss in metrics.items() if not math.isnan(loss)}
 
 
 _PADDING, _FLAGS = -2.0, -1.0

@@ -62,7 +62,8 @@ class FixedPass:
 def fixed_passes(
     maker: BatchMaker, timesteps: Sequence[int], clips: int, size: int, *, stills: Collection[bool] = ()
 ) -> list[FixedPass]:
-    """At most so many clips, the same ones for the same dataset, chosen by their content.
+    """At most so many clips, the same ones for the same dataset, chosen by their content; those for prior preservation
+    where there are no others.
 
     Args:
         maker: of the clips.
@@ -72,10 +73,9 @@ def fixed_passes(
         stills: whether clips of one frame are wanted, or of several, or both, where there are any: the loss of a still
             image is not compared with that of a video.
     """
-    alike = [index for index, item in enumerate(maker.items) if (item.bucket.frames == 1) in stills]
-    order = sorted(
-        alike or range(len(maker.items)), key=lambda index: seed_for(0, "subset", maker.items[index].latents_key)
-    )
+    learnt = [index for index, item in enumerate(maker.items) if not item.prior] or range(len(maker.items))
+    alike = [index for index in learnt if (maker.items[index].bucket.frames == 1) in stills]
+    order = sorted(alike or learnt, key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
     return [
         FixedPass(maker, index, timesteps[first : first + size])
         for index in order[:clips]
