@@ -50,7 +50,7 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
     from finetune.config.schema import as_config
 
     config = as_config(config)
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
     warnings = require_valid(config, spec)
     dataset = check_dataset(config, spec)
     numbers, advice = overview(config, spec, dataset.clips, identities(config, dataset.clips, progress=True))

@@ -41,7 +41,7 @@ def precompute(
     import logging
 
     from finetune.caching.precompute import merge_parts, precompute
-    from finetune.cogvideox.spec import read_spec
+    from finetune.cogvideox.spec import spec_of
     from finetune.config.rules import pin_model, require_valid
     from finetune.config.schema import as_config
     from finetune.core.distributed import ProcessGroup
@@ -54,7 +54,7 @@ def precompute(
     part = None if shard is None else Part.parse(shard)
     ranks = ProcessGroup.current()
     config = pin_model(as_config(config), ranks.run_on_main)
-    spec = read_spec(config.model.pretrained, config.model.revision)
+    spec = spec_of(config.model)
     for warning in require_valid(config, spec) if ranks.is_main else ():
         logging.getLogger("finetune").warning(warning)
     config, _ = choose_memory(config)  # it decides how T5 is held

@@ -22,13 +22,14 @@ from finetune.config.schema import RunConfig
 from finetune.config.starting_points import MOST_SEEN
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
+from finetune.core.types import Bucket, ClipPlan, Companion, CompanionName, Sample, VideoProbe
 from finetune.datasets.cache import Cache
 from finetune.datasets.decode_pool import DecodePool, probe_memory, require_decoder
 from finetune.datasets.geometry import (
     ClipConfig,
     Span,
     better_size,
+    companion_plan,
     part_of,
     picture_kept,
     plan_clips,
@@ -67,6 +68,8 @@ class PlannedClip:
     plan: ClipPlan
     holdout: bool
     """Whether its source is held out; ``data.holdout`` may hold out more."""
+    companions: tuple[Companion, ...] = ()
+    """What goes with it frame for frame."""
 
     @property
     def first_frame(self) -> tuple[Path, Bucket] | None:
@@ -117,6 +120,11 @@ class DatasetReport:
         return "\n".join([*lines, *map(note_line, self.notes)])
 
 
+def companions_of(spec: ModelSpec) -> tuple[CompanionName, ...]:
+    """What a run needs beside each of its clips, frame for frame."""
+    return ("control",) if spec.control else ()
+
+
 def clip_labels(name: str, sample: Sample, count: int) -> list[str]:
     """What the clips of one row are called (``PlannedClip.name``); ``name`` is its video's."""
     label = name if sample.span_s is None else f"{name}@{sample.span_s[0]:g}s"
@@ -147,13 +155,15 @@ def check_dataset(
         base=config.base,
         skip=skip,
         media=MediaPlace.of(config.cache.dir, part),
+        companions=companions_of(spec),
     )
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     streamed = read.streamed.media
     if part is not None:  # of streams it has its own rows alone
         rows = [*part.take([row for row in rows if row[0].video not in streamed]), *_streamed(rows, streamed)]
     fps = config.data.fps or spec.native_fps
-    probes = _probe(config, {sample.video for sample, _ in rows} - streamed.keys(), progress)
+    files = {path for sample, _ in rows for path in (sample.video, *(path for _, path in sample.companions))}
+    probes = _probe(config, files - streamed.keys(), progress)
     probes |= {path: media.probe for path, media in streamed.items() if media.probe is not None}
     clips: list[PlannedClip] = []
     skipped: dict[str, list[str]] = {TOO_SHORT: [], UNREADABLE: []}
@@ -180,8 +190,13 @@ def check_dataset(
             continue
         if not plans:
             skipped[TOO_SHORT].append(name)
-        for label, plan in zip(clip_labels(name, sample, len(plans)), plans, strict=True):
-            clip = PlannedClip(label, sample, probe, plan, holdout)
+        try:
+            companions = [_companions(sample, probe, plan, probes, name) for plan in plans]
+        except DataError as error:
+            unreadable(name, error, error.where or "")
+            continue
+        for label, plan, beside in zip(clip_labels(name, sample, len(plans)), plans, companions, strict=True):
+            clip = PlannedClip(label, sample, probe, plan, holdout, beside)
             clips.append(clip)
             advice.update(plan_notes(probe, plan, fps, config.data.span, clip.part))
 
@@ -228,6 +243,19 @@ def _image_faults(
     with DecodePool(workers_for(config, len(jobs))) as pool:
         bar = Bar(pool.load_images(jobs), total=len(jobs), desc="reading images", disable=not progress)
         return {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
+
+
+def _companions(
+    sample: Sample, video: VideoProbe, plan: ClipPlan, probes: Mapping[Path, VideoProbe | DataError], name: str
+) -> tuple[Companion, ...]:
+    """What goes with one clip of a row frame for frame. Raises DataError for what cannot be read or does not fit."""
+    companions = []
+    for kind, path in sample.companions:
+        probe, where = probes[path], f"{path}, {kind} of {name} ({sample.where})"
+        if isinstance(probe, DataError):
+            raise DataError(probe.what, where=where, fix=probe.fix)
+        companions.append(Companion(kind, path, probe, companion_plan(probe, video, plan, where)))
+    return tuple(companions)
 
 
 def _streamed(rows: Iterable[tuple[Sample, bool]], streamed: Collection[Path]) -> list[tuple[Sample, bool]]:
@@ -609,10 +637,9 @@ def overview(
     steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
     flips = sum(clip.sample.random_flip for clip in training)
     mirrored = f" ({flips} of them mirrored half of the time)" if flips else ""
-    kind = "image-to-video" if spec.image_to_video else "text-to-video"
     together = f" / {config.parallel.context}" if config.parallel.context > 1 else ""
     numbers = [
-        ("model", f"{config.model.pretrained}, {kind}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
+        ("model", f"{config.model.pretrained}, {spec.task}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
         *(("bucket", _size(spec, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
         ("clips", f"{len(training)} to train on{mirrored}, {sum(in_val)} held out"),
         (

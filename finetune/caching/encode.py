@@ -25,7 +25,7 @@ from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, is_out_of_memory
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket, Clip, ClipPlan, VideoProbe
+from finetune.core.types import Bucket, Clip, ClipPlan, Companion, VideoProbe
 from finetune.datasets.cache import Cache, Encoding
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.datasets.manifests import FileStamp
@@ -75,6 +75,8 @@ class ClipJob(EncodeJob):
     image: Path | None
     """The file that stands for the first frame; None where the first frame itself does."""
     image_stamp: FileStamp | None
+    companions: tuple[Companion, ...] = ()
+    companion_stamps: tuple[FileStamp, ...] = ()
 
     @property
     def title(self) -> str:
@@ -105,10 +107,25 @@ def clip_job(
     image = clip.sample.image if spec.image_to_video else None
     stamp, image_stamp = stamps[clip.sample.video], stamps[image] if image else None
     digest = image_stamp.digest if image_stamp else None
-    address = encoding.latents_address(stamp.digest, plan, image=digest, corrections=clip.probe.corrections)
+    companion_stamps = tuple(stamps[one.path] for one in clip.companions)
+    address = encoding.latents_address(
+        stamp.digest,
+        plan,
+        image=digest,
+        corrections=clip.probe.corrections,
+        companions={
+            one.name: (of_file.digest, *one.probe.corrections)
+            for one, of_file in zip(clip.companions, companion_stamps, strict=True)
+        },
+    )
     # Decoding needs no frame times, and those of a hundred thousand videos would fill gigabytes.
     probe = replace(clip.probe, frame_times_s=())
-    return ClipJob(address, clip.where, clip.sample.video, stamp, probe, plan, image, image_stamp)
+    companions = tuple(
+        replace(one, probe=replace(one.probe, frame_times_s=()), plan=replace(one.plan, flip=plan.flip))
+        for one in clip.companions
+    )
+    more = (companions, companion_stamps)
+    return ClipJob(address, clip.where, clip.sample.video, stamp, probe, plan, image, image_stamp, *more)
 
 
 class ClipEncoder:
@@ -156,7 +173,7 @@ class ClipEncoder:
             self._vae = load_vae(self._config.model, device=self._device)
         options = self._config.cache
         decoded = self.pool.decode_many(
-            DecodeJob(job.video, job.probe, job.plan, job.image, options.decoder) for job in jobs
+            DecodeJob(job.video, job.probe, job.plan, job.image, options.decoder, job.companions) for job in jobs
         )
         bar = Bar(decoded, total=len(jobs), desc="encoding clips", disable=not progress)
         with EntryWriter() as writer:
@@ -191,17 +208,22 @@ class _EncodedClip:
     mean: Tensor
     std: Tensor
     image_latents: Tensor | None
+    companions: Mapping[str, Tensor]
+    """By the names that the entry has for them."""
     tiled: bool
 
     def store(self, cache: Cache) -> int:
         """Write the entry and return its bytes. Raises DataError if the clip's files are not those that were named."""
         job = self.job
         # Only now is it certain which bytes were decoded: those that the address was made from, or others.
-        for path, stamp in ((job.video, job.stamp), (job.image, job.image_stamp)):
+        beside = zip((one.path for one in job.companions), job.companion_stamps, strict=True)
+        for path, stamp in ((job.video, job.stamp), (job.image, job.image_stamp), *beside):
             if path is not None and stamp is not None and not cache.is_unchanged(path, stamp):
                 raise DataError("the file changed while it was being encoded", fix="run precompute again")
         made_with = {"tiled": self.tiled}
-        return cache.write_latents(job.address, self.mean, self.std, self.image_latents, made_with=made_with)
+        return cache.write_latents(
+            job.address, self.mean, self.std, self.image_latents, companions=self.companions, made_with=made_with
+        )
 
 
 def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on", "off"]) -> _EncodedClip:
@@ -214,6 +236,9 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on
         if draws is not None:
             image = clip.pixels[:, 0] if clip.image is None else clip.image
             image_latents = encode_image(vae, image, draws, image_noise(job.address, draws))
+        companions = {}
+        if (control := clip.companions.get("control")) is not None:
+            companions["control_latents"] = encode_video(vae, control[None])[0][0]
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -222,7 +247,7 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on
             where=job.where,
             fix="set cache.vae_tiling: on, free GPU memory, or use smaller buckets",
         ) from error
-    return _EncodedClip(job, mean[0], std[0], image_latents, tiled)
+    return _EncodedClip(job, mean[0], std[0], image_latents, companions, tiled)
 
 
 def image_noise(address: Mapping[str, Any], draws: int) -> list[torch.Generator]:

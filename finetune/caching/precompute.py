@@ -40,7 +40,7 @@ from finetune.caching.request import encoding_of, find_manifest, make_request, s
 from finetune.caching.streaming import encode_streams
 from finetune.caching.writing import EncodeResult, Failure
 from finetune.cogvideox.model_files import resolve_pretrained
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.rules import pin_model, require_valid
 from finetune.config.schema import RunConfig, as_config
 from finetune.core.collector import collector_paused
@@ -118,7 +118,8 @@ def plan_cache(
     conditions = {clip.sample.image for clip in report.clips if clip.sample.image and spec.image_to_video}
     left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
     media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
-    stamps |= stamp_files((media | conditions | images) - streamed.media.keys(), cache, progress)
+    beside = {one.path for clip in report.clips for one in clip.companions}
+    stamps |= stamp_files((media | conditions | images | beside) - streamed.media.keys(), cache, progress)
     inputs = {str(path): stamp for path, stamp in stamps.items()}
     stamps |= {path: media.stamp for path, media in streamed.media.items()}  # of which nothing is left to compare
     clips: dict[str, ClipJob] = {}
@@ -194,9 +195,9 @@ def plan_cache(
 
 
 def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
-    """Size of one clip's tensors: mean and deviation, and for image-to-video ``draws`` single frames."""
+    """Size of one clip's tensors: mean and deviation, for image-to-video ``draws`` single frames, and a control's."""
     channels, frames, height, width = spec.latent_shape(bucket)
-    return (2 * frames + draws) * channels * height * width * DTYPE_BYTES[dtype]
+    return ((3 if spec.control else 2) * frames + draws) * channels * height * width * DTYPE_BYTES[dtype]
 
 
 def prompt_bytes(spec: ModelSpec, dtype: DtypeName) -> int:
@@ -308,7 +309,7 @@ def precompute(
     config = as_config(config)
     ranks = distributed or ProcessGroup.current()
     config = pin_model(config, ranks.run_on_main)
-    spec = spec or read_spec(config.model.pretrained, config.model.revision)
+    spec = spec or spec_of(config.model)
     cache = Cache(config.cache.dir)
     with cache.in_use("precompute", quiet=not ranks.is_main):
         report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main, part=part)
@@ -345,7 +346,7 @@ def merge_parts(
         CacheError: naming every entry that is missing or damaged, and the parts to run again.
     """
     config = pin_model(as_config(config))
-    spec = spec or read_spec(config.model.pretrained, config.model.revision)
+    spec = spec or spec_of(config.model)
     require_valid(config, spec)
     cache = Cache(config.cache.dir)
     with cache.in_use("precompute"):

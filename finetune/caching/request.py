@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.caching.check import named, sample_bucket
+from finetune.caching.check import companions_of, named, sample_bucket
 from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import local_folder, resolve_pretrained
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
@@ -128,6 +128,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
             "bucket": str(sample_bucket(config)) if images else None,
         },
         **({"streams": list(streams)} if streams else {}),
+        **({"companions": list(companions)} if (companions := companions_of(spec)) else {}),
     }
 
 
@@ -229,7 +230,7 @@ def require_manifest(config: RunConfig, cache: Cache) -> Manifest:
         CacheError: if there is none. Otherwise as ``find_manifest``.
     """
     config = pin_model(config)
-    manifest = find_manifest(config, read_spec(config.model.pretrained, config.model.revision), cache)
+    manifest = find_manifest(config, spec_of(config.model), cache)
     if manifest is None:
         what = "the cache does not hold what this configuration needs"
         raise CacheError(what, where=str(cache.root), fix="run `finetune precompute` with it first")

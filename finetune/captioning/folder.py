@@ -10,7 +10,15 @@ from typing import Any
 
 from finetune.core.errors import DataError
 from finetune.core.files import atomic_write_text
-from finetune.datasets.rows import MAX_CAPTION_BYTES, VIDEO, PathPolicy, RowReport, Sidecars, list_folder
+from finetune.datasets.rows import (
+    MAX_CAPTION_BYTES,
+    VIDEO,
+    PathPolicy,
+    RowReport,
+    Sidecars,
+    list_folder,
+    without_companions,
+)
 from finetune.datasets.tables import CAPTION_COLUMNS, VARIANTS, VIDEO_COLUMNS, read_lines, read_text
 
 RECORD = "captions.jsonl"
@@ -129,7 +137,7 @@ def open_dataset(folder: Path, variants: int = 1) -> Table | TextFiles:
         fix = f"write its rows into {TABLE}: one object per line, with file_name"
         raise DataError(f"the captions of this folder are in {other}, which is not changed", where=str(folder), fix=fix)
     report = RowReport()
-    files = list_folder(folder, report, allow_outside=False)
+    files, _ = without_companions(list_folder(folder, report, allow_outside=False))
     videos = [file for file in files if file.suffix.lower() in VIDEO.suffixes]
     if not videos:
         fix = f"known are {' '.join(VIDEO.suffixes)}"

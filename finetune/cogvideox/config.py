@@ -31,6 +31,11 @@ class ModelConfig(Strict):
     dtype: Literal["auto", DtypeName] = "auto"
     """What weights are held and computed in. ``auto`` is ``fp32`` where the stored transformer is, else ``bf16``.
     LoRA weights, the optimizer's master copies and the loss are float32 in any case."""
+    control: bool = False
+    """Train a text-to-video model to follow a control video (depth, edges, pose, low resolution, masked video), which
+    every row of the dataset then names: its latents are concatenated on channels, and the patch embedding gets as many
+    channels more, which begin at zero. A checkpoint that diffusers' ``CogVideoXFunControlPipeline`` wrote follows one
+    in any case."""
     attention: Attention = "auto"
     """Which of torch's kernels computes attention. ``auto`` times those that are there for a second when a run begins
     on a GPU, and the run keeps the fastest; on a CPU it is torch's choice. ``flash3`` and ``flash4`` need the package
@@ -78,6 +83,9 @@ class DropoutConfig(Strict):
     """Probability that a sample trains on the unconditional text. The original CogVideoX training used 0.1."""
     image_dropout: float = Field(0.05, ge=0, le=1)
     """Probability that an image-to-video sample trains on an all-zero image. The original training used 0.05."""
+    control_dropout: float = Field(0.05, ge=0, le=1)
+    """Probability that a sample trains on an all-zero control video (``model.control``), so that the model stays one
+    that can do without."""
     unconditional_text: Literal["empty", "zeros"] = "empty"
     """What stands for "no caption": the embedding of the empty caption, as diffusers samples, or zeros, as SAT did."""
 

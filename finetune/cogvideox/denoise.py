@@ -37,18 +37,17 @@ def denoise(
         prompt_embeds: [B, L, D], L = ``spec.max_text_seq_length``.
         timesteps: [B], int64.
         image_latents: scaled (``condition_latents``), [B, C, K, H, W]: what the first K <= F latent frames are given;
-            one frame for a first image. None for a text-to-video model.
+            one frame for a first image, F for a control video. None for a text-to-video model.
 
     Returns:
         float32 [B, C, F, H, W], whatever the dtype of the transformer.
 
     Raises:
-        ValueError: if ``image_latents`` is given to a text-to-video model or missing for an image-to-video one.
+        ValueError: if ``image_latents`` is given to a model without a condition or missing for one with it.
     """
-    if (image_latents is not None) != spec.image_to_video:
+    if (image_latents is not None) != spec.conditioned:
         raise ValueError(
-            f"the model is {'image' if spec.image_to_video else 'text'}-to-video, "
-            f"but image_latents is {'missing' if image_latents is None else 'given'}"
+            f"the model is {spec.task}, but image_latents is {'missing' if image_latents is None else 'given'}"
         )
     dtype = _dtype_of(transformer)
     hidden_states = noisy_latents.to(dtype).transpose(1, 2)

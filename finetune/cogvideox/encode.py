@@ -145,6 +145,20 @@ def model_latents(spec: ModelSpec, mean: Tensor, std: Tensor, eps: Tensor) -> Te
     return torch.cat([x0[:, :, :1].expand(-1, -1, copies, -1, -1), x0], dim=2) if copies else x0
 
 
+def control_latents(spec: ModelSpec, latents: Tensor) -> Tensor:
+    """A control video as the transformer is given it: scaled as a video, which diffusers' control pipeline does for
+    every model, and padded in front as the video that it goes with.
+
+    Args:
+        spec: of the model.
+        latents: the mode of the VAE's posterior, unscaled, [B, C, F', H', W'].
+
+    Returns:
+        float32 [B, C, F'', H', W'], F'' = ``spec.padded_latent_frames``.
+    """
+    return model_latents(spec, latents, torch.zeros_like(latents), torch.zeros_like(latents))
+
+
 def condition_latents(spec: ModelSpec, image_latents: Tensor) -> Tensor:
     """Scale the latents of an image condition as the stock image-to-video pipeline does.
 

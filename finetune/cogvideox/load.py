@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from finetune.cogvideox.captions import load_tokenizer
 from finetune.cogvideox.components import loading, read_part, require_loadable, require_plain_index
 from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.control import widen
 from finetune.cogvideox.model_files import hub_sha256, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.checksums import ChecksummedFolder, DamageError, digest_of
@@ -76,7 +77,7 @@ def load_transformer(
     placement: Placement | None = None,
     quantization: Any = None,
 ) -> CogVideoXTransformer3DModel:
-    """The denoiser in evaluation mode, its weights in ``dtype`` from the first moment on.
+    """The denoiser in evaluation mode, its weights in ``dtype`` from the first moment on; widened for ``control``.
 
     Args:
         model: which checkpoint.
@@ -107,6 +108,8 @@ def load_transformer(
         _note_base(module, checksums)
         if module.patch_embed.use_positional_embeddings:
             module.patch_embed.pos_embedding = sine_positions(module).to(device)
+        if model.control:
+            widen(module)
     transformer: CogVideoXTransformer3DModel = module.eval()
     return transformer
 

@@ -41,6 +41,7 @@ class NoiseSample:
     """Standard normal, float32 [C, F, H, W], F before front padding."""
     drop_caption: bool
     drop_image: bool
+    drop_control: bool
     image_draw: int
     """Which of the K cached noise-augmented images to use."""
 
@@ -85,6 +86,7 @@ def sample_noise(
         posterior_noise=torch.randn(channels, frames, height, width, generator=source("posterior")),
         drop_caption=_bernoulli(dropout.caption_dropout, source("caption")),
         drop_image=image_draws > 0 and _bernoulli(dropout.image_dropout, source("image")),
+        drop_control=_bernoulli(dropout.control_dropout, source("control")),
         image_draw=int(torch.randint(image_draws, (), generator=source("image_draw"))) if image_draws else 0,
     )
 

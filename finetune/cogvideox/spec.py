@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from finetune.cogvideox.components import (
     read_part,
     require_own_files,
 )
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, MODEL_INDEX, locate
 from finetune.core.errors import ModelError, raise_all
 from finetune.core.types import Bucket
@@ -70,11 +71,24 @@ class ModelSpec:
     snr_shift_scale: float
     rescale_betas_zero_snr: bool
     prediction_type: str
+    control: bool = False
+    """Whether the model is conditioned on a whole control video, concatenated on channels. Its JSON has the channels of
+    an image-to-video model; the pipeline's class tells them apart."""
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the transformer is given a condition beside the latents, concatenated on channels."""
+        return self.in_channels == 2 * self.latent_channels
 
     @property
     def image_to_video(self) -> bool:
-        """Whether the model is conditioned on a first frame, concatenated on channels."""
-        return self.in_channels == 2 * self.latent_channels
+        """Whether that condition is a first frame."""
+        return self.conditioned and not self.control
+
+    @property
+    def task(self) -> str:
+        """What it makes of what, in words."""
+        return "control-to-video" if self.control else "image-to-video" if self.image_to_video else "text-to-video"
 
     @property
     def native_fps(self) -> int:
@@ -217,15 +231,27 @@ class _Parts(NamedTuple):
     """Training from a complete cache needs none, so it may be absent; if present it has to fit."""
 
 
-def read_spec(pretrained: str, revision: str | None = None) -> ModelSpec:
+CONTROL_PIPELINE = "CogVideoXFunControlPipeline"
+"""diffusers' class for models that are conditioned on a control video."""
+
+
+def spec_of(model: ModelConfig) -> ModelSpec:
+    """The spec of what a run trains. Raises as ``read_spec``."""
+    return read_spec(model.pretrained, model.revision, control=model.control)
+
+
+def read_spec(pretrained: str, revision: str | None = None, *, control: bool = False) -> ModelSpec:
     """Read a checkpoint's spec from its JSON; no weight is read or downloaded.
 
     Args:
         pretrained: a diffusers pipeline folder, or the id of one on the Hugging Face hub.
         revision: branch, tag or commit on the hub; for a folder only None.
+        control: the spec with a control video (``model.control``): of a text-to-video checkpoint, whose transformer is
+            to be widened (``control.widen``); or of one that was made for control and whose JSON does not say so.
 
     Raises:
-        ModelError: if it cannot be found, or is not a CogVideoX; every wrong file and key is named.
+        ModelError: if it cannot be found, or is not a CogVideoX; every wrong file and key is named. If ``control`` is
+            asked of an image-to-video checkpoint.
     """
     folder = locate(pretrained, revision, patterns=[MODEL_INDEX, *CONFIG_FILES.values()])
     pipeline = read_json(folder / MODEL_INDEX).get("_class_name")
@@ -240,13 +266,22 @@ def read_spec(pretrained: str, revision: str | None = None) -> ModelSpec:
     raise_all(ModelError, problems, what="the checkpoint's parts do not fit together ({n} problems)")
     transformer, vae, scheduler = parts.transformer, parts.vae, parts.scheduler
     values = {**scheduler.model_dump(), **vae.model_dump(), **transformer.model_dump()}
-    return ModelSpec(
+    spec = ModelSpec(
         **{field.name: values[field.name] for field in fields(ModelSpec) if field.name in values},
         use_rotary=transformer.use_rotary_positional_embeddings,
         use_learned_positions=transformer.use_learned_positional_embeddings,
         vae_spatial=2 ** (len(vae.block_out_channels) - 1),
         vae_temporal=vae.temporal_compression_ratio,
     )
+    if control and spec.conditioned and pipeline == "CogVideoXImageToVideoPipeline":
+        raise ModelError(
+            "model.control is for text-to-video models, and this one is image-to-video",
+            where=str(folder / MODEL_INDEX),
+            fix="name a text-to-video checkpoint, or leave model.control out",
+        )
+    if control or (spec.conditioned and pipeline == CONTROL_PIPELINE):
+        return replace(spec, in_channels=2 * spec.latent_channels, control=True)
+    return spec
 
 
 def _read_parts(folder: Path) -> _Parts:

@@ -24,7 +24,7 @@ from torch import Tensor
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import resolve_pretrained
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.conversion.model_card import (
     ExportedModel,
     LayoutName,
@@ -133,7 +133,7 @@ def export(source: Path, to: Path | None, options: ExportOptions) -> ExportRepor
         # Reading a checkpoint, loading a model twice and merging take minutes.
         require_writable(target.parent, kind=ExportError, what="the export", where=str(target))
     run = read_source(path, options.weights, options.pretrained, options.dtype)
-    spec = read_spec(run.config.model.pretrained, run.config.model.revision)
+    spec = spec_of(run.config.model)
     _require_sense(run, options)
     outcome: list[tuple[ExportedModel, Verification]] = []
 

@@ -8,7 +8,7 @@ width, ``K`` noise-augmented draws of an image condition. Video and latents are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -45,6 +45,10 @@ def torch_dtype(name: DtypeName) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
 
+CompanionName = Literal["control"]
+"""What a row may have beside its video that goes with it frame for frame: ``control``, a video that the model is
+conditioned on."""
+
 DTYPE_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Of one number."""
 
@@ -72,6 +76,8 @@ class Sample:
     """Whether training may mirror its clips left to right."""
     prior: bool = False
     """Whether training on it aims at what the base model predicts, not at the clip."""
+    companions: tuple[tuple[CompanionName, Path], ...] = ()
+    """What goes with the video frame for frame, as far as the run reads it; in the order of the run's names."""
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -139,12 +145,24 @@ class ClipPlan:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A video that goes with a clip frame for frame, and how it is cut so that it lies over the clip."""
+
+    name: CompanionName
+    path: Path
+    probe: VideoProbe
+    plan: ClipPlan
+
+
+@dataclass(frozen=True)
 class Clip:
     """Decoded pixels: uint8 RGB, [3, F, H, W]."""
 
     pixels: Tensor
     image: Tensor | None = None
     """The image that stands for the first frame, [3, H, W]; None where the first frame itself does."""
+    companions: Mapping[CompanionName, Tensor] = field(default_factory=dict)
+    """What goes with the clip, each of its shape."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +177,8 @@ class CacheEntry:
     latents_std: Tensor
     prompt_embeds: Tensor
     image_latents: Tensor | None
+    control_latents: Tensor | None = None
+    """The mode of the VAE's posterior of the control video, before any scaling, [C, F, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +187,8 @@ class Batch:
 
     ``latents`` and ``noise`` are float32 [B, C, F, H, W]: posterior samples in model space (scaled, and padded in front
     where the model has a temporal patch). ``image_latents`` are scaled the way the stock pipeline scales them and
-    zeroed where image dropout fell, [B, C, 1, H, W], or None for text-to-video.
+    zeroed where image dropout fell, [B, C, 1, H, W]; of a control video (padded as ``latents``) [B, C, F, H, W]; or
+    None for text-to-video.
     """
 
     latents: Tensor

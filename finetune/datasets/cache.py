@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import Field
@@ -28,7 +29,16 @@ from finetune.core import locks
 from finetune.core.checksums import canonical_json, checksummed_json, digest_file, digest_of, parse_checksummed_json
 from finetune.core.errors import CacheError, DataError
 from finetune.core.files import atomic_write_bytes, disk_fix, free_space, human_size
-from finetune.core.types import Bucket, CacheEntry, ClipPlan, Decoder, DtypeName, Strict, torch_dtype
+from finetune.core.types import (
+    Bucket,
+    CacheEntry,
+    ClipPlan,
+    CompanionName,
+    Decoder,
+    DtypeName,
+    Strict,
+    torch_dtype,
+)
 from finetune.datasets.entries import fault_of, read_metadata, serialise, tensors_in
 from finetune.datasets.manifests import (
     FORMAT,
@@ -104,7 +114,13 @@ class Encoding:
     """Names the arithmetic from a decoded frame to pixels."""
 
     def latents_address(
-        self, media: str, plan: ClipPlan, *, image: str | None = None, corrections: Sequence[str] = ()
+        self,
+        media: str,
+        plan: ClipPlan,
+        *,
+        image: str | None = None,
+        corrections: Sequence[str] = (),
+        companions: Mapping[CompanionName, Sequence[str]] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Everything that decides the latents of one clip.
 
@@ -115,6 +131,8 @@ class Encoding:
             image: digest of the image file that stands for the first frame; None where the first frame itself does.
             corrections: what is done to the frames of a video that is not plain. Left out where there is none, so that
                 plain videos keep the addresses they had before there were any.
+            companions: of what goes with the clip frame for frame, by name, the digest of its file and then its own
+                corrections. Left out where there is none. They are cut as the clip is.
         """
         cut = {name: value for name, value in asdict(plan).items() if name != "flip" or value}
         return {
@@ -129,6 +147,7 @@ class Encoding:
             "dtype": self.latents_dtype,
             "image_draws": self.image_draws,
             **({"corrections": list(corrections)} if corrections else {}),
+            **({"companions": {name: list(one) for name, one in companions.items()}} if companions else {}),
         }
 
     def prompt_address(self, text: str) -> dict[str, Any]:
@@ -281,6 +300,7 @@ class Cache:
         std: Tensor,
         image_latents: Tensor | None,
         *,
+        companions: Mapping[str, Tensor] = MappingProxyType({}),
         made_with: Mapping[str, Any] | None = None,
     ) -> int:
         """Store one clip's posterior in the dtype its address names.
@@ -290,6 +310,8 @@ class Cache:
             mean: [C, F, H, W] before any scaling factor.
             std: the same shape.
             image_latents: [K, C, 1, H, W], image-to-video only.
+            companions: what was made of what goes with the clip, by the names that ``CacheEntry`` has for it, such as
+                ``control_latents``, [C, F, H, W].
             made_with: how it was made on this machine (tiling, say). Recorded, but no part of the address: an entry
                 must not become unusable on another machine.
 
@@ -300,7 +322,7 @@ class Cache:
             CacheError: if a value is not finite, in the encoder's output or after rounding to the stored dtype.
         """
         dtype = torch_dtype(address["dtype"])
-        tensors = {"latents_mean": mean, "latents_std": std}
+        tensors = {"latents_mean": mean, "latents_std": std, **companions}
         if image_latents is not None:
             tensors["image_latents"] = image_latents
         # To the host at once: each look at a tensor on a GPU would wait for what the encoder was given meanwhile.
@@ -378,6 +400,7 @@ class Cache:
             latents_std=latents["latents_std"],
             prompt_embeds=self.read_prompt(item.prompt_key),
             image_latents=latents.get("image_latents"),
+            control_latents=latents.get("control_latents"),
         )
 
     def read_prompt(self, key: str) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
-from finetune.cogvideox.encode import condition_latents, model_latents
+from finetune.cogvideox.encode import condition_latents, control_latents, model_latents
 from finetune.cogvideox.objective import alpha_bar, sample_noise, timestep_weights
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import generator
@@ -106,7 +106,8 @@ class BatchMaker:
             index: the clip.
             timesteps: one sample of the batch each.
         """
-        keeping = replace(self, dropout=DropoutConfig(caption_dropout=0, image_dropout=0), objective=ObjectiveConfig())
+        never = DropoutConfig(caption_dropout=0, image_dropout=0, control_dropout=0)
+        keeping = replace(self, dropout=never, objective=ObjectiveConfig())
         item = replace(self.items[index], caption_dropout=None)
         # The address is the clip's content, so a clip keeps its noise when others are added or taken away.
         clip = int(item.latents_key[:12], 16)
@@ -140,6 +141,9 @@ class BatchMaker:
         if entry.image_latents is not None:
             drawn = entry.image_latents[choice.image_draw].float()[None]
             image = condition_latents(self.spec, torch.zeros_like(drawn) if choice.drop_image else drawn)
+        if self.spec.control and entry.control_latents is not None:
+            control = entry.control_latents.float()[None]
+            image = control_latents(self.spec, torch.zeros_like(control) if choice.drop_control else control)
         return Batch(
             latents=model_latents(self.spec, mean, std, choice.posterior_noise[None]),
             noise=choice.noise[None],

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from finetune.core.errors import ConfigError, DataError
-from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, Decoder, VideoProbe
+from finetune.core.types import CORRECTIONS, Bucket, Clip, ClipPlan, Companion, Decoder, VideoProbe
 from finetune.datasets import decode, decord_reader, pictures
 from finetune.datasets.containers import MAX_FPS, MAX_FRAMES, check_times
 from finetune.datasets.pictures import Frame, check_frame_size
@@ -56,12 +56,17 @@ class DecodeJob:
     plan: ClipPlan
     image: Path | None = None
     decoder: Decoder = "pyav"
+    companions: tuple[Companion, ...] = ()
+    """What goes with the clip frame for frame."""
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Of the arrays that are the answer, uint8 RGB: the clip [3, F, H, W], the image [3, H, W]."""
+        """Of the arrays that are the answer, uint8 RGB: the clip [3, F, H, W], the image [3, H, W], and each companion
+        as the clip.
+        """
         size_hw = (self.plan.bucket.height, self.plan.bucket.width)
-        return [(3, len(self.plan.frame_indices), *size_hw), *([(3, *size_hw)] if self.image else [])]
+        clip = (3, len(self.plan.frame_indices), *size_hw)
+        return [clip, *([(3, *size_hw)] if self.image else []), *(clip for _ in self.companions)]
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,20 @@ Answer = VideoProbe | list[Frame]
 def perform(job: Job) -> Answer:
     """Do a job in this process. Raises DataError if a file cannot be used."""
     if isinstance(job, DecodeJob):
-        reader = decord_reader if job.decoder == "decord" and not job.probe.still else decode
-        clip = reader.read_clip(job.path, job.probe, job.plan)
-        if job.image is None:
-            return [clip]
-        image = pictures.read_fitted_image(job.image, job.plan.bucket)
-        return [clip, np.ascontiguousarray(image[..., ::-1]) if job.plan.flip else image]
+        frames = [_read_clip(job.decoder, job.path, job.probe, job.plan)]
+        if job.image is not None:
+            image = pictures.read_fitted_image(job.image, job.plan.bucket)
+            frames.append(np.ascontiguousarray(image[..., ::-1]) if job.plan.flip else image)
+        return frames + [_read_clip(job.decoder, one.path, one.probe, one.plan) for one in job.companions]
     if job.bucket is not None:
         return [pictures.read_fitted_image(job.path, job.bucket)]
     return pictures.probe_image(job.path) if is_still(job.path) else decode.probe_file(job.path)
+
+
+def _read_clip(decoder: Decoder, path: Path, probe: VideoProbe, plan: ClipPlan) -> Frame:
+    if decoder == "decord" and not probe.still:
+        return decord_reader.read_clip(path, probe, plan)
+    return decode.read_clip(path, probe, plan)
 
 
 def require_decoder(decoder: Decoder) -> None:
@@ -120,7 +130,10 @@ def handle(fields: dict[str, Any]) -> tuple[dict[str, Any], Sequence[Any]]:
 
 def fields_of(job: Job) -> dict[str, Any]:
     """A job as JSON has it, without the frame times: a worker needs none, and an hour of video has 100 000."""
-    return asdict(replace(job, probe=replace(job.probe, frame_times_s=())) if isinstance(job, DecodeJob) else job)
+    if isinstance(job, DecodeJob):
+        companions = tuple(replace(one, probe=replace(one.probe, frame_times_s=())) for one in job.companions)
+        return asdict(replace(job, probe=replace(job.probe, frame_times_s=()), companions=companions))
+    return asdict(job)
 
 
 def job_of(fields: dict[str, Any]) -> Job:
@@ -128,10 +141,17 @@ def job_of(fields: dict[str, Any]) -> Job:
     path = Path(fields["path"])
     if "plan" not in fields:
         return FileJob(path, fields["bucket"] and Bucket(**fields["bucket"]))
-    plan: dict[str, Any] = {name: tuple(fields["plan"][name]) for name in ("frame_indices", "resize_hw", "crop_yx")}
     image = None if fields["image"] is None else Path(fields["image"])
-    cut = ClipPlan(**plan, bucket=Bucket(**fields["plan"]["bucket"]), flip=fields["plan"]["flip"])
-    return DecodeJob(path, _probe_of(fields["probe"]), cut, image, fields["decoder"])
+    companions = tuple(
+        Companion(one["name"], Path(one["path"]), _probe_of(one["probe"]), _plan_of(one["plan"]))
+        for one in fields["companions"]
+    )
+    return DecodeJob(path, _probe_of(fields["probe"]), _plan_of(fields["plan"]), image, fields["decoder"], companions)
+
+
+def _plan_of(fields: dict[str, Any]) -> ClipPlan:
+    plan: dict[str, Any] = {name: tuple(fields[name]) for name in ("frame_indices", "resize_hw", "crop_yx")}
+    return ClipPlan(**plan, bucket=Bucket(**fields["bucket"]), flip=fields["flip"])
 
 
 def most_bytes(job: Job) -> int:
@@ -172,6 +192,13 @@ def _checked_probe(probe: VideoProbe) -> VideoProbe:
     check_frame_size(probe.height, probe.width, "")
     check_times(probe.frame_times_s, "")
     return probe
+
+
+def _clip_of(job: DecodeJob, frames: Sequence[Tensor]) -> Clip:
+    """The answer to a job, whose arrays are those of ``job.shapes``."""
+    first = len(frames) - len(job.companions)
+    companions = {one.name: pixels for one, pixels in zip(job.companions, frames[first:], strict=True)}
+    return Clip(frames[0], frames[1] if job.image is not None else None, companions)
 
 
 # --- headers that were read before ------------------------------------------------------------------------------------
@@ -260,7 +287,7 @@ class DecodePool:
 
         for job, answer in self._ordered(jobs):
             assert not isinstance(answer, VideoProbe)
-            yield job, answer if isinstance(answer, DataError) else Clip(*map(torch.from_numpy, answer))
+            yield job, answer if isinstance(answer, DataError) else _clip_of(job, list(map(torch.from_numpy, answer)))
 
     def load_images(self, images: Iterable[tuple[Path, Bucket]]) -> Iterator[Tensor | DataError]:
         """Load every still image and fit it to its bucket, in the order given: uint8 RGB [3, height, width]."""

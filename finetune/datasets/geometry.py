@@ -298,6 +298,32 @@ def plan_clips(
     return [ClipPlan(tuple(first + i for i in indices), resize_hw, crop_yx, bucket) for indices in clips]
 
 
+def companion_plan(probe: VideoProbe, video: VideoProbe, plan: ClipPlan, where: str) -> ClipPlan:
+    """How what goes with a video frame for frame is cut, so that it lies over one of the video's clips.
+
+    Frame n of the one belongs to frame n of the other, whatever rates both state. It may be larger or smaller than the
+    video, of the same shape. A still image goes with every frame.
+
+    Args:
+        probe: its header.
+        video: the video's.
+        plan: the clip's.
+        where: both files and the row that names them, for messages.
+
+    Raises:
+        DataError: if its number of frames or its shape is not the video's.
+    """
+    form, expected = (f"{one.frames} frames of {one.height}x{one.width} at {one.fps:.4g} fps" for one in (probe, video))
+    fits = resize_and_crop((probe.height, probe.width), plan.bucket) == (plan.resize_hw, plan.crop_yx)
+    if not fits or (probe.frames != video.frames and not probe.still):
+        raise DataError(
+            f"its {'length' if fits else 'shape'} is not that of its video: {form}, and the video has {expected}",
+            where=where,
+            fix="make it from the video's own frames, all of them, in the same shape (height to width)",
+        )
+    return replace(plan, frame_indices=(0,) * len(plan.frame_indices)) if probe.still else plan
+
+
 def _short(probe: VideoProbe, bucket: Bucket, fps: float, span: Span, where: str) -> DataError:
     length_s = probe.frame_times_s[-1] - probe.frame_times_s[0]
     has = probe.frames if span == "uniform" else _fitting(length_s, fps)

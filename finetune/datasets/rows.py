@@ -5,20 +5,21 @@ from __future__ import annotations
 import functools
 import ntpath
 import os
+import re
 import stat
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.core.errors import DataError
 from finetune.core.text import text_fault
-from finetune.core.types import VideoProbe
+from finetune.core.types import CompanionName, VideoProbe
 from finetune.datasets.manifests import FileStamp
 from finetune.datasets.parts import Part
-from finetune.datasets.tables import kind_of
+from finetune.datasets.tables import COMPANION_COLUMNS, kind_of
 
 MAX_CAPTION_CHARS = 10_000
 """About ten times what 226 tokens hold: a longer caption is a wrong column or a wrong file."""
@@ -84,6 +85,9 @@ class RawRow:
     """The part of the video that is meant: begin and end in seconds; None: all of it."""
     repeats: float = 1.0
     """What the source's own ``repeats`` is multiplied by."""
+    companions: Mapping[CompanionName, object] = field(default_factory=dict)
+    """Names of the files that go with the video frame for frame, as far as the row has any; or, as for ``image``, a
+    DataError."""
     is_streamed: bool = False
     """Whether the media may be gone; what was known of them is then in ``RowReport.streamed``."""
 
@@ -447,6 +451,31 @@ class Sidecars:
         """The files that lie beside none of the videos."""
         claimed = {file for video in videos for file in self.all_of(video)}
         return [file for files in self._groups.values() for file in files if file not in claimed]
+
+
+_COMPANION = re.compile(rf"\.({'|'.join(COMPANION_COLUMNS)})\.[^./]+$", re.IGNORECASE)
+
+
+def without_companions(files: Sequence[Path]) -> tuple[list[Path], dict[Path, dict[CompanionName, Path | DataError]]]:
+    """A folder's files without those that go with another frame for frame, and these by that one's path without ending.
+
+    Such a file lies beside a video or image under its name and what it is, as ``walk.control.mp4`` beside ``walk.mp4``,
+    and has no caption of its own. A DataError stands where several could be meant.
+    """
+    named = [file for file in files if _COMPANION.search(file.name) and has_ending(file, MEDIA.suffixes)]
+    if not named:
+        return list(files), {}
+    media = {file.with_suffix("") for file in files if has_ending(file, MEDIA.suffixes)}
+    captioned = {file.with_suffix("") for file in files if has_ending(file, (".txt",))}
+    companions: dict[Path, dict[CompanionName, Path | DataError]] = {}
+    for file in named:
+        stem = file.with_suffix("").with_suffix("")
+        if stem in media and file.with_suffix("") not in captioned:
+            name = next(name for name in COMPANION_COLUMNS if file.with_suffix("").suffix.lower() == f".{name}")
+            several = DataError(f"several files {stem.name}.{name}.* could be meant", where=str(file), fix="leave one")
+            companions.setdefault(stem, {})[name] = several if name in companions.get(stem, {}) else file
+    beside = {one for group in companions.values() for one in group.values()}
+    return [file for file in files if file not in beside], companions
 
 
 _Value = TypeVar("_Value")

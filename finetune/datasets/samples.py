@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
 from finetune.core.text import holds_word, without_invisible
-from finetune.core.types import Sample, Strict
+from finetune.core.types import CompanionName, Sample, Strict
 from finetune.datasets.rows import (
     IMAGE,
     MEDIA,
@@ -90,6 +90,7 @@ def read_samples(
     base: Path,
     skip: bool = False,
     media: MediaPlace | None = None,
+    companions: Collection[CompanionName] = (),
 ) -> SourceRead:
     """Read and check every row of every source; no video is opened.
 
@@ -102,6 +103,7 @@ def read_samples(
         skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
             file or one outside its folder is an error all the same: the dataset is not what it should be.
         media: where media inside a dataset's own files go; None: such a dataset is an error.
+        companions: what every row has to have beside its video, frame for frame; what else a row has is not looked at.
 
     Raises:
         DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
@@ -119,7 +121,8 @@ def read_samples(
         dataset.errors += report.errors
         dataset.unusable += report.unusable
         dataset.notes += report.notes
-        reader = _RowReader(source, captions_of(source, captions), dataset, policy, image_to_video, base)
+        own = captions_of(source, captions)
+        reader = _RowReader(source, own, dataset, policy, image_to_video, base, companions)
         for row in report.rows:
             sample = reader.sample(row)
             if sample is not None:
@@ -144,11 +147,17 @@ def read_samples(
 
 
 def usable_sample(
-    row: RawRow, source: SourceConfig, captions: CaptionConfig, *, image_to_video: bool, base: Path
+    row: RawRow,
+    source: SourceConfig,
+    captions: CaptionConfig,
+    *,
+    image_to_video: bool,
+    base: Path,
+    companions: Collection[CompanionName] = (),
 ) -> Sample | None:
     """The sample that ``read_samples`` makes of one row of a source; None where the row cannot be used."""
     own = captions_of(source, captions)
-    return _RowReader(source, own, RowReport(), PathPolicy(), image_to_video, base).sample(row)
+    return _RowReader(source, own, RowReport(), PathPolicy(), image_to_video, base, companions).sample(row)
 
 
 @dataclass
@@ -161,15 +170,16 @@ class _RowReader:
     policy: PathPolicy
     image_to_video: bool
     base: Path
+    companions: Collection[CompanionName]
     unflipped: list[str] = field(default_factory=list)
     """Rows that are not mirrored although their source's are, because of what a caption says."""
 
     def sample(self, row: RawRow) -> Sample | None:
         """None if the row cannot be used."""
-        checked = _checked_row(row, self.source, self.dataset, self.policy, image_to_video=self.image_to_video)
+        checked = self._checked(row)
         if checked is None:
             return None
-        video, image, written = checked
+        video, image, written, companions = checked
         caption, *variants = dict.fromkeys(map(self.captions.apply, written))
         where = row.where.removeprefix(f"{os.path.abspath(self.base)}{os.sep}")  # noqa: PTH100 - as `_located` does
         repeats = self.source.repeats * row.repeats
@@ -178,7 +188,53 @@ class _RowReader:
             flip = False
             self.unflipped.append(where)
         own = (self.source.caption_dropout, self.source.weight, flip, self.source.prior_preservation)
-        return Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own)
+        return Sample(video, caption, image, where, repeats, row.span_s, tuple(variants), *own, companions)
+
+    def _checked(
+        self, row: RawRow
+    ) -> tuple[Path, Path | None, list[str], tuple[tuple[CompanionName, Path], ...]] | None:
+        """The video, image, captions and companions of a row; None, and all that is wrong with them in ``dataset``, if
+        it cannot be used.
+        """
+        source, dataset = self.source, self.dataset
+
+        def located(name: object, kind: FileKind) -> Path | DataError:
+            if isinstance(name, DataError):
+                return name
+            if row.is_streamed and isinstance(name, str):
+                return self.policy.streamed(row.root / name)
+            return or_error(self.policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
+
+        video = located(row.video, MEDIA if source.images else VIDEO)
+        if isinstance(video, DataError) and not source.images and isinstance(row.video, str) and is_still(row.video):
+            fix = (
+                "set images: true for its source to train on it as a clip of one frame (text-to-video), or take it out"
+            )
+            video = DataError(f"{row.video:.200} is a still image", where=row.where, fix=fix)
+        image = located(row.image, IMAGE) if self.image_to_video and row.image is not None else None
+        beside = [
+            (name, located(row.companions[name], MEDIA) if row.companions.get(name) else _missing(name, row.where))
+            for name in self.companions
+        ]
+        texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
+        checked = [text if isinstance(text, DataError) else or_error(check_caption, text, row.where) for text in texts]
+        captions = [text for text in checked if isinstance(text, str)]
+        # A stream is what somebody else has made: a row of it that holds no video is left out like one without a
+        # caption.
+        faults = dataset.unusable if row.is_streamed else dataset.errors
+        faults += [fault for fault in (video, image, *(one for _, one in beside)) if isinstance(fault, DataError)]
+        dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
+        companions = tuple((name, path) for name, path in beside if isinstance(path, Path))
+        complete = len(captions) == len(checked) and len(companions) == len(beside)
+        if isinstance(video, Path) and isinstance(image, Path | None) and complete:
+            return video, image, captions, companions
+        return None
+
+
+def _missing(name: CompanionName, where: str) -> DataError:
+    what = f"the row names no {name} video, and this run needs one for every clip"
+    fix = f"name it in the column {name} of a table, or lay it beside the clip as NAME.{name}.mp4"
+    return DataError(what, where=where, fix=fix)
 
 
 def captions_of(source: SourceConfig, captions: CaptionConfig) -> CaptionConfig:
@@ -216,35 +272,6 @@ def source_files(sources: Sequence[SourceConfig], base: Path) -> list[Path]:
     return list(dict.fromkeys(file for source in sources for file in source.files(base)))
 
 
-def _checked_row(
-    row: RawRow, source: SourceConfig, dataset: RowReport, policy: PathPolicy, *, image_to_video: bool
-) -> tuple[Path, Path | None, list[str]] | None:
-    """The video, image and captions of a row; None, and all that is wrong with them in ``dataset``, if it has none."""
-
-    def located(name: object, kind: FileKind) -> Path | DataError:
-        if isinstance(name, DataError):
-            return name
-        if row.is_streamed and isinstance(name, str):
-            return policy.streamed(row.root / name)
-        return or_error(policy.file, name, row.root, kind, row.where, allow_outside=source.allow_outside)
-
-    video = located(row.video, MEDIA if source.images else VIDEO)
-    if isinstance(video, DataError) and not source.images and isinstance(row.video, str) and is_still(row.video):
-        fix = "set images: true for its source to train on it as a clip of one frame (text-to-video), or take it out"
-        video = DataError(f"{row.video:.200} is a still image", where=row.where, fix=fix)
-    image = located(row.image, IMAGE) if image_to_video and row.image is not None else None
-    texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
-    checked = [text if isinstance(text, DataError) else or_error(check_caption, text, row.where) for text in texts]
-    captions = [text for text in checked if isinstance(text, str)]
-    # A stream is what somebody else has made: a row of it that holds no video is left out like one without a caption.
-    faults = dataset.unusable if row.is_streamed else dataset.errors
-    faults += [fault for fault in (video, image) if isinstance(fault, DataError)]
-    dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
-    if isinstance(video, Path) and isinstance(image, Path | None) and len(captions) == len(checked):
-        return video, image, captions
-    return None
-
-
 def _leaks(train: Sequence[Sample], holdout: Sequence[Sample], policy: PathPolicy) -> Iterator[DataError]:
     """Held-out clips that are trained on: the held-out loss would measure memory."""
     trained = {policy.real(sample.video): sample.where for sample in train} if holdout else {}
@@ -258,7 +285,8 @@ def _duplicates(samples: Iterable[Sample], policy: PathPolicy) -> list[str]:
     first: dict[tuple[object, ...], str] = {}
     repeated: list[str] = []
     for sample in samples:
-        where = first.setdefault((policy.real(sample.video), sample.captions, sample.span_s), sample.where)
+        content = (policy.real(sample.video), sample.captions, sample.span_s, sample.companions)
+        where = first.setdefault(content, sample.where)
         if where != sample.where:
             repeated.append(f"{sample.where} repeats {where}")
     rows = f"{len(repeated)} rows have the video and caption of another row"

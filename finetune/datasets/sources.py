@@ -19,7 +19,7 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 from finetune.core.errors import DataError, raise_all
 from finetune.core.gpu import parse_bytes
 from finetune.core.text import stripped, text_fault
-from finetune.core.types import Strict
+from finetune.core.types import CompanionName, Strict
 from finetune.datasets.hub import fetch_dataset
 from finetune.datasets.musubi import read_musubi
 from finetune.datasets.packed import packed_files, read_packed, remove_leftovers
@@ -37,11 +37,13 @@ from finetune.datasets.rows import (
     list_folder,
     or_error,
     require_inside,
+    without_companions,
 )
 from finetune.datasets.spans import PANDA_COLUMNS, rows_of
 from finetune.datasets.streams import Stream, recorded_rows
 from finetune.datasets.tables import (
     CAPTION_COLUMNS,
+    COMPANION_COLUMNS,
     IMAGE_COLUMNS,
     MAX_FAULTS,
     MAX_ROWS,
@@ -140,6 +142,7 @@ SOURCE_SINCE: Mapping[str, float | str | None] = {
     "random_flip": False,
     "images": False,
     "stream_room": None,
+    "control_column": None,
 }
 """Options that sources did not always have, with what was done before: what was recorded without them is the same."""
 
@@ -166,12 +169,16 @@ class MetadataSource(_Source):
     image_column: str | None = None
     """Column of first-frame images, for image-to-video only; left out, the one column called ``image``, ``image_path``
     or ``image_file``, if there is one. An empty cell means the video's own first frame."""
+    control_column: str | None = None
+    """Column of control videos, for ``model.control`` only; left out, the one column called ``control``,
+    ``control_path``, ``control_file`` or ``control_video``."""
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add the rows of the file."""
         file = self._located(base)
-        named = {self.video_column, self.caption_column, self.image_column} - {None}
-        usual = {*VIDEO_COLUMNS, *CAPTION_COLUMNS, VARIANTS, *IMAGE_COLUMNS, TYPE_COLUMN}
+        named = {self.video_column, self.caption_column, self.image_column, self.control_column} - {None}
+        controls = COMPANION_COLUMNS["control"]
+        usual = {*VIDEO_COLUMNS, *CAPTION_COLUMNS, VARIANTS, *IMAGE_COLUMNS, *controls, TYPE_COLUMN}
         table = read_table(file, usual | {str(name) for name in named})
         report.unusable += table.faults
         if not table.columns:
@@ -189,6 +196,7 @@ class MetadataSource(_Source):
             # No fault of a text-to-video run; for image-to-video its own first frame stands in, and it is said.
             report.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
             image = ""
+        control = column_of(table, self.control_column, controls, "control_column", file)
         root = file.parent if self.root is None else self._located(base, self.root)
         stills, reworded = [], []
         for row in table.rows:
@@ -203,7 +211,10 @@ class MetadataSource(_Source):
                 if text and caption != VARIANTS and _words(text) not in map(_words, more):
                     reworded.append(row.where)
                 text = (*([text] if text and caption != VARIANTS else []), *more)
-            report.rows.append(RawRow(name, text, picture, root, row.where))
+            companions: dict[CompanionName, object] = (
+                {"control": row.values[control]} if row.values.get(control) else {}
+            )
+            report.rows.append(RawRow(name, text, picture, root, row.where, companions=companions))
         if reworded:
             what = f"{len(reworded)} rows of {file} have a {caption} that is none of their {VARIANTS}, such as"
             report.notes.append(f"{what} {reworded[0]}: all are trained on, also what was reworded in one place only")
@@ -577,7 +588,8 @@ def _inner_name(folder: str, row: Row) -> object:
 
 class FolderSource(_Source):
     """A folder of clips, with its sub-folders, and beside each clip its caption: ``walk.mp4`` and ``walk.txt``. For
-    image-to-video an image of that name (``walk.png``) is the first frame.
+    image-to-video an image of that name (``walk.png``) is the first frame, and for ``model.control``
+    ``walk.control.mp4`` is the control video.
     """
 
     kind: Literal["folder"] = "folder"
@@ -585,7 +597,7 @@ class FolderSource(_Source):
     def read(self, base: Path, report: RowReport) -> None:
         """Add a row for every video, and for every image that is trained on."""
         folder = self._located(base)
-        files = list_folder(folder, report, allow_outside=self.allow_outside)
+        files, companions = without_companions(list_folder(folder, report, allow_outside=self.allow_outside))
         images = Sidecars(files, _videos(files), PICTURES)
         videos = _media(files, images=self.images)
         captions = Sidecars(files, videos, (".txt",))
@@ -606,8 +618,13 @@ class FolderSource(_Source):
                 continue
             text = or_error(read_text, caption, most_bytes=MAX_CAPTION_BYTES)
             image = None if is_still(video) else or_error(images.of, video)
-            names = [path.relative_to(folder).as_posix() if isinstance(path, Path) else path for path in (video, image)]
-            report.rows.append(RawRow(names[0], text, names[1], folder, str(caption)))
+            group = companions.get(video.with_suffix(""), {})
+            names = [
+                path.relative_to(folder).as_posix() if isinstance(path, Path) else path
+                for path in (video, image, *group.values())
+            ]
+            beside = dict(zip(group, names[2:], strict=True))
+            report.rows.append(RawRow(names[0], text, names[1], folder, str(caption), companions=beside))
         for what, sidecars in (("text files", captions), ("images", images)):
             if strays := sidecars.unclaimed(videos):
                 report.notes.append(f"{len(strays)} {what} in {folder} belong to no clip, such as {strays[0].name}")

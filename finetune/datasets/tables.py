@@ -15,13 +15,14 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from finetune.core.errors import DataError, raise_all
+from finetune.core.types import CompanionName
 from finetune.datasets.worker import Worker
 
 MAX_FILE_BYTES = 1 << 30
@@ -173,6 +174,10 @@ CAPTION_COLUMNS = ("prompt", "caption", "text")
 
 IMAGE_COLUMNS = ("image", "image_path", "image_file")
 
+COMPANION_COLUMNS: Mapping[CompanionName, tuple[str, ...]] = {
+    "control": ("control", "control_path", "control_file", "control_video"),
+}
+
 VARIANTS = "captions"
 """Column of lists of captions, as ``finetune caption --variants`` writes it: the first is the caption. In a CSV, whose
 cells are text, it is a column like others."""
@@ -238,7 +243,7 @@ def read_table(path: Path, wanted: Collection[str]) -> Table:
 
 
 def column_of(table: Table, named: str | None, usual: tuple[str, ...], option: str, file: Path) -> str:
-    """The column to read: the named one, or the only one with a usual name; "" where there is no image column.
+    """The column to read: the named one, or the only one with a usual name; "" where there is none that may be missing.
 
     Raises:
         DataError: if there is no such column, several could be meant, or it holds no text.
@@ -250,7 +255,7 @@ def column_of(table: Table, named: str | None, usual: tuple[str, ...], option: s
         names = [named]
     else:
         names = [name for name in usual if name in table.columns]
-    optional = option == "image_column"
+    optional = option in ("image_column", *(f"{name}_column" for name in COMPANION_COLUMNS))
     fix = f"name a column of text with {option} (kind: metadata); for videos inside the file, kind: packed"
     if len(names) > 1:
         raise DataError(f"the columns {' and '.join(names)} could both be meant", where=str(file), fix=fix)

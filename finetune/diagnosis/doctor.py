@@ -82,7 +82,7 @@ class DoctorOptions:
 
 def doctor(config: RunConfig, options: DoctorOptions, *, progress: bool = True) -> DoctorReport:
     """Look at everything that a run would train on; errors stand at ``finetune.doctor``."""
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
     warnings = require_valid(config, spec)
     card_bytes = amount("--card", options.card or config.memory.budget)
     dataset = _read(config, spec, progress)

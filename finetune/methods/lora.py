@@ -13,6 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import regex
 from pydantic import Field, field_validator
 
+from finetune.cogvideox.control import (
+    PROJECTION,
+    merge_projection,
+    projection_state,
+    train_projection,
+    widened,
+)
 from finetune.core.errors import ConfigError
 from finetune.core.rng import generator
 from finetune.core.types import Strict
@@ -151,6 +158,7 @@ class LoraMethod(Strict):
         narrows = not self.in_float32(fp16=model.dtype == torch.float16)
         for name in names:
             self._initialise(transformer.get_submodule(name), generator(seed, "lora", name), narrows=narrows)
+        train_projection(transformer)
         if self.init_from is not None:
             self._continue_from(transformer, self.init_from)
 
@@ -211,7 +219,7 @@ class LoraMethod(Strict):
 
     def peft_state(self, transformer: nn.Module) -> dict[str, Tensor]:
         """What ``save_lora_weights(transformer_lora_layers=...)`` of a diffusers pipeline takes."""
-        return self.state(transformer)
+        return {name: tensor for name, tensor in self.state(transformer).items() if ".lora_" in name}
 
     def lora_metadata(self, transformer: nn.Module) -> dict[str, Any]:
         """The adapter's settings for ``save_lora_weights(transformer_lora_adapter_metadata=...)``, JSON types.
@@ -234,12 +242,14 @@ class LoraMethod(Strict):
     def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
         """What trains, as lines of (label, value)."""
         variants = [name for name, on in (("rsLoRA", self.use_rslora), ("DoRA", self.use_dora)) if on]
-        layers = dict.fromkeys(name.split(".lora_")[0] for name in self.trainable(transformer))
+        layers = dict.fromkeys(name.split(".lora_")[0] for name in self.trainable(transformer) if ".lora_" in name)
+        projection = [("trained beside it", PROJECTION)] if projection_state(transformer) else []
         start = [("continued from", str(self.init_from))] if self.init_from is not None else []
         return [
             ("method", " + ".join(["LoRA", *variants])),
             ("adapted layers", f"{len(layers)} ({', '.join(_as_tuple(self.targets))})"),
             ("rank, alpha", f"{self.rank}, {self.alpha:g} (scale {self.scaling:g})"),
+            *projection,
             *start,
             *count_lines(transformer),
         ]
@@ -307,6 +317,8 @@ def set_strength(transformer: nn.Module, strength: float) -> None:
     """Let the adapter count ``strength`` times what it was trained at, as ``pipeline.set_adapters`` does."""
     for _, layer in adapted_layers(transformer):
         layer.set_scale(ADAPTER, strength)
+    if (projection := widened(transformer)) is not None:
+        projection.strength = strength
 
 
 def merge(transformer: nn.Module, strength: float) -> Merged:
@@ -332,6 +344,7 @@ def merge(transformer: nn.Module, strength: float) -> Merged:
             lost += (rounded.float() - exact).square().sum().item()
             update += (exact - weight.float()).square().sum().item()
             weight.copy_(rounded)
+    merge_projection(transformer, strength)
     unloading: Any = transformer
     unloading.unload_lora()
     return Merged(strength, math.sqrt(lost / update) if update else 0.0)

@@ -27,6 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from finetune.caching.encode import must_tile
 from finetune.cogvideox.components import CONFIG_FILES
+from finetune.cogvideox.control import widen
 from finetune.cogvideox.encode import encode_video
 from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import json_folder
@@ -80,7 +81,7 @@ def spec_of(config: RunConfig) -> ModelSpec:
     Raises:
         ModelError: if it cannot be found or used.
     """
-    return read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+    return read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
 
 
 def longest_bucket(config: RunConfig, spec: ModelSpec) -> Bucket:
@@ -278,7 +279,7 @@ def estimate(
         ModelError, ConfigError: as ``predict``.
     """
     folder = json_folder(config.model.pretrained, config.model.revision)
-    spec = read_spec(str(folder))
+    spec = read_spec(str(folder), control=config.model.control)
     bucket = longest_bucket(config, spec)
     path = user_folder() / "estimates" / f"{_cache_key(config, folder, bucket, (layers, *phases, card_bytes))}.json"
     with suppress(OSError, ValidationError):  # absent, or cut short: it is made again
@@ -396,13 +397,15 @@ def _run(
     folder: Path, config: RunConfig, bucket: Bucket, layers: int | None, phases: Collection[PhaseName]
 ) -> Iterator[Phase]:
     """The phases with the transformer in memory. A sampled video is decoded beside what is there between two steps."""
-    spec, dtype = read_spec(str(folder)), config.model.torch_dtype()
+    spec, dtype = read_spec(str(folder), control=config.model.control), config.model.torch_dtype()
     sampled = config.validation.bucket or bucket
     if config.method.kind == "lora":  # weights that there need be none of
         config = config.model_copy(update={"method": config.method.model_copy(update={"init_from": None})})
     with fake_world() as tracker, ExitStack() as stack, _uncollected():
         base = placement(config.memory.base)
         transformer = empty_transformer(folder, dtype=dtype, device=CPU, placement=base, layers=layers)
+        if config.model.control:
+            widen(transformer)
         stack.callback(undo, transformer)  # with its model go what techniques put into registers
         training = TrackedTraining(tracker, spec, config, transformer, dtype)
         if "train" in phases:

@@ -287,7 +287,8 @@ def fake_batches(
     size = clips or config.train.batch_size
     latents = latent_shape(spec, bucket)
     shape = (size, *latents)
-    image = torch.zeros(size, latents[0], 1, *latents[2:]) if spec.image_to_video else None
+    given = latents[1] if spec.control else 1  # frames of the condition
+    image = torch.zeros(size, latents[0], given, *latents[2:]) if spec.conditioned else None
     batch = Batch(
         latents=torch.zeros(shape),
         noise=torch.zeros(shape),

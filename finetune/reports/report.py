@@ -303,7 +303,7 @@ def _read_strips(config: RunConfig) -> list[ClipStrip]:
     from finetune.datasets.samples import read_samples
     from finetune.diagnosis.frames import ClipRequest, InspectedClip, inspect_clips
 
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)))
+    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
     data = config.data
     rows = read_samples(data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True)
     if len(rows.train) + len(rows.holdout) > _MOST_ROWS:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.cogvideox.load import load_transformer
 from finetune.cogvideox.objective import alpha_bar, velocity_losses, weighted
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
@@ -229,7 +229,7 @@ def replay(
     """
     report, weights = read_report(path)
     config = _moved(report, pretrained, cache)
-    spec = read_spec(config.model.pretrained, config.model.revision)
+    spec = spec_of(config.model)
     _require_same_model(report, config)
     batches = _batches(report, config, spec)
     compute = torch_dtype(dtype) if dtype else getattr(torch, report.dtype)
@@ -331,7 +331,7 @@ def _rebuild(
         # Adapters are float32 whatever the base; after full fine-tuning the weights follow the dtype asked for.
         cast = {name: tensor.to(parameters[name].dtype) for name, tensor in weights.items() if name in parameters}
         method.load_state(module, weights | cast)
-    spec = read_spec(config.model.pretrained, config.model.revision)
+    spec = spec_of(config.model)
     return _Step(report, spec, module, parameters, alpha_bar(spec).float().to(device), dtype)
 
 

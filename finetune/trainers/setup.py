@@ -26,7 +26,7 @@ from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
 from finetune.cogvideox.load import base_digest, load_transformer, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.objective import alpha_bar
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.rules import pin_model, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core import locks
@@ -71,7 +71,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     cleanup.callback(ranks.close)
 
     config = pin_model(config, ranks.run_on_main)
-    spec = read_spec(config.model.pretrained, config.model.revision)
+    spec = spec_of(config.model)
     warnings = require_valid(config, spec)
     require_launch(launch, config, spec, ranks)
     ranks = replace(ranks, context=config.parallel.context)
@@ -387,7 +387,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
     return [
         ("run", str(config.output_dir)),
         *([("curves", tensorboard_command(config.output_dir))] if config.tracking.kind == "tensorboard" else []),
-        ("model", f"{config.model.pretrained}, {'image' if spec.image_to_video else 'text'}-to-video, {model.dtype}"),
+        ("model", f"{config.model.pretrained}, {spec.task}, {model.dtype}"),
         *([("commit", config.model.revision)] if config.model.revision else []),
         ("training clips", f"{len(data.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),

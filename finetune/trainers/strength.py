@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.cogvideox.load import load_transformer
 from finetune.cogvideox.objective import alpha_bar, velocity_losses
-from finetune.cogvideox.spec import read_spec
+from finetune.cogvideox.spec import spec_of
 from finetune.conversion.source import ExportSource, find_checkpoint, read_source
 from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ConfigError
@@ -142,7 +142,7 @@ def strength(source: Path, options: StrengthOptions) -> StrengthReport:
             where=str(source),
             fix="compare its held-out loss with that of step 0, and its sampled videos",
         )
-    spec = read_spec(read.config.model.pretrained, read.config.model.revision)
+    spec = spec_of(read.config.model)
     maker, heldout = _clips(read, options.cache)
     timesteps = fixed_timesteps(read.config.validation.timesteps, spec.num_train_timesteps)
     passes = fixed_passes(maker, timesteps, options.clips or read.config.validation.clips, read.config.train.batch_size)
@@ -188,7 +188,7 @@ def _clips(read: ExportSource, cache: Path | None) -> tuple[BatchMaker, bool]:
     manifest = Manifest.from_content(content, Path())
     empty = unconditional_prompt(store, manifest.empty_prompt_key, config.data)
     heldout = [item for item in manifest.items if item.holdout]
-    spec = read_spec(config.model.pretrained, config.model.revision)
+    spec = spec_of(config.model)
     items = heldout or list(manifest.items)
     return BatchMaker(spec, store, items, empty, config.data, config.train.seed, config.objective), bool(heldout)
 

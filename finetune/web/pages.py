@@ -103,7 +103,7 @@ def _clip(workspace: Workspace, base: Path, row: Row) -> dict[str, Any]:
 def _proposal(workspace: Workspace, folder: str, config: str) -> Proposal:
     run = workspace.usable(config).config
     assert run is not None
-    spec = read_spec(str(json_folder(run.model.pretrained, run.model.revision)))
+    spec = read_spec(str(json_folder(run.model.pretrained, run.model.revision)), control=run.model.control)
     return propose(workspace.roots.inside(folder, "the folder"), spec, 2, MediaPlace.of(run.cache.dir))
 
 
