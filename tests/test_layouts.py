@@ -36,7 +36,7 @@ SOURCES = TypeAdapter(tuple[SourceConfig, ...])
 def read(base: Path, *written: dict, media: Path | None = None) -> SourceRead:
     sources = SOURCES.validate_python(list(written))
     place = media and MediaPlace(media, base / "records")
-    return read_samples(sources, CaptionConfig(), image_to_video=False, base=base, media=place)
+    return read_samples(sources, CaptionConfig(), base=base, media=place)
 
 
 def fault(base: Path, *written: dict, media: Path | None = None) -> str:

@@ -28,7 +28,9 @@ def sources(*written: dict) -> tuple:
 
 
 def read(base: Path, *written: dict, image_to_video: bool = False, skip: bool = False) -> SourceRead:
-    return read_samples(sources(*written), CaptionConfig(), image_to_video=image_to_video, base=base, skip=skip)
+    return read_samples(
+        sources(*written), CaptionConfig(), beside=("image",) if image_to_video else (), base=base, skip=skip
+    )
 
 
 def fails(base: Path, *written: dict, **more: bool) -> str:
@@ -160,7 +162,7 @@ def test_a_list_of_captions_is_further_ones(base, kind, column):
         from pyarrow import parquet
 
         parquet.write_table(pyarrow.Table.from_pylist(values), base / "rows.parquet")
-    found = read_samples(sources({"path": f"rows.{kind}"}), CaptionConfig(trigger="x"), image_to_video=False, base=base)
+    found = read_samples(sources({"path": f"rows.{kind}"}), CaptionConfig(trigger="x"), base=base)
     assert [sample.captions for sample in found.train] == wanted
 
 

@@ -170,7 +170,7 @@ def test_which_images_of_a_folder_are_clips(tmp_path, case, names, words):
 
     def read() -> list[str]:
         source = FolderSource(path=tmp_path, images=case["images"])
-        found = read_samples([source], CaptionConfig(), image_to_video=False, base=tmp_path)
+        found = read_samples([source], CaptionConfig(), base=tmp_path)
         return [sample.video.name for sample in found.train]
 
     if words:

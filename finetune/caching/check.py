@@ -22,7 +22,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.starting_points import MOST_SEEN
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket, ClipPlan, Companion, CompanionName, Sample, VideoProbe
+from finetune.core.types import Bucket, ClipPlan, Companion, Sample, VideoProbe
 from finetune.datasets.cache import Cache
 from finetune.datasets.decode_pool import DecodePool, probe_memory, require_decoder
 from finetune.datasets.geometry import (
@@ -120,11 +120,6 @@ class DatasetReport:
         return "\n".join([*lines, *map(note_line, self.notes)])
 
 
-def companions_of(spec: ModelSpec) -> tuple[CompanionName, ...]:
-    """What a run needs beside each of its clips, frame for frame."""
-    return ("control",) if spec.control else ()
-
-
 def clip_labels(name: str, sample: Sample, count: int) -> list[str]:
     """What the clips of one row are called (``PlannedClip.name``); ``name`` is its video's."""
     label = name if sample.span_s is None else f"{name}@{sample.span_s[0]:g}s"
@@ -151,11 +146,10 @@ def check_dataset(
     read = read_samples(
         config.data.sources,
         config.data,
-        image_to_video=spec.image_to_video,
         base=config.base,
+        beside=spec.beside,
         skip=skip,
         media=MediaPlace.of(config.cache.dir, part),
-        companions=companions_of(spec),
     )
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     streamed = read.streamed.media

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.caching.check import companions_of, named, sample_bucket
+from finetune.caching.check import named, sample_bucket
 from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import local_folder, resolve_pretrained
@@ -128,7 +128,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
             "bucket": str(sample_bucket(config)) if images else None,
         },
         **({"streams": list(streams)} if streams else {}),
-        **({"companions": list(companions)} if (companions := companions_of(spec)) else {}),
+        **({"companions": ["control"]} if spec.control else {}),
     }
 
 

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.caching.check import PlannedClip, companions_of, workers_for
+from finetune.caching.check import PlannedClip, workers_for
 from finetune.caching.encode import ClipEncoder, ClipJob, clip_job
 from finetune.caching.request import encoding_of
 from finetune.caching.writing import EncodeResult
@@ -166,11 +166,8 @@ class _StreamRows:
         """
         report = RowReport()
         row = row_of(line, where, self.media, report)
-        images = self.spec.image_to_video
-        beside = companions_of(self.spec)  # of which a stream has none
-        sample = usable_sample(
-            row, self.source, self.config.data, image_to_video=images, base=self.config.base, companions=beside
-        )
+        beside = self.spec.beside  # of a control, a stream has none
+        sample = usable_sample(row, self.source, self.config.data, base=self.config.base, beside=beside)
         probe = report.streamed.media[sample.video].probe if sample else None
         if sample is None or probe is None or isinstance(probe, DataError):
             return []

@@ -22,7 +22,7 @@ from finetune.cogvideox.components import (
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, MODEL_INDEX, locate
 from finetune.core.errors import ModelError, raise_all
-from finetune.core.types import Bucket
+from finetune.core.types import BesideName, Bucket
 
 _LONGEST_S = 10
 """Seconds that the second generation was made for: it states 16N+1 frames with N <= 10, and no file of it says so."""
@@ -84,6 +84,11 @@ class ModelSpec:
     def image_to_video(self) -> bool:
         """Whether that condition is a first frame."""
         return self.conditioned and not self.control
+
+    @property
+    def beside(self) -> tuple[BesideName, ...]:
+        """What of a row, beside its video and captions, the model is conditioned on."""
+        return ("control",) if self.control else ("image",) if self.image_to_video else ()
 
     @property
     def task(self) -> str:

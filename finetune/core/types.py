@@ -26,6 +26,13 @@ DtypeName = Literal["bf16", "fp16", "fp32"]
 """What weights are held and computed in, as configurations name it."""
 
 
+CompanionName = Literal["control"]
+"""What a row may have beside its video that goes with it frame for frame: ``control``, a video that the model is
+conditioned on."""
+
+BesideName = Literal["image"] | CompanionName
+"""What a run may read of a row beside its video and captions: also the ``image`` that stands for the first frame."""
+
 Decoder = Literal["pyav", "decord"]
 """What decodes videos, as configurations name it."""
 
@@ -44,10 +51,6 @@ def torch_dtype(name: DtypeName) -> torch.dtype:
 
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[name]
 
-
-CompanionName = Literal["control"]
-"""What a row may have beside its video that goes with it frame for frame: ``control``, a video that the model is
-conditioned on."""
 
 DTYPE_BYTES: Mapping[DtypeName, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
 """Of one number."""

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
 from finetune.core.text import holds_word, without_invisible
-from finetune.core.types import CompanionName, Sample, Strict
+from finetune.core.types import BesideName, CompanionName, Sample, Strict
 from finetune.datasets.rows import (
     IMAGE,
     MEDIA,
@@ -86,24 +86,23 @@ def read_samples(
     sources: Sequence[SourceConfig],
     captions: CaptionConfig,
     *,
-    image_to_video: bool,
     base: Path,
+    beside: Collection[BesideName] = (),
     skip: bool = False,
     media: MediaPlace | None = None,
-    companions: Collection[CompanionName] = (),
 ) -> SourceRead:
     """Read and check every row of every source; no video is opened.
 
     Args:
         sources: where to read.
         captions: what is added to every caption.
-        image_to_video: read first-frame images where a source names them; a row without one gets ``image=None``, which
-            means the video's own first frame. False: images are neither read nor checked.
         base: folder that relative paths start at.
+        beside: what is read of a row beside its video and captions; nothing else is looked at. With ``image``, a row
+            that names none gets ``image=None``, which means the video's own first frame; of the others each row has to
+            have one.
         skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
             file or one outside its folder is an error all the same: the dataset is not what it should be.
         media: where media inside a dataset's own files go; None: such a dataset is an error.
-        companions: what every row has to have beside its video, frame for frame; what else a row has is not looked at.
 
     Raises:
         DataError: listing all that is wrong, each with file and line: rows that cannot be used, sources that cannot be
@@ -122,7 +121,7 @@ def read_samples(
         dataset.unusable += report.unusable
         dataset.notes += report.notes
         own = captions_of(source, captions)
-        reader = _RowReader(source, own, dataset, policy, image_to_video, base, companions)
+        reader = _RowReader(source, own, dataset, policy, base, beside)
         for row in report.rows:
             sample = reader.sample(row)
             if sample is not None:
@@ -151,13 +150,12 @@ def usable_sample(
     source: SourceConfig,
     captions: CaptionConfig,
     *,
-    image_to_video: bool,
     base: Path,
-    companions: Collection[CompanionName] = (),
+    beside: Collection[BesideName] = (),
 ) -> Sample | None:
     """The sample that ``read_samples`` makes of one row of a source; None where the row cannot be used."""
     own = captions_of(source, captions)
-    return _RowReader(source, own, RowReport(), PathPolicy(), image_to_video, base, companions).sample(row)
+    return _RowReader(source, own, RowReport(), PathPolicy(), base, beside).sample(row)
 
 
 @dataclass
@@ -168,9 +166,8 @@ class _RowReader:
     captions: CaptionConfig
     dataset: RowReport
     policy: PathPolicy
-    image_to_video: bool
     base: Path
-    companions: Collection[CompanionName]
+    beside: Collection[BesideName]
     unflipped: list[str] = field(default_factory=list)
     """Rows that are not mirrored although their source's are, because of what a caption says."""
 
@@ -211,10 +208,11 @@ class _RowReader:
                 "set images: true for its source to train on it as a clip of one frame (text-to-video), or take it out"
             )
             video = DataError(f"{row.video:.200} is a still image", where=row.where, fix=fix)
-        image = located(row.image, IMAGE) if self.image_to_video and row.image is not None else None
+        image = located(row.image, IMAGE) if "image" in self.beside and row.image is not None else None
         beside = [
             (name, located(row.companions[name], MEDIA) if row.companions.get(name) else _missing(name, row.where))
-            for name in self.companions
+            for name in self.beside
+            if name != "image"
         ]
         texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
         checked = [text if isinstance(text, DataError) else or_error(check_caption, text, row.where) for text in texts]

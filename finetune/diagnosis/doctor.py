@@ -132,9 +132,7 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
             " `finetune check` says all but what pictures show",
         )
     media = MediaPlace.of(config.cache.dir)
-    read = read_samples(
-        data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True, media=media
-    )
+    read = read_samples(data.sources, data, beside=spec.beside, base=config.base, skip=True, media=media)
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     level = _level(config)
     left_out = [

@@ -305,7 +305,7 @@ def _read_strips(config: RunConfig) -> list[ClipStrip]:
 
     spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
     data = config.data
-    rows = read_samples(data.sources, data, image_to_video=spec.image_to_video, base=config.base, skip=True)
+    rows = read_samples(data.sources, data, beside=spec.beside, base=config.base, skip=True)
     if len(rows.train) + len(rows.holdout) > _MOST_ROWS:
         raise DataError(f"more than {_MOST_ROWS} rows: `finetune doctor` shows them", where="data.sources")
     clips = check_dataset(config, spec).clips
