@@ -10,9 +10,13 @@ from diffusers import CogVideoXDDIMScheduler
 from diffusers.training_utils import compute_density_for_timestep_sampling, compute_snr
 
 from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
+from finetune.cogvideox.encode import pool_mask
+from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.objective import (
     NoiseSample,
     add_noise,
+    loss_mask,
+    masked_v_mse,
     noise_batch,
     sample_noise,
     sample_timestep,
@@ -20,6 +24,7 @@ from finetune.cogvideox.objective import (
     v_mse,
     velocity,
 )
+from finetune.cogvideox.spec import read_spec
 from finetune.core.types import Batch
 
 SCHEDULER = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
@@ -168,3 +173,39 @@ def test_bands_are_drawn_by_their_shares_and_are_even_within():
     assert abs(len(below) / len(drawn) - 0.25) < 0.03
     assert below.min() == 100 and below.max() == 199 and abs(below.mean() - 149.5) < 5
     assert drawn.max() == 999 and abs(drawn[drawn >= 600].mean() - 799.5) < 10
+
+
+# ---------------------------------------------------------------------------------------------------------- masked loss
+
+
+def test_a_masked_loss_is_a_weighted_mean_and_has_no_gradient_outside():
+    prediction, target = pair(count=3)
+    prediction.requires_grad_()
+    mask = torch.rand(3, 1, 3, 6, 5, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    mask[2] = 1.0
+    mask[0, :, 0], mask[1, :, :, 2:] = 0.0, 0.0
+    ours = masked_v_mse(prediction, target, mask)
+    for row in range(3):
+        weights = mask[row].expand_as(target[row])
+        theirs = torch.nn.functional.mse_loss(prediction[row], target[row], weight=weights)
+        torch.testing.assert_close(ours[row], theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(ours[2], v_mse(prediction, target)[2], rtol=1e-12, atol=0)
+    ours.sum().backward()
+    assert torch.equal(prediction.grad != 0, (mask != 0).expand_as(prediction))
+
+
+def test_a_mask_is_pooled_as_the_video_encoder_compresses():
+    frames = torch.zeros(3, 9, 16, 24, dtype=torch.uint8)
+    frames[:, 0, :8, :8] = 255  # the first frame alone is a latent frame
+    frames[:, 1, :, 8:16] = 255  # one of the next four
+    frames[:, 5:, 8:12, 16:] = 255  # half of a cell, in all of the last four
+    pooled = pool_mask(frames, (3, 2, 3))
+    assert pooled.shape == (1, 3, 2, 3)
+    expected = [[[1, 0, 0], [0, 0, 0]], [[0, 0.25, 0], [0, 0.25, 0]], [[0, 0, 0], [0, 0, 0.5]]]
+    torch.testing.assert_close(pooled[0], torch.tensor(expected))
+    assert pool_mask(frames[:, :1], (1, 2, 3)).shape == (1, 1, 2, 3)
+
+    second = read_spec(str(known_model("1.5-5b")))
+    weights = loss_mask(second, pooled, 0.2)
+    assert weights.shape == (1, 4, 2, 3) and torch.equal(weights[:, 0], weights[:, 1])
+    torch.testing.assert_close(weights[:, 1:], 0.2 + 0.8 * pooled)

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_blocks import forward
 from torch import nn
 from worlds import assert_same_run, merged, run_values, stop_after
 
 from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.control import widen
 from finetune.cogvideox.load import load_transformer
 from finetune.cogvideox.objective import alpha_bar, noise_batch, predicted_velocity, v_mse, velocity_losses
 from finetune.cogvideox.spec import read_spec
@@ -23,9 +25,10 @@ from finetune.core.types import Batch
 from finetune.memory.config import MemoryConfig
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
-from finetune.methods.prior import base_prediction
+from finetune.methods.prior import base_prediction, without_adapter
 from finetune.planner.cost_model import rates_of
 from finetune.planner.step_time import step_cost
+from finetune.testing.tiny import tiny_transformer
 from finetune.trainers.loop import train
 from finetune.trainers.tracking import StepRecord
 
@@ -53,8 +56,8 @@ def batch_of(folder: Path, *prior: bool) -> Batch:
     shape = (2, spec.latent_channels, 3, 8, 8)
     latents, noise = (torch.randn(shape, generator=generator) for _ in range(2))
     text = torch.randn(2, spec.max_text_seq_length, spec.text_embed_dim, generator=generator)
-    steps = (200, 800)
-    return Batch(latents, noise, torch.tensor(steps), text, None, (0, 1), ("a", "b"), None, steps, prior or None)
+    steps, marks = (200, 800), {"slots": (0, 1), "clips": ("a", "b"), "prior": prior or None}
+    return Batch(latents, noise, torch.tensor(steps), text, None, timesteps_on_host=steps, **marks)
 
 
 STATES: list[tuple[dict[str, Any], dict[str, Any], torch.dtype]] = [
@@ -85,6 +88,23 @@ def test_the_target_of_prior_preservation_is_the_base_model_to_the_bit(tiny_mode
     torch.testing.assert_close(losses, v_mse(prediction, target), rtol=0, atol=0)
     losses.sum().backward()
     assert all(parameter.grad is not None for parameter in lora.trainable(model).values())
+
+
+def test_what_trains_beside_a_lora_is_not_in_the_base_either():
+    def model(method: LoraMethod | None = None) -> nn.Module:
+        transformer = tiny_transformer(num_layers=1)
+        widen(transformer)
+        if method is not None:
+            method.apply(transformer, seed=0)
+            with torch.no_grad():
+                for parameter in method.trainable(transformer).values():
+                    parameter.add_(0.1)
+        return transformer
+
+    adapted, expected = model(LoraMethod(rank=2)), forward(model())
+    with without_adapter(adapted):
+        assert torch.equal(forward(adapted), expected)
+    assert not torch.equal(forward(adapted), expected)
 
 
 def test_a_pass_of_the_base_is_made_where_it_is_asked_for(tiny_model):

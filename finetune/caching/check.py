@@ -22,7 +22,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.starting_points import MOST_SEEN
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket, ClipPlan, Companion, Sample, VideoProbe
+from finetune.core.types import BesideName, Bucket, ClipPlan, Companion, Sample, VideoProbe
 from finetune.datasets.cache import Cache
 from finetune.datasets.decode_pool import DecodePool, probe_memory, require_decoder
 from finetune.datasets.geometry import (
@@ -120,6 +120,11 @@ class DatasetReport:
         return "\n".join([*lines, *map(note_line, self.notes)])
 
 
+def beside_of(config: RunConfig, spec: ModelSpec) -> tuple[BesideName, ...]:
+    """What a run reads of a row beside its video and captions."""
+    return (*spec.beside, "mask") if config.objective.masked is not None else spec.beside
+
+
 def clip_labels(name: str, sample: Sample, count: int) -> list[str]:
     """What the clips of one row are called (``PlannedClip.name``); ``name`` is its video's."""
     label = name if sample.span_s is None else f"{name}@{sample.span_s[0]:g}s"
@@ -147,7 +152,7 @@ def check_dataset(
         config.data.sources,
         config.data,
         base=config.base,
-        beside=spec.beside,
+        beside=beside_of(config, spec),
         skip=skip,
         media=MediaPlace.of(config.cache.dir, part),
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from finetune.caching.writing import EncodeResult, EntryWriter
 from finetune.cogvideox.captions import tokenize
-from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video
+from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video, pool_mask
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
@@ -180,6 +180,8 @@ class ClipEncoder:
             for job, (_, clip) in zip(jobs, bar, strict=True):
                 if isinstance(clip, DataError):
                     writer.fail(job, clip)
+                elif (fault := _mask_fault(job, clip)) is not None:
+                    writer.fail(job, fault)
                 else:
                     encoded = _encode_clip(job, clip, self._vae, options.vae_tiling)
                     writer.store(job, partial(encoded.store, self._cache))
@@ -226,6 +228,22 @@ class _EncodedClip:
         )
 
 
+_BLACK = 32
+"""Of 255: what compression makes of black stays below."""
+
+
+def _mask_fault(job: ClipJob, clip: Clip) -> DataError | None:
+    """Why a clip cannot be learnt from through its mask; None if it can, or has none."""
+    if (mask := clip.companions.get("mask")) is None or int(mask.max()) >= _BLACK:
+        return None
+    (path,) = (one.path for one in job.companions if one.name == "mask")
+    return DataError(
+        "the mask is black all over the clip, so that there is nothing to learn from",
+        where=f"{path}, mask of {job.where}",
+        fix="a mask is white where the clip is learnt; mend it, or take the row, or this part of the video, out",
+    )
+
+
 def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on", "off"]) -> _EncodedClip:
     bucket = job.plan.bucket
     tiled = set_tiling(vae, tiling, bucket)
@@ -239,6 +257,9 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on
         companions = {}
         if (control := clip.companions.get("control")) is not None:
             companions["control_latents"] = encode_video(vae, control[None])[0][0]
+        if (mask := clip.companions.get("mask")) is not None:
+            _, _, frames, height, width = mean.shape
+            companions["mask"] = pool_mask(mask, (frames, height, width))
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -130,6 +130,11 @@ def plan_cache(
         job = clip_job(clip, plan, stamps, encoding, spec)
         return clips.setdefault(job.key, job).key
 
+    def unmasked_key(clip: PlannedClip) -> str:
+        others = tuple(one for one in clip.companions if one.name != "mask")
+        masked = others != clip.companions
+        return clip_job(replace(clip, companions=others), clip.plan, stamps, encoding, spec).key if masked else ""
+
     def flipped_key(clip: PlannedClip, is_val: bool) -> str:
         # A part does not see which of its clips the whole dataset holds out, and encodes all.
         flips = clip.sample.random_flip and not (is_val and part is None)
@@ -162,6 +167,7 @@ def plan_cache(
                 weight=clip.sample.weight,
                 flipped_key=flipped_key(clip, is_val),
                 prior=clip.sample.prior and not is_val,
+                unmasked_key=unmasked_key(clip),
             )
             for clip, is_val in zip(report.clips, val_split, strict=True)
         ),

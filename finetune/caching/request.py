@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.caching.check import named, sample_bucket
+from finetune.caching.check import beside_of, named, sample_bucket
 from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import local_folder, resolve_pretrained
@@ -111,6 +111,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
     ]
     samples = config.validation.samples
     images = sorted({sample.image for sample in samples if sample.image} if spec.image_to_video else ())
+    companions = [name for name in beside_of(config, spec) if name != "image"]
     return {
         "format": {"cache": FORMAT, "pixels": encoding.pixel_rule, "headers": _PLANNING_RULES},
         "data": {**data, "fps": config.data.fps or spec.native_fps},
@@ -128,7 +129,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
             "bucket": str(sample_bucket(config)) if images else None,
         },
         **({"streams": list(streams)} if streams else {}),
-        **({"companions": ["control"]} if spec.control else {}),
+        **({"companions": companions} if companions else {}),
     }
 
 

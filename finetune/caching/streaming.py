@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.caching.check import PlannedClip, workers_for
+from finetune.caching.check import PlannedClip, beside_of, workers_for
 from finetune.caching.encode import ClipEncoder, ClipJob, clip_job
 from finetune.caching.request import encoding_of
 from finetune.caching.writing import EncodeResult
@@ -166,7 +166,7 @@ class _StreamRows:
         """
         report = RowReport()
         row = row_of(line, where, self.media, report)
-        beside = self.spec.beside  # of a control, a stream has none
+        beside = beside_of(self.config, self.spec)  # of a control or a mask, a stream has none
         sample = usable_sample(row, self.source, self.config.data, base=self.config.base, beside=beside)
         probe = report.streamed.media[sample.video].probe if sample else None
         if sample is None or probe is None or isinstance(probe, DataError):

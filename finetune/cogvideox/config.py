@@ -165,15 +165,25 @@ class CleanWeighting(Strict):
 LossWeighting = VelocityWeighting | MinSnrWeighting | NoiseWeighting | CleanWeighting
 
 
+class MaskedLoss(Strict):
+    """Learn a part of the picture: where a clip's mask video is white. A clip without a mask is learnt whole."""
+
+    outside: float = Field(0.1, ge=0, le=1)
+    """What the error counts where the mask is black, of 1 where it is white: 0 for nothing. A little keeps what is
+    outside from drifting."""
+
+
 class ObjectiveConfig(Strict):
     """What of the prediction's error is learnt from. Losses are shown, and held-out clips measured, without weights and
-    at evenly spread timesteps, so that runs can be compared.
+    at evenly spread timesteps, and held-out clips without masks, so that runs can be compared.
     """
 
     weighting: Annotated[LossWeighting, Field(discriminator="kind")] = VelocityWeighting()
     """What a sample's loss is multiplied by, as a function of its timestep; a kind's name stands for its defaults."""
     timesteps: Annotated[TimestepSampling, Field(discriminator="kind")] = UniformTimesteps()
     """How often each timestep is trained; a kind's name stands for its defaults."""
+    masked: MaskedLoss | None = None
+    """Learn only, or mostly, what the clips' mask videos show in white; left out, masks are not read."""
 
     @field_validator("weighting", "timesteps", mode="before")
     @classmethod

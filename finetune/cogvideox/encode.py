@@ -124,6 +124,26 @@ def encode_prompts(tokenizer: Tokenizer, encoder: T5EncoderModel, captions: Sequ
     return embeds
 
 
+def pool_mask(pixels: Tensor, latents: tuple[int, int, int]) -> Tensor:
+    """How white a mask is at each place of its clip's latents: a latent frame stands for the first frame of the clip or
+    for the next few, and a cell of it for a square of pixels.
+
+    Args:
+        pixels: uint8 RGB [3, F, H, W].
+        latents: (F', H', W') of the clip's latents, before front padding.
+
+    Returns:
+        float32 [1, F', H', W'], 0 to 1: means over frames, pixels and colours.
+    """
+    frames, height, width = latents
+    grey = pixels.float().mean(0) / 255
+    parts = [grey[:1]]
+    if frames > 1:
+        parts.append(grey[1:].view(frames - 1, -1, *grey.shape[1:]).mean(1))
+    size = (grey.shape[1] // height, grey.shape[2] // width)
+    return torch.nn.functional.avg_pool2d(torch.cat(parts), size)[None]
+
+
 # ---------------------------------------------------------------------------------------- from the cache to model space
 
 

@@ -204,6 +204,36 @@ def v_mse(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(1)
 
 
+def masked_v_mse(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
+    """``v_mse`` as a mean that counts each place of the picture as much as ``mask`` says; equal weights give ``v_mse``.
+
+    Args:
+        prediction: as in ``v_mse``.
+        target: as in ``v_mse``.
+        mask: weights, [B, 1, F, H, W], of the same dtype, at least 0 and not all of a sample's 0.
+
+    Returns:
+        [B]: the sum of weight times squared error over the sum of weights, each for all C channels.
+    """
+    errors = (prediction - target).square().mean(1, keepdim=True)
+    return (mask * errors).flatten(1).sum(1) / mask.flatten(1).sum(1)
+
+
+def loss_mask(spec: ModelSpec, mask: Tensor, outside: float) -> Tensor:
+    """The weights for ``masked_v_mse`` of one clip.
+
+    Args:
+        spec: of the model.
+        mask: from the cache (``pool_mask``), [1, F', H', W'], 0 to 1.
+        outside: of ``MaskedLoss``.
+
+    Returns:
+        float32 [1, F'', H', W'], padded in front as the clip's latents are.
+    """
+    weights = outside + (1 - outside) * mask.float()
+    return torch.cat([weights[:, :1].expand(-1, spec.front_padding(weights.shape[1]), -1, -1), weights], dim=1)
+
+
 def timestep_weights(weighting: LossWeighting, alpha_bar: Tensor) -> Tensor | None:
     """What the loss at every timestep is multiplied by, float64 [num_train_timesteps]; None where that is 1.
 
@@ -231,7 +261,7 @@ def weighted(losses: Tensor, batch: Batch) -> Tensor:
 def velocity_losses(
     model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch, base: Tensor | None = None
 ) -> Tensor:
-    """The velocity's mean squared error per sample, float32 [B].
+    """The velocity's mean squared error per sample, float32 [B]; weighted by ``batch.mask`` where there is one.
 
     Args:
         model: the transformer, or what wraps it.
@@ -245,7 +275,8 @@ def velocity_losses(
     target = noised.velocity
     if base is not None and batch.prior is not None:  # row by row: the host knows which, and does not ask the device
         target = torch.stack([base[row] if prior else target[row] for row, prior in enumerate(batch.prior)])
-    return v_mse(_predicted(model, spec, noised, batch), target)
+    prediction = _predicted(model, spec, noised, batch)
+    return v_mse(prediction, target) if batch.mask is None else masked_v_mse(prediction, target, batch.mask)
 
 
 def predicted_velocity(model: nn.Module, spec: ModelSpec, alpha_bar: Tensor, batch: Batch) -> Tensor:

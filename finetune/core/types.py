@@ -26,9 +26,9 @@ DtypeName = Literal["bf16", "fp16", "fp32"]
 """What weights are held and computed in, as configurations name it."""
 
 
-CompanionName = Literal["control"]
+CompanionName = Literal["control", "mask"]
 """What a row may have beside its video that goes with it frame for frame: ``control``, a video that the model is
-conditioned on."""
+conditioned on; ``mask``, which is white where the video is learnt from."""
 
 BesideName = Literal["image"] | CompanionName
 """What a run may read of a row beside its video and captions: also the ``image`` that stands for the first frame."""
@@ -182,6 +182,8 @@ class CacheEntry:
     image_latents: Tensor | None
     control_latents: Tensor | None = None
     """The mode of the VAE's posterior of the control video, before any scaling, [C, F, H, W]."""
+    mask: Tensor | None = None
+    """How white the mask is at each place of the latents, 0 to 1, [1, F, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,9 @@ class Batch:
     """What each sample's loss is multiplied by, float32 [B]; None where every one counts 1."""
     timesteps_on_host: tuple[int, ...] | None = None
     """``timesteps`` as numbers, which are there without asking the device; None where they are not known."""
+    mask: Tensor | None = None
+    """What each place of the latents counts in its sample's loss, float32 [B, 1, F, H, W]; None where all count the
+    same."""
     prior: tuple[bool, ...] | None = None
     """Which samples aim at what the base model predicts; None where no sample of the whole run does."""
 

@@ -401,6 +401,7 @@ class Cache:
             prompt_embeds=self.read_prompt(item.prompt_key),
             image_latents=latents.get("image_latents"),
             control_latents=latents.get("control_latents"),
+            mask=latents.get("mask"),
         )
 
     def read_prompt(self, key: str) -> Tensor:

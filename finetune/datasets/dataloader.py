@@ -18,10 +18,10 @@ from torch import Tensor
 
 from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
 from finetune.cogvideox.encode import condition_latents, control_latents, model_latents
-from finetune.cogvideox.objective import alpha_bar, sample_noise, timestep_weights
+from finetune.cogvideox.objective import alpha_bar, loss_mask, sample_noise, timestep_weights
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import generator
-from finetune.core.types import Batch
+from finetune.core.types import Batch, CacheEntry
 from finetune.datasets.cache import Cache
 from finetune.datasets.manifests import ManifestItem
 from finetune.datasets.schedule import MicroBatch, StepPlan
@@ -110,7 +110,7 @@ class BatchMaker:
         keeping = replace(self, dropout=never, objective=ObjectiveConfig())
         item = replace(self.items[index], caption_dropout=None)
         # The address is the clip's content, so a clip keeps its noise when others are added or taken away.
-        clip = int(item.latents_key[:12], 16)
+        clip = int(item.content_key[:12], 16)
         rows = [
             replace(keeping._sample(item, "validation", clip, timestep), timesteps=torch.tensor([timestep]))
             for timestep in timesteps
@@ -153,7 +153,14 @@ class BatchMaker:
             slots=(slot,),
             clips=(item.clip,),
             weights=self._weight(item.weight, choice.timestep),
+            mask=self._mask(entry),
         )
+
+    def _mask(self, entry: CacheEntry) -> Tensor | None:
+        """Weights by place, [1, 1, F, H, W]; None for a clip that is learnt whole."""
+        if self.objective.masked is None or entry.mask is None:
+            return None
+        return loss_mask(self.spec, entry.mask, self.objective.masked.outside)[None]
 
     def _weight(self, weight: float, timestep: int) -> Tensor | None:
         """What a sample's loss is multiplied by, [1]; None for 1."""
@@ -166,6 +173,8 @@ def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:
     images = [sample.image_latents for sample in samples if sample.image_latents is not None]
     weighted = any(sample.weights is not None for sample in samples)
     weights = [torch.ones(1) if sample.weights is None else sample.weights for sample in samples]
+    masked = any(sample.mask is not None for sample in samples)
+    masks = [torch.ones_like(sample.latents[:, :1]) if sample.mask is None else sample.mask for sample in samples]
     return Batch(
         latents=torch.cat([sample.latents for sample in samples]),
         noise=torch.cat([sample.noise for sample in samples]),
@@ -175,6 +184,7 @@ def _collate(samples: Sequence[Batch], slots: tuple[int, ...]) -> Batch:
         slots=slots,
         clips=tuple(clip for sample in samples for clip in sample.clips),
         weights=torch.cat(weights) if weighted else None,
+        mask=torch.cat(masks) if masked else None,
         timesteps_on_host=tuple(int(timestep) for sample in samples for timestep in sample.timesteps),
     )
 

@@ -69,6 +69,13 @@ class ManifestItem:
     """The entry of the clip mirrored left to right, which training takes half of the time; empty: it is never."""
     prior: bool = False
     """Whether training on it aims at what the base model predicts, not at the clip."""
+    unmasked_key: str = ""
+    """What ``latents_key`` would be without the clip's mask; empty where it has none."""
+
+    @property
+    def content_key(self) -> str:
+        """Identity of what is shown: measurements draw their noise by it, so that a mask does not change them."""
+        return self.unmasked_key or self.latents_key
 
     @property
     def latents_keys(self) -> tuple[str, ...]:

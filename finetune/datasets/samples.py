@@ -98,8 +98,8 @@ def read_samples(
         captions: what is added to every caption.
         base: folder that relative paths start at.
         beside: what is read of a row beside its video and captions; nothing else is looked at. With ``image``, a row
-            that names none gets ``image=None``, which means the video's own first frame; of the others each row has to
-            have one.
+            that names none gets ``image=None``, which means the video's own first frame; a ``control`` each row has to
+            have, a ``mask`` at least one clip that is trained on.
         skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
             file or one outside its folder is an error all the same: the dataset is not what it should be.
         media: where media inside a dataset's own files go; None: such a dataset is an error.
@@ -139,6 +139,9 @@ def read_samples(
     if not errors and not train and (media is None or media.part is None):
         what = "the sources hold no training clip"
         errors = [*dataset.unusable, DataError(what, where="data.sources", fix="add one of split: train")]
+    if not errors and "mask" in beside and not any("mask" in dict(sample.companions) for sample in train):
+        fix = "name masks in a column mask or beside the clips as NAME.mask.mp4, or leave objective.masked out"
+        errors.append(DataError("no training clip has a mask", where="objective.masked is set", fix=fix))
     raise_all(DataError, errors, what="{n} things are wrong with the dataset")
     notes = (*dataset.notes, *_duplicates([*train, *holdout], policy))
     unusable = tuple(dataset.unusable) if skip else ()
@@ -212,7 +215,7 @@ class _RowReader:
         beside = [
             (name, located(row.companions[name], MEDIA) if row.companions.get(name) else _missing(name, row.where))
             for name in self.beside
-            if name != "image"
+            if name != "image" and (row.companions.get(name) or name != "mask")  # all of a clip without one is learnt
         ]
         texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
         checked = [text if isinstance(text, DataError) else or_error(check_caption, text, row.where) for text in texts]

@@ -143,6 +143,7 @@ SOURCE_SINCE: Mapping[str, float | str | None] = {
     "images": False,
     "stream_room": None,
     "control_column": None,
+    "mask_column": None,
 }
 """Options that sources did not always have, with what was done before: what was recorded without them is the same."""
 
@@ -172,13 +173,17 @@ class MetadataSource(_Source):
     control_column: str | None = None
     """Column of control videos, for ``model.control`` only; left out, the one column called ``control``,
     ``control_path``, ``control_file`` or ``control_video``."""
+    mask_column: str | None = None
+    """Column of mask videos or images, for ``objective.masked`` only; left out, the one column called ``mask``,
+    ``mask_path``, ``mask_file`` or ``mask_video``, if there is one. An empty cell means that all of it is learnt."""
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add the rows of the file."""
         file = self._located(base)
-        named = {self.video_column, self.caption_column, self.image_column, self.control_column} - {None}
-        controls = COMPANION_COLUMNS["control"]
-        usual = {*VIDEO_COLUMNS, *CAPTION_COLUMNS, VARIANTS, *IMAGE_COLUMNS, *controls, TYPE_COLUMN}
+        beside: dict[CompanionName, str | None] = {"control": self.control_column, "mask": self.mask_column}
+        named = {self.video_column, self.caption_column, self.image_column, *beside.values()} - {None}
+        usual = {*VIDEO_COLUMNS, *CAPTION_COLUMNS, VARIANTS, *IMAGE_COLUMNS, TYPE_COLUMN}
+        usual |= {name for names in COMPANION_COLUMNS.values() for name in names}
         table = read_table(file, usual | {str(name) for name in named})
         report.unusable += table.faults
         if not table.columns:
@@ -196,7 +201,10 @@ class MetadataSource(_Source):
             # No fault of a text-to-video run; for image-to-video its own first frame stands in, and it is said.
             report.notes.append(f"the column {image} of {file} holds {table.columns[image]}, no names: it is not read")
             image = ""
-        control = column_of(table, self.control_column, controls, "control_column", file)
+        columns = {
+            name: column_of(table, column, COMPANION_COLUMNS[name], f"{name}_column", file)
+            for name, column in beside.items()
+        }
         root = file.parent if self.root is None else self._located(base, self.root)
         stills, reworded = [], []
         for row in table.rows:
@@ -211,9 +219,7 @@ class MetadataSource(_Source):
                 if text and caption != VARIANTS and _words(text) not in map(_words, more):
                     reworded.append(row.where)
                 text = (*([text] if text and caption != VARIANTS else []), *more)
-            companions: dict[CompanionName, object] = (
-                {"control": row.values[control]} if row.values.get(control) else {}
-            )
+            companions = {name: row.values[column] for name, column in columns.items() if row.values.get(column)}
             report.rows.append(RawRow(name, text, picture, root, row.where, companions=companions))
         if reworded:
             what = f"{len(reworded)} rows of {file} have a {caption} that is none of their {VARIANTS}, such as"
@@ -588,8 +594,8 @@ def _inner_name(folder: str, row: Row) -> object:
 
 class FolderSource(_Source):
     """A folder of clips, with its sub-folders, and beside each clip its caption: ``walk.mp4`` and ``walk.txt``. For
-    image-to-video an image of that name (``walk.png``) is the first frame, and for ``model.control``
-    ``walk.control.mp4`` is the control video.
+    image-to-video an image of that name (``walk.png``) is the first frame, for ``model.control``
+    ``walk.control.mp4`` is the control video, and for ``objective.masked`` ``walk.mask.mp4`` the mask.
     """
 
     kind: Literal["folder"] = "folder"

@@ -176,6 +176,7 @@ IMAGE_COLUMNS = ("image", "image_path", "image_file")
 
 COMPANION_COLUMNS: Mapping[CompanionName, tuple[str, ...]] = {
     "control": ("control", "control_path", "control_file", "control_video"),
+    "mask": ("mask", "mask_path", "mask_file", "mask_video"),
 }
 
 VARIANTS = "captions"

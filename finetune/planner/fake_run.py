@@ -296,6 +296,7 @@ def fake_batches(
         prompt_embeds=torch.zeros(size, spec.max_text_seq_length, spec.text_embed_dim, dtype=dtype),
         image_latents=image,
         timesteps_on_host=(0,) * size,
+        mask=torch.zeros(size, 1, *latents[1:]) if config.objective.masked is not None else None,
         prior=(True,) * size if config.data.preserves_prior else None,
         slots=tuple(range(size)),
         clips=tuple(f"clip {number}" for number in range(size)),

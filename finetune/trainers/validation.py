@@ -75,7 +75,7 @@ def fixed_passes(
     """
     learnt = [index for index, item in enumerate(maker.items) if not item.prior] or range(len(maker.items))
     alike = [index for index in learnt if (maker.items[index].bucket.frames == 1) in stills]
-    order = sorted(alike or learnt, key=lambda index: seed_for(0, "subset", maker.items[index].latents_key))
+    order = sorted(alike or learnt, key=lambda index: seed_for(0, "subset", maker.items[index].content_key))
     return [
         FixedPass(maker, index, timesteps[first : first + size])
         for index in order[:clips]
