@@ -194,7 +194,7 @@ def in_units(config: RunConfig, spec: ModelSpec, block: Work) -> dict[str, float
     values = {
         "linear": (sum(block.flops.values()) - block.thin_flops) / unit.linear,
         "thin": block.thin_flops / unit.adapters if unit.adapters else 0.0,
-        "thin_u": block.thin_bytes / unit.token_bytes,
+        "thin_u": block.thin_bytes / unit.adapter_bytes if unit.adapter_bytes else 0.0,
         "attention": forward / unit.attention,
         "attention_backward": block.attention_backward_flops / (BACKWARD_ATTENTION * unit.attention),
         "elementwise_u": block.elementwise_bytes / unit.token_bytes,

@@ -27,7 +27,7 @@ from worlds import run_config
 import finetune
 from finetune.caching.check import run_advice
 from finetune.cli.app import BUG, INTERRUPTED, OK, PREEMPTED, USER_ERROR, WARNED
-from finetune.cli.init import EXAMPLES, RECIPES, example
+from finetune.cli.init import EXAMPLES, RECIPES, example, recipe_for
 from finetune.cli.main import main
 from finetune.cli.streams import own_log
 from finetune.cogvideox.model_files import HUB_IDS, known_model
@@ -43,6 +43,9 @@ from finetune.core.errors import (
 )
 from finetune.core.types import Bucket
 from finetune.datasets.schedule import Item, StepPlan
+from finetune.planner.cost_model import DEFAULTS
+from finetune.planner.estimate import spec_of
+from finetune.planner.step_time import step_cost
 
 ROOT = Path(finetune.__file__).parent.parent
 
@@ -777,12 +780,43 @@ def test_init_writes_the_techniques_that_a_card_needs(tmp_path, model, method, c
     config = load_config(output)
     assert check_against(config, read_spec(str(known_model(model)))) == ((), ())
     assert config.memory.streams is streams
-    assert (config.memory.block == "lean") is (card < 24)
+    assert config.memory.block == "lean"
     assert "predicted to need" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("model", "method", "card", "name"),
+    [
+        ("5b", "lora", 24, "5b-lora-24gb"),
+        ("5b", "lora", 80, "5b-lora-24gb"),
+        ("5b-i2v", "lora", 23, "5b-lora-16gb"),
+        ("1.5-5b", "lora", 32, "1.5-5b-lora-32gb"),
+        ("1.5-5b-i2v", "lora", 48, "1.5-5b-lora-40gb"),
+        ("2b", "lora", 16, "2b-lora-12gb"),
+        ("5b", "full", 48, "5b-full-32gb"),
+        ("5b", "full", 80, "5b-full-80gb"),
+        ("5b", "lora", 4, "5b-lora"),
+        ("5b", "lora", None, "5b-lora"),
+    ],
+)
+def test_init_takes_the_last_recipe_that_fits(model, method, card, name):
+    assert recipe_for(model, method, card).name == f"cogvideox-{name}.yaml"
+
+
+@pytest.mark.parametrize("device", ["H100", "A100", "4090"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("model", ["2b", "5b", "1.5-5b"])
+def test_a_larger_card_is_given_a_faster_recipe(model, method, device):
+    rows = [recipe for recipe in (*EXAMPLES, *RECIPES) if (recipe.model, recipe.method) == (model, method)]
+    seconds = []
+    for card_gib in sorted({recipe.card_gib for recipe in rows}):
+        config = load_config(ROOT / "configs" / recipe_for(model, method, card_gib).name)
+        seconds.append(step_cost(config, spec_of(config), config.memory, DEFAULTS[device]).step_s)
+    assert all(larger <= 1.01 * smaller for smaller, larger in itertools.pairwise(seconds)), seconds
+
+
 def test_the_examples_are_for_cards_that_they_fit():
-    assert [example(recipe).notes() for recipe in (*EXAMPLES, *RECIPES)] == [[]] * 21
+    assert [example(recipe).notes() for recipe in (*EXAMPLES, *RECIPES)] == [[]] * 27
     assert {(recipe.model, recipe.method) for recipe in EXAMPLES} == {
         (m, kind) for m in HUB_IDS for kind in ("lora", "full")
     }

@@ -35,7 +35,7 @@ ROOT = Path(finetune.__file__).parent.parent
 
 def test_configs_are_what_the_generator_writes():
     files = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "configs").glob("cogvideox-*.yaml")}
-    assert len(files) == len(EXAMPLES) + len(RECIPES) == 21
+    assert len(files) == len(EXAMPLES) + len(RECIPES) == 27
     assert files == _script("make_configs").generate(), "run `make docs`"
 
 

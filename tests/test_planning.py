@@ -50,7 +50,7 @@ from finetune.planner.memory_tracker import PHASES, TRANSIENT, MemoryTracker, Ph
 from finetune.planner.plan import Prediction, choose_memory
 from finetune.planner.report import Verdict, document, text
 from finetune.planner.search import QUANTISED, Machine, MemoryPlan, SearchResult, candidates, fit_memory, search
-from finetune.planner.step_time import step_cost
+from finetune.planner.step_time import BlockUnits, step_cost
 
 pytestmark = pytest.mark.usefixtures("estimates_kept")
 
@@ -386,6 +386,24 @@ def test_the_arithmetic_of_5b() -> None:
     assert backward_s() - backward_s(checkpointing="selective") == pytest.approx(163.1, rel=0.01)
     assert backward_s() - backward_s(checkpointing="selective", keep_attention=21) == pytest.approx(81.5, rel=0.01)
     assert backward_s(block="lean") < backward_s()  # what nobody reads is not computed again
+
+
+@pytest.mark.parametrize(
+    ("targets", "tflop", "weights"),
+    [
+        ("attention", 4.7, 42 * 4 * 2 * 3072 * 128),
+        ("attention+ff", 4.7 * 18 / 8, 42 * 18 * 3072 * 128),
+        ([r"transformer_blocks\.\d\.attn1\.to_q", "proj_out"], 4.7 / 4 * 10 / 42, 10 * 2 * 3072 * 128),
+        (r"transformer_blocks\.7\.norm1\.linear", 0, (512 + 6 * 3072) * 128),
+    ],
+)
+def test_adapters_cost_what_their_targets_make_of_them(targets: Any, tflop: float, weights: int) -> None:
+    spec = read_spec(str(known_model("5b")))
+    config = run(data=NATIVE_BUCKET, method={"rank": 128, "targets": targets})
+    counted = DEFAULTS["H100"].model_copy(update={"gemm": 1e12, "attention_forward": 1e30, **ENDLESS})
+    assert step_cost(config, spec, MemoryConfig(), counted).forward.seconds == pytest.approx(169.1 + tflop, rel=0.002)
+    unit = BlockUnits.of(config, spec)
+    assert unit.trained * spec.num_layers == pytest.approx(weights)
 
 
 @pytest.mark.parametrize("wide", [{"compute": "float32"}, {"use_dora": True}, {}], ids=["as asked", "DoRA", "fp16"])

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from finetune.core.errors import CacheError, DataError
+from finetune.core.errors import CacheError, DataError, first_line
 
 if TYPE_CHECKING:
     from finetune.caching.encode import EncodeJob
@@ -45,7 +45,8 @@ class EntryWriter:
     """Stores entries in the background; a context manager.
 
     Leaving it waits until all that was handed over is stored, whatever it is left by: an error in encoding, or Ctrl-C,
-    loses nothing that was encoded before.
+    loses nothing that was encoded before. What a disk did not take by then is added to that error as notes; faults of
+    clips the next run finds again.
     """
 
     def __init__(self) -> None:
@@ -57,8 +58,14 @@ class EntryWriter:
     def __enter__(self) -> EntryWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._threads.shutdown(wait=True)
+        if error is None:
+            return
+        for job, stored in self._waiting:
+            fault = stored.exception()
+            if fault is not None and not isinstance(fault, DataError):
+                error.add_note(f"{job.title} was not stored either: {first_line(fault)}")
 
     def store(self, job: EncodeJob, write: Callable[[], int]) -> None:
         """Hand an entry over; waits while ``_MOST_WAITING`` of them are not stored.

@@ -69,8 +69,9 @@ RECIPES = tuple(row for row in _ROWS if row.memory)
 
 
 def recipe_for(model: str, method: str, card_gib: float | None) -> Recipe:
-    """Plain checkpointing where it fits, or nothing is known of the card; else the recipe for the largest card that is
-    not larger; plain checkpointing where there is none.
+    """The row for the largest card that is not larger than this one, for rows for larger cards are faster; where two
+    are for the same, that with a memory section. Plain checkpointing where there is none, or nothing is known of the
+    card.
 
     Args:
         model: one of ``model_files.KNOWN_MODELS``; an image-to-video model has the blocks and tokens of its twin.
@@ -78,10 +79,11 @@ def recipe_for(model: str, method: str, card_gib: float | None) -> Recipe:
         card_gib: the card's memory.
     """
     (plain,) = (row for row in EXAMPLES if (row.model, row.method) == (model, method))
-    if card_gib is None or plain.peak_gib + OVERHEAD_GIB <= card_gib:
+    if card_gib is None:
         return plain
     twins = [row for row in RECIPES if (row.model, row.method) == (model.removesuffix("-i2v"), method)]
-    return max((row for row in twins if row.card_gib <= card_gib), key=lambda row: row.card_gib, default=plain)
+    fitting = [row for row in (*twins, plain) if row.card_gib <= card_gib]
+    return max(fitting, key=lambda row: row.card_gib, default=plain)  # the first of equals
 
 
 @dataclass(frozen=True)

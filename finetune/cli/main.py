@@ -66,7 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if code == BUG:
                 traceback.print_exc()
             if message:
-                print(f"{_rank()}{message}", file=sys.stderr)
+                # A traceback has the notes already.
+                notes = [] if code == BUG else getattr(error, "__notes__", [])
+                print("\n".join([f"{_rank()}{message}", *notes]), file=sys.stderr)
             return code
 
 
