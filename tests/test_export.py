@@ -285,7 +285,7 @@ def merged_weights(model: Path, run: Path, method: dict) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("options", [{"ranks": {"to_v": 7}}, {"use_dora": True}], ids=["ranks", "dora"])
 def test_comfyui_reads_every_tensor_and_computes_what_was_trained(tiny_model, tmp_path, variant, options):
     """ComfyUI's own rules, written down in ``other_programs``: each key is consumed, with its alpha."""
     model, method = tiny_model(variant), ALL_LINEAR | options

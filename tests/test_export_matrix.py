@@ -34,7 +34,7 @@ from finetune.trainers import loop
 from finetune.trainers.run import Run
 
 METHODS = {
-    "lora": {"kind": "lora", "rank": 4, "alpha": 2, "targets": "attention+ff"},
+    "lora": {"kind": "lora", "rank": 4, "alpha": 2, "targets": "attention+ff", "ranks": {"ff.net.2": 6}},
     "dora": {"kind": "lora", "rank": 4, "alpha": 2, "use_dora": True},
     "rslora": {"kind": "lora", "rank": 8, "alpha": 4, "use_rslora": True, "targets": "all-linear"},
     "full": {"kind": "full"},

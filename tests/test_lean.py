@@ -42,6 +42,7 @@ OTHERS = {
     "all-linear": LoraMethod(rank=4, targets="all-linear"),
     "dora": LoraMethod(rank=4, targets="attention+ff", use_dora=True),
     "rslora": LoraMethod(rank=4, use_rslora=True),
+    "ranks": LoraMethod(rank=4, alpha=1, ranks={"to_k": 3, "to_v": 9}),
     "values": LoraMethod(rank=4, targets=r"transformer_blocks\.\d+\.attn1\.to_v"),
     "ff-of-the-last": LoraMethod(rank=4, targets=r"transformer_blocks\.1\.ff\.net\.2"),
     "modulation": LoraMethod(rank=4, targets=r"transformer_blocks\.1\.norm1\.linear"),
@@ -320,7 +321,7 @@ def test_layer_by_layer_they_compute_what_autocast_computes():
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"), [("attention", None), ("rslora", None), ("values", None), ("attention", "fp8")]
+    ("method", "kind"), [("attention", None), ("rslora", None), ("values", None), ("attention", "fp8"), ("ranks", None)]
 )
 @pytest.mark.parametrize("skipped", [0, 1, 3])
 def test_layers_of_one_input_lose_no_more_together_than_one_by_one(method, kind, skipped):
@@ -337,8 +338,9 @@ def test_layers_of_one_input_lose_no_more_together_than_one_by_one(method, kind,
         error, other = (float((found - true).norm() / true.norm()) for found in (our, their))
         assert error <= 1.05 * other + 1e-4 and error < 0.01
     # In one function: of the updates, A's product alone is needed where nobody reads a layer, and none is in float32.
-    base, update = 2.0 * 300 * 64 * 64, 2.0 * 300 * 64 * 4
-    adapted, shown = (sum(hasattr(layer, "lora_A") for layer in some) for some in (layers, layers[read]))
+    base, update = 2.0 * 300 * 64 * 64, 2.0 * 300 * 64
+    ranks = [len(layer.lora_A["default"].weight) if hasattr(layer, "lora_A") else 0 for layer in layers]
+    adapted, shown = sum(ranks), sum(ranks[read])
     assert counter.work.flops == {"bfloat16": (3 - skipped + 3) * base + (5 * adapted + shown) * update}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from finetune.checkpoint import folders
 from finetune.checkpoint.folders import CheckpointConfig
 from finetune.checkpoint.save import CheckpointContent, save_checkpoint
+from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import MethodConfig
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.tensor_files import atomic_save_tensors
@@ -100,9 +101,9 @@ def test_patterns_match_whole_names_of_linear_layers_and_unite():
 @pytest.mark.parametrize(
     ("targets", "message", "hint"),
     [
-        ("to_q", "no module has such a name", "transformer_blocks.0.attn1.to_q"),
-        (r"transformer_blocks\.0\.attn1\.to_qq", "no module has such a name", "transformer_blocks.0.attn1.to_q"),
-        (r"transformer_blocks\.0\.attn1", "is no linear layer", "attention+ff"),
+        ("to_q", "no linear layer has such a name", "transformer_blocks.0.attn1.to_q"),
+        (r"transformer_blocks\.0\.attn1\.to_qq", "no linear layer has such a name", "transformer_blocks.0.attn1.to_q"),
+        (r"transformer_blocks\.0\.attn1", "no linear layer has such a name", "attention+ff"),
         (("attention", "nothing_like_it"), "'nothing_like_it'", "attention"),
     ],
 )
@@ -110,6 +111,39 @@ def test_a_target_that_selects_nothing_is_an_error(targets, message, hint):
     with pytest.raises(ConfigError) as caught:
         applied(LoraMethod(targets=targets))
     assert message in str(caught.value) and hint in caught.value.fix and caught.value.where == "method.targets"
+
+
+def test_layers_may_have_ranks_of_their_own_and_count_the_same():
+    method = LoraMethod(rank=4, alpha=6, targets="attention+ff", ranks={"ff.": 2, "transformer_blocks.0.": 8})
+    transformer = applied(method)
+    layers = dict(lora.adapted_layers(transformer))
+    expected = {"transformer_blocks.0.ff.net.2": 2, "transformer_blocks.0.attn1.to_q": 8}
+    expected["transformer_blocks.1.attn1.to_q"] = 4
+    for name, rank in expected.items():
+        assert layers[name].lora_A["default"].weight.shape[0] == rank == method.rank_of(name)
+    assert {layer.scaling["default"] for layer in layers.values()} == {1.5}
+    assert lora.ranks_by_name({name: method.rank_of(name) for name in layers}, 4)["ff.net.0.proj"] == 2
+    assert not method.alike(2) and method.model_copy(update={"ranks": {"ff.": 2}}).alike(2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({"attn1.to_w": 8}, "no adapted layer has 'attn1.to_w' in its name; did you mean 'attn1.to_"),
+        ({"ff.net": 8}, "no adapted layer has 'ff.net' in its name"),
+        ({"to_": 8, "to_q": 4}, "'to_q' decides no rank"),
+    ],
+)
+def test_a_rank_for_no_layer_is_an_error(ranks, message):
+    with pytest.raises(ConfigError) as caught:
+        applied(LoraMethod(rank=4, ranks=ranks))
+    assert message in caught.value.what and caught.value.where == "method.ranks"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_models_json_names_its_linear_layers(variant, tiny_model):
+    linear = {name for name, module in tiny_transformer(variant).named_modules() if isinstance(module, nn.Linear)}
+    assert linear == set(read_spec(str(tiny_model(variant))).linear_layers)
 
 
 def test_what_is_no_pattern_is_refused_when_read():
@@ -341,6 +375,8 @@ VARIATIONS = [
     {"use_dora": True},
     {"targets": "attention+ff"},
     {"targets": (r".*\.to_[qk]", "proj_out")},
+    {"targets": "attention+ff", "ranks": {"ff.net.2": 3, "transformer_blocks.0.": 8}},
+    {"use_rslora": True, "ranks": {"to_v": 2}},
 ]
 
 
@@ -410,6 +446,7 @@ def test_the_settings_are_those_that_every_peft_knows(alpha, kind):
         ({"alpha": 4.0}, "method.alpha is 4.0, the adapter has 6.0"),
         ({"use_rslora": True}, "method.use_rslora is True, the adapter has False"),
         ({"use_dora": True}, "method.use_dora is True, the adapter has False"),
+        ({"ranks": {"to_q": 2}}, 'method.ranks is {"to_q": 2}, the adapter has {}'),
         ({"targets": "attention+ff"}, "missing: transformer_blocks.0.ff.net.0.proj.lora_A.weight"),
         ({"targets": r".*\.to_q"}, "not in this run: transformer_blocks.0.attn1.to_k.lora_A.weight"),
     ],
@@ -460,9 +497,8 @@ def test_what_is_no_adapter_is_refused(tmp_path):
     cases.append((tmp_path / "text.safetensors", "cannot be read"))
     atomic_save_tensors(tmp_path / "model.safetensors", {"proj_out.weight": torch.zeros(2)})
     cases.append((tmp_path / "model.safetensors", "no LoRA tensors"))
-    mixed = {f"transformer.{name}.lora_A.weight": torch.zeros(rank, 8) for name, rank in (("a", 4), ("b", 8))}
-    atomic_save_tensors(tmp_path / "mixed.safetensors", mixed)
-    cases.append((tmp_path / "mixed.safetensors", r"ranks \[4, 8\]"))
+    atomic_save_tensors(tmp_path / "empty.safetensors", {"transformer.a.lora_A.weight": torch.zeros(0, 8)})
+    cases.append((tmp_path / "empty.safetensors", "a layer has rank 0"))
     for path, message in cases:
         with pytest.raises(ConfigError, match=message):
             read_adapter(path)

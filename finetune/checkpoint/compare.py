@@ -71,6 +71,7 @@ _SINCE: Mapping[str, object] = {
     "optimizer.weights": "master",
     "memory.base": "native",
     "method.compute": "float32",
+    "method.ranks": {},
     "parallel.context": 1,
     "model.attention": "auto",
     "data.unreadable_captions": "warn",

@@ -28,6 +28,13 @@ _LONGEST_S = 10
 """Seconds that the second generation was made for: it states 16N+1 frames with N <= 10, and no file of it says so."""
 
 
+BLOCK_LAYERS = (
+    *("norm1.linear", "attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "norm2.linear"),
+    *("ff.net.0.proj", "ff.net.2"),
+)
+"""Names of a block's linear layers, inside it."""
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A CogVideoX checkpoint in numbers; the names are those of its JSON wherever it has one."""
@@ -130,6 +137,20 @@ class ModelSpec:
         if self.patch_size_t is None:
             return math.lcm(self.vae_temporal, self.native_fps)
         return self.vae_temporal
+
+    @property
+    def linear_layers(self) -> list[str]:
+        """Names of the transformer's linear layers, as diffusers names them."""
+        timestep = ["time_embedding", *(["ofs_embedding"] if self.ofs_embed_dim is not None else [])]
+        return [
+            # The first generation's patches go through a convolution.
+            *(["patch_embed.proj"] if self.patch_size_t is not None else []),
+            "patch_embed.text_proj",
+            *(f"{name}.linear_{part}" for name in timestep for part in (1, 2)),
+            *(f"transformer_blocks.{index}.{layer}" for index in range(self.num_layers) for layer in BLOCK_LAYERS),
+            "norm_out.linear",
+            "proj_out",
+        ]
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip of ``frames`` pixel frames, before front padding."""

@@ -149,6 +149,11 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     yield wrong, "model.attention", what, "set model.attention: auto, or memory.checkpointing: full"
     for unusable in config.memory.faults(memory_traits(config, spec)):
         yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
+    if isinstance(config.method, LoraMethod):
+        try:
+            config.method.select(spec.linear_layers)
+        except ConfigError as unmatched:
+            yield True, unmatched.where, unmatched.what, unmatched.fix
     optimizer = config.optimizer
     couples = isinstance(optimizer, CustomOptimizer) and not optimizer.in_torch
     what = f"{optimizer.title} may look at all parameters together, and memory.gradient_release updates them one by one"

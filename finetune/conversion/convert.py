@@ -282,8 +282,7 @@ def _convert_lora(path: Path, tensors: Tensors, target: Path, options: ConvertOp
     if options.to == "diffusers":
         notes += changes
         place = from_here(target)
-        if len(set(lora.ranks.values())) == 1:
-            notes.append(f"to train it further: {method_of(lora, json, place)}")
+        notes.append(f"to train it further: {method_of(lora, json, place)}")
         base = options.model or (fitting[0] if len(fitting) == 1 else "BASE")  # what is converted names none
         command = f"finetune generate --model {shlex.quote(base)} --adapter {shlex.quote(place)} --prompt '...'"
     return ConversionReport(

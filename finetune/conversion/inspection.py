@@ -219,7 +219,7 @@ def _with_lora(report: Inspection, lora: StoredLora, *, norms: bool) -> Inspecti
         ranks=tuple(sorted(set(lora.ranks.values()))),
         alphas=tuple(sorted(set(alphas.values()))),
         alpha_source=source,
-        scales=tuple(sorted(set(scales.values()))) if is_known else (),
+        scales=tuple(sorted({round(scale, 9) for scale in scales.values()})) if is_known else (),
         targets=dict(Counter(map(inside, lora.layers))),
         loadings=lora_loadings(lora),
         norms=_norms(_lora_norms(lora, scales)) if norms else None,

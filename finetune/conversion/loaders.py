@@ -6,6 +6,8 @@ Sources: diffusers ``loaders/lora_pipeline.py`` (``CogVideoXLoraLoaderMixin``); 
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from dataclasses import dataclass
 
@@ -13,6 +15,7 @@ from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
 from finetune.conversion.stored import StoredLora
 from finetune.core.files import TRAINABLE
 from finetune.methods.adapter import COMPONENT
+from finetune.methods.lora import ranks_by_name
 
 
 @dataclass(frozen=True)
@@ -107,13 +110,15 @@ def _init_from(lora: StoredLora) -> Loading:
     program = "method.init_from"
     if lora.layout is None or lora.layout.name not in ("diffusers", "bare"):
         return Loading(program, False, "it takes diffusers' names, into which `finetune convert` brings a LoRA")
-    ranks = sorted(set(lora.ranks.values()))
-    alphas = set(lora.alphas(read=False)[0].values()) or {float(ranks[0])}
-    if len(ranks) > 1 or len(alphas) > 1:
-        return Loading(program, False, "rank or alpha are not the same for all layers")
-    options = ["use_rslora: true"] if lora.settings[0].get("use_rslora") is True else []
+    scales = sorted(lora.scales(read=False).values())
+    if not math.isclose(scales[0], scales[-1], rel_tol=1e-5):
+        return Loading(program, False, "its layers' updates count differently, which `finetune convert` evens out")
+    rank, rooted = lora.common_rank, lora.settings[0].get("use_rslora") is True
+    options = [f"ranks: {json.dumps(others)}"] if (others := ranks_by_name(lora.ranks, rank)) else []
+    options += ["use_rslora: true"] if rooted else []
     options += ["use_dora: true"] if lora.uses_dora else []
-    settings = ", ".join([f"rank: {ranks[0]}", f"alpha: {min(alphas):g}", *options])
+    alpha = scales[0] * (math.sqrt(rank) if rooted else rank)
+    settings = ", ".join([f"rank: {rank}", f"alpha: {alpha:g}", *options])
     return Loading(program, True, f"with method {{{settings}}} and the targets above")
 
 

@@ -34,7 +34,7 @@ from finetune.core.files import LORA_FILE, atomic_write_text, require_space
 from finetune.core.rng import generator
 from finetune.core.tensor_files import content_of, file_bytes
 from finetune.methods.adapter import foreign_layout, some
-from finetune.methods.lora import ADAPTER, PRESETS, LoraMethod, adapted_layers
+from finetune.methods.lora import ADAPTER, PRESETS, LoraMethod, adapted_layers, ranks_by_name, whole
 
 SAT_LORA = "1/mp_rank_00_model_states.pt"
 """Where SAT looks for the checkpoint of a LoRA, below its folder."""
@@ -171,22 +171,20 @@ def base_json(read: ReadLora, model: str | None, where: str) -> tuple[Path, tupl
 
 
 def one_alpha(read: ReadLora, dtype: torch.dtype | None) -> tuple[Lora, list[str]]:
-    """A LoRA as ours are, in ``dtype``, and what was changed: layers of one rank get one alpha.
+    """A LoRA as ours are, in ``dtype``, and what was changed: all layers' updates get one alpha / rank.
 
     ``method.init_from`` and the exports of others know one scale; what differs goes into the second halves.
     """
     lora, notes = read.lora, []
-    alpha = Counter(lora.alphas.values()).most_common(1)[0][0]
-    others = [module for module, value in lora.alphas.items() if value != alpha]
+    scale = Counter(read.scale(module) for module in lora.ranks).most_common(1)[0][0]
+    others = [module for module in lora.ranks if not math.isclose(read.scale(module), scale, rel_tol=1e-5)]
     tensors, alphas = dict(lora.tensors), dict(lora.alphas)
-    if len(set(lora.ranks.values())) > 1:
-        notes.append("its layers have several ranks: generate takes it, method.init_from does not")
-    elif others:
+    if others:
         tensors = {name: tensor.float() for name, tensor in tensors.items()}
         for module in others:
-            tensors[f"{module}.{_UP}"] = tensors[f"{module}.{_UP}"] * (lora.alphas[module] / alpha)
-        alphas = dict.fromkeys(alphas, alpha)
-        notes.append(f"{len(others)} layers had another alpha, which their tensors have now")
+            tensors[f"{module}.{_UP}"] = tensors[f"{module}.{_UP}"] * (read.scale(module) / scale)
+            alphas[module] = scale * lora.ranks[module]
+        notes.append(f"{len(others)} layers had another alpha / rank, which their tensors have now")
     if dtype is not None:
         tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     return Lora({name: tensor.contiguous() for name, tensor in tensors.items()}, alphas), notes
@@ -315,7 +313,7 @@ def _not_the_same(what: str) -> ExportError:
 
 
 def method_of(lora: Lora, json: Path, folder: str) -> str:
-    """The ``method`` section that trains a LoRA of one rank and alpha further."""
+    """The ``method`` section that trains a LoRA further, all of whose updates count the same."""
     settings = peft_settings(lora)
     transformer = empty_component(json, "transformer", torch.float32)
     linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
@@ -326,8 +324,12 @@ def method_of(lora: Lora, json: Path, folder: str) -> str:
     if not targets:
         targets = "[" + ", ".join(sorted({f"'{_pattern(name)}'" for name in adapted})) + "]"
     dora = ", use_dora: true" if settings["use_dora"] else ""
+    rank = settings["r"]
+    alpha = next(lora.alphas[module] for module, own in lora.ranks.items() if own == rank)
+    others = ", ".join(f"{name}: {own}" for name, own in ranks_by_name(lora.ranks, rank).items())
+    ranks = f" ranks: {{{others}}}," if others else ""
     return (
-        f"method: {{kind: lora, rank: {settings['r']}, alpha: {settings['lora_alpha']}, targets: {targets}{dora},"
+        f"method: {{kind: lora, rank: {rank}, alpha: {whole(alpha)},{ranks} targets: {targets}{dora},"
         f" init_from: {folder}}}"
     )
 

@@ -19,6 +19,7 @@ from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import atomic_write_text
 from finetune.core.tensor_files import add_metadata, atomic_save_tensors
 from finetune.methods.adapter import COMPONENT, METADATA_KEY, read_lora_file, some
+from finetune.methods.lora import whole
 
 MAGNITUDE = "lora_magnitude_vector"
 """How a DoRA's tensor of magnitudes ends."""
@@ -110,18 +111,13 @@ def peft_settings(lora: Lora) -> dict[str, Any]:
     rank, alpha = (Counter(values).most_common(1)[0][0] for values in (ranks.values(), lora.alphas.values()))
     return {
         "r": rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": whole(alpha),
         "use_rslora": False,
         "use_dora": any(name.endswith(MAGNITUDE) for name in lora.tensors),
         "target_modules": sorted(ranks),
         "rank_pattern": {module: own for module, own in ranks.items() if own != rank},
-        "alpha_pattern": {module: _whole(own) for module, own in lora.alphas.items() if own != alpha},
+        "alpha_pattern": {module: whole(own) for module, own in lora.alphas.items() if own != alpha},
     }
-
-
-def _whole(alpha: float) -> float:
-    # An integral alpha is kept as an integer, the type that every reader of adapter files knows.
-    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _write_peft_settings(folder: Path, settings: dict[str, Any], base: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
 from finetune.conversion.model_card import PEFT_CONFIG, PEFT_FILE
 from finetune.core.errors import ConfigError, ModelError
 from finetune.core.files import LORA_FILE, TRAINABLE
-from finetune.methods.adapter import COMPONENT, METADATA_KEY, some
+from finetune.methods.adapter import COMPONENT, METADATA_KEY, pattern_value, some
 
 _FINETRAINERS_KEY = "lora_config"
 """Header entry under which finetrainers keeps an adapter's settings."""
@@ -158,6 +159,11 @@ class StoredLora:
         return {module: self.shapes[down][0] for module, down, _ in self.pairs()}
 
     @property
+    def common_rank(self) -> int:
+        """Of most layers."""
+        return Counter(self.ranks.values()).most_common(1)[0][0]
+
+    @property
     def uses_dora(self) -> bool:
         """Whether it learned magnitudes."""
         return any("lora_magnitude_vector" in parts for parts in self.parts.values())
@@ -185,10 +191,19 @@ class StoredLora:
         if self.file.name == TRAINABLE:
             method = settings_beside(self.file.parent, CONFIG).get("method")
             if isinstance(method, dict) and "alpha" in method:
-                return {"lora_alpha": method["alpha"], "use_rslora": method.get("use_rslora")}, "in the run's settings"
+                return self._settings_of(method), "in the run's settings"
         if self.layout is not None and self.layout.name.startswith("peft"):
             return settings_beside(self.file.parent, PEFT_CONFIG), f"in {PEFT_CONFIG}"
         return {}, ""
+
+    def _settings_of(self, method: Mapping[str, Any]) -> dict[str, Any]:
+        """As peft has them, of a run's method, by which every layer counts the same, whatever its rank."""
+        settings = {"lora_alpha": method["alpha"], "use_rslora": method.get("use_rslora")}
+        if method.get("ranks"):
+            ratios = {layer: rank / method["rank"] for layer, rank in self.ranks.items()}
+            root = math.sqrt if settings["use_rslora"] else float
+            settings["alpha_pattern"] = {layer: method["alpha"] * root(ratio) for layer, ratio in ratios.items()}
+        return settings
 
     def alphas(self, *, read: bool) -> tuple[dict[str, float], str]:
         """Alpha of each module, as far as it is known, and where it stands.
@@ -200,7 +215,8 @@ class StoredLora:
         patterns = settings.get("alpha_pattern")
         patterns = patterns if isinstance(patterns, dict) else {}
         if _is_alpha(alpha := settings.get("lora_alpha")):
-            return {module: float(_matching(module, patterns, alpha)) for module in self.ranks}, where
+            own = {module: pattern_value(module, patterns, alpha) for module in self.ranks}
+            return {module: float(value if _is_alpha(value) else alpha) for module, value in own.items()}, where
         if named := {module: parts["alpha"] for module, parts in self.parts.items() if "alpha" in parts}:
             if not read:
                 return {}, f"in {len(named)} .alpha tensors, which --norms reads"
@@ -221,12 +237,6 @@ class StoredLora:
             for module, rank in ranks.items()
             if rank
         } | {module: 0.0 for module, rank in ranks.items() if not rank}
-
-
-def _matching(module: str, patterns: Mapping[str, Any], default: float) -> float:
-    """As peft chooses among its patterns: one that a module's name ends with."""
-    value = next((value for name, value in patterns.items() if module == name or module.endswith(f".{name}")), default)
-    return value if _is_alpha(value) else default
 
 
 def _is_alpha(value: Any) -> TypeGuard[float]:

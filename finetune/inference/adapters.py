@@ -36,6 +36,7 @@ from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
 from finetune.methods.adapter import COMPONENT, foreign_layout, read_lora_file
+from finetune.methods.lora import LoraMethod
 
 _log = logging.getLogger(__name__)
 
@@ -188,16 +189,7 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
             fix=f"run `finetune export {adapter.path}`, and give --transformer the export",
         )
     tensors = loaded.trainable if loaded.ema is None else loaded.ema
-    alpha = float(method["alpha"])
-    settings = {
-        "r": method["rank"],
-        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
-        "use_rslora": method["use_rslora"],
-        "use_dora": method["use_dora"],
-        "target_modules": sorted({name.split(".lora_")[0] for name in tensors}),
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    settings = LoraMethod.model_validate(method).peft_settings(sorted({name.split(".lora_")[0] for name in tensors}))
     numbers: dict[str, Any] = {}
     if Path(model["pretrained"]).is_dir():  # of others a name says as much
         try:

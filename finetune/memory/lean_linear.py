@@ -4,6 +4,7 @@ products on layers that share an input are few and large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -199,8 +200,9 @@ def _parts(layers: Sequence[nn.Module], dtype: torch.dtype) -> list[_Part] | Non
             return None
         rank = len(update.down) if update else 0
         parts.append(_Part(base, update, slice(start, start := start + rank)))
-    scales = {part.update.scale for part in parts if part.update}
-    return parts if len(scales) == 1 else None
+    scales = [part.update.scale for part in parts if part.update]
+    # Layers of several ranks count the same, but for the last digit of alpha / rank.
+    return parts if scales and all(math.isclose(scale, scales[0]) for scale in scales) else None
 
 
 def _copied(dtype: torch.dtype, scale: float, *weights: Tensor) -> Tensor:

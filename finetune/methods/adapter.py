@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ def count_lines(transformer: nn.Module) -> list[tuple[str, str]]:
 
 # ------------------------------------------------------------------------------- an adapter on disk, whoever wrote it
 
+_DOWN = ".lora_A.weight"
+
 METADATA_KEY = "lora_adapter_metadata"
 """Header entry under which diffusers keeps an adapter's settings."""
 
@@ -134,22 +137,37 @@ class Adapter:
     tensors: Mapping[str, Tensor]
     """By peft's state-dict names, without any prefix."""
     settings: Mapping[str, Any]
-    """``rank``, ``alpha``, ``use_rslora`` and ``use_dora``, as ``LoraMethod`` names them."""
+    """``rank``, ``alpha``, ``use_rslora`` and ``use_dora``, as ``LoraMethod`` names them; rank and alpha are those of
+    most layers."""
+    ranks: Mapping[str, int]
+    """By layer."""
+    scales: Mapping[str, float]
+    """By layer: what its update is multiplied by."""
     note: str = ""
     """What a reader of an error should know about where the settings come from."""
 
+    @property
+    def scale(self) -> float | None:
+        """What every update is multiplied by; None where layers differ."""
+        first = next(iter(self.scales.values()))
+        return first if all(math.isclose(scale, first, rel_tol=1e-5) for scale in self.scales.values()) else None
 
-def read_adapter(source: Path) -> Adapter:
+
+def read_adapter(source: Path, option: str = "method.init_from") -> Adapter:
     """Read an adapter and its settings from a safetensors file, an export's folder or one of our checkpoints.
 
     Settings stand in the file's header (diffusers' layout) or in the checkpoint's ``config.json``. A file with neither
-    is read as diffusers reads it: rank from the shapes, alpha equal to the rank.
+    is read as diffusers reads it: ranks from the shapes, alpha equal to the rank.
+
+    Args:
+        source: where it is.
+        option: which names it, for messages.
 
     Raises:
-        ConfigError: if there is no adapter at ``source``, it is damaged (a file of an export or a checkpoint is
-            verified against its folder's marker), or it varies rank or alpha from layer to layer.
+        ConfigError: if there is no adapter at ``source``, or it is damaged (a file of an export or a checkpoint is
+            verified against its folder's marker).
     """
-    where = f"method.init_from: {source}"
+    where = f"{option}: {source}"
     candidates = [source / LORA_FILE, source / TRAINABLE] if source.is_dir() else [source]
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
@@ -174,27 +192,68 @@ def read_adapter(source: Path) -> Adapter:
         method = _method_of(path) if not recorded else {}
     if known := foreign_layout(tensors, path):
         raise ConfigError(known[0], where=where, fix=known[1])
-    ranks = sorted({len(tensor) for name, tensor in tensors.items() if name.endswith(".lora_A.weight") and tensor.ndim})
+    ranks = {
+        name.removesuffix(_DOWN): len(tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(_DOWN) and tensor.ndim
+    }
     if not ranks:
         raise ConfigError("the file holds no LoRA tensors", where=where, fix="name a file with *.lora_A.weight tensors")
-    if len(ranks) > 1 or recorded.get("rank_pattern") or recorded.get("alpha_pattern"):
-        raise ConfigError(f"the adapter varies rank or alpha between layers (ranks {ranks})", where=where)
-    names = {"r": "rank", "lora_alpha": "alpha", "use_rslora": "use_rslora", "use_dora": "use_dora"}
-    recorded = recorded or {theirs: method[ours] for theirs, ours in names.items() if ours in method}
-    alpha = recorded.get("lora_alpha", ranks[0])
-    if not isinstance(alpha, int | float):
-        raise ConfigError(f"the adapter's alpha is {alpha!r}, not a number", where=where)
+    if not all(ranks.values()):
+        raise ConfigError("a layer has rank 0: the file is not whole", where=where, fix="fetch or export it again")
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    stated = recorded or method
+    rooted = bool(stated.get("use_rslora", False))
+    with _reading(where):
+        scales = _scales(recorded, method, ranks, rooted=rooted)
     return Adapter(
         path=path,
         tensors=tensors,
         settings={
-            "rank": ranks[0],
-            "alpha": float(alpha),
-            "use_rslora": bool(recorded.get("use_rslora", False)),
+            "rank": rank,
+            "alpha": next(scales[layer] for layer, own in ranks.items() if own == rank) * _divisor(rank, rooted=rooted),
+            "use_rslora": rooted,
             "use_dora": any(".lora_magnitude_vector" in name for name in tensors),
         },
-        note="" if recorded else " (the file does not state its alpha; like diffusers we take alpha = rank)",
+        ranks=ranks,
+        scales=scales,
+        note="" if stated else " (the file does not state its alpha; like diffusers we take alpha = rank)",
     )
+
+
+def _scales(
+    recorded: Mapping[str, Any], method: Mapping[str, Any], ranks: Mapping[str, int], *, rooted: bool
+) -> dict[str, float]:
+    """By layer: what its update is multiplied by, as the file's header says, or else a checkpoint's method.
+
+    Raises:
+        ValueError: if an alpha is no number.
+    """
+    if method:  # which gives every layer the same, whatever its rank
+        own = _number(method["alpha"]) / _divisor(int(method["rank"]), rooted=rooted)
+        return dict.fromkeys(ranks, own)
+    patterns = recorded.get("alpha_pattern")
+    patterns = patterns if isinstance(patterns, dict) else {}
+    return {
+        layer: _number(pattern_value(layer, patterns, recorded.get("lora_alpha", rank))) / _divisor(rank, rooted=rooted)
+        for layer, rank in ranks.items()
+    }
+
+
+def _divisor(rank: int, *, rooted: bool) -> float:
+    return math.sqrt(rank) if rooted else rank
+
+
+def _number(alpha: Any) -> float:
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"an alpha of {alpha!r:.100} is no number")
+    return float(alpha)
+
+
+def pattern_value(layer: str, patterns: Mapping[str, Any], default: Any) -> Any:
+    """As peft chooses among its ``rank_pattern`` or ``alpha_pattern``: the first that a layer's name ends with."""
+    bare = ((name.removeprefix("^"), value) for name, value in patterns.items())
+    return next((value for name, value in bare if layer == name or layer.endswith(f".{name}")), default)
 
 
 def read_lora_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

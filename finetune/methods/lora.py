@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import regex
 from pydantic import Field, field_validator
@@ -20,10 +21,11 @@ from finetune.cogvideox.control import (
     train_projection,
     widened,
 )
+from finetune.cogvideox.spec import BLOCK_LAYERS
 from finetune.core.errors import ConfigError
 from finetune.core.rng import generator
 from finetune.core.types import Strict
-from finetune.methods.adapter import count_lines, differences, load_strictly, read_adapter, some
+from finetune.methods.adapter import Adapter, count_lines, differences, load_strictly, read_adapter, some
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +41,10 @@ PRESETS: Mapping[str, str] = {
 }
 """Module names that a preset selects; like every pattern it must match a whole name, and only linear layers count."""
 
+_BLOCK = re.compile(r"^transformer_blocks\.\d+")
+
+_LARGEST_RANK = 16_384
+
 _MOST_PATTERNS, _LONGEST_PATTERN = 100, 1_000
 
 _MOST_COUNTED = 1_000
@@ -52,10 +58,14 @@ class LoraMethod(Strict):
     """Train low-rank updates of some linear layers; everything else stays frozen in the model's dtype."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(128, ge=1, le=16_384)
+    rank: int = Field(128, ge=1, le=_LARGEST_RANK)
     """Width of the update. CogVideoX's own recipe uses 128."""
     alpha: float = Field(64, ge=1e-6, le=1e6)
     """The update counts ``alpha / rank`` (``alpha / sqrt(rank)`` with ``use_rslora``). The exported file carries it."""
+    ranks: dict[str, Annotated[int, Field(ge=1, le=_LARGEST_RANK)]] = Field(default_factory=dict, max_length=1_000)
+    """Ranks of some layers in place of ``rank``, by a part of the layer's name; the first part that fits decides, as in
+    ``{ff.net: 16, transformer_blocks.0.: 64}``. Their alpha follows: every layer's update counts what ``alpha`` and
+    ``rank`` say."""
     dropout: float = Field(0, ge=0, lt=1)
     """Probability that an element of an adapted layer's input is withheld from the update."""
     targets: str | tuple[str, ...] = "attention"
@@ -95,6 +105,26 @@ class LoraMethod(Strict):
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
+    @property
+    def ranks_text(self) -> str:
+        """``rank``, and in brackets the layers of another."""
+        others = ", ".join(f"{part}: {rank}" for part, rank in self.ranks.items())
+        return f"{self.rank} ({others})" if others else f"{self.rank}"
+
+    def rank_of(self, name: str) -> int:
+        """Rank of the update of the layer of this name."""
+        return next((rank for part, rank in self.ranks.items() if part in name), self.rank)
+
+    def alpha_of(self, name: str) -> float:
+        """What the layer's ``scaling`` is made of: by it and ``rank_of``, every update counts the same."""
+        ratio = self.rank_of(name) / self.rank
+        return self.alpha * (math.sqrt(ratio) if self.use_rslora else ratio)
+
+    def alike(self, blocks: int) -> bool:
+        """Whether every one of so many blocks has the same layers adapted, at the same ranks."""
+        names = [[f"transformer_blocks.{index}.{layer}" for layer in BLOCK_LAYERS] for index in range(blocks)]
+        return len({tuple(self.matches(name) and self.rank_of(name) for name in block) for block in names}) <= 1
+
     def in_float32(self, *, fp16: bool) -> bool:
         """Whether the update is computed in float32 whatever the model's dtype is, which may be ``fp16``."""
         # A DoRA divides by the norms of W + s B A, which bf16 would round to 0.4 %. And while B is small, so is what
@@ -106,21 +136,30 @@ class LoraMethod(Strict):
         return any(_selects(target, name) for target in _as_tuple(self.targets))
 
     def target_modules(self, transformer: nn.Module) -> list[str]:
-        """Names of the linear layers that get an adapter, in the model's order.
-
-        Raises:
-            ConfigError: if a target matches no linear layer; the message lists the names that come closest.
-        """
+        """Names of the linear layers that get an adapter, in the model's order. Raises as ``select`` does."""
         from torch import nn
 
-        linear = [name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)]
+        return self.select([name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)])
+
+    def select(self, linear: Sequence[str]) -> list[str]:
+        """Which of a model's ``linear`` layers, by their names, get an adapter; in the order they are given in.
+
+        Raises:
+            ConfigError: if a target matches none, or a part of ``ranks`` is in no name; the message lists the names
+                that come closest.
+        """
         chosen: set[str] = set()
         for target in _as_tuple(self.targets):
             matched = [name for name in linear if _selects(target, name)]
             if not matched:
-                raise _nothing_matched(target, linear, transformer)
+                raise _nothing_matched(target, linear)
             chosen.update(matched)
-        return [name for name in linear if name in chosen]
+        names = [name for name in linear if name in chosen]
+        decided = {next((part for part in self.ranks if part in name), "") for name in names}
+        for part in self.ranks:
+            if part not in decided:
+                raise _no_rank_for(part, names)
+        return names
 
     def apply(self, transformer: nn.Module, *, seed: int) -> None:
         """Freeze ``transformer`` and insert the adapter, in place. Until it is trained, the model computes what it did.
@@ -143,15 +182,7 @@ class LoraMethod(Strict):
         import torch
         from peft import LoraConfig
 
-        config = LoraConfig(
-            r=self.rank,
-            # An integral alpha is kept as an integer, the type that every reader of adapter files knows.
-            lora_alpha=int(self.alpha) if self.alpha.is_integer() else self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=names,
-            use_rslora=self.use_rslora,
-            use_dora=self.use_dora,
-        )
+        config = LoraConfig(lora_dropout=self.dropout, **self.peft_settings(names))
         transformer.requires_grad_(False)
         with torch.random.fork_rng(devices=[]):  # peft fills the new layers from the global generator; we refill them
             model.add_adapter(config, ADAPTER)
@@ -161,6 +192,24 @@ class LoraMethod(Strict):
         train_projection(transformer)
         if self.init_from is not None:
             self._continue_from(transformer, self.init_from)
+
+    def peft_settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """What decides the adapter's function, as peft and every reader of adapter files have it, JSON types.
+
+        Args:
+            names: of the layers that are adapted.
+        """
+        others = [name for name in names if self.rank_of(name) != self.rank]
+        return {
+            "r": self.rank,
+            "lora_alpha": whole(self.alpha),
+            "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
+            "target_modules": list(names),
+            # diffusers 0.36 insists on the patterns, also where they are empty.
+            "rank_pattern": {name: self.rank_of(name) for name in others},
+            "alpha_pattern": {name: whole(self.alpha_of(name)) for name in others},
+        }
 
     def _initialise(self, layer: nn.Module, generator: torch.Generator, *, narrows: bool) -> None:
         """A as peft draws it (uniform, Kaiming with a = sqrt 5), B zero, DoRA's magnitude the base's row norms."""
@@ -187,23 +236,40 @@ class LoraMethod(Strict):
             narrow(lora, ADAPTER)
 
     def _continue_from(self, transformer: nn.Module, source: Path) -> None:
-        adapter = read_adapter(source)
+        adapter = self.read_start(source)
         tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
-        problems = [
-            f"method.{field} is {getattr(self, field)}, the adapter has {value}"
-            for field, value in adapter.settings.items()
-            if getattr(self, field) != value
-        ]
-        # With another rank every shape differs, which would say the same a hundred times over.
-        problems = problems or differences(self.trainable(transformer), tensors)
-        if problems:
-            raise ConfigError(
-                "the adapter to continue from does not fit this run: " + "; ".join(problems),
-                where=f"method.init_from: {adapter.path}",
-                fix="give method the adapter's own settings, and train on the base model it was made for"
-                + adapter.note,
-            )
+        if problems := differences(self.trainable(transformer), tensors):
+            raise _does_not_continue(adapter, problems)
         self.load_state(transformer, tensors)
+
+    def read_start(self, source: Path) -> Adapter:
+        """Read an adapter to continue from.
+
+        Raises:
+            ConfigError: as ``read_adapter``, or if its settings are not this method's.
+        """
+        adapter = read_adapter(source)
+        if problems := list(self._misfits(adapter)):
+            raise _does_not_continue(adapter, problems)
+        return adapter
+
+    def _misfits(self, adapter: Adapter) -> Iterator[str]:
+        settings, rank, scale = adapter.settings, self.rank, adapter.scale
+        if scale is None:
+            yield "its layers' updates count differently (alpha / rank), which `finetune convert` can even out"
+        if any(self.rank_of(layer) != own for layer, own in adapter.ranks.items() if self.matches(layer)):
+            rank = settings["rank"]
+            if rank != self.rank:
+                yield f"method.rank is {self.rank}, the adapter has {rank}"
+            if (ranks := ranks_by_name(adapter.ranks, rank)) != self.ranks:
+                yield f"method.ranks is {json.dumps(self.ranks)}, the adapter has {json.dumps(ranks)}"
+        for field in ("use_rslora", "use_dora"):
+            if getattr(self, field) != settings[field]:
+                yield f"method.{field} is {getattr(self, field)}, the adapter has {settings[field]}"
+        if scale is not None:
+            alpha = round(scale * (math.sqrt(rank) if settings["use_rslora"] else rank), 6)
+            if not math.isclose(alpha, self.alpha, rel_tol=1e-5):
+                yield f"method.alpha is {self.alpha}, the adapter has {alpha}"
 
     def trainable(self, transformer: nn.Module) -> dict[str, nn.Parameter]:
         """The adapter's parameters by peft's state-dict names, in the model's order."""
@@ -230,13 +296,9 @@ class LoraMethod(Strict):
         """
         model: Any = transformer
         config = model.peft_config[ADAPTER]
-        settings = {name: getattr(config, name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")}
-        # diffusers 0.36 insists on the patterns, which every layer's rank and alpha being the same leaves empty.
         return {
-            **settings,
-            "target_modules": sorted(config.target_modules),
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            **self.peft_settings([name for name, _ in adapted_layers(transformer)]),
+            "target_modules": sorted(config.target_modules),  # as few names as say the same
         }
 
     def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
@@ -248,7 +310,7 @@ class LoraMethod(Strict):
         return [
             ("method", " + ".join(["LoRA", *variants])),
             ("adapted layers", f"{len(layers)} ({', '.join(_as_tuple(self.targets))})"),
-            ("rank, alpha", f"{self.rank}, {self.alpha:g} (scale {self.scaling:g})"),
+            ("rank, alpha", f"{self.ranks_text}, {self.alpha:g} (scale {self.scaling:g})"),
             *projection,
             *start,
             *count_lines(transformer),
@@ -270,21 +332,57 @@ def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:
     return (targets,) if isinstance(targets, str) else targets
 
 
-def _nothing_matched(target: str, linear: list[str], transformer: nn.Module) -> ConfigError:
-    others = [name for name, _ in transformer.named_modules() if re.fullmatch(target, name)]
-    if others:
-        detail = f"{some(others)} is no linear layer"
-        close = linear
-    else:
-        detail = "no module has such a name"
-        # One block stands for all, and a bare layer name is what people usually mean.
-        close = difflib.get_close_matches(target, linear, n=4, cutoff=0.3)
-        close += [name for name in linear if name.endswith(f".{target}")]
+def _nothing_matched(target: str, linear: Sequence[str]) -> ConfigError:
+    # One block stands for all, and a bare layer name is what people usually mean.
+    close = difflib.get_close_matches(target, linear, n=4, cutoff=0.3)
+    close += [name for name in linear if name.endswith(f".{target}")]
     return ConfigError(
-        f"the target {target!r} selects nothing: {detail}",
+        f"the target {target!r} selects nothing: no linear layer has such a name",
         where="method.targets",
         fix=f"use {', '.join(PRESETS)}, or a regular expression for whole names such as {some(dict.fromkeys(close))}",
     )
+
+
+def _no_rank_for(part: str, names: Sequence[str]) -> ConfigError:
+    if any(part in name for name in names):
+        what, fix = (
+            f"{part!r} decides no rank: parts before it fit all of its layers",
+            "put it before them, or remove it",
+        )
+    else:
+        ends = dict.fromkeys(re.sub(r"^transformer_blocks\.\d+\.", "", name) for name in names)
+        parts = [*ends, *dict.fromkeys(f"{match[0]}." for name in names if (match := _BLOCK.match(name)))]
+        close = difflib.get_close_matches(part, parts, n=1, cutoff=0.5)
+        what = f"no adapted layer has {part!r} in its name" + (f"; did you mean {close[0]!r}?" if close else "")
+        fix = f"write a part of a layer's name, such as {some(ends)}, or have method.targets select the layer"
+    return ConfigError(what, where="method.ranks", fix=fix)
+
+
+def _does_not_continue(adapter: Adapter, problems: Sequence[str]) -> ConfigError:
+    return ConfigError(
+        "the adapter to continue from does not fit this run: " + "; ".join(problems),
+        where=f"method.init_from: {adapter.path}",
+        fix="give method the adapter's own settings, and train on the base model it was made for" + adapter.note,
+    )
+
+
+def ranks_by_name(layers: Mapping[str, int], rank: int) -> dict[str, int]:
+    """The shortest ``LoraMethod.ranks`` that gives ``layers`` theirs, where all others have ``rank``."""
+    inner: dict[str, set[int]] = {}
+    for name, own in layers.items():
+        inner.setdefault(_BLOCK.sub("", name), set()).add(own)
+    named = {}
+    for name, own in layers.items():
+        if own != rank:
+            short = _BLOCK.sub("", name)
+            named[short.removeprefix(".") if len(inner[short]) == 1 else name] = own
+    # The longer one decides where both fit.
+    return dict(sorted(named.items(), key=lambda item: -len(item[0])))
+
+
+def whole(alpha: float) -> float:
+    """An integral alpha as an integer, the type that every reader of adapter files knows."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def _saved_name(name: str) -> str:

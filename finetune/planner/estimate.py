@@ -147,8 +147,9 @@ def _samples_videos(config: RunConfig) -> bool:
 
 
 def _is_extendable(config: RunConfig, layers: int) -> bool:
-    """Whether short models are shorter, and have the techniques' ends in them as the whole one has."""
-    return layers > SHORT[1] and (not config.memory.streams or config.memory.ring < SHORT[0])
+    """Whether short models are shorter, of blocks that are alike, with the techniques' ends as in the whole one."""
+    alike = config.method.kind == "full" or config.method.alike(layers)
+    return alike and layers > SHORT[1] and (not config.memory.streams or config.memory.ring < SHORT[0])
 
 
 def extend(

@@ -133,12 +133,13 @@ class AdapterShapes:
         weights = modulation = token_sides = 0.0
         for block in range(layers):
             for name, (inputs, outputs) in sides.items():
-                if not method.matches(f"transformer_blocks.{block}.{name}"):
+                layer = f"transformer_blocks.{block}.{name}"
+                if not method.matches(layer):
                     continue
                 if name in MODULATION_LAYERS:
-                    modulation += method.rank * (inputs + outputs)
+                    modulation += method.rank_of(layer) * (inputs + outputs)
                 else:
-                    weights += method.rank * (inputs + outputs)
+                    weights += method.rank_of(layer) * (inputs + outputs)
                     token_sides += inputs + outputs
         return cls(weights / layers, modulation / layers, token_sides / layers)
 
@@ -175,7 +176,8 @@ class BlockUnits:
         weights, modulation = 12.0 * width**2, 12.0 * width * _TIME_WIDTH
         adapters, adapter_bytes, trained = 0.0, 0.0, weights + modulation
         if isinstance(config.method, LoraMethod):
-            shapes = _adapter_shapes(config.method, spec.num_layers, width)
+            method, ranks = config.method, tuple(config.method.ranks.items())
+            shapes = _adapter_shapes(method.targets, method.rank, ranks, spec.num_layers, width)
             trained = shapes.weights + shapes.modulation_weights
             adapters, adapter_bytes = 2.0 * tokens * shapes.weights, 2.0 * tokens * shapes.sides / 8
         return cls(
@@ -255,7 +257,11 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
     return StepTime(passing("forward"), passing("backward"), last, base)
 
 
-_adapter_shapes = cache(AdapterShapes.of)
+@cache
+def _adapter_shapes(
+    targets: str | tuple[str, ...], rank: int, ranks: tuple[tuple[str, int], ...], layers: int, width: float
+) -> AdapterShapes:
+    return AdapterShapes.of(LoraMethod(targets=targets, rank=rank, ranks=dict(ranks)), layers, width)
 
 
 @cache

@@ -391,7 +391,7 @@ def _summary(run: RunRecord) -> dict[str, Any]:
 
 def _method(run: RunRecord) -> str:
     method = run.config.method
-    return f"LoRA, rank {method.rank}, alpha {method.alpha:g}" if method.kind == "lora" else "full fine-tuning"
+    return f"LoRA, rank {method.ranks_text}, alpha {method.alpha:g}" if method.kind == "lora" else "full fine-tuning"
 
 
 def _number(value: float | None, layout: str) -> str:

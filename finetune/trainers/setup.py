@@ -21,7 +21,7 @@ from finetune.caching.check import run_advice
 from finetune.caching.encode import release_memory
 from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
-from finetune.checkpoint.folders import clear_interrupted
+from finetune.checkpoint.folders import clear_interrupted, list_checkpoints
 from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
 from finetune.cogvideox.load import base_digest, load_transformer, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
@@ -83,6 +83,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     for line in [*(f"warning: {warning}" for warning in warnings), *choice]:
         accelerator.print(line)
 
+    ranks.run_on_main(lambda: _require_start(config))
     cache = Cache(config.cache.dir)
     manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, cleanup=cleanup)
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
@@ -205,6 +206,15 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, cache: Cac
     return RunData(cache, manifest, training, val, plan, loader, total_steps)
 
 
+def _require_start(config: RunConfig) -> None:
+    """Refuse an adapter to begin with that is not there or is another kind of adapter, before clips are encoded."""
+    method = config.method
+    resume = config.checkpoint.resume
+    is_new = resume == "none" or (resume == "latest" and not list_checkpoints(config.output_dir))
+    if is_new and isinstance(method, LoraMethod) and method.init_from is not None:
+        method.read_start(method.init_from)
+
+
 def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGroup) -> LoadedCheckpoint | None:
     """The checkpoint that the run continues from, compared with what the run is to be."""
     saved = checkpoint_to_continue(config.output_dir, config.checkpoint.resume, ranks)
@@ -294,7 +304,10 @@ def _trained_model(
     device = ranks.device if on_device else "cpu"
     module = load_transformer(config.model, device=device, dtype=dtype, placement=placement(config.memory.base))
     base = _same_base(module, config, saved, ranks)
-    config.method.apply(module, seed=config.train.seed)
+    method = config.method
+    if saved is not None and isinstance(method, LoraMethod):  # which holds what became of the adapter it began with
+        method = method.model_copy(update={"init_from": None})
+    method.apply(module, seed=config.train.seed)
     config.memory.apply(module, ranks.device if isinstance(launch, Replicate) else None)
     module.train()
     if ranks.context > 1:
