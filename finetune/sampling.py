@@ -108,6 +108,7 @@ def generate(
         ConfigError: for a prompt, image, adapter, size or number that cannot be used; all of them at once.
         DataError: if an image or a video cannot be read.
     """
+    from finetune.core.errors import ConfigError
     from finetune.core.gpu import amount
     from finetune.inference.generate import generate
     from finetune.inference.postprocess import parse_interpolation
@@ -115,9 +116,11 @@ def generate(
     from finetune.inference.request import GenerateRequest, parse_adapter
 
     files = {"images": images, "last_images": last_images, "videos": source_videos}
-    listed = _listed(prompts, files, range(seed or 0, 2**62, videos or 1))
+    listed = _listed(prompts, files, range(seed or 0, 2**62, max(1, videos or 1)))
     if enhance is not None:
         listed = _enhanced(listed, enhance, endpoint, model)
+    elif endpoint is not None:
+        raise ConfigError("nobody asks the endpoint", where="--endpoint", fix="name its model: --enhance MODEL")
     given: dict[str, Any] = {
         "base": None if model is None else str(model),
         "prompts": tuple(listed) or None,

@@ -284,6 +284,10 @@ def test_generate_enlarges_smooths_and_shows(tiny_model, decoder, esrgan, tmp_pa
         ({"interpolate": "rife"}, "no interpolation 'rife'"),
         ({"preview": "absent.pth"}, "no weights of TAEHV"),
         ({"enhance": "some", "model": None}, "which model will read the prompts"),
+        ({"endpoint": "http://localhost"}, "nobody asks the endpoint"),
+        ({"videos": 10**20}, "videos of each prompt"),
+        ({"extend": 10**20}, "parts more"),
+        ({"fps": 1e20}, "frames per second"),
     ],
 )
 def test_generate_refuses_them_before_weights_load(tiny_model, tmp_path, monkeypatch, options, message):

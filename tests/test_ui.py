@@ -127,6 +127,7 @@ def test_the_forms_of_commands_offer_what_the_commands_take(command):
     known = {name: parameter for parameter in parser.params for name in (*parameter.opts, parameter.name)}
     for option in command.options:
         assert option.name in known, option
+        assert option.needed or not option.name.startswith("-") or not known[option.name].required, option
         choices = getattr(known[option.name].type_descriptor, "choices", None)
         if option.kind == "choice":
             assert set(option.choices) == set(choices), option
@@ -139,6 +140,8 @@ def test_text_of_a_form_never_becomes_an_option_and_no_path_leads_out(tmp_path):
     words = COMMANDS["generate"].words({"prompt": "--output=/etc\na  kite", "adapter": "runs/run:0.5"}, roots)
     assert words == ["generate", "--adapter=runs/run:0.5", "--prompt=--output=/etc", "--prompt=a  kite"]
     assert COMMANDS["inspect"].words({"source": "-x"}, roots) == ["inspect", "--", "-x"]
+    home = COMMANDS["inspect"].words({"source": "a/../~/x"}, roots)  # "~/x" alone would be somebody's home
+    assert home == ["inspect", "--", str(tmp_path.resolve() / "~/x")]
     with pytest.raises(ConfigError) as fault:
         COMMANDS["generate"].words({"output": "/etc", "seed": "x", "compare": "../x", "adapter": "../a:1"}, roots)
     assert "4 fields" in str(fault.value)

@@ -107,7 +107,7 @@ def generate(
     from finetune.inference.compare import parse_comparison
     from finetune.inference.request import prompts_with_seeds, read_prompts
 
-    seeds = range(seed or 0, 2**62, videos or 1)
+    seeds = range(seed or 0, 2**62, max(1, videos or 1))
     listed = () if prompts is None else read_prompts(prompts, seeds=seeds)
     typed = prompts_with_seeds(prompt, image, last_images=last_image, videos=video, seeds=seeds[len(listed) :])
     report = finetune.generate(

@@ -20,6 +20,12 @@ from finetune.datasets.geometry import BucketField
 from finetune.inference.modes import FromImage, FromImages, FromText, FromVideo, Mode, read_clip, require_clip
 from finetune.inference.postprocess import Interpolation
 
+_MOST_VIDEOS, _MOST_PARTS = 10_000, 1000
+"""Of a prompt, and of a video: of more the bare list would not fit into memory."""
+
+_MOST_FPS = 1000
+"""That players and ffmpeg know what to do with; said before anything is sampled."""
+
 
 @dataclass(frozen=True)
 class AdapterArgument:
@@ -292,11 +298,13 @@ def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fp
         yield ConfigError(f"guidance scale {request.guidance_scale}", where="--guidance", fix="give 1 (none) or more")
     if not 0 < request.strength <= 1:
         yield ConfigError(f"strength {request.strength}", where="--strength", fix="give more than 0, at most 1")
-    if request.videos < 1 or request.extend < 0:
-        option, fix = ("--videos", "1 or more") if request.videos < 1 else ("--extend", "0 or more")
-        yield ConfigError("there is nothing to sample", where=option, fix=f"give {fix}")
-    if request.fps is not None and not (math.isfinite(request.fps) and request.fps > 0):
-        yield ConfigError(f"{request.fps} frames per second", where="--fps", fix="give a positive number")
+    if not 1 <= request.videos <= _MOST_VIDEOS:
+        yield ConfigError(f"{request.videos} videos of each prompt", where="--videos", fix=f"give 1 to {_MOST_VIDEOS}")
+    if not 0 <= request.extend <= _MOST_PARTS:
+        yield ConfigError(f"{request.extend} parts more", where="--extend", fix=f"give 0 to {_MOST_PARTS}")
+    if request.fps is not None and not 0 < request.fps <= _MOST_FPS:
+        where, fix = "--fps", f"give more than 0, at most {_MOST_FPS}"
+        yield ConfigError(f"{request.fps:g} frames per second", where=where, fix=fix)
     if request.out.exists() and not request.out.is_dir():
         yield ConfigError("the output is a file, not a folder", where=str(request.out))
 

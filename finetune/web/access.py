@@ -255,11 +255,12 @@ class Roots:
         raise_all(ConfigError, faults, what="{n} paths of the configuration cannot be used here")
 
     def shown(self, path: Path) -> str:
-        """A path as the page writes it: relative where it lies in the workspace."""
+        """A path as the page writes it: relative where it lies in the workspace, and no command reads it otherwise."""
         try:
-            return str(path.relative_to(self.workspace))
+            text = str(path.relative_to(self.workspace))
         except ValueError:
             return str(path)
+        return str(path) if text.startswith("~") else text  # a command would take it for somebody's home
 
 
 def _paths(value: object, name: str) -> Iterable[tuple[str, Path]]:

@@ -34,6 +34,8 @@ class Option:
     default: str = ""
     more: bool = False
     """Whether it waits behind "more options"."""
+    needed: bool = False
+    """Whether the command cannot do without it; an argument is needed in any case."""
 
     @property
     def key(self) -> str:
@@ -70,9 +72,9 @@ class Command:
             except ConfigError as fault:
                 faults.append(fault)
                 continue
+            if not given and (option.needed or not option.name.startswith("-")):
+                faults.append(ConfigError("this is needed", where=option.label))
             if not option.name.startswith("-"):
-                if not given:
-                    faults.append(ConfigError("this is needed", where=option.label))
                 arguments += given
             elif option.kind == "flag":
                 words += [option.name] if given else []
@@ -106,6 +108,7 @@ def _placed(option: Option, value: str, roots: Roots) -> str:
     if option.kind in ("path", "paths", "strengths") and not strengths:
         return roots.shown(roots.inside(value, option.label))
     if option.kind == "adapters":
+        roots.inside(value, option.label)  # a file of the whole name is preferred by the command
         path, colon, strength = value.rpartition(":")
         path, tail = (path, f"{colon}{strength}") if colon and _is_number(strength) else (value, "")
         return roots.shown(roots.inside(path, option.label)) + tail
@@ -133,7 +136,7 @@ INIT = Command(
     "New configuration",
     "Reads the clips' headers, and proposes buckets, length, rank and prompts for the model and the card.",
     (
-        Option("--model", "Model", "A published name, a hub id, or a folder.", "model"),
+        Option("--model", "Model", "A published name, a hub id, or a folder.", "model", needed=True),
         Option("--method", "Method", "An adapter, or every weight.", "choice", ("lora", "full"), "lora"),
         Option("--card", "Card", "Memory of the GPU, such as 24GB."),
         Option("--data", "Clips", "A folder, or a metadata file.", "path"),
@@ -148,7 +151,7 @@ CAPTION = Command(
     "By a video-language model; what a person wrote is kept.",
     (
         Option("folder", "Folder", "", "path"),
-        Option("--model", "Language model", "Of transformers, or its name at the endpoint.", "model"),
+        Option("--model", "Language model", "Of transformers, or its name at the endpoint.", "model", needed=True),
         Option("--endpoint", "Endpoint", "An OpenAI-compatible server, such as http://localhost:8000/v1."),
         Option("--for", "For", "The CogVideoX that reads the captions.", "model"),
     ),
@@ -195,7 +198,12 @@ GENERATE = Command(
         ),
         Option("--endpoint", "Its server", "OpenAI-compatible.", more=True),
         Option("--upscale", "Upscaling weights", "A super-resolution file.", "path", more=True),
-        Option("--interpolate", "Interpolation", "minterpolate, minterpolate:4, or weights.", more=True),
+        Option(
+            "--interpolate",
+            "Interpolation",
+            "minterpolate: twice as many frames; minterpolate:4.",
+            more=True,
+        ),
         Option("--preview", "Preview weights", "taecvx: videos are shown while they are sampled.", "path", more=True),
         Option("--fps", "Frames per second", "", "number", more=True),
         Option("--transformer", "Transformer", "A fully fine-tuned one, or GGUF.", "path", more=True),
@@ -245,7 +253,7 @@ CONVERT = Command(
     "Others' checkpoints and LoRAs to diffusers' format, or diffusers' to SAT's.",
     (
         Option("source", "File or folder", "", "path"),
-        Option("--out", "New folder", "", "path"),
+        Option("--out", "New folder", "", "path", needed=True),
         Option("--to", "Becomes", "", "choice", ("diffusers", "sat"), "diffusers"),
         Option("--alpha", "Alpha", "Of a LoRA that does not state it.", "number", more=True),
         Option("--model", "Model of these shapes", "", "model", more=True),
@@ -259,7 +267,7 @@ MERGE = Command(
     "LoRAs as one, or one under another program's names.",
     (
         Option("sources", "Adapters", "One a line, with :WEIGHT.", "adapters"),
-        Option("--out", "File", "", "path"),
+        Option("--out", "File", "", "path", needed=True),
         Option("--to", "Layout", "", "choice", ("diffusers", "comfyui", "kohya", "peft"), "diffusers"),
         Option("--rank", "Rank", "At most.", "number", more=True),
     ),
@@ -272,7 +280,7 @@ PUSH = Command(
     "Without the tick it only says what would be uploaded.",
     (
         Option("folder", "Export", "", "path"),
-        Option("--repo", "Repository", "user/name"),
+        Option("--repo", "Repository", "user/name", needed=True),
         Option("--public", "Let everybody see it", "", "flag"),
         Option("--yes", "Upload", "", "flag"),
     ),
