@@ -107,6 +107,7 @@ def filled(root: Path, captions=("a", "b")) -> tuple[Cache, Manifest, Path]:
         {"dtype": "fp32"},
         {"latents_dtype": "fp32"},
         {"image_draws": 4},
+        {"condition_frames": "last"},
         {"corrections": ("bwdif-auto-1",)},
     ],
     ids=lambda change: next(iter(change)),

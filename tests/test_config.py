@@ -755,6 +755,9 @@ def test_a_plain_run_of_every_model_is_clean(variant):
         ("5b-i2v", {"validation__samples": [{"prompt": "a"}]}, "samples from an image", "validation.samples.0"),
         ("5b", {"validation__samples": [{"prompt": "a", "image": "b"}]}, "takes no image", "samples.0.image"),
         ("5b-i2v", {"validation__samples": [{"prompt": "a", "image": "b"}]}, "there is no image /nowhere/b", "image"),
+        ("5b", {"validation__samples": [{"prompt": "a", "last_image": "b"}]}, "takes no image", "samples.0.last_image"),
+        ("5b", {"data__condition_frames": "first_last"}, "first_last is wanted", "data.condition_frames"),
+        ("5b-i2v", {"validation__samples": [{"prompt": "a", "keyframes": {3: __file__}}]}, "frame 3", "samples.0"),
         ("5b", {"data__sources": [{"path": "a", "split": "holdout"}]}, "nothing to train on", "data.sources"),
         ("5b", {"output_dir": "/dev/null"}, "is a file, not a folder", "output_dir"),
         (

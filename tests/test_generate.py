@@ -169,7 +169,9 @@ def test_a_last_frame_fills_the_last_latent_frame_of_the_condition_and_nothing_e
         return theirs(self, hidden_states, *args, **kwargs)
 
     monkeypatch.setattr(diffusers.CogVideoXTransformer3DModel, "forward", forward)
-    plain, both = sample(modules, request(), request(mode=FromImages(first, first.flip(-1))))
+    plain, both = sample(
+        modules, request(), request(mode=FromImages({0: first, request().bucket.frames - 1: first.flip(-1)}))
+    )
     channels = modules.spec.latent_channels
     without, with_last = conditions
     assert torch.equal(without[:, :channels], with_last[:, :channels])  # the noise

@@ -6,6 +6,7 @@ small.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from finetune.cogvideox.encode import model_latents
 from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae
 from finetune.cogvideox.spec import read_spec
 from finetune.datasets.cache import Cache
-from finetune.testing.demo import Scene, write_clips
+from finetune.inference.modes import FromImages
+from finetune.testing.demo import Scene, render, write_clips
 from finetune.testing.tiny import VARIANTS, build_tiny
 from finetune.trainers.loop import train
 
@@ -105,6 +107,67 @@ def test_one_clip_comes_back_through_the_stock_pipeline(sharp_model, tmp_path, v
     assert after >= BOUND[method]
 
 
+@pytest.mark.slow
+def test_the_last_frame_alone_decides_which_clip_comes_back(sharp_model, tmp_path):
+    """Two clips of one caption, trained with their last frames alone; either is sampled by its own last frame."""
+    model, clips = sharp_model("5b-i2v"), tmp_path / "clips"
+    scenes = [Scene("square", "blue", "up"), Scene("circle", "red", "left")]
+    write_clips(clips, scenes)
+    rows = [json.loads(line) for line in (clips / "metadata.jsonl").read_text().splitlines()]
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row | {"prompt": "a shape"}) + "\n" for row in rows))
+    last_alone = {"kind": "any", "first": 0, "first_last": 0, "last": 1, "random": 0}
+    config = run_config(
+        model,
+        clips,
+        tmp_path / "run",
+        data={
+            "sources": [{"path": str(clips), "repeats": 4}],
+            "caption_dropout": 0,
+            "image_dropout": 0,
+            "condition_frames": last_alone,
+        },
+        lr_schedule={"kind": "cosine", "warmup_steps": 10, "final": 0.05},
+        memory={"checkpointing": "none"},
+        **(METHODS["full"] | {"train": {"steps": 240, "batch_size": 8}}),
+    )
+    spec = read_spec(str(model))
+    manifest, cache = ensure_cache(config, spec), Cache(config.cache.dir)
+    entries = [cache.read(item) for item in manifest.items]
+    wanted = [model_latents(spec, e.latents_mean[None], e.latents_std[None], torch.zeros(1)) for e in entries]
+    report = train(config)
+    exported = export(report.run_dir, tmp_path / "export").folder
+    settings = ModelConfig(pretrained=str(model))
+    transformer = load_transformer(settings)
+    modules = {
+        "transformer": type(transformer).from_pretrained(exported / "transformer"),
+        "vae": load_vae(settings),
+        "scheduler": load_scheduler(settings),
+        "tokenizer": None,
+        "text_encoder": None,
+    }
+    scene_of = {scene.caption: scene for scene in scenes}
+    by_name = {row["file_name"]: scene_of[row["prompt"]] for row in rows}
+    for number, item in enumerate(manifest.items):
+        last = torch.from_numpy(render(by_name[Path(item.clip).name])[-1].copy()).permute(2, 0, 1)
+        mode = FromImages({8: last})
+        embeds = cache.read_prompt(item.prompt_key)[None]
+        result = mode.pipeline(item.bucket, **modules)(
+            **mode.arguments(spec, item.bucket),
+            prompt_embeds=embeds,
+            negative_prompt_embeds=embeds,
+            height=64,
+            width=64,
+            num_inference_steps=30,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(5),
+            output_type="latent",
+        )
+        likeness = [cosine(result.frames.float().transpose(1, 2), clip) for clip in wanted]
+        own, other = likeness[number], likeness[1 - number]
+        print(f"{item.clip}: cosine {own:.3f} with its own clip, {other:.3f} with the other")
+        assert own >= 0.95 > 0.85 > other, "as like as the two clips are each other, and no more"
+
+
 def cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
 
@@ -129,8 +192,6 @@ def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tenso
     arguments: dict[str, object] = {}
     if spec.image_to_video:
         from PIL import Image
-
-        from finetune.testing.demo import render
 
         arguments["image"] = Image.fromarray(render(SCENE)[0])
     result = pipeline(

@@ -260,6 +260,8 @@ def _set(**changes: Any) -> Callable[[Project], None]:
     return change
 
 
+FIRST_ALONE = {"kind": "any", "first_last": 0, "last": 0, "random": 0}
+
 CHANGES = {
     "nothing": (lambda home: None, (0, 0)),
     "mtime": (_touch, (0, 0)),
@@ -277,6 +279,8 @@ CHANGES = {
     "fps": (_set(data={"fps": 7, "short_clips": "pad"}), (4, 0)),
     "stored dtype": (_set(cache={"latents_dtype": "fp32"}), (4, 0)),
     "image draws": (_set(cache={"image_draws": 1}), (4, 0)),
+    "shares of the first frame alone": (_set(data={"condition_frames": FIRST_ALONE}), (0, 0)),
+    "the last frame": (_set(data={"condition_frames": "first_last"}), (4, 0)),
     "vae": (_new_weights("vae"), (4, 0)),
     "text encoder": (_new_weights("text_encoder"), (0, 5)),
 }
@@ -1093,8 +1097,8 @@ def test_the_sizes_in_the_documentation_are_computed_from_the_shapes():
     for variant, shape, latents, captions, images in rows:
         spec = read_spec(str(known_model(variant)))
         bucket = Bucket(*map(int, shape.split("x")))
-        plain = cache_plan.clip_bytes(spec, bucket, "fp16", draws=0)
-        drawn = cache_plan.clip_bytes(spec, bucket, "fp16", draws=4) - plain
+        plain = encoding.clip_bytes(spec, bucket, "fp16", draws=0)
+        drawn = encoding.clip_bytes(spec, bucket, "fp16", draws=4) - plain
         ours = [plain, cache_plan.prompt_bytes(spec, "bf16"), drawn]
         for written, size in zip((latents, captions, images), ours, strict=True):
             assert float(written) == pytest.approx(1000 * size / 2**30, abs=0.006), (variant, shape)

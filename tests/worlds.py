@@ -19,7 +19,7 @@ from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
 from finetune.core.types import Batch, ClipPlan, torch_dtype
-from finetune.datasets.cache import Cache
+from finetune.datasets.cache import Cache, stored_frames
 from finetune.datasets.manifests import Manifest, ManifestItem, portable
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.run import TrainedModel
@@ -86,7 +86,10 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
         address = encoding.latents_address(f"clip {number}", plan)
         mean = torch.randn(channels, frames, height, width, generator=generator)
         image = torch.randn(draws, channels, 1, height, width, generator=generator) if draws else None
-        cache.write_latents(address, mean, torch.full_like(mean, 0.01), image)
+        further = {}
+        if draws and (images := len(stored_frames(encoding.condition_frames, frames))):
+            further["frame_latents"] = torch.randn(draws, channels, images, height, width, generator=generator)
+        cache.write_latents(address, mean, torch.full_like(mean, 0.01), image, further=further)
         caption = f"clip number {number}"
         return ManifestItem(
             clip=f"{number}.mp4",

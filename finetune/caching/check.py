@@ -200,9 +200,9 @@ def check_dataset(
             advice.update(plan_notes(probe, plan, fps, config.data.span, clip.part))
 
     faults = _image_faults(config, clips, streamed, progress) if spec.image_to_video else {}
-    for start in sorted({sample.image for sample in config.validation.samples if sample.image is not None}):
-        if fault := faults.get((start, sample_bucket(config))):
-            errors.append(DataError(fault.what, where=f"{start} (validation.samples)", fix=fault.fix))
+    for image in sorted({image for sample in config.validation.samples for image in sample.images}):
+        if fault := faults.get((image, sample_bucket(config))):
+            errors.append(DataError(fault.what, where=f"{image} (validation.samples)", fix=fault.fix))
     refused = {(clip.sample.where, clip.plan.bucket): clip.sample for clip in clips if clip.first_frame in faults}
     for (where, bucket), row in refused.items():  # once for all clips of a video
         assert row.image is not None
@@ -234,10 +234,10 @@ def _image_faults(
     for those that came as a stream: there it is the clip that failed.
     """
     wanted = {clip.first_frame for clip in clips if clip.first_frame and clip.first_frame[0] not in streamed}
-    for sample in config.validation.samples:
+    for image in {image for sample in config.validation.samples for image in sample.images}:
         # With a complete cache they may be elsewhere.
-        if sample.image is not None and (config.cache.mode == "auto" or sample.image.is_file()):
-            wanted.add((sample.image, sample_bucket(config)))
+        if config.cache.mode == "auto" or image.is_file():
+            wanted.add((image, sample_bucket(config)))
     jobs = sorted(wanted, key=str)
     with DecodePool(workers_for(config, len(jobs))) as pool:
         bar = Bar(pool.load_images(jobs), total=len(jobs), desc="reading images", disable=not progress)

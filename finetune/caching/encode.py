@@ -18,6 +18,7 @@ from torch import Tensor
 
 from finetune.caching.writing import EncodeResult, EntryWriter
 from finetune.cogvideox.captions import tokenize
+from finetune.cogvideox.config import StoredFrames
 from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video, pool_mask
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
@@ -25,8 +26,8 @@ from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, is_out_of_memory
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
-from finetune.core.types import Bucket, Clip, ClipPlan, Companion, VideoProbe
-from finetune.datasets.cache import Cache, Encoding
+from finetune.core.types import DTYPE_BYTES, Bucket, Clip, ClipPlan, Companion, DtypeName, VideoProbe
+from finetune.datasets.cache import Cache, Encoding, stored_frames
 from finetune.datasets.decode_pool import DecodeJob, DecodePool
 from finetune.datasets.manifests import FileStamp
 from finetune.memory.block_streaming import stream_text, text_placement
@@ -210,8 +211,8 @@ class _EncodedClip:
     mean: Tensor
     std: Tensor
     image_latents: Tensor | None
-    companions: Mapping[str, Tensor]
-    """By the names that the entry has for them."""
+    further: Mapping[str, Tensor]
+    """What else the entry has, by its names there: frames beside the first, and what goes with the clip."""
     tiled: bool
 
     def store(self, cache: Cache) -> int:
@@ -224,7 +225,7 @@ class _EncodedClip:
                 raise DataError("the file changed while it was being encoded", fix="run precompute again")
         made_with = {"tiled": self.tiled}
         return cache.write_latents(
-            job.address, self.mean, self.std, self.image_latents, companions=self.companions, made_with=made_with
+            job.address, self.mean, self.std, self.image_latents, further=self.further, made_with=made_with
         )
 
 
@@ -249,17 +250,18 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on
     tiled = set_tiling(vae, tiling, bucket)
     draws = job.address["image_draws"]
     image_latents = None
+    further: dict[str, Tensor] = {}
     try:
         mean, std = encode_video(vae, clip.pixels[None])
         if draws is not None:
             image = clip.pixels[:, 0] if clip.image is None else clip.image
             image_latents = encode_image(vae, image, draws, image_noise(job.address, draws))
-        companions = {}
+            further |= _encode_frames(job, clip, vae, mean.shape[2])
         if (control := clip.companions.get("control")) is not None:
-            companions["control_latents"] = encode_video(vae, control[None])[0][0]
+            further["control_latents"] = encode_video(vae, control[None])[0][0]
         if (mask := clip.companions.get("mask")) is not None:
             _, _, frames, height, width = mean.shape
-            companions["mask"] = pool_mask(mask, (frames, height, width))
+            further["mask"] = pool_mask(mask, (frames, height, width))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -268,13 +270,46 @@ def _encode_clip(job: ClipJob, clip: Clip, vae: Any, tiling: Literal["auto", "on
             where=job.where,
             fix="set cache.vae_tiling: on, free GPU memory, or use smaller buckets",
         ) from error
-    return _EncodedClip(job, mean[0], std[0], image_latents, companions, tiled)
+    return _EncodedClip(job, mean[0], std[0], image_latents, further, tiled)
 
 
-def image_noise(address: Mapping[str, Any], draws: int) -> list[torch.Generator]:
-    """One generator per draw of a clip's noise-augmented image: a function of content, not of order or process."""
+def _encode_frames(job: ClipJob, clip: Clip, vae: Any, frames: int) -> dict[str, Tensor]:
+    """``frame_latents``, [K, C, N, H', W'], if the address asks for images beside the first of so many latent frames.
+
+    Each is the last pixel frame of its latent frame: of the last one, the clip's last, as an image for sampling is.
+    """
+    draws = job.address["image_draws"]
+    # The first latent frame covers one pixel frame, each other one as many as the VAE takes together.
+    step = (clip.pixels.shape[1] - 1) // max(1, frames - 1)
+    images = [
+        encode_image(vae, clip.pixels[:, step * frame], draws, image_noise(job.address, draws, frame))
+        for frame in stored_frames(job.address.get("condition_frames"), frames)
+    ]
+    return {"frame_latents": torch.cat(images, dim=2)} if images else {}
+
+
+def image_noise(address: Mapping[str, Any], draws: int, frame: int = 0) -> list[torch.Generator]:
+    """One generator per draw of a clip's noise-augmented image: a function of content, not of order or process.
+
+    Args:
+        address: of the clip's latents.
+        draws: K.
+        frame: which latent frame is encoded as an image.
+    """
     content = digest_of([address["media"], address["image"], address["plan"]])
-    return [generator(NOISE_SEED, "image-noise", content, k) for k in range(draws)]
+    further = (frame,) if frame else ()
+    return [generator(NOISE_SEED, "image-noise", content, k, *further) for k in range(draws)]
+
+
+def clip_bytes(
+    spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int, condition_frames: StoredFrames | None = None
+) -> int:
+    """Size of one clip's tensors: mean and deviation, for image-to-video ``draws`` encodings of each image, and a
+    control's.
+    """
+    channels, frames, height, width = spec.latent_shape(bucket)
+    images = 1 + len(stored_frames(condition_frames, frames))
+    return ((3 if spec.control else 2) * frames + draws * images) * channels * height * width * DTYPE_BYTES[dtype]
 
 
 def set_tiling(vae: Any, setting: Literal["auto", "on", "off"], bucket: Bucket) -> bool:

@@ -30,6 +30,7 @@ from finetune.caching.encode import (
     ClipJob,
     EncodeJob,
     ImageJob,
+    clip_bytes,
     clip_job,
     encode_captions,
     encode_clips,
@@ -47,7 +48,7 @@ from finetune.core.collector import collector_paused
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import from_here, human_size, require_space
-from finetune.core.types import DTYPE_BYTES, Bucket, ClipPlan, DtypeName
+from finetune.core.types import DTYPE_BYTES, ClipPlan, DtypeName
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_packing import PackReport, pack
 from finetune.datasets.manifests import (
@@ -114,7 +115,7 @@ def plan_cache(
     streamed = report.streamed
     encoding = encoding_of(config, spec, cache, fetch=True)
     samples, bucket = config.validation.samples, sample_bucket(config)
-    images = {sample.image for sample in samples if sample.image and spec.image_to_video}
+    images = {image for sample in samples for image in sample.images if spec.image_to_video}
     conditions = {clip.sample.image for clip in report.clips if clip.sample.image and spec.image_to_video}
     left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
     media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
@@ -193,17 +194,12 @@ def plan_cache(
     prompts = tuple(job for key, job in captions.items() if key not in there["prompts"])
     pixels = tuple(job for key, job in stills.items() if key not in there["images"])
     draws = encoding.image_draws or 0
-    needed = sum(clip_bytes(spec, job.plan.bucket, encoding.latents_dtype, draws=draws) for job in latents)
+    stored, further = encoding.latents_dtype, encoding.condition_frames
+    needed = sum(clip_bytes(spec, job.plan.bucket, stored, draws=draws, condition_frames=further) for job in latents)
     needed += len(prompts) * prompt_bytes(spec, encoding.dtype) + len(pixels) * 3 * bucket.height * bucket.width
     needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(pixels))
     needed += 2 * len(manifest.to_bytes(config.base))  # the old one stands until the new one is whole
     return CachePlan(manifest, latents, prompts, pixels, needed, part, failures)
-
-
-def clip_bytes(spec: ModelSpec, bucket: Bucket, dtype: DtypeName, *, draws: int) -> int:
-    """Size of one clip's tensors: mean and deviation, for image-to-video ``draws`` single frames, and a control's."""
-    channels, frames, height, width = spec.latent_shape(bucket)
-    return ((3 if spec.control else 2) * frames + draws) * channels * height * width * DTYPE_BYTES[dtype]
 
 
 def prompt_bytes(spec: ModelSpec, dtype: DtypeName) -> int:

@@ -77,6 +77,7 @@ def encoding_of(config: RunConfig, spec: ModelSpec, cache: Cache, *, fetch: bool
         latents_dtype=config.cache.latents_dtype,
         image_draws=config.cache.image_draws if spec.image_to_video else None,
         pixel_rule=PIXEL_RULE,
+        condition_frames=config.data.condition_frames.stored if spec.image_to_video else None,
     )
 
 
@@ -110,7 +111,8 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
         for source in data["sources"]
     ]
     samples = config.validation.samples
-    images = sorted({sample.image for sample in samples if sample.image} if spec.image_to_video else ())
+    images = sorted({image for sample in samples for image in sample.images} if spec.image_to_video else ())
+    further = encoding.condition_frames
     companions = [name for name in beside_of(config, spec) if name != "image"]
     return {
         "format": {"cache": FORMAT, "pixels": encoding.pixel_rule, "headers": _PLANNING_RULES},
@@ -122,7 +124,11 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
             "max_text_seq_length": encoding.max_length,
             "image_to_video": spec.image_to_video,
         },
-        "cache": {"latents_dtype": encoding.latents_dtype, "image_draws": encoding.image_draws},
+        "cache": {
+            "latents_dtype": encoding.latents_dtype,
+            "image_draws": encoding.image_draws,
+            **({"condition_frames": further} if further else {}),
+        },
         "validation": {
             "prompts": sorted({sample.prompt for sample in samples}),
             "images": images,

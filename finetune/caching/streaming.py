@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.caching.check import PlannedClip, beside_of, workers_for
-from finetune.caching.encode import ClipEncoder, ClipJob, clip_job
+from finetune.caching.encode import ClipEncoder, ClipJob, clip_bytes, clip_job
 from finetune.caching.request import encoding_of
 from finetune.caching.writing import EncodeResult
 from finetune.cogvideox.spec import ModelSpec
@@ -27,7 +27,6 @@ from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CacheError, DataError, raise_all
 from finetune.core.files import disk_fix, require_space
 from finetune.core.terminal import Bar
-from finetune.core.types import DTYPE_BYTES
 from finetune.datasets.cache import Cache, Encoding
 from finetune.datasets.geometry import plan_clips
 from finetune.datasets.parts import Part
@@ -220,10 +219,9 @@ def _encode_window(
 
 
 def _bytes_of(job: ClipJob, spec: ModelSpec) -> int:
-    channels, frames, height, width = spec.latent_shape(job.plan.bucket)
-    return (
-        (2 * frames + (job.address["image_draws"] or 0)) * channels * height * width * DTYPE_BYTES[job.address["dtype"]]
-    )
+    address = job.address
+    draws, further = address["image_draws"] or 0, address.get("condition_frames")
+    return clip_bytes(spec, job.plan.bucket, address["dtype"], draws=draws, condition_frames=further)
 
 
 def _on_disk(job: ClipJob, arrival: Arrival) -> ClipJob:

@@ -54,6 +54,7 @@ _RULES: Mapping[str, tuple[bool, str]] = {
     "train.ema_decay": (False, "the average in the checkpoint was made with it"),
     # Clips, captions, buckets and their encoding are compared through the cache's digest, which sees their content.
     "data": (True, "the training data are compared by content"),
+    "data.condition_frames": (True, "holds from the next step; which frames are stored is compared by content"),
     "cache": (True, "the training data are compared by content"),
     "parallel": (True, "it does not change what is computed"),
     "memory": (True, "it does not change what is computed"),
@@ -76,6 +77,7 @@ _SINCE: Mapping[str, object] = {
     "model.attention": "auto",
     "data.unreadable_captions": "warn",
     "data.image_buckets": None,
+    "data.condition_frames.kind": "first",
 }
 """Fields that configurations did not always have, and what was done before."""
 
@@ -99,6 +101,8 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
     values = json.loads(json.dumps(config, default=str))
     if sources := values.get("data", {}).get("sources"):
         values["data"]["sources"] = [{**source_since(source.get("kind")), **source} for source in sources]
+    if samples := values.get("validation", {}).get("samples"):
+        values["validation"]["samples"] = [{"last_image": None, "keyframes": None, **sample} for sample in samples]
     return {**_SINCE, **flat(values)}
 
 

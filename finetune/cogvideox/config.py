@@ -76,18 +76,88 @@ def _stored_dtype(folder: Path) -> str | None:
     return numbers.most_common(1)[0][0] if numbers else None
 
 
+StoredFrames = Literal["last", "all"]
+"""Which latent frames the cache holds as single images beside the first."""
+
+
+class FirstFrame(Strict):
+    """The first frame alone, as the published models were trained."""
+
+    kind: Literal["first"] = "first"
+
+    @property
+    def stored(self) -> StoredFrames | None:
+        """What the cache holds beside the first frame."""
+        return None
+
+
+class FirstAndLastFrames(Strict):
+    """The first frame and the last one, for videos between two images."""
+
+    kind: Literal["first_last"] = "first_last"
+
+    @property
+    def stored(self) -> StoredFrames | None:
+        """What the cache holds beside the first frame."""
+        return "last"
+
+
+class AnyFrames(Strict):
+    """Drawn for each sample anew: one of four choices, as often as its share says, so that one model takes them all."""
+
+    kind: Literal["any"] = "any"
+    first: float = Field(1.0, ge=0, le=1e6)
+    """Share of samples that are given the first frame alone."""
+    first_last: float = Field(1.0, ge=0, le=1e6)
+    """Share of samples that are given the first frame and the last one."""
+    last: float = Field(1.0, ge=0, le=1e6)
+    """Share of samples that are given the last frame alone."""
+    random: float = Field(1.0, ge=0, le=1e6)
+    """Share of samples that are given 1 to ``most`` frames, each number as often, anywhere in the clip."""
+    most: int = Field(3, ge=1, le=64)
+    """The greatest number of frames of a ``random`` sample."""
+
+    @model_validator(mode="after")
+    def _some_share(self) -> AnyFrames:
+        if not any(self.shares):
+            raise ValueError("every share is 0, so no sample has any frames")
+        return self
+
+    @property
+    def shares(self) -> tuple[float, float, float, float]:
+        """Of the four choices, in the order in which they stand here."""
+        return self.first, self.first_last, self.last, self.random
+
+    @property
+    def stored(self) -> StoredFrames | None:
+        """What the cache holds beside the first frame."""
+        return "all" if self.random else "last" if self.first_last or self.last else None
+
+
+ConditionFrames = FirstFrame | FirstAndLastFrames | AnyFrames
+
+
 class DropoutConfig(Strict):
-    """How often the conditions are withheld, so that classifier-free guidance has something to guide away from."""
+    """Which conditions a sample has, and how often they are withheld, so that classifier-free guidance has something to
+    guide away from.
+    """
 
     caption_dropout: float = Field(0.1, ge=0, le=1)
     """Probability that a sample trains on the unconditional text. The original CogVideoX training used 0.1."""
     image_dropout: float = Field(0.05, ge=0, le=1)
-    """Probability that an image-to-video sample trains on an all-zero image. The original training used 0.05."""
+    """Probability that an image-to-video sample trains on all-zero images. The original training used 0.05."""
     control_dropout: float = Field(0.05, ge=0, le=1)
     """Probability that a sample trains on an all-zero control video (``model.control``), so that the model stays one
     that can do without."""
     unconditional_text: Literal["empty", "zeros"] = "empty"
     """What stands for "no caption": the embedding of the empty caption, as diffusers samples, or zeros, as SAT did."""
+    condition_frames: Annotated[ConditionFrames, Field(discriminator="kind")] = FirstFrame()
+    """Which frames of a clip an image-to-video model is given; a kind's name stands for its defaults."""
+
+    @field_validator("condition_frames", mode="before")
+    @classmethod
+    def _condition_frames_kind(cls, value: Any) -> Any:
+        return {"kind": value} if isinstance(value, str) else value
 
 
 class UniformTimesteps(Strict):

@@ -5,7 +5,7 @@ Encoders are used as they are given: dtype, device, tiling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -179,13 +179,32 @@ def control_latents(spec: ModelSpec, latents: Tensor) -> Tensor:
     return model_latents(spec, latents, torch.zeros_like(latents), torch.zeros_like(latents))
 
 
+def lay_out(latents: Mapping[int, Tensor], *, frames: int, padded_frames: int) -> Tensor:
+    """The condition of a whole clip: each given frame at its place, zeros elsewhere.
+
+    Args:
+        latents: of each given frame, by its latent frame in the clip; [..., C, 1, H', W'] each, at least one.
+        frames: F' of the clip.
+        padded_frames: F'' after front padding. The first frame stands at the first of these, where the stock pipeline
+            puts it; all others move with the clip, so that the last one stands at the last.
+
+    Returns:
+        [..., C, F'', H', W'].
+    """
+    some = next(iter(latents.values()))
+    condition = some.new_zeros(*some.shape[:-3], padded_frames, *some.shape[-2:])
+    for frame, image in latents.items():
+        condition[..., frame - frames if frame else 0, :, :] = image[..., 0, :, :]
+    return condition
+
+
 def condition_latents(spec: ModelSpec, image_latents: Tensor) -> Tensor:
     """Scale the latents of an image condition as the stock image-to-video pipeline does.
 
     Args:
         spec: ``invert_scale_latents`` divides where videos are always multiplied. Training with one and sampling with
             the other is a factor of two (0.7 squared), seen as dark, saturated or grey videos.
-        image_latents: unscaled, [B, C, 1, H', W'].
+        image_latents: unscaled, [B, C, K, H', W'].
 
     Returns:
         float32, same shape.

@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cogvideox.config import (
+    AnyFrames,
     BandedTimesteps,
+    ConditionFrames,
     DropoutConfig,
+    FirstFrame,
     LogitNormalTimesteps,
     LossWeighting,
     MinSnrWeighting,
@@ -43,7 +46,9 @@ class NoiseSample:
     drop_image: bool
     drop_control: bool
     image_draw: int
-    """Which of the K cached noise-augmented images to use."""
+    """Which of the K cached noise-augmented encodings of each given frame to use."""
+    given_frames: tuple[int, ...]
+    """Latent frames that the model is given as images, rising, counted before front padding."""
 
 
 def sample_noise(
@@ -70,7 +75,7 @@ def sample_noise(
         latent_shape: (C, F, H, W) of the cached posterior.
         padded_frames: F after front padding (equal to F for models without a temporal patch).
         image_draws: how many image latents the cache holds for this sample; 0 for text-to-video.
-        dropout: the probabilities.
+        dropout: the probabilities, and which frames are given.
         num_train_timesteps: timesteps are from {0, ..., this - 1}.
         timesteps: how often each of them.
         purpose: separates the streams of training from those of validation.
@@ -88,7 +93,24 @@ def sample_noise(
         drop_image=image_draws > 0 and _bernoulli(dropout.image_dropout, source("image")),
         drop_control=_bernoulli(dropout.control_dropout, source("control")),
         image_draw=int(torch.randint(image_draws, (), generator=source("image_draw"))) if image_draws else 0,
+        given_frames=given_frames(dropout.condition_frames, frames, source("frames")),
     )
+
+
+def given_frames(choice: ConditionFrames, frames: int, generator: torch.Generator) -> tuple[int, ...]:
+    """Which of ``frames`` latent frames a sample is given as images, rising; drawn only where there is a choice."""
+    if isinstance(choice, AnyFrames):
+        return _any_frames(choice, frames, generator)
+    return (0,) if isinstance(choice, FirstFrame) else tuple(sorted({0, frames - 1}))
+
+
+def _any_frames(choice: AnyFrames, frames: int, generator: torch.Generator) -> tuple[int, ...]:
+    shares = torch.tensor(choice.shares, dtype=torch.float64)
+    kind = int(torch.multinomial(shares, 1, generator=generator))
+    if kind < 3:
+        return ((0,), tuple(sorted({0, frames - 1})), (frames - 1,))[kind]
+    number = int(torch.randint(1, min(choice.most, frames) + 1, (), generator=generator))
+    return tuple(sorted(torch.randperm(frames, generator=generator)[:number].tolist()))
 
 
 def sample_timestep(

@@ -110,13 +110,21 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         for fault in spec.check_bucket(bucket):
             yield True, path, fault, ""
     for index, sample in enumerate(validation.samples):
-        path, image = f"validation.samples.{index}", sample.image
+        path, images = f"validation.samples.{index}", sample.images
+        field = next((name for name in ("image", "last_image", "keyframes") if getattr(sample, name)), "image")
         what = "an image-to-video model samples from an image, and this prompt has none"
-        yield image_to_video and image is None, path, what, "add `image: PATH` beside the prompt"
+        yield image_to_video and not images, path, what, "add `image: PATH` beside the prompt"
         fix = "remove the image, or choose an image-to-video model"
-        yield image is not None and not image_to_video, f"{path}.image", "a text-to-video model takes no image", fix
-        if image is not None and image_to_video and config.cache.mode != "require":
-            yield not image.is_file(), f"{path}.image", f"there is no image {image}", ""
+        yield bool(images) and not image_to_video, f"{path}.{field}", "a text-to-video model takes no image", fix
+        if image_to_video:
+            for fault in sample.image_faults((validation.bucket or config.data.buckets[0]).frames, spec.vae_temporal):
+                yield True, f"{path}.keyframes", fault, ""
+        for image in images if image_to_video and config.cache.mode != "require" else ():
+            yield not image.is_file(), f"{path}.{field}", f"there is no image {image}", ""
+    frames = config.data.condition_frames.kind
+    what = f"a text-to-video model is given no frames, and {frames} is wanted"
+    fix = "leave data.condition_frames out, or choose an image-to-video model"
+    yield frames != "first" and not image_to_video, "data.condition_frames", what, fix
     most = spec.num_train_timesteps
     what = f"{validation.timesteps} timesteps are wanted; the model has {most}"
     yield validation.timesteps > most, "validation.timesteps", what, ""

@@ -362,6 +362,8 @@ def _absolute(value: Any, base: Path) -> Any:
         )
     if isinstance(value, tuple | list):
         return type(value)(_absolute(item, base) for item in value)
+    if isinstance(value, dict):
+        return {key: _absolute(item, base) for key, item in value.items()}
     return _resolve(value, base) if isinstance(value, Path) else value
 
 

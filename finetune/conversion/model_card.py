@@ -98,6 +98,11 @@ class ExportedModel:
         return self.source.config.data.trigger or "a video"
 
     @property
+    def takes_last_frame(self) -> bool:
+        """Whether it was trained to be given other frames than the first."""
+        return self.spec.image_to_video and self.source.config.data.condition_frames.stored is not None
+
+    @property
     def command(self) -> str:
         """The command that samples with it; empty for a layout of other programs."""
         if self.is_adapter and self.layout != "diffusers":
@@ -105,6 +110,7 @@ class ExportedModel:
         words = ["finetune", "generate", "--model", self.base, "--adapter" if self.is_adapter else "--transformer"]
         words += [self.name, *(["--revision", self.source.revision] if self.source.revision is not None else [])]
         words += ["--image", "first_frame.png"] if self.spec.image_to_video else []
+        words += ["--last-image", "last_frame.png"] if self.takes_last_frame else []
         return shlex.join([*words, "--prompt", self.example_caption])
 
 
@@ -128,6 +134,7 @@ def training_record(model: ExportedModel, verification: Verification) -> str:
         "buckets": [str(bucket) for bucket in config.data.buckets],
         "fps": config.data.fps or model.spec.native_fps,
         "trigger": config.data.trigger,
+        "condition_frames": config.data.condition_frames.kind if model.spec.image_to_video else None,
         "method": config.method.model_dump(mode="json", exclude={"init_from"}),
         **{name: getattr(config, name).model_dump(mode="json") for name in ("optimizer", "lr_schedule", "train")},
         "verified": asdict(verification),

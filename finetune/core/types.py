@@ -7,7 +7,7 @@ width, ``K`` noise-augmented draws of an image condition. Video and latents are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
@@ -173,13 +173,16 @@ class CacheEntry:
     """What the cache holds for one clip and its caption; all tensors on the CPU.
 
     ``latents_mean`` and ``latents_std`` are the VAE posterior before any scaling factor, [C, F, H, W];
-    ``image_latents`` are K posterior samples of the noise-augmented first frame, before any scaling, [K, C, 1, H, W].
+    ``image_latents`` are K posterior samples of the noise-augmented first frame, before any scaling, [K, C, 1, H, W];
+    ``frame_latents`` are those of the last N latent frames, each made from the last pixel frame that it covers alone,
+    [K, C, N, H, W].
     """
 
     latents_mean: Tensor
     latents_std: Tensor
     prompt_embeds: Tensor
     image_latents: Tensor | None
+    frame_latents: Tensor | None = None
     control_latents: Tensor | None = None
     """The mode of the VAE's posterior of the control video, before any scaling, [C, F, H, W]."""
     mask: Tensor | None = None
@@ -192,7 +195,8 @@ class Batch:
 
     ``latents`` and ``noise`` are float32 [B, C, F, H, W]: posterior samples in model space (scaled, and padded in front
     where the model has a temporal patch). ``image_latents`` are scaled the way the stock pipeline scales them and
-    zeroed where image dropout fell, [B, C, 1, H, W]; of a control video (padded as ``latents``) [B, C, F, H, W]; or
+    zeroed where image dropout fell, [B, C, 1, H, W]; of a control video (padded as ``latents``), and where other frames
+    than the first may be given, [B, C, F, H, W];
     None for text-to-video.
     """
 
@@ -262,5 +266,35 @@ class SamplePrompt(Strict):
     """The text to sample for, as it stands: caption prefix, suffix and trigger word are not added."""
     image: Path | None = None
     """First frame, for image-to-video models; a relative path starts at the configuration file's folder."""
+    last_image: Path | None = None
+    """Last frame, for image-to-video models; best for one that was trained with it (``data.condition_frames``)."""
+    keyframes: dict[int, Path] | None = Field(None, max_length=64)
+    """Further frames by their number in the video: ``{24: middle.png}``. Numbers are multiples of the VAE's 4."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of the noise that sampling starts from: the same at every step, so that only the weights differ."""
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """The files of all frames that are given."""
+        ends = [image for image in (self.image, self.last_image) if image is not None]
+        return (*ends, *(self.keyframes or {}).values())
+
+    def images_by_frame(self, frames: int) -> dict[int, Path]:
+        """The files of all frames that are given, by their number in a video of ``frames``, rising."""
+        ends = {0: self.image, frames - 1: self.last_image}
+        given = (self.keyframes or {}) | {frame: image for frame, image in ends.items() if image is not None}
+        return dict(sorted(given.items()))
+
+    def image_faults(self, frames: int, step: int) -> Iterator[str]:
+        """What is wrong with the numbers of ``keyframes`` in a video of ``frames``.
+
+        Args:
+            frames: of the video.
+            step: pixel frames of a latent frame.
+        """
+        for frame in self.keyframes or ():
+            if not 0 <= frame < frames or frame % step:
+                yield f"a keyframe at frame {frame} is not possible: 0, {step}, {2 * step}... to {frames - 1}"
+            elif (frame == 0 and self.image) or (frame == frames - 1 and self.last_image):
+                name = "image" if frame == 0 else "last_image"
+                yield f"frame {frame} is given twice, as {name} and in keyframes"

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 from pydantic import Field
 
+from finetune.cogvideox.config import StoredFrames
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.core import locks
 from finetune.core.checksums import canonical_json, checksummed_json, digest_file, digest_of, parse_checksummed_json
@@ -75,7 +76,7 @@ class CacheConfig(Strict):
     naming what differs, and accepts that the videos themselves are not on this machine."""
     image_draws: int = Field(4, ge=1, le=64)
     """Image-to-video: how many noise-augmented encodings of each clip's first frame are stored; training picks one at
-    random each time."""
+    random each time. Of the other frames that ``data.condition_frames`` needs, as many each."""
     latents_dtype: DtypeName = "fp16"
     """Precision of stored latents. fp16 keeps 11 significant bits, far finer than the VAE's own noise; bf16 keeps 8."""
     decode_workers: int | None = Field(None, ge=0, le=64)
@@ -112,6 +113,8 @@ class Encoding:
     """K for image-to-video, None for text-to-video."""
     pixel_rule: str
     """Names the arithmetic from a decoded frame to pixels."""
+    condition_frames: StoredFrames | None = None
+    """Which frames beside the first are stored as images, for image-to-video."""
 
     def latents_address(
         self,
@@ -133,6 +136,8 @@ class Encoding:
                 plain videos keep the addresses they had before there were any.
             companions: of what goes with the clip frame for frame, by name, the digest of its file and then its own
                 corrections. Left out where there is none. They are cut as the clip is.
+
+        Frames beside the first are left out likewise where none is stored.
         """
         cut = {name: value for name, value in asdict(plan).items() if name != "flip" or value}
         return {
@@ -148,6 +153,7 @@ class Encoding:
             "image_draws": self.image_draws,
             **({"corrections": list(corrections)} if corrections else {}),
             **({"companions": {name: list(one) for name, one in companions.items()}} if companions else {}),
+            **({"condition_frames": self.condition_frames} if self.condition_frames else {}),
         }
 
     def prompt_address(self, text: str) -> dict[str, Any]:
@@ -171,6 +177,11 @@ class Encoding:
             "width": bucket.width,
             "pixels": self.pixel_rule,
         }
+
+
+def stored_frames(which: StoredFrames | None, frames: int) -> range:
+    """Which of ``frames`` latent frames an entry holds as single images beside the first: none, the last, or all."""
+    return range({None: frames, "last": max(1, frames - 1), "all": 1}[which], frames)
 
 
 def move_aside(path: Path, fault: Callable[[bytes], str]) -> Path:
@@ -300,7 +311,7 @@ class Cache:
         std: Tensor,
         image_latents: Tensor | None,
         *,
-        companions: Mapping[str, Tensor] = MappingProxyType({}),
+        further: Mapping[str, Tensor] = MappingProxyType({}),
         made_with: Mapping[str, Any] | None = None,
     ) -> int:
         """Store one clip's posterior in the dtype its address names.
@@ -310,7 +321,7 @@ class Cache:
             mean: [C, F, H, W] before any scaling factor.
             std: the same shape.
             image_latents: [K, C, 1, H, W], image-to-video only.
-            companions: what was made of what goes with the clip, by the names that ``CacheEntry`` has for it, such as
+            further: what else the entry holds, by the names that ``CacheEntry`` has for it, such as
                 ``control_latents``, [C, F, H, W].
             made_with: how it was made on this machine (tiling, say). Recorded, but no part of the address: an entry
                 must not become unusable on another machine.
@@ -322,7 +333,7 @@ class Cache:
             CacheError: if a value is not finite, in the encoder's output or after rounding to the stored dtype.
         """
         dtype = torch_dtype(address["dtype"])
-        tensors = {"latents_mean": mean, "latents_std": std, **companions}
+        tensors = {"latents_mean": mean, "latents_std": std, **further}
         if image_latents is not None:
             tensors["image_latents"] = image_latents
         # To the host at once: each look at a tensor on a GPU would wait for what the encoder was given meanwhile.
@@ -402,6 +413,7 @@ class Cache:
             image_latents=latents.get("image_latents"),
             control_latents=latents.get("control_latents"),
             mask=latents.get("mask"),
+            frame_latents=latents.get("frame_latents"),
         )
 
     def read_prompt(self, key: str) -> Tensor:

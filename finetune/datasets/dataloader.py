@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox.config import DropoutConfig, ObjectiveConfig
-from finetune.cogvideox.encode import condition_latents, control_latents, model_latents
-from finetune.cogvideox.objective import alpha_bar, loss_mask, sample_noise, timestep_weights
+from finetune.cogvideox.encode import condition_latents, control_latents, lay_out, model_latents
+from finetune.cogvideox.objective import NoiseSample, alpha_bar, loss_mask, sample_noise, timestep_weights
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import generator
 from finetune.core.types import Batch, CacheEntry
@@ -51,7 +51,7 @@ class BatchMaker:
         cache: where the entries are read.
         items: the clips that indices in ``MicroBatch.items`` refer to.
         empty_prompt: embedding that stands for "no caption", [L, D].
-        dropout: how often conditions are withheld.
+        dropout: which conditions a sample has, and how often they are withheld.
         seed: the run's seed.
         objective: which timesteps are trained, and what their losses count.
     """
@@ -106,8 +106,8 @@ class BatchMaker:
             index: the clip.
             timesteps: one sample of the batch each.
         """
-        never = DropoutConfig(caption_dropout=0, image_dropout=0, control_dropout=0)
-        keeping = replace(self, dropout=never, objective=ObjectiveConfig())
+        never = {"caption_dropout": 0.0, "image_dropout": 0.0, "control_dropout": 0.0}
+        keeping = replace(self, dropout=self.dropout.model_copy(update=never), objective=ObjectiveConfig())
         item = replace(self.items[index], caption_dropout=None)
         # The address is the clip's content, so a clip keeps its noise when others are added or taken away.
         clip = int(item.content_key[:12], 16)
@@ -137,19 +137,12 @@ class BatchMaker:
             purpose=purpose,
         )
         mean, std = entry.latents_mean.float()[None], entry.latents_std.float()[None]
-        image = None
-        if entry.image_latents is not None:
-            drawn = entry.image_latents[choice.image_draw].float()[None]
-            image = condition_latents(self.spec, torch.zeros_like(drawn) if choice.drop_image else drawn)
-        if self.spec.control and entry.control_latents is not None:
-            control = entry.control_latents.float()[None]
-            image = control_latents(self.spec, torch.zeros_like(control) if choice.drop_control else control)
         return Batch(
             latents=model_latents(self.spec, mean, std, choice.posterior_noise[None]),
             noise=choice.noise[None],
             timesteps=torch.tensor([choice.timestep]),
             prompt_embeds=(self.empty_prompt if choice.drop_caption else entry.prompt_embeds)[None],
-            image_latents=image,
+            image_latents=self._condition(entry, choice),
             slots=(slot,),
             clips=(item.clip,),
             weights=self._weight(item.weight, choice.timestep),
@@ -161,6 +154,26 @@ class BatchMaker:
         if self.objective.masked is None or entry.mask is None:
             return None
         return loss_mask(self.spec, entry.mask, self.objective.masked.outside)[None]
+
+    def _condition(self, entry: CacheEntry, choice: NoiseSample) -> Tensor | None:
+        """What the model is given beside the noise, scaled: the first frame, [1, C, 1, H, W]; the whole clip's
+        condition, [1, C, F, H, W], where other frames may be given or of a control video; None for text-to-video.
+        """
+        if self.spec.control and entry.control_latents is not None:
+            control = entry.control_latents.float()[None]
+            return control_latents(self.spec, torch.zeros_like(control) if choice.drop_control else control)
+        if entry.image_latents is None:
+            return None
+        images = entry.image_latents[choice.image_draw].float()[None]
+        if self.dropout.condition_frames.stored is not None:
+            frames, padded = entry.latents_mean.shape[1], choice.noise.shape[1]
+            given = dict.fromkeys(choice.given_frames, images)
+            if entry.frame_latents is not None:
+                further = entry.frame_latents[choice.image_draw].float()[None]
+                # Stored are the last ones, so they are counted from the end.
+                given |= {frame: further[:, :, [frame - frames]] for frame in choice.given_frames if frame}
+            images = lay_out(given, frames=frames, padded_frames=padded)
+        return condition_latents(self.spec, torch.zeros_like(images) if choice.drop_image else images)
 
     def _weight(self, weight: float, timestep: int) -> Tensor | None:
         """What a sample's loss is multiplied by, [1]; None for 1."""

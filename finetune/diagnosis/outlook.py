@@ -7,7 +7,8 @@ minute the first time for a model and memory section, and a few seconds ever aft
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 from finetune.cogvideox.components import Vae, read_part
 from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
@@ -101,7 +102,9 @@ def look_ahead(
         device: name of the GPU; empty for the one that is here, or an A100.
     """
     # Both import torch, which takes a second that looking at clips need not wait for.
-    from finetune.caching.precompute import ENTRY_OVERHEAD, clip_bytes, prompt_bytes
+    from finetune.caching.encode import clip_bytes
+    from finetune.caching.precompute import ENTRY_OVERHEAD, prompt_bytes
+    from finetune.datasets.cache import stored_frames
     from finetune.planner.cost_model import device_here, rates_of
     from finetune.planner.step_time import step_cost
 
@@ -121,6 +124,14 @@ def look_ahead(
     vae = read_part(json_folder(config.model.pretrained, config.model.revision), "vae")
     assert isinstance(vae, Vae)
     draws = cache.image_draws if spec.image_to_video else 0
+    further = config.data.condition_frames.stored
+    entry_bytes = partial(clip_bytes, spec, dtype=cache.latents_dtype, draws=draws, condition_frames=further)
+
+    def encode_s(bucket: Bucket) -> float:
+        images = draws * len(stored_frames(further, spec.latent_frames(bucket.frames)))
+        one = encode_operations(vae, replace(bucket, frames=1))
+        return (encode_operations(vae, bucket) + images * one) / (_CONVOLUTIONS * rates.gemm)
+
     embeds = prompt_bytes(spec, "bf16")
     return Outlook(
         device=rates.device,
@@ -128,15 +139,9 @@ def look_ahead(
         step_s=cost.step_s,
         training_s=steps * cost.step_s,
         measuring_s=passes * forward_s,
-        encode_s={
-            bucket: count * encode_operations(vae, bucket) / (_CONVOLUTIONS * rates.gemm)
-            for bucket, count in clips.items()
-        },
+        encode_s={bucket: count * encode_s(bucket) for bucket, count in clips.items()},
         caption_s=captions * 2 * _T5_WEIGHTS * spec.max_text_seq_length / rates.gemm,
-        cache_bytes={
-            bucket: count * (clip_bytes(spec, bucket, cache.latents_dtype, draws=draws) + ENTRY_OVERHEAD)
-            for bucket, count in clips.items()
-        },
+        cache_bytes={bucket: count * (entry_bytes(bucket) + ENTRY_OVERHEAD) for bucket, count in clips.items()},
         caption_bytes=captions * (embeds + ENTRY_OVERHEAD),
         free_bytes=free_space(cache.dir),
         download_gb=_download_gb(config),
@@ -161,8 +166,6 @@ def with_memory(outlook: Outlook, nbytes: int | None, message: str, card_bytes: 
         message: in words, or why there is none.
         card_bytes: of the card; None where it is not known.
     """
-    from dataclasses import replace
-
     if nbytes is None or card_bytes is None:
         return replace(outlook, memory=message)
     needed = nbytes + round(OVERHEAD_GIB * GIB)

@@ -1,10 +1,11 @@
-"""What a video is sampled from: a text alone, a first frame, a first and a last frame, or another video.
+"""What a video is sampled from: a text alone, a first frame, frames anywhere, or another video.
 
 Each is a value of its own with the stock pipeline that samples it and the arguments which are that pipeline's alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,22 +77,32 @@ class FromImage:
 
 @dataclass(frozen=True)
 class FromImages:
-    """Image-to-video with a last frame as well: stock weights were not trained for it."""
+    """Image-to-video with other frames than the first: stock weights were not trained for it."""
 
     image_to_video: ClassVar[bool] = True
-    image: Path | Tensor
-    """First frame, as in ``FromImage``."""
-    last_image: Path | Tensor
+    images: Mapping[int, Path | Tensor]
+    """At least one, each as in ``FromImage``, by its number in the video: 0 or a multiple of the VAE's step."""
 
     def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
-        """The stock image-to-video pipeline, with the condition of its last latent frame filled."""
-        pipeline = FromImage(self.image).pipeline(bucket, **modules)
-        pipeline.prepare_latents = partial(_with_last_frame, pipeline, _picture(self.last_image, bucket))
+        """The stock image-to-video pipeline, with its condition filled where there is an image, and nowhere else."""
+        pipeline = FromImage(self.images[min(self.images)]).pipeline(bucket, **modules)
+        step = pipeline.vae_scale_factor_temporal
+        # Where the pipeline pads, it pads in front, and the first frame alone stays at the first place.
+        places = {frame: (frame - bucket.frames + 1) // step - 1 if frame else 0 for frame in sorted(self.images)}
+        pictures = {places[frame]: _picture(self.images[frame], bucket) for frame in places}
+        pipeline.prepare_latents = partial(_with_frames, pipeline, pictures)
         return pipeline
 
     def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
-        """As ``FromImage``'s: the pipeline has the last frame already."""
-        return FromImage(self.image).arguments(spec, bucket)
+        """As ``FromImage``'s, of the first image there is: the pipeline wants one, and has all of them already."""
+        return FromImage(self.images[min(self.images)]).arguments(spec, bucket)
+
+
+def image_mode(images: Mapping[int, Path | Tensor]) -> FromText | FromImage | FromImages:
+    """What a video with these images, by their numbers in the video, is sampled from."""
+    if not images:
+        return FromText()
+    return FromImage(images[0]) if images.keys() == {0} else FromImages(images)
 
 
 @dataclass(frozen=True)
@@ -122,15 +133,15 @@ class FromVideo:
         return {"video": [Image.fromarray(frame) for frame in frames], "strength": self.strength}
 
 
-def _with_last_frame(
-    pipeline: Any, last_image: Any, image: Tensor, batch_size: int, channels: int, *rest: Any
+def _with_frames(
+    pipeline: Any, pictures: Mapping[int, Any], image: Tensor, batch_size: int, channels: int, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    """Noise and condition as the stock pipeline makes them, [B, F, C, H, W] each; then the last frame's place.
+    """Noise and condition as the stock pipeline makes them, [B, F, C, H, W] each; then the place of every other frame.
 
     Args:
         pipeline: ``CogVideoXImageToVideoPipeline``.
-        last_image: a PIL image.
-        image: the first frame, [B, 3, H, W].
+        pictures: PIL images in the order of their frames, by latent frame: 0 for the first, others from the end.
+        image: the first of them, [B, 3, H, W].
         batch_size: B.
         channels: C of either.
         rest: frames, height, width, dtype, device, generator and given noise, as the pipeline's call hands them on.
@@ -138,11 +149,16 @@ def _with_last_frame(
     prepare = type(pipeline).prepare_latents
     frames, height, width, dtype, device, generator, _ = rest
     noise, condition = prepare(pipeline, image, batch_size, channels, frames, *rest[1:])
-    # The image's own latents, scaled by the stock rule: the condition of a video of one frame. With noise given, none
-    # is drawn, and the video starts from the noise that it has without a last frame.
-    last = pipeline.video_processor.preprocess(last_image, height=height, width=width).to(device, dtype)
-    _, single = prepare(pipeline, last, batch_size, channels, 1, height, width, dtype, device, generator, noise)
-    condition[:, -1] = single[:, -1]
+    if 0 not in pictures:
+        condition[:, 0] = 0
+    for place, picture in pictures.items():
+        if place:
+            # The image's own latents, scaled by the stock rule: the condition of a video of one frame. With noise
+            # given, none is drawn, and the video starts from the noise that it has with the first frame alone.
+            pixels = pipeline.video_processor.preprocess(picture, height=height, width=width).to(device, dtype)
+            size = batch_size, channels, 1, height, width
+            _, single = prepare(pipeline, pixels, *size, dtype, device, generator, noise)
+            condition[:, place] = single[:, -1]
     return noise, condition
 
 

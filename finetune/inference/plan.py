@@ -25,6 +25,7 @@ from finetune.inference.adapters import (
     AdapterSource,
     TrainingRecord,
     base_faults,
+    frame_notes,
     named_base,
     read_record,
     read_sources,
@@ -152,6 +153,7 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
     for where, path, record in records:
         concerned = [shot.prompt for shot in shots if tuned or path in {adapter.path for adapter in shot.adapters}]
         warnings += trigger_notes(record, where, concerned)
+    warnings += frame_notes([record for _, _, record in records], request.prompts)
     warnings += _unread(model, spec, [*(prompt.prompt for prompt in request.prompts), request.negative_prompt])
     for choice in choices:
         _log.info("note: %s", choice)

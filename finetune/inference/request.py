@@ -17,7 +17,7 @@ from finetune.core.files import LORA_FILE, atomic_write_text
 from finetune.core.text import text_fault
 from finetune.core.types import Bucket, Offload, Quantization, SamplePrompt
 from finetune.datasets.geometry import BucketField
-from finetune.inference.modes import FromImage, FromImages, FromText, FromVideo, Mode, read_clip, require_clip
+from finetune.inference.modes import FromVideo, Mode, image_mode, read_clip, require_clip
 from finetune.inference.postprocess import Interpolation
 
 _MOST_VIDEOS, _MOST_PARTS = 10_000, 1000
@@ -48,8 +48,6 @@ class AdapterArgument:
 class VideoPrompt(SamplePrompt):
     """One video to generate: what for, with which noise, and what is its own rather than the request's."""
 
-    last_image: Path | None = None
-    """Last frame, beside ``image``."""
     video: Path | None = None
     """What video-to-video starts from."""
     strength: float | None = Field(None, gt=0, le=1)
@@ -195,9 +193,9 @@ def read_prompts(path: Path, *, seeds: range = range(2**62)) -> tuple[VideoPromp
 
     Args:
         path: text with one prompt per line, or ``.jsonl`` with an object per line: ``prompt``, and where wanted
-            ``seed``, ``bucket``, ``image``, ``last_image``, ``video``, ``strength`` (of video-to-video) and
-            ``adapter`` (``PATH:STRENGTH``, or a list of them). Paths are relative to the file; empty lines are left
-            out.
+            ``seed``, ``bucket``, ``image``, ``last_image``, ``keyframes`` (images by the number of their frame),
+            ``video``, ``strength`` (of video-to-video) and ``adapter`` (``PATH:STRENGTH``, or a list of them). Paths
+            are relative to the file; empty lines are left out.
         seeds: of the prompts in turn; one that states its own leaves its place unused.
 
     Raises:
@@ -245,6 +243,8 @@ def _as_row(prompt: SamplePrompt) -> dict[str, Any]:
     for name in ("image", "last_image", "video"):
         if name in row:
             row[name] = str(Path(row[name]).absolute())
+    if "keyframes" in row:
+        row["keyframes"] = {frame: str(Path(image).absolute()) for frame, image in row["keyframes"].items()}
     if isinstance(prompt, VideoPrompt) and prompt.adapters is not None:
         row["adapter"] = [f"{adapter.path.absolute()}:{adapter.strength}" for adapter in prompt.adapters]
     return row
@@ -264,7 +264,10 @@ def _from_row(row: Any, folder: Path, seed: int) -> VideoPrompt:
         del row["adapter"]
     prompt = VideoPrompt.model_validate(row)
     files = {name: getattr(prompt, name) for name in ("image", "last_image", "video")}
-    return prompt.model_copy(update={name: folder / p.expanduser() for name, p in files.items() if p is not None})
+    here: dict[str, Any] = {name: folder / p.expanduser() for name, p in files.items() if p is not None}
+    if prompt.keyframes:
+        here["keyframes"] = {frame: folder / image.expanduser() for frame, image in prompt.keyframes.items()}
+    return prompt.model_copy(update=here)
 
 
 def mode_of(prompt: VideoPrompt, bucket: Bucket, fps: float, strength: float) -> Mode:
@@ -275,9 +278,7 @@ def mode_of(prompt: VideoPrompt, bucket: Bucket, fps: float, strength: float) ->
     """
     if prompt.video is not None:
         return FromVideo(read_clip(prompt.video, bucket, fps), prompt.strength or strength)
-    if prompt.image is None:
-        return FromText()
-    return FromImage(prompt.image) if prompt.last_image is None else FromImages(prompt.image, prompt.last_image)
+    return image_mode(prompt.images_by_frame(bucket.frames))
 
 
 def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fps: float) -> Iterator[FinetuneError]:
@@ -286,7 +287,7 @@ def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fp
         yield ConfigError("there is no prompt", fix="give --prompt TEXT or --prompts FILE")
     for index, prompt in enumerate(request.prompts):
         where = f"prompt {index + 1} ({prompt.prompt[:40]!r})"
-        yield from _prompt_faults(prompt, spec, where=where)
+        yield from _prompt_faults(prompt, spec, prompt.bucket or bucket, where=where)
         yield from _video_faults(request, prompt, prompt.bucket or bucket, fps, where=where)
     for size in {bucket, *(prompt.bucket for prompt in request.prompts if prompt.bucket is not None)}:
         for problem in spec.check_bucket(size):
@@ -309,22 +310,24 @@ def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fp
         yield ConfigError("the output is a file, not a folder", where=str(request.out))
 
 
-def _prompt_faults(prompt: VideoPrompt, spec: ModelSpec, *, where: str) -> Iterator[ConfigError]:
+def _prompt_faults(prompt: VideoPrompt, spec: ModelSpec, bucket: Bucket, *, where: str) -> Iterator[ConfigError]:
     if fault := text_fault(prompt.prompt):
         yield ConfigError(f"the prompt is damaged: {fault}", where=where, fix="write it again as text")
-    images = [image for image in (prompt.image, prompt.last_image) if image is not None]
     if spec.image_to_video and prompt.video is not None:
         yield ConfigError(
             "the model is image-to-video, and only text-to-video models make video-to-video",
             where=where,
             fix="use a text-to-video model, or give the video's first frame as --image",
         )
-    elif spec.image_to_video and prompt.image is None:
-        yield ConfigError("the model is image-to-video and needs a first frame", where=where, fix="give --image FILE")
-    if images and not spec.image_to_video:
+    elif spec.image_to_video and not prompt.images:
+        what, fix = "the model is image-to-video and needs a first frame", "give --image FILE, or --last-image FILE"
+        yield ConfigError(what, where=where, fix=fix)
+    if prompt.images and not spec.image_to_video:
         yield ConfigError("the model is text-to-video and takes no image", where=where, fix="leave the image out")
         return
-    yield from (ConfigError("there is no such image", where=f"{where}: {p}") for p in images if not p.is_file())
+    for fault in prompt.image_faults(bucket.frames, spec.vae_temporal):
+        yield ConfigError(fault, where=f"{where}: keyframes")
+    yield from (ConfigError("there is no such image", where=f"{where}: {p}") for p in prompt.images if not p.is_file())
 
 
 def _video_faults(

@@ -287,7 +287,8 @@ def fake_batches(
     size = clips or config.train.batch_size
     latents = latent_shape(spec, bucket)
     shape = (size, *latents)
-    given = latents[1] if spec.control else 1  # frames of the condition
+    whole = spec.control or config.data.condition_frames.stored is not None
+    given = latents[1] if whole else 1  # frames of the condition
     image = torch.zeros(size, latents[0], given, *latents[2:]) if spec.conditioned else None
     batch = Batch(
         latents=torch.zeros(shape),

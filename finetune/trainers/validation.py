@@ -23,7 +23,7 @@ from finetune.core.rng import seed_for, training_state_untouched
 from finetune.core.types import Batch, RunState, SamplePrompt
 from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_prompt
 from finetune.datasets.schedule import is_due
-from finetune.inference.modes import FromImage, FromText
+from finetune.inference.modes import image_mode
 from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
 from finetune.inference.videos import Frames, write_mp4
 from finetune.trainers.fault_report import ReportedSample, refuse_measurement
@@ -330,11 +330,15 @@ class Sampler:
 
     def _request(self, sample: SamplePrompt) -> SampleRequest:
         config, cache, manifest = self._run.config, self._run.data.cache, self._run.data.manifest
-        image = None if sample.image is None else cache.read_image(manifest.images[str(sample.image)])
+        bucket = config.validation.bucket or config.data.buckets[0]
+        images = {
+            frame: cache.read_image(manifest.images[str(path)])
+            for frame, path in sample.images_by_frame(bucket.frames).items()
+        }
         return SampleRequest(
             prompt_embeds=cache.read_prompt(manifest.prompts[sample.prompt]),
             negative_embeds=unconditional_prompt(cache, manifest.empty_prompt_key, config.data),
-            mode=FromText() if image is None else FromImage(image),
+            mode=image_mode(images),
             seed=sample.seed,
-            bucket=config.validation.bucket or config.data.buckets[0],
+            bucket=bucket,
         )
