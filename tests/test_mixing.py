@@ -212,7 +212,7 @@ def test_a_weight_multiplies_the_gradient_of_its_clips_alone(home):
     assert mixed.weights is not None and mixed.weights.tolist() == [1.0, 0.5]
 
 
-@pytest.mark.parametrize("own", [{"weight": 0.5}, {"caption_dropout": 0.0}], ids=str)
+@pytest.mark.parametrize("own", [{"weight": 0.5}, {"caption_dropout": 0.0}, {"random_flip": True}], ids=str)
 def test_what_only_training_does_is_refused_of_a_held_out_source(home, own):
     with pytest.raises(ConfigError, match=f"{next(iter(own))} would have no effect: what is held out"):
         of_two_sources(home("run"), split="holdout", **own)

@@ -183,7 +183,7 @@ class _RowReader:
         caption, *variants = dict.fromkeys(map(self.captions.apply, written))
         where = row.where.removeprefix(f"{os.path.abspath(self.base)}{os.sep}")  # noqa: PTH100 - as `_located` does
         repeats = self.source.repeats * row.repeats
-        flip = self.source.random_flip and self.source.split == "train"
+        flip = self.source.random_flip
         if flip and any(map(names_a_side, (caption, *variants))):
             flip = False
             self.unflipped.append(where)

@@ -108,11 +108,11 @@ class _Source(Strict):
     folder one that lies beside no video."""
     random_flip: bool = False
     """Show each clip mirrored left to right half of the time, chosen by seed, step and place in the step. Its mirrored
-    form is encoded too. Held-out clips are never mirrored, nor are clips with a caption that says left or right."""
+    form is encoded too. Clips with a caption that says left or right are never mirrored, nor are held-out ones."""
 
     @model_validator(mode="after")
     def _held_out_is_not_trained_on(self) -> _Source:
-        training = ("caption_dropout", "weight", "prior_preservation")
+        training = ("caption_dropout", "weight", "random_flip", "prior_preservation")
         idle = [name for name in training if getattr(self, name) != SOURCE_SINCE[name]]
         if self.split == "holdout" and idle:
             raise ValueError(f"{' and '.join(idle)} would have no effect: what is held out is never trained on")
