@@ -92,6 +92,12 @@ def pytest_collection_finish() -> None:
     spare_libraries()
 
 
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """What a file of tests imported stays as well."""
+    if nextitem is not None and nextitem.path != item.path:
+        spare_libraries()
+
+
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # or libraries in C++ complain at the end of what is left over
 

@@ -281,7 +281,8 @@ def _choose_attention(
     kernel = config.model.attention
     if kernel == "auto":
         choice = ranks.run_on_main(lambda: choose_kernel(request, recorded=_recorded_attention(saved)))
-        release_memory()
+        if request.device.type == "cuda":
+            release_memory()  # of what was timed
         for line in choice.lines:
             tell(line)
         kernel = choice.kernel
