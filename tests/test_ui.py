@@ -521,6 +521,24 @@ def test_every_part_shows_a_command_and_a_run(client, workspace, tab):
     assert tab != "run" or ("polyline" in page.text and "step 2" in page.text)
 
 
+def test_runs_are_shown_beside_each_other(client, workspace):
+    for name, lr in (("a", "1e-3"), ("b", "5e-4"), ("<b>", "2e-4")):
+        run = workspace.roots.workspace / "runs" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text(YAML.replace("1e-3", lr))
+        (run / "metrics.jsonl").write_text(f'{{"step": 1, "train/loss": {lr}}}\n{{"step": 2, "train/loss": 0.25}}\n')
+    alone, both = client.get("/run?run=runs/a").text, client.get("/run?run=runs/a&beside=runs/b&beside=runs/a").text
+    assert "differing" not in alone and alone.count("polyline") == 1
+    assert both.count("polyline") == 2 and 'class="line c1"' in both
+    table = re.sub(r"<[^>]+>", " ", both.partition('id="differing"')[2].partition("</section>")[0]).split()
+    assert "optimizer.lr 0.001 0.0005" in " ".join(table)
+    every = client.get("/run?run=runs/a&beside=runs/b%0Aruns/%3Cb%3E").text
+    assert every.count("polyline") == 3 and "<b></bdi>" not in every
+    assert "runs/b\nruns/" in every.partition('id="report-runs"')[2]  # the report's form names them as well
+    assert "there is no run" in client.get("/run?run=runs/a&beside=clips").text
+    assert client.get("/run?run=runs/a&beside=../secret.mp4").status_code == 422
+
+
 def test_what_a_configuration_takes_is_asked_once_and_shown(client, workspace):
     document = {
         "phases": [{"name": "training", "peak_bytes": 3 << 30, "where": "block 1", "parts": {"weights": 3 << 30}}]

@@ -75,7 +75,7 @@ def _start_run(workspace: Workspace, query: Values, form: Values) -> Next:
     words = [verb, f"--config={workspace.roots.shown(workspace.roots.inside(name, 'the configuration'))}"]
     label = workspace.roots.shown(config.output_dir)
     job = workspace.jobs.start(words, label=label, in_line=not form.get("beside"))
-    return {"job": job.name, "config": name, "run": ""}
+    return {"job": job.name, "config": name, "run": "", "beside": ""}
 
 
 def _stop(workspace: Workspace, query: Values, form: Values) -> Next:

@@ -14,7 +14,7 @@ from finetune.config.schema import load_config
 from finetune.core.errors import FinetuneError
 from finetune.datasets.rows import MediaPlace
 from finetune.diagnosis.proposal import Proposal, propose
-from finetune.reports.report import REPORT, charts, verdict
+from finetune.reports.report import REPORT, charts, settings, verdict
 from finetune.reports.run_folder import read_run
 from finetune.web.commands import CAPTION, GENERATE, INIT, SHIP
 from finetune.web.commands import REPORT as REPORT_COMMAND
@@ -31,6 +31,9 @@ _PER_PAGE = 12
 _MOST_JOBS = 20
 
 _MOST_VIDEOS = 24
+
+_MOST_COMPARED = 8
+"""Runs in one plot: as many as the page has colours."""
 
 
 def show(workspace: Workspace, tab: str, query: Query, *, again: bool = False) -> dict[str, Any]:
@@ -141,6 +144,7 @@ def _run(workspace: Workspace, query: Query) -> dict[str, Any]:
         "jobs": jobs,
         "runs": runs,
         "run": run,
+        "beside": [],
         "record": None,
         "run_fault": "",
         "report_command": REPORT_COMMAND,
@@ -153,12 +157,25 @@ def _run(workspace: Workspace, query: Query) -> dict[str, Any]:
         record = read_run(folder)
     except FinetuneError as error:
         return values | {"run_fault": str(error)}
+    records = {run: record}
+    for name in filter(None, query.get("beside", "").split("\n")):
+        place = workspace.roots.inside(name, "a run to compare")
+        try:
+            records |= {} if name in records else {name: read_run(place)}
+        except FinetuneError as error:
+            values["run_fault"] = str(error)
+    if len(records) > _MOST_COMPARED:
+        values["run_fault"] = f"{_MOST_COMPARED} runs at most are compared: the others are left out"
+        records = dict([*records.items()][:_MOST_COMPARED])
+    compared = [*records.values()]
     shown = sorted(record.samples, key=lambda sample: (-sample.step, sample.number))[:_MOST_VIDEOS]
     prompts = record.config.validation.samples
     values |= {
+        "beside": [*records][1:],
         "record": record,
-        "verdict": verdict(record),
-        "charts": charts([record]),
+        "verdicts": [(name, verdict(other)) for name, other in records.items()],
+        "charts": charts(compared),
+        "settings": settings(compared) if len(compared) > 1 else [],
         "samples": [
             {
                 "path": workspace.roots.shown(sample.path),

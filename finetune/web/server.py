@@ -81,7 +81,10 @@ def application(workspace: Workspace, policy: AccessPolicy) -> AccessMiddleware:
         if name not in TABS:
             raise HTTPException(404)
         again = "x-finetune-again" in request.headers
-        return await run_in_threadpool(page, name, dict(request.query_params), again=again)
+        query = dict(request.query_params)
+        if "beside" in query:  # of several ticks
+            query["beside"] = "\n".join(request.query_params.getlist("beside"))
+        return await run_in_threadpool(page, name, query, again=again)
 
     async def act(request: Request) -> Response:
         name, action = request.path_params["tab"], request.path_params["action"]
