@@ -32,6 +32,7 @@ def generate(
     images: str | Path | Sequence[str | Path] = (),
     last_images: str | Path | Sequence[str | Path] = (),
     source_videos: str | Path | Sequence[str | Path] = (),
+    controls: str | Path | Sequence[str | Path] = (),
     strength: float | None = None,
     extend: int | None = None,
     videos: int | None = None,
@@ -77,6 +78,7 @@ def generate(
         images: first frames, for image-to-video models: one for all texts, or one for each.
         last_images: last frames, likewise.
         source_videos: what video-to-video starts from, likewise; for text-to-video models.
+        controls: control videos, likewise; for models that were trained to follow one.
         strength: of video-to-video, more than 0 to 1: which part of the denoising steps is made.
         extend: by how many parts each video is continued.
         videos: of each prompt; each has the next seed.
@@ -115,7 +117,7 @@ def generate(
     from finetune.inference.record import read_video_record, request_again
     from finetune.inference.request import GenerateRequest, parse_adapter
 
-    files = {"images": images, "last_images": last_images, "videos": source_videos}
+    files = {"images": images, "last_images": last_images, "videos": source_videos, "controls": controls}
     listed = _listed(prompts, files, range(seed or 0, 2**62, max(1, videos or 1)))
     if enhance is not None:
         listed = _enhanced(listed, enhance, endpoint, model)

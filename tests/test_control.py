@@ -5,24 +5,37 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from worlds import merged, run_values
+from diffusers import CogVideoXDDIMScheduler, CogVideoXFunControlPipeline, CogVideoXTransformer3DModel
+from PIL import Image
+from safetensors.torch import load_file
+from worlds import assert_same_run, merged, run_values, stop_after, tensors
 
+from finetune import export, generate
 from finetune.caching.check import check_dataset
 from finetune.caching.precompute import precompute
-from finetune.cogvideox.encode import encode_video
-from finetune.cogvideox.load import load_vae
-from finetune.cogvideox.spec import spec_of
+from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.denoise import denoise
+from finetune.cogvideox.encode import control_latents, encode_video
+from finetune.cogvideox.load import load_scheduler, load_transformer, load_vae
+from finetune.cogvideox.spec import ModelSpec, spec_of
+from finetune.config.rules import require_valid
 from finetune.config.schema import RunConfig
-from finetune.core.errors import DataError
+from finetune.core.errors import DataError, FinetuneError
+from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
-from finetune.inference.modes import read_frames
+from finetune.inference.modes import FromControl, read_frames
 from finetune.inference.videos import Frames, write_mp4
+from finetune.methods.lora import LoraMethod, is_lora, merge
+from finetune.methods.prior import without_adapter
+from finetune.trainers.loop import train
 
 
 def negative(frames: Frames) -> Frames:
@@ -128,3 +141,176 @@ def test_a_control_may_lie_beside_its_clip(home, tmp_path):
     assert len(check_dataset(without, spec_of(without.model), progress=False).clips) == len(clips) == 4
     next(folder.glob("*.control.mp4")).with_suffix(".txt").write_text("its own caption")  # then it is a clip
     assert len(check_dataset(without, spec_of(without.model), progress=False).clips) == 5
+
+
+# ----------------------------------------------------------------------------------------------------------- the model
+
+
+def condition(spec: ModelSpec, seed: int, frames: int = 4) -> torch.Tensor:
+    shape = (1, spec.latent_channels, frames, 8, 8)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def predicted(transformer: Any, spec: ModelSpec, control: torch.Tensor | None) -> torch.Tensor:
+    text = torch.randn(1, spec.max_text_seq_length, spec.text_embed_dim, generator=torch.Generator().manual_seed(1))
+    return denoise(transformer, spec, condition(spec, 2), text, torch.tensor([500]), control)
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("2b", "fp32"), ("5b", "bf16"), ("1.5-5b", "fp32"), ("1.5-5b", "bf16")])
+def test_a_widened_model_begins_as_its_base_and_learns_from_the_control(tiny_model, variant, dtype):
+    base = ModelConfig(pretrained=str(tiny_model(variant)), dtype=dtype)
+    wide = base.model_copy(update={"control": True})
+    spec, transformer = spec_of(wide), load_transformer(wide)
+    before = predicted(load_transformer(base), spec_of(base), None)
+    assert torch.equal(predicted(transformer, spec, condition(spec, 3)), before)
+    method = LoraMethod(rank=2, alpha=2, targets="all-linear")
+    method.apply(transformer, seed=0)
+    control = condition(spec, 3)
+    prediction = predicted(transformer, spec, control)
+    assert torch.equal(prediction, before) and transformer.patch_embed.proj.weight.dtype == base.torch_dtype()
+    prediction.square().mean().backward()
+    trained = {name: p for name, p in method.trainable(transformer).items() if not is_lora(name)}
+    assert {name: p.dtype for name, p in trained.items()} == {
+        "patch_embed.proj.weight_update": torch.float32,
+        "patch_embed.proj.bias_update": torch.float32,
+    }
+    gradient = trained["patch_embed.proj.weight_update"].grad
+    assert gradient[:, gradient.shape[1] // 2 :].abs().max() > 0  # of what is new
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.1)
+    with torch.no_grad():
+        changed = predicted(transformer, spec, control)
+        assert not torch.equal(changed, predicted(transformer, spec, condition(spec, 5)))
+        with without_adapter(transformer):
+            assert torch.equal(predicted(transformer, spec, control), before)
+        merge(transformer, 1.0)
+        torch.testing.assert_close(predicted(transformer, spec, control), changed, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"pretrained": "5b-i2v"}}, "this one is image-to-video"),
+        ({"validation": {"samples": [{"prompt": "a ring"}]}}, "this prompt has none"),
+        ({"validation": {"samples": [{"prompt": "a ring", "control": "nowhere.mp4"}]}}, "there is no video"),
+        ({"data": {"sources": [{"kind": "hub", "path": "a/b", "stream_room": "1GB"}]}}, "names no control videos"),
+        (
+            {"model": {"control": False}, "validation": {"samples": [{"prompt": "a", "control": "a.mp4"}]}},
+            "takes no control video",
+        ),
+    ],
+)
+def test_what_does_not_go_with_a_control_is_refused_first(home, tiny_model, changes, message):
+    changes = deepcopy(changes)
+    if "pretrained" in changes.get("model", {}):
+        changes["model"]["pretrained"] = str(tiny_model(changes["model"]["pretrained"]))
+    with pytest.raises(FinetuneError, match=message):
+        config = home(**changes)
+        require_valid(config, spec_of(config.model))
+
+
+# ----------------------------------------------------------------------------- training, and what comes out of it
+
+
+LORA = {"method": {"kind": "lora", "rank": 4, "alpha": 4}, "optimizer": {"kind": "adamw", "lr": 1e-2}}
+FULL = {"method": {"kind": "full"}, "optimizer": {"kind": "adamw", "lr": 1e-3}}
+SAMPLES = {
+    "samples": [{"prompt": "a red circle moving left", "control": "clips/controls/00_red_circle_left.mp4"}],
+    "num_inference_steps": 2,
+    "sample_every": 4,
+}
+
+
+def stock_frames(pipeline: Any, control: Frames) -> Frames:
+    """What diffusers' control pipeline samples, called by hand as ``sampled`` calls ours."""
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline(
+        prompt="a red circle moving left",
+        control_video=[[Image.fromarray(frame) for frame in control]],
+        height=64,
+        width=64,
+        num_inference_steps=2,
+        guidance_scale=6.0,
+        generator=torch.Generator().manual_seed(0),
+        max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+        output_type="np",
+    )
+    return (output.frames[0] * 255).round().astype(np.uint8)
+
+
+def sampled(out: Path, control: Path, **options: Any) -> Frames:
+    settings = {"seed": 0, "num_inference_steps": 2, "bucket": "9x64x64", "device": "cpu"}
+    report = generate("a red circle moving left", out, controls=control, **settings, **options)
+    return report.frames[0]
+
+
+def test_a_control_lora_resumes_and_leaves_for_the_stock_pipeline(home, tmp_path):
+    config = home(**LORA, validation=SAMPLES, output_dir="whole")
+    train(config)
+    interrupted = home(**LORA, validation=SAMPLES, output_dir="parts")
+    stop_after(2, interrupted)
+    assert_same_run(train(interrupted), config.output_dir)
+    assert list((config.output_dir / "samples").rglob("*.mp4"))
+    base, folder = config.model.pretrained, config.output_dir / "export"
+    report = export(config.output_dir)
+    assert {"control_projection.safetensors", "pytorch_lora_weights.safetensors"} <= {*report.files}
+    # As the card says.
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        base, subfolder="transformer", in_channels=8, low_cpu_mem_usage=False, ignore_mismatched_sizes=True
+    )
+    assert "in_channels=8" in (folder / "README.md").read_text()
+    transformer.load_state_dict(load_file(folder / "control_projection.safetensors"), strict=False)
+    pipeline = CogVideoXFunControlPipeline.from_pretrained(base, transformer=transformer)
+    pipeline.scheduler = CogVideoXDDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    control = config.base / "clips" / "controls" / "00_red_circle_left.mp4"
+    theirs = stock_frames(pipeline, read_frames(control)[:9])
+    ours = sampled(tmp_path / "a", control, adapters=folder)
+    assert np.array_equal(ours, theirs)
+    checkpoint = sampled(tmp_path / "b", control, adapters=config.output_dir)
+    assert np.abs(checkpoint.astype(int) - theirs).max() <= 1
+    assert not np.array_equal(sampled(tmp_path / "c", control, adapters=f"{folder}:0.5"), theirs)
+    # And further, from the export and from the checkpoint: the same beginning.
+    for number, start in enumerate((folder, config.output_dir / "checkpoints" / "step-00000004")):
+        again = home(**merged(LORA, {"method": {"init_from": str(start)}}), output_dir=f"again{number}")
+        module = load_transformer(again.model)
+        again.method.apply(module, seed=0)
+        tensors_now = again.method.state(module)
+        for name, tensor in tensors(config.output_dir).items():
+            torch.testing.assert_close(tensors_now[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_a_full_control_model_leaves_as_a_pipeline_that_trains_again(home, tmp_path):
+    config = home(**FULL, train={"steps": 1}, output_dir="full")
+    train(config)
+    export(config.output_dir, tmp_path / "pipeline", full_pipeline=True)
+    pipeline = CogVideoXFunControlPipeline.from_pretrained(tmp_path / "pipeline")
+    assert pipeline.transformer.config.in_channels == 8
+    control = config.base / "clips" / "controls" / "01_blue_square_up.mp4"
+    theirs = stock_frames(pipeline, read_frames(control)[:9])
+    assert np.array_equal(sampled(tmp_path / "a", control, model=tmp_path / "pipeline"), theirs)
+    again = home(**LORA, train={"steps": 1}, model={"pretrained": str(tmp_path / "pipeline"), "control": False})
+    assert spec_of(again.model).control
+    train(again)
+    assert all(map(is_lora, tensors(again.output_dir)))  # there is nothing to widen
+    report = export(again.output_dir)
+    assert "control_projection.safetensors" not in report.files
+    assert sampled(tmp_path / "b", control, adapters=report.folder).shape == (9, 64, 64, 3)
+
+
+@pytest.mark.parametrize("frames", [5, 9])
+def test_the_second_generation_pads_a_control_as_its_video(tiny_model, frames):
+    """The stock pipeline takes whole temporal patches alone; for others ours pads as training does."""
+    model = ModelConfig(pretrained=str(tiny_model("1.5-5b")), control=True)
+    spec, bucket = spec_of(model), Bucket(frames, 64, 64)
+    vae, transformer = load_vae(model), load_transformer(model)
+    pixels = np.random.default_rng(0).integers(0, 255, (frames, 64, 64, 3), dtype=np.uint8)
+    mode = FromControl(pixels)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": vae, "transformer": transformer}
+    pipeline = mode.pipeline(bucket, scheduler=load_scheduler(model), **parts)
+    given = pipeline.video_processor.preprocess_video(mode.arguments(spec, bucket)["control_video"], 64, 64)
+    _, latents = pipeline.prepare_control_latents(None, given)
+    mean, _ = encode_video(vae, torch.from_numpy(pixels).permute(3, 0, 1, 2)[None])
+    torch.testing.assert_close(latents, control_latents(spec, mean), rtol=0, atol=1e-5)
+    assert latents.shape[2] % 2 == 0

@@ -10,18 +10,23 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import CogVideoXFunControlPipeline
+from PIL import Image
 from transformers import T5Tokenizer
-from worlds import run_config
+from worlds import merged, run_config, run_values
 
 from finetune import export
 from finetune.caching.precompute import ensure_cache
-from finetune.cogvideox.encode import model_latents
+from finetune.cogvideox.encode import control_latents, model_latents
 from finetune.cogvideox.load import ModelConfig, build_pipeline, load_scheduler, load_text, load_transformer, load_vae
-from finetune.cogvideox.spec import read_spec
+from finetune.cogvideox.spec import read_spec, spec_of
+from finetune.config.schema import RunConfig
 from finetune.datasets.cache import Cache
-from finetune.inference.modes import FromImages
+from finetune.inference.modes import FromImages, read_frames
+from finetune.inference.videos import write_mp4
 from finetune.testing.demo import Scene, render, write_clips
 from finetune.testing.tiny import VARIANTS, build_tiny
 from finetune.trainers.loop import train
@@ -168,6 +173,53 @@ def test_the_last_frame_alone_decides_which_clip_comes_back(sharp_model, tmp_pat
         assert own >= 0.95 > 0.85 > other, "as like as the two clips are each other, and no more"
 
 
+@pytest.mark.slow
+def test_a_control_video_decides_which_clip_comes_back(sharp_model, tmp_path):
+    """Two clips of one caption: what tells them apart is the control, through diffusers' control pipeline."""
+    model, clips = sharp_model("5b"), tmp_path / "clips"
+    scenes = [SCENE, Scene("ring", "yellow", "down")]
+    write_clips(clips, scenes)
+    rows = [json.loads(line) for line in (clips / "metadata.jsonl").read_text().splitlines()]
+    for row, scene in zip(rows, scenes, strict=True):
+        row.update(prompt="a shape", control=f"controls/{Path(row['file_name']).name}")
+        shapes = np.repeat(render(scene).max(axis=3, keepdims=True), 3, axis=3)  # without their colours
+        write_mp4(clips / row["control"], shapes, 8)
+    (clips / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = METHODS["lora"] | {"train": {"steps": 400, "batch_size": 8}}
+    values = run_values(
+        model,
+        clips,
+        tmp_path / "run",
+        data={"sources": [{"path": str(clips), "repeats": 4}], "caption_dropout": 0, "control_dropout": 0},
+        lr_schedule={"kind": "cosine", "warmup_steps": 10, "final": 0.05},
+        memory={"checkpointing": "none"},
+        **changes,
+    )
+    config = RunConfig.from_dict(merged(values, {"model": {"control": True}}))
+    report = train(config)
+    exported = export(report.run_dir, tmp_path / "export", layout="merged", full_pipeline=True).folder
+    spec, manifest = spec_of(config.model), ensure_cache(config, spec_of(config.model))
+    entries = [Cache(config.cache.dir).read(item) for item in manifest.items]
+    targets = [control_latents(spec, entry.latents_mean.float()[None]) for entry in entries]
+    pipeline = CogVideoXFunControlPipeline.from_pretrained(exported)
+    table = []
+    for row in rows:
+        result = pipeline(
+            prompt="a shape",
+            control_video=[[Image.fromarray(frame) for frame in read_frames(clips / row["control"])]],
+            height=64,
+            width=64,
+            num_inference_steps=30,
+            guidance_scale=1.0,
+            generator=torch.Generator().manual_seed(5),
+            output_type="latent",
+            max_sequence_length=spec.max_text_seq_length,
+        )
+        table.append([cosine(result.frames.float().transpose(1, 2), target) for target in targets])
+    print(f"cosine of what each control gave with either clip: {table}")
+    assert all(row[own] >= 0.7 and row[own] > row[1 - own] + 0.2 for own, row in enumerate(table))
+
+
 def cosine(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
 
@@ -191,8 +243,6 @@ def sample(model: Path, exported: Path | None, shape: torch.Size) -> torch.Tenso
         pipeline.load_lora_weights(exported)
     arguments: dict[str, object] = {}
     if spec.image_to_video:
-        from PIL import Image
-
         arguments["image"] = Image.fromarray(render(SCENE)[0])
     result = pipeline(
         prompt=SCENE.caption,

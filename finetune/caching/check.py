@@ -24,7 +24,7 @@ from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
 from finetune.core.types import BesideName, Bucket, ClipPlan, Companion, Sample, VideoProbe
 from finetune.datasets.cache import Cache
-from finetune.datasets.decode_pool import DecodePool, probe_memory, require_decoder
+from finetune.datasets.decode_pool import DecodeJob, DecodePool, probe_memory, require_decoder
 from finetune.datasets.geometry import (
     ClipConfig,
     Span,
@@ -199,6 +199,9 @@ def check_dataset(
             clips.append(clip)
             advice.update(plan_notes(probe, plan, fps, config.data.span, clip.part))
 
+    for video, job in validation_controls(config, spec).items():
+        if isinstance(job, DataError):
+            errors.append(DataError(job.what, where=f"{video} (validation.samples)", fix=job.fix))
     faults = _image_faults(config, clips, streamed, progress) if spec.image_to_video else {}
     for image in sorted({image for sample in config.validation.samples for image in sample.images}):
         if fault := faults.get((image, sample_bucket(config))):
@@ -255,6 +258,30 @@ def _companions(
             raise DataError(probe.what, where=where, fix=probe.fix)
         companions.append(Companion(kind, path, probe, companion_plan(probe, video, plan, where)))
     return tuple(companions)
+
+
+def validation_controls(config: RunConfig, spec: ModelSpec) -> dict[Path, DecodeJob | DataError]:
+    """How the control videos of validation prompts are cut, or why they cannot be; none for a model without control.
+
+    Those that are elsewhere while ``cache.mode`` is ``require`` are left out.
+    """
+    videos = {sample.control for sample in config.validation.samples if sample.control is not None and spec.control}
+    if config.cache.mode == "require":
+        videos = {video for video in videos if video.is_file()}
+    if not videos:
+        return {}
+    cut, fps = ClipConfig(buckets=(sample_bucket(config),)), config.data.fps or spec.native_fps
+    jobs: dict[Path, DecodeJob | DataError] = {}
+    with DecodePool(workers_for(config, len(videos))) as pool:
+        for video, probe in pool.probe_many(sorted(videos)):
+            if isinstance(probe, DataError):
+                jobs[video] = probe
+                continue
+            try:
+                jobs[video] = DecodeJob(video, probe, plan_clips(probe, cut, fps, str(video))[0])
+            except DataError as error:
+                jobs[video] = error
+    return jobs
 
 
 def _streamed(rows: Iterable[tuple[Sample, bool]], streamed: Collection[Path]) -> list[tuple[Sample, bool]]:

@@ -10,6 +10,7 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -91,6 +92,13 @@ class ImageJob(EncodeJob):
 
     image: Path
     bucket: Bucket
+
+
+@dataclass(frozen=True)
+class ControlJob(EncodeJob):
+    """One control video of validation whose pixels are missing."""
+
+    video: DecodeJob
 
 
 def clip_job(
@@ -393,14 +401,20 @@ def encode_captions(
     return result
 
 
-def store_images(jobs: Sequence[ImageJob], cache: Cache, workers: int) -> EncodeResult:
-    """Store validation images as the pixels that sampling starts from; the VAE that decodes the video encodes them."""
+def store_images(jobs: Sequence[ImageJob | ControlJob], cache: Cache, workers: int) -> EncodeResult:
+    """Store validation images and control videos as the pixels that sampling starts from; the VAE that decodes the
+    video encodes them.
+    """
     size = 0
+    images = [job for job in jobs if isinstance(job, ImageJob)]
+    controls = [job for job in jobs if isinstance(job, ControlJob)]
     with DecodePool(min(workers, len(jobs))) as pool:
-        for job, image in zip(jobs, pool.load_images((job.image, job.bucket) for job in jobs), strict=True):
-            if isinstance(image, DataError):
-                raise image
-            size += cache.write_image(job.address, image)
+        pictures = pool.load_images((job.image, job.bucket) for job in images)
+        clips = (clip for _, clip in pool.decode_many(job.video for job in controls))
+        for job, content in zip([*images, *controls], chain(pictures, clips), strict=True):
+            if isinstance(content, DataError):
+                raise content
+            size += cache.write_image(job.address, content.pixels if isinstance(content, Clip) else content)
     return EncodeResult(len(jobs), size)
 
 

@@ -24,10 +24,12 @@ from finetune.caching.check import (
     sample_bucket,
     split_clips,
     stamp_files,
+    validation_controls,
     workers_for,
 )
 from finetune.caching.encode import (
     ClipJob,
+    ControlJob,
     EncodeJob,
     ImageJob,
     clip_bytes,
@@ -51,6 +53,7 @@ from finetune.core.files import from_here, human_size, require_space
 from finetune.core.types import DTYPE_BYTES, ClipPlan, DtypeName
 from finetune.datasets.cache import Cache
 from finetune.datasets.cache_packing import PackReport, pack
+from finetune.datasets.decode_pool import DecodeJob
 from finetune.datasets.manifests import (
     KINDS,
     FileStamp,
@@ -81,7 +84,7 @@ class CachePlan:
     manifest: Manifest
     latents: tuple[ClipJob, ...]
     prompts: tuple[EncodeJob, ...]
-    images: tuple[ImageJob, ...]
+    images: tuple[ImageJob | ControlJob, ...]
     needed_bytes: int
     """Disk space that the missing entries and the manifest will take."""
     part: Part | None
@@ -116,16 +119,18 @@ def plan_cache(
     encoding = encoding_of(config, spec, cache, fetch=True)
     samples, bucket = config.validation.samples, sample_bucket(config)
     images = {image for sample in samples for image in sample.images if spec.image_to_video}
+    controls = {path: job for path, job in validation_controls(config, spec).items() if isinstance(job, DecodeJob)}
     conditions = {clip.sample.image for clip in report.clips if clip.sample.image and spec.image_to_video}
     left_out = {config.base / name for name in report.skipped.get(UNREADABLE, ())}
     media = {clip.sample.video for clip in report.clips} | {path for path in left_out if path.is_file()}
     beside = {one.path for clip in report.clips for one in clip.companions}
-    stamps |= stamp_files((media | conditions | images | beside) - streamed.media.keys(), cache, progress)
+    named_files = media | conditions | images | beside | controls.keys()
+    stamps |= stamp_files(named_files - streamed.media.keys(), cache, progress)
     inputs = {str(path): stamp for path, stamp in stamps.items()}
     stamps |= {path: media.stamp for path, media in streamed.media.items()}  # of which nothing is left to compare
     clips: dict[str, ClipJob] = {}
     captions: dict[str, EncodeJob] = {}
-    stills: dict[str, ImageJob] = {}
+    stills: dict[str, ImageJob | ControlJob] = {}
 
     def clip_key(clip: PlannedClip, plan: ClipPlan) -> str:
         job = clip_job(clip, plan, stamps, encoding, spec)
@@ -147,6 +152,10 @@ def plan_cache(
 
     def image_key(image: Path) -> str:
         job = ImageJob(encoding.image_address(stamps[image].digest, bucket), image, bucket)
+        return stills.setdefault(job.key, job).key
+
+    def control_key(video: DecodeJob) -> str:
+        job = ControlJob(encoding.control_address(stamps[video.path].digest, video.plan), video)
         return stills.setdefault(job.key, job).key
 
     val_split = split_clips(report.clips, {path: stamp.digest for path, stamp in stamps.items()}, config.data.holdout)
@@ -176,7 +185,8 @@ def plan_cache(
         request=request if part is None else part.request(request),
         inputs=inputs,
         prompts={sample.prompt: prompt_key(sample.prompt) for sample in samples},
-        images={str(path): image_key(path) for path in sorted(images)},
+        images={str(path): image_key(path) for path in sorted(images)}
+        | {str(path): control_key(job) for path, job in sorted(controls.items())},
         skipped={reason: len(names) for reason, names in report.skipped.items()},
         notes=(*report.notes, *_both_sides(report.clips, stamps)),
         kept={str(bucket): str(kept) for bucket, kept in report.kept.items()},
@@ -196,7 +206,8 @@ def plan_cache(
     draws = encoding.image_draws or 0
     stored, further = encoding.latents_dtype, encoding.condition_frames
     needed = sum(clip_bytes(spec, job.plan.bucket, stored, draws=draws, condition_frames=further) for job in latents)
-    needed += len(prompts) * prompt_bytes(spec, encoding.dtype) + len(pixels) * 3 * bucket.height * bucket.width
+    frames = sum(bucket.frames if isinstance(job, ControlJob) else 1 for job in pixels)
+    needed += len(prompts) * prompt_bytes(spec, encoding.dtype) + frames * 3 * bucket.height * bucket.width
     needed += ENTRY_OVERHEAD * (len(latents) + len(prompts) + len(pixels))
     needed += 2 * len(manifest.to_bytes(config.base))  # the old one stands until the new one is whole
     return CachePlan(manifest, latents, prompts, pixels, needed, part, failures)

@@ -114,6 +114,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
     images = sorted({image for sample in samples for image in sample.images} if spec.image_to_video else ())
     further = encoding.condition_frames
     companions = [name for name in beside_of(config, spec) if name != "image"]
+    controls = sorted({sample.control for sample in samples if sample.control} if spec.control else ())
     return {
         "format": {"cache": FORMAT, "pixels": encoding.pixel_rule, "headers": _PLANNING_RULES},
         "data": {**data, "fps": config.data.fps or spec.native_fps},
@@ -132,7 +133,8 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
         "validation": {
             "prompts": sorted({sample.prompt for sample in samples}),
             "images": images,
-            "bucket": str(sample_bucket(config)) if images else None,
+            "bucket": str(sample_bucket(config)) if images or controls else None,
+            **({"controls": controls} if controls else {}),
         },
         **({"streams": list(streams)} if streams else {}),
         **({"companions": companions} if companions else {}),

@@ -42,6 +42,9 @@ def generate(
     image: Annotated[list[Path], option("First frame: one for all --prompt, or one for each.", "FILE", _SHOWN)] = [],
     last_image: Annotated[list[Path], option("Last frame, likewise.", "FILE", _SHOWN)] = [],
     video: Annotated[list[Path], option("Video-to-video: what to start from, likewise.", "FILE", _SHOWN)] = [],
+    control: Annotated[
+        list[Path], option("Control video (depth, edges, ...) to follow, likewise.", "FILE", _SHOWN)
+    ] = [],
     strength: Annotated[float | None, option("Of video-to-video, to 1 (0.8).", "X", _SHOWN)] = None,
     extend: Annotated[int | None, option("Continue each video by so many parts.", "N", _SHOWN)] = None,
     videos: Annotated[int | None, option("Of each prompt (1).", "N", _SHOWN)] = None,
@@ -109,7 +112,8 @@ def generate(
 
     seeds = range(seed or 0, 2**62, max(1, videos or 1))
     listed = () if prompts is None else read_prompts(prompts, seeds=seeds)
-    typed = prompts_with_seeds(prompt, image, last_images=last_image, videos=video, seeds=seeds[len(listed) :])
+    files = {"last_images": last_image, "videos": video, "controls": control}
+    typed = prompts_with_seeds(prompt, image, **files, seeds=seeds[len(listed) :])
     report = finetune.generate(
         [*listed, *typed],
         output,

@@ -6,7 +6,8 @@ behind those that are denoised.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,8 +33,13 @@ class _Widened(nn.Module):
 
     strength: float = 1.0
     """What the update counts."""
+    divided: bool = True
+    """Whether the halves are projected one by one; else as diffusers does it."""
 
     def forward(self, input: Tensor) -> Tensor:
+        if not self.divided:
+            whole: Tensor = super().forward(input)
+            return whole
         weight, bias = (None if tensor is None else tensor.to(input.dtype) for tensor in self.effective())
         assert weight is not None
         half = weight.shape[1] // 2
@@ -94,6 +100,20 @@ def widened(transformer: Any) -> WidenedConv | WidenedLinear | None:
     return projection if isinstance(projection, WidenedConv | WidenedLinear) else None
 
 
+@contextmanager
+def projection_strength(transformer: Any, strength: float) -> Iterator[None]:
+    """Inside, a widened projection's updates count ``strength`` times; at 0 it is the base's, bit for bit."""
+    projection = widened(transformer)
+    if projection is None:
+        yield
+        return
+    before, projection.strength = projection.strength, strength
+    try:
+        yield
+    finally:
+        projection.strength = before
+
+
 def train_projection(transformer: Any) -> None:
     """Give a widened projection what trains beside a LoRA: updates of its weight and bias, float32, zero."""
     projection = widened(transformer)
@@ -129,15 +149,76 @@ def projection_state(transformer: Any) -> dict[str, Tensor]:
     return {f"{PROJECTION}.{name}": tensor.detach().clone() for name, tensor in effective if tensor is not None}
 
 
-def load_projection(transformer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put what ``projection_state`` gave into a widened transformer.
+def updates_of(transformer: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What weights that ``projection_state`` gave, or the updates themselves, add to a widened transformer's.
+
+    Args:
+        transformer: without updates of its own in effect.
+        tensors: of an export (``CONTROL_FILE``) or of a checkpoint.
+
+    Returns:
+        float32, by ``weight`` and ``bias``.
 
     Raises:
-        ValueError: if names or shapes are not its own.
+        ValueError: if the transformer is not widened, or names or shapes are not its own.
     """
-    projection = widened(transformer)
-    own = {} if projection is None else {f"{PROJECTION}.{name}": getattr(projection, name) for name in UPDATES}
-    if tensors.keys() != own.keys() or any(tensors[name].shape != own[name].shape for name in own):
-        raise ValueError("the projection is not this model's")
-    for name, parameter in own.items():
-        parameter.data.copy_(tensors[name])
+    projection: Any = widened(transformer)
+    updates = {}
+    for name, update in UPDATES.items():
+        own = getattr(projection, name, None)
+        if f"{PROJECTION}.{update}" in tensors:
+            updates[name] = tensors[f"{PROJECTION}.{update}"].float()
+        elif own is not None and f"{PROJECTION}.{name}" in tensors:
+            updates[name] = tensors[f"{PROJECTION}.{name}"].float() - own.detach().float().cpu()
+        if own is not None and (name not in updates or updates[name].shape != own.shape):
+            raise ValueError(f"{PROJECTION}.{name} is not there, or of another shape")
+    if len(updates) != len(tensors):
+        raise ValueError(f"{PROJECTION} is not this model's")
+    return updates
+
+
+def load_updates(transformer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Let a widened transformer's updates be those of ``updates_of``. Raises as that does."""
+    projection: Any = widened(transformer)
+    for name, tensor in updates_of(transformer, tensors).items():
+        getattr(projection, UPDATES[name]).data.copy_(tensor)
+
+
+class Projections:
+    """A widened transformer's projection while videos are sampled: the base's own, and what adapters add to it.
+
+    Args:
+        transformer: widened, or any other, of which nothing is then asked.
+    """
+
+    def __init__(self, transformer: Any) -> None:
+        self._projection: Any = widened(transformer)
+        self._transformer = transformer
+        if self._projection is not None:  # videos are those of the stock pipeline, to the bit
+            self._projection.divided = False
+        self._base = (
+            {}
+            if self._projection is None
+            else {
+                name: tensor.detach().clone()
+                for name in UPDATES
+                if (tensor := getattr(self._projection, name)) is not None
+            }
+        )
+
+    def use(self, adapters: Sequence[tuple[Mapping[str, Tensor], float]]) -> None:
+        """Let these act, each with its strength, and no others; rounded once to the model's dtype.
+
+        Raises:
+            ValueError: as ``updates_of``.
+        """
+        for name, own in self._base.items():
+            getattr(self._projection, name).data.copy_(own)
+        if not adapters:
+            return
+        changes = [(updates_of(self._transformer, tensors), strength) for tensors, strength in adapters]
+        for name, own in self._base.items():
+            total = own.float()
+            for updates, strength in changes:
+                total = total + strength * updates[name].to(own.device)
+            getattr(self._projection, name).data.copy_(total)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         AutoencoderKLCogVideoX,
         CogVideoXDDIMScheduler,
         CogVideoXDPMScheduler,
+        CogVideoXFunControlPipeline,
         CogVideoXImageToVideoPipeline,
         CogVideoXPipeline,
         CogVideoXTransformer3DModel,
@@ -304,10 +305,14 @@ def save_transformer(
     atomic_write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
-def pipeline_class(spec: ModelSpec) -> type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline]:
-    """``CogVideoXImageToVideoPipeline`` or ``CogVideoXPipeline``, by the spec."""
-    from diffusers import CogVideoXImageToVideoPipeline, CogVideoXPipeline
+def pipeline_class(
+    spec: ModelSpec,
+) -> type[CogVideoXPipeline] | type[CogVideoXImageToVideoPipeline] | type[CogVideoXFunControlPipeline]:
+    """The class of diffusers that samples with such a model."""
+    from diffusers import CogVideoXFunControlPipeline, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 
+    if spec.control:
+        return CogVideoXFunControlPipeline  # type: ignore[no-any-return]
     return CogVideoXImageToVideoPipeline if spec.image_to_video else CogVideoXPipeline  # type: ignore[no-any-return]
 
 

@@ -260,6 +260,9 @@ class _Parts(NamedTuple):
 CONTROL_PIPELINE = "CogVideoXFunControlPipeline"
 """diffusers' class for models that are conditioned on a control video."""
 
+CONTROL_SCHEDULER = "CogVideoXDDIMScheduler"
+"""The only one of CogVideoX's that it can step with."""
+
 
 def spec_of(model: ModelConfig) -> ModelSpec:
     """The spec of what a run trains. Raises as ``read_spec``."""

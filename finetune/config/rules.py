@@ -106,6 +106,10 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         what = "an image-to-video model learns nothing from a still image, which is the very frame that it is given"
         fix = "leave images: true out, or choose a text-to-video model"
         yield source.images and image_to_video, f"data.sources.{index}.images", what, fix
+        what = "a dataset that is read as a stream names no control videos, and this model follows one"
+        fix = "leave stream_room out and name the videos in a table, or leave model.control out"
+        path = f"data.sources.{index}.stream_room"
+        yield spec.control and getattr(source, "stream_room", None) is not None, path, what, fix
     for path, bucket in buckets.items():
         for fault in spec.check_bucket(bucket):
             yield True, path, fault, ""
@@ -115,7 +119,13 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         what = "an image-to-video model samples from an image, and this prompt has none"
         yield image_to_video and not images, path, what, "add `image: PATH` beside the prompt"
         fix = "remove the image, or choose an image-to-video model"
-        yield bool(images) and not image_to_video, f"{path}.{field}", "a text-to-video model takes no image", fix
+        yield bool(images) and not image_to_video, f"{path}.{field}", f"a {spec.task} model takes no image", fix
+        what = "the model samples along a control video, and this prompt has none"
+        yield spec.control and sample.control is None, path, what, "add `control: PATH` beside the prompt"
+        what, fix = f"the model is {spec.task} and takes no control video", "remove it, or set model.control: true"
+        yield sample.control is not None and not spec.control, f"{path}.control", what, fix
+        if sample.control is not None and spec.control and config.cache.mode != "require":
+            yield not sample.control.is_file(), f"{path}.control", f"there is no video {sample.control}", ""
         if image_to_video:
             for fault in sample.image_faults((validation.bucket or config.data.buckets[0]).frames, spec.vae_temporal):
                 yield True, f"{path}.keyframes", fault, ""
@@ -217,8 +227,11 @@ def _warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, s
     yield config.model.dtype == "fp16" and spec.use_rotary, "model.dtype", advice
     for section, name, holder in (("data", "image_dropout", data), ("cache", "image_draws", config.cache)):
         changed = getattr(holder, name) != type(holder).model_fields[name].default
-        advice = f"{name} has no effect: this is a text-to-video model"
+        advice = f"{name} has no effect: this is a {spec.task} model"
         yield changed and not spec.image_to_video, f"{section}.{name}", advice
+    changed = data.control_dropout != type(data).model_fields["control_dropout"].default
+    advice = "control_dropout has no effect: this model follows no control video"
+    yield changed and not spec.control, "data.control_dropout", advice
     advice = 'the model learns zeros as "no caption", and diffusers samples with the embedding of the empty caption'
     yield data.unconditional_text == "zeros" and data.caption_dropout > 0, "data.unconditional_text", advice
     if isinstance(method, LoraMethod):

@@ -8,6 +8,7 @@ and in one forward pass. Only then does the folder get its name.
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import os
 import shutil
@@ -19,12 +20,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
+from finetune.cogvideox.components import read_json
 from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.control import projection_state
 from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
-from finetune.cogvideox.model_files import resolve_pretrained
-from finetune.cogvideox.spec import ModelSpec, spec_of
+from finetune.cogvideox.model_files import MODEL_INDEX, resolve_pretrained
+from finetune.cogvideox.spec import CONTROL_PIPELINE, CONTROL_SCHEDULER, ModelSpec, spec_of
 from finetune.conversion.model_card import (
     ExportedModel,
     LayoutName,
@@ -47,6 +51,7 @@ from finetune.core.checksums import folder_checksums
 from finetune.core.distributed import compute_device
 from finetune.core.errors import ExportError
 from finetune.core.files import (
+    CONTROL_FILE,
     LORA_FILE,
     atomic_write_text,
     disk_fix,
@@ -134,14 +139,14 @@ def export(source: Path, to: Path | None, options: ExportOptions) -> ExportRepor
         require_writable(target.parent, kind=ExportError, what="the export", where=str(target))
     run = read_source(path, options.weights, options.pretrained, options.dtype)
     spec = spec_of(run.config.model)
-    _require_sense(run, options)
+    _require_sense(run, options, spec)
     outcome: list[tuple[ExportedModel, Verification]] = []
 
     def fill(partial: Path) -> str:
         outcome.append(_write(partial, run, spec, options, name=from_here(folder)))
         marker = folder_checksums(partial)  # before the base's files: they are others' and large
         if options.full_pipeline:
-            _add_components(partial, run.config.model)
+            _add_components(partial, run.config.model, spec)
         return marker
 
     try:
@@ -168,9 +173,16 @@ def export(source: Path, to: Path | None, options: ExportOptions) -> ExportRepor
     )
 
 
-def _require_sense(run: ExportSource, options: ExportOptions) -> None:
+def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -> None:
     strength, is_adapter = f"--strength {options.strength:g}", run.is_lora and not options.merged
     faults = (
+        (
+            spec.control and is_adapter and options.layout != "diffusers",
+            "no other program loads a LoRA that follows a control video: the projection that trained beside it is more"
+            " than a LoRA",
+            f"--to {options.layout}",
+            "leave the option out, or write --to merged",
+        ),
         (
             options.full_pipeline and is_adapter,
             "a LoRA has no pipeline of its own",
@@ -333,7 +345,10 @@ def _trained_transformer(run: ExportSource, device: torch.device) -> Any:
 def _save_adapter(transformer: Any, model: ExportedModel, folder: Path) -> None:
     method: Any = model.source.config.method
     tensors: dict[str, Tensor] = method.peft_state(transformer)
-    _require_room(folder, file_bytes(tensors))
+    projection = {name: tensor.cpu().contiguous() for name, tensor in projection_state(transformer).items()}
+    _require_room(folder, file_bytes(tensors) + file_bytes(projection))
+    if projection:
+        save_file(projection, folder / CONTROL_FILE, metadata={"format": "pt"})
     pipeline_class(model.spec).save_lora_weights(
         str(folder),
         transformer_lora_layers={name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
@@ -359,8 +374,11 @@ def _rename_adapter(model: ExportedModel, folder: Path) -> None:
     (folder / LORA_FILE).unlink()
 
 
-def _add_components(folder: Path, model: ModelConfig) -> None:
-    """Put the base's other components beside the transformer: linked where the file system allows it, else copied."""
+def _add_components(folder: Path, model: ModelConfig, spec: ModelSpec) -> None:
+    """Put the base's other components beside the transformer: linked where the file system allows it, else copied.
+
+    Where a control video is followed, they are those of the pipeline for it, which samples with DDIM alone.
+    """
     base = resolve_pretrained(model.pretrained, model.revision, components=_OTHER_COMPONENTS)
     files = [path.stat() for name in _OTHER_COMPONENTS for path in (base / name).rglob("*") if path.is_file()]
     _require_room(folder, sum(file.st_size for file in files if file.st_dev != folder.stat().st_dev))
@@ -375,7 +393,17 @@ def _add_components(folder: Path, model: ModelConfig) -> None:
 
     for component in _OTHER_COMPONENTS:
         shutil.copytree(base / component, folder / component, copy_function=link_or_copy)
-    shutil.copyfile(base / "model_index.json", folder / "model_index.json")
+    shutil.copyfile(base / MODEL_INDEX, folder / MODEL_INDEX)
+    if spec.control:
+        index = read_json(folder / MODEL_INDEX) | {
+            "_class_name": CONTROL_PIPELINE,
+            "scheduler": ["diffusers", CONTROL_SCHEDULER],
+        }
+        atomic_write_text(folder / MODEL_INDEX, json.dumps(index, indent=2) + "\n")
+        file = folder / "scheduler" / "scheduler_config.json"
+        numbers = read_json(file) | {"_class_name": CONTROL_SCHEDULER}
+        file.unlink()  # it may be a link to the base's
+        atomic_write_text(file, json.dumps(numbers, indent=2) + "\n")
 
 
 def _require_room(folder: Path, needed: int) -> None:

@@ -24,10 +24,10 @@ from finetune.cogvideox.model_files import KNOWN_MODELS, is_hub_id, known_model
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.conversion.source import ExportSource
 from finetune.conversion.verify import Verification
-from finetune.core.files import COMPLETE, LORA_FILE, from_here
+from finetune.core.files import COMPLETE, CONTROL_FILE, LORA_FILE, from_here
 from finetune.core.text import shown
 from finetune.inference.adapters import base_numbers
-from finetune.methods.lora import Merged
+from finetune.methods.lora import Merged, is_lora
 
 LayoutName = Literal["diffusers", "comfyui", "kohya", "peft"]
 """The layouts that adapters are written in."""
@@ -59,6 +59,11 @@ class ExportedModel:
     def is_adapter(self) -> bool:
         """Whether its weights are loaded onto a base."""
         return self.source.is_lora and self.merged is None
+
+    @property
+    def has_projection(self) -> bool:
+        """Whether a projection goes with the adapter, in a file of its own."""
+        return self.is_adapter and not all(map(is_lora, self.source.tensors))
 
     @property
     def title(self) -> str:
@@ -111,6 +116,7 @@ class ExportedModel:
         words += [self.name, *(["--revision", self.source.revision] if self.source.revision is not None else [])]
         words += ["--image", "first_frame.png"] if self.spec.image_to_video else []
         words += ["--last-image", "last_frame.png"] if self.takes_last_frame else []
+        words += ["--control", "control.mp4"] if self.spec.control else []
         return shlex.join([*words, "--prompt", self.example_caption])
 
 
@@ -128,6 +134,7 @@ def training_record(model: ExportedModel, verification: Verification) -> str:
         "revision": source.revision,
         "base_digest": source.state.base or None,
         "image_to_video": model.spec.image_to_video,
+        **({"control": True} if model.spec.control else {}),
         "base_facts": base_numbers(model.spec),
         "step": source.state.step,
         "weights": source.weights,
@@ -167,7 +174,7 @@ def header_metadata(model: ExportedModel, folder: Path, sha256: str) -> dict[str
     source, spec, config = model.source, model.spec, model.source.config
     method: Any = config.method
     bucket = config.data.buckets[0]
-    task = "image-to-video" if spec.image_to_video else "text-to-video"
+    task = spec.task
     written = datetime.fromtimestamp((source.checkpoint / COMPLETE).stat().st_mtime, UTC)
     variants = (name for name in KNOWN_MODELS if base_numbers(read_spec(str(known_model(name)))) == base_numbers(spec))
     entries = {
@@ -283,12 +290,13 @@ def model_card(model: ExportedModel, samples: dict[str, str]) -> str:
         config=config,
         data=source.data,
         step=source.state.step,
-        task="image-to-video" if spec.image_to_video else "text-to-video",
+        task=spec.task,
         pipeline=pipeline_class(spec).__name__,
         bucket=config.data.buckets[0],
         fps=config.data.fps or spec.native_fps,
         dtype=str(config.model.torch_dtype()),
         samples=samples,
+        control_file=CONTROL_FILE,
         versions=_versions(),
         weights_names=_WEIGHTS_NAMES,
     )

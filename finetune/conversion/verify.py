@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune.cogvideox.config import ModelConfig
@@ -15,7 +16,7 @@ from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.load import build_pipeline, load_scheduler, load_transformer
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import ExportError, ModelError, is_out_of_memory
-from finetune.core.files import LORA_FILE
+from finetune.core.files import CONTROL_FILE, LORA_FILE
 from finetune.core.rng import generator
 from finetune.core.tensor_files import checksum_tensor
 from finetune.methods.lora import ADAPTER, adapted_layers
@@ -85,6 +86,8 @@ def _reload(folder: Path, model: ModelConfig, spec: ModelSpec, device: torch.dev
     if not is_adapter:
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
     transformer = load_transformer(model, device=device)
+    if (folder / CONTROL_FILE).is_file():
+        transformer.load_state_dict(load_file(folder / CONTROL_FILE), strict=False)
     pipeline = build_pipeline(spec, transformer=transformer, scheduler=load_scheduler(model))
     pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True)
     return transformer
@@ -137,7 +140,7 @@ def seeded_velocity(transformer: Any, spec: ModelSpec, device: torch.device) -> 
         noise("latents", channels, frames, height, width),
         noise("prompt", spec.max_text_seq_length, spec.text_embed_dim),
         torch.tensor([spec.num_train_timesteps // 2], device=device),
-        noise("image", channels, 1, height, width) if spec.image_to_video else None,
+        noise("image", channels, frames if spec.control else 1, height, width) if spec.conditioned else None,
     ).cpu()
 
 

@@ -33,6 +33,9 @@ TRAINABLE = "trainable.safetensors"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """In exports: an adapter, as diffusers names it."""
 
+CONTROL_FILE = "control_projection.safetensors"
+"""Beside it, of an adapter that follows a control video: the patch embedding's projection, which trained whole."""
+
 CHUNK = 1 << 22
 """Bytes hashed and written at a time, while they are in the processor's cache."""
 

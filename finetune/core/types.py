@@ -270,6 +270,8 @@ class SamplePrompt(Strict):
     """Last frame, for image-to-video models; best for one that was trained with it (``data.condition_frames``)."""
     keyframes: dict[int, Path] | None = Field(None, max_length=64)
     """Further frames by their number in the video: ``{24: middle.png}``. Numbers are multiples of the VAE's 4."""
+    control: Path | None = None
+    """Control video that it follows, for models with ``model.control``; a relative path as for ``image``."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Of the noise that sampling starts from: the same at every step, so that only the weights differ."""
 

@@ -178,6 +178,16 @@ class Encoding:
             "pixels": self.pixel_rule,
         }
 
+    def control_address(self, control: str, plan: ClipPlan) -> dict[str, Any]:
+        """Everything that decides the pixels of one control video of validation; ``control`` is its file's digest."""
+        return {
+            "kind": "images",
+            "format": FORMAT,
+            "control": control,
+            "plan": {**asdict(plan), "bucket": str(plan.bucket)},
+            "pixels": self.pixel_rule,
+        }
+
 
 def stored_frames(which: StoredFrames | None, frames: int) -> range:
     """Which of ``frames`` latent frames an entry holds as single images beside the first: none, the last, or all."""
@@ -348,7 +358,7 @@ class Cache:
         return self._write(address, {"prompt_embeds": embeds}, tokens=str(tokens))
 
     def write_image(self, address: Mapping[str, Any], pixels: Tensor) -> int:
-        """Store a validation image, uint8 RGB [3, H, W]. Returns the bytes written."""
+        """Store a validation image, uint8 RGB [3, H, W], or control video [3, F, H, W]. Returns the bytes written."""
         return self._write(address, {"pixels": pixels})
 
     def _write(self, address: Mapping[str, Any], tensors: Mapping[str, Tensor], **metadata: str) -> int:
@@ -421,7 +431,7 @@ class Cache:
         return self._read("prompts", key)["prompt_embeds"]
 
     def read_image(self, key: str) -> Tensor:
-        """The pixels of a validation image, uint8 RGB [3, H, W]. Raises as ``read``."""
+        """The pixels of a validation image, uint8 RGB [3, H, W], or control video [3, F, H, W]. Raises as ``read``."""
         return self._read("images", key)["pixels"]
 
     def prompt_tokens(self, key: str) -> int:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,18 +25,19 @@ from torch import Tensor, nn
 from finetune.checkpoint.folders import step_folders
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cogvideox.components import read_json
+from finetune.cogvideox.control import Projections
 from finetune.cogvideox.load import build_pipeline, require_base
 from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, is_out_of_memory
-from finetune.core.files import TRAINABLE
+from finetune.core.files import CONTROL_FILE, TRAINABLE
 from finetune.core.tensor_files import weights_digest
 from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
 from finetune.methods.adapter import COMPONENT, foreign_layout, read_lora_file
-from finetune.methods.lora import LoraMethod
+from finetune.methods.lora import LoraMethod, is_lora
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +76,8 @@ class TrainingRecord(BaseModel):
     base_facts: dict[str, Any] = {}
     """``base_numbers`` of the base."""
     image_to_video: bool | None = None
+    control: bool = False
+    """Whether it follows a control video."""
     buckets: list[str] = []
     fps: float | None = Field(None, gt=0, le=MAX_FPS)
     trigger: str | None = None
@@ -115,6 +118,8 @@ class AdapterSource:
     """None for a file from elsewhere."""
     settings: Mapping[str, Any] | None = None
     """Rank, alpha and so on as ``load_lora_into_transformer`` takes them; None: they stand in the file."""
+    projection: Mapping[str, Tensor] = field(default_factory=dict)
+    """What trained beside it where it follows a control video (``control.updates_of``)."""
     note: str = ""
     """Which of several things was taken."""
     checkpoint: Path | None = None
@@ -128,9 +133,11 @@ class AdapterSource:
     @cached_property
     def digest(self) -> str:
         """Of what decides what it does: its file, or its tensors and settings where they were put together."""
+        projection = {"projection": weights_digest(self.projection)} if self.projection else {}
         if self.settings is None:
-            return digest_file(self.adapter.file)
-        return digest_of({"tensors": weights_digest(self.tensors), "settings": dict(self.settings)})
+            file = digest_file(self.adapter.file)
+            return digest_of({"file": file, **projection}) if projection else file
+        return digest_of({"tensors": weights_digest(self.tensors), "settings": dict(self.settings), **projection})
 
     @property
     def where(self) -> str:
@@ -190,12 +197,15 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
             where=f"--adapter {adapter.path}",
             fix=f"run `finetune export {adapter.path}`, and give --transformer the export",
         )
-    tensors = loaded.trainable if loaded.ema is None else loaded.ema
+    trained = loaded.trainable if loaded.ema is None else loaded.ema
+    tensors = {name: trained[name] for name in trained if is_lora(name)}
+    projection = {name: trained[name] for name in trained if name not in tensors}
+    control = model.get("control", False)
     settings = LoraMethod.model_validate(method).peft_settings(sorted({name.split(".lora_")[0] for name in tensors}))
     numbers: dict[str, Any] = {}
     if Path(model["pretrained"]).is_dir():  # of others a name says as much
         try:
-            numbers = base_numbers(read_spec(model["pretrained"]))
+            numbers = base_numbers(read_spec(model["pretrained"], control=control))
         except ModelError:
             numbers = {}
     record = TrainingRecord(
@@ -203,6 +213,7 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
         revision=model.get("revision"),
         base_digest=loaded.state.base or None,
         base_facts=numbers,
+        control=control,
         **{name: data[name] for name in ("buckets", "fps", "trigger")},
         condition_frames=data.get("condition_frames", {}).get("kind"),
     )
@@ -212,9 +223,8 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
         if best is not None and best != loaded.state.step:
             note += f"; the lowest held-out loss is step {best}'s: --adapter {checkpoint.with_name(f'step-{best:08d}')}"
     named = {f"{COMPONENT}.{name}": tensors[name] for name in tensors}
-    return AdapterSource(
-        adapter, named, record, {f"{COMPONENT}.{name}": v for name, v in settings.items()}, note, checkpoint
-    )
+    stated = {f"{COMPONENT}.{name}": value for name, value in settings.items()}
+    return AdapterSource(adapter, named, record, stated, projection, note, checkpoint)
 
 
 def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
@@ -237,7 +247,9 @@ def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
         what = f"the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight): {what}"
         raise ConfigError(what, where=where, fix=fix)
     _require_true_ranks(settings, {len(t) for name, t in tensors.items() if ".lora_A" in name and t.ndim}, where)
-    return AdapterSource(adapter, tensors, read_record(path))
+    beside = file.with_name(CONTROL_FILE)
+    projection = read_lora_file(beside, where)[0] if path.is_dir() and beside.is_file() else {}
+    return AdapterSource(adapter, tensors, read_record(path), projection=projection)
 
 
 def _unknown_layout(names: Iterable[str], file: Path) -> tuple[str, str]:
@@ -310,9 +322,9 @@ def base_faults(record: TrainingRecord, where: str, base: str, spec: ModelSpec) 
     here = base if Path(base).exists() else canonical_name(base)
     ours, theirs = base_numbers(spec), record.base_facts
     if not theirs and is_hub_id(name) and (variant := published_variant(name)):
-        theirs = base_numbers(read_spec(str(known_model(variant))))
+        theirs = base_numbers(read_spec(str(known_model(variant)), control=record.control))
     image_to_video = record.image_to_video
-    if image_to_video is None and "in_channels" in theirs:
+    if image_to_video is None and "in_channels" in theirs and not record.control:
         image_to_video = theirs["in_channels"] != theirs.get("latent_channels")
     different = [
         f"{field} is {theirs[field]} there, {ours[field]} here"
@@ -424,6 +436,7 @@ class LoadedAdapters:
 
     def __init__(self, spec: ModelSpec, transformer: Any, scheduler: Any, sources: Mapping[Path, AdapterSource]):
         self._pipeline = build_pipeline(spec, transformer=transformer, scheduler=scheduler)
+        self._projections = Projections(transformer)
         self._sources = sources
         self._names: dict[Path, str] = {}
         """Of those that are loaded."""
@@ -455,6 +468,11 @@ class LoadedAdapters:
             self._pipeline.set_adapters([self._names[path] for path in strengths], [*strengths.values()])
         elif self._names:
             self._pipeline.disable_lora()
+        beside = [(self._sources[path], strength) for path, strength in strengths.items()]
+        try:
+            self._projections.use([(one.projection, strength) for one, strength in beside if one.projection])
+        except ValueError as error:
+            raise _misfit(next(one for one, _ in beside if one.projection), str(error)) from error
 
     def _load(self, source: AdapterSource) -> str:
         from peft import get_peft_model_state_dict

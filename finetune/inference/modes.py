@@ -1,4 +1,4 @@
-"""What a video is sampled from: a text alone, a first frame, frames anywhere, or another video.
+"""What a video is sampled from: a text alone, a first frame, frames anywhere, another video, or a control video.
 
 Each is a value of its own with the stock pipeline that samples it and the arguments which are that pipeline's alone.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from finetune.cogvideox.spec import ModelSpec
@@ -131,6 +132,46 @@ class FromVideo:
         extra = spec.front_padding(spec.latent_frames(bucket.frames)) * spec.vae_temporal
         frames = np.concatenate([self.frames[:1].repeat(extra, axis=0), self.frames])
         return {"video": [Image.fromarray(frame) for frame in frames], "strength": self.strength}
+
+
+@dataclass(frozen=True)
+class FromControl:
+    """A video that follows a control video, by a model that was trained to."""
+
+    image_to_video: ClassVar[bool] = False
+    frames: Frames
+    """As many as the bucket has, and of its size."""
+
+    def pipeline(self, bucket: Bucket, **modules: Any) -> Any:
+        """``CogVideoXFunControlPipeline``, which can step with DDIM alone.
+
+        It refuses videos that do not come to whole temporal patches. It is then given one with frames more in front,
+        and a control that is padded as in training.
+        """
+        from diffusers import CogVideoXDDIMScheduler, CogVideoXFunControlPipeline
+
+        modules["scheduler"] = CogVideoXDDIMScheduler.from_config(modules["scheduler"].config)
+        pipeline = CogVideoXFunControlPipeline(**modules)
+        pipeline.prepare_control_latents = partial(_padded_control, pipeline, bucket.frames)
+        return pipeline
+
+    def arguments(self, spec: ModelSpec, bucket: Bucket) -> dict[str, Any]:
+        """The control video; the pipeline takes the length from it."""
+        from PIL import Image
+
+        extra = spec.front_padding(spec.latent_frames(bucket.frames)) * spec.vae_temporal
+        frames = np.concatenate([self.frames[:1].repeat(extra, axis=0), self.frames])
+        return {"control_video": [Image.fromarray(frame) for frame in frames]}
+
+
+def _padded_control(pipeline: Any, frames: int, mask: None, control: Tensor) -> tuple[None, Tensor]:
+    """The control's latents as the stock pipeline makes them, [B, C, F, H, W], and copies of the first in front of them
+    for what ``control`` [B, 3, F, H, W] has beyond ``frames``.
+    """
+    extra = control.shape[2] - frames
+    _, latents = type(pipeline).prepare_control_latents(pipeline, mask, control[:, :, extra:])
+    copies = extra // pipeline.vae_scale_factor_temporal
+    return None, torch.cat([latents[:, :, :1].expand(-1, -1, copies, -1, -1), latents], dim=2)
 
 
 def _with_frames(

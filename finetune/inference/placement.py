@@ -237,7 +237,7 @@ def choose(request: GenerateRequest, sampling: Sampling, device: torch.device) -
     raise_all(ConfigError, faults, what="{n} options do not go together, or not with this machine")
     if device.type == "cpu":
         return placement
-    encodes = sampling.spec.image_to_video or request.extend > 0 or any(prompt.video for prompt in request.prompts)
+    encodes = sampling.spec.conditioned or request.extend > 0 or any(prompt.video for prompt in request.prompts)
     sampling = replace(sampling, encodes=encodes)
     budget = request.budget or torch.cuda.mem_get_info(device)[0]
     if request.offload == "auto":

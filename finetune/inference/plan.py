@@ -102,23 +102,29 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
         records.append((f"--transformer {request.transformer}", request.transformer, record))
     base, revision = _base(request, records, faults)
     revision = pin_revision(base, revision)
-    spec = read_spec(base, revision)
+    spec = read_spec(base, revision, control=any(record.control for _, _, record in records))
     first = records[0][2] if records else TrainingRecord()
     bucket = request.bucket or _recorded_bucket(first, spec) or spec.training_bucket
     folder = tuned or json_folder(base, revision)
     fps = request.fps or first.fps or float(spec.native_fps)
     misfits = _misfits(base, folder, spec, [*active.values()], records)
+    projects = any(source.projection for source in active.values())
+    if projects and (request.gguf or request.quantize not in (None, "fp8-cast")):
+        what = "an adapter that follows a control video changes weights that are held in fewer bits here"
+        fix = "leave it out, or merge the adapter first (`finetune export --to merged --full-pipeline`)"
+        faults = [*faults, ConfigError(what, where="--quantize, --transformer", fix=fix)]
     faults = [*request_faults(request, spec, bucket, fps), *faults, *misfits]
     raise_all(ConfigError, faults, what="{n} things are wrong with the request")
     device = ranks.device if ranks.world > 1 else usable_device(request.device)
-    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype)
+    model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype, control=spec.control)
     resolved = replace(request, base=base, revision=revision, fps=fps, dtype=_dtype_name(model.torch_dtype()))
     shots = tuple(_shots(resolved, bucket, columns, sources, device.type))
     replaced = {shot.path.resolve() for shot in shots}
     overwritten = [
-        ConfigError("a video would take the place of what it is made from", where=str(prompt.video), fix=_OTHER_FOLDER)
+        ConfigError("a video would take the place of what it is made from", where=str(video), fix=_OTHER_FOLDER)
         for prompt in request.prompts
-        if prompt.video is not None and prompt.video.resolve() in replaced
+        for video in (prompt.video, prompt.control)
+        if video is not None and video.resolve() in replaced
     ]
     raise_all(ConfigError, overwritten, what="{n} videos would be lost")
     division = request.parallel or ("context" if len(shots) == 1 < ranks.world else "prompts")

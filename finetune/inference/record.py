@@ -80,7 +80,7 @@ def _files(request: GenerateRequest) -> Iterable[Path]:
     """The images, videos and files of weights that a request names."""
     named = [
         request.gguf,
-        *(path for prompt in request.prompts for path in (*prompt.images, prompt.video)),
+        *(path for prompt in request.prompts for path in (*prompt.images, prompt.video, prompt.control)),
     ]
     return dict.fromkeys(path for path in named if path is not None)
 

@@ -17,7 +17,7 @@ from finetune.core.files import LORA_FILE, atomic_write_text
 from finetune.core.text import text_fault
 from finetune.core.types import Bucket, Offload, Quantization, SamplePrompt
 from finetune.datasets.geometry import BucketField
-from finetune.inference.modes import FromVideo, Mode, image_mode, read_clip, require_clip
+from finetune.inference.modes import FromControl, FromVideo, Mode, image_mode, read_clip, require_clip
 from finetune.inference.postprocess import Interpolation
 
 _MOST_VIDEOS, _MOST_PARTS = 10_000, 1000
@@ -156,6 +156,7 @@ def prompts_with_seeds(
     *,
     last_images: Sequence[Path] = (),
     videos: Sequence[Path] = (),
+    controls: Sequence[Path] = (),
     seeds: range = range(2**62),
 ) -> tuple[VideoPrompt, ...]:
     """Prompts as given one by one, each with the next of ``seeds``.
@@ -165,6 +166,7 @@ def prompts_with_seeds(
         images: first frames: none, one for all prompts, or one for each.
         last_images: last frames, likewise.
         videos: what video-to-video starts from, likewise.
+        controls: control videos, likewise.
         seeds: the first is the first prompt's.
 
     Raises:
@@ -172,7 +174,7 @@ def prompts_with_seeds(
     """
     if not seeds or seeds.start < 0:
         raise ConfigError(f"seed {seeds.start}", where="--seed", fix="give 0 to 2^62 - 1")
-    columns = {"image": images, "last_image": last_images, "video": videos}
+    columns = {"image": images, "last_image": last_images, "video": videos, "control": controls}
     rows: list[dict[str, Any]] = [
         {"prompt": prompt, "seed": seed} for prompt, seed in zip(prompts, seeds, strict=False)
     ]
@@ -194,8 +196,8 @@ def read_prompts(path: Path, *, seeds: range = range(2**62)) -> tuple[VideoPromp
     Args:
         path: text with one prompt per line, or ``.jsonl`` with an object per line: ``prompt``, and where wanted
             ``seed``, ``bucket``, ``image``, ``last_image``, ``keyframes`` (images by the number of their frame),
-            ``video``, ``strength`` (of video-to-video) and ``adapter`` (``PATH:STRENGTH``, or a list of them). Paths
-            are relative to the file; empty lines are left out.
+            ``video``, ``control``, ``strength`` (of video-to-video) and ``adapter`` (``PATH:STRENGTH``, or a list of
+            them). Paths are relative to the file; empty lines are left out.
         seeds: of the prompts in turn; one that states its own leaves its place unused.
 
     Raises:
@@ -238,9 +240,12 @@ def write_prompts(path: Path, prompts: Sequence[SamplePrompt]) -> None:
     atomic_write_text(path, "".join(json.dumps(_as_row(prompt), ensure_ascii=False) + "\n" for prompt in prompts))
 
 
+_FILES = ("image", "last_image", "video", "control")
+
+
 def _as_row(prompt: SamplePrompt) -> dict[str, Any]:
     row = prompt.model_dump(mode="json", exclude_none=True, exclude={"adapters"})
-    for name in ("image", "last_image", "video"):
+    for name in _FILES:
         if name in row:
             row[name] = str(Path(row[name]).absolute())
     if "keyframes" in row:
@@ -263,7 +268,7 @@ def _from_row(row: Any, folder: Path, seed: int) -> VideoPrompt:
         row["adapters"] = tuple(parse_adapter(text, folder) for text in texts)
         del row["adapter"]
     prompt = VideoPrompt.model_validate(row)
-    files = {name: getattr(prompt, name) for name in ("image", "last_image", "video")}
+    files = {name: getattr(prompt, name) for name in _FILES}
     here: dict[str, Any] = {name: folder / p.expanduser() for name, p in files.items() if p is not None}
     if prompt.keyframes:
         here["keyframes"] = {frame: folder / image.expanduser() for frame, image in prompt.keyframes.items()}
@@ -276,6 +281,8 @@ def mode_of(prompt: VideoPrompt, bucket: Bucket, fps: float, strength: float) ->
     Raises:
         DataError: if its video cannot be read.
     """
+    if prompt.control is not None:
+        return FromControl(read_clip(prompt.control, bucket, fps))
     if prompt.video is not None:
         return FromVideo(read_clip(prompt.video, bucket, fps), prompt.strength or strength)
     return image_mode(prompt.images_by_frame(bucket.frames))
@@ -303,6 +310,12 @@ def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fp
         yield ConfigError(f"{request.videos} videos of each prompt", where="--videos", fix=f"give 1 to {_MOST_VIDEOS}")
     if not 0 <= request.extend <= _MOST_PARTS:
         yield ConfigError(f"{request.extend} parts more", where="--extend", fix=f"give 0 to {_MOST_PARTS}")
+    if spec.control and request.extend > 0:
+        what = "a video that follows a control video is as long as its bucket"
+        yield ConfigError(what, where="--extend", fix="leave it out, or give a longer --bucket")
+    if spec.control and request.scheduler == "dpm":
+        what = "diffusers' control pipeline steps with DDIM alone"
+        yield ConfigError(what, where="--scheduler dpm", fix="leave it out")
     if request.fps is not None and not 0 < request.fps <= _MOST_FPS:
         where, fix = "--fps", f"give more than 0, at most {_MOST_FPS}"
         yield ConfigError(f"{request.fps:g} frames per second", where=where, fix=fix)
@@ -313,7 +326,15 @@ def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fp
 def _prompt_faults(prompt: VideoPrompt, spec: ModelSpec, bucket: Bucket, *, where: str) -> Iterator[ConfigError]:
     if fault := text_fault(prompt.prompt):
         yield ConfigError(f"the prompt is damaged: {fault}", where=where, fix="write it again as text")
-    if spec.image_to_video and prompt.video is not None:
+    if spec.control and prompt.control is None:
+        yield ConfigError("the model follows a control video and needs one", where=where, fix="give --control VIDEO")
+    elif spec.control and prompt.video is not None:
+        fix = "leave --video out: give it, or what was made of it, as --control"
+        yield ConfigError("the model follows a control video and takes no other", where=where, fix=fix)
+    elif prompt.control is not None and not spec.control:
+        what = f"the model is {spec.task} and takes no control video"
+        yield ConfigError(what, where=where, fix="leave --control out, or name an adapter that follows one")
+    elif spec.image_to_video and prompt.video is not None:
         yield ConfigError(
             "the model is image-to-video, and only text-to-video models make video-to-video",
             where=where,
@@ -323,7 +344,7 @@ def _prompt_faults(prompt: VideoPrompt, spec: ModelSpec, bucket: Bucket, *, wher
         what, fix = "the model is image-to-video and needs a first frame", "give --image FILE, or --last-image FILE"
         yield ConfigError(what, where=where, fix=fix)
     if prompt.images and not spec.image_to_video:
-        yield ConfigError("the model is text-to-video and takes no image", where=where, fix="leave the image out")
+        yield ConfigError(f"the model is {spec.task} and takes no image", where=where, fix="leave the image out")
         return
     for fault in prompt.image_faults(bucket.frames, spec.vae_temporal):
         yield ConfigError(fault, where=f"{where}: keyframes")
@@ -334,11 +355,12 @@ def _video_faults(
     request: GenerateRequest, prompt: VideoPrompt, bucket: Bucket, fps: float, *, where: str
 ) -> Iterator[FinetuneError]:
     strength, steps = prompt.strength or request.strength, request.num_inference_steps
-    if prompt.video is None:
+    video = prompt.video or prompt.control
+    if video is None:
         return
-    if 0 < strength <= 1 and int(strength * steps) < 1:
+    if prompt.video is not None and 0 < strength <= 1 and int(strength * steps) < 1:
         yield ConfigError(f"strength {strength} of {steps} steps is none", where=where, fix="give more of either")
     try:
-        require_clip(prompt.video, bucket, fps)
+        require_clip(video, bucket, fps)
     except DataError as error:
         yield error

@@ -19,7 +19,7 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import training_state_untouched
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, Offload
-from finetune.inference.modes import FromText, Mode
+from finetune.inference.modes import FromControl, FromText, Mode
 from finetune.inference.offload import offloading
 from finetune.inference.videos import Frames
 
@@ -121,6 +121,9 @@ def sample_videos(
             if request.mode.image_to_video != spec.image_to_video:
                 kind, state = ("image", "missing") if spec.image_to_video else ("text", "given")
                 raise ValueError(f"the model is {kind}-to-video, but an image is {state}")
+            if isinstance(request.mode, FromControl) != spec.control:
+                state = "missing" if spec.control else "given"
+                raise ValueError(f"the model is {spec.task}, but a control video is {state}")
             pipeline = request.mode.pipeline(
                 request.bucket,
                 tokenizer=None,

@@ -16,6 +16,8 @@ from pydantic import Field, field_validator
 
 from finetune.cogvideox.control import (
     PROJECTION,
+    UPDATES,
+    load_updates,
     merge_projection,
     projection_state,
     train_projection,
@@ -23,9 +25,18 @@ from finetune.cogvideox.control import (
 )
 from finetune.cogvideox.spec import BLOCK_LAYERS
 from finetune.core.errors import ConfigError
+from finetune.core.files import CONTROL_FILE
 from finetune.core.rng import generator
 from finetune.core.types import Strict
-from finetune.methods.adapter import Adapter, count_lines, differences, load_strictly, read_adapter, some
+from finetune.methods.adapter import (
+    Adapter,
+    count_lines,
+    differences,
+    load_strictly,
+    read_adapter,
+    read_lora_file,
+    some,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -139,7 +150,9 @@ class LoraMethod(Strict):
         """Names of the linear layers that get an adapter, in the model's order. Raises as ``select`` does."""
         from torch import nn
 
-        return self.select([name for name, module in transformer.named_modules() if isinstance(module, nn.Linear)])
+        whole = widened(transformer)  # which trains with all its weights
+        layers = transformer.named_modules()
+        return self.select([name for name, layer in layers if isinstance(layer, nn.Linear) and layer is not whole])
 
     def select(self, linear: Sequence[str]) -> list[str]:
         """Which of a model's ``linear`` layers, by their names, get an adapter; in the order they are given in.
@@ -238,9 +251,14 @@ class LoraMethod(Strict):
     def _continue_from(self, transformer: nn.Module, source: Path) -> None:
         adapter = self.read_start(source)
         tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
-        if problems := differences(self.trainable(transformer), tensors):
+        # An adapter that was trained without a control video begins with the base's own projection.
+        own = {name: p for name, p in self.trainable(transformer).items() if is_lora(name) or name in tensors}
+        if problems := differences(own, tensors):
             raise _does_not_continue(adapter, problems)
-        self.load_state(transformer, tensors)
+        load_strictly(own, tensors)
+        file = adapter.path.with_name(CONTROL_FILE)
+        if widened(transformer) is not None and file.is_file():
+            load_updates(transformer, read_lora_file(file, f"method.init_from: {file}")[0])
 
     def read_start(self, source: Path) -> Adapter:
         """Read an adapter to continue from.
@@ -285,7 +303,7 @@ class LoraMethod(Strict):
 
     def peft_state(self, transformer: nn.Module) -> dict[str, Tensor]:
         """What ``save_lora_weights(transformer_lora_layers=...)`` of a diffusers pipeline takes."""
-        return {name: tensor for name, tensor in self.state(transformer).items() if ".lora_" in name}
+        return {name: tensor for name, tensor in self.state(transformer).items() if is_lora(name)}
 
     def lora_metadata(self, transformer: nn.Module) -> dict[str, Any]:
         """The adapter's settings for ``save_lora_weights(transformer_lora_adapter_metadata=...)``, JSON types.
@@ -304,7 +322,7 @@ class LoraMethod(Strict):
     def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
         """What trains, as lines of (label, value)."""
         variants = [name for name, on in (("rsLoRA", self.use_rslora), ("DoRA", self.use_dora)) if on]
-        layers = dict.fromkeys(name.split(".lora_")[0] for name in self.trainable(transformer) if ".lora_" in name)
+        layers = dict.fromkeys(name.split(".lora_")[0] for name in self.trainable(transformer) if is_lora(name))
         projection = [("trained beside it", PROJECTION)] if projection_state(transformer) else []
         start = [("continued from", str(self.init_from))] if self.init_from is not None else []
         return [
@@ -315,6 +333,11 @@ class LoraMethod(Strict):
             *start,
             *count_lines(transformer),
         ]
+
+
+def is_lora(name: str) -> bool:
+    """Whether a tensor of ``LoraMethod.trainable`` is the adapter's own, and not of the projection beside it."""
+    return name.removeprefix(f"{PROJECTION}.") not in UPDATES.values()
 
 
 def _selects(target: str, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox.control import widened
+from finetune.cogvideox.control import projection_strength
 from finetune.cogvideox.denoise import ofs_of
 from finetune.cogvideox.objective import predicted_velocity
 from finetune.memory.adaln_offload import announced
@@ -23,21 +23,17 @@ if TYPE_CHECKING:
 @contextmanager
 def without_adapter(transformer: nn.Module) -> Iterator[None]:
     """While it lasts, a transformer computes what its base does, bit for bit, in whatever memory state."""
-    layers, projection = [layer for _, layer in adapted_layers(transformer)], widened(transformer)
-    strength = 0.0 if projection is None else projection.strength
+    layers = [layer for _, layer in adapted_layers(transformer)]
     # The flag that peft's layers and ours go by. Strength 0 would not do: a DoRA still stretches the rows. And peft's
     # own switch freezes the adapter as well, which FSDP2 and DDP, who look at what trains, must not see.
     for layer in layers:
         layer._disable_adapters = True
-    if projection is not None:
-        projection.strength = 0.0
     try:
-        yield
+        with projection_strength(transformer, 0.0):
+            yield
     finally:
         for layer in layers:
             layer._disable_adapters = False
-        if projection is not None:
-            projection.strength = strength
 
 
 def asks_base(batch: Batch, *, collective: bool) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from finetune.cogvideox.control import projection_strength
 from finetune.cogvideox.load import load_transformer
 from finetune.cogvideox.objective import alpha_bar, velocity_losses
 from finetune.cogvideox.spec import spec_of
@@ -221,7 +222,8 @@ def _scaled(module: nn.Module, strength: float) -> Iterator[None]:
     for layer, scaling in zip(layers, own, strict=True):
         layer.scaling[ADAPTER] = scaling * strength
     try:
-        yield
+        with projection_strength(module, strength):
+            yield
     finally:
         for layer, scaling in zip(layers, own, strict=True):
             layer.scaling[ADAPTER] = scaling

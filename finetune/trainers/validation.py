@@ -23,7 +23,7 @@ from finetune.core.rng import seed_for, training_state_untouched
 from finetune.core.types import Batch, RunState, SamplePrompt
 from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_prompt
 from finetune.datasets.schedule import is_due
-from finetune.inference.modes import image_mode
+from finetune.inference.modes import FromControl, Mode, image_mode
 from finetune.inference.sample import SampleModules, SampleRequest, SampleSettings, sample_videos
 from finetune.inference.videos import Frames, write_mp4
 from finetune.trainers.fault_report import ReportedSample, refuse_measurement
@@ -335,10 +335,14 @@ class Sampler:
             frame: cache.read_image(manifest.images[str(path)])
             for frame, path in sample.images_by_frame(bucket.frames).items()
         }
+        mode: Mode = image_mode(images)
+        if sample.control is not None:
+            pixels = cache.read_image(manifest.images[str(sample.control)])
+            mode = FromControl(pixels.permute(1, 2, 3, 0).contiguous().numpy())
         return SampleRequest(
             prompt_embeds=cache.read_prompt(manifest.prompts[sample.prompt]),
             negative_embeds=unconditional_prompt(cache, manifest.empty_prompt_key, config.data),
-            mode=image_mode(images),
+            mode=mode,
             seed=sample.seed,
             bucket=bucket,
         )

@@ -188,6 +188,7 @@ GENERATE = Command(
         ),
         Option("--last-image", "Last frame", "Likewise.", "paths", more=True),
         Option("--video", "Video to start from", "Likewise (video-to-video).", "paths", more=True),
+        Option("--control", "Control video to follow", "Likewise (model.control).", "paths", more=True),
         Option("--strength", "Strength of video-to-video", "0.8 where left out.", "number", more=True),
         Option("--extend", "Continue by", "So many parts more.", "number", more=True),
         Option("--negative-prompt", "Negative prompt", "", more=True),
