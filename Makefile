@@ -65,7 +65,7 @@ bench-gpu: develop
 	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only '$(ONLY)')
 
 bench-memory: develop
-	$(BIN)/python benchmarks/memory.py; code=$$?; $(BIN)/python scripts/make_memory.py && $(BIN)/python scripts/make_configs.py && exit $$code
+	$(BIN)/python benchmarks/memory.py; code=$$?; $(BIN)/python scripts/make_memory.py && $(BIN)/python scripts/make_cards.py && $(BIN)/python scripts/draw_memory.py && $(BIN)/python scripts/make_configs.py && exit $$code
 
 lint: develop
 	$(BIN)/ruff check .
@@ -83,6 +83,8 @@ docs: develop
 	$(BIN)/python scripts/make_config_docs.py
 	$(BIN)/python scripts/make_configs.py
 	$(BIN)/python scripts/make_memory.py
+	$(BIN)/python scripts/make_cards.py
+	$(BIN)/python scripts/draw_memory.py
 	$(BIN)/python scripts/make_notebooks.py
 	$(BIN)/python scripts/draw_layers.py
 	$(BIN)/python scripts/sizes.py --write

@@ -200,6 +200,14 @@ def script(path: str) -> ModuleType:
     return module
 
 
+def test_the_readme_has_the_hours_and_gigabytes_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = script("scripts/make_cards.py")
+    page = make.README.read_text()
+    assert make.renewed(page) == page and page.count("`finetune init --model") == len(make.CARDS), "run `make docs`"
+    monkeypatch.setattr(make, "STEPS", 3000)  # the canary
+    assert make.renewed(page) != page
+
+
 def test_the_pages_have_the_figures_of_the_file() -> None:
     make = script("scripts/make_memory.py")
     found = json.loads(make.PLANS.read_text())

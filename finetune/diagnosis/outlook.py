@@ -18,7 +18,7 @@ from finetune.core.files import free_space, human_size
 from finetune.core.gpu import OVERHEAD_GIB, to_gib
 from finetune.core.types import GIB, Bucket
 
-_DOWNLOAD_GB: Mapping[str, tuple[float, float, float]] = {
+DOWNLOAD_GB: Mapping[str, tuple[float, float, float]] = {
     "2b": (3.4, 0.4, 9.5),
     "5b": (11.1, 0.4, 9.5),
     "5b-i2v": (11.1, 0.4, 9.5),
@@ -153,7 +153,7 @@ def _download_gb(config: RunConfig) -> float | None:
     folder = local_folder(config.model.pretrained, config.model.revision)
     if variant is None:
         return 0.0 if folder is not None else None
-    parts = zip(("transformer", "vae", "text_encoder"), _DOWNLOAD_GB[variant], strict=True)
+    parts = zip(("transformer", "vae", "text_encoder"), DOWNLOAD_GB[variant], strict=True)
     return sum(size for part, size in parts if folder is None or not any((folder / part).glob("*.safetensors")))
 
 
