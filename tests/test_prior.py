@@ -135,11 +135,12 @@ def values(tmp_path, tiny_model, demo_clips, wide_clips) -> Callable[..., dict[s
     return make
 
 
-def test_a_run_keeps_what_the_base_predicts_and_resumes_to_the_bit(values):
+def test_a_run_keeps_what_the_base_predicts_and_resumes_to_the_bit(values, capsys):
     steps: list[StepRecord] = []
     changes = {"train": {"steps": 6, "batch_size": 2, "accumulation": 2}, "method": {"dropout": 0.1}}
     changes["validation"] = {"every": 6, "at_start": False}
     whole = train(RunConfig.from_dict(values("whole", **changes)), on_step=steps.append)
+    assert "for prior preservation: 3 of them" in capsys.readouterr().out
     first = next(step for step in steps if any(step.prior))
     kept = [[loss for loss, prior in zip(one.losses, one.prior, strict=True) if prior] for one in steps]
     assert first.step == 1 and set(kept[0]) == {0.0}, "an adapter that changes nothing is at no distance from its base"

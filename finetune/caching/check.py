@@ -661,13 +661,17 @@ def overview(
         micro_batches=train.accumulation,
     )
     steps = train.steps or plan.steps_for_epochs(train.epochs or 1)
-    flips = sum(clip.sample.random_flip for clip in training)
-    mirrored = f" ({flips} of them mirrored half of the time)" if flips else ""
+    some = {
+        "mirrored half of the time": sum(clip.sample.random_flip for clip in training),
+        "with a mask": sum("mask" in dict(clip.sample.companions) for clip in training),
+        "for prior preservation": sum(clip.sample.prior for clip in training),
+    }
+    of_them = ", ".join(f"{count} of them {how}" for how, count in some.items() if count)
     together = f" / {config.parallel.context}" if config.parallel.context > 1 else ""
     numbers = [
         ("model", f"{config.model.pretrained}, {spec.task}, {spec.num_layers} blocks, dtype {config.model.dtype}"),
         *(("bucket", _size(spec, bucket)) for bucket in sorted({clip.plan.bucket for clip in clips}, key=str)),
-        ("clips", f"{len(training)} to train on{mirrored}, {sum(in_val)} held out"),
+        ("clips", f"{len(training)} to train on{f' ({of_them})' if of_them else ''}, {sum(in_val)} held out"),
         (
             "effective batch",
             f"{train.batch_size} x {train.accumulation} accumulation, times the number of processes{together}",

@@ -398,12 +398,17 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
     plan, spec = data.plan, model.spec
     buckets = Counter(f"{item.bucket} ({spec.tokens(item.bucket)} tokens)" for item in data.training.items)
     effective = config.train.batch_size * plan.micro_batches
+    special = {
+        "with a mask": sum(bool(item.unmasked_key) for item in data.training.items),
+        "for prior preservation": sum(item.prior for item in data.training.items),
+    }
     return [
         ("run", str(config.output_dir)),
         *([("curves", tensorboard_command(config.output_dir))] if config.tracking.kind == "tensorboard" else []),
         ("model", f"{config.model.pretrained}, {spec.task}, {model.dtype}"),
         *([("commit", config.model.revision)] if config.model.revision else []),
         ("training clips", f"{len(data.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
+        *((how, f"{count} of them") for how, count in special.items() if count),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),
         ("held-out clips", str(len(data.val.items))),
         *(("bucket", f"{bucket}: {share}") for bucket, share in data.manifest.kept.items()),
