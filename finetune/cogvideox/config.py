@@ -239,8 +239,8 @@ class MaskedLoss(Strict):
     """Learn a part of the picture: where a clip's mask video is white. A clip without a mask is learnt whole."""
 
     outside: float = Field(0.1, ge=0, le=1)
-    """What the error counts where the mask is black, of 1 where it is white: 0 for nothing. A little keeps what is
-    outside from drifting."""
+    """What the error counts where the mask is black, of 1 where it is white: 0 for nothing, as where there is something
+    that must not be learnt. A little keeps what is outside from drifting."""
 
 
 class ObjectiveConfig(Strict):
