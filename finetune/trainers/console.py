@@ -57,6 +57,7 @@ class Console:
         self._origin: tuple[int, float] | None = None
         self._shown_s = -math.inf
         self._live: Live | None = None
+        self._last: StepRecord | None = None
         self._losses: deque[float] = deque(maxlen=240)
         self._facts: dict[str, str] = {}
 
@@ -74,6 +75,7 @@ class Console:
         first, first_s = self._origin
         left = duration((now - first_s) / (step - first) * (self._total - step)) if first < step < self._total else ""
         if self._terminal:
+            self._last = record
             self._redraw(self._panel(record, left))
         else:
             self._stream.write(self._line(record, left) + "\n")
@@ -147,8 +149,10 @@ class Console:
             self._stream.flush()
 
     def close(self) -> None:
-        """Leave the panel as it stands."""
+        """Leave the panel as it stands, with the facts that came after the last step."""
         if self._live is not None:
+            if self._last is not None:
+                self._redraw(self._panel(self._last, ""))
             self._live.stop()
             self._live = None
 
