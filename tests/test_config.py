@@ -285,7 +285,8 @@ def configured(path: tuple[str | int, ...], number: float) -> dict[str, Any]:
             continue
         fresh: Any = {}
         if following == 0:
-            fresh = [{"first": 0, "last": 1_000_000}] if part == "bands" else [0.5, 0.5]
+            entries = {"bands": [{"first": 0, "last": 1_000_000}], "adapters": [{"path": "a.safetensors"}]}
+            fresh = entries.get(part, [0.5, 0.5])
         holder = holder.setdefault(part, fresh) if isinstance(holder, dict) else holder[part]
     holder[path[-1]] = number
     if path[-1] == "epochs":

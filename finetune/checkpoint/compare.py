@@ -32,6 +32,7 @@ class Difference:
 _RULES: Mapping[str, tuple[bool, str]] = {
     "": (False, "what a step trains on or computes follows from it"),
     "model": (False, "the trained weights belong to the base model and its dtype"),
+    "model.adapters": (False, "they are a part of the base model that the trained weights belong to"),
     "model.attention": (True, "another kernel computes the same, but for the last digits"),
     "method": (False, "it decides which tensors are trained"),
     "method.dropout": (True, "holds from the next step"),
@@ -74,6 +75,7 @@ _SINCE: Mapping[str, object] = {
     "method.compute": "float32",
     "method.ranks": {},
     "parallel.context": 1,
+    "model.adapters": [],
     "model.attention": "auto",
     "data.unreadable_captions": "warn",
     "data.image_buckets": None,
@@ -103,6 +105,9 @@ def _filled(config: Mapping[str, Any]) -> dict[str, Any]:
         values["data"]["sources"] = [{**source_since(source.get("kind")), **source} for source in sources]
     if samples := values.get("validation", {}).get("samples"):
         values["validation"]["samples"] = [{"last_image": None, "keyframes": None, **sample} for sample in samples]
+    for adapter in values.get("model", {}).get("adapters", ()):
+        if adapter.get("sha256"):  # wherever its file is now
+            adapter.pop("path", None)
     return {**_SINCE, **flat(values)}
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 
 from finetune.cogvideox.components import loading, require_own_files
 from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.core.files import LORA_FILE
 from finetune.core.types import DtypeName, Strict, torch_dtype
 
 if TYPE_CHECKING:
@@ -18,6 +19,25 @@ if TYPE_CHECKING:
 
 
 Attention = Literal["auto", "cudnn", "flash", "flash3", "flash4", "efficient", "math"]
+
+
+class MergedAdapter(Strict):
+    """A LoRA that becomes a part of the base model."""
+
+    path: Path
+    """A LoRA safetensors file in diffusers' layout, or an export's folder. ``finetune convert`` makes one of others."""
+    strength: float = Field(1.0, ge=-100, le=100)
+    """1 as it was trained."""
+    sha256: str | None = Field(None, pattern="[0-9a-f]{64}")
+    """Of the file. A run notes it when it begins, and goes on with that file alone; so need not you."""
+
+    @property
+    def file(self) -> Path:
+        """The safetensors file itself."""
+        return self.path / LORA_FILE if self.path.is_dir() else self.path
+
+    def __str__(self) -> str:
+        return f"{self.file.name} at strength {self.strength:g}"
 
 
 class ModelConfig(Strict):
@@ -36,6 +56,10 @@ class ModelConfig(Strict):
     every row of the dataset then names: its latents are concatenated on channels, and the patch embedding gets as many
     channels more, which begin at zero. A checkpoint that diffusers' ``CogVideoXFunControlPipeline`` wrote follows one
     in any case."""
+    adapters: tuple[MergedAdapter, ...] = Field((), max_length=100)
+    """LoRAs that are merged into the transformer, in this order, before anything is trained on top of it:
+    ``[{path: style.safetensors, strength: 0.8}]``. Whoever uses what was trained has to merge them too, or load them
+    beside it."""
     attention: Attention = "auto"
     """Which of torch's kernels computes attention. ``auto`` times those that are there for a second when a run begins
     on a GPU, and the run keeps the fastest; on a CPU it is torch's choice. ``flash3`` and ``flash4`` need the package

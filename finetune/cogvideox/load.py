@@ -81,7 +81,7 @@ def load_transformer(
     """The denoiser in evaluation mode, its weights in ``dtype`` from the first moment on; widened for ``control``.
 
     Args:
-        model: which checkpoint.
+        model: which checkpoint. Its ``adapters`` are left out; ``methods.merged_base.load_base`` merges them.
         device: where its weights go.
         dtype: None for ``model.torch_dtype()``.
         placement: who decides which weights are held in another form; None for as they are.

@@ -19,6 +19,7 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError, raise_all
 from finetune.core.text import holds_word
 from finetune.memory.config import Traits
+from finetune.methods.adapter import pinned
 from finetune.methods.lora import LoraMethod
 from finetune.optim.optimizers import CustomOptimizer
 from finetune.parallel.config import context_faults
@@ -263,7 +264,8 @@ def _warnings(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, s
 
 
 def pin_model(config: RunConfig, decide: Callable[[Callable[[], Any]], Any] = lambda work: work()) -> RunConfig:
-    """The same configuration with ``model.revision`` as a commit; nothing changes for a model in a folder.
+    """The same configuration with ``model.revision`` as a commit, which changes nothing for a model in a folder, and
+    with the hash of every file in ``model.adapters``.
 
     A run that goes on uses the commit that it began with, also where its branch has moved since. If the configuration
     names another commit, it is left as it is, and the comparison with the checkpoint refuses it.
@@ -274,11 +276,15 @@ def pin_model(config: RunConfig, decide: Callable[[Callable[[], Any]], Any] = la
 
     Raises:
         ModelError: if the model or the revision cannot be found.
+        ConfigError: if an adapter's file cannot be read.
     """
+    model = config.model
+    places = (config.where(f"model.adapters.{index}.path") for index in range(len(model.adapters)))
+    adapters = decide(lambda: tuple(map(pinned, model.adapters, places))) if model.adapters else ()
     revision = decide(lambda: _revision_of(config))
-    if revision == config.model.revision:
+    if (revision, adapters) == (model.revision, model.adapters):
         return config
-    return config.model_copy(update={"model": config.model.model_copy(update={"revision": revision})})
+    return config.model_copy(update={"model": model.model_copy(update={"revision": revision, "adapters": adapters})})
 
 
 def _revision_of(config: RunConfig) -> str | None:

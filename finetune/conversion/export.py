@@ -26,7 +26,7 @@ from torch import Tensor
 from finetune.cogvideox.components import read_json
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.control import projection_state
-from finetune.cogvideox.load import load_transformer, pipeline_class, require_base, save_transformer
+from finetune.cogvideox.load import pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import MODEL_INDEX, resolve_pretrained
 from finetune.cogvideox.spec import CONTROL_PIPELINE, CONTROL_SCHEDULER, ModelSpec, spec_of
 from finetune.conversion.model_card import (
@@ -66,6 +66,7 @@ from finetune.core.tensor_files import add_metadata, file_bytes
 from finetune.core.types import DtypeName
 from finetune.inference.adapters import TRAINING_RECORD
 from finetune.methods.lora import Merged, merge, set_strength
+from finetune.methods.merged_base import load_base
 
 _SIDE_FILES = 1 << 20
 """Bytes for the model card, the record and the marker; sampled videos come on top, and are small."""
@@ -323,7 +324,7 @@ def _write(
 def _trained_transformer(run: ExportSource, device: torch.device) -> Any:
     """The model as it was trained: the base, the method applied to it, and the checkpoint's tensors."""
     config = run.config
-    transformer = load_transformer(config.model, device=device)
+    transformer = load_base(config.model, device=device)
     require_base(
         transformer,
         run.state.base,

@@ -259,8 +259,10 @@ def _stated_base(file: Path, metadata: Mapping[str, str]) -> str:
     """What the files say of the base, and which of them does."""
     record = read_record(file.parent) or read_record(file.parent.parent)  # of an adapter, of a transformer
     model = settings_beside(file.parent, CONFIG).get("model") if file.name == TRAINABLE else None
+    merged = (f", with {one.name} at {one.strength:g} merged in" for one in (record.base_adapters if record else ()))
+    own = f"{record.base_model}{''.join(merged)}" if record and record.base_model else ""
     statements = {
-        TRAINING_RECORD: record.base_model if record else "",
+        TRAINING_RECORD: own,
         "its run": model.get("pretrained") if isinstance(model, dict) else "",
         PEFT_CONFIG: settings_beside(file.parent, PEFT_CONFIG).get("base_model_name_or_path"),
         **{key: metadata.get(key) for key in ("modelspec.architecture", "ss_base_model_version", "ss_sd_model_name")},

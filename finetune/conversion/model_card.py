@@ -19,6 +19,7 @@ import jinja2
 import torch
 
 from finetune.checkpoint.folders import sample_name, samples_path
+from finetune.cogvideox.config import MergedAdapter
 from finetune.cogvideox.load import pipeline_class
 from finetune.cogvideox.model_files import KNOWN_MODELS, is_hub_id, known_model
 from finetune.cogvideox.spec import ModelSpec, read_spec
@@ -26,7 +27,7 @@ from finetune.conversion.source import ExportSource
 from finetune.conversion.verify import Verification
 from finetune.core.files import COMPLETE, CONTROL_FILE, LORA_FILE, from_here
 from finetune.core.text import shown
-from finetune.inference.adapters import base_numbers
+from finetune.inference.adapters import base_adapters, base_numbers
 from finetune.methods.lora import Merged, is_lora
 
 LayoutName = Literal["diffusers", "comfyui", "kohya", "peft"]
@@ -108,12 +109,19 @@ class ExportedModel:
         return self.spec.image_to_video and self.source.config.data.condition_frames.stored is not None
 
     @property
+    def base_adapters(self) -> tuple[MergedAdapter, ...]:
+        """What has to be merged into the base, or loaded beside an adapter, for it to act as it was trained."""
+        return self.source.config.model.adapters if self.is_adapter else ()
+
+    @property
     def command(self) -> str:
         """The command that samples with it; empty for a layout of other programs."""
         if self.is_adapter and self.layout != "diffusers":
             return ""
         words = ["finetune", "generate", "--model", self.base, "--adapter" if self.is_adapter else "--transformer"]
         words += [self.name, *(["--revision", self.source.revision] if self.source.revision is not None else [])]
+        for adapter in self.base_adapters:
+            words += ["--adapter", f"{from_here(adapter.path)}:{adapter.strength:g}"]
         words += ["--image", "first_frame.png"] if self.spec.image_to_video else []
         words += ["--last-image", "last_frame.png"] if self.takes_last_frame else []
         words += ["--control", "control.mp4"] if self.spec.control else []
@@ -136,6 +144,7 @@ def training_record(model: ExportedModel, verification: Verification) -> str:
         "image_to_video": model.spec.image_to_video,
         **({"control": True} if model.spec.control else {}),
         "base_facts": base_numbers(model.spec),
+        "base_adapters": base_adapters(config.model) if model.is_adapter else [],
         "step": source.state.step,
         "weights": source.weights,
         "buckets": [str(bucket) for bucket in config.data.buckets],
@@ -177,12 +186,13 @@ def header_metadata(model: ExportedModel, folder: Path, sha256: str) -> dict[str
     task = spec.task
     written = datetime.fromtimestamp((source.checkpoint / COMPLETE).stat().st_mtime, UTC)
     variants = (name for name in KNOWN_MODELS if base_numbers(read_spec(str(known_model(name)))) == base_numbers(spec))
+    on_top = "".join(f", with {adapter} merged into it before" for adapter in model.base_adapters)
     entries = {
         **lora_metadata(model.title, next(variants, None), method.rank, method.scaling * method.rank, sha256),
         "modelspec.implementation": "https://github.com/Comfy-Org/ComfyUI"
         if model.layout == "comfyui"
         else "diffusers",
-        "modelspec.description": f"LoRA of {model.public_base} ({task}), {source.state.step} optimizer steps",
+        "modelspec.description": f"LoRA of {model.public_base} ({task}){on_top}, {source.state.step} optimizer steps",
         "modelspec.date": written.date().isoformat(),
         "modelspec.resolution": f"{bucket.width}x{bucket.height}",
         "modelspec.tags": f"cogvideox, {task}",
@@ -299,6 +309,7 @@ def model_card(model: ExportedModel, samples: dict[str, str]) -> str:
         control_file=CONTROL_FILE,
         versions=_versions(),
         weights_names=_WEIGHTS_NAMES,
+        from_here=from_here,
     )
 
 

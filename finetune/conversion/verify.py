@@ -20,6 +20,7 @@ from finetune.core.files import CONTROL_FILE, LORA_FILE
 from finetune.core.rng import generator
 from finetune.core.tensor_files import checksum_tensor
 from finetune.methods.lora import ADAPTER, adapted_layers
+from finetune.methods.merged_base import load_base
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _reload(folder: Path, model: ModelConfig, spec: ModelSpec, device: torch.dev
     """The exported transformer, or the base with the exported adapter, as anybody with diffusers would load it."""
     if not is_adapter:
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
-    transformer = load_transformer(model, device=device)
+    transformer = load_base(model, device=device)
     if (folder / CONTROL_FILE).is_file():
         transformer.load_state_dict(load_file(folder / CONTROL_FILE), strict=False)
     pipeline = build_pipeline(spec, transformer=transformer, scheduler=load_scheduler(model))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from finetune.checkpoint.folders import step_folders
 from finetune.checkpoint.load import load_checkpoint
 from finetune.cogvideox.components import read_json
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.control import Projections
 from finetune.cogvideox.load import build_pipeline, require_base
 from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
@@ -36,7 +37,7 @@ from finetune.core.tensor_files import weights_digest
 from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
-from finetune.methods.adapter import COMPONENT, foreign_layout, read_lora_file
+from finetune.methods.adapter import COMPONENT, foreign_layout, read_lora_file, sha256_of
 from finetune.methods.lora import LoraMethod, is_lora
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,18 @@ _STRUCTURE = (
 """Numbers in which two models differ that are not the same one; the five published ones all do."""
 
 
+class BaseAdapter(BaseModel):
+    """A LoRA that was a part of the base that an adapter was trained on."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    """Of its file."""
+    strength: float
+    sha256: str
+    """Of its file."""
+
+
 class TrainingRecord(BaseModel):
     """What a training says of itself. Only advice: a value that is not what it should be counts as absent."""
 
@@ -75,6 +88,8 @@ class TrainingRecord(BaseModel):
     base_digest: str | None = None
     base_facts: dict[str, Any] = {}
     """``base_numbers`` of the base."""
+    base_adapters: list[BaseAdapter] = []
+    """What was merged into the base before the training."""
     image_to_video: bool | None = None
     control: bool = False
     """Whether it follows a control video."""
@@ -139,10 +154,23 @@ class AdapterSource:
             return digest_of({"file": file, **projection}) if projection else file
         return digest_of({"tensors": weights_digest(self.tensors), "settings": dict(self.settings), **projection})
 
+    @cached_property
+    def sha256(self) -> str:
+        """Of its file."""
+        return sha256_of(self.adapter.file, self.where)
+
     @property
     def where(self) -> str:
         """For messages."""
         return f"--adapter {self.adapter.path}"
+
+
+def base_adapters(model: ModelConfig) -> list[dict[str, Any]]:
+    """What a training record keeps of the adapters in its base, JSON types."""
+    return [
+        {"name": adapter.file.name, "strength": adapter.strength, "sha256": adapter.sha256}
+        for adapter in model.adapters
+    ]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -214,6 +242,7 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
         base_digest=loaded.state.base or None,
         base_facts=numbers,
         control=control,
+        base_adapters=[BaseAdapter(**one) for one in base_adapters(ModelConfig.model_validate(model))],
         **{name: data[name] for name in ("buckets", "fps", "trigger")},
         condition_frames=data.get("condition_frames", {}).get("kind"),
     )
@@ -345,6 +374,38 @@ def base_faults(record: TrainingRecord, where: str, base: str, spec: ModelSpec) 
             where=where,
             fix=f"{fix}; to try it on another base, move its file away from {TRAINING_RECORD}",
         )
+
+
+def lacking_adapters(
+    adapters: Sequence[AdapterArgument], sources: Mapping[Path, AdapterSource]
+) -> Iterator[ConfigError]:
+    """What the base of an adapter had merged into it, and is not loaded beside it, which comes to the same.
+
+    Args:
+        adapters: that act together.
+        sources: of all adapters, by path.
+    """
+    acting = [(sources[one.path], one.strength) for one in adapters if one.path in sources and one.strength]
+    files = [(source, strength) for source, strength in acting if source.settings is None]
+    for source, _ in acting:
+        wanted = source.record.base_adapters if source.record is not None else []
+        if wanted and any(".lora_magnitude_vector" in name for name in source.tensors):
+            yield ConfigError(
+                "it is a DoRA of a base with adapters merged into it, and would act on the base alone",
+                where=source.where,
+                fix="export it with --to merged, and give --transformer the export",
+            )
+            continue
+        for one in wanted:
+            beside = [strength for other, strength in files if other.sha256 == one.sha256]
+            if not any(math.isclose(strength, one.strength) for strength in beside):
+                yield ConfigError(
+                    f"it was trained on a base with {one.name} merged into it at strength {one.strength:g}, and"
+                    f" {'that strength' if beside else 'that file'} is missing beside it (SHA-256 {one.sha256})",
+                    where=source.where,
+                    fix=f"give --adapter {one.name}:{one.strength:g} too; to sample without it on purpose, move the"
+                    f" adapter away from {TRAINING_RECORD}",
+                )
 
 
 def shape_faults(source: AdapterSource, transformer: nn.Module) -> Iterator[ConfigError]:

@@ -26,6 +26,7 @@ from finetune.inference.adapters import (
     TrainingRecord,
     base_faults,
     frame_notes,
+    lacking_adapters,
     named_base,
     read_record,
     read_sources,
@@ -113,7 +114,10 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
         what = "an adapter that follows a control video changes weights that are held in fewer bits here"
         fix = "leave it out, or merge the adapter first (`finetune export --to merged --full-pipeline`)"
         faults = [*faults, ConfigError(what, where="--quantize, --transformer", fix=fix)]
-    faults = [*request_faults(request, spec, bucket, fps), *faults, *misfits]
+    lacking = [
+        fault for group in dict.fromkeys([request.adapters, *shown]) for fault in lacking_adapters(group, sources)
+    ]
+    faults = [*request_faults(request, spec, bucket, fps), *faults, *misfits, *lacking]
     raise_all(ConfigError, faults, what="{n} things are wrong with the request")
     device = ranks.device if ranks.world > 1 else usable_device(request.device)
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype, control=spec.control)

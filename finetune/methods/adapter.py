@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -13,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.core.checksums import DamageError, read_published
+from finetune.cogvideox.config import MergedAdapter
+from finetune.core.checksums import DamageError, digest_file, read_published
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.files import COMPLETE, LORA_FILE, TRAINABLE
 
@@ -254,6 +256,35 @@ def pattern_value(layer: str, patterns: Mapping[str, Any], default: Any) -> Any:
     """As peft chooses among its ``rank_pattern`` or ``alpha_pattern``: the first that a layer's name ends with."""
     bare = ((name.removeprefix("^"), value) for name, value in patterns.items())
     return next((value for name, value in bare if layer == name or layer.endswith(f".{name}")), default)
+
+
+def pinned(adapter: MergedAdapter, where: str) -> MergedAdapter:
+    """The adapter with its file's hash, unless it has one.
+
+    Args:
+        adapter: of a configuration.
+        where: it is written, for messages.
+
+    Raises:
+        ConfigError: if there is no such file.
+    """
+    if adapter.sha256 is not None:
+        return adapter
+    return adapter.model_copy(update={"sha256": sha256_of(adapter.file, where)})
+
+
+def sha256_of(file: Path, where: str) -> str:
+    """As hubs of models state it. Raises ConfigError if the file cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        digest_file(file, digest)
+    except OSError as error:
+        raise ConfigError(
+            f"the adapter {file} cannot be read: {error.strerror or error}",
+            where=where,
+            fix="name a LoRA safetensors file in diffusers' layout, or an export's folder",
+        ) from None
+    return digest.hexdigest()
 
 
 def read_lora_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

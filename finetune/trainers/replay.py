@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.cogvideox.load import load_transformer
 from finetune.cogvideox.objective import alpha_bar, velocity_losses, weighted
 from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.schema import RunConfig
@@ -31,6 +30,7 @@ from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_pr
 from finetune.datasets.schedule import MicroBatch
 from finetune.memory.attention import attention_kernel, usable_kernel
 from finetune.memory.quantized_linear import placement
+from finetune.methods.merged_base import load_base
 from finetune.methods.prior import base_prediction
 from finetune.trainers.fault_report import Report, ReportedSample, model_files, read_report
 from finetune.trainers.run import FP16_LOSS_SCALE
@@ -315,7 +315,7 @@ def _rebuild(
         update={"gradient_release": "none", "optimizer_states": "device"}
         | ({"streamed_blocks": 0} if config.method.kind == "full" else {})
     )
-    module = load_transformer(
+    module = load_base(
         config.model, device="cpu" if memory.streams else device, dtype=dtype, placement=placement(memory.base)
     )
     method = config.method

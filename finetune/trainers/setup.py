@@ -23,7 +23,7 @@ from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
 from finetune.checkpoint.folders import clear_interrupted, list_checkpoints
 from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
-from finetune.cogvideox.load import base_digest, load_transformer, require_as_sent, require_base
+from finetune.cogvideox.load import base_digest, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.objective import alpha_bar
 from finetune.cogvideox.spec import ModelSpec, spec_of
@@ -46,6 +46,7 @@ from finetune.inference.request import AdapterArgument
 from finetune.memory.attention import AttentionRequest, attention_kernel, choose_kernel, require_kernel
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
+from finetune.methods.merged_base import load_base, require_readable
 from finetune.optim.ema import Ema
 from finetune.parallel.context import ContextGroup, divide
 from finetune.planner.cost_model import card_here, held_note
@@ -207,7 +208,8 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, cache: Cac
 
 
 def _require_start(config: RunConfig) -> None:
-    """Refuse an adapter to begin with that is not there or is another kind of adapter, before clips are encoded."""
+    """Refuse adapters to begin with, or on, that are not there or are of another kind, before clips are encoded."""
+    require_readable(config.model)
     method = config.method
     resume = config.checkpoint.resume
     is_new = resume == "none" or (resume == "latest" and not list_checkpoints(config.output_dir))
@@ -303,7 +305,7 @@ def _trained_model(
     # A model that is to be sharded, or to stream, is never whole on a device.
     on_device = isinstance(launch, Replicate) and not config.memory.streams
     device = ranks.device if on_device else "cpu"
-    module = load_transformer(config.model, device=device, dtype=dtype, placement=placement(config.memory.base))
+    module = load_base(config.model, device=device, dtype=dtype, placement=placement(config.memory.base))
     base = _same_base(module, config, saved, ranks)
     method = config.method
     if saved is not None and isinstance(method, LoraMethod):  # which holds what became of the adapter it began with
@@ -376,8 +378,15 @@ def _other_base(config: RunConfig, base: str) -> str:
     if not isinstance(config.method, LoraMethod) or config.method.init_from is None:
         return ""
     sources, _ = read_sources([AdapterArgument(config.method.init_from)])
-    recorded = {source.record.base_digest for source in sources.values() if source.record} - {None, base}
-    return f"{config.method.init_from} was trained on another base transformer than this one" if recorded else ""
+    records = [source.record for source in sources.values() if source.record]
+    merged = [(adapter.sha256, adapter.strength) for adapter in config.model.adapters]
+    others = [
+        record
+        for record in records
+        if record.base_digest not in (None, base)
+        or [(adapter.sha256, adapter.strength) for adapter in record.base_adapters] != merged
+    ]
+    return f"{config.method.init_from} was trained on another base transformer than this one" if others else ""
 
 
 def _predict_peak(config: RunConfig, launch: Launch, ranks: ProcessGroup) -> BackgroundPrediction | None:
@@ -407,6 +416,7 @@ def run_sheet(run: Run) -> list[tuple[str, str]]:
         *([("curves", tensorboard_command(config.output_dir))] if config.tracking.kind == "tensorboard" else []),
         ("model", f"{config.model.pretrained}, {spec.task}, {model.dtype}"),
         *([("commit", config.model.revision)] if config.model.revision else []),
+        *(("merged into it", str(adapter)) for adapter in config.model.adapters),
         ("training clips", f"{len(data.training.items)}, {plan.samples_per_epoch} per epoch with repeats"),
         *((how, f"{count} of them") for how, count in special.items() if count),
         ("buckets", ", ".join(f"{name}: {number} clips" for name, number in sorted(buckets.items()))),

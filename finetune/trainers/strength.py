@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cogvideox.control import projection_strength
-from finetune.cogvideox.load import load_transformer
 from finetune.cogvideox.objective import alpha_bar, velocity_losses
 from finetune.cogvideox.spec import spec_of
 from finetune.conversion.source import ExportSource, find_checkpoint, read_source
@@ -30,6 +29,7 @@ from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_pr
 from finetune.datasets.manifests import Manifest
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import ADAPTER, LoraMethod
+from finetune.methods.merged_base import load_base
 from finetune.planner.report import table
 from finetune.trainers.tracking import timestep_bucket
 from finetune.trainers.validation import MeasuredLoss, fixed_passes, fixed_timesteps
@@ -200,7 +200,7 @@ def _adapted(read: ExportSource, method: LoraMethod, place: torch.device) -> nn.
     """
     changes = {"kind": "manual", "block": "stock", "budget": None, "ram": None, "quantize": False}
     memory, model = read.config.memory.model_copy(update=changes), read.config.model
-    module = load_transformer(
+    module = load_base(
         model, device="cpu" if memory.streams else place, dtype=model.torch_dtype(), placement=placement(memory.base)
     )
     method = method.model_copy(update={"init_from": None, "dropout": 0.0})
