@@ -65,8 +65,8 @@ def generate(
     equal request, is not made again.
 
     Args:
-        prompts: one text or several; a ``SamplePrompt`` has an image and a seed of its own, a ``VideoPrompt`` of
-            ``finetune.inference.request`` adapters, size, last frame and source video as well.
+        prompts: one text or several; a ``SamplePrompt`` has a seed, first, last and further frames of its own, a
+            ``VideoPrompt`` of ``finetune.inference.request`` adapters, size and source video as well.
         out: folder for the videos.
         record: a video of this function, or the JSON beside it: it is made again, but for what else is given here.
         compare: sample every prompt in columns: with each of these factors of its adapters' strengths (0 is the base),

@@ -174,7 +174,13 @@ def test_a_run_with_any_frames_resumes_to_the_bit_and_is_another_run(tiny_model,
         data = {"condition_frames": choice, "buckets": ["9x32x32"], "holdout": 1}
         return run_config(tiny_model("1.5-5b-i2v"), demo_clips, tmp_path / name, data=data, **changes)
 
-    whole = train(config("whole", validation={"every": 2, "clips": 1, "timesteps": 1}))
+    picture(1, Bucket(9, 32, 32)).save(tmp_path / "a.png")
+    first = {"prompt": "a ring", "image": str(tmp_path / "a.png")}
+    samples = [first, first | {"last_image": str(tmp_path / "a.png")}]
+    sampled = {"samples": samples, "sample_every": 4, "num_inference_steps": 1, "guidance_scale": 1}
+    whole = train(config("whole", validation={"every": 2, "clips": 1, "timesteps": 1, **sampled}))
+    plain, both = (path.read_bytes() for path in sorted((whole.run_dir / "samples" / "step-00000004").glob("*.mp4")))
+    assert plain != both
     part = config("part", checkpoint={"every": 2}, validation={"every": 2, "clips": 1, "timesteps": 1})
     stop_after(2, part)
     assert_same_run(train(part), whole)

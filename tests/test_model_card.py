@@ -18,6 +18,7 @@ from test_export import FULL, LORA, make_run
 from finetune import export
 from finetune.checkpoint.folders import HISTORY
 from finetune.cli import main
+from finetune.cogvideox.config import FirstAndLastFrames, FirstFrame
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.spec import read_spec
 from finetune.config.schema import RunConfig
@@ -206,6 +207,18 @@ def tokens_of(body: str) -> list[Any]:
 def structure(body: str) -> list[str]:
     """What a Markdown reader makes of a card, without the words."""
     return [token.type for token in tokens_of(body) if token.type not in ("text", "text_special", "softbreak")]
+
+
+def test_the_card_and_the_record_say_which_frames_it_was_trained_with(exported):
+    model = replace(exported(), spec=read_spec(str(known_model("5b-i2v"))))
+    config = model.source.config
+    for kind, frames in (("first", FirstFrame()), ("first_last", FirstAndLastFrames())):
+        data = config.data.model_copy(update={"condition_frames": frames})
+        of_kind = replace(model, source=replace(model.source, config=config.model_copy(update={"data": data})))
+        _, body = parts_of(model_card(of_kind, {}))
+        assert ("--image first_frame.png --last-image last_frame.png" in body) == (kind == "first_last")
+        assert ("the stock pipeline has no argument" in body) == (kind == "first_last")
+        assert json.loads(training_record(of_kind, Verification(0, 1)))["condition_frames"] == kind
 
 
 @pytest.mark.parametrize("text", HOSTILE)

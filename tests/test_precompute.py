@@ -210,9 +210,10 @@ def test_validation_prompts_and_images_are_stored(cached):
     home = cached("1.5-5b-i2v")
     Image.new("RGB", (100, 70), (10, 20, 30)).save(home.folder / "start.png")
     samples = [
-        {"prompt": "a new prompt", "image": "start.png"},
+        {"prompt": "a new prompt", "image": "start.png", "last_image": "end.png", "keyframes": {4: "start.png"}},
         {"prompt": "a red circle moving left", "image": "start.png"},
     ]
+    Image.new("RGB", (100, 70), (90, 20, 30)).save(home.folder / "end.png")
     manifest = home.precompute(validation={"samples": samples}).manifest
     assert set(manifest.prompts) == {"a new prompt", "a red circle moving left"}
     assert manifest.prompts["a red circle moving left"] in {item.prompt_key for item in manifest.items}
@@ -220,6 +221,7 @@ def test_validation_prompts_and_images_are_stored(cached):
     start = home.folder / "start.png"
     ours = home.cache.read_image(manifest.images[str(start)])
     assert torch.equal(ours, fit_image(load_image(start), Bucket(9, 32, 32)))
+    assert set(manifest.images) == {str(start), str(home.folder / "end.png")}
 
 
 # ----------------------------------------------------------------------------------------------- what is encoded again
