@@ -218,7 +218,7 @@ def loop(folder: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     build_tiny(folder / "model")
     write_clips(folder, 4)
-    config = config_of(folder, tracking={"kind": "none"})
+    config = config_of(folder, tracking={"kind": "none"}, optimizer={"kind": "adamw"})
     precompute(config, progress=False)
     ours: list[float] = []
     bare: list[float] = []
@@ -236,7 +236,7 @@ def loop(folder: Path) -> dict[str, float]:
         losses = run.model.losses(micro)
         losses.sum().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        float(losses.sum())
+        float(losses.detach().sum())
         optimizer.step()
         bare.append(time.thread_time() - mark)
         for parameter in parameters:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from finetune.core.types import Bucket
 from finetune.planner.work_counter import Work, WorkCounter
 
 ROOT = Path(__file__).parents[1]
@@ -22,13 +23,17 @@ def work_of(call: Any) -> Work:
     return counter.work
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("work", ROOT / "benchmarks" / "work.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> Any:
+    return script("work")
 
 
 A, B = torch.zeros(8, 16), torch.zeros(16, 4)
@@ -121,3 +126,16 @@ def test_the_page_shows_the_kept_counts_and_no_lean_block_is_over_the_goal(bench
     for name, block in lean.items():
         elementwise, kernels = (180, 410) if "full" in name else (130, 220)
         assert block["elementwise_u"] <= elementwise and block["kernels"] <= kernels, name
+
+
+def test_the_step_of_diffusers_example_has_the_loss_of_ours(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    example = script("example_step")
+    folder = example.write_model(tmp_path / "model", layers=1, heads=1)
+    batch = example.batch_for(folder, Bucket(9, 64, 64), torch.float32)
+    theirs = example.Example(folder, torch.float32, batch)
+    ours = example.Ours(folder, torch.float32, batch)
+    assert ours.step()[0] == pytest.approx(theirs.step(), rel=1e-5)
+    rows = json.loads(example.RESULTS.read_text(encoding="utf-8"))["rows"]
+    assert [row["case"] for row in rows] == ["fp32", "bf16"]
+    assert example.table(rows) in (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")

@@ -66,8 +66,12 @@ def refusing(where: str, what: str = "the video cannot be decoded") -> Iterator[
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[Any, Any]]:
+def opened(path: Path, threads: int = 2) -> Iterator[tuple[Any, Any]]:
     """A container and its first real video stream, with a limit on what its decoder may allocate.
+
+    Args:
+        path: the file.
+        threads: of the decoder. For one frame, starting a second takes longer than the frame.
 
     Raises:
         DataError: if the file is none of ``DEMUXERS``, or has no video stream that FFmpeg knows.
@@ -103,7 +107,7 @@ def opened(path: Path) -> Iterator[tuple[Any, Any]]:
             check_frame_size(context.height, context.width, where)
         context.options = {"max_pixels": str(MAX_PIXELS)}
         # Threads by slice, PyAV's default. With threads by frame, closing a container with frames under way deadlocks.
-        context.thread_count = 2
+        context.thread_count = threads
         yield container, stream
 
 
@@ -340,7 +344,7 @@ def probe_file(path: Path) -> VideoProbe:
     """
     where = str(path)
     containers.check_container(path)
-    with opened(path) as (container, stream):
+    with opened(path, threads=1) as (container, stream):
         alpha_decoder = _alpha_decoder(stream)
         listing = _Listing(where)
         # In one pass: opening a file takes as long as everything else about it.

@@ -161,7 +161,7 @@ def most_bytes(job: Job) -> int:
 
 def _parts_of(probe: VideoProbe) -> tuple[dict[str, Any], array[float]]:
     """A header's fields for JSON, and its frame times."""
-    return asdict(replace(probe, frame_times_s=())), array("d", probe.frame_times_s)
+    return {**vars(probe), "frame_times_s": ()}, array("d", probe.frame_times_s)
 
 
 def _probe_of(fields: dict[str, Any], frame_times_s: Sequence[float] = ()) -> VideoProbe:
