@@ -55,7 +55,7 @@ from finetune.cogvideox.denoise import ofs_of
 from finetune.cogvideox.load import empty_transformer, place
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.objective import alpha_bar, velocity_losses
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, read_spec, spec_of
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.distributed import require_cudnn
 from finetune.core.types import GIB, Batch, Bucket
@@ -65,7 +65,7 @@ from finetune.memory.runner import assert_recompute, undo
 from finetune.optim.optimizers import begin
 from finetune.parallel.gradient_release import single_process_strategy
 from finetune.planner.cost_model import OF_ANOTHER, device_name, rates_of
-from finetune.planner.estimate import longest_bucket, spec_of
+from finetune.planner.estimate import longest_bucket
 from finetune.planner.fake_run import OneProcess
 from finetune.planner.step_time import step_cost
 
@@ -219,7 +219,7 @@ def predicted_seconds(config: RunConfig, device: torch.device) -> dict[str, Any]
     rates = rates_of(device_name(device))
     if rates.source == OF_ANOTHER:
         return {}
-    step = step_cost(config, spec_of(config), config.memory, rates)
+    step = step_cost(config, spec_of(config.model, shipped=True), config.memory, rates)
     parts = {each.name: {k: round(v, 4) for k, v in asdict(each).items() if k != "name"} for each in step.passes}
     return {"predicted_s": round(step.step_s, 3), "predicted_parts": parts, "rates": rates.source}
 

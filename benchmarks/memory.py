@@ -20,11 +20,12 @@ from typing import Any
 from cases import cases
 
 from finetune.cli.init import EXAMPLES, RECIPES, Recipe
+from finetune.cogvideox.spec import spec_of
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.gpu import OVERHEAD_GIB, usable
 from finetune.core.types import GIB
 from finetune.planner.cost_model import DEFAULTS
-from finetune.planner.estimate import predict, spec_of
+from finetune.planner.estimate import predict
 from finetune.planner.step_time import step_cost
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +40,7 @@ def predict_recipe(recipe: Recipe, *, exact: bool) -> dict[str, Any]:
     begun = time.process_time()
     estimate = predict(config, card_bytes=usable(recipe.card_gib * GIB), exact=exact)
     training = estimate.phase("train")
-    spec = spec_of(config)
+    spec = spec_of(config.model, shipped=True)
     return {
         "model": recipe.model,
         "method": recipe.method,

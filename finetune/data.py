@@ -44,13 +44,12 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
         ModelError: if the model's JSON cannot be found or used.
     """
     from finetune.caching.check import check_dataset, identities, overview
-    from finetune.cogvideox.model_files import json_folder
-    from finetune.cogvideox.spec import read_spec
+    from finetune.cogvideox.spec import spec_of
     from finetune.config.rules import require_valid
     from finetune.config.schema import as_config
 
     config = as_config(config)
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
+    spec = spec_of(config.model, shipped=True)
     warnings = require_valid(config, spec)
     dataset = check_dataset(config, spec)
     numbers, advice = overview(config, spec, dataset.clips, identities(config, dataset.clips, progress=True))

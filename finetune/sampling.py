@@ -38,6 +38,7 @@ def generate(
     videos: int | None = None,
     seed: int | None = None,
     bucket: str | Bucket | None = None,
+    riflex: int | None = None,
     fps: float | None = None,
     negative_prompt: str | None = None,
     num_inference_steps: int | None = None,
@@ -84,6 +85,8 @@ def generate(
         videos: of each prompt; each has the next seed.
         seed: of the first text's first video (0); each further one has the next.
         bucket: frames x height x width, such as ``49x480x720``; None: as the first adapter was trained.
+        riflex: for videos longer than the model makes: their frames, for which RIFLEx lowers one frequency of the
+            positions in time; 0 for the model's own positions, None: as the first adapter was trained.
         fps: of the written files; None: as the first adapter was trained.
         negative_prompt: what to steer away from.
         num_inference_steps: denoising steps.
@@ -131,6 +134,7 @@ def generate(
         "transformer": None if transformer is None else Path(transformer),
         "adapters": None if adapters is None else tuple(parse_adapter(str(path)) for path in _paths(adapters)),
         "bucket": _bucket(bucket),
+        "riflex": riflex,
         "fps": fps,
         "negative_prompt": negative_prompt,
         "num_inference_steps": num_inference_steps,

@@ -12,13 +12,13 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import assert_same_run
 
+from finetune.cogvideox.spec import spec_of
 from finetune.config.rules import check_against
 from finetune.config.schema import RunConfig, load_config
 from finetune.core.errors import ConfigError
 from finetune.memory import attention
 from finetune.memory.attention import AttentionRequest, attention_kernel, choose_kernel, forward_backward, obstacles
 from finetune.memory.checkpointing import SavedAttention
-from finetune.planner.estimate import spec_of
 from finetune.trainers.loop import train
 
 CPU = AttentionRequest(torch.device("cpu"), torch.float32, 1, 2, 16, (40, 272))
@@ -156,4 +156,4 @@ def test_a_run_goes_on_with_the_kernel_that_it_began_with(tiny_run, capsys):
 
 def test_what_math_forms_cannot_be_kept(tiny_run):
     config = with_attention(tiny_run("run", memory={"checkpointing": "selective"}), "math")
-    assert any("math" in error.what for error in check_against(config, spec_of(config)).errors)
+    assert any("math" in error.what for error in check_against(config, spec_of(config.model, shipped=True)).errors)

@@ -46,7 +46,7 @@ from finetune.inference.videos import write_mp4
 from finetune.methods import lora as merging
 from finetune.methods.lora import adapted_layers
 from tests.broken_disk import disk
-from tests.worlds import run_config, run_values
+from tests.worlds import merged, run_config, run_values
 
 LORA = {"kind": "lora", "rank": 4, "alpha": 2}
 FULL = {"kind": "full"}
@@ -57,6 +57,7 @@ def make_run(
     tmp_path: Path,
     model: Path,
     method: dict,
+    /,
     *,
     step: int = 3,
     scale: float = 0.3,
@@ -68,7 +69,7 @@ def make_run(
 ) -> Path:
     """A run's folder with one checkpoint, whose weights moved at random as training would move them."""
     values = run_values(model, tmp_path / "clips", tmp_path / "run", method=method, **changes)
-    config = RunConfig.from_dict({**values, "model": {"pretrained": str(model), "dtype": dtype}})
+    config = RunConfig.from_dict(merged(values, {"model": {"dtype": dtype}}))
     transformer = load_transformer(config.model)
     config.method.apply(transformer, seed=7)
     generator = torch.Generator().manual_seed(step)
@@ -495,8 +496,8 @@ def test_never_two_transformers_at_once(tiny_model, tmp_path, monkeypatch):
     runs = {name: make_run(tmp_path / name, tiny_model("5b"), m) for name, m in (("lora", LORA), ("full", FULL))}
     counted(exporting)
     counted(verifying)
-    for name, merged in (("lora", False), ("full", False), ("lora", True)):
-        export(runs[name], layout="merged" if merged else "diffusers")
+    for name, whole in (("lora", False), ("full", False), ("lora", True)):
+        export(runs[name], layout="merged" if whole else "diffusers")
     assert len(alive) == 6
 
 

@@ -20,12 +20,12 @@ from waiting import HANG_S
 from finetune.cli.app import OK, USER_ERROR
 from finetune.cli.init import RECIPES
 from finetune.cli.main import main
+from finetune.cogvideox.spec import spec_of
 from finetune.config.rules import memory_traits
 from finetune.config.schema import load_config
 from finetune.core.types import GIB
 from finetune.planner import plan as plan_module
 from finetune.planner.cost_model import DEFAULTS, save_rates
-from finetune.planner.estimate import spec_of
 from finetune.planner.plan import BackgroundPrediction, predict_async
 from finetune.planner.step_time import step_cost
 
@@ -234,7 +234,7 @@ def test_everything_that_is_measured_was_predicted(monkeypatch: pytest.MonkeyPat
     runs = dict(benchmark.runs())
     assert len(runs) >= 20 and [name for name in runs if not predicted.get(name)] == []
     for config in runs.values():
-        assert config.memory.faults(memory_traits(config, spec_of(config))) == []
+        assert config.memory.faults(memory_traits(config, spec_of(config.model, shipped=True))) == []
     # No two of them are the same run.
     states = [config.to_dict() for config in runs.values()]
     assert all(states.count(state) == 1 for state in states)
@@ -246,7 +246,7 @@ def test_every_piece_of_the_benchmark_fits_ten_minutes(monkeypatch: pytest.Monke
     seconds = dict.fromkeys(benchmark.PIECES, 0.0)
     for name, config in benchmark.runs():
         (piece,) = [piece for piece, pattern in benchmark.PIECES.items() if re.search(pattern, name)]
-        step_s = step_cost(config, spec_of(config), config.memory, DEFAULTS["H100"]).step_s
+        step_s = step_cost(config, spec_of(config.model, shipped=True), config.memory, DEFAULTS["H100"]).step_s
         seconds[piece] += 30 + 3 * step_s  # to make the model; one step that is not timed and two that are
         if name in benchmark.TAKEN_APART:
             seconds["breakdown"] += 60 + 2 * step_s

@@ -22,7 +22,7 @@ from finetune.caching.encode import untiled_bytes
 from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import known_model
 from finetune.cogvideox.objective import velocity_losses
-from finetune.cogvideox.spec import read_spec
+from finetune.cogvideox.spec import read_spec, spec_of
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
@@ -44,7 +44,7 @@ from finetune.planner.cost_model import (
     save_rates,
     workspace_bytes,
 )
-from finetune.planner.estimate import SHORT, Estimate, estimate, extend, predict, spec_of
+from finetune.planner.estimate import SHORT, Estimate, estimate, extend, predict
 from finetune.planner.fake_run import TrackedTraining, fake_batches, fake_world
 from finetune.planner.memory_tracker import PHASES, TRANSIENT, MemoryTracker, Phase, Point, attention_workspace, measure
 from finetune.planner.plan import Prediction, choose_memory
@@ -505,7 +505,7 @@ CARDS, RAMS = (3.0, 6.0, 8.0, 10.0, 13.0, 15.0, 17.0, 24.0), (None, 4.0, 8.0, 12
 def test_no_plan_is_much_faster_than_what_is_found(reckoned: None, device: str, rams: tuple[float | None, ...]) -> None:
     """Against every legal memory section, on cards and hosts of many sizes."""
     config = run(data=NATIVE_BUCKET, method={"rank": 128})
-    traits = memory_traits(config, spec_of(config))
+    traits = memory_traits(config, spec_of(config.model, shipped=True))
     every = [
         (one, reckon(config.model_copy(update={"memory": one.memory})))
         for one in candidates(config, traits, DEFAULTS[device], ["native", *QUANTISED])

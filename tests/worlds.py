@@ -44,7 +44,7 @@ def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return result
 
 
-def run_values(model: Path, clips: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def run_values(model: Path, clips: Path, output: Path, /, **changes: Any) -> dict[str, Any]:
     """What a test's YAML would hold: LoRA r4 on four clips of 9x64x64, four steps, nothing measured or sampled."""
     base = {
         "model": {"pretrained": str(model)},
@@ -114,7 +114,7 @@ def fabricate_cache(config: RunConfig, clips: int = 2) -> None:
     cache.save_manifest(manifest, config.base)
 
 
-def run_config(model: Path, clips: Path, output: Path, **changes: Any) -> RunConfig:
+def run_config(model: Path, clips: Path, output: Path, /, **changes: Any) -> RunConfig:
     """``run_values`` as a configuration."""
     return RunConfig.from_dict(run_values(model, clips, output, **changes))
 

@@ -71,6 +71,9 @@ def generate(
     bucket: Annotated[
         str | None, option("Frames x height x width; left out: as the adapter was trained.", "FxHxW", _SAMPLING)
     ] = None,
+    riflex: Annotated[
+        int | None, option("Positions for longer videos; 0: none; left out: the adapter's.", "FRAMES", _SAMPLING)
+    ] = None,
     steps: Annotated[int | None, option("Denoising steps (50).", "N", _SAMPLING)] = None,
     guidance: Annotated[float | None, option("Classifier-free guidance (6); 1 for none.", "X", _SAMPLING)] = None,
     dynamic_cfg: Annotated[bool, flag("--dynamic-cfg", "Let the guidance grow with the steps.", _SAMPLING)] = False,
@@ -128,6 +131,7 @@ def generate(
         extend=extend,
         videos=videos,
         bucket=bucket,
+        riflex=riflex,
         fps=fps,
         negative_prompt=negative_prompt,
         num_inference_steps=steps,

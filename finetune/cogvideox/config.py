@@ -64,6 +64,10 @@ class ModelConfig(Strict):
     """Which of torch's kernels computes attention. ``auto`` times those that are there for a second when a run begins
     on a GPU, and the run keeps the fastest; on a CPU it is torch's choice. ``flash3`` and ``flash4`` need the package
     ``flash_attn_interface`` or ``flash-attn-4``. The results differ in their last digits."""
+    riflex: int | None = Field(None, ge=1, le=100_000)
+    """For videos longer than the model makes: the frames of the longest one, for which RIFLEx lowers the one frequency
+    of the rotary positions that would make it repeat. Buckets may then have up to so many frames. Sampling needs the
+    same number, which ``generate`` takes from the adapter's record. Not for 2B, nor for 5B-I2V."""
 
     def dtype_name(self) -> DtypeName:
         """What ``dtype`` stands for; ``auto`` looks at the transformer's files, and so needs them here.

@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from finetune.cogvideox.riflex import lower
 from finetune.cogvideox.spec import ModelSpec
 
 OFS = 2.0
@@ -104,7 +105,7 @@ def _kept_table(
 def rotary_table(
     spec: ModelSpec, frames: int, height: int, width: int, *, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the rotary positions, as the stock pipelines lay them out.
+    """Cosines and sines of the rotary positions, as the stock pipelines lay them out but for what ``riflex`` changes.
 
     Args:
         spec: of a model with ``use_rotary``.
@@ -135,4 +136,7 @@ def rotary_table(
             "max_size": (native_height, native_width),
         }
     cos, sin = get_3d_rotary_pos_embed(embed_dim=spec.attention_head_dim, grid_size=grid, device=device, **layout)
+    if spec.riflex is not None:
+        per_frame = (layout["temporal_size"], -1, spec.attention_head_dim)
+        lower(spec, cos.view(per_frame), sin.view(per_frame))
     return cos, sin

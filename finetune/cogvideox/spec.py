@@ -20,7 +20,7 @@ from finetune.cogvideox.components import (
     require_own_files,
 )
 from finetune.cogvideox.config import ModelConfig
-from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, MODEL_INDEX, locate
+from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, MODEL_INDEX, json_folder, locate
 from finetune.core.errors import ModelError, raise_all
 from finetune.core.types import BesideName, Bucket
 
@@ -81,6 +81,9 @@ class ModelSpec:
     control: bool = False
     """Whether the model is conditioned on a whole control video, concatenated on channels. Its JSON has the channels of
     an image-to-video model; the pipeline's class tells them apart."""
+    riflex: int | None = None
+    """Pixel frames within which temporal positions do not repeat (``cogvideox.riflex``); None for the checkpoint's own
+    positions."""
 
     @property
     def conditioned(self) -> bool:
@@ -165,6 +168,10 @@ class ModelSpec:
         """How many copies of the first latent frame go before ``latent_frames`` frames: ``(p - F' mod p) mod p``."""
         return -latent_frames % (self.patch_size_t or 1)
 
+    def positions(self, frames: int) -> int:
+        """Positions in time of a clip of ``frames`` pixel frames: latent frames, or pairs of them as tokens have."""
+        return self.padded_latent_frames(frames) // (self.patch_size_t or 1)
+
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
         """(C, F', H', W') of a clip's latents, before front padding."""
         return (
@@ -176,11 +183,8 @@ class ModelSpec:
 
     def tokens(self, bucket: Bucket) -> int:
         """Length of the sequence the transformer attends over: video tokens and text tokens."""
-        frames = self.padded_latent_frames(bucket.frames) // (self.patch_size_t or 1)
-        return (
-            frames * (bucket.height // self.size_multiple) * (bucket.width // self.size_multiple)
-            + self.max_text_seq_length
-        )
+        cells = (bucket.height // self.size_multiple) * (bucket.width // self.size_multiple)
+        return self.positions(bucket.frames) * cells + self.max_text_seq_length
 
     def check_bucket(self, bucket: Bucket) -> list[str]:
         """What makes ``bucket`` impossible for this model, in words with the nearest legal values; empty if nothing.
@@ -188,7 +192,8 @@ class ModelSpec:
         - Learned positions are one table, for the native height, width and frame count. diffusers refuses another
           size, and silently puts a sine table in its place at another frame count.
         - The VAE takes 4N+1 frames. The first generation was made for whole seconds, 8N+1 up to its ``sample_frames``.
-          The second asks for 16N+1, but its front padding takes any 4N+1: see ``advise_bucket``.
+          The second asks for 16N+1, but its front padding takes any 4N+1: see ``advise_bucket``. With ``riflex`` both
+          go up to that.
         - A token is ``size_multiple`` pixels wide and high.
         - The second generation cuts its rotary positions out of a table of ``sample_height`` x ``sample_width``.
           The first stretches them, and sine positions are computed for any size.
@@ -199,7 +204,7 @@ class ModelSpec:
             fixed = f"its learned positions fix it to {self.stated_bucket} (frames x height x width)"
             return [f"{bucket} is not possible for this model: {fixed}"]
         first_generation = self.patch_size_t is None
-        longest = self.sample_frames if first_generation else None
+        longest = self.riflex or (self.sample_frames if first_generation else None)
         problems = []
         if legal := _nearest(bucket.frames, self.frames_step, offset=1, largest=longest):
             rule = f"{self.frames_step}N+1 frames" + (f", at most {longest}" if longest else "")
@@ -215,7 +220,7 @@ class ModelSpec:
     def advise_bucket(self, bucket: Bucket) -> list[str]:
         """What is possible but not what the model was made for, in words; empty if nothing. For legal buckets."""
         if self.patch_size_t is not None:
-            step, longest = self.native_fps, self.native_fps * _LONGEST_S + 1
+            step, longest = self.native_fps, self.riflex or self.native_fps * _LONGEST_S + 1
             if legal := _nearest(bucket.frames, step, offset=1, largest=longest):
                 return [
                     f"{bucket.frames} frames: the model was made for {step}N+1 frames, at most {longest}; "
@@ -264,9 +269,20 @@ CONTROL_SCHEDULER = "CogVideoXDDIMScheduler"
 """The only one of CogVideoX's that it can step with."""
 
 
-def spec_of(model: ModelConfig) -> ModelSpec:
-    """The spec of what a run trains. Raises as ``read_spec``."""
-    return read_spec(model.pretrained, model.revision, control=model.control)
+def spec_of(model: ModelConfig, *, shipped: bool = False) -> ModelSpec:
+    """The spec of what a run trains.
+
+    Args:
+        model: the run's section.
+        shipped: of a published model, take the JSON of this package and ask no network, as ``json_folder`` does.
+
+    Raises:
+        ModelError: as ``read_spec``.
+    """
+    pretrained, revision = model.pretrained, model.revision
+    if shipped:
+        pretrained, revision = str(json_folder(pretrained, revision)), None
+    return replace(read_spec(pretrained, revision, control=model.control), riflex=model.riflex)
 
 
 def read_spec(pretrained: str, revision: str | None = None, *, control: bool = False) -> ModelSpec:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from finetune.checkpoint.folders import list_checkpoints
 from finetune.cogvideox.config import BandedTimesteps
 from finetune.cogvideox.model_files import canonical_name, is_commit, pin_revision
+from finetune.cogvideox.riflex import makes_possible, riflex_fault
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError, raise_all
@@ -99,6 +100,8 @@ def require_valid(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
 def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str, str]]:
     """(whether it is so, path, what, fix) of all that makes the run impossible."""
     validation, image_to_video = config.validation, spec.image_to_video
+    if (unfit := riflex_fault(spec)) is not None:
+        yield True, "model.riflex", *unfit
     buckets = {f"data.buckets.{index}": bucket for index, bucket in enumerate(config.data.buckets)}
     buckets |= {f"data.image_buckets.{index}": bucket for index, bucket in enumerate(config.data.image_buckets or ())}
     if validation.bucket is not None:
@@ -112,8 +115,9 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
         path = f"data.sources.{index}.stream_room"
         yield spec.control and getattr(source, "stream_room", None) is not None, path, what, fix
     for path, bucket in buckets.items():
+        fix = f"set model.riflex: {bucket.frames} for longer videos" if makes_possible(spec, bucket) else ""
         for fault in spec.check_bucket(bucket):
-            yield True, path, fault, ""
+            yield True, path, fault, fix
     for index, sample in enumerate(validation.samples):
         path, images = f"validation.samples.{index}", sample.images
         field = next((name for name in ("image", "last_image", "keyframes") if getattr(sample, name)), "image")

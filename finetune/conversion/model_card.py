@@ -22,6 +22,7 @@ from finetune.checkpoint.folders import sample_name, samples_path
 from finetune.cogvideox.config import MergedAdapter
 from finetune.cogvideox.load import pipeline_class
 from finetune.cogvideox.model_files import KNOWN_MODELS, is_hub_id, known_model
+from finetune.cogvideox.riflex import angle, intrinsic_component
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.conversion.source import ExportSource
 from finetune.conversion.verify import Verification
@@ -151,6 +152,7 @@ def training_record(model: ExportedModel, verification: Verification) -> str:
         "fps": config.data.fps or model.spec.native_fps,
         "trigger": config.data.trigger,
         "condition_frames": config.data.condition_frames.kind if model.spec.image_to_video else None,
+        "riflex": config.model.riflex,
         "method": config.method.model_dump(mode="json", exclude={"init_from"}),
         **{name: getattr(config, name).model_dump(mode="json") for name in ("optimizer", "lr_schedule", "train")},
         "verified": asdict(verification),
@@ -197,6 +199,7 @@ def header_metadata(model: ExportedModel, folder: Path, sha256: str) -> dict[str
         "modelspec.resolution": f"{bucket.width}x{bucket.height}",
         "modelspec.tags": f"cogvideox, {task}",
         "modelspec.trigger_phrase": config.data.trigger or "",
+        "modelspec.usage_hint": "" if spec.riflex is None else f"sample with RIFLEx positions for {spec.riflex} frames",
         "modelspec.thumbnail": _thumbnail(folder),
         "ss_steps": str(source.state.step),
         "ss_seed": str(config.train.seed),
@@ -308,6 +311,7 @@ def model_card(model: ExportedModel, samples: dict[str, str]) -> str:
         samples=samples,
         control_file=CONTROL_FILE,
         versions=_versions(),
+        riflex=None if spec.riflex is None else (2 * intrinsic_component(spec), angle(spec, spec.riflex)),
         weights_names=_WEIGHTS_NAMES,
         from_here=from_here,
     )

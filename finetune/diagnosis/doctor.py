@@ -22,8 +22,8 @@ from finetune.caching.check import (
     split_clips,
 )
 from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
-from finetune.cogvideox.model_files import json_folder, local_folder, published_variant
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.model_files import local_folder, published_variant
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.rules import require_valid
 from finetune.config.schema import RunConfig
 from finetune.config.starting_points import word_on_length
@@ -82,7 +82,7 @@ class DoctorOptions:
 
 def doctor(config: RunConfig, options: DoctorOptions, *, progress: bool = True) -> DoctorReport:
     """Look at everything that a run would train on; errors stand at ``finetune.doctor``."""
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
+    spec = spec_of(config.model, shipped=True)
     warnings = require_valid(config, spec)
     card_bytes = amount("--card", options.card or config.memory.budget)
     dataset = _read(config, spec, progress)

@@ -98,6 +98,7 @@ class TrainingRecord(BaseModel):
     trigger: str | None = None
     condition_frames: str | None = None
     """Kind of ``data.condition_frames``; None where it is not known."""
+    riflex: int | None = Field(None, ge=1, le=100_000)
 
     @field_validator("*", mode="wrap")
     @classmethod
@@ -243,6 +244,7 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
         base_facts=numbers,
         control=control,
         base_adapters=[BaseAdapter(**one) for one in base_adapters(ModelConfig.model_validate(model))],
+        riflex=model.get("riflex"),
         **{name: data[name] for name in ("buckets", "fps", "trigger")},
         condition_frames=data.get("condition_frames", {}).get("kind"),
     )
@@ -458,6 +460,25 @@ def require_same_base(transformer: nn.Module, base: str, sources: Iterable[Adapt
             where=f"--model {base}, {source.where}",
             fix=f"name them with --model; to try another base on purpose, move the adapter away from {TRAINING_RECORD}",
         )
+
+
+def riflex_of(wanted: int | None, records: Sequence[tuple[str, TrainingRecord]]) -> tuple[int | None, list[str]]:
+    """With which ``riflex`` to sample, and what is to be said of it.
+
+    Args:
+        wanted: as it was asked for: frames, 0 for the model's own positions, None for what the first record has.
+        records: what trainings say of themselves, each with its place.
+    """
+    riflex = wanted if wanted is not None else records[0][1].riflex if records else None
+    notes = []
+    if wanted is None and riflex is not None:
+        notes.append(f"{records[0][0]} was trained with riflex {riflex}, and is sampled so")
+    notes += [
+        f"{where} was trained with {f'riflex {own}' if own else 'no riflex'}, and is sampled with {riflex or 'none'}"
+        for where, own in ((where, record.riflex) for where, record in records)
+        if own != (riflex or None)
+    ]
+    return riflex or None, notes
 
 
 def trigger_notes(record: TrainingRecord, where: str, prompts: Sequence[SamplePrompt]) -> Iterator[str]:

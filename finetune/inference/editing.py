@@ -5,6 +5,7 @@ T5, the VAE and the transformer are in memory one after the other.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -18,20 +19,21 @@ from finetune.caching.encode import release_memory, set_tiling
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.encode import condition_latents, encode_image, encode_prompts, encode_video, model_latents
 from finetune.cogvideox.load import load_scheduler, load_text, load_transformer, load_vae
-from finetune.cogvideox.model_files import json_folder
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.core.errors import ConfigError, raise_all
 from finetune.core.files import require_writable
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, VideoProbe
 from finetune.datasets.decode_pool import load_fitted_image
-from finetune.inference.adapters import AdapterSource, LoadedAdapters, read_sources
+from finetune.inference.adapters import AdapterSource, LoadedAdapters, read_sources, riflex_of
 from finetune.inference.inversion import Condition, Editing, angles, edit, invert, predictor
 from finetune.inference.request import AdapterArgument
 from finetune.inference.source_video import Cut, SourceVideo, frames_at, read_video
 from finetune.inference.vae_files import as_frames, decode_latents, frame_psnr, tile_for_decoding
 from finetune.inference.videos import Frames, contact_sheet, write_mp4
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -102,10 +104,14 @@ def invert_video(request: InvertRequest) -> InvertReport:
         ModelError: if the model cannot be found or loaded.
     """
     model = request.model
-    spec = read_spec(str(json_folder(model.pretrained, model.revision)))
     sources, faults = read_sources(request.adapters)
+    records = [(s.where, s.record) for s in sources.values() if s.adapter.strength and s.record is not None]
+    riflex, notes = riflex_of(None, records)
+    spec = replace(spec_of(model, shipped=True), riflex=riflex)
     raise_all(ConfigError, [*faults, *_faults(request, spec)], what="{n} things are wrong with the request")
     require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
+    for note in notes:
+        _log.info("note: %s", note)
     video = read_video(request.video, lambda probe: _cut(request, spec, probe))
     bucket = Bucket(*video.pixels.shape[1:])
     image = None if request.image is None else load_fitted_image(request.image, bucket)

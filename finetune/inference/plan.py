@@ -30,6 +30,7 @@ from finetune.inference.adapters import (
     named_base,
     read_record,
     read_sources,
+    riflex_of,
     shape_faults,
     transformer_root,
     trigger_notes,
@@ -103,8 +104,10 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
         records.append((f"--transformer {request.transformer}", request.transformer, record))
     base, revision = _base(request, records, faults)
     revision = pin_revision(base, revision)
-    spec = read_spec(base, revision, control=any(record.control for _, _, record in records))
     first = records[0][2] if records else TrainingRecord()
+    riflex, choices = riflex_of(request.riflex, [(where, record) for where, _, record in records])
+    control = any(record.control for _, _, record in records)
+    spec = replace(read_spec(base, revision, control=control), riflex=riflex)
     bucket = request.bucket or _recorded_bucket(first, spec) or spec.training_bucket
     folder = tuned or json_folder(base, revision)
     fps = request.fps or first.fps or float(spec.native_fps)
@@ -122,6 +125,7 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
     device = ranks.device if ranks.world > 1 else usable_device(request.device)
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype, control=spec.control)
     resolved = replace(request, base=base, revision=revision, fps=fps, dtype=_dtype_name(model.torch_dtype()))
+    resolved = replace(resolved, riflex=0 if first.riflex and riflex is None else riflex)
     shots = tuple(_shots(resolved, bucket, columns, sources, device.type))
     replaced = {shot.path.resolve() for shot in shots}
     overwritten = [
@@ -158,7 +162,7 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
         preview = Preview(load_decoder(request.preview), spec, request.out / f"preview{ranks.rank or ''}.png")
     # Sampling takes minutes per video.
     require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
-    choices = [source.note for source in sources.values() if source.note]
+    choices += [source.note for source in sources.values() if source.note]
     warnings: list[str] = []
     for where, path, record in records:
         concerned = [shot.prompt for shot in shots if tuned or path in {adapter.path for adapter in shot.adapters}]

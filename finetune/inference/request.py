@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from finetune.cogvideox.riflex import makes_possible, riflex_fault
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.errors import ConfigError, DataError, FinetuneError, raise_all
 from finetune.core.files import LORA_FILE, atomic_write_text
@@ -79,6 +80,9 @@ class GenerateRequest:
     adapters: tuple[AdapterArgument, ...] = ()
     bucket: BucketField | None = None
     """Frames x height x width; None: what the first adapter or ``transformer`` was trained at, else the native size."""
+    riflex: int | None = None
+    """Frames within which temporal positions do not repeat (``cogvideox.riflex``); 0 for the model's own positions,
+    None: as the first adapter or ``transformer`` was trained."""
     fps: float | None = None
     """Of the files written; None: what the first adapter or ``transformer`` was trained at, else the native rate."""
     negative_prompt: str = ""
@@ -296,9 +300,12 @@ def request_faults(request: GenerateRequest, spec: ModelSpec, bucket: Bucket, fp
         where = f"prompt {index + 1} ({prompt.prompt[:40]!r})"
         yield from _prompt_faults(prompt, spec, prompt.bucket or bucket, where=where)
         yield from _video_faults(request, prompt, prompt.bucket or bucket, fps, where=where)
+    if (fault := riflex_fault(spec)) is not None:
+        yield ConfigError(fault[0], where=f"--riflex {spec.riflex}", fix=fault[1])
     for size in {bucket, *(prompt.bucket for prompt in request.prompts if prompt.bucket is not None)}:
+        fix = f"give --riflex {size.frames} for longer videos" if makes_possible(spec, size) else ""
         for problem in spec.check_bucket(size):
-            yield ConfigError(problem, where=f"size {size}")
+            yield ConfigError(problem, where=f"size {size}", fix=fix)
     if not 1 <= request.num_inference_steps <= spec.num_train_timesteps:
         steps = request.num_inference_steps
         yield ConfigError(f"{steps} denoising steps", where="--steps", fix=f"give 1 to {spec.num_train_timesteps}")

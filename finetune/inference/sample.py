@@ -9,12 +9,14 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.denoise import rotary_table
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import training_state_untouched
 from finetune.core.terminal import Bar
@@ -132,6 +134,8 @@ def sample_videos(
                 transformer=transformer,
                 scheduler=type(modules.scheduler).from_config(modules.scheduler.config),
             )
+            if spec.riflex is not None:
+                pipeline._prepare_rotary_positional_embeddings = partial(_positions, spec)
             pipeline.progress_bar = lambda iterable=None, total=None: Bar(
                 iterable, total=total, desc="denoising", disable=not progress
             )
@@ -159,6 +163,13 @@ def sample_videos(
             # where 4F' - 3 were encoded: the first, single frame comes out as four.
             videos.append(_to_uint8(output.frames[0][-request.bucket.frames :], request.seed))
     return videos
+
+
+def _positions(
+    spec: ModelSpec, height: int, width: int, num_frames: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """``rotary_table`` with the arguments of the stock pipelines' own: pixels, and latent frames with padding."""
+    return rotary_table(spec, num_frames, height // spec.vae_spatial, width // spec.vae_spatial, device=device)
 
 
 @contextmanager

@@ -21,8 +21,8 @@ from finetune.caching.encode import set_tiling
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.encode import encode_video
 from finetune.cogvideox.load import fingerprint, load_vae
-from finetune.cogvideox.model_files import json_folder, resolve_pretrained
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.model_files import resolve_pretrained
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.core.errors import ConfigError, DataError, FinetuneError, first_line
 from finetune.core.files import atomic_write_text
 from finetune.core.tensor_files import atomic_save_tensors
@@ -319,7 +319,7 @@ def _worst_sheet(request: VaeRequest, source: Frames, result: Frames, quality: S
 
 
 def _spec(model: ModelConfig) -> ModelSpec:
-    return read_spec(str(json_folder(model.pretrained, model.revision)))
+    return spec_of(model, shipped=True)
 
 
 def _source(request: VaeRequest, spec: ModelSpec) -> SourceVideo:

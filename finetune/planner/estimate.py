@@ -31,7 +31,7 @@ from finetune.cogvideox.control import widen
 from finetune.cogvideox.encode import encode_video
 from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import json_folder
-from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.files import atomic_write_text, user_folder
@@ -75,15 +75,6 @@ class Estimate:
         return max(phase.pinned + phase.pageable for phase in self.phases)
 
 
-def spec_of(config: RunConfig) -> ModelSpec:
-    """The spec of a run's model, from its JSON.
-
-    Raises:
-        ModelError: if it cannot be found or used.
-    """
-    return read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
-
-
 def longest_bucket(config: RunConfig, spec: ModelSpec) -> Bucket:
     """The bucket with the longest sequence, which needs the most memory."""
     return max(config.data.trained_buckets, key=spec.tokens)
@@ -118,7 +109,7 @@ def predict(
         ModelError: if the model's JSON cannot be found or used.
         ConfigError: if the method does not fit the model.
     """
-    spec = spec_of(config)
+    spec = spec_of(config.model, shipped=True)
     bucket = longest_bucket(config, spec)
     encoders = [name for name in phases if name not in RUN_PHASES]
     # All phases of the run are estimated together, and so are in the cache together.
@@ -280,7 +271,7 @@ def estimate(
         ModelError, ConfigError: as ``predict``.
     """
     folder = json_folder(config.model.pretrained, config.model.revision)
-    spec = read_spec(str(folder), control=config.model.control)
+    spec = spec_of(config.model, shipped=True)
     bucket = longest_bucket(config, spec)
     path = user_folder() / "estimates" / f"{_cache_key(config, folder, bucket, (layers, *phases, card_bytes))}.json"
     with suppress(OSError, ValidationError):  # absent, or cut short: it is made again
@@ -398,7 +389,7 @@ def _run(
     folder: Path, config: RunConfig, bucket: Bucket, layers: int | None, phases: Collection[PhaseName]
 ) -> Iterator[Phase]:
     """The phases with the transformer in memory. A sampled video is decoded beside what is there between two steps."""
-    spec, dtype = read_spec(str(folder), control=config.model.control), config.model.torch_dtype()
+    spec, dtype = spec_of(config.model, shipped=True), config.model.torch_dtype()
     sampled = config.validation.bucket or bucket
     if config.method.kind == "lora":  # weights that there need be none of
         config = config.model_copy(update={"method": config.method.model_copy(update={"init_from": None})})

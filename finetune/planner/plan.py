@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from finetune.cogvideox.spec import spec_of
 from finetune.config.rules import memory_errors, memory_traits, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError, raise_all
@@ -37,7 +38,7 @@ from finetune.planner.cost_model import (
     rates_of,
     save_rates,
 )
-from finetune.planner.estimate import predict, spec_of
+from finetune.planner.estimate import predict
 from finetune.planner.memory_tracker import PHASES, RUN_PHASES
 from finetune.planner.report import (
     Verdict,
@@ -86,7 +87,7 @@ def plan(config: RunConfig, options: PlanOptions) -> Planned:
     """The work of ``finetune.plan``, where the errors stand, for a configuration that is loaded."""
     budget, ram, quantize = options.budget, options.ram, options.quantize
     processes, plot = options.processes, options.plot
-    spec = spec_of(config)
+    spec = spec_of(config.model, shipped=True)
     require_valid(config, spec)
     if plot is not None:
         _require_drawable(plot)

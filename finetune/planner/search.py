@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from finetune.cogvideox.spec import spec_of
 from finetune.config.rules import memory_traits
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
@@ -18,7 +19,7 @@ from finetune.datasets.geometry import parse_bucket
 from finetune.memory.config import MEMORY_LADDER, MemoryConfig, Traits
 from finetune.methods.lora import LoraMethod
 from finetune.planner.cost_model import Rates
-from finetune.planner.estimate import longest_bucket, predict, spec_of
+from finetune.planner.estimate import longest_bucket, predict
 from finetune.planner.memory_tracker import PHASES, RUN_PHASES, Phase, PhaseName
 from finetune.planner.step_time import BYTES_PER_WEIGHT, step_cost
 
@@ -201,7 +202,7 @@ def candidates(config: RunConfig, traits: Traits, rates: Rates, bases: Sequence[
         rates: of the machine.
         bases: how the base may be held.
     """
-    spec = spec_of(config)
+    spec = spec_of(config.model, shipped=True)
     layers = spec.num_layers
     counts = sorted({*range(0, layers, max(layers // _BLOCK_COUNTS, 1)), layers})
     every: list[Candidate] = []
@@ -248,7 +249,7 @@ class _Search:
 
     def __init__(self, config: RunConfig, machine: Machine) -> None:
         self._config, self._machine = config, machine
-        self._spec = spec_of(config)
+        self._spec = spec_of(config.model, shipped=True)
         self._traits = memory_traits(config, self._spec, processes=machine.processes)
         self._plans: dict[MemoryConfig, MemoryPlan] = {}
         self._families: dict[MemoryConfig, tuple[Bytes, Bytes, Bytes]] = {}
@@ -403,7 +404,7 @@ def _remedies(config: RunConfig, machine: Machine, smallest: MemoryPlan) -> Iter
             yield f"{to_gib(unbounded.host_bytes)} of host memory would do (--ram, or memory.ram)"
     for words, changed in _changes(config, videos=smallest.highest != "train"):
         memory = smallest.memory
-        traits = memory_traits(changed, spec_of(changed), processes=machine.processes)
+        traits = memory_traits(changed, spec_of(changed.model, shipped=True), processes=machine.processes)
         if memory.faults(traits):  # what full fine-tuning needs is not for a LoRA
             memory = MemoryConfig().fallbacks(traits)[-1]
         plan = _Search(changed, machine).plan(memory)
@@ -423,7 +424,7 @@ def _changes(config: RunConfig, *, videos: bool) -> Iterator[tuple[str, RunConfi
     if train.batch_size > 1:
         smaller = changed("train", batch_size=1, accumulation=train.accumulation * train.batch_size)
         yield "train.batch_size: 1", smaller
-    spec = spec_of(config)
+    spec = spec_of(config.model, shipped=True)
     longest = longest_bucket(config, spec)
     for frames in (25, 17, 9):
         bucket = parse_bucket(f"{frames}x{longest.height}x{longest.width}")

@@ -297,13 +297,12 @@ def clip_strips(run: RunRecord, *, read: bool) -> tuple[list[ClipStrip], str]:
 
 def _read_strips(config: RunConfig) -> list[ClipStrip]:
     from finetune.caching.check import check_dataset, workers_for
-    from finetune.cogvideox.model_files import json_folder
-    from finetune.cogvideox.spec import read_spec
+    from finetune.cogvideox.spec import spec_of
     from finetune.core.errors import DataError
     from finetune.datasets.samples import read_samples
     from finetune.diagnosis.frames import ClipRequest, InspectedClip, inspect_clips
 
-    spec = read_spec(str(json_folder(config.model.pretrained, config.model.revision)), control=config.model.control)
+    spec = spec_of(config.model, shipped=True)
     data = config.data
     rows = read_samples(data.sources, data, beside=spec.beside, base=config.base, skip=True)
     if len(rows.train) + len(rows.holdout) > _MOST_ROWS:

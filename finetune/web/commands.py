@@ -192,6 +192,7 @@ GENERATE = Command(
         Option("--strength", "Strength of video-to-video", "0.8 where left out.", "number", more=True),
         Option("--extend", "Continue by", "So many parts more.", "number", more=True),
         Option("--negative-prompt", "Negative prompt", "", more=True),
+        Option("--riflex", "Positions for longer videos", "Frames; 0 for the model's own.", "number", more=True),
         Option("--dynamic-cfg", "Guidance grows with the steps", "", "flag", more=True),
         Option("--scheduler", "Scheduler", "", "choice", ("ddim", "dpm"), more=True),
         Option(

@@ -8,8 +8,8 @@ from typing import Any
 
 from finetune.captioning.folder import Row
 from finetune.checkpoint.folders import checkpoint_path
-from finetune.cogvideox.model_files import HUB_IDS, json_folder
-from finetune.cogvideox.spec import read_spec
+from finetune.cogvideox.model_files import HUB_IDS
+from finetune.cogvideox.spec import spec_of
 from finetune.config.schema import load_config
 from finetune.core.errors import FinetuneError
 from finetune.datasets.rows import MediaPlace
@@ -106,7 +106,7 @@ def _clip(workspace: Workspace, base: Path, row: Row) -> dict[str, Any]:
 def _proposal(workspace: Workspace, folder: str, config: str) -> Proposal:
     run = workspace.usable(config).config
     assert run is not None
-    spec = read_spec(str(json_folder(run.model.pretrained, run.model.revision)), control=run.model.control)
+    spec = spec_of(run.model, shipped=True)
     return propose(workspace.roots.inside(folder, "the folder"), spec, 2, MediaPlace.of(run.cache.dir))
 
 
