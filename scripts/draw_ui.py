@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Draw ``docs/ui-data.png``, ``ui-plan.png`` and ``ui-run.png`` from a quickstart's folder. Needs chromium.
 
-make quickstart && python scripts/draw_ui.py quickstart
+make quickstart && python scripts/draw_terminal.py quickstart && python scripts/draw_ui.py quickstart
+
+The second command leaves another run, which the third shows beside the quickstart's.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VIEWS = {
     "data": ("data?folder=clips&config=run.yaml", "article video", 860),
     "plan": ("plan?config=cogvideox-5b-lora.yaml&card=24GB&device=4090", "#outlook .bar", 900),
-    "run": ("run?config=run.yaml&run=run", "#record svg.chart", 1000),
+    "run": ("run?config=run.yaml&run=run&beside=runs/terminal", "#differing", 1000),
 }
 """Of each picture: the address, what has to be there, and its height."""
 
