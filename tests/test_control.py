@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from worlds import assert_same_run, merged, run_values, stop_after, tensors
 
-from finetune import export, generate
+from finetune import export, generate, inspect, sharing
 from finetune.caching.check import check_dataset
 from finetune.caching.precompute import precompute
 from finetune.cogvideox.config import ModelConfig
@@ -28,7 +28,7 @@ from finetune.cogvideox.load import load_scheduler, load_transformer, load_vae
 from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.rules import require_valid
 from finetune.config.schema import RunConfig
-from finetune.core.errors import DataError, FinetuneError
+from finetune.core.errors import ConfigError, DataError, FinetuneError
 from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
 from finetune.inference.modes import FromControl, read_frames
@@ -271,6 +271,10 @@ def test_a_control_lora_resumes_and_leaves_for_the_stock_pipeline(home, tmp_path
     checkpoint = sampled(tmp_path / "b", control, adapters=config.output_dir)
     assert np.abs(checkpoint.astype(int) - theirs).max() <= 1
     assert not np.array_equal(sampled(tmp_path / "c", control, adapters=f"{folder}:0.5"), theirs)
+    assert "control video" in " ".join(inspect(folder).notes)
+    for adapter in (folder, config.output_dir):
+        with pytest.raises(ConfigError, match="a projection trained beside it"):
+            sharing.merge(adapter, tmp_path / "merged.safetensors")
     # And further, from the export and from the checkpoint: the same beginning.
     for number, start in enumerate((folder, config.output_dir / "checkpoints" / "step-00000004")):
         again = home(**merged(LORA, {"method": {"init_from": str(start)}}), output_dir=f"again{number}")

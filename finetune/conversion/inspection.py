@@ -20,6 +20,7 @@ from finetune.conversion.stored import (
     block_count,
     block_of,
     find_files,
+    follows_control,
     inside,
     opened,
     published_bases,
@@ -194,6 +195,10 @@ def inspect(path: Path, *, norms: bool) -> Inspection:
         stated_base=_stated_base(files[0], metadata),
         notes=tuple(notes),
     )
+    if kind == "LoRA" and follows_control(files[0], shapes):
+        note = "it follows a control video, by a projection that trained beside it: `generate --adapter` loads both,"
+        note += " and so do the lines in an export's card; what else loads it here loads the LoRA alone"
+        report = replace(report, notes=(*report.notes, note))
     if kind == "LoRA":
         return _with_lora(report, StoredLora(files[0], shapes, metadata, detect(shapes)), norms=norms)
     if kind == "transformer":

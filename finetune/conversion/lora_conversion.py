@@ -27,7 +27,13 @@ from finetune.conversion.lora_files import MAGNITUDE, peft_settings, write_lora
 from finetune.conversion.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, split_name, to_diffusers
 from finetune.conversion.model_card import lora_metadata
 from finetune.conversion.sat import Tensors
-from finetune.conversion.stored import StoredLora, layer_shapes, published_bases, read_headers
+from finetune.conversion.stored import (
+    StoredLora,
+    layer_shapes,
+    published_bases,
+    read_headers,
+    require_lora_alone,
+)
 from finetune.conversion.torch_files import write_torch_file
 from finetune.core.errors import ConfigError, ExportError, is_out_of_memory
 from finetune.core.files import LORA_FILE, atomic_write_text, require_space
@@ -87,6 +93,7 @@ def read_foreign_lora(path: Path, tensors: Tensors, alpha: float | None) -> Read
         ModelError: if the file is damaged.
     """
     where = str(path)
+    require_lora_alone(path, tensors)
     layout = detect(tensors)
     if layout is None:
         what, fix = foreign_layout(tensors, path) or ("its tensors' names are of no program that is known here", "")

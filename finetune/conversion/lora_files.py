@@ -14,7 +14,7 @@ import torch
 from finetune.checkpoint.folders import EMA
 from finetune.conversion.lora_layouts import LAYOUTS, Lora, detect, from_diffusers, is_lora, to_diffusers
 from finetune.conversion.model_card import PEFT_CONFIG, PEFT_FILE, LayoutName
-from finetune.conversion.stored import StoredLora, find_files, read_headers
+from finetune.conversion.stored import StoredLora, find_files, read_headers, require_lora_alone
 from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import atomic_write_text
 from finetune.core.tensor_files import add_metadata, atomic_save_tensors
@@ -49,6 +49,7 @@ def read_lora(path: Path) -> tuple[Lora, StoredLora, list[str]]:
         raise ConfigError(
             "this is no LoRA of a CogVideoX", where=where, fix=f"see what it is: `finetune inspect {path}`"
         )
+    require_lora_alone(file, shapes)
     stored = StoredLora(file, shapes, metadata, layout)
     lora = to_diffusers(read_lora_file(file, where)[0], layout)
     if empty := [module for module, rank in lora.ranks.items() if not rank]:

@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from finetune.checkpoint.folders import CONFIG, step_folders
 from finetune.cogvideox.components import Transformer, read_json, read_json_as
+from finetune.cogvideox.control import PROJECTION, UPDATES
 from finetune.cogvideox.model_files import KNOWN_MODELS, known_model
 from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
 from finetune.conversion.model_card import PEFT_CONFIG, PEFT_FILE
 from finetune.core.errors import ConfigError, ModelError
-from finetune.core.files import LORA_FILE, TRAINABLE
+from finetune.core.files import CONTROL_FILE, LORA_FILE, TRAINABLE
 from finetune.methods.adapter import COMPONENT, METADATA_KEY, pattern_value, some
 
 _FINETRAINERS_KEY = "lora_config"
@@ -74,6 +75,26 @@ def find_files(path: Path) -> tuple[tuple[Path, ...], list[str]]:
         where=str(folder),
         fix="name a safetensors file, or the folder of an export, an adapter, a transformer, a pipeline or a run",
     )
+
+
+def follows_control(file: Path, names: Iterable[str]) -> bool:
+    """Whether a LoRA is only a part of what was trained: to follow a control video, a projection trained beside it."""
+    updates = {f"{PROJECTION}.{update}" for update in UPDATES.values()}
+    return file.with_name(CONTROL_FILE).is_file() or not updates.isdisjoint(names)
+
+
+def require_lora_alone(file: Path, names: Iterable[str]) -> None:
+    """Refuse a LoRA without which a projection would be left behind.
+
+    Raises:
+        ConfigError: if it ``follows_control``.
+    """
+    if follows_control(file, names):
+        raise ConfigError(
+            "the LoRA follows a control video: a projection trained beside it, which no layout of LoRAs holds",
+            where=str(file),
+            fix="`finetune export RUN --to merged --full-pipeline` makes one model of all of it",
+        )
 
 
 def read_headers(files: Sequence[Path]) -> tuple[dict[str, Form], dict[str, str]]:
