@@ -301,7 +301,7 @@ def _cache_key(config: RunConfig, folder: Path, bucket: Bucket, request: Sequenc
         "train": ("batch_size", "accumulation", "max_grad_norm", "ema_decay"),
         "validation": ("bucket", "guidance_scale"),
         "cache": ("text_batch_size", "vae_tiling"),
-        "model": ("dtype",),
+        "model": ("dtype", "control"),
     }
     values = config.to_dict()
     return digest_of(
