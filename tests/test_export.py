@@ -481,8 +481,8 @@ def test_a_failed_export_leaves_the_earlier_one(tiny_model, tmp_path, monkeypatc
 def test_never_two_transformers_at_once(tiny_model, tmp_path, monkeypatch):
     alive = []
 
-    def counted(module):
-        load = module.load_transformer
+    def counted(module, name):
+        load = getattr(module, name)
 
         def spy(*args, **options):
             gc.collect()
@@ -491,11 +491,12 @@ def test_never_two_transformers_at_once(tiny_model, tmp_path, monkeypatch):
             alive.append(weakref.ref(transformer))
             return transformer
 
-        monkeypatch.setattr(module, "load_transformer", spy)
+        monkeypatch.setattr(module, name, spy)
 
     runs = {name: make_run(tmp_path / name, tiny_model("5b"), m) for name, m in (("lora", LORA), ("full", FULL))}
-    counted(exporting)
-    counted(verifying)
+    counted(exporting, "load_base")
+    counted(verifying, "load_base")
+    counted(verifying, "load_transformer")
     for name, whole in (("lora", False), ("full", False), ("lora", True)):
         export(runs[name], layout="merged" if whole else "diffusers")
     assert len(alive) == 6

@@ -395,7 +395,7 @@ def lacking_adapters(
             yield ConfigError(
                 "it is a DoRA of a base with adapters merged into it, and would act on the base alone",
                 where=source.where,
-                fix="export it with --to merged, and give --transformer the export",
+                fix="merge it into its base (`finetune export RUN --to merged`), and give --transformer the export",
             )
             continue
         for one in wanted:
