@@ -53,7 +53,7 @@ def test_a_stretch_ends_where_the_next_one_begins(prototype):
 @pytest.mark.parametrize(
     ("name", "arguments", "rows"),
     [
-        ("dpo", "--tasks background --steps 1 --pool 4 --strength 500", 3),
+        ("dpo", "--steps 1 --pool 4 --strength 500", 3),
         ("few_step", "--steps 4 --passes 1 --pool 2", 9),
     ],
 )

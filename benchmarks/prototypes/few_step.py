@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,39 +79,41 @@ def ends(levels: Angles, stretches: int) -> Tensor:
     return phi[(torch.arange(len(levels.timesteps)) // length + 1) * length]
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What both kinds of students need for a step."""
+
+    world: World
+    captions: list[str]
+    """N, of the clips or noises."""
+    batch: int
+    """Clips per step."""
+    seed: int
+
+
 def consistency_loss(
-    transformer: Any,
-    teacher: Any,
-    world: World,
-    clips: Tensor,
-    captions: Sequence[str],
-    *,
-    stretches: int,
-    batch: int,
-    seed: int,
+    transformer: Any, teacher: Any, lesson: Lesson, clips: Tensor, *, stretches: int
 ) -> Callable[[int], Tensor]:
     """What ``train`` minimises: the student's jump from a level against its jump from the teacher's next one.
 
     Args:
         transformer: the student.
         teacher: the base.
-        world: of both.
+        lesson: the rest.
         clips: in model space, [N, C, F, H, W].
-        captions: N of them.
         stretches: into how many the schedule is cut; 1 for a jump to the clean clip from anywhere.
-        batch: clips per step.
-        seed: of everything that is drawn.
     """
+    world, batch = lesson.world, lesson.batch
     levels = angles(world.spec, TEACHER_STEPS)
     phi, end = torch.tensor(levels.phi, dtype=torch.float64), ends(levels, stretches)
     timesteps = torch.tensor([*levels.timesteps, 0])
 
     def loss_at(step: int) -> Tensor:
-        source = generator(seed, "train", step)
+        source = generator(lesson.seed, "train", step)
         chosen = torch.randint(len(clips), (batch,), generator=source)
         at = torch.randint(TEACHER_STEPS, (batch,), generator=source)
         eps = torch.randn(batch, *clips.shape[1:], generator=source)
-        texts = world.texts([captions[index] for index in chosen])
+        texts = world.texts([lesson.captions[index] for index in chosen])
         noisy = add_noise(clips[chosen], eps, world.levels[timesteps[at]])
         with torch.no_grad():
             velocity = guided(teacher, world, noisy, texts, timesteps[at], GUIDANCE_SCALE)
@@ -124,27 +127,23 @@ def consistency_loss(
     return loss_at
 
 
-def trajectory_loss(
-    transformer: Any, world: World, stops: Tensor, captions: Sequence[str], *, batch: int, seed: int
-) -> Callable[[int], Tensor]:
+def trajectory_loss(transformer: Any, lesson: Lesson, stops: Tensor) -> Callable[[int], Tensor]:
     """What ``train`` minimises: a jump from one stop to the next against where the teacher was.
 
     Args:
         transformer: the student.
-        world: of it.
+        lesson: the rest.
         stops: the teacher's latents at the ends of the stretches, noise first, [stretches + 1, N, C, F, H, W].
-        captions: N of them.
-        batch: clips per step.
-        seed: of everything that is drawn.
     """
+    world, batch = lesson.world, lesson.batch
     levels = angles(world.spec, len(stops) - 1)
     phi, timesteps = torch.tensor(levels.phi, dtype=torch.float64), torch.tensor(levels.timesteps)
 
     def loss_at(step: int) -> Tensor:
-        source = generator(seed, "train", step)
+        source = generator(lesson.seed, "train", step)
         chosen = torch.randint(stops.shape[1], (batch,), generator=source)
         at = torch.randint(len(timesteps), (batch,), generator=source)
-        texts, latents = world.texts([captions[index] for index in chosen]), stops[at, chosen]
+        texts, latents = world.texts([lesson.captions[index] for index in chosen]), stops[at, chosen]
         velocity = denoise(transformer, world.spec, latents, texts, timesteps[at], None)
         return (jump(latents, velocity, phi[at] - phi[at + 1]) - stops[at + 1, chosen]).square().mean()
 
@@ -169,7 +168,7 @@ def stock_sample(
         velocity = torch.cat(
             [
                 guided(transformer, world, part, text, torch.full((len(part),), timestep), GUIDANCE_SCALE)
-                for part, text in zip(latents.split(BATCH), texts.split(BATCH), strict=True)
+                for part, text in zip(torch.split(latents, BATCH), torch.split(texts, BATCH), strict=True)
             ]
         )
         if name == "sde-dpm++":
@@ -234,10 +233,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 4, 8], help="numbers of steps to sample in")
     parser.add_argument(
-        "--passes", type=int, default=48_000, help="of one clip, backward as two: what a student may cost"
+        "--passes", type=int, default=36_000, help="of one clip, backward as two: what a student may cost"
     )
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--pool", type=int, default=192, help="clips, or noises for the teacher's trajectories")
+    parser.add_argument("--pool", type=int, default=144, help="clips, or noises for the teacher's trajectories")
     parser.add_argument("--measured", type=int, default=1, help="samples per caption in a measurement")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
@@ -264,6 +263,7 @@ def study(world: World, options: argparse.Namespace, record: Record, seed: int) 
     each = max(1, options.pool // len(KNOWN))
     clips = scenes(KNOWN_SHAPES, each, seed)[: options.pool]
     latents, captions = encoded(world, clips), [scene.caption for scene in clips]
+    lesson = Lesson(world, captions, options.batch, seed)
     stops: Tensor | None = None
     for student in (model for model in options.models if model != "base"):
         for count in (0,) if student == "consistency" else options.steps:
@@ -275,13 +275,10 @@ def study(world: World, options: argparse.Namespace, record: Record, seed: int) 
                     levels = angles(world.spec, TEACHER_STEPS)
                     stops = torch.stack([*sampled(teacher, world, captions, start, levels, GUIDANCE_SCALE)])
                 budget -= len(captions) * TEACHER_STEPS * 2
-                every = TEACHER_STEPS // count
-                loss_at = trajectory_loss(transformer, world, stops[::every], captions, batch=options.batch, seed=seed)
+                loss_at = trajectory_loss(transformer, lesson, stops[:: TEACHER_STEPS // count])
                 cost = 3
             else:  # forward and backward, the teacher's guided step, and the target
-                loss_at = consistency_loss(
-                    transformer, teacher, world, latents, captions, stretches=count or 1, batch=options.batch, seed=seed
-                )
+                loss_at = consistency_loss(transformer, teacher, lesson, latents, stretches=count or 1)
                 cost = 6
             steps = max(1, budget // (cost * options.batch))
             losses = train(transformer, loss_at, steps=steps, lr=options.lr)

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import encode_prompts, encode_video
-from finetune.cogvideox.load import ModelConfig, load_text, load_transformer, load_vae
+from finetune.cogvideox.load import load_text, load_transformer, load_vae
 from finetune.cogvideox.objective import add_noise, alpha_bar, v_mse, velocity
 from finetune.cogvideox.spec import ModelSpec, read_spec
 from finetune.core.rng import generator
@@ -95,7 +96,7 @@ def encoded(world: World, clips: Sequence[Scene]) -> Tensor:
 def decoded(world: World, latents: Tensor) -> list[Frames]:
     """The clips that latents stand for."""
     videos = [
-        world.vae.decode(part / world.spec.scaling_factor).sample for part in latents.split(4)
+        world.vae.decode(part / world.spec.scaling_factor).sample for part in torch.split(latents, 4)
     ]  # small ones stay in the cache
     pixels = ((torch.cat(videos).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return list(pixels.permute(0, 2, 3, 4, 1).numpy())
@@ -138,7 +139,7 @@ def sampled(
     for timestep, turn in levels.steps_down():
         parts = [
             guided(transformer, world, part, text, torch.full((len(part),), timestep), scale)
-            for part, text in zip(latents.split(BATCH), texts.split(BATCH), strict=True)
+            for part, text in zip(torch.split(latents, BATCH), torch.split(texts, BATCH), strict=True)
         ]
         latents = step_down(latents, torch.cat(parts), turn)
         yield latents
