@@ -21,7 +21,7 @@ from worlds import assert_same_run, merged, run_values, stop_after, tensors
 from finetune import export, generate, inspect, sharing
 from finetune.caching.check import check_dataset
 from finetune.caching.precompute import precompute
-from finetune.cogvideox.config import ModelConfig
+from finetune.cogvideox.config import MergedAdapter, ModelConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import control_latents, encode_video
 from finetune.cogvideox.load import load_scheduler, load_transformer, load_vae
@@ -34,6 +34,7 @@ from finetune.datasets.cache import Cache
 from finetune.inference.modes import FromControl, read_frames
 from finetune.inference.videos import Frames, write_mp4
 from finetune.methods.lora import LoraMethod, is_lora, merge
+from finetune.methods.merged_base import require_readable
 from finetune.methods.prior import without_adapter
 from finetune.trainers.loop import train
 
@@ -272,6 +273,8 @@ def test_a_control_lora_resumes_and_leaves_for_the_stock_pipeline(home, tmp_path
     assert np.abs(checkpoint.astype(int) - theirs).max() <= 1
     assert not np.array_equal(sampled(tmp_path / "c", control, adapters=f"{folder}:0.5"), theirs)
     assert "control video" in " ".join(inspect(folder).notes)
+    with pytest.raises(ConfigError, match="a projection trained beside it"):
+        require_readable(ModelConfig(pretrained=base, adapters=(MergedAdapter(path=folder),)))
     for adapter in (folder, config.output_dir):
         with pytest.raises(ConfigError, match="a projection trained beside it"):
             sharing.merge(adapter, tmp_path / "merged.safetensors")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetune.cogvideox.config import MergedAdapter, ModelConfig
 from finetune.cogvideox.load import Placement, load_transformer, place
 from finetune.core.errors import ConfigError
-from finetune.core.files import TRAINABLE
+from finetune.core.files import CONTROL_FILE, TRAINABLE
 from finetune.methods.adapter import Adapter, read_adapter, sha256_of, some
 
 if TYPE_CHECKING:
@@ -68,6 +68,12 @@ def _read(merged: MergedAdapter) -> _Merged:
             "a run's checkpoint is no file to share, and whoever uses what is trained needs this adapter too",
             where=where,
             fix="export it with `finetune export`, and name the export's folder",
+        )
+    if adapter.path.with_name(CONTROL_FILE).is_file():
+        raise ConfigError(
+            "the adapter follows a control video: a projection trained beside it, which this would leave behind",
+            where=where,
+            fix="export it with `--to merged --full-pipeline`, and name that folder as model.pretrained",
         )
     if merged.sha256 is not None and (digest := sha256_of(adapter.path, where)) != merged.sha256:
         raise ConfigError(
