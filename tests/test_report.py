@@ -20,8 +20,8 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError
 from finetune.inference.videos import write_mp4
 from finetune.reports.charts import Line, _ranges, smoothed, thinned, ticks
-from finetune.reports.report import REPORT, columns, settings, verdict, write_report
-from finetune.reports.run_folder import read_run
+from finetune.reports.report import REPORT, charts, columns, settings, verdict, write_report
+from finetune.reports.run_folder import read_run, read_runs
 from finetune.trainers.tracking import MetricsFile
 
 HOSTILE = "</script><script>alert(1)</script><img src=https://example.org/x onerror=alert(2)> red"
@@ -86,6 +86,26 @@ def test_samples_are_the_base_the_best_the_last_and_some_between(tmp_path):
     shown = columns(run)
     assert len(shown) == 6 and dict(shown) | {0: "base", 30: "best", 90: "now"} == dict(shown)
     assert dict(columns(run, 3)) == {0: "base", 30: "best", 90: "now"}
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (("a/run",), ["run"]),
+        (("a/run", "a/more"), ["run", "more"]),
+        (("a/run", "b/run", "a/../b/more"), ["a/run", "b/run", "b/more"]),
+        (("a/run", "./a/run"), ["run", "run"]),
+    ],
+)
+def test_runs_are_named_by_what_tells_them_apart(folders, names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for place in ("a/run", "a/more", "b/run", "b/more"):
+        make_run(Path(place), [])
+    runs = read_runs(list(map(Path, folders)))
+    assert [run.name for run in runs] == names
+    assert {line.label for line in charts(runs)[0].lines} == set(names)
+    monkeypatch.chdir("a/run")
+    assert read_runs([Path()])[0].name == "run"
 
 
 def test_settings_are_those_that_are_not_defaults_or_not_in_common(tmp_path):

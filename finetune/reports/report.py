@@ -21,7 +21,7 @@ from finetune.core.errors import FinetuneError, first_line
 from finetune.core.files import atomic_write_bytes, atomic_write_text, from_here
 from finetune.core.types import RunState
 from finetune.reports.charts import Chart, Line, smoothed
-from finetune.reports.run_folder import RunRecord, SampledVideo, read_run
+from finetune.reports.run_folder import RunRecord, SampledVideo, read_runs
 
 _log = logging.getLogger(__name__)
 
@@ -350,7 +350,7 @@ def write_report(folders: Sequence[Path], output: Path, *, read_clips: bool = Tr
         ConfigError: if a folder is no run's.
         OSError: if the page cannot be written.
     """
-    runs = [read_run(folder) for folder in folders]
+    runs = read_runs(folders)
     drawn = charts(runs)
     strips, why = clip_strips(runs[0], read=read_clips) if len(runs) == 1 else ([], "")
     page = html.render(

@@ -36,6 +36,8 @@ class RunRecord:
     """Everything that a report says of one run."""
 
     folder: Path
+    name: str
+    """What tells it from others in a report."""
     config: RunConfig
     metrics: dict[str, list[tuple[int, float]]]
     """By name, as (step, value) in the order of steps."""
@@ -43,11 +45,6 @@ class RunRecord:
     samples: tuple[SampledVideo, ...]
     checkpoints: tuple[int, ...]
     """Steps whose checkpoint stands."""
-
-    @property
-    def name(self) -> str:
-        """Its folder's."""
-        return self.folder.name
 
     @property
     def step(self) -> int:
@@ -79,8 +76,25 @@ def changed_settings(section: BaseModel) -> dict[str, Any]:
     return values
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
+    """Read runs, named by as many of their folders' last parts as tell them apart.
+
+    Raises:
+        ConfigError: if one is no run's folder.
+    """
+    places = [folder.resolve().parts for folder in folders]
+    depths = range(1, max(map(len, places), default=0) + 1)
+    shortest = next((depth for depth in depths if len({place[-depth:] for place in places}) == len({*places})), 1)
+    names = [Path(*place[-shortest:]).as_posix() for place in places]
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str = "") -> RunRecord:
     """Read a run's folder.
+
+    Args:
+        folder: as training wrote it.
+        name: of the run in a report; the folder's where none is given.
 
     Raises:
         ConfigError: if it is no run's folder.
@@ -92,6 +106,7 @@ def read_run(folder: Path) -> RunRecord:
     config = load_config(folder / "config.yaml")
     return RunRecord(
         folder=folder,
+        name=name or folder.name,
         config=config,
         metrics=_metrics(folder / METRICS),
         history=tuple(read_history(folder / HISTORY)),

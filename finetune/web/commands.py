@@ -154,6 +154,10 @@ CAPTION = Command(
         Option("--model", "Language model", "Of transformers, or its name at the endpoint.", "model", needed=True),
         Option("--endpoint", "Endpoint", "An OpenAI-compatible server, such as http://localhost:8000/v1."),
         Option("--for", "For", "The CogVideoX that reads the captions.", "model"),
+        Option("--variants", "Captions per clip", "Training takes one at a time.", "number", more=True),
+        Option("--instruction", "Instruction", "A file with what the model is asked.", "path", more=True),
+        Option("--replace", "Write other models' captions anew", "", "flag", more=True),
+        Option("--device", "Device", "", more=True),
     ),
 )
 
@@ -213,6 +217,7 @@ GENERATE = Command(
         Option("--offload", "Offload", "", "choice", ("auto", "none", "model", "group", "sequential"), more=True),
         Option("--quantize", "Transformer in fewer bits", "", "choice", _SCHEMES, more=True),
         Option("--quantize-text", "T5 in fewer bits", "", "choice", _SCHEMES, more=True),
+        Option("--compile", "Compile the transformer's blocks", "", "flag", more=True),
         Option("--device", "Device", "", more=True),
     ),
 )
@@ -235,6 +240,7 @@ EXPORT = Command(
         Option("--output", "Folder", "Left out: in the run's.", "path"),
         Option("--strength", "Strength", "With merged: 1 as trained.", "number", more=True),
         Option("--full-pipeline", "Whole pipeline", "With merged, or after full fine-tuning.", "flag", more=True),
+        Option("--model", "Base model", "Where it is now, if not where the run had it.", "model", more=True),
         Option("--weights", "Weights", "", "choice", ("auto", "ema", "raw"), more=True),
         Option("--dtype", "Dtype", "Of a whole transformer.", "choice", _DTYPES, more=True),
         Option("--max-shard-size", "Size of its files", "Such as 2GB.", more=True),
@@ -259,6 +265,13 @@ CONVERT = Command(
         Option("--to", "Becomes", "", "choice", ("diffusers", "sat"), "diffusers"),
         Option("--alpha", "Alpha", "Of a LoRA that does not state it.", "number", more=True),
         Option("--model", "Model of these shapes", "", "model", more=True),
+        Option(
+            "--extract-lora",
+            "LoRA of the difference",
+            "Of a full fine-tuning from that model: its rank, or a share to keep, such as 0.95.",
+            "number",
+            more=True,
+        ),
         Option("--dtype", "Dtype", "", "choice", _DTYPES, more=True),
     ),
 )

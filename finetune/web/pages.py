@@ -154,14 +154,14 @@ def _run(workspace: Workspace, query: Query) -> dict[str, Any]:
         return values
     folder = workspace.roots.inside(run, "the run")
     try:
-        record = read_run(folder)
+        record = read_run(folder, run)
     except FinetuneError as error:
         return values | {"run_fault": str(error)}
     records = {run: record}
     for name in filter(None, query.get("beside", "").split("\n")):
         place = workspace.roots.inside(name, "a run to compare")
         try:
-            records |= {} if name in records else {name: read_run(place)}
+            records |= {} if name in records else {name: read_run(place, name)}
         except FinetuneError as error:
             values["run_fault"] = str(error)
     if len(records) > _MOST_COMPARED:
