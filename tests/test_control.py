@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from worlds import assert_same_run, merged, run_values, stop_after, tensors
 
-from finetune import export, generate, inspect, sharing
+from finetune import doctor, export, generate, inspect, sharing
 from finetune.caching.check import check_dataset
 from finetune.caching.precompute import precompute
 from finetune.cogvideox.config import MergedAdapter, ModelConfig
@@ -117,12 +117,20 @@ def test_rows_whose_control_does_not_fit_are_faults(home, tmp_path):
     for row, wrong in zip(rows, (frames[:-1], frames[:, :48], frames[:, ::2, ::2], frames), strict=True):
         row["control"] = f"controls/new-{Path(row['file_name']).name}"
         write_mp4(folder / row["control"], wrong, 5)  # whatever its rate
+    rows[3]["control"] = "controls/still.png"
+    Image.fromarray(frames[0]).save(folder / rows[3]["control"])
     write_rows(folder, rows)
     with pytest.raises(DataError) as caught:
         check_dataset(home(), spec_of(home().model), progress=False)
     message = str(caught.value)
-    assert message.count("is not that of its video") == 2  # half the size is the same shape
+    assert message.count("is not that of its video") == 3  # half the size is the same shape
     assert "its length is not" in message and f"{len(frames) - 1} frames" in message and "48x64" in message
+    assert "controls/still.png" in message
+    ours, plain = doctor(home()), doctor(home(model={"control": False}))
+    faults = [[fault.name for fault in clip.faults if fault.level == "error"] for clip in ours.clips]
+    assert sorted(faults) == [[], *[["control or mask"]] * 3]
+    seconds = [sum(report.outlook.encode_s.values()) for report in (ours, plain)]
+    assert seconds[0] == pytest.approx(seconds[1] / 2), "one clip and its control, of four clips"
 
 
 def test_a_control_may_lie_beside_its_clip(home, tmp_path):
@@ -195,6 +203,12 @@ def test_a_widened_model_begins_as_its_base_and_learns_from_the_control(tiny_mod
         ({"model": {"pretrained": "5b-i2v"}}, "this one is image-to-video"),
         ({"validation": {"samples": [{"prompt": "a ring"}]}}, "this prompt has none"),
         ({"validation": {"samples": [{"prompt": "a ring", "control": "nowhere.mp4"}]}}, "there is no video"),
+        ({"validation": {"samples": [{"prompt": "a ring", "control": "still.png"}]}}, "a still image is no control"),
+        ({"optimizer": {"kind": "custom", "name": "torch.optim.Muon"}}, "with model.control a projection trains"),
+        (
+            {"optimizer": {"kind": "custom", "name": "torch.optim.Muon"}, "method": {"kind": "full"}},
+            "full fine-tuning trains biases",
+        ),
         ({"data": {"sources": [{"kind": "hub", "path": "a/b", "stream_room": "1GB"}]}}, "names no control videos"),
         (
             {"model": {"control": False}, "validation": {"samples": [{"prompt": "a", "control": "a.mp4"}]}},
@@ -208,7 +222,9 @@ def test_what_does_not_go_with_a_control_is_refused_first(home, tiny_model, chan
         changes["model"]["pretrained"] = str(tiny_model(changes["model"]["pretrained"]))
     with pytest.raises(FinetuneError, match=message):
         config = home(**changes)
+        Image.new("RGB", (64, 64)).save(config.base / "still.png")
         require_valid(config, spec_of(config.model))
+        check_dataset(config, spec_of(config.model), progress=False)
 
 
 # ----------------------------------------------------------------------------- training, and what comes out of it
@@ -272,12 +288,16 @@ def test_a_control_lora_resumes_and_leaves_for_the_stock_pipeline(home, tmp_path
     checkpoint = sampled(tmp_path / "b", control, adapters=config.output_dir)
     assert np.abs(checkpoint.astype(int) - theirs).max() <= 1
     assert not np.array_equal(sampled(tmp_path / "c", control, adapters=f"{folder}:0.5"), theirs)
-    assert "control video" in " ".join(inspect(folder).notes)
+    inspection = inspect(folder)
+    assert "control video" in " ".join(inspection.notes) and "finetune merge" not in str(inspection)
     with pytest.raises(ConfigError, match="a projection trained beside it"):
         require_readable(ModelConfig(pretrained=base, adapters=(MergedAdapter(path=folder),)))
     for adapter in (folder, config.output_dir):
         with pytest.raises(ConfigError, match="a projection trained beside it"):
             sharing.merge(adapter, tmp_path / "merged.safetensors")
+    plain = home(**merged(LORA, {"method": {"init_from": str(folder)}}), model={"control": False})
+    with pytest.raises(ConfigError, match="it follows a control video"):
+        plain.method.apply(load_transformer(plain.model), seed=0)
     # And further, from the export and from the checkpoint: the same beginning.
     for number, start in enumerate((folder, config.output_dir / "checkpoints" / "step-00000004")):
         again = home(**merged(LORA, {"method": {"init_from": str(start)}}), output_dir=f"again{number}")

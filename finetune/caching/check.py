@@ -190,7 +190,7 @@ def check_dataset(
         if not plans:
             skipped[TOO_SHORT].append(name)
         try:
-            companions = [_companions(sample, probe, plan, probes, name) for plan in plans]
+            companions = [companions_of(sample, probe, plan, probes, name) for plan in plans]
         except DataError as error:
             unreadable(name, error, error.where or "")
             continue
@@ -247,16 +247,27 @@ def _image_faults(
         return {job: image for job, image in zip(jobs, bar, strict=True) if isinstance(image, DataError)}
 
 
-def _companions(
+def companions_of(
     sample: Sample, video: VideoProbe, plan: ClipPlan, probes: Mapping[Path, VideoProbe | DataError], name: str
 ) -> tuple[Companion, ...]:
-    """What goes with one clip of a row frame for frame. Raises DataError for what cannot be read or does not fit."""
+    """What goes with one clip of a row frame for frame.
+
+    Args:
+        sample: the row.
+        video: the header of its video.
+        plan: of the clip.
+        probes: the headers of the row's files.
+        name: of the video, for messages.
+
+    Raises:
+        DataError: for what cannot be read or does not fit.
+    """
     companions = []
     for kind, path in sample.companions:
         probe, where = probes[path], f"{path}, {kind} of {name} ({sample.where})"
         if isinstance(probe, DataError):
             raise DataError(probe.what, where=where, fix=probe.fix)
-        companions.append(Companion(kind, path, probe, companion_plan(probe, video, plan, where)))
+        companions.append(Companion(kind, path, probe, companion_plan(kind, probe, video, plan, where)))
     return tuple(companions)
 
 
@@ -270,10 +281,13 @@ def validation_controls(config: RunConfig, spec: ModelSpec) -> dict[Path, Decode
         videos = {video for video in videos if video.is_file()}
     if not videos:
         return {}
-    cut, fps = ClipConfig(buckets=(sample_bucket(config),)), config.data.fps or spec.native_fps
+    bucket, fps = sample_bucket(config), config.data.fps or spec.native_fps
+    cut = ClipConfig(buckets=(bucket,))
     jobs: dict[Path, DecodeJob | DataError] = {}
     with DecodePool(workers_for(config, len(videos))) as pool:
         for video, probe in pool.probe_many(sorted(videos)):
+            if not isinstance(probe, DataError) and probe.still and bucket.frames > 1:
+                probe = DataError(f"a still image is no control for videos of {bucket}", fix="name a video")
             if isinstance(probe, DataError):
                 jobs[video] = probe
                 continue

@@ -38,8 +38,8 @@ class _Widened(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.divided:
-            whole: Tensor = super().forward(input)
-            return whole
+            projected: Tensor = super().forward(input)
+            return projected
         weight, bias = (None if tensor is None else tensor.to(input.dtype) for tensor in self.effective())
         assert weight is not None
         half = weight.shape[1] // 2

@@ -182,6 +182,15 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     what = f"{optimizer.title} may look at all parameters together, and memory.gradient_release updates them one by one"
     fix = "set memory.gradient_release: none, or an optimizer of torch.optim"
     yield couples and config.memory.gradient_release != "none", "optimizer.name", what, fix
+    if isinstance(optimizer, CustomOptimizer) and not optimizer.takes_vectors:
+        if not isinstance(config.method, LoraMethod):
+            others = "full fine-tuning trains biases and norms as well"
+        elif config.method.use_dora:
+            others = "a DoRA trains magnitudes as well"
+        else:
+            others = "with model.control a projection trains as well, bias and all" if config.model.control else ""
+        what = f"{optimizer.title} updates matrices alone, and {others}"
+        yield bool(others), "optimizer.name", what, "set optimizer.kind: adamw8bit, or name another optimizer"
     for folder in _other_folders(config):
         yield True, "output_dir", f"the run's folder is {folder}", "name a folder of its own, such as runs/NAME"
     output = config.output_dir

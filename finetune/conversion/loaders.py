@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 
 from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
-from finetune.conversion.stored import StoredLora
+from finetune.conversion.stored import StoredLora, follows_control
 from finetune.core.files import TRAINABLE
 from finetune.methods.adapter import COMPONENT
 from finetune.methods.lora import ranks_by_name
@@ -83,7 +83,8 @@ def _comfyui(lora: StoredLora) -> Loading:
     count = sum(any(layout.module_of(stem) for layout in layouts) for stem in stems)
     if count < len(lora.shapes):
         lost = f"{len(lora.shapes) - count} of {len(lora.shapes)} tensors find no place"
-        return Loading("ComfyUI", False, f"{lost}, which its log warns of; `finetune merge --to comfyui` renames them")
+        fix = "" if follows_control(lora.file, lora.shapes) else "; `finetune merge --to comfyui` renames them"
+        return Loading("ComfyUI", False, f"{lost}, which its log warns of{fix}")
     without = "" if lora.states_alpha else "; without .alpha tensors the update counts 1"
     return Loading("ComfyUI", True, f"every tensor finds its place{without}")
 

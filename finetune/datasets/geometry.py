@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
 from finetune.core.errors import DataError
-from finetune.core.types import CORRECTIONS, Bucket, ClipPlan, Strict, VideoProbe
+from finetune.core.types import CORRECTIONS, Bucket, ClipPlan, CompanionName, Strict, VideoProbe
 
 Span = Literal["head", "center", "uniform", "all"]
 
@@ -298,13 +298,14 @@ def plan_clips(
     return [ClipPlan(tuple(first + i for i in indices), resize_hw, crop_yx, bucket) for indices in clips]
 
 
-def companion_plan(probe: VideoProbe, video: VideoProbe, plan: ClipPlan, where: str) -> ClipPlan:
+def companion_plan(name: CompanionName, probe: VideoProbe, video: VideoProbe, plan: ClipPlan, where: str) -> ClipPlan:
     """How what goes with a video frame for frame is cut, so that it lies over one of the video's clips.
 
     Frame n of the one belongs to frame n of the other, whatever rates both state. It may be larger or smaller than the
-    video, of the same shape. A still image goes with every frame.
+    video, of the same shape. A still mask goes with every frame.
 
     Args:
+        name: what it is.
         probe: its header.
         video: the video's.
         plan: the clip's.
@@ -315,7 +316,7 @@ def companion_plan(probe: VideoProbe, video: VideoProbe, plan: ClipPlan, where: 
     """
     form, expected = (f"{one.frames} frames of {one.height}x{one.width} at {one.fps:.4g} fps" for one in (probe, video))
     fits = resize_and_crop((probe.height, probe.width), plan.bucket) == (plan.resize_hw, plan.crop_yx)
-    if not fits or (probe.frames != video.frames and not probe.still):
+    if not fits or (probe.frames != video.frames and not (probe.still and name == "mask")):
         raise DataError(
             f"its {'length' if fits else 'shape'} is not that of its video: {form}, and the video has {expected}",
             where=where,

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from finetune.caching.check import (
     PlannedClip,
+    beside_of,
     clip_labels,
+    companions_of,
     cpu_cores,
     identities,
     kept_by_bucket,
@@ -132,7 +134,7 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
             " `finetune check` says all but what pictures show",
         )
     media = MediaPlace.of(config.cache.dir)
-    read = read_samples(data.sources, data, beside=spec.beside, base=config.base, skip=True, media=media)
+    read = read_samples(data.sources, data, beside=beside_of(config, spec), base=config.base, skip=True, media=media)
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     level = _level(config)
     left_out = [
@@ -140,10 +142,10 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
         for error in read.unusable
     ]
     fps = data.fps or spec.native_fps
-    videos = sorted({sample.video for sample, _ in rows})
-    with DecodePool(_workers(config, len(videos))) as pool, probe_memory(config.cache.dir) as memory:
-        probed = pool.probe_many(videos, memory)
-        bar = Bar(probed, total=len(videos), desc="reading headers of videos", disable=not progress)
+    files = sorted({path for sample, _ in rows for path in (sample.video, *(path for _, path in sample.companions))})
+    with DecodePool(_workers(config, len(files))) as pool, probe_memory(config.cache.dir) as memory:
+        probed = pool.probe_many(files, memory)
+        bar = Bar(probed, total=len(files), desc="reading headers of videos", disable=not progress)
         probes: dict[Path, VideoProbe | DataError] = dict(bar)
     planned: list[PlannedClip] = []
     for sample, holdout in rows:
@@ -159,7 +161,13 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
         if not plans:
             left_out.append(_left_out(name, sample, holdout, fault, *header_faults(probe, fps)))
         for label, plan in zip(clip_labels(name, sample, len(plans)), plans, strict=True):
-            planned.append(PlannedClip(label, sample, probe, plan, holdout))
+            try:
+                companions = companions_of(sample, probe, plan, probes, name)
+            except DataError as error:
+                fault = Fault(level, "control or mask", f"{error.where}: {error.what}", error.fix)
+                left_out.append(_left_out(label, sample, holdout, fault))
+                continue
+            planned.append(PlannedClip(label, sample, probe, plan, holdout, companions))
     return _Dataset(tuple(planned), tuple(left_out), read.notes, fps)
 
 

@@ -130,7 +130,7 @@ def look_ahead(
     def encode_s(bucket: Bucket) -> float:
         images = draws * len(stored_frames(further, spec.latent_frames(bucket.frames)))
         one = encode_operations(vae, replace(bucket, frames=1))
-        return (encode_operations(vae, bucket) + images * one) / (_CONVOLUTIONS * rates.gemm)
+        return ((1 + spec.control) * encode_operations(vae, bucket) + images * one) / (_CONVOLUTIONS * rates.gemm)
 
     embeds = prompt_bytes(spec, "bf16")
     return Outlook(

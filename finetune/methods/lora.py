@@ -150,9 +150,9 @@ class LoraMethod(Strict):
         """Names of the linear layers that get an adapter, in the model's order. Raises as ``select`` does."""
         from torch import nn
 
-        whole = widened(transformer)  # which trains with all its weights
-        layers = transformer.named_modules()
-        return self.select([name for name, layer in layers if isinstance(layer, nn.Linear) and layer is not whole])
+        projection = widened(transformer)  # all its weights train
+        layers = [(name, layer) for name, layer in transformer.named_modules() if layer is not projection]
+        return self.select([name for name, layer in layers if isinstance(layer, nn.Linear)])
 
     def select(self, linear: Sequence[str]) -> list[str]:
         """Which of a model's ``linear`` layers, by their names, get an adapter; in the order they are given in.
@@ -257,8 +257,12 @@ class LoraMethod(Strict):
             raise _does_not_continue(adapter, problems)
         load_strictly(own, tensors)
         file = adapter.path.with_name(CONTROL_FILE)
-        if widened(transformer) is not None and file.is_file():
-            load_updates(transformer, read_lora_file(file, f"method.init_from: {file}")[0])
+        if file.is_file():
+            try:
+                load_updates(transformer, read_lora_file(file, f"method.init_from: {file}")[0])
+            except ValueError as error:
+                problem = f"it follows a control video (model.control), and {error}"
+                raise _does_not_continue(adapter, [problem]) from None
 
     def read_start(self, source: Path) -> Adapter:
         """Read an adapter to continue from.

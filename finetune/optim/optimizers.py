@@ -213,6 +213,11 @@ class CustomOptimizer(_Optimizer):
         return self.name.startswith("torch.optim.")
 
     @property
+    def takes_vectors(self) -> bool:
+        """Whether a bias or a norm may train; torch's Muon takes matrices alone."""
+        return self.name != "torch.optim.Muon"
+
+    @property
     def title(self) -> str:
         """The class."""
         return self.name
