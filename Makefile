@@ -7,6 +7,7 @@
 # make size         code lines per folder, and how many files four walks through the package touch
 # make docs         regenerate what is generated (docs/config.md, configs/, docs/memory.md, notebooks/)
 # make bench-memory predicted peaks of the shipped configurations against their goals; docs/memory.md
+# make bench        what a step does, counted, and processor seconds of a step and of what is around it, into build/
 # make site         the documentation as a site, in build/site
 # make test-gpu     what needs a CUDA device
 # make bench-gpu    every memory recipe at full size on a CUDA device: measured peak against predicted, s/step
@@ -19,7 +20,7 @@ WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 2 ? 2
 # Tiny models gain nothing from threads, and two pytest workers with two threads each fight over two cores.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: install develop quickstart test test-old-cpu soak test-gpu bench-gpu bench-memory size lint format docs site clean
+.PHONY: install develop quickstart test test-old-cpu soak test-gpu bench bench-gpu bench-memory size lint format docs site clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +64,13 @@ test-gpu: develop
 
 bench-gpu: develop
 	$(BIN)/python benchmarks/gpu.py $(if $(ONLY),--only '$(ONLY)')
+
+# On a CPU, half an hour of one core. With --before ANOTHER_CHECKOUT, processor.py runs both in turn.
+bench: develop
+	mkdir -p build
+	$(BIN)/python benchmarks/work.py --output build/work.json
+	$(BIN)/python benchmarks/example_step.py --output build/example_step.json
+	$(BIN)/python benchmarks/processor.py --rounds 1 --output build/processor.json
 
 bench-memory: develop
 	$(BIN)/python benchmarks/memory.py; code=$$?; $(BIN)/python scripts/make_memory.py && $(BIN)/python scripts/make_cards.py && $(BIN)/python scripts/draw_memory.py && $(BIN)/python scripts/make_configs.py && exit $$code
