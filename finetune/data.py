@@ -33,7 +33,8 @@ class CheckReport:
 
 
 def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
-    """Check a configuration, its model's JSON and every clip's header, without loading a weight.
+    """Check a configuration, its model's JSON, the adapters that it begins with and every clip's header; no weight of
+    the model is loaded.
 
     Args:
         config: a configuration, the values of one, or its file.
@@ -45,12 +46,13 @@ def check(config: RunConfig | Mapping[str, Any] | str | Path) -> CheckReport:
     """
     from finetune.caching.check import check_dataset, identities, overview
     from finetune.cogvideox.spec import spec_of
-    from finetune.config.rules import require_valid
+    from finetune.config.rules import require_start, require_valid
     from finetune.config.schema import as_config
 
     config = as_config(config)
     spec = spec_of(config.model, shipped=True)
     warnings = require_valid(config, spec)
+    require_start(config)
     dataset = check_dataset(config, spec)
     numbers, advice = overview(config, spec, dataset.clips, identities(config, dataset.clips, progress=True))
     return CheckReport(dataset, tuple(numbers), (*warnings, *advice))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from stock_pipeline import load_pipeline
 from test_export import LORA, exported_file, inputs, make_run
 from worlds import fabricate_cache, run_values
 
-from finetune import export, inspect
+from finetune import check, export, inspect
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.spec import read_spec
@@ -21,7 +22,13 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.files import LORA_FILE
 from finetune.core.types import Bucket
-from finetune.inference.adapters import TRAINING_RECORD
+from finetune.inference.adapters import (
+    TRAINING_RECORD,
+    AdapterSource,
+    BaseAdapter,
+    TrainingRecord,
+    lacking_adapters,
+)
 from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.memory.quantized_linear import placement
@@ -130,8 +137,9 @@ def test_a_run_on_top_of_an_adapter_goes_on_and_is_exported_with_it(tiny_model, 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda file: file.unlink(), "cannot be read"),
+        (lambda file: file.unlink(), "cannot be read|no such file"),
         (lambda file: file.write_bytes(b"no tensors"), "the adapter file cannot be read"),
+        (lambda file: save_deeper(file, file), r"transformer_blocks\.9\..* have no place"),
     ],
 )
 def test_an_adapter_that_cannot_be_merged_is_refused_before_anything_is_encoded(
@@ -141,16 +149,36 @@ def test_an_adapter_that_cannot_be_merged_is_refused_before_anything_is_encoded(
     shutil.copyfile(style, adapter)
     config = config_of(tiny_model("5b"), tmp_path / "run", adapter)
     spoil(adapter)
-    with pytest.raises(ConfigError, match=message):
-        loop.train(config)
+    for verb in (check, loop.train):
+        with pytest.raises(ConfigError, match=message):
+            verb(config)
     assert not config.cache.dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("merged", "beside", "is_enough"),
+    [([0.5], [0.5], True), ([0.5], [0.4], False), ([1, 1], [1], False), ([1, 1], [1, 1], True), ([0], [], True)],
+)
+def test_a_file_named_twice_counts_by_its_sum(tmp_path, merged, beside, is_enough):
+    file = tmp_path / "style.safetensors"
+    file.write_bytes(b"style")
+    (tmp_path / "tuned").write_bytes(b"tuned")
+    digest = sha256(b"style").hexdigest()
+    record = TrainingRecord(base_adapters=[BaseAdapter(name="a", strength=one, sha256=digest) for one in merged])
+    tuned, style = AdapterArgument(tmp_path / "tuned"), [AdapterArgument(file, strength) for strength in beside]
+    sources = {one.path: AdapterSource(one, {}, record if one is tuned else None) for one in (tuned, *style)}
+    assert is_enough is not any(lacking_adapters([tuned, *style], sources))
+
+
+def save_deeper(file: Path, target: Path) -> None:
+    """A LoRA of a model with more blocks."""
+    save_file({name.replace("blocks.1.", "blocks.9."): tensor for name, tensor in load_file(file).items()}, target)
 
 
 def test_another_layout_and_another_model_are_refused(tiny_model, style, tmp_path):
     run = make_run(tmp_path, tiny_model("5b"), LORA)
     file, _ = exported_file(run, "kohya")
-    deeper = {name.replace("blocks.1.", "blocks.9."): tensor for name, tensor in load_file(style).items()}
-    save_file(deeper, tmp_path / "deeper.safetensors")
+    save_deeper(style, tmp_path / "deeper.safetensors")
     for path, message in (
         (file, "kohya's layout"),
         (tmp_path / "deeper.safetensors", r"transformer_blocks\.9\..* have no place"),
@@ -158,3 +186,9 @@ def test_another_layout_and_another_model_are_refused(tiny_model, style, tmp_pat
     ):
         with pytest.raises(ConfigError, match=message):
             load_base(ModelConfig(pretrained=str(tiny_model("5b")), adapters=[{"path": path}]))
+
+
+def test_a_check_reads_what_a_run_begins_with(tiny_model, tmp_path):
+    method = LORA | {"init_from": str(tmp_path / "away")}
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        check(run_values(tiny_model("5b"), tmp_path / "no-videos-here", tmp_path / "run", method=method))

@@ -130,6 +130,8 @@ def test_an_adapter_is_sampled_with_the_positions_that_it_was_trained_with(tiny_
     assert np.abs(difference).max() <= 1  # the card turns in float32
     assert ours.notes[0].endswith("was trained with riflex 25, and is sampled so")
     assert np.array_equal(sampled(run).frames[0], ours.frames[0])
+    whole = finetune.export(run, layout="merged", full_pipeline=True)
+    assert "riflex 25, and is sampled so" in sampled(None, model=whole.folder).notes[0]
     short = sampled(exported.folder, bucket="9x64x64", riflex=0)
     assert "was trained with riflex 25, and is sampled with none" in short.notes[0]
     assert not np.array_equal(short.frames[0], sampled(exported.folder, bucket="9x64x64").frames[0])

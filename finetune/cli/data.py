@@ -246,7 +246,7 @@ def caption(
     "finetune check --config run.yaml",
 )
 def check(config: Config, overrides: Overrides = []) -> None:
-    """Check a configuration, the model's JSON and every clip's header, without loading a weight."""
+    """Check a configuration, the model's JSON, adapters and every clip's header; no weight of the model is loaded."""
     report = finetune.check(finetune.load_config(config, overrides))
     print(report)
     print_notes(report.warnings, "warning")

@@ -130,6 +130,13 @@ def _fault(root: type[BaseModel], spot: _Spot, details: ErrorDetails, where: str
     name = dotted(spot.path[-2:] if spot.path and isinstance(spot.path[-1], int) else spot.path[-1:])
     given, context, fix = details["input"], details.get("ctx", {}), ""
     match details["type"]:
+        case _ if given is None and ":" in name:
+            what, fix = f"'{name}' has no space behind its colon", f"write {{{name.replace(':', ': ', 1)}}}"
+        case "union_tag_not_found":
+            what = f"'{name}' has no kind"
+            info = spot.holder.model_fields.get(name) if spot.holder else None
+            members = get_args(bare(info.annotation)) if info else ()
+            fix = f"add kind: one of {', '.join(kind for member in members for kind in _kinds(member))}"
         case "extra_forbidden":
             what, fix = _unknown(root, spot, name)
         case "missing":

@@ -97,6 +97,22 @@ def require_valid(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
     return findings.warnings
 
 
+def require_start(config: RunConfig) -> None:
+    """Refuse adapters to begin with, or on, that are not there or are of another kind, before clips are encoded.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    if config.model.adapters:
+        from finetune.methods.merged_base import require_readable  # which imports torch
+
+        require_readable(config.model)
+    method, resume = config.method, config.checkpoint.resume
+    is_new = resume == "none" or (resume == "latest" and not list_checkpoints(config.output_dir))
+    if is_new and isinstance(method, LoraMethod) and method.init_from is not None:
+        method.read_start(method.init_from)
+
+
 def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str, str]]:
     """(whether it is so, path, what, fix) of all that makes the run impossible."""
     validation, image_to_video = config.validation, spec.image_to_video
@@ -135,6 +151,7 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
             for fault in sample.image_faults((validation.bucket or config.data.buckets[0]).frames, spec.vae_temporal):
                 yield True, f"{path}.keyframes", fault, ""
         for image in images if image_to_video and config.cache.mode != "require" else ():
+            field = {sample.image: "image", sample.last_image: "last_image"}.get(image, "keyframes")
             yield not image.is_file(), f"{path}.{field}", f"there is no image {image}", ""
     frames = config.data.condition_frames.kind
     what = f"a text-to-video model is given no frames, and {frames} is wanted"

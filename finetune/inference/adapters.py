@@ -398,14 +398,16 @@ def lacking_adapters(
                 fix="merge it into its base (`finetune export RUN --to merged`), and give --transformer the export",
             )
             continue
-        for one in wanted:
-            beside = [strength for other, strength in files if other.sha256 == one.sha256]
-            if not any(math.isclose(strength, one.strength) for strength in beside):
+        for name, sha256 in dict.fromkeys((one.name, one.sha256) for one in wanted):
+            # A file that is named twice acts by the sum, here and there.
+            merged = math.fsum(one.strength for one in wanted if one.sha256 == sha256)
+            beside = [strength for other, strength in files if other.sha256 == sha256]
+            if not math.isclose(math.fsum(beside), merged, abs_tol=1e-9):
                 yield ConfigError(
-                    f"it was trained on a base with {one.name} merged into it at strength {one.strength:g}, and"
-                    f" {'that strength' if beside else 'that file'} is missing beside it (SHA-256 {one.sha256})",
+                    f"it was trained on a base with {name} merged into it at strength {merged:g}, and"
+                    f" {'that strength' if beside else 'that file'} is missing beside it (SHA-256 {sha256})",
                     where=source.where,
-                    fix=f"give --adapter {one.name}:{one.strength:g} too; to sample without it on purpose, move the"
+                    fix=f"give --adapter {name}:{merged:g} too; to sample without it on purpose, move the"
                     f" adapter away from {TRAINING_RECORD}",
                 )
 

@@ -100,8 +100,10 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
     sources, faults = read_sources([*named, *(adapter for column in columns for adapter in column.added)])
     active = {path: source for path, source in sources.items() if source.adapter.strength}
     records = [(s.where, path, s.record) for path, s in active.items() if s.record is not None]
-    if request.transformer is not None and (record := read_record(request.transformer)) is not None:
-        records.append((f"--transformer {request.transformer}", request.transformer, record))
+    exports = {"--transformer": request.transformer, "--model": Path(request.base) if request.base else None}
+    for option, export in exports.items():
+        if export is not None and export.is_dir() and (record := read_record(export)) is not None:
+            records.append((f"{option} {export}", export, record))
     base, revision = _base(request, records, faults)
     revision = pin_revision(base, revision)
     first = records[0][2] if records else TrainingRecord()

@@ -14,15 +14,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import regex
 from pydantic import Field, field_validator
 
-from finetune.cogvideox.control import (
-    PROJECTION,
-    UPDATES,
-    load_updates,
-    merge_projection,
-    projection_state,
-    train_projection,
-    widened,
-)
 from finetune.cogvideox.spec import BLOCK_LAYERS
 from finetune.core.errors import ConfigError
 from finetune.core.files import CONTROL_FILE
@@ -150,6 +141,8 @@ class LoraMethod(Strict):
         """Names of the linear layers that get an adapter, in the model's order. Raises as ``select`` does."""
         from torch import nn
 
+        from finetune.cogvideox.control import widened
+
         projection = widened(transformer)  # all its weights train
         layers = [(name, layer) for name, layer in transformer.named_modules() if layer is not projection]
         return self.select([name for name, layer in layers if isinstance(layer, nn.Linear)])
@@ -194,6 +187,8 @@ class LoraMethod(Strict):
         names = self.target_modules(transformer)
         import torch
         from peft import LoraConfig
+
+        from finetune.cogvideox.control import train_projection
 
         config = LoraConfig(lora_dropout=self.dropout, **self.peft_settings(names))
         transformer.requires_grad_(False)
@@ -249,6 +244,8 @@ class LoraMethod(Strict):
             narrow(lora, ADAPTER)
 
     def _continue_from(self, transformer: nn.Module, source: Path) -> None:
+        from finetune.cogvideox.control import load_updates
+
         adapter = self.read_start(source)
         tensors = {name: tensor.float() for name, tensor in adapter.tensors.items()}
         # An adapter that was trained without a control video begins with the base's own projection.
@@ -325,6 +322,8 @@ class LoraMethod(Strict):
 
     def describe(self, transformer: nn.Module) -> list[tuple[str, str]]:
         """What trains, as lines of (label, value)."""
+        from finetune.cogvideox.control import PROJECTION, projection_state
+
         variants = [name for name, on in (("rsLoRA", self.use_rslora), ("DoRA", self.use_dora)) if on]
         layers = dict.fromkeys(name.split(".lora_")[0] for name in self.trainable(transformer) if is_lora(name))
         projection = [("trained beside it", PROJECTION)] if projection_state(transformer) else []
@@ -341,6 +340,8 @@ class LoraMethod(Strict):
 
 def is_lora(name: str) -> bool:
     """Whether a tensor of ``LoraMethod.trainable`` is the adapter's own, and not of the projection beside it."""
+    from finetune.cogvideox.control import PROJECTION, UPDATES
+
     return name.removeprefix(f"{PROJECTION}.") not in UPDATES.values()
 
 
@@ -440,6 +441,8 @@ class Merged:
 
 def set_strength(transformer: nn.Module, strength: float) -> None:
     """Let the adapter count ``strength`` times what it was trained at, as ``pipeline.set_adapters`` does."""
+    from finetune.cogvideox.control import widened
+
     for _, layer in adapted_layers(transformer):
         layer.set_scale(ADAPTER, strength)
     if (projection := widened(transformer)) is not None:
@@ -458,6 +461,8 @@ def merge(transformer: nn.Module, strength: float) -> Merged:
         strength: as ``set_strength`` takes it. 0 gives the base's own weights, bit for bit, with DoRA too.
     """
     import torch
+
+    from finetune.cogvideox.control import merge_projection
 
     lost, update = 0.0, 0.0
     with torch.no_grad():

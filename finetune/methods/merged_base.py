@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.cogvideox.config import MergedAdapter, ModelConfig
-from finetune.cogvideox.load import Placement, load_transformer, place
+from finetune.cogvideox.load import Placement, empty_transformer, load_transformer, place
+from finetune.cogvideox.model_files import json_folder
 from finetune.core.errors import ConfigError
 from finetune.core.files import CONTROL_FILE, TRAINABLE
 from finetune.methods.adapter import Adapter, read_adapter, sha256_of, some
@@ -51,13 +52,18 @@ def load_base(
 
 
 def require_readable(model: ModelConfig) -> None:
-    """Read the adapters that go into a base, before anything expensive.
+    """Read the adapters that go into a base, before anything expensive; of the model no weight.
 
     Raises:
-        ConfigError: as ``load_base``, but for what does not fit the model.
+        ConfigError: as ``load_base``.
     """
-    for adapter in model.adapters:
-        _read(adapter)
+    adapters = [_read(adapter) for adapter in model.adapters]
+    if not adapters:
+        return
+    folder = json_folder(model.pretrained, model.revision)
+    module = empty_transformer(folder, dtype=torch.float32, device="meta")
+    for adapter in adapters:
+        adapter.require_place(module)
 
 
 def _read(merged: MergedAdapter) -> _Merged:

@@ -21,13 +21,13 @@ from finetune.caching.check import run_advice
 from finetune.caching.encode import release_memory
 from finetune.caching.precompute import ensure_cache
 from finetune.checkpoint.compare import require_same_run
-from finetune.checkpoint.folders import clear_interrupted, list_checkpoints
+from finetune.checkpoint.folders import clear_interrupted
 from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
 from finetune.cogvideox.load import base_digest, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.objective import alpha_bar
 from finetune.cogvideox.spec import ModelSpec, spec_of
-from finetune.config.rules import pin_model, require_valid
+from finetune.config.rules import pin_model, require_start, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core import locks
 from finetune.core.distributed import ProcessGroup
@@ -46,7 +46,7 @@ from finetune.inference.request import AdapterArgument
 from finetune.memory.attention import AttentionRequest, attention_kernel, choose_kernel, require_kernel
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import LoraMethod
-from finetune.methods.merged_base import load_base, require_readable
+from finetune.methods.merged_base import load_base
 from finetune.optim.ema import Ema
 from finetune.parallel.context import ContextGroup, divide
 from finetune.planner.cost_model import card_here, held_note
@@ -84,7 +84,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     for line in [*(f"warning: {warning}" for warning in warnings), *choice]:
         accelerator.print(line)
 
-    ranks.run_on_main(lambda: _require_start(config))
+    ranks.run_on_main(lambda: require_start(config))
     cache = Cache(config.cache.dir)
     manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, cleanup=cleanup)
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
@@ -205,16 +205,6 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, cache: Cac
     rank, processes, device = ranks.data_rank, ranks.data_world, ranks.device
     loader = Loader(plan, training.training, rank=rank, processes=processes, total_steps=total_steps, device=device)
     return RunData(cache, manifest, training, val, plan, loader, total_steps)
-
-
-def _require_start(config: RunConfig) -> None:
-    """Refuse adapters to begin with, or on, that are not there or are of another kind, before clips are encoded."""
-    require_readable(config.model)
-    method = config.method
-    resume = config.checkpoint.resume
-    is_new = resume == "none" or (resume == "latest" and not list_checkpoints(config.output_dir))
-    if is_new and isinstance(method, LoraMethod) and method.init_from is not None:
-        method.read_start(method.init_from)
 
 
 def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGroup) -> LoadedCheckpoint | None:
