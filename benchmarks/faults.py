@@ -225,10 +225,8 @@ def measured(lesson: Lesson, options: argparse.Namespace) -> Iterator[tuple[dict
 
 
 def draw(picture: Path, shown: dict[str, list[Frames]]) -> None:
-    """A column per way, and a row per caption: a ring and two old shapes, the middle frame of each."""
-    rows = [
-        (ASKED[at].caption, [clips[at][len(clips[at]) // 2 :][:1] for clips in shown.values()]) for at in (0, 4, 11)
-    ]
+    """A column per way, and a row per caption: a ring and a square, the middle frame of each."""
+    rows = [(ASKED[at].caption, [clips[at][len(clips[at]) // 2 :][:1] for clips in shown.values()]) for at in (0, 11)]
     side_by_side(rows, list(shown), picture, columns=1)
 
 
