@@ -11,13 +11,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from finetune.caching.precompute import ENTRY_OVERHEAD, clip_bytes, prompt_bytes
+from finetune.caching.encode import clip_bytes
+from finetune.caching.precompute import ENTRY_OVERHEAD, prompt_bytes
 from finetune.cli.init import recipe_for
+from finetune.cogvideox.spec import spec_of
 from finetune.config.schema import load_config
 from finetune.core.files import atomic_write_text
 from finetune.diagnosis.outlook import DOWNLOAD_GB
 from finetune.planner.cost_model import DEFAULTS
-from finetune.planner.estimate import spec_of
 from finetune.planner.step_time import step_cost
 
 README = ROOT / "README.md"
@@ -48,7 +49,7 @@ def table() -> str:
 def _rows() -> Iterator[tuple[str, ...]]:
     for name, card_gib, model, method in CARDS:
         config = load_config(ROOT / "configs" / recipe_for(model, method, card_gib).name)
-        spec, bucket = spec_of(config), config.data.buckets[0]
+        spec, bucket = spec_of(config.model, shipped=True), config.data.buckets[0]
         hours = STEPS * step_cost(config, spec, config.memory, DEFAULTS[name]).step_s / 3600
         clip = clip_bytes(spec, bucket, config.cache.latents_dtype, draws=0)
         cached = CLIPS * (clip + prompt_bytes(spec, "bf16") + 2 * ENTRY_OVERHEAD)

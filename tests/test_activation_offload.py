@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import gc
 from contextlib import nullcontext
-from functools import cache
 
 import pytest
 import torch
 from actors import Actors, RaceError, holding_nothing
-from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks
+from tiny_blocks import CPU, LAYERS, LORA, build, computed_once, forward, modules, run_blocks
 from torch import Tensor, nn
 
 from finetune.memory.activation_offload import ActivationOffload
@@ -39,7 +38,7 @@ def gradients(transformer: nn.Module, *, size: int = 4) -> list[Tensor]:
     return [first.detach(), second.detach(), *(p.grad for p in transformer.parameters() if p.requires_grad)]
 
 
-@cache
+@computed_once
 def expected(variant: str, method: LoraMethod | FullMethod, size: int = 4) -> list[Tensor]:
     transformer = build(variant, method)
     run_blocks(transformer)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from storages import StorageCounter
-from tiny_blocks import LAYERS, LORA, build, forward, modules
+from tiny_blocks import LAYERS, LORA, build, computed_once, forward, modules
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -47,7 +46,7 @@ def gradients(transformer: nn.Module) -> list[Tensor]:
     return [loss.detach(), *(p.grad for p in transformer.parameters() if p.requires_grad)]
 
 
-@cache
+@computed_once
 def expected(variant: str, method: Any, dtype: torch.dtype) -> list[Tensor]:
     return gradients(set_up("none", variant=variant, method=method, dtype=dtype))
 

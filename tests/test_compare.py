@@ -261,7 +261,7 @@ def test_the_commands_of_the_page_run_as_they_stand(tiny_model, train_tiny, tmp_
         if "--from" not in words:
             words += ["--steps", "2", "--bucket", "9x64x64"]
         assert main(words) == 0, (line, capfd.readouterr().err)
-    assert len(lines) == 11 and run == tmp_path / "runs" / "run"
+    assert len(lines) == 12 and run == tmp_path / "runs" / "run"
     again, there = (tmp_path / folder / "000-a-red-kite-at-sea-seed0.mp4" for folder in ("again", "videos"))
     assert np.array_equal(read_frames(again), read_frames(there))
 

@@ -560,7 +560,7 @@ def test_a_video_s_tag_is_one_line_of_text(tmp_path, monkeypatch):
     )
     accelerator = SimpleNamespace(
         is_main_process=True,
-        project_dir="run",
+        project_dir=str(tmp_path),
         log_with=["tensorboard"],
         init_trackers=lambda *arguments, **more: None,
         get_tracker=lambda name, unwrap: writer,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import cache
 from itertools import pairwise
 
 import pytest
 import torch
 from actors import Actors
-from tiny_blocks import CPU, LAYERS, LORA, build, forward, modules, run_blocks, values
+from tiny_blocks import CPU, LAYERS, LORA, build, computed_once, forward, modules, run_blocks, values
 from torch import Tensor, nn
 
 from finetune.core.errors import TrainingError
@@ -75,7 +74,7 @@ def test_training_is_the_same_bit_for_bit(variant, dtype):
     require_equal(values(ours), values(theirs))
 
 
-@cache
+@computed_once
 def resident(method: LoraMethod | FullMethod, steps: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses and weights of a run whose weights stay on the device."""
     transformer = build(method=method)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import combinations, product
 from typing import Any
 
@@ -20,6 +21,20 @@ LORA = LoraMethod(rank=4, dropout=0.2)
 LAYERS = 4
 State = dict[str, Any]
 """Of a memory section, what is not at its default."""
+
+
+def computed_once(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """As ``functools.cache``, for arguments that are told apart by what they print: a method has no hash."""
+    results: dict[str, Any] = {}
+
+    @wraps(compute)
+    def remembered(*arguments: Any) -> Any:
+        key = repr(arguments)
+        if key not in results:
+            results[key] = compute(*arguments)
+        return results[key]
+
+    return remembered
 
 
 def covering(choices: Sequence[Sequence[State]], traits: Traits) -> list[State]:

@@ -197,6 +197,8 @@ def report(
 ) -> None:
     """Show a run, or several side by side, as one page: a verdict, curves, samples, clips, settings."""
     print(f"wrote {finetune.report(runs, output)}")
+    if len(runs) == 1:
+        print_next("export", str(runs[0]))
 
 
 @verb(
@@ -223,6 +225,8 @@ def strength(
         run, checkpoint=checkpoint, strengths=factors, clips=clips, device=device, pretrained=model, cache=cache
     )
     print(dumps(report.to_dict(), indent=1) if json else report)
+    if not json:
+        print_next("export", str(run))
 
 
 @verb(
