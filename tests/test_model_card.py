@@ -143,6 +143,7 @@ def test_an_export_names_a_better_checkpoint_that_stands(tiny_model, tmp_path):
         ("1.5-5b-i2v", FULL, {}),
         ("1.5-5b", FULL, {"full_pipeline": True}),
         ("5b", LORA, {"layout": "peft"}),
+        ("5b", {"kind": "lokr"}, {}),
     ],
 )
 def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, variant, method, options):
@@ -166,8 +167,8 @@ def test_the_card_s_code_runs_as_it_stands(tiny_model, tmp_path, monkeypatch, va
     monkeypatch.setattr("finetune.generate", lambda prompts, out, **options: calls.append((prompts, options)))
     assert (program, words[0], main.main(words)) == ("finetune", "generate", 0)
     (((prompt,), options),) = calls
-    assert prompt.prompt == "r1ng's" and options["transformer"] == (None if method == LORA else weights)
-    assert [*(options["adapters"] or ())] == ([str(weights)] if method == LORA else [])
+    assert prompt.prompt == "r1ng's" and options["transformer"] == (weights if method == FULL else None)
+    assert [*(options["adapters"] or ())] == ([] if method == FULL else [str(weights)])
     assert report.command == line
     assert "Not measured." in card and "was not at hand" in card
     assert f"pipeline_tag: {'image' if 'i2v' in variant else 'text'}-to-video" in card

@@ -97,11 +97,12 @@ def step_of(training: TrackedTraining) -> Phase:
     return training.step(fake_batches(training.spec, config, config.data.buckets[0], torch.bfloat16))
 
 
-def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path) -> None:
+@pytest.mark.parametrize("method", [{"rank": 8}, {"kind": "lokr"}], ids=str)
+def test_fake_tensors_give_the_curve_of_real_ones(look_alike: Path, method: dict[str, Any]) -> None:
     with fake_world() as fake:
-        ours = step_of(training_in(fake, run(look_alike)))
+        ours = step_of(training_in(fake, run(look_alike, method=method)))
     with MemoryTracker() as real:
-        theirs = step_of(training_in(real, run(look_alike)))
+        theirs = step_of(training_in(real, run(look_alike, method=method)))
     # A few scalars: fake tensors copy constants and have no list form of a norm.
     assert abs(ours.peak.nbytes - theirs.peak.nbytes) <= 4096
     assert ours.where == theirs.where
@@ -389,17 +390,19 @@ def test_the_arithmetic_of_5b() -> None:
 
 
 @pytest.mark.parametrize(
-    ("targets", "tflop", "weights"),
+    ("method", "tflop", "weights"),
     [
-        ("attention", 4.7, 42 * 4 * 2 * 3072 * 128),
-        ("attention+ff", 4.7 * 18 / 8, 42 * 18 * 3072 * 128),
-        ([r"transformer_blocks\.\d\.attn1\.to_q", "proj_out"], 4.7 / 4 * 10 / 42, 10 * 2 * 3072 * 128),
-        (r"transformer_blocks\.7\.norm1\.linear", 0, (512 + 6 * 3072) * 128),
+        ({"targets": "attention"}, 4.7, 42 * 4 * 2 * 3072 * 128),
+        ({"targets": "attention+ff"}, 4.7 * 18 / 8, 42 * 18 * 3072 * 128),
+        ({"targets": [r"transformer_blocks\.\d\.attn1\.to_q", "proj_out"]}, 4.7 / 4 * 10 / 42, 10 * 2 * 3072 * 128),
+        ({"targets": r"transformer_blocks\.7\.norm1\.linear"}, 0, (512 + 6 * 3072) * 128),
+        # As many products as the layers themselves make: four of a block's twelve squares of the width.
+        ({"kind": "lokr", "rank": 16}, 169.1 * 4 / 12, 42 * 4 * (8 * 8 + 16 * (384 + 384))),
     ],
 )
-def test_adapters_cost_what_their_targets_make_of_them(targets: Any, tflop: float, weights: int) -> None:
+def test_adapters_cost_what_their_targets_make_of_them(method: dict[str, Any], tflop: float, weights: int) -> None:
     spec = read_spec(str(known_model("5b")))
-    config = run(data=NATIVE_BUCKET, method={"rank": 128, "targets": targets})
+    config = run(data=NATIVE_BUCKET, method={"rank": 128, **method})
     counted = DEFAULTS["H100"].model_copy(update={"gemm": 1e12, "attention_forward": 1e30, **ENDLESS})
     assert step_cost(config, spec, MemoryConfig(), counted).forward.seconds == pytest.approx(169.1 + tflop, rel=0.002)
     unit = BlockUnits.of(config, spec)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from finetune.core.errors import ConfigError, raise_all
 from finetune.core.text import holds_word
 from finetune.memory.config import Traits
 from finetune.methods.adapter import pinned
+from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod
 from finetune.optim.optimizers import CustomOptimizer
 from finetune.parallel.config import context_faults
@@ -38,9 +40,10 @@ def memory_traits(config: RunConfig, spec: ModelSpec, *, processes: int = 1, sha
     method = config.method
     lora = method if isinstance(method, LoraMethod) else None
     return Traits(
-        full=lora is None,
-        adapts_adaln=lora is not None and any(map(lora.matches, _modulation(spec))),
+        full=method.kind == "full",
+        adapts_adaln=method.kind != "full" and any(map(method.matches, _modulation(spec))),
         dora=lora is not None and lora.use_dora,
+        lokr=method.kind == "lokr",
         divided_masks=lora is not None and lora.dropout > 0 and config.parallel.context > 1,
         processes=processes,
         sharded=sharded,
@@ -189,20 +192,38 @@ def _errors(config: RunConfig, spec: ModelSpec) -> Iterator[tuple[bool, str, str
     yield wrong, "model.attention", what, "set model.attention: auto, or memory.checkpointing: full"
     for unusable in config.memory.faults(memory_traits(config, spec)):
         yield True, f"memory.{unusable.option}", unusable.what, unusable.fix
-    if isinstance(config.method, LoraMethod):
+    if config.method.kind != "full":
         try:
             config.method.select(spec.linear_layers)
         except ConfigError as unmatched:
             yield True, unmatched.where, unmatched.what, unmatched.fix
+    lokr = isinstance(config.method, LokrMethod)
+    beside = {
+        "model.control": (
+            spec.control,
+            "the projection of a control video trains beside a LoRA, and not beside a LoKr",
+        ),
+        "model.adapters": (
+            bool(config.model.adapters),
+            "a LoKr would act only on a base with these LoRAs merged into it, beside which diffusers does not load it",
+        ),
+        "parallel.context": (context > 1, "processes that divide a clip's tokens train a LoRA, and not a LoKr"),
+    }
+    for path, (wrong, what) in beside.items():
+        yield lokr and wrong, path, what, "leave it out, or set method.kind: lora"
+    release = tuple(map(int, version("diffusers").split(".")[:2]))
+    what = f"diffusers {version('diffusers')} is installed, and loads no LoKr: nobody could use what is trained"
+    fix = "update diffusers to 0.42 or later, or set method.kind: lora"
+    yield lokr and release < (0, 42), "method.kind", what, fix
     optimizer = config.optimizer
     couples = isinstance(optimizer, CustomOptimizer) and not optimizer.in_torch
     what = f"{optimizer.title} may look at all parameters together, and memory.gradient_release updates them one by one"
     fix = "set memory.gradient_release: none, or an optimizer of torch.optim"
     yield couples and config.memory.gradient_release != "none", "optimizer.name", what, fix
     if isinstance(optimizer, CustomOptimizer) and not optimizer.takes_vectors:
-        if not isinstance(config.method, LoraMethod):
+        if config.method.kind == "full":
             others = "full fine-tuning trains biases and norms as well"
-        elif config.method.use_dora:
+        elif isinstance(config.method, LoraMethod) and config.method.use_dora:
             others = "a DoRA trains magnitudes as well"
         else:
             others = "with model.control a projection trains as well, bias and all" if config.model.control else ""

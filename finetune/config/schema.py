@@ -35,6 +35,7 @@ from finetune.datasets.schedule import Constant, LRScheduleConfig, TrainConfig
 from finetune.datasets.sources import SourceConfig
 from finetune.memory.config import MemoryConfig
 from finetune.methods.full import FullMethod
+from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod
 from finetune.optim.optimizers import AdamW8bit, OptimizerConfig
 from finetune.parallel.config import ParallelConfig
@@ -84,7 +85,7 @@ class TrackingConfig(Strict):
         return {"log_with": None if self.kind == "none" else self.kind, "project_dir": str(run_dir)}
 
 
-MethodConfig = Annotated[LoraMethod | FullMethod, Field(discriminator="kind")]
+MethodConfig = Annotated[LoraMethod | LokrMethod | FullMethod, Field(discriminator="kind")]
 """What trains. A method prepares a transformer in place (``apply``) and from then on names what trains: by peft's
 state-dict names for LoRA, by diffusers' parameter names for full fine-tuning."""
 
@@ -137,7 +138,8 @@ class RunConfig(Strict):
     cache: CacheConfig = _defaults(CacheConfig)
     """The store of VAE latents and text embeddings that training reads."""
     method: MethodConfig = _defaults(LoraMethod)
-    """What is trained: an adapter (``lora``, where ``kind`` is left out) or the whole transformer (``full``)."""
+    """What is trained: an adapter (``lora``, where ``kind`` is left out, or ``lokr``) or the whole transformer
+    (``full``)."""
     objective: ObjectiveConfig = _defaults(ObjectiveConfig)
     """What is learnt from a prediction: timesteps and their weights."""
     optimizer: OptimizerConfig = _defaults(AdamW8bit)

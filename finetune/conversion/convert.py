@@ -52,7 +52,7 @@ from finetune.core.checksums import folder_checksums
 from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import disk_fix, from_here, publish_dir, require_writable
 from finetune.core.types import DtypeName, torch_dtype
-from finetune.methods.adapter import some
+from finetune.methods.adapter import refuse_lokr, some
 
 _READERS: Mapping[str, Callable[[Path], Tensors]] = {"ZeRO": read_zero, "DCP": read_dcp}
 """Of what is not in files that one process wrote; by ``files_of``."""
@@ -106,6 +106,7 @@ def convert(source: Path, out: Path, options: ConvertOptions) -> ConversionRepor
         )
     if kind != "diffusers folder":
         tensors = _READERS.get(kind, named_tensors)(paths[0])
+        refuse_lokr(tensors, paths[0])
         if any(map(is_lora, tensors)):
             return _convert_lora(paths[0], lora_alone(tensors), target, options)
     if options.alpha is not None:

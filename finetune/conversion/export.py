@@ -65,7 +65,7 @@ from finetune.core.files import (
 from finetune.core.tensor_files import add_metadata, file_bytes
 from finetune.core.types import DtypeName
 from finetune.inference.adapters import TRAINING_RECORD
-from finetune.methods.lora import Merged, merge, set_strength
+from finetune.methods.lora import LoraMethod, Merged, merge, set_strength
 from finetune.methods.merged_base import load_base
 
 _SIDE_FILES = 1 << 20
@@ -175,7 +175,7 @@ def export(source: Path, to: Path | None, options: ExportOptions) -> ExportRepor
 
 
 def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -> None:
-    strength, is_adapter = f"--strength {options.strength:g}", run.is_lora and not options.merged
+    strength, is_adapter = f"--strength {options.strength:g}", run.trains_adapter and not options.merged
     faults = (
         (
             spec.control and is_adapter and options.layout != "diffusers",
@@ -186,12 +186,12 @@ def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -
         ),
         (
             options.full_pipeline and is_adapter,
-            "a LoRA has no pipeline of its own",
+            "an adapter has no pipeline of its own",
             "--full-pipeline",
             "leave the option out (the adapter is loaded onto the base pipeline), or add --to merged",
         ),
         (
-            options.strength != 1 and not run.is_lora,
+            options.strength != 1 and not run.trains_adapter,
             "a full fine-tuning has no strength: nothing of the base is kept apart from it",
             strength,
             "leave the option out",
@@ -203,10 +203,16 @@ def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -
             "add --to merged, or leave the option out",
         ),
         (
-            options.layout in get_args(LayoutName) and options.layout != "diffusers" and not run.is_lora,
+            options.layout in get_args(LayoutName) and options.layout != "diffusers" and not run.trains_adapter,
             "a full fine-tuning is no adapter, and this is a layout of adapters",
             f"--to {options.layout}",
             "leave the option out: the export is a transformer in diffusers' format, which kijai's wrapper reads too",
+        ),
+        (
+            run.is_lokr and options.layout in get_args(LayoutName) and options.layout != "diffusers",
+            "a LoKr has other tensors than the LoRA that this layout is of",
+            f"--to {options.layout}",
+            "leave the option out for a file that diffusers' transformers load, or write --to merged",
         ),
         (
             options.dtype is not None and is_adapter,
@@ -221,8 +227,13 @@ def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -
 
 
 def _notes(run: ExportSource, options: ExportOptions, *, shows_video: bool) -> Iterator[str]:
-    if options.merged and not run.is_lora:
+    if options.merged and not run.trains_adapter:
         yield "a full fine-tuning is whole: merged or not, its export is the same"
+    if run.is_lokr and not options.merged:
+        yield (
+            "load_lora_weights of the pipeline refuses a LoKr; load the file as the card shows, with"
+            " pipeline.transformer.load_lora_adapter"
+        )
     if run.config.validation.samples and not shows_video:
         yield f"the card shows no video: the run sampled none with these weights of step {run.state.step}"
     if run.better_checkpoint:
@@ -292,7 +303,7 @@ def _write(
     """Write weights, record, card and samples into ``folder``, the weights verified."""
     config, device = run.config, compute_device()
     transformer = _trained_transformer(run, device)
-    merges = options.merged and run.is_lora
+    merges = options.merged and run.trains_adapter
     if merges:
         set_strength(transformer, options.strength)
         if options.strength == 0:  # DoRA's magnitudes act at any strength
@@ -334,7 +345,9 @@ def _trained_transformer(run: ExportSource, device: torch.device) -> Any:
         fix="name their folder with --model",
     )
     # Where the adapter began is of no matter any more, and its file may be gone.
-    method = config.method.model_copy(update={"init_from": None}) if run.is_lora else config.method
+    method = config.method
+    if isinstance(method, LoraMethod):
+        method = method.model_copy(update={"init_from": None})
     method.apply(transformer, seed=config.train.seed)
     parameters = method.trainable(transformer)
     # An average is kept in float32 also where the weights are narrower.

@@ -31,12 +31,15 @@ from finetune.conversion.stored import (
 from finetune.core.files import TRAINABLE, from_here, human_size
 from finetune.core.text import shown
 from finetune.inference.adapters import TRAINING_RECORD, read_record
-from finetune.methods.adapter import METADATA_KEY
+from finetune.methods.adapter import COMPONENT, METADATA_KEY
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
+LOKR = "LoKr"
+
 _KINDS = (
     ("transformer", r"(transformer_blocks|\bblocks)\.\d+\.norm1\.linear\.weight$"),
+    (LOKR, r"^(transformer\.)?transformer_blocks\..*\.lokr_"),
     ("LoHa, LoKr or LoCon of LyCORIS", r"\.(lokr_|hada_|lora_mid)"),
     ("VAE", r"(^|\.)(en|de)coder\.(down|up|mid)_?(block|\.)"),
     ("T5 text encoder", r"^encoder\.block\.\d+\.layer\."),
@@ -201,6 +204,8 @@ def inspect(path: Path, *, norms: bool) -> Inspection:
         report = replace(report, notes=(*report.notes, note))
     if kind == "LoRA":
         return _with_lora(report, StoredLora(files[0], shapes, metadata, detect(shapes)), norms=norms)
+    if kind == LOKR:
+        return _with_lokr(report, metadata)
     if kind == "transformer":
         return _with_transformer(report, shapes, norms=norms)
     return report
@@ -229,6 +234,40 @@ def _with_lora(report: Inspection, lora: StoredLora, *, norms: bool) -> Inspecti
         loadings=lora_loadings(lora),
         norms=_norms(_lora_norms(lora, scales)) if norms else None,
         notes=tuple(notes),
+    )
+
+
+def _with_lokr(report: Inspection, metadata: Mapping[str, str]) -> Inspection:
+    """What is stated of a LoKr, and what loads it; its factors say nothing of the sides of its layers."""
+    try:
+        header = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except (ValueError, RecursionError):
+        header = None
+    settings = {k.removeprefix(f"{COMPONENT}."): v for k, v in header.items()} if isinstance(header, dict) else {}
+    own = settings_beside(report.files[0].parent, CONFIG).get("method") if report.files[0].name == TRAINABLE else None
+    settings = {"r": own.get("rank"), "alpha": own.get("alpha")} if isinstance(own, dict) else settings
+    rank, alpha = (value if isinstance(value, int | float) else None for value in map(settings.get, ("r", "alpha")))
+    layers = {name.partition(".lokr_")[0].removeprefix(f"{COMPONENT}.") for name in read_headers(report.files)[0]}
+    is_file = report.files[0].name != TRAINABLE
+    outcome = "pipeline.transformer.load_lora_adapter takes it; load_lora_weights of the pipeline refuses it"
+    if not is_file:
+        outcome = "`finetune export` makes a file of it"
+    return replace(
+        report,
+        layout="diffusers' layout",
+        origin=_origin(report.files[0], report.metadata or {}, None),
+        blocks=block_count(layers),
+        ranks=(int(rank),) if rank is not None else (),
+        alphas=(float(alpha),) if alpha is not None else (),
+        alpha_source="as stated" if alpha is not None else "",
+        scales=(alpha / rank,) if alpha is not None and rank else (),
+        targets=dict(Counter(map(inside, sorted(layers)))),
+        loadings=(
+            Loading("diffusers", is_file, outcome),
+            Loading("generate --adapter", True, "as it is"),
+            Loading("method.init_from", False, "it takes a LoRA"),
+            Loading("ComfyUI, convert, merge, compare", False, "export it with --to merged"),
+        ),
     )
 
 

@@ -40,7 +40,8 @@ from finetune.core.files import LORA_FILE, atomic_write_text, require_space
 from finetune.core.rng import generator
 from finetune.core.tensor_files import content_of, file_bytes
 from finetune.methods.adapter import foreign_layout, some
-from finetune.methods.lora import ADAPTER, PRESETS, LoraMethod, adapted_layers, ranks_by_name, whole
+from finetune.methods.lora import ADAPTER, LoraMethod, adapted_layers, ranks_by_name, whole
+from finetune.methods.targets import PRESETS
 
 SAT_LORA = "1/mp_rank_00_model_states.pt"
 """Where SAT looks for the checkpoint of a LoRA, below its folder."""

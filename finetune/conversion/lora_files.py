@@ -18,7 +18,7 @@ from finetune.conversion.stored import StoredLora, find_files, read_headers, req
 from finetune.core.errors import ConfigError, ExportError
 from finetune.core.files import atomic_write_text
 from finetune.core.tensor_files import add_metadata, atomic_save_tensors
-from finetune.methods.adapter import COMPONENT, METADATA_KEY, read_lora_file, some
+from finetune.methods.adapter import COMPONENT, METADATA_KEY, read_lora_file, refuse_lokr, some
 from finetune.methods.lora import whole
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -44,6 +44,7 @@ def read_lora(path: Path) -> tuple[Lora, StoredLora, list[str]]:
     (file, *_), notes = find_files(path)
     forms, metadata = read_headers([file])
     shapes = {name: form.shape for name, form in forms.items()}
+    refuse_lokr(shapes, file)
     layout = detect(shapes)
     if layout is None or not any(map(is_lora, shapes)):
         raise ConfigError(

@@ -60,7 +60,7 @@ class ExportedModel:
     @property
     def is_adapter(self) -> bool:
         """Whether its weights are loaded onto a base."""
-        return self.source.is_lora and self.merged is None
+        return self.source.trains_adapter and self.merged is None
 
     @property
     def has_projection(self) -> bool:
@@ -188,13 +188,14 @@ def header_metadata(model: ExportedModel, folder: Path, sha256: str) -> dict[str
     task = spec.task
     written = datetime.fromtimestamp((source.checkpoint / COMPLETE).stat().st_mtime, UTC)
     variants = (name for name in KNOWN_MODELS if base_numbers(read_spec(str(known_model(name)))) == base_numbers(spec))
+    steps = f"{source.state.step} optimizer steps"
     on_top = "".join(f", with {adapter} merged into it before" for adapter in model.base_adapters)
     entries = {
         **lora_metadata(model.title, next(variants, None), method.rank, method.scaling * method.rank, sha256),
         "modelspec.implementation": "https://github.com/Comfy-Org/ComfyUI"
         if model.layout == "comfyui"
         else "diffusers",
-        "modelspec.description": f"LoRA of {model.public_base} ({task}){on_top}, {source.state.step} optimizer steps",
+        "modelspec.description": f"{source.kind} of {model.public_base} ({task}){on_top}, {steps}",
         "modelspec.date": written.date().isoformat(),
         "modelspec.resolution": f"{bucket.width}x{bucket.height}",
         "modelspec.tags": f"cogvideox, {task}",
@@ -206,6 +207,9 @@ def header_metadata(model: ExportedModel, folder: Path, sha256: str) -> dict[str
         "ss_learning_rate": f"{config.optimizer.lr:g}",
         "ss_optimizer": config.optimizer.kind,
     }
+    if source.is_lokr:  # whoever knows kohya's networks would look for a LoRA's tensors
+        entries["modelspec.architecture"] = entries["modelspec.architecture"].replace("/lora", "/lokr")
+        del entries["ss_network_module"]
     return {name: value for name, value in entries.items() if value}
 
 

@@ -28,7 +28,6 @@ from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, CheckpointError, ExportError
 from finetune.core.types import DtypeName, RunState
 from finetune.datasets.cache import Cache
-from finetune.methods.lora import LoraMethod
 
 _CAPTIONS = 5
 """How many are shown."""
@@ -70,9 +69,19 @@ class ExportSource:
         return _run_of(self.checkpoint)
 
     @property
-    def is_lora(self) -> bool:
+    def trains_adapter(self) -> bool:
         """Whether the run trained an adapter, not the whole transformer."""
-        return isinstance(self.config.method, LoraMethod)
+        return self.config.method.kind != "full"
+
+    @property
+    def kind(self) -> str:
+        """Of what was trained, for people."""
+        return {"lora": "LoRA", "lokr": "LoKr", "full": "Full fine-tuning"}[self.config.method.kind]
+
+    @property
+    def is_lokr(self) -> bool:
+        """Whether that adapter is a LoKr, which not all load that load a LoRA."""
+        return self.config.method.kind == "lokr"
 
     @cached_property
     def history(self) -> dict[int, Measurement]:

@@ -19,6 +19,7 @@ from finetune.core.errors import ExportError, ModelError, is_out_of_memory
 from finetune.core.files import CONTROL_FILE, LORA_FILE
 from finetune.core.rng import generator
 from finetune.core.tensor_files import checksum_tensor
+from finetune.methods.adapter import COMPONENT, is_lokr
 from finetune.methods.lora import ADAPTER, adapted_layers
 from finetune.methods.merged_base import load_base
 
@@ -57,7 +58,9 @@ def verify(
     """
     dtype = model.torch_dtype()
     try:
-        transformer = _reload(folder, model, spec, device, is_adapter=bool(trained.scaling))
+        transformer = _reload(
+            folder, model, spec, device, is_adapter=bool(trained.scaling), with_lokr=is_lokr(trained.checksums)
+        )
         checksums = tensor_checksums(transformer, dtype)
     # A tensor that the file lacks stays without content, which shows only when it is read.
     except (ModelError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -82,13 +85,20 @@ def verify(
     return Verification(difference, tolerance)
 
 
-def _reload(folder: Path, model: ModelConfig, spec: ModelSpec, device: torch.device, *, is_adapter: bool) -> Any:
+def _reload(
+    folder: Path, model: ModelConfig, spec: ModelSpec, device: torch.device, *, is_adapter: bool, with_lokr: bool
+) -> Any:
     """The exported transformer, or the base with the exported adapter, as anybody with diffusers would load it."""
     if not is_adapter:
         return load_transformer(ModelConfig(pretrained=str(folder)), device=device, dtype=model.torch_dtype())
     transformer = load_base(model, device=device)
     if (folder / CONTROL_FILE).is_file():
         transformer.load_state_dict(load_file(folder / CONTROL_FILE), strict=False)
+    if with_lokr:  # which the pipeline's own loader refuses
+        transformer.load_lora_adapter(
+            str(folder), prefix=COMPONENT, weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True
+        )
+        return transformer
     pipeline = build_pipeline(spec, transformer=transformer, scheduler=load_scheduler(model))
     pipeline.load_lora_weights(str(folder), weight_name=LORA_FILE, adapter_name=ADAPTER, use_safetensors=True)
     return transformer

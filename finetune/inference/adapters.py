@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -37,7 +38,8 @@ from finetune.core.tensor_files import weights_digest
 from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
-from finetune.methods.adapter import COMPONENT, foreign_layout, read_lora_file, sha256_of
+from finetune.methods.adapter import COMPONENT, foreign_layout, is_lokr, read_lora_file, sha256_of
+from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod, is_lora
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,10 @@ _STRUCTURE = (
     "snr_shift_scale",
 )
 """Numbers in which two models differ that are not the same one; the five published ones all do."""
+
+
+_LAYER_END = re.compile(r"\.(?=lo(?:ra|kr)_)")
+"""Between a layer's name and its adapter's."""
 
 
 class BaseAdapter(BaseModel):
@@ -161,6 +167,11 @@ class AdapterSource:
         return sha256_of(self.adapter.file, self.where)
 
     @property
+    def is_lokr(self) -> bool:
+        """Whether it is a LoKr, which the transformer loads and the pipeline refuses."""
+        return is_lokr(self.tensors)
+
+    @property
     def where(self) -> str:
         """For messages."""
         return f"--adapter {self.adapter.path}"
@@ -220,7 +231,7 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
     """The adapter as ``export`` would write it, the moving average where one was kept, without the comparison."""
     loaded = load_checkpoint(checkpoint, optimizer=False)
     method, model, data = (loaded.config[section] for section in ("method", "model", "data"))
-    if method["kind"] != "lora":
+    if method["kind"] == "full":
         raise ConfigError(
             "the run trained the whole transformer, no adapter",
             where=f"--adapter {adapter.path}",
@@ -230,7 +241,9 @@ def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSourc
     tensors = {name: trained[name] for name in trained if is_lora(name)}
     projection = {name: trained[name] for name in trained if name not in tensors}
     control = model.get("control", False)
-    settings = LoraMethod.model_validate(method).peft_settings(sorted({name.split(".lora_")[0] for name in tensors}))
+    layers = sorted({_LAYER_END.split(name)[0] for name in tensors})
+    kind: type[LoraMethod] | type[LokrMethod] = LokrMethod if method["kind"] == "lokr" else LoraMethod
+    settings = kind.model_validate(method).peft_settings(layers)
     numbers: dict[str, Any] = {}
     if Path(model["pretrained"]).is_dir():  # of others a name says as much
         try:
@@ -272,6 +285,8 @@ def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
             fix="give a LoRA safetensors file, an export's folder, a checkpoint or a run's folder",
         )
     tensors, settings = read_lora_file(file, where)
+    if is_lokr(tensors) and all(name.startswith(f"{COMPONENT}.") for name in tensors):
+        return AdapterSource(adapter, tensors, read_record(path))
     if not any(name.startswith(f"{COMPONENT}.") and ".lora_A" in name for name in tensors):
         # diffusers would load nothing from such a file, and only log a warning.
         what, fix = foreign_layout(tensors, file) or _unknown_layout(tensors, file)
@@ -412,6 +427,25 @@ def lacking_adapters(
                 )
 
 
+def lokr_faults(sources: Iterable[AdapterSource], *, quantised: bool) -> Iterator[ConfigError]:
+    """What does not go with a LoKr.
+
+    Args:
+        sources: of all adapters that act at some time.
+        quantised: whether the base's weights are held in fewer bits.
+    """
+    sources = list(sources)
+    lokr = [source for source in sources if source.is_lokr]
+    if lokr and len(lokr) < len(sources):
+        what = "a LoKr and a LoRA are asked for, and diffusers loads one kind into a transformer"
+        fix = "sample with one kind at a time, or merge one into the base (`finetune export RUN --to merged`)"
+        yield ConfigError(what, where=lokr[0].where, fix=fix)
+    if lokr and quantised:
+        what = "a LoKr acts on weights in the model's own dtype, and these are held in fewer bits here"
+        fix = "leave --quantize and GGUF out, or merge it first (`finetune export RUN --to merged --full-pipeline`)"
+        yield ConfigError(what, where=lokr[0].where, fix=fix)
+
+
 def shape_faults(source: AdapterSource, transformer: nn.Module) -> Iterator[ConfigError]:
     """What of an adapter has no place in a transformer, which may be one without content."""
     layers = {name: module for name, module in transformer.named_modules() if isinstance(module, nn.Linear)}
@@ -422,11 +456,13 @@ def shape_faults(source: AdapterSource, transformer: nn.Module) -> Iterator[Conf
 
 
 def _has_place(name: str, tensor: Tensor, layers: Mapping[str, nn.Linear]) -> bool:
-    layer, _, part = name.removeprefix(f"{COMPONENT}.").partition(".lora_")
+    layer, part = (*_LAYER_END.split(name.removeprefix(f"{COMPONENT}."), 1), "")[:2]
     linear = layers.get(layer)
     if linear is None or not name.startswith(f"{COMPONENT}."):
         return False
-    shape = tuple(tensor.shape)
+    if part.startswith("lokr_"):
+        return True  # its factors fit if peft can load them
+    part, shape = part.removeprefix("lora_"), tuple(tensor.shape)
     if part == "A.weight":
         return len(shape) == 2 and shape[1] == linear.in_features
     if part == "B.weight":
@@ -567,7 +603,8 @@ class LoadedAdapters:
         try:
             if source.settings is None:
                 folder, file = str(source.adapter.file.parent), source.adapter.file.name
-                self._pipeline.load_lora_weights(folder, weight_name=file, adapter_name=name, use_safetensors=True)
+                loader = transformer.load_lora_adapter if source.is_lokr else self._pipeline.load_lora_weights
+                loader(folder, weight_name=file, adapter_name=name, use_safetensors=True)
             else:
                 self._pipeline.load_lora_into_transformer(
                     dict(source.tensors),

@@ -27,6 +27,7 @@ from finetune.inference.adapters import (
     base_faults,
     frame_notes,
     lacking_adapters,
+    lokr_faults,
     named_base,
     read_record,
     read_sources,
@@ -123,6 +124,7 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
         fault for group in dict.fromkeys([request.adapters, *shown]) for fault in lacking_adapters(group, sources)
     ]
     faults = [*request_faults(request, spec, bucket, fps), *faults, *misfits, *lacking]
+    faults += lokr_faults(active.values(), quantised=bool(request.gguf or request.quantize))
     raise_all(ConfigError, faults, what="{n} things are wrong with the request")
     device = ranks.device if ranks.world > 1 else usable_device(request.device)
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype, control=spec.control)

@@ -49,6 +49,7 @@ class Traits:
     adapts_adaln: bool = False
     """Whether adaLN layers train, or carry an adapter."""
     dora: bool = False
+    lokr: bool = False
     divided_masks: bool = False
     """Whether dropout masks are for tokens that processes divide (``parallel.context``)."""
     processes: int = 1
@@ -268,6 +269,11 @@ def _rules(state: MemoryConfig, traits: Traits) -> Iterator[tuple[bool, Fault]]:
     what = "the lean block draws dropout masks by chunks of tokens, and would draw the same for every process's tokens"
     fix = "set method.dropout: 0 or parallel.context: 1, or memory.block: stock"
     yield state.block == "lean" and traits.divided_masks, Fault("block", what, fix)
+
+    unknown = {"block": state.block == "lean", "compile": state.compile == "block", "base": state.base != "native"}
+    for option, chosen in unknown.items():
+        what = f"a LoKr trains in stock blocks, uncompiled, on a base in the model's dtype, not with {value(option)}"
+        yield chosen and traits.lokr, Fault(option, what, f"leave memory.{option} out, or set method.kind: lora")
 
     compiles = state.compile == "block"
     what = "only stock blocks are compiled, as diffusers runs them"

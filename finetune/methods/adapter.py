@@ -111,6 +111,20 @@ _LAYOUTS = (
 
 _LYCORIS = r".*\.(lokr_|hada_|lora_mid)"
 
+_LOKR = r"(transformer\.)?transformer_blocks\..*\.lokr_"
+
+
+def is_lokr(names: Iterable[str]) -> bool:
+    """Whether tensors of such names are a LoKr's that diffusers' transformers load."""
+    return any(re.match(_LOKR, name) for name in names)
+
+
+def refuse_lokr(names: Iterable[str], path: Path) -> None:
+    """Raise ConfigError if the tensors of the file ``path`` are a LoKr's."""
+    names = list(names)
+    if is_lokr(names) and (known := foreign_layout(names, path)):
+        raise ConfigError(known[0], where=str(path), fix=known[1])
+
 
 def foreign_layout(names: Iterable[str], path: Path) -> tuple[str, str] | None:
     """Whose layout a LoRA has that is not in diffusers', and what to do with it; None where nothing is known of it.
@@ -123,6 +137,9 @@ def foreign_layout(names: Iterable[str], path: Path) -> tuple[str, str] | None:
     fix = f"run `finetune convert {shlex.quote(str(path))} --out FOLDER`, and name that folder"
     if not names and (path / _PEFT).is_file():
         return f"it is in {_LAYOUTS[0][1]}", fix
+    if is_lokr(names):
+        fix = "sample with it by `finetune generate --adapter`, or merge it: `finetune export RUN --to merged`"
+        return "it is a LoKr, no LoRA", fix
     if any(re.match(_LYCORIS, name) for name in names):
         return "it is a LoHa, LoKr or LoCon of LyCORIS, no LoRA", "merge it into a model where it was made"
     return next(

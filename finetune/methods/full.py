@@ -17,6 +17,11 @@ class FullMethod(Strict):
 
     kind: Literal["full"] = "full"
 
+    @property
+    def summary(self) -> str:
+        """For titles."""
+        return "full fine-tuning"
+
     def apply(self, transformer: nn.Module, *, seed: int) -> None:
         """Make every parameter trainable, in place. Nothing is drawn; every method takes a ``seed``."""
         from torch import nn

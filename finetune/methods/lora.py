@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import regex
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from finetune.cogvideox.spec import BLOCK_LAYERS
 from finetune.core.errors import ConfigError
@@ -28,6 +27,7 @@ from finetune.methods.adapter import (
     read_lora_file,
     some,
 )
+from finetune.methods.targets import Targets, linear_layers, listed, select, selects
 
 if TYPE_CHECKING:
     import torch
@@ -36,24 +36,9 @@ if TYPE_CHECKING:
 ADAPTER = "default"
 """The adapter's name inside the model. It is not part of any saved name."""
 
-PRESETS: Mapping[str, str] = {
-    "attention": r"transformer_blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)",
-    "attention+ff": r"transformer_blocks\.\d+\.(attn1\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2))",
-    "all-linear": r".*",
-}
-"""Module names that a preset selects; like every pattern it must match a whole name, and only linear layers count."""
-
 _BLOCK = re.compile(r"^transformer_blocks\.\d+")
 
 _LARGEST_RANK = 16_384
-
-_MOST_PATTERNS, _LONGEST_PATTERN = 100, 1_000
-
-_MOST_COUNTED = 1_000
-"""Product of a pattern's counts: ``(a{50}){50}`` becomes 2500 parts when it is compiled, which takes memory."""
-
-_PATIENCE_S = 0.5
-"""For one pattern on one name, which takes microseconds. Some patterns take time exponential in the name's length."""
 
 
 class LoraMethod(Strict):
@@ -70,7 +55,7 @@ class LoraMethod(Strict):
     ``rank`` say."""
     dropout: float = Field(0, ge=0, lt=1)
     """Probability that an element of an adapted layer's input is withheld from the update."""
-    targets: str | tuple[str, ...] = "attention"
+    targets: Targets = "attention"
     """Which linear layers: ``attention``, ``attention+ff``, ``all-linear``, or a regular expression that must match a
     module's whole name; a list takes the union."""
     use_rslora: bool = False
@@ -83,29 +68,15 @@ class LoraMethod(Strict):
     init_from: Path | None = None
     """Adapter to continue from: a LoRA safetensors file, an export's folder, or one of our checkpoints."""
 
-    @field_validator("targets")
-    @classmethod
-    def _patterns_compile(cls, targets: str | tuple[str, ...]) -> str | tuple[str, ...]:
-        if not targets:
-            raise ValueError(f"name at least one target: {', '.join(PRESETS)}, or a regular expression")
-        if len(patterns := _as_tuple(targets)) > _MOST_PATTERNS:
-            raise ValueError(f"there are {len(patterns):,} targets; at most {_MOST_PATTERNS} are read")
-        for target in patterns:
-            if len(target) > _LONGEST_PATTERN:
-                raise ValueError(f"a target has {len(target):,} characters; at most {_LONGEST_PATTERN:,} are read")
-            if math.prod(max(int(count), 1) for count in re.findall(r"\{\s*(\d+)", target)) > _MOST_COUNTED:
-                raise ValueError(f"{target!r:.100} repeats a part more than {_MOST_COUNTED:,} times")
-            try:
-                re.compile(PRESETS.get(target, target))
-                regex.compile(PRESETS.get(target, target))
-            except (re.error, regex.error, OverflowError, RecursionError, MemoryError) as error:
-                raise ValueError(f"{target!r:.100} is not a regular expression: {error!s:.100}") from None
-        return targets
-
     @property
     def scaling(self) -> float:
         """What the low-rank product is multiplied by."""
         return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    @property
+    def summary(self) -> str:
+        """For titles."""
+        return f"LoRA, rank {self.ranks_text}, alpha {self.alpha:g}"
 
     @property
     def ranks_text(self) -> str:
@@ -135,17 +106,11 @@ class LoraMethod(Strict):
 
     def matches(self, name: str) -> bool:
         """Whether a linear layer of this name gets an adapter."""
-        return any(_selects(target, name) for target in _as_tuple(self.targets))
+        return selects(self.targets, name)
 
     def target_modules(self, transformer: nn.Module) -> list[str]:
         """Names of the linear layers that get an adapter, in the model's order. Raises as ``select`` does."""
-        from torch import nn
-
-        from finetune.cogvideox.control import widened
-
-        projection = widened(transformer)  # all its weights train
-        layers = [(name, layer) for name, layer in transformer.named_modules() if layer is not projection]
-        return self.select([name for name, layer in layers if isinstance(layer, nn.Linear)])
+        return self.select(linear_layers(transformer))
 
     def select(self, linear: Sequence[str]) -> list[str]:
         """Which of a model's ``linear`` layers, by their names, get an adapter; in the order they are given in.
@@ -154,13 +119,7 @@ class LoraMethod(Strict):
             ConfigError: if a target matches none, or a part of ``ranks`` is in no name; the message lists the names
                 that come closest.
         """
-        chosen: set[str] = set()
-        for target in _as_tuple(self.targets):
-            matched = [name for name in linear if _selects(target, name)]
-            if not matched:
-                raise _nothing_matched(target, linear)
-            chosen.update(matched)
-        names = [name for name in linear if name in chosen]
+        names = select(self.targets, linear)
         decided = {next((part for part in self.ranks if part in name), "") for name in names}
         for part in self.ranks:
             if part not in decided:
@@ -177,13 +136,8 @@ class LoraMethod(Strict):
         Raises:
             ConfigError: if a target matches nothing, an adapter is in place already, or ``init_from`` does not fit.
         """
+        require_bare(transformer)
         model: Any = transformer
-        if getattr(model, "peft_config", None):
-            raise ConfigError(
-                "the transformer already carries an adapter",
-                where="method",
-                fix="load the base model anew; to train an existing adapter further set method.init_from",
-            )
         names = self.target_modules(transformer)
         import torch
         from peft import LoraConfig
@@ -330,7 +284,7 @@ class LoraMethod(Strict):
         start = [("continued from", str(self.init_from))] if self.init_from is not None else []
         return [
             ("method", " + ".join(["LoRA", *variants])),
-            ("adapted layers", f"{len(layers)} ({', '.join(_as_tuple(self.targets))})"),
+            ("adapted layers", f"{len(layers)} ({listed(self.targets)})"),
             ("rank, alpha", f"{self.ranks_text}, {self.alpha:g} (scale {self.scaling:g})"),
             *projection,
             *start,
@@ -338,37 +292,22 @@ class LoraMethod(Strict):
         ]
 
 
+def require_bare(transformer: nn.Module) -> None:
+    """Raise ConfigError if an adapter is in place already."""
+    model: Any = transformer
+    if getattr(model, "peft_config", None):
+        raise ConfigError(
+            "the transformer already carries an adapter",
+            where="method",
+            fix="load the base model anew; to train an existing adapter further set method.init_from",
+        )
+
+
 def is_lora(name: str) -> bool:
     """Whether a tensor of ``LoraMethod.trainable`` is the adapter's own, and not of the projection beside it."""
     from finetune.cogvideox.control import PROJECTION, UPDATES
 
     return name.removeprefix(f"{PROJECTION}.") not in UPDATES.values()
-
-
-def _selects(target: str, name: str) -> bool:
-    try:
-        return regex.fullmatch(PRESETS.get(target, target), name, timeout=_PATIENCE_S) is not None
-    except TimeoutError:
-        raise ConfigError(
-            f"the target {target!r:.100} takes more than {_PATIENCE_S:g} s on the name {name}",
-            where="method.targets",
-            fix="write it without repetitions inside repetitions",
-        ) from None
-
-
-def _as_tuple(targets: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (targets,) if isinstance(targets, str) else targets
-
-
-def _nothing_matched(target: str, linear: Sequence[str]) -> ConfigError:
-    # One block stands for all, and a bare layer name is what people usually mean.
-    close = difflib.get_close_matches(target, linear, n=4, cutoff=0.3)
-    close += [name for name in linear if name.endswith(f".{target}")]
-    return ConfigError(
-        f"the target {target!r} selects nothing: no linear layer has such a name",
-        where="method.targets",
-        fix=f"use {', '.join(PRESETS)}, or a regular expression for whole names such as {some(dict.fromkeys(close))}",
-    )
 
 
 def _no_rank_for(part: str, names: Sequence[str]) -> ConfigError:
@@ -453,11 +392,12 @@ def merge(transformer: nn.Module, strength: float) -> Merged:
     """Replace every adapted layer by a plain one that computes the same, in place.
 
     W becomes W + s B A, s being ``strength`` times alpha / rank (alpha / sqrt(rank) with rsLoRA); with DoRA, each row
-    of that is stretched to its learned magnitude. The sum is formed in float32 and rounded to the base's dtype once,
-    so that an element is off by at most half a unit in its last place: 2^-8 of itself in bfloat16, 2^-11 in float16.
+    of that is stretched to its learned magnitude. Of a LoKr the update is the Kronecker product. The sum is formed in
+    float32 and rounded to the base's dtype once, so that an element is off by at most half a unit in its last place:
+    2^-8 of itself in bfloat16, 2^-11 in float16.
 
     Args:
-        transformer: with one adapter, as ``LoraMethod.apply`` inserts it.
+        transformer: with one adapter, as a method's ``apply`` inserts it.
         strength: as ``set_strength`` takes it. 0 gives the base's own weights, bit for bit, with DoRA too.
     """
     import torch
@@ -482,6 +422,9 @@ def merge(transformer: nn.Module, strength: float) -> Merged:
 
 def _merged_weight(layer: Any) -> Tensor:
     """What an adapted linear layer multiplies by, float32 [out, in]."""
+    if not hasattr(layer, "lora_A"):  # a LoKr's
+        product: Tensor = layer.get_delta_weight(ADAPTER).float()
+        return product.add_(layer.base_layer.weight)
     down, up = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
     weight: Tensor = layer.base_layer.weight.float() + layer.scaling[ADAPTER] * (up @ down)
     if layer.use_dora[ADAPTER]:

@@ -22,6 +22,7 @@ from finetune.checkpoint.shares import Shares, forms_of, region_of
 from finetune.core.distributed import ProcessGroup
 from finetune.methods.adapter import require_same
 from finetune.methods.full import FullMethod
+from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod
 from finetune.optim.optimizers import OptimizerConfig
 from finetune.optim.state import (
@@ -62,7 +63,7 @@ class FullyShardedDataParallel:
     optimizer: torch.optim.Optimizer
 
     def __init__(
-        self, launch: FullShard, ranks: ProcessGroup, module: nn.Module, method: LoraMethod | FullMethod
+        self, launch: FullShard, ranks: ProcessGroup, module: nn.Module, method: LoraMethod | LokrMethod | FullMethod
     ) -> None:
         self.name = "FSDP2, a share of the model in each process" + (", kept on the host" if launch.offload else "")
         self.model = module

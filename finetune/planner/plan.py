@@ -161,9 +161,7 @@ def _require_drawable(plot: Path) -> None:
 
 def _title(config: RunConfig, bucket: str) -> str:
     name = config.model.pretrained.rstrip("/").rsplit("/", 1)[-1]
-    method = config.method
-    how = f"LoRA of rank {method.ranks_text}" if method.kind == "lora" else "full fine-tuning"
-    return f"{name}, {how}, {bucket}, batch size {config.train.batch_size}: one training step"
+    return f"{name}, {config.method.summary}, {bucket}, batch size {config.train.batch_size}: one training step"
 
 
 def run_calibration(seconds: float) -> str:

@@ -431,7 +431,7 @@ def _changes(config: RunConfig, *, videos: bool) -> Iterator[tuple[str, RunConfi
         if frames < longest.frames and not spec.check_bucket(bucket):
             yield f"data.buckets: [{bucket}]", changed("data", buckets=(bucket,))
             break
-    if not isinstance(method, LoraMethod):
+    if method.kind == "full":
         yield "method.kind: lora", config.model_copy(update={"method": LoraMethod()})
-    elif method.rank > 32:
+    elif isinstance(method, LoraMethod) and method.rank > 32:
         yield "method.rank: 32", changed("method", rank=32)

@@ -19,6 +19,7 @@ from pathlib import Path
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.memory.config import MemoryConfig
+from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod
 from finetune.planner.cost_model import BACKWARD_ATTENTION, Rates, link_rate
 
@@ -109,8 +110,11 @@ _TIME_WIDTH = 512
 
 @dataclass(frozen=True)
 class AdapterShapes:
-    """A LoRA's adapters in one block, at the mean over blocks."""
+    """Adapters in one block, at the mean over blocks."""
 
+    products: float
+    """Multiplications a token: of a LoRA as many as weights; a LoKr is multiplied out to the size of its layer, by
+    memory traffic a tenth of the time of its product with the tokens of 49x480x720, which is left out."""
     weights: float
     """Of those that every token goes through."""
     modulation_weights: float
@@ -119,7 +123,7 @@ class AdapterShapes:
     """Numbers a token that they read and write: inputs and outputs of their layers."""
 
     @classmethod
-    def of(cls, method: LoraMethod, layers: int, width: float) -> AdapterShapes:
+    def of(cls, method: LoraMethod | LokrMethod, layers: int, width: float) -> AdapterShapes:
         """Counted from the names that ``method.targets`` selects in every block. What a lean block's chunks of the
         feed-forward add to adapters in it, 30 u of traffic and 180 kernels, is left out: 2 % of a step of 5B.
 
@@ -130,18 +134,23 @@ class AdapterShapes:
         """
         sides = {name: (inputs * width, outputs * width) for name, (inputs, outputs) in BLOCK_LAYERS.items()}
         sides |= dict.fromkeys(MODULATION_LAYERS, (float(_TIME_WIDTH), 6.0 * width))
-        weights = modulation = token_sides = 0.0
+        products = weights = modulation = token_sides = 0.0
         for block in range(layers):
             for name, (inputs, outputs) in sides.items():
                 layer = f"transformer_blocks.{block}.{name}"
                 if not method.matches(layer):
                     continue
-                if name in MODULATION_LAYERS:
-                    modulation += method.rank_of(layer) * (inputs + outputs)
+                if isinstance(method, LoraMethod):
+                    trained = multiplied = method.rank_of(layer) * (inputs + outputs)
                 else:
-                    weights += method.rank_of(layer) * (inputs + outputs)
+                    trained, multiplied = method.weights(int(inputs), int(outputs)), inputs * outputs
+                if name in MODULATION_LAYERS:
+                    modulation += trained
+                else:
+                    weights += trained
+                    products += multiplied
                     token_sides += inputs + outputs
-        return cls(weights / layers, modulation / layers, token_sides / layers)
+        return cls(products / layers, weights / layers, modulation / layers, token_sides / layers)
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class BlockUnits:
     """Floating-point operations of its linear layers."""
     attention: float
     adapters: float
-    """Of a LoRA's products in it; 0 where every weight trains."""
+    """Of an adapter's products in it; 0 where every weight trains."""
     adapter_bytes: float
     """Of an eighth of what its adapters read and write: one tensor of tokens, where four square layers have one."""
     token_bytes: float
@@ -178,8 +187,11 @@ class BlockUnits:
         if isinstance(config.method, LoraMethod):
             method, ranks = config.method, tuple(config.method.ranks.items())
             shapes = _adapter_shapes(method.targets, method.rank, ranks, spec.num_layers, width)
+        elif isinstance(config.method, LokrMethod):
+            shapes = _lokr_shapes(config.method, spec.num_layers, width)
+        if config.method.kind != "full":
             trained = shapes.weights + shapes.modulation_weights
-            adapters, adapter_bytes = 2.0 * tokens * shapes.weights, 2.0 * tokens * shapes.sides / 8
+            adapters, adapter_bytes = 2.0 * tokens * shapes.products, 2.0 * tokens * shapes.sides / 8
         return cls(
             linear=2.0 * tokens * weights,
             attention=4.0 * tokens * whole * width,
@@ -210,17 +222,18 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
     state = "nothing recomputed" if memory.checkpointing == "none" else "stock block"
     state = "lean" if memory.block == "lean" else state
     keeping = min(memory.keep_attention or layers, layers) if memory.checkpointing == "selective" else 0
+    method = "full" if config.method.kind == "full" else "lora"  # a LoKr makes as many products as often
     counts = {
-        name: _counts(spec.use_rotary, config.method.kind, state, name, unit.tokens)
-        for name in ("forward", "backward", "update")
+        name: _counts(spec.use_rotary, method, state, name, unit.tokens) for name in ("forward", "backward", "update")
     }
     # Weights are decoded, and copied, once for all clips that go through together.
     decoded = 0.0 if memory.base == "native" else unit.weights * layers * _DEQUANTISED / rates.memory
     runs = {"forward": 1, "backward": 1 if memory.checkpointing == "none" else 2}
     # Counted in bf16, where nothing is in float32.
     gemm = rates.gemm_float32 if config.model.dtype == "fp32" else rates.gemm
+    fp16 = config.model.dtype == "fp16"
     lora = config.method if isinstance(config.method, LoraMethod) else None
-    wide_adapters = lora is not None and lora.in_float32(fp16=config.model.dtype == "fp16")
+    wide_adapters = lora.in_float32(fp16=fp16) if lora is not None else fp16
     copies, shared, serial = _copies(unit, layers, memory, rates, clips)
 
     def passing(name: str) -> PassTime:
@@ -262,6 +275,9 @@ def _adapter_shapes(
     targets: str | tuple[str, ...], rank: int, ranks: tuple[tuple[str, int], ...], layers: int, width: float
 ) -> AdapterShapes:
     return AdapterShapes.of(LoraMethod(targets=targets, rank=rank, ranks=dict(ranks)), layers, width)
+
+
+_lokr_shapes = cache(AdapterShapes.of)
 
 
 @cache

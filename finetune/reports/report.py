@@ -390,7 +390,7 @@ def _summary(run: RunRecord) -> dict[str, Any]:
 
 def _method(run: RunRecord) -> str:
     method = run.config.method
-    return f"LoRA, rank {method.ranks_text}, alpha {method.alpha:g}" if method.kind == "lora" else "full fine-tuning"
+    return method.summary
 
 
 def _number(value: float | None, layout: str) -> str:

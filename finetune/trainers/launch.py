@@ -233,6 +233,12 @@ def require_launch(launch: Launch, config: RunConfig, spec: ModelSpec, ranks: Pr
     clips, context = config.memory.clips_at_once, config.parallel.context
     for fault, what, where, fix in (
         (
+            (sharded or zero) and config.method.kind == "lokr",
+            "a LoKr trains in a single process or under DDP, and not where the model is sharded",
+            "method.kind: lokr",
+            "set method.kind: lora, or launch with accelerate_configs/single_gpu.yaml or ddp.yaml",
+        ),
+        (
             sharded and not optimizer.elementwise,
             f"{optimizer.title} does not treat each element by itself, and cannot update shares of parameters",
             "optimizer.kind, under FSDP2",

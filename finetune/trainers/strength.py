@@ -28,7 +28,7 @@ from finetune.datasets.cache import Cache
 from finetune.datasets.dataloader import BatchMaker, to_device, unconditional_prompt
 from finetune.datasets.manifests import Manifest
 from finetune.memory.quantized_linear import placement
-from finetune.methods.lora import ADAPTER, LoraMethod
+from finetune.methods.lora import ADAPTER, LoraMethod, adapted_layers
 from finetune.methods.merged_base import load_base
 from finetune.planner.report import table
 from finetune.trainers.tracking import timestep_bucket
@@ -137,7 +137,7 @@ def strength(source: Path, options: StrengthOptions) -> StrengthReport:
         raise ConfigError(f"{options.clips} clips are wanted", where="clips", fix="give 1 or more, or leave it out")
     read = read_source(find_checkpoint(source, options.checkpoint), "auto", options.pretrained)
     method = read.config.method
-    if not isinstance(method, LoraMethod):
+    if method.kind == "full":
         raise ConfigError(
             "the run trained the whole transformer, which has no strength",
             where=str(source),
@@ -148,7 +148,7 @@ def strength(source: Path, options: StrengthOptions) -> StrengthReport:
     timesteps = fixed_timesteps(read.config.validation.timesteps, spec.num_train_timesteps)
     passes = fixed_passes(maker, timesteps, options.clips or read.config.validation.clips, read.config.train.batch_size)
     place = compute_device(options.device)
-    module = _adapted(read, method, place)
+    module = _adapted(read, place)
     levels = alpha_bar(spec).float().to(place)
 
     def measured() -> MeasuredLoss:
@@ -194,7 +194,7 @@ def _clips(read: ExportSource, cache: Path | None) -> tuple[BatchMaker, bool]:
     return BatchMaker(spec, store, items, empty, config.data, config.train.seed, config.objective), bool(heldout)
 
 
-def _adapted(read: ExportSource, method: LoraMethod, place: torch.device) -> nn.Module:
+def _adapted(read: ExportSource, place: torch.device) -> nn.Module:
     """The transformer with the adapter, as it is measured while training but for its blocks' own forward pass, which
     alone lets every adapted layer be looked at.
     """
@@ -203,21 +203,19 @@ def _adapted(read: ExportSource, method: LoraMethod, place: torch.device) -> nn.
     module = load_base(
         model, device="cpu" if memory.streams else place, dtype=model.torch_dtype(), placement=placement(memory.base)
     )
-    method = method.model_copy(update={"init_from": None, "dropout": 0.0})
+    method = read.config.method
+    if isinstance(method, LoraMethod):
+        method = method.model_copy(update={"init_from": None, "dropout": 0.0})
     method.apply(module, seed=read.config.train.seed)
     memory.apply(module, place)
     method.load_state(module, read.tensors)
     return module.eval()  # type: ignore[no-any-return]
 
 
-def _adapted_layers(module: nn.Module) -> dict[str, Any]:
-    return {name: layer for name, layer in module.named_modules() if hasattr(layer, "lora_A")}
-
-
 @contextmanager
 def _scaled(module: nn.Module, strength: float) -> Iterator[None]:
     """Inside, the adapter counts ``strength`` times as much."""
-    layers = _adapted_layers(module).values()
+    layers = [layer for _, layer in adapted_layers(module)]
     own = [layer.scaling[ADAPTER] for layer in layers]
     for layer, scaling in zip(layers, own, strict=True):
         layer.scaling[ADAPTER] = scaling * strength
@@ -236,9 +234,7 @@ class _ChangeMeter:
         self._most = num_train_timesteps
         self._timesteps: Sequence[int] = ()
         self._sums: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
-        self._hooks = [
-            layer.register_forward_hook(self._watching(name)) for name, layer in _adapted_layers(module).items()
-        ]
+        self._hooks = [layer.register_forward_hook(self._watching(name)) for name, layer in adapted_layers(module)]
         self._hooks.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
 
     def _begin(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
