@@ -18,19 +18,22 @@ from PIL import Image
 from safetensors.torch import load_file
 from worlds import assert_same_run, merged, run_values, stop_after, tensors
 
-from finetune import doctor, export, generate, inspect, sharing
+from finetune import doctor, export, generate, inspect, invert, sharing
 from finetune.caching.check import check_dataset
 from finetune.caching.precompute import precompute
 from finetune.cogvideox.config import MergedAdapter, ModelConfig
 from finetune.cogvideox.denoise import denoise
 from finetune.cogvideox.encode import control_latents, encode_video
 from finetune.cogvideox.load import load_scheduler, load_transformer, load_vae
-from finetune.cogvideox.spec import ModelSpec, spec_of
+from finetune.cogvideox.spec import ModelSpec, read_spec, spec_of
 from finetune.config.rules import require_valid
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError, DataError, FinetuneError
 from finetune.core.types import Bucket
 from finetune.datasets.cache import Cache
+from finetune.datasets.dataloader import BatchMaker
+from finetune.datasets.schedule import MicroBatch
+from finetune.inference.adapters import TrainingRecord, base_faults, base_numbers
 from finetune.inference.modes import FromControl, read_frames
 from finetune.inference.videos import Frames, write_mp4
 from finetune.methods.lora import LoraMethod, is_lora, merge
@@ -90,6 +93,12 @@ def test_a_control_is_cut_as_its_clip_and_encoded_as_its_mode(home):
         control = cache.read(replace(item, latents_key=key)).control_latents
         expected, _ = encode_video(vae, torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None])
         assert control is not None and torch.equal(control, expected[0].half())
+    spec, none = spec_of(config.model), torch.zeros(226, 32)
+    for probability in (0.0, 1.0):
+        dropout = config.data.model_copy(update={"control_dropout": probability})
+        maker = BatchMaker(spec, cache, report.manifest.items, none, dropout, 7, config.objective)
+        shown = maker.training(0, MicroBatch(items=(0,), slots=(0,))).image_latents
+        assert bool(shown.any()) == (probability == 0) and maker.fixed(0, [3]).image_latents.any()
 
 
 def test_a_run_without_control_keeps_its_addresses(home, demo_clips, tmp_path):
@@ -295,6 +304,8 @@ def test_a_control_lora_resumes_and_leaves_for_the_stock_pipeline(home, tmp_path
     for adapter in (folder, config.output_dir):
         with pytest.raises(ConfigError, match="a projection trained beside it"):
             sharing.merge(adapter, tmp_path / "merged.safetensors")
+        with pytest.raises(ConfigError, match="a video is inverted without one"):
+            invert(control, tmp_path / "inverted", model=base, adapters=adapter)
     plain = home(**merged(LORA, {"method": {"init_from": str(folder)}}), model={"control": False})
     with pytest.raises(ConfigError, match="it follows a control video"):
         plain.method.apply(load_transformer(plain.model), seed=0)
@@ -306,6 +317,13 @@ def test_a_control_lora_resumes_and_leaves_for_the_stock_pipeline(home, tmp_path
         tensors_now = again.method.state(module)
         for name, tensor in tensors(config.output_dir).items():
             torch.testing.assert_close(tensors_now[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("variant", "faults"), [("5b", 0), ("5b-i2v", 1)])
+def test_a_lora_without_control_goes_beside_one_with_it(tiny_model, variant, faults):
+    base = str(tiny_model("5b"))
+    record = TrainingRecord(base_facts=base_numbers(read_spec(str(tiny_model(variant)))))
+    assert len(list(base_faults(record, "--adapter a", base, read_spec(base, control=True)))) == faults
 
 
 def test_a_full_control_model_leaves_as_a_pipeline_that_trains_again(home, tmp_path):

@@ -163,9 +163,11 @@ def updates_of(transformer: Any, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         ValueError: if the transformer is not widened, or names or shapes are not its own.
     """
     projection: Any = widened(transformer)
+    if projection is None:
+        raise ValueError(f"{PROJECTION} is not widened in this model")
     updates = {}
     for name, update in UPDATES.items():
-        own = getattr(projection, name, None)
+        own = getattr(projection, name)
         if f"{PROJECTION}.{update}" in tensors:
             updates[name] = tensors[f"{PROJECTION}.{update}"].float()
         elif own is not None and f"{PROJECTION}.{name}" in tensors:

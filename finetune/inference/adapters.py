@@ -372,6 +372,8 @@ def base_faults(record: TrainingRecord, where: str, base: str, spec: ModelSpec) 
     image_to_video = record.image_to_video
     if image_to_video is None and "in_channels" in theirs and not record.control:
         image_to_video = theirs["in_channels"] != theirs.get("latent_channels")
+    if spec.control and theirs.get("in_channels") == spec.latent_channels:  # the layers are the same
+        theirs = {**theirs, "in_channels": spec.in_channels}
     different = [
         f"{field} is {theirs[field]} there, {ours[field]} here"
         for field in _STRUCTURE

@@ -108,6 +108,9 @@ def invert_video(request: InvertRequest) -> InvertReport:
     records = [(s.where, s.record) for s in sources.values() if s.adapter.strength and s.record is not None]
     riflex, notes = riflex_of(None, records)
     spec = replace(spec_of(model, shipped=True), riflex=riflex)
+    what, fix = "it follows a control video, and a video is inverted without one", "sample with `finetune generate`"
+    followers = [*(["--model"] if spec.control else []), *(where for where, record in records if record.control)]
+    faults = [*faults, *(ConfigError(what, where=where, fix=fix) for where in followers)]
     raise_all(ConfigError, [*faults, *_faults(request, spec)], what="{n} things are wrong with the request")
     require_writable(request.out, kind=ConfigError, what="the videos", where=f"--output {request.out}")
     for note in notes:
