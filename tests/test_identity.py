@@ -18,6 +18,7 @@ from worlds import run_config
 
 from finetune import export
 from finetune.checkpoint.load import load_checkpoint
+from finetune.cogvideox.config import MergedAdapter
 from finetune.cogvideox.load import ModelConfig, base_digest, load_transformer, require_as_sent
 from finetune.cogvideox.model_files import hub_sha256
 from finetune.cogvideox.spec import read_spec
@@ -203,10 +204,15 @@ def test_what_was_saved_before_digests_is_taken_with_a_word(trained, tmp_path, c
 
 
 @pytest.mark.parametrize("trained", ["lora"], indirect=True)
-@pytest.mark.parametrize("source", ["export", "checkpoints/step-00000002"])
-def test_an_adapter_that_is_carried_over_to_another_base_is_told_of(trained, changed, source, tmp_path, capsys):
-    method = trained.method.model_copy(update={"init_from": trained.output_dir / source})
-    config = trained.model_copy(update={"method": method, "output_dir": tmp_path / "same"})
+@pytest.mark.parametrize(
+    ("source", "merged"), [("export", False), ("checkpoints/step-00000002", False), ("export", True)]
+)
+def test_an_adapter_that_is_carried_over_to_another_base_is_told_of(trained, changed, source, merged, tmp_path, capsys):
+    path = trained.output_dir / source
+    changes = {"method": trained.method.model_copy(update={"init_from": path})}
+    if merged:
+        changes = {"model": trained.model.model_copy(update={"adapters": (MergedAdapter(path=path),)})}
+    config = trained.model_copy(update={**changes, "output_dir": tmp_path / "same"})
     train(config)
     assert "another base transformer" not in capsys.readouterr().out
     changed(flip)

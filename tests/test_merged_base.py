@@ -78,7 +78,10 @@ def velocity(transformer, model: Path) -> torch.Tensor:
 def test_a_merged_adapter_is_what_the_stock_pipeline_fuses(tiny_model, tmp_path, options):
     model = tiny_model("5b")
     file = export(make_run(tmp_path, model, LORA | options)).folder / LORA_FILE
-    with_it = ModelConfig(pretrained=str(model), adapters=[{"path": file.parent, "strength": STRENGTH}])
+    adapters = {"adapters": [{"path": str(file.parent), "strength": STRENGTH}]}
+    on_top = export(make_run(tmp_path / "on-top", model, LORA | options, model={"pretrained": str(model), **adapters}))
+    assert bool(on_top.command) is not options.get("use_dora", False)  # which generate refuses
+    with_it = ModelConfig(pretrained=str(model), **adapters)
     ours, base = load_base(with_it), load_base(ModelConfig(pretrained=str(model)))
     theirs = velocity(fused(model, file).transformer, model)
     torch.testing.assert_close(velocity(ours, model), theirs, rtol=0, atol=1e-5)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.checkpoint import folders
 from finetune.checkpoint.folders import CheckpointConfig
 from finetune.checkpoint.save import CheckpointContent, save_checkpoint
-from finetune.cogvideox.spec import read_spec
+from finetune.cogvideox.spec import BLOCK_LAYERS, read_spec
 from finetune.config.schema import MethodConfig
 from finetune.core.errors import CheckpointError, ConfigError
 from finetune.core.tensor_files import atomic_save_tensors
@@ -122,7 +122,10 @@ def test_layers_may_have_ranks_of_their_own_and_count_the_same():
     for name, rank in expected.items():
         assert layers[name].lora_A["default"].weight.shape[0] == rank == method.rank_of(name)
     assert {layer.scaling["default"] for layer in layers.values()} == {1.5}
-    assert lora.ranks_by_name({name: method.rank_of(name) for name in layers}, 4)["ff.net.0.proj"] == 2
+    many = [f"transformer_blocks.{block}.{name}" for block in range(42) for name in BLOCK_LAYERS]
+    named = lora.ranks_by_name({name: method.rank_of(name) for name in many}, 4)
+    again = method.model_copy(update={"ranks": named})
+    assert len(named) < 12 and all(again.rank_of(name) == method.rank_of(name) for name in many)
     assert not method.alike(2) and method.model_copy(update={"ranks": {"ff.": 2}}).alike(2)
 
 

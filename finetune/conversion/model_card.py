@@ -29,7 +29,7 @@ from finetune.conversion.verify import Verification
 from finetune.core.files import COMPLETE, CONTROL_FILE, LORA_FILE, from_here
 from finetune.core.text import shown
 from finetune.inference.adapters import base_adapters, base_numbers
-from finetune.methods.lora import Merged, is_lora
+from finetune.methods.lora import LoraMethod, Merged, is_lora
 
 LayoutName = Literal["diffusers", "comfyui", "kohya", "peft"]
 """The layouts that adapters are written in."""
@@ -116,8 +116,10 @@ class ExportedModel:
 
     @property
     def command(self) -> str:
-        """The command that samples with it; empty for a layout of other programs."""
-        if self.is_adapter and self.layout != "diffusers":
+        """The command that samples with it; empty for a layout of other programs, and for a DoRA on top of adapters."""
+        method = self.source.config.method
+        on_top = bool(self.base_adapters) and isinstance(method, LoraMethod) and method.use_dora
+        if self.is_adapter and (self.layout != "diffusers" or on_top):
             return ""
         words = ["finetune", "generate", "--model", self.base, "--adapter" if self.is_adapter else "--transformer"]
         words += [self.name, *(["--revision", self.source.revision] if self.source.revision is not None else [])]

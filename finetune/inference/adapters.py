@@ -419,7 +419,7 @@ def lacking_adapters(
             # A file that is named twice acts by the sum, here and there.
             merged = math.fsum(one.strength for one in wanted if one.sha256 == sha256)
             beside = [strength for other, strength in files if other.sha256 == sha256]
-            if not math.isclose(math.fsum(beside), merged, abs_tol=1e-9):
+            if not math.isclose(math.fsum(beside), merged, rel_tol=1e-5, abs_tol=1e-9):
                 yield ConfigError(
                     f"it was trained on a base with {name} merged into it at strength {merged:g}, and"
                     f" {'that strength' if beside else 'that file'} is missing beside it (SHA-256 {sha256})",

@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,15 +335,16 @@ def _does_not_continue(adapter: Adapter, problems: Sequence[str]) -> ConfigError
 
 
 def ranks_by_name(layers: Mapping[str, int], rank: int) -> dict[str, int]:
-    """The shortest ``LoraMethod.ranks`` that gives ``layers`` theirs, where all others have ``rank``."""
-    inner: dict[str, set[int]] = {}
+    """A short ``LoraMethod.ranks`` that gives ``layers`` theirs, where all others have ``rank``: what a layer has in
+    most blocks, and the exceptions.
+    """
+    inner = {name: _BLOCK.sub("", name).removeprefix(".") for name in layers}
+    counts: dict[str, Counter[int]] = {}
     for name, own in layers.items():
-        inner.setdefault(_BLOCK.sub("", name), set()).add(own)
-    named = {}
-    for name, own in layers.items():
-        if own != rank:
-            short = _BLOCK.sub("", name)
-            named[short.removeprefix(".") if len(inner[short]) == 1 else name] = own
+        counts.setdefault(inner[name], Counter())[own] += 1
+    usual = {part: ranks.most_common(1)[0][0] for part, ranks in counts.items()}
+    named = {part: own for part, own in usual.items() if own != rank}
+    named |= {name: own for name, own in layers.items() if own != usual[inner[name]]}
     # The longer one decides where both fit.
     return dict(sorted(named.items(), key=lambda item: -len(item[0])))
 

@@ -364,19 +364,20 @@ def _same_base(module: nn.Module, config: RunConfig, saved: LoadedCheckpoint | N
 
 
 def _other_base(config: RunConfig, base: str) -> str:
-    """What to say where the adapter that a run begins with was trained on another base, which may be meant."""
-    if not isinstance(config.method, LoraMethod) or config.method.init_from is None:
-        return ""
-    sources, _ = read_sources([AdapterArgument(config.method.init_from)])
-    records = [source.record for source in sources.values() if source.record]
+    """What to say where an adapter that a run begins with, or on, was trained on another base, which may be meant."""
+    start = config.method.init_from if isinstance(config.method, LoraMethod) else None
+    paths = [adapter.path for adapter in config.model.adapters] + ([start] if start is not None else [])
+    sources, _ = read_sources(map(AdapterArgument, paths))
     merged = [(adapter.sha256, adapter.strength) for adapter in config.model.adapters]
-    others = [
-        record
-        for record in records
-        if record.base_digest not in (None, base)
-        or [(adapter.sha256, adapter.strength) for adapter in record.base_adapters] != merged
-    ]
-    return f"{config.method.init_from} was trained on another base transformer than this one" if others else ""
+    others = []
+    for path, source in sources.items():
+        if (record := source.record) is None:
+            continue
+        before = [(adapter.sha256, adapter.strength) for adapter in record.base_adapters]
+        fits = before == merged if path == start else set(before) <= set(merged)
+        if record.base_digest not in (None, base) or not fits:
+            others.append(str(path))
+    return f"{' and '.join(others)} was trained on another base transformer than this one" if others else ""
 
 
 def _predict_peak(config: RunConfig, launch: Launch, ranks: ProcessGroup) -> BackgroundPrediction | None:
