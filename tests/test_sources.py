@@ -29,7 +29,7 @@ def sources(*written: dict) -> tuple:
 
 def read(base: Path, *written: dict, image_to_video: bool = False, skip: bool = False) -> SourceRead:
     return read_samples(
-        sources(*written), CaptionConfig(), beside=("image",) if image_to_video else (), base=base, skip=skip
+        sources(*written), CaptionConfig(), row_files=("image",) if image_to_video else (), base=base, skip=skip
     )
 
 

@@ -22,7 +22,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.starting_points import MOST_SEEN
 from finetune.core.errors import DataError, raise_all
 from finetune.core.terminal import Bar
-from finetune.core.types import BesideName, Bucket, ClipPlan, Companion, Sample, VideoProbe
+from finetune.core.types import Bucket, ClipPlan, Companion, RowFile, Sample, VideoProbe
 from finetune.datasets.cache import Cache
 from finetune.datasets.decode_pool import DecodeJob, DecodePool, probe_memory, require_decoder
 from finetune.datasets.geometry import (
@@ -120,9 +120,9 @@ class DatasetReport:
         return "\n".join([*lines, *map(note_line, self.notes)])
 
 
-def beside_of(config: RunConfig, spec: ModelSpec) -> tuple[BesideName, ...]:
+def row_files_of(config: RunConfig, spec: ModelSpec) -> tuple[RowFile, ...]:
     """What a run reads of a row beside its video and captions."""
-    return (*spec.beside, "mask") if config.objective.masked is not None else spec.beside
+    return (*spec.row_files, "mask") if config.objective.masked is not None else spec.row_files
 
 
 def clip_labels(name: str, sample: Sample, count: int) -> list[str]:
@@ -152,7 +152,7 @@ def check_dataset(
         config.data.sources,
         config.data,
         base=config.base,
-        beside=beside_of(config, spec),
+        row_files=row_files_of(config, spec),
         skip=skip,
         media=MediaPlace.of(config.cache.dir, part),
     )
@@ -194,8 +194,8 @@ def check_dataset(
         except DataError as error:
             unreadable(name, error, error.where or "")
             continue
-        for label, plan, beside in zip(clip_labels(name, sample, len(plans)), plans, companions, strict=True):
-            clip = PlannedClip(label, sample, probe, plan, holdout, beside)
+        for label, plan, own in zip(clip_labels(name, sample, len(plans)), plans, companions, strict=True):
+            clip = PlannedClip(label, sample, probe, plan, holdout, own)
             clips.append(clip)
             advice.update(plan_notes(probe, plan, fps, config.data.span, clip.part))
 

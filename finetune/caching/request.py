@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from finetune.caching.check import beside_of, named, sample_bucket
+from finetune.caching.check import named, row_files_of, sample_bucket
 from finetune.cogvideox.components import require_plain_index
 from finetune.cogvideox.config import DropoutConfig
 from finetune.cogvideox.model_files import local_folder, resolve_pretrained
@@ -113,7 +113,7 @@ def make_request(config: RunConfig, spec: ModelSpec, encoding: Encoding, streams
     samples = config.validation.samples
     images = sorted({image for sample in samples for image in sample.images} if spec.image_to_video else ())
     further = encoding.condition_frames
-    companions = [name for name in beside_of(config, spec) if name != "image"]
+    companions = [name for name in row_files_of(config, spec) if name != "image"]
     controls = sorted({sample.control for sample in samples if sample.control} if spec.control else ())
     return {
         "format": {"cache": FORMAT, "pixels": encoding.pixel_rule, "headers": _PLANNING_RULES},

@@ -17,7 +17,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.caching.check import PlannedClip, beside_of, workers_for
+from finetune.caching.check import PlannedClip, row_files_of, workers_for
 from finetune.caching.encode import ClipEncoder, ClipJob, clip_bytes, clip_job
 from finetune.caching.request import encoding_of
 from finetune.caching.writing import EncodeResult
@@ -165,8 +165,8 @@ class _StreamRows:
         """
         report = RowReport()
         row = row_of(line, where, self.media, report)
-        beside = beside_of(self.config, self.spec)  # of a control or a mask, a stream has none
-        sample = usable_sample(row, self.source, self.config.data, base=self.config.base, beside=beside)
+        row_files = row_files_of(self.config, self.spec)  # of a control or a mask, a stream has none
+        sample = usable_sample(row, self.source, self.config.data, base=self.config.base, row_files=row_files)
         probe = report.streamed.media[sample.video].probe if sample else None
         if sample is None or probe is None or isinstance(probe, DataError):
             return []

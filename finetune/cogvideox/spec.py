@@ -22,7 +22,7 @@ from finetune.cogvideox.components import (
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import COMPLETE_CHECKPOINT, MODEL_INDEX, json_folder, locate
 from finetune.core.errors import ModelError, raise_all
-from finetune.core.types import BesideName, Bucket
+from finetune.core.types import Bucket, RowFile
 
 _LONGEST_S = 10
 """Seconds that the second generation was made for: it states 16N+1 frames with N <= 10, and no file of it says so."""
@@ -96,7 +96,7 @@ class ModelSpec:
         return self.conditioned and not self.control
 
     @property
-    def beside(self) -> tuple[BesideName, ...]:
+    def row_files(self) -> tuple[RowFile, ...]:
         """What of a row, beside its video and captions, the model is conditioned on."""
         return ("control",) if self.control else ("image",) if self.image_to_video else ()
 

@@ -30,7 +30,7 @@ CompanionName = Literal["control", "mask"]
 """What a row may have beside its video that goes with it frame for frame: ``control``, a video that the model is
 conditioned on; ``mask``, which is white where the video is learnt from."""
 
-BesideName = Literal["image"] | CompanionName
+RowFile = Literal["image"] | CompanionName
 """What a run may read of a row beside its video and captions: also the ``image`` that stands for the first frame."""
 
 Decoder = Literal["pyav", "decord"]

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from finetune.core.errors import DataError, raise_all
 from finetune.core.rng import seed_for
 from finetune.core.text import holds_word, without_invisible
-from finetune.core.types import BesideName, CompanionName, Sample, Strict
+from finetune.core.types import CompanionName, RowFile, Sample, Strict
 from finetune.datasets.rows import (
     IMAGE,
     MEDIA,
@@ -87,7 +87,7 @@ def read_samples(
     captions: CaptionConfig,
     *,
     base: Path,
-    beside: Collection[BesideName] = (),
+    row_files: Collection[RowFile] = (),
     skip: bool = False,
     media: MediaPlace | None = None,
 ) -> SourceRead:
@@ -97,7 +97,7 @@ def read_samples(
         sources: where to read.
         captions: what is added to every caption.
         base: folder that relative paths start at.
-        beside: what is read of a row beside its video and captions; nothing else is looked at. With ``image``, a row
+        row_files: what is read of a row beside its video and captions; nothing else is looked at. With ``image``, a row
             that names none gets ``image=None``, which means the video's own first frame; a ``control`` each row has to
             have, a ``mask`` at least one clip that is trained on.
         skip: leave out rows that cannot be read or whose caption is unusable, and go on. A row that names a missing
@@ -121,7 +121,7 @@ def read_samples(
         dataset.unusable += report.unusable
         dataset.notes += report.notes
         own = captions_of(source, captions)
-        reader = _RowReader(source, own, dataset, policy, base, beside)
+        reader = _RowReader(source, own, dataset, policy, base, row_files)
         for row in report.rows:
             sample = reader.sample(row)
             if sample is not None:
@@ -139,7 +139,7 @@ def read_samples(
     if not errors and not train and (media is None or media.part is None):
         what = "the sources hold no training clip"
         errors = [*dataset.unusable, DataError(what, where="data.sources", fix="add one of split: train")]
-    if not errors and "mask" in beside and not any("mask" in dict(sample.companions) for sample in train):
+    if not errors and "mask" in row_files and not any("mask" in dict(sample.companions) for sample in train):
         fix = "name masks in a column mask or beside the clips as NAME.mask.mp4, or leave objective.masked out"
         errors.append(DataError("no training clip has a mask", where="objective.masked is set", fix=fix))
     raise_all(DataError, errors, what="{n} things are wrong with the dataset")
@@ -154,11 +154,11 @@ def usable_sample(
     captions: CaptionConfig,
     *,
     base: Path,
-    beside: Collection[BesideName] = (),
+    row_files: Collection[RowFile] = (),
 ) -> Sample | None:
     """The sample that ``read_samples`` makes of one row of a source; None where the row cannot be used."""
     own = captions_of(source, captions)
-    return _RowReader(source, own, RowReport(), PathPolicy(), base, beside).sample(row)
+    return _RowReader(source, own, RowReport(), PathPolicy(), base, row_files).sample(row)
 
 
 @dataclass
@@ -170,7 +170,7 @@ class _RowReader:
     dataset: RowReport
     policy: PathPolicy
     base: Path
-    beside: Collection[BesideName]
+    row_files: Collection[RowFile]
     unflipped: list[str] = field(default_factory=list)
     """Rows that are not mirrored although their source's are, because of what a caption says."""
 
@@ -211,10 +211,10 @@ class _RowReader:
                 "set images: true for its source to train on it as a clip of one frame (text-to-video), or take it out"
             )
             video = DataError(f"{row.video:.200} is a still image", where=row.where, fix=fix)
-        image = located(row.image, IMAGE) if "image" in self.beside and row.image is not None else None
-        beside = [
+        image = located(row.image, IMAGE) if "image" in self.row_files and row.image is not None else None
+        companion_files = [
             (name, located(row.companions[name], MEDIA) if row.companions.get(name) else _missing(name, row.where))
-            for name in self.beside
+            for name in self.row_files
             if name != "image" and (row.companions.get(name) or name != "mask")  # all of a clip without one is learnt
         ]
         texts = row.caption if isinstance(row.caption, tuple) else (row.caption,)
@@ -223,10 +223,12 @@ class _RowReader:
         # A stream is what somebody else has made: a row of it that holds no video is left out like one without a
         # caption.
         faults = dataset.unusable if row.is_streamed else dataset.errors
-        faults += [fault for fault in (video, image, *(one for _, one in beside)) if isinstance(fault, DataError)]
+        faults += [
+            fault for fault in (video, image, *(one for _, one in companion_files)) if isinstance(fault, DataError)
+        ]
         dataset.unusable += [fault for fault in checked if isinstance(fault, DataError)]
-        companions = tuple((name, path) for name, path in beside if isinstance(path, Path))
-        complete = len(captions) == len(checked) and len(companions) == len(beside)
+        companions = tuple((name, path) for name, path in companion_files if isinstance(path, Path))
+        complete = len(captions) == len(checked) and len(companions) == len(companion_files)
         if isinstance(video, Path) and isinstance(image, Path | None) and complete:
             return video, image, captions, companions
         return None

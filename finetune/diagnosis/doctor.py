@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from finetune.caching.check import (
     PlannedClip,
-    beside_of,
     clip_labels,
     companions_of,
     cpu_cores,
     identities,
     kept_by_bucket,
     kept_warnings,
+    row_files_of,
     split_clips,
 )
 from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
@@ -134,7 +134,9 @@ def _read(config: RunConfig, spec: ModelSpec, progress: bool) -> _Dataset:
             " `finetune check` says all but what pictures show",
         )
     media = MediaPlace.of(config.cache.dir)
-    read = read_samples(data.sources, data, beside=beside_of(config, spec), base=config.base, skip=True, media=media)
+    read = read_samples(
+        data.sources, data, row_files=row_files_of(config, spec), base=config.base, skip=True, media=media
+    )
     rows = [(sample, False) for sample in read.train] + [(sample, True) for sample in read.holdout]
     level = _level(config)
     left_out = [

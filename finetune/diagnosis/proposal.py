@@ -143,7 +143,7 @@ def _read(clips: Path, spec: ModelSpec, media: MediaPlace) -> SourceRead:
 
     def read(*, images: bool) -> SourceRead:
         sources = [AutoSource(path=clips.absolute(), images=images)]
-        return read_samples(sources, CaptionConfig(), beside=spec.beside, base=Path.cwd(), skip=True, media=media)
+        return read_samples(sources, CaptionConfig(), row_files=spec.row_files, base=Path.cwd(), skip=True, media=media)
 
     if not spec.image_to_video:
         with suppress(DataError):  # pictures beside the clips that are none of the dataset

@@ -304,7 +304,7 @@ def _read_strips(config: RunConfig) -> list[ClipStrip]:
 
     spec = spec_of(config.model, shipped=True)
     data = config.data
-    rows = read_samples(data.sources, data, beside=spec.beside, base=config.base, skip=True)
+    rows = read_samples(data.sources, data, row_files=spec.row_files, base=config.base, skip=True)
     if len(rows.train) + len(rows.holdout) > _MOST_ROWS:
         raise DataError(f"more than {_MOST_ROWS} rows: `finetune doctor` shows them", where="data.sources")
     clips = check_dataset(config, spec).clips

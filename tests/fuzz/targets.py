@@ -106,7 +106,7 @@ def _fuzz_table(name: str, data: bytes) -> int | None:
 
 def _samples(folder: Path, source: Any) -> int | None:
     def read(skip: bool) -> int:
-        found = read_samples([source], CaptionConfig(trigger="zkx"), beside=("image",), base=folder, skip=skip)
+        found = read_samples([source], CaptionConfig(trigger="zkx"), row_files=("image",), base=folder, skip=skip)
         for sample in found.train:
             sample.caption.encode("utf-8")
             assert sample.video.resolve().is_relative_to(folder.resolve()), "a row led out of the folder"
