@@ -6,6 +6,7 @@ import json
 import shutil
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from finetune.inference.adapters import (
     lacking_adapters,
 )
 from finetune.inference.generate import generate
+from finetune.inference.record import read_video_record
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
 from finetune.memory.quantized_linear import placement
 from finetune.methods.merged_base import load_base
@@ -118,9 +120,9 @@ def test_a_run_on_top_of_an_adapter_goes_on_and_is_exported_with_it(tiny_model, 
     torch.testing.assert_close(velocity(pipeline.transformer, model), theirs, rtol=0, atol=1e-5)
     assert json.loads((complete / TRAINING_RECORD).read_text())["base_adapters"] == []
 
-    def sampled(name: str, *adapters: AdapterArgument, transformer: Path | None = None):
+    def sampled(name: str, *adapters: AdapterArgument, **options: Any):
         prompts = (VideoPrompt(prompt="a red ring", seed=5),)
-        options = {"adapters": adapters, "transformer": transformer, "num_inference_steps": 2, "guidance_scale": 3.0}
+        options = {"adapters": adapters, "num_inference_steps": 2, "guidance_scale": 3.0, **options}
         request = GenerateRequest(prompts, tmp_path / name, base=str(model), bucket=Bucket(9, 32, 48), **options)
         return generate(request).frames[0].astype(int)
 
@@ -129,6 +131,13 @@ def test_a_run_on_top_of_an_adapter_goes_on_and_is_exported_with_it(tiny_model, 
     for name, others in (("none", ()), ("weak", (AdapterArgument(moved, 0.4),))):
         with pytest.raises(ConfigError, match=r"with moved.safetensors merged into it at strength 0.5"):
             sampled(name, AdapterArgument(rest.output_dir), *others)
+    with pytest.raises(ConfigError, match=r"merged into it at strength 0.5"):
+        sampled("steps", compare=rest.output_dir)
+    sampled("columns", AdapterArgument(folder), AdapterArgument(moved, STRENGTH), compare=(0.0, 0.5))
+    acting = {path.parent.name: read_video_record(path) for path in (tmp_path / "columns").glob("*/*.mp4")}
+    of_base = AdapterArgument(moved.resolve(), STRENGTH)
+    assert acting["base"].request.adapters == (of_base,)
+    assert acting["strength-0-5"].request.adapters == (AdapterArgument(folder.resolve(), 0.5), of_base)
 
     shutil.copyfile(export(make_run(tmp_path / "c", model, LORA, step=5)).folder / LORA_FILE, moved)
     with pytest.raises(CheckpointError, match=r"model\.adapters: .*a part of the base model"):

@@ -395,6 +395,12 @@ def base_faults(record: TrainingRecord, where: str, base: str, spec: ModelSpec) 
         )
 
 
+def paths_of_base(sources: Mapping[Path, AdapterSource]) -> set[Path]:
+    """The adapters that were merged into the base which another of ``sources`` was trained on."""
+    wanted = {one.sha256 for source in sources.values() if source.record for one in source.record.base_adapters}
+    return {path for path, source in sources.items() if source.settings is None and source.sha256 in wanted}
+
+
 def lacking_adapters(
     adapters: Sequence[AdapterArgument], sources: Mapping[Path, AdapterSource]
 ) -> Iterator[ConfigError]:

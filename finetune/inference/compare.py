@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,13 +23,19 @@ class Column:
 
     label: str
     scale: float = 1.0
-    """Of the strengths of the adapters that were asked for."""
+    """Of the strengths of the adapters that were asked for, but for those of the base."""
     added: tuple[AdapterArgument, ...] = ()
     """Beside those."""
 
-    def adapters(self, own: Sequence[AdapterArgument]) -> tuple[AdapterArgument, ...]:
-        """What acts, where ``own`` is asked for."""
-        return (*(replace(adapter, strength=adapter.strength * self.scale) for adapter in own), *self.added)
+    def adapters(self, own: Sequence[AdapterArgument], of_base: Collection[Path]) -> tuple[AdapterArgument, ...]:
+        """What acts, where ``own`` is asked for.
+
+        Args:
+            own: with the strengths that were asked for.
+            of_base: the paths of those that belong to the base which others were trained on.
+        """
+        scaled = (one if one.path in of_base else replace(one, strength=one.strength * self.scale) for one in own)
+        return (*scaled, *self.added)
 
 
 def parse_comparison(text: str) -> tuple[float, ...] | Path:

@@ -29,6 +29,7 @@ from finetune.inference.adapters import (
     lacking_adapters,
     lokr_faults,
     named_base,
+    paths_of_base,
     read_record,
     read_sources,
     riflex_of,
@@ -120,9 +121,9 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
         what = "an adapter that follows a control video changes weights that are held in fewer bits here"
         fix = "leave it out, or merge the adapter first (`finetune export --to merged --full-pipeline`)"
         faults = [*faults, ConfigError(what, where="--quantize, --transformer", fix=fix)]
-    lacking = [
-        fault for group in dict.fromkeys([request.adapters, *shown]) for fault in lacking_adapters(group, sources)
-    ]
+    of_base = paths_of_base(sources)
+    acting = [column.adapters(own, of_base) for own in [request.adapters, *shown] for column in columns]
+    lacking = [fault for group in dict.fromkeys(acting) for fault in lacking_adapters(group, sources)]
     faults = [*request_faults(request, spec, bucket, fps), *faults, *misfits, *lacking]
     faults += lokr_faults(active.values(), quantised=bool(request.gguf or request.quantize))
     raise_all(ConfigError, faults, what="{n} things are wrong with the request")
@@ -202,11 +203,12 @@ def _shots(
     device: str,
 ) -> Iterator[Shot]:
     """The videos of a request, column by column, each in the order of the prompts."""
+    of_base = paths_of_base(sources)
     prompts = [p.model_copy(update={"seed": p.seed + more}) for p in request.prompts for more in range(request.videos)]
     for column in columns:
         folder = request.out / re.sub(r"\W+", "-", column.label) if column.label else request.out
         for number, prompt in enumerate(prompts):
-            adapters = column.adapters(request.adapters if prompt.adapters is None else prompt.adapters)
+            adapters = column.adapters(request.adapters if prompt.adapters is None else prompt.adapters, of_base)
             alone = replace(
                 request,
                 prompts=(prompt.model_copy(update={"adapters": None, "bucket": None, "strength": None}),),
