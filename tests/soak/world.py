@@ -26,6 +26,7 @@ Snapshot = Mapping[str, bytes]
 """Files by path relative to the world's work folder."""
 
 UNCOMPARED = {
+    r"cache/headers\.sqlite(-journal)?": "what was read of files, as they became old enough; nothing depends on it",
     r"cache/lock": "who used the cache last: host, process and time",
     r"(.*/)?\.([^/]+\.)?lock": "who wrote to a run's folder or to an export last: host, process and time",
     r"run/(metrics\.jsonl|report\.html)": "they hold seconds and memory",
