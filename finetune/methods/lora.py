@@ -342,7 +342,7 @@ def ranks_by_name(layers: Mapping[str, int], rank: int) -> dict[str, int]:
     counts: dict[str, Counter[int]] = {}
     for name, own in layers.items():
         counts.setdefault(inner[name], Counter())[own] += 1
-    usual = {part: ranks.most_common(1)[0][0] for part, ranks in counts.items()}
+    usual = {part: max(ranks, key=lambda own: (ranks[own], own == rank)) for part, ranks in counts.items()}
     named = {part: own for part, own in usual.items() if own != rank}
     named |= {name: own for name, own in layers.items() if own != usual[inner[name]]}
     # The longer one decides where both fit.
