@@ -490,7 +490,8 @@ def test_a_published_model_needs_no_network(name, config_file, demo_clips, tmp_p
 
 
 def test_the_overview_counts_what_training_will_see(tmp_path):
-    from finetune.caching.check import PlannedClip, overview
+    from finetune.caching.check import overview
+    from finetune.caching.planned_clips import PlannedClip
     from finetune.config.schema import RunConfig
     from finetune.core.types import Bucket, ClipPlan, Sample, VideoProbe
 

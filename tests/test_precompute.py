@@ -902,7 +902,7 @@ def test_what_is_cut_off_is_said_with_the_bucket_that_keeps_more(project):
 
 
 def test_a_model_of_one_size_says_that_none_keeps_more(project):
-    from finetune.caching.check import PlannedClip, kept_warnings
+    from finetune.caching.planned_clips import PlannedClip, kept_warnings
     from finetune.cogvideox.model_files import known_model
     from finetune.core.types import Sample, VideoProbe
     from finetune.datasets.geometry import picture_kept, plan_clips

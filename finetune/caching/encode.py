@@ -34,7 +34,7 @@ from finetune.datasets.manifests import FileStamp
 from finetune.memory.block_streaming import stream_text, text_placement
 
 if TYPE_CHECKING:
-    from finetune.caching.check import PlannedClip
+    from finetune.caching.planned_clips import PlannedClip
 
 NOISE_SEED = 0
 """Of the noise on stored image conditions. No option: the run's seed already decides which of the draws is used."""

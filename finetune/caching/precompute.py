@@ -16,7 +16,6 @@ from typing import Any
 
 from finetune.caching.check import (
     UNREADABLE,
-    PlannedClip,
     check_dataset,
     named,
     note_line,
@@ -39,6 +38,7 @@ from finetune.caching.encode import (
     store_images,
 )
 from finetune.caching.parts import LEFT_OUT, all_finished, filed_parts, remove_parts, require_whole
+from finetune.caching.planned_clips import PlannedClip
 from finetune.caching.request import encoding_of, find_manifest, make_request, stream_identities
 from finetune.caching.streaming import encode_streams
 from finetune.caching.writing import EncodeResult, Failure

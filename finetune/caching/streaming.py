@@ -17,8 +17,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from finetune.caching.check import PlannedClip, row_files_of, workers_for
+from finetune.caching.check import row_files_of, workers_for
 from finetune.caching.encode import ClipEncoder, ClipJob, clip_bytes, clip_job
+from finetune.caching.planned_clips import PlannedClip
 from finetune.caching.request import encoding_of
 from finetune.caching.writing import EncodeResult
 from finetune.cogvideox.spec import ModelSpec

@@ -12,17 +12,8 @@ from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from finetune.caching.check import (
-    PlannedClip,
-    clip_labels,
-    companions_of,
-    cpu_cores,
-    identities,
-    kept_by_bucket,
-    kept_warnings,
-    row_files_of,
-    split_clips,
-)
+from finetune.caching.check import cpu_cores, identities, row_files_of, split_clips
+from finetune.caching.planned_clips import PlannedClip, clip_labels, companions_of, kept_by_bucket, kept_warnings
 from finetune.cogvideox.captions import TokenizedCaption, load_tokenizer, tokenize
 from finetune.cogvideox.model_files import local_folder, published_variant
 from finetune.cogvideox.spec import ModelSpec, spec_of

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune.caching.check import ENOUGH
+from finetune.caching.planned_clips import ENOUGH
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.starting_points import StartingPoint, starting_point, suited
 from finetune.core.errors import DataError

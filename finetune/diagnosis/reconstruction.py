@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from finetune.caching.check import PlannedClip, workers_for
+from finetune.caching.check import workers_for
 from finetune.caching.encode import release_memory, set_tiling
+from finetune.caching.planned_clips import PlannedClip
 from finetune.cogvideox.load import load_vae
 from finetune.config.schema import RunConfig
 from finetune.core.errors import DataError

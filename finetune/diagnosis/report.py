@@ -8,9 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune.caching.check import (
-    ENOUGH,
-)
+from finetune.caching.planned_clips import ENOUGH
 from finetune.core.files import human_size
 from finetune.core.types import Bucket
 from finetune.diagnosis import outlook as outlooks
