@@ -18,11 +18,12 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, field_validator,
 
 from finetune.core.errors import DataError, raise_all
 from finetune.core.gpu import parse_bytes
-from finetune.core.text import stripped, text_fault
+from finetune.core.text import text_fault
 from finetune.core.types import CompanionName, Strict
 from finetune.datasets.hub import fetch_dataset
 from finetune.datasets.musubi import read_musubi
 from finetune.datasets.packed import packed_files, read_packed, remove_leftovers
+from finetune.datasets.paired_files import only_file, read_paired_lines, read_paired_tables
 from finetune.datasets.rows import (
     MAX_CAPTION_BYTES,
     MEDIA,
@@ -32,7 +33,6 @@ from finetune.datasets.rows import (
     RowReport,
     Sidecars,
     has_ending,
-    is_foreign_absolute,
     is_still,
     list_folder,
     or_error,
@@ -45,12 +45,9 @@ from finetune.datasets.tables import (
     CAPTION_COLUMNS,
     COMPANION_COLUMNS,
     IMAGE_COLUMNS,
-    MAX_FAULTS,
-    MAX_ROWS,
     SUFFIXES,
     VARIANTS,
     VIDEO_COLUMNS,
-    Row,
     column_of,
     read_lines,
     read_table,
@@ -439,82 +436,18 @@ class PromptsSource(_Source):
 
     def read(self, base: Path, report: RowReport) -> None:
         """Add a row for every line."""
-        folder = self._located(base)
-        columns: list[list[str | DataError]] = []
-        faults: list[DataError] = []
-        for file in self.files(base):
-            try:
-                require_inside(file, folder, allow_outside=self.allow_outside)
-                columns.append(_paired_lines(file))
-            except DataError as error:
-                faults.append(error)
-        raise_all(DataError, faults, what="{n} of the files that pair line by line cannot be used")
-        report.unusable += [line for column in columns for line in column if isinstance(line, DataError)]
-        counts = [len(column) for column in columns]
-        if len(set(counts)) > 1 or not counts[0]:
-            listed = ", ".join(f"{file.name} {count}" for file, count in zip(self.files(base), counts, strict=True))
-            what = f"the files pair line by line, but their counts of lines are: {listed}"
-            raise DataError(what, where=str(folder), fix="write one line per clip in each file")
-        for number, (caption, video, *image) in enumerate(zip(*columns, strict=True), start=1):
-            if not any(isinstance(value, DataError) for value in (caption, video, *image)):
-                where = f"{self.files(base)[0]}:{number}"
-                report.rows.append(RawRow(video, caption, image[0] if image else None, folder, where))
+        read_paired_lines(self.files(base), self._located(base), report, allow_outside=self.allow_outside)
 
     def files(self, base: Path) -> list[Path]:
         """Its two or three files. Raises DataError if there are two of one sort."""
         folder = self._located(base)
         optional = [folder / "images.txt"] if (folder / "images.txt").is_file() else []
-        return [_only_file(folder, PROMPT_LISTS), _only_file(folder, VIDEO_LISTS), *optional]
+        return [only_file(folder, PROMPT_LISTS), only_file(folder, VIDEO_LISTS), *optional]
 
 
 PROMPT_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
 VIDEO_LISTS = ("videos.txt", "video.txt")
-
-
-def _only_file(folder: Path, names: Sequence[str]) -> Path:
-    """The file of one of these names; of the first if there is none."""
-    present = [folder / name for name in names if (folder / name).is_file()]
-    if len(present) > 1:
-        listed = " and ".join(file.name for file in present)
-        raise DataError(f"{listed} could both be meant", where=str(folder), fix="leave one of them there")
-    return present[0] if present else folder / names[0]
-
-
-def _paired_lines(path: Path) -> list[str | DataError]:
-    """The lines of a file that pairs line by line with another: line 1 first, stripped, blank ones at the end left out.
-
-    Returns:
-        Text, or an error for a line that cannot be read.
-
-    Raises:
-        DataError: if the file cannot be read, if there are too many lines or errors, and for the blank lines that
-            others follow: nobody can say which line of the other file belongs to what comes after them.
-    """
-    lines: list[str | DataError] = []
-    faults: list[DataError] = []
-    blank: list[int] = []
-    last = 0
-    for number, line in read_lines(path):
-        text = line if isinstance(line, DataError) else stripped(line)
-        if text == "":
-            if len(blank) <= MAX_FAULTS:  # what follows may be endless, and blank to its end
-                blank.append(number)
-            continue
-        last = number
-        lines.append(text)
-        faults += [text] if isinstance(text, DataError) else []
-        if len(lines) > MAX_ROWS or len(faults) + len(blank) > MAX_FAULTS:
-            most = f"{MAX_ROWS:,} lines" if len(lines) > MAX_ROWS else f"{MAX_FAULTS:,} lines that cannot be read"
-            fix = "check that this is the right file"
-            raise DataError(f"the file has more than {most}", where=f"{path}:{number}", fix=fix)
-    fix = "write what belongs there, or take the line out of every file"
-    places = [f"{path}:{number}" for number in blank if number < last]
-    between = [DataError("the line is blank, and more follow", where=place, fix=fix) for place in places]
-    if between:
-        what = "{n} lines cannot be used, so that it cannot be told what belongs together"
-        raise_all(DataError, [*between, *faults], what=what)
-    return lines
 
 
 class CogKitSource(_Source):
@@ -534,21 +467,7 @@ class CogKitSource(_Source):
             options = {"allow_outside": self.allow_outside, "images": self.images}
             MetadataSource(path=folder / "metadata.jsonl", **options).read(base, report)
             return
-        videos = _rows_by_id(folder / "videos" / "metadata.jsonl", report)
-        images = _rows_by_id(folder / "images" / "metadata.jsonl", report)
-        prompts = _rows_by_id(folder / "metadata.jsonl", report)
-        for key, row in prompts.items():
-            if key not in videos:
-                what = f"id {key!r} is not in videos/metadata.jsonl"
-                report.errors.append(DataError(what, where=row.where, fix="add it there, or take the row out"))
-                continue
-            image = _inner_name("images", images[key]) if key in images else None
-            video = _inner_name("videos", videos[key])
-            report.rows.append(RawRow(video, row.values.get("prompt"), image, folder, row.where))
-        for key, row in videos.items():
-            if key not in prompts:
-                what = f"id {key!r} has no prompt in {folder / 'metadata.jsonl'}"
-                report.errors.append(DataError(what, where=row.where, fix="add it there, or take the row out"))
+        read_paired_tables(folder, report)
 
     def files(self, base: Path) -> list[Path]:
         """Its one to three files."""
@@ -560,36 +479,6 @@ class CogKitSource(_Source):
         folder = self._located(base)
         nested = not (folder / "metadata.jsonl").is_file() and (folder / "train" / "metadata.jsonl").is_file()
         return folder / "train" if nested else folder
-
-
-def _rows_by_id(file: Path, report: RowReport) -> dict[str, Row]:
-    """The rows of one of CogKit's files by their id, as text so that 7 and "7" are the same; none if there is no file.
-
-    Rows that cannot be read, have no id or one that another has are handed on.
-    """
-    rows: dict[str, Row] = {}
-    if file.parent.name == "images" and not file.is_file():
-        return rows
-    table = read_table(file, ("id", "file_name", "prompt"))
-    report.unusable += table.faults
-    for row in table.rows:
-        value = row.values.get("id")
-        if not isinstance(value, int | str) or isinstance(value, bool) or value == "":
-            fix = 'write "id" as a number or text'
-            report.errors.append(DataError("the row has no id", where=row.where, fix=fix))
-        elif str(value) in rows:
-            fix = "give every row its own"
-            report.errors.append(DataError(f"id {value!r} is there twice", where=row.where, fix=fix))
-        else:
-            rows[str(value)] = row
-    return rows
-
-
-def _inner_name(folder: str, row: Row) -> object:
-    """A file name seen from the folder above ``folder``; as it is where it names no file below ``folder`` at all."""
-    name = row.values.get("file_name")
-    is_inner = isinstance(name, str) and name and not name.startswith("/") and not is_foreign_absolute(name)
-    return f"{folder}/{name}" if is_inner else name
 
 
 class FolderSource(_Source):
