@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -131,7 +131,7 @@ def plan_request(request: GenerateRequest, ranks: ProcessGroup) -> Plan:
     model = ModelConfig(pretrained=base, revision=revision, dtype=request.dtype, control=spec.control)
     resolved = replace(request, base=base, revision=revision, fps=fps, dtype=_dtype_name(model.torch_dtype()))
     resolved = replace(resolved, riflex=0 if first.riflex and riflex is None else riflex)
-    shots = tuple(_shots(resolved, bucket, columns, sources, device.type))
+    shots = tuple(_shots(resolved, bucket, columns, sources, of_base, device.type))
     replaced = {shot.path.resolve() for shot in shots}
     overwritten = [
         ConfigError("a video would take the place of what it is made from", where=str(video), fix=_OTHER_FOLDER)
@@ -200,10 +200,10 @@ def _shots(
     bucket: Bucket,
     columns: Sequence[Column],
     sources: Mapping[Path, AdapterSource],
+    of_base: Collection[Path],
     device: str,
 ) -> Iterator[Shot]:
     """The videos of a request, column by column, each in the order of the prompts."""
-    of_base = paths_of_base(sources)
     prompts = [p.model_copy(update={"seed": p.seed + more}) for p in request.prompts for more in range(request.videos)]
     for column in columns:
         folder = request.out / re.sub(r"\W+", "-", column.label) if column.label else request.out

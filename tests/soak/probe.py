@@ -62,6 +62,10 @@ PHASES: dict[str, tuple[str, ...]] = {
 }
 """Phase -> the functions it consists of. The innermost one that a process is in is its phase; before the first and
 between others it is ``elsewhere``."""
+
+THREADED = ("writing an entry",)
+"""Phases that count in every thread; of others, and outside of all, only the main thread's calls do."""
+
 ELSEWHERE = "elsewhere"
 NAMES = (ELSEWHERE, *PHASES)
 
@@ -143,9 +147,22 @@ class Probe:
 
     def __init__(self, state: SharedState, root: Path, plan: Plan | None) -> None:
         self._state, self._root, self._plan = state, str(root.resolve()), plan
-        self._stack = [ELSEWHERE]
-        self._main = threading.main_thread()
+        self._main_stack = [ELSEWHERE]
+        self._threads = threading.local()
+        self._counting = threading.Lock()
+        self._stands = False
         self.profile = Profile()
+
+    @property
+    def _stack(self) -> list[str]:
+        """The phases that this thread is in, the innermost last; a thread beside the main one may be in none."""
+        if threading.current_thread() is threading.main_thread():
+            return self._main_stack
+        return self._threads.__dict__.setdefault("stack", [])
+
+    def _tell(self, phase: str) -> None:
+        if not self._stands:  # other threads go on while one stands still to be killed
+            self._state.phase = phase
 
     def install(self) -> None:
         """Wrap everything; only in a process that is thrown away afterwards."""
@@ -175,7 +192,7 @@ class Probe:
 
         @functools.wraps(inner)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread() is not self._main:
+            if name not in THREADED and threading.current_thread() is not threading.main_thread():
                 return inner(*args, **kwargs)
             with self._inside(name):
                 return inner(*args, **kwargs)
@@ -184,22 +201,25 @@ class Probe:
 
     @contextmanager
     def _inside(self, name: str) -> Iterator[None]:
-        self.profile.entered[name] += 1
+        with self._counting:
+            self.profile.entered[name] += 1
+            number = self.profile.entered[name]
         self._stack.append(name)
-        self._state.phase = name
-        self._stop(name, "before")
+        self._tell(name)
+        self._stop(name, number, "before")
         begun = time.perf_counter()
         try:
             yield
         finally:
             took_s = time.perf_counter() - begun
-            self._stop(name, "after")
-            self.profile.seconds[self._stack.pop()] += took_s
-            self._state.phase = self._stack[-1]
+            self._stop(name, number, "after")
+            with self._counting:
+                self.profile.seconds[self._stack.pop()] += took_s
+            self._tell((self._stack or self._main_stack)[-1])
 
-    def _stop(self, name: str, side: str) -> None:
+    def _stop(self, name: str, number: int, side: str) -> None:
         plan = self._plan
-        if plan is None or plan.at != name or self.profile.entered[name] != plan.nth:
+        if plan is None or plan.at != name or number != plan.nth:
             return
         if plan.side == side:
             self._wait(name)
@@ -209,13 +229,15 @@ class Probe:
     def _call(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(real)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if threading.current_thread() is not self._main or not self._counts(name, args, kwargs):
+            if not self._stack or not self._counts(name, args, kwargs):
                 return real(*args, **kwargs)
             plan = self._plan
             if plan is not None and plan.within and plan.within not in self._stack:
                 return real(*args, **kwargs)
-            self.profile.calls[name] += 1
-            if plan is None or plan.at != name or self.profile.calls[name] != plan.nth:
+            with self._counting:
+                self.profile.calls[name] += 1
+                number = self.profile.calls[name]
+            if plan is None or plan.at != name or number != plan.nth:
                 return real(*args, **kwargs)
             if plan.side == "after":
                 real(*args, **kwargs)
@@ -232,6 +254,8 @@ class Probe:
         return kwargs.get("dir_fd") is not None or _place(args[0]).startswith(self._root)
 
     def _wait(self, note: str) -> None:
+        self._tell(self._stack[-1])
+        self._stands = True
         self._state.reach(note)
         time.sleep(60)
         raise RuntimeError("nobody killed a process that stood still for it")
