@@ -125,6 +125,11 @@ def test_all_never_drifts_into_a_repeat():
         assert len(set(clip)) == 49
 
 
+def test_frames_a_millisecond_apart_are_not_shared_by_two_clips():
+    times = [3.875, 3.876, 4.376, 4.876]  # the first two tie for the time at which the second clip begins
+    assert frame_indices(times, 1, 4, "all") == [(0,), (1,), (2,), (3,)]
+
+
 def test_a_slower_source_repeats_frames_and_keeps_its_speed():
     times = cfr(30, 4)
     (ours,) = frame_indices(times, 49, 8, "head")

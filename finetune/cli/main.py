@@ -17,6 +17,7 @@ import finetune
 from finetune.cli import data, runs, sampling, sharing  # noqa: F401  (their functions become verbs of the app, in this order)
 from finetune.cli.app import BUG, INTERRUPTED, OK, USER_ERROR, app
 from finetune.cli.streams import lasting_streams, open_streams, own_log, quiet_libraries
+from finetune.core.collector import collect_seldom
 from finetune.core.errors import ConfigError, FinetuneError, first_line, is_out_of_memory, is_refusal
 from finetune.core.text import shown
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     lasting = bool(words) and words[0] in _LASTING
+    if argv is None:
+        collect_seldom()
     open_streams()
     quiet_libraries()
     with lasting_streams() if lasting else nullcontext(), own_log():

@@ -154,8 +154,9 @@ def frame_indices(
     def fits(start: float) -> bool:
         return _fitting(last - start, fps) >= frames
 
-    def clip_from(start: float) -> tuple[int, ...]:
-        return tuple(_nearest(times, start + i / fps) for i in range(frames))
+    def clip_from(begin: int) -> tuple[int, ...]:
+        # No frame before its first, which a frame less than TIE_S earlier would tie with.
+        return tuple(max(begin, _nearest(times, times[begin] + i / fps)) for i in range(frames))
 
     if not fits(first):
         if not pad:
@@ -163,11 +164,11 @@ def frame_indices(
         reached = range(_fitting(last - first, fps))
         return [_padded(tuple(_nearest(times, first + i / fps) for i in reached), frames)]
     if span == "head":
-        return [clip_from(first)]
+        return [clip_from(0)]
     if span == "center":
         slack = max(0.0, last - first - (frames - 1) / fps)
         # Starting at a source frame, not between two, keeps the frames of a source at the target rate consecutive.
-        return [clip_from(times[_nearest(times, first + slack / 2)])]
+        return [clip_from(_nearest(times, first + slack / 2))]
     clips: list[tuple[int, ...]] = []
     unused = 0  # the first source frame that no clip holds
     while unused < len(times):
@@ -176,7 +177,7 @@ def frame_indices(
         begin = max(unused, _nearest(times, due))
         if not fits(max(due, times[begin])):
             break
-        clips.append(clip_from(times[begin]))
+        clips.append(clip_from(begin))
         unused = clips[-1][-1] + 1
     return clips
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -86,6 +86,7 @@ of NCCL's exchanges. Cards without NVLink go through the host."""
 _HOST_LINK = 12
 
 
+@cache
 def link_rate(device: str) -> float:
     """Bytes per second that a GPU sends to others of its machine; published or assumed, never measured by us.
 

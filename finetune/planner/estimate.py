@@ -11,12 +11,11 @@ another one may be the highest in the whole model.
 
 from __future__ import annotations
 
-import gc
 import importlib.metadata
 import logging
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -34,6 +33,7 @@ from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_file, digest_of
+from finetune.core.collector import collector_paused
 from finetune.core.files import atomic_write_text, user_folder
 from finetune.core.types import Bucket
 from finetune.inference.sample import decodes_in_tiles
@@ -393,7 +393,8 @@ def _run(
     sampled = config.validation.bucket or bucket
     if config.method.kind == "lora":  # weights that there need be none of
         config = config.model_copy(update={"method": config.method.model_copy(update={"init_from": None})})
-    with fake_world() as tracker, ExitStack() as stack, _uncollected():
+    # What only the collector would free counts: a peak does not depend on when it runs.
+    with fake_world() as tracker, ExitStack() as stack, collector_paused():
         base = placement(config.memory.base)
         transformer = empty_transformer(folder, dtype=dtype, device=CPU, placement=base, layers=layers)
         if config.model.control:
@@ -427,15 +428,3 @@ def _beside(phase: Phase, resting: Phase) -> Phase:
         curve=tuple(map(more, phase.curve)),
         stations={station: more(point) for station, point in phase.stations.items()},
     )
-
-
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without the garbage collector: what only it would free counts, and a peak does not depend on when it runs."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()

@@ -21,7 +21,7 @@ from finetune.methods.lora import LoraMethod
 from finetune.planner.cost_model import Rates
 from finetune.planner.estimate import longest_bucket, predict
 from finetune.planner.memory_tracker import PHASES, RUN_PHASES, Phase, PhaseName
-from finetune.planner.step_time import BYTES_PER_WEIGHT, step_cost
+from finetune.planner.step_time import BYTES_PER_WEIGHT, StepCosts
 
 QUANTISED = ("fp8", "int8", "nf4")
 """Bases that change the model, from the least to the most."""
@@ -203,7 +203,7 @@ def candidates(config: RunConfig, traits: Traits, rates: Rates, bases: Sequence[
         bases: how the base may be held.
     """
     spec = spec_of(config.model, shipped=True)
-    layers = spec.num_layers
+    layers, costs = spec.num_layers, StepCosts(config, spec, rates)
     counts = sorted({*range(0, layers, max(layers // _BLOCK_COUNTS, 1)), layers})
     every: list[Candidate] = []
     for family in _families(config, traits, bases):
@@ -216,7 +216,7 @@ def candidates(config: RunConfig, traits: Traits, rates: Rates, bases: Sequence[
             if streamed:
                 changes["streamed_blocks"] = "all" if streamed == layers else streamed
             memory = family.model_copy(update=changes)
-            seconds = step_cost(config, spec, memory, rates).step_s
+            seconds = costs.of(memory).step_s
             every.append(Candidate(memory, family, kept / layers, streamed / layers, seconds))
     return sorted(every, key=lambda one: (round(one.step_s, 3), len(one.memory.changed())))
 
@@ -251,6 +251,7 @@ class _Search:
         self._config, self._machine = config, machine
         self._spec = spec_of(config.model, shipped=True)
         self._traits = memory_traits(config, self._spec, processes=machine.processes)
+        self._costs = StepCosts(config, self._spec, machine.rates)
         self._plans: dict[MemoryConfig, MemoryPlan] = {}
         self._families: dict[MemoryConfig, tuple[Bytes, Bytes, Bytes]] = {}
         self._corrections: dict[MemoryConfig, Bytes] = {}
@@ -268,7 +269,7 @@ class _Search:
             estimate = predict(config, phases=RUN_PHASES, processes=self._machine.processes)
             names = {PHASES[name]: name for name in RUN_PHASES}
             peaks = tuple((names[phase.name], phase.peak.nbytes) for phase in estimate.phases)
-            seconds = step_cost(self._config, self._spec, memory, self._machine.rates).step_s
+            seconds = self._costs.of(memory).step_s
             self._plans[memory] = MemoryPlan(memory, seconds, peaks, estimate.host_bytes)
         return self._plans[memory]
 

@@ -215,59 +215,72 @@ def step_cost(config: RunConfig, spec: ModelSpec, memory: MemoryConfig, rates: R
         memory: the memory state.
         rates: of the machine.
     """
-    unit, layers = BlockUnits.of(config, spec), spec.num_layers
-    batch = config.train.batch_size
-    clips = min(memory.clips_at_once or batch, batch)
-    times = config.train.accumulation * -(-batch // clips)
-    state = "nothing recomputed" if memory.checkpointing == "none" else "stock block"
-    state = "lean" if memory.block == "lean" else state
-    keeping = min(memory.keep_attention or layers, layers) if memory.checkpointing == "selective" else 0
-    method = "full" if config.method.kind == "full" else "lora"  # a LoKr makes as many products as often
-    counts = {
-        name: _counts(spec.use_rotary, method, state, name, unit.tokens) for name in ("forward", "backward", "update")
-    }
-    # Weights are decoded, and copied, once for all clips that go through together.
-    decoded = 0.0 if memory.base == "native" else unit.weights * layers * _DEQUANTISED / rates.memory
-    runs = {"forward": 1, "backward": 1 if memory.checkpointing == "none" else 2}
-    # Counted in bf16, where nothing is in float32.
-    gemm = rates.gemm_float32 if config.model.dtype == "fp32" else rates.gemm
-    fp16 = config.model.dtype == "fp16"
-    lora = config.method if isinstance(config.method, LoraMethod) else None
-    wide_adapters = lora.in_float32(fp16=fp16) if lora is not None else fp16
-    copies, shared, serial = _copies(unit, layers, memory, rates, clips)
+    return StepCosts(config, spec, rates).of(memory)
 
-    def passing(name: str) -> PassTime:
-        count = counts[name]
-        products = count["linear"] * unit.linear / gemm
-        if wide_adapters:
-            products += (runs[name] + (name == "backward")) * unit.adapters / rates.gemm_float32
+
+class StepCosts:
+    """Predicts the steps of one run on one machine, in thousands of memory states; see ``step_cost``."""
+
+    def __init__(self, config: RunConfig, spec: ModelSpec, rates: Rates) -> None:
+        self._config, self._rates = config, rates
+        self._unit, self._layers, self._rotary = BlockUnits.of(config, spec), spec.num_layers, spec.use_rotary
+        # Counted in bf16, where nothing is in float32.
+        self._gemm = rates.gemm_float32 if config.model.dtype == "fp32" else rates.gemm
+        fp16 = config.model.dtype == "fp16"
+        lora = config.method if isinstance(config.method, LoraMethod) else None
+        self._wide_adapters = lora.in_float32(fp16=fp16) if lora is not None else fp16
+
+    def of(self, memory: MemoryConfig) -> StepTime:
+        """In one memory state."""
+        config, rates, unit, layers = self._config, self._rates, self._unit, self._layers
+        batch = config.train.batch_size
+        clips = min(memory.clips_at_once or batch, batch)
+        times = config.train.accumulation * -(-batch // clips)
+        state = "nothing recomputed" if memory.checkpointing == "none" else "stock block"
+        state = "lean" if memory.block == "lean" else state
+        keeping = min(memory.keep_attention or layers, layers) if memory.checkpointing == "selective" else 0
+        method = "full" if config.method.kind == "full" else "lora"  # a LoKr makes as many products as often
+        counts = {
+            name: _counts(self._rotary, method, state, name, unit.tokens) for name in ("forward", "backward", "update")
+        }
+        # Weights are decoded, and copied, once for all clips that go through together.
+        decoded = 0.0 if memory.base == "native" else unit.weights * layers * _DEQUANTISED / rates.memory
+        runs = {"forward": 1, "backward": 1 if memory.checkpointing == "none" else 2}
+        copies, shared, serial = _copies(unit, layers, memory, rates, clips)
+
+        def passing(name: str) -> PassTime:
+            count = counts[name]
+            products = count["linear"] * unit.linear / self._gemm
+            if self._wide_adapters:
+                products += (runs[name] + (name == "backward")) * unit.adapters / rates.gemm_float32
+            else:
+                # Products that wait for memory move as many bytes at any rank; at a large one they wait no more.
+                waiting_s = count["thin_u"] * unit.adapter_bytes / rates.memory
+                products += max(waiting_s, count["thin"] * unit.adapters / self._gemm)
+            kept = keeping / layers if name == "backward" else 0.0
+            attention = (count["attention"] - kept) * unit.attention / rates.attention_forward
+            attention += count["attention_backward"] * BACKWARD_ATTENTION * unit.attention / rates.attention_backward
+            traffic = clips * layers * count["elementwise_u"] * unit.token_bytes / rates.memory
+            return PassTime(
+                name,
+                products_s=times * clips * layers * products,
+                attention_s=times * clips * layers * attention,
+                traffic_s=times * (traffic + shared[name]),
+                exchanges_s=times * clips * layers * runs[name] * unit.exchanged / link_rate(rates.device),
+                decoding_s=times * decoded * runs[name],
+                launches_s=times * layers * count["kernels"] * rates.launch,
+                copies_s=times * copies[name],
+                serial_s=times * serial,
+            )
+
+        update = _update(unit, layers, memory, rates)
+        update_launches = layers * counts["update"]["kernels"] * rates.launch
+        if memory.optimizer_states == "host":
+            last = PassTime("update", serial_s=update)
         else:
-            # Products that wait for memory move as many bytes at any rank; at a large one they do not wait any more.
-            products += max(count["thin_u"] * unit.adapter_bytes / rates.memory, count["thin"] * unit.adapters / gemm)
-        kept = keeping / layers if name == "backward" else 0.0
-        attention = (count["attention"] - kept) * unit.attention / rates.attention_forward
-        attention += count["attention_backward"] * BACKWARD_ATTENTION * unit.attention / rates.attention_backward
-        traffic = clips * layers * count["elementwise_u"] * unit.token_bytes / rates.memory
-        return PassTime(
-            name,
-            products_s=times * clips * layers * products,
-            attention_s=times * clips * layers * attention,
-            traffic_s=times * (traffic + shared[name]),
-            exchanges_s=times * clips * layers * runs[name] * unit.exchanged / link_rate(rates.device),
-            decoding_s=times * decoded * runs[name],
-            launches_s=times * layers * count["kernels"] * rates.launch,
-            copies_s=times * copies[name],
-            serial_s=times * serial,
-        )
-
-    update = _update(unit, layers, memory, rates)
-    update_launches = layers * counts["update"]["kernels"] * rates.launch
-    if memory.optimizer_states == "host":
-        last = PassTime("update", serial_s=update)
-    else:
-        last = PassTime("update", traffic_s=update, launches_s=update_launches)
-    base = replace(passing("forward"), name="base") if config.data.preserves_prior else None
-    return StepTime(passing("forward"), passing("backward"), last, base)
+            last = PassTime("update", traffic_s=update, launches_s=update_launches)
+        base = replace(passing("forward"), name="base") if config.data.preserves_prior else None
+        return StepTime(passing("forward"), passing("backward"), last, base)
 
 
 @cache
