@@ -116,7 +116,8 @@ class Launcher:
     def train(self, run_yaml: Path, **options: Any) -> list[Ended]:
         """``finetune train`` in every process; all must succeed."""
         ends = self.run("launcher_cases:command", "train", "--config", str(run_yaml), **options)
-        assert [end.code for end in ends] == [0] * len(ends), "\n".join(f"{end.code}: {end.log[-3000:]}" for end in ends)
+        logs = "\n".join(f"{end.code}: {end.log[-3000:]}" for end in ends)
+        assert [end.code for end in ends] == [0] * len(ends), logs
         return ends
 
     def close(self) -> None:

@@ -334,3 +334,14 @@ def test_the_check_of_seeded_faults_can_fail(mutants, change, said):
     assert fault.startswith("x: ") and said in fault
     twice = mutants.table_faults([mutants.Mutant(**row)] * 2, texts, tests)
     assert twice == ["x: another row is called so"]
+
+
+# --------------------------------------------------------------------------------------------------------- the suite
+
+
+def test_what_tests_share_is_made_by_one_worker(request):
+    """A pytest that pytest-xdist does not know may lose the groups without a word; each worker then makes all of it."""
+    if not hasattr(request.config, "workerinput"):
+        pytest.skip("not in a worker of pytest-xdist")
+    grouped = [item for item in request.session.items if item.get_closest_marker("xdist_group")]
+    assert [item.nodeid for item in grouped if "@" not in item.nodeid] == []
