@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import av
 import pytest
 import torch
 
+from finetune.cli.main import main
 from finetune.core.collector import collector_paused
 from finetune.core.rng import seed_global
 from finetune.core.types import Bucket
 from finetune.datasets import decode
 from finetune.datasets.schedule import Item, StepPlan
 from finetune.testing.demo import Scene, write_clips
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_header_is_read_in_one_opening(tmp_path, monkeypatch):
@@ -41,6 +48,22 @@ def test_cycles_are_looked_for_again_whatever_ends_the_pause():
         assert not gc.isenabled(), "a pause in a pause does not end it"
         raise KeyError
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("program", ["-m finetune doctor", "train.py"])
+def test_a_program_takes_nothing_apart_at_its_end(program, tmp_path):
+    """What is frozen is not walked; a function called from another program changes nothing of that one's collector."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count() > 10_000, gc.get_threshold()[0]))"
+    )
+    command = [sys.executable, *program.split(), "--config", str(tmp_path / "nowhere.yaml")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stdout.splitlines()[-1] == "True 10000", done.stdout + done.stderr
+    before = gc.get_threshold()
+    assert main(["doctor", "--config", str(tmp_path / "nowhere.yaml")]) == 2
+    assert gc.get_threshold() == before
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

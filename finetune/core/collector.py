@@ -25,10 +25,10 @@ def collector_paused() -> Iterator[None]:
 
 
 def collect_seldom() -> None:
-    """For a program of its own: search a fifteenth as often, and not at its end.
+    """For a program of its own: search less often, and not at its end.
 
-    Importing torch and diffusers makes half a million objects, none of which goes. Python walks them eight times on the
-    way, and once more to take them apart before it ends: 2 s of a command's 6.
+    Importing torch and diffusers makes half a million objects, none of which goes. Python walks them several times on
+    the way, and once more to take them apart before it ends (docs/performance.md has the seconds).
     """
     gc.set_threshold(10_000, 10, 10)
     atexit.register(gc.freeze)

@@ -162,7 +162,8 @@ class TrackedTraining:
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._name_gradient)  # type: ignore[no-untyped-call]
         self._warm_up()
-        gc.collect(0)  # what putting it together left over; nothing of it is older while the collector is paused
+        # What putting it together left over; while the collector is paused, nothing of it has grown old.
+        gc.collect(2 if gc.isenabled() else 0)
         self._name_residents()
 
     def _name_gradient(self, parameter: Tensor) -> None:
