@@ -87,11 +87,11 @@ class Job(ABC):
             Failed: if not.
         """
 
-    def kill(self, complete: Callable[[], bool]) -> Killed | None:
+    def kill(self, lacking: Callable[[], list[str]]) -> Killed | None:
         """Kill one process at the planned moment; None if it had ended well before.
 
         Args:
-            complete: whether the command has done all it had to; other processes may then end well.
+            lacking: what the command has left undone; where it is nothing, other processes may end well.
 
         Raises:
             Failed: if a process fails by itself, the others do not end in time or end well without being done, or
@@ -116,7 +116,7 @@ class Job(ABC):
         below = processes.descendants(pid)
         phase, note = self._where()
         self._kill(pid)
-        others_s = self._await_others(plan, complete)
+        others_s = self._await_others(plan, lacking)
         orphans_s = processes.wait_gone(below, ORPHANS_S)
         if orphans_s is None:
             raise self._failed(f"killed {plan}, it left processes that still run after {ORPHANS_S:g} s: {below}")
@@ -141,7 +141,7 @@ class Job(ABC):
     def _kill(self, pid: int) -> None: ...
 
     @abstractmethod
-    def _await_others(self, plan: Plan, complete: Callable[[], bool]) -> float | None: ...
+    def _await_others(self, plan: Plan, lacking: Callable[[], list[str]]) -> float | None: ...
 
     @abstractmethod
     def _end(self) -> None:
@@ -208,7 +208,7 @@ class ForkedJob(Job):
     def _kill(self, pid: int) -> None:
         processes.kill(pid)
 
-    def _await_others(self, plan: Plan, complete: Callable[[], bool]) -> float | None:
+    def _await_others(self, plan: Plan, lacking: Callable[[], list[str]]) -> float | None:
         begun = time.monotonic()
         others = [pid for rank, pid in enumerate(self._pids) if rank != self._spec.rank]
         for other in others:
@@ -216,8 +216,8 @@ class ForkedJob(Job):
                 code = processes.wait(other, BOUND_S)
             except TimeoutError:
                 raise self._failed(f"killed {plan}, and another process hung for {BOUND_S:g} s") from None
-            if code == 0 and not complete():
-                raise self._failed(f"killed {plan}, and another process ended as if all were done")
+            if code == 0 and (undone := lacking()):
+                raise self._failed(f"killed {plan}, and another process ended as if all were done: {undone[:8]}")
         return time.monotonic() - begun if others else None
 
     def _end(self) -> None:
@@ -325,7 +325,7 @@ class CommandJob(Job):
     def _kill(self, pid: int) -> None:
         os.kill(pid, 9)
 
-    def _await_others(self, plan: Plan, complete: Callable[[], bool]) -> float | None:
+    def _await_others(self, plan: Plan, lacking: Callable[[], list[str]]) -> float | None:
         begun = time.monotonic()
         below = processes.descendants(self._process.pid)
         try:
@@ -335,8 +335,8 @@ class CommandJob(Job):
             raise self._failed(f"killed {plan}, and the launch hung for {BOUND_S:g} s") from None
         if self._spec.processes == 1:
             return None
-        if code == 0 and not complete():
-            raise self._failed(f"killed {plan}, and the launch ended as if all were done")
+        if code == 0 and (undone := lacking()):
+            raise self._failed(f"killed {plan}, and the launch ended as if all were done: {undone[:8]}")
         if processes.wait_gone(below, ORPHANS_S) is None:
             raise self._failed(f"killed {plan}, the launch ended and left processes: {below}")
         return time.monotonic() - begun
