@@ -8,9 +8,7 @@ configuration or the data to mend, 1 a bug; the launchers themselves turn every 
 
 import sys
 
-from finetune.cli.main import main
-from finetune.core.collector import collect_seldom
+from finetune.cli.main import program
 
 if __name__ == "__main__":
-    collect_seldom()
-    sys.exit(main(["train", *sys.argv[1:]]))
+    program(["train", *sys.argv[1:]])

@@ -1,8 +1,6 @@
 """``python -m finetune`` is the ``finetune`` command."""
 
-import sys
-
-from finetune.cli.main import main
+from finetune.cli.main import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

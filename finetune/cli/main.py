@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import platform
 import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -17,7 +20,6 @@ import finetune
 from finetune.cli import data, runs, sampling, sharing  # noqa: F401  (their functions become verbs of the app, in this order)
 from finetune.cli.app import BUG, INTERRUPTED, OK, USER_ERROR, app
 from finetune.cli.streams import lasting_streams, open_streams, own_log, quiet_libraries
-from finetune.core.collector import collect_seldom
 from finetune.core.errors import ConfigError, FinetuneError, first_line, is_out_of_memory, is_refusal
 from finetune.core.text import shown
 
@@ -35,6 +37,31 @@ _LASTING = (
 """Verbs whose outcome is not what they print: that nobody can read it is no reason to stop."""
 
 
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run one command line in a process of its own, which ends with it.
+
+    Importing torch and diffusers makes half a million objects that stay. Python would search them for cycles on the way
+    and take them apart at the end, for seconds (docs/performance.md): it searches less often, and ends the process when
+    all that was to be done at exit has been done.
+
+    Args:
+        argv: see ``main``.
+    """
+    gc.set_threshold(10_000, 10, 10)
+    codes: list[int] = []
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(AttributeError, OSError, ValueError):  # there may be none, or nobody who reads it
+                stream.flush()
+        if codes:
+            os._exit(codes[0])
+
+    atexit.register(leave)  # the first to be registered is the last to be called
+    codes.append(main(argv))
+    sys.exit(codes[0])
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code; ``_EXITS`` lists them.
 
@@ -43,8 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     lasting = bool(words) and words[0] in _LASTING
-    if argv is None:
-        collect_seldom()
     open_streams()
     quiet_libraries()
     with lasting_streams() if lasting else nullcontext(), own_log():

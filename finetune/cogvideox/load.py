@@ -26,6 +26,7 @@ from finetune.cogvideox.model_files import hub_sha256, resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.checksums import ChecksummedFolder, DamageError, digest_of
 from finetune.core.checksums import digest_file as digest_file_now
+from finetune.core.collector import collector_paused
 from finetune.core.distributed import require_cudnn
 from finetune.core.errors import DataError, FinetuneError, ModelError
 from finetune.core.files import COMPLETE, atomic_write_text
@@ -277,8 +278,9 @@ def _on_meta_device(folder: Path, component: str, dtype: torch.dtype, **changes:
     return module
 
 
+@collector_paused()
 def _class_of(folder: Path, component: str) -> Any:
-    import diffusers
+    import diffusers  # of which this loads a good part
 
     return getattr(diffusers, read_part(folder, component).model_dump()["class_name"])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,13 +21,3 @@ def collector_paused() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def collect_seldom() -> None:
-    """For a program of its own: search less often, and not at its end.
-
-    Importing torch and diffusers makes half a million objects, none of which goes. Python walks them several times on
-    the way, and once more to take them apart before it ends (docs/performance.md has the seconds).
-    """
-    gc.set_threshold(10_000, 10, 10)
-    atexit.register(gc.freeze)
