@@ -31,11 +31,11 @@ KILLS_PER_ROUND = 12
 
 MOMENTS: dict[str, Plan] = {
     "when the dataset has been planned": Plan("planning", side="after"),
-    "while the VAE is loaded": Plan("loading an encoder", seconds=0.005),
+    "when the VAE has been loaded": Plan("loading an encoder", side="after"),
     "while the second clip is decoded": Plan("decoding", 2, side="before"),
     "when the second clip has been encoded": Plan("encoding", 2, side="after"),
     "in the middle of an entry's bytes": Plan("write", 2, side="during", within="writing an entry"),
-    "while the model is loaded": Plan("loading the model", seconds=0.005),
+    "when the model has been loaded": Plan("loading the model", side="after"),
     "after a backward pass": Plan("backward", 2, side="after"),
     "between clipping and the update": Plan("updating weights", 2, side="before"),
     "in the middle of a checkpoint's bytes": Plan("write", 2, side="during", within="writing a checkpoint"),
