@@ -120,17 +120,8 @@ def start(folder: Path) -> dict[str, float]:
     titles = ("start to first step, encoding four clips, s", "start to first step, s")
     figures = {title: float(_in_child("first_step", folder)) for title in titles}
     begun = processor_s()
-    command = [
-        sys.executable,
-        "-m",
-        "finetune",
-        "train",
-        "--config",
-        str(folder / "run.yaml"),
-        "--set",
-        "train.steps=1",
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    words = ["train", "--config", str(folder / "run.yaml"), "--set", "train.steps=1"]
+    subprocess.run([sys.executable, "-m", "finetune", *words], check=True, capture_output=True)
     return figures | {"`finetune train` of one step, from start to end, s": processor_s() - begun}
 
 

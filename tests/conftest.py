@@ -57,7 +57,7 @@ GPU_PIECES = {
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
-gc.set_threshold(10_000, 10, 10)
+gc.set_threshold(10_000, 10, 10)  # as a command does
 # No power cut is tested, and a run of a second waits for the disk some forty times; a wrong descriptor stays an error.
 os.fsync = os.fstat  # type: ignore[assignment]
 

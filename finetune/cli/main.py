@@ -57,7 +57,7 @@ def program(argv: Sequence[str] | None = None) -> NoReturn:
         if codes:
             os._exit(codes[0])
 
-    atexit.register(leave)  # the first to be registered is the last to be called
+    atexit.register(leave)  # what is registered first is called last
     codes.append(main(argv))
     sys.exit(codes[0])
 
