@@ -420,6 +420,17 @@ def test_files_outside_are_not_served(client, url):
     assert response.status_code == 404 and "hidden" not in response.text and "Traceback" not in response.text
 
 
+def test_a_video_is_shown_when_it_is_whole(client, workspace):
+    videos = workspace.roots.workspace / "videos"
+    videos.mkdir()
+    for name in ("a.mp4", ".b.7-0.partial.mp4"):
+        (videos / name).write_bytes(b"\0\0\0\x18ftypmp42")
+    (videos / "gone.mp4").symlink_to("nowhere.mp4")  # like one that goes while the folder is listed
+    response = client.get("/play")
+    assert response.status_code == 200 and "a.mp4" in response.text
+    assert "partial" not in response.text and "gone" not in response.text
+
+
 def test_videos_are_served_in_parts_and_pages_in_a_sandbox(client, workspace):
     (workspace.roots.workspace / "page.html").write_text("<script>1</script>")
     part = client.get("/file?path=clips/a.mp4", headers={"range": "bytes=4-7"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,18 +220,25 @@ def _config_of(workspace: Workspace, run: Path) -> str:
 # ------------------------------------------------------------------------------------------------------- play and ship
 
 
+_WHOLE = "[!.]*"
+"""Files but those that are being written, whose names begin with a dot."""
+
+
 def _play(workspace: Workspace, query: Query) -> dict[str, Any]:
     folder = query.get("videos") or "videos"
-    place = workspace.roots.inside(folder, "the folder")
-    files = [path for path in place.glob("*") if path.suffix in (".mp4", ".gif", ".png")] if place.is_dir() else []
-    files.sort(key=lambda path: -path.stat().st_mtime)
+    written: dict[Path, float] = {}
+    for path in workspace.roots.inside(folder, "the folder").glob(_WHOLE):
+        if path.suffix in (".mp4", ".gif", ".png"):
+            with suppress(OSError):  # it may have gone since the folder was listed
+                written[path] = path.stat().st_mtime
+    files = sorted(written, key=lambda path: -written[path])
     uploads = workspace.roots.workspace / "uploads"
     return {
         "command": GENERATE,
         "adapters": workspace.adapters(),
         "videos": folder,
         "files": [workspace.roots.shown(path) for path in files[:_MOST_VIDEOS]],
-        "uploads": [workspace.roots.shown(path) for path in sorted(uploads.glob("*"))] if uploads.is_dir() else [],
+        "uploads": [workspace.roots.shown(path) for path in sorted(uploads.glob(_WHOLE))],
     }
 
 
