@@ -60,7 +60,7 @@ def comfyui_updates(transformer: nn.Module, lora: Mapping[str, Tensor]) -> tuple
             merged = weight + alpha * update
             if (magnitude := lora.get(f"{stem}.dora_scale")) is not None:
                 assert magnitude.shape == (len(weight), 1)  # of another shape it would scale inputs, not outputs
-                merged = merged * (magnitude / merged.flatten(1).norm(dim=1, keepdim=True))
+                merged = merged * (magnitude / weight.flatten(1).norm(dim=1, keepdim=True))  # a DoRA: merged's norms
             weights[module] = merged
     return weights, unread
 

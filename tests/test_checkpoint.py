@@ -32,6 +32,7 @@ from finetune.checkpoint.compare import compare_configs, require_same_run
 from finetune.checkpoint.folders import CheckpointConfig, checkpoint_path, clear_interrupted, prune
 from finetune.checkpoint.load import choose_checkpoint, load_checkpoint
 from finetune.checkpoint.save import save_checkpoint
+from finetune.config.schema import RunConfig
 from finetune.core import files
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError
@@ -295,6 +296,23 @@ def test_a_run_from_before_a_source_had_an_option_is_the_same_run():
     assert compare_configs(before, {"data": {"sources": [source | since]}}) == []
     (change,) = compare_configs(before, {"data": {"sources": [source | since | {"weight": 2.0}]}})
     assert change.field == "data.sources"
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_from_before_goes_on_whatever_was_added_to_the_configuration_since(method):
+    """As 0802f87 recorded them. A field that is new to a section in which nothing may change needs its ``_SINCE``."""
+    before = json.loads((Path(__file__).parent / "golden" / "earlier_configs.json").read_text())[method]
+    now = RunConfig.from_dict(
+        {
+            "model": {"pretrained": before["model"]["pretrained"]},
+            "data": {"sources": [{"path": "/tmp/clips"}], "buckets": ["49x480x720"]},
+            "method": {"kind": method},
+            "train": {"steps": 10},
+            "output_dir": before["output_dir"],
+        }
+    ).model_dump(mode="json")
+    changes = {change.field: change.allowed for change in compare_configs(before, now)}
+    assert all(changes.values()) and changes.keys() <= {"cache.dir", "data.control_dropout", "method.compute"}
 
 
 def test_differences_are_named_field_by_field():

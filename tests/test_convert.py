@@ -112,16 +112,29 @@ def test_sats_loras_have_eight_tensors_per_layer_and_count_one_over_rank(layers)
     )
 
 
-def test_doras_magnitude_is_a_column_where_comfyui_reads_it():
+@pytest.mark.parametrize("layout", ["sat", "comfyui", "kohya", "videox-fun"])
+def test_a_dora_is_written_only_where_it_is_read_as_peft_has_it(layout):
     module = "transformer_blocks.0.attn1.to_q"
     lora = lora_of([module])
     lora = Lora({**lora.tensors, f"{module}.lora_magnitude_vector": torch.arange(16.0)}, lora.alphas)
-    theirs = from_diffusers(lora, LAYOUTS["comfyui"])
-    assert theirs["diffusion_model.blocks.0.q.dora_scale"].shape == (16, 1)
-    back = to_diffusers(theirs, LAYOUTS["comfyui"])
-    assert torch.equal(back.tensors[f"{module}.lora_magnitude_vector"], torch.arange(16.0))
-    with pytest.raises(ConfigError, match="cannot express DoRA"):
-        from_diffusers(lora, LAYOUTS["sat"])
+    with pytest.raises(ConfigError, match="cannot express a DoRA"):
+        from_diffusers(lora, LAYOUTS[layout])
+
+
+@pytest.mark.parametrize(
+    ("scale", "fits"), [((16,), True), ((16, 1), True), ((1, 16), False), ((), False), ((8,), False)]
+)
+def test_magnitudes_of_outputs_are_read_and_those_of_inputs_refused(scale, fits):
+    """The layer is square: nothing but their form tells whose they are."""
+    module = "transformer_blocks.0.attn1.to_q"
+    theirs = from_diffusers(lora_of([module]), LAYOUTS["comfyui"])
+    theirs["diffusion_model.blocks.0.q.dora_scale"] = magnitudes = torch.rand(scale)
+    if fits:
+        read = to_diffusers(theirs, LAYOUTS["comfyui"]).tensors[f"{module}.lora_magnitude_vector"]
+        assert torch.equal(read, magnitudes.flatten())
+    else:
+        with pytest.raises(ConfigError, match=r"not one for each of its 16 outputs"):
+            to_diffusers(theirs, LAYOUTS["comfyui"])
 
 
 @pytest.mark.parametrize(

@@ -286,10 +286,9 @@ def merged_weights(model: Path, run: Path, method: dict) -> dict[str, torch.Tens
 
 
 @pytest.mark.parametrize("variant", ["5b", "1.5-5b-i2v"])
-@pytest.mark.parametrize("options", [{"ranks": {"to_v": 7}}, {"use_dora": True}], ids=["ranks", "dora"])
-def test_comfyui_reads_every_tensor_and_computes_what_was_trained(tiny_model, tmp_path, variant, options):
+def test_comfyui_reads_every_tensor_and_computes_what_was_trained(tiny_model, tmp_path, variant):
     """ComfyUI's own rules, written down in ``other_programs``: each key is consumed, with its alpha."""
-    model, method = tiny_model(variant), ALL_LINEAR | options
+    model, method = tiny_model(variant), ALL_LINEAR | {"ranks": {"to_v": 7}}
     run = make_run(tmp_path, model, method)
     file, tensors = exported_file(run, "comfyui")
     base = load_transformer(ModelConfig(pretrained=str(model)))
@@ -536,7 +535,8 @@ def test_requests_that_cannot_be_met(tiny_model, tmp_path):
         (full, {"layout": "comfyui"}, ExportError, "is no adapter, and this is a layout of adapters"),
         (lora, {"dtype": "bf16"}, ExportError, "keeps its float32"),
         (full, {"max_shard_size": "big"}, ConfigError, "no amount"),
-        (dora, {"layout": "kohya"}, ConfigError, "pass over the magnitudes"),
+        (dora, {"layout": "kohya"}, ExportError, "pass over its magnitudes"),
+        (dora, {"layout": "comfyui"}, ExportError, "divides by the norms of the base's weights"),
     ]
     for source, options, kind, message in cases:
         with pytest.raises(kind, match=message):

@@ -48,8 +48,14 @@ def attention(width: int, blocks: int) -> dict[str, tuple[int, int]]:
 
 
 def write(path: Path, lora: Lora, layout: str, metadata: dict[str, str] | None = None) -> Path:
+    """A file of a program's layout; a DoRA with what LyCORIS calls ``dora_scale`` where peft's names are not used."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.contiguous() for name, t in from_diffusers(lora, LAYOUTS[layout]).items()}, path, metadata)
+    names = LAYOUTS[layout]
+    plain = {name: t for name, t in lora.tensors.items() if names.takes_dora or "magnitude" not in name}
+    tensors = from_diffusers(Lora(plain, lora.alphas), names)
+    for name in lora.tensors.keys() - plain.keys():
+        tensors[f"{names.stem_of(name.rpartition('.')[0])}.dora_scale"] = lora.tensors[name][:, None]
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
     return path
 
 
@@ -132,7 +138,7 @@ def what_happens(pipeline: CogVideoXPipeline, file: Path) -> dict[str, bool]:
             kijai = False
     return {
         "diffusers": stock,
-        "ComfyUI": not comfyui_updates(transformer, tensors)[1],
+        "ComfyUI": not comfyui_updates(transformer, tensors)[1] and not any("dora" in name for name in tensors),
         "ComfyUI, kijai's wrapper": kijai,
         "method.init_from": not refused(lambda: read_adapter(file)),
         "generate --adapter": not read_sources([AdapterArgument(file)])[1],
@@ -173,6 +179,27 @@ def header(**settings) -> dict[str, str]:
     return {"lora_adapter_metadata": json.dumps({f"transformer.{name}": value for name, value in settings.items()})}
 
 
+FINETRAINERS = {
+    "lora_config": json.dumps({"r": 4, "lora_alpha": 2, "target_modules": "(transformer_blocks).*(to_q|to_k)"})
+}
+
+
+def test_an_alpha_that_diffusers_does_not_read_is_read_or_refused_and_never_dropped(tmp_path):
+    file = write(tmp_path / "a.safetensors", lora_of(attention(64, 2)), "diffusers", FINETRAINERS)
+    report = inspect(file)
+    loads = {loading.program: loading.loads for loading in report.loadings}
+    assert not loads["diffusers"] and not loads["generate --adapter"] and loads["method.init_from"]
+    assert "trained to count 0.5" in str(report) and "finetrainers, by lora_config" in report.origin
+    adapter = read_adapter(file)
+    assert adapter.scale == 0.5 and adapter.settings["alpha"] == 2
+    (fault,) = read_sources([AdapterArgument(file)])[1]
+    assert "trained to count 0.5" in fault.what and f"finetune convert {file}" in fault.fix
+
+    equal = {"lora_config": json.dumps({"r": 4, "lora_alpha": 4})}  # by which diffusers' rule is right
+    file = write(tmp_path / "b.safetensors", lora_of(attention(64, 2)), "diffusers", equal)
+    assert not read_sources([AdapterArgument(file)])[1] and inspect(file).loadings[0].loads
+
+
 @pytest.mark.parametrize(
     ("layout", "metadata", "norms", "alphas", "scales", "source"),
     [
@@ -181,6 +208,7 @@ def header(**settings) -> dict[str, str]:
         ("diffusers", header(r=4, lora_alpha=8, use_rslora=True), False, (8.0,), (4.0,), "in its header"),
         ("diffusers", header(lora_alpha=2, alpha_pattern={"to_q": 8}), False, (2.0, 8.0), (0.5, 2.0), "in its header"),
         ("diffusers", {"lora_adapter_metadata": "[]"}, False, (), (1.0,), "programs take the rank"),
+        ("diffusers", FINETRAINERS, False, (2.0,), (0.5,), "in its header, as finetrainers writes it"),
         ("comfyui", None, False, (), (), "which --norms reads"),
         ("comfyui", None, True, (2.0,), (0.5,), "in its .alpha tensors"),
         ("sat", None, False, (1.0,), (0.25,), "as SAT has it"),

@@ -102,6 +102,22 @@ def test_sums_and_lower_ranks_are_those_of_peft(tmp_path):
     assert combine(sources, 9).error == pytest.approx(0, abs=1e-6)
 
 
+def test_a_convolution_keeps_its_form_at_a_lower_rank():
+    generator = torch.Generator().manual_seed(1)
+    down, up = torch.randn(8, 4, 2, 2, generator=generator), torch.randn(64, 8, 1, 1, generator=generator)
+    lora = Lora(
+        {"patch_embed.proj.lora_A.weight": down, "patch_embed.proj.lora_B.weight": up}, {"patch_embed.proj": 8.0}
+    )
+    lower = combine([(lora, 1.0)], 3)
+    shapes = {name: tuple(tensor.shape) for name, tensor in lower.lora.tensors.items()}
+    assert shapes == {"patch_embed.proj.lora_A.weight": (3, 4, 2, 2), "patch_embed.proj.lora_B.weight": (64, 3, 1, 1)}
+    a, b = (lower.lora.tensors[name].flatten(1) for name in shapes)
+    whole = up.flatten(1) @ down.flatten(1)
+    values = torch.linalg.svdvals(whole)
+    assert (b @ a - whole).norm() == pytest.approx(values[3:].norm(), rel=1e-4)
+    assert lower.error == pytest.approx(values[3:].norm() / values.norm(), rel=1e-4)
+
+
 @pytest.mark.parametrize("layout", ["diffusers", "comfyui", "kohya", "peft"])
 @pytest.mark.parametrize("source", LAYOUTS)
 def test_every_layout_becomes_any_other_and_nothing_changes(tmp_path, source, layout):
@@ -138,7 +154,8 @@ def test_merges_that_make_no_sense(tmp_path, sources):
     cases = [
         ([sources[0], dora], {}, "a DoRA cannot be added"),
         ([dora], {"rank": 2}, "a DoRA cannot be added"),
-        ([dora], {"layout": "kohya"}, "pass over the magnitudes"),
+        ([dora], {"layout": "kohya"}, "pass over its magnitudes"),
+        ([dora], {"layout": "comfyui"}, "divides by the norms of the base's weights"),
         ([sources[0], wide], {}, "of different models"),
         ([sources[0]], {"rank": 0}, "a rank of 0"),
         ([], {}, "nothing to merge"),

@@ -200,6 +200,29 @@ def test_another_layout_and_another_model_are_refused(tiny_model, style, tmp_pat
             load_base(ModelConfig(pretrained=str(tiny_model("5b")), adapters=[{"path": path}]))
 
 
+@torch.no_grad()
+def test_a_dora_is_merged_before_others_and_not_at_strength_0(tiny_model, style, tmp_path):
+    """Then the sum is that of both files in one pipeline, which `generate` samples with."""
+    model = tiny_model("5b")
+    dora = export(make_run(tmp_path, model, LORA | {"use_dora": True, "targets": "attention"})).folder / LORA_FILE
+
+    def merged(*adapters: tuple[Path, float]) -> torch.Tensor:
+        named = [{"path": path, "strength": strength} for path, strength in adapters]
+        return velocity(load_base(ModelConfig(pretrained=str(model), adapters=named)), model)
+
+    pipeline = load_pipeline(str(model))
+    for name, file in (("dora", dora), ("style", style)):
+        pipeline.load_lora_weights(str(file.parent), weight_name=file.name, adapter_name=name)
+    pipeline.set_adapters(["dora", "style"], [1.0, STRENGTH])
+    together = velocity(pipeline.transformer, model)
+    torch.testing.assert_close(merged((dora, 1.0), (style, STRENGTH)), together, rtol=0, atol=1e-5)
+    assert torch.equal(merged((dora, 0.0)), merged()) and torch.equal(
+        merged((style, 1.0), (dora, 0.0)), merged((style, 1.0))
+    )
+    with pytest.raises(ConfigError, match="name it first"):
+        merged((style, STRENGTH), (dora, 1.0))
+
+
 def test_a_check_reads_what_a_run_begins_with(tiny_model, tmp_path):
     method = LORA | {"init_from": str(tmp_path / "away")}
     with pytest.raises(ConfigError, match="no such file or folder"):

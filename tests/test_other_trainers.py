@@ -208,6 +208,14 @@ def test_settings_and_defaults_become_ours_and_the_file_can_be_run(trainer, thei
         write_translated(source, output)
 
 
+def test_what_a_script_of_finetrainers_leaves_out_is_as_their_parser_has_it(theirs):
+    script = theirs / "least.sh"
+    script.write_text("python train.py --pretrained_model_name_or_path local --model_name cogvideox --data_root a\n")
+    values = translate(script, theirs.parent).values
+    assert {name: values["method"][name] for name in ("rank", "alpha")} == {"rank": 64, "alpha": 64}
+    assert values["data"]["caption_dropout"] == 0
+
+
 @pytest.mark.parametrize("trainer", CASES)
 def test_every_line_is_mapped_or_named_with_a_reason(trainer, theirs):
     name, text, _ = CASES[trainer]
@@ -238,6 +246,7 @@ def test_every_line_is_mapped_or_named_with_a_reason(trainer, theirs):
         ("cogvideox-factory", "the script tries rate = 1e-4, 1e-3: 1e-4 is taken"),
         ("cogvideox-factory", "Adam became AdamW"),
         ("finetrainers", "stills holds images"),
+        ("CogVideo", "data.caption_dropout is 0 as it was with them"),
     ],
 )
 def test_what_to_look_at_is_said(trainer, note, theirs):

@@ -40,6 +40,13 @@ def test_strengths_0_and_1_are_what_the_run_measured(calm_run, capsys):
     assert report.verdict in str(report)
 
 
+def test_strength_0_of_a_dora_is_the_base(calm_run):
+    """Its magnitudes would act at any scale of the update."""
+    run = calm_run(**RUN, method={"kind": "lora", "rank": 4, "alpha": 4, "use_dora": True}).run_dir
+    report = finetune.strength(run, strengths=[0.5])
+    assert report.losses[0.0] == pytest.approx(read_history(run / HISTORY)[0].heldout, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("losses", "words"),
     [

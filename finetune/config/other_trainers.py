@@ -120,6 +120,9 @@ _DEFAULTS: dict[str, dict[str, str]] = {
         "weight_decay": "1e-4",
         "max_grad_norm": "1.0",
         "checkpointing_steps": "500",
+        "rank": "64",
+        "lora_alpha": "64",
+        "caption_dropout_p": "0.0",
     },
 }
 """Read in each trainer's argument parser; what decides nothing that is trained is left out."""
@@ -581,6 +584,11 @@ def translate(path: Path, folder: Path) -> Translation:
         part()
     for part in (mapper.resumption, mapper.validation, mapper.rest):
         part()
+    if "caption_dropout" not in mapper.values.setdefault("data", {}):
+        mapper.put("data.caption_dropout", 0.0)
+        mapper.notes.append(
+            "data.caption_dropout is 0 as it was with them; 0.1, as CogVideoX was trained, keeps guidance in reach"
+        )
     rate = mapper.values.get("optimizer", {}).get("lr")
     if mapper.values["method"]["kind"] == "lora" and isinstance(rate, float) and rate < 5e-5:
         mapper.notes.append(f"a learning rate of {rate:g} hardly moves a LoRA: 1e-4 to 1e-3 is usual")

@@ -29,6 +29,7 @@ from finetune.cogvideox.control import projection_state
 from finetune.cogvideox.load import pipeline_class, require_base, save_transformer
 from finetune.cogvideox.model_files import MODEL_INDEX, resolve_pretrained
 from finetune.cogvideox.spec import CONTROL_PIPELINE, CONTROL_SCHEDULER, ModelSpec, spec_of
+from finetune.conversion.lora_layouts import LAYOUTS, NO_DORA
 from finetune.conversion.model_card import (
     ExportedModel,
     LayoutName,
@@ -176,6 +177,7 @@ def export(source: Path, to: Path | None, options: ExportOptions) -> ExportRepor
 
 def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -> None:
     strength, is_adapter = f"--strength {options.strength:g}", run.trains_adapter and not options.merged
+    method = run.config.method
     faults = (
         (
             spec.control and is_adapter and options.layout != "diffusers",
@@ -213,6 +215,16 @@ def _require_sense(run: ExportSource, options: ExportOptions, spec: ModelSpec) -
             "a LoKr has other tensors than the LoRA that this layout is of",
             f"--to {options.layout}",
             "leave the option out for a file that diffusers' transformers load, or write --to merged",
+        ),
+        (
+            is_adapter
+            and options.layout in LAYOUTS
+            and not LAYOUTS[options.layout].takes_dora
+            and isinstance(method, LoraMethod)
+            and method.use_dora,
+            f"no file of this layout acts as the DoRA was trained: {NO_DORA}",
+            f"--to {options.layout}",
+            "leave the option out, or write --to peft, or --to merged",
         ),
         (
             options.dtype is not None and is_adapter,

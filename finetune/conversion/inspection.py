@@ -31,7 +31,7 @@ from finetune.conversion.stored import (
 from finetune.core.files import TRAINABLE, from_here, human_size
 from finetune.core.text import shown
 from finetune.inference.adapters import TRAINING_RECORD, read_record
-from finetune.methods.adapter import COMPONENT, METADATA_KEY
+from finetune.methods.adapter import COMPONENT, FINETRAINERS_KEY, METADATA_KEY
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 
@@ -328,6 +328,8 @@ def _origin(file: Path, metadata: Mapping[str, str], lora: StoredLora | None) ->
     if lora is None or lora.layout is None:
         return ""
     if lora.layout.name == "diffusers":
+        if FINETRAINERS_KEY in metadata:
+            return f"finetrainers, by {FINETRAINERS_KEY} in its header"
         if lora.settings[0]:
             return "diffusers 0.35 or later, by the settings in its header"
         return "CogVideo, CogKit, finetrainers or an older diffusers, by its names and the alpha that it lacks"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
 from finetune.conversion.stored import StoredLora, follows_control
 from finetune.core.files import TRAINABLE
-from finetune.methods.adapter import COMPONENT
+from finetune.methods.adapter import COMPONENT, METADATA_KEY
 from finetune.methods.lora import ranks_by_name
 
 
@@ -67,13 +67,18 @@ def _stock(lora: StoredLora) -> tuple[bool, str]:
         return False, f"load_lora_weights loads nothing and only warns: no name begins with {COMPONENT}."
     if lora.layout is None or lora.layout.name != "diffusers":
         return False, "its names are none of a CogVideoX transformer"
-    if lora.settings[0] and not lora.settings[0].get("target_modules"):
+    stated = METADATA_KEY in lora.metadata
+    if stated and lora.settings[0] and not lora.settings[0].get("target_modules"):
         return False, "load_lora_weights fails for want of target_modules among the settings in its header"
     if len(names) < len(lora.shapes):
         return False, "the magnitudes of its DoRA are dropped with a warning"
     alphas, where = lora.alphas(read=False)
     if not alphas:
         return True, "with alpha taken as the rank: the update counts 1, whatever it was trained at"
+    scales = lora.scales(read=False).values()
+    if not stated and not all(math.isclose(scale, 1.0, rel_tol=1e-5) for scale in scales):
+        trained = f"its update counts 1, and was trained to count {max(scales):g} by its alpha {where}"
+        return False, f"{trained}, which load_lora_weights does not read; `finetune convert` writes it where it does"
     return True, f"at strength 1 as trained, by its alpha {where}"
 
 
@@ -85,6 +90,8 @@ def _comfyui(lora: StoredLora) -> Loading:
         lost = f"{len(lora.shapes) - count} of {len(lora.shapes)} tensors find no place"
         fix = "" if follows_control(lora.file, lora.shapes) else "; `finetune merge --to comfyui` renames them"
         return Loading("ComfyUI", False, f"{lost}, which its log warns of{fix}")
+    if lora.uses_dora:
+        return Loading("ComfyUI", False, "it divides a DoRA by the norms of the base's weights, not of the sum's")
     without = "" if lora.states_alpha else "; without .alpha tensors the update counts 1"
     return Loading("ComfyUI", True, f"every tensor finds its place{without}")
 

@@ -78,16 +78,10 @@ def write_lora(lora: Lora, layout: LayoutName, target: Path, base: str, describe
         The files.
 
     Raises:
-        ConfigError: if the layout has no name for a module, or its readers no use for a DoRA.
+        ConfigError: if the layout has no name for a module, or its readers do not compute a DoRA.
         ExportError: if what was written is not what was given; it is deleted then.
         OSError: if it cannot be written.
     """
-    if layout == "kohya" and any(name.endswith(MAGNITUDE) for name in lora.tensors):
-        raise ConfigError(
-            "the programs that read kohya's names pass over the magnitudes of a DoRA",
-            where="--to kohya",
-            fix="write --to diffusers, comfyui or peft, or merge it into its base",
-        )
     file = target / PEFT_FILE if layout == "peft" else target
     tensors = from_diffusers(lora, LAYOUTS[layout])
     settings = peft_settings(lora)

@@ -67,6 +67,10 @@ _PARTS: tuple[tuple[re.Pattern[str], str], ...] = (
 _LAYER = re.compile(r"(?<![a-z])((?:transformer_)?blocks|layers)([._])(\d+)(?=[._])")
 
 
+NO_DORA = "ComfyUI divides by the norms of the base's weights instead of the sum's, and others pass over its magnitudes"
+"""Why a DoRA is written by peft's names only. ComfyUI's rule is ``weight_decompose`` in ``weight_adapter/base.py``."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One program's names."""
@@ -81,6 +85,11 @@ class Layout:
     halves: tuple[str, str] = _PEFT_HALVES
     states_alpha: bool = False
     """Whether its files have a tensor ``.alpha`` per layer. One that lacks it counts 1 there: alpha is the rank."""
+
+    @property
+    def takes_dora(self) -> bool:
+        """Whether the programs that read these names compute a DoRA as peft does, which trained it."""
+        return self.halves is _PEFT_HALVES and not self.states_alpha
 
     @cached_property
     def _ours(self) -> dict[str, str]:
@@ -210,19 +219,21 @@ def from_diffusers(lora: Lora, layout: Layout) -> dict[str, Tensor]:
         diffusers and peft state alpha outside the tensors, which is left to the caller.
 
     Raises:
-        ConfigError: if the layout has no name for a module, or cannot express DoRA.
+        ConfigError: if the layout has no name for a module, or its readers do not compute a DoRA.
     """
+    down, up = layout.halves
+    if not layout.takes_dora and any(name.endswith(f".{_MAGNITUDE}") for name in lora.tensors):
+        raise ConfigError(
+            f"{layout.label} cannot express a DoRA: {NO_DORA}",
+            fix="keep diffusers' or peft's layout, or merge the adapter into its base",
+        )
     if missing := [module for module in lora.ranks if layout.stem_of(module) is None]:
         raise ConfigError(f"{layout.label} has no name for {some(missing)}", fix="choose another layout")
     is_sat = layout.modules is SAT_MODULES
-    down, up = layout.halves
     tensors: dict[str, Tensor] = {}
     for module, alpha in ((module, lora.alphas[module]) for module in lora.ranks):
         stem = layout.stem_of(module) or ""
-        magnitude = lora.tensors.get(f"{module}.{_MAGNITUDE}")
         if is_sat:
-            if magnitude is not None:
-                raise ConfigError(f"{layout.label} cannot express DoRA", fix="merge the adapter into its base")
             head, _, piece = stem.rpartition(".")
             tensors[f"{head}.{down}.{piece}"] = lora.tensors[f"{module}.{_DOWN}"]
             tensors[f"{head}.{up}.{piece}"] = lora.tensors[f"{module}.{_UP}"] * alpha
@@ -231,10 +242,8 @@ def from_diffusers(lora: Lora, layout: Layout) -> dict[str, Tensor]:
         tensors[f"{stem}.{up}.weight"] = lora.tensors[f"{module}.{_UP}"]
         if layout.states_alpha:
             tensors[f"{stem}.{_ALPHA}"] = torch.tensor(alpha, dtype=torch.float32)
-        if magnitude is not None:
-            # One number per output, as a column: ComfyUI tells by its shape which side it scales.
-            peft = layout.halves is _PEFT_HALVES and not layout.states_alpha
-            tensors[f"{stem}.{_MAGNITUDE if peft else 'dora_scale'}"] = magnitude if peft else magnitude[:, None]
+        if (magnitude := lora.tensors.get(f"{module}.{_MAGNITUDE}")) is not None:
+            tensors[f"{stem}.{_MAGNITUDE}"] = magnitude
     return tensors
 
 
@@ -259,6 +268,15 @@ def _require_pair(module: str, parts: Mapping[str, Tensor], layout: Layout) -> N
             f"the halves of {module} do not fit together: {list(down.shape)} and {list(up.shape)}",
             where=layout.label,
             fix="fetch or export it again",
+        )
+    # Of a linear layer they are [out] or [out, 1]; of a convolution peft has them as [1, out, 1, 1].
+    if (magnitudes := parts.get(_MAGNITUDE)) is not None and (
+        magnitudes.numel() != len(up) or (up.ndim == 2 and magnitudes.shape[:1] != up.shape[:1])
+    ):
+        raise ConfigError(
+            f"the magnitudes of {module}, {list(magnitudes.shape)}, are not one for each of its {len(up)} outputs",
+            where=layout.label,
+            fix="a DoRA that scales inputs, as LyCORIS can train it, has no other form: merge it where it was made",
         )
     if _ALPHA in parts and parts[_ALPHA].numel() != 1:
         raise ConfigError(f"alpha of {module} is no single number", where=layout.label)

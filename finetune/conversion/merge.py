@@ -146,7 +146,9 @@ def _require_one_model(loras: Sequence[Lora]) -> None:
 
 
 def _concatenated(module: str, sources: Iterable[tuple[Lora, float]]) -> tuple[Tensor, Tensor]:
-    """A [ranks, in] and B [out, ranks] of a module, float32, B with every scale and weight in it."""
+    """A [ranks, in] and B [out, ranks] of a module, float32, B with every scale and weight in it. Those of the first
+    generation's convolution keep its form: [ranks, in, height, width] and [out, ranks, 1, 1].
+    """
     downs, ups = [], []
     for lora, weight in sources:
         down, up = (lora.tensors[f"{module}.lora_{half}.weight"].float() for half in "AB")
@@ -158,12 +160,12 @@ def _concatenated(module: str, sources: Iterable[tuple[Lora, float]]) -> tuple[T
 def _truncated(down: Tensor, up: Tensor, rank: int) -> tuple[Tensor, Tensor, float, float]:
     """The nearest pair of at most ``rank``; the square of what is lost, and of all."""
     # B A = Q_b (R_b R_a^T) Q_a^T: what is decomposed is as small as the ranks, not as the layer.
-    left, inner = torch.linalg.qr(up.double())
-    right, outer = torch.linalg.qr(down.double().T)
+    left, inner = torch.linalg.qr(up.flatten(1).double())
+    right, outer = torch.linalg.qr(down.flatten(1).double().T)
     u, values, v = torch.linalg.svd(inner @ outer.T)
     rank = min(rank, len(values))
     root = values[:rank].sqrt()
-    lower = (root[:, None] * (v[:rank] @ right.T)).float()
-    higher = ((left @ u[:, :rank]) * root).float()
+    lower = (root[:, None] * (v[:rank] @ right.T)).float().view(rank, *down.shape[1:])
+    higher = ((left @ u[:, :rank]) * root).float().view(len(up), rank, *up.shape[2:])
     squares = values.square()
     return lower, higher, squares[rank:].sum().item(), squares.sum().item()

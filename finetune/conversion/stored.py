@@ -23,10 +23,7 @@ from finetune.conversion.lora_layouts import LAYOUTS, Layout, split_name
 from finetune.conversion.model_card import PEFT_CONFIG, PEFT_FILE
 from finetune.core.errors import ConfigError, ModelError
 from finetune.core.files import CONTROL_FILE, LORA_FILE, TRAINABLE
-from finetune.methods.adapter import COMPONENT, METADATA_KEY, pattern_value, some
-
-_FINETRAINERS_KEY = "lora_config"
-"""Header entry under which finetrainers keeps an adapter's settings."""
+from finetune.methods.adapter import COMPONENT, FINETRAINERS_KEY, METADATA_KEY, pattern_value, some
 
 _WEIGHTS = "diffusion_pytorch_model*.safetensors"
 
@@ -197,18 +194,14 @@ class StoredLora:
     @cached_property
     def settings(self) -> tuple[dict[str, Any], str]:
         """``lora_alpha``, ``use_rslora``, ``alpha_pattern`` as peft calls them, and where they stand."""
-        try:
-            header = json.loads(self.metadata.get(METADATA_KEY, "{}"))
-        except (ValueError, RecursionError):
-            header = None
-        if isinstance(header, dict) and header:
-            return {key.removeprefix(f"{COMPONENT}."): value for key, value in header.items()}, "in its header"
-        try:
-            header = json.loads(self.metadata.get(_FINETRAINERS_KEY, "{}"))
-        except (ValueError, RecursionError):
-            header = None
-        if isinstance(header, dict) and header:
-            return header, "in its header, as finetrainers writes it"
+        places = {METADATA_KEY: "in its header", FINETRAINERS_KEY: "in its header, as finetrainers writes it"}
+        for key, where in places.items():
+            try:
+                header = json.loads(self.metadata.get(key, "{}"))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(header, dict) and header:
+                return {name.removeprefix(f"{COMPONENT}."): value for name, value in header.items()}, where
         if self.file.name == TRAINABLE:
             method = settings_beside(self.file.parent, CONFIG).get("method")
             if isinstance(method, dict) and "alpha" in method:

@@ -38,7 +38,7 @@ from finetune.core.tensor_files import weights_digest
 from finetune.core.text import holds_word
 from finetune.core.types import SamplePrompt
 from finetune.inference.request import AdapterArgument
-from finetune.methods.adapter import COMPONENT, foreign_layout, is_lokr, read_lora_file, sha256_of
+from finetune.methods.adapter import COMPONENT, foreign_layout, is_lokr, read_adapter, read_lora_file, sha256_of
 from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod, is_lora
 
@@ -292,6 +292,8 @@ def _from_file(adapter: AdapterArgument, where: str) -> AdapterSource:
         what, fix = foreign_layout(tensors, file) or _unknown_layout(tensors, file)
         what = f"the file holds no LoRA for a diffusers transformer (tensors named transformer.*.lora_A.weight): {what}"
         raise ConfigError(what, where=where, fix=fix)
+    if settings and not any(name.startswith(f"{COMPONENT}.") for name in settings):
+        _require_scale_1(file, where)
     _require_true_ranks(settings, {len(t) for name, t in tensors.items() if ".lora_A" in name and t.ndim}, where)
     beside = file.with_name(CONTROL_FILE)
     projection = read_lora_file(beside, where)[0] if path.is_dir() and beside.is_file() else {}
@@ -305,6 +307,19 @@ def _unknown_layout(names: Iterable[str], file: Path) -> tuple[str, str]:
     if names:
         return "it looks like a whole transformer", "give the folder that it stands in with --transformer"
     return "its tensors' names are unknown", "convert it to diffusers' names"
+
+
+def _require_scale_1(file: Path, where: str) -> None:
+    """Refuse settings in a header that diffusers does not read, such as finetrainers', where they would matter."""
+    scale = read_adapter(file, "--adapter").scale
+    if scale is None or not math.isclose(scale, 1.0, rel_tol=1e-5):
+        trained = "differently by layer" if scale is None else f"{scale:g}"
+        raise ConfigError(
+            f"its update would count 1 and was trained to count {trained}: its alpha stands in the header where"
+            " diffusers does not look for it",
+            where=where,
+            fix=f"run `finetune convert {file} --out FOLDER`, and name that",
+        )
 
 
 def _require_true_ranks(settings: Mapping[str, Any], ranks: set[int], where: str) -> None:

@@ -34,7 +34,8 @@ class Angles:
     """The noise levels that sampling passes through, from the noisiest down, and then none at all."""
 
     timesteps: tuple[int, ...]
-    """Descending, as the stock schedulers space them (``trailing``): 999, 979, ... 19."""
+    """Descending, evenly spaced to the last (``trailing``): 999, 979, ... 19. The stock schedulers add a step up in
+    floats, which for one number of steps in nine gives a neighbour here and there, and for some one more, -1."""
     phi: tuple[float, ...]
     """arccos(sqrt(alpha_bar)) of each timestep, and 0, of the clean video."""
 

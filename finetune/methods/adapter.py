@@ -95,6 +95,9 @@ _DOWN = ".lora_A.weight"
 METADATA_KEY = "lora_adapter_metadata"
 """Header entry under which diffusers keeps an adapter's settings."""
 
+FINETRAINERS_KEY = "lora_config"
+"""Header entry under which finetrainers keeps them, and which diffusers does not read."""
+
 COMPONENT = "transformer"
 """Prefix of every tensor and setting in diffusers' adapter files."""
 
@@ -320,9 +323,11 @@ def read_lora_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str,
         content = read_published(path)
         tensors = load(content)  # first: it checks the header
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        settings = json.loads((header.get("__metadata__") or {}).get(METADATA_KEY, "{}"))
+        metadata = header.get("__metadata__") or {}
+        key = FINETRAINERS_KEY if METADATA_KEY not in metadata else METADATA_KEY
+        settings = json.loads(metadata.get(key, "{}"))
         if not isinstance(settings, dict):
-            raise ValueError(f"{METADATA_KEY} in its header is no object")
+            raise ValueError(f"{key} in its header is no object")
     return tensors, settings
 
 

@@ -43,12 +43,12 @@ def load_base(
 
     Raises:
         ModelError: as ``load_transformer``.
-        ConfigError: if an adapter cannot be read, is not the one that was pinned, or does not fit the model.
+        ConfigError: if an adapter cannot be read, is not the one that was pinned, or does not fit the model, or if a
+            DoRA is not the first of them.
     """
-    if not model.adapters:
+    if not (adapters := _read_acting(model)):
         return load_transformer(model, device=device, dtype=dtype, placement=placement)
-    merging = _Merging([_read(adapter) for adapter in model.adapters], placement)
-    return load_transformer(model, device=device, dtype=dtype, placement=merging)
+    return load_transformer(model, device=device, dtype=dtype, placement=_Merging(adapters, placement))
 
 
 def require_readable(model: ModelConfig) -> None:
@@ -57,13 +57,26 @@ def require_readable(model: ModelConfig) -> None:
     Raises:
         ConfigError: as ``load_base``.
     """
-    adapters = [_read(adapter) for adapter in model.adapters]
-    if not adapters:
+    if not (adapters := _read_acting(model)):
         return
     folder = json_folder(model.pretrained, model.revision)
     module = empty_transformer(folder, dtype=torch.float32, device="meta")
     for adapter in adapters:
         adapter.require_place(module)
+
+
+def _read_acting(model: ModelConfig) -> list[_Merged]:
+    """Those with a strength; at 0 a DoRA's magnitudes would act as well."""
+    adapters = [each for each in map(_read, model.adapters) if each.strength]
+    for each in adapters[1:]:
+        if each.adapter.settings["use_dora"]:
+            raise ConfigError(
+                "a DoRA divides by the norms of the weights that it finds: after others these are not the base's, and"
+                " the sum is not what the files do when they are loaded together",
+                where=each.where,
+                fix="name it first; of two, merge one into a model of its own (`finetune export RUN --to merged`)",
+            )
+    return adapters
 
 
 def _read(merged: MergedAdapter) -> _Merged:

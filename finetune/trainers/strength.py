@@ -30,6 +30,7 @@ from finetune.datasets.manifests import Manifest
 from finetune.memory.quantized_linear import placement
 from finetune.methods.lora import ADAPTER, LoraMethod, adapted_layers
 from finetune.methods.merged_base import load_base
+from finetune.methods.prior import without_adapter
 from finetune.planner.report import table
 from finetune.trainers.tracking import timestep_bucket
 from finetune.trainers.validation import MeasuredLoss, fixed_passes, fixed_timesteps
@@ -214,7 +215,11 @@ def _adapted(read: ExportSource, place: torch.device) -> nn.Module:
 
 @contextmanager
 def _scaled(module: nn.Module, strength: float) -> Iterator[None]:
-    """Inside, the adapter counts ``strength`` times as much."""
+    """Inside, the adapter counts ``strength`` times as much; at 0 the model is the base, of a DoRA too."""
+    if not strength:
+        with without_adapter(module):
+            yield
+        return
     layers = [layer for _, layer in adapted_layers(module)]
     own = [layer.scaling[ADAPTER] for layer in layers]
     for layer, scaling in zip(layers, own, strict=True):
