@@ -1,7 +1,7 @@
 # Everything but weights and data; docs/containers.md says how to run it.
 FROM python:3.11-slim-bookworm
 
-# gcc: Triton compiles a launcher for its kernels when torch.compile first runs. The other two are for OpenCV (`prepare`).
+# gcc: Triton compiles what starts its kernels. The other two are for OpenCV (`prepare`).
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev libgl1 libglib2.0-0 \
     && rm -rf /var/lib/apt/lists/*

@@ -171,7 +171,8 @@ def breakdown(step: Callable[[], object], device: torch.device) -> Row:
     longest: Counter[str] = Counter()
     for event in profiler.key_averages():
         # A GPU's own events alone: an operation of the processor has the time of its kernels as well.
-        if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA):
+        # Nor ranges that a library names: theirs is the time of the kernels inside.
+        if on_gpu != (event.device_type == torch.autograd.DeviceType.CUDA) or event.is_user_annotation:
             continue
         spent = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
         kind = next((kind for kind, part in KINDS.items() if re.search(part, event.key, re.IGNORECASE)), "traffic")

@@ -157,7 +157,16 @@ def test_deterministic_kernels_are_asked_for_and_given_back(other_settings, endi
         assert settings() == (True, False, False, ":4096:8")
         if ending != "well":
             raise ZeroDivisionError
-    assert settings() == other_settings
+    assert settings() == (*other_settings[:3], ":4096:8")  # torch has read it, and does not read it again
+
+
+def test_a_process_that_has_used_a_gpu_is_told_that_it_is_too_late(other_settings, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="has used a GPU already"), deterministic_kernels(True):
+        pytest.fail("entered all the same")
+    monkeypatch.setenv(WORKSPACE, ":16:8")
+    with deterministic_kernels(True):
+        assert settings()[0]
 
 
 def test_sums_are_float32_in_a_run_and_afterwards_as_they_were(tiny_model, tmp_path, monkeypatch):
@@ -165,17 +174,18 @@ def test_sums_are_float32_in_a_run_and_afterwards_as_they_were(tiny_model, tmp_p
     from finetune.cogvideox import objective
 
     matmul, real = torch.backends.cuda.matmul, objective.v_mse
-    switches = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
+    switches = [(matmul, f"allow_{dtype}_reduced_precision_reduction") for dtype in ("bf16", "fp16")]
+    switches.append((torch.backends.cudnn, "allow_tf32"))
     seen = []
 
     def watched(prediction, target):
-        seen.append([getattr(matmul, switch) for switch in switches])
+        seen.append([getattr(*switch) for switch in switches])
         return real(prediction, target)
 
     monkeypatch.setattr(objective, "v_mse", watched)
     train(small(tiny_model, tmp_path))
     assert seen and all(not any(each) for each in seen)
-    assert all(getattr(matmul, switch) for switch in switches)
+    assert all(getattr(*switch) for switch in switches)
 
 
 def test_not_asked_for_nothing_changes(other_settings):

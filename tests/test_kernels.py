@@ -135,6 +135,17 @@ def test_a_spill_is_seen(kernels):
     assert needed["STACK"] or needed["LOCAL"]
 
 
+def test_without_a_compiler_plain_torch_is_taken(monkeypatch):
+    """Triton compiles what starts its kernels when it first meets the GPU; here there is none to meet either."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    kernel_choice.triton_kernels.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match=r"gcc and Python's headers are needed \(\w"):
+            assert kernel_choice.triton_kernels() is None
+    finally:
+        kernel_choice.triton_kernels.cache_clear()
+
+
 def test_without_triton_plain_torch_is_taken_and_it_is_said_once(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, "finetune.memory.kernels", raising=False)

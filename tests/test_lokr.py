@@ -21,6 +21,9 @@ from finetune.config.rules import check_against, memory_traits
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import ConfigError, FinetuneError
 from finetune.core.files import LORA_FILE
+from finetune.inference.adapters import LoadedAdapters, read_sources
+from finetune.inference.offload import offloading
+from finetune.inference.request import AdapterArgument
 from finetune.memory.config import MemoryConfig
 from finetune.methods.lokr import LokrMethod
 from finetune.methods.lora import LoraMethod, adapted_layers
@@ -147,6 +150,17 @@ def test_its_file_is_the_trained_model_in_the_stock_class(tiny_model, tmp_path, 
         return torch.from_numpy(finetune.generate("a red ring", out, adapters=adapters, **words).frames[0])
 
     exported, kept = str(report.folder), str(run)
+    # On a GPU the hooks that bring blocks in know the weights that were there when they were made.
+    offloaded = load_pipeline(str(model))
+    argument = AdapterArgument(report.folder)
+    sources, _ = read_sources([argument])
+    adapters = LoadedAdapters(read_spec(str(model)), offloaded.transformer, offloaded.scheduler, sources)
+    with offloading(offloaded, "group", torch.device("cpu")):
+        hook = offloaded.transformer.transformer_blocks[0]._diffusers_hook.get_hook("group_offloading")
+        adapters.use([argument])
+        again = offloaded.transformer.transformer_blocks[0]._diffusers_hook.get_hook("group_offloading")
+    assert None is not again is not hook
+
     half = sampled(f"{exported}:0.5")
     assert torch.equal(half, sampled(f"{kept}:0.5")) and not torch.equal(half, sampled(exported))
     assert (sampled(f"{exported}:0.5", f"{kept}:0.5").int() - sampled(exported).int()).abs().max() <= 1

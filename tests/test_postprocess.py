@@ -15,6 +15,7 @@ import torch
 from endpoint import said
 from PIL import Image
 from safetensors.torch import save_file
+from stock_pipeline import load_pipeline
 from tiny_upscaler import save_upscaler
 
 import finetune
@@ -165,6 +166,33 @@ def test_a_frame_depends_on_those_before_it_only(decoder):
     changed = torch.cat([latents[:4], torch.randn(1, 4, 2, 3)])
     one, other = decoder(latents), decoder(changed)
     assert torch.equal(one[:13], other[:13]) and not torch.equal(one[13:], other[13:])
+
+
+def test_one_latent_frame_goes_through_at_a_time_and_the_pixels_are_those_of_all_together(decoder):
+    latents, sizes = torch.randn(5, 4, 2, 3), []
+    handle = decoder.decoder[1].register_forward_hook(lambda *of: sizes.append(len(of[2])))
+    pixels = decoder(latents)
+    handle.remove()
+    assert sizes == [1] * 5
+    torch.testing.assert_close(pixels, decoder.decoder(latents).clamp(0, 1)[3:], rtol=0, atol=1e-5)
+    for block in decoder.decoder:
+        block.last = None
+
+
+def test_a_look_that_memory_does_not_hold_is_the_last_and_the_video_goes_on(tiny_model, decoder, tmp_path, monkeypatch):
+    looks = []
+
+    def show(self, latents):
+        looks.append(latents)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(Preview, "show", show)
+    pipeline = load_pipeline(str(tiny_model("5b")))
+    callback = Preview(decoder, read_spec(str(tiny_model())), tmp_path / "preview.png").attach(pipeline, 2)
+    with pytest.warns(UserWarning, match="does not hold a look"):
+        for at in range(2):
+            assert callback["callback_on_step_end"](pipeline, at, 0, {"a": 1}) == {"a": 1}
+    assert len(looks) == 1
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

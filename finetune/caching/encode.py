@@ -25,6 +25,7 @@ from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
 from finetune.core.errors import CacheError, DataError, is_out_of_memory
+from finetune.core.precision import without_reduced_precision
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import DTYPE_BYTES, Bucket, Clip, ClipPlan, Companion, DtypeName, VideoProbe
@@ -161,6 +162,7 @@ class ClipEncoder:
             self._vae = None
             release_memory()
 
+    @without_reduced_precision()
     def encode(self, jobs: Sequence[ClipJob], *, progress: bool) -> EncodeResult:
         """Decode clips in worker processes, encode them one by one and store them.
 
@@ -351,6 +353,7 @@ def untiled_bytes(dtype: torch.dtype, bucket: Bucket) -> int:
     return UNTILED_BYTES_PER_PIXEL * bucket.height * bucket.width * dtype.itemsize // 2
 
 
+@without_reduced_precision()
 def encode_captions(
     jobs: Sequence[EncodeJob],
     config: RunConfig,

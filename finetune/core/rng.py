@@ -68,15 +68,16 @@ WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 DETERMINISTIC_WORKSPACE = ":4096:8"
 """What ``train.deterministic`` sets it to: the fastest of the values under which cuBLAS repeats itself."""
 
-_WORKSPACES = (DETERMINISTIC_WORKSPACE, ":16:8", ":0:0")
+_WORKSPACES = (DETERMINISTIC_WORKSPACE, ":16:8")
 
 
 @contextmanager
 def deterministic_kernels(enabled: bool) -> Iterator[None]:
     """Compute with deterministic kernels inside, as ``train.deterministic`` asks; without it, change nothing.
 
-    It has to be entered before the process first uses a GPU. Attention stays as fast as it can be: in this mode torch
-    passes cuDNN's attention over, and the flash and memory-efficient kernels take their deterministic backward pass.
+    It has to be entered before the process first uses a GPU: cuBLAS's workspace is read once, and stays set.
+    Attention stays as fast as it can be: in this mode torch passes cuDNN's attention over, and the flash and
+    memory-efficient kernels take their deterministic backward pass.
 
     Raises:
         ConfigError: if the environment forbids it.
@@ -93,8 +94,14 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
             where="train.deterministic: true",
             fix=f"unset it, or set it to {_WORKSPACES[0]}",
         )
+    if torch.cuda.is_initialized() and WORKSPACE not in os.environ:  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            "this process has used a GPU already, and how cuBLAS works is decided at its first product",
+            where="train.deterministic: true",
+            fix=f"set {WORKSPACE}={_WORKSPACES[0]} before Python starts, or train in a process of its own",
+        )
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE)
+    benchmark = torch.backends.cudnn.benchmark
     os.environ.setdefault(WORKSPACE, _WORKSPACES[0])
     # Errors, not warnings: with warnings only, attention's backward pass stays the one that does not repeat itself.
     torch.use_deterministic_algorithms(True, warn_only=False)
@@ -112,8 +119,6 @@ def deterministic_kernels(enabled: bool) -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = benchmark
-        if workspace is None:
-            del os.environ[WORKSPACE]
 
 
 def repeatability(deterministic: bool, device: torch.device) -> str:

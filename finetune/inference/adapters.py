@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -626,7 +627,9 @@ class LoadedAdapters:
         try:
             if source.settings is None:
                 folder, file = str(source.adapter.file.parent), source.adapter.file.name
-                loader = transformer.load_lora_adapter if source.is_lokr else self._pipeline.load_lora_weights
+                loader = self._pipeline.load_lora_weights
+                if source.is_lokr:  # the pipeline's own hands itself on, to begin offloading anew with the new weights
+                    loader = functools.partial(transformer.load_lora_adapter, _pipeline=self._pipeline)
                 loader(folder, weight_name=file, adapter_name=name, use_safetensors=True)
             else:
                 self._pipeline.load_lora_into_transformer(

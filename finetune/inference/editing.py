@@ -22,6 +22,7 @@ from finetune.cogvideox.load import load_scheduler, load_text, load_transformer,
 from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.core.errors import ConfigError, raise_all
 from finetune.core.files import require_writable
+from finetune.core.precision import without_reduced_precision
 from finetune.core.rng import generator
 from finetune.core.terminal import Bar
 from finetune.core.types import Bucket, VideoProbe
@@ -95,6 +96,7 @@ class InvertReport:
         return "\n".join([*lines, *(f"wrote {path}" for path in self.files)])
 
 
+@without_reduced_precision()
 def invert_video(request: InvertRequest) -> InvertReport:
     """Invert a video, and sample it again into ``request.out``: ``edit.mp4`` or ``reconstruction.mp4``, and a sheet.
 

@@ -15,6 +15,7 @@ from finetune.cogvideox.load import base_digest, load_scheduler, load_vae
 from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import ConfigError, FinetuneError
 from finetune.core.files import atomic_write_bytes, atomic_write_text
+from finetune.core.precision import without_reduced_precision
 from finetune.core.types import Bucket
 from finetune.inference.adapters import (
     LoadedAdapters,
@@ -54,6 +55,7 @@ class GenerateReport:
         return "\n".join([*lines, f"wrote {self.sheet} (all of them at a glance)"])
 
 
+@without_reduced_precision()
 def generate(request: GenerateRequest) -> GenerateReport:
     """Sample every prompt to ``<out>/<number>-<words of the prompt>-seed<seed>.mp4``, and all of them to ``sheet.png``.
 

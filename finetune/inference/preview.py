@@ -11,6 +11,7 @@ import functools
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from finetune.cogvideox.spec import ModelSpec
-from finetune.core.errors import ConfigError, first_line
+from finetune.core.errors import ConfigError, first_line, is_out_of_memory
 from finetune.core.files import atomic_write_bytes
 from finetune.inference.videos import Frames
 
@@ -46,6 +47,9 @@ class _Clamp(nn.Module):
 class _MemoryBlock(nn.Module):
     """Sees each frame and what the frame before was at the same place."""
 
+    last: Tensor | None = None
+    """Of the frames that it was given before; None at the beginning of a video."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = nn.Sequential(
@@ -55,7 +59,9 @@ class _MemoryBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        before = torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+        first = torch.zeros_like(x[:1]) if self.last is None else self.last
+        before = torch.cat([first, x[:-1]])
+        self.last = x[-1:]
         return torch.relu(self.conv(torch.cat([x, before], 1)) + x)
 
 
@@ -83,12 +89,18 @@ class TinyDecoder(nn.Module):
         self.decoder = nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(64, 3, 3, padding=1))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents before any scaling, [F', C, H', W'], to pixels in 0..1, [F, 3, H, W].
+        """Latents before any scaling, [F', C, H', W'], to pixels in 0..1, [F, 3, H, W], on the CPU.
 
-        As of the VAE, an even number of latent frames gives 4F' frames, an odd one 4F' - 3.
+        As of the VAE, an even number of latent frames gives 4F' frames, an odd one 4F' - 3. One goes through at a time:
+        together they would take 8.6 GiB for 49x480x720.
         """
-        pixels = self.decoder(latents).clamp(0, 1)
-        return pixels if len(latents) % 2 == 0 else pixels[3:]  # type: ignore[no-any-return]
+        blocks = [block for block in self.decoder if isinstance(block, _MemoryBlock)]
+        try:
+            pixels = torch.cat([self.decoder(frame[None]).clamp(0, 1).cpu() for frame in latents])
+        finally:
+            for block in blocks:
+                block.last = None
+        return pixels if len(latents) % 2 == 0 else pixels[3:]
 
 
 def load_decoder(path: Path) -> TinyDecoder:
@@ -141,6 +153,7 @@ class Preview:
             what = f"the weights are for {channels} latent channels, and the model has {spec.latent_channels}"
             raise ConfigError(what, where="--preview", fix="name the weights for CogVideoX")
         self._decoder, self._spec, self._file = decoder, spec, file
+        self._gone_out = False
 
     def attach(self, pipeline: Any, num_inference_steps: int) -> dict[str, Any]:
         """Watch a pipeline; returns what it is called with for that.
@@ -160,8 +173,14 @@ class Preview:
         every = max(1, num_inference_steps // LOOKS)
 
         def look(pipeline: Any, at: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if at % every == every - 1:
-                self.show(estimates[0])
+            if at % every == every - 1 and not self._gone_out:
+                try:
+                    self.show(estimates[0])
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    self._gone_out = True
+                    warnings.warn("the GPU's memory does not hold a look at the video: no more are taken", stacklevel=1)
             return tensors
 
         return {"callback_on_step_end": look}

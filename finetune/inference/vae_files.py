@@ -25,6 +25,7 @@ from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.core.errors import ConfigError, DataError, FinetuneError, first_line
 from finetune.core.files import atomic_write_text
+from finetune.core.precision import without_reduced_precision
 from finetune.core.tensor_files import atomic_save_tensors
 from finetune.core.types import Bucket, VideoProbe
 from finetune.inference.sample import decodes_in_tiles
@@ -187,6 +188,7 @@ def frame_ssim(source: Tensor, result: Tensor) -> list[float]:
 # --------------------------------------------------------------------------------------------------------- the commands
 
 
+@without_reduced_precision()
 def encode_file(request: VaeRequest) -> VaeReport:
     """Encode a video to ``request.out``: the mean and the standard deviation of the posterior, unscaled, float32.
 
@@ -248,6 +250,7 @@ def _no_latents(path: Path, reason: str) -> DataError:
     return DataError(f"this is no file of latents: {reason}", where=str(path), fix=fix)
 
 
+@without_reduced_precision()
 def decode_file(request: VaeRequest) -> VaeReport:
     """Decode a file of ``encode_file`` to an mp4; model and rate are the file's where the request leaves them out.
 
@@ -275,6 +278,7 @@ def decode_file(request: VaeRequest) -> VaeReport:
     return VaeReport((write_mp4(request.out, frames, fps),), metadata.bucket, fps, frames=frames, notes=tuple(notes))
 
 
+@without_reduced_precision()
 def roundtrip_file(request: VaeRequest) -> VaeReport:
     """Encode and decode a video, measure every frame, and write ``decoded.mp4``, ``worst.png`` and ``frames.json``.
 

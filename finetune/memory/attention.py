@@ -98,7 +98,7 @@ def obstacles(request: AttentionRequest) -> dict[Attention, str]:
     found: dict[Attention, str] = {}
     for name, (_, module) in _PACKAGES.items():
         if not _is_installed(module):
-            found[name] = f"{module} is not installed"
+            found[name] = f"{module} is not installed, or cannot be imported"
     version = torch.backends.cudnn.version() or 0  # type: ignore[no-untyped-call]
     if version < LEAST_CUDNN and any(length % 128 for length in request.lengths):
         # Out of bounds, and so wrong numbers rather than an error: pytorch#169849.
@@ -111,7 +111,7 @@ def obstacles(request: AttentionRequest) -> dict[Attention, str]:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except Exception:  # of the package that it is in: it is missing, or was built for another torch
         return False
 
 
@@ -151,7 +151,7 @@ def _why_not(kernel: Attention, request: AttentionRequest) -> str:
     try:
         with attention_kernel(kernel):
             attention_rate(tiny, seconds=0)
-    except (RuntimeError, ImportError) as error:  # not for this card, dtype or head dimension
+    except Exception as error:  # not for this card, dtype or head dimension; a package raises what it likes
         return first_line(error)
     return ""
 
@@ -185,7 +185,7 @@ def choose_kernel(request: AttentionRequest, *, recorded: Attention = "auto", se
         try:
             with attention_kernel(name):
                 rates[name] = attention_rate(request, seconds=seconds / len(candidates))
-        except (RuntimeError, ImportError) as error:  # not for this card, dtype or head dimension
+        except Exception as error:  # not for this card, dtype or head dimension; a package raises what it likes
             failures.append(f"{name}: {first_line(error)}")
     if not rates:
         why = "; ".join(failures)

@@ -9,6 +9,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from finetune.core.errors import first_line
+
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -24,14 +26,30 @@ def kernels_for(*tensors: Tensor) -> ModuleType | None:
 
 @functools.cache
 def triton_kernels() -> ModuleType | None:
-    """The module ``kernels``; None, and a warning once, where Triton is missing."""
+    """The module ``kernels``; None, and a warning once, where Triton is missing or cannot start kernels."""
     try:
         import finetune.memory.kernels as kernels
     except ImportError as error:
-        warnings.warn(
-            f"Triton cannot be imported ({error}): the norms of lean blocks, their rotary embedding and their gates run"
-            " in plain torch, which computes the same in several times the memory traffic",
-            stacklevel=1,
-        )
-        return None
-    return kernels
+        reason = f"Triton cannot be imported ({first_line(error)})"
+    else:
+        if not (lacking := _why_not_started()):
+            return kernels
+        reason = f"Triton cannot start kernels, for which gcc and Python's headers are needed ({lacking})"
+    warnings.warn(
+        f"{reason}: the norms of lean blocks, their rotary embedding and their gates run in plain torch, which computes"
+        " the same in several times the memory traffic",
+        stacklevel=1,
+    )
+    return None
+
+
+def _why_not_started() -> str:
+    """What Triton lacks to start kernels on the GPU that is here; nothing without one."""
+    from triton.runtime import driver
+
+    if torch.cuda.is_available():
+        try:
+            _ = driver.active.utils  # compiled when it is first asked for
+        except Exception as error:  # no compiler, no header, no libcuda to link with: each raises another kind
+            return first_line(error) or type(error).__name__
+    return ""

@@ -112,7 +112,8 @@ def rates_of(device: str) -> Rates:
     if (measured := _read_rates(calibration_file(device))) is not None:
         return measured
     for part, rates in DEFAULTS.items():
-        if re.search(rf"\b{part}\b", device, re.IGNORECASE):
+        # A slice of a card (MIG) has its name, and a part of what it does.
+        if re.search(rf"\b{part}\b(?!.*\bMIG\b)", device, re.IGNORECASE):
             return rates.model_copy(update={"device": device})
     return DEFAULTS[OTHER].model_copy(update={"device": device, "source": OF_ANOTHER})
 
@@ -237,8 +238,8 @@ WORKSPACES = "cuBLAS workspaces"
 _THREADS = 2
 """That multiply matrices: the one that calls, and autograd's for backward passes. cuBLAS has a handle in each."""
 
-_CONTEXT_GIB = 0.5
-"""Of what is taken on a card and is not torch's, this much is our own process's CUDA context."""
+_CONTEXT_GIB = 0.75
+"""Of what is taken on a card and is not torch's, this much is our own process's CUDA context and libraries' kernels."""
 
 _SINCE_HOPPER = re.compile(r"\b(?:GH|GB|H|B)(?:10|20|100|200|300|800)\b|\b50[5-9]0\b|Blackwell", re.IGNORECASE)
 
@@ -257,7 +258,10 @@ def card_here(device: torch.device | None = None) -> int | None:
 def held_by_others(device: torch.device | None = None) -> int:
     """Bytes of a GPU here that are neither free nor ours."""
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, total - free - torch.cuda.memory_reserved(device) - round(_CONTEXT_GIB * GIB))
+    ours = torch.cuda.memory_reserved(device) + round(_CONTEXT_GIB * GIB)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ours += NCCL_BYTES
+    return max(0, total - free - ours)
 
 
 def held_note(device: torch.device | None = None) -> str:

@@ -227,13 +227,22 @@ def _second_pass(run: Run, again: Callable[[], None]) -> tuple[dict[str, float],
             tensors = strategy.replicas().items()
             gradients = {name.removeprefix(_GRADIENT): g for name, g in tensors if name.startswith(_GRADIENT)}
         norms = {
-            name: float(_gathered(torch.linalg.vector_norm(gradient.detach().float()))) / model.loss_scale
-            for name, gradient in gradients.items()
+            name: _norm(gradient.detach(), run.ranks.device) / model.loss_scale for name, gradient in gradients.items()
         }
     except Exception as error:  # the report is worth having without them, and the error of the step is the one to raise
         return {}, f"the second pass failed: {first_line(error)}"
     strategy.drop_gradients()
     return norms, "" if norms else f"the strategy ({strategy.name}) does not show gradients by parameter"
+
+
+def _norm(gradient: Tensor, device: torch.device) -> float:
+    """Of a whole gradient; where processes have shares of it, which may wait on the host, they add up on ``device``."""
+    share = getattr(gradient, "to_local", None)
+    if share is None:
+        return float(torch.linalg.vector_norm(gradient.float()))
+    square = torch.linalg.vector_norm(share().float()).double().square().to(device)
+    torch.distributed.all_reduce(square)
+    return float(square.sqrt())
 
 
 def _gathered(tensor: Tensor, *, keep: bool = True) -> Tensor:

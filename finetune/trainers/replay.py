@@ -21,7 +21,7 @@ from finetune.cogvideox.spec import ModelSpec, spec_of
 from finetune.config.schema import RunConfig
 from finetune.core.distributed import compute_device
 from finetune.core.errors import CacheError, ModelError, TrainingError, first_line, is_out_of_memory
-from finetune.core.precision import sums_in_float32
+from finetune.core.precision import without_reduced_precision
 from finetune.core.rng import seed_for
 from finetune.core.text import shown
 from finetune.core.types import Batch, DtypeName, torch_dtype
@@ -204,7 +204,7 @@ def _table(samples: tuple[Replayed, ...]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-@sums_in_float32()
+@without_reduced_precision()
 def replay(
     path: Path,
     *,

@@ -34,7 +34,7 @@ from finetune.core.distributed import ProcessGroup
 from finetune.core.errors import CheckpointError, DataError, ModelError
 from finetune.core.files import atomic_write_text, disk_fix
 from finetune.core.gpu import grow_segments
-from finetune.core.precision import sums_in_float32
+from finetune.core.precision import without_reduced_precision
 from finetune.core.rng import deterministic_kernels, repeatability
 from finetune.core.types import RunState
 from finetune.datasets.cache import Cache
@@ -65,7 +65,7 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     """
     # All before anything touches a GPU.
     cleanup.enter_context(deterministic_kernels(config.train.deterministic))
-    cleanup.enter_context(sums_in_float32())
+    cleanup.enter_context(without_reduced_precision())
     grow_segments()
     launch = read_launch(os.environ)
     ranks = ProcessGroup.current(sharding=not isinstance(launch, Replicate))
