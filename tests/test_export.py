@@ -519,6 +519,19 @@ def test_latest_best_named_and_moved_checkpoints(tiny_model, tmp_path):
         assert all(torch.equal(other[n], others[0][n]) and not torch.equal(other[n], last[n]) for n in last)
 
 
+def test_the_best_checkpoint_is_found_beside_a_damaged_newest(tiny_model, tmp_path):
+    model = tiny_model("5b")
+    run = make_run(tmp_path, model, LORA, step=2)
+    newest = (
+        make_run(tmp_path, model, LORA, step=4, best_step=2) / "checkpoints" / "step-00000004" / "trainable.safetensors"
+    )
+    content = newest.read_bytes()
+    newest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        export(run)
+    assert export(run, checkpoint="best").step == 2
+
+
 def test_requests_that_cannot_be_met(tiny_model, tmp_path):
     lora = make_run(tmp_path / "lora", tiny_model("5b"), LORA)
     full = make_run(tmp_path / "full", tiny_model("5b"), FULL)

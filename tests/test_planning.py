@@ -716,7 +716,7 @@ def test_a_plan_is_made_for_what_is_free(gpu, monkeypatch) -> None:
     assert choose_memory(config)[1][0].startswith("other programs hold 9.25 GiB")
     asked = plan.plan(config, plan.PlanOptions(budget="24GiB")).text  # for a card that may be elsewhere
     assert "other programs" not in asked and "a card of 24.0 GiB has" in asked
-    assert planned_for == [24, 14.5, 14.5, 24]
+    assert planned_for == [24, 14.75, 14.75, 24]
 
 
 def test_a_measured_peak_is_compared_with_the_workspaces_in_it() -> None:

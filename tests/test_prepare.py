@@ -247,11 +247,14 @@ def test_what_was_written_into_rows_stays(short_film, tmp_path):
     finetune.prepare(short_film, out, **CLIP)
     assert rows(out, "metadata.jsonl") == edited
     fussy = {**CLIP, "limits": {**CLIP["limits"], "min_motion": 1000}}
-    with pytest.raises(DataError, match=r"nothing is left of 3\.8 s of footage: static"):
+    with pytest.raises(DataError, match=r"nothing is left of 3\.8 s of footage: static.* their captions stay"):
         finetune.prepare(short_film, out, **fussy)
-    assert rows(out, "metadata.jsonl") == edited[-1:] and not list(out.glob("clips/*"))
-    report = finetune.prepare(short_film, out, **CLIP)
-    assert rows(out, "metadata.jsonl") == edited and report.encoded == 3
+    assert rows(out, "metadata.jsonl") == edited and len(list(out.glob("clips/*"))) == 3
+    assert {row["outcome"] for row in rows(out, "ledger.jsonl")} == {"dropped"}
+    finetune.prepare(short_film, out, **{**CLIP, "frames": 5})  # the clips that are gone leave their captions
+    assert edited[0] not in rows(out, "metadata.jsonl")
+    finetune.prepare(short_film, out, **CLIP)
+    assert rows(out, "metadata.jsonl") == edited
 
 
 def test_rows_of_others_stay_whatever_their_columns_and_letters(short_film, tmp_path):

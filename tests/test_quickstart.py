@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from finetune.core.errors import ConfigError
 from finetune.inference.request import GenerateRequest
 from finetune.testing import quickstart
 from finetune.testing.demo import NEW_SHAPE, held_out, lesson
@@ -60,9 +63,24 @@ def test_a_tenth_of_the_quickstart_learns_and_a_second_call_goes_on(tmp_path, ca
     def generate(_request: GenerateRequest) -> None:
         raise SamplingError
 
-    trained = {path: path.stat().st_mtime_ns for path in (outcome.train.run_dir / "checkpoints").rglob("*.*")}
+    def checkpoints(folder: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (folder / "run" / "checkpoints").rglob("*.*")}
+
+    moved, trained = tmp_path / "moved", checkpoints(tmp_path / "quickstart")
+    (tmp_path / "quickstart").rename(moved)  # its checkpoints have the old place of the model
+    (moved / "run.yaml").write_text(f"# mine\n{text}", encoding="utf-8")
     monkeypatch.setattr(quickstart, "generate", generate)
     with pytest.raises(SamplingError):
-        quickstart.main(tmp_path / "quickstart")
-    assert "nothing was encoded" in capsys.readouterr().out
-    assert trained == {path: path.stat().st_mtime_ns for path in trained}, "nor was anything trained"
+        quickstart.main(moved)
+    assert "nothing was encoded" in capsys.readouterr().out and (moved / "run.yaml").read_text().startswith("# mine")
+    assert trained == checkpoints(moved), "nor was anything trained"
+
+
+def test_a_quickstart_writes_into_no_folder_of_others(tmp_path):
+    for name in ("run.yaml", "clips/metadata.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match="no quickstart made"):
+        quickstart.main(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.yaml", "clips"}
+    assert (tmp_path / "clips" / "metadata.jsonl").read_text() == "mine"

@@ -64,13 +64,15 @@ def make_run(folder: Path, rows: Rows, *, steps: tuple[int, ...] = (), prompt: s
         ([(0, 1.0, 0.9), (100, 0.8, 0.7), (200, 0.803, 0.65)], "level", "No longer improving: step 100 has 0.8000"),
         ([(0, 1.0, 0.9), (100, 1.0002, 0.9001), (200, 0.9999, 0.8999)], "still", "Not moving"),
         ([(0, 1.0, 0.9), (100, 1.2, 0.8), (200, 1.3, 0.7)], "memorising", "No step was better than the base model"),
+        ([(0, 0.17, 0.15), (4, 1.43, 1.2), (300, 0.75, 0.51)], "diverged", "Diverged: the base model's held-out loss"),
+        ([(0, 0.17, 0.15), (4, 0.16, 0.14), (300, 0.75, 0.51)], "worse", "on training clips as well"),
         ([(0, 1.0, 0.9), (100, 1.0, 0.5)], "learning", "No step was better than the base model"),
     ],
 )
 def test_the_verdict_follows_from_the_measurements(rows, kind, words, tmp_path):
     judged = verdict(read_run(make_run(tmp_path / "run", rows)))
     assert (judged.kind, words in judged.text) == (kind, True)
-    assert judged.advice and judged.command.startswith("finetune export ")
+    assert judged.advice and judged.command.startswith("finetune export ") is (kind != "diverged")
 
 
 def test_the_best_checkpoint_is_exported_where_it_stands(tmp_path):

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from endpoint import said
 from PIL import Image
 from safetensors import safe_open
@@ -25,6 +26,7 @@ from tiny_vlm import save_image_model, save_painter, save_text_model
 import finetune
 from finetune.captioning import captioners
 from finetune.cli.main import main
+from finetune.cogvideox.encode import enable_tiling
 from finetune.cogvideox.load import ModelConfig, load_vae
 from finetune.core.errors import ConfigError, DataError, FinetuneError, ModelError
 from finetune.core.types import Bucket
@@ -85,6 +87,20 @@ def test_a_round_trip_measures_every_frame_and_shows_the_worst(tiny_model, tmp_p
     sheet = np.asarray(Image.open(tmp_path / "out/worst.png").convert("RGB"))
     assert sheet.shape[1] > 3 * 96 and 2 * 96 < sheet.shape[0] < 3 * 96 and sheet.std() > 10
     assert (tmp_path / "out/decoded.mp4").is_file()
+
+
+def test_tiles_meet_where_a_sixth_of_one_is_no_whole_number_of_latents(tiny_model):
+    """diffusers gives 778 x 538 pixels for 720 x 480 by itself."""
+    vae = load_vae(ModelConfig(pretrained=str(tiny_model("5b")), dtype="fp32"))
+    enable_tiling(vae)
+    pixels = torch.rand(1, 3, 1, 64, 120)
+    with torch.no_grad():
+        latents = vae.encode(pixels).latent_dist.mean
+        assert latents.shape[-2:] == (8, 15) and vae.decode(latents).sample.shape == pixels.shape
+    published = AutoencoderKLCogVideoX()
+    overlaps = published.tile_overlap_factor_height, published.tile_overlap_factor_width
+    enable_tiling(published)
+    assert (published.tile_overlap_factor_height, published.tile_overlap_factor_width) == overlaps == (1 / 6, 1 / 5)
 
 
 def test_quality_is_what_others_compute():

@@ -244,6 +244,24 @@ def test_a_non_finite_loss_stops_before_the_update_and_names_the_clip(tiny_run, 
     assert all(torch.isfinite(tensor).all() for tensor in load_file(last / "trainable.safetensors").values())
 
 
+@pytest.mark.parametrize("change", [{"model": {"dtype": "bf16"}}, {"data": {"buckets": ["9x32x32"]}}], ids=str)
+def test_a_run_that_cannot_continue_is_refused_before_anything_is_encoded(tiny_run, change):
+    train(tiny_run(train={"steps": 1}))
+    config = tiny_run(train={"steps": 2}, **change)
+    before = {path: path.stat().st_mtime_ns for path in config.cache.dir.rglob("*.safetensors")}
+    with pytest.raises(CheckpointError, match=r"what a run cannot change|not what this run was trained on"):
+        train(config)
+    assert before == {path: path.stat().st_mtime_ns for path in config.cache.dir.rglob("*.safetensors")}
+
+
+def test_a_run_folder_that_cannot_be_written_to_is_known_before_anything_is_encoded(tiny_run, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tiny_run("file/run", cache={"dir": tmp_path / "empty"})
+    with pytest.raises(CheckpointError, match="cannot be written to"):
+        train(config)
+    assert not [*(tmp_path / "empty").rglob("*.safetensors")]
+
+
 def test_full_fine_tuning_in_fp16_is_refused(tiny_run):
     values = {"method": {"kind": "full"}, "memory": {"checkpointing": "none"}}
     config = tiny_run("run", **values)

@@ -20,7 +20,7 @@ from torch import Tensor
 from finetune.caching.writing import EncodeResult, EntryWriter
 from finetune.cogvideox.captions import tokenize
 from finetune.cogvideox.config import StoredFrames
-from finetune.cogvideox.encode import encode_image, encode_prompts, encode_video, pool_mask
+from finetune.cogvideox.encode import enable_tiling, encode_image, encode_prompts, encode_video, pool_mask
 from finetune.cogvideox.spec import ModelSpec
 from finetune.config.schema import RunConfig
 from finetune.core.checksums import digest_of
@@ -326,7 +326,7 @@ def set_tiling(vae: Any, setting: Literal["auto", "on", "off"], bucket: Bucket) 
     """Switch tiling as the setting says, and return whether frames of ``bucket`` will be tiled."""
     wanted = setting == "on" or (setting == "auto" and needs_tiling(vae.device, vae.dtype, bucket))
     if wanted:
-        vae.enable_tiling()
+        enable_tiling(vae)
     else:
         vae.disable_tiling()
     # The VAE leaves frames whole that fit one tile.

@@ -48,7 +48,7 @@ from finetune.config.rules import pin_model, require_valid
 from finetune.config.schema import RunConfig, as_config
 from finetune.core.collector import collector_paused
 from finetune.core.distributed import ProcessGroup
-from finetune.core.errors import CacheError, DataError, raise_all
+from finetune.core.errors import CacheError, CheckpointError, DataError, raise_all
 from finetune.core.files import from_here, human_size, require_space
 from finetune.core.types import DTYPE_BYTES, ClipPlan, DtypeName
 from finetune.datasets.cache import Cache
@@ -407,12 +407,15 @@ def _precompute(
     *,
     progress: bool,
     part: Part | None = None,
+    continues: str | None = None,
 ) -> PrecomputeReport:
     begun = time.perf_counter()
 
     def prepare() -> CachePlan:
         require_valid(config, spec)
         plan = plan_cache(config, spec, cache, progress=progress, part=part)
+        if any(plan.missing.values()) and continues not in (None, plan.manifest.digest):
+            raise other_data(str(cache.root))
         require_room(plan, cache.root)
         if any(plan.missing.values()):  # should this process die, its entries are still wanted
             cache.save_manifest(plan.manifest.pending(), config.base)
@@ -444,6 +447,16 @@ def _precompute(
         ),
     }
     return ranks.run_on_main(lambda: _finish(config, spec, cache, plan, results, begun))
+
+
+def other_data(where: str) -> CheckpointError:
+    """For a run that would go on with other data than it was trained on."""
+    return CheckpointError(
+        "the training data is not what this run was trained on: clips, captions or their encoding changed",
+        where=where,
+        fix="restore the dataset to continue, or train anew into another output_dir"
+        " (method.init_from continues from the weights alone)",
+    )
 
 
 def _finish(
@@ -522,6 +535,7 @@ def ensure_cache(
     distributed: ProcessGroup | None = None,
     progress: bool = True,
     cleanup: ExitStack | None = None,
+    continues: str | None = None,
 ) -> Manifest:
     """The manifest that training reads from, every entry of it in the cache.
 
@@ -537,8 +551,10 @@ def ensure_cache(
         progress: draw progress bars, on the main process.
         cleanup: takes the lock that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
             is closed; without it, until the call returns.
+        continues: the digest of what a run was trained on that goes on: other data are refused before any is encoded.
 
     Raises:
+        CheckpointError: if the data are not what ``continues`` says, and some of it would have to be encoded.
         CacheError: in mode ``require``, naming what differs; or as ``precompute`` does.
         DataError, ModelError: as ``precompute`` does.
     """
@@ -548,7 +564,7 @@ def ensure_cache(
         (cleanup or until_return).enter_context(cache.in_use("train", quiet=not ranks.is_main))
         manifest = ranks.run_on_main(lambda: find_manifest(config, spec, cache))
         if manifest is None:
-            report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main)
+            report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main, continues=continues)
             if ranks.is_main:
                 print(report, flush=True)
             manifest = report.manifest

@@ -169,9 +169,9 @@ class Measurement:
 
 _MEASUREMENT = TypeAdapter(Measurement)
 
-Outcome = Literal["learning", "still", "level", "memorising", "worse"]
-"""What measurements say of a run: the held-out loss still falls; nothing moves; it has stopped falling; it rises while
-training clips improve; it rises and so do they."""
+Outcome = Literal["learning", "still", "diverged", "level", "memorising", "worse"]
+"""What measurements say of a run: the held-out loss still falls; nothing moves; it was never as low as the base's, and
+training clips end above theirs; it has stopped falling; it rises while training clips improve; both rise."""
 
 _MOVED = 1e-3
 """Share of the first loss by which weights that learn something move the same clips' loss: a measurement has no noise,
@@ -192,6 +192,9 @@ def outcome(history: Sequence[Measurement], best: tuple[int, float]) -> Outcome:
     moves = (abs(row.trainsubset - first.trainsubset) > _MOVED * abs(first.trainsubset) for row in history)
     if not any(moves) and abs(best[1] - first.heldout) <= _MOVED * abs(first.heldout):
         return "still"
+    above = first.step == 0 and best[1] > (1 + _LEVEL) * first.heldout
+    if above and last.trainsubset > (1 + _LEVEL) * first.trainsubset:
+        return "diverged"
     if best[1] >= last.heldout:
         return "learning"
     if last.heldout - best[1] <= _LEVEL * abs(best[1]):
@@ -249,6 +252,12 @@ def verdict(history: Sequence[Measurement], best: tuple[int, float]) -> str:
     """
     rows = {row.step: row for row in history}
     last, (step, loss) = history[-1], best
+    if outcome(history, best) == "diverged":
+        return (
+            f"diverged: the base model's held-out loss was {history[0].heldout:.4f} and is {last.heldout:.4f} now, that"
+            f" of training clips went from {history[0].trainsubset:.4f} to {last.trainsubset:.4f}; begin anew with a"
+            " tenth of the learning rate"
+        )
     if loss >= last.heldout:
         text = f"best by held-out loss: the last step measured, {last.step}, with {last.heldout:.4f}"
     else:

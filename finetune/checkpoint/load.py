@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import TypeAdapter, ValidationError
@@ -40,21 +40,27 @@ logger = logging.getLogger(__name__)
 _STATE_TYPE = TypeAdapter(RunState)
 
 
-@dataclass(frozen=True)
-class LoadedCheckpoint:
-    """A checkpoint as read: tensors on the CPU, files verified."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointHead:
+    """What a checkpoint says of itself beside its tensors."""
 
     path: Path
     state: RunState
+    config: dict[str, Any]
+    """The resolved configuration, as JSON."""
+    processes: int
+    """How many processes trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedCheckpoint(CheckpointHead):
+    """A checkpoint as read: tensors on the CPU, files verified."""
+
     trainable: Mapping[str, Tensor]
     """What trains, by name. If several processes wrote it in shares, these are put together when asked for."""
     optimizer: tuple[Mapping[str, Tensor], dict[str, Any]]
     """As ``optim.optimizer_state`` gave it; empty where it was not asked for."""
     ema: Mapping[str, Tensor] | None
-    config: dict[str, Any]
-    """The resolved configuration, as JSON."""
-    processes: int
-    """How many processes trained."""
 
 
 # ----------------------------------------------------------------------------------------------------------- choosing
@@ -127,7 +133,7 @@ def _newest_intact(run_dir: Path) -> LoadedCheckpoint | None:
     damaged: list[tuple[Path, str]] = []
     for _, path in reversed(standing):
         try:
-            newest = _read(path, optimizer=True)
+            newest = _read(path, lambda folder: _read_files(folder, optimizer=True))
             break
         except DamageError as error:
             damaged.append((path, str(error)))
@@ -191,10 +197,22 @@ def load_checkpoint(path: Path, *, optimizer: bool = True) -> LoadedCheckpoint:
         CheckpointError: if it is missing, incomplete, damaged (with the run's checkpoints that are not), or of another
             version of this package.
     """
+    return _verified(path, lambda folder: _read_files(folder, optimizer))
+
+
+def read_head(path: Path) -> CheckpointHead:
+    """Read what a checkpoint says of itself, whatever its tensors are like. Errors are those of ``load_checkpoint``."""
+    return _verified(path, _read_head)
+
+
+C = TypeVar("C", bound=CheckpointHead)
+
+
+def _verified(path: Path, read: Callable[[ChecksummedFolder], C]) -> C:
     if not is_complete(path):
         raise _not_a_checkpoint(path)
     try:
-        return _read(path, optimizer)
+        return _read(path, read)
     except DamageError as damage:
         if not path.is_dir():  # pruned by a running training while it was read
             raise _not_a_checkpoint(path) from None
@@ -219,10 +237,10 @@ def is_intact(path: Path) -> bool:
     return True
 
 
-def _read(path: Path, optimizer: bool) -> LoadedCheckpoint:
+def _read(path: Path, read: Callable[[ChecksummedFolder], C]) -> C:
     _refuse_first_format(path)
     try:
-        return _read_files(ChecksummedFolder.open(path), optimizer)
+        return read(ChecksummedFolder.open(path))
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint cannot be read: {error}", where=str(path), fix="this is not damage: mend it and try again"
@@ -243,7 +261,7 @@ def _refuse_first_format(path: Path) -> None:
         )
 
 
-def _read_files(folder: ChecksummedFolder, optimizer: bool) -> LoadedCheckpoint:
+def _read_head(folder: ChecksummedFolder) -> CheckpointHead:
     path, content = folder.folder, _read_object(folder, STATE)
     if (version := content.get("format")) != FORMAT:
         raise CheckpointError(
@@ -251,6 +269,15 @@ def _read_files(folder: ChecksummedFolder, optimizer: bool) -> LoadedCheckpoint:
             where=str(path),
             fix="update cogvideox-finetune",
         )
+    state, processes = _read_state(content.get("state"), path), content.get("processes")
+    if type(processes) is not int or processes < 1:  # True is an int, too
+        raise _foreign(path, f"{STATE}: processes is {processes!r}")
+    return CheckpointHead(path=path, state=state, config=_read_object(folder, CONFIG), processes=processes)
+
+
+def _read_files(folder: ChecksummedFolder, optimizer: bool) -> LoadedCheckpoint:
+    head = _read_head(folder)
+    path, state = head.path, head.state
     trainable = _read_tensors(folder, TRAINABLE)
     ema = _read_tensors(folder, EMA) if EMA in folder or has_shares(folder, part_of(EMA)) else None
     if ema is not None:
@@ -259,21 +286,17 @@ def _read_files(folder: ChecksummedFolder, optimizer: bool) -> LoadedCheckpoint:
             raise _foreign(path, f"{EMA} does not hold the tensors of {TRAINABLE}")
         if odd := [name for name, form in forms.items() if form.dtype != torch.float32]:
             raise _foreign(path, f"{EMA} holds {odd[0]} in another dtype than float32")
-    state = _read_state(content.get("state"), path)
     # Of one file, the digest of the weights is its checksum (``tensor_files.weights_digest``).
     if state.weights and TRAINABLE in folder and state.weights != folder.checksums[TRAINABLE]:
         raise _foreign(path, f"{TRAINABLE} does not hold the weights whose digest stands in {STATE}")
-    processes = content.get("processes")
-    if type(processes) is not int or processes < 1:  # True is an int, too
-        raise _foreign(path, f"{STATE}: processes is {processes!r}")
     return LoadedCheckpoint(
         path=path,
         state=state,
+        config=head.config,
+        processes=head.processes,
         trainable=trainable,
         optimizer=(_read_tensors(folder, OPTIMIZER), _read_object(folder, OPTIMIZER_META)) if optimizer else ({}, {}),
         ema=ema,
-        config=_read_object(folder, CONFIG),
-        processes=processes,
     )
 
 

@@ -159,7 +159,8 @@ def train(config: Config, overrides: Overrides = []) -> int:
                 FinetuneError, OSError
             ):  # a run whose folder is gone, or whose page cannot be written, is trained
                 print(f"report: {finetune.report(report.run_dir)}")
-            print(f"next: {report.export_command}")
+            if report.export_command:
+                print(f"next: {report.export_command}")
     return PREEMPTED if report.stopped_by else OK
 
 

@@ -5,6 +5,7 @@ Encoders are used as they are given: dtype, device, tiling.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -212,3 +213,17 @@ def condition_latents(spec: ModelSpec, image_latents: Tensor) -> Tensor:
     # The reciprocal first, as the pipeline forms it: the same rounding, so the same bits.
     scale = 1 / spec.scaling_factor if spec.invert_scale_latents else spec.scaling_factor
     return image_latents.float() * scale
+
+
+def enable_tiling(vae: AutoencoderKLCogVideoX) -> None:
+    """Have the VAE encode and decode large frames in tiles that meet.
+
+    diffusers' overlaps are a sixth and a fifth of a tile. Where that is no whole number of latents, as in a tiny model,
+    it rounds them apart in pixels and in latents, and the picture comes out in another size.
+    """
+    for side in ("height", "width"):
+        tile, name = getattr(vae, f"tile_latent_min_{side}"), f"tile_overlap_factor_{side}"
+        overlap = tile * getattr(vae, name)
+        if abs(overlap - round(overlap)) > 1e-6:
+            setattr(vae, name, math.ceil(overlap) / tile)
+    vae.enable_tiling()

@@ -149,7 +149,8 @@ def locate(pretrained: str, revision: str | None, *, patterns: list[str]) -> Pat
         raise ModelError(
             "there is no such model folder",
             where=pretrained,
-            fix=f"name a folder that exists, a hub id such as {HUB_IDS['5b']}, or one of {', '.join(KNOWN_MODELS)}",
+            fix="name a folder that exists (model.pretrained, or --model), a hub id such as"
+            f" {HUB_IDS['5b']}, or one of {', '.join(KNOWN_MODELS)}",
         )
     return _from_hub(id_in_cache(pretrained), revision, patterns)
 

@@ -22,12 +22,13 @@ from finetune.checkpoint.folders import (
     read_history,
     step_folders,
 )
-from finetune.checkpoint.load import load_checkpoint
+from finetune.checkpoint.load import load_checkpoint, read_head
 from finetune.config.rules import pin_model
 from finetune.config.schema import RunConfig
 from finetune.core.errors import CacheError, CheckpointError, ExportError
 from finetune.core.types import DtypeName, RunState
 from finetune.datasets.cache import Cache
+from finetune.inference.adapters import base_now
 
 _CAPTIONS = 5
 """How many are shown."""
@@ -161,7 +162,7 @@ def find_checkpoint(path: Path, which: Literal["latest", "best"]) -> Path:
     newest = checkpoints[max(checkpoints)]
     if which == "latest":
         return newest
-    best_step = load_checkpoint(newest, optimizer=False).state.best_step
+    best_step = read_head(newest).state.best_step  # its weights may be damaged, and are not what is wanted
     if best_step is None or best_step not in checkpoints:
         why = "no held-out loss was measured" if best_step is None else f"step {best_step} is not there any more"
         raise ExportError(
@@ -195,6 +196,8 @@ def read_source(
         )
     trained_with = RunConfig.from_dict(loaded.config)
     values = loaded.config
+    if pretrained is None and (now := base_now(loaded)) != trained_with.model.pretrained:
+        pretrained = now
     if pretrained is not None:
         values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}
     if dtype is not None:

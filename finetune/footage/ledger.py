@@ -197,6 +197,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_ledger(out: Path, sources: Sequence[Source]) -> None:
+    """Write ``ledger.jsonl``: every second of the footage, and what became of it."""
+    write_rows(out / LEDGER, [ledger_row(source, span) for source in sources for span in source.spans])
+
+
 def write_dataset(out: Path, sources: Sequence[Source]) -> list[str]:
     """Write ``metadata.jsonl`` and ``ledger.jsonl``, and delete the clips of earlier calls that are no longer in it.
 
@@ -222,7 +227,7 @@ def write_dataset(out: Path, sources: Sequence[Source]) -> list[str]:
     gone = [row for row in gone if _is_own(row)]
     foreign = [row for row in earlier if not _is_own(row)]
     write_rows(out / STATE / CAPTIONS, gone)
-    write_rows(out / LEDGER, [ledger_row(source, span) for source in sources for span in source.spans])
+    write_ledger(out, sources)
     if rows or foreign:
         write_rows(out / METADATA, [*rows, *foreign])
     else:

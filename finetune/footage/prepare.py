@@ -27,6 +27,7 @@ from finetune.footage.duplicates import drop_duplicates
 from finetune.footage.filters import ClipShape, Limits, Span, spans_of
 from finetune.footage.ledger import (
     CLIPS,
+    LEDGER,
     METADATA,
     STATE,
     Source,
@@ -35,6 +36,7 @@ from finetune.footage.ledger import (
     clips_there,
     read_rows,
     write_dataset,
+    write_ledger,
 )
 from finetune.footage.measure import Footage
 from finetune.footage.pool import CutRequest, MadeClip, MeasureRequest, PreparePool
@@ -124,6 +126,9 @@ def prepare(request: PrepareRequest, *, progress: bool = True) -> PrepareReport:
         for rule in rules:
             _apply_scorer(request, state, sources, rule, progress)
         copied, encoded = _cut_clips(request, sources, progress)
+        if not _kept(sources):
+            write_ledger(request.out, sources)
+            raise _nothing_left(request.out, sources)
         deleted = write_dataset(request.out, sources)
         if request.report:
             page = write_report(sources, request.limits, workers=request.workers, progress=progress)
@@ -415,17 +420,26 @@ def _finish(
     notes: Sequence[str],
     made: tuple[int, int],
 ) -> PrepareReport:
+    clips = len(_kept(sources))
+    seconds = _seconds(sources)
+    return PrepareReport(request.out, len(sources), clips, *made, seconds, tuple(unreadable), tuple(notes))
+
+
+def _seconds(sources: Sequence[Source]) -> dict[str, float]:
+    """Of the footage, by what became of it."""
     seconds: dict[str, float] = defaultdict(float)
     for source in sources:
         for span in source.spans:
             seconds[span.reason or "kept"] += span.seconds
-    clips = len(_kept(sources))
-    report = PrepareReport(request.out, len(sources), clips, *made, dict(seconds), tuple(unreadable), tuple(notes))
-    if not clips:
-        lost = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items(), key=lambda item: -item[1]))
-        raise DataError(
-            f"nothing is left of {sum(seconds.values()):.1f} s of footage: {lost}",
-            where=f"{request.out / 'ledger.jsonl'} has every second, with what was measured",
-            fix="ask for shorter clips (--frames, --min-frames), or loosen the limit that drops most (--limit)",
-        )
-    return report
+    return dict(seconds)
+
+
+def _nothing_left(out: Path, sources: Sequence[Source]) -> DataError:
+    seconds = _seconds(sources)
+    lost = ", ".join(f"{name} {value:.1f} s" for name, value in sorted(seconds.items(), key=lambda item: -item[1]))
+    earlier = "; the clips of an earlier call and their captions stay" if clips_there(out) else ""
+    return DataError(
+        f"nothing is left of {sum(seconds.values()):.1f} s of footage: {lost}{earlier}",
+        where=f"{out / LEDGER} has every second, with what was measured",
+        fix="ask for shorter clips (--frames, --min-frames), or loosen the limit that drops most (--limit)",
+    )

@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -25,13 +26,14 @@ from pydantic import (
 from torch import Tensor, nn
 
 from finetune.checkpoint.folders import step_folders
-from finetune.checkpoint.load import load_checkpoint
+from finetune.checkpoint.load import CheckpointHead, load_checkpoint
 from finetune.cogvideox.components import read_json
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.control import Projections
 from finetune.cogvideox.load import build_pipeline, require_base
 from finetune.cogvideox.model_files import canonical_name, is_hub_id, known_model, published_variant
 from finetune.cogvideox.spec import ModelSpec, read_spec
+from finetune.config.document import Document
 from finetune.core.checksums import digest_file, digest_of
 from finetune.core.errors import ConfigError, FinetuneError, ModelError, is_out_of_memory
 from finetune.core.files import CONTROL_FILE, TRAINABLE
@@ -228,10 +230,26 @@ def _read(adapter: AdapterArgument) -> AdapterSource:
     return _from_file(adapter, where)
 
 
+def base_now(head: CheckpointHead) -> str:
+    """Where a checkpoint's base model is: as its run has it in ``config.yaml``, where the recorded folder is gone.
+
+    Who moves a project and goes on with the run has it there; what is trained is compared with the base's digest.
+    """
+    recorded = str(head.config["model"]["pretrained"])
+    run = head.path.parent.parent / "config.yaml"
+    if Path(recorded).is_absolute() and not Path(recorded).exists() and run.is_file():
+        with suppress(FinetuneError):
+            now = Document.read(run).values.get("model")
+            if isinstance(now, dict) and Path(str(now.get("pretrained"))).is_dir():
+                return str(now["pretrained"])
+    return recorded
+
+
 def _from_checkpoint(adapter: AdapterArgument, checkpoint: Path) -> AdapterSource:
     """The adapter as ``export`` would write it, the moving average where one was kept, without the comparison."""
     loaded = load_checkpoint(checkpoint, optimizer=False)
     method, model, data = (loaded.config[section] for section in ("method", "model", "data"))
+    model = {**model, "pretrained": base_now(loaded)}
     if method["kind"] == "full":
         raise ConfigError(
             "the run trained the whole transformer, no adapter",

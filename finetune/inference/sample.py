@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from finetune.cogvideox.denoise import rotary_table
+from finetune.cogvideox.encode import enable_tiling
 from finetune.cogvideox.spec import ModelSpec
 from finetune.core.rng import training_state_untouched
 from finetune.core.terminal import Bar
@@ -187,7 +188,7 @@ def _without_new_hooks(transformer: Any) -> Iterator[None]:
 def _tiled_if_large(vae: Any, bucket: Bucket) -> Iterator[None]:
     before = vae.use_tiling
     if decodes_in_tiles(bucket, vae.dtype):
-        vae.enable_tiling()
+        enable_tiling(vae)
     try:
         yield
     finally:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune.caching.encode import set_tiling
 from finetune.cogvideox.config import ModelConfig
-from finetune.cogvideox.encode import encode_video
+from finetune.cogvideox.encode import enable_tiling, encode_video
 from finetune.cogvideox.load import fingerprint, load_vae
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.spec import ModelSpec, spec_of
@@ -140,7 +140,7 @@ def through_vae(vae: Any, pixels: Tensor) -> Tensor:
 def tile_for_decoding(vae: Any, bucket: Bucket) -> None:
     """Switch tiling for what follows, by the rule of sizes that sampling has."""
     if decodes_in_tiles(bucket, vae.dtype):
-        vae.enable_tiling()
+        enable_tiling(vae)
     else:
         vae.disable_tiling()
 

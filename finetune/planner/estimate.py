@@ -27,7 +27,7 @@ from pydantic import TypeAdapter, ValidationError
 from finetune.caching.encode import must_tile
 from finetune.cogvideox.components import CONFIG_FILES
 from finetune.cogvideox.control import widen
-from finetune.cogvideox.encode import encode_video
+from finetune.cogvideox.encode import enable_tiling, encode_video
 from finetune.cogvideox.load import empty_transformer
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.spec import ModelSpec, spec_of
@@ -368,7 +368,7 @@ def _vae(
     with fake_world() as tracker, torch.no_grad():
         vae = fake_run.empty_vae(folder, dtype)
         if tiled:
-            vae.enable_tiling()
+            enable_tiling(vae)
         for part in (vae.encoder, vae.decoder):
             tracker.run_once_per_shape(part)
         tracker.name("VAE weights", tensors_of(vae))

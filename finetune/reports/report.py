@@ -52,11 +52,11 @@ class Verdict:
     """What the measurements come to."""
 
     kind: str
-    """``learning``, ``still``, ``level``, ``memorising``, ``worse`` or ``unmeasured``: the page colours by it."""
+    """What ``outcome`` gives, or ``unmeasured``: the page colours by it."""
     text: str
     advice: str
     command: str
-    """Exports what is best."""
+    """Exports what is best; empty where nothing is worth it."""
 
 
 def verdict(run: RunRecord) -> Verdict:
@@ -85,6 +85,11 @@ def verdict(run: RunRecord) -> Verdict:
             f"Not moving: after {last.step} steps neither loss has moved by a thousandth.",
             "Raise optimizer.lr (2e-4, then 5e-4 for a LoRA); see whether the captions name what is new.",
         ),
+        "diverged": (
+            f"Diverged: the base model's held-out loss was {history[0].heldout:.4f} and no step's was as low; training"
+            f" clips went from {history[0].trainsubset:.4f} to {last.trainsubset:.4f} as well.",
+            "Begin anew with a tenth of optimizer.lr; nothing here is worth an export.",
+        ),
         "level": (
             f"No longer improving: step {step} has {loss:.4f}, and step {last.step}, the last one measured, as much.",
             "Enough steps. For more, add clips, or try another learning rate or rank.",
@@ -99,9 +104,9 @@ def verdict(run: RunRecord) -> Verdict:
             f"Take step {step}, or begin again with half the learning rate.",
         ),
     }[kind]
-    if history[0].step == 0 and history[0].heldout <= loss and kind != "still":
+    if history[0].step == 0 and history[0].heldout <= loss and kind not in ("still", "diverged"):
         text += f" No step was better than the base model, with {history[0].heldout:.4f}."
-    return Verdict(kind, text, advice, shlex.join(export))
+    return Verdict(kind, text, advice, "" if kind == "diverged" else shlex.join(export))
 
 
 # -------------------------------------------------------------------------------------------------------------- curves

@@ -16,6 +16,7 @@ import torch
 from finetune.caching.precompute import precompute
 from finetune.config.schema import load_config
 from finetune.conversion.export import ExportOptions, ExportReport, export
+from finetune.core.errors import ConfigError
 from finetune.core.files import atomic_write_text, from_here
 from finetune.inference.generate import generate
 from finetune.inference.request import AdapterArgument, GenerateRequest, VideoPrompt
@@ -34,6 +35,9 @@ from finetune.testing.demo import (
 )
 from finetune.trainers.loop import TrainReport, train
 from finetune.trainers.tracking import tensorboard_command
+
+_MARKER = ".quickstart"
+"""In a folder that a quickstart has made."""
 
 CONFIG = Path(__file__).parent.parent / "templates" / "quickstart.yaml"
 
@@ -73,15 +77,23 @@ def main(folder: Path) -> Outcome | TrainReport:
         What changed; the training's report if a signal stopped it, which ends the lesson until the next call.
 
     Raises:
+        ConfigError: if the folder holds what others put there.
         FinetuneError: as the steps do.
     """
     torch.set_num_threads(1)  # more gain nothing on so small a model, and wait for each other where a machine is busy
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).is_file():
+        raise ConfigError(
+            "the folder holds files that no quickstart made",
+            where=str(folder),
+            fix="name a new or empty one (--output)",
+        )
+    atomic_write_text(folder / _MARKER, "Made by `finetune quickstart`, which writes into no folder without this.\n")
     _say(1, "a tiny CogVideoX that knows circles, squares and triangles, and clips of a shape it has never seen")
     install_demo_model(folder / "model")
     write_clips(folder / "clips", lesson())
     write_clips(folder / "heldout", held_out())
-    atomic_write_text(folder / "run.yaml", CONFIG.read_text(encoding="utf-8"))
+    if not (folder / "run.yaml").exists():  # or it may have been edited since
+        atomic_write_text(folder / "run.yaml", CONFIG.read_text(encoding="utf-8"))
     config = load_config(folder / "run.yaml")
 
     _say(2, "precompute: clips through the VAE, captions through T5, once")

@@ -21,7 +21,7 @@ from typing import Any
 
 from accelerate.utils import gather
 
-from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, verdict
+from finetune.checkpoint.folders import Measurement, best_of, checkpoint_path, outcome, verdict
 from finetune.checkpoint.save import CheckpointManager
 from finetune.cogvideox.objective import weighted
 from finetune.config.schema import RunConfig, as_config
@@ -71,7 +71,7 @@ class TrainReport:
     verdict: str = ""
     """What the measurements say of the last step."""
     export_command: str = ""
-    """Exports the last step, or the best one where the last is worse and the best was kept."""
+    """Exports the last step, or the best one where the last is worse and the best was kept; empty if it diverged."""
 
     def __str__(self) -> str:
         done = f"{self.step} of {self.total_steps} steps in {from_here(self.run_dir)}"
@@ -334,6 +334,8 @@ def _conclusion(run: Run, state: RunState, history: Sequence[Measurement]) -> di
             "export_command": shlex.join(command),
         }
     (step, loss), text = best, verdict(history, best)
+    if outcome(history, best) == "diverged":
+        return {"best_step": step, "best_heldout": loss, "verdict": text}
     if loss < history[-1].heldout:
         if state.best_step == step:
             command += ["--checkpoint", "best"]

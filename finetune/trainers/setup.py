@@ -19,10 +19,10 @@ from torch import nn
 
 from finetune.caching.check import run_advice
 from finetune.caching.encode import release_memory
-from finetune.caching.precompute import ensure_cache
-from finetune.checkpoint.compare import require_same_run
-from finetune.checkpoint.folders import clear_interrupted
-from finetune.checkpoint.load import LoadedCheckpoint, checkpoint_to_continue
+from finetune.caching.precompute import ensure_cache, other_data
+from finetune.checkpoint.compare import Difference, require_same_run
+from finetune.checkpoint.folders import clear_interrupted, list_checkpoints
+from finetune.checkpoint.load import CheckpointHead, LoadedCheckpoint, checkpoint_to_continue, read_head
 from finetune.cogvideox.load import base_digest, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.objective import alpha_bar
@@ -85,9 +85,10 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
         accelerator.print(line)
 
     ranks.run_on_main(lambda: require_start(config))
-    cache = Cache(config.cache.dir)
-    manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, cleanup=cleanup)
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
+    trained_on = ranks.run_on_main(lambda: _require_continuable(config, ranks))  # before hours of encoding
+    cache = Cache(config.cache.dir)
+    manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, cleanup=cleanup, continues=trained_on)
     data = _run_data(config, spec, manifest, cache, ranks)
     cleanup.callback(data.loader.close)
     val_videos = len({item.media_digest for item in data.val.items})  # copies of one count once
@@ -207,28 +208,48 @@ def _run_data(config: RunConfig, spec: ModelSpec, manifest: Manifest, cache: Cac
     return RunData(cache, manifest, training, val, plan, loader, total_steps)
 
 
+def _require_continuable(config: RunConfig, ranks: ProcessGroup) -> str | None:
+    """Refuse a configuration that the run cannot go on with, by what its checkpoint says of itself.
+
+    Returns:
+        The digest of the data that it was trained on; None for a run that begins.
+    """
+    resume, standing = config.checkpoint.resume, list_checkpoints(config.output_dir)
+    if resume == "none" or (resume == "latest" and not standing):
+        return None
+    try:
+        head = read_head(standing[-1][1] if resume == "latest" else Path(resume))
+    except CheckpointError:  # another may be whole: all of them are read when the data are there
+        return None
+    _changes(config, head, ranks)
+    # With clips left out that cannot be read, it is not known which these are before they are read.
+    return head.state.cache_digest if config.data.unreadable_clips == "error" else None
+
+
+def _changes(config: RunConfig, saved: CheckpointHead, ranks: ProcessGroup) -> list[Difference]:
+    settings = config.to_dict()
+    if config.model.attention == "auto":  # which goes on with what it chose before
+        settings["model"]["attention"] = _recorded_attention(saved)
+    return require_same_run(
+        saved.config,
+        settings,
+        where=str(saved.path),
+        processes=(saved.processes, ranks.world),
+        identified=bool(saved.state.base),
+    )
+
+
 def _checkpoint_to_continue(config: RunConfig, data: RunData, ranks: ProcessGroup) -> LoadedCheckpoint | None:
     """The checkpoint that the run continues from, compared with what the run is to be."""
     saved = checkpoint_to_continue(config.output_dir, config.checkpoint.resume, ranks)
     if saved is None:
         return None
     state, where = saved.state, str(saved.path)
-    processes = saved.processes, ranks.world
-    settings = config.to_dict()
-    if config.model.attention == "auto":  # which goes on with what it chose before
-        settings["model"]["attention"] = _recorded_attention(saved)
-    for change in require_same_run(
-        saved.config, settings, where=where, processes=processes, identified=bool(state.base)
-    ):
+    for change in _changes(config, saved, ranks):
         if ranks.is_main:
             print(f"continuing with {change}", flush=True)
     if state.cache_digest != data.manifest.digest:
-        raise CheckpointError(
-            "the training data is not what this run was trained on: clips, captions or their encoding changed",
-            where=f"{where} against {config.cache.dir}",
-            fix="restore the dataset to continue, or train anew into another output_dir"
-            " (method.init_from continues from the weights alone)",
-        )
+        raise other_data(f"{where} against {config.cache.dir}")
     if state.step > data.total_steps:
         raise CheckpointError(
             f"the checkpoint has taken {state.step} steps, and the run is to take {data.total_steps}",
@@ -257,7 +278,7 @@ def attention_request(config: RunConfig, spec: ModelSpec, device: torch.device) 
     )
 
 
-def _recorded_attention(saved: LoadedCheckpoint | None) -> Any:
+def _recorded_attention(saved: CheckpointHead | None) -> Any:
     return "auto" if saved is None else saved.config.get("model", {}).get("attention", "auto")
 
 
