@@ -155,6 +155,10 @@ def caption(
             return LocalCaptioner(model, revision, device)
         return EndpointCaptioner(endpoint, model, key_variable, send=send, timeout_s=timeout_s)
 
+    if not Path(folder).is_dir():
+        from finetune.core.errors import DataError
+
+        raise DataError("there is no such folder", where=str(folder), fix="name a folder of clips")
     limit = token_limit(target)
     report = caption_folder(Path(folder), captioner, limit, options, progress=progress)
     if review is not None:

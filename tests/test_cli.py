@@ -802,6 +802,24 @@ def test_init_takes_the_last_recipe_that_fits(model, method, card, name):
     assert recipe_for(model, method, card).name == f"cogvideox-{name}.yaml"
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("init --from train.sh --data clips --method full", "--method, --data: --from takes all of it"),
+        ("init --model 5b --card 4090", "no card has 4090 GiB"),
+        ("generate --model 5b --prompt x --strength 0.3", "no prompt has a video"),
+        ("caption nowhere", "there is no such folder"),
+        ("cache import empty --dir cache", "the folder holds no cache"),
+    ],
+)
+def test_options_that_would_be_passed_over_are_refused(tmp_path, monkeypatch, capsys, line, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert main(shlex.split(line)) == USER_ERROR
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not list((tmp_path / "empty").iterdir()) and not (tmp_path / "run.yaml").exists()
+
+
 @pytest.mark.parametrize("device", ["H100", "A100", "4090"])
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("model", ["2b", "5b", "1.5-5b"])

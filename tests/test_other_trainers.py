@@ -216,6 +216,30 @@ def test_what_a_script_of_finetrainers_leaves_out_is_as_their_parser_has_it(thei
     assert values["data"]["caption_dropout"] == 0
 
 
+def test_a_file_that_a_script_names_from_its_repository_is_found(theirs, tmp_path):
+    (theirs / "examples").mkdir()
+    script = theirs / "examples" / "train.sh"
+    line = "python train.py --pretrained_model_name_or_path local --model_name cogvideox --dataset_config {}\n"
+    script.write_text(line.format("sets.json"))  # beside neither the script nor where this runs
+    found = translate(script, tmp_path)
+    assert found.values["data"]["sources"] == [{"path": "theirs/a", "trigger": "zkx"}]
+    script.write_text(line.format("nowhere.json"))
+    lost = translate(script, tmp_path)
+    assert ("dataset_config", "it cannot be read here") in [(setting.name, why) for setting, why in lost.unmapped]
+    assert any("nowhere.json is not here" in note for note in lost.notes)
+
+
+def test_the_example_of_diffusers_calls_some_settings_otherwise(theirs):
+    script = theirs / "example.sh"
+    script.write_text(
+        "accelerate launch train_cogvideox_lora.py --pretrained_model_name_or_path local --dataset_name a/b"
+        " --optimizer AdamW --adam_beta1 0.8 --adam_beta2 0.9 --adam_weight_decay 0.1\n"
+    )
+    values = translate(script, theirs.parent).values
+    assert values["data"]["sources"] == [{"kind": "hub", "path": "a/b"}]
+    assert values["optimizer"]["betas"] == [0.8, 0.9] and values["optimizer"]["weight_decay"] == 0.1
+
+
 @pytest.mark.parametrize("trainer", CASES)
 def test_every_line_is_mapped_or_named_with_a_reason(trainer, theirs):
     name, text, _ = CASES[trainer]
@@ -259,7 +283,7 @@ def test_what_to_look_at_is_said(trainer, note, theirs):
     ("setting", "reason"),
     [
         ("lr_scheduler", "there is no such schedule"),
-        ("wombat", "there is none of ours"),
+        ("wombat", "none of ours is known for it"),
         ("parallel_backend", "the launcher's"),
         ("precomputation_items", "the cache holds all"),
     ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -325,7 +325,9 @@ def precompute(
     spec = spec or spec_of(config.model)
     cache = Cache(config.cache.dir)
     with cache.in_use("precompute", quiet=not ranks.is_main):
-        report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main, part=part)
+        progress = progress and ranks.is_main
+        plan = _planned(config, spec, cache, ranks, progress=progress, part=part)
+        report = _encoded(config, spec, cache, ranks, plan, progress=progress)
         if part is not None:
             whole = ranks.run_on_main(lambda: _merge_if_last(config, spec, cache, report, progress=progress))
             report = whole or report
@@ -399,33 +401,34 @@ def _merge(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) 
     return report
 
 
-def _precompute(
-    config: RunConfig,
-    spec: ModelSpec,
-    cache: Cache,
-    ranks: ProcessGroup,
-    *,
-    progress: bool,
-    part: Part | None = None,
-    continues: str | None = None,
-) -> PrecomputeReport:
-    begun = time.perf_counter()
-
-    def prepare() -> CachePlan:
-        require_valid(config, spec)
-        plan = plan_cache(config, spec, cache, progress=progress, part=part)
-        if any(plan.missing.values()) and continues not in (None, plan.manifest.digest):
-            raise other_data(str(cache.root))
-        require_room(plan, cache.root)
-        if any(plan.missing.values()):  # should this process die, its entries are still wanted
-            cache.save_manifest(plan.manifest.pending(), config.base)
-        return plan
-
+def _planned(
+    config: RunConfig, spec: ModelSpec, cache: Cache, ranks: ProcessGroup, *, progress: bool, part: Part | None = None
+) -> CachePlan:
+    """What is missing, after the clips of streams, which are encoded as they come."""
     streamed: list[EncodeResult] = []
     if _streams(config):
         ranks.run_on_main(lambda: require_valid(config, spec))
         streamed = encode_streams(config, spec, cache, ranks, part=part, progress=progress)
-    plan = replace(ranks.run_on_main(prepare), streamed=tuple(streamed))
+
+    def plan() -> CachePlan:
+        require_valid(config, spec)
+        return plan_cache(config, spec, cache, progress=progress, part=part)
+
+    return replace(ranks.run_on_main(plan), streamed=tuple(streamed))
+
+
+def _encoded(
+    config: RunConfig, spec: ModelSpec, cache: Cache, ranks: ProcessGroup, plan: CachePlan, *, progress: bool
+) -> PrecomputeReport:
+    """Make what a plan lacks, and file its manifest."""
+    begun = time.perf_counter()
+
+    def begin() -> None:
+        require_room(plan, cache.root)
+        if any(plan.missing.values()):  # should this process die, its entries are still wanted
+            cache.save_manifest(plan.manifest.pending(), config.base)
+
+    ranks.run_on_main(begin)
     share = slice(ranks.rank, None, ranks.world)
     results: dict[Kind, list[EncodeResult]] = {
         # First, because it takes no time and a damaged image should not be found after hours.
@@ -534,7 +537,6 @@ def ensure_cache(
     cache: Cache | None = None,
     distributed: ProcessGroup | None = None,
     progress: bool = True,
-    cleanup: ExitStack | None = None,
     continues: str | None = None,
 ) -> Manifest:
     """The manifest that training reads from, every entry of it in the cache.
@@ -549,8 +551,6 @@ def ensure_cache(
         cache: the run's, which then knows what is packed without reading it again; made anew if None.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
-        cleanup: takes the lock that keeps ``cache gc`` from deleting the manifest's entries, which so lasts until this
-            is closed; without it, until the call returns.
         continues: the digest of what a run was trained on that goes on: other data are refused before any is encoded.
 
     Raises:
@@ -560,11 +560,14 @@ def ensure_cache(
     """
     ranks = distributed or ProcessGroup.current()
     cache = cache or Cache(config.cache.dir)
-    with ExitStack() as until_return:
-        (cleanup or until_return).enter_context(cache.in_use("train", quiet=not ranks.is_main))
+    with cache.in_use("train", quiet=not ranks.is_main):
         manifest = ranks.run_on_main(lambda: find_manifest(config, spec, cache))
         if manifest is None:
-            report = _precompute(config, spec, cache, ranks, progress=progress and ranks.is_main, continues=continues)
+            progress = progress and ranks.is_main
+            plan = _planned(config, spec, cache, ranks, progress=progress)
+            if any(plan.missing.values()) and continues not in (None, plan.manifest.digest):
+                raise other_data(str(cache.root))
+            report = _encoded(config, spec, cache, ranks, plan, progress=progress)
             if ranks.is_main:
                 print(report, flush=True)
             manifest = report.manifest

@@ -12,7 +12,7 @@ from finetune.cogvideox.captions import load_tokenizer, tokenize
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.model_files import json_folder
 from finetune.cogvideox.spec import read_spec
-from finetune.core.errors import DataError, FinetuneError
+from finetune.core.errors import DataError, FinetuneError, ModelError
 from finetune.datasets.rows import check_caption
 
 SHORTER = (
@@ -52,8 +52,12 @@ def token_limit(target: str) -> TokenLimit:
     Raises:
         ModelError: if its JSON or its tokenizer cannot be found or read.
     """
-    spec = read_spec(str(json_folder(target)))
-    tokenizer = load_tokenizer(ModelConfig(pretrained=target))
+    try:
+        spec = read_spec(str(json_folder(target)))
+        tokenizer = load_tokenizer(ModelConfig(pretrained=target))
+    except ModelError as error:
+        what = f"captions are counted by CogVideoX's tokenizer, which cannot be had: {error.what}"
+        raise ModelError(what, where=error.where, fix=f"{error.fix}; --for names another model or its folder") from None
     return TokenLimit(
         spec.max_text_seq_length, lambda texts: [tokens.length for tokens in tokenize(tokenizer, texts, spec)]
     )

@@ -54,7 +54,9 @@ def init(
             metavar="FILE",
         ),
     ] = None,
-    method: Annotated[Literal["lora", "full"], option("Train an adapter, or every weight.")] = "lora",
+    method: Annotated[
+        Literal["lora", "full"] | None, option("Train an adapter (lora, if left out), or every weight.")
+    ] = None,
     card: Annotated[
         str | None,
         option("Memory of the GPU, such as 24GB, to say whether the run should fit.", "SIZE"),
@@ -65,17 +67,22 @@ def init(
 ) -> None:
     """Write a commented configuration for a model, a method and a card, or from another trainer's own."""
     from finetune.cli.init import write_starter, write_translated
-    from finetune.core.gpu import amount
+    from finetune.core.gpu import card_size
     from finetune.core.types import GIB
 
-    card_bytes = amount("--card", card)
+    card_bytes = card_size(card)
     card_gib = None if card_bytes is None else card_bytes / GIB
     if (model is None) == (source is None):
         raise typer.BadParameter("give one of --model and --from")
     if source is not None:
+        beside = {"--method": method, "--card": card, "--data": data}
+        if given := [name for name, value in beside.items() if value is not None]:
+            raise typer.BadParameter(f"{', '.join(given)}: --from takes all of it from the file; change what it writes")
         notes = write_translated(source, output, force=force)
     elif model is not None:
-        notes = write_starter(model=model, method=method, card_gib=card_gib, clips=data, output=output, force=force)
+        notes = write_starter(
+            model=model, method=method or "lora", card_gib=card_gib, clips=data, output=output, force=force
+        )
     print(f"wrote {output}")
     print_notes(notes)
     print_next("doctor", "--config", str(output))

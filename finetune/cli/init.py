@@ -246,8 +246,8 @@ def write_translated(source: Path, output: Path, *, force: bool = False) -> list
     from finetune.config.other_trainers import translate
     from finetune.config.schema import build
 
-    _require_free(output, force=force)
     translation = translate(source.expanduser(), output.absolute().parent)
+    _require_free(output, force=force)
     atomic_write_text(output, translation.text())
     build(Document.read(output), base=output.absolute().parent)
     unmapped = [setting for setting, _ in translation.unmapped if setting.line is not None]

@@ -94,7 +94,8 @@ def plan(
     print(planned)
     too_large = planned.fits is False
     if too_large and not json:
-        print_next("plan", *config_words(config, overrides), "--budget", budget or card or "24GB")
+        more = ["--ram", ram] if ram is not None else []
+        print_next("plan", *config_words(config, overrides), "--budget", budget or card or "24GB", *more)
     elif not json:
         if planned.chosen:
             print(f"write that memory section into {config} first, or set memory.kind: auto there")
@@ -135,6 +136,8 @@ def precompute(
     report = finetune.precompute(finetune.load_config(config, overrides), shard=shard, merge=merge)
     if is_main():
         print(report)
+        if report.part is not None:
+            print("when all parts are made:")
         following = ["train"] if report.part is None else ["precompute", "--merge"]
         print_next(*following, *config_words(config, overrides))
 
@@ -197,8 +200,10 @@ def report(
     output: Annotated[Path | None, option("The page; left out: RUN/report.html, or ./report.html.", "FILE")] = None,
 ) -> None:
     """Show a run, or several side by side, as one page: a verdict, curves, samples, clips, settings."""
+    from finetune.checkpoint.folders import list_checkpoints
+
     print(f"wrote {finetune.report(runs, output)}")
-    if len(runs) == 1:
+    if len(runs) == 1 and list_checkpoints(runs[0]):
         print_next("export", str(runs[0]))
 
 

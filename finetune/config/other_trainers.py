@@ -201,6 +201,15 @@ _ONE_TO_ONE: dict[str, tuple[str, Callable[[Setting], Any]]] = {
     "report_to": ("tracking.kind", _tracker),
 }
 
+_ALIASES = {
+    "adam_beta1": "beta1",
+    "adam_beta2": "beta2",
+    "adam_epsilon": "epsilon",
+    "adam_weight_decay": "weight_decay",
+    "use_8bit_adam": "use_8bit",
+}
+"""What diffusers' own example calls them, from which cogvideox-factory's scripts come."""
+
 _BY_ITSELF = "done by itself"
 _UNMAPPED: dict[str, str] = {
     "model_name": "the model's own JSON says what it is",
@@ -310,8 +319,14 @@ class _Mapper:
         table, video, caption, image = self.take(
             "dataset_file", "video_column", "caption_column", "image_column", place="data.sources"
         )
-        (config,) = self.take("dataset_config", place="data.sources, data.buckets")
+        (config,) = self.take("dataset_config")
+        hub, revision = self.take("dataset_name", "dataset_config_name", place="data.sources")
         root = root or old_root
+        if hub is not None and not root:
+            self.put("data.sources", [{"kind": "hub", "path": hub.words[0]}])
+            if revision is not None:
+                self.notes.append(f"{hub.words[0]} is read as its files lie, whatever {revision.words[0]} is there")
+            return
         if config is not None:
             self._datasets(config)
             return
@@ -341,13 +356,13 @@ class _Mapper:
 
     def _datasets(self, config: Setting) -> None:
         """Finetrainers' JSON: a list of datasets, each with its buckets."""
-        content = _read_json(self.folder / config.words[0])
+        content = self._read_beside(config.words[0])
         if content is None:
+            self.refuse(config, "it cannot be read here")
             self.put("data.sources", [{"path": "clips"}])
-            self.notes.append(
-                f"{config.words[0]} cannot be read here: write its datasets into data.sources and buckets"
-            )
+            self.notes.append(f"{config.words[0]} is not here: write its datasets into data.sources and data.buckets")
             return
+        self.mapped.append((config, "data.sources, data.buckets"))
         sources, buckets = [], []
         for dataset in content.get("datasets", []):
             path = dataset.get("data_root") or dataset.get("dataset_file")
@@ -360,6 +375,17 @@ class _Mapper:
             buckets += [list(bucket) for bucket in dataset.get("video_resolution_buckets", [])]
         self.put("data.sources", sources)
         self.put("data.buckets", _bucket_texts(buckets))
+
+    def _read_beside(self, word: str) -> dict[str, Any] | None:
+        """A JSON file that they name: beside the script, where this runs, or from a folder above, as in a repository.
+
+        Where it is found their relative paths start.
+        """
+        for place in (self.folder, Path.cwd(), *self.folder.parents):
+            if (content := _read_json(place / word)) is not None:
+                self.folder = place
+                return content
+        return None
 
     def buckets(self) -> None:
         (resolution, listed) = self.take("train_resolution", "video_resolution_buckets", place="data.buckets")
@@ -502,7 +528,7 @@ class _Mapper:
                     image = {"image": self.path(pictures[index])} if pictures[index:] else {}
                     samples.append({"prompt": " ".join(text.split()), **image, "seed": seed})
         elif table is not None:
-            content = _read_json(self.folder / table.words[0]) or {}
+            content = self._read_beside(table.words[0]) or {}
             for row in content.get("data", []):
                 image = {"image": self.path(row["image_path"])} if row.get("image_path") else {}
                 samples.append({"prompt": row.get("caption", ""), **image})
@@ -525,7 +551,7 @@ class _Mapper:
                 self.mapped.append((setting, place))
                 continue
             swept = (reason for prefix, reason in _SWEPT_BY_PREFIX.items() if name.startswith(prefix))
-            self.refuse(setting, _UNMAPPED.get(name) or next(swept, "there is none of ours"))
+            self.refuse(setting, _UNMAPPED.get(name) or next(swept, "none of ours is known for it"))
 
 
 def _bucket_texts(sizes: Iterable[Sequence[Any]]) -> list[str]:
@@ -563,7 +589,8 @@ def translate(path: Path, folder: Path) -> Translation:
     """
     is_yaml = path.suffix.lower() in (".yaml", ".yml")
     script = None if is_yaml else ShellScript(path)
-    settings = {setting.name: setting for setting in (_from_yaml(path) if script is None else script.settings())}
+    written = list(_from_yaml(path) if script is None else script.settings())
+    settings = {_ALIASES.get(setting.name, setting.name): setting for setting in written}
     trainer = _trainer(settings, is_yaml=is_yaml)
     if trainer is None:
         raise ConfigError(

@@ -321,6 +321,8 @@ def _origin(file: Path, metadata: Mapping[str, str], lora: StoredLora | None) ->
         return "this package: a checkpoint"
     if (folder / TRAINING_RECORD).is_file() or (folder.parent / TRAINING_RECORD).is_file():
         return f"this package: an export, with {TRAINING_RECORD}"
+    if merged := metadata.get("modelspec.merged_from"):
+        return f"a merge of {_short(merged)}, by its metadata"
     if software := metadata.get("software") or metadata.get("modelspec.implementation"):
         return f"{_short(software)}, by its metadata"
     if module := metadata.get("ss_network_module"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -106,11 +105,9 @@ class ExportSource:
         if own_loss is not None and loss >= own_loss:
             return ""
         is_newest = self.state.step == max(checkpoints) and self.state.best_step == step
-        words = [str(self.run_dir), "--checkpoint", "best"] if is_newest else [str(checkpoints[step])]
         own = "was not measured" if own_loss is None else f"has {own_loss:.4f}"
-        return f"step {step} has a lower held-out loss, {loss:.4f}; step {self.state.step} {own}: " + shlex.join(
-            ["finetune", "export", *words]
-        )
+        how = "add --checkpoint best" if is_newest else f"name {checkpoints[step]}"
+        return f"step {step} has a lower held-out loss, {loss:.4f}; step {self.state.step} {own}: {how}"
 
     @cached_property
     def data(self) -> DataSummary | None:

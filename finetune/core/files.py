@@ -110,6 +110,10 @@ def atomic_write(path: Path, parts: Iterable[memoryview], *, durable: bool = Tru
         finally:
             os.close(descriptor)
         _rename(partial, path)
+    except OSError as error:
+        if error.filename == str(partial):  # nobody has asked for a file of that name
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         partial.unlink(missing_ok=True)
     if durable:

@@ -18,7 +18,20 @@ NCCL's three protocols. From the defaults in NCCL's source; few machines take al
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 """Variables that torch reads its allocator's settings from; the first is torch's name for it from 2.9 on."""
 
-_UNITS = {"": GIB, "g": GIB, "gib": GIB, "gb": GIB, "mib": MIB, "mb": MIB, "tib": 1024 * GIB, "tb": 1024 * GIB}
+_LEAST_CARD, _MOST_CARD = GIB, 1024 * GIB
+
+_UNITS = {
+    "": GIB,
+    "g": GIB,
+    "gib": GIB,
+    "gb": GIB,
+    "mib": MIB,
+    "mb": MIB,
+    "kib": 1024,
+    "kb": 1024,
+    "tib": 1024 * GIB,
+    "tb": 1024 * GIB,
+}
 """Memory is made in powers of two whatever it is called: a card of "24 GB" has 24 GiB."""
 
 
@@ -47,6 +60,22 @@ def amount(option: str, text: str | None) -> int | None:
         return None if text is None else parse_bytes(text)
     except ValueError as error:
         raise ConfigError(str(error), where=f"{option} {text:.60}") from None
+
+
+def card_size(text: str | None) -> int | None:
+    """Bytes of a card that ``--card`` names by its memory; None where it is not given.
+
+    Raises:
+        ConfigError: if it is no amount, or none that a card has.
+    """
+    nbytes = amount("--card", text)
+    if nbytes is not None and not _LEAST_CARD <= nbytes <= _MOST_CARD:
+        raise ConfigError(
+            f"no card has {nbytes / GIB:g} GiB",
+            where=f"--card {text:.60}",
+            fix="give the memory of the card, such as 24GB; `plan` and `doctor` take its kind as --device",
+        )
+    return nbytes
 
 
 def to_gib(nbytes: float) -> str:

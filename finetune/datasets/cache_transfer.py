@@ -130,6 +130,8 @@ def import_cache(cache: Cache, source: Path, *, progress: bool = False) -> Trans
     """
     if source.is_dir():
         other = Cache(source)
+        if not any((source / name).is_dir() for name in (*KINDS, "manifests")):  # a lock in it would be litter
+            raise CacheError("the folder holds no cache", where=str(source), fix="name what was exported")
         with other.in_use("cache import"):
             manifests = ((f"manifests/{path.name}", path.read_bytes) for path in other.manifest_paths())
             members = [*manifests, *_entries(other, other.all_keys())]

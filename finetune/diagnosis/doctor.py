@@ -22,7 +22,7 @@ from finetune.config.schema import RunConfig
 from finetune.config.starting_points import word_on_length
 from finetune.core.errors import DataError
 from finetune.core.files import atomic_write_text
-from finetune.core.gpu import amount
+from finetune.core.gpu import amount, card_size
 from finetune.core.terminal import Bar
 from finetune.core.text import holds_word
 from finetune.core.types import Bucket, Sample, VideoProbe
@@ -77,7 +77,7 @@ def doctor(config: RunConfig, options: DoctorOptions, *, progress: bool = True) 
     """Look at everything that a run would train on; errors stand at ``finetune.doctor``."""
     spec = spec_of(config.model, shipped=True)
     warnings = require_valid(config, spec)
-    card_bytes = amount("--card", options.card or config.memory.budget)
+    card_bytes = card_size(options.card) or amount("memory.budget", config.memory.budget)
     dataset = _read(config, spec, progress)
     with _Prediction(config, card_bytes, options.device) if dataset.planned else nullcontext() as prediction:
         inspected = _inspect(config, dataset.planned, progress)

@@ -179,8 +179,11 @@ def in_words(outlook: Outlook, buckets: Sequence[Bucket]) -> list[tuple[str, str
     encode_s = sum(outlook.encode_s[bucket] for bucket in buckets)
     cache = sum(outlook.cache_bytes[bucket] for bucket in buckets) + outlook.caption_bytes
     download = outlook.download_gb
+    from finetune.planner.cost_model import OF_ANOTHER, OTHER
+
+    rates = f"of an {OTHER}: none are known of {outlook.device}" if outlook.rates == OF_ANOTHER else outlook.rates
     return [
-        ("one step", f"{outlook.step_s:.2f} s on {outlook.device} (rates {outlook.rates})"),
+        ("one step", f"{outlook.step_s:.2f} s on {outlook.device} (rates {rates})"),
         ("training", f"{duration(outlook.training_s)}, and {duration(outlook.measuring_s)} of measuring and sampling"),
         ("encoding", f"{duration(encode_s)} for clips, {duration(outlook.caption_s)} for captions"),
         ("memory", outlook.memory or "not predicted"),

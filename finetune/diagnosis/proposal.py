@@ -117,9 +117,11 @@ def propose(clips: Path, spec: ModelSpec, workers: int, media: MediaPlace) -> Pr
         span, kept = _SPANS[1], options[1]
     if not kept.clips:
         raise DataError("all of its videos are too short for this model", where=str(clips))
-    low, high = suited(kept.clips)
-    point = starting_point(kept.clips)
-    steps = math.sqrt(low * high) * kept.clips / point.accumulation
+    point, videos = starting_point(kept.clips), max(1, len({path for path, _ in kept.planned}))
+    held_out = min(point.holdout if point.holdout >= 1 else point.holdout * videos, videos - 1)
+    trained = max(1, round(kept.clips * (1 - held_out / videos)))
+    low, high = suited(trained)
+    steps = math.sqrt(low * high) * trained / point.accumulation
     usable = [sample for sample in read.train if (sample.video, sample.span_s) in kept.planned]
     usable = [sample for sample in usable if not parts[sample.video, sample.span_s].still] or usable
     return Proposal(

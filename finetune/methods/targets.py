@@ -114,8 +114,9 @@ def _nothing_matched(target: str, linear: Sequence[str]) -> ConfigError:
     # One block stands for all, and a bare layer name is what people usually mean.
     close = difflib.get_close_matches(target, linear, n=4, cutoff=0.3)
     close += [name for name in linear if name.endswith(f".{target}")]
+    near = some(dict.fromkeys(close or linear[:4]))
     return ConfigError(
         f"the target {target!r} selects nothing: no linear layer has such a name",
         where="method.targets",
-        fix=f"use {', '.join(PRESETS)}, or a regular expression for whole names such as {some(dict.fromkeys(close))}",
+        fix=f"use {', '.join(PRESETS)}, or a regular expression for whole names such as {near}",
     )

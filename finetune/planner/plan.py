@@ -22,7 +22,7 @@ from finetune.config.rules import memory_errors, memory_traits, require_valid
 from finetune.config.schema import RunConfig
 from finetune.core.errors import ConfigError, raise_all
 from finetune.core.files import require_writable
-from finetune.core.gpu import amount, parse_bytes, to_gib, usable
+from finetune.core.gpu import amount, card_size, parse_bytes, to_gib, usable
 from finetune.core.rng import DETERMINISTIC_WORKSPACE
 from finetune.core.types import GIB
 from finetune.planner.cost_model import (
@@ -86,6 +86,7 @@ class PlanOptions:
 def plan(config: RunConfig, options: PlanOptions) -> Planned:
     """The work of ``finetune.plan``, where the errors stand, for a configuration that is loaded."""
     budget, ram, quantize = options.budget, options.ram, options.quantize
+    card = card_size(options.card)
     processes, plot = options.processes, options.plot
     spec = spec_of(config.model, shipped=True)
     require_valid(config, spec)
@@ -103,7 +104,7 @@ def plan(config: RunConfig, options: PlanOptions) -> Planned:
         if budget is None and card_here() is None:
             where = config.where("memory")
             raise ConfigError("there is no GPU here to plan for", where=where, fix="give --budget 24GB")
-    asked_bytes = amount("--budget", budget) or amount("--card", options.card)
+    asked_bytes = amount("--budget", budget) or card
     card_bytes = asked_bytes or card_here()
     ram_bytes, rates = amount("--ram", ram), rates_of(options.device or device_here())
     others = held_note() if asked_bytes is None else ""

@@ -88,7 +88,9 @@ def setup_run(config: RunConfig, cleanup: ExitStack) -> Run:
     cleanup.enter_context(hold_run_folder(config.output_dir, ranks, accelerator.print))
     trained_on = ranks.run_on_main(lambda: _require_continuable(config, ranks))  # before hours of encoding
     cache = Cache(config.cache.dir)
-    manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, cleanup=cleanup, continues=trained_on)
+    # Until the run ends nothing that it reads is collected as garbage.
+    cleanup.enter_context(cache.in_use("train", quiet=not ranks.is_main))
+    manifest = ensure_cache(config, spec, cache=cache, distributed=ranks, continues=trained_on)
     data = _run_data(config, spec, manifest, cache, ranks)
     cleanup.callback(data.loader.close)
     val_videos = len({item.media_digest for item in data.val.items})  # copies of one count once
