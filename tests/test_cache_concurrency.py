@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections import Counter
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -30,6 +29,7 @@ from finetune.core.errors import CacheError
 from finetune.datasets import cache_admin
 from finetune.datasets.cache import Cache, Encoding
 from finetune.datasets.manifests import Manifest
+from finetune.trainers.loop import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -168,14 +168,20 @@ def test_a_damaged_manifest_stops_collections_until_it_is_made_anew(tmp_path):
 # ------------------------------------------------------------------------------------------------------ runs
 
 
-def test_training_uses_the_cache_until_its_cleanup(tiny_model, tmp_path):
-    config = run_config(tiny_model(), tmp_path / "none", tmp_path / "run", cache={"mode": "require"})
+def test_training_uses_the_cache_until_its_end(tiny_model, tmp_path):
+    config = run_config(
+        tiny_model(), tmp_path / "none", tmp_path / "run", cache={"mode": "require"}, train={"steps": 1}
+    )
     fabricate_cache(config)
-    cache = Cache(config.cache.dir)
-    with ExitStack() as cleanup:
-        manifest = ensure_cache(config, read_spec(config.model.pretrained), cleanup=cleanup)
-        (cache.root / "manifests" / f"{manifest.name}.json").unlink()
-        assert cache_admin.gc(cache, delete=True, grace_s=0).held_back
+    cache, held_back = Cache(config.cache.dir), []
+
+    def collect(record: object) -> None:
+        for manifest in (cache.root / "manifests").glob("*.json"):
+            manifest.unlink()
+        held_back.append(cache_admin.gc(cache, delete=True, grace_s=0).held_back)
+
+    train(config, on_step=collect)
+    assert len(held_back) == 1 and held_back[0]
     assert cache_admin.gc(cache, delete=True, grace_s=0).entries == 5
 
 

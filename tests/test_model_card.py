@@ -126,7 +126,7 @@ def test_an_export_names_a_better_checkpoint_that_stands(tiny_model, tmp_path):
     make_run(tmp_path, tiny_model("5b"), LORA, step=2)
     run = run_with_history(tmp_path, tiny_model("5b"), best_step=2)
     write_history(run, {2: 0.2, 3: 0.25})
-    better = f"step 2 has a lower held-out loss, 0.2000; step 3 has 0.2500: finetune export {run} --checkpoint best"
+    better = "step 2 has a lower held-out loss, 0.2000; step 3 has 0.2500: add --checkpoint best"
     assert f"note: {better}" in str(export(run))
     assert "lower held-out" not in str(export(run, checkpoint="best"))
     write_history(run, {2: 0.3, 3: 0.25})
