@@ -1,6 +1,6 @@
 """Show that a change that only moves code moves no number: run two commits on the same inputs and compare the results.
 
-    python scripts/equality.py REVISION [--plans] [--json FILE]
+    python scripts/equality.py REVISION [--block stock] [--plans] [--json FILE]
 
 Both commits are driven through their command lines, in processes of their own, so that nothing here depends on where
 code lies. Compared are loss curves, digests of trained weights, cache addresses and tensors, exported tensors, and with
@@ -40,7 +40,7 @@ checkpoint: {{every: 3}}
 memory: {memory}
 output_dir: {output}
 """
-MEMORY = {"lora": "{block: lean, activations: host}", "full": "{}"}
+MEMORY = {"lora": "{{block: {block}, activations: host}}", "full": "{{}}"}
 MAKE_INPUTS = """\
 import sys
 from pathlib import Path
@@ -58,6 +58,7 @@ def main() -> int:
     """Parse the command line, run both commits, and print what differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("revision", help="the commit to compare with")
+    parser.add_argument("--block", choices=("lean", "stock"), default="lean", help="how a LoRA's blocks are computed")
     parser.add_argument("--plans", action="store_true", help="also the planner, some ten minutes for each commit")
     parser.add_argument("--json", type=Path, help="keep both sides' numbers here")
     args = parser.parse_args()
@@ -67,8 +68,8 @@ def main() -> int:
         _git("worktree", "add", "--quiet", "--detach", str(before), args.revision)
         try:
             inputs = _make_inputs(before, scratch / "inputs")
-            theirs = measure(before, inputs, scratch / "theirs", plans=args.plans)
-            ours = measure(ROOT, inputs, scratch / "ours", plans=args.plans)
+            theirs = measure(before, inputs, scratch / "theirs", block=args.block, plans=args.plans)
+            ours = measure(ROOT, inputs, scratch / "ours", block=args.block, plans=args.plans)
             ours["continued from the other's checkpoint"] = continued(inputs, scratch / "theirs")
             theirs["continued from the other's checkpoint"] = theirs["2b lora"]["weights"]
         finally:
@@ -82,12 +83,12 @@ def main() -> int:
     return 1 if different else 0
 
 
-def measure(checkout: Path, inputs: Path, scratch: Path, *, plans: bool) -> Numbers:
+def measure(checkout: Path, inputs: Path, scratch: Path, *, block: str, plans: bool) -> Numbers:
     """Everything one commit makes of the inputs, by name."""
     numbers: Numbers = {}
     for variant, method in RUNS:
         run = scratch / f"{variant}-{method}"
-        config = write_config(inputs, scratch, variant, method, run)
+        config = write_config(inputs, scratch, variant, method, block)
         _finetune(checkout, "train", "--config", str(config))
         _finetune(checkout, "export", str(run))
         numbers[f"{variant} {method}"] = {
@@ -112,12 +113,13 @@ def continued(inputs: Path, scratch: Path) -> str:
     return _weights(run, 6)
 
 
-def write_config(inputs: Path, scratch: Path, variant: str, method: str, output: Path) -> Path:
-    """One run's YAML file."""
+def write_config(inputs: Path, scratch: Path, variant: str, method: str, block: str) -> Path:
+    """One run's YAML file; the run's folder lies beside it."""
     scratch.mkdir(exist_ok=True)
+    output = scratch / f"{variant}-{method}"
     values = {"model": inputs / variant, "clips": inputs / "clips", "cache": scratch / "cache", "output": output}
     path = scratch / f"{output.name}.yaml"
-    path.write_text(CONFIG.format(**values, method=METHODS[method], memory=MEMORY[method]))
+    path.write_text(CONFIG.format(**values, method=METHODS[method], memory=MEMORY[method].format(block=block)))
     return path
 
 

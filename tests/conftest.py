@@ -56,6 +56,8 @@ GPU_PIECES = {
 """What ``--only`` takes beside regular expressions: pieces of ``pytest -m gpu``, each meant to fit ten minutes."""
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if torch.cuda.is_available():  # it is read once in a process, of which deterministic runs are not the first tests
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 torch.set_num_threads(1)
 gc.set_threshold(10_000, 10, 10)  # as a command does
 # No power cut is tested, and a run of a second waits for the disk some forty times; a wrong descriptor stays an error.

@@ -193,8 +193,10 @@ def test_a_cache_that_is_read_only_can_be_trained_from(tiny_model, tmp_path, mon
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(locks, "_open", refused)
-    manifest = ensure_cache(config, read_spec(config.model.pretrained))
-    assert Cache(config.cache.dir).read(manifest.items[0]).prompt_embeds.ndim == 2
+    cache = Cache(config.cache.dir)
+    with cache.in_use("train"):
+        manifest = ensure_cache(config, read_spec(config.model.pretrained), cache=cache)
+    assert cache.read(manifest.items[0]).prompt_embeds.ndim == 2
     said = capsys.readouterr().out
     assert "cannot be locked (Read-only file system)" in said and "nothing to encode" in said
 

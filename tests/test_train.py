@@ -254,6 +254,17 @@ def test_a_run_that_cannot_continue_is_refused_before_anything_is_encoded(tiny_r
     assert before == {path: path.stat().st_mtime_ns for path in config.cache.dir.rglob("*.safetensors")}
 
 
+@pytest.mark.parametrize("resume", ["none", "nowhere"])
+def test_a_checkpoint_that_does_not_go_with_its_folder_is_refused_before_anything_is_encoded(
+    tiny_run, tmp_path, resume
+):
+    train(tiny_run(train={"steps": 1}))
+    config = tiny_run(train={"steps": 2}, cache={"dir": tmp_path / "empty"}, checkpoint={"resume": resume})
+    with pytest.raises(CheckpointError, match=r"resume is none|there is no checkpoint"):
+        train(config)
+    assert not [*(tmp_path / "empty").rglob("*.safetensors")]
+
+
 def test_a_run_folder_that_cannot_be_written_to_is_known_before_anything_is_encoded(tiny_run, tmp_path):
     (tmp_path / "file").write_text("")
     config = tiny_run("file/run", cache={"dir": tmp_path / "empty"})

@@ -164,7 +164,7 @@ LINES = [json.dumps(asdict(row)) for row in ROWS]
         ),
         ({2: (0.2, 0.2), 4: (0.2, 0.2)}, "best by held-out loss: the last step measured, 4, with 0.2000"),
         ({0: (0.1, 0.1), 2: (0.2, 0.09)}, "no step was better than the base model, with 0.1000"),
-        ({0: (0.1, 0.1), 2: (0.9, 0.8), 4: (0.5, 0.4)}, "diverged: the base model's held-out loss was 0.1000"),
+        ({0: (0.1, 0.1), 2: (0.9, 0.8), 4: (0.5, 0.4)}, "diverged: the held-out loss was 0.1000 at step 0"),
         ({2: (0.2, 0.2), 4: (float("nan"), 0.2), 6: (0.3, 0.1)}, "step 2 with 0.2000; step 6 has 0.3000"),
     ],
     ids=["memorising", "rate", "last", "tie", "base", "diverged", "no number"],

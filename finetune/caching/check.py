@@ -187,7 +187,11 @@ def check_dataset(
     left_out = {why: tuple(names) for why, names in skipped.items() if names}
     if part is None and not any(not clip.holdout for clip in clips):
         counts = [f"{len(names)} {'rows' if why == UNUSABLE else 'videos'} {why}" for why, names in left_out.items()]
-        raise DataError(f"no clip is left to train on: {'; '.join(counts) or 'every source is held out'}")
+        raise DataError(
+            f"no clip is left to train on: {'; '.join(counts) or 'every source is held out'}",
+            where=", ".join([name for names in left_out.values() for name in names][:4]),
+            fix="mend or replace them (`finetune doctor` says more of each)" if counts else "set split: train on one",
+        )
     notes = [*read.notes, *caption_warnings, *(f"{count} clips: {note}" for note, count in advice.most_common())]
     notes += [f"{WARNING}{warning}" for warning in kept_warnings(clips, config.data, spec, fps)]
     return DatasetReport(tuple(clips), left_out, tuple(notes), fps, kept_by_bucket(clips, fps), read.streamed)

@@ -93,6 +93,8 @@ class CachePlan:
     """Clips that came as a stream, could not be encoded, and are gone."""
     streamed: tuple[EncodeResult, ...] = ()
     """What was encoded of streams, before it was known what the dataset needs."""
+    begun: float = 0.0
+    """When work on it began, by ``time.perf_counter`` of this process."""
 
     @property
     def missing(self) -> dict[Kind, int]:
@@ -384,7 +386,7 @@ def _packed(config: RunConfig, cache: Cache, report: PrecomputeReport, *, progre
 
 def _merge(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) -> PrecomputeReport:
     begun = time.perf_counter()
-    plan = plan_cache(config, spec, cache, progress=progress)
+    plan = replace(plan_cache(config, spec, cache, progress=progress), begun=begun)
     parts = filed_parts(cache, plan.manifest.request)
     notes = [note for _, manifest in parts.values() for note in manifest.notes if note.startswith(LEFT_OUT)]
     failures = [
@@ -396,7 +398,7 @@ def _merge(config: RunConfig, spec: ModelSpec, cache: Cache, *, progress: bool) 
     failed = {failure.key for failure in (*failures, *plan.failures)}
     require_whole(plan.manifest, cache, parts, failed, progress=progress)
     results: dict[Kind, list[EncodeResult]] = {kind: [] for kind in KINDS}
-    report = _finish(config, spec, cache, plan, results | {"latents": [EncodeResult(0, 0, tuple(failures))]}, begun)
+    report = _finish(config, spec, cache, plan, results | {"latents": [EncodeResult(0, 0, tuple(failures))]})
     remove_parts(parts)
     return report
 
@@ -405,6 +407,7 @@ def _planned(
     config: RunConfig, spec: ModelSpec, cache: Cache, ranks: ProcessGroup, *, progress: bool, part: Part | None = None
 ) -> CachePlan:
     """What is missing, after the clips of streams, which are encoded as they come."""
+    begun = time.perf_counter()
     streamed: list[EncodeResult] = []
     if _streams(config):
         ranks.run_on_main(lambda: require_valid(config, spec))
@@ -414,14 +417,13 @@ def _planned(
         require_valid(config, spec)
         return plan_cache(config, spec, cache, progress=progress, part=part)
 
-    return replace(ranks.run_on_main(plan), streamed=tuple(streamed))
+    return replace(ranks.run_on_main(plan), streamed=tuple(streamed), begun=begun)
 
 
 def _encoded(
     config: RunConfig, spec: ModelSpec, cache: Cache, ranks: ProcessGroup, plan: CachePlan, *, progress: bool
 ) -> PrecomputeReport:
     """Make what a plan lacks, and file its manifest."""
-    begun = time.perf_counter()
 
     def begin() -> None:
         require_room(plan, cache.root)
@@ -449,7 +451,7 @@ def _encoded(
             lambda: encode_captions(plan.prompts[share], config, spec, cache, device=ranks.device, progress=progress)
         ),
     }
-    return ranks.run_on_main(lambda: _finish(config, spec, cache, plan, results, begun))
+    return ranks.run_on_main(lambda: _finish(config, spec, cache, plan, results))
 
 
 def other_data(where: str) -> CheckpointError:
@@ -468,7 +470,6 @@ def _finish(
     cache: Cache,
     plan: CachePlan,
     results: Mapping[Kind, Sequence[EncodeResult]],
-    begun: float,
 ) -> PrecomputeReport:
     """Settle what could not be decoded, file the manifest and count."""
     results = {**results, "latents": [*plan.streamed, *results["latents"], EncodeResult(0, 0, plan.failures)]}
@@ -498,7 +499,7 @@ def _finish(
         reused={kind: max(0, len(plan.manifest.keys(kind)) - new[kind]) for kind in KINDS},
         bytes=sum(sizes[kind][key] for kind in KINDS for key in manifest.keys(kind)),
         written_bytes=sum(one.bytes for kind in KINDS for one in results[kind]),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - plan.begun,
         part=plan.part,
     )
 
@@ -543,7 +544,8 @@ def ensure_cache(
 
     A recorded manifest is trusted when the configuration, the encoders and every source file are what they were. If
     there is none, ``cache.mode: auto`` precomputes and ``require`` raises; ``require`` also accepts that source files
-    are not on this machine. What is done is printed on the main process.
+    are not on this machine. What is done is printed on the main process. For as long as the caller reads entries, it
+    holds ``cache.in_use``.
 
     Args:
         config: the run's configuration.
@@ -551,7 +553,8 @@ def ensure_cache(
         cache: the run's, which then knows what is packed without reading it again; made anew if None.
         distributed: the processes that take part; those of the launch if None.
         progress: draw progress bars, on the main process.
-        continues: the digest of what a run was trained on that goes on: other data are refused before any is encoded.
+        continues: the digest of what a run was trained on that goes on: other data are refused before they are encoded,
+            but for those of streams.
 
     Raises:
         CheckpointError: if the data are not what ``continues`` says, and some of it would have to be encoded.
@@ -560,15 +563,14 @@ def ensure_cache(
     """
     ranks = distributed or ProcessGroup.current()
     cache = cache or Cache(config.cache.dir)
-    with cache.in_use("train", quiet=not ranks.is_main):
-        manifest = ranks.run_on_main(lambda: find_manifest(config, spec, cache))
-        if manifest is None:
-            progress = progress and ranks.is_main
-            plan = _planned(config, spec, cache, ranks, progress=progress)
-            if any(plan.missing.values()) and continues not in (None, plan.manifest.digest):
-                raise other_data(str(cache.root))
-            report = _encoded(config, spec, cache, ranks, plan, progress=progress)
-            if ranks.is_main:
-                print(report, flush=True)
-            manifest = report.manifest
+    manifest = ranks.run_on_main(lambda: find_manifest(config, spec, cache))
+    if manifest is None:
+        progress = progress and ranks.is_main
+        plan = _planned(config, spec, cache, ranks, progress=progress)
+        if any(plan.missing.values()) and continues not in (None, plan.manifest.digest):
+            raise other_data(str(cache.root))
+        report = _encoded(config, spec, cache, ranks, plan, progress=progress)
+        if ranks.is_main:
+            print(report, flush=True)
+        manifest = report.manifest
     return manifest

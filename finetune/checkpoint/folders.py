@@ -170,8 +170,8 @@ class Measurement:
 _MEASUREMENT = TypeAdapter(Measurement)
 
 Outcome = Literal["learning", "still", "diverged", "level", "memorising", "worse"]
-"""What measurements say of a run: the held-out loss still falls; nothing moves; it was never as low as the base's, and
-training clips end above theirs; it has stopped falling; it rises while training clips improve; both rise."""
+"""What measurements say of a run: the held-out loss still falls; nothing moves; it stayed far above that at step 0,
+and so do training clips; it has stopped falling; it rises while training clips improve; both rise."""
 
 _MOVED = 1e-3
 """Share of the first loss by which weights that learn something move the same clips' loss: a measurement has no noise,
@@ -179,6 +179,10 @@ so anything is a change, and less than this is none that anybody would see."""
 
 _LEVEL = 5e-3
 """Share of the best loss within which a later one is called as good."""
+
+
+_DIVERGED = 1.2
+"""Times the loss at step 0 that no step came below: more than a warm-up or a few clips too few make of it."""
 
 
 def outcome(history: Sequence[Measurement], best: tuple[int, float]) -> Outcome:
@@ -192,8 +196,8 @@ def outcome(history: Sequence[Measurement], best: tuple[int, float]) -> Outcome:
     moves = (abs(row.trainsubset - first.trainsubset) > _MOVED * abs(first.trainsubset) for row in history)
     if not any(moves) and abs(best[1] - first.heldout) <= _MOVED * abs(first.heldout):
         return "still"
-    above = first.step == 0 and best[1] > (1 + _LEVEL) * first.heldout
-    if above and last.trainsubset > (1 + _LEVEL) * first.trainsubset:
+    above = first.step == 0 and best[1] > _DIVERGED * first.heldout
+    if above and last.trainsubset > _DIVERGED * first.trainsubset:
         return "diverged"
     if best[1] >= last.heldout:
         return "learning"
@@ -254,7 +258,7 @@ def verdict(history: Sequence[Measurement], best: tuple[int, float]) -> str:
     last, (step, loss) = history[-1], best
     if outcome(history, best) == "diverged":
         return (
-            f"diverged: the base model's held-out loss was {history[0].heldout:.4f} and is {last.heldout:.4f} now, that"
+            f"diverged: the held-out loss was {history[0].heldout:.4f} at step 0 and is {last.heldout:.4f} now, that"
             f" of training clips went from {history[0].trainsubset:.4f} to {last.trainsubset:.4f}; begin anew with a"
             " tenth of the learning rate"
         )

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,6 +104,30 @@ def choose_checkpoint(run_dir: Path, resume: str | Path) -> LoadedCheckpoint | N
     """
     if resume == "latest":
         return _newest_intact(run_dir)
+    chosen = _named(run_dir, resume)
+    return None if chosen is None else load_checkpoint(chosen)
+
+
+def head_to_continue(run_dir: Path, resume: str | Path) -> CheckpointHead | None:
+    """What the checkpoint that ``resume`` means says of itself, before hours are spent on what it may refuse.
+
+    Returns:
+        None at step 0, and where checkpoints are damaged: which of them is taken is known when all are read.
+
+    Raises:
+        CheckpointError: as ``choose_checkpoint``, but for damage.
+    """
+    if resume != "latest":
+        chosen = _named(run_dir, resume)
+        return None if chosen is None else read_head(chosen)
+    for _, path in reversed(step_folders(run_dir)):
+        with suppress(DamageError):
+            return _read(path, _read_head)
+    return None
+
+
+def _named(run_dir: Path, resume: str | Path) -> Path | None:
+    """The checkpoint that is named, if it goes with what else the run's folder holds; None for ``none``."""
     standing = step_folders(run_dir)
     if resume == "none":
         if standing:
@@ -125,7 +150,7 @@ def choose_checkpoint(run_dir: Path, resume: str | Path) -> LoadedCheckpoint | N
             where=f"checkpoint.resume: {chosen}, output_dir: {run_dir}",
             fix="choose another output_dir, or move those checkpoints away",
         )
-    return load_checkpoint(chosen)
+    return chosen
 
 
 def _newest_intact(run_dir: Path) -> LoadedCheckpoint | None:

@@ -200,11 +200,14 @@ def report(
     output: Annotated[Path | None, option("The page; left out: RUN/report.html, or ./report.html.", "FILE")] = None,
 ) -> None:
     """Show a run, or several side by side, as one page: a verdict, curves, samples, clips, settings."""
-    from finetune.checkpoint.folders import list_checkpoints
-
     print(f"wrote {finetune.report(runs, output)}")
-    if len(runs) == 1 and list_checkpoints(runs[0]):
-        print_next("export", str(runs[0]))
+    if len(runs) == 1:
+        from finetune.checkpoint.folders import list_checkpoints
+        from finetune.reports.report import verdict
+        from finetune.reports.run_folder import read_run
+
+        if (command := verdict(read_run(runs[0])).command) and list_checkpoints(runs[0]):
+            print(f"next: {command}")
 
 
 @verb(

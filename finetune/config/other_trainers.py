@@ -320,12 +320,15 @@ class _Mapper:
             "dataset_file", "video_column", "caption_column", "image_column", place="data.sources"
         )
         (config,) = self.take("dataset_config")
-        hub, revision = self.take("dataset_name", "dataset_config_name", place="data.sources")
+        (hub,) = self.take("dataset_name", place="data.sources")
+        (config_name,) = self.take("dataset_config_name")
+        self.refuse(config_name, "a dataset is read as its files lie")
         root = root or old_root
-        if hub is not None and not root:
+        if hub is not None:
             self.put("data.sources", [{"kind": "hub", "path": hub.words[0]}])
-            if revision is not None:
-                self.notes.append(f"{hub.words[0]} is read as its files lie, whatever {revision.words[0]} is there")
+            unread = [each for each in (config, root, table, video, caption, image) if each is not None]
+            if unread:
+                self.notes.append(f"of the data only --dataset_name is taken: see {', '.join(map(str, unread))}")
             return
         if config is not None:
             self._datasets(config)
@@ -356,7 +359,7 @@ class _Mapper:
 
     def _datasets(self, config: Setting) -> None:
         """Finetrainers' JSON: a list of datasets, each with its buckets."""
-        content = self._read_beside(config.words[0])
+        content = _read_json(self.folder / config.words[0])
         if content is None:
             self.refuse(config, "it cannot be read here")
             self.put("data.sources", [{"path": "clips"}])
@@ -376,16 +379,16 @@ class _Mapper:
         self.put("data.sources", sources)
         self.put("data.buckets", _bucket_texts(buckets))
 
-    def _read_beside(self, word: str) -> dict[str, Any] | None:
-        """A JSON file that they name: beside the script, where this runs, or from a folder above, as in a repository.
-
-        Where it is found their relative paths start.
+    def repository(self) -> None:
+        """Where their relative paths start: from where this runs or a folder above the script, if a JSON is there that
+        the script names and that does not lie beside it.
         """
+        named = (self.settings.get(name) for name in ("dataset_config", "validation_dataset_file"))
+        words = [setting.words[0] for setting in named if setting is not None and setting.words]
         for place in (self.folder, Path.cwd(), *self.folder.parents):
-            if (content := _read_json(place / word)) is not None:
+            if any((place / word).is_file() for word in words):
                 self.folder = place
-                return content
-        return None
+                return
 
     def buckets(self) -> None:
         (resolution, listed) = self.take("train_resolution", "video_resolution_buckets", place="data.buckets")
@@ -528,7 +531,7 @@ class _Mapper:
                     image = {"image": self.path(pictures[index])} if pictures[index:] else {}
                     samples.append({"prompt": " ".join(text.split()), **image, "seed": seed})
         elif table is not None:
-            content = self._read_beside(table.words[0]) or {}
+            content = _read_json(self.folder / table.words[0]) or {}
             for row in content.get("data", []):
                 image = {"image": self.path(row["image_path"])} if row.get("image_path") else {}
                 samples.append({"prompt": row.get("caption", ""), **image})
@@ -607,6 +610,7 @@ def translate(path: Path, folder: Path) -> Translation:
     for setting in mapper.take("rank", "lora_alpha", "target_modules") if full else ():
         if setting is not None and setting.line is not None:
             mapper.refuse(setting, "every weight is trained")
+    mapper.repository()
     for part in (mapper.model, mapper.sources, mapper.buckets, mapper.length, mapper.schedule, mapper.optimizer):
         part()
     for part in (mapper.resumption, mapper.validation, mapper.rest):

@@ -83,6 +83,8 @@ def _stock(lora: StoredLora) -> tuple[bool, str]:
 
 
 def _comfyui(lora: StoredLora) -> Loading:
+    if lora.uses_dora:
+        return Loading("ComfyUI", False, "it divides a DoRA by the norms of the base's weights, not of the sum's")
     layouts = (LAYOUTS["comfyui"], LAYOUTS["kohya-comfyui"])
     stems = [split_name(name)[0] for name in lora.shapes if not name.endswith("lora_magnitude_vector")]
     count = sum(any(layout.module_of(stem) for layout in layouts) for stem in stems)
@@ -90,8 +92,6 @@ def _comfyui(lora: StoredLora) -> Loading:
         lost = f"{len(lora.shapes) - count} of {len(lora.shapes)} tensors find no place"
         fix = "" if follows_control(lora.file, lora.shapes) else "; `finetune merge --to comfyui` renames them"
         return Loading("ComfyUI", False, f"{lost}, which its log warns of{fix}")
-    if lora.uses_dora:
-        return Loading("ComfyUI", False, "it divides a DoRA by the norms of the base's weights, not of the sum's")
     without = "" if lora.states_alpha else "; without .alpha tensors the update counts 1"
     return Loading("ComfyUI", True, f"every tensor finds its place{without}")
 

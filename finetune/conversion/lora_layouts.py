@@ -225,6 +225,7 @@ def from_diffusers(lora: Lora, layout: Layout) -> dict[str, Tensor]:
     if not layout.takes_dora and any(name.endswith(f".{_MAGNITUDE}") for name in lora.tensors):
         raise ConfigError(
             f"{layout.label} cannot express a DoRA: {NO_DORA}",
+            where=f"--to {layout.name}",
             fix="keep diffusers' or peft's layout, or merge the adapter into its base",
         )
     if missing := [module for module in lora.ranks if layout.stem_of(module) is None]:

@@ -193,7 +193,7 @@ def read_source(
         )
     trained_with = RunConfig.from_dict(loaded.config)
     values = loaded.config
-    if pretrained is None and (now := base_now(loaded)) != trained_with.model.pretrained:
+    if pretrained is None and (now := base_now(loaded)) != loaded.config["model"]["pretrained"]:
         pretrained = now
     if pretrained is not None:
         values = {**values, "model": {**values["model"], "pretrained": pretrained, "revision": None}}

@@ -112,7 +112,8 @@ def atomic_write(path: Path, parts: Iterable[memoryview], *, durable: bool = Tru
         _rename(partial, path)
     except OSError as error:
         if error.filename == str(partial):  # nobody has asked for a file of that name
-            error.filename, error.filename2 = str(path), None
+            error.filename = str(path)
+            del error.filename2  # None would be shown
         raise
     finally:
         partial.unlink(missing_ok=True)

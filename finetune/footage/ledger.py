@@ -203,7 +203,7 @@ def write_ledger(out: Path, sources: Sequence[Source]) -> None:
 
 
 def write_dataset(out: Path, sources: Sequence[Source]) -> list[str]:
-    """Write ``metadata.jsonl`` and ``ledger.jsonl``, and delete the clips of earlier calls that are no longer in it.
+    """Write ``metadata.jsonl``, and delete the clips of earlier calls that are no longer in it.
 
     What others wrote into rows stays: captions, further columns, and rows that ``prepare`` did not make. Captions of
     clips that are no longer there are remembered for when they come back.
@@ -227,7 +227,6 @@ def write_dataset(out: Path, sources: Sequence[Source]) -> list[str]:
     gone = [row for row in gone if _is_own(row)]
     foreign = [row for row in earlier if not _is_own(row)]
     write_rows(out / STATE / CAPTIONS, gone)
-    write_ledger(out, sources)
     if rows or foreign:
         write_rows(out / METADATA, [*rows, *foreign])
     else:

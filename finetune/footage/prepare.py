@@ -126,13 +126,14 @@ def prepare(request: PrepareRequest, *, progress: bool = True) -> PrepareReport:
         for rule in rules:
             _apply_scorer(request, state, sources, rule, progress)
         copied, encoded = _cut_clips(request, sources, progress)
-        if not _kept(sources):
-            write_ledger(request.out, sources)
-            raise _nothing_left(request.out, sources)
-        deleted = write_dataset(request.out, sources)
+        left = bool(_kept(sources))
+        deleted = write_dataset(request.out, sources) if left else []
+        write_ledger(request.out, sources)
         if request.report:
             page = write_report(sources, request.limits, workers=request.workers, progress=progress)
             atomic_write_text(request.out / PAGE, page)
+        if not left:
+            raise _nothing_left(request.out, sources)
         if deleted:
             notes.append(f"{len(deleted)} clips of an earlier call are no longer wanted, and were deleted")
         return _finish(request, sources, unreadable, notes, (copied, encoded))

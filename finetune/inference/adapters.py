@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import re
@@ -26,7 +25,7 @@ from pydantic import (
 from torch import Tensor, nn
 
 from finetune.checkpoint.folders import step_folders
-from finetune.checkpoint.load import CheckpointHead, load_checkpoint
+from finetune.checkpoint.load import CheckpointHead, load_checkpoint, read_head
 from finetune.cogvideox.components import read_json
 from finetune.cogvideox.config import ModelConfig
 from finetune.cogvideox.control import Projections
@@ -382,11 +381,9 @@ def named_base(record: TrainingRecord, folder: Path) -> tuple[str, str | None] |
     if is_hub_id(name) or Path(name).is_absolute():
         return name, record.revision
     for _, checkpoint in reversed(step_folders(folder.resolve().parent) if name else []):
-        try:
-            pretrained = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["model"]["pretrained"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            continue
-        return (pretrained, None) if isinstance(pretrained, str) and Path(pretrained).name == name else None
+        with suppress(FinetuneError, KeyError, TypeError):
+            pretrained = base_now(read_head(checkpoint))
+            return (pretrained, None) if Path(pretrained).name == name else None
     return None
 
 

@@ -9,7 +9,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -324,10 +324,12 @@ def read_lora_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str,
         tensors = load(content)  # first: it checks the header
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
         metadata = header.get("__metadata__") or {}
-        key = FINETRAINERS_KEY if METADATA_KEY not in metadata else METADATA_KEY
-        settings = json.loads(metadata.get(key, "{}"))
+        settings = json.loads(metadata.get(METADATA_KEY, "{}"))
         if not isinstance(settings, dict):
-            raise ValueError(f"{key} in its header is no object")
+            raise ValueError(f"{METADATA_KEY} in its header is no object")
+    with suppress(ValueError, RecursionError):  # others may call something else so
+        theirs = json.loads(metadata.get(FINETRAINERS_KEY, "{}"))
+        settings = settings or (theirs if isinstance(theirs, dict) else {})
     return tensors, settings
 
 

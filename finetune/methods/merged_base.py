@@ -74,7 +74,8 @@ def _read_acting(model: ModelConfig) -> list[_Merged]:
                 "a DoRA divides by the norms of the weights that it finds: after others these are not the base's, and"
                 " the sum is not what the files do when they are loaded together",
                 where=each.where,
-                fix="name it first; of two, merge one into a model of its own (`finetune export RUN --to merged`)",
+                fix="name it first, in a run that begins so; of two, merge one into a model (`finetune export RUN --to"
+                " merged`)",
             )
     return adapters
 

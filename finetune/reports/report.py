@@ -86,7 +86,7 @@ def verdict(run: RunRecord) -> Verdict:
             "Raise optimizer.lr (2e-4, then 5e-4 for a LoRA); see whether the captions name what is new.",
         ),
         "diverged": (
-            f"Diverged: the base model's held-out loss was {history[0].heldout:.4f} and no step's was as low; training"
+            f"Diverged: the held-out loss was {history[0].heldout:.4f} at step 0 and {loss:.4f} at best since; training"
             f" clips went from {history[0].trainsubset:.4f} to {last.trainsubset:.4f} as well.",
             "Begin anew with a tenth of optimizer.lr; nothing here is worth an export.",
         ),

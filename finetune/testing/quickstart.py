@@ -81,13 +81,14 @@ def main(folder: Path) -> Outcome | TrainReport:
         FinetuneError: as the steps do.
     """
     torch.set_num_threads(1)  # more gain nothing on so small a model, and wait for each other where a machine is busy
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).is_file():
+    made = all((folder / name).is_file() for name in ("model/model_index.json", "heldout/metadata.jsonl"))
+    if folder.is_dir() and any(folder.iterdir()) and not (made or (folder / _MARKER).is_file()):
         raise ConfigError(
             "the folder holds files that no quickstart made",
             where=str(folder),
-            fix="name a new or empty one (--output)",
+            fix="name a new or empty one with --output",
         )
-    atomic_write_text(folder / _MARKER, "Made by `finetune quickstart`, which writes into no folder without this.\n")
+    atomic_write_text(folder / _MARKER, "Made by `finetune quickstart`, which writes into no folder of others.\n")
     _say(1, "a tiny CogVideoX that knows circles, squares and triangles, and clips of a shape it has never seen")
     install_demo_model(folder / "model")
     write_clips(folder / "clips", lesson())

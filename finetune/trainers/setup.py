@@ -21,8 +21,8 @@ from finetune.caching.check import run_advice
 from finetune.caching.encode import release_memory
 from finetune.caching.precompute import ensure_cache, other_data
 from finetune.checkpoint.compare import Difference, require_same_run
-from finetune.checkpoint.folders import clear_interrupted, list_checkpoints
-from finetune.checkpoint.load import CheckpointHead, LoadedCheckpoint, checkpoint_to_continue, read_head
+from finetune.checkpoint.folders import clear_interrupted
+from finetune.checkpoint.load import CheckpointHead, LoadedCheckpoint, checkpoint_to_continue, head_to_continue
 from finetune.cogvideox.load import base_digest, require_as_sent, require_base
 from finetune.cogvideox.model_files import resolve_pretrained
 from finetune.cogvideox.objective import alpha_bar
@@ -216,12 +216,8 @@ def _require_continuable(config: RunConfig, ranks: ProcessGroup) -> str | None:
     Returns:
         The digest of the data that it was trained on; None for a run that begins.
     """
-    resume, standing = config.checkpoint.resume, list_checkpoints(config.output_dir)
-    if resume == "none" or (resume == "latest" and not standing):
-        return None
-    try:
-        head = read_head(standing[-1][1] if resume == "latest" else Path(resume))
-    except CheckpointError:  # another may be whole: all of them are read when the data are there
+    head = head_to_continue(config.output_dir, config.checkpoint.resume)
+    if head is None:
         return None
     _changes(config, head, ranks)
     # With clips left out that cannot be read, it is not known which these are before they are read.
