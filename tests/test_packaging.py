@@ -67,13 +67,13 @@ def installed(wheel, tmp_path_factory) -> Command:
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder / "venv", with_pip=False)
     python = folder / "venv" / "bin" / "python"
+    ours = ("PYTHONPATH", "FINETUNE_", "VIRTUAL_ENV")  # by the first, pip would find it installed in the checkout
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     install = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*install, str(wheel)], check=True)
+    subprocess.run([*install, str(wheel)], check=True, env=environment)
     (packages,) = (folder / "venv" / "lib").glob("python*/site-packages")
     # Folders in a .pth file come after the environment's own, and editable installs in them are not heeded.
     (packages / "libraries.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    ours = ("PYTHONPATH", "FINETUNE_", "VIRTUAL_ENV")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment |= {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
     def run(program: str, *words: str, cwd: Path) -> str:
