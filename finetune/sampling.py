@@ -122,6 +122,13 @@ def generate(
 
     files = {"images": images, "last_images": last_images, "videos": source_videos, "controls": controls}
     listed = _listed(prompts, files, range(seed or 0, 2**62, max(1, videos or 1)))
+    from_video = record is not None or extend or any(prompt.video for prompt in listed)
+    if strength is not None and not from_video:
+        raise ConfigError(
+            "it is of video-to-video, and no prompt has a video",
+            where=f"--strength {strength:g}",
+            fix="give --video or --extend; how strongly an adapter acts stands behind its path: --adapter PATH:0.3",
+        )
     if enhance is not None:
         listed = _enhanced(listed, enhance, endpoint, model)
     elif endpoint is not None:

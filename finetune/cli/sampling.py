@@ -9,7 +9,6 @@ import typer
 
 import finetune
 from finetune.cli.app import OK, USER_ERROR, Device, flag, is_main, option, print_next, print_notes, verb
-from finetune.core.errors import ConfigError
 
 _PANEL = "Videos"
 
@@ -118,13 +117,6 @@ def generate(
     listed = () if prompts is None else read_prompts(prompts, seeds=seeds)
     files = {"last_images": last_image, "videos": video, "controls": control}
     typed = prompts_with_seeds(prompt, image, **files, seeds=seeds[len(listed) :])
-    from_video = source is not None or extend or any(one.video for one in (*listed, *typed))
-    if strength is not None and not from_video:
-        raise ConfigError(
-            "it is of video-to-video, and no prompt has a video",
-            where=f"--strength {strength:g}",
-            fix="give --video or --extend; how strongly an adapter acts stands behind its path: --adapter PATH:0.3",
-        )
     report = finetune.generate(
         [*listed, *typed],
         output,
