@@ -220,6 +220,9 @@ def enable_tiling(vae: AutoencoderKLCogVideoX) -> None:
 
     diffusers' overlaps are a sixth and a fifth of a tile. Where that is no whole number of latents, as in a tiny model,
     it rounds them apart in pixels and in latents, and the picture comes out in another size.
+
+    Args:
+        vae: whose overlaps are changed for good where they do not fit.
     """
     for side in ("height", "width"):
         tile, name = getattr(vae, f"tile_latent_min_{side}"), f"tile_overlap_factor_{side}"

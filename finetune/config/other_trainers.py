@@ -618,7 +618,8 @@ def translate(path: Path, folder: Path) -> Translation:
     if "caption_dropout" not in mapper.values.setdefault("data", {}):
         mapper.put("data.caption_dropout", 0.0)
         mapper.notes.append(
-            "data.caption_dropout is 0 as it was with them; 0.1, as CogVideoX was trained, keeps guidance in reach"
+            "data.caption_dropout is 0 as it was with them; CogVideoX was trained with 0.1, for classifier-free"
+            " guidance"
         )
     rate = mapper.values.get("optimizer", {}).get("lr")
     if mapper.values["method"]["kind"] == "lora" and isinstance(rate, float) and rate < 5e-5:

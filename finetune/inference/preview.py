@@ -153,7 +153,7 @@ class Preview:
             what = f"the weights are for {channels} latent channels, and the model has {spec.latent_channels}"
             raise ConfigError(what, where="--preview", fix="name the weights for CogVideoX")
         self._decoder, self._spec, self._file = decoder, spec, file
-        self._gone_out = False
+        self._lacks_memory = False
 
     def attach(self, pipeline: Any, num_inference_steps: int) -> dict[str, Any]:
         """Watch a pipeline; returns what it is called with for that.
@@ -173,13 +173,13 @@ class Preview:
         every = max(1, num_inference_steps // LOOKS)
 
         def look(pipeline: Any, at: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            if at % every == every - 1 and not self._gone_out:
+            if at % every == every - 1 and not self._lacks_memory:
                 try:
                     self.show(estimates[0])
                 except Exception as error:
                     if not is_out_of_memory(error):
                         raise
-                    self._gone_out = True
+                    self._lacks_memory = True
                     warnings.warn("the GPU's memory does not hold a look at the video: no more are taken", stacklevel=1)
             return tensors
 

@@ -178,8 +178,8 @@ class Adapter:
 def read_adapter(source: Path, option: str = "method.init_from") -> Adapter:
     """Read an adapter and its settings from a safetensors file, an export's folder or one of our checkpoints.
 
-    Settings stand in the file's header (diffusers' layout) or in the checkpoint's ``config.json``. A file with neither
-    is read as diffusers reads it: ranks from the shapes, alpha equal to the rank.
+    Settings stand in the file's header, as diffusers or finetrainers writes it, or in the checkpoint's ``config.json``.
+    A file with neither is read as diffusers reads it: ranks from the shapes, alpha equal to the rank.
 
     Args:
         source: where it is.
@@ -308,7 +308,8 @@ def sha256_of(file: Path, where: str) -> str:
 
 
 def read_lora_file(path: Path, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors of a LoRA's safetensors file, and the settings in its header, empty where it states none.
+    """Tensors of a LoRA's safetensors file, and the settings in its header, empty where it states none. Diffusers' have
+    names with a prefix, finetrainers' have none.
 
     Args:
         path: the file; one of an export or a checkpoint is verified against its folder's marker.
